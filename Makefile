@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv; nothing outside this folder is touched.
+PYTHON ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow test-gpu lint clean
+
+help:
+	@echo "make demo       set up, then finetune a small video model on the bundled clip (about 10 minutes on 2 cores)"
+	@echo "make test       set up, then run the default tests"
+	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-gpu   the tests that need an NVIDIA GPU (installs the cuda extra)"
+	@echo "make lint       ruff and pyright"
+	@echo "make clean      remove .venv and caches"
+
+$(VENV)/python: .python-version
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.12 or run 'make PYTHON=/path/to/python3.12 ...'" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/base: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/test: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/base
+
+$(VENV)/cuda: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[cuda,test]'
+	@touch $@
+
+demo: $(VENV)/base
+	$(BIN)/monarchrt demo $(ARGS)
+
+test: $(VENV)/test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(VENV)/test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/cuda
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
