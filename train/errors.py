@@ -1,0 +1,116 @@
+"""Errors that a user can mend, as opposed to bugs.
+
+The command line prints a `UserError` as one line, `error: ...`, and leaves with exit code 2; anything else is a
+bug and keeps its traceback.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """The request cannot be done as asked; the message names what was wrong and what would be right.
+
+    Example:
+        >>> raise UserError("frames is 0; it must be at least 1")
+        Traceback (most recent call last):
+        ...
+        train.errors.UserError: frames is 0; it must be at least 1
+    """
+
+
+class NonFiniteError(UserError):
+    """The loss, the gradient or the parameters became NaN or infinite.
+
+    Attributes:
+        step: The optimizer step, counted from 1, at which it happened.
+    """
+
+    def __init__(self, message: str, *, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class DiskFullError(UserError):
+    """A file could not be written because the disk, a quota or a file size limit was reached."""
+
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large"}
+_FULL_TEXTS = {
+    "no space left on device": "the disk is full",
+    "disk quota exceeded": "the disk quota is used up",
+    "file too large": "a file size limit was reached",
+}
+
+
+def disk_full_reason(error: BaseException) -> str | None:
+    """Tells whether an error, or one of its causes, means that there is no room to write.
+
+    Storage libraries report a full disk as errors of their own whose text holds the system's message, so the
+    text counts as well as `OSError.errno`.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The reason in words, or None if the error means something else.
+
+    Example:
+        >>> disk_full_reason(OSError(28, "No space left on device"))
+        'the disk is full'
+        >>> disk_full_reason(ValueError("unrelated")) is None
+        True
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return _FULL[seen.errno]
+        text = str(seen).lower()
+        for needle, reason in _FULL_TEXTS.items():
+            if needle in text:
+                return reason
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def report_full_disk(path: Path | str, *, kept: str = "") -> Iterator[None]:
+    """Turns a full disk inside the block into a `DiskFullError` that names the path and what is kept.
+
+    Args:
+        path: What was being written.
+        kept: What is still safe, as the end of a sentence, such as "the checkpoint of step 20 is kept".
+
+    Raises:
+        DiskFullError: If writing failed for want of room.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        tail = f"; {kept}" if kept else ""
+        raise DiskFullError(f"cannot write {path}: {reason}{tail}; free some space and use --resume") from error
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Turns a `ValueError` or `NotImplementedError` from checking the user's settings into a `UserError`.
+
+    Meant for the stage before any compute: building the model and tracing the first step, where the attention
+    and the model check shapes, tiles and names.
+
+    Raises:
+        UserError: With the same message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(" ".join(str(error).split())) from error
