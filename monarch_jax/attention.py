@@ -1,0 +1,260 @@
+"""The operation: check, choose a backend, tokens -> tiles -> backend -> tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from monarch_jax import reference
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.backends import Problem, choose
+from monarch_jax.reference import MonarchFactors
+from monarch_jax.spec import MonarchSpec
+from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def monarch_attention(
+    query: Float[Array, "B Nq H D"],
+    key: Float[Array, "B Nk H D"],
+    value: Float[Array, "B Nk H D"],
+    *,
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int] | None = None,
+    blocks: str = "fh,w",
+    num_iters: int = 1,
+    scale: float | None = None,
+    causal_block: int | None = None,
+    kv_frames: int | Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B Nq H D"]:
+    """Tiled MonarchAttention over the tokens of a video (MonarchRT, arXiv 2602.12271, Section 4).
+
+    The attention map is a Monarch matrix in every pair of a query tile and a key tile, found in `num_iters`
+    refinement steps; one softmax runs over all key tiles jointly, so the rows of the map sum to 1. Softmaxes and sums
+    are in float32 for bfloat16 and float16 inputs. Differentiable in query, key and value; memory is linear in the
+    number of frames in both directions. `tile=(1, 1, 1)` is dense softmax attention, `tile=grid` the untiled
+    MonarchAttention.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4 * 6 * 8, 3, 16))  # [B, F*h*w, H, D] each
+        >>> monarch_attention(q, k, v, grid=(4, 6, 8), tile=(2, 6, 8)).shape
+        (2, 192, 3, 16)
+
+    Args:
+        query: [B, F_q*h*w, H, D], tokens in (frame, height, width) order, RoPE applied.
+        key: [B, F_k*h*w, H, D]. F_k follows from its length.
+        value: [B, F_k*h*w, H, D].
+        grid: (F_q, h, w) of the query tokens.
+        tile: (n_f, n_h, n_w), a tile's frames, rows and columns, each dividing the grid's (n_f also F_k); default
+            (1, h, w).
+        blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
+            "h,fw" (Section 4.1).
+        num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
+        scale: Softmax scale; default D**-0.5.
+        causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
+            queries are the last F_q of the (valid) key frames. Default None: bidirectional.
+        kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
+            traced, so that one compiled program serves every fill of a KV cache. Default None: all.
+        implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
+            or None: the first of those in `monarch_jax.backends.AUTOMATIC` that can serve the call.
+
+    Returns:
+        [B, F_q*h*w, H, D] in the inputs' dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes, grid, tile, blocks, kv_frames or the implementation's name do not fit.
+        NotImplementedError: If the implementation asked for cannot serve this call; says why.
+    """
+    spec = _check(query, key, value, grid, tile, blocks, num_iters, causal_block)
+    if _is_static(kv_frames):
+        spec, key, value = _keep_frames(spec, int(np.asarray(kv_frames)), key, value)
+        kv_frames = None
+    q, k, v = (tokens_to_tiles(x, spec) for x in (query, key, value))
+    out = attend_tiles(spec, q, k, v, kv_frames=kv_frames, scale=scale, implementation=implementation)
+    return tiles_to_tokens(out, spec)
+
+
+def monarch_attention_1d(
+    query: Float[Array, "B Nq H D"],
+    key: Float[Array, "B Nk H D"],
+    value: Float[Array, "B Nk H D"],
+    *,
+    block_sizes: tuple[int, int],
+    num_iters: int = 1,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B Nq H D"]:
+    """MonarchAttention over a sequence with free block sizes (Yaras et al. 2025; MonarchRT, Section 2.1).
+
+    Token n is in row n // b2 and column n % b2. With b1*b2 equal to the sequence this is the original, untiled form;
+    when b1*b2 divides it, tiles are runs of b1*b2 tokens. On a video's tokens, block sizes that cut across
+    (F, h, w) give the misaligned factorization of the paper's Figure 7.
+
+    Example:
+        >>> import jax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 24, 2, 16))
+        >>> monarch_attention_1d(q, k, v, block_sizes=(4, 6)).shape
+        (1, 24, 2, 16)
+
+    Args:
+        query: [B, N_q, H, D].
+        key: [B, N_k, H, D].
+        value: [B, N_k, H, D].
+        block_sizes: (b1, b2); b1*b2 divides N_q and N_k.
+        num_iters: Refinement steps T.
+        scale: Softmax scale; default D**-0.5.
+        implementation: As in `monarch_attention`.
+
+    Returns:
+        [B, N_q, H, D] in the inputs' dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes or block sizes do not fit.
+        NotImplementedError: If the implementation asked for cannot serve this call.
+    """
+    if len(block_sizes) != 2 or min(block_sizes) < 1:
+        raise ValueError(f"block_sizes={block_sizes!r} is not two positive integers (b1, b2).")
+    area = block_sizes[0] * block_sizes[1]
+    for name, x in (("query", query), ("key", key)):
+        if x.ndim == 4 and (x.shape[1] % area or not x.shape[1]):
+            raise ValueError(
+                f"block_sizes={tuple(block_sizes)}: {area} tokens per tile do not divide the {x.shape[1]} of {name}."
+            )
+    return monarch_attention(
+        query,
+        key,
+        value,
+        grid=(query.shape[1] // area, *block_sizes),
+        num_iters=num_iters,
+        scale=scale,
+        implementation=implementation,
+    )
+
+
+def monarch_factors(
+    query: Float[Array, "B Nq H D"],
+    key: Float[Array, "B Nk H D"],
+    *,
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int] | None = None,
+    blocks: str = "fh,w",
+    num_iters: int = 1,
+    scale: float | None = None,
+    causal_block: int | None = None,
+) -> MonarchFactors:
+    """The factors L and R and the attention map they imply, for analysis of small inputs (Section 2.1, Figure 7).
+
+    The map has B*H*N_q*N_k entries: a few thousand tokens at most.
+
+    Example:
+        >>> import jax
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 24, 2, 16))
+        >>> attention = monarch_factors(q, k, grid=(2, 3, 4)).attention
+        >>> attention.shape, round(float(attention.sum(-1).max()), 5)
+        ((1, 2, 24, 24), 1.0)
+
+    Args:
+        query: [B, F_q*h*w, H, D].
+        key: [B, F_k*h*w, H, D].
+        grid: As in `monarch_attention`, like the remaining arguments.
+        tile: (n_f, n_h, n_w).
+        blocks: Layout.
+        num_iters: Refinement steps T.
+        scale: Softmax scale; default D**-0.5.
+        causal_block: Frames per causal block.
+
+    Returns:
+        `MonarchFactors` with left, right and attention.
+
+    Raises:
+        ValueError: As `monarch_attention`.
+    """
+    spec = _check(query, key, key, grid, tile, blocks, num_iters, causal_block)
+    q, k = tokens_to_tiles(query, spec), tokens_to_tiles(key, spec)
+    problem = _problem(spec, query.shape[-1], scale, None)
+    left, right = reference.factors(problem, q, k, visible_tiles(spec))
+    entries = jnp.einsum("bhajick,bhackjl->bhaijckl", left, right)
+    batch, heads = entries.shape[:2]
+    rows = entries.reshape(batch * heads, *entries.shape[2:5], spec.key_tokens)
+    rows = tiles_to_tokens(rows, spec)  # [B*H, N_q, N_k in tiled order]
+    columns = rows.transpose(0, 2, 1).reshape(batch * heads, *entries.shape[5:], spec.query_tokens)
+    attention = tiles_to_tokens(columns, spec).transpose(0, 2, 1)
+    return MonarchFactors(left, right, attention.reshape(batch, heads, spec.query_tokens, spec.key_tokens))
+
+
+def attend_tiles(
+    spec: MonarchSpec,
+    q: Float[Array, "B A b1 b2 H D"],
+    k: Float[Array, "B C b1 b2 H D"],
+    v: Float[Array, "B C b1 b2 H D"],
+    *,
+    kv_frames: int | Int[Array, ""] | None,
+    scale: float | None,
+    implementation: str | None,
+) -> Float[Array, "B A b1 b2 H D"]:
+    """The operation on arrays that are in tiles already (a KV cache keeps its keys so); arguments are checked."""
+    problem = _problem(spec, q.shape[-1], scale, kv_frames)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
+    return choose(implementation, problem, *shapes).attend(problem, q, k, v, visible_tiles(spec, kv_frames))
+
+
+def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -> Problem:
+    masked = kv_frames is not None or min(spec.visible_tiles()) < spec.key_tiles
+    return Problem(scale=head_dim**-0.5 if scale is None else scale, num_iters=spec.num_iters, masked=masked)
+
+
+def _is_static(kv_frames) -> bool:
+    return kv_frames is not None and not isinstance(kv_frames, jax.Array)
+
+
+def _keep_frames(spec: MonarchSpec, frames: int, key, value):
+    """Cuts keys and values to the leading `frames`; what is known when tracing costs nothing when running."""
+    n_f, total = spec.tile_shape[0], spec.total_key_frames
+    if not 0 < frames <= total or frames % n_f:
+        raise ValueError(
+            f"kv_frames={frames} is not a multiple of the tile's {n_f} frames from {n_f} to {total}, the frames of key."
+        )
+    tokens = frames * spec.grid[1] * spec.grid[2]
+    return dataclasses.replace(spec, key_frames=frames), key[:, :tokens], value[:, :tokens]
+
+
+def _check(query, key, value, grid, tile, blocks, num_iters, causal_block) -> MonarchSpec:
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape}; it should be [batch, tokens, heads, head_dim].")
+        if x.dtype.name not in FLOATS:
+            raise ValueError(f"{name} has dtype {x.dtype.name}; it should be one of {', '.join(FLOATS)}.")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype.name}, query has {query.dtype.name}; cast them to one dtype.")
+        for axis, what in ((0, "batch"), (2, "heads"), (3, "head_dim")):
+            if x.shape[axis] != query.shape[axis]:
+                raise ValueError(
+                    f"{name} has {what} {x.shape[axis]} (shape {x.shape}), query has {query.shape[axis]} "
+                    f"(shape {query.shape}); they should be equal."
+                )
+    if key.shape != value.shape:
+        raise ValueError(f"value has shape {value.shape}, key has {key.shape}; they should be equal.")
+    frames, height, width = spec_grid = MonarchSpec(grid=grid, tile=(1, 1, 1)).grid
+    if query.shape[1] != frames * height * width:
+        raise ValueError(
+            f"query has {query.shape[1]} tokens, grid={spec_grid} has {frames}*{height}*{width} = "
+            f"{frames * height * width}; pass the grid of the query tokens."
+        )
+    if key.shape[1] % (height * width) or not key.shape[1]:
+        raise ValueError(
+            f"key has {key.shape[1]} tokens, not a multiple of {height * width} = {height}*{width}, "
+            f"the tokens of a frame in grid={spec_grid}."
+        )
+    return MonarchSpec(
+        grid=spec_grid,
+        key_frames=key.shape[1] // (height * width),
+        tile=tile,
+        blocks=blocks,
+        num_iters=num_iters,
+        causal_block=causal_block,
+    )

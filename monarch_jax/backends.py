@@ -1,0 +1,180 @@
+"""What computes the attention: the ordered registry of backends and what a backend is.
+
+A backend works on tiles and knows nothing of tokens, grids or layouts. Adding one means adding a row to `_REGISTRY`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from monarch_jax._typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The static part of one call, all that a backend may specialise on besides shapes and dtypes.
+
+    Attributes:
+        scale: Softmax scale s.
+        num_iters: Refinement steps T.
+        masked: Whether `visible` may hide any key tile; False promises that every query tile sees all.
+    """
+
+    scale: float
+    num_iters: int = 1
+    masked: bool = False
+
+
+class Attend(Protocol):
+    """Computes the attention over tiles; differentiable in q, k and v."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        q: Float[Array, "B A b1 b2 H D"],
+        k: Float[Array, "B C b1 b2 H D"],
+        v: Float[Array, "B C b1 b2 H D"],
+        visible: Int[Array, " A"],
+    ) -> Float[Array, "B A b1 b2 H D"]:
+        """Query tile a sees the key tiles c < visible[a]."""
+        ...
+
+
+class Supports(Protocol):
+    """Says why a backend cannot serve a call, or None when it can."""
+
+    def __call__(self, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
+        """Shapes as in `Attend`, no data."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation: its name, what it cannot do, and the differentiable computation."""
+
+    name: str
+    supports: Supports
+    attend: Attend
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What the forward pass (T = 1) keeps for the backward pass; alpha, c_L, Y, R and L are recomputed.
+
+    Attributes:
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: [B, C, b1, b2, H, D].
+        visible: int32 [A].
+        out: [B, A, b1, b2, H, D].
+        lse: [B, A, b1, b2, H], log-sum-exp of the scores of L over all (c, k), in float32 or wider.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    visible: jax.Array
+    out: jax.Array
+    lse: jax.Array
+
+
+Forward = Callable[..., tuple[jax.Array, jax.Array]]
+Vjp = Callable[[Problem, Residuals, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def differentiable(forward: Forward, vjp: Vjp) -> Attend:
+    """Joins a forward pass (problem, q, k, v, visible) -> (out, lse) and its vjp into an `Attend`.
+
+    Args:
+        forward: Returns out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H].
+        vjp: (problem, residuals, d_out) -> (dq, dk, dv).
+
+    Returns:
+        The differentiable function.
+    """
+
+    def attend(problem, q, k, v, visible):
+        return forward(problem, q, k, v, visible)[0]
+
+    def fwd(problem, q, k, v, visible):
+        out, lse = forward(problem, q, k, v, visible)
+        return out, Residuals(q, k, v, visible, out, lse)
+
+    def bwd(problem, residuals, d_out):
+        return *vjp(problem, residuals, d_out), None
+
+    op = jax.custom_vjp(attend, nondiff_argnums=(0,))
+    op.defvjp(fwd, bwd)
+    return op
+
+
+def _reference() -> Backend:
+    from monarch_jax import reference
+
+    return Backend("reference", lambda problem, q, k: None, reference.attend)
+
+
+def _xla() -> Backend:
+    from monarch_jax import xla
+
+    return Backend("xla", lambda problem, q, k: None, xla.attend)
+
+
+def _triton() -> Backend:
+    import triton_kernels
+
+    return Backend("triton", triton_kernels.supports, differentiable(triton_kernels.forward, triton_kernels.vjp))
+
+
+def _mosaic() -> Backend:
+    import pallas_kernels
+
+    return Backend("mosaic", pallas_kernels.supports, differentiable(pallas_kernels.forward, pallas_kernels.vjp))
+
+
+_REGISTRY: dict[str, Callable[[], Backend]] = {
+    "mosaic": _mosaic,
+    "triton": _triton,
+    "xla": _xla,
+    "reference": _reference,
+}
+IMPLEMENTATIONS = tuple(_REGISTRY)
+AUTOMATIC = ("xla",)  # what None tries, in order
+
+
+def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:
+    """The backend for a call: the named one, or the first of `AUTOMATIC` that can serve it.
+
+    Args:
+        implementation: One of `IMPLEMENTATIONS`, or None.
+        problem: The call.
+        q: Query tiles, shape and dtype.
+        k: Key tiles, shape and dtype.
+
+    Returns:
+        The backend.
+
+    Raises:
+        ValueError: If the name is unknown.
+        NotImplementedError: If the named backend, or none of the automatic ones, can serve the call; says why.
+    """
+    if implementation is not None and implementation not in _REGISTRY:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
+    reasons = []
+    for name in AUTOMATIC if implementation is None else (implementation,):
+        backend = _REGISTRY[name]()
+        reason = backend.supports(problem, q, k)
+        if reason is None:
+            return backend
+        reasons.append(f"implementation={name!r} cannot run this call: {reason}")
+    raise NotImplementedError(" ".join(reasons))
+
+
+def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Softmaxes and sums are in float32, or wider when the inputs are."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,241 @@
+"""A KV cache for autoregressive video: keys and values of whole frames, kept in tiled order (Self-Forcing)."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.attention import FLOATS, attend_tiles
+from monarch_jax.spec import MonarchSpec
+from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonarchKVCache:
+    """Keys and values of the frames so far, rearranged into tiles once, when written. A pytree of fixed shapes.
+
+    A block of frames is written with `append` and may be rewritten in place while it is the newest (every denoising
+    step does). With `rolling`, frames past the capacity overwrite the oldest ones except the first `sink_frames`; the
+    order of slots does not matter to the attention, so nothing is ever shifted. Keys carry their absolute RoPE.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> cache = MonarchKVCache.init(batch=1, frames=6, height=4, width=5, heads=2, head_dim=8, dtype=jnp.float32)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 3 * 4 * 5, 2, 8))  # a block of 3 frames
+        >>> cache = cache.append(k, v)
+        >>> cache.attend(q).shape, int(cache.valid_frames)
+        ((1, 60, 2, 8), 3)
+
+    Attributes:
+        key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order.
+        value: As `key`.
+        length: int32 scalar, frames written so far, evicted ones included.
+        spec: Grid of one frame group, capacity (`key_frames`), tile and layout.
+        sink_frames: Leading frames that are never evicted.
+        rolling: Whether frames past the capacity evict the oldest.
+    """
+
+    key: Float[Array, "B C b1 b2 H D"]
+    value: Float[Array, "B C b1 b2 H D"]
+    length: Int[Array, ""]
+    spec: MonarchSpec = dataclasses.field(metadata={"static": True})
+    sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
+    rolling: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls,
+        *,
+        batch: int,
+        frames: int,
+        height: int,
+        width: int,
+        heads: int,
+        head_dim: int,
+        tile: tuple[int, int, int] | None = None,
+        blocks: str = "fh,w",
+        rolling: bool = False,
+        sink_frames: int = 0,
+        dtype: jnp.dtype = jnp.bfloat16,
+    ) -> Self:
+        """An empty cache.
+
+        Args:
+            batch: B.
+            frames: Capacity in frames, a multiple of the tile's n_f.
+            height: Token rows of a frame, h.
+            width: Token columns of a frame, w.
+            heads: H.
+            head_dim: D.
+            tile: (n_f, n_h, n_w) as in `monarch_attention`; default (1, h, w).
+            blocks: Layout as in `monarch_attention`.
+            rolling: Whether frames past the capacity overwrite the oldest; otherwise they are an error.
+            sink_frames: Leading frames that a rolling cache keeps for ever, a multiple of n_f below `frames`.
+            dtype: Of keys and values.
+
+        Returns:
+            The cache, zeros.
+
+        Raises:
+            ValueError: If sizes do not fit each other or the dtype is not a float.
+        """
+        n_f = 1 if tile is None else next(iter(tile))
+        spec = MonarchSpec(grid=(n_f, height, width), key_frames=frames, tile=tile, blocks=blocks)
+        dtype = jnp.dtype(dtype)
+        if dtype.name not in FLOATS:
+            raise ValueError(f"dtype={dtype.name} is not one of {', '.join(FLOATS)}.")
+        if sink_frames and not rolling:
+            raise ValueError(f"sink_frames={sink_frames} needs rolling=True; a fixed cache evicts nothing.")
+        if sink_frames % n_f or not 0 <= sink_frames < frames:
+            raise ValueError(
+                f"sink_frames={sink_frames} is not a multiple of the tile's {n_f} frames, below frames={frames}."
+            )
+        shape = (batch, spec.key_tiles, spec.block_rows, spec.block_cols, heads, head_dim)
+        return cls(
+            key=jnp.zeros(shape, dtype),
+            value=jnp.zeros(shape, dtype),
+            length=jnp.zeros((), jnp.int32),
+            spec=spec,
+            sink_frames=sink_frames,
+            rolling=rolling,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Frames that fit."""
+        return self.spec.total_key_frames
+
+    @property
+    def valid_frames(self) -> Int[Array, ""]:
+        """int32 scalar, leading frames of the buffer that hold data."""
+        return jnp.minimum(self.length, self.capacity)
+
+    def append(
+        self,
+        key: Float[Array, "B N H D"],
+        value: Float[Array, "B N H D"],
+        *,
+        frame: int | Int[Array, ""] | None = None,
+        detach_past: bool = False,
+    ) -> Self:
+        """Writes a block of frames and returns the new cache.
+
+        Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
+        newest: frames after it are forgotten. An overflow that is known when tracing raises; one that only shows when
+        running fills the block with NaN rather than dropping frames in silence.
+
+        Args:
+            key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
+            value: As `key`.
+            frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: after the
+                newest frame.
+            detach_past: Whether gradients reach only this block's keys and values, not what was cached before.
+
+        Returns:
+            The cache with the block.
+
+        Raises:
+            ValueError: If shapes or dtypes do not fit the cache, or the block does not fit its capacity.
+        """
+        block = self._block_spec(key, "key")
+        self._block_spec(value, "value")
+        frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
+        start = self.length if frame is None else frame
+        if not isinstance(start, jax.Array):
+            start = int(start)
+            if start < 0 or start % n_f:
+                raise ValueError(f"frame={start} is not a multiple of the tile's {n_f} frames from 0 on.")
+            if start + frames > self.capacity and not self.rolling:
+                raise ValueError(
+                    f"frame={start}: {frames} frames from there end past the cache's {self.capacity}; "
+                    f"make it larger or pass rolling=True to MonarchKVCache.init."
+                )
+        first = jnp.asarray(start, jnp.int32)
+        position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
+        sinks, groups = self.sink_frames // n_f, self.capacity // n_f
+        slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
+        overflow = jnp.zeros((), bool) if self.rolling else first + frames > self.capacity
+        index = (slot[:, None] * group + jnp.arange(group)).reshape(-1)
+
+        def write(buffer, tokens):
+            tiles = tokens_to_tiles(tokens, block)
+            tiles = jnp.where(overflow, jnp.nan, tiles).astype(buffer.dtype)
+            past = lax.stop_gradient(buffer) if detach_past else buffer
+            if self.rolling:
+                return past.at[:, index].set(tiles, unique_indices=True)
+            return lax.dynamic_update_slice_in_dim(past, tiles, first // n_f * group, axis=1)
+
+        return dataclasses.replace(
+            self, key=write(self.key, key), value=write(self.value, value), length=first + frames
+        )
+
+    def attend(
+        self,
+        query: Float[Array, "B N H D"],
+        *,
+        num_iters: int = 1,
+        scale: float | None = None,
+        causal_block: int | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B N H D"]:
+        """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
+
+        Args:
+            query: [B, n*h*w, H, D], the tokens of the newest n frames.
+            num_iters: As in `monarch_attention`, like the remaining arguments.
+            scale: Softmax scale; default D**-0.5.
+            causal_block: Frames per causal block, when the queries hold more than one block. Not for rolling caches.
+            implementation: Backend.
+
+        Returns:
+            [B, n*h*w, H, D].
+
+        Raises:
+            ValueError: If shapes, dtypes or arguments do not fit.
+            NotImplementedError: If the implementation asked for cannot serve this call.
+        """
+        if causal_block is not None and self.rolling:
+            raise ValueError(
+                f"causal_block={causal_block}: a rolling cache does not keep frames in time order; "
+                f"attend one block at a time."
+            )
+        block = self._block_spec(query, "query")
+        spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
+        out = attend_tiles(
+            spec,
+            tokens_to_tiles(query, spec),
+            self.key,
+            self.value,
+            kv_frames=self.valid_frames,
+            scale=scale,
+            implementation=implementation,
+        )
+        return tiles_to_tokens(out, spec)
+
+    def tokens(self) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+        """Keys and values of all slots as tokens [B, capacity*h*w, H, D], for inspection."""
+        return tiles_to_tokens(self.key, self.spec), tiles_to_tokens(self.value, self.spec)
+
+    def _block_spec(self, tokens: jax.Array, name: str) -> MonarchSpec:
+        _, height, width = self.spec.grid
+        n_f, batch, (heads, dim) = self.spec.tile_shape[0], self.key.shape[0], self.key.shape[-2:]
+        step = n_f * height * width
+        if tokens.ndim != 4 or tokens.shape[1] % step or not tokens.shape[1]:
+            raise ValueError(
+                f"{name} has shape {tokens.shape}; it should be [{batch}, n*{step}, {heads}, {dim}]: "
+                f"whole tiles of {n_f} frames of {height}x{width} tokens."
+            )
+        if (tokens.shape[0], *tokens.shape[2:]) != (batch, heads, dim):
+            raise ValueError(
+                f"{name} has shape {tokens.shape}; the cache holds batch {batch}, heads {heads}, head_dim {dim}."
+            )
+        if tokens.dtype != self.key.dtype:
+            raise ValueError(f"{name} has dtype {tokens.dtype.name}, the cache has {self.key.dtype.name}.")
+        frames = tokens.shape[1] // (height * width)
+        if frames > self.capacity:
+            raise ValueError(f"{name} has {frames} frames, more than the cache's {self.capacity}.")
+        return dataclasses.replace(self.spec, grid=(frames, height, width))

@@ -1,0 +1,224 @@
+"""Flax: an `attention_fn` for the attention modules of NNX and Linen, and a self-attention module."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.attention import monarch_attention
+from monarch_jax.cache import MonarchKVCache
+from monarch_jax.spec import MonarchSpec
+
+
+def attention_fn(
+    *,
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int] | None = None,
+    blocks: str = "fh,w",
+    num_iters: int = 1,
+    causal_block: int | None = None,
+    implementation: str | None = None,
+) -> Callable[..., jax.Array]:
+    """Monarch attention as the `attention_fn` of `nnx.MultiHeadAttention` or Linen's `MultiHeadDotProductAttention`.
+
+    Example:
+        >>> from flax import nnx
+        >>> attend = attention_fn(grid=(2, 4, 6))
+        >>> layer = nnx.MultiHeadAttention(
+        ...     num_heads=2, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 2 * 4 * 6, 16))).shape
+        (1, 48, 16)
+
+    Args:
+        grid: (F, h, w) of the tokens; the other arguments are those of `monarch_attention` as well.
+        tile: (n_f, n_h, n_w).
+        blocks: Layout.
+        num_iters: Refinement steps T.
+        causal_block: Frames per causal block.
+        implementation: Backend.
+
+    Returns:
+        A function of query, key, value [..., tokens, heads, head_dim] that returns the same shape. It raises ValueError
+        for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`.
+
+    Raises:
+        ValueError: If grid, tile, blocks or numbers do not fit.
+    """
+    MonarchSpec(grid=grid, tile=tile, blocks=blocks, num_iters=num_iters, causal_block=causal_block)
+    run = functools.partial(
+        monarch_attention,
+        grid=grid,
+        tile=tile,
+        blocks=blocks,
+        num_iters=num_iters,
+        causal_block=causal_block,
+        implementation=implementation,
+    )
+
+    def attend(
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        *,
+        dropout_rate=0.0,
+        deterministic=True,
+        is_causal=False,
+        dtype=None,
+        **_,
+    ):
+        if mask is not None or bias is not None:
+            raise ValueError("mask and bias cannot be part of a Monarch map; use causal_block or kv_frames instead.")
+        if is_causal:
+            raise ValueError("is_causal=True is causal by token; Monarch attention is causal by frames: causal_block.")
+        if dropout_rate and not deterministic:
+            raise ValueError(f"dropout_rate={dropout_rate}: attention weights are never formed; it should be 0.")
+        if dtype is not None:
+            query, key, value = (x.astype(dtype) for x in (query, key, value))
+        batch = query.shape[:-3]
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        out = run(q, k, v)
+        return out.reshape(*batch, *out.shape[1:])
+
+    return attend
+
+
+class MonarchSelfAttention(nnx.Module):
+    """Multi-head self-attention over video tokens with a tiled Monarch map.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = MonarchSelfAttention(32, num_heads=4, tile=(2, 4, 6), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 4 * 4 * 6, 32)), grid=(4, 4, 6)).shape
+        (1, 96, 32)
+
+    Args:
+        features: Width of inputs and outputs.
+        num_heads: H; divides `features`.
+        tile: (n_f, n_h, n_w); None means (1, h, w) of each call's grid.
+        blocks: Layout.
+        num_iters: Refinement steps T.
+        causal_block: Frames per causal block.
+        qk_norm: Whether queries and keys are RMS-normalised over each head.
+        use_bias: Whether the projections have biases.
+        dtype: Of the computation; None means that of inputs and parameters.
+        param_dtype: Of the parameters.
+        implementation: Backend.
+        rngs: Keys for the parameters.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `features`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        tile: tuple[int, int, int] | None = None,
+        blocks: str = "fh,w",
+        num_iters: int = 1,
+        causal_block: int | None = None,
+        qk_norm: bool = True,
+        use_bias: bool = True,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if features % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide features={features}.")
+        head_dim = features // num_heads
+        general = functools.partial(
+            nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        norm = functools.partial(nnx.RMSNorm, head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = general(features, (3, num_heads, head_dim))
+        self.out = general((num_heads, head_dim), features, axis=(-2, -1))
+        self.query_norm = norm() if qk_norm else None
+        self.key_norm = norm() if qk_norm else None
+        self.tile, self.blocks, self.num_iters = tile, blocks, num_iters
+        self.causal_block, self.implementation = causal_block, implementation
+
+    def __call__(
+        self,
+        x: Float[Array, "B N C"],
+        *,
+        grid: tuple[int, int, int],
+        rope: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> Float[Array, "B N C"]:
+        """Attends over all tokens of a clip.
+
+        Args:
+            x: [B, F*h*w, features].
+            grid: (F, h, w).
+            rope: Applied to queries and to keys, [B, N, H, D] -> [B, N, H, D].
+
+        Returns:
+            [B, F*h*w, features].
+
+        Raises:
+            ValueError: If the tokens, the grid and the tile do not fit.
+        """
+        query, key, value = self._project(x, rope)
+        out = monarch_attention(
+            query,
+            key,
+            value,
+            grid=grid,
+            tile=self.tile,
+            blocks=self.blocks,
+            num_iters=self.num_iters,
+            causal_block=self.causal_block,
+            implementation=self.implementation,
+        )
+        return self.out(out)
+
+    def extend(
+        self,
+        x: Float[Array, "B N C"],
+        cache: MonarchKVCache,
+        *,
+        frame: int | Int[Array, ""] | None = None,
+        rope: Callable[[jax.Array], jax.Array] | None = None,
+        detach_past: bool = False,
+    ) -> tuple[Float[Array, "B N C"], MonarchKVCache]:
+        """Attends with a new block of frames over the cached ones and itself.
+
+        Args:
+            x: [B, n*h*w, features], the block.
+            cache: Frames so far; its tile and blocks are used, and should be the module's.
+            frame: Absolute index of the block's first frame; default: after the newest.
+            rope: As in `__call__`, for the block's positions.
+            detach_past: As in `MonarchKVCache.append`.
+
+        Returns:
+            The outputs [B, n*h*w, features] and the cache with the block.
+
+        Raises:
+            ValueError: If the block does not fit the cache, or the cache's tile or blocks are not the module's.
+        """
+        tile = self.tile or (1, *cache.spec.grid[1:])
+        if (tile, self.blocks) != (cache.spec.tile_shape, cache.spec.blocks):
+            raise ValueError(
+                f"cache has tile={cache.spec.tile_shape}, blocks={cache.spec.blocks!r}; the module has tile={tile}, "
+                f"blocks={self.blocks!r}. Pass the module's to MonarchKVCache.init."
+            )
+        query, key, value = self._project(x, rope)
+        cache = cache.append(key, value, frame=frame, detach_past=detach_past)
+        out = cache.attend(
+            query, num_iters=self.num_iters, causal_block=self.causal_block, implementation=self.implementation
+        )
+        return self.out(out), cache
+
+    def _project(self, x, rope):
+        query, key, value = (t.squeeze(-3) for t in jnp.split(self.qkv(x), 3, axis=-3))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rope is not None:
+            query, key = rope(query), rope(key)
+        return query, key, value

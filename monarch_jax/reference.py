@@ -1,0 +1,86 @@
+"""The definition, in einsums, for any arguments: what every other implementation is tested against.
+
+Letters are the paper's (Sections 2.1, 4.2, A): a and c index query and key tiles, i and j the row and column of a
+query, k and l those of a key. Nothing here is fast or small.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.backends import Problem, accumulator_dtype
+
+EPSILON, MAX_FACTOR = 1e-6, 1e4  # guard on 1/c_R from the second step on: c_R can underflow
+
+
+def factors(
+    problem: Problem,
+    q: Float[Array, "B A b1 b2 H D"],
+    k: Float[Array, "B C b1 b2 H D"],
+    visible: Int[Array, " A"],
+) -> tuple[Float[Array, "B H A b2 b1 C b1"], Float[Array, "B H A C b1 b2 b2"]]:
+    """L[b,h,a,j,i,c,k] and R[b,h,a,c,k,j,l] after T refinement steps; map entry = L * R (paper, Algorithm in A)."""
+    acc = accumulator_dtype(q.dtype)
+    q, k = q.astype(acc), k.astype(acc)
+    seen = jnp.arange(k.shape[1]) < visible[:, None]  # [A, C]
+    k = jnp.where(seen.any(0)[:, None, None, None, None], k, 0)  # unseen keys may hold anything, NaN too
+    alpha_r = jnp.broadcast_to(jnp.einsum("bakjhd->bhakjd", q)[:, :, :, None], _alpha_shape(q, k))
+    factor = jnp.ones((), acc)
+    for step in range(problem.num_iters):
+        if step:
+            alpha_r = _einsum("bhajick,baijhd->bhackjd", left, q)
+            c_r = left.sum(4).transpose(0, 1, 2, 4, 5, 3)  # [b,h,a,c,k,j]
+            factor = jnp.minimum(1 / (c_r + EPSILON), MAX_FACTOR)[..., None]
+        z = problem.scale * _einsum("bhackjd,bcklhd->bhackjl", alpha_r, k) * factor
+        right, log_right = jax.nn.softmax(z, -1), jax.nn.log_softmax(z, -1)
+        alpha = _einsum("bhackjl,bcklhd->bhacjkd", right, k)
+        c_l = (right * log_right).sum(-1)  # negative entropy, [b,h,a,c,k,j]
+        scores = problem.scale * _einsum("baijhd,bhacjkd->bhajick", q, alpha)
+        scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
+        scores = jnp.where(seen[None, None, :, None, None, :, None], scores, -jnp.inf)
+        flat = scores.reshape(*scores.shape[:-2], -1)
+        left = jax.nn.softmax(flat, -1).reshape(scores.shape)
+    return left, right
+
+
+def attend(
+    problem: Problem,
+    q: Float[Array, "B A b1 b2 H D"],
+    k: Float[Array, "B C b1 b2 H D"],
+    v: Float[Array, "B C b1 b2 H D"],
+    visible: Int[Array, " A"],
+) -> Float[Array, "B A b1 b2 H D"]:
+    """The output O[a,i,j] = sum_(c,k) L Y with Y = sum_l R V; an `Attend`."""
+    left, right = factors(problem, q, k, visible)
+    seen = jnp.arange(k.shape[1]) < visible.max()
+    v = jnp.where(seen[:, None, None, None, None], v.astype(right.dtype), 0)
+    y = _einsum("bhackjl,bcklhd->bhacjkd", right, v)
+    return _einsum("bhajick,bhacjkd->baijhd", left, y).astype(q.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MonarchFactors:
+    """The factors of a tiled Monarch attention map, for analysis and tests on small inputs (paper, Section 2.1).
+
+    Attributes:
+        left: L [B, H, A, b2, b1, C, b1]: for query tile a, column j, row i, over (key tile c, row k); sums to 1.
+        right: R [B, H, A, C, b1, b2, b2]: for query tile a, key tile c, row k, column j, over column l; sums to 1.
+        attention: The implied map [B, H, N_q, N_k] in token order; its rows sum to 1.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    attention: jax.Array
+
+
+def _alpha_shape(q: jax.Array, k: jax.Array) -> tuple[int, ...]:
+    batch, tiles, rows, cols, heads, dim = q.shape
+    return (batch, heads, tiles, k.shape[1], rows, cols, dim)
+
+
+def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, *operands, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,88 @@
+"""Tokens to tiles and back, for every layout (paper, Section 4.2): a reshape where the layout allows it."""
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.spec import MonarchSpec
+
+
+def _patterns(blocks: str) -> tuple[str, str]:
+    rows, cols = (" ".join(part) for part in blocks.split(","))
+    return "b (tf f th h tw w) ...", f"b (tf th tw) ({rows}) ({cols}) ..."
+
+
+def _sizes(spec: MonarchSpec) -> dict[str, int]:
+    (_, height, width), (n_f, n_h, n_w) = spec.grid, spec.tile_shape
+    return {"f": n_f, "h": n_h, "w": n_w, "th": height // n_h, "tw": width // n_w}
+
+
+def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Array, "B T b1 b2 *rest"]:
+    """Tokens in (frame, height, width) order to tiles of rows and columns; frames of `x` are free.
+
+    Example:
+        >>> spec = MonarchSpec(grid=(2, 4, 6), tile=(1, 2, 6))
+        >>> tokens_to_tiles(jnp.zeros((1, 48, 3, 8)), spec).shape
+        (1, 4, 2, 6, 3, 8)
+
+    Args:
+        x: [B, F*h*w, ...].
+        spec: Grid height and width, tile and layout.
+
+    Returns:
+        [B, tiles, b1, b2, ...], tiles ordered by (frame group, vertical, horizontal) position.
+    """
+    tokens, tiles = _patterns(spec.blocks)
+    return rearrange(x, f"{tokens} -> {tiles}", **_sizes(spec))
+
+
+def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Float[Array, "B N *rest"]:
+    """The inverse of `tokens_to_tiles`.
+
+    Example:
+        >>> spec = MonarchSpec(grid=(2, 4, 6), tile=(2, 2, 3), blocks="w,fh")
+        >>> x = jnp.arange(48.0).reshape(1, 48, 1, 1)
+        >>> bool((tiles_to_tokens(tokens_to_tiles(x, spec), spec) == x).all())
+        True
+
+    Args:
+        x: [B, tiles, b1, b2, ...].
+        spec: Grid height and width, tile and layout.
+
+    Returns:
+        [B, F*h*w, ...].
+    """
+    tokens, tiles = _patterns(spec.blocks)
+    return rearrange(x, f"{tiles} -> {tokens}", **_sizes(spec))
+
+
+def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = None) -> Int[Array, " A"]:
+    """How many leading key tiles each query tile sees.
+
+    Key tiles are ordered by time first, so what a block-causal mask and a partly filled cache leave visible is
+    always a prefix. A tile counts as valid when all of its frames are.
+
+    Example:
+        >>> spec = MonarchSpec(grid=(6, 2, 2), causal_block=3)
+        >>> visible_tiles(spec).tolist()
+        [3, 3, 3, 6, 6, 6]
+        >>> visible_tiles(MonarchSpec(grid=(1, 2, 2), key_frames=6), kv_frames=4).tolist()
+        [4]
+
+    Args:
+        spec: The attention.
+        kv_frames: Leading key frames that are valid, an integer or an int32 scalar; None means all.
+
+    Returns:
+        int32 [query tiles].
+    """
+    if kv_frames is None:
+        return jnp.asarray(spec.visible_tiles(), jnp.int32)
+    n_f, group = spec.tile_shape[0], spec.tiles_per_group
+    valid = jnp.asarray(kv_frames, jnp.int32)
+    seen = jnp.full((spec.grid[0] // n_f,), valid // n_f, jnp.int32)
+    if spec.causal_block is not None:
+        frame = valid - spec.grid[0] + jnp.arange(0, spec.grid[0], n_f, dtype=jnp.int32)
+        block_end = (frame // spec.causal_block + 1) * spec.causal_block
+        seen = jnp.minimum(seen, block_end // n_f)
+    return jnp.repeat(seen, group) * group

@@ -1,0 +1,158 @@
+"""Tiled Monarch attention in plain XLA, one chunk of query tiles at a time: memory is linear in the frames.
+
+Query tiles are independent for every T, so a chunk of them is the unit of work in both directions. With one
+refinement step the backward pass is written out (residuals q, k, v, out, lse); with more, a chunk is recomputed and
+differentiated by JAX. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from monarch_jax import reference
+from monarch_jax._typing import Array, Float, Int
+from monarch_jax.backends import Problem, Residuals, accumulator_dtype, differentiable
+
+CHUNK_BYTES = 128 * 2**20  # intermediates of one chunk, when a single query tile does not need more
+
+
+def forward(
+    problem: Problem,
+    q: Float[Array, "B A b1 b2 H D"],
+    k: Float[Array, "B C b1 b2 H D"],
+    v: Float[Array, "B C b1 b2 H D"],
+    visible: Int[Array, " A"],
+) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B A b1 b2 H"]]:
+    """One refinement step (T = 1): the output and the log-sum-exp of L's scores."""
+    k, v = _without_unseen(problem, visible, k, v)
+
+    def body(chunk):
+        q, visible = chunk
+        _, _, alpha, c_l, y = _right(problem, q, k, v)
+        scores = _left_scores(problem, q, alpha, c_l, visible)
+        lse = jax.nn.logsumexp(scores, axis=(-2, -1))  # [b,h,n,j,i]
+        left = jnp.exp(scores - lse[..., None, None]).astype(q.dtype)
+        out = _einsum("bhnjick,bhncjkd->bnijhd", left, y).astype(q.dtype)
+        return out, lse.transpose(0, 2, 4, 3, 1)
+
+    return _map_chunks(body, (q, visible), _chunk_tiles(q, k))
+
+
+def vjp(
+    problem: Problem, residuals: Residuals, d_out: Float[Array, "B A b1 b2 H D"]
+) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B C b1 b2 H D"], Float[Array, "B C b1 b2 H D"]]:
+    """Gradients for T = 1: R, alpha, c_L, Y are recomputed chunk by chunk, dk and dv accumulate in float32."""
+    dtype, s = residuals.q.dtype, problem.scale
+    k, v = _without_unseen(problem, residuals.visible, residuals.k, residuals.v)
+    acc = accumulator_dtype(dtype)
+    # delta = <dO, O> is the term that every softmax gradient of L subtracts
+    delta = jnp.einsum("baijhd,baijhd->baijh", d_out, residuals.out, preferred_element_type=acc)
+
+    def body(carry, chunk):
+        dk, dv = carry
+        q, d_out, delta, lse, visible = chunk
+        right, log_right, alpha, c_l, y = _right(problem, q, k, v)
+        scores = _left_scores(problem, q, alpha, c_l, visible)
+        left = jnp.exp(scores - lse.transpose(0, 4, 1, 3, 2)[..., None, None])
+        d_left = _einsum("bnijhd,bhncjkd->bhnjick", d_out, y)
+        d_scores = left * (d_left - delta.transpose(0, 4, 1, 3, 2)[..., None, None])
+        d_y = _einsum("bhnjick,bnijhd->bhncjkd", left.astype(dtype), d_out).astype(dtype)
+        d_cl = -d_scores.sum(4).transpose(0, 1, 2, 4, 5, 3)  # [b,h,n,c,k,j]
+        d_scores = d_scores.astype(dtype)
+        d_alpha = (s * _einsum("bhnjick,bnijhd->bhncjkd", d_scores, q)).astype(dtype)
+        dq = s * _einsum("bhnjick,bhncjkd->bnijhd", d_scores, alpha)
+        # back through R = softmax(z), z = s <Q, K>: alpha, Y and c_L = sum R log R all depend on it
+        d_right = _einsum("bhncjkd,bcklhd->bhnckjl", d_alpha, k) + _einsum("bhncjkd,bcklhd->bhnckjl", d_y, v)
+        d_right = d_right + d_cl[..., None] * log_right
+        d_z = right * (d_right - (right * d_right).sum(-1, keepdims=True))
+        right, d_z = right.astype(dtype), d_z.astype(dtype)
+        dq = dq + s * _einsum("bhnckjl,bcklhd->bnkjhd", d_z, k)
+        dk = dk + s * _einsum("bhnckjl,bnkjhd->bcklhd", d_z, q) + _einsum("bhnckjl,bhncjkd->bcklhd", right, d_alpha)
+        dv = dv + _einsum("bhnckjl,bhncjkd->bcklhd", right, d_y)
+        return (dk, dv), dq.astype(dtype)
+
+    zeros = (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc))
+    per_tile = (residuals.q, d_out, delta, residuals.lse, residuals.visible)
+    (dk, dv), dq = _scan_chunks(body, zeros, per_tile, _chunk_tiles(residuals.q, k))
+    return dq, dk.astype(dtype), dv.astype(dtype)
+
+
+_attend_once = differentiable(forward, vjp)
+
+
+def attend(
+    problem: Problem,
+    q: Float[Array, "B A b1 b2 H D"],
+    k: Float[Array, "B C b1 b2 H D"],
+    v: Float[Array, "B C b1 b2 H D"],
+    visible: Int[Array, " A"],
+) -> Float[Array, "B A b1 b2 H D"]:
+    """The attention for any T; an `Attend`."""
+    if problem.num_iters == 1:
+        return _attend_once(problem, q, k, v, visible)
+    k, v = _without_unseen(problem, visible, k, v)
+    body = jax.checkpoint(lambda chunk: reference.attend(problem, chunk[0], k, v, chunk[1]))
+    return _map_chunks(body, (q, visible), _chunk_tiles(q, k))
+
+
+def _right(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array):
+    """R and log R [b,h,n,c,k,j,l], alpha and Y [b,h,n,c,j,k,d] in the inputs' dtype, c_L [b,h,n,c,k,j]."""
+    z = problem.scale * _einsum("bnkjhd,bcklhd->bhnckjl", q, k)
+    log_right = jax.nn.log_softmax(z, axis=-1)
+    right = jnp.exp(log_right)
+    c_l = (right * log_right).sum(-1)
+    low = right.astype(q.dtype)
+    alpha = _einsum("bhnckjl,bcklhd->bhncjkd", low, k).astype(q.dtype)
+    y = _einsum("bhnckjl,bcklhd->bhncjkd", low, v).astype(q.dtype)
+    return right, log_right, alpha, c_l, y
+
+
+def _left_scores(problem: Problem, q: jax.Array, alpha: jax.Array, c_l: jax.Array, visible: jax.Array):
+    """Scores of L [b,h,n,j,i,c,k], minus infinity where a query tile does not see a key tile."""
+    scores = problem.scale * _einsum("bnijhd,bhncjkd->bhnjick", q, alpha)
+    scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
+    if not problem.masked:
+        return scores
+    seen = jnp.arange(alpha.shape[3]) < visible[:, None]  # [n, c]
+    return jnp.where(seen[:, None, None, :, None], scores, -jnp.inf)
+
+
+def _without_unseen(problem: Problem, visible: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Zeros for key tiles that nobody sees: the unfilled part of a buffer may hold anything, NaN too."""
+    if not problem.masked:
+        return arrays
+    seen = (jnp.arange(arrays[0].shape[1]) < visible.max())[:, None, None, None, None]
+    return tuple(jnp.where(seen, x, 0) for x in arrays)
+
+
+def _chunk_tiles(q: jax.Array, k: jax.Array) -> int:
+    """Query tiles per chunk: the largest divisor of their number whose intermediates fit CHUNK_BYTES."""
+    batch, tiles, rows, cols, heads, dim = q.shape
+    per_pair = rows * cols * (2 * dim + 2 * cols + 2 * rows) * accumulator_dtype(q.dtype).itemsize
+    limit = max(1, CHUNK_BYTES // (batch * heads * k.shape[1] * per_pair))
+    return max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= limit)
+
+
+def _split(x: jax.Array, n: int) -> jax.Array:
+    """Axis of query tiles (1, or 0 for `visible`) to a leading axis of chunks."""
+    if x.ndim == 1:
+        return x.reshape(-1, n)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, n, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _scan_chunks(body, carry, per_tile, n: int):
+    carry, out = lax.scan(body, carry, jax.tree.map(lambda x: _split(x, n), per_tile))
+    return carry, jax.tree.map(_join, out)
+
+
+def _map_chunks(body, per_tile, n: int):
+    return _scan_chunks(lambda carry, chunk: (carry, body(chunk)), None, per_tile, n)[1]
+
+
+def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, *operands, preferred_element_type=accumulator_dtype(operands[0].dtype))
