@@ -1,0 +1,148 @@
+"""Names of Wan's parameters: ours, the official checkpoint's and diffusers', as data, and the change of layout."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from models.wan.config import WanConfig
+
+type Layout = Literal["linear", "conv", "vector"]
+type Naming = Literal["official", "diffusers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One module or array: its path in our model and its name in the two formats; `{i}` is the layer.
+
+    Attributes:
+        ours: Attributes joined by dots.
+        official: Name in Wan's own files.
+        diffusers: Name in diffusers' files.
+        arrays: Our leaf to their leaf ("" if the name is the array itself) and the change of layout.
+    """
+
+    ours: str
+    official: str
+    diffusers: str
+    arrays: tuple[tuple[str, str, Layout], ...]
+
+
+LINEAR = (("kernel", "weight", "linear"), ("bias", "bias", "vector"))
+CONV = (("kernel", "weight", "conv"), ("bias", "bias", "vector"))
+AFFINE = (("scale", "weight", "vector"), ("bias", "bias", "vector"))
+SCALE = (("scale", "weight", "vector"),)
+ARRAY = (("", "", "vector"),)
+
+P, D = "blocks.{i}", "condition_embedder"
+OUTER = (
+    Rule("patch_embedding", "patch_embedding", "patch_embedding", CONV),
+    Rule("text_embedding.fc1", "text_embedding.0", f"{D}.text_embedder.linear_1", LINEAR),
+    Rule("text_embedding.fc2", "text_embedding.2", f"{D}.text_embedder.linear_2", LINEAR),
+    Rule("time_embedding.fc1", "time_embedding.0", f"{D}.time_embedder.linear_1", LINEAR),
+    Rule("time_embedding.fc2", "time_embedding.2", f"{D}.time_embedder.linear_2", LINEAR),
+    Rule("time_projection", "time_projection.1", f"{D}.time_proj", LINEAR),
+    Rule("head.modulation", "head.modulation", "scale_shift_table", ARRAY),
+    Rule("head.proj", "head.head", "proj_out", LINEAR),
+)
+OUTER_I2V = (
+    Rule("image_embedding.norm1", "img_emb.proj.0", f"{D}.image_embedder.norm1", AFFINE),
+    Rule("image_embedding.mlp.fc1", "img_emb.proj.1", f"{D}.image_embedder.ff.net.0.proj", LINEAR),
+    Rule("image_embedding.mlp.fc2", "img_emb.proj.3", f"{D}.image_embedder.ff.net.2", LINEAR),
+    Rule("image_embedding.norm2", "img_emb.proj.4", f"{D}.image_embedder.norm2", AFFINE),
+)
+# The official norm3, of the cross-attention, is diffusers' norm2; the other norms of a block have no parameters.
+BLOCK = (
+    Rule("blocks.modulation", f"{P}.modulation", f"{P}.scale_shift_table", ARRAY),
+    *(Rule(f"blocks.self_attn.{x}", f"{P}.self_attn.{x}", f"{P}.attn1.to_{x}", LINEAR) for x in "qkv"),
+    Rule("blocks.self_attn.o", f"{P}.self_attn.o", f"{P}.attn1.to_out.0", LINEAR),
+    *(Rule(f"blocks.self_attn.norm_{x}", f"{P}.self_attn.norm_{x}", f"{P}.attn1.norm_{x}", SCALE) for x in "qk"),
+    Rule("blocks.norm3", f"{P}.norm3", f"{P}.norm2", AFFINE),
+    *(Rule(f"blocks.cross_attn.{x}", f"{P}.cross_attn.{x}", f"{P}.attn2.to_{x}", LINEAR) for x in "qkv"),
+    Rule("blocks.cross_attn.o", f"{P}.cross_attn.o", f"{P}.attn2.to_out.0", LINEAR),
+    *(Rule(f"blocks.cross_attn.norm_{x}", f"{P}.cross_attn.norm_{x}", f"{P}.attn2.norm_{x}", SCALE) for x in "qk"),
+    Rule("blocks.ffn.fc1", f"{P}.ffn.0", f"{P}.ffn.net.0.proj", LINEAR),
+    Rule("blocks.ffn.fc2", f"{P}.ffn.2", f"{P}.ffn.net.2", LINEAR),
+)
+BLOCK_I2V = (
+    Rule("blocks.cross_attn.k_img", f"{P}.cross_attn.k_img", f"{P}.attn2.add_k_proj", LINEAR),
+    Rule("blocks.cross_attn.v_img", f"{P}.cross_attn.v_img", f"{P}.attn2.add_v_proj", LINEAR),
+    Rule("blocks.cross_attn.norm_k_img", f"{P}.cross_attn.norm_k_img", f"{P}.attn2.norm_added_k", SCALE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint and where it goes.
+
+    Attributes:
+        path: Our parameter, as a path of attributes.
+        layer: Index on the parameter's leading layer axis, or None outside the blocks.
+        official: Name in Wan's own files.
+        diffusers: Name in diffusers' files.
+        layout: How ours is made from theirs.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    official: str
+    diffusers: str
+    layout: Layout
+
+    def name(self, naming: Naming) -> str:
+        """The tensor's name in a format."""
+        return self.official if naming == "official" else self.diffusers
+
+
+def tensors(config: WanConfig) -> list[Tensor]:
+    """Every tensor of a checkpoint of `config`, in the order of the official files' modules.
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> len(tensors(wan_config("wan2.1-t2v-1.3b"))), len(tensors(wan_config("wan2.1-i2v-14b")))
+        (825, 1303)
+
+    Args:
+        config: Model type and number of layers are used.
+
+    Returns:
+        One entry per tensor.
+    """
+    i2v = config.model_type == "i2v"
+    outer = [_tensor(rule, leaf, None) for rule in OUTER + OUTER_I2V * i2v for leaf in rule.arrays]
+    blocks = [
+        _tensor(rule, leaf, layer)
+        for layer in range(config.num_layers)
+        for rule in BLOCK + BLOCK_I2V * i2v
+        for leaf in rule.arrays
+    ]
+    return outer + blocks
+
+
+def to_ours(array: Shaped[np.ndarray, "..."], layout: Layout) -> Shaped[np.ndarray, "..."]:
+    """A view of a checkpoint's array in our layout.
+
+    torch's linear [out, in] becomes [in, out]; its conv [out, in, t, h, w] becomes [t, h, w, in, out].
+    """
+    match layout:
+        case "linear":
+            return array.T
+        case "conv":
+            return array.transpose(2, 3, 4, 1, 0)
+        case _:
+            return array
+
+
+def to_theirs(array: Shaped[np.ndarray, "..."], layout: Layout) -> Shaped[np.ndarray, "..."]:
+    """The inverse of `to_ours`."""
+    return array.transpose(4, 3, 0, 1, 2) if layout == "conv" else to_ours(array, layout)
+
+
+def _tensor(rule: Rule, leaf: tuple[str, str, Layout], layer: int | None) -> Tensor:
+    ours, theirs, layout = leaf
+    path = (*rule.ours.split("."), ours) if ours else tuple(rule.ours.split("."))
+    official, diffusers = (
+        ".".join(filter(None, (name.replace("{i}", str(layer)), theirs))) for name in (rule.official, rule.diffusers)
+    )
+    return Tensor(path, layer, official, diffusers, layout)

@@ -1,0 +1,275 @@
+"""The Wan 2.1 diffusion transformer: latents, timesteps and text to a flow prediction."""
+
+import dataclasses
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Real
+
+from models.wan.attention import attend
+from models.wan.config import Attention, MonarchAttention, WanConfig
+from models.wan.layers import (
+    MLP, Head, ImageEmbedding, PatchEmbedding, WanBlock, gelu_tanh, linear, sinusoid, small_normal,
+)  # fmt: skip
+from models.wan.rope import rope_table
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Inputs(NamedTuple):
+    """What the blocks and the head work on."""
+
+    x: Array  # [B, F, h*w, D] residual stream
+    time: Array  # [B, T, D] timestep embedding, T = F or 1
+    time_projection: Array  # [B, T, 6, D]
+    text: Array  # [B, text_len, D]
+    image: Array | None  # [B, image rows, D]
+
+
+class WanModel(nnx.Module):
+    """Wan 2.1 DiT (Wan technical report, Section 4); `blocks` holds all layers, stacked on a leading axis and scanned.
+
+    Which attention the layers use is part of `config` and not of the parameters: `with_attention` swaps it.
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", in_channels=4, out_channels=4), rngs=nnx.Rngs(0))
+        >>> flow = model(jnp.zeros((1, 3, 4, 8, 4)), jnp.array([500.0]), jnp.zeros((1, 5, 32)))
+        >>> flow.shape, flow.dtype
+        ((1, 3, 4, 8, 4), dtype('float32'))
+
+    Args:
+        config: Sizes, attention and policy.
+        rngs: Its `params` stream initialises as the official code does: Xavier-uniform weights, zero biases, a zero
+            head.
+    """
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.text_embedding = MLP(config, (config.text_dim, dim, dim), act=gelu_tanh, init=small_normal, rngs=rngs)
+        self.time_embedding = MLP(
+            config, (config.freq_dim, dim, dim), act=jax.nn.silu, init=small_normal, precise=True, rngs=rngs
+        )
+        self.time_projection = linear(config, dim, 6 * dim, precise=True, rngs=rngs)
+        if config.model_type == "i2v":
+            self.image_embedding = ImageEmbedding(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> WanBlock:
+            return WanBlock(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.head = Head(config, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timesteps: Real[Array, "B"] | Real[Array, "B frames"],
+        text: Float[Array, "B L E"],
+        image: Float[Array, "B I G"] | None = None,
+    ) -> Float[Array, "B F H W C_out"]:
+        """Predicts the flow, noise minus data.
+
+        Args:
+            latents: Noisy latents, channels last.
+            timesteps: 0 to 1000, one per sample or one per frame of tokens.
+            text: Output of the text encoder, at most `text_len` rows; shorter is padded with zero rows, which are
+                attended to.
+            image: Output of the image encoder, for i2v.
+
+        Returns:
+            The flow, in float32 at least.
+
+        Raises:
+            ValueError: If a shape does not fit the configuration, or a tile the grid.
+        """
+        grid = self.check_inputs(latents, timesteps, text, image)
+        inputs = self.embed(latents, timesteps, text, image)
+        x = self.run_blocks(inputs, grid)
+        return self.unpatchify(self.head(x, inputs.time), grid)
+
+    def check_inputs(
+        self, latents: Array, timesteps: Array, text: Array, image: Array | None = None
+    ) -> tuple[int, int, int]:
+        """Raises ValueError unless the inputs fit the configuration; returns the grid of tokens (F, h, w)."""
+        config = self.config
+        batch, *size, channels = latents.shape
+        if channels != config.in_channels:
+            raise ValueError(f"latents have {channels} channels (last axis), the model takes {config.in_channels}.")
+        grid = config.token_grid(*size)
+        if timesteps.shape not in ((batch,), (batch, grid[0])):
+            raise ValueError(
+                f"timesteps have shape {timesteps.shape}, not ({batch},) for one per sample "
+                f"or ({batch}, {grid[0]}) for one per frame."
+            )
+        if text.shape[0] != batch or text.shape[2] != config.text_dim:
+            raise ValueError(f"text has shape {text.shape}, not ({batch}, rows, {config.text_dim}).")
+        if text.shape[1] > config.text_len:
+            raise ValueError(f"text has {text.shape[1]} rows, the model takes at most {config.text_len}.")
+        if config.model_type == "i2v":
+            if image is None:
+                raise ValueError(f"image is None; an i2v model needs [{batch}, rows, {config.image_dim}].")
+            if image.shape[0] != batch or image.shape[2] != config.image_dim:
+                raise ValueError(f"image has shape {image.shape}, not ({batch}, rows, {config.image_dim}).")
+        elif image is not None:
+            raise ValueError("image was given to a t2v model; it takes None.")
+        for setting in dict.fromkeys(config.layer_attention):
+            if isinstance(setting, MonarchAttention):
+                setting.spec(grid, causal_block=config.causal_block)
+        return grid
+
+    def embed(self, latents: Array, timesteps: Array, text: Array, image: Array | None = None) -> Inputs:
+        """Tokens, timestep embedding and embedded text (and image)."""
+        config = self.config
+        per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
+        time = self.time_embedding(sinusoid(per_frame, config.freq_dim))
+        projection = self.time_projection(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
+        padded = jnp.pad(text, ((0, 0), (0, config.text_len - text.shape[1]), (0, 0)))
+        return Inputs(
+            x=self.patch_embedding(latents),
+            time=time,
+            time_projection=projection,
+            text=self.text_embedding(padded),
+            image=None if image is None else self.image_embedding(image),
+        )
+
+    def run_blocks(self, inputs: Inputs, grid: tuple[int, int, int], *, layers: int | None = None) -> Array:
+        """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
+
+        Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth.
+        """
+        config = self.config
+        rope = rope_table(grid, config.head_dim)
+        graph, state = nnx.split(self.blocks)
+        x, start = inputs.x, 0
+        for setting, run in itertools.groupby(config.layer_attention[:layers]):
+            stop = start + len(list(run))
+
+            def body(x, layer, setting=setting):
+                block = nnx.merge(graph, layer)
+                keys_values = block.cross_attn.keys_values(inputs.text, inputs.image)
+                x = block(
+                    x, inputs.time_projection, rope, keys_values,
+                    lambda q, k, v: attend(
+                        q, k, v, grid=grid, setting=setting, causal_block=config.causal_block
+                    ),
+                )  # fmt: skip
+                return x, None
+
+            if config.remat != "none":
+                body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            x, _ = jax.lax.scan(body, x, layer_slice(state, start, stop, config.num_layers))
+            start = stop
+        return x
+
+    def attention_inputs(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timesteps: Real[Array, "B"] | Real[Array, "B frames"],
+        text: Float[Array, "B L E"],
+        image: Float[Array, "B I G"] | None = None,
+        *,
+        layer: int,
+    ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"], tuple[int, int, int]]:
+        """Query, key and value that the self-attention of one layer sees, and the grid: for analysis and pictures.
+
+        Args:
+            latents: As in the call.
+            timesteps: As in the call.
+            text: As in the call.
+            image: As in the call.
+            layer: 0 to num_layers - 1.
+
+        Returns:
+            query, key, value: [B, F*h*w, heads, head_dim], rotary embedding applied; and the grid (F, h, w).
+
+        Raises:
+            ValueError: As the call, and if `layer` does not exist.
+        """
+        if not 0 <= layer < self.config.num_layers:
+            raise ValueError(f"layer={layer} is not one of 0 to {self.config.num_layers - 1}.")
+        grid = self.check_inputs(latents, timesteps, text, image)
+        inputs = self.embed(latents, timesteps, text, image)
+        x = self.run_blocks(inputs, grid, layers=layer)
+        graph, state = nnx.split(self.blocks)
+        block = nnx.merge(graph, jax.tree.map(lambda stacked: stacked[layer], state))
+        shift, scale = block.modulations(inputs.time_projection)[:2]
+        rope = rope_table(grid, self.config.head_dim)
+        return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope), grid
+
+    def unpatchify(self, patches: Array, grid: tuple[int, int, int]) -> Array:
+        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]."""
+        pt, ph, pw = self.config.patch_size
+        return rearrange(patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c",
+                         h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw)  # fmt: skip
+
+    def with_attention(self, attention: Attention | tuple[Attention, ...]) -> "WanModel":
+        """The same arrays under another attention; nothing is trained or copied.
+
+        Example:
+            >>> from models.wan import MonarchAttention, wan_config
+            >>> dense = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
+            >>> dense.with_attention(MonarchAttention(tile=(3, 2, 4))).config.attention.tile
+            (3, 2, 4)
+
+        Args:
+            attention: One setting, or one per layer.
+
+        Returns:
+            A new model; `self` keeps its setting.
+
+        Raises:
+            ValueError: As `WanConfig`.
+        """
+        return self.with_config(attention=attention)
+
+    def with_config(self, **changes) -> "WanModel":
+        """The same arrays under another `attention`, `causal_block` or `remat`.
+
+        Raises:
+            ValueError: If a change would need other parameters or other layers.
+        """
+        allowed = ("attention", "causal_block", "remat")
+        for name in changes:
+            if name not in allowed:
+                raise ValueError(f"{name!r} cannot be changed on a built model; these can: {', '.join(allowed)}.")
+        config = dataclasses.replace(self.config, **changes)
+        graph, state = nnx.split(self)
+        model = nnx.merge(graph, state)
+        model.config = config
+        return model
+
+
+def layer_slice(state, start: int, stop: int, num_layers: int):
+    """Layers start to stop of stacked parameters; the parameters themselves if that is all of them."""
+    if (start, stop) == (0, num_layers):
+        return state
+    return jax.tree.map(lambda stacked: stacked[start:stop], state)
+
+
+def count_parameters(model: WanModel | WanConfig) -> int:
+    """Number of parameters, without allocating any for a configuration.
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> count_parameters(wan_config("wan2.1-t2v-1.3b"))
+        1418996800
+
+    Args:
+        model: A model or a configuration.
+
+    Returns:
+        The count.
+    """
+    if isinstance(model, WanConfig):
+        config = model
+        model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,263 @@
+"""The parts of a Wan block: norms, projections, embeddings. Attribute names are the official checkpoint's."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Real
+
+from models.wan.attention import dense_attention
+from models.wan.config import WanConfig
+from models.wan.rope import rotate
+
+xavier = nnx.initializers.xavier_uniform()
+small_normal = nnx.initializers.normal(0.02)
+type Attend = Callable[[Array, Array, Array], Array]
+
+
+def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
+    """A dense layer with bias in the compute dtype, or in float32 at least if `precise`."""
+    dtype = config.precise_dtype if precise else jnp.dtype(config.dtype)
+    param_dtype = jnp.dtype(config.param_dtype)
+    return nnx.Linear(features, out, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
+    """LayerNorm that computes and returns float32 at least, with two-pass variance."""
+    return nnx.LayerNorm(
+        width, epsilon=config.eps if eps is None else eps, use_scale=affine, use_bias=affine, use_fast_variance=False,
+        dtype=config.precise_dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs,
+    )  # fmt: skip
+
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation over all heads at once; rounds to the input's dtype before the weight, as Wan does."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (config.dim,), jnp.dtype(config.param_dtype)))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """x / sqrt(mean(x^2) + eps) * scale, in the dtype of `x`."""
+        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = precise * jax.lax.rsqrt(jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Two dense layers with an activation between them."""
+
+    def __init__(self, config: WanConfig, widths: tuple[int, int, int], *, act, rngs, init=xavier, precise=False):
+        self.act = act
+        self.fc1 = linear(config, widths[0], widths[1], rngs=rngs, init=init, precise=precise)
+        self.fc2 = linear(config, widths[1], widths[2], rngs=rngs, init=init, precise=precise)
+
+    def __call__(self, x: Float[Array, "*batch D_in"]) -> Float[Array, "*batch D_out"]:
+        """fc2(act(fc1(x)))."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+gelu_tanh = partial(jax.nn.gelu, approximate=True)
+gelu_exact = partial(jax.nn.gelu, approximate=False)
+
+
+class SelfAttention(nnx.Module):
+    """Queries, keys and values of a block with full-width RMSNorm and rotary embedding; how they meet is passed in."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (linear(config, config.dim, config.dim, rngs=rngs) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config, rngs=rngs), RMSNorm(config, rngs=rngs)
+
+    def qkv(
+        self, x: Float[Array, "B F S D"], rope: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
+        """Rotated queries and keys, and values, over the flattened tokens."""
+        split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
+        merge = partial(rearrange, pattern="b f s n d -> b (f s) n d")
+        query = rotate(split(self.norm_q(self.q(x))), *rope)
+        key = rotate(split(self.norm_k(self.k(x))), *rope)
+        return merge(query), merge(key), merge(split(self.v(x)))
+
+    def __call__(
+        self, x: Float[Array, "B F S D"], rope: tuple[Array, Array], attend: Attend
+    ) -> Float[Array, "B F S D"]:
+        """Attention of the tokens among themselves, before the gate."""
+        out = attend(*self.qkv(x, rope))
+        return self.o(out.reshape(x.shape))
+
+
+class CrossAttention(nnx.Module):
+    """Tokens attend to the text, padding included, and in i2v to the image with the same queries; no positions."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (linear(config, config.dim, config.dim, rngs=rngs) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config, rngs=rngs), RMSNorm(config, rngs=rngs)
+        if config.model_type == "i2v":
+            self.k_img, self.v_img = (linear(config, config.dim, config.dim, rngs=rngs) for _ in range(2))
+            self.norm_k_img = RMSNorm(config, rngs=rngs)
+
+    def keys_values(
+        self, text: Float[Array, "B L D"], image: Float[Array, "B I D"] | None
+    ) -> tuple[tuple[Array, Array], ...]:
+        """(key, value) of the text, and of the image if there is one, each [B, rows, heads, head_dim]."""
+        split = partial(rearrange, pattern="b l (n d) -> b l n d", n=self.num_heads)
+        pairs = ((split(self.norm_k(self.k(text))), split(self.v(text))),)
+        if image is not None:
+            pairs += ((split(self.norm_k_img(self.k_img(image))), split(self.v_img(image))),)
+        return pairs
+
+    def __call__(
+        self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
+    ) -> Float[Array, "B F S D"]:
+        """The sum of one attention for each source of keys and values."""
+        query = rearrange(self.norm_q(self.q(x)), "b f s (n d) -> b (f s) n d", n=self.num_heads)
+        out = sum(dense_attention(query, key, value) for key, value in keys_values)
+        return self.o(out.reshape(x.shape))
+
+
+class WanBlock(nnx.Module):
+    """Self-attention, cross-attention and feed-forward; the timestep modulates the first and the last."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.dtype = jnp.dtype(config.dtype)
+        self.modulation = nnx.Param(modulation_table(config, 6, rngs))
+        self.norm1 = layer_norm(config, dim, affine=False, rngs=rngs)
+        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.norm3 = layer_norm(config, dim, affine=True, rngs=rngs)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.norm2 = layer_norm(config, dim, affine=False, rngs=rngs)
+        self.ffn = MLP(config, (dim, config.ffn_dim, dim), act=gelu_tanh, rngs=rngs)
+
+    def modulations(self, time: Float[Array, "B T 6 D"]) -> list[Float[Array, "B T 1 D"]]:
+        """Shift, scale, gate of the self-attention, then of the feed-forward, broadcast over a frame's tokens."""
+        table = time + self.modulation[...].astype(time.dtype)
+        return [table[:, :, None, i] for i in range(6)]
+
+    def modulated(self, norm, x: Array, shift: Array, scale: Array) -> Array:
+        """norm(x) * (1 + scale) + shift, formed in float32 at least."""
+        return (norm(x) * (1 + scale) + shift).astype(self.dtype)
+
+    def gated(self, x: Array, y: Array, gate: Array) -> Array:
+        """x + y * gate, formed in float32 at least."""
+        return (x.astype(gate.dtype) + y.astype(gate.dtype) * gate).astype(self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B F S D"],
+        time: Float[Array, "B T 6 D"],
+        rope: tuple[Array, Array],
+        keys_values: tuple[tuple[Array, Array], ...],
+        attend: Attend,
+    ) -> Float[Array, "B F S D"]:
+        """One block.
+
+        Args:
+            x: Residual stream by frame.
+            time: Projected timestep embedding, T = F or 1.
+            rope: Cosines and sines of the tokens.
+            keys_values: Of the cross-attention, as its `keys_values` gives them.
+            attend: (query, key, value) -> output over the flattened tokens.
+
+        Returns:
+            The residual stream.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(time)
+        y = self.self_attn(self.modulated(self.norm1, x, shift1, scale1), rope, attend)
+        x = self.gated(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), keys_values)
+        y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
+        return self.gated(x, y, gate2)
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution with stride equal to its kernel, done as one product over patches."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        pt, ph, pw = config.patch_size
+        param_dtype = jnp.dtype(config.param_dtype)
+        flat = xavier(rngs.params(), (pt * ph * pw * config.in_channels, config.dim), param_dtype)
+        self.kernel = nnx.Param(flat.reshape(pt, ph, pw, config.in_channels, config.dim))
+        self.bias = nnx.Param(jnp.zeros((config.dim,), param_dtype))
+
+    def __call__(self, latents: Float[Array, "B F H W C"]) -> Float[Array, "B f S D"]:
+        """Tokens by frame, rows before columns."""
+        kernel = self.kernel[...].astype(self.dtype)
+        pt, ph, pw = kernel.shape[:3]
+        patches = rearrange(latents.astype(self.dtype), "b (f pt) (h ph) (w pw) c -> b f (h w) (pt ph pw c)",
+                            pt=pt, ph=ph, pw=pw)  # fmt: skip
+        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+
+
+class ImageEmbedding(nnx.Module):
+    """Image encoder features to the width of the model (i2v); its norms use torch's eps."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        self.norm1 = layer_norm(config, config.image_dim, affine=True, rngs=rngs, eps=1e-5)
+        self.mlp = MLP(config, (config.image_dim, config.image_dim, config.dim), act=gelu_exact, rngs=rngs)
+        self.norm2 = layer_norm(config, config.dim, affine=True, rngs=rngs, eps=1e-5)
+
+    def __call__(self, features: Float[Array, "B I E"]) -> Float[Array, "B I D"]:
+        """Rows for the cross-attention."""
+        return self.norm2(self.mlp(self.norm1(features).astype(self.dtype))).astype(self.dtype)
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection of each token to its patch, in float32 at least."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.modulation = nnx.Param(modulation_table(config, 2, rngs))
+        self.norm = layer_norm(config, config.dim, affine=False, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.proj = linear(config, config.dim, config.patch_features, rngs=rngs, init=zeros, precise=True)
+
+    def __call__(self, x: Float[Array, "B F S D"], time: Float[Array, "B T D"]) -> Float[Array, "B F S P"]:
+        """Patches; `time` is the embedding before its projection, T = F or 1."""
+        table = time[:, :, None] + self.modulation[...].astype(time.dtype)
+        shift, scale = table[:, :, None, 0], table[:, :, None, 1]
+        return self.proj(self.norm(x) * (1 + scale) + shift)
+
+
+def modulation_table(config: WanConfig, rows: int, rngs: nnx.Rngs) -> Float[Array, "1 rows D"]:
+    """Normal with variance 1/D."""
+    init = nnx.initializers.normal(config.dim**-0.5)
+    return init(rngs.params(), (1, rows, config.dim), jnp.dtype(config.param_dtype))
+
+
+def sinusoid(timesteps: Real[Array, "*batch"], width: int) -> Float[Array, "*batch width"]:
+    """[cos(t w_0), ..., sin(t w_0), ...] with w_m = 10000^(-2m/width): cosines first.
+
+    Wan forms the angles, up to 1000, in float64. Here t = t1 + t2 and w = w1 + w2 with 12-bit t1 and w1, so that t1*w1
+    is exact in float32 and the rest, small, is added through the addition theorem: right to about 1e-7.
+
+    Example:
+        >>> sinusoid(jnp.array([1000.0]), 256)[0, :2].round(6).tolist()
+        [0.5623790621757507, 0.7896149754524231]
+
+    Args:
+        timesteps: On the scale 0 to 1000, fractions allowed.
+        width: Even.
+
+    Returns:
+        float32.
+    """
+    half = width // 2
+    exact = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)
+    exponent = np.floor(np.log2(exact)) - 11
+    coarse = (np.round(exact / 2.0**exponent) * 2.0**exponent).astype(np.float32)
+    rest = (exact - coarse).astype(np.float32)
+    t = timesteps.astype(jnp.float32)[..., None]
+    t1 = jax.lax.reduce_precision(t, exponent_bits=8, mantissa_bits=11)
+    large = t1 * coarse
+    small = t1 * rest + (t - t1) * exact.astype(np.float32)
+    cos = jnp.cos(large) * jnp.cos(small) - jnp.sin(large) * jnp.sin(small)
+    sin = jnp.sin(large) * jnp.cos(small) + jnp.cos(large) * jnp.sin(small)
+    return jnp.concatenate([cos, sin], axis=-1)

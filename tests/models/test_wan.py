@@ -1,0 +1,369 @@
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.wan import (
+    DenseAttention, MonarchAttention, WanConfig, WanModel, count_parameters, wan_config,
+)  # fmt: skip
+from models.wan.layers import sinusoid
+from models.wan.rope import axis_widths, frequencies, rope_table, rotate
+
+
+def call(model, *inputs):
+    return nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs)
+
+
+def to_torch(latents, timesteps, text):
+    torch = pytest.importorskip("torch")
+    latents, timesteps, text = (torch.from_numpy(np.array(x)) for x in (latents, timesteps, text))
+    return latents.permute(0, 4, 1, 2, 3), timesteps, text
+
+
+class TestDiffusers:
+    """Random weights through the mapping table; diffusers 0.42."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"num_heads": 3},  # head_dim 16: rotary widths 8, 4, 4
+            {"patch_size": (2, 2, 1), "eps": 1e-5},
+        ],
+    )
+    def test_t2v(self, wan, changes):
+        torch = pytest.importorskip("torch")
+        config = dataclasses.replace(wan.SMALL, **changes)
+        reference = wan.diffusers_model(config)
+        inputs = wan.sample(config)
+        latents, timesteps, text = to_torch(*inputs)
+        with torch.no_grad():
+            expected = reference(latents, timesteps, text).sample.permute(0, 2, 3, 4, 1).numpy()
+        assert expected.std() > 0.3
+        out = call(wan.model_from_torch(config, reference.state_dict()), *inputs)
+        np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
+
+    def test_timestep_per_frame(self, wan):
+        torch = pytest.importorskip("torch")
+        reference = wan.diffusers_model(wan.SMALL)
+        inputs = wan.sample(wan.SMALL, per_frame=True)
+        latents, timesteps, text = to_torch(*inputs)
+        with torch.no_grad():
+            per_token = timesteps.repeat_interleave(4 * 6, dim=1)
+            expected = reference(latents, per_token, text).sample.permute(0, 2, 3, 4, 1).numpy()
+        out = call(wan.model_from_torch(wan.SMALL, reference.state_dict()), *inputs)
+        np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
+
+    def test_text_is_padded_and_padding_is_attended(self, wan):
+        """diffusers is given the zero rows; we add them."""
+        torch = pytest.importorskip("torch")
+        reference = wan.diffusers_model(wan.SMALL)
+        latents, timesteps, text = wan.sample(wan.SMALL, text_rows=3)
+        padded = jnp.pad(text, ((0, 0), (0, 4), (0, 0)))
+        with torch.no_grad():
+            expected = reference(*to_torch(latents, timesteps, padded)).sample.permute(0, 2, 3, 4, 1).numpy()
+            unpadded = reference(*to_torch(latents, timesteps, text)).sample.permute(0, 2, 3, 4, 1).numpy()
+        out = call(wan.model_from_torch(wan.SMALL, reference.state_dict()), latents, timesteps, text)
+        np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
+        assert np.abs(unpadded - expected).max() > 1e-2
+
+    def test_i2v(self, wan):
+        torch = pytest.importorskip("torch")
+        # diffusers takes the last 512 rows as the text
+        config = dataclasses.replace(wan.SMALL, model_type="i2v", image_dim=24, text_len=512, in_channels=36)
+        reference = wan.diffusers_model(config)
+        inputs = wan.sample(config, grid=(2, 3, 4))
+        image = np.random.default_rng(1).standard_normal((2, 5, 24)).astype(np.float32)
+        with torch.no_grad():
+            expected = reference(*to_torch(*inputs), torch.from_numpy(image)).sample.permute(0, 2, 3, 4, 1).numpy()
+        out = call(wan.model_from_torch(config, reference.state_dict()), *inputs, jnp.asarray(image))
+        np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
+
+    def test_bfloat16_is_near_float32(self, wan):
+        reference = wan.diffusers_model(wan.SMALL)
+        inputs = wan.sample(wan.SMALL)
+        exact = call(wan.model_from_torch(wan.SMALL, reference.state_dict()), *inputs)
+        half = dataclasses.replace(wan.SMALL, dtype="bfloat16")
+        out = call(wan.model_from_torch(half, reference.state_dict()), *inputs)
+        assert out.dtype == jnp.float32
+        error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 2e-2
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("t", "values"),
+        [
+            (1000.0, (0.562379, 0.789615, 0.994232, 0.826880, 0.613603, 0.107254)),
+            (937.5, (0.262302, 0.580487, 0.994930, 0.964986, -0.814269, 0.100574)),
+            (2500 / 3, (-0.688585, -0.879158, 0.995993, -0.725155, 0.476530, 0.089431)),
+            (625.0, (-0.984387, -0.915967, 0.997745, 0.176016, -0.401253, 0.067113)),
+            (0.0, (1, 1, 1, 0, 0, 0)),
+        ],
+    )
+    def test_sinusoid_golden(self, t, values):
+        out = jax.jit(sinusoid, static_argnums=1)(jnp.array([t]), 256)[0]
+        # 2500/3 itself is rounded to float32, by up to 3e-5
+        tolerance = 4e-5 if t == 2500 / 3 else 1e-6
+        np.testing.assert_allclose(out[jnp.array([0, 1, 127, 128, 129, 255])], values, atol=tolerance)
+
+    def test_sinusoid_against_float64(self):
+        t = np.random.default_rng(0).uniform(0, 1000, 500).astype(np.float32)
+        angles = np.outer(t.astype(np.float64), 10000.0 ** (-np.arange(128) / 128))
+        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        np.testing.assert_allclose(jax.jit(sinusoid, static_argnums=1)(t_array := jnp.asarray(t), 256), expected, atol=5e-7)
+        assert t_array.dtype == jnp.float32
+
+    def test_rope_ladders(self):
+        assert axis_widths(128) == (44, 42, 42)
+        assert axis_widths(24) == (8, 8, 8)
+        np.testing.assert_allclose(frequencies(44)[[0, 1, -1]], [1, 0.6579332, 1.5199111e-4], rtol=1e-7)
+        np.testing.assert_allclose(frequencies(42)[[0, 1, -1]], [1, 0.6449467, 1.5505158e-4], rtol=1e-7)
+
+    def test_rope_start_frame(self):
+        whole = rope_table((9, 2, 3), 24)
+        traced = jax.jit(lambda start: rope_table((3, 2, 3), 24, start_frame=start))(jnp.int32(6))
+        for full, static, dynamic in zip(whole, rope_table((3, 2, 3), 24, start_frame=6), traced, strict=True):
+            np.testing.assert_array_equal(static, full[6:])
+            np.testing.assert_allclose(dynamic, full[6:], atol=1e-7)
+
+    def test_rope_scores_depend_on_differences(self):
+        query, key = jax.random.normal(jax.random.key(0), (2, 1, 3, 6, 1, 24))
+
+        def scores(start):
+            table = rope_table((3, 2, 3), 24, start_frame=start)
+            q, k = rotate(query, *table), rotate(key, *table)
+            return jnp.einsum("bfsnd,bgtnd->bfsgt", q, k)
+
+        np.testing.assert_allclose(scores(0), scores(700), atol=2e-5)
+
+    def test_rope_table_ends(self):
+        with pytest.raises(ValueError, match=r"frames: position 1024 .*1024 positions"):
+            rope_table((3, 2, 3), 24, start_frame=1022)
+
+    @pytest.mark.parametrize(
+        ("preset", "count"),
+        [
+            ("wan2.1-t2v-1.3b", 1_418_996_800),
+            ("wan2.1-t2v-14b", 14_288_491_584),
+            ("wan2.1-i2v-14b", 16_394_878_784),
+        ],
+    )
+    def test_parameter_count(self, preset, count):
+        assert count_parameters(wan_config(preset)) == count
+
+    def test_initial_head_is_zero(self):
+        config = wan_config("tiny")
+        model = WanModel(config, rngs=nnx.Rngs(0))
+        out = model(jnp.ones((1, 1, 4, 4, 16)), jnp.array([3.0]), jnp.ones((1, 1, 32)))
+        assert not out.any()
+        assert count_parameters(model) == count_parameters(config)
+        kernel = model.blocks.ffn.fc1.kernel[...]
+        assert not np.array_equal(kernel[0], kernel[1])  # layers are drawn apart
+
+
+class TestLayers:
+    def test_depth_does_not_grow_the_program(self, wan):
+        def size(layers, attention):
+            config = dataclasses.replace(wan.SMALL, num_layers=layers, attention=attention, remat="full")
+            model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+            graph, state = nnx.split(model)
+            loss = lambda state, *inputs: nnx.merge(graph, state)(*inputs).sum()  # noqa: E731
+            text = str(jax.make_jaxpr(jax.grad(loss))(state, *wan.sample(config)))
+            return len(re.findall(r"\n", text))
+
+        for attention in (DenseAttention(), MonarchAttention()):
+            assert size(3, attention) == size(30, attention)
+
+    @pytest.mark.parametrize("remat", ["full", "dots"])
+    def test_remat_changes_nothing(self, wan, remat):
+        inputs = wan.sample(wan.SMALL)
+        grads = []
+        for setting in ("none", remat):
+            model = wan.model(remat=setting)
+            loss, grad = nnx.jit(nnx.value_and_grad(lambda m: jnp.mean(m(*inputs) ** 2)))(model)
+            assert jnp.isfinite(loss)
+            grads.append(jax.tree.leaves(grad))
+        for a, b in zip(*grads, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_gradients_reach_everything(self, wan, dtype):
+        model = wan.model(dtype=dtype, attention=MonarchAttention(tile=(3, 2, 6)))
+        inputs = wan.sample(wan.SMALL)
+        grad = nnx.jit(nnx.grad(lambda m: jnp.mean(m(*inputs) ** 2)))(model)
+        for path, leaf in nnx.to_flat_state(grad):
+            value = leaf[...]
+            assert np.isfinite(value).all(), path
+            assert np.abs(value).max() > 0 or path[-2:] == ("k", "bias"), path  # softmax ignores a shift of keys
+
+    def test_model_float64(self, wan):
+        with jax.enable_x64(True):
+            model = wan.model(dtype="float64", param_dtype="float64")
+            latents, timesteps, text = wan.sample(wan.SMALL)
+            out = call(model, latents.astype(jnp.float64), timesteps, text)
+        assert out.dtype == np.float64
+
+    def test_layers_are_scanned_like_a_loop(self, wan):
+        model, inputs = wan.model(), wan.sample(wan.SMALL)
+        per_layer = tuple(
+            DenseAttention(implementation=name) for _, name in zip(range(3), itertools.cycle(("xla", None)), strict=False)
+        )
+        loop = model.with_attention(per_layer)  # three runs of one layer
+        np.testing.assert_allclose(call(loop, *inputs), call(model, *inputs), atol=1e-5)
+
+
+class TestAttention:
+    def test_swap_keeps_parameters(self, wan):
+        model, inputs = wan.model(), wan.sample(wan.SMALL)
+        monarch = model.with_attention(MonarchAttention(tile=(1, 1, 1)))
+        a, b = dict(nnx.to_flat_state(nnx.state(model))), dict(nnx.to_flat_state(nnx.state(monarch)))
+        assert a.keys() == b.keys()
+        assert all(a[path][...] is b[path][...] for path in a)
+        assert model.config.attention == DenseAttention()
+        dense = call(model, *inputs)
+        np.testing.assert_allclose(call(monarch, *inputs), dense, atol=1e-4)
+        tiled = call(model.with_attention(MonarchAttention(tile=(3, 4, 6))), *inputs)
+        assert np.abs(tiled - dense).max() > 1e-2
+
+    def test_per_layer(self, wan):
+        model, inputs = wan.model(), wan.sample(wan.SMALL)
+        tiled = MonarchAttention(tile=(3, 4, 6))
+        exact = MonarchAttention(tile=(1, 1, 1))
+        first_dense = call(model.with_attention((DenseAttention(), tiled, tiled)), *inputs)
+        np.testing.assert_allclose(call(model.with_attention((exact, tiled, tiled)), *inputs), first_dense, atol=1e-4)
+        assert np.abs(call(model.with_attention(tiled), *inputs) - first_dense).max() > 1e-3
+
+    def test_attention_inputs(self, wan):
+        model, inputs = wan.model(), wan.sample(wan.SMALL)
+        query, key, value, grid = model.attention_inputs(*inputs, layer=2)
+        assert grid == (6, 4, 6)
+        assert query.shape == key.shape == value.shape == (2, 144, 2, 24)
+        # The last layer's self-attention from these inputs gives the model's output again.
+        out = jax.nn.dot_product_attention(query, key, value)
+        seen = {}
+
+        def spy(q, k, v, **_):
+            seen.update(q=q, k=k, v=v)
+            return jax.nn.dot_product_attention(q, k, v)
+
+        truncated = dataclasses.replace(model.config, num_layers=3)
+        assert truncated == model.config
+        inner = model.embed(*inputs)
+        x = model.run_blocks(inner, grid, layers=2)
+        graph, state = nnx.split(model.blocks)
+        block = nnx.merge(graph, jax.tree.map(lambda a: a[2], state))
+        rope = rope_table(grid, model.config.head_dim)
+        x = block(x, inner.time_projection, rope, block.cross_attn.keys_values(inner.text, None), spy)
+        np.testing.assert_array_equal(seen["q"], query)
+        np.testing.assert_array_equal(jax.nn.dot_product_attention(seen["q"], seen["k"], seen["v"]), out)
+        np.testing.assert_allclose(
+            model.unpatchify(model.head(x, inner.time), grid), call(model, *inputs), atol=1e-4
+        )
+
+    def test_block_causal_dense_is_a_mask(self, wan):
+        """Frames of later blocks do not reach earlier ones; the first block alone is a bidirectional model."""
+        model = wan.model(causal_block=3)
+        latents, timesteps, text = wan.sample(wan.SMALL, per_frame=True)
+        out = call(model, latents, timesteps, text)
+        changed = call(model, latents.at[:, 3:].add(1.0), timesteps, text)
+        np.testing.assert_allclose(changed[:, :3], out[:, :3], atol=1e-5)
+        assert np.abs(changed[:, 3:] - out[:, 3:]).max() > 1e-2
+        bidirectional = model.with_config(causal_block=None)
+        first = call(bidirectional, latents[:, :3], timesteps[:, :3], text)
+        np.testing.assert_allclose(first, out[:, :3], atol=1e-5)
+        assert np.abs(call(bidirectional, latents, timesteps, text) - out).max() > 1e-2
+
+    @pytest.mark.parametrize("tile", [(1, 1, 1), (3, 1, 1)])
+    def test_block_causal_monarch_equals_dense(self, wan, tile):
+        # one row and one column, or one column: exact only for (1, 1, 1)
+        inputs = wan.sample(wan.SMALL, per_frame=True)
+        dense = call(wan.model(causal_block=3), *inputs)
+        monarch = call(wan.model(causal_block=3, attention=MonarchAttention(tile=tile)), *inputs)
+        if tile == (1, 1, 1):
+            np.testing.assert_allclose(monarch, dense, atol=1e-4)
+        else:
+            assert np.isfinite(monarch).all()
+
+
+class TestBadInput:
+    def test_unknown_preset(self):
+        with pytest.raises(ValueError, match=r"preset='wan2.1-t2v-1b' is unknown; did you mean 'wan2.1-t2v-1.3b'\?.*'tiny'"):
+            wan_config("wan2.1-t2v-1b")
+
+    def test_unknown_field(self):
+        with pytest.raises(ValueError, match=r"'num_head' is not a field of WanConfig; did you mean 'num_heads'\?"):
+            wan_config("tiny", num_head=3)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_heads": 5}, "dim=96 is not a multiple of num_heads=5"),
+            ({"num_heads": 32}, "heads of 3 channels"),
+            ({"num_layers": 0}, "num_layers=0 is not a positive integer"),
+            ({"model_type": "t2i"}, "model_type='t2i' is unknown"),
+            ({"dtype": "int8"}, "dtype='int8' is unknown"),
+            ({"remat": "some"}, "remat='some' is unknown"),
+            ({"attention": (DenseAttention(),) * 3}, "3 settings for num_layers=4"),
+            ({"causal_block": 3, "attention": MonarchAttention(tile=(2, 1, 1))}, "causal_block=3 .* 2 frames"),
+        ],
+    )
+    def test_config(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            wan_config("tiny", **changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"tile": (0, 1, 1)}, r"tile\[0\]=0 is not a positive integer"),
+            ({"blocks": "hf,w"}, "blocks='hf,w'"),
+            ({"num_iters": 0}, "num_iters=0"),
+        ],
+    )
+    def test_monarch_setting(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            MonarchAttention(**changes)
+
+    @pytest.mark.parametrize(
+        ("shapes", "message"),
+        [
+            (((1, 3, 5, 8, 16), (1,), (1, 4, 32)), r"height=5 is not a multiple of the patch's 2 .* 4 or 6"),
+            (((1, 3, 8, 7, 16), (1,), (1, 4, 32)), r"width=7 .* 6 or 8"),
+            (((1, 3, 8, 8, 12), (1,), (1, 4, 32)), "12 channels .* takes 16"),
+            (((1, 3, 8, 8, 16), (1,), (1, 9, 32)), "text has 9 rows, the model takes at most 8"),
+            (((1, 3, 8, 8, 16), (1,), (1, 8, 31)), r"text has shape \(1, 8, 31\)"),
+            (((1, 3, 8, 8, 16), (1, 2), (1, 8, 32)), r"timesteps have shape \(1, 2\)"),
+            (((1, 4, 8, 8, 16), (1,), (1, 8, 32)), r"tile=\(3, 4, 4\): 3 does not divide the 4 frames"),
+        ],
+    )
+    def test_inputs(self, shapes, message):
+        config = wan_config("tiny", attention=MonarchAttention(tile=(3, 4, 4)))
+        model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))  # no arrays: nothing can be computed
+        with pytest.raises(ValueError, match=message):
+            model(*(jnp.zeros(shape) for shape in shapes))
+
+    def test_image_and_model_type(self, wan):
+        inputs = wan.sample(wan.SMALL)
+        with pytest.raises(ValueError, match="image was given to a t2v model"):
+            wan.model()(*inputs, jnp.zeros((2, 3, 1280)))
+        with pytest.raises(ValueError, match="image is None; an i2v model"):
+            wan.model(model_type="i2v", image_dim=8)(*inputs)
+
+    def test_cudnn_needs_half_precision(self, wan):
+        with pytest.raises(ValueError, match="implementation='cudnn' needs bfloat16 or float16"):
+            wan.model(attention=DenseAttention(implementation="cudnn"))(*wan.sample(wan.SMALL))
+
+    def test_with_config_refuses_sizes(self, wan):
+        with pytest.raises(ValueError, match="'dim' cannot be changed on a built model"):
+            wan.model().with_config(dim=64)
+
+
+def test_config_is_hashable_and_normalised():
+    config = WanConfig(dim=48, ffn_dim=8, num_heads=2, num_layers=1, dtype=jnp.bfloat16, patch_size=[1, 2, 2])
+    assert config.dtype == "bfloat16"
+    assert hash(config) == hash(dataclasses.replace(config))
