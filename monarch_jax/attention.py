@@ -195,9 +195,10 @@ def attend_tiles(
     kv_frames: int | Int[Array, ""] | None,
     scale: float | None,
     implementation: str | None,
+    grad_tiles: int | None = None,
 ) -> Float[Array, "B A b1 b2 H D"]:
     """The operation on arrays that are in tiles already (a KV cache keeps its keys so); arguments are checked."""
-    problem = _problem(spec, q.shape[-1], scale, kv_frames)
+    problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), grad_tiles=grad_tiles)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
     return choose(implementation, problem, *shapes).attend(problem, q, k, v, visible_tiles(spec, kv_frames))
 

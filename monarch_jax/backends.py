@@ -21,11 +21,14 @@ class Problem:
         scale: Softmax scale s.
         num_iters: Refinement steps T.
         masked: Whether `visible` may hide any key tile; False promises that every query tile sees all.
+        grad_tiles: How many of the last visible key tiles need gradients of k and v (a cache's newest block); the
+            gradients of the other tiles are not used and may be left zero. None: all tiles need them.
     """
 
     scale: float
     num_iters: int = 1
     masked: bool = False
+    grad_tiles: int | None = None
 
 
 class Attend(Protocol):

@@ -37,6 +37,7 @@ class MonarchKVCache:
         spec: Grid of one frame group, capacity (`key_frames`), tile and layout.
         sink_frames: Leading frames that are never evicted.
         rolling: Whether frames past the capacity evict the oldest.
+        detach_past: Whether gradients reach only the keys and values of the newest block.
     """
 
     key: Float[Array, "B C b1 b2 H D"]
@@ -45,6 +46,7 @@ class MonarchKVCache:
     spec: MonarchSpec = dataclasses.field(metadata={"static": True})
     sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})
+    detach_past: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def init(
@@ -60,6 +62,7 @@ class MonarchKVCache:
         blocks: str = "fh,w",
         rolling: bool = False,
         sink_frames: int = 0,
+        detach_past: bool = False,
         dtype: jnp.dtype = jnp.bfloat16,
     ) -> Self:
         """An empty cache.
@@ -75,6 +78,8 @@ class MonarchKVCache:
             blocks: Layout as in `monarch_attention`.
             rolling: Whether frames past the capacity overwrite the oldest; otherwise they are an error.
             sink_frames: Leading frames that a rolling cache keeps for ever, a multiple of n_f below `frames`.
+            detach_past: Whether gradients reach only the newest block's keys and values, not what was cached before
+                (Self-Forcing training).
             dtype: Of keys and values.
 
         Returns:
@@ -102,6 +107,7 @@ class MonarchKVCache:
             spec=spec,
             sink_frames=sink_frames,
             rolling=rolling,
+            detach_past=detach_past,
         )
 
     @property
@@ -120,7 +126,6 @@ class MonarchKVCache:
         value: Float[Array, "B N H D"],
         *,
         frame: int | Int[Array, ""] | None = None,
-        detach_past: bool = False,
     ) -> Self:
         """Writes a block of frames and returns the new cache.
 
@@ -133,7 +138,6 @@ class MonarchKVCache:
             value: As `key`.
             frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: after the
                 newest frame.
-            detach_past: Whether gradients reach only this block's keys and values, not what was cached before.
 
         Returns:
             The cache with the block.
@@ -164,7 +168,7 @@ class MonarchKVCache:
         def write(buffer, tokens):
             tiles = tokens_to_tiles(tokens, block)
             tiles = jnp.where(overflow, jnp.nan, tiles).astype(buffer.dtype)
-            past = lax.stop_gradient(buffer) if detach_past else buffer
+            past = lax.stop_gradient(buffer) if self.detach_past else buffer
             if self.rolling:
                 return past.at[:, index].set(tiles, unique_indices=True)
             return lax.dynamic_update_slice_in_dim(past, tiles, first // n_f * group, axis=1)
@@ -213,6 +217,7 @@ class MonarchKVCache:
             kv_frames=self.valid_frames,
             scale=scale,
             implementation=implementation,
+            grad_tiles=spec.query_tiles if self.detach_past and not self.rolling else None,
         )
         return tiles_to_tokens(out, spec)
 

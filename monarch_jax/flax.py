@@ -185,7 +185,6 @@ class MonarchSelfAttention(nnx.Module):
         *,
         frame: int | Int[Array, ""] | None = None,
         rope: Callable[[jax.Array], jax.Array] | None = None,
-        detach_past: bool = False,
     ) -> tuple[Float[Array, "B N C"], MonarchKVCache]:
         """Attends with a new block of frames over the cached ones and itself.
 
@@ -194,7 +193,6 @@ class MonarchSelfAttention(nnx.Module):
             cache: Frames so far; its tile and blocks are used, and should be the module's.
             frame: Absolute index of the block's first frame; default: after the newest.
             rope: As in `__call__`, for the block's positions.
-            detach_past: As in `MonarchKVCache.append`.
 
         Returns:
             The outputs [B, n*h*w, features] and the cache with the block.
@@ -209,7 +207,7 @@ class MonarchSelfAttention(nnx.Module):
                 f"blocks={self.blocks!r}. Pass the module's to MonarchKVCache.init."
             )
         query, key, value = self._project(x, rope)
-        cache = cache.append(key, value, frame=frame, detach_past=detach_past)
+        cache = cache.append(key, value, frame=frame)
         out = cache.attend(
             query, num_iters=self.num_iters, causal_block=self.causal_block, implementation=self.implementation
         )
