@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from train.config import ObjectiveConfig
 
@@ -97,39 +97,64 @@ def flow_errors(
     return jnp.mean(jnp.square(error), axis=(1, 2, 3, 4))
 
 
+def draw_noise(
+    key: Key[Array, ""], shape: tuple[int, ...], config: ObjectiveConfig
+) -> tuple[Int[Array, "b"], Float32[Array, "b f h w c"]]:
+    """Draws what one training batch needs: an index into the grid of noise levels for each sample, and noise.
+
+    Args:
+        key: Random key.
+        shape: Shape (B, F, h, w, C) of the latents.
+        config: The objective; indices are uniform on its grid.
+
+    Returns:
+        Indices [B] and unit Gaussian noise of the given shape.
+    """
+    level_key, noise_key = jax.random.split(key)
+    level = jax.random.randint(level_key, shape[:1], 0, config.num_train_timesteps)
+    return level, jax.random.normal(noise_key, shape, jnp.float32)
+
+
 def flow_loss(
     velocity: Velocity,
     latents: Float[Array, "b f h w c"],
     text: Float[Array, "b l d"],
-    key: Key[Array, ""],
     *,
+    level: Int[Array, "b"],
+    noise: Float[Array, "b f h w c"],
     config: ObjectiveConfig,
 ) -> Float32[Array, ""]:
-    """The training loss: each sample gets a noise level drawn evenly from the grid, and noise of its own.
+    """The training loss: weighted squared error of the predicted flow.
 
     Args:
         velocity: The network.
         latents: Clean latents x0.
         text: Text embeddings.
-        key: Random key for noise levels and noise.
+        level: Index of each sample's noise level, from `draw_noise`.
+        noise: Unit Gaussian noise, from `draw_noise`.
         config: The objective.
 
     Returns:
         Mean over the batch of weight(t) * mean (v - (eps - x0))^2, a float32 scalar.
+
+    Example:
+        >>> config = ObjectiveConfig()
+        >>> level, noise = draw_noise(jax.random.key(0), (2, 1, 4, 4, 3), config)
+        >>> zeros = jnp.zeros(noise.shape)
+        >>> perfect = lambda latents, timesteps, text: noise
+        >>> float(flow_loss(perfect, zeros, jnp.zeros((2, 1, 1)), level=level, noise=noise, config=config))
+        0.0
     """
     levels = noise_levels(config)
-    level_key, noise_key = jax.random.split(key)
-    index = jax.random.randint(level_key, (latents.shape[0],), 0, config.num_train_timesteps)
-    noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
     errors = flow_errors(
         velocity,
         latents,
         text,
         noise,
-        jnp.asarray(levels.sigma)[index],
+        jnp.asarray(levels.sigma)[level],
         num_train_timesteps=config.num_train_timesteps,
     )
-    return jnp.mean(jnp.asarray(levels.weight)[index] * errors)
+    return jnp.mean(jnp.asarray(levels.weight)[level] * errors)
 
 
 def evaluation_levels(config: ObjectiveConfig, count: int) -> NoiseLevels:

@@ -1,0 +1,245 @@
+"""Checkpoints of a run, through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
+
+A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, what they belong to (see
+`train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is complete, so that a process killed
+while saving leaves the one before as the newest.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from train.errors import UserError, report_full_disk
+from train.state import TrainState, checksums, from_arrays, to_arrays
+
+FOLDER_NAME = "checkpoints"
+SET_ASIDE_NAME = "unreadable_checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: The run folder; checkpoints go to its subfolder `checkpoints/`.
+        keep: How many to keep, newest first.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 3):
+        self.path = (folder / FOLDER_NAME).absolute()
+        self._set_aside = folder.absolute() / SET_ASIDE_NAME
+        # what a process killed in the middle of saving left behind only takes up room
+        self._remove_unfinished()
+        with report_full_disk(self.path):
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
+            )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, identity: dict[str, Any]) -> None:
+        """Begins to save; writing goes on in the background after the arrays have been copied.
+
+        Args:
+            state: The state; it may be donated as soon as this returns.
+            identity: JSON values that say what the state belongs to.
+
+        Raises:
+            DiskFullError: If this save, or the one before in the background, found no room.
+        """
+        step = int(state.step)
+        arrays = to_arrays(state)
+        if jax.default_backend() == "cpu":
+            # on CPU the host's view of an array is the array, which the next step would overwrite
+            arrays = jax.tree.map(jnp.copy, arrays)
+        sums = {name: int(value) for name, value in jax.device_get(checksums(arrays)).items()}
+        about = {"step": step, "identity": identity, "checksums": sums}
+        with self._reporting():
+            if step not in self._manager.all_steps():
+                items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about))
+                self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            DiskFullError: If there was no room.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder.
+
+        Raises:
+            DiskFullError: If there was no room.
+        """
+        self.wait()
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        complete = self.steps()
+        kept = f"the checkpoint of step {complete[-1]} is kept" if complete else "no checkpoint had been saved"
+        try:
+            with report_full_disk(self.path, kept=kept):
+                yield
+        except UserError:
+            self._remove_unfinished()
+            raise
+
+    def _remove_unfinished(self) -> None:
+        for leftover in self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def restore(
+        self,
+        template: TrainState,
+        *,
+        check: Callable[[dict[str, Any], int], None],
+        note: Callable[[str], None],
+    ) -> TrainState | None:
+        """Reads the newest checkpoint that can be read.
+
+        One that cannot is moved to `unreadable_checkpoints/` of the run folder, and the one before is tried.
+
+        Args:
+            template: A state of the same structure, shapes and shardings.
+            check: Called with the identity and step of a checkpoint before its arrays are read; raises UserError if
+                it belongs to something else.
+            note: Called with one line for each checkpoint that could not be read.
+
+        Returns:
+            The state, or None if the folder has no checkpoint.
+
+        Raises:
+            UserError: If `check` says so, or if there are checkpoints but none can be read.
+        """
+        complete = self.steps()
+        for position in range(len(complete) - 1, -1, -1):
+            step = complete[position]
+            try:
+                with _quiet_asyncio():
+                    about = self._about(step)
+                    check(about["identity"], step)
+                    state = self._arrays(step, template, about["checksums"])
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises whatever its storage layer raised
+                reason = " ".join(str(error).split())[:160]
+                older = f"going on from step {complete[position - 1]}" if position else "there is none before it"
+                note(f"warning: the checkpoint of step {step} is corrupt, {older} ({type(error).__name__}: {reason})")
+                continue
+            for corrupt in complete[position + 1 :]:
+                self._move_aside(corrupt)
+            return state
+        if complete:
+            raise UserError(
+                f"none of the checkpoints in {self.path} can be read (steps {', '.join(map(str, complete))}); start "
+                f"again with another --folder"
+            )
+        return None
+
+    def restore_parameters(self, template: Any) -> Any:
+        """Reads only the parameters of the newest checkpoint: their moving average, if there is one.
+
+        Args:
+            template: Parameters of the same structure, shapes and shardings.
+
+        Returns:
+            Parameters.
+
+        Raises:
+            UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
+        """
+        complete = self.steps()
+        if not complete:
+            raise UserError(f"{self.path} has no checkpoint to start from; give the folder of a finished run")
+        try:
+            with _quiet_asyncio():
+                sums = self._about(complete[-1])["checksums"]
+                prefix = "ema" if any(name.startswith("ema.") for name in sums) else "params"
+                names = {
+                    f"{prefix}.{name.removeprefix('params.')}": leaf for name, leaf in _named_params(template).items()
+                }
+                missing = sorted(set(names) - set(sums))
+                if missing:
+                    raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
+                arrays = self._read(complete[-1], names, sums)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} cannot be read ({reason})") from error
+        structure = jax.tree.structure(template)
+        return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+    def _about(self, step: int) -> dict[str, Any]:
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        if not isinstance(about, dict) or {"identity", "checksums"} - about.keys():
+            raise ValueError("the description is incomplete")
+        return about
+
+    def _arrays(self, step: int, template: TrainState, sums: dict[str, int]) -> TrainState:
+        return from_arrays(template, self._read(step, to_arrays(template), sums))
+
+    def _read(self, step: int, names: dict[str, Any], sums: dict[str, int]) -> dict[str, Any]:
+        for name in names:
+            if name not in sums:
+                raise ValueError(f"it has no {name}")
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in names.items()
+        }
+        restore = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+        found = jax.device_get(checksums(arrays))
+        for name, leaf in target.items():
+            if arrays[name].shape != leaf.shape:
+                raise UserError(f"{name} in the checkpoint of step {step} has shape {arrays[name].shape}, not {leaf.shape}")
+            if int(found[name]) != sums[name]:
+                raise ValueError(f"the checksum of {name} is wrong")
+        return arrays
+
+    def _move_aside(self, step: int) -> None:
+        self._set_aside.mkdir(exist_ok=True)
+        target = self._set_aside / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(self.path / str(step), target)
+        self._manager.reload()
+
+
+def _named_params(params: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+@contextlib.contextmanager
+def _quiet_asyncio() -> Iterator[None]:
+    """Keeps what Orbax's abandoned coroutines say about a damaged file off the terminal; the error itself is raised."""
+    hook, logger = sys.unraisablehook, logging.getLogger(asyncio.__name__)
+    level = logger.level
+    sys.unraisablehook = lambda _: None
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+        logger.setLevel(level)

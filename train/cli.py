@@ -1,0 +1,94 @@
+"""The command line: `monarchrt COMMAND ...`.
+
+A command is imported only when it is called, so that help is quick and a part that is missing does not stop the rest.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from train.errors import UserError, disk_full_reason
+
+DEBUG_VARIABLE = "MONARCHRT_DEBUG"
+
+
+class Command(NamedTuple):
+    """A subcommand: where it lives, as module:function taking its arguments, and what it does."""
+
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train.commands:train_command", "train or finetune a video model on a clip; resume a run"),
+    "demo": Command("train.commands:demo_command", "the whole story in miniature on a CPU: dense, Monarch, finetuned"),
+}
+
+
+def usage() -> str:
+    """The text of `monarchrt --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: monarchrt [--debug] COMMAND ...",
+            "",
+            "Tiled Monarch attention for video diffusion transformers, in JAX.",
+            "",
+            *lines,
+            "",
+            "`monarchrt COMMAND --help` lists a command's options. Bad input ends in one line, `error: ...`, and exit",
+            f"code 2; --debug, or {DEBUG_VARIABLE}=1, shows the traceback as well.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: The arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0; 2 for input that cannot be used; 130 (143) after Ctrl-C (SIGTERM), once the run has saved.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = bool(os.environ.get(DEBUG_VARIABLE))
+    if given and given[0] == "--debug":
+        debug, given = True, given[1:]
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    name, *rest = given
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
+        return _load(COMMANDS[name].target)(rest) or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(_one_line(error) or "stopped", file=sys.stderr)
+        return getattr(error, "code", 130)
+    except OSError as error:
+        if debug or disk_full_reason(error) is None:
+            raise
+        print(f"error: {_one_line(error)}; free some space", file=sys.stderr)
+        return 2
+
+
+def _load(target: str) -> Callable[[list[str]], int | None]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

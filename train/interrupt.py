@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM, taken between steps so that the run can save before it ends."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has saved.
+
+    Attributes:
+        code: Exit code of the process: 128 + signal number.
+    """
+
+    def __init__(self, message: str, *, code: int = 130):
+        super().__init__(message)
+        self.code = code
+
+
+class StopRequest:
+    """While active, the first SIGINT or SIGTERM only sets a flag; a second one interrupts at once.
+
+    Signals reach the main thread only; elsewhere this does nothing.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     stop.signal
+        2
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise Interrupted("stopped without saving", code=128 + number)
+        self.signal = number
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""What a run says: a JSON-lines log, TensorBoard, and a progress bar on a terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from train.errors import report_full_disk
+
+LOG_NAME = "log.jsonl"
+
+
+def read_log(path: Path) -> list[dict]:
+    """Reads a JSON-lines log; a last line that was cut off is left out.
+
+    Args:
+        path: The log, or a run folder.
+
+    Returns:
+        One dict per line, each with "step".
+    """
+    path = path / LOG_NAME if path.is_dir() else path
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class RunLog:
+    """Writes scalars to `log.jsonl` and `tensorboard/` of a run folder.
+
+    Each line is one JSON object with "step" and the scalars; NaN and infinity are written as strings, since JSON has
+    none. Lines are flushed one by one, so that a killed run has them all. On resume, what lies after the checkpoint's
+    step is dropped first, so that every step is in the log once.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with RunLog(folder, step=0) as log:
+        ...     log.write(1, {"loss": 0.5})
+        >>> read_log(folder)
+        [{'step': 1, 'loss': 0.5}]
+    """
+
+    def __init__(self, folder: Path, *, step: int):
+        """Opens the log.
+
+        Args:
+            folder: Run folder.
+            step: Step of the checkpoint that the run goes on from; later lines are dropped.
+        """
+        from tensorboardX import SummaryWriter
+
+        self.path = folder / LOG_NAME
+        with report_full_disk(self.path):
+            if self.path.exists():
+                self._truncate(step)
+            self._file = self.path.open("a", encoding="utf-8")
+            purge = step + 1 if (folder / "tensorboard").exists() else None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def _truncate(self, step: int) -> None:
+        kept = [record for record in read_log(self.path) if record.get("step", 0) <= step]
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one line.
+
+        Args:
+            step: Optimizer step, counted from 1.
+            scalars: Names and values.
+
+        Raises:
+            DiskFullError: If there is no room.
+        """
+        record: dict[str, float | int | str] = {"step": step}
+        for name, value in scalars.items():
+            # only finite numbers exist in JSON
+            record[name] = float(value) if abs(value) < float("inf") else str(float(value))
+        with report_full_disk(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both logs."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Progress:
+    """A progress bar on a terminal, nothing elsewhere; notes go to stderr as plain lines either way."""
+
+    def __init__(self, total: int, *, start: int = 0, quiet: bool | None = None):
+        """Shows a bar if stderr is a terminal.
+
+        Args:
+            total: Steps in all.
+            start: Steps already done.
+            quiet: True hides the bar, False shows it; None: shown on a terminal.
+        """
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        hidden = not sys.stderr.isatty() if quiet is None else quiet
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=hidden,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, state="compiling")
+
+    def update(self, step: int, state: str) -> None:
+        """Moves the bar to `step` and shows a few words next to it."""
+        self._bar.update(self._task, completed=step, state=state)
+
+    def note(self, text: str) -> None:
+        """Prints one line above the bar."""
+        self._console.print(text, markup=False)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

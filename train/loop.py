@@ -1,0 +1,248 @@
+"""The training run: data, network, steps, logs and checkpoints put together.
+
+    result = train(TrainConfig(data=DataConfig(video=Path("clip.mp4")), run=RunConfig(folder=Path("runs/a"))))
+
+Each step is a pure function of (state, step number, seed), so a run that goes on from a checkpoint repeats the
+uninterrupted run bit for bit on the same machine.
+"""
+
+import collections
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from train.checkpointing import Checkpoints
+from train.config import TrainConfig
+from train.data import Source, open_source
+from train.errors import NonFiniteError, UserError, user_input
+from train.evaluate import held_out_loss
+from train.interrupt import Interrupted, StopRequest
+from train.logs import Progress, RunLog
+from train.model import build_model, model_settings
+from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
+from train.sharding import Placement
+from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
+from train.step import StepFn, make_error_fn, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run ends with.
+
+    Attributes:
+        state: The last state.
+        graph: Structure of the network; `model` puts it together with parameters.
+        held_out_loss: Held-out loss of the evaluated parameters (the moving average, if there is one).
+        folder: The run folder; `train.logs.read_log` reads its log.
+    """
+
+    state: TrainState
+    graph: nnx.GraphDef
+    held_out_loss: float
+    folder: Path
+
+    @property
+    def model(self) -> Any:
+        """The network with the evaluated parameters."""
+        return nnx.merge(self.graph, self.state.evaluated, self.state.fixed)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    source: Source | None = None,
+    model: nnx.Module | None = None,
+    quiet: bool | None = None,
+    after_step: Callable[[int, TrainState], None] | None = None,
+) -> TrainResult:
+    """Trains a network and leaves a run folder.
+
+    Args:
+        config: All settings.
+        source: Data to use instead of opening what the config names.
+        model: Network to start from instead of building what the config names; the config's model settings should
+            still describe it, since they are what a resume compares.
+        quiet: Hide (True) or show (False) the progress bar; None shows it on a terminal.
+        after_step: Called after each step with the step number, counted from 1, and the state, which must not be
+            kept, as the next step overwrites it.
+
+    Returns:
+        The last state and the held-out loss.
+
+    Raises:
+        UserError: If the settings, the data or the run folder cannot be used.
+        NonFiniteError: If the loss, the gradient or the parameters became NaN or infinite.
+        DiskFullError: If there was no room for the log or a checkpoint.
+        Interrupted: If a signal asked to stop; the state has been saved.
+    """
+    claim_folder(config)
+    if source is None:
+        text_dim = model_settings(config.model, precision=config.run.precision).text_dim
+        source = open_source(config.data, text_shape=(1, text_dim))
+    return _Run(config, source, model, quiet).go(after_step)
+
+
+class _Run:
+    """One call of `train`; the order of the methods is the order in which they run."""
+
+    def __init__(self, config: TrainConfig, source: Source, model: nnx.Module | None, quiet: bool | None):
+        self.config, self.source, self.quiet = config, source, quiet
+        run = config.run
+        self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation)
+        if model is None:
+            model = build_model(
+                config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
+            )
+        self.graph, params, fixed = split_model(model)
+        optimizer = make_optimizer(config.optimizer, steps=run.steps)
+        state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
+        self.state = self.placement.state(state)
+        self.step_fn: StepFn = make_train_step(
+            self.graph, optimizer, objective=config.objective, settings=config.optimizer, steps=run.steps
+        )
+        self.error_fn = make_error_fn(self.graph, objective=config.objective)
+        self._check()
+        self.identity = identity(config, fingerprint=source.fingerprint)
+        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.held_out: float | None = None
+
+    def _check(self) -> None:
+        """Traces one step: shapes, tiles and backends are checked before anything is computed or written."""
+        batch = self.source.train_batch(0, self.config.run.batch, self.config.run.seed)
+        with user_input():
+            jax.eval_shape(self.step_fn, self.state, *batch)
+
+    def go(self, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
+        config, run = self.config, self.config.run
+        previous = read_config(run.folder) if run.resume else None
+        checkpoints = Checkpoints(run.folder, keep=run.keep) if previous else None
+        start = 0
+        notes: list[str] = []
+        if checkpoints:
+            restored = checkpoints.restore(self.state, check=self._compare(notes), note=notes.append)
+            if restored is not None:
+                self.state, start = restored, int(restored.step)
+        if run.resume:
+            notes.append(f"resuming {run.folder} at step {start}" if start else f"nothing to resume in {run.folder} yet")
+        if run.init_from is not None and start == 0:
+            self._init_from(run.init_from)
+        write_config(config)
+        self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
+        with (
+            RunLog(run.folder, step=start) as self.log,
+            Progress(run.steps, start=start, quiet=self.quiet) as self.progress,
+            StopRequest() as stop,
+        ):
+            for note in notes:
+                self.progress.note(note)
+            self.clock = time.monotonic()
+            if start == 0:
+                # a first checkpoint, so that there always is a good one and a full disk shows at once
+                self._save(0)
+            for step in range(start + 1, run.steps + 1):
+                self._step(step)
+                if after_step:
+                    after_step(step, self.state)
+                if stop.signal is not None:
+                    self._stop(step, stop.signal)
+            self._drain(0)
+            if self.held_out is None:
+                self.held_out = self._evaluate()
+            self.checkpoints.close()
+        return TrainResult(state=self.state, graph=self.graph, held_out_loss=self.held_out, folder=run.folder)
+
+    def _compare(self, notes: list[str]) -> Callable[[dict[str, Any], int], None]:
+        def check(saved: dict[str, Any], step: int) -> None:
+            notes.extend(compare_identity(saved, self.identity, step=step, folder=self.config.run.folder))
+
+        return check
+
+    def _init_from(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"init_from {folder} is not a run folder; give one that holds checkpoints/")
+        params = Checkpoints(folder).restore_parameters(self.state.params)
+        state = create_state(
+            params,
+            self.state.fixed,
+            make_optimizer(self.config.optimizer, steps=self.config.run.steps),
+            seed=self.config.run.seed,
+            ema=self.state.ema is not None,
+        )
+        self.state = self.placement.state(state)
+
+    def _step(self, step: int) -> None:
+        run = self.config.run
+        batch = self.source.train_batch(step - 1, run.batch, run.seed)
+        self.state, metrics = self.step_fn(self.state, *self.placement.batch(batch))
+        self.pending.append((step, metrics))
+        last = step == run.steps
+        evaluate = step % run.eval_every == 0 or last
+        save = step % run.checkpoint_every == 0 or last
+        # the device works on this step while the one before is looked at
+        self._drain(0 if evaluate or save else 1)
+        if evaluate:
+            self.held_out = self._evaluate()
+            self.log.write(step, {"held_out_loss": self.held_out})
+        # after everything that the log says about this step, so that a resume finds it there
+        if save:
+            self._save(step)
+
+    def _drain(self, leave: int) -> None:
+        """Logs the metrics of finished steps; stops the run at the first that are not finite."""
+        while len(self.pending) > leave:
+            step, metrics = self.pending.popleft()
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            finite = values.pop("finite")
+            now = time.monotonic()
+            if step % self.config.run.log_every == 0 or step == self.config.run.steps or not finite:
+                self.log.write(step, values | {"seconds": round(now - self.clock, 4)})
+            self.clock = now
+            self.progress.update(step, f"loss {values['loss']:.4f}")
+            if not finite:
+                which = "loss" if not np.isfinite(values["loss"]) else "gradient norm"
+                value = values["loss"] if which == "loss" else values["grad_norm"]
+                raise self._non_finite(f"{which} is {value}", step, values["learning_rate"])
+
+    def _non_finite(self, what: str, step: int, rate: float) -> NonFiniteError:
+        self.checkpoints.wait()
+        good = [saved for saved in self.checkpoints.steps() if saved < step]
+        kept = f"the checkpoint of step {good[-1]} is kept" if good else "there is no earlier checkpoint"
+        return NonFiniteError(
+            f"{what} at step {step} (learning_rate {rate:.3g}); {kept} in {self.checkpoints.path}; try a smaller "
+            f"--learning-rate, a longer --warmup or a smaller --clip-norm with --resume",
+            step=step,
+        )
+
+    def _evaluate(self) -> float:
+        run = self.config.run
+        return held_out_loss(
+            self.error_fn,
+            self.state.evaluated,
+            self.state.fixed,
+            self.source,
+            objective=self.config.objective,
+            windows=run.eval_windows,
+            timesteps=run.eval_timesteps,
+            batch=run.batch,
+            place=self.placement.batch,
+        )
+
+    def _save(self, step: int) -> None:
+        if not bool(all_finite((self.state.params, self.state.ema, self.state.optimizer))):
+            raise self._non_finite("a parameter is not finite", step, self.config.optimizer.learning_rate)
+        self.checkpoints.save(self.state, self.identity)
+
+    def _stop(self, step: int, number: int) -> None:
+        self._drain(0)
+        self._save(step)
+        self.checkpoints.close()
+        raise Interrupted(
+            f"stopped at step {step} and saved; go on with --folder {self.config.run.folder} --resume",
+            code=128 + number,
+        )

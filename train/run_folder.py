@@ -1,0 +1,138 @@
+"""A run folder and what its files belong to.
+
+    config.json                the settings, as given
+    log.jsonl                  one JSON object per line: step, loss, gradient norm, held-out loss, ...
+    tensorboard/               the same for TensorBoard
+    checkpoints/STEP/          the newest few, see `train.checkpointing`
+    unreadable_checkpoints/    corrupt ones that a resume set aside
+    samples/                   videos made while training
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from train.config import TrainConfig, from_dict, to_dict
+from train.errors import UserError, report_full_disk
+
+CONFIG_NAME = "config.json"
+
+# may change on resume without a word
+_FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_every", "eval_windows", "eval_timesteps",
+         "sample_every", "checkpoint_every", "video", "latents"}  # fmt: skip
+# may change on resume; the change is noted, as losses will differ from those of the uninterrupted run
+_NOTED = {"implementation", "remat", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "warmup",
+          "schedule", "decay_steps", "accumulation", "ema_start"}  # fmt: skip
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """Checks that a run may use its folder; touches nothing.
+
+    Args:
+        config: The settings of the run.
+
+    Raises:
+        UserError: If the folder holds something and `resume` is not set, or is not a folder.
+    """
+    folder = config.run.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"folder {folder} is a file; give the path of a new or empty folder")
+    if not config.run.resume and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"folder {folder} already holds a run; go on with it with --resume, or give another --folder"
+        )
+
+
+def write_config(config: TrainConfig) -> None:
+    """Makes the run folder and writes config.json, at once or not at all.
+
+    Raises:
+        DiskFullError: If there is no room.
+        UserError: If the folder cannot be made.
+    """
+    folder = config.run.folder
+    path = folder / CONFIG_NAME
+    try:
+        with report_full_disk(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            unfinished.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def read_config(folder: Path) -> TrainConfig | None:
+    """Reads config.json of a run folder; None if there is none.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); mend it or give another --folder") from error
+
+
+def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint belongs to, as flat JSON values under the names of the settings.
+
+    Args:
+        config: The settings of the run.
+        fingerprint: Content of the data, from the source.
+
+    Returns:
+        Name -> value. Where the data lies is left out; what it is counts.
+    """
+    flat: dict[str, Any] = {}
+    for part in ("model", "data", "objective", "optimizer", "run"):
+        flat |= {name: value for name, value in to_dict(getattr(config, part)).items() if name not in _FREE}
+    if config.optimizer.schedule != "constant" and config.optimizer.decay_steps is None:
+        flat["decay_steps"] = config.run.steps
+    return flat | {"data": fingerprint}
+
+
+def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int, folder: Path) -> list[str]:
+    """Checks that a checkpoint fits the run that wants to go on from it.
+
+    Args:
+        saved: Identity in the checkpoint.
+        wanted: Identity of the run.
+        step: Step of the checkpoint, for the message.
+        folder: Run folder, for the message.
+
+    Returns:
+        Notes on optimizer settings that differ, which is allowed.
+
+    Raises:
+        UserError: If model, attention, data, batch, seed or objective differ; names both values.
+
+    Example:
+        >>> compare_identity({"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}, step=7, folder=Path("runs/a"))
+        Traceback (most recent call last):
+        ...
+        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in runs/a was trained with [1, 2, 2]; use its value, or another --folder
+    """
+    notes = []
+    for name in dict.fromkeys([*saved, *wanted]):
+        old, new = saved.get(name), wanted.get(name)
+        if name == "ema_decay" and (old is None) == (new is None):
+            kind = "noted"
+        else:
+            kind = "noted" if name in _NOTED else "fixed"
+        if old == new:
+            continue
+        if kind == "noted":
+            notes.append(f"note: {name} changes from {old} to {new}")
+            continue
+        if name == "data":
+            old, new = f"other frames or latents (SHA-256 {str(old)[:12]})", f"SHA-256 {str(new)[:12]}"
+        raise UserError(
+            f"cannot resume: {name} is {new}, but the checkpoint of step {step} in {folder} was trained with {old}; "
+            f"use its value, or another --folder"
+        )
+    return notes

@@ -1,0 +1,199 @@
+"""What training carries from step to step, as one pytree."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Int, Key, UInt32
+
+from train.config import OptimizerConfig
+from train.objective import Velocity
+
+Params = nnx.State
+"""Parameters as `flax.nnx.split` gives them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a checkpoint holds and a step changes.
+
+    Attributes:
+        step: Optimizer steps done, an int32 scalar.
+        params: Trainable parameters.
+        fixed: The network's other variables, which training leaves alone.
+        optimizer: Optax state.
+        ema: Moving average of the parameters, or None.
+        rng: Random key of the run; step n uses `fold_in(rng, n)`.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    fixed: Any
+    optimizer: Any
+    ema: Any
+    rng: Key[Array, ""]
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate and sample with: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
+    """Splits a network into its structure, its parameters and its other variables."""
+    graph, params, fixed = nnx.split(model, nnx.Param, ...)
+    return graph, params, fixed
+
+
+def as_velocity(graph: nnx.GraphDef, params: Any, fixed: Any) -> Velocity:
+    """The flow prediction of a network that was split."""
+    model: Callable = nnx.merge(graph, params, fixed)  # type: ignore[assignment]
+    return lambda latents, timesteps, text: model(latents, timesteps, text)
+
+
+def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """Learning rate of each step, counted from 0: linear warm-up, then constant or down to 0.
+
+    Args:
+        config: Peak, warm-up and shape.
+        steps: Where a decaying schedule ends, unless `decay_steps` says so.
+
+    Returns:
+        step -> learning rate.
+
+    Example:
+        >>> rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4), steps=10)
+        >>> [float(rate(step)) for step in (0, 1, 3, 9)]
+        [0.25, 0.5, 1.0, 1.0]
+    """
+    peak, end = config.learning_rate, config.decay_steps or steps
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(1, end - config.warmup)),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, max(1, end - config.warmup)),
+    }[config.schedule]()
+    if config.warmup == 0:
+        return after
+    # the first step already moves: rate (n+1)/warmup * peak
+    rise = optax.linear_schedule(peak / config.warmup, peak, max(1, config.warmup - 1))
+    return optax.join_schedules([rise, after], [config.warmup])
+
+
+def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; weight decay on kernels only.
+
+    Args:
+        config: The optimizer's settings.
+        steps: Length of the run, for a decaying schedule.
+
+    Returns:
+        The Optax transformation.
+    """
+
+    def kernels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+
+    adamw = optax.adamw(
+        learning_rate_schedule(config, steps=steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=kernels,
+    )
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, adamw)
+
+
+def create_state(
+    params: Any, fixed: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: Trainable parameters.
+        fixed: The network's other variables.
+        optimizer: Its state is initialised here.
+        seed: Seed of the noise.
+        ema: Whether to keep a moving average.
+
+    Returns:
+        A state at step 0.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        fixed=fixed,
+        optimizer=optimizer.init(params),
+        # a copy: the step donates its input, and one buffer cannot be donated twice
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        rng=jax.random.key(seed),
+    )
+
+
+def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerConfig) -> Any:
+    """The moving average after `step` steps: a copy of the parameters until `ema_start`, then decayed towards them."""
+    if ema is None or config.ema_decay is None:
+        return ema
+    decay = jnp.where(step <= config.ema_start, 0.0, config.ema_decay)
+    return jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), ema, params)
+
+
+def to_arrays(state: TrainState) -> dict[str, Array]:
+    """Flattens a state to arrays under readable names, such as `params.head.proj.kernel`.
+
+    The names are all that a checkpoint depends on, not the classes of Flax or Optax.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+
+
+def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
+    """Puts arrays from `to_arrays` back into a state of the same structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    values = [
+        jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)]
+        for path, leaf in leaves
+    ]
+    return jax.tree_util.tree_unflatten(structure, values)
+
+
+def _name(path: tuple) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".value").replace("/", "_")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every floating-point number in the tree is finite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats])) if floats else jnp.array(True)
+
+
+@jax.jit
+def checksums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    """A 32-bit checksum of each array's bits, computed where the array lives.
+
+    Sums the words, each multiplied with an odd number that depends on its place, modulo 2**32: the order of summation
+    does not matter, so the checksum is the same on every device and under every sharding.
+    """
+    return {name: _checksum(array) for name, array in arrays.items()}
+
+
+def _checksum(array: Array) -> Array:
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = array.dtype.itemsize * 8
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32).reshape(-1)
+    place = jax.lax.iota(jnp.uint32, math.prod(words.shape))
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
