@@ -1,0 +1,1 @@
+"""Video models that use the attention."""

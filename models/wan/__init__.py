@@ -4,6 +4,12 @@ from models.wan.config import PRESETS, Attention, DenseAttention, MonarchAttenti
 from models.wan.dit import WanModel, count_parameters
 
 __all__ = [
-    "PRESETS", "Attention", "DenseAttention", "MonarchAttention", "WanConfig", "WanModel", "count_parameters",
+    "PRESETS",
+    "Attention",
+    "DenseAttention",
+    "MonarchAttention",
+    "WanConfig",
+    "WanModel",
+    "count_parameters",
     "wan_config",
-]  # fmt: skip
+]

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from monarch_jax import monarch_attention
 
 from models.wan.config import DenseAttention, MonarchAttention
+from monarch_jax import monarch_attention
 
 
 def attend(
@@ -40,20 +40,29 @@ def attend(
     """
     if isinstance(setting, MonarchAttention):
         return monarch_attention(
-            query, key, value, grid=grid, tile=setting.tile, blocks=setting.blocks, num_iters=setting.num_iters,
-            causal_block=causal_block, implementation=setting.implementation,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            grid=grid,
+            tile=setting.tile,
+            blocks=setting.blocks,
+            num_iters=setting.num_iters,
+            causal_block=causal_block,
+            implementation=setting.implementation,
+        )
     if causal_block is None or causal_block >= grid[0]:
         return dense_attention(query, key, value, implementation=setting.implementation)
     # One call per block on the keys it sees: no mask, and nothing computed only to be masked.
     block = causal_block * grid[1] * grid[2]
     outputs = [
         dense_attention(
-            query[:, start : start + block], key[:, : start + block], value[:, : start + block],
+            query[:, start : start + block],
+            key[:, : start + block],
+            value[:, : start + block],
             implementation=setting.implementation,
         )
         for start in range(0, query.shape[1], block)
-    ]  # fmt: skip
+    ]
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import jax.numpy as jnp
+
 from monarch_jax.spec import MonarchSpec
 
 MODEL_TYPES = ("t2v", "i2v")
@@ -38,7 +38,7 @@ class DenseAttention:
         implementation: "xla", "cudnn" (half precision on an NVIDIA GPU only), or None: cuDNN where it can run.
     """
 
-    implementation: Literal["xla", "cudnn"] | None = None
+    implementation: str | None = None
 
     def __post_init__(self):
         if self.implementation is not None:
@@ -64,10 +64,12 @@ class MonarchAttention:
     def __post_init__(self):
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(self.tile))
-        # A grid that every tile divides, so that what is wrong without a grid is found here.
-        MonarchSpec(
-            grid=self.tile or (1, 1, 1), tile=self.tile, blocks=self.blocks, num_iters=self.num_iters
-        )
+            if len(self.tile) != 3:
+                raise ValueError(f"tile={self.tile} is not three integers (n_f, n_h, n_w).")
+            for i, size in enumerate(self.tile):
+                _check_positive(f"tile[{i}]", size)
+        # On a grid that the tile divides, so that what is wrong on any grid is found here.
+        MonarchSpec(grid=self.tile or (1, 1, 1), tile=self.tile, blocks=self.blocks, num_iters=self.num_iters)
 
     def spec(self, grid: tuple[int, int, int], *, causal_block: int | None = None) -> MonarchSpec:
         """The attention on `grid` (frames, rows, columns of tokens); raises ValueError if the tile does not fit."""
@@ -126,17 +128,27 @@ class WanConfig:
     in_channels: int = 16
     out_channels: int = 16
     eps: float = 1e-6
-    model_type: Literal["t2v", "i2v"] = "t2v"
+    model_type: str = "t2v"
     image_dim: int = 1280
     attention: DenseAttention | MonarchAttention | tuple[DenseAttention | MonarchAttention, ...] = DenseAttention()
     causal_block: int | None = None
     param_dtype: str = "float32"
     dtype: str = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: str = "none"
 
     def __post_init__(self):
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_channels",
-                     "out_channels", "image_dim"):  # fmt: skip
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+            "in_channels",
+            "out_channels",
+            "image_dim",
+        ):
             _check_positive(name, getattr(self, name))
         if self.causal_block is not None:
             _check_positive("causal_block", self.causal_block)
@@ -209,8 +221,9 @@ class WanConfig:
         Raises:
             ValueError: If the patch does not divide a size.
         """
-        for name, size, patch in zip(("frames", "height", "width"), (frames, height, width), self.patch_size,
-                                     strict=True):  # fmt: skip
+        for name, size, patch in zip(
+            ("frames", "height", "width"), (frames, height, width), self.patch_size, strict=True
+        ):
             if size % patch or size < 1:
                 below, above = size // patch * patch, (size // patch + 1) * patch
                 nearest = f"{below} or {above}" if below else f"{above}"
@@ -226,9 +239,7 @@ PRESETS: dict[str, WanConfig] = {
     "tiny": WanConfig(dim=96, ffn_dim=256, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=8),
     "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "wan2.1-i2v-14b": WanConfig(
-        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36, model_type="i2v"
-    ),
+    "wan2.1-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36, model_type="i2v"),
 }
 
 

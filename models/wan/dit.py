@@ -14,8 +14,16 @@ from jaxtyping import Array, Float, Real
 from models.wan.attention import attend
 from models.wan.config import Attention, MonarchAttention, WanConfig
 from models.wan.layers import (
-    MLP, Head, ImageEmbedding, PatchEmbedding, WanBlock, gelu_tanh, linear, sinusoid, small_normal,
-)  # fmt: skip
+    MLP,
+    Head,
+    ImageEmbedding,
+    PatchEmbedding,
+    WanBlock,
+    gelu_tanh,
+    linear,
+    sinusoid,
+    small_normal,
+)
 from models.wan.rope import rope_table
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -157,11 +165,12 @@ class WanModel(nnx.Module):
                 block = nnx.merge(graph, layer)
                 keys_values = block.cross_attn.keys_values(inputs.text, inputs.image)
                 x = block(
-                    x, inputs.time_projection, rope, keys_values,
-                    lambda q, k, v: attend(
-                        q, k, v, grid=grid, setting=setting, causal_block=config.causal_block
-                    ),
-                )  # fmt: skip
+                    x,
+                    inputs.time_projection,
+                    rope,
+                    keys_values,
+                    lambda q, k, v: attend(q, k, v, grid=grid, setting=setting, causal_block=config.causal_block),
+                )
                 return x, None
 
             if config.remat != "none":
@@ -208,8 +217,9 @@ class WanModel(nnx.Module):
     def unpatchify(self, patches: Array, grid: tuple[int, int, int]) -> Array:
         """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]."""
         pt, ph, pw = self.config.patch_size
-        return rearrange(patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c",
-                         h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw)  # fmt: skip
+        return rearrange(
+            patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c", h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw
+        )
 
     def with_attention(self, attention: Attention | tuple[Attention, ...]) -> "WanModel":
         """The same arrays under another attention; nothing is trained or copied.

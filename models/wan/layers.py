@@ -29,9 +29,15 @@ def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=x
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
     """LayerNorm that computes and returns float32 at least, with two-pass variance."""
     return nnx.LayerNorm(
-        width, epsilon=config.eps if eps is None else eps, use_scale=affine, use_bias=affine, use_fast_variance=False,
-        dtype=config.precise_dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs,
-    )  # fmt: skip
+        width,
+        epsilon=config.eps if eps is None else eps,
+        use_scale=affine,
+        use_bias=affine,
+        use_fast_variance=False,
+        dtype=config.precise_dtype,
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -117,8 +123,8 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values."""
         query = rearrange(self.norm_q(self.q(x)), "b f s (n d) -> b (f s) n d", n=self.num_heads)
-        out = sum(dense_attention(query, key, value) for key, value in keys_values)
-        return self.o(out.reshape(x.shape))
+        out = [dense_attention(query, key, value) for key, value in keys_values]
+        return self.o(sum(out[1:], start=out[0]).reshape(x.shape))
 
 
 class WanBlock(nnx.Module):
@@ -191,8 +197,9 @@ class PatchEmbedding(nnx.Module):
         """Tokens by frame, rows before columns."""
         kernel = self.kernel[...].astype(self.dtype)
         pt, ph, pw = kernel.shape[:3]
-        patches = rearrange(latents.astype(self.dtype), "b (f pt) (h ph) (w pw) c -> b f (h w) (pt ph pw c)",
-                            pt=pt, ph=ph, pw=pw)  # fmt: skip
+        patches = rearrange(
+            latents.astype(self.dtype), "b (f pt) (h ph) (w pw) c -> b f (h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw
+        )
         return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
 
 

@@ -1,6 +1,6 @@
 import dataclasses
+import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,11 +49,19 @@ def diffusers_model(config, *, seed=0):
     i2v = config.model_type == "i2v"
     torch.manual_seed(seed)
     model = diffusers.WanTransformer3DModel(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
-        freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, eps=config.eps,
-        image_dim=config.image_dim if i2v else None, added_kv_proj_dim=config.dim if i2v else None,
-    )  # fmt: skip
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        eps=config.eps,
+        image_dim=config.image_dim if i2v else None,
+        added_kv_proj_dim=config.dim if i2v else None,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5
@@ -63,16 +71,20 @@ def diffusers_model(config, *, seed=0):
     return model.eval()
 
 
-def randomized(model, *, seed=0):
-    """The same model with every parameter random: no zero head, no zero bias."""
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [
-        leaf + jax.random.normal(key, leaf.shape, leaf.dtype) * (0.1 if leaf.ndim < 3 else leaf.shape[-2] ** -0.5)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+@functools.cache
+def random_model(config, seed=0):
+    """A model with every parameter random: no zero head, no zero bias. Not to be changed in place."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
+
+    def draw(path, leaf):
+        name = path[-1] if isinstance(path[-1], str) else path[-2]
+        spread = leaf.shape[-2] ** -0.5 if name == "kernel" else 0.2
+        array = rng.standard_normal(leaf.shape) * spread + (1.0 if name == "scale" else 0.0)
+        return leaf.replace(jnp.asarray(array, leaf.dtype))
+
+    flat = [(path, draw(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def sample(config, *, grid=(6, 4, 6), batch=2, seed=0, text_rows=None, per_frame=False):
@@ -89,13 +101,11 @@ class Helpers:
     SMALL = SMALL
     model_from_torch = staticmethod(model_from_torch)
     diffusers_model = staticmethod(diffusers_model)
-    randomized = staticmethod(randomized)
     sample = staticmethod(sample)
 
     @staticmethod
     def model(config=SMALL, *, seed=0, **changes):
-        config = dataclasses.replace(config, **changes)
-        return randomized(WanModel(config, rngs=nnx.Rngs(seed)), seed=seed)
+        return random_model(dataclasses.replace(config, **changes), seed)
 
 
 @pytest.fixture(scope="session")

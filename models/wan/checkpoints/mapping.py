@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 from models.wan.config import WanConfig
 
 type Layout = Literal["linear", "conv", "vector"]
+type Arrays = tuple[tuple[str, str, Layout], ...]
 type Naming = Literal["official", "diffusers"]
 
 
@@ -26,14 +27,14 @@ class Rule:
     ours: str
     official: str
     diffusers: str
-    arrays: tuple[tuple[str, str, Layout], ...]
+    arrays: Arrays
 
 
-LINEAR = (("kernel", "weight", "linear"), ("bias", "bias", "vector"))
-CONV = (("kernel", "weight", "conv"), ("bias", "bias", "vector"))
-AFFINE = (("scale", "weight", "vector"), ("bias", "bias", "vector"))
-SCALE = (("scale", "weight", "vector"),)
-ARRAY = (("", "", "vector"),)
+LINEAR: Arrays = (("kernel", "weight", "linear"), ("bias", "bias", "vector"))
+CONV: Arrays = (("kernel", "weight", "conv"), ("bias", "bias", "vector"))
+AFFINE: Arrays = (("scale", "weight", "vector"), ("bias", "bias", "vector"))
+SCALE: Arrays = (("scale", "weight", "vector"),)
+ARRAY: Arrays = (("", "", "vector"),)
 
 P, D = "blocks.{i}", "condition_embedder"
 OUTER = (
