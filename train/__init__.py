@@ -1,0 +1,1 @@
+"""Training: data, objective, loop, checkpoints and the `monarchrt` command line."""

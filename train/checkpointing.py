@@ -1,8 +1,8 @@
 """Checkpoints of a run, through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
 
 A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, what they belong to (see
-`train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is complete, so that a process killed
-while saving leaves the one before as the newest.
+`train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is complete, so
+that a process killed while saving leaves the one before as the newest.
 """
 
 import asyncio
@@ -50,6 +50,11 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def kept(self) -> str:
+        """What is safe on disk, in words."""
+        complete = self.steps()
+        return f"the checkpoint of step {complete[-1]} is kept" if complete else "no checkpoint had been saved"
+
     def save(self, state: TrainState, identity: dict[str, Any]) -> None:
         """Begins to save; writing goes on in the background after the arrays have been copied.
 
@@ -93,10 +98,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
-        complete = self.steps()
-        kept = f"the checkpoint of step {complete[-1]} is kept" if complete else "no checkpoint had been saved"
         try:
-            with report_full_disk(self.path, kept=kept):
+            with report_full_disk(self.path, kept=self.kept()):
                 yield
         except UserError:
             self._remove_unfinished()
@@ -184,12 +187,12 @@ class Checkpoints:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} cannot be read ({reason})") from error
+            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} is corrupt ({reason})") from error
         structure = jax.tree.structure(template)
         return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
     def _about(self, step: int) -> dict[str, Any]:
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if not isinstance(about, dict) or {"identity", "checksums"} - about.keys():
             raise ValueError("the description is incomplete")
         return about
@@ -207,11 +210,11 @@ class Checkpoints:
         restore = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         found = jax.device_get(checksums(arrays))
         for name, leaf in target.items():
             if arrays[name].shape != leaf.shape:
-                raise UserError(f"{name} in the checkpoint of step {step} has shape {arrays[name].shape}, not {leaf.shape}")
+                raise UserError(f"{name} in the checkpoint of step {step} is {arrays[name].shape}, not {leaf.shape}")
             if int(found[name]) != sums[name]:
                 raise ValueError(f"the checksum of {name} is wrong")
         return arrays

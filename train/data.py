@@ -154,7 +154,7 @@ class ClipWindows:
         """Number of held-out windows."""
         return len(self.held_out_starts)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the decoded frames."""
         return hashlib.sha256(np.ascontiguousarray(self.frames)).hexdigest()
@@ -241,7 +241,7 @@ class LatentFolder:
         """Number of held-out examples."""
         return len(self.held_out_files)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the files."""
         digest = hashlib.sha256()

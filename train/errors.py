@@ -37,7 +37,11 @@ class DiskFullError(UserError):
     """A file could not be written because the disk, a quota or a file size limit was reached."""
 
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file size limit was reached",
+}
 _FULL_TEXTS = {
     "no space left on device": "the disk is full",
     "disk quota exceeded": "the disk quota is used up",

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -47,17 +47,19 @@ class RunLog:
         [{'step': 1, 'loss': 0.5}]
     """
 
-    def __init__(self, folder: Path, *, step: int):
+    def __init__(self, folder: Path, *, step: int, kept: Callable[[], str] = str):
         """Opens the log.
 
         Args:
             folder: Run folder.
             step: Step of the checkpoint that the run goes on from; later lines are dropped.
+            kept: Says what is safe if the disk is full.
         """
         from tensorboardX import SummaryWriter
 
         self.path = folder / LOG_NAME
-        with report_full_disk(self.path):
+        self._kept = kept
+        with report_full_disk(self.path, kept=kept()):
             if self.path.exists():
                 self._truncate(step)
             self._file = self.path.open("a", encoding="utf-8")
@@ -84,7 +86,7 @@ class RunLog:
         for name, value in scalars.items():
             # only finite numbers exist in JSON
             record[name] = float(value) if abs(value) < float("inf") else str(float(value))
-        with report_full_disk(self.path):
+        with report_full_disk(self.path, kept=self._kept()):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for name, value in scalars.items():

@@ -96,9 +96,7 @@ class _Run:
         run = config.run
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation)
         if model is None:
-            model = build_model(
-                config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
-            )
+            model = build_model(config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision)
         self.graph, params, fixed = split_model(model)
         optimizer = make_optimizer(config.optimizer, steps=run.steps)
         state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
@@ -122,27 +120,31 @@ class _Run:
         config, run = self.config, self.config.run
         previous = read_config(run.folder) if run.resume else None
         checkpoints = Checkpoints(run.folder, keep=run.keep) if previous else None
-        start = 0
+        start, restored = 0, None
         notes: list[str] = []
         if checkpoints:
             restored = checkpoints.restore(self.state, check=self._compare(notes), note=notes.append)
             if restored is not None:
                 self.state, start = restored, int(restored.step)
         if run.resume:
-            notes.append(f"resuming {run.folder} at step {start}" if start else f"nothing to resume in {run.folder} yet")
-        if run.init_from is not None and start == 0:
+            notes.append(
+                f"resuming {run.folder} at step {start}"
+                if restored is not None
+                else f"nothing to resume in {run.folder}"
+            )
+        if run.init_from is not None and restored is None:
             self._init_from(run.init_from)
         write_config(config)
         self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
         with (
-            RunLog(run.folder, step=start) as self.log,
+            RunLog(run.folder, step=start, kept=self.checkpoints.kept) as self.log,
             Progress(run.steps, start=start, quiet=self.quiet) as self.progress,
             StopRequest() as stop,
         ):
             for note in notes:
                 self.progress.note(note)
             self.clock = time.monotonic()
-            if start == 0:
+            if restored is None:
                 # a first checkpoint, so that there always is a good one and a full disk shows at once
                 self._save(0)
             for step in range(start + 1, run.steps + 1):

@@ -50,8 +50,8 @@ def model_settings(config: ModelConfig, *, channels: int | None = None, precisio
     reserved = {"attention", "in_channels", "out_channels", "dtype", "remat"} & set(config.overrides)
     if reserved:
         raise UserError(
-            f"overrides names {', '.join(sorted(reserved))}, which follow from the data, attention, precision and remat; "
-            f"set those instead"
+            f"overrides names {', '.join(sorted(reserved))}, which follow from the data, attention, precision "
+            f"and remat; set those instead"
         )
     with user_input():
         sizes = {} if channels is None else {"in_channels": channels, "out_channels": channels}
@@ -85,5 +85,5 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
     from models.wan import WanModel
 
     settings = model_settings(config, channels=channels, precision=precision)
-    with user_input():
-        return WanModel(settings, rngs=nnx.Rngs(seed))
+    # one compiled program: faster than op by op
+    return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()

@@ -16,9 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from train.config import ObjectiveConfig
 
-Velocity = Callable[
-    [Float[Array, "b f h w c"], Float32[Array, "b"], Float[Array, "b l d"]], Float[Array, "b f h w c"]
-]
+Velocity = Callable[[Float[Array, "b f h w c"], Float32[Array, "b"], Float[Array, "b l d"]], Float[Array, "b f h w c"]]
 """A flow prediction: (noisy latents, timesteps, text) -> v."""
 
 

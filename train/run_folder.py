@@ -1,13 +1,14 @@
 """A run folder and what its files belong to.
 
-    config.json                the settings, as given
-    log.jsonl                  one JSON object per line: step, loss, gradient norm, held-out loss, ...
-    tensorboard/               the same for TensorBoard
-    checkpoints/STEP/          the newest few, see `train.checkpointing`
-    unreadable_checkpoints/    corrupt ones that a resume set aside
-    samples/                   videos made while training
+config.json                the settings, as given
+log.jsonl                  one JSON object per line: step, loss, gradient norm, held-out loss, ...
+tensorboard/               the same for TensorBoard
+checkpoints/STEP/          the newest few, see `train.checkpointing`
+unreadable_checkpoints/    corrupt ones that a resume set aside
+samples/                   videos made while training
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -39,9 +40,7 @@ def claim_folder(config: TrainConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new or empty folder")
     if not config.run.resume and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"folder {folder} already holds a run; go on with it with --resume, or give another --folder"
-        )
+        raise UserError(f"folder {folder} already holds a run; go on with it with --resume, or give another --folder")
 
 
 def write_config(config: TrainConfig) -> None:
@@ -53,11 +52,13 @@ def write_config(config: TrainConfig) -> None:
     """
     folder = config.run.folder
     path = folder / CONFIG_NAME
+    # how it was called this time is no setting of the run
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     try:
         with report_full_disk(path):
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(to_dict(fresh), indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
@@ -112,10 +113,11 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         UserError: If model, attention, data, batch, seed or objective differ; names both values.
 
     Example:
-        >>> compare_identity({"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}, step=7, folder=Path("runs/a"))
+        >>> saved, wanted = {"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}
+        >>> compare_identity(saved, wanted, step=7, folder=Path("runs/a"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in runs/a was trained with [1, 2, 2]; use its value, or another --folder
+        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in runs/a has [1, 2, 2]...
     """
     notes = []
     for name in dict.fromkeys([*saved, *wanted]):
@@ -132,7 +134,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         if name == "data":
             old, new = f"other frames or latents (SHA-256 {str(old)[:12]})", f"SHA-256 {str(new)[:12]}"
         raise UserError(
-            f"cannot resume: {name} is {new}, but the checkpoint of step {step} in {folder} was trained with {old}; "
-            f"use its value, or another --folder"
+            f"cannot resume: {name} is {new}, but the checkpoint of step {step} in {folder} has {old}; "
+            f"use that value, or another --folder"
         )
     return notes

@@ -1,5 +1,6 @@
 """Where a run's arrays live: the batch split over the devices, the state on all of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ class Placement:
         UserError: If the devices do not divide a part of the batch.
     """
 
-    def __init__(self, *, batch: int, accumulation: int = 1, devices: list[jax.Device] | None = None):
-        devices = devices if devices is not None else jax.local_devices()
+    def __init__(self, *, batch: int, accumulation: int = 1, devices: Sequence[Any] | None = None):
+        devices = list(devices) if devices is not None else jax.local_devices()
         if batch % (len(devices) * accumulation):
             raise UserError(
                 f"batch is {batch}, which {len(devices)} devices times accumulation {accumulation} do not divide; "

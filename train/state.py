@@ -158,8 +158,7 @@ def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
     """Puts arrays from `to_arrays` back into a state of the same structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     values = [
-        jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)]
-        for path, leaf in leaves
+        jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)] for path, leaf in leaves
     ]
     return jax.tree_util.tree_unflatten(structure, values)
 

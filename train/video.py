@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.container
+import av.error
 import numpy as np
 from jaxtyping import UInt8
 
@@ -111,9 +113,7 @@ def _fit(frame: "av.VideoFrame", height: int, width: int) -> np.ndarray:
     return picture[top : top + height, left : left + width]
 
 
-def write_mp4(
-    path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float = 12.0, quality: int = 16
-) -> Path:
+def write_mp4(path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float = 12.0, quality: int = 16) -> Path:
     """Writes frames as H.264 in yuv420p, which every player shows.
 
     Odd sizes are padded by repeating the last row or column, since yuv420p needs even ones. The file appears under its
