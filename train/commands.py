@@ -18,7 +18,7 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     if folder is not None:
         default = read_config(folder) or default
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[tyro.conf.FlagCreatePairsOff[TrainConfig]]],
+        tyro.conf.OmitArgPrefixes[TrainConfig],
         prog="monarchrt train",
         args=list(arguments),
         default=default,
@@ -67,8 +67,6 @@ def demo_command(arguments: Sequence[str]) -> int:
     """`monarchrt demo`."""
     from train.demo import DemoConfig, run_demo
 
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[DemoConfig]], prog="monarchrt demo", args=list(arguments)
-    )
+    config = tyro.cli(tyro.conf.OmitArgPrefixes[DemoConfig], prog="monarchrt demo", args=list(arguments))
     run_demo(config)
     return 0

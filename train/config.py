@@ -87,8 +87,8 @@ class ModelConfig:
     preset: str = "tiny"
     """Name of the Wan configuration: tiny, wan2.1-t2v-1.3b or wan2.1-t2v-14b."""
 
-    overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """Fields of the preset to change, as pairs: `--overrides num_layers 2 dim 96`."""
+    overrides: tuple[str, ...] = ()
+    """Fields of the preset to change: `--overrides num_layers=2 dim=96 patch_size=[1,2,2]`."""
 
     attention: Literal["dense", "monarch"] = "monarch"
     """Self-attention of every block: exact softmax attention, or tiled MonarchAttention."""
@@ -115,6 +115,24 @@ class ModelConfig:
             self.attention == "monarch" or self.tile is None,
             f"tile is {self.tile} but attention is {self.attention!r}; a tile needs attention 'monarch'",
         )
+        self.override_values()
+
+    def override_values(self) -> dict[str, Any]:
+        """The overrides by name; values are read as JSON, or else taken as text.
+
+        Example:
+            >>> ModelConfig(overrides=("dim=96", "remat=dots")).override_values()
+            {'dim': 96, 'remat': 'dots'}
+        """
+        values: dict[str, Any] = {}
+        for override in self.overrides:
+            name, equals, text = override.partition("=")
+            _require(bool(equals and name), f"overrides has {override!r}; write name=value, for example num_layers=2")
+            try:
+                values[name] = json.loads(text)
+            except json.JSONDecodeError:
+                values[name] = text
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

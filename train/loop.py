@@ -7,6 +7,7 @@ uninterrupted run bit for bit on the same machine.
 """
 
 import collections
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,13 @@ class _Run:
         run = config.run
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation)
         if model is None:
-            model = build_model(config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision)
+            build = functools.partial(
+                build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
+            )
+            self._check(nnx.eval_shape(build))
+            model = build()
+        else:
+            self._check(model)
         self.graph, params, fixed = split_model(model)
         optimizer = make_optimizer(config.optimizer, steps=run.steps)
         state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
@@ -105,16 +112,19 @@ class _Run:
             self.graph, optimizer, objective=config.objective, settings=config.optimizer, steps=run.steps
         )
         self.error_fn = make_error_fn(self.graph, objective=config.objective)
-        self._check()
         self.identity = identity(config, fingerprint=source.fingerprint)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
 
-    def _check(self) -> None:
-        """Traces one step: shapes, tiles and backends are checked before anything is computed or written."""
-        batch = self.source.train_batch(0, self.config.run.batch, self.config.run.seed)
+    def _check(self, model: nnx.Module) -> None:
+        """Traces the network: shapes, tiles and backends are checked before anything is computed or written."""
+        config = self.config
+        graph, params, fixed = split_model(model)
+        batch = self.source.train_batch(0, config.run.batch, config.run.seed)
+        errors = make_error_fn(graph, objective=config.objective)
+        sigma = np.zeros(config.run.batch, np.float32)
         with user_input():
-            jax.eval_shape(self.step_fn, self.state, *batch)
+            jax.eval_shape(errors, params, fixed, *batch, batch.latents, sigma)
 
     def go(self, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
         config, run = self.config, self.config.run

@@ -47,7 +47,7 @@ def model_settings(config: ModelConfig, *, channels: int | None = None, precisio
     """
     from models.wan import wan_config
 
-    reserved = {"attention", "in_channels", "out_channels", "dtype", "remat"} & set(config.overrides)
+    reserved = {"attention", "in_channels", "out_channels", "dtype", "remat"} & set(config.override_values())
     if reserved:
         raise UserError(
             f"overrides names {', '.join(sorted(reserved))}, which follow from the data, attention, precision "
@@ -61,7 +61,7 @@ def model_settings(config: ModelConfig, *, channels: int | None = None, precisio
             dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
             remat="full" if config.remat else "none",
             **sizes,
-            **config.overrides,
+            **config.override_values(),
         )
 
 

@@ -114,10 +114,10 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
 
     Example:
         >>> saved, wanted = {"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}
-        >>> compare_identity(saved, wanted, step=7, folder=Path("runs/a"))  # doctest: +ELLIPSIS
+        >>> compare_identity(saved, wanted, step=7, folder=Path("run"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in runs/a has [1, 2, 2]...
+        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has [1, 2, 2];...
     """
     notes = []
     for name in dict.fromkeys([*saved, *wanted]):

@@ -1,0 +1,142 @@
+"""Small clips, a small network, and a run of the command line that several tests compare with."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# one layer, 2 x 4 tokens per frame: seconds to compile, milliseconds per step
+NETWORK = ["--overrides", "num_layers=1", "dim=24", "num_heads=2", "ffn_dim=48"]
+DATA = ["--frames", "3", "--height", "16", "--width", "32", "--patch", "4", "--gap", "1", "--held-out", "0.3"]
+EVERY = [
+    "--batch",
+    "2",
+    "--steps",
+    "30",
+    "--checkpoint-every",
+    "4",
+    "--eval-every",
+    "6",
+    "--eval-windows",
+    "1",
+    "--eval-timesteps",
+    "2",
+    "--keep",
+    "3",
+]
+
+
+def make_clip(path: Path, *, frames: int = 24, height: int = 36, width: int = 64, options=None, audio=False) -> Path:
+    """A bright square that moves over a gradient; with a sine tone if asked."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.height, stream.width, stream.pix_fmt, stream.options = height, width, "yuv420p", {"crf": "12"}
+        tone = container.add_stream("aac", rate=16000) if audio else None
+        base = np.linspace(40, 160, width, dtype=np.uint8)[None, :, None].repeat(height, 0).repeat(3, 2)
+        for index in range(frames):
+            picture = base.copy()
+            left = 2 * index % (width - 12)
+            picture[8:20, left : left + 12] = (240, 200 - 5 * index % 200, 30)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+        if tone is not None:
+            container.mux(tone.encode(_sine(frames / 12)))
+            container.mux(tone.encode())
+    return path
+
+
+def make_audio(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        container.mux(stream.encode(_sine(0.5)))
+        container.mux(stream.encode())
+    return path
+
+
+def _sine(seconds: float) -> av.AudioFrame:
+    wave = np.sin(np.arange(int(seconds * 16000)) / 10).astype(np.float32)[None]
+    frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+    frame.sample_rate = 16000
+    return frame
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all test processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
+
+
+@pytest.fixture(scope="session")
+def environment(shared) -> dict[str, str]:
+    """The environment of a subprocess: on a CPU, compiled programs shared between the processes."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="session")
+def arguments(clip) -> list[str]:
+    """The training command that the tests share, less the run folder."""
+    return ["train", "--video", str(clip), *NETWORK, *DATA, *EVERY]
+
+
+@pytest.fixture(scope="session")
+def start(environment):
+    """Starts the command line in a process of its own."""
+
+    def start(arguments, **kwargs) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", *map(str, arguments)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """Runs the command line in a process of its own: (exit code, stderr)."""
+
+    def run(arguments, **kwargs) -> tuple[int, str]:
+        process = start(arguments, **kwargs)
+        _, stderr = process.communicate(timeout=300)
+        return process.returncode, stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def baseline(shared, run, arguments) -> Path:
+    """Run folder of the command, uninterrupted; made once however many test processes there are."""
+    folder = shared / "baseline"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            code, stderr = run([*arguments, "--folder", folder])
+            assert code == 0, stderr
+    return folder
+
+
+def history(folder: Path) -> list[dict]:
+    """The log of a run without the wall-clock times, exactly as written."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
