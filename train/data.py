@@ -8,7 +8,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     text: Float32[np.ndarray, "b l d"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the training loop needs to know about the data."""
 
