@@ -1,16 +1,113 @@
-"""Tiled Monarch attention as Triton kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts."""
+"""Tiled Monarch attention as Triton kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
+
+The contract is that of `monarch_jax.backends`: `supports`, `forward` and `vjp` on arrays [B, A, b1, b2, H, D]. Triton
+and jax-triton are imported at the first call only.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from triton_kernels.config import Target, compile_for, configs, target
+
+__all__ = ["Target", "compile_for", "forward", "supports", "target", "vjp"]
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_DIM = 128
+LEAST_BLOCK = 4
 
 
-def supports(problem, q, k) -> str | None:
-    """Why the kernels cannot serve a call, or None when they can."""
-    return "the Triton kernels are not written yet; use implementation='xla' or None."
+def supports(problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
+    """Why the kernels cannot serve a call, or None when they can; asks no device.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`.
+        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
+        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+
+    Returns:
+        The reason with what to do instead, or None.
+    """
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing).replace('_', '-')} is not installed: pip install 'monarchrt[cuda]'."
+    if problem.num_iters != 1:
+        return f"num_iters={problem.num_iters}; the Triton kernels do one refinement step, use implementation='xla'."
+    if q.dtype.name not in DTYPES:
+        return f"dtype {q.dtype.name} is not one of {', '.join(DTYPES)}."
+    b1, b2, dim = q.shape[2], q.shape[3], q.shape[5]
+    if min(b1, b2) < LEAST_BLOCK:
+        return f"a tile of {b1} x {b2} has a side below {LEAST_BLOCK}; use implementation='xla' or a larger tile."
+    if dim > MAX_DIM:
+        return f"head_dim {dim} is above {MAX_DIM}; use implementation='xla'."
+    if 0 in q.shape or 0 in k.shape:
+        return f"there is nothing to compute for shapes {q.shape}, {k.shape}."
+    return None
 
 
-def forward(problem, q, k, v, visible):
-    """Not written yet; `supports` says so for every call."""
-    raise NotImplementedError(supports(problem, q, k))
+def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One refinement step: the output and the log-sum-exp of L's scores.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`.
+        q: [B, A, b1, b2, H, D], bfloat16, float16 or float32.
+        k: [B, C, b1, b2, H, D].
+        v: [B, C, b1, b2, H, D].
+        visible: int32 [A]; query tile a sees the key tiles c < visible[a].
+
+    Returns:
+        out [B, A, b1, b2, H, D] in q's dtype and lse float32 [B, A, b1, b2, H].
+    """
+    from triton_kernels import operation
+
+    return _batched(functools.partial(operation.forward, problem), 3)(q, k, v, visible)
 
 
-def vjp(problem, residuals, d_out):
-    """Not written yet; `supports` says so for every call."""
-    raise NotImplementedError(supports(problem, residuals.q, residuals.k))
+def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        residuals: `monarch_jax.backends.Residuals`.
+        d_out: [B, A, b1, b2, H, D].
+
+    Returns:
+        dq [B, A, b1, b2, H, D], dk and dv [B, C, b1, b2, H, D].
+    """
+    from triton_kernels import operation
+
+    r = residuals
+    delta = jnp.einsum("baijhd,baijhd->baijh", d_out, r.out, preferred_element_type=jnp.float32)
+    return _batched(functools.partial(operation.backward, problem), 6)(
+        r.q, r.k, r.v, d_out.astype(r.q.dtype), r.lse, delta, r.visible
+    )
+
+
+def _batched(fn, arrays: int):
+    """`fn` of that many arrays with a leading batch and of `visible`, with a rule for vmap: B takes the mapped axis.
+
+    A mapped `visible` has no place in the kernels: then one example runs after the other.
+    """
+    mapped = jax.custom_batching.custom_vmap(fn)
+
+    @mapped.def_vmap
+    def rule(size, in_batched, *args):
+        outputs = jax.tree.map(lambda _: True, jax.eval_shape(fn, *_first(args, in_batched)))
+        if in_batched[-1]:
+            spread = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(args, in_batched, strict=True)]
+            return jax.lax.map(lambda xs: mapped(*xs), tuple(spread)), outputs
+        folded = []
+        for x, batched in zip(args[:arrays], in_batched, strict=False):
+            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+            folded.append(x.reshape(size * x.shape[1], *x.shape[2:]))
+        out = mapped(*folded, args[-1])
+        return jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out), outputs
+
+    return mapped
+
+
+def _first(args, in_batched):
+    shapes = [jax.ShapeDtypeStruct(x.shape[1:] if b else x.shape, x.dtype) for x, b in zip(args, in_batched, strict=True)]
+    return shapes

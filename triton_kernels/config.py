@@ -1,0 +1,133 @@
+"""Block sizes, warps and stages of each kernel, and the device they are for; nothing is tuned while a user waits."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.resources
+import json
+
+import jax
+
+DEFAULT_CAPABILITY = 90
+KERNELS = ("right_forward", "left_forward", "left_backward", "right_backward", "right_query")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How one kernel is launched.
+
+    Attributes:
+        rows: Rows of query side per block: (a, j) for the kernels of R, i for those of L. A power of two.
+        keys: Key columns l (kernels of R) or key rows (c, k) (kernels of L) per block. A power of two.
+        warps: Warps per program.
+        stages: Depth of the software pipeline over the loop.
+        split: Programs that share the loop, where the kernel allows it.
+    """
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+    split: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configs:
+    """One `Config` per kernel and the bytes of intermediates that may exist at a time."""
+
+    right_forward: Config
+    left_forward: Config
+    left_backward: Config
+    right_backward: Config
+    right_query: Config
+    scratch_bytes: int = 800 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled for: a compute capability such as 90, and the device's name where one is known."""
+
+    compute_capability: int
+    device_kind: str | None = None
+
+
+_TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("triton_kernels_target", default=None)
+
+
+@contextlib.contextmanager
+def compile_for(compute_capability: int, device_kind: str | None = None):
+    """Traces for a given GPU instead of the local one, so that no device is needed.
+
+    Without it the first local GPU counts, and on a machine without one compute capability 90 (Hopper).
+
+    Example:
+        >>> with compile_for(80):
+        ...     target().compute_capability
+        80
+
+    Args:
+        compute_capability: Major times 10 plus minor, for example 80, 89, 90, 100, 120.
+        device_kind: Name of the device, as `jax.Device.device_kind`, to use its tuned configs.
+
+    Yields:
+        None.
+    """
+    token = _TARGET.set(Target(compute_capability, device_kind))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def target() -> Target:
+    """The GPU that is traced for: that of `compile_for`, else the first local one, else Hopper."""
+    chosen = _TARGET.get()
+    if chosen is not None:
+        return chosen
+    if jax.default_backend() != "gpu":
+        return Target(DEFAULT_CAPABILITY)
+    device = jax.devices()[0]
+    return Target(round(10 * float(device.compute_capability)), device.device_kind)
+
+
+def shape_key(*, b1: int, b2: int, dim: int, itemsize: int) -> str:
+    """Key of a tuned entry: what block sizes depend on."""
+    return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}"
+
+
+def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
+    """The tuned configs of a device for a shape where there are any, else `heuristic`."""
+    found = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
+    tuned = _tuned(where.device_kind).get(shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize), {})
+    changes = {name: Config(**x) if name in KERNELS else x for name, x in tuned.items()}
+    return dataclasses.replace(found, **changes)
+
+
+def heuristic(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
+    """Configs that fit every supported card, from the shape alone."""
+    big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 100
+    wide = itemsize * max(64, power_of_two(dim)) // 128  # 1: a row of 64 halves; 2: of 128 halves; 4: of 128 floats
+    l = min(power_of_two(b2, 16), 64 if wide <= 2 else 32)
+    i = min(power_of_two(b1, 16), 64 if wide <= 2 else 32)
+    stages = 2 if big and wide <= 2 else 1
+    rows = 64 if wide <= 2 else 32
+    return Configs(
+        right_forward=Config(rows=rows, keys=l, stages=stages, split=2),
+        left_forward=Config(rows=i, keys=rows, stages=stages),
+        left_backward=Config(rows=i, keys=rows, stages=stages),
+        right_backward=Config(rows=rows, keys=l, warps=8 if wide > 1 else 4, stages=stages),
+        right_query=Config(rows=rows, keys=l, stages=stages),
+    )
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def _tuned(device_kind: str | None) -> dict:
+    files = importlib.resources.files("triton_kernels") / "tuned"
+    path = files / f"{(device_kind or 'none').replace(' ', '_')}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

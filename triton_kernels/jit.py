@@ -1,0 +1,46 @@
+"""The decorator of every kernel and the constants they share; importing this needs Triton."""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e30)  # stands for minus infinity where a difference of two of them must not be NaN
+
+
+def kernel(fn):
+    """`triton.jit` of the plain function, also where a runtime type checker has wrapped it."""
+    return triton.jit(inspect.unwrap(fn))
+
+
+@kernel
+def tile_offset(b, tile, h, TILES: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    """Element offset of [b, tile, 0, 0, h, 0] in an array [B, TILES, B1, B2, H, D]."""
+    return ((b * TILES + tile).to(tl.int64) * (B1 * B2 * H) + h) * D
+
+
+@kernel
+def load_rows(pointer, offsets, live, d, D: tl.constexpr):
+    """Rows [n, D] that start at `offsets` [n]; zeros where not `live` [n] and beyond D."""
+    mask = live[:, None] & (d < D)[None, :]
+    return tl.load(pointer + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@kernel
+def store_rows(pointer, offsets, live, d, x, D: tl.constexpr):
+    """Inverse of `load_rows`, in the pointer's dtype."""
+    mask = live[:, None] & (d < D)[None, :]
+    tl.store(pointer + offsets[:, None] + d[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@kernel
+def row_range(visible, a0, c, A: tl.constexpr, AC: tl.constexpr, B2: tl.constexpr, M: tl.constexpr, AP: tl.constexpr):
+    """First and one past the last block of M rows (a, j) with a query tile that sees key tile c."""
+    a = tl.arange(0, AP)
+    inside = (a < AC) & (a0 + a < A)
+    sees = tl.load(visible + a0 + a, mask=inside, other=0) > c
+    first = tl.min(tl.where(sees, a, AP), 0)
+    last = tl.max(tl.where(sees, a + 1, 0), 0)
+    return first * B2 // M, (last * B2 + M - 1) // M

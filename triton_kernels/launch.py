@@ -1,0 +1,83 @@
+"""Executes a plan with jax-triton: one step after the other, each writing its share of the results in place."""
+
+import functools
+import inspect
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+from jax import lax
+
+from triton_kernels import left, right
+from triton_kernels.plan import Launch, Plan
+
+KERNELS = {
+    "right_forward": right.right_forward,
+    "left_forward": left.left_forward,
+    "left_backward": left.left_backward,
+    "right_backward": right.right_backward,
+    "right_query": right.right_query,
+}
+
+
+def run(
+    plan: Plan,
+    operands: dict[str, jax.Array | float],
+    scratch: dict[str, jax.ShapeDtypeStruct],
+    results: dict[str, jax.ShapeDtypeStruct],
+    start: dict[str, jax.Array],
+    compute_capability: int,
+) -> dict[str, jax.Array]:
+    """The results of a plan.
+
+    Args:
+        plan: What to run.
+        operands: Arrays that are only read, and scalars.
+        scratch: Shapes and dtypes of what one step hands from kernel to kernel.
+        results: Shapes and dtypes of the results.
+        start: Results that must not start from anything.
+        compute_capability: Compiled for.
+
+    Returns:
+        The results by name.
+    """
+
+    def body(step, state):
+        arrays = dict(operands, step=step, **state)
+        for launch in plan.launches:
+            arrays |= _call(launch, arrays, scratch | results, compute_capability)
+        return {name: arrays[name] for name in results}
+
+    steps = jnp.asarray(plan.steps, jnp.int32)
+    if len(plan.steps) == 1:
+        return body(steps[0], start)
+    state = {name: start.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in results.items()}
+    return lax.fori_loop(0, len(plan.steps), lambda n, state: body(steps[n], state), state)
+
+
+def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
+    names = [name for name in _parameters(launch.kernel) if name in arrays]
+    writes = [name for name in _parameters(launch.kernel) if name in launch.writes]
+    aliases = {names.index(name): n for n, name in enumerate(writes) if name in names}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="input_output_aliases is deprecated")
+        out = jax_triton.triton_call(
+            kernel=KERNELS[launch.kernel],
+            out_type=[jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype) for name in writes],
+            grid=launch.grid,
+            name=f"monarch_{launch.kernel}",
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            compute_capability=compute_capability,
+            input_output_aliases=aliases,
+            **{name: arrays[name] for name in names},
+            **launch.constants,
+        )
+    return dict(zip(writes, out, strict=True))
+
+
+@functools.cache
+def _parameters(kernel: str) -> tuple[str, ...]:
+    """Operands of a kernel in order: its parameters without the constants, which are in capitals."""
+    return tuple(name for name in inspect.signature(KERNELS[kernel].fn).parameters if not name.isupper())

@@ -1,0 +1,136 @@
+"""Kernels of the factor L: for a query column (a, j), softmax over all key rows ck = (c, k); see `right` for the scratch."""
+
+import triton.language as tl
+
+from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset
+
+
+@kernel
+def left_forward(
+    step, visible, q, mid, stats, out, lse, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of I rows i of one query column (a, j). Grid (AC*B2, blocks of i, ZC)."""
+    r = tl.program_id(0)
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a = tl.load(step + 1) + r // B2
+    j = r % B2
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    if (zh < Z) & (a < A):
+        d = tl.arange(0, DP)
+        i = tl.program_id(1) * I + tl.arange(0, I)
+        live = i < B1
+        query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
+        q_i = load_rows(q + query, i * (B2 * H * D), live, d, D)
+        row = (z.to(tl.int64) * R + r) * CK
+        mid += row * (2 * D)
+        stats += ZC * R * CK + row
+        end = tl.load(visible + a) * B1
+        top = tl.full([I], LOWEST, tl.float32)
+        total = tl.zeros([I], tl.float32)
+        acc = tl.zeros([I, DP], tl.float32)
+        for start in tl.range(0, end, N, num_stages=STAGES):
+            n = start + tl.arange(0, N)
+            seen = n < end
+            alpha = load_rows(mid, n * (2 * D), seen, d, D)
+            y = load_rows(mid + D, n * (2 * D), seen, d, D)
+            c_l = tl.load(stats + n, mask=seen, other=float("inf"))
+            x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+            new_top = tl.maximum(top, tl.max(x, 1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(x - new_top[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(q_i.dtype), y, acc * shrink[:, None], input_precision=PRECISION)
+            top = new_top
+        acc *= (1.0 / total)[:, None]
+        store_rows(out + query, i * (B2 * H * D), live, d, acc, D)
+        # lse [B, A, B1, B2, H]
+        place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + (i * B2 + j) * H + h
+        tl.store(lse + place, (top + tl.log2(total)) * LN_2, mask=live)
+
+
+@kernel
+def left_backward(
+    step, visible, q, d_out, lse, delta, mid, stats, dq_left, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Back through L for one query column (a, j). Grid (AC*B2, blocks of i if QUERY, ZC).
+
+    Replaces alpha and Y in `mid` by their gradients, c_L in `stats` by its gradient and writes there
+    e = <d_alpha, alpha> + <d_y, Y> + d_cl c_l, which is sum_l R dR: what the softmax gradient of R subtracts. The part of
+    dq through L goes to `dq_left` float32 [z, r, i, D]. FUSED does both, for B1 <= I; otherwise one launch with QUERY does
+    dq_left only and then one without does the rest.
+    """
+    r = tl.program_id(0)
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a = tl.load(step + 1) + r // B2
+    j = r % B2
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    NI: tl.constexpr = (B1 + I - 1) // I
+    if (zh < Z) & (a < A):
+        d = tl.arange(0, DP)
+        query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
+        place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + j * H + h  # of [b, a, 0, j, h] in lse and delta
+        row = (z.to(tl.int64) * R + r) * CK
+        mid += row * (2 * D)
+        stats += row
+        end = tl.load(visible + a) * B1
+        i = tl.program_id(1) * I + tl.arange(0, I)
+        q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
+        g_i = load_rows(d_out + query, i * (B2 * H * D), i < B1, d, D)
+        lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
+        delta_i = tl.load(delta + place + i * (B2 * H), mask=i < B1, other=0.0)
+        dq_i = tl.zeros([I, DP], tl.float32)
+        for start in tl.range(0, end, N, num_stages=STAGES):
+            n = start + tl.arange(0, N)
+            seen = n < end
+            alpha = load_rows(mid, n * (2 * D), seen, d, D)
+            y = load_rows(mid + D, n * (2 * D), seen, d, D)
+            c_l = tl.load(stats + ZC * R * CK + n, mask=seen, other=float("inf"))
+            if FUSED | QUERY:
+                x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
+                p = tl.exp2(x - lse_i[None, :])
+                d_x = p * (tl.dot(y, g_i.T, input_precision=PRECISION) - delta_i[None, :])
+                low_d_x = (d_x * scale).to(q_i.dtype)
+                dq_i = tl.dot(low_d_x.T, alpha, dq_i, input_precision=PRECISION)
+                if FUSED:
+                    d_y = tl.dot(p.to(q_i.dtype), g_i, input_precision=PRECISION)
+                    d_alpha = tl.dot(low_d_x, q_i, input_precision=PRECISION)
+                    d_cl = -tl.sum(d_x, 1)
+            else:
+                d_y = tl.zeros([N, DP], tl.float32)
+                d_alpha = tl.zeros([N, DP], tl.float32)
+                d_cl = tl.zeros([N], tl.float32)
+                for part in range(NI):
+                    i_n = part * I + tl.arange(0, I)
+                    q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
+                    g_n = load_rows(d_out + query, i_n * (B2 * H * D), i_n < B1, d, D)
+                    lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
+                    delta_n = tl.load(delta + place + i_n * (B2 * H), mask=i_n < B1, other=0.0)
+                    x = tl.dot(alpha, q_n.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
+                    p = tl.exp2(x - lse_n[None, :])
+                    d_x = p * (tl.dot(y, g_n.T, input_precision=PRECISION) - delta_n[None, :])
+                    d_y = tl.dot(p.to(q_n.dtype), g_n, d_y, input_precision=PRECISION)
+                    d_alpha = tl.dot((d_x * scale).to(q_n.dtype), q_n, d_alpha, input_precision=PRECISION)
+                    d_cl -= tl.sum(d_x, 1)
+            if FUSED | (not QUERY):
+                e = tl.sum(d_alpha * alpha.to(tl.float32), 1) + tl.sum(d_y * y.to(tl.float32), 1)
+                e += tl.where(seen, d_cl * tl.where(seen, c_l, 0.0), 0.0)
+                store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
+                store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
+                tl.store(stats + ZC * R * CK + n, d_cl, mask=seen)
+                tl.store(stats + 2 * ZC * R * CK + n, e, mask=seen)
+        if FUSED | QUERY:
+            store_rows(dq_left + (z.to(tl.int64) * R + r) * (B1 * D), i * D, i < B1, d, dq_i, D)

@@ -1,0 +1,87 @@
+"""Forward and backward of one refinement step on arrays of tiles: configs, plan, launch."""
+
+import jax
+import jax.numpy as jnp
+
+from triton_kernels import launch, plan
+from triton_kernels.config import configs, target
+from triton_kernels.plan import Shape
+
+
+def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """out [B, A, b1, b2, H, D] and lse float32 [B, A, b1, b2, H]; shapes as in `triton_kernels.forward`."""
+    shape, where = _shape(q, k), target()
+    todo = plan.forward(shape, _configs(shape, where), _precision(q))
+    results = {"out": q, "lse": jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)}
+    operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": float(problem.scale)}
+    found = launch.run(
+        todo, operands, _scratch(shape, todo, q, backward=False), _structs(results), {}, where.compute_capability
+    )
+    return found["out"], found["lse"]
+
+
+def backward(problem, q, k, v, d_out, lse, delta, visible) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv; lse and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
+    shape, where = _shape(q, k), target()
+    todo = plan.backward(shape, _configs(shape, where), _precision(q), problem.grad_tiles)
+    visible = _clip(visible, k)
+    first_tile = jnp.zeros((), jnp.int32)
+    if problem.grad_tiles is not None:
+        first_tile = jnp.max(visible) - jnp.int32(min(problem.grad_tiles, k.shape[1]))
+    dtype = jnp.float32 if todo.summed else k.dtype
+    key_grad = jax.ShapeDtypeStruct(k.shape, dtype)
+    start = {}
+    if todo.summed or problem.grad_tiles is not None:  # what no program writes, or what all add to
+        start = {name: jnp.zeros(k.shape, dtype) for name in ("dk", "dv")}
+    operands = {
+        "visible": visible,
+        "first_tile": first_tile.reshape(1),
+        "q": q,
+        "k": k,
+        "v": v,
+        "d_out": d_out,
+        "lse": lse,
+        "delta": delta,
+        "scale": float(problem.scale),
+    }
+    results = _structs({"dq": q, "dk": key_grad, "dv": key_grad})
+    scratch = _scratch(shape, todo, q, backward=True)
+    found = launch.run(todo, operands, scratch, results, start, where.compute_capability)
+    return found["dq"], found["dk"].astype(k.dtype), found["dv"].astype(k.dtype)
+
+
+def _shape(q: jax.Array, k: jax.Array) -> Shape:
+    batch, query_tiles, b1, b2, heads, dim = q.shape
+    return Shape(
+        batch=batch,
+        query_tiles=query_tiles,
+        key_tiles=k.shape[1],
+        b1=b1,
+        b2=b2,
+        heads=heads,
+        dim=dim,
+        itemsize=q.dtype.itemsize,
+    )
+
+
+def _configs(shape: Shape, where):
+    return configs(where, b1=shape.b1, b2=shape.b2, dim=shape.dim, itemsize=shape.itemsize)
+
+
+def _precision(q: jax.Array) -> str:
+    return "tf32x3" if q.dtype == jnp.float32 else "ieee"
+
+
+def _clip(visible: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.minimum(visible.astype(jnp.int32), k.shape[1])
+
+
+def _scratch(shape: Shape, todo: plan.Plan, q: jax.Array, *, backward: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = plan.scratch_shapes(shape, todo, backward=backward)
+    return {
+        name: jax.ShapeDtypeStruct(size, q.dtype if name == "mid" else jnp.float32) for name, size in shapes.items()
+    }
+
+
+def _structs(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}

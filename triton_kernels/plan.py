@@ -1,0 +1,176 @@
+"""Which kernels run, on what, in which order: plain data, without Triton, for `launch` to execute."""
+
+import dataclasses
+import math
+
+from triton_kernels.config import Config, Configs, power_of_two
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of one call: arrays are [batch, query_tiles or key_tiles, b1, b2, heads, dim]."""
+
+    batch: int
+    query_tiles: int
+    key_tiles: int
+    b1: int
+    b2: int
+    heads: int
+    dim: int
+    itemsize: int
+
+    @property
+    def pairs(self) -> int:
+        """Independent (batch, head) pairs."""
+        return self.batch * self.heads
+
+    @property
+    def key_rows(self) -> int:
+        """Key rows (c, k)."""
+        return self.key_tiles * self.b1
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel call. `writes` are the operands that it changes; the first to write an array creates it."""
+
+    kernel: str
+    writes: tuple[str, ...]
+    grid: tuple[int, int, int]
+    constants: dict
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Steps (first pair, first query tile), one after the other, and the launches of each.
+
+    Attributes:
+        steps: Operand `step` of each step.
+        launches: What every step runs.
+        pairs: (batch, head) pairs per step.
+        tiles: Query tiles per step.
+        summed: Whether dk and dv are sums over several steps (then in float32).
+    """
+
+    steps: tuple[tuple[int, int], ...]
+    launches: tuple[Launch, ...]
+    pairs: int
+    tiles: int
+
+    @property
+    def summed(self) -> bool:
+        """Whether several steps add to the same dk and dv."""
+        return any(first for _, first in self.steps)
+
+
+def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of what lives for one step only."""
+    rows = plan.tiles * shape.b2
+    shapes = {
+        "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
+        "stats": (3 if backward else 2, plan.pairs, rows, shape.key_rows),
+    }
+    if backward:
+        shapes["dq_left"] = (plan.pairs, rows, shape.b1, shape.dim)
+    return shapes
+
+
+def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
+    """Right, then left, for every chunk."""
+    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
+    common = _common(shape, pairs, tiles, precision)
+    launches = (
+        _right_forward(shape, configs.right_forward, common, save=False),
+        _left(shape, "left_forward", configs.left_forward, common, ("out", "lse"), blocks=True),
+    )
+    return Plan(steps, launches, pairs, tiles)
+
+
+def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None) -> Plan:
+    """Right again, back through left, then back through right for the keys and for the queries."""
+    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
+    common = _common(shape, pairs, tiles, precision)
+    common["ZC"], common["AC"] = pairs, tiles
+    launches = [_right_forward(shape, configs.right_forward, common, save=True)]
+    left = configs.left_backward
+    if shape.b1 <= left.rows:
+        flags = {"FUSED": True, "QUERY": True}
+        writes = ("mid", "stats", "dq_left")
+        launches.append(_left(shape, "left_backward", left, common | flags, writes, blocks=False))
+    else:
+        flags = {"FUSED": False, "QUERY": True}
+        launches.append(_left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True))
+        flags["QUERY"] = False
+        launches.append(_left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False))
+    right, query = configs.right_backward, configs.right_query
+    save_dz = grad_tiles is None and shape.b2 <= min(right.keys, query.keys, 2 * shape.dim)
+    key_tiles = shape.key_tiles if grad_tiles is None else min(grad_tiles, shape.key_tiles)
+    summed = any(first for _, first in steps)
+    launches.append(
+        Launch(
+            "right_backward",
+            ("mid", "dk", "dv") if save_dz else ("dk", "dv"),
+            (key_tiles * shape.b1, math.ceil(shape.b2 / right.keys), pairs),
+            common | _right(shape, right, tiles) | {"ACCUMULATE": summed, "SAVE_DZ": save_dz},
+            right.warps,
+            right.stages,
+        )
+    )
+    launches.append(
+        Launch(
+            "right_query",
+            ("dq",),
+            (math.ceil(tiles * shape.b2 / query.rows), shape.b1, pairs),
+            common | _right(shape, query, tiles) | {"SAVED_DZ": save_dz},
+            query.warps,
+            query.stages,
+        )
+    )
+    return Plan(steps, tuple(launches), pairs, tiles)
+
+
+def _chunks(shape: Shape, limit: int) -> tuple[tuple[tuple[int, int], ...], int, int]:
+    """Steps, pairs per step and query tiles per step: whole heads where they fit, else equal runs of tiles of one."""
+    tile_bytes = shape.key_rows * shape.b2 * (2 * shape.dim * shape.itemsize + 12)
+    most = max(1, limit // tile_bytes)
+    runs = math.ceil(shape.query_tiles / min(shape.query_tiles, most))
+    tiles = math.ceil(shape.query_tiles / runs)
+    together = 1 if runs > 1 else min(shape.pairs, max(1, most // shape.query_tiles))
+    pairs = math.ceil(shape.pairs / math.ceil(shape.pairs / together))
+    firsts = range(0, shape.pairs, pairs)
+    return tuple((z, a) for z in firsts for a in range(0, shape.query_tiles, tiles)), pairs, tiles
+
+
+def _common(shape: Shape, pairs: int, tiles: int, precision: str) -> dict:
+    return {
+        "A": shape.query_tiles,
+        "C": shape.key_tiles,
+        "B1": shape.b1,
+        "B2": shape.b2,
+        "H": shape.heads,
+        "D": shape.dim,
+        "ZC": pairs,
+        "AC": tiles,
+        "Z": shape.pairs,
+        "DP": power_of_two(shape.dim, 16),
+        "PRECISION": precision,
+    }
+
+
+def _right(shape: Shape, config: Config, tiles: int) -> dict:
+    return {"M": config.rows, "L": config.keys, "AP": power_of_two(tiles), "STAGES": config.stages}
+
+
+def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) -> Launch:
+    pairs, tiles = common["ZC"], common["AC"]
+    constants = common | _right(shape, config, tiles) | {"SPLIT": config.split, "SAVE": save}
+    grid = (shape.key_rows, config.split, pairs)
+    return Launch("right_forward", ("mid", "stats"), grid, constants, config.warps, config.stages)
+
+
+def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
+    constants = common | {"I": config.rows, "N": config.keys, "STAGES": config.stages}
+    grid = (common["AC"] * shape.b2, math.ceil(shape.b1 / config.rows) if blocks else 1, common["ZC"])
+    return Launch(kernel, writes, grid, constants, config.warps, config.stages)

@@ -1,0 +1,228 @@
+"""Kernels of the factor R: softmax over a key tile's columns l, for every key row (c, k) and query row (a, j).
+
+Rows r = (a, j) of a chunk of query tiles are one flat axis, so that blocks of M rows waste nothing; so are key rows
+ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later their gradients), `stats` float32
+[3, z, r, ck] holds the log-sum-exp of R's scores (base 2), c_L (natural; later the gradient of c_L) and the term e that
+`left.backward` describes. z counts the (batch, head) pairs of a chunk.
+"""
+
+import triton.language as tl
+
+from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_range, store_rows, tile_offset
+
+
+@kernel
+def right_forward(
+    step, visible, q, k, v, mid, stats, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """alpha, Y and c_L of one key row, looping over a share of the rows (a, j). Grid (C*B1, SPLIT, ZC)."""
+    ck = tl.program_id(0)
+    c = ck // B1
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a0 = tl.load(step + 1)
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    NL: tl.constexpr = (B2 + L - 1) // L
+    d = tl.arange(0, DP)
+    l = tl.arange(0, L)
+    low, high = row_range(visible, a0, c, A, AC, B2, M, AP)
+    high = tl.where(zh < Z, high, 0)
+    share = (high - low + SPLIT - 1) // SPLIT
+    first = low + tl.program_id(1) * share
+    last = tl.minimum(first + share, high)
+    key_row = tile_offset(b, c, h, C, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
+    query = tile_offset(b, a0, h, A, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
+    mid += (z.to(tl.int64) * R * CK + ck) * (2 * D)
+    stats += z.to(tl.int64) * R * CK + ck
+    if first < last:
+        live_l = l < B2
+        k_0 = load_rows(k + key_row, l * (H * D), live_l, d, D)
+        v_0 = load_rows(v + key_row, l * (H * D), live_l, d, D)
+        for block in tl.range(first, last, num_stages=STAGES):
+            r = block * M + tl.arange(0, M)
+            a, j = r // B2, r % B2
+            live = (r < R) & (a0 + a < A)
+            q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            if NL == 1:
+                x = tl.dot(q_r, k_0.T, input_precision=PRECISION) * (scale * LOG2_E)
+                x = tl.where(live_l[None, :], x, LOWEST)
+                top = tl.max(x, 1)
+                x -= top[:, None]
+                p = tl.exp2(x)
+                total = tl.sum(p, 1)
+                p *= (1.0 / total)[:, None]
+                entropy = tl.sum(p * x, 1)
+                low_p = p.to(q_r.dtype)
+                alpha = tl.dot(low_p, k_0, input_precision=PRECISION)
+                y = tl.dot(low_p, v_0, input_precision=PRECISION)
+            else:
+                top = tl.full([M], LOWEST, tl.float32)
+                total = tl.zeros([M], tl.float32)
+                entropy = tl.zeros([M], tl.float32)
+                alpha = tl.zeros([M, DP], tl.float32)
+                y = tl.zeros([M, DP], tl.float32)
+                for part in range(NL):
+                    l_n = part * L + l
+                    k_l = load_rows(k + key_row, l_n * (H * D), l_n < B2, d, D)
+                    v_l = load_rows(v + key_row, l_n * (H * D), l_n < B2, d, D)
+                    x = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E)
+                    x = tl.where((l_n < B2)[None, :], x, LOWEST)
+                    new_top = tl.maximum(top, tl.max(x, 1))
+                    shrink = tl.exp2(top - new_top)
+                    x -= new_top[:, None]
+                    p = tl.exp2(x)
+                    entropy = (entropy + total * (top - new_top)) * shrink + tl.sum(p * x, 1)
+                    total = total * shrink + tl.sum(p, 1)
+                    low_p = p.to(q_r.dtype)
+                    alpha = tl.dot(low_p, k_l, alpha * shrink[:, None], input_precision=PRECISION)
+                    y = tl.dot(low_p, v_l, y * shrink[:, None], input_precision=PRECISION)
+                    top = new_top
+                inverse = 1.0 / total
+                entropy *= inverse
+                alpha *= inverse[:, None]
+                y *= inverse[:, None]
+            log_total = tl.log2(total)
+            out = r.to(tl.int64) * (CK * 2 * D)
+            store_rows(mid, out, live, d, alpha, D)
+            store_rows(mid + D, out, live, d, y, D)
+            row = r.to(tl.int64) * CK
+            tl.store(stats + ZC * R * CK + row, (entropy - log_total) * LN_2, mask=live)
+            if SAVE:
+                tl.store(stats + row, top + log_total, mask=live)
+
+
+@kernel
+def right_backward(
+    step, visible, first_tile, q, k, v, mid, stats, dk, dv, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of L columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
+
+    Key tiles start at `first_tile`. With SAVE_DZ the gradient of R's scores overwrites the gradients of alpha and Y in
+    `mid`, for `right_query_sum`. With ACCUMULATE the sums are added to dk and dv.
+    """
+    ck = tl.program_id(0) + tl.load(first_tile) * B1
+    c = ck // B1
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a0 = tl.load(step + 1)
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    d = tl.arange(0, DP)
+    l = tl.program_id(1) * L + tl.arange(0, L)
+    live_l = l < B2
+    low, high = row_range(visible, a0, c, A, AC, B2, M, AP)
+    if (zh < Z) & (c >= 0) & (c < C):
+        key_row = tile_offset(b, c, h, C, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
+        query = tile_offset(b, a0, h, A, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
+        mid += (z.to(tl.int64) * R * CK + ck) * (2 * D)
+        stats += z.to(tl.int64) * R * CK + ck
+        seen = l < tl.where(low < high, B2, 0)  # keys that nobody sees may hold anything
+        k_l = load_rows(k + key_row, l * (H * D), seen, d, D)
+        v_l = load_rows(v + key_row, l * (H * D), seen, d, D)
+        dk_l = tl.zeros([L, DP], tl.float32)
+        dv_l = tl.zeros([L, DP], tl.float32)
+        for block in tl.range(low, high, num_stages=STAGES):
+            r = block * M + tl.arange(0, M)
+            a, j = r // B2, r % B2
+            live = (r < R) & (a0 + a < A)
+            live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
+            q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            row = r.to(tl.int64) * CK
+            d_alpha = load_rows(mid, row * (2 * D), live, d, D)
+            d_y = load_rows(mid + D, row * (2 * D), live, d, D)
+            lse = tl.load(stats + row, mask=live, other=float("inf"))
+            d_cl = tl.load(stats + ZC * R * CK + row, mask=live, other=0.0)
+            e = tl.load(stats + 2 * ZC * R * CK + row, mask=live, other=0.0)
+            log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
+            d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
+            d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
+            p = tl.exp2(log_p)
+            # a row that is not live has p = 0 and log_p = -inf: keep 0 * inf out of its gradient
+            d_p += tl.where(live, d_cl * LN_2, 0.0)[None, :] * tl.maximum(log_p, LOWEST) - e[None, :]
+            d_z = (p * d_p * scale).to(q_r.dtype)
+            p = p.to(q_r.dtype)
+            dv_l = tl.dot(p, d_y, dv_l, input_precision=PRECISION)
+            dk_l = tl.dot(p, d_alpha, dk_l, input_precision=PRECISION)
+            dk_l = tl.dot(d_z, q_r, dk_l, input_precision=PRECISION)
+            if SAVE_DZ:
+                tl.store(mid + (row * (2 * D))[None, :] + l[:, None], d_z, mask=live[None, :] & live_l[:, None])
+        if ACCUMULATE:
+            dk_l += load_rows(dk + key_row, l * (H * D), live_l, d, D)
+            dv_l += load_rows(dv + key_row, l * (H * D), live_l, d, D)
+        store_rows(dk + key_row, l * (H * D), live_l, d, dk_l, D)
+        store_rows(dv + key_row, l * (H * D), live_l, d, dv_l, D)
+
+
+@kernel
+def right_query(
+    step, visible, q, k, v, mid, stats, dq_left, dq, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SAVED_DZ: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq of M rows (a, j) in row k: the part through R, summed over key tiles, plus `dq_left`. Grid (blocks, B1, ZC).
+
+    With SAVED_DZ the gradient of R's scores is read from `mid`; otherwise it is computed again.
+    """
+    k_row = tl.program_id(1)
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a0 = tl.load(step + 1)
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    NL: tl.constexpr = (B2 + L - 1) // L
+    d = tl.arange(0, DP)
+    l = tl.arange(0, L)
+    if zh < Z:
+        r = tl.program_id(0) * M + tl.arange(0, M)
+        a, j = r // B2, r % B2
+        live = (r < R) & (a0 + a < A)
+        limit = tl.load(visible + a0 + a, mask=live, other=0)
+        place = a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D)
+        query = tile_offset(b, a0, h, A, B1, B2, H, D) + k_row * (B2 * H * D)
+        key_row = tile_offset(b, 0, h, C, B1, B2, H, D) + k_row * (B2 * H * D)
+        row = (z.to(tl.int64) * R + r) * CK + k_row
+        dq_r = load_rows(dq_left + (z.to(tl.int64) * R * B1 + k_row) * D, r.to(tl.int64) * (B1 * D), live, d, D)
+        if SAVED_DZ:
+            for c in tl.range(0, tl.max(limit, 0), num_stages=STAGES):
+                k_l = load_rows(k + key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D), l * (H * D), l < B2, d, D)
+                sees = limit > c
+                offset = ((row + c * B1) * (2 * D))[:, None] + l[None, :]
+                d_z = tl.load(mid + offset, mask=sees[:, None] & (l < B2)[None, :], other=0.0)
+                dq_r = tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
+        else:
+            q_r = load_rows(q + query, place, live, d, D)
+            for c in tl.range(0, tl.max(limit, 0), num_stages=STAGES):
+                sees = limit > c
+                at = row + c * B1
+                d_alpha = load_rows(mid, at * (2 * D), sees, d, D)
+                d_y = load_rows(mid + D, at * (2 * D), sees, d, D)
+                lse = tl.load(stats + at, mask=sees, other=float("inf"))
+                d_cl = tl.load(stats + ZC * R * CK + at, mask=sees, other=0.0)
+                e = tl.load(stats + 2 * ZC * R * CK + at, mask=sees, other=0.0)
+                for part in range(NL):
+                    l_n = part * L + l
+                    key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+                    k_l = load_rows(k + key, l_n * (H * D), l_n < B2, d, D)
+                    v_l = load_rows(v + key, l_n * (H * D), l_n < B2, d, D)
+                    log_p = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None]
+                    log_p = tl.where((l_n < B2)[None, :], tl.maximum(log_p, LOWEST), LOWEST)
+                    d_p = tl.dot(d_alpha, k_l.T, input_precision=PRECISION)
+                    d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
+                    d_p += (d_cl * LN_2)[:, None] * log_p - e[:, None]
+                    d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)
+                    dq_r = tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
+        store_rows(dq + query, place, live, d, dq_r, D)
