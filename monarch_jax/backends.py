@@ -5,7 +5,7 @@ A backend works on tiles and knows nothing of tokens, grids or layouts. Adding o
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Problem:
     grad_tiles: int | None = None
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Computes the attention over tiles; differentiable in q, k and v."""
 
@@ -46,6 +47,7 @@ class Attend(Protocol):
         ...
 
 
+@runtime_checkable
 class Supports(Protocol):
     """Says why a backend cannot serve a call, or None when it can."""
 

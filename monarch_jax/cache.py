@@ -1,11 +1,11 @@
 """A KV cache for autoregressive video: keys and values of whole frames, kept in tiled order (Self-Forcing)."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import FLOATS, attend_tiles
@@ -63,8 +63,8 @@ class MonarchKVCache:
         rolling: bool = False,
         sink_frames: int = 0,
         detach_past: bool = False,
-        dtype: jnp.dtype = jnp.bfloat16,
-    ) -> Self:
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> "MonarchKVCache":
         """An empty cache.
 
         Args:
@@ -126,7 +126,7 @@ class MonarchKVCache:
         value: Float[Array, "B N H D"],
         *,
         frame: int | Int[Array, ""] | None = None,
-    ) -> Self:
+    ) -> "MonarchKVCache":
         """Writes a block of frames and returns the new cache.
 
         Writing at the frame where the newest block began rewrites that block in place. The block written becomes the

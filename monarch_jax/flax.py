@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import monarch_attention
@@ -125,8 +126,8 @@ class MonarchSelfAttention(nnx.Module):
         causal_block: int | None = None,
         qk_norm: bool = True,
         use_bias: bool = True,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):

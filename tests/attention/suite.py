@@ -1,0 +1,219 @@
+"""The tests that every backend inherits: subclass `AttentionSuite` and name the implementation.
+
+A backend differs in what it supports and how exact it is, never in what is asked of it.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from monarch_jax import MonarchKVCache, monarch_attention
+
+LAYOUTS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
+# grid, tile: odd sizes, several tiles in every direction, the paper's two settings in small
+SHAPES = (
+    ((3, 5, 7), None),
+    ((6, 4, 6), (3, 4, 6)),
+    ((4, 6, 9), (2, 3, 3)),
+    ((2, 10, 13), (1, 5, 13)),
+)
+
+
+def inputs(seed, grid, *, key_frames=None, batch=2, heads=3, dim=16, dtype=jnp.float32, sharpness=1.0):
+    """query, key, value and an output cotangent, standard normal, query times `sharpness`."""
+    frames, height, width = grid
+    tokens = height * width
+    shape = (batch, frames * tokens, heads, dim)
+    key_shape = (batch, (key_frames or frames) * tokens, heads, dim)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q, k, v, g = (jax.random.normal(r, s) for r, s in zip(keys, (shape, key_shape, key_shape, shape), strict=True))
+    return tuple(x.astype(dtype) for x in (q * sharpness, k, v, g))
+
+
+def error(x, expected):
+    """Relative Frobenius error; NaN if either has one."""
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
+
+
+def value_and_grads(q, k, v, g, **options):
+    """Output and the gradients of <output, g>, as one compiled program."""
+
+    @jax.jit
+    def run(q, k, v, g):
+        out, vjp = jax.vjp(lambda *x: monarch_attention(*x, **options), q, k, v)
+        return out, *vjp(g)
+
+    return run(q, k, v, g)
+
+
+class AttentionSuite:
+    """Subclasses set `implementation`, and where needed the limits below."""
+
+    implementation: str
+    dims: ClassVar = (16, 12)
+    dtypes: ClassVar = ("float32", "bfloat16", "float16")
+    bounds: ClassVar = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+    num_iters: ClassVar = (1, 2, 3, 4)
+    shapes: ClassVar = SHAPES
+
+    def compare(self, *arrays, bound=None, **options):
+        """Output and gradients against the reference computed from the same inputs in the widest dtype there is."""
+        bound = bound or self.bounds[arrays[0].dtype.name]
+        wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        found = value_and_grads(*arrays, implementation=self.implementation, **options)
+        expected = value_and_grads(*(x.astype(wide) for x in arrays), implementation="reference", **options)
+        for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            assert x.dtype == arrays[0].dtype
+            assert error(x, y) <= bound, f"{name}: relative error {error(x, y):.2e} > {bound:.0e}"
+
+    @pytest.mark.parametrize(("grid", "tile"), SHAPES)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_shapes_and_dtypes(self, grid, tile, dtype):
+        if dtype not in self.dtypes or (grid, tile) not in self.shapes:
+            pytest.skip(f"{self.implementation} does not take {dtype}, {grid}, {tile}")
+        self.compare(*inputs(0, grid, dim=self.dims[0], dtype=dtype), grid=grid, tile=tile)
+
+    @pytest.mark.parametrize("blocks", LAYOUTS)
+    def test_layouts(self, blocks):
+        grid, tile = (4, 4, 8), (4, 4, 4)
+        self.compare(*inputs(1, grid, dim=self.dims[0]), grid=grid, tile=tile, blocks=blocks)
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_head_dims(self, dim):
+        self.compare(*inputs(2, (2, 5, 6), dim=self.dims[dim]), grid=(2, 5, 6))
+
+    @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+    def test_sharp_and_flat_softmaxes(self, sharpness):
+        arrays = inputs(3, (3, 5, 6), dim=self.dims[0], sharpness=sharpness)
+        self.compare(*arrays, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
+
+    def test_a_dominant_key_row(self):
+        q, k, v, g = inputs(4, (3, 5, 6), dim=self.dims[0])
+        k = k.at[:, 30:36].multiply(8.0)
+        self.compare(q, k, v, g, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
+
+    @pytest.mark.parametrize("tile", [None, (3, 4, 6), (1, 2, 6)])
+    def test_block_causal(self, tile):
+        self.compare(*inputs(5, (6, 4, 6), dim=self.dims[0]), grid=(6, 4, 6), tile=tile, causal_block=3)
+
+    @pytest.mark.parametrize("num_iters", [2, 3, 4])
+    def test_more_steps(self, num_iters):
+        if num_iters not in self.num_iters:
+            pytest.skip(f"{self.implementation} serves one refinement step")
+        arrays = inputs(6, (4, 3, 5), dim=self.dims[0])
+        self.compare(*arrays, grid=(4, 3, 5), tile=(2, 3, 5), num_iters=num_iters, bound=1e-5)
+
+    @pytest.mark.parametrize("tile", [None, (3, 4, 6)])
+    def test_fewer_queries_than_keys(self, tile):
+        self.compare(*inputs(7, (3, 4, 6), key_frames=9, dim=self.dims[0]), grid=(3, 4, 6), tile=tile)
+
+    @pytest.mark.parametrize("tile", [None, (3, 4, 6)])
+    def test_traced_kv_frames(self, tile):
+        """One compiled program for every fill; what lies behind the valid frames may be NaN."""
+        grid, total = (3, 4, 6), 9
+        q, k, v, g = inputs(8, grid, key_frames=total, dim=self.dims[0])
+        options = dict(grid=grid, tile=tile, implementation=self.implementation)
+        run = jax.jit(lambda frames, *x: value_and_grads(*x, kv_frames=frames, **options))
+        for frames in (3, 6, 9):
+            valid = frames * 24
+            poisoned = [x.at[:, valid:].set(jnp.nan) for x in (k, v)]
+            out, dq, dk, dv = run(jnp.int32(frames), q, *poisoned, g)
+            expected = value_and_grads(
+                q, k[:, :valid], v[:, :valid], g, grid=grid, tile=tile, implementation="reference"
+            )
+            for x, y in zip((out, dq, dk[:, :valid], dv[:, :valid]), expected, strict=True):
+                assert error(x, y) <= self.bounds["float32"]
+            assert not np.asarray(dk[:, valid:]).any()
+            assert not np.asarray(dv[:, valid:]).any()
+        assert run._cache_size() == 1
+
+    def test_static_kv_frames(self):
+        grid = (3, 4, 6)
+        self.compare(*inputs(9, grid, key_frames=9, dim=self.dims[0]), grid=grid, kv_frames=6)
+
+    def test_causal_queries_at_the_end_of_a_buffer(self):
+        """Two causal blocks of queries at the end of 9 valid frames in a buffer of 12."""
+        grid = (6, 3, 5)
+        arrays = inputs(10, grid, key_frames=12, dim=self.dims[0])
+        self.compare(*arrays, grid=grid, causal_block=3, kv_frames=jnp.int32(9))
+
+    def test_cache_equals_causal(self):
+        grid = (9, 4, 6)
+        q, k, v, _ = inputs(11, grid, dim=self.dims[0])
+        expected = monarch_attention(q, k, v, grid=grid, causal_block=3, implementation="reference")
+        cache = MonarchKVCache.init(
+            batch=2, frames=9, height=4, width=6, heads=3, head_dim=self.dims[0], dtype=jnp.float32
+        )
+        step = jax.jit(
+            lambda cache, q, k, v: ((c := cache.append(k, v)).attend(q, implementation=self.implementation), c)
+        )
+        for block in range(3):
+            tokens = slice(block * 72, (block + 1) * 72)
+            out, cache = step(cache, q[:, tokens], k[:, tokens], v[:, tokens])
+            assert error(out, expected[:, tokens]) <= self.bounds["float32"]
+
+    def test_gradients_of_the_newest_block(self):
+        """With detach_past the new block's gradients equal the full ones, and the past gets none."""
+        grid = (3, 4, 6)
+        q, k, v, g = inputs(12, grid, key_frames=6, dim=self.dims[0])
+        past = MonarchKVCache.init(
+            batch=2, frames=9, height=4, width=6, heads=3, head_dim=self.dims[0], dtype=jnp.float32, detach_past=True
+        )
+
+        def run(q, k, v):
+            cache = past.append(k[:, :72], v[:, :72]).append(k[:, 72:], v[:, 72:])
+            return cache.attend(q, implementation=self.implementation)
+
+        out, vjp = jax.vjp(run, q, k, v)
+        found = (out, *vjp(g))
+        expected = value_and_grads(q, k, v, g, grid=grid, implementation="reference")
+        for x, y in zip(found[:2], expected[:2], strict=True):
+            assert error(x, y) <= self.bounds["float32"]
+        for x, y in zip(found[2:], expected[2:], strict=True):
+            assert error(x[:, 72:], y[:, 72:]) <= self.bounds["float32"]
+            assert not np.asarray(x[:, :72]).any()
+
+    def test_vmap(self):
+        grid = (3, 4, 6)
+        q, k, v, g = inputs(13, grid, batch=4, dim=self.dims[0])
+        options = dict(grid=grid, implementation=self.implementation)
+        split = [x.reshape(2, 2, *x.shape[1:]) for x in (q, k, v, g)]
+        mapped = jax.jit(jax.vmap(lambda *x: value_and_grads(*x, **options)))(*split)
+        for x, y in zip(mapped, value_and_grads(q, k, v, g, **options), strict=True):
+            assert error(x.reshape(y.shape), y) <= self.bounds["float32"]
+
+    def test_vmap_over_the_fill(self):
+        grid = (1, 4, 6)
+        q, k, v, _ = inputs(14, grid, key_frames=4, batch=3, dim=self.dims[0])
+        frames = jnp.array([1, 3, 4])
+
+        def run(q, k, v, n):
+            options = dict(grid=grid, implementation=self.implementation, kv_frames=n)
+            return monarch_attention(q[None], k[None], v[None], **options)[0]
+
+        mapped = jax.vmap(run)(q, k, v, frames)
+        for b, n in enumerate(frames.tolist()):
+            expected = monarch_attention(
+                *(x[b : b + 1] for x in (q, k, v)), grid=grid, kv_frames=n, implementation="reference"
+            )
+            assert error(mapped[b], expected[0]) <= self.bounds["float32"]
+
+    def test_checkpoint_and_jit(self):
+        grid = (3, 4, 6)
+        arrays = inputs(15, grid, dim=self.dims[0])
+        run = jax.checkpoint(lambda *x: monarch_attention(*x, grid=grid, implementation=self.implementation))
+        out, vjp = jax.vjp(jax.jit(run), *arrays[:3])
+        expected = value_and_grads(*arrays, grid=grid, implementation="reference")
+        for x, y in zip((out, *vjp(arrays[3])), expected, strict=True):
+            assert error(x, y) <= self.bounds["float32"]
+
+    def test_deterministic(self):
+        grid = (3, 5, 6)
+        arrays = inputs(16, grid, dim=self.dims[0])
+        run = jax.jit(lambda *x: value_and_grads(*x, grid=grid, implementation=self.implementation))
+        for x, y in zip(run(*arrays), run(*arrays), strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

@@ -1,0 +1,67 @@
+"""The shared suite on the backends that run anywhere, and what is particular to each."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from monarch_jax import monarch_attention
+from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS
+from tests.attention.suite import AttentionSuite, inputs, value_and_grads
+
+
+class TestXla(AttentionSuite):
+    implementation = "xla"
+
+    @pytest.mark.parametrize("num_iters", [1, 3])
+    def test_float64(self, x64, num_iters):
+        grid, tile = (4, 4, 6), (2, 4, 3)
+        arrays = inputs(0, grid, dtype=jnp.float64)
+        self.compare(*arrays, grid=grid, tile=tile, num_iters=num_iters, causal_block=2)
+
+    @pytest.mark.parametrize("chunk_bytes", [1, 200_000])
+    def test_chunks(self, monkeypatch, chunk_bytes):
+        """One query tile at a time, or a few, gives what all at once gives."""
+        monkeypatch.setattr("monarch_jax.xla.CHUNK_BYTES", chunk_bytes)
+        for num_iters in (1, 2):
+            self.compare(
+                *inputs(1, (6, 4, 6)), grid=(6, 4, 6), tile=(1, 2, 6), causal_block=3, num_iters=num_iters, bound=1e-5
+            )
+
+    @pytest.mark.parametrize("num_iters", [1, 2])
+    @pytest.mark.parametrize("backward", [False, True])
+    def test_memory_is_linear_in_frames(self, num_iters, backward):
+        """Temporary memory of the compiled program at F = 42 against F = 21."""
+
+        def temporary(frames):
+            grid = (frames, 10, 13)
+            x = jax.ShapeDtypeStruct((1, frames * 130, 8, 64), jnp.float32)
+            options = dict(grid=grid, num_iters=num_iters, implementation="xla")
+            run = (
+                (lambda q, k, v, g: value_and_grads(q, k, v, g, **options))
+                if backward
+                else (lambda q, k, v, g: monarch_attention(q, k, v, **options))
+            )
+            return jax.jit(run).lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+        assert temporary(42) <= 2.3 * temporary(21)
+
+
+def test_none_picks_a_documented_backend():
+    q, k, v, _ = inputs(0, (2, 3, 4))
+    default = monarch_attention(q, k, v, grid=(2, 3, 4))
+    assert (default == monarch_attention(q, k, v, grid=(2, 3, 4), implementation=AUTOMATIC[-1])).all()
+    assert set(AUTOMATIC) < set(IMPLEMENTATIONS)
+
+
+def test_unknown_implementation():
+    q, k, v, _ = inputs(0, (2, 3, 4))
+    with pytest.raises(ValueError, match=r"implementation='cuda' is not None or one of 'mosaic', 'triton', 'xla'"):
+        monarch_attention(q, k, v, grid=(2, 3, 4), implementation="cuda")
+
+
+@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+def test_a_backend_that_cannot_run_says_why(implementation):
+    """Two refinement steps are beyond every kernel, whatever the machine."""
+    q, k, v, _ = inputs(0, (2, 3, 4))
+    with pytest.raises(NotImplementedError, match=rf"implementation='{implementation}' cannot run this call: .{{10,}}"):
+        monarch_attention(q, k, v, grid=(2, 3, 4), num_iters=2, implementation=implementation)
