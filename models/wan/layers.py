@@ -246,8 +246,8 @@ def sinusoid(timesteps: Real[Array, "*batch"], width: int) -> Float[Array, "*bat
     is exact in float32 and the rest, small, is added through the addition theorem: right to about 1e-7.
 
     Example:
-        >>> sinusoid(jnp.array([1000.0]), 256)[0, :2].round(6).tolist()
-        [0.5623790621757507, 0.7896149754524231]
+        >>> [round(float(x), 6) for x in sinusoid(jnp.array([1000.0]), 256)[0, :2]]
+        [0.562379, 0.789615]
 
     Args:
         timesteps: On the scale 0 to 1000, fractions allowed.

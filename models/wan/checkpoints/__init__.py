@@ -1,1 +1,23 @@
-"""Reading and writing Wan checkpoints."""
+"""Reading, writing, inspecting and converting Wan checkpoints: official, diffusers, torch `.pt`, Orbax."""
+
+from models.wan.checkpoints.convert import (
+    CheckpointInfo,
+    ConvertOptions,
+    InspectOptions,
+    convert_checkpoint,
+    inspect_checkpoint,
+)
+from models.wan.checkpoints.load import load_checkpoint
+from models.wan.checkpoints.save import save_checkpoint
+from models.wan.checkpoints.torch_pickle import UnsafePickleError
+
+__all__ = [
+    "CheckpointInfo",
+    "ConvertOptions",
+    "InspectOptions",
+    "UnsafePickleError",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

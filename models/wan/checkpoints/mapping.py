@@ -1,13 +1,17 @@
 """Names of Wan's parameters: ours, the official checkpoint's and diffusers', as data, and the change of layout."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Shaped
+from flax import nnx
+from jaxtyping import Array
 
 from models.wan.config import WanConfig
+from models.wan.dit import WanModel
 
+type AnyArray = np.ndarray | Array
 type Layout = Literal["linear", "conv", "vector"]
 type Arrays = tuple[tuple[str, str, Layout], ...]
 type Naming = Literal["official", "diffusers"]
@@ -121,8 +125,8 @@ def tensors(config: WanConfig) -> list[Tensor]:
     return outer + blocks
 
 
-def to_ours(array: Shaped[np.ndarray, "..."], layout: Layout) -> Shaped[np.ndarray, "..."]:
-    """A view of a checkpoint's array in our layout.
+def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
+    """A checkpoint's array in our layout; a view of a NumPy array.
 
     torch's linear [out, in] becomes [in, out]; its conv [out, in, t, h, w] becomes [t, h, w, in, out].
     """
@@ -135,9 +139,36 @@ def to_ours(array: Shaped[np.ndarray, "..."], layout: Layout) -> Shaped[np.ndarr
             return array
 
 
-def to_theirs(array: Shaped[np.ndarray, "..."], layout: Layout) -> Shaped[np.ndarray, "..."]:
+def to_theirs(array: AnyArray, layout: Layout) -> AnyArray:
     """The inverse of `to_ours`."""
     return array.transpose(4, 3, 0, 1, 2) if layout == "conv" else to_ours(array, layout)
+
+
+def checkpoint_shape(config: WanConfig, tensor: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor in a checkpoint of `config`.
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> config = wan_config("wan2.1-t2v-1.3b")
+        >>> checkpoint_shape(config, tensors(config)[0])
+        (1536, 16, 1, 2, 2)
+    """
+    shape = parameter_shapes(config)[tensor.path]
+    ours = shape if tensor.layer is None else shape[1:]
+    match tensor.layout:
+        case "linear":
+            return ours[::-1]
+        case "conv":
+            return tuple(ours[axis] for axis in (4, 3, 0, 1, 2))
+        case _:
+            return ours
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: WanConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shapes of our parameters by path, layers stacked; nothing is allocated."""
+    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    return {tuple(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def _tensor(rule: Rule, leaf: tuple[str, str, Layout], layer: int | None) -> Tensor:

@@ -1,0 +1,246 @@
+"""Inspecting and converting checkpoints, for the command line and for scripts."""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+from models.wan.checkpoints import settings
+from models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
+from models.wan.checkpoints.mapping import Naming, tensors
+from models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
+from models.wan.checkpoints.source import open_source, some
+from models.wan.config import Attention, WanConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: Where the weights are.
+        format: "official", "diffusers", "torch" or "orbax".
+        naming: Whose names its tensors have.
+        config: The model, from `config.json` or from the tensors.
+        config_path: The `config.json`, if there is one.
+        attention: The self-attention stored with the weights, in words.
+        parameters: Numbers in all tensors.
+        dtypes: Tensors by dtype.
+        tensors: Tensors in the file, and `expected` how many the model has.
+        expected: Tensors of the model.
+        sets: Sets of tensors in a `.pt` file, and `weights` the one that would be loaded.
+        weights: The set that was looked at.
+        missing: Tensors that the model has and the file lacks.
+        unexpected: Tensors that the model has not.
+        wrong_shape: Sentences about tensors of another shape.
+    """
+
+    path: Path
+    format: str
+    naming: str
+    config: WanConfig
+    config_path: Path | None
+    attention: str
+    parameters: int
+    dtypes: dict[str, int]
+    tensors: int
+    expected: int
+    sets: tuple[str, ...]
+    weights: str
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    wrong_shape: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can be loaded."""
+        return not (self.missing or self.unexpected or self.wrong_shape)
+
+    def lines(self) -> list[str]:
+        """A report, a line for each fact."""
+        c = self.config
+        report = {
+            "path": str(self.path),
+            "format": f"{self.format}, {self.naming} names" if self.format == "torch" else self.format,
+            "model": f"{c.model_type}, dim {c.dim}, {c.num_layers} layers, {c.num_heads} heads, ffn {c.ffn_dim}, "
+            f"{c.in_channels} -> {c.out_channels} channels",
+            "sizes from": "the tensors" if self.config_path is None else str(self.config_path),
+            "attention": self.attention,
+            "parameters": f"{self.parameters:,}",
+            "dtype": ", ".join(f"{name} ({count} tensors)" for name, count in self.dtypes.items()),
+            "tensors": f"{self.tensors} of {self.expected}",
+        }
+        if self.sets != ("",):
+            report["sets"] = f"{', '.join(self.sets)}; used: {self.weights}"
+        for name, items in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("wrong shape", self.wrong_shape),
+        ):
+            report[name] = some(list(items), 5) if items else "none"
+        return [f"{name:<12}{value}" for name, value in report.items()]
+
+
+def inspect_checkpoint(
+    path: str | Path, *, config: WanConfig | None = None, weights: str | None = None, revision: str | None = None
+) -> CheckpointInfo:
+    """Looks into a checkpoint without loading tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from models.wan import WanModel, wan_config
+        >>> folder = tempfile.mkdtemp() + "/tiny"
+        >>> _ = save_checkpoint(WanModel(wan_config("tiny"), rngs=nnx.Rngs(0)), folder, format="diffusers")
+        >>> info = inspect_checkpoint(folder)
+        >>> info.format, info.parameters, info.complete
+        ('diffusers', 597152, True)
+
+    Args:
+        path: A folder of the official, diffusers or orbax format, a pipeline folder with `transformer/`, a safetensors
+            or `.pt` file, or a Hugging Face repository `owner/name`.
+        config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
+        weights: Which set of a `.pt` file.
+        revision: Of a Hugging Face repository.
+
+    Returns:
+        What it holds, incomplete checkpoints included.
+
+    Raises:
+        ValueError: If it cannot be read at all.
+    """
+    source = open_source(path, config=config, weights=weights, revision=revision)
+    missing, unexpected, wrong = source.problems()
+    infos = source.file.infos.values()
+    return CheckpointInfo(
+        path=source.path,
+        format=source.format,
+        naming=source.naming,
+        config=source.config,
+        config_path=source.config_path,
+        attention=settings.describe_attention(source.config),
+        parameters=sum(info.nbytes // info.dtype.itemsize for info in infos),
+        dtypes=dict(collections.Counter(info.dtype.name for info in infos).most_common()),
+        tensors=len(source.file.infos),
+        expected=len(tensors(source.config)),
+        sets=source.sets,
+        weights=source.weights,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        wrong_shape=tuple(wrong),
+    )
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    config: WanConfig | None = None,
+    attention: Attention | tuple[Attention, ...] | None = None,
+    causal_block: int | None = None,
+    weights: str | None = None,
+    max_shard_bytes: int | None = None,
+    override: bool = False,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Writes a checkpoint in another format. Between official and diffusers every bit of every tensor is kept.
+
+    Args:
+        source: As `inspect_checkpoint`.
+        destination: A folder that does not exist yet, or is empty.
+        to: "official", "diffusers" or "orbax".
+        dtype: Of the tensors written; None keeps the file's.
+        config: Sizes that the source must have.
+        attention: Self-attention to store with the weights; None keeps what is stored.
+        causal_block: Likewise.
+        weights: Which set of a `.pt` file.
+        max_shard_bytes: Splits larger weights into numbered shards.
+        override: Allows an attention other than the one stored with the weights.
+        progress: Called with name, bytes done and bytes in total after each tensor.
+        revision: Of a Hugging Face repository.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the source cannot be read or is incomplete, or the destination is not empty.
+    """
+    check_target(to)
+    opened = open_source(source, config=config, weights=weights, revision=revision)
+    if config is not None:
+        check_sizes(opened, config)
+    opened.check()
+    chosen = resolve_config(opened, None, attention=attention, causal_block=causal_block, override=override)
+    if to == "orbax":
+        if dtype is not None:
+            chosen = dataclasses.replace(chosen, param_dtype=dtype)
+        return save_checkpoint(read_model(opened, chosen, progress=progress), destination, format=to)
+    naming: Naming = "official" if to == "official" else "diffusers"
+    return write_folder(
+        destination,
+        chosen,
+        naming,
+        info=opened.info,
+        read=opened.read,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `monarchrt convert`.
+
+    Attributes:
+        src: A folder or file with weights, or a Hugging Face repository owner/name.
+        dst: The folder to write; it must not exist yet, or be empty.
+        to: Format: official, diffusers or orbax.
+        dtype: float32, bfloat16 or float16; left out, the file's own.
+        weights: Which set of a .pt file: generator_ema, generator, critic or model.
+        max_shard_gb: Split larger weights into numbered files of at most this many GB (10^9 bytes).
+        revision: Of a Hugging Face repository.
+    """
+
+    src: str
+    dst: Path
+    to: str = "official"
+    dtype: str | None = None
+    weights: str | None = None
+    max_shard_gb: float | None = None
+    revision: str | None = None
+
+    def run(self, progress: Progress | None = None) -> Path:
+        """Converts; see `convert_checkpoint`."""
+        max_bytes = None if self.max_shard_gb is None else int(self.max_shard_gb * 1e9)
+        return convert_checkpoint(
+            self.src,
+            self.dst,
+            to=self.to,
+            dtype=self.dtype,
+            weights=self.weights,
+            max_shard_bytes=max_bytes,
+            progress=progress,
+            revision=self.revision,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """Options of `monarchrt inspect`.
+
+    Attributes:
+        path: A folder or file with weights, or a Hugging Face repository owner/name.
+        weights: Which set of a .pt file: generator_ema, generator, critic or model.
+        revision: Of a Hugging Face repository.
+    """
+
+    path: str
+    weights: str | None = None
+    revision: str | None = None
+
+    def run(self) -> CheckpointInfo:
+        """Inspects; see `inspect_checkpoint`."""
+        return inspect_checkpoint(self.path, weights=self.weights, revision=self.revision)

@@ -1,0 +1,197 @@
+"""Checkpoint to model, one tensor at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models.wan.checkpoints import settings
+from models.wan.checkpoints.mapping import tensors, to_ours
+from models.wan.checkpoints.source import Source, open_source
+from models.wan.config import Attention, WanConfig
+from models.wan.dit import WanModel
+
+type Shardings = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+type Progress = Callable[[str, int, int], None]
+# Fields that change no tensor: what a caller may choose beside the checkpoint.
+POLICY = ("attention", "causal_block", "param_dtype", "dtype", "remat")
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    config: WanConfig | None = None,
+    attention: Attention | tuple[Attention, ...] | None = None,
+    causal_block: int | None = None,
+    param_dtype: str | None = None,
+    dtype: str | None = None,
+    remat: str | None = None,
+    weights: str | None = None,
+    sharding: jax.sharding.Sharding | Shardings | None = None,
+    override: bool = False,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> WanModel:
+    """Loads a model from any supported format.
+
+    Tensors are read one at a time, cast and placed; stacked parameters are allocated once on their device and filled,
+    so that the host holds no more than the model plus a tensor.
+
+    Example:
+        >>> import tempfile
+        >>> from models.wan import wan_config
+        >>> from models.wan.checkpoints import save_checkpoint
+        >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
+        >>> folder = tempfile.mkdtemp() + "/tiny"
+        >>> _ = save_checkpoint(model, folder)
+        >>> load_checkpoint(folder, dtype="bfloat16").config.dtype
+        'bfloat16'
+
+    Args:
+        path: As `inspect_checkpoint`.
+        config: What the caller expects; its sizes must be the checkpoint's. Its policy fields (attention, dtypes,
+            remat) are taken where the arguments below are None.
+        attention: Self-attention to use; None takes what is stored with the weights, else dense.
+        causal_block: Likewise; None takes what is stored.
+        param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
+        dtype: Compute dtype; None is float32.
+        remat: As `WanConfig.remat`.
+        weights: Which set of a `.pt` file.
+        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
+            which must not be split).
+        override: Allows an attention other than the one stored with the weights.
+        progress: Called with name, bytes done and bytes in total after each tensor.
+        revision: Of a Hugging Face repository.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, lacks tensors, does not fit `config`, or was trained with another
+            attention.
+    """
+    source = open_source(path, config=config, weights=weights, revision=revision)
+    if config is not None:
+        check_sizes(source, config)
+    source.check()
+    chosen = resolve_config(
+        source,
+        config,
+        attention=attention,
+        causal_block=causal_block,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        remat=remat,
+        override=override,
+    )
+    return read_model(source, chosen, sharding=sharding, progress=progress)
+
+
+def check_sizes(source: Source, config: WanConfig) -> None:
+    """Raises ValueError if the checkpoint is of other sizes than `config`."""
+    found = source.config
+    if found.model_type != config.model_type:
+        raise ValueError(
+            f"{source.path} is {_kind(found)}; config says model_type={config.model_type!r}, {_kind(config)}."
+        )
+    fields = [field.name for field in dataclasses.fields(WanConfig) if field.name not in POLICY]
+    differ = [
+        f"{name}={getattr(found, name)} (config: {getattr(config, name)})"
+        for name in fields
+        if getattr(found, name) != getattr(config, name)
+    ]
+    if differ:
+        raise ValueError(f"{source.path} is another model than config describes: {', '.join(differ)}.")
+
+
+def resolve_config(source: Source, config: WanConfig | None, *, override: bool, **policy) -> WanConfig:
+    """The checkpoint's sizes with the policy asked for; ValueError if its attention is another than the stored one."""
+    asked = {name: value for name, value in policy.items() if value is not None}
+    if config is not None:
+        asked = {name: getattr(config, name) for name in POLICY} | asked
+    if "param_dtype" not in asked:
+        dtypes = {info.dtype.name for info in source.file.infos.values()}
+        kept = dtypes.pop() if len(dtypes) == 1 else "float32"
+        asked["param_dtype"] = jax.dtypes.canonicalize_dtype(kept).name  # float64 only where jax has it on
+    chosen = dataclasses.replace(source.config, **asked)
+    stored = settings.attention_to_json(source.config)
+    if stored is not None and not settings.same_attention(chosen, source.config) and not override:
+        raise ValueError(
+            f"{source.path} was trained with {settings.describe_attention(source.config)}; asked for is "
+            f"{settings.describe_attention(chosen)}. Leave attention out to use the stored one, or pass override."
+        )
+    return chosen
+
+
+def read_model(
+    source: Source,
+    config: WanConfig,
+    *,
+    sharding: jax.sharding.Sharding | Shardings | None = None,
+    progress: Progress | None = None,
+) -> WanModel:
+    """The model of `config` with the tensors of `source`, which has been checked."""
+    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    leaves = dict(nnx.to_flat_state(state))
+    param_dtype = jnp.dtype(config.param_dtype)
+    place = sharding if callable(sharding) else lambda path, shape: sharding
+    wanted = tensors(config)
+    total, done = sum(source.info(tensor).nbytes for tensor in wanted), 0
+    arrays: dict[tuple[str, ...], jax.Array] = {}
+    for tensor in wanted:
+        shape = leaves[tensor.path].shape
+        where = place(tensor.path, shape)
+        array = source.read(tensor)
+        if tensor.layer is None:
+            ours = to_ours(array, tensor.layout).astype(param_dtype)
+            arrays[tensor.path] = jax.device_put(ours, where)
+        else:
+            if tensor.path not in arrays:
+                arrays[tensor.path] = _allocate(shape, param_dtype, where)
+            ours = jax.device_put(to_ours(array, tensor.layout), _layer_sharding(tensor.path, where, len(shape)))
+            arrays[tensor.path] = _fill(where)(arrays[tensor.path], ours, tensor.layer)
+            arrays[tensor.path].block_until_ready()  # or reading runs ahead and its buffers pile up
+        done += array.nbytes
+        if progress is not None:
+            progress(tensor.name(source.naming), done, total)
+    filled = [(path, leaf.replace(arrays[tuple(map(str, path))])) for path, leaf in leaves.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _allocate(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _layer_sharding(
+    path: tuple[str, ...], sharding: jax.sharding.Sharding | None, rank: int
+) -> jax.sharding.Sharding | None:
+    """Sharding of one layer of a stack of `rank` axes."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
+    if spec[0] is not None:
+        raise ValueError(
+            f"sharding of {'.'.join(path)} splits the layers (axis 0), which are scanned; split another axis."
+        )
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _fill(sharding: jax.sharding.Sharding | None):
+    """(stack, array, layer) -> stack with the layer written, in place."""
+
+    def fill(stack, array, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, array.astype(stack.dtype), layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+
+
+def _kind(config: WanConfig) -> str:
+    image = "an image embedding" if config.model_type == "i2v" else "no image embedding"
+    return f"{config.model_type} ({config.in_channels} input channels, {image})"

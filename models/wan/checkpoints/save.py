@@ -1,0 +1,175 @@
+"""Model or opened checkpoint to files, one tensor at a time, complete or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from models.wan.checkpoints import settings
+from models.wan.checkpoints.load import Progress
+from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
+from models.wan.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
+from models.wan.config import WanConfig
+from models.wan.dit import WanModel
+
+STEM = "diffusion_pytorch_model"
+TARGETS = ("official", "diffusers", "orbax")
+
+
+class ModelFile:
+    """A model's parameters as the tensors of an official checkpoint.
+
+    Attributes:
+        infos: Shape and dtype by official name.
+    """
+
+    def __init__(self, model: WanModel):
+        self._values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        self._tensors = {tensor.official: tensor for tensor in tensors(model.config)}
+        self.infos = {
+            name: TensorInfo(checkpoint_shape(model.config, tensor), np.dtype(self._values[tensor.path].dtype))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, brought to the host."""
+        tensor = self._tensors[name]
+        value = self._values[tensor.path][...]
+        return np.asarray(to_theirs(np.asarray(value if tensor.layer is None else value[tensor.layer]), tensor.layout))
+
+
+def save_checkpoint(
+    model: WanModel,
+    path: str | Path,
+    *,
+    format: str = "official",
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a model, with its Monarch settings, in the official, the diffusers or the orbax format.
+
+    Args:
+        model: The model.
+        path: A folder that does not exist yet, or is empty.
+        format: "official", "diffusers" (the `transformer` folder of a pipeline) or "orbax".
+        dtype: Of the tensors; None keeps the parameters'.
+        max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
+        progress: Called with name, bytes done and bytes in total after each tensor.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the format is unknown or the folder is not empty.
+    """
+    check_target(format)
+    if format == "orbax":
+        from models.wan.checkpoints.orbax import save_orbax
+
+        return save_orbax(model, path, dtype=dtype)
+    naming: Naming = "official" if format == "official" else "diffusers"
+    file = ModelFile(model)
+    return write_folder(
+        path,
+        model.config,
+        naming,
+        info=lambda tensor: file.infos[tensor.official],
+        read=lambda tensor: file.read(tensor.official),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def write_folder(
+    path: str | Path,
+    config: WanConfig,
+    naming: Naming,
+    *,
+    info: Callable[[Tensor], TensorInfo],
+    read: Callable[[Tensor], np.ndarray],
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes `config.json` and the weights of a model whose tensors, in torch's layout, `read` gives.
+
+    Args:
+        path: A folder that does not exist yet, or is empty.
+        config: The model.
+        naming: Names of the tensors.
+        info: Shape and dtype of each.
+        read: Each tensor.
+        dtype: Of what is written; None keeps it.
+        max_shard_bytes: As `save_checkpoint`.
+        progress: Likewise.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder is not empty or the dtype is not a float.
+    """
+    cast = None if dtype is None else _float_dtype(dtype)
+    by_name = {tensor.name(naming): tensor for tensor in tensors(config)}
+    infos = {name: TensorInfo(info(t).shape, cast or info(t).dtype) for name, t in by_name.items()}
+    own = settings.attention_to_json(config)
+    metadata = {"format": "pt"} | ({settings.OWN_KEY: json.dumps(own)} if own else {})
+    total, done = total_bytes(infos.values()), 0
+    with new_folder(path) as folder:
+        text = settings.dump_json(settings.config_to_json(config, naming))
+        (folder / "config.json").write_text(text)
+        for name, size in write_sharded(
+            folder,
+            STEM,
+            infos,
+            lambda name: read(by_name[name]).astype(infos[name].dtype, copy=False),
+            max_bytes=max_shard_bytes,
+            metadata=metadata,
+        ):
+            done += size
+            if progress is not None:
+                progress(name, done, total)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when the block ends well and is removed otherwise.
+
+    Raises:
+        ValueError: If `path` is a file or a folder with something in it.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"path={str(path)!r} exists and is not an empty folder; name a new one.")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(format: str) -> None:
+    """Raises ValueError unless a format can be written."""
+    if format not in TARGETS:
+        raise ValueError(f"format={format!r} cannot be written; choices: {', '.join(map(repr, TARGETS))}.")
+
+
+def _float_dtype(name: str) -> np.dtype:
+    choices = ("float32", "bfloat16", "float16", "float64")
+    if name not in choices:
+        raise ValueError(f"dtype={name!r} is unknown; choices: {', '.join(map(repr, choices))}.")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

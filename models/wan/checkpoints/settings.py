@@ -1,0 +1,243 @@
+"""`config.json` of the official and the diffusers format to and from `WanConfig`, and Monarch settings beside it."""
+
+import json
+from typing import Any
+
+from models.wan.checkpoints.mapping import Naming
+from models.wan.checkpoints.tensor_files import TensorInfo
+from models.wan.config import DenseAttention, MonarchAttention, WanConfig
+
+OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")
+DIFFUSERS_CLASS = "WanTransformer3DModel"
+OWN_KEY = "monarch"
+HEAD_DIM = 128  # of every released Wan model; heads cannot be told from the tensors
+# our field: official name, diffusers name
+SIZES = {
+    "eps": ("eps", "eps"),
+    "ffn_dim": ("ffn_dim", "ffn_dim"),
+    "freq_dim": ("freq_dim", "freq_dim"),
+    "in_channels": ("in_dim", "in_channels"),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "num_layers": ("num_layers", "num_layers"),
+    "out_channels": ("out_dim", "out_channels"),
+    "text_dim": ("text_dim", "text_dim"),
+    "text_len": ("text_len", "text_len"),
+    "patch_size": ("patch_size", "patch_size"),
+}
+# Fields of the official class that its config.json leaves out while they have these values.
+OFFICIAL_UNWRITTEN = {"text_dim": 4096, "patch_size": (1, 2, 2)}
+# What our model does not have a switch for: names and the values that it is.
+FIXED = {
+    "official": {"qk_norm": (True,), "cross_attn_norm": (True,), "window_size": ([-1, -1],)},
+    "diffusers": {
+        "qk_norm": ("rms_norm_across_heads",),
+        "cross_attn_norm": (True,),
+        "pos_embed_seq_len": (None,),
+        "rope_max_seq_len": (1024,),
+    },
+}
+
+
+def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Naming]:
+    """The model of an official or a diffusers `config.json`.
+
+    Args:
+        data: The file's content.
+        where: Its path, for errors.
+
+    Returns:
+        The configuration and the naming that goes with it.
+
+    Raises:
+        ValueError: If the class is another model's, a size is missing, or a feature is on that we do not have.
+    """
+    kind = data.get("_class_name")
+    naming: Naming
+    if kind in OFFICIAL_CLASSES or (kind is None and "in_dim" in data):
+        naming = "official"
+    elif kind == DIFFUSERS_CLASS:
+        naming = "diffusers"
+    else:
+        expected = ", ".join((*OFFICIAL_CLASSES, DIFFUSERS_CLASS))
+        raise ValueError(f"{where} describes a {kind!r}, not a Wan transformer ({expected}).")
+    for name, values in FIXED[naming].items():
+        if name in data and data[name] not in values:
+            raise ValueError(f"{where}: {name}={data[name]!r} is not supported; only {values[0]!r} is.")
+    fields: dict[str, Any] = {}
+    for field, names in SIZES.items():
+        name = names[naming == "diffusers"]
+        if name in data:
+            fields[field] = data[name]
+        elif field in ("text_len", "eps", "text_dim", "patch_size", "freq_dim"):
+            continue  # the classes' own default is ours
+        else:
+            raise ValueError(f"{where} lacks {name!r}.")
+    if naming == "official":
+        fields["model_type"] = data.get("model_type", "t2v")
+        fields["dim"] = data["dim"] if "dim" in data else _missing(where, "dim")
+    else:
+        i2v = data.get("image_dim") is not None
+        fields["model_type"] = "i2v" if i2v else "t2v"
+        fields |= {"image_dim": data["image_dim"]} if i2v else {}
+        head_dim = data["attention_head_dim"] if "attention_head_dim" in data else _missing(where, "attention_head_dim")
+        fields["dim"] = head_dim * fields["num_heads"]
+    fields["patch_size"] = tuple(fields.get("patch_size", (1, 2, 2)))
+    try:
+        return WanConfig(**fields, **attention_from_json(data.get(OWN_KEY), where=where)), naming
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def config_to_json(config: WanConfig, naming: Naming) -> dict[str, Any]:
+    """What `config_from_json` reads; the official form is that of the released files, byte for byte when dumped.
+
+    Args:
+        config: The model.
+        naming: Which format.
+
+    Returns:
+        The content of `config.json`.
+    """
+    if naming == "official":
+        data: dict[str, Any] = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": config.dim}
+        written = {official: getattr(config, field) for field, (official, _) in SIZES.items()}
+        for field, value in OFFICIAL_UNWRITTEN.items():
+            if getattr(config, field) == value:
+                del written[field]
+        written["model_type"] = config.model_type
+        data |= dict(sorted(written.items()))
+    else:
+        i2v = config.model_type == "i2v"
+        written = {diffusers: getattr(config, field) for field, (_, diffusers) in SIZES.items()}
+        if config.text_len == 512:
+            del written["text_len"]
+        written |= {
+            "added_kv_proj_dim": config.dim if i2v else None,
+            "image_dim": config.image_dim if i2v else None,
+            "attention_head_dim": config.head_dim,
+            "cross_attn_norm": True,
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+        }
+        data = {"_class_name": DIFFUSERS_CLASS, "_diffusers_version": "0.33.0", **dict(sorted(written.items()))}
+    own = attention_to_json(config)
+    return data | ({OWN_KEY: own} if own else {})
+
+
+def dump_json(data: dict[str, Any]) -> str:
+    """Text of a `config.json`."""
+    return json.dumps(data, indent=2) + "\n"
+
+
+def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
+    """Monarch settings that the weights were trained with, or None for a plain dense, bidirectional model."""
+    layers = [_setting_to_json(setting) for setting in config.layer_attention]
+    if not any(layers) and config.causal_block is None:
+        return None
+    shared = all(layer == layers[0] for layer in layers)
+    return {"attention": layers[0] if shared else layers, "causal_block": config.causal_block}
+
+
+def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:
+    """Fields `attention` and `causal_block` of `WanConfig`, {} if nothing is stored.
+
+    Raises:
+        ValueError: If the stored settings cannot be understood.
+    """
+    if data is None:
+        return {}
+    try:
+        stored = data["attention"]
+        if isinstance(stored, list):
+            attention: Any = tuple(_setting_from_json(layer) for layer in stored)
+        else:
+            attention = _setting_from_json(stored)
+        return {"attention": attention, "causal_block": data.get("causal_block")}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: the entry {OWN_KEY!r} cannot be read: {data!r}.") from error
+
+
+def describe_attention(config: WanConfig) -> str:
+    """The attention in words: what travels with the weights."""
+
+    def words(setting: DenseAttention | MonarchAttention) -> str:
+        if isinstance(setting, DenseAttention):
+            return "dense"
+        return f"Monarch tile={setting.tile or '(1, h, w)'} blocks={setting.blocks!r} num_iters={setting.num_iters}"
+
+    runs: list[list[Any]] = []
+    for setting in map(words, config.layer_attention):
+        if runs and runs[-1][0] == setting:
+            runs[-1][1] += 1
+        else:
+            runs.append([setting, 1])
+    text = runs[0][0] if len(runs) == 1 else ", ".join(f"{count} x {setting}" for setting, count in runs)
+    return text + (f", causal_block={config.causal_block}" if config.causal_block else "")
+
+
+def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, num_heads: int | None) -> WanConfig:
+    """The model that tensors without a `config.json` belong to.
+
+    Args:
+        infos: Shape and dtype by official name.
+        names: Official name to name in the file, for errors.
+        num_heads: Heads if they are not of 128 channels.
+
+    Returns:
+        The configuration; `eps` and `text_len` are the released models'.
+
+    Raises:
+        ValueError: If a tensor that sizes are read from is missing.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in infos:
+            raise ValueError(f"the tensor {names.get(name, name)} is missing, so the model's sizes cannot be told.")
+        return infos[name].shape
+
+    dim, in_channels, *patch_size = shape("patch_embedding.weight")
+    if num_heads is None and dim % HEAD_DIM:
+        raise ValueError(
+            f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
+            f"pass config."
+        )
+    layers = {int(name.split(".")[1]) for name in infos if name.startswith("blocks.")}
+    i2v = "img_emb.proj.0.weight" in infos
+    patch = (patch_size[0], patch_size[1], patch_size[2])
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+        num_heads=num_heads or dim // HEAD_DIM,
+        num_layers=max(layers) + 1,
+        freq_dim=shape("time_embedding.0.weight")[1],
+        text_dim=shape("text_embedding.0.weight")[1],
+        patch_size=patch,
+        in_channels=in_channels,
+        out_channels=shape("head.head.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        model_type="i2v" if i2v else "t2v",
+        image_dim=shape("img_emb.proj.0.weight")[0] if i2v else 1280,
+    )
+
+
+def _setting_to_json(setting: DenseAttention | MonarchAttention) -> dict[str, Any] | None:
+    if isinstance(setting, DenseAttention):
+        return None
+    tile = None if setting.tile is None else list(setting.tile)
+    return {"tile": tile, "blocks": setting.blocks, "num_iters": setting.num_iters}
+
+
+def _setting_from_json(data: dict[str, Any] | None) -> DenseAttention | MonarchAttention:
+    if data is None:
+        return DenseAttention()
+    tile = None if data["tile"] is None else tuple(data["tile"])
+    return MonarchAttention(tile=tile, blocks=data["blocks"], num_iters=data["num_iters"])
+
+
+def _missing(where: str, name: str):
+    raise ValueError(f"{where} lacks {name!r}.")
+
+
+def same_attention(a: WanConfig, b: WanConfig) -> bool:
+    """Whether tile, blocks, T and causal blocks agree; backends may differ."""
+    return attention_to_json(a) == attention_to_json(b)

@@ -1,0 +1,243 @@
+"""Finding out what a path holds: format, names, settings, and what is missing or wrong."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from models.wan.checkpoints import settings
+from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors
+from models.wan.checkpoints.tensor_files import (
+    INDEX_SUFFIX,
+    SafetensorsFile,
+    ShardedSafetensors,
+    TensorFile,
+    TensorInfo,
+)
+from models.wan.checkpoints.torch_pickle import TorchFile
+from models.wan.config import WanConfig
+
+type Format = Literal["official", "diffusers", "torch", "orbax"]
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# Self-Forcing's files: the averaged generator is what it evaluates.
+PREFERENCE = ("generator_ema", "generator", "model")
+LORA = re.compile(r"lora_(A|B|up|down)\b|\.lora\.|_lora\.|\.alpha$|\.diff_b?$")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        path: Folder or file that the weights are in.
+        format: What wrote it.
+        naming: Whose names the tensors have, after `prefixes` are stripped.
+        config: The model that its `config.json`, or else its tensors, describe.
+        config_path: The `config.json`, if there is one.
+        names: Official or diffusers name to the name in the file.
+        file: The tensors.
+        weights: Which set of tensors of a `.pt` file is used, "" where there is one only.
+        sets: All sets of a `.pt` file.
+    """
+
+    path: Path
+    format: Format
+    naming: Naming
+    config: WanConfig
+    config_path: Path | None
+    names: dict[str, str]
+    file: TensorFile
+    weights: str = ""
+    sets: tuple[str, ...] = ("",)
+
+    def info(self, tensor: Tensor) -> TensorInfo:
+        """Shape and dtype of a tensor that is there."""
+        return self.file.infos[self.names[tensor.name(self.naming)]]
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A tensor in the checkpoint's own layout."""
+        return self.file.read(self.names[tensor.name(self.naming)])
+
+    def problems(self) -> tuple[list[str], list[str], list[str]]:
+        """Names that are missing, names that are unexpected, and sentences about wrong shapes."""
+        expected = {tensor.name(self.naming): tensor for tensor in tensors(self.config)}
+        missing = [name for name in expected if name not in self.names]
+        unexpected = [self.names[name] for name in self.names if name not in expected]
+        wrong = []
+        for name, tensor in expected.items():
+            shape = checkpoint_shape(self.config, tensor)
+            if name in self.names and self.info(tensor).shape != shape:
+                wrong.append(f"{self.names[name]} has shape {self.info(tensor).shape}, not {shape}")
+        return missing, unexpected, wrong
+
+    def check(self) -> None:
+        """Raises ValueError unless every tensor of `config` is there, in its shape, and no other."""
+        missing, unexpected, wrong = self.problems()
+        total = len(tensors(self.config))
+        if missing:
+            raise ValueError(f"{self.path} lacks {len(missing)} of {total} tensors: {some(missing)}.")
+        if wrong:
+            raise ValueError(f"{self.path} does not fit its configuration: {some(wrong)}.")
+        if unexpected:
+            raise ValueError(f"{self.path} has {len(unexpected)} tensors that a Wan model has not: {some(unexpected)}.")
+
+
+def open_source(
+    path: str | Path, *, config: WanConfig | None = None, weights: str | None = None, revision: str | None = None
+) -> Source:
+    """Opens a checkpoint of any supported format, without reading tensors.
+
+    Args:
+        path: A folder of the official or the diffusers format (or a pipeline's, with `transformer/`), a safetensors
+            file or its index, a `.pt` file, or a Hugging Face repository `owner/name` if no such path exists.
+        config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
+        weights: Set of tensors of a `.pt` file: "generator_ema", "generator", "critic", "model". None takes the first
+            of the first two and the last that is there.
+        revision: Of a Hugging Face repository.
+
+    Returns:
+        The opened checkpoint.
+
+    Raises:
+        ValueError: If there is nothing that can be read, with the reason.
+    """
+    path = _locate(path, revision)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
+            path = folder = path / "transformer"
+        file_path, format_ = _weights_file(path)
+    else:
+        file_path, format_ = path, "torch" if path.suffix in PICKLES else "official"
+    if format_ == "orbax":
+        from models.wan.checkpoints.orbax import open_orbax
+
+        return open_orbax(path)
+    sets: tuple[str, ...] = ("",)
+    chosen = ""
+    file: TensorFile
+    if format_ == "torch":
+        file = opened = TorchFile(file_path, weights=weights, preference=PREFERENCE)
+        sets, chosen = tuple(opened.sets), opened.weights
+    else:
+        if weights is not None:
+            raise ValueError(f"weights={weights!r}: {path} holds one set of tensors; leave weights out.")
+        file = ShardedSafetensors(file_path) if file_path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(file_path)
+    names = strip_prefixes(file.infos)
+    naming = _naming(path, names)
+    config_path = folder / "config.json"
+    # A .pt file beside a config.json is not necessarily described by it.
+    if config_path.is_file() and (format_ != "torch" or path.is_dir()):
+        described, _ = settings.config_from_json(_read_json(config_path), where=str(config_path))
+    else:
+        config_path = None
+        described = _describe(names, file, naming, config)
+    if format_ == "official" and naming == "diffusers":
+        format_ = "diffusers"
+    return Source(path, format_, naming, described, config_path, names, file, chosen, sets)
+
+
+def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Bare name to name in the file; wrappers' prefixes are dropped wherever they stand."""
+    bare: dict[str, str] = {}
+    for name in names:
+        short = name
+        for wrapper in PREFIXES[1:]:
+            short = short.replace(wrapper, "")
+        bare[short.removeprefix(PREFIXES[0])] = name
+    return bare
+
+
+def some(items: list[str], count: int = 3) -> str:
+    """The first few, and how many more."""
+    more = len(items) - count
+    return "; ".join(items[:count]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _describe(names: dict[str, str], file: TensorFile, naming: Naming, config: WanConfig | None) -> WanConfig:
+    """The configuration read off the tensors' shapes."""
+    official = names
+    if naming == "diffusers":
+        layers = 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+        both = WanConfig(dim=6, ffn_dim=1, num_heads=1, num_layers=layers, model_type="i2v")
+        official = {t.official: names[t.diffusers] for t in tensors(both) if t.diffusers in names}
+    infos = {name: file.infos[stored] for name, stored in official.items()}
+    described = settings.config_from_shapes(infos, official, num_heads=config.num_heads if config else None)
+    own = getattr(file, "metadata", {}).get(settings.OWN_KEY)
+    stored = settings.attention_from_json(json.loads(own) if own else None, where="the file's header")
+    kept = {} if config is None else {"text_len": config.text_len, "eps": config.eps}
+    return dataclasses.replace(described, **kept, **stored)
+
+
+def _naming(path: Path, names: dict[str, str]) -> Naming:
+    if lora := [name for name in names if LORA.search(name)]:
+        raise ValueError(f"{path} is a LoRA or a patch for a model, not a model: it holds {some(lora, 2)}.")
+    if any(".attn1." in name or name.startswith("condition_embedder.") for name in names):
+        return "diffusers"
+    if any(".self_attn." in name for name in names):
+        return "official"
+    raise ValueError(f"{path} is not a Wan transformer: it holds {some(list(names))}.")
+
+
+def _weights_file(folder: Path) -> tuple[Path, Format]:
+    if (folder / ".metadata").is_file():
+        raise ValueError(
+            f"{folder} is a torch distributed checkpoint; make one file of it first: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
+        )
+    if (folder / "params").is_dir() and (folder / "config.json").is_file():
+        return folder, "orbax"
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        return indices[0], "official"
+    files = sorted(folder.glob("*.safetensors"))
+    preferred = [file for file in files if file.stem == "diffusion_pytorch_model"]
+    for found in (preferred, files):
+        if len(found) == 1:
+            return found[0], "official"
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    if not files and len(pickles) == 1:
+        return pickles[0], "torch"
+    found = ", ".join(file.name for file in files or pickles) or "nothing of the kind"
+    raise ValueError(
+        f"{folder} should hold one safetensors file, an index of its shards, or one {'/'.join(PICKLES)} file; found "
+        f"{found}."
+    )
+
+
+def _locate(path: str | Path, revision: str | None) -> Path:
+    """The path, or the local copy of a Hugging Face repository of that name."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not HUB_NAME.fullmatch(str(path)):
+        raise ValueError(f"path={str(path)!r} does not exist.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"path={str(path)!r} does not exist; to take it from the Hugging Face hub, pip install huggingface_hub."
+        ) from None
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path={str(path)!r} does not exist here and cannot be had from the hub: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not an object of settings.")
+    return data

@@ -1,0 +1,220 @@
+"""Safetensors files tensor by tensor, without mapping them into memory: what is held is one tensor."""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@runtime_checkable
+class TensorFile(Protocol):
+    """Named tensors that are read one at a time."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, freshly read."""
+        ...
+
+
+class SafetensorsFile:
+    """One safetensors file. The header is checked against the file's size when opened.
+
+    Attributes:
+        infos: Shape and dtype by name.
+        metadata: The header's text entries.
+
+    Raises:
+        ValueError: If the file is not safetensors, is truncated, or holds a dtype that is not a float.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or length > MAX_HEADER:
+                raise ValueError(f"{self.path} is not a safetensors file ({size} bytes).")
+            if 8 + length > size:
+                raise ValueError(f"{self.path} is truncated: {size} bytes, its header alone needs {8 + length}.")
+            try:
+                header = json.loads(file.read(length))
+                self.metadata = dict(header.pop("__metadata__", {}))
+                entries = [
+                    (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                    for name, entry in header.items()
+                ]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{self.path} is not a safetensors file: its header cannot be read.") from error
+        self._data = 8 + length
+        self._offsets: dict[str, int] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        needed = self._data + max((entry[-1] for entry in entries), default=0)
+        if size < needed:
+            raise ValueError(f"{self.path} is truncated: {size} bytes of {needed}; copy or download it again.")
+        for name, dtype, shape, begin, end in entries:
+            if dtype not in DTYPES:
+                raise ValueError(f"{self.path}: {name} has dtype {dtype}; these can be read: {', '.join(DTYPES)}.")
+            info = TensorInfo(shape, DTYPES[dtype])
+            if begin < 0 or end - begin != info.nbytes:
+                raise ValueError(f"{self.path}: {name} has {end - begin} bytes, its shape {shape} needs {info.nbytes}.")
+            self.infos[name], self._offsets[name] = info, begin
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, freshly read."""
+        info = self.infos[name]
+        with self.path.open("rb") as file:
+            file.seek(self._data + self._offsets[name])
+            array = np.fromfile(file, info.dtype, math.prod(info.shape))
+        if array.size != math.prod(info.shape):
+            raise ValueError(f"{self.path} is truncated in {name}; copy or download it again.")
+        return array.reshape(info.shape)
+
+
+class ShardedSafetensors:
+    """The shards that an index file lists, as one.
+
+    Raises:
+        ValueError: If the index cannot be read, or a shard or a tensor that it lists is missing.
+    """
+
+    def __init__(self, index: Path):
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors shards.") from error
+        self.metadata: dict[str, str] = {}
+        self._shards: dict[str, SafetensorsFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        for shard in dict.fromkeys(weight_map.values()):
+            path = index.parent / Path(shard).name
+            if not path.is_file():
+                raise ValueError(f"{index.parent} lacks the shard {shard} that {index.name} lists.")
+            file = SafetensorsFile(path)
+            self.metadata |= file.metadata
+            for name, owner in weight_map.items():
+                if owner != shard:
+                    continue
+                if name not in file.infos:
+                    raise ValueError(f"{path} lacks the tensor {name} that {index.name} lists.")
+                self._shards[name], self.infos[name] = file, file.infos[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, freshly read."""
+        return self._shards[name].read(name)
+
+
+def write_safetensors(
+    path: Path,
+    infos: dict[str, TensorInfo],
+    read: Callable[[str], np.ndarray],
+    *,
+    metadata: dict[str, str] | None = None,
+) -> Iterator[tuple[str, int]]:
+    """Writes tensors one at a time, as the safetensors library lays them out: larger dtypes first, then by name.
+
+    Args:
+        path: The file.
+        infos: What will be written.
+        read: Gives each tensor when its turn comes.
+        metadata: Text entries of the header.
+
+    Yields:
+        Name and bytes of each tensor once written.
+
+    Raises:
+        ValueError: If `read` gives another shape or dtype than announced.
+    """
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name in order:
+        info = infos[name]
+        end = offset + info.nbytes
+        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array, info = np.ascontiguousarray(read(name)), infos[name]
+            if (array.shape, array.dtype) != (info.shape, info.dtype):
+                raise ValueError(f"{name}: {array.dtype}{array.shape} is not the announced {info.dtype}{info.shape}.")
+            file.write(array.reshape(-1).view(np.uint8).data)
+            yield name, info.nbytes
+
+
+def split_shards(infos: dict[str, TensorInfo], max_bytes: int | None) -> list[list[str]]:
+    """Names by shard, in order, each at most `max_bytes` unless one tensor is larger; one shard if None."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if max_bytes is not None and shards[-1] and filled + info.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.nbytes
+    return shards
+
+
+def write_sharded(
+    folder: Path,
+    stem: str,
+    infos: dict[str, TensorInfo],
+    read: Callable[[str], np.ndarray],
+    *,
+    max_bytes: int | None,
+    metadata: dict[str, str],
+) -> Iterator[tuple[str, int]]:
+    """Writes `stem`.safetensors, or numbered shards and their index if more than `max_bytes` are needed.
+
+    Yields:
+        Name and bytes of each tensor once written.
+    """
+    shards = split_shards(infos, max_bytes)
+    if len(shards) == 1:
+        yield from write_safetensors(folder / f"{stem}.safetensors", infos, read, metadata=metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        yield from write_safetensors(folder / file, {name: infos[name] for name in names}, read, metadata=metadata)
+    index = {"metadata": {"total_size": total_bytes(infos.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def total_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Bytes of all tensors."""
+    return sum(info.nbytes for info in infos)

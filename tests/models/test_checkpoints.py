@@ -1,0 +1,543 @@
+import dataclasses
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from models.wan import DenseAttention, MonarchAttention, wan_config
+from models.wan.checkpoints import (
+    UnsafePickleError,
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from models.wan.checkpoints.mapping import tensors
+from models.wan.checkpoints.save import ModelFile
+from models.wan.checkpoints.settings import config_to_json, dump_json
+from models.wan.checkpoints.tensor_files import SafetensorsFile, TensorInfo, write_safetensors
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def flat(model):
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def assert_same(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        assert a[path].tobytes() == b[path].tobytes(), path
+
+
+def official_tensors(model):
+    file = ModelFile(model)
+    return {name: file.read(name) for name in file.infos}
+
+
+@pytest.fixture(scope="module")
+def small(wan):
+    return dataclasses.replace(wan.SMALL, num_layers=2)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
+    @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+    def test_bit_for_bit(self, wan, small, tmp_path, format, param_dtype):
+        model = wan.model(small, param_dtype=param_dtype)
+        save_checkpoint(model, tmp_path / "a", format=format)
+        loaded = load_checkpoint(tmp_path / "a")
+        assert_same(loaded, model)
+        assert dataclasses.replace(loaded.config, image_dim=1280) == model.config
+        assert inspect_checkpoint(tmp_path / "a").format == format
+
+    def test_i2v(self, wan, small, tmp_path):
+        model = wan.model(small, model_type="i2v", in_channels=36, image_dim=24)
+        for format in ("official", "diffusers"):
+            save_checkpoint(model, tmp_path / format, format=format)
+        assert_same(load_checkpoint(tmp_path / "diffusers"), model)
+        # The official config.json has no width of the image features: it is the released models'.
+        with pytest.raises(ValueError, match=r"img_emb.proj.0.weight has shape \(24,\), not \(1280,\)"):
+            load_checkpoint(tmp_path / "official")
+
+    def test_shards(self, wan, small, tmp_path):
+        model = wan.model(small)
+        save_checkpoint(model, tmp_path / "a", max_shard_bytes=100_000)
+        files = sorted(file.name for file in (tmp_path / "a").iterdir())
+        assert len(files) > 4
+        assert "diffusion_pytorch_model.safetensors.index.json" in files
+        total = len(files) - 2
+        assert f"diffusion_pytorch_model-00001-of-{total:05}.safetensors" in files
+        assert_same(load_checkpoint(tmp_path / "a"), model)
+
+    def test_conversion_there_and_back_is_the_same_file(self, wan, small, tmp_path):
+        save_checkpoint(wan.model(small), tmp_path / "a")
+        convert_checkpoint(tmp_path / "a", tmp_path / "b", to="diffusers", max_shard_bytes=50_000)
+        convert_checkpoint(tmp_path / "b", tmp_path / "c", to="orbax")
+        convert_checkpoint(tmp_path / "c", tmp_path / "d", to="official")
+        for name in ("config.json", WEIGHTS):
+            assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+    def test_conversion_casts(self, wan, small, tmp_path):
+        model = wan.model(small)
+        save_checkpoint(model, tmp_path / "a")
+        seen = []
+        convert_checkpoint(
+            tmp_path / "a", tmp_path / "b", to="diffusers", dtype="bfloat16", progress=lambda *args: seen.append(args)
+        )
+        info = inspect_checkpoint(tmp_path / "b")
+        assert info.dtypes == {"bfloat16": info.tensors}
+        assert len(seen) == info.tensors
+        assert seen[-1][1] == seen[-1][2] == 2 * info.parameters
+        for path, array in flat(load_checkpoint(tmp_path / "b")).items():
+            np.testing.assert_array_equal(array, flat(model)[path].astype(ml_dtypes.bfloat16))
+
+    def test_loading_casts(self, wan, small, tmp_path):
+        model = wan.model(small)
+        save_checkpoint(model, tmp_path / "a")
+        loaded = load_checkpoint(tmp_path / "a", param_dtype="bfloat16", dtype="bfloat16", remat="full")
+        assert (loaded.config.param_dtype, loaded.config.dtype, loaded.config.remat) == ("bfloat16", "bfloat16", "full")
+        for path, array in flat(loaded).items():
+            np.testing.assert_array_equal(array, flat(model)[path].astype(ml_dtypes.bfloat16))
+
+    def test_every_name_is_written(self, wan, small, tmp_path):
+        for model_type in ("t2v", "i2v"):
+            model = wan.model(small, model_type=model_type, image_dim=1280)
+            for naming in ("official", "diffusers"):
+                folder = save_checkpoint(model, tmp_path / (model_type + naming), format=naming)
+                names = set(safetensors.numpy.load_file(folder / WEIGHTS))
+                assert names == {tensor.name(naming) for tensor in tensors(model.config)}
+                assert len(names) == (27 * 2 + 15 if model_type == "t2v" else 32 * 2 + 23)
+
+
+class TestOthersRead:
+    """The files are what other libraries write and read."""
+
+    def test_bytes_equal_the_safetensors_library(self, wan, small, tmp_path):
+        model = wan.model(small)
+        path = save_checkpoint(model, tmp_path / "a") / WEIGHTS
+        expected = tmp_path / "expected.safetensors"
+        arrays = {name: np.ascontiguousarray(array) for name, array in official_tensors(model).items()}
+        safetensors.numpy.save_file(arrays, expected, metadata={"format": "pt"})
+        assert path.read_bytes() == expected.read_bytes()
+
+    def test_official_config_is_the_released_one(self):
+        text = dump_json(config_to_json(wan_config("wan2.1-t2v-1.3b"), "official"))
+        assert len(text.encode()) == 249
+        assert list(json.loads(text)) == [
+            *("_class_name", "_diffusers_version", "dim", "eps", "ffn_dim", "freq_dim"),
+            *("in_dim", "model_type", "num_heads", "num_layers", "out_dim", "text_len"),
+        ]
+
+    def test_diffusers_loads_ours_and_we_its(self, wan, small, tmp_path):
+        torch = pytest.importorskip("torch")
+        diffusers = pytest.importorskip("diffusers")
+        import safetensors.torch
+
+        inputs = wan.sample(small)
+        model = wan.model(small)
+        out = nnx.jit(lambda m, *x: m(*x))(model, *inputs)
+        save_checkpoint(model, tmp_path / "ours", format="diffusers")
+        theirs = diffusers.WanTransformer3DModel.from_config(
+            diffusers.WanTransformer3DModel.load_config(tmp_path / "ours")
+        )
+        theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "ours" / WEIGHTS), strict=True)
+        latents, timesteps, text = (torch.from_numpy(np.array(x)) for x in inputs)
+        with torch.no_grad():
+            expected = theirs(latents.permute(0, 4, 1, 2, 3), timesteps, text).sample.permute(0, 2, 3, 4, 1).numpy()
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+        theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+        assert_same(load_checkpoint(tmp_path / "theirs", config=small), model)
+        pipeline = tmp_path / "pipeline"
+        pipeline.mkdir()
+        (pipeline / "model_index.json").write_text("{}")
+        (tmp_path / "theirs").rename(pipeline / "transformer")
+        assert_same(load_checkpoint(pipeline, config=small), model)
+
+    def test_hub_cache_without_network(self, wan, small, tmp_path, monkeypatch):
+        hub = pytest.importorskip("huggingface_hub")
+        repository = tmp_path / "models--someone--Wan-small"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        save_checkpoint(wan.model(small), repository / "snapshots" / "abc")
+        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        assert_same(load_checkpoint("someone/Wan-small"), wan.model(small))
+        with pytest.raises(ValueError, match="'someone/Wan-large' does not exist here and cannot be had from the hub"):
+            load_checkpoint("someone/Wan-large")
+
+
+class TestTorch:
+    def write(self, path, **sets):
+        torch = pytest.importorskip("torch")
+        torch.save({name: {k: torch.tensor(v) for k, v in arrays.items()} for name, arrays in sets.items()}, path)
+
+    def test_self_forcing_file(self, wan, small, tmp_path):
+        config = dataclasses.replace(small, dim=128, num_heads=1, eps=1e-6, text_len=512)
+        generator, average = wan.model(config, seed=1), wan.model(config, seed=2)
+        wrapped = {
+            "model." + name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."): array
+            for name, array in official_tensors(generator).items()
+        }
+        averaged = {f"model.{name}": array for name, array in official_tensors(average).items()}
+        self.write(tmp_path / "both.pt", generator=wrapped, generator_ema=averaged, critic=averaged)
+        self.write(tmp_path / "one.pt", generator=wrapped)
+        assert_same(load_checkpoint(tmp_path / "both.pt"), average)
+        assert_same(load_checkpoint(tmp_path / "both.pt", weights="generator"), generator)
+        assert_same(load_checkpoint(tmp_path / "one.pt"), generator)
+        info = inspect_checkpoint(tmp_path / "both.pt")
+        assert (info.sets, info.weights) == (("generator", "generator_ema", "critic"), "generator_ema")
+        assert info.complete
+        assert info.config == config
+        convert_checkpoint(tmp_path / "both.pt", tmp_path / "official", to="official")
+        assert_same(load_checkpoint(tmp_path / "official", config=config), average)
+        with pytest.raises(ValueError, match=r"weights='ema' is not in .*'generator', 'generator_ema', 'critic'"):
+            load_checkpoint(tmp_path / "both.pt", weights="ema")
+
+    def test_heads_cannot_be_guessed(self, wan, small, tmp_path):
+        self.write(tmp_path / "a.pt", generator=official_tensors(wan.model(small)))
+        with pytest.raises(ValueError, match=r"dim=48 is not a multiple of 128.*pass config"):
+            load_checkpoint(tmp_path / "a.pt")
+        assert_same(load_checkpoint(tmp_path / "a.pt", config=small), wan.model(small))
+
+    def test_torch_objects(self, tmp_path):
+        """Half precision, parameters, views into a shared storage, and numbers beside the tensors."""
+        torch = pytest.importorskip("torch")
+        from models.wan.checkpoints.torch_pickle import TorchFile
+
+        base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+        module = torch.nn.Linear(3, 2).to(torch.bfloat16)
+        content = {"model": {"t": base.T, "v": base[1:3, 2:5], "s": torch.tensor(3.5), "p": torch.nn.Parameter(base)}}
+        content["generator"] = module.state_dict()
+        torch.save(content | {"step": 600, "name": "x"}, tmp_path / "a.pt")
+        file = TorchFile(tmp_path / "a.pt", weights="model")
+        np.testing.assert_array_equal(file.read("t"), base.numpy().T)
+        np.testing.assert_array_equal(file.read("v"), base.numpy()[1:3, 2:5])
+        np.testing.assert_array_equal(file.read("p"), base.numpy())
+        assert file.read("s") == 3.5
+        file = TorchFile(tmp_path / "a.pt", weights="generator")
+        assert file.infos["weight"].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(file.read("weight").astype(np.float32), module.weight.detach().float().numpy())
+
+    def test_malicious_pickle_is_refused_and_not_run(self, tmp_path):
+        torch = pytest.importorskip("torch")
+        marker = tmp_path / "ran"
+
+        class Evil:
+            def __reduce__(self):
+                return os.system, (f"touch {marker}",)
+
+        torch.save({"generator": {"model.x": torch.zeros(2), "y": Evil()}}, tmp_path / "evil.pt")
+        with pytest.raises(UnsafePickleError, match=r"evil.pt is refused: it asks for posix.system"):
+            load_checkpoint(tmp_path / "evil.pt")
+        assert not marker.exists()
+        with zipfile.ZipFile(tmp_path / "evil.pt") as archive:  # it does run elsewhere
+            data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+        class Trusting(pickle.Unpickler):
+            def persistent_load(self, pid):
+                return None
+
+            def find_class(self, module, name):
+                return (lambda *_: None) if module.startswith("torch") else super().find_class(module, name)
+
+        Trusting(io.BytesIO(data)).load()
+        assert marker.exists()
+
+    @pytest.mark.parametrize(
+        "name",
+        ["builtins.eval", "torch.storage._load_from_bytes", "torch.hub.load", "collections.OrderedDict.__init__"],
+    )
+    def test_no_other_global(self, tmp_path, name):
+        module, _, attribute = name.rpartition(".")
+        data = f"c{module}\n{attribute}\n(S'1'\ntR.".encode()
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr("a/data.pkl", data)
+        with pytest.raises(UnsafePickleError, match="Only tensors are read from pickles"):
+            inspect_checkpoint(tmp_path / "a.pt")
+
+    def test_tensor_outside_its_storage(self, tmp_path):
+        torch = pytest.importorskip("torch")
+        torch.save({"blocks.0.self_attn.q.weight": torch.zeros(2, 3)}, tmp_path / "a.pt")
+        with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        pkl = next(name for name in entries if name.endswith("data.pkl"))
+        assert entries[pkl].count(b"K\x02K\x03\x86") == 1  # the shape (2, 3)
+        entries[pkl] = entries[pkl].replace(b"K\x02K\x03\x86", b"K\x02K\x63\x86")
+        with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data)
+        with pytest.raises(UnsafePickleError, match="a tensor lies outside its storage"):
+            inspect_checkpoint(tmp_path / "b.pt")
+
+    def test_damaged(self, wan, small, tmp_path):
+        self.write(tmp_path / "a.pt", generator=official_tensors(wan.model(small)))
+        data = bytearray((tmp_path / "a.pt").read_bytes())
+        (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=r"cut.pt is not a zip archive: it is truncated"):
+            load_checkpoint(tmp_path / "cut.pt", config=small)
+        data[len(data) // 2] ^= 1  # one bit of one weight
+        (tmp_path / "flipped.pt").write_bytes(data)
+        with pytest.raises(ValueError, match=r"flipped.pt: .* is damaged \(Bad CRC-32"):
+            load_checkpoint(tmp_path / "flipped.pt", config=small)
+
+
+class TestMonarchSettings:
+    TILED = MonarchAttention(tile=(3, 4, 6), num_iters=2)
+
+    @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
+    def test_travel_with_the_weights(self, wan, small, tmp_path, format):
+        for name, attention in {"one": self.TILED, "layers": (DenseAttention(), self.TILED)}.items():
+            model = wan.model(small, attention=attention, causal_block=3)
+            save_checkpoint(model, tmp_path / name, format=format)
+            loaded = load_checkpoint(tmp_path / name)
+            assert loaded.config.attention == attention
+            assert loaded.config.causal_block == 3
+            convert_checkpoint(tmp_path / name, tmp_path / (name + "2"), to="official")
+            assert load_checkpoint(tmp_path / (name + "2")).config.attention == attention
+
+    def test_without_config_json(self, wan, small, tmp_path):
+        folder = save_checkpoint(wan.model(small, attention=self.TILED), tmp_path / "a")
+        (folder / "config.json").unlink()
+        assert load_checkpoint(folder / WEIGHTS, config=dataclasses.replace(small, attention=self.TILED))
+        with pytest.raises(ValueError, match="was trained with Monarch"):
+            load_checkpoint(folder / WEIGHTS, config=small)
+
+    def test_mismatch(self, wan, small, tmp_path):
+        save_checkpoint(wan.model(small, attention=self.TILED), tmp_path / "a")
+        other = MonarchAttention(tile=(1, 4, 6))
+        message = (
+            r"was trained with Monarch tile=\(3, 4, 6\) blocks='fh,w' num_iters=2; "
+            r"asked for is Monarch tile=\(1, 4, 6\) blocks='fh,w' num_iters=1\..*override"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "a", attention=other)
+        with pytest.raises(ValueError, match=r"asked for is dense"):
+            load_checkpoint(tmp_path / "a", attention=DenseAttention())
+        assert load_checkpoint(tmp_path / "a", attention=other, override=True).config.attention == other
+        same = dataclasses.replace(self.TILED, implementation="reference")
+        assert load_checkpoint(tmp_path / "a", attention=same).config.attention == same
+
+    def test_dense_weights_take_any(self, wan, small, tmp_path):
+        save_checkpoint(wan.model(small), tmp_path / "a")
+        assert "monarch" not in json.loads((tmp_path / "a" / "config.json").read_text())
+        assert load_checkpoint(tmp_path / "a", attention=self.TILED).config.attention == self.TILED
+
+
+class TestBadInput:
+    @pytest.fixture
+    def folder(self, wan, small, tmp_path):
+        return save_checkpoint(wan.model(small), tmp_path / "model")
+
+    @staticmethod
+    def edit(folder, change):
+        """Rewrites the weights after `change` of their dictionary."""
+        arrays = dict(safetensors.numpy.load_file(folder / WEIGHTS))
+        change(arrays)
+        safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+
+    @pytest.mark.parametrize("keep", [0, 5, 100, -1, -10_000])
+    def test_truncated_safetensors(self, folder, keep, tmp_path):
+        data = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(data[:keep])
+        message = f"{WEIGHTS} is (truncated: .* bytes|not a safetensors file)"
+        for action in (load_checkpoint, inspect_checkpoint):
+            with pytest.raises(ValueError, match=message):
+                action(folder)
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(folder, tmp_path / "out", to="diffusers")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+    def test_not_safetensors(self, folder):
+        (folder / WEIGHTS).write_bytes(b"<html>" * 1000)
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            load_checkpoint(folder)
+
+    def test_missing_tensor(self, folder):
+        self.edit(folder, lambda arrays: arrays.pop("blocks.1.self_attn.q.weight"))
+        with pytest.raises(ValueError, match=r"lacks 1 of 69 tensors: blocks.1.self_attn.q.weight\."):
+            load_checkpoint(folder)
+        info = inspect_checkpoint(folder)
+        assert info.missing == ("blocks.1.self_attn.q.weight",)
+        assert not info.complete
+        assert "missing     blocks.1.self_attn.q.weight" in info.lines()
+
+    def test_unexpected_tensor(self, folder):
+        self.edit(folder, lambda arrays: arrays.update({"vace.x": np.zeros(2, np.float32)}))
+        with pytest.raises(ValueError, match=r"has 1 tensors that a Wan model has not: vace.x"):
+            load_checkpoint(folder)
+
+    def test_wrong_shape(self, folder):
+        self.edit(folder, lambda arrays: arrays.update({"head.head.bias": np.zeros(25, np.float32)}))
+        with pytest.raises(ValueError, match=r"head.head.bias has shape \(25,\), not \(24,\)"):
+            load_checkpoint(folder)
+
+    def test_lora(self, tmp_path):
+        names = [f"blocks.0.self_attn.q.lora_{x}.weight" for x in "AB"]
+        safetensors.numpy.save_file({name: np.zeros((2, 2), np.float32) for name in names}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=r"l.safetensors is a LoRA .* not a model: .*lora_A"):
+            load_checkpoint(tmp_path / "l.safetensors")
+
+    def test_i2v_as_t2v(self, wan, small, tmp_path):
+        i2v = dataclasses.replace(small, model_type="i2v", in_channels=36, image_dim=24)
+        save_checkpoint(wan.model(i2v), tmp_path / "a", format="diffusers")
+        message = r"is i2v \(36 input channels, an image embedding\); config says model_type='t2v', t2v \(5 input"
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "a", config=small)
+
+    def test_other_sizes(self, folder, small):
+        with pytest.raises(ValueError, match=r"another model than config describes: num_layers=2 \(config: 3\)"):
+            load_checkpoint(folder, config=dataclasses.replace(small, num_layers=3))
+
+    def test_other_model(self, folder, tmp_path):
+        (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+        with pytest.raises(ValueError, match="describes a 'FluxTransformer2DModel', not a Wan transformer"):
+            load_checkpoint(folder)
+        safetensors.numpy.save_file({"x.weight": np.zeros(2, np.float32)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=r"is not a Wan transformer: it holds x.weight"):
+            load_checkpoint(tmp_path / "x.safetensors")
+
+    def test_config_with_something_else_on(self, folder):
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(data | {"window_size": [8, 8]}))
+        with pytest.raises(ValueError, match=r"window_size=\[8, 8\] is not supported"):
+            load_checkpoint(folder)
+
+    def test_folders(self, folder, tmp_path):
+        with pytest.raises(ValueError, match=r"path='.*nothing' does not exist\."):
+            load_checkpoint(tmp_path / "nothing")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"should hold one safetensors file.*found nothing of the kind"):
+            load_checkpoint(tmp_path / "empty")
+        (tmp_path / "empty" / ".metadata").write_text("")
+        with pytest.raises(ValueError, match="torch distributed checkpoint; make one file of it first: python -m"):
+            load_checkpoint(tmp_path / "empty")
+        with pytest.raises(ValueError, match="exists and is not an empty folder"):
+            convert_checkpoint(folder, folder, to="diffusers")
+        with pytest.raises(ValueError, match=r"format='gguf' cannot be written; choices: 'official'"):
+            convert_checkpoint(folder, tmp_path / "b", to="gguf")
+
+    def test_missing_shard(self, wan, small, tmp_path):
+        folder = save_checkpoint(wan.model(small), tmp_path / "a", max_shard_bytes=100_000)
+        victim = sorted(folder.glob("*.safetensors"))[1]
+        victim.unlink()
+        with pytest.raises(ValueError, match=rf"lacks the shard {victim.name}"):
+            load_checkpoint(folder)
+
+    def test_failed_write_leaves_nothing(self, wan, small, tmp_path, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(ModelFile, "read", full)
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(wan.model(small), tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+
+def run_python(code, **env):
+    """A fresh interpreter at the root of the repository; returns what it prints."""
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **env}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sharding(wan, small, tmp_path):
+    """Parameters go straight to the devices asked for, split on the axis asked for."""
+    save_checkpoint(wan.model(small), tmp_path / "a")
+    code = f"""
+        import jax
+        from flax import nnx
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from models.wan.checkpoints import load_checkpoint
+
+        mesh = jax.make_mesh((2,), ("x",))
+        def place(path, shape):
+            return NamedSharding(mesh, P(*([None] * (len(shape) - 1)), "x") if shape[-1] % 2 == 0 else P())
+        model = load_checkpoint({str(tmp_path / "a")!r}, sharding=place)
+        plain = load_checkpoint({str(tmp_path / "a")!r})
+        for (path, leaf), (_, other) in zip(
+            nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(plain)), strict=True
+        ):
+            assert leaf[...].sharding == place(path, leaf.shape), path
+            assert (jax.device_get(leaf[...]) == jax.device_get(other[...])).all(), path
+        try:
+            load_checkpoint({str(tmp_path / "a")!r}, sharding=lambda path, shape: NamedSharding(
+                mesh, P("x") if path[0] == "blocks" else P()
+            ))
+        except ValueError as error:
+            assert "splits the layers (axis 0)" in str(error)
+        print(len(jax.devices()), "ok")
+    """
+    assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "2 ok\n"
+
+
+@pytest.mark.slow
+def test_true_size_in_bounded_memory(tmp_path):
+    """A 1.3B checkpoint in float32 (5.7 GB on disk) is loaded as bfloat16 in at most its 2.8 GB plus 1 GB."""
+    config = wan_config("wan2.1-t2v-1.3b")
+    from models.wan.checkpoints.mapping import checkpoint_shape
+
+    infos = {t.official: TensorInfo(checkpoint_shape(config, t), np.dtype(np.float32)) for t in tensors(config)}
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    (folder / "config.json").write_text(dump_json(config_to_json(config, "official")))
+
+    def draw(name):
+        return rng.standard_normal(infos[name].shape, dtype=np.float32)
+
+    for _ in write_safetensors(folder / WEIGHTS, infos, draw, metadata={"format": "pt"}):
+        pass
+    assert (folder / WEIGHTS).stat().st_size > 5_675_987_200
+    code = f"""
+        import resource
+        import ml_dtypes, numpy as np, jax
+        from flax import nnx
+        from models.wan.checkpoints import load_checkpoint
+        from models.wan.checkpoints.save import ModelFile
+        from models.wan.checkpoints.tensor_files import SafetensorsFile
+
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        jax.numpy.zeros(1).block_until_ready()
+        before = peak()
+        model = load_checkpoint({str(folder)!r}, param_dtype="bfloat16", dtype="bfloat16")
+        used = peak() - before
+        file, ours = SafetensorsFile({str(folder / WEIGHTS)!r}), ModelFile(model)
+        for name in list(file.infos)[::50]:
+            assert (ours.read(name) == file.read(name).astype(ml_dtypes.bfloat16)).all(), name
+        print(used - 2 * 1_418_996_800)
+    """
+    beyond = int(run_python(code))
+    assert beyond < 1e9, f"{beyond / 1e9:.2f} GB beyond the parameters"
+
+
+def test_safetensors_reader_reads_the_library(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.zeros((0, 3), np.float64), "c": np.float32(2)}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors", metadata={"k": "v"})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"k": "v"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(file.read(name), array)
+        assert file.infos[name].dtype == array.dtype
+    assert jnp.asarray(file.read("a")).dtype == jnp.float16
+    assert jax.tree.leaves(file.read("c")) == [2.0]
