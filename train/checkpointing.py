@@ -48,7 +48,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        # from the folder: the manager also counts the one that is being written
+        return sorted(ocp.utils.checkpoint_steps(self.path))
 
     def kept(self) -> str:
         """What is safe on disk, in words."""

@@ -4,6 +4,7 @@ A command is imported only when it is called, so that help is quick and a part t
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if given else 2
     name, *rest = given
+    if not debug:
+        # Orbax logs what it also raises, and its abandoned coroutines do once more
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
         if name not in COMMANDS:
             raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")

@@ -1,8 +1,11 @@
 """What the subcommands do with their arguments."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -17,13 +20,37 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     folder = _folder_to_resume(arguments)
     if folder is not None:
         default = read_config(folder) or default
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        prog="monarchrt train",
-        args=list(arguments),
-        default=default,
-        description=_TRAIN,
-    )
+    return parse(TrainConfig, arguments, prog="monarchrt train", default=default, description=_TRAIN)
+
+
+def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:
+    """Parses options into a config dataclass, without prefixes: `--steps`, not `--run.steps`.
+
+    Args:
+        kind: The dataclass.
+        arguments: The arguments of the subcommand.
+        **options: Passed to `tyro.cli`.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: If a value is out of range.
+        SystemExit: After --help (0), or for options that do not exist or cannot be read (2).
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=list(arguments), **options)
+    except SystemExit as stop:
+        # tyro wraps what a dataclass raises in a box of its own
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__context__
+        print(messages.getvalue(), file=sys.stderr, end="")
+        raise
 
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
@@ -67,6 +94,6 @@ def demo_command(arguments: Sequence[str]) -> int:
     """`monarchrt demo`."""
     from train.demo import DemoConfig, run_demo
 
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[DemoConfig], prog="monarchrt demo", args=list(arguments))
+    config = parse(DemoConfig, arguments, prog="monarchrt demo")
     run_demo(config)
     return 0

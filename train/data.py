@@ -308,6 +308,5 @@ def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1)) -> 
         height=round(config.height * config.crop),
         width=round(config.width * config.crop),
         stride=config.stride,
-        min_frames=2 * config.frames,  # one window for each part
     )
     return ClipWindows(frames, config, text_shape=text_shape, name=f"video {config.video}")

@@ -103,11 +103,10 @@ def arguments(clip) -> list[str]:
 def start(environment):
     """Starts the command line in a process of its own."""
 
-    def start(arguments, **kwargs) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "train", *map(str, arguments)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
-        )  # fmt: skip
+    def start(arguments, before: str = "pass") -> subprocess.Popen:
+        program = f"{before}; import sys; from train.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -102,7 +101,7 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(baseline, run, t
     shutil.copytree(baseline, folder)
     data = max((folder / "checkpoints/30/state").rglob("d/*"), key=lambda path: path.stat().st_size)
     if damage == "truncate":
-        data.write_bytes(data.read_bytes()[:-100])
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     elif damage == "flip":
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 0x10
@@ -139,18 +138,16 @@ def test_nonfinite_loss_stops_names_the_step_and_keeps_the_last_checkpoint(argum
     assert steps_of(folder) == [0]
     assert history(folder)[-1]["loss"] in ("inf", "nan")
     # another learning rate may go on from there
-    code, stderr = run(["train", "--folder", folder, "--resume", "--learning-rate", "1e-3", "--steps", "3"])
+    code, stderr = run(["train", "--folder", folder, "--resume", "--learning-rate", "1e-3", "--clip-norm", "10"])
     assert code == 0, stderr
     assert "learning_rate changes from 1e+30 to 0.001" in stderr
-    assert [record["step"] for record in history(folder) if "loss" in record] == [1, 2, 3]
+    assert [record["step"] for record in history(folder) if "loss" in record] == list(range(1, 31))
 
 
 def test_file_size_limit_is_reported_as_no_room(arguments, run, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     folder = tmp_path / "run"
-    code, stderr = run([*arguments, "--folder", folder], preexec_fn=limit)
+    code, stderr = run([*arguments, "--folder", folder], before=limit)
     assert code == 2, stderr
     line = one_error_line(stderr)
     assert "a file size limit was reached" in line
