@@ -7,6 +7,7 @@ that a process killed while saving leaves the one before as the newest.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import shutil
@@ -74,6 +75,12 @@ class Checkpoints:
         sums = {name: int(value) for name, value in jax.device_get(checksums(arrays)).items()}
         about = {"step": step, "identity": identity, "checksums": sums}
         with self._reporting():
+            # the one before may still be on its way; look at the room that is left when it is there
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(self.path).free
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"a checkpoint takes {needed} bytes and {free} are left")
             if step not in self._manager.all_steps():
                 items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about))
                 self._manager.save(step, args=items, force=True)

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.errors import UserError, disk_full_reason
 
@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     name, *rest = given
     if not debug:
-        # Orbax logs what it also raises, and its abandoned coroutines do once more
-        for logger in ("absl", "asyncio"):
-            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        _quiet_storage()
     try:
         if name not in COMMANDS:
             raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
@@ -84,6 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}; free some space", file=sys.stderr)
         return 2
+
+
+def _quiet_storage() -> None:
+    """Leaves only the error itself when a checkpoint cannot be written.
+
+    Orbax logs what it also raises, its abandoned coroutines do so again, and the storage threads complain that those
+    are gone.
+    """
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _load(target: str) -> Callable[[list[str]], int | None]:

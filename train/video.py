@@ -61,7 +61,8 @@ def read_clip(
         with av.open(str(path)) as container:
             if not container.streams.video:
                 kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-                raise UserError(f"video {path} has no video track, only {', '.join(kinds)}; give {_EXAMPLE}")
+                maybe = "" if "audio" in kinds else " (it may be cut off)"
+                raise UserError(f"video {path} has no video track, only {', '.join(kinds)}{maybe}; give {_EXAMPLE}")
             for index, frame in enumerate(_decode(container, path)):
                 if index % stride == 0:
                     frames.append(_fit(frame, height, width))

@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from train.config import DataConfig
+from train.data import ClipWindows, LatentFolder, example_order, open_source, spread
+from train.errors import UserError
+
+
+def numbered(count: int, *, height: int = 8, width: int = 8) -> np.ndarray:
+    """Frames whose every pixel is the frame's number."""
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, height, width, 3)).copy()
+
+
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"frames": 4, "height": 8, "width": 8, "patch": 4, "held_out": 0.3, "gap": 2} | changes)
+
+
+def frames_of(windows: ClipWindows, latents: np.ndarray) -> set[int]:
+    return {int(frame[0, 0, 0]) for frame in windows.transform.decode(latents).reshape(-1, 8, 8, 3)}
+
+
+def test_no_frame_is_in_both_parts_and_the_gap_is_in_neither():
+    windows = ClipWindows(numbered(40), config())
+    trained = set()
+    for step in range(20):
+        trained |= frames_of(windows, windows.train_batch(step, batch=4, seed=0).latents)
+    held_out = frames_of(windows, windows.held_out_batch(range(windows.held_out)).latents)
+    assert trained == set(range(28))
+    assert held_out == set(range(30, 40))
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    first, second = (ClipWindows(numbered(40, height=12, width=12), config(crop=1.5, flip=True)) for _ in range(2))
+    for step in (7, 3, 50, 7):
+        one, two = first.train_batch(step, batch=3, seed=9), second.train_batch(step, batch=3, seed=9)
+        np.testing.assert_array_equal(one.latents, two.latents)
+    other_seed = first.train_batch(7, batch=3, seed=10).latents
+    assert not np.array_equal(first.train_batch(7, batch=3, seed=9).latents, other_seed)
+
+
+def test_every_epoch_has_each_example_once_in_a_new_order():
+    orders = [[i for step in range(5) for i, _ in example_order(5 * e + step, 2, seed=4, count=10)] for e in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    # an epoch need not be a whole number of steps
+    draws = [draw for step in range(7) for _, draw in example_order(step, 3, seed=4, count=10)]
+    assert draws == list(range(21))
+
+
+def test_flip_and_crop():
+    frames = np.zeros((40, 12, 12, 3), np.uint8)
+    frames[:, :, :, 0] = 10 * np.arange(12)[:, None]
+    frames[:, :, :, 1] = 10 * np.arange(12)
+    windows = ClipWindows(frames, config(crop=1.5, flip=True))
+    seen = set()
+    for step in range(40):
+        for window in windows.transform.decode(windows.train_batch(step, 1, seed=0).latents):
+            corner, right = window[0, 0, 0], window[0, 0, 7]
+            assert abs(int(right[1]) - int(corner[1])) == 70
+            seen.add((int(corner[0]), min(int(corner[1]), int(right[1])), bool(corner[1] > right[1])))
+    assert len({top for top, _, _ in seen}) == len({left for _, left, _ in seen}) == 5
+    assert {flipped for _, _, flipped in seen} == {True, False}
+    held_out = windows.held_out_window(0)
+    assert (held_out[0, 0, 0] == (20, 20, 0)).all()
+
+
+def test_parts_too_short_are_named():
+    with pytest.raises(UserError, match="held-out part has 1, fewer than one window of frames 4"):
+        ClipWindows(numbered(10), config())
+    with pytest.raises(UserError, match="training part has 2"):
+        ClipWindows(numbered(20), config(held_out=0.9))
+
+
+def test_fingerprint_follows_the_content():
+    frames = numbered(40)
+    before = ClipWindows(frames, config()).fingerprint
+    assert before == ClipWindows(frames.copy(), config()).fingerprint
+    frames[3, 2, 1, 0] += 1
+    assert before != ClipWindows(frames, config()).fingerprint
+
+
+def test_open_source_reads_a_clip_at_the_size_of_the_crop(clip):
+    source = open_source(config(video=clip, height=16, width=32, crop=1.25), text_shape=(2, 5))
+    assert isinstance(source, ClipWindows)
+    assert source.frames.shape == (24, 20, 40, 3)
+    assert source.latent_shape == (4, 4, 8, 48)
+    batch = source.train_batch(0, 2, 0)
+    assert batch.latents.shape == (2, 4, 4, 8, 48)
+    assert batch.text.shape == (2, 2, 5)
+
+
+def test_exactly_one_source_must_be_named(clip, tmp_path):
+    with pytest.raises(UserError, match="neither was given"):
+        open_source(config())
+    with pytest.raises(UserError, match="both were given"):
+        open_source(config(video=clip, latents=tmp_path))
+
+
+@pytest.fixture
+def latents(tmp_path):
+    for index in range(10):
+        tensors = {
+            "latents": np.full((3, 4, 6, 16), index, np.float16),
+            "text": np.full((5, 32), -index, np.float32),
+        }
+        save_file(tensors, tmp_path / f"{index:02d}.safetensors")
+    return tmp_path
+
+
+def test_latent_folder(latents):
+    folder = open_source(config(latents=latents))
+    assert isinstance(folder, LatentFolder)
+    assert (folder.latent_shape, folder.text_shape, folder.held_out) == ((3, 4, 6, 16), (5, 32), 3)
+    batches = [folder.train_batch(step, 7, seed=1) for step in range(2)]
+    assert all(sorted(batch.latents[:, 0, 0, 0, 0]) == list(range(7)) for batch in batches)
+    assert batches[0].latents.dtype == batches[0].text.dtype == np.float32
+    np.testing.assert_array_equal(batches[0].text[:, 0, 0], -batches[0].latents[:, 0, 0, 0, 0])
+    assert sorted(folder.held_out_batch([0, 1, 2]).latents[:, 0, 0, 0, 0]) == [7, 8, 9]
+
+
+def test_latent_folder_fingerprint_follows_the_content(latents):
+    before = LatentFolder(latents, config()).fingerprint
+    save_file({"latents": np.ones((3, 4, 6, 16), np.float16), "text": np.ones((5, 32), np.float32)},
+              latents / "04.safetensors")  # fmt: skip
+    assert LatentFolder(latents, config()).fingerprint != before
+
+
+def test_bad_latent_folders(latents, tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        LatentFolder(tmp_path / "nowhere", config())
+    path = latents / "03.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
+    with pytest.raises(UserError, match=r"03\.safetensors is cut off or damaged"):
+        LatentFolder(latents, config())
+    save_file({"latents": np.ones((3, 4, 6, 8)), "text": np.ones((5, 32))}, path)
+    with pytest.raises(UserError, match="all must agree"):
+        LatentFolder(latents, config())
+    save_file({"x": np.ones(3)}, path)
+    with pytest.raises(UserError, match="needs 'latents' and 'text'"):
+        LatentFolder(latents, config())
+    for file in latents.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="at least 2"):
+        LatentFolder(latents, config())
+
+
+def test_spread_has_no_repeats():
+    assert spread(3, 10) == [0, 1, 2]
+    assert spread(100, 1) == [0]
+    assert len(spread(100, 7)) == 7

@@ -1,0 +1,189 @@
+"""The state and one compiled step, on a network of one matrix."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from train.config import ObjectiveConfig, OptimizerConfig
+from train.state import (
+    all_finite,
+    checksums,
+    create_state,
+    from_arrays,
+    learning_rate_schedule,
+    make_optimizer,
+    split_model,
+    to_arrays,
+    update_ema,
+)  # fmt: skip
+from train.step import make_train_step
+
+SHAPE = (4, 2, 3, 3, 5)
+
+
+class Linear(nnx.Module):
+    """v = latents @ W + b, less a mean of the text."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(SHAPE[-1], SHAPE[-1], rngs=rngs)
+
+    def __call__(self, latents, timesteps, text):
+        return self.proj(latents) + 1e-3 * timesteps[:, None, None, None, None] - text.mean()
+
+
+def setup(**settings):
+    config = OptimizerConfig(**settings)
+    graph, params, fixed = split_model(Linear(nnx.Rngs(0)))
+    optimizer = make_optimizer(config, steps=10)
+    state = create_state(params, fixed, optimizer, seed=3, ema=config.ema_decay is not None)
+    step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=config, steps=10)
+    return state, step
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(SHAPE), jnp.float32), jnp.zeros((4, 1, 2))
+
+
+def leaves(tree):
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_step_moves_the_parameters_and_counts():
+    state, step = setup()
+    before = leaves(state.params)
+    state, metrics = step(state, *batch())
+    assert int(state.step) == 1
+    assert all(not np.array_equal(old, new) for old, new in zip(before, leaves(state.params), strict=True))
+    assert bool(metrics["finite"])
+    assert float(metrics["grad_norm"]) > 0
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-3)
+
+
+def test_training_fits_the_flow():
+    state, step = setup(learning_rate=3e-2)
+
+    def losses(state, count):
+        found = []
+        for _ in range(count):
+            state, metrics = step(state, *batch())
+            found.append(float(metrics["loss"]))
+        return state, found
+
+    state, before = losses(state, 150)
+    # the same noise again, with the trained parameters
+    _, after = losses(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), 20)
+    # most of the loss is noise that no linear map predicts
+    assert np.mean(after) < 0.85 * np.mean(before[:20])
+
+
+def test_the_step_number_decides_the_noise():
+    state, step = setup()
+    one, first = step(jax.tree.map(jnp.copy, state), *batch())
+    again, second = step(jax.tree.map(jnp.copy, state), *batch())
+    assert float(first["loss"]) == float(second["loss"])
+    later = dataclasses.replace(state, step=state.step + 1)
+    _, third = step(later, *batch())
+    assert float(first["loss"]) != float(third["loss"])
+    for a, b in zip(leaves(one.params), leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_same_step(parts):
+    whole, step = setup()
+    split, split_step = setup(accumulation=parts)
+    whole, metrics = step(whole, *batch())
+    split, split_metrics = split_step(split, *batch())
+    assert float(metrics["loss"]) == pytest.approx(float(split_metrics["loss"]), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(split_metrics["grad_norm"]), rel=1e-5)
+    for a, b in zip(leaves(whole.params), leaves(split.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_average_is_a_copy_until_it_starts_and_then_decays():
+    config = OptimizerConfig(ema_decay=0.9, ema_start=2)
+    old, new = {"a": jnp.zeros(3)}, {"a": jnp.ones(3)}
+    np.testing.assert_array_equal(update_ema(old, new, jnp.array(2), config)["a"], 1)
+    np.testing.assert_allclose(update_ema(old, new, jnp.array(3), config)["a"], 0.1, rtol=1e-6)
+    assert update_ema(None, new, jnp.array(3), config) is None
+
+
+def test_evaluated_parameters():
+    state, _ = setup()
+    assert state.evaluated is state.ema
+    state, _ = setup(ema_decay=None)
+    assert state.evaluated is state.params
+
+
+def test_clipping_bounds_the_first_update_only_through_the_gradient():
+    # AdamW's first update does not depend on the gradient's size, so look at what reaches it
+    clipped, step = setup(clip_norm=1e-3, beta1=0.5)
+    clipped, metrics = step(clipped, *batch())
+    moments = clipped.optimizer[1][0].mu
+    assert float(metrics["grad_norm"]) > 1e-3
+    assert float(optax.tree.norm(moments)) == pytest.approx(0.5e-3, rel=1e-4)
+
+
+def test_weight_decay_spares_biases():
+    rate, decay = 1e-3, 0.5
+    plain, step = setup(weight_decay=0.0, learning_rate=rate)
+    decayed, decayed_step = setup(weight_decay=decay, learning_rate=rate)
+    kernel = np.array(plain.params["proj"]["kernel"][...])
+    plain, _ = step(plain, *batch())
+    decayed, _ = decayed_step(decayed, *batch())
+    difference = np.array(plain.params["proj"]["kernel"][...]) - np.array(decayed.params["proj"]["kernel"][...])
+    np.testing.assert_allclose(difference, rate * decay * kernel, atol=1e-6)
+    np.testing.assert_allclose(plain.params["proj"]["bias"][...], decayed.params["proj"]["bias"][...], atol=1e-7)
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)])
+def test_schedules(schedule, middle, end):
+    rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4, schedule=schedule), steps=24)
+    np.testing.assert_allclose([rate(n) for n in range(4)], [0.25, 0.5, 0.75, 1], rtol=1e-6)
+    assert float(rate(14)) == pytest.approx(middle, abs=1e-6)
+    assert float(rate(24)) == pytest.approx(end, abs=1e-6)
+
+
+def test_a_state_survives_being_flattened_to_named_arrays():
+    state, step = setup()
+    state, _ = step(state, *batch())
+    arrays = to_arrays(state)
+    assert {"step", "rng", "params.proj.kernel", "ema.proj.bias"} <= set(arrays)
+    copied = {name: jnp.copy(value) for name, value in arrays.items()}
+    again = from_arrays(state, copied)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    _, one = step(state, *batch(1))
+    _, two = step(again, *batch(1))
+    assert float(one["loss"]) == float(two["loss"])
+
+
+def test_checksums_notice_a_bit_and_an_exchange():
+    array = jnp.arange(12.0).reshape(3, 4)
+    same = checksums({"a": array})["a"]
+    assert int(same) == int(checksums({"a": array + 0})["a"])
+    assert int(same) != int(checksums({"a": array.at[1, 1].set(5.0000005)})["a"])
+    assert int(same) != int(checksums({"a": array[::-1]})["a"])
+    assert int(checksums({"a": jnp.array([True, False])})["a"]) != int(checksums({"a": jnp.array([False, True])})["a"])
+    assert int(checksums({"a": jnp.ones(4, jnp.bfloat16)})["a"]) != int(
+        checksums({"a": jnp.zeros(4, jnp.bfloat16)})["a"]
+    )
+
+
+def test_all_finite():
+    assert bool(all_finite({"a": jnp.ones(3), "b": jnp.arange(3)}))
+    assert not bool(all_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}))
+    assert not bool(all_finite({"a": jnp.array(jnp.inf)}))
+    assert bool(all_finite({"b": jnp.arange(3)}))
+
+
+def test_nonfinite_gradients_are_flagged():
+    state, step = setup()
+    latents, text = batch()
+    _, metrics = step(state, latents.at[0, 0, 0, 0, 0].set(jnp.nan), text)
+    assert not bool(metrics["finite"])
