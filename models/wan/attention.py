@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models.wan.config import DenseAttention, MonarchAttention
 from monarch_jax import monarch_attention
@@ -71,6 +71,7 @@ def dense_attention(
     key: Float[Array, "B K n d"],
     value: Float[Array, "B K n d"],
     *,
+    valid_keys: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Q n d"]:
     """Softmax attention without a mask, scale d^-1/2, float32 softmax.
@@ -79,6 +80,7 @@ def dense_attention(
         query: [B, queries, heads, head_dim].
         key: [B, keys, heads, head_dim].
         value: Likewise.
+        valid_keys: How many leading keys are seen, a traced int32 scalar; None sees all.
         implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU, else XLA.
 
     Returns:
@@ -96,4 +98,11 @@ def dense_attention(
             f"implementation='cudnn' needs bfloat16 or float16 and a head size that is a multiple of 8 up to 128, got "
             f"{query.dtype} and {query.shape[-1]}; use implementation='xla' or dtype='bfloat16'."
         )
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # type: ignore[arg-type]
+    lengths = None if valid_keys is None else jnp.full(query.shape[:1], valid_keys, jnp.int32)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,  # type: ignore[arg-type]
+    )

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from models.wan.attention import attend
-from models.wan.config import Attention, MonarchAttention, WanConfig
+from models.wan.config import Attention, DenseAttention, MonarchAttention, WanConfig
 from models.wan.layers import (
     MLP,
     Head,
@@ -29,12 +31,17 @@ from models.wan.rope import rope_table
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
-class Inputs(NamedTuple):
+class Tokens(NamedTuple):
     """What the blocks and the head work on."""
 
     x: Array  # [B, F, h*w, D] residual stream
     time: Array  # [B, T, D] timestep embedding, T = F or 1
     time_projection: Array  # [B, T, 6, D]
+
+
+class Context(NamedTuple):
+    """What the cross-attention reads."""
+
     text: Array  # [B, text_len, D]
     image: Array | None  # [B, image rows, D]
 
@@ -99,15 +106,14 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: If a shape does not fit the configuration, or a tile the grid.
         """
-        grid = self.check_inputs(latents, timesteps, text, image)
-        inputs = self.embed(latents, timesteps, text, image)
-        x = self.run_blocks(inputs, grid)
-        return self.unpatchify(self.head(x, inputs.time), grid)
+        grid = self.check_latents(latents, timesteps)
+        self.check_context(latents.shape[0], text, image)
+        tokens = self.embed_latents(latents, timesteps)
+        x = self.run_blocks(tokens, self.embed_context(text, image), grid)
+        return self.unpatchify(self.head(x, tokens.time), grid)
 
-    def check_inputs(
-        self, latents: Array, timesteps: Array, text: Array, image: Array | None = None
-    ) -> tuple[int, int, int]:
-        """Raises ValueError unless the inputs fit the configuration; returns the grid of tokens (F, h, w)."""
+    def check_latents(self, latents: Array, timesteps: Array) -> tuple[int, int, int]:
+        """Raises ValueError unless they fit the configuration; returns the grid of tokens (F, h, w)."""
         config = self.config
         batch, *size, channels = latents.shape
         if channels != config.in_channels:
@@ -118,6 +124,14 @@ class WanModel(nnx.Module):
                 f"timesteps have shape {timesteps.shape}, not ({batch},) for one per sample "
                 f"or ({batch}, {grid[0]}) for one per frame."
             )
+        for setting in dict.fromkeys(config.layer_attention):
+            if isinstance(setting, MonarchAttention):
+                setting.spec(grid, causal_block=config.causal_block)
+        return grid
+
+    def check_context(self, batch: int, text: Array, image: Array | None) -> None:
+        """Raises ValueError unless they fit the configuration and the batch."""
+        config = self.config
         if text.shape[0] != batch or text.shape[2] != config.text_dim:
             raise ValueError(f"text has shape {text.shape}, not ({batch}, rows, {config.text_dim}).")
         if text.shape[1] > config.text_len:
@@ -129,27 +143,23 @@ class WanModel(nnx.Module):
                 raise ValueError(f"image has shape {image.shape}, not ({batch}, rows, {config.image_dim}).")
         elif image is not None:
             raise ValueError("image was given to a t2v model; it takes None.")
-        for setting in dict.fromkeys(config.layer_attention):
-            if isinstance(setting, MonarchAttention):
-                setting.spec(grid, causal_block=config.causal_block)
-        return grid
 
-    def embed(self, latents: Array, timesteps: Array, text: Array, image: Array | None = None) -> Inputs:
-        """Tokens, timestep embedding and embedded text (and image)."""
+    def embed_latents(self, latents: Array, timesteps: Array) -> Tokens:
+        """Tokens and the timestep embedding."""
         config = self.config
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         time = self.time_embedding(sinusoid(per_frame, config.freq_dim))
         projection = self.time_projection(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
-        padded = jnp.pad(text, ((0, 0), (0, config.text_len - text.shape[1]), (0, 0)))
-        return Inputs(
-            x=self.patch_embedding(latents),
-            time=time,
-            time_projection=projection,
-            text=self.text_embedding(padded),
-            image=None if image is None else self.image_embedding(image),
-        )
+        return Tokens(self.patch_embedding(latents), time, projection)
 
-    def run_blocks(self, inputs: Inputs, grid: tuple[int, int, int], *, layers: int | None = None) -> Array:
+    def embed_context(self, text: Array, image: Array | None = None) -> Context:
+        """The text, zero-padded to `text_len` rows, and the image, at the model's width."""
+        padded = jnp.pad(text, ((0, 0), (0, self.config.text_len - text.shape[1]), (0, 0)))
+        return Context(self.text_embedding(padded), None if image is None else self.image_embedding(image))
+
+    def run_blocks(
+        self, tokens: Tokens, context: Context, grid: tuple[int, int, int], *, layers: int | None = None
+    ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 
         Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth.
@@ -157,26 +167,16 @@ class WanModel(nnx.Module):
         config = self.config
         rope = rope_table(grid, config.head_dim)
         graph, state = nnx.split(self.blocks)
-        x, start = inputs.x, 0
-        for setting, run in itertools.groupby(config.layer_attention[:layers]):
-            stop = start + len(list(run))
+        x = tokens.x
+        for run in attention_runs(config.layer_attention[:layers]):
 
-            def body(x, layer, setting=setting):
+            def body(x, layer, setting=run.setting):
                 block = nnx.merge(graph, layer)
-                keys_values = block.cross_attn.keys_values(inputs.text, inputs.image)
-                x = block(
-                    x,
-                    inputs.time_projection,
-                    rope,
-                    keys_values,
-                    lambda q, k, v: attend(q, k, v, grid=grid, setting=setting, causal_block=config.causal_block),
-                )
-                return x, None
+                keys_values = block.cross_attn.keys_values(*context)
+                attention = partial(attend, grid=grid, setting=setting, causal_block=config.causal_block)
+                return block(x, tokens.time_projection, rope, keys_values, attention), None
 
-            if config.remat != "none":
-                body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-            x, _ = jax.lax.scan(body, x, layer_slice(state, start, stop, config.num_layers))
-            start = stop
+            x, _ = jax.lax.scan(rematerialized(body, config), x, run.of(state, config.num_layers))
         return x
 
     def attention_inputs(
@@ -205,12 +205,13 @@ class WanModel(nnx.Module):
         """
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"layer={layer} is not one of 0 to {self.config.num_layers - 1}.")
-        grid = self.check_inputs(latents, timesteps, text, image)
-        inputs = self.embed(latents, timesteps, text, image)
-        x = self.run_blocks(inputs, grid, layers=layer)
+        grid = self.check_latents(latents, timesteps)
+        self.check_context(latents.shape[0], text, image)
+        tokens = self.embed_latents(latents, timesteps)
+        x = self.run_blocks(tokens, self.embed_context(text, image), grid, layers=layer)
         graph, state = nnx.split(self.blocks)
         block = nnx.merge(graph, jax.tree.map(lambda stacked: stacked[layer], state))
-        shift, scale = block.modulations(inputs.time_projection)[:2]
+        shift, scale = block.modulations(tokens.time_projection)[:2]
         rope = rope_table(grid, self.config.head_dim)
         return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope), grid
 
@@ -258,11 +259,40 @@ class WanModel(nnx.Module):
         return model
 
 
-def layer_slice(state, start: int, stop: int, num_layers: int):
-    """Layers start to stop of stacked parameters; the parameters themselves if that is all of them."""
-    if (start, stop) == (0, num_layers):
-        return state
-    return jax.tree.map(lambda stacked: stacked[start:stop], state)
+class AttentionRun(NamedTuple):
+    """Layers start to stop, which follow each other and have the same attention."""
+
+    setting: DenseAttention | MonarchAttention
+    start: int
+    stop: int
+
+    def of(self, stacked, num_layers: int):
+        """These layers of a tree stacked over all layers; the tree itself if they are all."""
+        if (self.start, self.stop) == (0, num_layers):
+            return stacked
+        return jax.tree.map(lambda leaf: leaf[self.start : self.stop], stacked)
+
+
+def attention_runs(settings: Sequence[DenseAttention | MonarchAttention]) -> list[AttentionRun]:
+    """Groups layers of equal attention that follow each other.
+
+    Example:
+        >>> [(run.start, run.stop) for run in attention_runs([DenseAttention()] * 2 + [MonarchAttention()] * 3)]
+        [(0, 2), (2, 5)]
+    """
+    runs, start = [], 0
+    for setting, group in itertools.groupby(settings):
+        stop = start + len(list(group))
+        runs.append(AttentionRun(setting, start, stop))
+        start = stop
+    return runs
+
+
+def rematerialized(body, config: WanConfig):
+    """The body of a scan over layers, recomputed in the backward pass as `config.remat` says."""
+    if config.remat == "none":
+        return body
+    return jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
 
 def count_parameters(model: WanModel | WanConfig) -> int:

@@ -55,7 +55,7 @@ def rope_table(
         cos, sin: [F, h*w, head_dim/2] float32, pairs ordered time, height, width.
 
     Raises:
-        ValueError: If a position reaches the table's end, 1024 (checked where `start_frame` is static).
+        ValueError: If a position reaches the table's end, 1024; a traced `start_frame` gives NaN instead.
     """
     frames, height, width = grid
     last = frames + (start_frame if isinstance(start_frame, int) else 0)
@@ -66,8 +66,9 @@ def rope_table(
     if isinstance(start_frame, int):
         time = axis_table(np.arange(start_frame, start_frame + frames), time_width)
     else:
+        inside = start_frame + frames <= MAX_POSITIONS
         time = tuple(
-            jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start_frame, frames)
+            jnp.where(inside, jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start_frame, frames), jnp.nan)
             for table in axis_table(np.arange(MAX_POSITIONS), time_width)
         )
     rows = axis_table(np.arange(height), height_width)

@@ -147,6 +147,9 @@ class TestNumbers:
     def test_rope_table_ends(self):
         with pytest.raises(ValueError, match=r"frames: position 1024 .*1024 positions"):
             rope_table((3, 2, 3), 24, start_frame=1022)
+        cos, sin = jax.jit(lambda start: rope_table((3, 2, 3), 24, start_frame=start))(jnp.int32(1022))
+        assert np.isnan(cos[:, :, :4]).all()
+        assert np.isnan(sin[:, :, :4]).all()
 
     @pytest.mark.parametrize(
         ("preset", "count"),
@@ -251,14 +254,14 @@ class TestAttention:
         @nnx.jit
         def rebuilt(model):
             out = jax.nn.dot_product_attention(query, key, value)
-            inner = model.embed(*inputs)
-            x = model.run_blocks(inner, grid, layers=2)
+            tokens, context = model.embed_latents(*inputs[:2]), model.embed_context(inputs[2])
+            x = model.run_blocks(tokens, context, grid, layers=2)
             graph, state = nnx.split(model.blocks)
             block = nnx.merge(graph, jax.tree.map(lambda a: a[2], state))
-            keys_values = block.cross_attn.keys_values(inner.text, None)
+            keys_values = block.cross_attn.keys_values(*context)
             rope = rope_table(grid, model.config.head_dim)
-            x = block(x, inner.time_projection, rope, keys_values, lambda *_: out)
-            return model.unpatchify(model.head(x, inner.time), grid)
+            x = block(x, tokens.time_projection, rope, keys_values, lambda *_: out)
+            return model.unpatchify(model.head(x, tokens.time), grid)
 
         np.testing.assert_allclose(rebuilt(model), call(model, *inputs), atol=1e-4)
 

@@ -1,0 +1,228 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.wan import DenseAttention, MonarchAttention
+from models.wan.causal import cached_forward, init_cache
+from models.wan.rope import rope_table
+
+H, W = 4, 6  # tokens of a frame
+SIZE = {"height": 2 * H, "width": 2 * W}
+SETTINGS = {
+    "dense": DenseAttention(),
+    **{
+        f"{tile}-T{iters}": MonarchAttention(tile=tile, num_iters=iters)
+        for tile in [(1, H, W), (3, H, W), (3, H // 2, W), (1, H // 2, W // 3)]
+        for iters in (1, 2)
+    },
+    "first layer dense": (DenseAttention(), MonarchAttention(), MonarchAttention(tile=(3, H, W))),
+}
+
+
+def clip(wan, config, frames=9):
+    """Latents, one timestep per block of 3 frames (repeated), text."""
+    latents, _, text = wan.sample(config, grid=(frames, H, W))
+    times = np.random.default_rng(1).uniform(0, 1000, (2, frames // 3)).astype(np.float32).repeat(3, axis=1)
+    return latents, jnp.asarray(times), text
+
+
+def roll_out(model, latents, times, cache, *, step=None):
+    """Block after block; each is first seen noisier, then as it is, as denoising does."""
+    step = step or nnx.jit(cached_forward)
+    outputs = []
+    for frame in range(0, latents.shape[1], 3):
+        block, t = latents[:, frame : frame + 3], times[:, frame : frame + 3]
+        _, cache = step(model, block + 1.0, jnp.full_like(t, 999.0), cache, frame=jnp.int32(frame))
+        out, cache = step(model, block, t, cache, frame=jnp.int32(frame))
+        outputs.append(out)
+    return jnp.concatenate(outputs, axis=1), cache
+
+
+def masked_forward(model, latents, times, text, visible):
+    """The whole clip at once under a mask over frames, with nothing of the cache."""
+    mask = jnp.asarray(np.kron(visible, np.ones((H * W, H * W))).astype(bool))
+    tokens, context = model.embed_latents(latents, times), model.embed_context(text)
+    graph, state = nnx.split(model.blocks)
+    rope = rope_table((latents.shape[1], H, W), model.config.head_dim)
+    x = tokens.x
+    for i in range(model.config.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        attend = partial(jax.nn.dot_product_attention, mask=mask)
+        x = block(x, tokens.time_projection, rope, block.cross_attn.keys_values(*context), attend)
+    return model.unpatchify(model.head(x, tokens.time), (latents.shape[1], H, W))
+
+
+class TestParity:
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_roll_out_equals_block_causal_forward(self, wan, name):
+        model = wan.model(attention=SETTINGS[name], causal_block=3)
+        latents, times, text = clip(wan, model.config)
+        expected = nnx.jit(lambda m, *x: m(*x))(model, latents, times, text)
+        step = nnx.jit(cached_forward)
+        out, cache = roll_out(model, latents, times, init_cache(model, text, frames=9, **SIZE), step=step)
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+        assert expected.std() > 0.1
+        assert int(cache.length) == 9
+
+    def test_dense_block_causal_forward_equals_mask(self, wan):
+        model = wan.model(causal_block=3)
+        latents, times, text = clip(wan, model.config)
+        blocks = np.arange(9) // 3
+        expected = jax.jit(partial(masked_forward, model, visible=blocks[:, None] >= blocks[None]))(
+            latents, times, text
+        )
+        np.testing.assert_allclose(nnx.jit(lambda m, *x: m(*x))(model, latents, times, text), expected, atol=1e-4)
+
+    @pytest.mark.parametrize("name", ["dense", f"{(3, H, W)}-T1"])
+    def test_first_block_equals_bidirectional(self, wan, name):
+        model = wan.model(attention=SETTINGS[name])
+        latents, times, text = clip(wan, model.config, frames=3)
+        expected = nnx.jit(lambda m, *x: m(*x))(model, latents, times, text)
+        out, _ = nnx.jit(cached_forward)(model, latents, times, init_cache(model, text, frames=6, **SIZE))
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+
+    def test_one_program_serves_every_block(self, wan):
+        model = wan.model(attention=SETTINGS["first layer dense"])
+        graph, state = nnx.split(model)
+        traces = []
+
+        @jax.jit
+        def step(state, latents, times, cache, frame):
+            traces.append(frame)
+            return cached_forward(nnx.merge(graph, state), latents, times, cache, frame=frame)
+
+        latents, times, text = clip(wan, model.config)
+        cache = init_cache(model, text, frames=9, **SIZE)
+        for frame in (0, 3, 6, 6):
+            _, cache = step(state, latents[:, :3], times[:, :3], cache, jnp.int32(frame))
+        assert len(traces) == 1
+
+    def test_i2v(self, wan):
+        model = wan.model(model_type="i2v", image_dim=8, causal_block=3)
+        latents, times, text = clip(wan, model.config)
+        image = jax.random.normal(jax.random.key(0), (2, 5, 8))
+        expected = nnx.jit(lambda m, *x: m(*x))(model, latents, times, text, image)
+        out, _ = roll_out(model, latents, times, init_cache(model, text, image, frames=9, **SIZE))
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+
+    def test_bfloat16(self, wan):
+        exact = wan.model(attention=MonarchAttention(), causal_block=3)
+        half = wan.model(attention=MonarchAttention(), causal_block=3, dtype="bfloat16")
+        latents, times, text = clip(wan, exact.config)
+        expected = nnx.jit(lambda m, *x: m(*x))(exact, latents, times, text)
+        cache = init_cache(half, text, frames=9, **SIZE)
+        assert cache.keys[0].dtype == jnp.bfloat16
+        out, _ = roll_out(half, latents, times, cache)
+        assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < 2e-2
+
+
+class TestWindow:
+    @pytest.mark.parametrize(("frames", "sink_frames"), [(6, 0), (9, 3)])
+    def test_rolling(self, wan, frames, sink_frames):
+        """Each block sees itself, the blocks that fit the window, and the sink."""
+        model = wan.model()
+        latents, times, text = clip(wan, model.config, frames=15)
+        cache = init_cache(model, text, frames=frames, rolling=True, sink_frames=sink_frames, **SIZE)
+        out, _ = roll_out(model, latents, times, cache)
+        query, key = np.arange(15)[:, None] // 3, np.arange(15)[None] // 3
+        recent = query - key < (frames - sink_frames) // 3
+        visible = (key <= query) & (recent | (key < sink_frames // 3))
+        expected = jax.jit(partial(masked_forward, model, visible=visible))(latents, times, text)
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+        causal = jax.jit(partial(masked_forward, model, visible=key <= query))(latents, times, text)
+        assert np.abs(expected - causal)[:, 9:].max() > 1e-3
+
+    def test_full_cache(self, wan):
+        model = wan.model()
+        latents, times, text = clip(wan, model.config, frames=3)
+        cache = init_cache(model, text, frames=6, **SIZE)
+        with pytest.raises(ValueError, match="frame=6: 3 frames from there end past the cache's 6"):
+            cached_forward(model, latents, times, cache, frame=6)
+        out, _ = nnx.jit(cached_forward)(model, latents, times, cache, frame=jnp.int32(6))
+        assert np.isnan(out).all()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("attention", [DenseAttention(), MonarchAttention(tile=(3, H, W))])
+    @pytest.mark.parametrize("rolling", [False, True])
+    def test_only_the_new_block(self, wan, attention, rolling):
+        model = wan.model(attention=attention, remat="full")
+        latents, times, text = clip(wan, model.config, frames=6)
+
+        @partial(jax.jit, static_argnums=1)
+        def gradients(latents, detach_past):
+            def loss(latents):
+                cache = init_cache(model, text, frames=6, rolling=rolling, detach_past=detach_past, **SIZE)
+                _, cache = cached_forward(model, latents[:, :3], times[:, :3], cache)
+                out, _ = cached_forward(model, latents[:, 3:], times[:, 3:], cache)
+                return jnp.sum(out**2)
+
+            return jax.grad(loss)(latents)
+
+        attached, detached = gradients(latents, False), gradients(latents, True)
+        assert np.abs(attached[:, :3]).max() > 1e-3
+        assert not detached[:, :3].any()
+        np.testing.assert_allclose(detached[:, 3:], attached[:, 3:], atol=1e-3, rtol=1e-3)
+
+    def test_parameters(self, wan):
+        """Through the newest block, keys and values included."""
+        model = wan.model(attention=MonarchAttention(tile=(3, H, W)))
+        latents, times, text = clip(wan, model.config, frames=6)
+        cache = init_cache(model, text, frames=6, detach_past=True, **SIZE)
+        _, cache = nnx.jit(cached_forward)(model, latents[:, :3], times[:, :3], cache)
+
+        def loss(model):
+            return jnp.mean(cached_forward(model, latents[:, 3:], times[:, 3:], cache)[0] ** 2)
+
+        flat = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss))(model)))
+        for name in "qkvo":
+            grad = flat["blocks", "self_attn", name, "kernel"][...]
+            assert np.isfinite(grad).all()
+            assert (np.abs(grad).max(axis=(1, 2)) > 1e-6).all()  # in every layer
+
+
+class TestBadInput:
+    def test_another_attention(self, wan):
+        model = wan.model()
+        latents, times, text = clip(wan, model.config, frames=3)
+        cache = init_cache(model, text, frames=6, **SIZE)
+        for attention in (MonarchAttention(tile=(3, H, W)), SETTINGS["first layer dense"]):
+            with pytest.raises(ValueError, match="cache was made for another attention"):
+                cached_forward(model.with_attention(attention), latents, times, cache)
+
+    def test_another_size(self, wan):
+        model = wan.model()
+        latents, times, text = clip(wan, model.config, frames=3)
+        cache = init_cache(model, text, frames=6, **SIZE)
+        with pytest.raises(ValueError, match="latents of batch 1 and 4x6 tokens do not fit the cache of batch 2"):
+            cached_forward(model, latents[:1], times[:1], cache)
+        with pytest.raises(ValueError, match=r"latents of batch 2 and 2x6 tokens do not fit .* 4x6 tokens"):
+            cached_forward(model, latents[:, :, :4], times, cache)
+
+    def test_capacity_and_tile(self, wan):
+        model = wan.model(attention=MonarchAttention(tile=(3, H, W)))
+        _, _, text = clip(wan, model.config, frames=3)
+        with pytest.raises(ValueError, match="3 does not divide the 7 frames"):
+            init_cache(model, text, frames=7, **SIZE)
+        with pytest.raises(ValueError, match="height=9 is not a multiple of the patch's 2"):
+            init_cache(model, text, frames=6, height=9, width=12)
+
+    def test_block_too_long(self, wan):
+        model = wan.model()
+        latents, times, text = clip(wan, model.config, frames=9)
+        with pytest.raises(ValueError, match="9 frames, more than the cache's 6"):
+            cached_forward(model, latents, times, init_cache(model, text, frames=6, **SIZE))
+
+
+def test_cache_is_a_pytree(wan):
+    model = wan.model()
+    _, _, text = clip(wan, model.config, frames=3)
+    cache = init_cache(model, text, frames=6, **SIZE)
+    leaves, tree = jax.tree.flatten(cache)
+    assert dataclasses.asdict(jax.tree.unflatten(tree, leaves)).keys() == dataclasses.asdict(cache).keys()
+    assert cache.keys[0].shape == (3, 2, 6, H, W, 2, 24)
