@@ -1,16 +1,70 @@
-"""Tiled Monarch attention as Mosaic GPU kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts."""
+"""Tiled Monarch attention as Mosaic GPU kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
+
+The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persistent blocks. They can be lowered and
+compiled for CUDA on a machine without a card; nothing here asks what devices there are.
+"""
+
+from pallas_kernels.config import left_config, right_config
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)
 
 
 def supports(problem, q, k) -> str | None:
-    """Why the kernels cannot serve a call, or None when they can."""
-    return "the Mosaic GPU kernels are not written yet; use implementation='xla' or None."
+    """Why the kernels cannot serve a call, or None when they can.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`.
+        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
+        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+
+    Returns:
+        The reason, or None.
+    """
+    del k
+    _, _, _, cols, _, dim = q.shape
+    if problem.num_iters != 1:
+        return f"num_iters={problem.num_iters}; the kernels take one refinement step."
+    if q.dtype.name not in DTYPES:
+        return f"the inputs are {q.dtype.name}; the tensor cores take {' or '.join(DTYPES)}."
+    if dim not in HEAD_DIMS:
+        return f"head_dim={dim} is not {' or '.join(map(str, HEAD_DIMS))}."
+    if right_config(cols, dim) is None:
+        return f"b2={cols} columns of keys and values with head_dim={dim} do not fit a block's shared memory."
+    return None
 
 
 def forward(problem, q, k, v, visible):
-    """Not written yet; `supports` says so for every call."""
-    raise NotImplementedError(supports(problem, q, k))
+    """The output and the log-sum-exp of L's scores for one refinement step (paper, Sections 2.1 and 4.2).
 
+    Args:
+        problem: `monarch_jax.backends.Problem`, one that `supports` accepts.
+        q: [B, A, b1, b2, H, D], bfloat16 or float16.
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A], how many leading key tiles a query tile sees; may be traced.
 
-def vjp(problem, residuals, d_out):
-    """Not written yet; `supports` says so for every call."""
-    raise NotImplementedError(supports(problem, residuals.q, residuals.k))
+    Returns:
+        out [B, A, b1, b2, H, D] in the inputs' dtype and lse [B, A, b1, b2, H] in float32.
+
+    Raises:
+        NotImplementedError: If `supports` gives a reason.
+    """
+    import jax
+
+    from pallas_kernels.forward_sm90 import forward as run
+
+    if reason := supports(problem, q, k):
+        raise NotImplementedError(reason)
+    _, _, rows, cols, _, dim = q.shape
+    with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
+        return run(
+            q,
+            k,
+            v,
+            visible.astype("int32"),
+            scale=problem.scale,
+            masked=problem.masked,
+            right_config=right_config(cols, dim),
+            left_config=left_config(rows, dim),
+        )

@@ -1,0 +1,89 @@
+"""Sizes of the Mosaic GPU kernels: what is tuned, what it costs in shared memory, and the choice per problem."""
+
+import dataclasses
+
+SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
+ROWS = 64  # rows of one warpgroup's matrix product
+SLAB = 64  # 16-bit elements of a 128-byte swizzled row
+BARRIERS = 4096  # bytes set aside for barriers and alignment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RightConfig:
+    """The kernel that makes alpha, c_L and Y.
+
+    Attributes:
+        warpgroups: Computing warpgroups of a block; one more loads.
+        query_stages: 64-row query tiles in flight, a multiple of `warpgroups`.
+        key_stages: Pairs of a key row and its value row in flight.
+        slab: Elements of D per swizzled row, 64 or 32. A product's depth, the columns l, is a multiple of it.
+        blocks: Persistent blocks; one per multiprocessor.
+    """
+
+    warpgroups: int = 2
+    query_stages: int = 4
+    key_stages: int = 2
+    slab: int = SLAB
+    blocks: int = 132
+
+    def depth(self, cols: int) -> int:
+        """Columns l in shared memory."""
+        return -(-cols // self.slab) * self.slab
+
+    def shared_memory(self, cols: int, dim: int) -> int:
+        """Bytes a block uses for tiles of `cols` columns."""
+        query = self.query_stages * ROWS * dim * 2
+        keys = self.key_stages * 2 * self.depth(cols) * dim * 2
+        out = self.warpgroups * (2 * ROWS * dim * 2 + ROWS * 4)
+        return query + keys + out + BARRIERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftConfig:
+    """The kernel that attends from the rows of a column to alpha and Y.
+
+    Attributes:
+        columns: Columns j that a block works on at a time.
+        row_blocks: Blocks of 64 rows i of each of them; columns * row_blocks computing warpgroups, one more loads.
+        stages: Blocks of alpha and Y in flight.
+        key_block: (c, k) pairs per block of alpha and Y.
+        query_stages: Query tiles in flight.
+        blocks: Persistent blocks; one per multiprocessor.
+    """
+
+    columns: int = 2
+    row_blocks: int = 1
+    stages: int = 2
+    key_block: int = 64
+    query_stages: int = 2
+    blocks: int = 132
+
+    @property
+    def warpgroups(self) -> int:
+        """Computing warpgroups."""
+        return self.columns * self.row_blocks
+
+    def shared_memory(self, dim: int) -> int:
+        """Bytes a block uses."""
+        stage = self.columns * self.key_block * (2 * dim * 2 + 4)
+        query = self.query_stages * self.warpgroups * ROWS * dim * 2
+        return self.stages * stage + query + self.warpgroups * ROWS * 4 + BARRIERS
+
+
+def right_config(cols: int, dim: int) -> RightConfig | None:
+    """The first configuration that fits shared memory, or None."""
+    slab = min((SLAB, SLAB // 2), key=lambda n: (-(-cols // n) * n, -n))  # the least padding
+    stages = ((4, 2), (2, 2), (2, 1))
+    candidates = (RightConfig(query_stages=n, key_stages=m, slab=slab) for n, m in stages)
+    return next((c for c in candidates if c.shared_memory(cols, dim) <= SHARED_MEMORY), None)
+
+
+def left_config(rows: int, dim: int) -> LeftConfig:
+    """Up to 64 rows: two columns at a time. More: one column, whose alpha and Y two or three warpgroups share."""
+    if rows <= ROWS:
+        candidates = tuple(LeftConfig(stages=n) for n in (5, 4, 3, 2))
+    elif rows <= 2 * ROWS or rows > 3 * ROWS:
+        candidates = tuple(LeftConfig(columns=1, row_blocks=2, stages=n) for n in (5, 4, 3))
+    else:
+        candidates = tuple(LeftConfig(columns=1, row_blocks=3, stages=n) for n in (4, 3))
+    return next(c for c in candidates if c.shared_memory(dim) <= SHARED_MEMORY)

@@ -1,0 +1,223 @@
+"""Stage 2 on Hopper: the output and its log-sum-exp from alpha, c_L and Y, with wgmma and TMA.
+
+For one query tile, head and column j this is attention from b1 rows i to the C*b1 pairs (c, k), one long axis with keys
+alpha[:, j], values Y[:, j] and the bias -c_L[:, j]. A persistent block streams them past the rows of one or more
+columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import shared
+from pallas_kernels.config import ROWS, SLAB, LeftConfig
+
+LOG2E = math.log2(math.e)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "heads", "tiles", "masked", "config"))
+def left(
+    q: jax.Array,
+    alpha: jax.Array,
+    y: jax.Array,
+    c: jax.Array,
+    limits: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    heads: int,
+    tiles: int,
+    masked: bool,
+    config: LeftConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends from the rows of a chunk of query tiles and heads.
+
+    Args:
+        q: [B, A, b1, b2*H, D/64, 64].
+        alpha: [X, C*b1, b2, D/64, 64], X = B * heads * tiles.
+        y: As alpha.
+        c: [X, b2, P] in float32, units of log 2: c_L, and infinity for the pairs that are not seen; P is C*b1 rounded
+            up to a multiple of `key_block`.
+        limits: int32 [A], pairs that a query tile sees; read when `masked`.
+        start: int32 [3], the chunk's first head and query tile.
+        scale: Softmax scale.
+        heads: Heads of the chunk.
+        tiles: Query tiles of the chunk.
+        masked: Whether limits may be below C*b1.
+        config: Sizes.
+
+    Returns:
+        The output [B, tiles, b1, b2*heads, D/64, 64] in q's dtype and the log-sum-exp
+        [X, b2, b1 rounded up to 64 * row_blocks] in float32.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    batch, _, rows, _, slabs, _ = q.shape
+    _, pairs, cols, _, _ = alpha.shape
+    all_heads = q.shape[3] // cols
+    groups, stages, depth, query_stages = config.warpgroups, config.stages, config.key_block, config.query_stages
+    columns, row_blocks = config.columns, config.row_blocks
+    column_groups = -(-cols // columns)
+    row_groups = -(-rows // (ROWS * row_blocks))
+    count = batch * heads * tiles
+    items = count * column_groups * row_groups
+    blocks = min(config.blocks, items)
+    dtype, f32 = q.dtype, jnp.float32
+    layout = plgpu.Layout.WGMMA
+
+    def body(q, alpha, y, c, limits, start, out, lse, smem, c_in, lse_out, q_full, q_free, *rings):
+        (q_in, alpha_in, y_in), (q_mma, alpha_mma, y_mma) = shared.tile_views(smem)
+        alpha_full, alpha_free, y_full, y_free = rings
+        group, block = lax.axis_index("group"), lax.axis_index("block")
+        head0, tile0 = start[0], start[1]
+        turns = lax.div(items - block + blocks - 1, blocks)
+
+        def place(t):
+            """Batch entry, head, tile (of the chunk), first column and first block of rows; and the number of steps."""
+            item = block + t * blocks
+            x = lax.div(item, column_groups * row_groups)
+            column = lax.rem(lax.div(item, row_groups), column_groups) * columns
+            tile = lax.rem(x, tiles)
+            steps = lax.div(limits[tile0 + tile] + depth - 1, depth) if masked else jnp.int32(-(-pairs // depth))
+            where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
+            return x, where, column, lax.rem(item, row_groups) * row_blocks, steps
+
+        @pl.when(group < groups)
+        def _():
+            plgpu.set_max_registers({1: 240, 2: 232, 3: 160}[groups], action="increase")
+            for s in range(query_stages):
+                plgpu.barrier_arrive(q_free.at[s])
+            for s in range(stages):
+                plgpu.barrier_arrive(alpha_free.at[s])
+                plgpu.barrier_arrive(y_free.at[s])
+            my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
+
+            def item(t, done):
+                x, (entry, head, tile), column, row_block, steps = place(t)
+                q_slot = lax.rem(t, query_stages)
+                plgpu.barrier_wait(q_full.at[q_slot])
+                row = layout.reduce(1)
+                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, f32), row)
+                total = plgpu.layout_cast(jnp.zeros((ROWS,), f32), row)
+                acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), f32), layout) for _ in range(slabs)]
+
+                def step(i, carry):
+                    top, total, *acc = carry
+                    slot = lax.rem(done + i, stages)
+                    plgpu.barrier_wait(alpha_full.at[slot])
+
+                    def scores(acc):
+                        for n in range(slabs):
+                            b = alpha_mma.at[slot, my_column, n].transpose((1, 0))
+                            plgpu.wgmma(acc, q_mma.at[q_slot, group, n], b)
+                        return acc[...]
+
+                    s = pl.run_scoped(scores, plgpu.ACC((ROWS, depth), f32)) * (scale * LOG2E)
+                    bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(0), optimized=False)
+                    plgpu.barrier_arrive(alpha_free.at[slot])
+                    s = s - lax.broadcast_in_dim(bias, s.shape, [1])
+                    new_top = jnp.maximum(top, s.max(axis=1))
+                    factor = jnp.exp2(top - new_top)
+                    p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
+                    total = total * factor + p.sum(axis=1)
+                    acc = [x * lax.broadcast_in_dim(factor, x.shape, [0]) for x in acc]
+                    p = p.astype(dtype)
+                    plgpu.barrier_wait(y_full.at[slot])
+
+                    def products(accs):
+                        for n in range(slabs):
+                            plgpu.wgmma(accs[n], p, y_mma.at[slot, my_column, n])
+
+                    acc = pl.run_state(products)([plgpu.ACC.init(x) for x in acc])
+                    plgpu.barrier_arrive(y_free.at[slot])
+                    return new_top, total, *acc
+
+                top, total, *acc = lax.fori_loop(0, steps, step, (top, total, *acc))
+                inverse = 1.0 / total
+                plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
+                for n in range(slabs):
+                    q_mma[q_slot, group, n] = (acc[n] * lax.broadcast_in_dim(inverse, acc[n].shape, [0])).astype(dtype)
+                lse_out[group] = (top + jnp.log2(total)) * (1 / LOG2E)
+                plgpu.commit_smem()
+                j, span = column + my_column, pl.ds((row_block + my_rows) * ROWS, ROWS)
+
+                @pl.when(j < cols)
+                def _():
+                    target = out.at[entry, tile, span, j * heads + head]
+                    plgpu.copy_smem_to_gmem(q_in.at[q_slot, group].transpose((1, 0, 2)), target)
+                    plgpu.copy_smem_to_gmem(lse_out.at[group], lse.at[x, j, span])
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(q_free.at[q_slot])
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == groups)
+        def _():
+            plgpu.set_max_registers(40 if groups < 3 else 24, action="decrease")
+
+            def item(t, done):
+                x, (entry, head, tile), column, row_block, steps = place(t)
+                q_slot = lax.rem(t, query_stages)
+                plgpu.barrier_wait(q_free.at[q_slot])
+                for g in range(groups):
+                    span = pl.ds((row_block + g % row_blocks) * ROWS, ROWS)
+                    box = q.at[entry, tile0 + tile, span, (column + g // row_blocks) * all_heads + head0 + head]
+                    plgpu.copy_gmem_to_smem(box, q_in.at[q_slot, g].transpose((1, 0, 2)), q_full.at[q_slot])
+
+                def load(i, _):
+                    slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
+                    window = pl.ds(column, columns)
+                    plgpu.barrier_wait(alpha_free.at[slot])
+                    to_alpha, to_y = (ref.at[slot].transpose((2, 0, 1, 3)) for ref in (alpha_in, y_in))
+                    plgpu.copy_gmem_to_smem(alpha.at[x, span, window], to_alpha, alpha_full.at[slot])
+                    plgpu.copy_gmem_to_smem(c.at[x, window, span], c_in.at[slot], alpha_full.at[slot])
+                    plgpu.barrier_wait(y_free.at[slot])
+                    plgpu.copy_gmem_to_smem(y.at[x, span, window], to_y, y_full.at[slot])
+                    return ()
+
+                lax.fori_loop(0, steps, load, ())
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            for s in range(query_stages):
+                plgpu.barrier_wait(q_free.at[s])
+            for s in range(stages):
+                plgpu.barrier_wait(alpha_free.at[s])
+                plgpu.barrier_wait(y_free.at[s])
+
+    shapes = (
+        (query_stages, groups, slabs, ROWS, SLAB),
+        (stages, columns, slabs, depth, SLAB),
+        (stages, columns, slabs, depth, SLAB),
+    )
+    struct = jax.ShapeDtypeStruct
+    return plgpu.kernel(
+        body,
+        out_type=(
+            struct((batch, tiles, rows, cols * heads, slabs, SLAB), dtype),
+            struct((count, cols, row_groups * row_blocks * ROWS), f32),
+        ),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=groups + 1,
+        thread_name="group",
+        scratch_types=[
+            shared.tile_scratch(shapes, dtype, SLAB),
+            plgpu.SMEM((stages, columns, depth), f32),
+            plgpu.SMEM((groups, ROWS), f32),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(q, alpha, y, c, limits, start)
