@@ -72,8 +72,9 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # on CPU the host's view of an array is the array, which the next step would overwrite
             arrays = jax.tree.map(jnp.copy, arrays)
-        sums = {name: int(value) for name, value in jax.device_get(checksums(arrays)).items()}
-        about = {"step": step, "identity": identity, "checksums": sums}
+        sums = jax.device_get(checksums(arrays))
+        contents = {name: {"shape": list(leaf.shape), "checksum": int(sums[name])} for name, leaf in arrays.items()}
+        about = {"step": step, "identity": identity, "arrays": contents}
         with self._reporting():
             # the one before may still be on its way; look at the room that is left when it is there
             self._manager.wait_until_finished()
@@ -147,7 +148,7 @@ class Checkpoints:
                 with _quiet_asyncio():
                     about = self._about(step)
                     check(about["identity"], step)
-                    state = self._arrays(step, template, about["checksums"])
+                    state = self._arrays(step, template, about["arrays"])
             except UserError:
                 raise
             except Exception as error:  # Orbax raises whatever its storage layer raised
@@ -182,15 +183,15 @@ class Checkpoints:
             raise UserError(f"{self.path} has no checkpoint to start from; give the folder of a finished run")
         try:
             with _quiet_asyncio():
-                sums = self._about(complete[-1])["checksums"]
-                prefix = "ema" if any(name.startswith("ema.") for name in sums) else "params"
+                contents = self._about(complete[-1])["arrays"]
+                prefix = "ema" if any(name.startswith("ema.") for name in contents) else "params"
                 names = {
                     f"{prefix}.{name.removeprefix('params.')}": leaf for name, leaf in _named_params(template).items()
                 }
-                missing = sorted(set(names) - set(sums))
+                missing = sorted(set(names) - set(contents))
                 if missing:
                     raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
-                arrays = self._read(complete[-1], names, sums)
+                arrays = self._read(complete[-1], names, contents)
         except UserError:
             raise
         except Exception as error:
@@ -201,17 +202,19 @@ class Checkpoints:
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        if not isinstance(about, dict) or {"identity", "checksums"} - about.keys():
+        if not isinstance(about, dict) or {"identity", "arrays"} - about.keys():
             raise ValueError("the description is incomplete")
         return about
 
-    def _arrays(self, step: int, template: TrainState, sums: dict[str, int]) -> TrainState:
-        return from_arrays(template, self._read(step, to_arrays(template), sums))
+    def _arrays(self, step: int, template: TrainState, contents: dict[str, Any]) -> TrainState:
+        return from_arrays(template, self._read(step, to_arrays(template), contents))
 
-    def _read(self, step: int, names: dict[str, Any], sums: dict[str, int]) -> dict[str, Any]:
-        for name in names:
-            if name not in sums:
+    def _read(self, step: int, names: dict[str, Any], contents: dict[str, Any]) -> dict[str, Any]:
+        for name, leaf in names.items():
+            if name not in contents:
                 raise ValueError(f"it has no {name}")
+            if (shape := tuple(contents[name]["shape"])) != leaf.shape:
+                raise UserError(f"{name} in the checkpoint of step {step} has shape {shape}, not {leaf.shape}")
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in names.items()
         }
@@ -220,10 +223,8 @@ class Checkpoints:
         )
         arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         found = jax.device_get(checksums(arrays))
-        for name, leaf in target.items():
-            if arrays[name].shape != leaf.shape:
-                raise UserError(f"{name} in the checkpoint of step {step} is {arrays[name].shape}, not {leaf.shape}")
-            if int(found[name]) != sums[name]:
+        for name in target:
+            if int(found[name]) != contents[name]["checksum"]:
                 raise ValueError(f"the checksum of {name} is wrong")
         return arrays
 

@@ -102,7 +102,7 @@ class ClipWindows:
         >>> config = DataConfig(frames=3, height=16, width=16, held_out=0.4, gap=1)
         >>> windows = ClipWindows(np.zeros((12, 16, 16, 3), np.uint8), config)
         >>> windows.train_starts, windows.held_out_starts
-        (range(0, 4), range(7, 10))
+        (range(0, 5), range(8, 10))
         >>> windows.train_batch(0, batch=2, seed=0).latents.shape
         (2, 3, 2, 2, 192)
     """

@@ -157,6 +157,7 @@ class _Run:
             if restored is None:
                 # a first checkpoint, so that there always is a good one and a full disk shows at once
                 self._save(0)
+                self.checkpoints.wait()
             for step in range(start + 1, run.steps + 1):
                 self._step(step)
                 if after_step:

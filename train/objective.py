@@ -160,7 +160,7 @@ def evaluation_levels(config: ObjectiveConfig, count: int) -> NoiseLevels:
 
     Example:
         >>> [round(float(s), 3) for s in evaluation_levels(ObjectiveConfig(), 4).sigma]
-        [0.418, 0.751, 0.893, 0.972]
+        [0.419, 0.751, 0.893, 0.972]
     """
     levels = noise_levels(config)
     index = np.floor((np.arange(count) + 0.5) / count * config.num_train_timesteps).astype(int)

@@ -1,0 +1,234 @@
+"""Settings, logs and the command line, as far as no training is needed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from train import cli
+from train.commands import _parse_train
+from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, from_dict, to_dict
+from train.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
+from train.logs import RunLog, read_log
+from train.model import attention_setting, model_settings
+from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
+
+
+def test_config_survives_json(tmp_path):
+    config = TrainConfig(
+        data=DataConfig(video=Path("a.mp4"), flip=True),
+        model=ModelConfig(tile=(1, 2, 4), overrides=("dim=96",)),
+        optimizer=OptimizerConfig(clip_norm=None, ema_decay=None),
+        run=RunConfig(folder=tmp_path / "run", resume=True),
+    )
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    write_config(config)
+    # how it was called is no setting of the run
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    assert read_config(tmp_path / "run") == fresh
+
+
+def test_damaged_config_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"data": ')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"date": {}}')
+    with pytest.raises(UserError, match="no field date"):
+        read_config(tmp_path)
+
+
+def test_options_have_no_prefix_and_mean_what_they_say():
+    network = ["--tile", "1", "4", "7", "--overrides", "num_layers=2", "dim=96"]
+    config = _parse_train(["--video", "a.mp4", *network, "--clip-norm", "None", "--flip", "--steps", "7"])
+    assert config.data.video == Path("a.mp4")
+    assert config.data.flip
+    assert config.model.tile == (1, 4, 7)
+    assert config.model.override_values() == {"num_layers": 2, "dim": 96}
+    assert config.optimizer.clip_norm is None
+    assert config.run.steps == 7
+
+
+def test_resume_takes_what_is_not_given_from_the_folder(tmp_path):
+    write_config(TrainConfig(data=DataConfig(video=Path("a.mp4"), flip=True), run=RunConfig(folder=tmp_path, steps=9)))
+    for form in (["--folder", str(tmp_path)], [f"--folder={tmp_path}"]):
+        config = _parse_train([*form, "--resume", "--batch", "8"])
+        assert config.run.resume
+        assert (config.run.steps, config.run.batch, config.data.video) == (9, 8, Path("a.mp4"))
+        assert config.data.flip
+    # what was given the first time may be given again
+    assert _parse_train(["--folder", str(tmp_path), "--resume", "--flip", "--video", "a.mp4"]).data.flip
+    assert _parse_train(["--folder", str(tmp_path)]).run.steps == RunConfig().steps
+
+
+@pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_every_option_is_explained_in_the_help(part, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        _parse_train(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(getattr(TrainConfig(), part)):
+        start = text.index(
+            f"--{field.name.replace('_', '-')}" + (", --no-" if isinstance(field.default, bool) else " ")
+        )
+        # a sentence between this option and its default
+        explanation = text[start : text.index("(default", start)]
+        assert len(explanation.split()) > 4, field.name
+        assert "." in explanation, field.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (DataConfig, "frames", 0),
+        (DataConfig, "held_out", 1.0),
+        (DataConfig, "width", 30),
+        (ModelConfig, "num_iters", 0),
+        (ModelConfig, "overrides", ("dim",)),
+        (OptimizerConfig, "learning_rate", 0.0),
+        (OptimizerConfig, "ema_decay", 1.0),
+        (OptimizerConfig, "accumulation", 0),
+        (RunConfig, "steps", 0),
+        (RunConfig, "checkpoint_every", 0),
+        (RunConfig, "seed", -1),
+    ],
+)
+def test_values_out_of_range_name_field_and_value(kind, field, value):
+    with pytest.raises(UserError) as caught:
+        kind(**{field: value})
+    assert field in str(caught.value)
+    assert str(value[0] if isinstance(value, tuple) else value) in str(caught.value)
+
+
+def test_a_tile_needs_monarch():
+    with pytest.raises(UserError, match="tile needs attention 'monarch'"):
+        ModelConfig(attention="dense", tile=(1, 2, 2))
+
+
+def test_model_settings_follow_the_config():
+    settings = model_settings(
+        ModelConfig(tile=(1, 2, 4), remat=True, overrides=("num_layers=3",)), channels=48, precision="bf16"
+    )
+    assert (settings.num_layers, settings.in_channels, settings.out_channels) == (3, 48, 48)
+    assert (settings.dtype, settings.param_dtype, settings.remat) == ("bfloat16", "float32", "full")
+    assert settings.attention == attention_setting(ModelConfig(tile=(1, 2, 4)))
+    with pytest.raises(UserError, match="overrides names dtype"):
+        model_settings(ModelConfig(overrides=("dtype=float16",)))
+
+
+def test_claim_folder(tmp_path):
+    claim_folder(TrainConfig(run=RunConfig(folder=tmp_path)))  # empty
+    claim_folder(TrainConfig(run=RunConfig(folder=tmp_path / "new")))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        claim_folder(TrainConfig(run=RunConfig(folder=tmp_path / "file")))
+    with pytest.raises(UserError, match="--resume"):
+        claim_folder(TrainConfig(run=RunConfig(folder=tmp_path)))
+    claim_folder(TrainConfig(run=RunConfig(folder=tmp_path, resume=True)))
+
+
+def test_identity_leaves_out_places_and_lengths_but_not_content():
+    def of(fingerprint="x", **run):
+        config = TrainConfig(data=DataConfig(video=Path(run.pop("video", "a"))), run=RunConfig(**run))
+        return identity(config, fingerprint=fingerprint)
+
+    assert of() == of(video="b", steps=999, folder=Path("elsewhere"), keep=9, resume=True)
+    assert of() != of(fingerprint="y")
+    assert of() != of(batch=8)
+    assert of() != of(precision="bf16")
+
+
+def test_a_decaying_schedule_remembers_where_it_ends():
+    def of(steps, **optimizer):
+        return identity(
+            TrainConfig(optimizer=OptimizerConfig(**optimizer), run=RunConfig(steps=steps)), fingerprint="x"
+        )
+
+    assert of(10) == of(20)
+    notes = compare_identity(of(10, schedule="cosine"), of(20, schedule="cosine"), step=1, folder=Path("run"))
+    assert notes == ["note: decay_steps changes from 10 to 20"]
+
+
+def test_optimizer_changes_are_noted():
+    saved, wanted = {"learning_rate": 0.1, "dim": 3}, {"learning_rate": 0.2, "dim": 3}
+    notes = compare_identity(saved, wanted, step=1, folder=Path("run"))
+    assert notes == ["note: learning_rate changes from 0.1 to 0.2"]
+
+
+def test_log_is_cut_back_to_the_step_it_goes_on_from(tmp_path):
+    with RunLog(tmp_path, step=0) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": 1 / step})
+        log.write(5, {"held_out_loss": float("nan")})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    assert len(read_log(tmp_path)) == 6
+    assert read_log(tmp_path)[-1] == {"step": 5, "held_out_loss": "nan"}
+    with RunLog(tmp_path, step=3) as log:
+        log.write(4, {"loss": 9.0})
+    assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [(1, 1), (2, 0.5), (3, 1 / 3), (4, 9)]
+
+
+def test_full_disk_is_recognised_through_other_libraries_errors():
+    assert disk_full_reason(ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']"))
+    chained = RuntimeError("failed")
+    chained.__cause__ = OSError(28, "no room")
+    assert disk_full_reason(chained)
+    assert disk_full_reason(ValueError("other")) is None
+    with pytest.raises(DiskFullError, match="cannot write here: the disk is full; all is well"), \
+            report_full_disk("here", kept="all is well"):  # fmt: skip
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyError), report_full_disk("here"):
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (UserError("tile is\n  wrong"), 2, "error: tile is wrong\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device; free some space\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, raised, code, text):
+    def command(arguments):
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "fake_command", types.SimpleNamespace(run=command))
+    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command:run", "raises"))
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    assert cli.main(["fake"]) == code
+    assert capsys.readouterr().err == text
+    if isinstance(raised, UserError):
+        with pytest.raises(UserError):
+            cli.main(["--debug", "fake"])
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def command(arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(sys.modules, "fake_command", types.SimpleNamespace(run=command))
+    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command:run", "raises"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["fake"])
+
+
+def test_unknown_command_and_no_command(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "command 'trian' is unknown; choose from train" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    assert "monarchrt COMMAND --help" in capsys.readouterr().out
+
+
+def test_help_does_not_load_jax():
+    program = (
+        "import sys; from train.cli import main\n"
+        "try:\n  main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1]).returncode == 0
