@@ -244,6 +244,10 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type of the network; parameters, optimizer, softmax and loss stay in fp32."""
 
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """With several devices, each takes an equal part of the batch, and holds the whole state (replicated) or a part of
+    it (fsdp)."""
+
     log_every: int = 1
     """Write loss, gradient norm and learning rate every this many steps."""
 
@@ -257,7 +261,8 @@ class RunConfig:
     """Noise levels to measure at, spread evenly over the training distribution."""
 
     sample_every: int = 0
-    """Write an mp4 of a held-out window next to its reconstruction from noise every this many steps; 0: never."""
+    """Every this many steps, write an mp4 of a held-out window, of what the network restores from it at noise level
+    0.6, and of what it makes from pure noise. 0: never."""
 
     checkpoint_every: int = 50
     """Save a checkpoint every this many steps, and at the end."""

@@ -20,13 +20,14 @@ from flax import nnx
 
 from train.checkpointing import Checkpoints
 from train.config import TrainConfig
-from train.data import Source, open_source
+from train.data import ClipWindows, Source, open_source
 from train.errors import NonFiniteError, UserError, user_input
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
 from train.model import build_model, model_settings
 from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
+from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
 from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
 from train.step import StepFn, make_error_fn, make_train_step
@@ -95,7 +96,7 @@ class _Run:
     def __init__(self, config: TrainConfig, source: Source, model: nnx.Module | None, quiet: bool | None):
         self.config, self.source, self.quiet = config, source, quiet
         run = config.run
-        self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation)
+        self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
         if model is None:
             build = functools.partial(
                 build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
@@ -109,16 +110,27 @@ class _Run:
         state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
         self.state = self.placement.state(state)
         self.step_fn: StepFn = make_train_step(
-            self.graph, optimizer, objective=config.objective, settings=config.optimizer, steps=run.steps
+            self.graph,
+            optimizer,
+            objective=config.objective,
+            settings=config.optimizer,
+            steps=run.steps,
+            shardings=self.placement.shardings(self.state),
         )
         self.error_fn = make_error_fn(self.graph, objective=config.objective)
         self.identity = identity(config, fingerprint=source.fingerprint)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
+        self.samplers: dict[str, Callable[..., jax.Array]] = {}
 
     def _check(self, model: nnx.Module) -> None:
         """Traces the network: shapes, tiles and backends are checked before anything is computed or written."""
         config = self.config
+        if config.run.sample_every and not isinstance(self.source, ClipWindows):
+            raise UserError(
+                f"sample_every is {config.run.sample_every}, but latents cannot be shown as pixels without their "
+                f"decoder; use sample_every 0, or a video"
+            )
         graph, params, fixed = split_model(model)
         batch = self.source.train_batch(0, config.run.batch, config.run.seed)
         errors = make_error_fn(graph, objective=config.objective)
@@ -202,6 +214,8 @@ class _Run:
         if evaluate:
             self.held_out = self._evaluate()
             self.log.write(step, {"held_out_loss": self.held_out})
+        if run.sample_every and step % run.sample_every == 0:
+            self._sample(step)
         # after everything that the log says about this step, so that a resume finds it there
         if save:
             self._save(step)
@@ -245,6 +259,16 @@ class _Run:
             batch=run.batch,
             place=self.placement.batch,
         )
+
+    def _sample(self, step: int) -> None:
+        source = self.source
+        if not isinstance(source, ClipWindows):
+            return  # refused by _check
+        if not self.samplers:
+            make = functools.partial(make_sampler, self.graph, objective=self.config.objective)
+            self.samplers = {"restored": make(start=0.6), "sampled": make(start=1.0)}
+        path = self.config.run.folder / "samples" / f"step_{step:06d}.mp4"
+        write_held_out_sample(path, self.samplers, self.state.evaluated, self.state.fixed, source)
 
     def _save(self, step: int) -> None:
         if not bool(all_finite((self.state.params, self.state.ema, self.state.optimizer))):

@@ -1,7 +1,7 @@
-"""Where a run's arrays live: the batch split over the devices, the state on all of them."""
+"""Where a run's arrays live: the batch split over the devices, the state copied to all of them or split as well."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,13 +17,27 @@ class Placement:
     Args:
         batch: Samples per step; the devices must divide it.
         accumulation: Parts that the batch is processed in.
+        state: "replicated": every device holds the whole state. "fsdp": each array is split along its longest axis
+            that the devices divide, and gathered by the compiler where it is needed; small or odd arrays are copied.
         devices: Devices to use; None takes all.
 
     Raises:
         UserError: If the devices do not divide a part of the batch.
+
+    Example:
+        >>> placement = Placement(batch=4, devices=jax.local_devices()[:1])
+        >>> placement.batch((np.zeros((4, 2)),))[0].shape
+        (4, 2)
     """
 
-    def __init__(self, *, batch: int, accumulation: int = 1, devices: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        *,
+        batch: int,
+        accumulation: int = 1,
+        state: Literal["replicated", "fsdp"] = "replicated",
+        devices: Sequence[Any] | None = None,
+    ):
         devices = list(devices) if devices is not None else jax.local_devices()
         if batch % (len(devices) * accumulation):
             raise UserError(
@@ -31,11 +45,25 @@ class Placement:
                 f"use a multiple of {len(devices) * accumulation}"
             )
         self.mesh = Mesh(np.array(devices), ("data",))
+        self._split = state == "fsdp"
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """The sharding of each array of a state."""
+        return jax.tree.map(self._sharding, state)
 
     def state(self, state: TrainState) -> TrainState:
-        """Puts a copy of the state on every device."""
-        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        """Puts a state where it belongs."""
+        return jax.device_put(state, self.shardings(state))
 
     def batch(self, batch: Any) -> Any:
         """Splits every array's first axis over the devices."""
         return jax.device_put(tuple(batch), NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def _sharding(self, leaf: Any) -> NamedSharding:
+        count = self.mesh.size
+        axes = [axis for axis, size in enumerate(leaf.shape) if size >= count and size % count == 0]
+        # arrays of a few numbers are not worth a collective
+        if not self._split or not axes or leaf.size < 128 * count:
+            return NamedSharding(self.mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, "data"))

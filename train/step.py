@@ -24,6 +24,7 @@ def make_train_step(
     objective: ObjectiveConfig,
     settings: OptimizerConfig,
     steps: int,
+    shardings: TrainState | None = None,
 ) -> StepFn:
     """Makes the compiled training step.
 
@@ -35,6 +36,7 @@ def make_train_step(
         objective: The loss.
         settings: Accumulation and moving average; the learning rate, for the metrics.
         steps: Length of the run, for a decaying learning rate.
+        shardings: Where the new state lives, from `train.sharding.Placement`; None leaves it to the compiler.
 
     Returns:
         (state, latents [B, F, h, w, C], text [B, L, D]) -> (state, metrics), where metrics are scalars: loss,
@@ -78,7 +80,10 @@ def make_train_step(
         )
         return new, metrics
 
-    return jax.jit(step_fn, donate_argnums=0)
+    # without shardings the compiler might move the state, and the next call would compile again
+    if shardings is None:
+        return jax.jit(step_fn, donate_argnums=0)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> tuple[jax.Array, Any]:

@@ -103,10 +103,11 @@ def arguments(clip) -> list[str]:
 def start(environment):
     """Starts the command line in a process of its own."""
 
-    def start(arguments, before: str = "pass") -> subprocess.Popen:
+    def start(arguments, before: str = "pass", **variables: str) -> subprocess.Popen:
         program = f"{before}; import sys; from train.cli import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", program, *map(str, arguments)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environ = environment | variables
+        return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
 
@@ -115,8 +116,8 @@ def start(environment):
 def run(start):
     """Runs the command line in a process of its own: (exit code, stderr)."""
 
-    def run(arguments, **kwargs) -> tuple[int, str]:
-        process = start(arguments, **kwargs)
+    def run(arguments, **options: str) -> tuple[int, str]:
+        process = start(arguments, **options)
         _, stderr = process.communicate(timeout=300)
         return process.returncode, stderr
 

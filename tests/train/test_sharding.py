@@ -1,0 +1,75 @@
+"""Several devices, as virtual CPU devices in processes of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from train.errors import UserError
+from train.sharding import Placement
+
+from .conftest import history
+
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_two_devices_train_as_one_does(baseline, arguments, run, tmp_path, sharding):
+    folder = tmp_path / "run"
+    command = [*arguments, "--folder", folder, "--sharding", sharding]
+    code, stderr = run([*command, "--steps", "4"], **TWO_DEVICES)
+    assert code == 0, stderr
+    # the state is read back to where it lives
+    code, stderr = run([*command, "--steps", "6", "--resume"], **TWO_DEVICES)
+    assert code == 0, stderr
+    assert "at step 4" in stderr
+    one = [record["loss"] for record in history(baseline) if "loss" in record][:6]
+    two = [record["loss"] for record in history(folder) if "loss" in record]
+    assert two == pytest.approx(one, rel=1e-4)
+    expected = next(record["held_out_loss"] for record in history(baseline) if "held_out_loss" in record)
+    assert history(folder)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_fsdp_splits_the_large_arrays_and_steps_keep_them_split(environment):
+    program = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from train.config import ObjectiveConfig, OptimizerConfig
+from train.sharding import Placement
+from train.state import create_state, make_optimizer, split_model
+from train.step import make_train_step
+class Network(nnx.Module):
+    def __init__(self):
+        self.proj = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    def __call__(self, latents, timesteps, text):
+        return self.proj(latents)
+def kinds(state):
+    kernel, bias = state.params["proj"]["kernel"][...], state.params["proj"]["bias"][...]
+    moment = state.optimizer[1][0].mu["proj"]["kernel"][...]
+    return [x.addressable_shards[0].data.size / x.size for x in (kernel, moment, bias)]
+settings = OptimizerConfig(accumulation=2)
+graph, params, fixed = split_model(Network())
+optimizer = make_optimizer(settings, steps=5)
+placement = Placement(batch=4, accumulation=2, state="fsdp")
+state = placement.state(create_state(params, fixed, optimizer, seed=0, ema=True))
+step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=settings, steps=5,
+                       shardings=placement.shardings(state))
+batch = placement.batch((jnp.ones((4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1))))
+print(len(jax.devices()), kinds(state))
+for _ in range(3):
+    state, metrics = step(state, *batch)
+print(kinds(state), step._cache_size(), bool(metrics["finite"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | TWO_DEVICES, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1 True"]
+
+
+def test_devices_must_divide_the_batch():
+    class Device:
+        pass
+
+    with pytest.raises(UserError, match="batch is 6, which 2 devices times accumulation 2 do not divide"):
+        Placement(batch=6, accumulation=2, devices=[Device(), Device()])
