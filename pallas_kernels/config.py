@@ -5,7 +5,7 @@ import dataclasses
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
 ROWS = 64  # rows of one warpgroup's matrix product
 SLAB = 64  # 16-bit elements of a 128-byte swizzled row
-BARRIERS = 4096  # bytes set aside for barriers and alignment
+BARRIERS = 2048  # bytes set aside for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class RightConfig:
         """Bytes a block uses for tiles of `cols` columns."""
         query = self.query_stages * ROWS * dim * 2
         keys = self.key_stages * 2 * self.depth(cols) * dim * 2
-        out = self.warpgroups * (2 * ROWS * dim * 2 + ROWS * 4)
+        out = self.warpgroups * 2 * ROWS * dim * 2
         return query + keys + out + BARRIERS
 
 
@@ -70,11 +70,59 @@ class LeftConfig:
         return self.stages * stage + query + self.warpgroups * ROWS * 4 + BARRIERS
 
 
+@dataclasses.dataclass(frozen=True)
+class ColumnBlocks:
+    """How the columns j of all query tiles fall into blocks of 64 rows of a matrix product.
+
+    A tile's columns fill `full` whole blocks; the rest, padded to `tail_rows`, shares a block with the rest of `packed`
+    tiles. A block is an item: first the whole ones, tile by tile, then the shared ones.
+
+    Attributes:
+        full: Whole blocks of a tile.
+        tail_rows: Rows that the remaining columns take, a divisor of 64.
+        packed: Tiles whose remaining columns share a block.
+        whole: Whole blocks of all tiles.
+        items: All blocks.
+    """
+
+    full: int
+    tail_rows: int
+    packed: int
+    whole: int
+    items: int
+
+    def place(self, tile, column):
+        """Item and row of a column; integers or traced scalars."""
+        from jax import lax
+
+        rest = column - self.full * ROWS
+        item = self.whole + lax.div(tile, self.packed)
+        row = lax.rem(tile, self.packed) * self.tail_rows + rest
+        if not self.full:
+            return item, row
+        if self.items == self.whole:
+            return tile * self.full + lax.div(column, ROWS), lax.rem(column, ROWS)
+        in_whole = rest < 0
+        return (
+            lax.select(in_whole, tile * self.full + lax.div(column, ROWS), item),
+            lax.select(in_whole, lax.rem(column, ROWS), row),
+        )
+
+
+def column_blocks(cols: int, tiles: int, masked: bool) -> ColumnBlocks:
+    """Blocks of `cols` columns of `tiles` query tiles; with masks every tile has its own, as each sees other keys."""
+    full, tail = divmod(cols, ROWS)
+    tail_rows = next((n for n in (8, 16, 32) if tail <= n), ROWS)
+    if masked or tail_rows == ROWS:
+        full, tail = -(-cols // ROWS), 0
+    packed = ROWS // tail_rows
+    return ColumnBlocks(full, tail_rows, packed, tiles * full, tiles * full + (-(-tiles // packed) if tail else 0))
+
+
 def right_config(cols: int, dim: int) -> RightConfig | None:
     """The first configuration that fits shared memory, or None."""
-    slab = min((SLAB, SLAB // 2), key=lambda n: (-(-cols // n) * n, -n))  # the least padding
-    stages = ((4, 2), (2, 2), (2, 1))
-    candidates = (RightConfig(query_stages=n, key_stages=m, slab=slab) for n, m in stages)
+    sizes = ((4, 2, SLAB), (2, 2, SLAB), (2, 1, SLAB), (2, 1, SLAB // 2))
+    candidates = (RightConfig(query_stages=n, key_stages=m, slab=slab) for n, m, slab in sizes)
     return next((c for c in candidates if c.shared_memory(cols, dim) <= SHARED_MEMORY), None)
 
 

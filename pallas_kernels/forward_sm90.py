@@ -73,7 +73,7 @@ def forward(
     depth = left_config.key_block
     bound = (limits.max() + depth - 1) // depth * depth
     thin = (dim // right_config.slab, right_config.slab)
-    by_row = q.reshape(batch, tiles * rows, cols, heads, *thin)
+    by_row = q.reshape(batch, tiles, rows, cols, heads, *thin)
     by_column = q.reshape(batch, tiles, rows, cols * heads, slabs, SLAB)
     keys, values = (x.reshape(batch, pairs, cols, heads, *thin) for x in (k, v))
     pair_bytes = 4 * pairs * cols * dim
@@ -82,15 +82,8 @@ def forward(
 
     def chunk(head: jax.Array, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = jnp.stack([head, tile, bound]).astype(jnp.int32)
-        alpha, y, c = right(
-            by_row, keys, values, limits, start, rows=rows, key_block=depth, config=right_config, **sizes
-        )
-        alpha, y = (x.reshape(*x.shape[:3], slabs, SLAB) for x in (alpha, y))
-        c = c.reshape(batch, chunk_heads, chunk_tiles, pairs, -1)[..., :cols]
-        own = lax.dynamic_slice_in_dim(limits, tile, chunk_tiles)
-        c = jnp.where((jnp.arange(pairs) < own[:, None])[:, :, None], c, jnp.inf)
-        c = jnp.pad(c.swapaxes(-1, -2), ((0, 0),) * 4 + ((0, -pairs % depth),), constant_values=jnp.inf)
-        c = c.reshape(-1, *c.shape[3:])
+        alpha, y, c = right(by_row, keys, values, limits, start, key_block=depth, config=right_config, **sizes)
+        alpha, y = (x.reshape(-1, pairs, cols, slabs, SLAB) for x in (alpha, y))
         out, lse = left(by_column, alpha, y, c, limits, start, config=left_config, **sizes)
         lse = lse.reshape(batch, chunk_heads, chunk_tiles, cols, -1)[..., :rows].transpose(0, 2, 4, 3, 1)
         return out.reshape(batch, chunk_tiles, rows, cols, chunk_heads, dim), lse

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import ROWS, SLAB, LeftConfig
+from pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
 
 LOG2E = math.log2(math.e)
 
@@ -39,8 +39,8 @@ def left(
         q: [B, A, b1, b2*H, D/64, 64].
         alpha: [X, C*b1, b2, D/64, 64], X = B * heads * tiles.
         y: As alpha.
-        c: [X, b2, P] in float32, units of log 2: c_L, and infinity for the pairs that are not seen; P is C*b1 rounded
-            up to a multiple of `key_block`.
+        c: [B * heads, items, 64, P] in float32, units of log 2: c_L as the first kernel leaves it, P a multiple of
+            `key_block`.
         limits: int32 [A], pairs that a query tile sees; read when `masked`.
         start: int32 [3], the chunk's first head and query tile.
         scale: Softmax scale.
@@ -61,6 +61,7 @@ def left(
     all_heads = q.shape[3] // cols
     groups, stages, depth, query_stages = config.warpgroups, config.stages, config.key_block, config.query_stages
     columns, row_blocks = config.columns, config.row_blocks
+    split = column_blocks(cols, tiles, masked)
     column_groups = -(-cols // columns)
     row_groups = -(-rows // (ROWS * row_blocks))
     count = batch * heads * tiles
@@ -70,21 +71,21 @@ def left(
     layout = plgpu.Layout.WGMMA
 
     def body(q, alpha, y, c, limits, start, out, lse, smem, c_in, lse_out, q_full, q_free, *rings):
-        (q_in, alpha_in, y_in), (q_mma, alpha_mma, y_mma) = shared.tile_views(smem)
+        (q_mma, alpha_mma, y_mma), (q_in, alpha_in, y_in) = shared.tile_views(smem)
         alpha_full, alpha_free, y_full, y_free = rings
         group, block = lax.axis_index("group"), lax.axis_index("block")
         head0, tile0 = start[0], start[1]
         turns = lax.div(items - block + blocks - 1, blocks)
 
         def place(t):
-            """Batch entry, head, tile (of the chunk), first column and first block of rows; and the number of steps."""
+            """Batch entry, head, tile (of the chunk), first column first block of rows, pairs seen."""
             item = block + t * blocks
             x = lax.div(item, column_groups * row_groups)
             column = lax.rem(lax.div(item, row_groups), column_groups) * columns
             tile = lax.rem(x, tiles)
-            steps = lax.div(limits[tile0 + tile] + depth - 1, depth) if masked else jnp.int32(-(-pairs // depth))
+            limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
             where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
-            return x, where, column, lax.rem(item, row_groups) * row_blocks, steps
+            return x, where, column, lax.rem(item, row_groups) * row_blocks, limit
 
         @pl.when(group < groups)
         def _():
@@ -97,7 +98,8 @@ def left(
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
             def item(t, done):
-                x, (entry, head, tile), column, row_block, steps = place(t)
+                x, (entry, head, tile), column, row_block, limit = place(t)
+                steps = lax.div(limit + depth - 1, depth)
                 q_slot = lax.rem(t, query_stages)
                 plgpu.barrier_wait(q_full.at[q_slot])
                 row = layout.reduce(1)
@@ -118,6 +120,8 @@ def left(
 
                     s = pl.run_scoped(scores, plgpu.ACC((ROWS, depth), f32)) * (scale * LOG2E)
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(0), optimized=False)
+                    pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(0)) + i * depth
+                    bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
                     plgpu.barrier_arrive(alpha_free.at[slot])
                     s = s - lax.broadcast_in_dim(bias, s.shape, [1])
                     new_top = jnp.maximum(top, s.max(axis=1))
@@ -163,7 +167,8 @@ def left(
             plgpu.set_max_registers(40 if groups < 3 else 24, action="decrease")
 
             def item(t, done):
-                x, (entry, head, tile), column, row_block, steps = place(t)
+                x, (entry, head, tile), column, row_block, limit = place(t)
+                steps = lax.div(limit + depth - 1, depth)
                 q_slot = lax.rem(t, query_stages)
                 plgpu.barrier_wait(q_free.at[q_slot])
                 for g in range(groups):
@@ -177,7 +182,10 @@ def left(
                     plgpu.barrier_wait(alpha_free.at[slot])
                     to_alpha, to_y = (ref.at[slot].transpose((2, 0, 1, 3)) for ref in (alpha_in, y_in))
                     plgpu.copy_gmem_to_smem(alpha.at[x, span, window], to_alpha, alpha_full.at[slot])
-                    plgpu.copy_gmem_to_smem(c.at[x, window, span], c_in.at[slot], alpha_full.at[slot])
+                    for n in range(columns):
+                        block_of, row = split.place(tile, column + n)
+                        box = c.at[lax.div(x, tiles), block_of, row, span]
+                        plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], alpha_full.at[slot])
                     plgpu.barrier_wait(y_free.at[slot])
                     plgpu.copy_gmem_to_smem(y.at[x, span, window], to_y, y_full.at[slot])
                     return ()
@@ -214,10 +222,12 @@ def left(
             plgpu.SMEM((groups, ROWS), f32),
             plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + columns, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
+        ),
     )(q, alpha, y, c, limits, start)

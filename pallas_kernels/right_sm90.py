@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import ROWS, RightConfig
+from pallas_kernels.config import ROWS, RightConfig, column_blocks
 
 LOG2E = math.log2(math.e)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "heads", "tiles", "rows", "key_block", "masked", "config"))
+@functools.partial(jax.jit, static_argnames=("scale", "heads", "tiles", "key_block", "masked", "config"))
 def right(
     q: jax.Array,
     k: jax.Array,
@@ -32,7 +32,6 @@ def right(
     scale: float,
     heads: int,
     tiles: int,
-    rows: int,
     key_block: int,
     masked: bool,
     config: RightConfig,
@@ -40,67 +39,85 @@ def right(
     """Makes the intermediates of a chunk of `tiles` query tiles and `heads` heads.
 
     Args:
-        q: [B, A*b1, b2, H, D/slab, slab], slab = config.slab.
+        q: [B, A, b1, b2, H, D/slab, slab], slab = config.slab.
         k: [B, C*b1, b2, H, D/slab, slab].
         v: As k.
         limits: int32 [A], (c, k) pairs that a query tile sees; read when `masked`.
         start: int32 [3], the chunk's first head and query tile, and the largest of `limits`, rounded up to `key_block`.
         scale: Softmax scale.
-        heads: Heads of the chunk, X = B * heads * tiles.
+        heads: Heads of the chunk, X = B * heads.
         tiles: Query tiles of the chunk.
-        rows: b1.
         key_block: Pairs beyond a limit, up to the next multiple of this, are written as zeros; the others are not.
         masked: Whether limits may be below C*b1.
         config: Sizes.
 
     Returns:
-        alpha [X, C*b1, b2, D/slab, slab] and Y alike, in q's dtype; c_L [X, C*b1, b2 rounded up to 64] in float32, in
-        units of log 2.
+        alpha [X, tiles, C*b1, b2, D/slab, slab] and Y alike, in q's dtype; c_L [X, items, 64, C*b1 or more] in float32,
+        in units of log 2, its columns where `column_blocks` places them.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, _, cols, _, slabs, slab = q.shape
+    batch, _, rows, cols, _, slabs, slab = q.shape
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
     depth = config.depth(cols)
-    row_blocks = -(-cols // ROWS)
-    items = tiles * row_blocks  # per key row
+    split = column_blocks(cols, tiles, masked)
+    full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
+    tail = items > split.whole
     units = batch * heads * pairs
     blocks = min(config.blocks, units)
     dtype, f32 = q.dtype, jnp.float32
     row_layout = plgpu.Layout.WGMMA
 
-    def body(q, k, v, limits, start, alpha, y, c, smem, c_out, key_full, key_free, q_full, q_free):
-        (q_in, k_in, v_in, alpha_out, y_out), (q_mma, k_mma, v_mma, alpha_reg, y_reg) = shared.tile_views(smem)
+    def body(q, k, v, limits, start, alpha, y, c, smem, key_full, key_free, q_full, q_free):
+        views = shared.tile_views(smem)
+        q_mma, k_mma, v_mma, alpha_reg, y_reg = views[0]
+        q_in, k_in, v_in, alpha_out, y_out = views[1]
+        q_packs, _, _, alpha_packs, y_packs = views[-1]
         group, block = lax.axis_index("group"), lax.axis_index("block")
         head0, tile0, bound = start[0], start[1], start[2]
 
-        if masked:  # key rows strided over the blocks: their work differs
-            turns = lax.div(units - block + blocks - 1, blocks)
-
-            def span(t):
-                return block + t * blocks, jnp.int32(0), jnp.int32(items)
-
-        else:  # an equal share of the items for each block, so key rows may be split between two
-            share, more = divmod(units * items, blocks)
+        # whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are
+        # split evenly, or go to the first blocks where masks make items differ anyway
+        turns, over = divmod(units, blocks)
+        share, more = divmod(over * items, blocks)
+        if masked:
+            more_turns = jnp.int32(block < over)
+        else:
             first = block * share + jnp.minimum(block, more)
-            last = first + share + (block < more).astype(jnp.int32)
-            unit0 = lax.div(first, items)
-            turns = lax.div(last + items - 1, items) - unit0
+            last = first + share + jnp.int32(block < more)
+            over_unit = lax.div(first, items)
+            more_turns = lax.div(last + items - 1, items) - over_unit
 
-            def span(t):
-                base = (unit0 + t) * items
-                return unit0 + t, jnp.maximum(first - base, 0), jnp.minimum(last - base, items)
+        def span(t):
+            """Key row of a turn and the items of it that are this block's."""
+            if masked:
+                return block + t * blocks, jnp.int32(0), jnp.int32(items)
+            base = (over_unit + t - turns) * items
+            rest = t >= turns
+            low, high = jnp.maximum(first - base, 0), jnp.minimum(last - base, items)
+            unit = jnp.where(rest, turns * blocks + over_unit + t - turns, block + t * blocks)
+            return unit, jnp.where(rest, low, 0), jnp.where(rest, high, items)
+
+        def part(item, whole, packs):
+            """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
+            if full and tail:
+                pl.when(item < split.whole)(lambda: whole(lax.div(item, full), lax.rem(item, full) * ROWS))
+                pl.when(item >= split.whole)(lambda: packs((item - split.whole) * packed))
+            elif full:
+                whole(lax.div(item, full), lax.rem(item, full) * ROWS)
+            else:
+                packs(item * packed)
 
         def place(unit):
             """Batch entry, head of the chunk and key row of a unit."""
             return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
 
-        def when_seen(pair, tile, do):
+        def when_seen(pair, item, do):
             """Runs `do` unless the query tile neither sees the pair nor reads it as padding."""
             if masked:
-                limit = limits[tile0 + tile]
+                limit = limits[tile0 + lax.div(item, full)]
                 pl.when(pair < lax.div(limit + key_block - 1, key_block) * key_block)(do)
             else:
                 do()
@@ -112,8 +129,7 @@ def right(
             else:
                 do()
 
-        def compute(item, pair, head_tile0, slot, key_slot):
-            tile, row_block = lax.div(item, row_blocks), lax.rem(item, row_blocks)
+        def compute(item, pair, lane, slot, key_slot):
             plgpu.barrier_wait(q_full.at[slot])
 
             def scores(acc):
@@ -141,7 +157,7 @@ def right(
 
                 results = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, slab), f32) for _ in range(slabs)])
                 if masked:  # keys that are not seen may hold anything; what is read as padding must be finite
-                    seen = pair < limits[tile0 + tile]
+                    seen = pair < limits[tile0 + lax.div(item, full)]
                     results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
                 return [x.astype(dtype) for x in results]
 
@@ -150,12 +166,21 @@ def right(
             for n in range(slabs):
                 alpha_reg[group, n] = alpha_tile[n]
                 y_reg[group, n] = y_tile[n]
-            c_out[group] = entropy
+            c[lane, item, :, pair] = entropy
             plgpu.commit_smem()
-            x, window = head_tile0 + tile, pl.ds(row_block * ROWS, ROWS)
-            plgpu.copy_smem_to_gmem(alpha_out.at[group].transpose((1, 0, 2)), alpha.at[x, pair, window])
-            plgpu.copy_smem_to_gmem(y_out.at[group].transpose((1, 0, 2)), y.at[x, pair, window])
-            plgpu.copy_smem_to_gmem(c_out.at[group], c.at[x, pair, window])
+
+            def store_whole(tile, column):
+                window = pl.ds(column, ROWS)
+                plgpu.copy_smem_to_gmem(alpha_out.at[group].transpose((1, 0, 2)), alpha.at[lane, tile, pair, window])
+                plgpu.copy_smem_to_gmem(y_out.at[group].transpose((1, 0, 2)), y.at[lane, tile, pair, window])
+
+            def store_packs(tile):
+                some, window = pl.ds(tile, packed), pl.ds(full * ROWS + tile * 0, tail_rows)
+                to_rows = (1, 2, 0, 3)
+                plgpu.copy_smem_to_gmem(alpha_packs.at[group].transpose(to_rows), alpha.at[lane, some, pair, window])
+                plgpu.copy_smem_to_gmem(y_packs.at[group].transpose(to_rows), y.at[lane, some, pair, window])
+
+            part(item, store_whole, store_packs)
 
         @pl.when(group < groups)
         def _():
@@ -177,8 +202,8 @@ def right(
                     def item(s, _):
                         i = mine + s * groups
                         slot = lax.rem(done + i - low, stages)
-                        work = functools.partial(compute, i, pair, (entry * heads + head) * tiles, slot, key_slot)
-                        when_seen(pair, lax.div(i, row_blocks), work)
+                        work = functools.partial(compute, i, pair, entry * heads + head, slot, key_slot)
+                        when_seen(pair, i, work)
                         return ()
 
                     lax.fori_loop(0, lax.div(high - mine + groups - 1, groups), item, ())
@@ -187,7 +212,7 @@ def right(
                 when_live(pair, live)
                 return done + high - low
 
-            lax.fori_loop(0, turns, unit, jnp.int32(0))
+            lax.fori_loop(0, turns + more_turns, unit, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
@@ -207,16 +232,22 @@ def right(
                         plgpu.copy_gmem_to_smem(box, target.at[key_slot].transpose((1, 0, 2)), key_full.at[key_slot])
 
                     def item(i, _):
-                        tile, row_block = lax.div(i, row_blocks), lax.rem(i, row_blocks)
-                        slot = lax.rem(done + i - low, stages)
+                        slot, row = lax.rem(done + i - low, stages), lax.rem(pair, rows)
+
+                        def load_whole(tile, column):
+                            box = q.at[entry, tile0 + tile, row, pl.ds(column, ROWS), lane]
+                            plgpu.copy_gmem_to_smem(box, q_in.at[slot].transpose((1, 0, 2)), q_full.at[slot])
+
+                        def load_packs(tile):
+                            some, window = pl.ds(tile0 + tile, packed), pl.ds(full * ROWS + tile * 0, tail_rows)
+                            box = q.at[entry, some, row, window, lane]
+                            plgpu.copy_gmem_to_smem(box, q_packs.at[slot].transpose((1, 2, 0, 3)), q_full.at[slot])
 
                         def load():
                             plgpu.barrier_wait(q_free.at[slot])
-                            query_row = (tile0 + tile) * rows + lax.rem(pair, rows)
-                            box = q.at[entry, query_row, pl.ds(row_block * ROWS, ROWS), lane]
-                            plgpu.copy_gmem_to_smem(box, q_in.at[slot].transpose((1, 0, 2)), q_full.at[slot])
+                            part(i, load_whole, load_packs)
 
-                        when_seen(pair, tile, load)
+                        when_seen(pair, i, load)
                         return ()
 
                     lax.fori_loop(low, high, item, ())
@@ -224,7 +255,7 @@ def right(
                 when_live(pair, live)
                 return done + high - low
 
-            lax.fori_loop(0, turns, unit, jnp.int32(0))
+            lax.fori_loop(0, turns + more_turns, unit, jnp.int32(0))
             for s in range(key_stages):
                 plgpu.barrier_wait(key_free.at[s])
             for s in range(stages):
@@ -237,23 +268,27 @@ def right(
         (groups, slabs, ROWS, slab),
         (groups, slabs, ROWS, slab),
     )
-    count = batch * heads * tiles
     struct = jax.ShapeDtypeStruct
-    shape = (count, pairs, cols, slabs, slab)
+    shape = (batch * heads, tiles, pairs, cols, slabs, slab)
     return plgpu.kernel(
         body,
-        out_type=(struct(shape, dtype), struct(shape, dtype), struct((count, pairs, row_blocks * ROWS), f32)),
+        out_type=(
+            struct(shape, dtype),
+            struct(shape, dtype),
+            struct((batch * heads, items, ROWS, -(-pairs // key_block) * key_block), f32),
+        ),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=groups + 1,
         thread_name="group",
         scratch_types=[
-            shared.tile_scratch(shapes, dtype, slab),
-            plgpu.SMEM((groups, ROWS), f32),
+            shared.tile_scratch(shapes, dtype, slab, (packed, tail_rows) if tail else None),
             plgpu.Barrier(num_arrivals=2, num_barriers=key_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
+        ),
     )(q, k, v, limits, start)
