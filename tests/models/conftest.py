@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,6 +107,15 @@ class Helpers:
     @staticmethod
     def model(config=SMALL, *, seed=0, **changes):
         return random_model(dataclasses.replace(config, **changes), seed)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """These models are compiled far longer than they run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
