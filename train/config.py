@@ -148,11 +148,19 @@ class ObjectiveConfig:
     num_train_timesteps: int = 1000
     """Number of noise levels; the network sees t = num_train_timesteps * sigma."""
 
+    frames_per_level: int | None = None
+    """Frames that share a noise level. Default: the whole window. 1 or more: each run of so many frames draws a level
+    of its own (diffusion forcing); 3 is what Self-Forcing trains causal models with."""
+
     def __post_init__(self) -> None:
         _require(self.shift > 0, f"shift is {self.shift}; it must be positive, for example 5.0")
         _require(
             self.num_train_timesteps >= 2,
             f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
+        )
+        _require(
+            self.frames_per_level is None or self.frames_per_level >= 1,
+            f"frames_per_level is {self.frames_per_level}; it must be at least 1, for example 3, or None",
         )
 
 

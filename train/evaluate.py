@@ -8,7 +8,7 @@ import numpy as np
 
 from train.config import ObjectiveConfig
 from train.data import Batch, Source, spread
-from train.objective import evaluation_levels, evaluation_noise
+from train.objective import evaluation_indices, evaluation_levels, evaluation_noise
 from train.step import ErrorFn
 
 Place = Callable[[Any], Any]
@@ -55,8 +55,8 @@ def held_out_loss(
         full = chunk + [chunk[-1]] * (batch - len(chunk))  # one compiled shape
         clean = Batch(*(np.concatenate(part) for part in zip(*(examples[index] for index, _ in full), strict=True)))
         noise = np.stack([evaluation_noise(index, level, source.latent_shape) for index, level in full])
-        level = np.array([level for _, level in full])
+        level = np.stack([evaluation_indices(objective, level, timesteps, clean.latents.shape[1]) for _, level in full])
         per_sample = errors(params, fixed, *place((*clean, noise, levels.sigma[level])))
         weighted = np.asarray(per_sample, np.float64) * levels.weight[level]
-        total += float(weighted[: len(chunk)].sum())
+        total += float(weighted.reshape(len(full), -1).mean(1)[: len(chunk)].sum())
     return total / len(pairs)

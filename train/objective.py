@@ -4,6 +4,8 @@ A clean latent x0 and unit Gaussian noise eps are mixed at noise level sigma in 
 sigma eps, and the network learns the flow v = eps - x0. Noise levels come from a grid of N = 1000 values u = j/N,
 shifted towards high noise, sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2); the
 network is told t = N sigma. The loss of a sample is weighted by a bell around t = N/2.
+
+A sample has one noise level, or one for each of its frames (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 """
 
 from collections.abc import Callable
@@ -15,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from train.config import ObjectiveConfig
+from train.errors import UserError
 
-Velocity = Callable[[Float[Array, "b f h w c"], Float32[Array, "b"], Float[Array, "b l d"]], Float[Array, "b f h w c"]]
-"""A flow prediction: (noisy latents, timesteps, text) -> v."""
+Velocity = Callable[[Array, Array, Array], Array]
+"""A flow prediction: (latents [B, F, h, w, C], timesteps [B] or [B, F], text [B, L, D]) -> v, like the latents."""
 
 
 class NoiseLevels(NamedTuple):
@@ -55,16 +58,16 @@ def noise_levels(config: ObjectiveConfig) -> NoiseLevels:
 
 
 def add_noise(
-    latents: Float[Array, "b f h w c"], noise: Float[Array, "b f h w c"], sigma: Float[Array, "b"]
+    latents: Float[Array, "b f h w c"], noise: Float[Array, "b f h w c"], sigma: Float[Array, "b"] | Float[Array, "b f"]
 ) -> Float[Array, "b f h w c"]:
-    """Mixes latents and noise: x_t = (1 - sigma) x0 + sigma eps, with one sigma for each sample.
+    """Mixes latents and noise: x_t = (1 - sigma) x0 + sigma eps, with one sigma for each sample or each frame.
 
     Example:
         >>> one = jnp.ones((1, 1, 1, 1, 1))
         >>> float(add_noise(one, -one, jnp.array([0.25]))[0, 0, 0, 0, 0])
         0.5
     """
-    sigma = sigma[:, None, None, None, None]
+    sigma = sigma.reshape(*sigma.shape, *[1] * (latents.ndim - sigma.ndim))
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -73,32 +76,49 @@ def flow_errors(
     latents: Float[Array, "b f h w c"],
     text: Float[Array, "b l d"],
     noise: Float[Array, "b f h w c"],
-    sigma: Float32[Array, "b"],
+    sigma: Float32[Array, "b"] | Float32[Array, "b f"],
     *,
     num_train_timesteps: int = 1000,
-) -> Float32[Array, "b"]:
-    """Mean squared error of the flow prediction for each sample, in float32 and not weighted.
+) -> Float32[Array, "b"] | Float32[Array, "b f"]:
+    """Mean squared error of the flow prediction for each noise level, in float32 and not weighted.
 
     Args:
         velocity: The network.
         latents: Clean latents x0.
         text: Text embeddings.
         noise: Unit Gaussian noise.
-        sigma: Noise level of each sample.
+        sigma: Noise level of each sample, or of each frame.
         num_train_timesteps: The network is told t = num_train_timesteps * sigma.
 
     Returns:
-        mean over (F, h, w, C) of (v - (eps - x0))^2, float32 [B].
+        mean of (v - (eps - x0))^2 over what shares a sigma, float32, of sigma's shape.
     """
     predicted = velocity(add_noise(latents, noise, sigma), sigma * num_train_timesteps, text)
     error = predicted.astype(jnp.float32) - (noise - latents).astype(jnp.float32)
-    return jnp.mean(jnp.square(error), axis=(1, 2, 3, 4))
+    return jnp.mean(jnp.square(error), axis=tuple(range(sigma.ndim, 5)))
+
+
+def level_shape(config: ObjectiveConfig, batch: int, frames: int) -> tuple[int, ...]:
+    """Shape of the noise levels of a batch: (B,), or (B, runs of frames that share one).
+
+    Raises:
+        UserError: If `frames_per_level` does not divide the frames.
+    """
+    if config.frames_per_level is None:
+        return (batch,)
+    if frames % config.frames_per_level:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise UserError(
+            f"frames_per_level is {config.frames_per_level}, which does not divide the {frames} frames of a window; "
+            f"it could be {divisors}"
+        )
+    return (batch, frames // config.frames_per_level)
 
 
 def draw_noise(
     key: Key[Array, ""], shape: tuple[int, ...], config: ObjectiveConfig
-) -> tuple[Int[Array, "b"], Float32[Array, "b f h w c"]]:
-    """Draws what one training batch needs: an index into the grid of noise levels for each sample, and noise.
+) -> tuple[Int[Array, "b"] | Int[Array, "b f"], Float32[Array, "b f h w c"]]:
+    """Draws what one training batch needs: an index into the grid of noise levels for each sample or frame, and noise.
 
     Args:
         key: Random key.
@@ -106,10 +126,15 @@ def draw_noise(
         config: The objective; indices are uniform on its grid.
 
     Returns:
-        Indices [B] and unit Gaussian noise of the given shape.
+        Indices [B], or [B, F] with `frames_per_level`, and unit Gaussian noise of the given shape.
+
+    Raises:
+        UserError: If `frames_per_level` does not divide the frames.
     """
     level_key, noise_key = jax.random.split(key)
-    level = jax.random.randint(level_key, shape[:1], 0, config.num_train_timesteps)
+    level = jax.random.randint(level_key, level_shape(config, *shape[:2]), 0, config.num_train_timesteps)
+    if config.frames_per_level is not None:
+        level = jnp.repeat(level, config.frames_per_level, axis=1)
     return level, jax.random.normal(noise_key, shape, jnp.float32)
 
 
@@ -118,7 +143,7 @@ def flow_loss(
     latents: Float[Array, "b f h w c"],
     text: Float[Array, "b l d"],
     *,
-    level: Int[Array, "b"],
+    level: Int[Array, "b"] | Int[Array, "b f"],
     noise: Float[Array, "b f h w c"],
     config: ObjectiveConfig,
 ) -> Float32[Array, ""]:
@@ -128,7 +153,7 @@ def flow_loss(
         velocity: The network.
         latents: Clean latents x0.
         text: Text embeddings.
-        level: Index of each sample's noise level, from `draw_noise`.
+        level: Index of each sample's or frame's noise level, from `draw_noise`.
         noise: Unit Gaussian noise, from `draw_noise`.
         config: The objective.
 
@@ -166,6 +191,23 @@ def evaluation_levels(config: ObjectiveConfig, count: int) -> NoiseLevels:
     index = np.floor((np.arange(count) + 0.5) / count * config.num_train_timesteps).astype(int)
     index = np.clip(index, 0, config.num_train_timesteps - 1)
     return NoiseLevels(levels.sigma[index], levels.weight[index])
+
+
+def evaluation_indices(config: ObjectiveConfig, level: int, count: int, frames: int) -> Int[np.ndarray, "*frames"]:
+    """Which of `count` evaluation levels a held-out example has in round `level`: one, or one for each frame.
+
+    With levels for runs of frames, run g takes level + g * (count // 2 + 1), so that neighbouring frames differ much
+    and over all rounds every run meets every level once.
+
+    Example:
+        >>> [evaluation_indices(ObjectiveConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]
+        [[0, 3, 2], [1, 0, 3]]
+    """
+    runs = level_shape(config, 1, frames)[1:]
+    if not runs:
+        return np.array(level)
+    index = (level + np.arange(runs[0]) * (count // 2 + 1)) % count
+    return np.repeat(index, frames // runs[0])
 
 
 def evaluation_noise(index: int, level: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from train.config import ObjectiveConfig
+from train.errors import UserError
 from train.objective import (
     add_noise,
     draw_noise,
+    evaluation_indices,
     evaluation_levels,
     evaluation_noise,
     flow_errors,
@@ -70,6 +72,40 @@ def test_loss_is_the_definition():
     np.testing.assert_allclose(seen["timesteps"], 1000 * sigma, rtol=1e-5)
     s = sigma[:, None, None, None, None]
     np.testing.assert_allclose(seen["latents"], (1 - s) * clean + s * np.asarray(noise), rtol=1e-4, atol=1e-5)
+
+
+def test_levels_of_frames():
+    """With frames_per_level, runs of frames share a level, the network is told every frame's, the loss weights each."""
+    config = ObjectiveConfig(frames_per_level=2)
+    shape = (3, 6, 2, 2, 4)
+    level, noise = draw_noise(jax.random.key(0), shape, config)
+    assert level.shape == (3, 6)
+    np.testing.assert_array_equal(level[:, ::2], level[:, 1::2])
+    assert len(np.unique(level)) > 5
+    rng = np.random.default_rng(2)
+    clean, guess = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    seen = {}
+
+    def network(latents, timesteps, text):
+        seen.update(latents=latents, timesteps=timesteps)
+        return jnp.asarray(guess)
+
+    loss = flow_loss(network, jnp.asarray(clean), jnp.zeros((3, 1, 1)), level=level, noise=noise, config=config)
+    sigma, weight = (np.asarray(x)[np.asarray(level)] for x in noise_levels(config))
+    error = ((guess - (np.asarray(noise) - clean)) ** 2).mean((2, 3, 4))
+    assert float(loss) == pytest.approx((weight * error).mean(), rel=1e-5)
+    np.testing.assert_allclose(seen["timesteps"], 1000 * sigma, rtol=1e-5)
+    s = sigma[:, :, None, None, None]
+    np.testing.assert_allclose(seen["latents"], (1 - s) * clean + s * np.asarray(noise), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"frames_per_level is 4, which does not divide the 6 frames .* 1, 2, 3, 6"):
+        draw_noise(jax.random.key(0), shape, ObjectiveConfig(frames_per_level=4))
+
+
+def test_every_run_of_frames_is_evaluated_at_every_level():
+    config = ObjectiveConfig(frames_per_level=1)
+    found = np.stack([evaluation_indices(config, level, 8, 5) for level in range(8)])
+    assert found.shape == (8, 5)
+    np.testing.assert_array_equal(np.sort(found, axis=0), np.arange(8)[:, None].repeat(5, 1))
 
 
 def test_levels_are_uniform_over_the_grid_and_drawn_per_sample():
