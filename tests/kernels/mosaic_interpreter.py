@@ -1,0 +1,141 @@
+"""Runs the Mosaic GPU kernels on a CPU: adds to JAX's interpreter (0.11) what the kernels use and it lacks.
+
+Added: a register operand of wgmma, and accumulators that start from a value. The interpreter gives each view of shared
+memory bytes of its own, so here a tile has one view; that the views are the same bytes on a card is for GPU tests.
+"""
+
+import contextlib
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src import core
+from jax._src.pallas.mosaic_gpu import core as gpu_core
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, shared_memory
+from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
+from jax._src.state import discharge
+from jax._src.state.types import AbstractRef
+
+from pallas_kernels import shared
+
+
+def _allocate(interpreter, token, value, source):
+    """A register buffer that holds `value`."""
+    token, request = gpu_callbacks.call_make_allocation_request_array(
+        token=token,
+        compute_unit=interpreter.thread,
+        memory_space_id=shared_memory.get_memory_space_idx(gpu_core.MemorySpace.REGS),
+        initial_ref_count=1,
+    )
+    return gpu_callbacks.call_allocate_buffer(
+        token=token,
+        mesh_location=interpreter.mesh_location,
+        thread=interpreter.thread,
+        allocation_request_as_array=request,
+        value=value,
+        source_info=source,
+    )
+
+
+def _free(interpreter, token, key, source):
+    return gpu_callbacks.call_deallocate_buffer(
+        token=token,
+        mesh_location=interpreter.mesh_location,
+        thread=interpreter.thread,
+        allocation_key_as_array=key,
+        source_info=source,
+    )
+
+
+def _is_ref(atom) -> bool:
+    return isinstance(atom.aval, AbstractRef)
+
+
+def _run_state(interpreter, eqn, token, values):
+    """A state that starts from values: a buffer for each, the body, and what the buffers then hold."""
+    keys = []
+    for variable, value in zip(eqn.invars, values, strict=True):
+        if not _is_ref(variable):
+            token, value = _allocate(interpreter, token, value, eqn.source_info)
+        keys.append(value)
+    token, _ = interpreter.interpret(eqn.params["jaxpr"], token, *keys)
+    results = []
+    for variable, key, out in zip(eqn.invars, keys, eqn.outvars, strict=True):
+        if _is_ref(variable):
+            results.append(key)
+            continue
+        token, value = gpu_callbacks.call_get(
+            token=token,
+            result_shape_and_dtype=jax.ShapeDtypeStruct(out.aval.shape, out.aval.dtype),
+            mesh_location=interpreter.mesh_location,
+            thread=interpreter.thread,
+            allocation_key_as_array=key,
+            transforms=(),
+            source_info=eqn.source_info,
+        )
+        token = _free(interpreter, token, key, eqn.source_info)
+        results.append(value)
+    return token, results
+
+
+def _wgmma(interpreter, eqn, token, values):
+    """A register operand becomes a buffer, and the interpreter's own product does the rest."""
+    accumulator, left, right, *leaves = values
+    token, key = _allocate(interpreter, token, left, eqn.source_info)
+    token, out = interpreter._interpret_wgmma_ref_p(eqn, token, lambda: [accumulator, key, right, *leaves])
+    return _free(interpreter, token, key, eqn.source_info), out
+
+
+def _rule(eqn):
+    if eqn.primitive is discharge.run_state_p and all(eqn.params["is_initialized"]):
+        return _run_state
+    if eqn.primitive is primitives.wgmma_ref_p and not _is_ref(eqn.invars[1]):
+        return _wgmma
+    return None
+
+
+def _interpret(original):
+    def interpret(self, jaxpr, token, *args):
+        if not any(_rule(eqn) for eqn in jaxpr.eqns):
+            return original(self, jaxpr, token, *args)
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], args, strict=True))
+
+        def read(atom):
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+            if rule := _rule(eqn):
+                token, out = rule(self, eqn, token, [read(v) for v in eqn.invars])
+                out = [x for v, x in zip(eqn.outvars, out, strict=False) if not isinstance(v, core.DropVar)]
+            else:  # one equation as a program of its own
+                inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+                single = jaxpr.replace(
+                    constvars=(),
+                    invars=inputs,
+                    outvars=outvars,
+                    eqns=[eqn],
+                    debug_info=jaxpr.debug_info.with_unknown_names(),
+                )
+                token, out = original(self, single, token, *map(read, inputs))
+            values.update(zip(outvars, out, strict=True))
+        return token, [read(v) for v in jaxpr.outvars]
+
+    return interpret
+
+
+def _one_view(shapes, dtype, slab, split=None):
+    del slab
+    if split:
+        raise NotImplementedError("query tiles that share a block need views, which the interpreter does not join")
+    return tuple(plgpu.SMEM(shape, dtype) for shape in shapes)
+
+
+@contextlib.contextmanager
+def interpreted(monkeypatch, *, detect_races: bool = False):
+    """Inside, Mosaic GPU kernels run in the interpreter; yields a function that says whether a race was seen."""
+    monkeypatch.setattr(JaxprInterpreter, "interpret", _interpret(JaxprInterpreter.interpret))
+    monkeypatch.setattr(shared, "tile_scratch", _one_view)
+    monkeypatch.setattr(shared, "tile_views", lambda scratch: (scratch, scratch))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+        yield lambda: interpret_pallas_call.get_races().races_found

@@ -1,0 +1,169 @@
+"""The Mosaic GPU kernels without a card: what they refuse, their sizes, their numbers in the interpreter, lowering."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from monarch_jax import MonarchKVCache, monarch_attention, xla
+from monarch_jax.backends import Problem
+from pallas_kernels.config import SHARED_MEMORY, column_blocks, left_config, right_config
+from pallas_kernels.forward_sm90 import chunk_sizes, forward
+from tests.attention.suite import LAYOUTS, error
+from tests.kernels.mosaic_interpreter import interpreted
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+PAPER = ((30, 52, 21), (90, 52, 7), (45, 80, 21), (135, 80, 7))  # b1, b2, tiles: Tables 5 and 6
+
+
+def tiles(seed, shape, key_tiles, dtype=jnp.bfloat16):
+    """q [B, A, b1, b2, H, D] and k, v with `key_tiles` tiles, standard normal."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = (shape, (shape[0], key_tiles, *shape[2:]), (shape[0], key_tiles, *shape[2:]))
+    return tuple(jax.random.normal(r, s).astype(dtype) for r, s in zip(keys, shapes, strict=True))
+
+
+def lower(run, *shapes):
+    """The CUDA program's text."""
+    return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def tokens(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "dtype", "reason"),
+    [
+        (dict(num_iters=2), (1, 2, 30, 52, 3, 64), jnp.bfloat16, "num_iters=2; the kernels take one"),
+        (dict(), (1, 2, 30, 52, 3, 64), jnp.float32, "float32; the tensor cores take bfloat16 or float16"),
+        (dict(), (1, 2, 30, 52, 3, 80), jnp.bfloat16, "head_dim=80 is not 64 or 128"),
+        (dict(), (1, 2, 1, 1560, 3, 128), jnp.bfloat16, "b2=1560 columns .* shared memory"),
+    ],
+)
+def test_reasons(options, shape, dtype, reason):
+    problem, q = Problem(scale=1.0, **options), jax.ShapeDtypeStruct(shape, dtype)
+    assert pallas_kernels.supports(problem, q, q) is not None
+    with pytest.raises(NotImplementedError, match=reason):
+        pallas_kernels.forward(problem, q, q, q, jnp.zeros(2, jnp.int32))
+
+
+def test_configurations_fit_a_block():
+    for dim, cols in itertools.product((64, 128), (1, 5, 15, 30, 45, 52, 64, 80, 90, 96, 104)):
+        right = right_config(cols, dim)
+        assert right is not None
+        assert right.shared_memory(cols, dim) <= SHARED_MEMORY
+        assert right.query_stages % right.warpgroups == 0
+    for dim, rows in itertools.product((64, 128), (1, 30, 52, 64, 80, 90, 135, 1560)):
+        assert left_config(rows, dim).shared_memory(dim) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cols", [1, 7, 15, 30, 45, 52, 64, 80, 90, 130])
+def test_every_column_has_a_place_of_its_own(cols, masked):
+    count = 7
+    split = column_blocks(cols, count, masked)
+    places = {tuple(int(x) for x in split.place(jnp.int32(a), jnp.int32(j))) for a in range(count) for j in range(cols)}
+    assert len(places) == count * cols
+    assert all(0 <= item < split.items and 0 <= row < 64 for item, row in places)
+
+
+def test_chunks_bound_the_intermediates():
+    pair = 4 * 630 * 52 * 128  # alpha and Y of one head and query tile, 480p
+    assert chunk_sizes(1, 12, 21, pair, 1536 * 2**20) == (4, 21)
+    assert chunk_sizes(1, 12, 21, pair, 100 * 2**20) == (1, 3)
+    assert chunk_sizes(1, 12, 21, pair, 1) == (1, 1)
+    assert chunk_sizes(1, 12, 21, pair, 2**40) == (12, 21)
+
+
+@pytest.mark.parametrize(
+    ("shape", "key_tiles", "visible", "chunk_bytes"),
+    [
+        ((1, 2, 5, 40, 1, 64), 2, None, 2**30),  # nothing is a multiple of 8
+        ((2, 2, 3, 9, 2, 64), 3, (1, 2), 2**14),  # batch, heads, masks, one head and tile at a time
+        ((1, 1, 70, 35, 1, 64), 1, None, 2**30),  # two blocks of rows, more than one block of pairs
+        ((1, 2, 3, 70, 1, 64), 2, (1, 2), 2**30),  # two blocks of columns
+        ((1, 1, 3, 33, 1, 128), 2, None, 2**30),
+    ],
+)
+def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, chunk_bytes):
+    """Against the XLA backend in float32; key tiles that no query sees hold NaN."""
+    q, k, v = tiles(0, shape, key_tiles)
+    masked = visible is not None
+    visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
+    seen = (jnp.arange(key_tiles) < visible.max())[:, None, None, None, None]
+    k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
+    _, _, rows, cols, _, dim = shape
+    problem = Problem(scale=dim**-0.5, masked=masked)
+    with interpreted(monkeypatch):
+        out, lse = forward(
+            q,
+            k,
+            v,
+            visible,
+            scale=problem.scale,
+            masked=masked,
+            right_config=dataclasses.replace(right_config(cols, dim), blocks=2),
+            left_config=dataclasses.replace(left_config(rows, dim), blocks=2),
+            chunk_bytes=chunk_bytes,
+        )
+    expected, expected_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
+    assert out.dtype == q.dtype
+    assert error(out, expected) < 1e-2
+    assert error(lse, expected_lse) < 1e-3
+
+
+def test_no_races_in_the_interpreter(monkeypatch):
+    q, k, v = tiles(1, (1, 3, 2, 33, 1, 64), 2)
+    with interpreted(monkeypatch, detect_races=True) as races:
+        out, _ = pallas_kernels.forward(Problem(scale=0.125), q, k, v, jnp.full(3, 2, jnp.int32))
+        assert np.isfinite(np.asarray(out, np.float32)).all()
+        assert not races()
+
+
+@pytest.mark.parametrize(("rows", "cols", "count"), PAPER)
+@pytest.mark.parametrize("masked", [False, True])
+def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
+    x = tokens(1, count, rows, cols, 12, 128)
+    problem = Problem(scale=0.1, masked=masked)
+    assert (
+        lower(
+            functools.partial(pallas_kernels.forward, problem), x, x, x, jax.ShapeDtypeStruct((count,), jnp.int32)
+        ).count("mosaic_gpu")
+        >= 2
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("blocks", LAYOUTS)
+def test_layouts_lower(blocks, dtype):
+    x = tokens(1, 3 * 6 * 8, 2, 64, dtype=dtype)
+    options = dict(grid=(3, 6, 8), tile=(3, 6, 8), blocks=blocks, implementation="mosaic")
+    assert "mosaic_gpu" in lower(lambda *x: monarch_attention(*x, **options), x, x, x)
+
+
+def test_causal_gradient_vmap_and_x64_lower():
+    options = dict(grid=(6, 10, 13), causal_block=3, implementation="mosaic")
+
+    def loss(*x):
+        return monarch_attention(*x, **options).astype(jnp.float32).sum()
+
+    x, stacked = tokens(1, 780, 2, 128), tokens(2, 1, 780, 2, 128)
+    assert "mosaic_gpu" in lower(jax.grad(loss, (0, 1, 2)), x, x, x)
+    assert "mosaic_gpu" in lower(jax.vmap(loss), stacked, stacked, stacked)
+    with jax.enable_x64(True):
+        assert "mosaic_gpu" in lower(loss, x, x, x)
+
+
+def test_cache_with_a_traced_fill_lowers():
+    def step(q, k, v, start):
+        cache = MonarchKVCache.init(batch=1, frames=9, height=10, width=13, heads=2, head_dim=64, dtype=jnp.bfloat16)
+        return cache.append(k, v, frame=start).attend(q, implementation="mosaic")
+
+    x = tokens(1, 390, 2, 64)
+    assert "mosaic_gpu" in lower(step, x, x, x, jax.ShapeDtypeStruct((), jnp.int32))
