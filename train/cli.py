@@ -25,6 +25,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train.commands:train_command", "train or finetune a video model on a clip; resume a run"),
     "demo": Command("train.commands:demo_command", "the whole story in miniature on a CPU: dense, Monarch, finetuned"),
+    "inspect": Command("train.convert:inspect_command", "what a Wan checkpoint holds, and whether it is complete"),
+    "convert": Command("train.convert:convert_command", "write a Wan checkpoint in another format"),
 }
 
 

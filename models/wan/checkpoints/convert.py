@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
@@ -206,8 +207,8 @@ class ConvertOptions:
 
     src: str
     dst: Path
-    to: str = "official"
-    dtype: str | None = None
+    to: Literal["official", "diffusers", "orbax"] = "official"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     weights: str | None = None
     max_shard_gb: float | None = None
     revision: str | None = None

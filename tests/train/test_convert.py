@@ -1,0 +1,66 @@
+"""The commands `monarchrt convert` and `monarchrt inspect`."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.wan import MonarchAttention, WanModel, wan_config
+from models.wan.checkpoints import load_checkpoint, save_checkpoint
+from train import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = wan_config("tiny", num_layers=2, attention=MonarchAttention(tile=(3, 4, 6)))
+    model = nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))()
+    return save_checkpoint(model, tmp_path_factory.mktemp("wan") / "tiny")
+
+
+def test_convert(folder, tmp_path, capsys):
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    assert cli.main(["convert", str(folder), there, "--to", "diffusers"]) == 0
+    assert capsys.readouterr().out.strip() == there
+    assert cli.main(["convert", there, back, "--to", "official", "--max-shard-gb", "0.001"]) == 0
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    before, after = (jax.tree.leaves(nnx.state(load_checkpoint(path))) for path in (folder, back))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_inspect(folder, capsys):
+    assert cli.main(["inspect", str(folder)]) == 0
+    report = capsys.readouterr().out
+    for line in (
+        "format      official",
+        "model       t2v, dim 96, 2 layers, 4 heads, ffn 256, 16 -> 16 channels",
+        "attention   Monarch tile=(3, 4, 6) blocks='fh,w' num_iters=1",
+        "dtype       float32 (69 tensors)",
+        "missing     none",
+    ):
+        assert line in report
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes()[:-1])
+    for arguments, message in (
+        (["inspect", str(path)], "is truncated"),
+        (["inspect", str(tmp_path / "nothing")], "does not exist"),
+        (["convert", str(path), str(tmp_path / "out")], "is truncated"),
+        (["convert", str(folder), str(folder)], "is not an empty folder"),
+    ):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["cut.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"monarchrt {command}" in capsys.readouterr().out

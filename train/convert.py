@@ -1,0 +1,65 @@
+"""`monarchrt convert` and `monarchrt inspect`: checkpoints of pretrained models."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import tyro
+
+from train.commands import parse
+from train.errors import report_full_disk, user_input
+
+if TYPE_CHECKING:
+    from models.wan.checkpoints.load import Progress
+
+_POSITIONAL = (tyro.conf.PositionalRequiredArgs,)
+_CONVERT = """Write a Wan checkpoint in another format. Official and diffusers hold the same bits under other names.
+
+monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b-diffusers --to diffusers
+
+monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat16"""
+
+_INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
+
+Leaves with exit code 2 if it could not be loaded.
+
+monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B"""
+
+
+def convert_command(arguments: Sequence[str]) -> int:
+    """`monarchrt convert SRC DST --to {official,diffusers,orbax}`."""
+    from models.wan.checkpoints import ConvertOptions
+
+    options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=_POSITIONAL)
+    with user_input(), report_full_disk(options.dst, kept="nothing was left there"), _bar() as progress:
+        folder = options.run(progress)
+    print(folder)
+    return 0
+
+
+def inspect_command(arguments: Sequence[str]) -> int:
+    """`monarchrt inspect PATH`."""
+    from models.wan.checkpoints import InspectOptions
+
+    options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=_POSITIONAL)
+    with user_input():
+        info = options.run()
+    print("\n".join(info.lines()))
+    return 0 if info.complete else 2
+
+
+@contextmanager
+def _bar() -> Iterator["Progress | None"]:
+    """A bar of bytes on a terminal, None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, description=name)
