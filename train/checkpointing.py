@@ -118,6 +118,20 @@ class Checkpoints:
         for leftover in self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def check_newest(self, check: Callable[[dict[str, Any], int], None]) -> None:
+        """Calls `check` with the identity and step of the newest checkpoint that has them; reads no arrays.
+
+        Raises:
+            UserError: If `check` does.
+        """
+        for step in reversed(self.steps()):
+            try:
+                about = self._about(step)
+            except Exception:  # `restore` says what is wrong with it
+                continue
+            check(about["identity"], step)
+            return
+
     def restore(
         self,
         template: TrainState,

@@ -96,6 +96,11 @@ class _Run:
     def __init__(self, config: TrainConfig, source: Source, model: nnx.Module | None, quiet: bool | None):
         self.config, self.source, self.quiet = config, source, quiet
         run = config.run
+        self.identity = identity(config, fingerprint=source.fingerprint)
+        previous = read_config(run.folder) if run.resume else None
+        self.previous = Checkpoints(run.folder, keep=run.keep) if previous else None
+        if self.previous:
+            self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
         if model is None:
             build = functools.partial(
@@ -118,7 +123,6 @@ class _Run:
             shardings=self.placement.shardings(self.state),
         )
         self.error_fn = make_error_fn(self.graph, objective=config.objective)
-        self.identity = identity(config, fingerprint=source.fingerprint)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
         self.samplers: dict[str, Callable[..., jax.Array]] = {}
@@ -140,8 +144,7 @@ class _Run:
 
     def go(self, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
         config, run = self.config, self.config.run
-        previous = read_config(run.folder) if run.resume else None
-        checkpoints = Checkpoints(run.folder, keep=run.keep) if previous else None
+        checkpoints = self.previous
         start, restored = 0, None
         notes: list[str] = []
         if checkpoints:

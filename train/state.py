@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Int, Key, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
 
 from train.config import OptimizerConfig
 from train.objective import Velocity
@@ -32,12 +32,13 @@ class TrainState:
         rng: Random key of the run; step n uses `fold_in(rng, n)`.
     """
 
-    step: Int[Array, ""]
+    # not typed as arrays: trees of shapes and of shardings have this structure too
+    step: Any
     params: Any
     fixed: Any
     optimizer: Any
     ema: Any
-    rng: Key[Array, ""]
+    rng: Any
 
     @property
     def evaluated(self) -> Any:

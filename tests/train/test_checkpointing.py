@@ -118,6 +118,25 @@ def test_wrong_contents_are_noticed_even_if_they_can_be_read(training, two):
     assert Checkpoints(two).steps() == [1]
 
 
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_data_falls_back(training, two, damage):
+    fresh, _ = training
+    data = max((two / "checkpoints/2/state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    if damage == "remove":
+        data.unlink()
+    elif damage == "truncate":
+        data.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x10
+        data.write_bytes(content)
+    notes = []
+    restored = Checkpoints(two).restore(fresh(), check=accept, note=notes.append)
+    assert restored is not None
+    assert int(restored.step) == 1
+    assert "step 2 is corrupt, going on from step 1" in notes[0]
+
+
 @pytest.mark.parametrize("missing", ["about", "state"])
 def test_missing_parts_fall_back(training, two, missing):
     fresh, _ = training

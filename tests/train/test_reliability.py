@@ -46,10 +46,15 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(baseline, argum
     folder = tmp_path / "killed"
     log = folder / "log.jsonl"
     command = [*arguments, "--folder", folder, "--resume"]
-    for lines in sorted(rng.sample(range(1, 33), 2)):
+
+    def reached(lines):
+        return log.exists() and log.read_bytes().count(b"\n") >= lines if lines else folder.exists()
+
+    # as soon as the folder is there, then twice after so many lines of the log
+    for lines in [0, *sorted(rng.sample(range(1, 33), 2))]:
         process = start(command)
         while process.poll() is None:
-            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            if reached(lines):
                 time.sleep(rng.random() * 0.05)  # anywhere in a step, or in a save
                 process.kill()
                 break
@@ -58,22 +63,10 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(baseline, argum
         assert process.returncode == -signal.SIGKILL, (seed, lines, stderr)
     assert history(folder) != history(baseline)
     code, stderr = run(command)
-    assert code == 0, stderr
+    assert code == 0, (seed, stderr)
     assert "resuming" in stderr
-    assert history(folder) == history(baseline)
+    assert history(folder) == history(baseline), seed
     assert steps_of(folder) == steps_of(baseline)
-
-
-def test_killed_before_the_first_step_starts_again(baseline, arguments, start, run, tmp_path):
-    folder = tmp_path / "killed"
-    process = start([*arguments, "--folder", folder])
-    while not folder.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    code, stderr = run([*arguments, "--folder", folder, "--resume"])
-    assert code == 0, stderr
-    assert history(folder) == history(baseline)
 
 
 def test_ctrl_c_saves_and_exits_with_130(baseline, arguments, start, run, tmp_path):
@@ -95,19 +88,11 @@ def test_ctrl_c_saves_and_exits_with_130(baseline, arguments, start, run, tmp_pa
     assert history(folder) == history(baseline)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(baseline, run, tmp_path, damage):
+def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(baseline, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(baseline, folder)
     data = max((folder / "checkpoints/30/state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    if damage == "truncate":
-        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    elif damage == "flip":
-        content = bytearray(data.read_bytes())
-        content[len(content) // 2] ^= 0x10
-        data.write_bytes(content)
-    else:
-        data.unlink()
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     code, stderr = run(["train", "--folder", folder, "--resume"])
     assert code == 0, stderr
     assert "the checkpoint of step 30 is corrupt, going on from step 28" in stderr

@@ -13,7 +13,7 @@ from .conftest import history
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("replicated", marks=pytest.mark.slow), "fsdp"])
 def test_two_devices_train_as_one_does(baseline, arguments, run, tmp_path, sharding):
     folder = tmp_path / "run"
     command = [*arguments, "--folder", folder, "--sharding", sharding]
