@@ -108,7 +108,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
-            with report_full_disk(self.path, kept=self.kept()):
+            with report_full_disk(self.path, kept=self.kept):
                 yield
         except UserError:
             self._remove_unfinished()

@@ -6,7 +6,7 @@ bug and keeps its traceback.
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -80,12 +80,13 @@ def disk_full_reason(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def report_full_disk(path: Path | str, *, kept: str = "") -> Iterator[None]:
+def report_full_disk(path: Path | str, *, kept: str | Callable[[], str] = "") -> Iterator[None]:
     """Turns a full disk inside the block into a `DiskFullError` that names the path and what is kept.
 
     Args:
         path: What was being written.
-        kept: What is still safe, as the end of a sentence, such as "the checkpoint of step 20 is kept".
+        kept: What is still safe, such as "the checkpoint of step 20 is kept", or a function that says so when it has
+            happened.
 
     Raises:
         DiskFullError: If writing failed for want of room.
@@ -98,7 +99,8 @@ def report_full_disk(path: Path | str, *, kept: str = "") -> Iterator[None]:
         reason = disk_full_reason(error)
         if reason is None:
             raise
-        tail = f"; {kept}" if kept else ""
+        safe = kept if isinstance(kept, str) else kept()
+        tail = f"; {safe}" if safe else ""
         raise DiskFullError(f"cannot write {path}: {reason}{tail}; free some space and use --resume") from error
 
 

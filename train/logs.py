@@ -47,7 +47,7 @@ class RunLog:
         [{'step': 1, 'loss': 0.5}]
     """
 
-    def __init__(self, folder: Path, *, step: int, kept: Callable[[], str] = str):
+    def __init__(self, folder: Path, *, step: int, kept: str | Callable[[], str] = ""):
         """Opens the log.
 
         Args:
@@ -59,7 +59,7 @@ class RunLog:
 
         self.path = folder / LOG_NAME
         self._kept = kept
-        with report_full_disk(self.path, kept=kept()):
+        with report_full_disk(self.path, kept=kept):
             if self.path.exists():
                 self._truncate(step)
             self._file = self.path.open("a", encoding="utf-8")
@@ -86,7 +86,7 @@ class RunLog:
         for name, value in scalars.items():
             # only finite numbers exist in JSON
             record[name] = float(value) if abs(value) < float("inf") else str(float(value))
-        with report_full_disk(self.path, kept=self._kept()):
+        with report_full_disk(self.path, kept=self._kept):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for name, value in scalars.items():

@@ -179,7 +179,7 @@ def test_full_disk_is_recognised_through_other_libraries_errors():
     assert disk_full_reason(chained)
     assert disk_full_reason(ValueError("other")) is None
     with pytest.raises(DiskFullError, match="cannot write here: the disk is full; all is well"), \
-            report_full_disk("here", kept="all is well"):  # fmt: skip
+            report_full_disk("here", kept=lambda: "all is well"):  # fmt: skip
         raise OSError(28, "No space left on device")
     with pytest.raises(KeyError), report_full_disk("here"):
         raise KeyError("x")
