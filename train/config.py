@@ -238,7 +238,7 @@ class RunConfig:
 
     init_from: Path | None = None
     """Start from the parameters of another run folder (their moving average, if it has one), for example to
-    finetune a dense model with MonarchAttention."""
+    finetune a dense model with MonarchAttention; or from a Wan checkpoint, as `monarchrt inspect` takes it."""
 
     steps: int = 200
     """Optimizer steps in all."""
@@ -310,8 +310,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     """Turns a config into plain JSON values: paths become strings, tuples lists.
 
     Example:
-        >>> to_dict(ObjectiveConfig(shift=3.0))
-        {'shift': 3.0, 'weighting': 'gaussian', 'num_train_timesteps': 1000}
+        >>> to_dict(ModelConfig(tile=(1, 2, 4)))["tile"]
+        [1, 2, 4]
     """
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
