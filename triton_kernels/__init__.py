@@ -10,7 +10,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from triton_kernels.config import Target, compile_for, configs, target
+from triton_kernels.config import Target, compile_for, target
 
 __all__ = ["Target", "compile_for", "forward", "supports", "target", "vjp"]
 
@@ -109,5 +109,6 @@ def _batched(fn, arrays: int):
 
 
 def _first(args, in_batched):
-    shapes = [jax.ShapeDtypeStruct(x.shape[1:] if b else x.shape, x.dtype) for x, b in zip(args, in_batched, strict=True)]
-    return shapes
+    """One example's shapes: the mapped axis of batched arguments is dropped."""
+    pairs = zip(args, in_batched, strict=True)
+    return [jax.ShapeDtypeStruct(x.shape[1:] if batched else x.shape, x.dtype) for x, batched in pairs]

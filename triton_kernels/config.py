@@ -22,7 +22,8 @@ class Config:
         keys: Key columns l (kernels of R) or key rows (c, k) (kernels of L) per block. A power of two.
         warps: Warps per program.
         stages: Depth of the software pipeline over the loop.
-        split: Programs that share the loop, where the kernel allows it.
+        split: Programs that share the loop (`right_forward`).
+        transposed: Scores with keys first (`left_backward`), better for few rows.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Config:
     warps: int = 4
     stages: int = 2
     split: int = 1
+    transposed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,25 +101,26 @@ def shape_key(*, b1: int, b2: int, dim: int, itemsize: int) -> str:
 def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
     """The tuned configs of a device for a shape where there are any, else `heuristic`."""
     found = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
-    tuned = _tuned(where.device_kind).get(shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize), {})
+    tuned = _tuned(where).get(shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize), {})
     changes = {name: Config(**x) if name in KERNELS else x for name, x in tuned.items()}
     return dataclasses.replace(found, **changes)
 
 
 def heuristic(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
     """Configs that fit every supported card, from the shape alone."""
-    big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 100
+    big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 99
     wide = itemsize * max(64, power_of_two(dim)) // 128  # 1: a row of 64 halves; 2: of 128 halves; 4: of 128 floats
-    l = min(power_of_two(b2, 16), 64 if wide <= 2 else 32)
-    i = min(power_of_two(b1, 16), 64 if wide <= 2 else 32)
-    stages = 2 if big and wide <= 2 else 1
-    rows = 64 if wide <= 2 else 32
+    deep = 3 if big and wide <= 2 else 1 if wide > 2 else 2
+    side = 64 if wide <= 2 else 32
+    l, i = min(power_of_two(b2, 16), side), min(power_of_two(b1, 16), side)
     return Configs(
-        right_forward=Config(rows=rows, keys=l, stages=stages, split=2),
-        left_forward=Config(rows=i, keys=rows, stages=stages),
-        left_backward=Config(rows=i, keys=rows, stages=stages),
-        right_backward=Config(rows=rows, keys=l, warps=8 if wide > 1 else 4, stages=stages),
-        right_query=Config(rows=rows, keys=l, stages=stages),
+        right_forward=Config(rows=side, keys=l, stages=min(deep, 2)),
+        left_forward=Config(rows=i, keys=side // (1 if big else 2), stages=deep),
+        left_backward=Config(rows=i, keys=32 if wide <= 2 else 16, stages=min(deep, 3 if big else 1)),
+        right_backward=Config(
+            rows=32 if wide <= 2 else 16, keys=l, warps=4 if wide <= 2 else 8, stages=min(deep, 3 if big else 1)
+        ),
+        right_query=Config(rows=side, keys=l, stages=min(deep, 2)),
     )
 
 
@@ -127,7 +130,10 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 @functools.cache
-def _tuned(device_kind: str | None) -> dict:
-    files = importlib.resources.files("triton_kernels") / "tuned"
-    path = files / f"{(device_kind or 'none').replace(' ', '_')}.json"
+def _tuned(where: Target) -> dict:
+    """Entries of the device's file; other Hopper cards take the H200's, which has the same multiprocessors."""
+    folder = importlib.resources.files("triton_kernels") / "tuned"
+    path = folder / f"{(where.device_kind or 'none').replace(' ', '_')}.json"
+    if not path.is_file() and where.compute_capability == 90:
+        path = folder / "NVIDIA_H200.json"
     return json.loads(path.read_text()) if path.is_file() else {}

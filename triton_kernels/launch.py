@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from triton_kernels import left, right
+from triton_kernels import left, overlapped, right
 from triton_kernels.plan import Launch, Plan
 
 KERNELS = {
+    "forward": overlapped.forward,
     "right_forward": right.right_forward,
-    "left_forward": left.left_forward,
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,
@@ -27,6 +27,7 @@ def run(
     scratch: dict[str, jax.ShapeDtypeStruct],
     results: dict[str, jax.ShapeDtypeStruct],
     start: dict[str, jax.Array],
+    kept: tuple[str, ...],
     compute_capability: int,
 ) -> dict[str, jax.Array]:
     """The results of a plan.
@@ -37,28 +38,32 @@ def run(
         scratch: Shapes and dtypes of what one step hands from kernel to kernel.
         results: Shapes and dtypes of the results.
         start: Results that must not start from anything.
+        kept: Scratch that lives from step to step.
         compute_capability: Compiled for.
 
     Returns:
         The results by name.
     """
 
+    shapes = scratch | results
+    carried = (*results, *kept)
+
     def body(step, state):
         arrays = dict(operands, step=step, **state)
         for launch in plan.launches:
-            arrays |= _call(launch, arrays, scratch | results, compute_capability)
-        return {name: arrays[name] for name in results}
+            arrays |= _call(launch, arrays, shapes, compute_capability)
+        return {name: arrays[name] for name in carried}
 
     steps = jnp.asarray(plan.steps, jnp.int32)
-    if len(plan.steps) == 1:
-        return body(steps[0], start)
-    state = {name: start.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in results.items()}
-    return lax.fori_loop(0, len(plan.steps), lambda n, state: body(steps[n], state), state)
+    first = body(steps[0], start)
+    found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(steps[n], state), first)
+    return {name: found[name] for name in results}
 
 
 def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
     names = [name for name in _parameters(launch.kernel) if name in arrays]
-    writes = [name for name in _parameters(launch.kernel) if name in launch.writes]
+    # arrays that the kernel creates come before those that it changes: jax-triton hands out buffers in this order
+    writes = sorted((x for x in _parameters(launch.kernel) if x in launch.writes), key=lambda x: x in names)
     aliases = {names.index(name): n for n, name in enumerate(writes) if name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="input_output_aliases is deprecated")

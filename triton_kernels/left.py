@@ -1,4 +1,4 @@
-"""Kernels of the factor L: for a query column (a, j), softmax over all key rows ck = (c, k); see `right` for the scratch."""
+"""Kernels of the factor L: for a query column (a, j), softmax over all key rows ck = (c, k); scratch as in `right`."""
 
 import triton.language as tl
 
@@ -6,25 +6,23 @@ from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_ro
 
 
 @kernel
-def left_forward(
-    step, visible, q, mid, stats, out, lse, scale,
+def left_rows(
+    r, block, z, first_pair, a0, visible, q, mid, stats, out, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of I rows i of one query column (a, j). Grid (AC*B2, blocks of i, ZC)."""
-    r = tl.program_id(0)
-    z = tl.program_id(2)
-    zh = tl.load(step) + z
-    a = tl.load(step + 1) + r // B2
+    """Output and log-sum-exp of block `block` of I rows i of one query column r = (a, j)."""
+    zh = first_pair + z
+    a = a0 + r // B2
     j = r % B2
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
     if (zh < Z) & (a < A):
         d = tl.arange(0, DP)
-        i = tl.program_id(1) * I + tl.arange(0, I)
+        i = block * I + tl.arange(0, I)
         live = i < B1
         query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
         q_i = load_rows(q + query, i * (B2 * H * D), live, d, D)
@@ -61,14 +59,15 @@ def left_backward(
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Back through L for one query column (a, j). Grid (AC*B2, blocks of i if QUERY, ZC).
 
     Replaces alpha and Y in `mid` by their gradients, c_L in `stats` by its gradient and writes there
-    e = <d_alpha, alpha> + <d_y, Y> + d_cl c_l, which is sum_l R dR: what the softmax gradient of R subtracts. The part of
-    dq through L goes to `dq_left` float32 [z, r, i, D]. FUSED does both, for B1 <= I; otherwise one launch with QUERY does
-    dq_left only and then one without does the rest.
+    e = sum_l R dR = <d_alpha, alpha> + <d_y, Y> + d_cl c_l, what the softmax gradient of R subtracts; written out, it
+    is sum_i L dL + dS S for the scores S of L. The part of dq through L goes to `dq_left` float32 [z, r, i, D].
+    FUSED does both, for B1 <= I; otherwise one launch with QUERY does dq_left only and then one without does the rest.
     """
     r = tl.program_id(0)
     z = tl.program_id(2)
@@ -99,20 +98,37 @@ def left_backward(
             alpha = load_rows(mid, n * (2 * D), seen, d, D)
             y = load_rows(mid + D, n * (2 * D), seen, d, D)
             c_l = tl.load(stats + ZC * R * CK + n, mask=seen, other=float("inf"))
-            if FUSED | QUERY:
+            if (FUSED | QUERY) & TRANSPOSED:  # scores [N, I]: few rows i
                 x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
                 p = tl.exp2(x - lse_i[None, :])
-                d_x = p * (tl.dot(y, g_i.T, input_precision=PRECISION) - delta_i[None, :])
-                low_d_x = (d_x * scale).to(q_i.dtype)
-                dq_i = tl.dot(low_d_x.T, alpha, dq_i, input_precision=PRECISION)
+                d_p = tl.dot(y, g_i.T, input_precision=PRECISION)
+                d_x = p * (d_p - delta_i[None, :])
+                low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
+                d_x = low_d_x.to(tl.float32) / scale  # d_cl and e must fit the rounded d_alpha and d_y
+                d_cl = -tl.sum(d_x, 1)
+                e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 1)
                 if FUSED:
-                    d_y = tl.dot(p.to(q_i.dtype), g_i, input_precision=PRECISION)
-                    d_alpha = tl.dot(low_d_x, q_i, input_precision=PRECISION)
-                    d_cl = -tl.sum(d_x, 1)
+                    store_rows(mid + D, n * (2 * D), seen, d, tl.dot(low_p, g_i, input_precision=PRECISION), D)
+                    store_rows(mid, n * (2 * D), seen, d, tl.dot(low_d_x, q_i, input_precision=PRECISION), D)
+                dq_i = tl.dot(low_d_x.T, alpha, dq_i, input_precision=PRECISION)
+            elif FUSED | QUERY:  # scores [I, N]
+                x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+                p = tl.exp2(x - lse_i[:, None])
+                d_p = tl.dot(g_i, y.T, input_precision=PRECISION)
+                d_x = p * (d_p - delta_i[:, None])
+                low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
+                d_x = low_d_x.to(tl.float32) / scale
+                d_cl = -tl.sum(d_x, 0)
+                e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 0)
+                if FUSED:
+                    store_rows(mid + D, n * (2 * D), seen, d, tl.dot(low_p.T, g_i, input_precision=PRECISION), D)
+                    store_rows(mid, n * (2 * D), seen, d, tl.dot(low_d_x.T, q_i, input_precision=PRECISION), D)
+                dq_i = tl.dot(low_d_x, alpha, dq_i, input_precision=PRECISION)
             else:
                 d_y = tl.zeros([N, DP], tl.float32)
                 d_alpha = tl.zeros([N, DP], tl.float32)
                 d_cl = tl.zeros([N], tl.float32)
+                e = tl.zeros([N], tl.float32)
                 for part in range(NI):
                     i_n = part * I + tl.arange(0, I)
                     q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
@@ -121,15 +137,17 @@ def left_backward(
                     delta_n = tl.load(delta + place + i_n * (B2 * H), mask=i_n < B1, other=0.0)
                     x = tl.dot(alpha, q_n.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
                     p = tl.exp2(x - lse_n[None, :])
-                    d_x = p * (tl.dot(y, g_n.T, input_precision=PRECISION) - delta_n[None, :])
-                    d_y = tl.dot(p.to(q_n.dtype), g_n, d_y, input_precision=PRECISION)
-                    d_alpha = tl.dot((d_x * scale).to(q_n.dtype), q_n, d_alpha, input_precision=PRECISION)
+                    d_p = tl.dot(y, g_n.T, input_precision=PRECISION)
+                    d_x = p * (d_p - delta_n[None, :])
+                    low_p, low_d_x = p.to(q_n.dtype), (d_x * scale).to(q_n.dtype)
+                    d_y = tl.dot(low_p, g_n, d_y, input_precision=PRECISION)
+                    d_alpha = tl.dot(low_d_x, q_n, d_alpha, input_precision=PRECISION)
+                    d_x = low_d_x.to(tl.float32) / scale
                     d_cl -= tl.sum(d_x, 1)
-            if FUSED | (not QUERY):
-                e = tl.sum(d_alpha * alpha.to(tl.float32), 1) + tl.sum(d_y * y.to(tl.float32), 1)
-                e += tl.where(seen, d_cl * tl.where(seen, c_l, 0.0), 0.0)
-                store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
+                    e += tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 1)
                 store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
+                store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
+            if FUSED | (not QUERY):
                 tl.store(stats + ZC * R * CK + n, d_cl, mask=seen)
                 tl.store(stats + 2 * ZC * R * CK + n, e, mask=seen)
         if FUSED | QUERY:

@@ -14,9 +14,9 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     todo = plan.forward(shape, _configs(shape, where), _precision(q))
     results = {"out": q, "lse": jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)}
     operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": float(problem.scale)}
-    found = launch.run(
-        todo, operands, _scratch(shape, todo, q, backward=False), _structs(results), {}, where.compute_capability
-    )
+    scratch = _scratch(shape, todo, q, backward=False)
+    kept = ("mid", "stats")
+    found = launch.run(todo, operands, scratch, _structs(results), {}, kept, where.compute_capability)
     return found["out"], found["lse"]
 
 
@@ -46,7 +46,7 @@ def backward(problem, q, k, v, d_out, lse, delta, visible) -> tuple[jax.Array, j
     }
     results = _structs({"dq": q, "dk": key_grad, "dv": key_grad})
     scratch = _scratch(shape, todo, q, backward=True)
-    found = launch.run(todo, operands, scratch, results, start, where.compute_capability)
+    found = launch.run(todo, operands, scratch, results, start, (), where.compute_capability)
     return found["dq"], found["dk"].astype(k.dtype), found["dv"].astype(k.dtype)
 
 

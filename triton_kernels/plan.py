@@ -44,17 +44,16 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps (first pair, first query tile), one after the other, and the launches of each.
+    """Steps, one after the other, and the launches of each.
 
     Attributes:
-        steps: Operand `step` of each step.
+        steps: Operand `step` of each: (first pair, first query tile), in the forward pass as `overlapped.forward` says.
         launches: What every step runs.
         pairs: (batch, head) pairs per step.
         tiles: Query tiles per step.
-        summed: Whether dk and dv are sums over several steps (then in float32).
     """
 
-    steps: tuple[tuple[int, int], ...]
+    steps: tuple[tuple[int, ...], ...]
     launches: tuple[Launch, ...]
     pairs: int
     tiles: int
@@ -62,7 +61,7 @@ class Plan:
     @property
     def summed(self) -> bool:
         """Whether several steps add to the same dk and dv."""
-        return any(first for _, first in self.steps)
+        return any(step[1] for step in self.steps)
 
 
 def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tuple[int, ...]]:
@@ -70,37 +69,42 @@ def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tup
     rows = plan.tiles * shape.b2
     shapes = {
         "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
-        "stats": (3 if backward else 2, plan.pairs, rows, shape.key_rows),
+        "stats": (plan.pairs, rows, shape.key_rows),
     }
-    if backward:
-        shapes["dq_left"] = (plan.pairs, rows, shape.b1, shape.dim)
-    return shapes
+    if not backward:  # two slots; stats: log-sum-exp (unused) and c_L
+        return {"mid": (2, *shapes["mid"]), "stats": (2, 2, *shapes["stats"])}
+    return shapes | {"stats": (3, *shapes["stats"]), "dq_left": (plan.pairs, rows, shape.b1, shape.dim)}
 
 
 def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
-    """Right, then left, for every chunk."""
-    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
-    common = _common(shape, pairs, tiles, precision)
-    launches = (
-        _right_forward(shape, configs.right_forward, common, save=False),
-        _left(shape, "left_forward", configs.left_forward, common, ("out", "lse"), blocks=True),
+    """One kernel per step does R of a chunk and L of the chunk before, so there is one more step than chunks."""
+    chunks, pairs, tiles = _chunks(shape, configs.scratch_bytes // 2)
+    nothing = (shape.pairs, 0)
+    steps = tuple(
+        (*now, *before, n % 2)
+        for n, (now, before) in enumerate(zip((*chunks, nothing), (nothing, *chunks), strict=True))
     )
-    return Plan(steps, launches, pairs, tiles)
+    right, left = configs.right_forward, configs.left_forward
+    constants = _common(shape, pairs, tiles, precision)
+    constants |= {"M": right.rows, "L": right.keys, "SPLIT": right.split, "RIGHT_STAGES": right.stages}
+    constants |= {"I": left.rows, "N": left.keys, "LEFT_STAGES": left.stages, "AP": power_of_two(tiles)}
+    programs = pairs * (shape.key_rows * right.split + tiles * shape.b2 * math.ceil(shape.b1 / left.rows))
+    launch = Launch("forward", ("mid", "stats", "out", "lse"), (programs, 1, 1), constants, right.warps, right.stages)
+    return Plan(steps, (launch,), pairs, tiles)
 
 
 def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None) -> Plan:
     """Right again, back through left, then back through right for the keys and for the queries."""
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
-    common["ZC"], common["AC"] = pairs, tiles
     launches = [_right_forward(shape, configs.right_forward, common, save=True)]
     left = configs.left_backward
     if shape.b1 <= left.rows:
-        flags = {"FUSED": True, "QUERY": True}
+        flags = {"FUSED": True, "QUERY": True, "TRANSPOSED": left.transposed}
         writes = ("mid", "stats", "dq_left")
         launches.append(_left(shape, "left_backward", left, common | flags, writes, blocks=False))
     else:
-        flags = {"FUSED": False, "QUERY": True}
+        flags = {"FUSED": False, "QUERY": True, "TRANSPOSED": left.transposed}
         launches.append(_left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True))
         flags["QUERY"] = False
         launches.append(_left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False))

@@ -12,19 +12,17 @@ from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_rang
 
 
 @kernel
-def right_forward(
-    step, visible, q, k, v, mid, stats, scale,
+def right_rows(
+    item, part, z, first_pair, a0, visible, q, k, v, mid, stats, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
     DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """alpha, Y and c_L of one key row, looping over a share of the rows (a, j). Grid (C*B1, SPLIT, ZC)."""
-    ck = tl.program_id(0)
+    """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j)."""
+    ck = item
     c = ck // B1
-    z = tl.program_id(2)
-    zh = tl.load(step) + z
-    a0 = tl.load(step + 1)
+    zh = first_pair + z
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
@@ -34,7 +32,7 @@ def right_forward(
     low, high = row_range(visible, a0, c, A, AC, B2, M, AP)
     high = tl.where(zh < Z, high, 0)
     share = (high - low + SPLIT - 1) // SPLIT
-    first = low + tl.program_id(1) * share
+    first = low + part * share
     last = tl.minimum(first + share, high)
     key_row = tile_offset(b, c, h, C, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
     query = tile_offset(b, a0, h, A, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
@@ -67,8 +65,8 @@ def right_forward(
                 entropy = tl.zeros([M], tl.float32)
                 alpha = tl.zeros([M, DP], tl.float32)
                 y = tl.zeros([M, DP], tl.float32)
-                for part in range(NL):
-                    l_n = part * L + l
+                for n in range(NL):
+                    l_n = n * L + l
                     k_l = load_rows(k + key_row, l_n * (H * D), l_n < B2, d, D)
                     v_l = load_rows(v + key_row, l_n * (H * D), l_n < B2, d, D)
                     x = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E)
@@ -95,6 +93,22 @@ def right_forward(
             tl.store(stats + ZC * R * CK + row, (entropy - log_total) * LN_2, mask=live)
             if SAVE:
                 tl.store(stats + row, top + log_total, mask=live)
+
+
+@kernel
+def right_forward(
+    step, visible, q, k, v, mid, stats, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`right_rows` for one step. Grid (C*B1, SPLIT, ZC)."""
+    right_rows(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.load(step), tl.load(step + 1),
+        visible, q, k, v, mid, stats, scale,
+        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, SPLIT, SAVE, PRECISION, STAGES,
+    )  # fmt: skip
 
 
 @kernel

@@ -1,0 +1,207 @@
+"""Triton kernels: numbers in the interpreter, compiled resources, lowering; on a card, the whole suite."""
+
+import functools
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import triton_kernels
+from monarch_jax import monarch_attention
+from monarch_jax.backends import Problem
+from tests.attention.suite import AttentionSuite
+from triton_kernels import plan
+from triton_kernels.config import Config, Target, configs, heuristic
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = (
+    "plain", "causal", "half", "one pair at a time", "one query tile at a time", "blocks of rows and columns",
+    "keys first", "sharp, padded dim", "flat", "newest tile", "480p tile",
+)  # fmt: skip
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
+SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
+
+
+def missing(*packages):
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Errors of every case; one process, because the interpreter is chosen when the kernels are imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_interpreter"]
+    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=840)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row.pop("case"): row for row in rows}
+
+
+@missing("triton", "torch")
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreter_agrees_with_the_reference(interpreted, case):
+    bound = 2e-3 if case == "half" else 1e-5
+    assert set(interpreted[case]) == {"out", "dq", "dk", "dv"}
+    assert all(x <= bound for x in interpreted[case].values()), interpreted[case]
+
+
+def launches(setting, capability, dim=128, itemsize=2):
+    """Every distinct launch of forward and backward of one setting."""
+    tiles, b1, b2 = SETTINGS[setting]
+    shape = plan.Shape(batch=1, query_tiles=tiles, key_tiles=tiles, b1=b1, b2=b2, heads=12, dim=dim, itemsize=itemsize)
+    chosen = configs(Target(capability), b1=b1, b2=b2, dim=dim, itemsize=itemsize)
+    precision = "tf32x3" if itemsize == 4 else "ieee"
+    return plan.forward(shape, chosen, precision).launches + plan.backward(shape, chosen, precision, None).launches
+
+
+def compile_launch(call, capability, dtype="bf16"):
+    """Registers, bytes of spills and of shared memory, from the compiler that Triton carries."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler as nvidia
+    from triton.compiler import ASTSource
+
+    from triton_kernels import left, overlapped, right
+
+    kernel = getattr({"f": overlapped, "l": left, "r": right}[call.kernel[0]], call.kernel)
+    integers = {"step": "*i32", "visible": "*i32", "first_tile": "*i32", "scale": "fp32"}
+    floats = dict.fromkeys(("stats", "lse", "delta", "dq_left"), "*fp32")
+    signature, constants, attributes = {}, {}, {}
+    for n, name in enumerate(inspect.signature(kernel.fn).parameters):
+        signature[name] = "constexpr" if name.isupper() else (integers | floats).get(name, f"*{dtype}")
+        if name.isupper():
+            constants[(n,)] = call.constants[name]
+        elif name != "scale":
+            attributes[(n,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": call.warps, "num_stages": call.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout + report.stderr)
+    assert usage, report.stdout + report.stderr
+    return int(usage[1]), int(usage[2]), made.metadata.shared
+
+
+@missing("triton")
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_kernels_compile_ahead_of_time(capability):
+    for call in launches("480p", capability):
+        registers, spills, shared = compile_launch(call, capability)
+        assert registers <= 255
+        assert spills <= 64, f"{call.kernel}: {spills} bytes of stack"
+        assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@pytest.mark.slow
+@missing("triton")
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("setting", list(SETTINGS)[1:])
+def test_other_settings_fit_shared_memory(capability, setting):
+    for call in launches(setting, capability):
+        _, _, shared = compile_launch(call, capability)
+        assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lowers_for_cuda_without_a_card(gradient):
+    attend = functools.partial(monarch_attention, grid=(21, 30, 52), implementation="triton")
+    x = jax.ShapeDtypeStruct((1, 21 * 30 * 52, 12, 128), jnp.bfloat16)
+
+    def run(q, k, v, g):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return vjp(g) if gradient else out
+
+    with triton_kernels.compile_for(90):
+        text = jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton_kernel_call_ffi") >= (5 if gradient else 1)
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+def test_vmap_and_a_traced_fill_lower_for_cuda():
+    attend = functools.partial(monarch_attention, grid=(2, 6, 8), implementation="triton")
+    q = jax.ShapeDtypeStruct((3, 1, 96, 2, 64), jnp.float16)
+    k = jax.ShapeDtypeStruct((3, 1, 192, 2, 64), jnp.float16)
+
+    def run(q, k, v, frames):
+        return jax.grad(lambda q: jax.vmap(lambda *x: attend(*x, kv_frames=frames))(q, k, v).astype(jnp.float32).sum())(
+            q
+        )
+
+    lowered = jax.jit(run).trace(q, k, k, jax.ShapeDtypeStruct((), jnp.int32)).lower(lowering_platforms=("cuda",))
+    assert "triton_kernel_call_ffi" in lowered.as_text()
+
+
+def tiles(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "num_iters", "word"),
+    [
+        ((1, 2, 3, 8, 1, 64), jnp.bfloat16, 1, "3 x 8"),
+        ((1, 2, 8, 3, 1, 64), jnp.bfloat16, 1, "8 x 3"),
+        ((1, 2, 8, 8, 1, 256), jnp.bfloat16, 1, "head_dim 256"),
+        ((1, 2, 8, 8, 1, 64), jnp.float64, 1, "float64"),
+        ((1, 2, 8, 8, 1, 64), jnp.bfloat16, 2, "num_iters=2"),
+    ],
+)
+def test_says_what_it_cannot_do(shape, dtype, num_iters, word):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    assert word in triton_kernels.supports(Problem(scale=1.0, num_iters=num_iters), x, x)
+
+
+def test_names_the_missing_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    x = tiles((1, 2, 8, 8, 1, 64))
+    assert "pip install" in triton_kernels.supports(Problem(scale=1.0), x, x)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_scratch_stays_bounded(setting):
+    """Intermediates of any number of frames stay under the limit, down to one query tile of one head."""
+    _, b1, b2 = SETTINGS[setting]
+    chosen = heuristic(Target(90), b1=b1, b2=b2, dim=128, itemsize=2)
+    for tiles in (1, 7, 21, 84):
+        shape = plan.Shape(batch=2, query_tiles=tiles, key_tiles=tiles, b1=b1, b2=b2, heads=12, dim=128, itemsize=2)
+        for todo in (plan.forward(shape, chosen, "ieee"), plan.backward(shape, chosen, "ieee", None)):
+            assert todo.pairs * todo.tiles * tiles * b1 * b2 * 512 <= max(chosen.scratch_bytes, tiles * b1 * b2 * 512)
+            covered = {(pair, tile) for pair, tile, *_ in todo.steps if pair < shape.pairs}
+            assert covered == {(p, t) for p in range(0, shape.pairs, todo.pairs) for t in range(0, tiles, todo.tiles)}
+
+
+def test_tuned_configs_are_read():
+    where = Target(90, "NVIDIA H200")
+    for b1, b2 in ((30, 52), (90, 52), (45, 80), (135, 80)):
+        chosen = configs(where, b1=b1, b2=b2, dim=128, itemsize=2)
+        assert isinstance(chosen.right_forward, Config)
+        assert chosen != heuristic(where, b1=b1, b2=b2, dim=128, itemsize=2)
+
+
+def on_cuda():
+    return jax.default_backend() == "gpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_cuda(), reason="needs an NVIDIA GPU")
+class TestOnACard(AttentionSuite):
+    implementation = "triton"
+    num_iters: ClassVar = (1,)
+    bounds: ClassVar = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+    dims: ClassVar = (64, 48)

@@ -1,0 +1,155 @@
+"""Runs the Triton kernels in Triton's interpreter on torch CPU tensors and prints relative errors as JSON.
+
+Run in a process of its own: TRITON_INTERPRET=1 counts when the kernels are imported. Scratch and results start as NaN,
+so that a number that was never written shows.
+"""
+
+import dataclasses
+import inspect
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from monarch_jax import reference
+from monarch_jax.backends import Problem
+from triton_kernels import left, overlapped, plan, right
+from triton_kernels.config import Config, Target, heuristic
+
+jax.config.update("jax_enable_x64", True)
+KERNELS = {
+    "forward": overlapped.forward,
+    "right_forward": right.right_forward,
+    "left_backward": left.left_backward,
+    "right_backward": right.right_backward,
+    "right_query": right.right_query,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem; `rows`, `keys` and `scratch_bytes` override the configs."""
+
+    batch: int = 1
+    query_tiles: int = 2
+    key_tiles: int = 3
+    b1: int = 5
+    b2: int = 7
+    heads: int = 2
+    dim: int = 16
+    visible: tuple[int, ...] | None = None
+    grad_tiles: int | None = None
+    half: bool = False
+    sharpness: float = 1.0
+    rows: int | None = None
+    transposed: bool | None = None
+    scratch_bytes: int = 2**30
+
+
+CASES = {
+    "plain": Case(batch=2),
+    "causal": Case(query_tiles=3, visible=(1, 2, 2)),
+    "half": Case(half=True),
+    "one pair at a time": Case(scratch_bytes=30_000),
+    "one query tile at a time": Case(query_tiles=3, visible=(3, 1, 2), scratch_bytes=1),
+    "blocks of rows and columns": Case(query_tiles=1, key_tiles=2, b1=17, b2=20, heads=1, rows=16),
+    "keys first": Case(query_tiles=1, key_tiles=2, transposed=True),
+    "sharp, padded dim": Case(dim=12, sharpness=10.0),
+    "flat": Case(sharpness=0.1),
+    "newest tile": Case(visible=(2, 2), grad_tiles=1),
+    "480p tile": Case(query_tiles=1, key_tiles=2, b1=30, b2=52, heads=1, dim=32),
+}
+
+
+def run_plan(todo, operands, scratch, results, start, kept=()):
+    """What `launch.run` does, with torch."""
+    state = dict(start)
+    for step in todo.steps:
+        arrays = dict(operands, step=torch.tensor(step, dtype=torch.int32), **state)
+        for name, (size, dtype) in (scratch | results).items():
+            if name not in arrays:
+                arrays[name] = torch.full(size, float("nan"), dtype=dtype)
+        for call in todo.launches:
+            kernel = KERNELS[call.kernel]
+            names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
+            kernel[call.grid](**{name: arrays[name] for name in names}, **call.constants)
+        state = {name: arrays[name] for name in (*results, *kept)}
+    return state
+
+
+def error(x, expected):
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(x - expected) / np.linalg.norm(expected))
+
+
+def scratch_of(shape, todo, dtype, backward):
+    sizes = plan.scratch_shapes(shape, todo, backward=backward)
+    return {name: (size, dtype if name == "mid" else torch.float32) for name, size in sizes.items()}
+
+
+def run_case(case: Case) -> dict[str, float]:
+    """Relative errors of out, dq, dk, dv against the reference in float64."""
+    dtype = torch.float16 if case.half else torch.float32
+    rng = np.random.default_rng(0)
+    tiles = (case.query_tiles, case.key_tiles, case.key_tiles, case.query_tiles)
+    q, k, v, g = (
+        rng.standard_normal((case.batch, n, case.b1, case.b2, case.heads, case.dim)).astype(
+            np.float16 if case.half else np.float32
+        )
+        for n in tiles
+    )
+    q *= case.sharpness
+    visible = np.array(case.visible or [case.key_tiles] * case.query_tiles, np.int32)
+    problem = Problem(scale=case.dim**-0.5, masked=case.visible is not None, grad_tiles=case.grad_tiles)
+    wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v)]
+    expected, vjp = jax.vjp(lambda *x: reference.attend(problem, *x, jnp.asarray(visible)), *wide)
+    expected = dict(zip(("out", "dq", "dk", "dv"), (expected, *vjp(jnp.asarray(g, jnp.float64))), strict=True))
+
+    shape = plan.Shape(
+        batch=case.batch, query_tiles=case.query_tiles, key_tiles=case.key_tiles, b1=case.b1, b2=case.b2,
+        heads=case.heads, dim=case.dim, itemsize=2 if case.half else 4,
+    )  # fmt: skip
+    configs = heuristic(Target(90), b1=case.b1, b2=case.b2, dim=case.dim, itemsize=2)
+    changes: dict = {"scratch_bytes": case.scratch_bytes}
+    if case.rows:
+        names = [f.name for f in dataclasses.fields(configs) if f.name != "scratch_bytes"]
+        changes |= {name: Config(rows=case.rows, keys=case.rows) for name in names}
+    if case.transposed is not None:
+        changes["left_backward"] = dataclasses.replace(configs.left_backward, transposed=case.transposed)
+    configs = dataclasses.replace(configs, **changes)
+
+    last = int(visible.max())
+    k[:, last:], v[:, last:] = np.nan, np.nan  # what nobody sees may hold anything
+    q, k, v, g = (torch.tensor(x) for x in (q, k, v, g))
+    operands = {"visible": torch.tensor(visible), "q": q, "k": k, "v": v, "scale": problem.scale}
+    todo = plan.forward(shape, configs, "ieee")
+    results = {"out": (q.shape, dtype), "lse": (q.shape[:-1], torch.float32)}
+    kept = ("mid", "stats")
+    found = run_plan(todo, operands, scratch_of(shape, todo, dtype, False), results, {}, kept)
+
+    todo = plan.backward(shape, configs, "ieee", case.grad_tiles)
+    key_dtype = torch.float32 if todo.summed else dtype
+    start, first = {}, 0
+    if todo.summed or case.grad_tiles is not None:
+        start = {name: torch.zeros(k.shape, dtype=key_dtype) for name in ("dk", "dv")}
+    if case.grad_tiles is not None:
+        first = last - case.grad_tiles
+    operands |= {
+        "first_tile": torch.tensor([first], dtype=torch.int32),
+        "d_out": g,
+        "lse": found["lse"],
+        "delta": (g.float() * found["out"].float()).sum(-1),
+    }
+    results = {"dq": (q.shape, dtype), "dk": (k.shape, key_dtype), "dv": (k.shape, key_dtype)}
+    found |= run_plan(todo, operands, scratch_of(shape, todo, dtype, True), results, start)
+    wanted = slice(first, last) if case.grad_tiles is not None else slice(None)
+    errors = {name: error(found[name], expected[name]) for name in ("out", "dq")}
+    return errors | {name: error(found[name][:, wanted], expected[name][:, wanted]) for name in ("dk", "dv")}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or CASES:
+        print(json.dumps({"case": name, **run_case(CASES[name])}), flush=True)
