@@ -4,7 +4,7 @@ The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persiste
 compiled for CUDA on a machine without a card; nothing here asks what devices there are.
 """
 
-from pallas_kernels.config import left_config, right_config
+from pallas_kernels.config import forward_config, right_config
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -57,14 +57,6 @@ def forward(problem, q, k, v, visible):
     if reason := supports(problem, q, k):
         raise NotImplementedError(reason)
     _, _, rows, cols, _, dim = q.shape
+    config = forward_config(rows, cols, dim)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
-        return run(
-            q,
-            k,
-            v,
-            visible.astype("int32"),
-            scale=problem.scale,
-            masked=problem.masked,
-            right_config=right_config(cols, dim),
-            left_config=left_config(rows, dim),
-        )
+        return run(q, k, v, visible.astype("int32"), scale=problem.scale, masked=problem.masked, config=config)

@@ -1,17 +1,24 @@
 """The forward pass on Hopper: both stages for one chunk of heads and query tiles after another.
 
-alpha, c_L and Y of a chunk are all that exists at a time, so the memory beyond inputs and outputs is bounded.
+alpha, c_L and Y of one chunk, or two, are all that exists at a time: memory beyond inputs and outputs is bounded.
 """
+
+import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import SLAB, LeftConfig, RightConfig
-from pallas_kernels.left_sm90 import left
-from pallas_kernels.right_sm90 import right
+from pallas_kernels.config import ROWS, SLAB, ForwardConfig, LeftConfig, RightConfig, column_blocks
+from pallas_kernels.left_sm90 import left_role
+from pallas_kernels.right_sm90 import right_role
+from pallas_kernels.shared import launch
 
-CHUNK_BYTES = 1536 * 2**20  # alpha and Y of a chunk, when a single head and query tile does not need more
+UNROLLED = 24  # side by side, chunks are unrolled; more of them than this take turns in a loop, compiled once
+
+Arrays = tuple[jax.Array, ...]
 
 
 def chunk_sizes(batch: int, heads: int, tiles: int, pair_bytes: int, limit: int) -> tuple[int, int]:
@@ -39,6 +46,104 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
+def split_blocks(shape: tuple[int, ...], pairs: int, right: RightConfig, left: LeftConfig) -> tuple[int, int]:
+    """Blocks for each stage when they run side by side, in proportion to the multiply-adds of their products.
+
+    Args:
+        shape: [B, A, b1, b2, H, D] of the queries.
+        pairs: C*b1.
+        right: Sizes of stage 1; its blocks are those to share.
+        left: Sizes of stage 2.
+
+    Returns:
+        Blocks of stage 1 and of stage 2.
+    """
+    _, tiles, rows, cols, _, _ = shape
+    first = column_blocks(cols, tiles, False).items * ROWS / tiles * pairs * 3 * right.depth(cols)
+    second = -(-rows // ROWS) * ROWS * cols * 2 * -(-pairs // left.key_block) * left.key_block
+    blocks = min(max(round(right.blocks * first / (first + second)), 1), right.blocks - 1)
+    return blocks, right.blocks - blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The arguments of a forward pass, shaped for both kernels, and the size of its chunks."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    limits: jax.Array  # int32 [A], pairs that a query tile sees
+    heads: int  # of a chunk
+    tiles: int  # of a chunk
+    scale: float
+    masked: bool
+    config: ForwardConfig
+
+    @property
+    def pairs(self) -> int:
+        """C*b1."""
+        return self.k.shape[1] * self.k.shape[2]
+
+    def start(self, head, tile) -> jax.Array:
+        """int32 [3]: a chunk's first head and query tile, and the pairs that anyone needs."""
+        depth = self.config.left.key_block
+        bound = lax.div(self.limits.max() + depth - 1, depth) * depth
+        return jnp.stack([jnp.int32(head), jnp.int32(tile), bound])
+
+    def right(self, head, tile, blocks: int | None = None):
+        """Stage 1 of the chunk that starts at (head, tile), for `launch`."""
+        batch, tiles, rows, cols, heads, dim = self.q.shape
+        thin = (dim // self.config.right.slab, self.config.right.slab)
+        q = self.q.reshape(batch, tiles, rows, cols, heads, *thin)
+        k, v = (x.reshape(batch, self.pairs, cols, heads, *thin) for x in (self.k, self.v))
+        role = right_role(
+            _like(q),
+            _like(k),
+            scale=self.scale,
+            heads=self.heads,
+            tiles=self.tiles,
+            key_block=self.config.left.key_block,
+            masked=self.masked,
+            config=self.config.right,
+            blocks=blocks,
+        )
+        return role, (q, k, v, self.limits, self.start(head, tile))
+
+    def left(self, head, tile, made: Arrays, blocks: int | None = None):
+        """Stage 2 of a chunk from what stage 1 made, for `launch`."""
+        batch, tiles, rows, cols, heads, dim = self.q.shape
+        slabs = dim // SLAB
+        q = self.q.reshape(batch, tiles, rows, cols * heads, slabs, SLAB)
+        alpha, y, c = made
+        alpha, y = (x.reshape(-1, self.pairs, cols, slabs, SLAB) for x in (alpha, y))
+        role = left_role(
+            _like(self.q),
+            self.pairs,
+            scale=self.scale,
+            heads=self.heads,
+            tiles=self.tiles,
+            masked=self.masked,
+            config=self.config.left,
+            blocks=blocks,
+        )
+        return role, (q, alpha, y, c, self.limits, self.start(head, tile))
+
+    def tiled(self, out: jax.Array, lse: jax.Array) -> Arrays:
+        """The chunk's output [B, tiles, b1, b2, heads, D] and log-sum-exp [B, tiles, b1, b2, heads]."""
+        batch, _, rows, cols, _, dim = self.q.shape
+        lse = lse.reshape(batch, self.heads, self.tiles, cols, -1)[..., :rows].transpose(0, 2, 4, 3, 1)
+        return out.reshape(batch, self.tiles, rows, cols, self.heads, dim), lse
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _put(whole: Arrays, head, tile, parts: Arrays) -> Arrays:
+    at = tuple(jnp.int32(x) for x in (0, tile, 0, 0, head, 0))
+    return tuple(lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
+
+
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -47,9 +152,7 @@ def forward(
     *,
     scale: float,
     masked: bool,
-    right_config: RightConfig,
-    left_config: LeftConfig,
-    chunk_bytes: int = CHUNK_BYTES,
+    config: ForwardConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """The output and log-sum-exp, as `pallas_kernels.forward`.
 
@@ -60,43 +163,49 @@ def forward(
         visible: int32 [A].
         scale: Softmax scale.
         masked: Whether `visible` may hide a key tile.
-        right_config: Sizes of stage 1.
-        left_config: Sizes of stage 2.
-        chunk_bytes: Bytes of alpha and Y that may exist at a time.
+        config: Sizes.
 
     Returns:
         out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H] in float32.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
-    slabs, pairs = dim // SLAB, k.shape[1] * rows
+    pair_bytes = 4 * k.shape[1] * rows * cols * dim
+    limit = config.limit(batch * heads * tiles * pair_bytes)
+    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     limits = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) * rows
-    depth = left_config.key_block
-    bound = (limits.max() + depth - 1) // depth * depth
-    thin = (dim // right_config.slab, right_config.slab)
-    by_row = q.reshape(batch, tiles, rows, cols, heads, *thin)
-    by_column = q.reshape(batch, tiles, rows, cols * heads, slabs, SLAB)
-    keys, values = (x.reshape(batch, pairs, cols, heads, *thin) for x in (k, v))
-    pair_bytes = 4 * pairs * cols * dim
-    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, chunk_bytes)
-    sizes = dict(scale=scale, heads=chunk_heads, tiles=chunk_tiles, masked=masked)
-
-    def chunk(head: jax.Array, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start = jnp.stack([head, tile, bound]).astype(jnp.int32)
-        alpha, y, c = right(by_row, keys, values, limits, start, key_block=depth, config=right_config, **sizes)
-        alpha, y = (x.reshape(-1, pairs, cols, slabs, SLAB) for x in (alpha, y))
-        out, lse = left(by_column, alpha, y, c, limits, start, config=left_config, **sizes)
-        lse = lse.reshape(batch, chunk_heads, chunk_tiles, cols, -1)[..., :rows].transpose(0, 2, 4, 3, 1)
-        return out.reshape(batch, chunk_tiles, rows, cols, chunk_heads, dim), lse
-
-    if (chunk_heads, chunk_tiles) == (heads, tiles):
-        return chunk(jnp.int32(0), jnp.int32(0))
+    call = _Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
+    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
+    if len(places) == 1:
+        return _chunk(call, 0, 0)
+    empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32))
+    if config.beside and len(places) <= UNROLLED:
+        return _beside(call, places, empty)
 
     def body(i, carry):
-        head, tile = i // (tiles // chunk_tiles) * chunk_heads, i % (tiles // chunk_tiles) * chunk_tiles
-        parts = chunk(head, tile)
-        zero = jnp.int32(0)
-        at = (zero, tile, zero, zero, head, zero)
-        return tuple(lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(carry, parts, strict=True))
+        head, tile = jnp.array(places, jnp.int32)[i]
+        return _put(carry, head, tile, _chunk(call, head, tile))
 
-    empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32))
-    return lax.fori_loop(0, heads // chunk_heads * (tiles // chunk_tiles), body, empty)
+    return lax.fori_loop(0, len(places), body, empty)
+
+
+def _chunk(call: _Call, head, tile) -> Arrays:
+    """One stage after the other."""
+    (made,) = launch(call.right(head, tile))
+    (found,) = launch(call.left(head, tile, made))
+    return call.tiled(*found)
+
+
+def _beside(call: _Call, places: list[tuple[int, int]], result: Arrays) -> Arrays:
+    """Stage 1 of each chunk beside stage 2 of the one before: memory is written by the one and read by the other."""
+    first, second = split_blocks(call.q.shape, call.pairs, call.config.right, call.config.left)
+
+    @functools.partial(jax.jit, inline=False)
+    def both(now, before, made):
+        return launch(call.right(*now, blocks=first), call.left(*before, made, blocks=second))
+
+    (made,) = launch(call.right(*places[0]))
+    for before, now in itertools.pairwise(jnp.array(places, jnp.int32)):
+        made, found = both(now, before, made)
+        result = _put(result, *before, call.tiled(*found))
+    (found,) = launch(call.left(*places[-1], made))
+    return _put(result, *places[-1], call.tiled(*found))

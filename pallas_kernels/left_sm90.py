@@ -5,7 +5,6 @@ alpha[:, j], values Y[:, j] and the bias -c_L[:, j]. A persistent block streams 
 columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups.
 """
 
-import functools
 import math
 
 import jax
@@ -14,51 +13,48 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
+from pallas_kernels.shared import Role
 
 LOG2E = math.log2(math.e)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "heads", "tiles", "masked", "config"))
-def left(
-    q: jax.Array,
-    alpha: jax.Array,
-    y: jax.Array,
-    c: jax.Array,
-    limits: jax.Array,
-    start: jax.Array,
+def left_role(
+    q: jax.ShapeDtypeStruct,
+    pairs: int,
     *,
     scale: float,
     heads: int,
     tiles: int,
     masked: bool,
     config: LeftConfig,
-) -> tuple[jax.Array, jax.Array]:
+    blocks: int | None = None,
+) -> Role:
     """Attends from the rows of a chunk of query tiles and heads.
 
+    Inputs of the role: q [B, A, b1, b2*H, D/64, 64]; alpha [X, C*b1, b2, D/64, 64], X = B * heads * tiles; Y as alpha;
+    c_L [B * heads, items, 64, P] as `right_role` leaves it, P a multiple of `key_block`; limits, int32 [A], the pairs
+    that a query tile sees, read when `masked`; start, int32 [3], the chunk's first head and query tile.
+
+    Outputs: the output [B, tiles, b1, b2*heads, D/64, 64] in q's dtype; the log-sum-exp [X, b2, b1 or more] in float32.
+
     Args:
-        q: [B, A, b1, b2*H, D/64, 64].
-        alpha: [X, C*b1, b2, D/64, 64], X = B * heads * tiles.
-        y: As alpha.
-        c: [B * heads, items, 64, P] in float32, units of log 2: c_L as the first kernel leaves it, P a multiple of
-            `key_block`.
-        limits: int32 [A], pairs that a query tile sees; read when `masked`.
-        start: int32 [3], the chunk's first head and query tile.
+        q: [B, A, b1, b2, H, D], before its last axes are split.
+        pairs: C*b1.
         scale: Softmax scale.
         heads: Heads of the chunk.
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
         config: Sizes.
+        blocks: Persistent blocks; default as `config` says.
 
     Returns:
-        The output [B, tiles, b1, b2*heads, D/64, 64] in q's dtype and the log-sum-exp
-        [X, b2, b1 rounded up to 64 * row_blocks] in float32.
+        The role.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, _, rows, _, slabs, _ = q.shape
-    _, pairs, cols, _, _ = alpha.shape
-    all_heads = q.shape[3] // cols
+    batch, _, rows, cols, all_heads, dim = q.shape
+    slabs = dim // SLAB
     groups, stages, depth, query_stages = config.warpgroups, config.stages, config.key_block, config.query_stages
     columns, row_blocks = config.columns, config.row_blocks
     split = column_blocks(cols, tiles, masked)
@@ -66,14 +62,16 @@ def left(
     row_groups = -(-rows // (ROWS * row_blocks))
     count = batch * heads * tiles
     items = count * column_groups * row_groups
-    blocks = min(config.blocks, items)
+    blocks = min(blocks or config.blocks, items)
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
 
-    def body(q, alpha, y, c, limits, start, out, lse, smem, c_in, lse_out, q_full, q_free, *rings):
+    def run(block, inputs, outputs, scratch):
+        q, alpha, y, c, limits, start = inputs
+        out, lse = outputs
+        smem, c_in, lse_out, q_full, q_free, alpha_full, alpha_free, y_full, y_free = scratch
         (q_mma, alpha_mma, y_mma), (q_in, alpha_in, y_in) = shared.tile_views(smem)
-        alpha_full, alpha_free, y_full, y_free = rings
-        group, block = lax.axis_index("group"), lax.axis_index("block")
+        group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
         turns = lax.div(items - block + blocks - 1, blocks)
 
@@ -206,17 +204,13 @@ def left(
         (stages, columns, slabs, depth, SLAB),
     )
     struct = jax.ShapeDtypeStruct
-    return plgpu.kernel(
-        body,
-        out_type=(
+    return Role(
+        run,
+        outputs=(
             struct((batch, tiles, rows, cols * heads, slabs, SLAB), dtype),
             struct((count, cols, row_groups * row_blocks * ROWS), f32),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=groups + 1,
-        thread_name="group",
-        scratch_types=[
+        scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
             plgpu.SMEM((stages, columns, depth), f32),
             plgpu.SMEM((groups, ROWS), f32),
@@ -226,8 +220,7 @@ def left(
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-        ],
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
         ),
-    )(q, alpha, y, c, limits, start)
+        groups=groups,
+        blocks=blocks,
+    )

@@ -17,17 +17,14 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import ROWS, RightConfig, column_blocks
+from pallas_kernels.shared import Role
 
 LOG2E = math.log2(math.e)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "heads", "tiles", "key_block", "masked", "config"))
-def right(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    limits: jax.Array,
-    start: jax.Array,
+def right_role(
+    q: jax.ShapeDtypeStruct,
+    k: jax.ShapeDtypeStruct,
     *,
     scale: float,
     heads: int,
@@ -35,25 +32,29 @@ def right(
     key_block: int,
     masked: bool,
     config: RightConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    blocks: int | None = None,
+) -> Role:
     """Makes the intermediates of a chunk of `tiles` query tiles and `heads` heads.
+
+    Inputs of the role: q; k; v as k; limits, int32 [A], the (c, k) pairs that a query tile sees, read when `masked`;
+    start, int32 [3], the chunk's first head and query tile, and the largest limit rounded up to `key_block`.
+
+    Outputs: alpha [X, tiles, C*b1, b2, D/slab, slab] and Y alike, in q's dtype; c_L [X, items, 64, C*b1 or more] in
+    float32, in units of log 2, its columns where `column_blocks` places them. X = B * heads.
 
     Args:
         q: [B, A, b1, b2, H, D/slab, slab], slab = config.slab.
         k: [B, C*b1, b2, H, D/slab, slab].
-        v: As k.
-        limits: int32 [A], (c, k) pairs that a query tile sees; read when `masked`.
-        start: int32 [3], the chunk's first head and query tile, and the largest of `limits`, rounded up to `key_block`.
         scale: Softmax scale.
-        heads: Heads of the chunk, X = B * heads.
+        heads: Heads of the chunk.
         tiles: Query tiles of the chunk.
         key_block: Pairs beyond a limit, up to the next multiple of this, are written as zeros; the others are not.
         masked: Whether limits may be below C*b1.
         config: Sizes.
+        blocks: Persistent blocks; default as `config` says.
 
     Returns:
-        alpha [X, tiles, C*b1, b2, D/slab, slab] and Y alike, in q's dtype; c_L [X, items, 64, C*b1 or more] in float32,
-        in units of log 2, its columns where `column_blocks` places them.
+        The role.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -66,16 +67,19 @@ def right(
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
     tail = items > split.whole
     units = batch * heads * pairs
-    blocks = min(config.blocks, units)
+    blocks = min(blocks or config.blocks, units)
     dtype, f32 = q.dtype, jnp.float32
     row_layout = plgpu.Layout.WGMMA
 
-    def body(q, k, v, limits, start, alpha, y, c, smem, key_full, key_free, q_full, q_free):
+    def run(block, inputs, outputs, scratch):
+        q, k, v, limits, start = inputs
+        alpha, y, c = outputs
+        smem, key_full, key_free, q_full, q_free = scratch
         views = shared.tile_views(smem)
         q_mma, k_mma, v_mma, alpha_reg, y_reg = views[0]
         q_in, k_in, v_in, alpha_out, y_out = views[1]
         q_packs, _, _, alpha_packs, y_packs = views[-1]
-        group, block = lax.axis_index("group"), lax.axis_index("block")
+        group = lax.axis_index("group")
         head0, tile0, bound = start[0], start[1], start[2]
 
         # whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are
@@ -270,25 +274,20 @@ def right(
     )
     struct = jax.ShapeDtypeStruct
     shape = (batch * heads, tiles, pairs, cols, slabs, slab)
-    return plgpu.kernel(
-        body,
-        out_type=(
+    return Role(
+        run,
+        outputs=(
             struct(shape, dtype),
             struct(shape, dtype),
             struct((batch * heads, items, ROWS, -(-pairs // key_block) * key_block), f32),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=groups + 1,
-        thread_name="group",
-        scratch_types=[
+        scratch=(
             shared.tile_scratch(shapes, dtype, slab, (packed, tail_rows) if tail else None),
             plgpu.Barrier(num_arrivals=2, num_barriers=key_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-        ],
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
         ),
-    )(q, k, v, limits, start)
+        groups=groups,
+        blocks=blocks,
+    )

@@ -1,6 +1,9 @@
-"""Shared-memory tiles that the copy engine and the tensor cores see differently."""
+"""What the kernels share: tiles that the copy engine and the tensor cores see differently, and the launch."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
 
 
 def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tuple[int, int] | None = None):
@@ -36,3 +39,77 @@ def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tup
 def tile_views(scratch):
     """The references of a `tile_scratch`: to multiply, load and store; to copy from and to; and in split rows."""
     return tuple(scratch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """A computation that some of a kernel's persistent blocks carry out.
+
+    Attributes:
+        run: Called as run(block, inputs, outputs, scratch) with the block's number among `blocks` and references.
+        outputs: Types of the outputs.
+        scratch: Types of the scratch.
+        groups: Computing warpgroups; one more loads.
+        blocks: Blocks that share the work.
+    """
+
+    run: Callable[..., None]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    scratch: tuple
+    groups: int
+    blocks: int
+
+
+def launch(*parts: tuple[Role, tuple[jax.Array, ...]]) -> tuple[tuple[jax.Array, ...], ...]:
+    """Runs roles side by side in one kernel, each on blocks of its own.
+
+    Args:
+        parts: A role and its inputs each; all with the same number of warpgroups.
+
+    Returns:
+        The outputs of each role.
+    """
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    roles = [role for role, _ in parts]
+    inputs = [list(x) for _, x in parts]
+    counts = [len(x) for x in inputs] + [len(role.outputs) for role in roles]
+
+    def body(*refs):
+        pieces, rest = [], refs
+        for count in counts:
+            pieces.append(rest[:count])
+            rest = rest[count:]
+        block, first = lax.axis_index("block"), 0
+        for n, role in enumerate(roles):
+
+            def run(role=role, first=first, n=n):
+                def scoped(*scratch):
+                    role.run(block - first, pieces[n], pieces[len(roles) + n], scratch)
+
+                pl.run_scoped(scoped, *role.scratch, collective_axes="group")
+
+            if len(roles) == 1:
+                run()
+            else:
+                pl.when((block >= first) & (block < first + role.blocks))(run)
+            first += role.blocks
+
+    results = plgpu.kernel(
+        body,
+        out_type=tuple(x for role in roles for x in role.outputs),
+        grid=(sum(role.blocks for role in roles),),
+        grid_names=("block",),
+        num_threads=roles[0].groups + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
+        ),
+    )(*(x for group in inputs for x in group))
+    split, rest = [], results
+    for role in roles:
+        split.append(tuple(rest[: len(role.outputs)]))
+        rest = rest[len(role.outputs) :]
+    return tuple(split)

@@ -5,6 +5,7 @@ memory bytes of its own, so here a tile has one view; that the views are the sam
 """
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -124,18 +125,69 @@ def _interpret(original):
     return interpret
 
 
-def _one_view(shapes, dtype, slab, split=None):
+@dataclasses.dataclass(frozen=True)
+class _Packs:
+    """Tiles [slots, slabs, 64, slab] whose rows are copied as [packed, rows]; stands for the third view."""
+
+    tile: object
+    slot: object = None
+    split: tuple[int, int] = (1, 1)
+
+    at = property(lambda self: self)
+
+    def __getitem__(self, slot):
+        return dataclasses.replace(self, slot=slot)
+
+    def transpose(self, axes):
+        """The kernels ask for [packed, rows, slabs, slab]."""
+        assert axes == (1, 2, 0, 3)
+        return self
+
+
+def _scratch(shapes, dtype, slab, split=None):
     del slab
-    if split:
-        raise NotImplementedError("query tiles that share a block need views, which the interpreter does not join")
+    _scratch.split = split
     return tuple(plgpu.SMEM(shape, dtype) for shape in shapes)
+
+
+def _views(scratch):
+    if _scratch.split is None:
+        return scratch, scratch
+    return scratch, scratch, tuple(_Packs(tile, split=_scratch.split) for tile in scratch)
+
+
+def _copy_in(original):
+    """Copies of split rows, done by plain loads and stores; boxes that reach past the tiles are cut here."""
+
+    def copy(source, target, barrier, **options):
+        if not isinstance(target, _Packs):
+            return original(source, target, barrier, **options)
+        value = source[...]  # [packed, rows, slabs, slab]
+        packed, rows, slabs, slab = value.shape
+        target.tile[target.slot] = value.transpose(2, 0, 1, 3).reshape(slabs, packed * rows, slab)
+        plgpu.barrier_arrive(barrier)
+
+    return copy
+
+
+def _copy_out(original):
+    def copy(source, target, **options):
+        if not isinstance(source, _Packs):
+            return original(source, target, **options)
+        value = source.tile[source.slot]  # [slabs, 64, slab]
+        slabs, _, slab = value.shape
+        target[...] = value.reshape(slabs, *source.split, slab).transpose(1, 2, 0, 3)
+
+    return copy
 
 
 @contextlib.contextmanager
 def interpreted(monkeypatch, *, detect_races: bool = False):
     """Inside, Mosaic GPU kernels run in the interpreter; yields a function that says whether a race was seen."""
     monkeypatch.setattr(JaxprInterpreter, "interpret", _interpret(JaxprInterpreter.interpret))
-    monkeypatch.setattr(shared, "tile_scratch", _one_view)
-    monkeypatch.setattr(shared, "tile_views", lambda scratch: (scratch, scratch))
+    monkeypatch.setattr(shared, "tile_scratch", _scratch)
+    monkeypatch.setattr(shared, "tile_views", _views)
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", _copy_in(plgpu.copy_gmem_to_smem))
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", _copy_out(plgpu.copy_smem_to_gmem))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
         yield lambda: interpret_pallas_call.get_races().races_found

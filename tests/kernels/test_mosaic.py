@@ -12,7 +12,7 @@ import pytest
 import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem
-from pallas_kernels.config import SHARED_MEMORY, column_blocks, left_config, right_config
+from pallas_kernels.config import SHARED_MEMORY, ForwardConfig, column_blocks, left_config, right_config
 from pallas_kernels.forward_sm90 import chunk_sizes, forward
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
@@ -82,16 +82,21 @@ def test_chunks_bound_the_intermediates():
 
 
 @pytest.mark.parametrize(
-    ("shape", "key_tiles", "visible", "chunk_bytes"),
+    ("shape", "key_tiles", "visible", "sizes"),
     [
-        ((1, 2, 5, 40, 1, 64), 2, None, 2**30),  # nothing is a multiple of 8
-        ((2, 2, 3, 9, 2, 64), 3, (1, 2), 2**14),  # batch, heads, masks, one head and tile at a time
-        ((1, 1, 70, 35, 1, 64), 1, None, 2**30),  # two blocks of rows, more than one block of pairs
-        ((1, 2, 3, 70, 1, 64), 2, (1, 2), 2**30),  # two blocks of columns
-        ((1, 1, 3, 33, 1, 128), 2, None, 2**30),
+        pytest.param((1, 2, 5, 40, 1, 64), 2, None, {}, marks=pytest.mark.slow),  # nothing is a multiple of 8
+        ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(chunk_bytes=2**14)),  # batch, heads, masks, one head and tile at a time
+        ((1, 1, 3, 9, 3, 64), 2, (1,), dict(beside=True, small_chunk=1)),  # both stages in one kernel
+        ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
+        pytest.param((1, 4, 2, 80, 1, 64), 1, None, {}, marks=pytest.mark.slow),  # a whole block each and a shared one
+        pytest.param(
+            (1, 1, 70, 35, 1, 64), 1, None, {}, marks=pytest.mark.slow
+        ),  # two blocks of rows, more than one block of pairs
+        pytest.param((1, 2, 3, 70, 1, 64), 2, (1, 2), {}, marks=pytest.mark.slow),  # two blocks of columns
+        pytest.param((1, 1, 3, 33, 1, 128), 2, None, {}, marks=pytest.mark.slow),
     ],
 )
-def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, chunk_bytes):
+def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
     """Against the XLA backend in float32; key tiles that no query sees hold NaN."""
     q, k, v = tiles(0, shape, key_tiles)
     masked = visible is not None
@@ -100,6 +105,11 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, chun
     k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
     _, _, rows, cols, _, dim = shape
     problem = Problem(scale=dim**-0.5, masked=masked)
+    config = ForwardConfig(
+        right=dataclasses.replace(right_config(cols, dim), blocks=2),
+        left=dataclasses.replace(left_config(rows, dim), blocks=2),
+        **sizes,
+    )
     with interpreted(monkeypatch):
         out, lse = forward(
             q,
@@ -108,9 +118,7 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, chun
             visible,
             scale=problem.scale,
             masked=masked,
-            right_config=dataclasses.replace(right_config(cols, dim), blocks=2),
-            left_config=dataclasses.replace(left_config(rows, dim), blocks=2),
-            chunk_bytes=chunk_bytes,
+            config=config,
         )
     expected, expected_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
     assert out.dtype == q.dtype

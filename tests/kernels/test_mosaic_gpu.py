@@ -1,0 +1,138 @@
+"""The Mosaic GPU forward on a Hopper card, against the definition in float64 on the same inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from monarch_jax import MonarchKVCache, monarch_attention, xla
+from monarch_jax.backends import Problem
+from pallas_kernels.config import forward_config
+from pallas_kernels.forward_sm90 import forward
+from tests.attention.suite import LAYOUTS, error, inputs, value_and_grads
+
+
+def _hopper() -> bool:
+    try:
+        return str(jax.devices("gpu")[0].compute_capability) == "9.0"
+    except RuntimeError:
+        return False
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU")]
+BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3}
+
+
+def compare(*arrays, **options):
+    """Output against the reference in float64; two runs agree bit for bit."""
+    run = jax.jit(lambda *x: monarch_attention(*x, implementation="mosaic", **options))
+    out = run(*arrays)
+    with jax.enable_x64(True):
+        expected = monarch_attention(*(x.astype(jnp.float64) for x in arrays), implementation="reference", **options)
+    assert error(out, expected) <= BOUNDS[arrays[0].dtype.name]
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(run(*arrays)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("grid", "tile"),
+    [
+        ((3, 30, 52), None),
+        ((6, 15, 13), (3, 15, 13)),
+        ((5, 45, 80), None),
+        ((6, 45, 80), (3, 45, 80)),
+        ((2, 7, 5), None),
+    ],
+)
+def test_shapes(grid, tile, dim, dtype):
+    compare(*inputs(0, grid, dim=dim, dtype=dtype)[:3], grid=grid, tile=tile)
+
+
+@pytest.mark.parametrize("blocks", LAYOUTS)
+def test_layouts(blocks):
+    grid = (4, 6, 16)
+    compare(*inputs(1, grid, dim=64, dtype="bfloat16")[:3], grid=grid, tile=(4, 6, 8), blocks=blocks)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_sharp_and_flat_softmaxes(sharpness):
+    arrays = inputs(2, (4, 10, 26), dim=128, dtype="bfloat16", sharpness=sharpness)[:3]
+    compare(*arrays, grid=(4, 10, 26))
+
+
+@pytest.mark.parametrize("tile", [None, (3, 10, 26), (1, 5, 13)])
+def test_block_causal(tile):
+    compare(*inputs(3, (6, 10, 26), dim=64, dtype="bfloat16")[:3], grid=(6, 10, 26), tile=tile, causal_block=3)
+
+
+def test_traced_kv_frames():
+    """One program for every fill; what lies behind it is NaN."""
+    grid, total = (3, 10, 26), 9
+    q, k, v, _ = inputs(4, grid, key_frames=total, dim=64, dtype="bfloat16")
+    run = jax.jit(lambda n, *x: monarch_attention(*x, grid=grid, kv_frames=n, implementation="mosaic"))
+    for frames in (3, 6, 9):
+        valid = frames * 260
+        out = run(jnp.int32(frames), q, *(x.at[:, valid:].set(jnp.nan) for x in (k, v)))
+        wide = (x.astype(jnp.float32) for x in (q, k[:, :valid], v[:, :valid]))
+        assert error(out, monarch_attention(*wide, grid=grid, implementation="reference")) <= BOUNDS["bfloat16"]
+    assert run._cache_size() == 1
+
+
+def test_cache_equals_causal():
+    grid = (9, 10, 13)
+    q, k, v, _ = inputs(5, grid, dim=64, dtype="bfloat16")
+    whole = monarch_attention(q, k, v, grid=grid, causal_block=3, implementation="mosaic")
+    cache = MonarchKVCache.init(batch=2, frames=9, height=10, width=13, heads=3, head_dim=64, dtype=jnp.bfloat16)
+    for block in range(3):
+        at = slice(block * 390, (block + 1) * 390)
+        cache = cache.append(k[:, at], v[:, at])
+        assert error(cache.attend(q[:, at], implementation="mosaic"), whole[:, at]) <= 1e-3
+
+
+def test_vmap():
+    grid = (3, 10, 13)
+    stacked = [x.reshape(2, 2, *x.shape[1:]) for x in inputs(6, grid, batch=4, dim=64, dtype="bfloat16")[:3]]
+
+    def run(*x):
+        return monarch_attention(*x, grid=grid, implementation="mosaic")
+
+    for one, both in zip(jax.lax.map(lambda x: run(*x), tuple(stacked)), jax.vmap(run)(*stacked), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(both))
+
+
+@pytest.mark.parametrize("rows", [30, 90])
+def test_side_by_side_equals_one_after_the_other(rows):
+    """Chunks, and both stages in one kernel, change nothing in the numbers."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    q, k, v = (jax.random.normal(r, (1, 4, rows, 52, 6, 128), jnp.bfloat16) for r in keys)
+    visible, config = jnp.full(4, 4, jnp.int32), forward_config(rows, 52, 128)
+    whole, lse = forward(q, k, v, visible, scale=0.1, masked=False, config=config)
+    for change in (dict(chunk_bytes=2**24), dict(beside=True, small_chunk=1)):
+        changed = dataclasses.replace(config, **change)
+        out, other = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(whole))
+        np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
+
+
+def test_log_sum_exp():
+    keys = jax.random.split(jax.random.key(8), 3)
+    q, k, v = (jax.random.normal(r, (1, 2, 30, 52, 2, 128), jnp.bfloat16) for r in keys)
+    problem, visible = Problem(scale=128**-0.5), jnp.full(2, 2, jnp.int32)
+    _, lse = pallas_kernels.forward(problem, q, k, v, visible)
+    with jax.default_matmul_precision("highest"):
+        _, expected = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
+    assert error(lse, expected) <= 1e-3
+
+
+def test_gradients():
+    """The gradient is XLA's, from the residuals of the kernels."""
+    grid = (3, 10, 13)
+    arrays = inputs(9, grid, dim=64, dtype="bfloat16")
+    found = value_and_grads(*arrays, grid=grid, implementation="mosaic")
+    expected = value_and_grads(*(x.astype(jnp.float32) for x in arrays), grid=grid, implementation="reference")
+    for x, y in zip(found, expected, strict=True):
+        assert error(x, y) <= BOUNDS["bfloat16"]
