@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from train.commands import parse
-from train.errors import report_full_disk, user_input
+from train.errors import user_input
 
 if TYPE_CHECKING:
     from models.wan.checkpoints.load import Progress
@@ -32,7 +32,7 @@ def convert_command(arguments: Sequence[str]) -> int:
     from models.wan.checkpoints import ConvertOptions
 
     options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=_POSITIONAL)
-    with user_input(), report_full_disk(options.dst, kept="nothing was left there"), _bar() as progress:
+    with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
         folder = options.run(progress)
     print(folder)
     return 0

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train.checkpointing import Checkpoints
+from train.checkpointing import FOLDER_NAME, Checkpoints
 from train.config import TrainConfig
 from train.data import ClipWindows, Source, open_source
 from train.errors import NonFiniteError, UserError, user_input
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
-from train.model import build_model, model_settings
+from train.model import build_model, model_settings, pretrained_parameters
 from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
@@ -192,9 +192,11 @@ class _Run:
         return check
 
     def _init_from(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"init_from {folder} is not a run folder; give one that holds checkpoints/")
-        params = Checkpoints(folder).restore_parameters(self.state.params)
+        if (folder / FOLDER_NAME).is_dir():
+            params = Checkpoints(folder).restore_parameters(self.state.params)
+        else:
+            model = nnx.merge(self.graph, self.state.params, self.state.fixed)
+            params = pretrained_parameters(folder, model.config)
         state = create_state(
             params,
             self.state.fixed,

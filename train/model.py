@@ -1,11 +1,14 @@
 """From the settings of a run to a Wan model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.config import ModelConfig
 from train.errors import UserError, user_input
 
 if TYPE_CHECKING:
+    from flax import nnx
+
     from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel
 
 
@@ -87,3 +90,32 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
     settings = model_settings(config, channels=channels, precision=precision)
     # one compiled program: faster than op by op
     return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()
+
+
+def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
+    """Reads the parameters of a Wan checkpoint of any format.
+
+    The attention that is stored with the weights may differ: finetuning is how weights come to another.
+
+    Args:
+        path: A folder or file, or the name of a Hugging Face repository.
+        settings: The network that they are for; its sizes must be the checkpoint's.
+
+    Returns:
+        The parameters, in the dtype of `settings`.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or is of another network.
+    """
+    from flax import nnx
+
+    from models.wan.checkpoints import load_checkpoint
+
+    try:
+        model = load_checkpoint(path, config=settings, override=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
+        ) from error
+    return nnx.state(model, nnx.Param)

@@ -8,6 +8,10 @@ from flax import nnx
 from models.wan import MonarchAttention, WanModel, wan_config
 from models.wan.checkpoints import load_checkpoint, save_checkpoint
 from train import cli
+from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.loop import train
+
+from .conftest import DATA, make_clip
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,25 @@ def test_help(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"monarchrt {command}" in capsys.readouterr().out
+
+
+def test_training_starts_from_a_checkpoint(tmp_path, capsys):
+    """`--init-from` takes a Wan checkpoint; its sizes must be the network's, its attention need not be."""
+    clip = make_clip(tmp_path / "clip.mp4")
+    overrides = {"num_layers": 1, "dim": 24, "num_heads": 2, "ffn_dim": 48, "in_channels": 48, "out_channels": 48}
+    config = wan_config("tiny", attention=MonarchAttention(tile=(3, 1, 2)), **overrides)
+    model = nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(7)))()
+    save_checkpoint(model, tmp_path / "wan", format="diffusers")
+    settings = TrainConfig(
+        data=DataConfig(video=clip, frames=3, height=16, width=32, patch=4, gap=1, held_out=0.3),
+        model=ModelConfig(attention="dense", overrides=("num_layers=1", "dim=24", "num_heads=2", "ffn_dim=48")),
+        optimizer=OptimizerConfig(learning_rate=1e-9),
+        run=RunConfig(folder=tmp_path / "run", steps=1, batch=2, eval_windows=1, init_from=tmp_path / "wan"),
+    )
+    result = train(settings, quiet=True)
+    for a, b in zip(jax.tree.leaves(result.state.params), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    folders = ["--folder", str(tmp_path / "other"), "--init-from", str(tmp_path / "wan")]
+    assert cli.main(["train", "--video", str(clip), *DATA, *folders]) == 2
+    assert "is another model than config describes: dim=24 (config: 96)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
