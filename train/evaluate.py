@@ -24,7 +24,7 @@ def held_out_loss(
     windows: int = 4,
     timesteps: int = 8,
     batch: int = 4,
-    place: Place = jax.numpy.asarray,
+    place: Place = jax.device_put,
 ) -> float:
     """Measures the training objective on held-out examples at fixed noise levels with fixed noise.
 

@@ -1,0 +1,152 @@
+"""The KV cache: rewriting, rolling, sinks, overflow, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from monarch_jax import MonarchKVCache, monarch_attention
+from tests.attention.suite import error, inputs
+
+GRID, FRAME = (3, 2, 4), 8  # a block of 3 frames of 2x4 tokens
+
+
+def empty(**options):
+    sizes = dict(batch=2, frames=9, height=2, width=4, heads=3, head_dim=8, dtype=jnp.float32)
+    return MonarchKVCache.init(**(sizes | options))
+
+
+def blocks(count, seed=0):
+    q, k, v, _ = inputs(seed, (3 * count, 2, 4), dim=8)
+    return [tuple(x[:, n * 24 : (n + 1) * 24] for x in (q, k, v)) for n in range(count)]
+
+
+@pytest.mark.parametrize("tile", [None, (3, 2, 4), (1, 1, 2)])
+def test_rewriting_the_newest_block(tile):
+    """Every denoising step writes its block again; only the last write counts."""
+    first, second = blocks(2)
+    noise = blocks(1, seed=9)[0]
+    cache = empty(tile=tile).append(*first[1:])
+    step = jax.jit(lambda cache, k, v, frame: cache.append(k, v, frame=frame))
+    rewritten = step(step(cache, *noise[1:], jnp.int32(3)), *second[1:], jnp.int32(3))
+    expected = cache.append(*second[1:])
+    for x, y in zip(jax.tree.leaves(rewritten), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert int(rewritten.valid_frames) == 6
+
+
+def test_keys_come_back_in_token_order():
+    _, k, v = blocks(1)[0]
+    keys, values = empty(tile=(3, 1, 2), blocks="w,fh").append(k, v).tokens()
+    np.testing.assert_array_equal(np.asarray(keys[:, :24]), np.asarray(k))
+    np.testing.assert_array_equal(np.asarray(values[:, :24]), np.asarray(v))
+
+
+@pytest.mark.parametrize(("frames", "sinks"), [(9, 0), (9, 3), (12, 3), (10, 1), (8, 1)])
+def test_rolling_window(frames, sinks):
+    """Each block sees the sinks and the newest frames, itself included, as if only those were given."""
+    clip = blocks(7)
+    cache = empty(frames=frames, rolling=True, sink_frames=sinks)
+    step = jax.jit(lambda cache, q, k, v: ((c := cache.append(k, v)).attend(q), c))
+    keys, values = (jnp.concatenate([b[i] for b in clip], 1) for i in (1, 2))
+    for n, (q, k, v) in enumerate(clip):
+        for _ in range(2):  # written twice, as denoising does
+            out, after = step(cache, q, k, v)
+        cache = after
+        end = 3 * (n + 1)
+        kept = range(end) if end <= frames else [*range(sinks), *range(end - (frames - sinks), end)]
+        tokens = np.concatenate([np.arange(f * FRAME, (f + 1) * FRAME) for f in kept])
+        expected = monarch_attention(q, keys[:, tokens], values[:, tokens], grid=GRID, implementation="reference")
+        assert error(out, expected) <= 2e-6
+        # writing the same block again at its own frame changes nothing
+        again = cache.append(k, v, frame=3 * n)
+        np.testing.assert_array_equal(np.asarray(again.key), np.asarray(cache.key))
+    assert step._cache_size() == 1
+
+
+def test_several_causal_blocks_at_once():
+    """Prefilling two blocks in one call equals one block at a time."""
+    (q0, k0, v0), (q1, k1, v1) = blocks(2)
+    q, k, v = (jnp.concatenate(x, 1) for x in ((q0, q1), (k0, k1), (v0, v1)))
+    out = empty().append(k, v).attend(q, causal_block=3)
+    one = empty().append(k0, v0)
+    assert error(out[:, :24], one.attend(q0)) <= 2e-6
+    assert error(out[:, 24:], one.append(k1, v1).attend(q1)) <= 2e-6
+
+
+def test_gradients_through_the_past():
+    """Without detach_past the past gets its gradients; with it, none."""
+    (_, k0, v0), (q1, k1, v1) = blocks(2)
+
+    def loss(k0, k1, detach):
+        cache = empty(detach_past=detach).append(k0, v0).append(k1, v1)
+        return (cache.attend(q1) ** 2).sum()
+
+    full, detached = (jax.grad(loss, (0, 1))(k0, k1, detach) for detach in (False, True))
+    assert np.abs(full[0]).max() > 0
+    assert not np.asarray(detached[0]).any()
+    assert error(detached[1], full[1]) <= 2e-6
+
+
+def test_overflow_raises_or_poisons():
+    _, k, v = blocks(1)[0]
+    with pytest.raises(
+        ValueError, match=r"frame=7: 3 frames from there end past the cache's 9; make it larger or pass rol"
+    ):
+        empty().append(k, v, frame=7)
+    out = jax.jit(lambda frame: empty().append(k, v, frame=frame).attend(k))(jnp.int32(7))
+    assert np.isnan(out).all()
+
+
+def test_works_in_scan_and_vmap():
+    clip = blocks(3)
+    stacked = [jnp.stack([b[i] for b in clip]) for i in range(3)]
+
+    def body(cache, block):
+        q, k, v = block
+        cache = cache.append(k, v)
+        return cache, cache.attend(q)
+
+    _, out = jax.lax.scan(body, empty(), stacked)
+    whole = [jnp.concatenate([b[i] for b in clip], 1) for i in range(3)]
+    expected = monarch_attention(*whole, grid=(9, 2, 4), causal_block=3)
+    assert error(jnp.concatenate(list(out), 1), expected) <= 2e-6
+    one = empty(batch=1)
+    mapped = jax.vmap(lambda k, v: one.append(k[None], v[None]))(*clip[0][1:])
+    assert mapped.key.shape == (2, *one.key.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(sink_frames=3), r"sink_frames=3 needs rolling=True"),
+        (dict(sink_frames=9, rolling=True), r"sink_frames=9 is not a multiple of the tile's 1 frames, below frames=9"),
+        (
+            dict(tile=(2, 2, 4)),
+            r"tile=\(2, 2, 4\): 2 does not divide the 9 frames of the keys .* nearest that do are 1 or 3",
+        ),
+        (dict(dtype=jnp.int32), r"dtype=int32 is not one of bfloat16, float16"),
+        (dict(frames=0), r"key_frames=0 is not a positive integer"),
+    ],
+)
+def test_bad_caches(change, message):
+    with pytest.raises(ValueError, match=message):
+        empty(**change)
+
+
+def test_bad_blocks():
+    _, k, v = blocks(1)[0]
+    cases = [
+        (
+            lambda: empty(tile=(3, 2, 4)).append(k[:, :8], v[:, :8]),
+            r"key has shape \(2, 8, 3, 8\); .*n\*24.*whole tiles of 3",
+        ),
+        (lambda: empty().append(k[:1], v[:1]), r"key has shape \(1, 24, 3, 8\); the cache holds batch 2"),
+        (lambda: empty().append(k.astype(jnp.bfloat16), v), r"key has dtype bfloat16, the cache has float32"),
+        (lambda: empty(tile=(3, 2, 4)).append(k, v, frame=1), r"frame=1 is not a multiple of the tile's 3 frames"),
+        (lambda: empty(rolling=True).append(k, v).attend(k, causal_block=3), r"causal_block=3: a rolling cache"),
+        (lambda: empty(frames=2).append(k, v), r"key has 3 frames, more than the cache's 2"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,107 @@
+"""The attention inside Flax modules, NNX and Linen."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from monarch_jax import MonarchKVCache, MonarchSelfAttention, attention_fn, monarch_attention
+from tests.attention.suite import error
+
+GRID = (2, 3, 4)
+
+
+def x_of(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def test_nnx_attention_module():
+    """nnx.MultiHeadAttention with attention_fn computes what its projections around the op compute."""
+    layer = nnx.MultiHeadAttention(
+        num_heads=2, in_features=16, decode=False, attention_fn=attention_fn(grid=GRID), rngs=nnx.Rngs(0)
+    )
+    x = x_of(3, 24, 16)
+    q, k, v = layer.query(x), layer.key(x), layer.value(x)
+    expected = layer.out(monarch_attention(q, k, v, grid=GRID))
+    assert error(nnx.jit(lambda m, x: m(x))(layer, x), expected) <= 2e-6
+    grads = nnx.grad(lambda m: (m(x) ** 2).sum())(layer)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads) if g.ndim == 3)
+
+
+def test_linen_attention_module():
+    layer = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attention_fn(grid=GRID, tile=(1, 1, 1)))
+    dense = nn.MultiHeadDotProductAttention(num_heads=2)
+    x = x_of(2, 24, 16)
+    params = dense.init(jax.random.key(1), x)
+    assert error(layer.apply(params, x), dense.apply(params, x)) <= 1e-5
+
+
+def test_batch_axes_of_modules_are_free():
+    attend = attention_fn(grid=GRID)
+    q = x_of(2, 3, 24, 2, 8)
+    assert error(attend(q, q, q)[1], attend(q[1], q[1], q[1])) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mask=jnp.ones((1, 1, 24, 24))), "mask and bias cannot be part of a Monarch map"),
+        (dict(is_causal=True), "is_causal=True is causal by token"),
+        (dict(dropout_rate=0.1, deterministic=False), "dropout_rate=0.1: attention weights are never formed"),
+    ],
+)
+def test_what_a_map_cannot_express(options, message):
+    q = x_of(1, 24, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        attention_fn(grid=GRID)(q, q, q, **options)
+
+
+def test_self_attention_module_and_its_cache():
+    """`extend` block by block equals the block-causal call over the clip."""
+    layer = MonarchSelfAttention(16, num_heads=2, causal_block=3, rngs=nnx.Rngs(0))
+    x = x_of(2, 6 * 12, 16)
+    expected = layer(x, grid=(6, 3, 4))
+    cache = MonarchKVCache.init(batch=2, frames=6, height=3, width=4, heads=2, head_dim=8, dtype=jnp.float32)
+    for n in range(2):
+        out, cache = layer.extend(x[:, n * 36 : (n + 1) * 36], cache)
+        assert error(out, expected[:, n * 36 : (n + 1) * 36]) <= 2e-6
+    other = MonarchKVCache.init(batch=2, frames=6, height=3, width=4, heads=2, head_dim=8, tile=(3, 3, 4))
+    with pytest.raises(ValueError, match=r"cache has tile=\(3, 3, 4\).*the module has tile=\(1, 3, 4\)"):
+        layer.extend(x[:, :36], other)
+    with pytest.raises(ValueError, match="num_heads=3 does not divide features=16"):
+        MonarchSelfAttention(16, num_heads=3, rngs=nnx.Rngs(0))
+
+
+def test_rope_is_applied_to_queries_and_keys():
+    layer = MonarchSelfAttention(16, num_heads=2, rngs=nnx.Rngs(0))
+    x = x_of(1, 24, 16)
+    assert error(layer(x, grid=GRID, rope=lambda t: -t), layer(x, grid=GRID)) <= 2e-6  # both flip: scores stay
+    assert error(layer(x, grid=GRID, rope=lambda t: 2 * t), layer(x, grid=GRID)) > 1e-3
+
+
+def test_layers_in_nnx_scan_with_remat():
+    """Stacked layers, scanned and rematerialised, equal a loop; gradients flow."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return MonarchSelfAttention(16, num_heads=2, rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+    x = x_of(1, 24, 16)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    @nnx.remat
+    def forward(layer, x):
+        return x + layer(x, grid=GRID)
+
+    graph, state = nnx.split(layers)
+    expected = x
+    for n in range(3):
+        layer = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], state))
+        expected = expected + layer(expected, grid=GRID)
+    assert error(nnx.jit(forward)(layers, x), expected) <= 1e-5
+    grads = nnx.grad(lambda m: (forward(m, x) ** 2).sum())(layers)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -1,0 +1,85 @@
+"""Settings and inputs that do not fit, and what a setting costs."""
+
+import jax.numpy as jnp
+import pytest
+
+from monarch_jax import MonarchSpec, bytes_moved, dense_flops, flops, monarch_attention, monarch_attention_1d, sparsity
+from tests.attention.suite import inputs
+
+GRID = (4, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(grid=(4, 6)), r"grid=\(4, 6\) is not three integers \(frames, height, width\)"),
+        (dict(grid=(4, 6, 0)), r"grid\[2\]=0 is not a positive integer"),
+        (dict(grid=(4, 6, 7)), r"query has 192 tokens, grid=\(4, 6, 7\) has 4\*6\*7 = 168"),
+        (
+            dict(tile=(1, 4, 8)),
+            r"tile=\(1, 4, 8\): 4 does not divide the 6 height of grid=\(4, 6, 8\); the nearest that do are 3 or 6",
+        ),
+        (dict(tile=(1, 9, 8)), r"9 does not divide the 6 height .* the nearest that does is 6"),
+        (dict(tile=(3, 6, 8)), r"3 does not divide the 4 frames of grid"),
+        (dict(tile=8), r"tile=8 is not three integers \(n_f, n_h, n_w\)"),
+        (dict(blocks="h,w"), r"blocks='h,w' is not one of 'fh,w', 'w,fh'"),
+        (dict(num_iters=0), r"num_iters=0 is not a positive integer"),
+        (dict(causal_block=3, tile=(2, 6, 8)), r"causal_block=3 frames is not a multiple of the tile's 2 frames"),
+        (dict(kv_frames=5), r"kv_frames=5 is not a multiple of the tile's 1 frames from 1 to 4"),
+        (dict(kv_frames=3, tile=(2, 6, 8)), r"kv_frames=3 is not a multiple of the tile's 2 frames from 2 to 4"),
+    ],
+)
+def test_bad_settings(options, message):
+    q, k, v, _ = inputs(0, GRID, batch=1, heads=1)
+    with pytest.raises(ValueError, match=message):
+        monarch_attention(q, k, v, **(dict(grid=GRID) | options))
+
+
+def test_bad_arrays():
+    q, k, v, _ = inputs(0, GRID, batch=1, heads=2)
+    cases = [
+        ((q, k.astype(jnp.bfloat16), v), r"key has dtype bfloat16, query has float32"),
+        ((q, k, v[:, :, :1]), r"value has heads 1 .*query has 2"),
+        ((q, k[..., :8], v[..., :8]), r"key has head_dim 8 .*query has 16"),
+        ((q, k[:, :48], v), r"value has shape \(1, 192, 2, 16\), key has \(1, 48, 2, 16\)"),
+        ((q, k[:, :50], v[:, :50]), r"key has 50 tokens, not a multiple of 48 = 6\*8"),
+        (tuple(x.astype(jnp.int32) for x in (q, k, v)), r"query has dtype int32; it should be one of bfloat16"),
+        ((q[0], k, v), r"query has shape \(192, 2, 16\); it should be \[batch, tokens, heads, head_dim\]"),
+    ]
+    for arrays, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            monarch_attention.__wrapped__(*arrays, grid=GRID)
+
+
+def test_bad_block_sizes():
+    q, k, v, _ = inputs(0, (1, 4, 6), batch=1, heads=1)
+    with pytest.raises(ValueError, match=r"block_sizes=\(5, 4\): 20 tokens per tile do not divide the 24 of query"):
+        monarch_attention_1d(q, k, v, block_sizes=(5, 4))
+    with pytest.raises(ValueError, match=r"block_sizes=\(0, 4\) is not two positive integers"):
+        monarch_attention_1d(q, k, v, block_sizes=(0, 4))
+
+
+def test_the_papers_sparsities():
+    """Tables 5 and 6: 95, 97, 97 and 98%, and 90% training-free with half tiles."""
+    small, large = (21, 30, 52), (21, 45, 80)
+    settings = [(small, None), (small, (3, 30, 52)), (large, None), (large, (3, 45, 80)), (small, (1, 15, 52))]
+    found = [round(100 * sparsity(grid=grid, tile=tile), 1) for grid, tile in settings]
+    assert found == [94.7, 97.0, 96.5, 98.0, 91.4]
+
+
+def test_costs():
+    """Formulas of the method: 6 b1 b2^2 D + 4 b1^2 b2 D per pair of tiles, 8 D bytes per vector of alpha and Y."""
+    spec = MonarchSpec(grid=(6, 4, 5), tile=(2, 4, 5))
+    b1, b2, dim = 8, 5, 16
+    assert (spec.block_rows, spec.block_cols, spec.query_tiles, spec.tile_pairs) == (b1, b2, 3, 9)
+    forward = 9 * (6 * b1 * b2**2 + 4 * b1**2 * b2) * dim * 2
+    assert flops(spec, heads=2, head_dim=dim) == forward
+    assert flops(spec, heads=2, head_dim=dim, mode="vjp") > 2 * forward
+    assert dense_flops(spec, heads=2, head_dim=dim, batch=3) == 4 * 120 * 120 * dim * 2 * 3
+    moved = [bytes_moved(spec, heads=2, head_dim=dim, spill=spill) for spill in (False, True)]
+    assert moved[1] - moved[0] == 8 * dim * 2 * 9 * b1 * b2
+    causal = MonarchSpec(grid=(6, 4, 5), tile=(1, 4, 5), causal_block=3)
+    assert causal.visible_tiles() == (3, 3, 3, 6, 6, 6)
+    assert flops(causal, heads=1, head_dim=4) * 4 == flops(MonarchSpec(grid=(6, 4, 5)), heads=1, head_dim=4) * 3
+    with pytest.raises(ValueError, match="mode='backward' is not 'forward' or 'vjp'"):
+        flops(spec, heads=1, head_dim=1, mode="backward")

@@ -1,0 +1,109 @@
+"""The package as a whole: import directions, what an import needs, the wheel, the README's examples."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+ORDER = {"train": 3, "models": 2, "monarch_jax": 1, "pallas_kernels": 0, "triton_kernels": 0}
+FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path):
+    """Top-level names that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(ROOT).parts[0]
+    for name in imported(path):
+        assert name not in ORDER or name == own or ORDER[name] < ORDER[own], f"{own} imports {name}"
+
+
+def test_modules_stay_short():
+    """Longer ones should be two."""
+    assert {str(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 600} == {}
+
+
+def python(code, *, cwd, **environment):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_importing_the_library_needs_little(tmp_path):
+    """Neither CUDA, Triton, torch, nor anything of the training side, nor jaxtyping; and no device is asked for."""
+    code = """
+import sys
+class Refuse:
+    names = {"jaxtyping", "beartype", "tyro", "safetensors", "av", "tensorboardX", "matplotlib", "PIL", "torch",
+             "diffusers", "triton", "jax_triton", "models", "train"}
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import monarch_jax
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "a device was initialised"
+import jax.numpy as jnp
+print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 4)).shape)
+"""
+    run = python(code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "(1, 12, 1, 4)"
+
+
+def test_the_wheel_works_beside_a_users_own_models_and_train(tmp_path):
+    """The wheel holds all five packages with their data; a user's folders of the same names do not disturb it."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("monarchrt-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    assert {name.split("/")[0] for name in names if not name.startswith("monarchrt-")} == set(ORDER)
+    for package in ORDER:
+        assert f"{package}/py.typed" in names
+    assert "train/demo/assets/big_buck_bunny.mp4" in names
+    project = tmp_path / "project"
+    for name in ("models", "train"):
+        (project / name).mkdir(parents=True)
+        (project / name / "__init__.py").write_text("MINE = True\n")
+    code = """
+import models, train, monarch_jax, jax.numpy as jnp
+assert models.MINE and train.MINE
+assert "site" in monarch_jax.__file__
+print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 4)).shape)
+"""
+    run = python(code, cwd=project, PYTHONPATH=f"{project}{os.pathsep}{site}")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_readmes_examples_run(number, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    run = python(blocks[number], cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    assert "(1, " in run.stdout

@@ -1,0 +1,136 @@
+"""The demo's settings, and the two training runs they stand for. Nothing here imports JAX."""
+
+import dataclasses
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.errors import UserError
+
+PATCH = 4  # pixels of a latent position; a token is one position
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train a tiny dense video transformer on a clip, swap Monarch attention in, finetune it, and compare."""
+
+    video: Path | None = None
+    """Any video of at least 45 frames. Default: five seconds of Big Buck Bunny that come with the package."""
+
+    folder: Path = Path("runs/demo")
+    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and both training runs."""
+
+    resume: bool = False
+    """Continue a demo that was stopped."""
+
+    seed: int = 0
+    """Seed of the initial parameters, the noise and the order of the data."""
+
+    steps: int = 1000
+    """Training steps of the dense model."""
+
+    finetune_steps: int = 300
+    """Steps of finetuning with Monarch attention."""
+
+    height: int = 36
+    """Height of a frame in pixels, a multiple of 4; a token is 4 x 4 pixels."""
+
+    width: int = 64
+    """Width of a frame in pixels, a multiple of 4."""
+
+    tile: tuple[int, int, int] = (2, 9, 16)
+    """Tile of MonarchAttention in tokens (frames, height, width); a window has 4 frames."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "finetune_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        dense_run(self)  # the other settings are checked there
+
+    @property
+    def clip(self) -> Path:
+        """The video to use."""
+        return self.video or Path(str(importlib.resources.files("train.demo") / "assets" / "big_buck_bunny.mp4"))
+
+
+def dense_run(config: DemoConfig) -> TrainConfig:
+    """Training from scratch with softmax attention.
+
+    The window's frames have a noise level each, so what a noisy frame shows has to be fetched from a cleaner one by
+    attention; that is what makes the attention matter in a model this small.
+
+    Args:
+        config: The demo's settings.
+
+    Returns:
+        The settings of the run in `folder/dense`.
+
+    Raises:
+        UserError: If a setting is out of range.
+    """
+    return TrainConfig(
+        data=DataConfig(
+            video=config.clip,
+            frames=4,
+            height=config.height,
+            width=config.width,
+            patch=PATCH,
+            whitening=1.0,
+            held_out=0.2,
+            gap=4,
+            flip=True,
+        ),
+        model=ModelConfig(
+            preset="tiny",
+            overrides=(
+                "dim=64",
+                "ffn_dim=192",
+                "num_heads=2",
+                "num_layers=2",
+                "text_dim=8",
+                "text_len=1",
+                "patch_size=[1,1,1]",
+            ),
+            attention="dense",
+        ),
+        objective=ObjectiveConfig(shift=3.0, frames_per_level=1),
+        optimizer=OptimizerConfig(learning_rate=6e-3, warmup=20, schedule="cosine", ema_decay=0.98),
+        run=RunConfig(
+            folder=config.folder / "dense",
+            resume=config.resume,
+            steps=config.steps,
+            batch=4,
+            seed=config.seed,
+            eval_every=200,
+            eval_windows=8,
+            eval_timesteps=8,
+            checkpoint_every=200,
+            keep=1,
+        ),
+    )
+
+
+def monarch_run(config: DemoConfig) -> TrainConfig:
+    """Finetuning of the dense model with Monarch attention.
+
+    Args:
+        config: The demo's settings.
+
+    Returns:
+        The settings of the run in `folder/monarch`, which starts from `folder/dense`.
+    """
+    dense = dense_run(config)
+    return dataclasses.replace(
+        dense,
+        model=dataclasses.replace(dense.model, attention="monarch", tile=config.tile),
+        optimizer=dataclasses.replace(dense.optimizer, learning_rate=2e-3),
+        run=dataclasses.replace(
+            dense.run,
+            folder=config.folder / "monarch",
+            init_from=dense.run.folder,
+            steps=config.finetune_steps,
+            eval_every=50,
+            checkpoint_every=100,
+        ),
+    )

@@ -1,0 +1,154 @@
+"""The demo, step by step: train dense, swap, measure, finetune, measure, draw."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from models.wan import MonarchAttention, WanModel
+from train.config import TrainConfig, to_dict
+from train.data import ClipWindows, open_source
+from train.demo.config import DemoConfig, dense_run, monarch_run
+from train.demo.film import write_film
+from train.demo.pictures import draw_attention, draw_losses
+from train.errors import UserError, user_input
+from train.evaluate import held_out_loss
+from train.loop import train
+from train.model import attention_setting, model_settings
+from train.state import split_model
+from train.step import make_error_fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """The three held-out losses and what they say.
+
+    Attributes:
+        dense: Of the dense model.
+        untrained: Of the same parameters with Monarch attention.
+        finetuned: After finetuning with Monarch attention.
+        sparsity: Share of the attention map that Monarch does not store.
+        seconds: What the demo took, without set-up.
+    """
+
+    dense: float
+    untrained: float
+    finetuned: float
+    sparsity: float
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """What the swap costs."""
+        return self.untrained - self.dense
+
+    @property
+    def closed(self) -> float:
+        """Share of the gap that finetuning closes; may exceed 1."""
+        return (self.untrained - self.finetuned) / self.gap
+
+
+def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
+    """Runs the demo and leaves its folder.
+
+    Args:
+        config: The settings.
+        quiet: Hide (True) or show (False) the progress bars; None shows them on a terminal.
+
+    Returns:
+        The losses.
+
+    Raises:
+        UserError: If the video, a setting or the folder cannot be used.
+    """
+    start = time.monotonic()
+    console = Console(quiet=bool(quiet), highlight=False)
+    folder = config.folder
+    if folder.exists() and not config.resume:
+        raise UserError(f"folder {folder} exists already; give --resume to continue it, or another --folder")
+    dense_config, monarch_config = dense_run(config), monarch_run(config)
+    source, setting, grid = _prepare(dense_config, monarch_config)
+    sparsity = setting.spec(grid).sparsity
+    frames, rows, columns = grid
+    console.print(
+        f"clip {config.clip.name}: {len(source.frames)} frames in windows of {frames}, {rows} x {columns} tokens each; "
+        f"Monarch tile {setting.tile}, {sparsity:.1%} sparse"
+    )
+
+    console.print(f"\n1. train a dense model from scratch, {config.steps} steps")
+    dense = train(dense_config, source=source, quiet=quiet)
+    console.print(f"   held-out loss {dense.held_out_loss:.4f}")
+
+    console.print("\n2. swap Monarch attention in, train nothing")
+    swapped = dense.model.with_attention(setting)
+    untrained = _loss(swapped, source, dense_config)
+    console.print(f"   held-out loss {untrained:.4f}")
+
+    console.print(f"\n3. finetune it, {config.finetune_steps} steps")
+    monarch = train(monarch_config, source=source, quiet=quiet)
+    console.print(f"   held-out loss {monarch.held_out_loss:.4f}\n")
+
+    models = {"dense": dense.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
+    written = [
+        draw_losses(folder / "losses.png", dense_config, monarch_config, untrained=untrained),
+        draw_attention(folder / "attention.png", models, source, dense_config),
+        write_film(folder / "comparison.mp4", models, source, dense_config),
+    ]
+    result = DemoResult(
+        dense=dense.held_out_loss,
+        untrained=untrained,
+        finetuned=monarch.held_out_loss,
+        sparsity=sparsity,
+        seconds=round(time.monotonic() - start, 1),
+    )
+    written.append(_write_results(folder / "results.json", config, result))
+    console.print(_table(result))
+    console.print(f"\n{result.seconds:.0f} s; everything is in {folder}: {', '.join(path.name for path in written)}")
+    return result
+
+
+def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, MonarchAttention, tuple[int, int, int]]:
+    """The data, the Monarch setting and the grid of tokens; a tile that does not fit is found here."""
+    wan = model_settings(dense.model)
+    source = open_source(dense.data, text_shape=(1, wan.text_dim))
+    setting = attention_setting(monarch.model)
+    if not isinstance(source, ClipWindows) or not isinstance(setting, MonarchAttention):
+        raise TypeError("the demo works on a clip, with Monarch attention")
+    with user_input():
+        grid = wan.token_grid(*source.latent_shape[:3])
+        setting.spec(grid)
+    return source, setting, grid
+
+
+def _loss(model: WanModel, source: ClipWindows, config: TrainConfig) -> float:
+    """The held-out loss, as the training runs measure it."""
+    graph, params, fixed = split_model(model)
+    return held_out_loss(
+        make_error_fn(graph, objective=config.objective),
+        params,
+        fixed,
+        source,
+        objective=config.objective,
+        windows=config.run.eval_windows,
+        timesteps=config.run.eval_timesteps,
+        batch=config.run.batch,
+    )
+
+
+def _write_results(path: Path, config: DemoConfig, result: DemoResult) -> Path:
+    values = dataclasses.asdict(result) | {"gap": result.gap, "closed": result.closed, "config": to_dict(config)}
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    return path
+
+
+def _table(result: DemoResult) -> Table:
+    table = Table("attention", "map stored", "held-out loss", "gap closed")
+    table.add_row("dense", "100%", f"{result.dense:.4f}", "")
+    stored = f"{1 - result.sparsity:.1%}"
+    table.add_row("Monarch, untrained", stored, f"{result.untrained:.4f}", "0%")
+    table.add_row("Monarch, finetuned", stored, f"{result.finetuned:.4f}", f"{result.closed:.0%}")
+    return table
