@@ -1,0 +1,299 @@
+"""Times tiled Monarch attention against dense attention: the rows of Tables 5 and 6 of the paper, on one GPU.
+
+    python benchmarks/attention.py                                    # 480p and 720p, JAX only
+    python benchmarks/attention.py --published PATH/monarch_attn.py   # and the published PyTorch kernels, same run
+    python benchmarks/attention.py --small --implementations xla      # a smoke test that runs anywhere
+
+Numbers are checked first: output and gradients of every implementation against the reference in float64; an
+implementation that fails is not timed. Then every row is timed: medians, batch 1, bfloat16, 12 heads of 128. Writes
+attention.json and attention.png into --out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the published kernels run on the same card
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from monarch_jax import monarch_attention
+from monarch_jax.spec import MonarchSpec, bytes_moved, flops
+
+MAX_ERROR = 1e-2  # relative Frobenius error that the gate allows in bfloat16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: the clip's (frames, height, width) in latent tokens and the frames per tile."""
+
+    name: str
+    grid: tuple[int, int, int]
+    tile_frames: int
+    decode_frames: int = 3
+    heads: int = 12
+    head_dim: int = 128
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return (self.tile_frames, *self.grid[1:])
+
+
+ROWS = (
+    Row(name="480p (h,w)", grid=(21, 30, 52), tile_frames=1),
+    Row(name="480p (3h,w)", grid=(21, 30, 52), tile_frames=3),
+    Row(name="720p (h,w)", grid=(21, 45, 80), tile_frames=1),
+    Row(name="720p (3h,w)", grid=(21, 45, 80), tile_frames=3),
+)
+SMALL = (Row(name="small (h,w)", grid=(6, 6, 8), tile_frames=1, heads=2, head_dim=16),)
+
+
+def main() -> None:
+    """Checks, times, prints, writes."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = SMALL if args.small else tuple(row for row in ROWS if not args.rows or row.name.split()[0] in args.rows)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    errors = {name: {row.name: gate(row, name) for row in rows} for name in args.implementations}
+    if args.published:
+        errors["published"] = {row.name: published_errors(row, args.published) for row in rows}
+    for name, found in errors.items():
+        for row, by_array in found.items():
+            print(f"{name:10s} {row:14s} " + "  ".join(f"{array} {x:.1e}" for array, x in by_array.items()))
+    failed = [
+        n for n in args.implementations if not all(x <= MAX_ERROR for r in errors[n].values() for x in r.values())
+    ]
+    for name in failed:
+        print(f"{name} is above {MAX_ERROR:.0e} and is not timed.")
+    timed = [name for name in args.implementations if name not in failed]
+    limits = ceilings(args.small)
+    results = []
+    for row in rows:
+        published = published_times(row, args) if args.published else {}
+        for work in ("forward", "decode", "forward + backward"):
+            results.append(measure(row, work, timed, limits, published.get(work), dense=not args.small))
+            print(line(results[-1]))
+    report = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "ceilings": limits,
+        "errors": errors,
+        "rows": results,
+    }
+    (args.out / "attention.json").write_text(json.dumps(report, indent=1))
+    plot(results, device.device_kind, args.out / "attention.png")
+    if failed:
+        sys.exit(1)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", nargs="+", default=["triton"], help="names for implementation=")
+    parser.add_argument("--rows", nargs="*", choices=["480p", "720p"], help="default: both")
+    parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
+    parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--small", action="store_true", help="a tiny clip, no dense baseline; runs without a GPU")
+    return parser.parse_args()
+
+
+def inputs(row: Row, frames: int, seed: int = 0) -> list[jax.Array]:
+    """q, k, v and a cotangent [1, frames*h*w, heads, head_dim] in bfloat16, standard normal."""
+    shape = (1, frames * row.grid[1] * row.grid[2], row.heads, row.head_dim)
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seed), 4)]
+
+
+def with_gradients(attend, q, k, v, g):
+    """Output and the gradients of <output, g>."""
+    out, vjp = jax.vjp(attend, q, k, v)
+    return out, *vjp(g)
+
+
+def check_row(row: Row) -> Row:
+    """Two tiles of the row's shape, one head: small enough for the reference in float64."""
+    return dataclasses.replace(row, grid=(2 * row.tile_frames, *row.grid[1:]), heads=1)
+
+
+def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
+    """Inputs in bfloat16 and the reference's results on them in float64."""
+    arrays = inputs(row, row.grid[0])
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        attend = jax.jit(lambda *x: with_gradients(attention(row, row.grid[0], "reference"), *x))
+        return arrays, [np.asarray(x) for x in attend(*wide)]
+
+
+def attention(row: Row, frames: int, implementation: str):
+    """The operation with `frames` query frames over the clip."""
+    grid = (frames, *row.grid[1:])
+    return lambda q, k, v: monarch_attention(q, k, v, grid=grid, tile=row.tile, implementation=implementation)
+
+
+def relative_errors(found, reference) -> dict[str, float]:
+    """Relative Frobenius error of each array."""
+    errors = {}
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, reference, strict=True):
+        errors[name] = float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y))
+    return errors
+
+
+def gate(row: Row, implementation: str) -> dict[str, float]:
+    """Errors on two tiles of this row's shape."""
+    small = check_row(row)
+    arrays, reference = expected(small)
+    run = jax.jit(lambda *x: with_gradients(attention(small, small.grid[0], implementation), *x))
+    return relative_errors(run(*arrays), reference)
+
+
+def measure(row: Row, work: str, implementations, limits, published: float | None, *, dense: bool) -> dict:
+    """Times and floors of one row and kind of work."""
+    frames = row.decode_frames if work == "decode" else row.grid[0]
+    q, k, v, g = inputs(row, row.grid[0])
+    q, g = (x[:, : frames * row.grid[1] * row.grid[2]] for x in (q, g))
+    arrays = (q, k, v, g) if work == "forward + backward" else (q, k, v)
+    spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], tile=row.tile)
+    size = {"heads": row.heads, "head_dim": row.head_dim}
+    arithmetic, plain = flops(spec, **size), bytes_moved(spec, **size)
+    moved = bytes_moved(spec, **size, spill=True)
+    if work == "forward + backward":  # alpha, Y and their gradients pass through memory twice more
+        arithmetic += flops(spec, mode="vjp", **size)
+        moved, plain = moved + 2 * (moved - plain) + plain, 2 * plain
+    result = {
+        "row": row.name,
+        "work": work,
+        "floor_flops_ms": 1e3 * arithmetic / limits["flops"],
+        "floor_bytes_ms": 1e3 * moved / limits["bytes"],
+        "sparsity": spec.sparsity,
+        "implementations": {},
+    }
+    if dense:
+        result["dense_ms"], _ = timed(
+            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), arrays
+        )
+    if published is not None:
+        result["published_ms"] = published
+    for name in implementations:
+        ms, temporary = timed(attention(row, frames, name), arrays)
+        result["implementations"][name] = {"ms": ms, "temporary_bytes": temporary}
+    return result
+
+
+def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
+    """Median ms of a call, with its gradients when a cotangent is given, and the temporary bytes of the program.
+
+    Calls are sent without waiting for each other, so that the time to launch one hides behind the one before.
+    """
+    run = attend if len(arrays) == 3 else (lambda *x: with_gradients(attend, *x))
+    compiled = jax.jit(run).lower(*arrays).compile()
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arrays))
+    jax.block_until_ready(compiled(*arrays))
+    calls = max(2, min(50, int(0.2 / (time.perf_counter() - start))))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = compiled(*arrays)
+        jax.block_until_ready(out)
+        times.append(1e3 * (time.perf_counter() - start) / calls)
+    return statistics.median(times), compiled.memory_analysis().temp_size_in_bytes
+
+
+def ceilings(small: bool) -> dict[str, float]:
+    """FLOP/s of a large bfloat16 product and bytes/s (read and written) of a large copy, on this device, now."""
+    n = 256 if small else 8192
+    a = jax.random.normal(jax.random.key(1), (n, n), jnp.bfloat16)
+    product, _ = timed(lambda a, b, c: a @ b, (a, a, a))
+    x = jax.random.normal(jax.random.key(2), (n * n * (1 if small else 8),), jnp.float32)
+    copy, _ = timed(lambda x, y, z: x + 1, (x, x[:1], x[:1]))
+    return {"flops": 2 * n**3 / (product / 1e3), "bytes": 2 * x.nbytes / (copy / 1e3)}
+
+
+def published_run(path: Path, *options: str) -> str:
+    """Standard output of `published.py`, in a process of its own: torch and JAX share the card one after the other."""
+    script = Path(__file__).with_name("published.py")
+    done = subprocess.run([sys.executable, script, path, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The published kernels failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def published_errors(row: Row, path: Path) -> dict[str, float]:
+    """Errors of the published kernels on the gate's inputs."""
+    small = check_row(row)
+    arrays, reference = expected(small)
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("q", "k", "v", "g")
+        file = Path(folder) / "arrays.npz"
+        np.savez(file, **{name: np.asarray(x, np.float32) for name, x in zip(names, arrays, strict=True)})
+        options = ("--arrays", str(file), "--tile", *map(str, row.tile))
+        published_run(path, *options)
+        with np.load(file) as found:
+            return relative_errors([found[name] for name in ("out", "dq", "dk", "dv")], reference)
+
+
+def published_times(row: Row, args: argparse.Namespace) -> dict[str, float]:
+    """Median ms of the published kernels by kind of work."""
+    options = ["--grid", *map(str, row.grid), "--tile", *map(str, row.tile), "--decode", str(row.decode_frames)]
+    options += ["--heads", str(row.heads), "--dim", str(row.head_dim)]
+    if args.published_backward:
+        options.append("--backward")
+    return json.loads(published_run(args.published, *options).splitlines()[-1])
+
+
+def line(result: dict) -> str:
+    """One printed row."""
+    floors = f"floors {result['floor_flops_ms']:.2f} (arithmetic) {result['floor_bytes_ms']:.2f} (bytes)"
+    text = f"{result['row']:12s} {result['work']:18s} {floors}"
+    for key in ("dense_ms", "published_ms"):
+        if key in result:
+            text += f"  {key.removesuffix('_ms')} {result[key]:.2f}"
+    for name, found in result["implementations"].items():
+        text += f"\n    {name:10s} {found['ms']:8.3f} ms, {found['temporary_bytes'] / 1e9:.2f} GB temporary"
+        for key in ("dense_ms", "published_ms"):
+            if key in result:
+                text += f", {result[key] / found['ms']:.2f}x {key.removesuffix('_ms')}"
+        text += f", {result['floor_flops_ms'] / found['ms']:.0%} of the arithmetic floor"
+        text += f", {result['floor_bytes_ms'] / found['ms']:.0%} of the byte floor"
+    return text
+
+
+def plot(results: list[dict], device: str, path: Path) -> None:
+    """Bars of every row, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series: dict[str, list[float]] = {}
+    for n, result in enumerate(results):
+        values = {"dense cuDNN": result.get("dense_ms"), "published": result.get("published_ms")}
+        values |= {name: found["ms"] for name, found in result["implementations"].items()}
+        values["floor"] = max(result["floor_flops_ms"], result["floor_bytes_ms"])
+        for name, value in values.items():
+            series.setdefault(name, [float("nan")] * len(results))[n] = float("nan") if value is None else value
+    figure, axes = plt.subplots(figsize=(1.1 * len(results) + 3, 4.5), layout="constrained")
+    width = 0.8 / len(series)
+    for n, (name, values) in enumerate(series.items()):
+        axes.bar(np.arange(len(results)) + (n + 0.5) * width - 0.4, values, width, label=name)
+    axes.set_xticks(range(len(results)), [f"{r['row']}\n{r['work']}" for r in results], fontsize=7, rotation=30)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms")
+    axes.set_title(f"Tiled Monarch attention, {device}")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Runs the published PyTorch MonarchRT attention for `attention.py`, in a process of its own.
+
+With --arrays: reads q, k, v, g from the .npz, adds out, dq, dk, dv to it. With --grid: prints medians in ms as JSON.
+The forward pass is replayed from a CUDA graph, so that its launches from Python do not count against it; forward and
+backward runs eagerly. The first call of every shape tunes itself for minutes.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+
+import numpy as np
+import torch
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("published_monarch_attn", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def median_ms(run, repeats=20):
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph(run):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        run()
+    return recorded.replay
+
+
+def compare(module, file, tile):
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    q, k, v, g = (torch.tensor(arrays[name], device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "g"))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = module.monarch_attn(q, k, v, tile[0], 1, 1, *tile[1:])
+    out.backward(g)
+    found = {"out": out, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    np.savez(file, **arrays, **{name: x.detach().float().cpu().numpy() for name, x in found.items()})
+
+
+def times(module, args):
+    frames, height, width = args.grid
+    torch.manual_seed(0)
+
+    def tokens(count):
+        shape = (1, count * height * width, args.heads, args.dim)
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, block, g = tokens(frames), tokens(frames), tokens(frames), tokens(args.decode), tokens(frames)
+    tile, _ = module._get_rearrange_fns(q, args.tile[0], 1, 1, height, width)
+    result = {}
+    with torch.no_grad():
+        tiled = [tile(x).contiguous() for x in (q, block, k, v)]
+        for work, query in (("forward", tiled[0]), ("decode", tiled[1])):
+
+            def run(query=query):
+                module._attention_no_cache.apply(query, *tiled[2:], args.dim**-0.5, 0, False)
+
+            run()
+            result[work] = median_ms(graph(run))
+    if args.backward:
+        for x in (q, k, v):
+            x.requires_grad_()
+
+        def step():
+            q.grad = k.grad = v.grad = None
+            module.monarch_attn(q, k, v, args.tile[0], 1, 1, height, width).backward(g)
+
+        step()
+        result["forward + backward"] = median_ms(step, repeats=7)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path")
+    parser.add_argument("--arrays")
+    parser.add_argument("--tile", type=int, nargs=3, required=True)
+    parser.add_argument("--grid", type=int, nargs=3)
+    parser.add_argument("--decode", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--backward", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.arrays:
+        compare(load(arguments.path), arguments.arrays, arguments.tile)
+    else:
+        times(load(arguments.path), arguments)
