@@ -81,7 +81,7 @@ def dense_attention(
         key: [B, keys, heads, head_dim].
         value: Likewise.
         valid_keys: How many leading keys are seen, a traced int32 scalar; None sees all.
-        implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU, else XLA.
+        implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU from Ampere on, else XLA.
 
     Returns:
         [B, queries, heads, head_dim].
@@ -91,8 +91,7 @@ def dense_attention(
     """
     cudnn_can = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     if implementation is None:
-        on_nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform == "gpu"
-        implementation = "cudnn" if cudnn_can and on_nvidia else "xla"
+        implementation = "cudnn" if cudnn_can and _has_cudnn_attention() else "xla"
     if implementation == "cudnn" and not cudnn_can:
         raise ValueError(
             f"implementation='cudnn' needs bfloat16 or float16 and a head size that is a multiple of 8 up to 128, got "
@@ -106,3 +105,11 @@ def dense_attention(
         key_value_seq_lengths=lengths,
         implementation=implementation,  # type: ignore[arg-type]
     )
+
+
+def _has_cudnn_attention() -> bool:
+    """Whether programs run on an NVIDIA GPU from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
