@@ -50,14 +50,16 @@ def draw_losses(path: Path, dense: TrainConfig, monarch: TrainConfig, *, untrain
             level = held_out[-1]
             offset = config.run.steps
             axes.axvline(offset, color="0.6", lw=1, ls=":")
-            axes.annotate(
-                "Monarch attention swapped in", (offset, untrained), (-8, 8), textcoords="offset points", ha="right"
-            )
     axes.axhline(level, color=COLOURS["dense"], lw=1, ls="--", label="dense, final")
     axes.set(xlabel="step", ylabel="flow-matching loss", title="faint: training loss, smoothed")
-    top = max(untrained, level) * 1.35
-    axes.set_ylim(max(0.0, 0.85 * min(level, np.min(smooth))), top)
-    axes.legend()
+    # the swap is what the picture is about; the first steps leave it at the top
+    bottom, height = min(level, np.min(smooth)), max(untrained - level, 0.05 * level)
+    axes.set_ylim(bottom - 0.5 * height, untrained + 2.5 * height)
+    note = "Monarch attention\nswapped in"
+    axes.annotate(
+        note, (offset, untrained), (-12, 40), textcoords="offset points", ha="right", arrowprops={"arrowstyle": "->"}
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
