@@ -54,9 +54,9 @@ def forward(problem, q, k, v, visible):
 
     from pallas_kernels.forward_sm90 import forward as run
 
-    if reason := supports(problem, q, k):
-        raise NotImplementedError(reason)
     _, _, rows, cols, _, dim = q.shape
     config = forward_config(rows, cols, dim)
+    if (reason := supports(problem, q, k)) or config is None:
+        raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
         return run(q, k, v, visible.astype("int32"), scale=problem.scale, masked=problem.masked, config=config)

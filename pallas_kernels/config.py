@@ -5,7 +5,17 @@ import dataclasses
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
 ROWS = 64  # rows of one warpgroup's matrix product
 SLAB = 64  # 16-bit elements of a 128-byte swizzled row
+# registers for a thread of a computing and of the loading warpgroup, per number of computing warpgroups: a block has
+# 65536 for all its threads, and one that asks for more waits for ever
+COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 160}
+LOAD_REGISTERS = {1: 40, 2: 40, 3: 24}
 BARRIERS = 2048  # bytes set aside for barriers and alignment
+
+
+def _check_warpgroups(count: int) -> None:
+    if count not in COMPUTE_REGISTERS:
+        names = ", ".join(map(str, COMPUTE_REGISTERS))
+        raise ValueError(f"{count} computing warpgroups is not one of {names}: registers would not suffice.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,14 @@ class RightConfig:
     key_stages: int = 2
     slab: int = SLAB
     blocks: int = 132
+
+    def __post_init__(self):
+        _check_warpgroups(self.warpgroups)
+        if self.query_stages % self.warpgroups:
+            raise ValueError(
+                f"query_stages={self.query_stages} is not a multiple of warpgroups={self.warpgroups}; "
+                f"every stage belongs to one warpgroup."
+            )
 
     def depth(self, cols: int) -> int:
         """Columns l in shared memory."""
@@ -57,6 +75,9 @@ class LeftConfig:
     key_block: int = 64
     query_stages: int = 2
     blocks: int = 132
+
+    def __post_init__(self):
+        _check_warpgroups(self.warpgroups)
 
     @property
     def warpgroups(self) -> int:

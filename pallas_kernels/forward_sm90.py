@@ -4,7 +4,6 @@ alpha, c_L and Y of one chunk, or two, are all that exists at a time: memory bey
 """
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -19,6 +18,7 @@ from pallas_kernels.shared import launch
 UNROLLED = 24  # side by side, chunks are unrolled; more of them than this take turns in a loop, compiled once
 
 Arrays = tuple[jax.Array, ...]
+Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
 
 
 def chunk_sizes(batch: int, heads: int, tiles: int, pair_bytes: int, limit: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class _Call:
         )
         return role, (q, alpha, y, c, self.limits, self.start(head, tile))
 
-    def tiled(self, out: jax.Array, lse: jax.Array) -> Arrays:
+    def tiled(self, out: jax.Array, lse: jax.Array) -> Pair:
         """The chunk's output [B, tiles, b1, b2, heads, D] and log-sum-exp [B, tiles, b1, b2, heads]."""
         batch, _, rows, cols, _, dim = self.q.shape
         lse = lse.reshape(batch, self.heads, self.tiles, cols, -1)[..., :rows].transpose(0, 2, 4, 3, 1)
@@ -139,9 +139,11 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _put(whole: Arrays, head, tile, parts: Arrays) -> Arrays:
-    at = tuple(jnp.int32(x) for x in (0, tile, 0, 0, head, 0))
-    return tuple(lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
+def _put(whole: Pair, head, tile, parts: Pair) -> Pair:
+    """A chunk's output and log-sum-exp into the whole ones."""
+    at = [jnp.int32(x) for x in (0, tile, 0, 0, head, 0)]
+    out, lse = (lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
+    return out, lse
 
 
 def forward(
@@ -153,7 +155,7 @@ def forward(
     scale: float,
     masked: bool,
     config: ForwardConfig,
-) -> tuple[jax.Array, jax.Array]:
+) -> Pair:
     """The output and log-sum-exp, as `pallas_kernels.forward`.
 
     Args:
@@ -188,24 +190,24 @@ def forward(
     return lax.fori_loop(0, len(places), body, empty)
 
 
-def _chunk(call: _Call, head, tile) -> Arrays:
+def _chunk(call: _Call, head, tile) -> Pair:
     """One stage after the other."""
     (made,) = launch(call.right(head, tile))
-    (found,) = launch(call.left(head, tile, made))
-    return call.tiled(*found)
+    ((out, lse),) = launch(call.left(head, tile, made))
+    return call.tiled(out, lse)
 
 
-def _beside(call: _Call, places: list[tuple[int, int]], result: Arrays) -> Arrays:
+def _beside(call: _Call, places: list[tuple[int, int]], result: Pair) -> Pair:
     """Stage 1 of each chunk beside stage 2 of the one before: memory is written by the one and read by the other."""
     first, second = split_blocks(call.q.shape, call.pairs, call.config.right, call.config.left)
 
-    @functools.partial(jax.jit, inline=False)
+    @jax.jit  # traced and compiled once for all chunks
     def both(now, before, made):
-        return launch(call.right(*now, blocks=first), call.left(*before, made, blocks=second))
+        return launch(call.right(now[0], now[1], blocks=first), call.left(before[0], before[1], made, blocks=second))
 
     (made,) = launch(call.right(*places[0]))
-    for before, now in itertools.pairwise(jnp.array(places, jnp.int32)):
-        made, found = both(now, before, made)
-        result = _put(result, *before, call.tiled(*found))
-    (found,) = launch(call.left(*places[-1], made))
-    return _put(result, *places[-1], call.tiled(*found))
+    for before, now in itertools.pairwise(places):
+        made, (out, lse) = both(jnp.array(now, jnp.int32), jnp.array(before, jnp.int32), made)
+        result = _put(result, *before, call.tiled(out, lse))
+    ((out, lse),) = launch(call.left(*places[-1], made))
+    return _put(result, *places[-1], call.tiled(out, lse))

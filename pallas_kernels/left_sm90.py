@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
+from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftConfig, column_blocks
 from pallas_kernels.shared import Role
 
 LOG2E = math.log2(math.e)
@@ -87,7 +87,7 @@ def left_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers({1: 240, 2: 232, 3: 160}[groups], action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
             for s in range(query_stages):
                 plgpu.barrier_arrive(q_free.at[s])
             for s in range(stages):
@@ -116,7 +116,7 @@ def left_role(
                             plgpu.wgmma(acc, q_mma.at[q_slot, group, n], b)
                         return acc[...]
 
-                    s = pl.run_scoped(scores, plgpu.ACC((ROWS, depth), f32)) * (scale * LOG2E)
+                    s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(0), optimized=False)
                     pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(0)) + i * depth
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
@@ -134,7 +134,7 @@ def left_role(
                         for n in range(slabs):
                             plgpu.wgmma(accs[n], p, y_mma.at[slot, my_column, n])
 
-                    acc = pl.run_state(products)([plgpu.ACC.init(x) for x in acc])
+                    acc = pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
                     plgpu.barrier_arrive(y_free.at[slot])
                     return new_top, total, *acc
 
@@ -162,7 +162,7 @@ def left_role(
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(40 if groups < 3 else 24, action="decrease")
+            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
 
             def item(t, done):
                 x, (entry, head, tile), column, row_block, limit = place(t)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import ROWS, RightConfig, column_blocks
+from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, RightConfig, column_blocks
 from pallas_kernels.shared import Role
 
 LOG2E = math.log2(math.e)
@@ -141,7 +141,7 @@ def right_role(
                     plgpu.wgmma(acc, q_mma.at[slot, n], k_mma.at[key_slot, n].transpose((1, 0)))
                 return acc[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((ROWS, depth), f32)) * (scale * LOG2E)
+            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)
             plgpu.barrier_arrive(q_free.at[slot])
             if depth != cols:
                 column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=row_layout)
@@ -159,7 +159,7 @@ def right_role(
                         plgpu.wgmma(accs[n], p, rhs.at[key_slot, n])
                     return tuple(acc[...] for acc in accs)
 
-                results = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, slab), f32) for _ in range(slabs)])
+                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(slabs)])
                 if masked:  # keys that are not seen may hold anything; what is read as padding must be finite
                     seen = pair < limits[tile0 + lax.div(item, full)]
                     results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
@@ -188,7 +188,7 @@ def right_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers(232 if groups == 2 else 160, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
             for s in range(key_stages):
                 plgpu.barrier_arrive(key_free.at[s])
             for s in range(stages // groups):
@@ -221,7 +221,7 @@ def right_role(
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
 
             def unit(t, done):
                 unit, low, high = span(t)

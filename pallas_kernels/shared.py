@@ -24,12 +24,13 @@ def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tup
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    swizzle = plgpu.SwizzleTransform(2 * slab)
+    swizzle = plgpu.SwizzleTransform(2 * slab)  # pyright: ignore[reportAbstractUsage]
+    tiled = plgpu.TilingTransform((8, slab))  # pyright: ignore[reportAbstractUsage]
 
     def view(shapes, *transforms):
         return tuple(plgpu.SMEM(shape, dtype, transforms=transforms) for shape in shapes)
 
-    views = [view(shapes, plgpu.TilingTransform((8, slab)), swizzle), view(shapes, swizzle)]
+    views = [view(shapes, tiled, swizzle), view(shapes, swizzle)]
     if split:
         rows = split[0] * split[1]
         views.append(view([(*s[:-2], *(split if s[-2] == rows else s[-2:-1]), slab) for s in shapes], swizzle))
