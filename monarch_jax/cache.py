@@ -1,6 +1,7 @@
 """A KV cache for autoregressive video: keys and values of whole frames, kept in tiled order (Self-Forcing)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,9 @@ class MonarchKVCache:
         detach_past: Whether gradients reach only the keys and values of the newest block.
     """
 
-    key: Float[Array, "B C b1 b2 H D"]
-    value: Float[Array, "B C b1 b2 H D"]
-    length: Int[Array, ""]
+    key: Any  # arrays, but JAX also builds pytrees of placeholders
+    value: Any
+    length: Any
     spec: MonarchSpec = dataclasses.field(metadata={"static": True})
     sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 
 
@@ -8,3 +9,11 @@ def x64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, as in a user's program: the library's own errors show."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -129,12 +129,12 @@ def test_works_in_scan_and_vmap():
         (dict(frames=0), r"key_frames=0 is not a positive integer"),
     ],
 )
-def test_bad_caches(change, message):
+def test_bad_caches(unchecked, change, message):
     with pytest.raises(ValueError, match=message):
         empty(**change)
 
 
-def test_bad_blocks():
+def test_bad_blocks(unchecked):
     _, k, v = blocks(1)[0]
     cases = [
         (
