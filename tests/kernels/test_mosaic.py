@@ -68,7 +68,9 @@ def test_configurations_fit_a_block():
 def test_every_column_has_a_place_of_its_own(cols, masked):
     count = 7
     split = column_blocks(cols, count, masked)
-    places = {tuple(int(x) for x in split.place(jnp.int32(a), jnp.int32(j))) for a in range(count) for j in range(cols)}
+    tile, column = jnp.divmod(jnp.arange(count * cols, dtype=jnp.int32), cols)
+    items, rows = jax.vmap(split.place)(tile, column)
+    places = set(zip(items.tolist(), rows.tolist(), strict=True))
     assert len(places) == count * cols
     assert all(0 <= item < split.items and 0 <= row < 64 for item, row in places)
 
