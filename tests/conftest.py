@@ -1,8 +1,11 @@
 """Runs before anything is imported: shapes and dtypes in annotations are checked in every test."""
 
 import os
+import pathlib
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if not pathlib.Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin may be installed, for compiling
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile far more than they run
 
 import pytest
