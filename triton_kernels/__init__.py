@@ -62,7 +62,7 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     """
     from triton_kernels import operation
 
-    return _batched(functools.partial(operation.forward, problem), 3)(q, k, v, visible)
+    return _batched(functools.partial(operation.forward, float(problem.scale)), 3)(q, k, v, visible)
 
 
 def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,9 +80,8 @@ def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax
 
     r = residuals
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, r.out, preferred_element_type=jnp.float32)
-    return _batched(functools.partial(operation.backward, problem), 6)(
-        r.q, r.k, r.v, d_out.astype(r.q.dtype), r.lse, delta, r.visible
-    )
+    fn = functools.partial(operation.backward, float(problem.scale), problem.grad_tiles)
+    return _batched(fn, 6)(r.q, r.k, r.v, d_out.astype(r.q.dtype), r.lse, delta, r.visible)
 
 
 def _batched(fn, arrays: int):

@@ -3,9 +3,9 @@
 import contextlib
 import contextvars
 import dataclasses
-import functools
-import importlib.resources
 import json
+import os
+import pathlib
 
 import jax
 
@@ -54,6 +54,7 @@ class Target:
     device_kind: str | None = None
 
 
+_CONFIGS: contextvars.ContextVar[Configs | None] = contextvars.ContextVar("triton_kernels_configs", default=None)
 _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("triton_kernels_target", default=None)
 
 
@@ -98,12 +99,62 @@ def shape_key(*, b1: int, b2: int, dim: int, itemsize: int) -> str:
     return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}"
 
 
+@contextlib.contextmanager
+def use(configs: Configs):
+    """Traces with these configs whatever the device and the shape; for tuning and tests.
+
+    Args:
+        configs: What `configs` returns meanwhile.
+
+    Yields:
+        None.
+    """
+    token = _CONFIGS.set(configs)
+    try:
+        yield
+    finally:
+        _CONFIGS.reset(token)
+
+
 def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
-    """The tuned configs of a device for a shape where there are any, else `heuristic`."""
+    """The tuned configs of a device for a shape, the user's before the shipped ones; else `heuristic`."""
+    chosen = _CONFIGS.get()
+    if chosen is not None:
+        return chosen
     found = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
-    tuned = _tuned(where).get(shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize), {})
+    key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize)
+    tuned = _read(user_file(where)).get(key) or _shipped(where).get(key, {})
     changes = {name: Config(**x) if name in KERNELS else x for name, x in tuned.items()}
     return dataclasses.replace(found, **changes)
+
+
+def store(where: Target, found: Configs, *, b1: int, b2: int, dim: int, itemsize: int) -> pathlib.Path:
+    """Adds an entry to the user's file of a device.
+
+    Args:
+        where: The device.
+        found: Its configs for the shape.
+        b1: Rows of a tile.
+        b2: Columns of a tile.
+        dim: Size of a head.
+        itemsize: Bytes of a number.
+
+    Returns:
+        The file.
+    """
+    path = user_file(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = _read(path) | {shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize): dataclasses.asdict(found)}
+    fresh = path.with_suffix(".new")  # a reader sees the old file or the new one, never half of it
+    fresh.write_text(json.dumps(entries, indent=1))
+    fresh.replace(path)
+    return path
+
+
+def user_file(where: Target) -> pathlib.Path:
+    """Where `tune` keeps the configs of a device: $XDG_CACHE_HOME/monarchrt/triton, by default ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "monarchrt" / "triton" / f"{_name(where)}.json"
 
 
 def heuristic(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
@@ -129,11 +180,16 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@functools.cache
-def _tuned(where: Target) -> dict:
+def _shipped(where: Target) -> dict:
     """Entries of the device's file; other Hopper cards take the H200's, which has the same multiprocessors."""
-    folder = importlib.resources.files("triton_kernels") / "tuned"
-    path = folder / f"{(where.device_kind or 'none').replace(' ', '_')}.json"
-    if not path.is_file() and where.compute_capability == 90:
-        path = folder / "NVIDIA_H200.json"
+    folder = pathlib.Path(__file__).parent / "tuned"
+    path = folder / f"{_name(where)}.json"
+    return _read(path if path.is_file() or where.compute_capability != 90 else folder / "NVIDIA_H200.json")
+
+
+def _name(where: Target) -> str:
+    return (where.device_kind or f"sm_{where.compute_capability}").replace(" ", "_").replace("/", "_")
+
+
+def _read(path: pathlib.Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -79,7 +79,18 @@ def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -
             **{name: arrays[name] for name in names},
             **launch.constants,
         )
-    return dict(zip(writes, out, strict=True))
+    varying = frozenset().union(*(_axes(x) for x in arrays.values() if isinstance(x, jax.Array)))
+    return {name: _varying(x, varying) for name, x in zip(writes, out, strict=True)}
+
+
+def _axes(x: jax.Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _varying(x: jax.Array, axes: frozenset) -> jax.Array:
+    """Marks a kernel's result as different on every device along the axes of `shard_map` that its operands vary on."""
+    missing = tuple(axes - _axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 @functools.cache

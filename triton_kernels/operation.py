@@ -8,30 +8,32 @@ from triton_kernels.config import configs, target
 from triton_kernels.plan import Shape
 
 
-def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
     """out [B, A, b1, b2, H, D] and lse float32 [B, A, b1, b2, H]; shapes as in `triton_kernels.forward`."""
     shape, where = _shape(q, k), target()
     todo = plan.forward(shape, _configs(shape, where), _precision(q))
     results = {"out": q, "lse": jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)}
-    operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": float(problem.scale)}
+    operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": scale}
     scratch = _scratch(shape, todo, q, backward=False)
     kept = ("mid", "stats")
     found = launch.run(todo, operands, scratch, _structs(results), {}, kept, where.compute_capability)
     return found["out"], found["lse"]
 
 
-def backward(problem, q, k, v, d_out, lse, delta, visible) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(
+    scale: float, grad_tiles: int | None, q, k, v, d_out, lse, delta, visible
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv; lse and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
     shape, where = _shape(q, k), target()
-    todo = plan.backward(shape, _configs(shape, where), _precision(q), problem.grad_tiles)
+    todo = plan.backward(shape, _configs(shape, where), _precision(q), grad_tiles)
     visible = _clip(visible, k)
     first_tile = jnp.zeros((), jnp.int32)
-    if problem.grad_tiles is not None:
-        first_tile = jnp.max(visible) - jnp.int32(min(problem.grad_tiles, k.shape[1]))
+    if grad_tiles is not None:
+        first_tile = jnp.max(visible) - jnp.int32(min(grad_tiles, k.shape[1]))
     dtype = jnp.float32 if todo.summed else k.dtype
     key_grad = jax.ShapeDtypeStruct(k.shape, dtype)
     start = {}
-    if todo.summed or problem.grad_tiles is not None:  # what no program writes, or what all add to
+    if todo.summed or grad_tiles is not None:  # what no program writes, or what all add to
         start = {name: jnp.zeros(k.shape, dtype) for name in ("dk", "dv")}
     operands = {
         "visible": visible,
@@ -42,7 +44,7 @@ def backward(problem, q, k, v, d_out, lse, delta, visible) -> tuple[jax.Array, j
         "d_out": d_out,
         "lse": lse,
         "delta": delta,
-        "scale": float(problem.scale),
+        "scale": scale,
     }
     results = _structs({"dq": q, "dk": key_grad, "dv": key_grad})
     scratch = _scratch(shape, todo, q, backward=True)

@@ -1,9 +1,11 @@
 """Triton kernels: numbers in the interpreter, compiled resources, lowering; on a card, the whole suite."""
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,7 +23,8 @@ from monarch_jax import monarch_attention
 from monarch_jax.backends import Problem
 from tests.attention.suite import AttentionSuite
 from triton_kernels import plan
-from triton_kernels.config import Config, Target, configs, heuristic
+from triton_kernels.config import KERNELS, Config, Target, configs, heuristic, store, use, user_file
+from triton_kernels.tune import neighbours, search
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = (
@@ -192,6 +195,64 @@ def test_tuned_configs_are_read():
         chosen = configs(where, b1=b1, b2=b2, dim=128, itemsize=2)
         assert isinstance(chosen.right_forward, Config)
         assert chosen != heuristic(where, b1=b1, b2=b2, dim=128, itemsize=2)
+
+
+def test_the_users_configs_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
+    where = Target(90, "NVIDIA H200")
+    mine = dataclasses.replace(configs(where, **shape), right_query=Config(rows=16, keys=64, stages=1))
+    assert store(where, mine, **shape) == user_file(where)
+    assert configs(where, **shape) == mine
+    assert configs(where, **shape | {"b2": 80}) != mine
+    other = heuristic(Target(80), **shape)
+    with use(other):
+        assert configs(where, **shape) == other
+
+
+def test_search_moves_to_the_fastest_neighbours():
+    """A made-up cost with one minimum per kernel: the search must find it, and skip what does not run."""
+    goal = Config(rows=128, keys=32, warps=8, stages=3, split=2, transposed=True)
+    start = heuristic(Target(90), b1=30, b2=52, dim=128, itemsize=2)
+
+    def cost(found, backward):
+        if any(getattr(found, name).stages == 4 for name in KERNELS):
+            return float("inf")
+        steps = 0.0
+        for name in KERNELS:
+            at = getattr(found, name)
+            steps += sum(abs(math.log2(getattr(at, x) / getattr(goal, x))) for x in ("rows", "keys", "warps", "split"))
+            steps += abs(at.stages - goal.stages) + (at.transposed != goal.transposed)
+        return steps
+
+    best = search(start, cost)
+    assert all(getattr(best, name) == goal for name in KERNELS)
+
+
+def test_neighbours_differ_and_stay_powers_of_two():
+    at = Config(rows=16, keys=128, warps=8, stages=1)
+    found = list(neighbours(at))
+    assert at not in found
+    assert len(set(found)) == len(found)
+    assert all(x.rows & (x.rows - 1) == 0 and 16 <= x.rows <= 128 for x in found)
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lowers_under_shard_map(gradient):
+    """Heads over a mesh axis: results must carry the axis they vary on."""
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, None, "heads")
+    attend = functools.partial(monarch_attention, grid=(2, 6, 8), implementation="triton")
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def run(q, k, v):
+        if not gradient:
+            return sharded(q, k, v)
+        return jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    x = jax.ShapeDtypeStruct((1, 96, 4, 64), jnp.bfloat16)
+    assert "triton_kernel_call_ffi" in jax.jit(run).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def on_cuda():
