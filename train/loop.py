@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,7 +27,7 @@ from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
 from train.model import build_model, model_settings, pretrained_parameters
-from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
+from train.run_folder import claim_folder, compare_identity, identity, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
 from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
@@ -97,8 +98,8 @@ class _Run:
         self.config, self.source, self.quiet = config, source, quiet
         run = config.run
         self.identity = identity(config, fingerprint=source.fingerprint)
-        previous = read_config(run.folder) if run.resume else None
-        self.previous = Checkpoints(run.folder, keep=run.keep) if previous else None
+        saved = run.resume and (run.folder / FOLDER_NAME).is_dir()
+        self.previous = Checkpoints(run.folder, keep=run.keep) if saved else None
         if self.previous:
             self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
@@ -108,9 +109,12 @@ class _Run:
             )
             self._check(nnx.eval_shape(build))
             model = build()
+            self.graph, params, fixed = split_model(model)
         else:
             self._check(model)
-        self.graph, params, fixed = split_model(model)
+            # a step overwrites its input; the caller keeps the model that was given
+            self.graph, *variables = split_model(model)
+            params, fixed = jax.tree.map(jnp.copy, variables)
         optimizer = make_optimizer(config.optimizer, steps=run.steps)
         state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
         self.state = self.placement.state(state)
