@@ -118,7 +118,10 @@ def run(start):
 
     def run(arguments, **options: str) -> tuple[int, str]:
         process = start(arguments, **options)
-        _, stderr = process.communicate(timeout=300)
+        try:
+            _, stderr = process.communicate(timeout=900)
+        finally:
+            process.kill()
         return process.returncode, stderr
 
     return run
@@ -131,8 +134,10 @@ def baseline(shared, run, arguments) -> Path:
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            code, stderr = run([*arguments, "--folder", folder])
+            unfinished = shared / "baseline.part"
+            code, stderr = run([*arguments, "--folder", unfinished])
             assert code == 0, stderr
+            unfinished.rename(folder)
     return folder
 
 
