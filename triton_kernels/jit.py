@@ -2,6 +2,8 @@
 
 import inspect
 
+# pyright: basic, reportOperatorIssue=false
+# Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton
 import triton.language as tl
 

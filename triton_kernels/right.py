@@ -6,6 +6,9 @@ ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later th
 `left.backward` describes. z counts the (batch, head) pairs of a chunk.
 """
 
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
 from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_range, store_rows, tile_offset

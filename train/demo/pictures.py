@@ -123,8 +123,10 @@ def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray,
         if not isinstance(setting, MonarchAttention):
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
             return jax.nn.softmax(scores, -1)[0]
-        options = dict(tile=setting.tile, blocks=setting.blocks, num_iters=setting.num_iters)
-        return monarch_factors(query, key, grid=grid, **options).attention[0]
+        factors = monarch_factors(
+            query, key, grid=grid, tile=setting.tile, blocks=setting.blocks, num_iters=setting.num_iters
+        )
+        return factors.attention[0]
 
     return np.asarray(draw(model, latents[:1], timesteps[:1], text[:1]))
 
