@@ -129,7 +129,8 @@ class ModelConfig:
             name, equals, text = override.partition("=")
             _require(bool(equals and name), f"overrides has {override!r}; write name=value, for example num_layers=2")
             try:
-                values[name] = json.loads(text)
+                value = json.loads(text)
+                values[name] = tuple(value) if isinstance(value, list) else value
             except json.JSONDecodeError:
                 values[name] = text
         return values

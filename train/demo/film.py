@@ -71,4 +71,6 @@ def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, 
         sampled = make_continuation(graph, objective=config.objective)(params, fixed, latents, text, noise)
         frames = source.transform.decode(np.asarray(sampled, np.float32))  # [B, F, H, W, 3]
         clips.append(frames[:, 1:].reshape(-1, *frames.shape[2:]))
-    return write_mp4(path, side_by_side(clips, labels=["clip", *models], zoom=max(1, 320 // clips[0].shape[2])), fps=8)
+    return write_mp4(
+        path, side_by_side(clips, labels=["clip", *models], zoom=max(1, 320 // clips[0].shape[2])), fps=8.0
+    )
