@@ -106,8 +106,8 @@ def test_kernels_compile_ahead_of_time(capability):
     for call in launches("480p", capability):
         registers, spills, shared = compile_launch(call, capability)
         assert registers <= 255
-        # a few scalars; the tuned forward pass for sm_90 has 88 bytes with Triton 3.9, up to 64 with 3.7
-        assert spills <= 96, f"{call.kernel}: {spills} bytes of stack"
+        # the sm_90 configs were tuned with Triton 3.7.1; 3.9.0 leaves up to 104 bytes of scalars on the stack there
+        assert spills <= (128 if capability == 90 else 64), f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
 
 
