@@ -1,7 +1,6 @@
 """What a tiled Monarch attention is: its grid, tiles and block sizes, checked, and what it costs."""
 
 import dataclasses
-import difflib
 import math
 from typing import Literal
 
@@ -250,12 +249,6 @@ def bytes_moved(
     if spill:
         total += 4 * spec.tile_pairs * spec.block_rows * spec.block_cols * vector
     return total
-
-
-def suggest(name: str, choices: tuple[str, ...] | list[str]) -> str:
-    """The end of an error about an unknown name: the closest choice, then all of them."""
-    close = difflib.get_close_matches(str(name), choices, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Choices: {', '.join(map(repr, choices))}."
 
 
 def _positive(name: str, value: int) -> int:
