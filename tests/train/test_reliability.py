@@ -102,13 +102,14 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(baseline, run, t
     assert (folder / "unreadable_checkpoints/30").is_dir()
 
 
-def test_no_readable_checkpoint_is_an_error_that_touches_nothing(baseline, tmp_path, capsys):
+def test_no_readable_checkpoint_is_an_error_that_touches_nothing(baseline, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(baseline, folder)
     for data in (folder / "checkpoints").glob("*/state/**/d/*"):
         data.write_bytes(b"")
-    assert main(["train", "--folder", str(folder), "--resume"]) == 2
-    assert "none of the checkpoints" in one_error_line(capsys.readouterr().err)
+    code, stderr = run(["train", "--folder", folder, "--resume"])
+    assert code == 2, stderr
+    assert "none of the checkpoints" in one_error_line(stderr)
     assert steps_of(folder) == [24, 28, 30]
     assert history(folder) == history(baseline)
 
