@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from train.errors import UserError, report_full_disk
+from models.errors import UserError, report_full_disk
 from train.state import TrainState, checksums, from_arrays, to_arrays
 
 FOLDER_NAME = "checkpoints"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from train.errors import UserError, disk_full_reason
+from models.errors import UserError, disk_full_reason
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 

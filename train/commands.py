@@ -9,8 +9,8 @@ from typing import Any
 
 import tyro
 
+from models.errors import UserError
 from train.config import TrainConfig
-from train.errors import UserError
 from train.run_folder import claim_folder, read_config
 
 

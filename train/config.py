@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train.errors import UserError
+from models.errors import UserError
 
 
 def _require(condition: bool, message: str) -> None:

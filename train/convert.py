@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from models.errors import user_input
 from train.commands import parse
-from train.errors import user_input
 
 if TYPE_CHECKING:
     from models.wan.checkpoints.load import Progress

@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from models.errors import UserError
+from models.media.latents import PatchDCT
+from models.media.video import read_clip
 from train.config import DataConfig
-from train.errors import UserError
-from train.latents import PatchDCT
-from train.video import read_clip
 
 
 class Batch(NamedTuple):

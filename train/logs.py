@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from train.errors import report_full_disk
+from models.errors import report_full_disk
 
 LOG_NAME = "log.jsonl"
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.errors import NonFiniteError, UserError, user_input
 from train.checkpointing import FOLDER_NAME, Checkpoints
 from train.config import TrainConfig
 from train.data import ClipWindows, Source, open_source
-from train.errors import NonFiniteError, UserError, user_input
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.errors import UserError, user_input
 from train.config import ModelConfig
-from train.errors import UserError, user_input
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from models.errors import UserError, report_full_disk
 from train.config import TrainConfig, from_dict, to_dict
-from train.errors import UserError, report_full_disk
 
 CONFIG_NAME = "config.json"
 
@@ -117,7 +117,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         >>> compare_identity(saved, wanted, step=7, folder=Path("run"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        train.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has [1, 2, 2];...
+        models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has [1, 2, 2];...
     """
     notes = []
     for name in dict.fromkeys([*saved, *wanted]):

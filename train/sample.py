@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from models.media.video import side_by_side, write_mp4
 from train.config import ObjectiveConfig
 from train.data import ClipWindows
 from train.objective import Velocity, add_noise, evaluation_noise
 from train.state import as_velocity
-from train.video import side_by_side, write_mp4
 
 
 def sampling_levels(config: ObjectiveConfig, *, steps: int, start: float = 1.0) -> Float32[np.ndarray, "steps_plus_1"]:

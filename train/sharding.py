@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.errors import UserError
+from models.errors import UserError
 from train.state import TrainState
 
 

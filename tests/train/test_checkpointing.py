@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.errors import UserError
 from train.checkpointing import Checkpoints
 from train.config import ObjectiveConfig, OptimizerConfig
-from train.errors import UserError
 from train.state import create_state, make_optimizer, split_model, to_arrays
 from train.step import make_train_step
 

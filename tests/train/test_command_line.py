@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
 from train import cli
 from train.commands import _parse_train
 from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, from_dict, to_dict
-from train.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
 from train.logs import RunLog, read_log
 from train.model import attention_setting, model_settings
 from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config

@@ -7,11 +7,12 @@ from flax import nnx
 
 from models.wan import MonarchAttention, WanModel, wan_config
 from models.wan.checkpoints import load_checkpoint, save_checkpoint
+from tests.clips import make_clip
 from train import cli
 from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.loop import train
 
-from .conftest import DATA, make_clip
+from .conftest import DATA
 
 
 @pytest.fixture(scope="module")

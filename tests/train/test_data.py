@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from models.errors import UserError
 from train.config import DataConfig
 from train.data import ClipWindows, LatentFolder, example_order, open_source, spread
-from train.errors import UserError
 
 
 def numbered(count: int, *, height: int = 8, width: int = 8) -> np.ndarray:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.media.video import write_mp4
 from train.cli import main
 from train.demo import DemoConfig, run_demo
-from train.video import write_mp4
 
 SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
 

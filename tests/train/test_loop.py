@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.errors import UserError
+from models.media.video import read_clip
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data import ClipWindows
-from train.errors import UserError
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.step import make_error_fn
-from train.video import read_clip
 
 from .conftest import history
 

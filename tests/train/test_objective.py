@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.errors import UserError
 from train.config import ObjectiveConfig
-from train.errors import UserError
 from train.objective import (
     add_noise,
     draw_noise,

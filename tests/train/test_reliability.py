@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+from tests.clips import make_clip
 from train.cli import main
 
-from .conftest import history, make_clip
+from .conftest import history
 
 
 def one_error_line(stderr: str) -> str:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from train.errors import UserError
+from models.errors import UserError
 from train.sharding import Placement
 
 from .conftest import history

@@ -5,8 +5,8 @@ import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.errors import UserError
 from train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.errors import UserError
 
 PATCH = 4  # pixels of a latent position; a token is one position
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from models.errors import UserError, user_input
 from models.wan import MonarchAttention, WanModel
 from train.config import TrainConfig, to_dict
 from train.data import ClipWindows, open_source
 from train.demo.config import DemoConfig, dense_run, monarch_run
 from train.demo.film import write_film
 from train.demo.pictures import draw_attention, draw_losses
-from train.errors import UserError, user_input
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.model import attention_setting, model_settings

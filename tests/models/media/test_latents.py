@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from train.errors import UserError
-from train.latents import PatchDCT
+from models.errors import UserError
+from models.media.latents import PatchDCT
 
 
 @pytest.fixture(scope="module")

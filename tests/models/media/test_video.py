@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from train.errors import UserError
-from train.video import read_clip, side_by_side, write_mp4
-
-from .conftest import make_audio, make_clip
+from models.errors import UserError
+from models.media.video import read_clip, side_by_side, write_mp4
+from tests.clips import make_audio, make_clip
 
 
 def test_reads_what_was_written(tmp_path):

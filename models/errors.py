@@ -17,7 +17,7 @@ class UserError(ValueError):
         >>> raise UserError("frames is 0; it must be at least 1")
         Traceback (most recent call last):
         ...
-        train.errors.UserError: frames is 0; it must be at least 1
+        models.errors.UserError: frames is 0; it must be at least 1
     """
 
 

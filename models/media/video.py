@@ -13,7 +13,7 @@ import av.error
 import numpy as np
 from jaxtyping import UInt8
 
-from train.errors import UserError, report_full_disk
+from models.errors import UserError, report_full_disk
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
 
@@ -47,7 +47,7 @@ def read_clip(
         >>> read_clip("nowhere.mp4", height=64, width=64)
         Traceback (most recent call last):
         ...
-        train.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a video track
+        models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a video track
     """
     path = Path(path)
     if not path.exists():
