@@ -137,10 +137,18 @@ def _triton() -> Backend:
 
 def _mosaic() -> Backend:
     import pallas_kernels
+
+    return Backend("mosaic", pallas_kernels.supports, differentiable(pallas_kernels.forward, _mosaic_vjp))
+
+
+def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
+    """The gradient of the kernels' forward pass, from the same residuals: Triton's where it is installed, else XLA's."""
+    import triton_kernels
     from monarch_jax import xla
 
-    # the kernels compute the forward pass; its gradient, until it has kernels too, is XLA's from the same residuals
-    return Backend("mosaic", pallas_kernels.supports, differentiable(pallas_kernels.forward, xla.vjp))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (residuals.q, residuals.k)]
+    vjp = xla.vjp if triton_kernels.supports(problem, *shapes) else triton_kernels.vjp
+    return vjp(problem, residuals, d_out)
 
 
 _REGISTRY: dict[str, Callable[[], Backend]] = {

@@ -170,6 +170,15 @@ def test_causal_gradient_vmap_and_x64_lower():
         assert "mosaic_gpu" in lower(loss, x, x, x)
 
 
+def test_gradient_is_tritons_where_it_is_installed():
+    pytest.importorskip("jax_triton")
+    x = tokens(1, 780, 2, 128)
+    options = dict(grid=(6, 10, 13), implementation="mosaic")
+    text = lower(jax.grad(lambda *x: monarch_attention(*x, **options).astype(jnp.float32).sum(), (0, 1, 2)), x, x, x)
+    assert "mosaic_gpu" in text
+    assert "triton_kernel_call_ffi" in text
+
+
 def test_cache_with_a_traced_fill_lowers():
     def step(q, k, v, start):
         cache = MonarchKVCache.init(batch=1, frames=9, height=10, width=13, heads=2, head_dim=64, dtype=jnp.bfloat16)
