@@ -1,0 +1,343 @@
+"""Times the Wan 2.1 1.3B transformer at its true size with random weights: dense attention against tiled Monarch.
+
+    python benchmarks/model.py                                  # every case, on one GPU
+    python benchmarks/model.py --cases training --attention dense "monarch 97%"
+    python benchmarks/model.py --profile                        # and where the time of each case goes
+    python benchmarks/model.py --small                          # a tiny network; runs without a GPU
+
+Cases, batch 1, bfloat16, 81 frames (21 latent): the bidirectional forward at 480p and 720p; one forward of the causal
+model for the 7th chunk of 3 latent frames, with 18 in the cache; a training step at 480p (forward, backward with every
+block recomputed, AdamW in bfloat16). "monarch 95%" has tiles of a frame, "monarch 97%" of three. Before anything is
+timed, the network's output with the timed Monarch backend is compared with its XLA path on a small clip.
+
+A line gives the median, the device memory that the compiled program needs (arguments, results and temporaries), the
+arithmetic rate of its matrix products and its share of a large product's rate measured in the same run, and the time to
+compile. Recomputation is not counted as arithmetic. Writes model.json into --out.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import monarch_jax
+from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
+from models.wan.causal import cached_forward, init_cache
+from train.config import ObjectiveConfig, OptimizerConfig
+from train.state import create_state, make_optimizer, split_model
+from train.step import make_train_step
+
+CASES = ("forward 480p", "forward 720p", "cached chunk", "training")
+ATTENTION = ("dense", "monarch 95%", "monarch 97%")
+MAX_ERROR = 3e-2  # relative, bfloat16 through all layers of the small check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Latent frames, height and width."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.frames, self.height, self.width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A compiled program and how to call it: `call` runs it once and returns something to wait for."""
+
+    call: Callable[[], Any]
+    compiled: Any
+    compile_seconds: float
+    flops: float
+
+
+def main() -> None:
+    """Checks, times, prints, writes."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    peak = product_rate(args.small)
+    print(f"{device.device_kind}, jax {jax.__version__}; a large product runs at {peak / 1e12:.0f} TFLOP/s")
+    error = check(args)
+    print(f"Monarch by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
+    if not error <= MAX_ERROR:
+        sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
+    results: list[dict[str, Any]] = []
+    for case in args.cases:
+        for attention in args.attention:
+            results.append({"case": case, "attention": attention} | measure(case, attention, args, peak))
+            print(line(results[-1]), flush=True)
+            report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
+            report |= {"implementation": args.implementation, "rows": results}
+            (args.out / "model.json").write_text(json.dumps(report, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
+    parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--small", action="store_true", help="a tiny network and clip")
+    return parser.parse_args()
+
+
+def setting(attention: str, config: WanConfig, clip: Clip, implementation: str | None):
+    """The self-attention that a name stands for, on this clip."""
+    if attention == "dense":
+        return DenseAttention()
+    _, rows, columns = config.token_grid(*clip.shape)
+    return MonarchAttention(tile=(1 if attention == "monarch 95%" else 3, rows, columns), implementation=implementation)
+
+
+def configuration(args: argparse.Namespace, **changes) -> WanConfig:
+    """The network's sizes."""
+    return wan_config("tiny" if args.small else "wan2.1-t2v-1.3b", dtype="bfloat16", param_dtype="bfloat16", **changes)
+
+
+def clip_of(case: str, small: bool) -> Clip:
+    """Size in latents."""
+    if small:
+        return Clip(frames=6, height=8, width=16)
+    return Clip(frames=21, height=90, width=160) if "720p" in case else Clip(frames=21, height=60, width=104)
+
+
+@functools.cache
+def built(config: WanConfig) -> tuple[Any, Any]:
+    """Structure and arrays of the network with random weights."""
+    return nnx.split(nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))())
+
+
+def check(args: argparse.Namespace) -> float:
+    """Relative error of the network's output with the timed backend, a shallow network on a small clip."""
+    config = configuration(args, num_layers=2)
+    graph, arrays = built(config)
+    model = nnx.merge(graph, arrays)
+    # the head starts at zero, which would make every output equal
+    model.head.proj.kernel[...] = jax.random.normal(jax.random.key(1), model.head.proj.kernel.shape, jnp.bfloat16)
+    clip = Clip(frames=3, height=16, width=16)
+    x = jax.random.normal(jax.random.key(2), (1, *clip.shape, config.in_channels), jnp.bfloat16)
+    text = jax.random.normal(jax.random.key(3), (1, config.text_len, config.text_dim), jnp.bfloat16)
+    outputs = []
+    for implementation in (args.implementation, "xla"):
+        swapped = model.with_attention(setting("monarch 95%", config, clip, implementation))
+        outputs.append(np.asarray(nnx.jit(swapped)(x, jnp.array([500.0]), text), np.float64))
+    return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
+
+
+def measure(case: str, attention: str, args: argparse.Namespace, peak: float) -> dict[str, Any]:
+    """Times one case."""
+    clip = clip_of(case, args.small)
+    config = configuration(args)
+    config = dataclasses.replace(config, attention=setting(attention, config, clip, args.implementation))
+    build = {"cached chunk": cached_chunk, "training": training_step}.get(case, forward)
+    timed = build(config, clip)
+    memory = timed.compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    result = {
+        "ms": 1e3 * median_seconds(timed.call, args.repeats),
+        "memory_gb": (needed - memory.alias_size_in_bytes) / 1e9,
+        "compile_seconds": timed.compile_seconds,
+        "tflop": timed.flops / 1e12,
+    }
+    result["tflop_per_second"] = result["tflop"] / result["ms"] * 1e3
+    result["share_of_product"] = result["tflop_per_second"] * 1e12 / peak
+    if args.profile:
+        result["profile"] = profile(timed.call)
+    return result
+
+
+def forward(config: WanConfig, clip: Clip) -> Timed:
+    """The bidirectional forward of a whole clip."""
+    graph, arrays = built_like(config)
+    inputs = example(config, clip.shape)
+
+    @jax.jit
+    def run(arrays, latents, timesteps, text):
+        return nnx.merge(graph, arrays)(latents, timesteps, text)
+
+    compiled, seconds = compile_timed(run, arrays, *inputs)
+    return Timed(
+        call=lambda: compiled(arrays, *inputs),
+        compiled=compiled,
+        compile_seconds=seconds,
+        flops=forward_flops(config, clip, clip.frames),
+    )
+
+
+def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
+    """One forward of the last 3 frames, all earlier ones in the cache."""
+    graph, arrays = built_like(config)
+    latents, timesteps, text = example(config, (3, *clip.shape[1:]))
+    frame = jnp.asarray(clip.frames - 3, jnp.int32)
+
+    @jax.jit
+    def empty(arrays, text):
+        return init_cache(nnx.merge(graph, arrays), text, frames=clip.frames, height=clip.height, width=clip.width)
+
+    cache = dataclasses.replace(empty(arrays, text), length=frame)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(arrays, cache, latents, timesteps, frame):
+        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame)
+
+    compiled, seconds = compile_timed(run, arrays, cache, latents, timesteps, frame)
+    held = [cache]
+
+    def call():
+        flow, held[0] = compiled(arrays, held[0], latents, timesteps, frame)
+        return flow
+
+    return Timed(
+        call=call, compiled=compiled, compile_seconds=seconds, flops=forward_flops(config, clip, 3, cached=True)
+    )
+
+
+def training_step(config: WanConfig, clip: Clip) -> Timed:
+    """Forward, backward and AdamW, as `monarchrt train` does them, with parameters and moments in bfloat16."""
+    config = dataclasses.replace(config, remat="full")
+    graph, params, fixed = split_model(nnx.merge(*built_like(config)))
+    # the step overwrites its state; the parameters serve other cases too
+    params = jax.tree.map(jnp.copy, params)
+    settings = OptimizerConfig(learning_rate=1e-6)
+    optimizer = make_optimizer(settings, steps=1000)
+    step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=settings, steps=1000)
+    state = create_state(params, fixed, optimizer, seed=0, ema=False)
+    latents, _, text = example(config, clip.shape)
+    compiled, seconds = compile_timed(step, state, latents, text)
+    held = [state]
+
+    def call():
+        held[0], metrics = compiled(held[0], latents, text)
+        return metrics
+
+    # a product costs one more for each of its two inputs' gradients
+    return Timed(
+        call=call,
+        compiled=compiled,
+        compile_seconds=seconds,
+        flops=3 * forward_flops(config, clip, clip.frames),
+    )
+
+
+def built_like(config: WanConfig) -> tuple[Any, Any]:
+    """The cached arrays, under this configuration's attention."""
+    plain = dataclasses.replace(config, attention=DenseAttention(), remat="none")
+    model = nnx.merge(*built(plain)).with_config(attention=config.attention, remat=config.remat)
+    return nnx.split(model)
+
+
+def example(config: WanConfig, size: tuple[int, int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Latents, timesteps and text."""
+    latents = jax.random.normal(jax.random.key(0), (1, *size, config.in_channels), jnp.bfloat16)
+    text = jax.random.normal(jax.random.key(1), (1, config.text_len, config.text_dim), jnp.bfloat16)
+    return latents, jnp.full((1,), 500.0), text
+
+
+def forward_flops(config: WanConfig, clip: Clip, frames: int, *, cached: bool = False) -> float:
+    """Multiply-adds, counted as 2, in the matrix products of one forward of `frames` frames."""
+    grid = config.token_grid(frames, *clip.shape[1:])
+    tokens, dim = grid[0] * grid[1] * grid[2], config.dim
+    # q, k, v, o and the cross-attention's q and o, then the feed-forward; text keys and values once per layer
+    per_token = 2 * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * config.text_len * dim
+    text = 0 if cached else config.text_len * 4 * dim * dim
+    attention = config.layer_attention[0]
+    monarch = attention if isinstance(attention, MonarchAttention) else MonarchAttention()
+    spec = dataclasses.replace(monarch.spec(grid), key_frames=clip.frames if cached else None)
+    count = monarch_jax.flops if monarch is attention else monarch_jax.dense_flops
+    products = count(spec, heads=config.num_heads, head_dim=config.head_dim)
+    return config.num_layers * (per_token * tokens + text + products)
+
+
+def compile_timed(function, *arguments) -> tuple[Any, float]:
+    """The compiled program and the seconds that tracing and compiling took."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    return compiled, time.perf_counter() - start
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median of single calls, each waited for, after two that are not counted."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def product_rate(small: bool) -> float:
+    """Arithmetic rate of a large bfloat16 matrix product, in FLOP/s."""
+    n = 512 if small else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
+
+    @jax.jit
+    def chain(x):
+        return jax.lax.fori_loop(0, 10, lambda _, y: (x @ y) * n**-0.5, x)
+
+    return 10 * 2 * n**3 / median_seconds(lambda: chain(x), 5)
+
+
+KINDS = (
+    ("attention", r"fmha|flash|sdpa|attention|monarch|mosaic|right_kernel|left_kernel|triton_kernel_call"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|dot"),
+    ("copies", r"memcpy|memset|copy|transpose"),
+)
+
+
+def profile(call: Callable[[], Any]) -> dict[str, Any]:
+    """Milliseconds of one call on the device by kind of kernel, and its longest kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        traces = sorted(Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(traces[-1]))
+        kernels: collections.Counter[str] = collections.Counter()
+        for plane in data.planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for track in plane.lines:
+                if track.name.startswith("Stream"):
+                    for event in track.events:
+                        kernels[event.name] += event.duration_ns / 1e6
+    kinds: collections.Counter[str] = collections.Counter()
+    for name, ms in kernels.items():
+        kinds[next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "everything else, fused")] += ms
+    return {"kinds": dict(kinds.most_common()), "kernels": dict(kernels.most_common(20))}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table, and the profile if there is one."""
+    text = (
+        f"{row['case']:14s} {row['attention']:12s} {row['ms']:8.1f} ms  {row['memory_gb']:5.1f} GB  "
+        f"{row['tflop_per_second']:5.0f} TFLOP/s ({row['share_of_product']:.0%})  "
+        f"compiled in {row['compile_seconds']:.0f} s"
+    )
+    for kind, ms in row.get("profile", {}).get("kinds", {}).items():
+        text += f"\n    {ms:8.1f} ms  {kind}"
+    return text
+
+
+if __name__ == "__main__":
+    main()
