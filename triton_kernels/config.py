@@ -24,6 +24,8 @@ class Config:
         stages: Depth of the software pipeline over the loop.
         split: Programs that share the loop (`right_forward`).
         transposed: Scores with keys first (`left_backward`), better for few rows.
+        more_rows: Kernels of L: rows of a second part beside the first, so that 135 run as 128 + 16, not as 256.
+        more_keys: Kernels of R: key columns of a second part, so that 80 run as 64 + 16, not as 128.
     """
 
     rows: int
@@ -32,11 +34,42 @@ class Config:
     stages: int = 2
     split: int = 1
     transposed: bool = False
+    more_rows: int = 0
+    more_keys: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """The forward pass as one launch: R of one chunk of rows (a, j) runs beside L of an earlier one (`streamed`).
+
+    Takes block sizes, warps and stages from `right_forward` and `left_forward`.
+
+    Attributes:
+        rows: Rows (a, j) of one (batch, head) pair per chunk.
+        tiles: Key tiles that one program of R goes through.
+        lag: How many chunks L is behind R.
+        slots: Chunks whose alpha and Y exist at a time, more than `lag`.
+        registers: Most registers per thread; None leaves it to the compiler.
+    """
+
+    rows: int
+    tiles: int
+    lag: int = 1
+    slots: int = 3
+    registers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if R would wait for a slot that only later work frees."""
+        if not 0 < self.lag < self.slots:
+            raise ValueError(f"slots={self.slots} is not more than lag={self.lag}, or lag is not positive.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configs:
-    """One `Config` per kernel and the bytes of intermediates that may exist at a time."""
+    """One `Config` per kernel, the bytes of intermediates that may exist at a time, and how the forward pass goes.
+
+    `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`.
+    """
 
     right_forward: Config
     left_forward: Config
@@ -44,6 +77,7 @@ class Configs:
     right_backward: Config
     right_query: Config
     scratch_bytes: int = 800 * 2**20
+    stream: Stream | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +128,9 @@ def target() -> Target:
     return Target(round(10 * float(device.compute_capability)), device.device_kind)
 
 
-def shape_key(*, b1: int, b2: int, dim: int, itemsize: int) -> str:
-    """Key of a tuned entry: what block sizes depend on."""
-    return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}"
+def shape_key(*, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> str:
+    """Key of a tuned entry: what block sizes depend on; `few` are fewer query tiles than key tiles (a KV cache)."""
+    return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}" + " few" * few
 
 
 @contextlib.contextmanager
@@ -116,19 +150,32 @@ def use(configs: Configs):
         _CONFIGS.reset(token)
 
 
-def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
-    """The tuned configs of a device for a shape, the user's before the shipped ones; else `heuristic`."""
+def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> Configs:
+    """The tuned configs of a device for a shape, the user's before the shipped ones; else `heuristic`.
+
+    With `few`, what an entry for few query tiles says comes before the entry for the shape.
+    """
     chosen = _CONFIGS.get()
     if chosen is not None:
         return chosen
     found = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
-    key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize)
-    tuned = _read(user_file(where)).get(key) or _shipped(where).get(key, {})
-    changes = {name: Config(**x) if name in KERNELS else x for name, x in tuned.items()}
-    return dataclasses.replace(found, **changes)
+    entries = [_read(user_file(where)), _shipped(where)]
+    for entry in (False, True) if few else (False,):
+        key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry)
+        tuned = next((x[key] for x in entries if key in x), {})
+        found = dataclasses.replace(found, **{name: _parsed(name, x) for name, x in tuned.items()})
+    return found
 
 
-def store(where: Target, found: Configs, *, b1: int, b2: int, dim: int, itemsize: int) -> pathlib.Path:
+def _parsed(name: str, x):
+    if name in KERNELS:
+        return Config(**x)
+    return Stream(**x) if name == "stream" and x else x
+
+
+def store(
+    where: Target, found: Configs, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False
+) -> pathlib.Path:
     """Adds an entry to the user's file of a device.
 
     Args:
@@ -138,13 +185,15 @@ def store(where: Target, found: Configs, *, b1: int, b2: int, dim: int, itemsize
         b2: Columns of a tile.
         dim: Size of a head.
         itemsize: Bytes of a number.
+        few: Whether the entry is for fewer query tiles than key tiles.
 
     Returns:
         The file.
     """
     path = user_file(where)
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = _read(path) | {shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize): dataclasses.asdict(found)}
+    key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=few)
+    entries = _read(path) | {key: dataclasses.asdict(found)}
     fresh = path.with_suffix(".new")  # a reader sees the old file or the new one, never half of it
     fresh.write_text(json.dumps(entries, indent=1))
     fresh.replace(path)

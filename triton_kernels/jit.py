@@ -46,3 +46,18 @@ def row_range(visible, a0, c, A: tl.constexpr, AC: tl.constexpr, B2: tl.constexp
     first = tl.min(tl.where(sees, a, AP), 0)
     last = tl.max(tl.where(sees, a + 1, 0), 0)
     return first * B2 // M, (last * B2 + M - 1) // M
+
+
+@kernel
+def wait_for(counter, count):
+    """Returns once `count` programs have called `arrive`; what they wrote before can be read then."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < count:
+        pass
+    tl.debug_barrier()
+
+
+@kernel
+def arrive(counter):
+    """Says that everything this program has written so far can be read."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from triton_kernels import left, overlapped, right
+from triton_kernels import left, overlapped, right, streamed
 from triton_kernels.plan import Launch, Plan
 
 KERNELS = {
     "forward": overlapped.forward,
+    "streamed": streamed.streamed,
     "right_forward": right.right_forward,
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,
 }
+UNROLLED = 16  # at most so many steps of the forward pass without a loop, which costs small kernels of its own
 
 
 def run(
@@ -54,6 +56,11 @@ def run(
             arrays |= _call(launch, arrays, shapes, compute_capability)
         return {name: arrays[name] for name in carried}
 
+    if len(plan.steps) <= UNROLLED and set(kept) >= set(scratch):  # a step needs the one before: no more memory at once
+        found = start
+        for step in plan.steps:
+            found = body(jnp.asarray(step, jnp.int32), found)
+        return {name: found[name] for name in results}
     steps = jnp.asarray(plan.steps, jnp.int32)
     first = body(steps[0], start)
     found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(steps[n], state), first)
@@ -75,6 +82,7 @@ def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -
             num_warps=launch.warps,
             num_stages=launch.stages,
             compute_capability=compute_capability,
+            backend_options={"maxnreg": launch.registers} if launch.registers else None,
             input_output_aliases=aliases,
             **{name: arrays[name] for name in names},
             **launch.constants,

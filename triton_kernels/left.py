@@ -9,51 +9,90 @@ from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_ro
 
 
 @kernel
+def left_block(q_i, alpha, y, c_l, top, total, acc, scale, PRECISION: tl.constexpr):
+    """One step of the softmax over key rows for rows i: its largest score (base 2), sum and weighted sum of Y."""
+    x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+    new_top = tl.maximum(top, tl.max(x, 1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(x - new_top[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(q_i.dtype), y, acc * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@kernel
 def left_rows(
-    r, block, z, first_pair, a0, visible, q, mid, stats, out, lse, scale,
+    row, a, j, zh, block, visible, q, mid, c_l, out, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of block `block` of I rows i of one query column r = (a, j)."""
-    zh = first_pair + z
-    a = a0 + r // B2
-    j = r % B2
+    """Output and log-sum-exp of block `block` of I + I2 rows i of one query column (a, j).
+
+    Its alpha and Y are `mid[row]` of [rows, C*B1, 2, D], its c_L is `c_l[row]` of [rows, C*B1].
+    """
     b, h = zh // H, zh % H
-    R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    if (zh < Z) & (a < A):
-        d = tl.arange(0, DP)
-        i = block * I + tl.arange(0, I)
-        live = i < B1
-        query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
-        q_i = load_rows(q + query, i * (B2 * H * D), live, d, D)
-        row = (z.to(tl.int64) * R + r) * CK
-        mid += row * (2 * D)
-        stats += ZC * R * CK + row
-        end = tl.load(visible + a) * B1
-        top = tl.full([I], LOWEST, tl.float32)
-        total = tl.zeros([I], tl.float32)
-        acc = tl.zeros([I, DP], tl.float32)
-        for start in tl.range(0, end, N, num_stages=STAGES):
-            n = start + tl.arange(0, N)
-            seen = n < end
-            alpha = load_rows(mid, n * (2 * D), seen, d, D)
-            y = load_rows(mid + D, n * (2 * D), seen, d, D)
-            c_l = tl.load(stats + n, mask=seen, other=float("inf"))
-            x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
-            new_top = tl.maximum(top, tl.max(x, 1))
-            shrink = tl.exp2(top - new_top)
-            p = tl.exp2(x - new_top[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(q_i.dtype), y, acc * shrink[:, None], input_precision=PRECISION)
-            top = new_top
-        acc *= (1.0 / total)[:, None]
-        store_rows(out + query, i * (B2 * H * D), live, d, acc, D)
-        # lse [B, A, B1, B2, H]
-        place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + (i * B2 + j) * H + h
-        tl.store(lse + place, (top + tl.log2(total)) * LN_2, mask=live)
+    d = tl.arange(0, DP)
+    i = block * (I + I2) + tl.arange(0, I)
+    live = i < B1
+    query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
+    q_i = load_rows(q + query, i * (B2 * H * D), live, d, D)
+    mid += row * (CK * 2 * D)
+    c_l += row * CK
+    end = tl.load(visible + a) * B1
+    top = tl.full([I], LOWEST, tl.float32)
+    total = tl.zeros([I], tl.float32)
+    acc = tl.zeros([I, DP], tl.float32)
+    if I2:
+        i_1 = block * (I + I2) + I + tl.arange(0, I2)
+        live_1 = i_1 < B1
+        q_1 = load_rows(q + query, i_1 * (B2 * H * D), live_1, d, D)
+        top_1 = tl.full([I2], LOWEST, tl.float32)
+        total_1 = tl.zeros([I2], tl.float32)
+        acc_1 = tl.zeros([I2, DP], tl.float32)
+    for start in tl.range(0, end, N, num_stages=STAGES):
+        n = start + tl.arange(0, N)
+        seen = n < end
+        alpha = load_rows(mid, n * (2 * D), seen, d, D)
+        y = load_rows(mid + D, n * (2 * D), seen, d, D)
+        c_n = tl.load(c_l + n, mask=seen, other=float("inf"))
+        top, total, acc = left_block(q_i, alpha, y, c_n, top, total, acc, scale, PRECISION)
+        if I2:
+            top_1, total_1, acc_1 = left_block(q_1, alpha, y, c_n, top_1, total_1, acc_1, scale, PRECISION)
+    place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + j * H + h  # of [b, a, 0, j, h] in lse
+    store_rows(out + query, i * (B2 * H * D), live, d, acc * (1.0 / total)[:, None], D)
+    tl.store(lse + place + i * (B2 * H), (top + tl.log2(total)) * LN_2, mask=live)
+    if I2:
+        store_rows(out + query, i_1 * (B2 * H * D), live_1, d, acc_1 * (1.0 / total_1)[:, None], D)
+        tl.store(lse + place + i_1 * (B2 * H), (top_1 + tl.log2(total_1)) * LN_2, mask=live_1)
+
+
+@kernel
+def left_gradients(
+    q_i, g_i, lse_i, delta_i, alpha, y, c_l, scale, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """L and the gradient of its scores times `scale`, both [N, I] in q's dtype; shares of d_cl and e, float32 [N]."""
+    if TRANSPOSED:  # scores [N, I]: few rows i
+        x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
+        p = tl.exp2(x - lse_i[None, :])
+        d_p = tl.dot(y, g_i.T, input_precision=PRECISION)
+        d_x = p * (d_p - delta_i[None, :])
+        low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
+        d_x = low_d_x.to(tl.float32) / scale  # d_cl and e must fit the rounded d_alpha and d_y
+        d_cl = -tl.sum(d_x, 1)
+        e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 1)
+        return low_p, low_d_x, d_cl, e
+    else:  # scores [I, N]
+        x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+        p = tl.exp2(x - lse_i[:, None])
+        d_p = tl.dot(g_i, y.T, input_precision=PRECISION)
+        d_x = p * (d_p - delta_i[:, None])
+        low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
+        d_x = low_d_x.to(tl.float32) / scale
+        d_cl = -tl.sum(d_x, 0)
+        e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 0)
+        return low_p.T, low_d_x.T, d_cl, e
 
 
 @kernel
@@ -61,7 +100,7 @@ def left_backward(
     step, visible, q, d_out, lse, delta, mid, stats, dq_left, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -69,8 +108,9 @@ def left_backward(
 
     Replaces alpha and Y in `mid` by their gradients, c_L in `stats` by its gradient and writes there
     e = sum_l R dR = <d_alpha, alpha> + <d_y, Y> + d_cl c_l, what the softmax gradient of R subtracts; written out, it
-    is sum_i L dL + dS S for the scores S of L. The part of dq through L goes to `dq_left` float32 [z, r, i, D].
-    FUSED does both, for B1 <= I; otherwise one launch with QUERY does dq_left only and then one without does the rest.
+    is sum_i L dL + dS S over the scores S of L. The part of dq through L goes to `dq_left` float32 [z, r, i, D].
+    FUSED does both, for B1 <= I + I2; otherwise (I2 = 0) one launch with QUERY does dq_left only and then one without
+    does the rest.
     """
     r = tl.program_id(0)
     z = tl.program_id(2)
@@ -95,38 +135,41 @@ def left_backward(
         lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
         delta_i = tl.load(delta + place + i * (B2 * H), mask=i < B1, other=0.0)
         dq_i = tl.zeros([I, DP], tl.float32)
+        if I2:
+            i_1 = I + tl.arange(0, I2)
+            q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
+            g_1 = load_rows(d_out + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
+            lse_1 = tl.load(lse + place + i_1 * (B2 * H), mask=i_1 < B1, other=float("inf")) * LOG2_E
+            delta_1 = tl.load(delta + place + i_1 * (B2 * H), mask=i_1 < B1, other=0.0)
+            dq_1 = tl.zeros([I2, DP], tl.float32)
         for start in tl.range(0, end, N, num_stages=STAGES):
             n = start + tl.arange(0, N)
             seen = n < end
             alpha = load_rows(mid, n * (2 * D), seen, d, D)
             y = load_rows(mid + D, n * (2 * D), seen, d, D)
             c_l = tl.load(stats + ZC * R * CK + n, mask=seen, other=float("inf"))
-            if (FUSED | QUERY) & TRANSPOSED:  # scores [N, I]: few rows i
-                x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
-                p = tl.exp2(x - lse_i[None, :])
-                d_p = tl.dot(y, g_i.T, input_precision=PRECISION)
-                d_x = p * (d_p - delta_i[None, :])
-                low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
-                d_x = low_d_x.to(tl.float32) / scale  # d_cl and e must fit the rounded d_alpha and d_y
-                d_cl = -tl.sum(d_x, 1)
-                e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 1)
+            if FUSED | QUERY:
+                low_p, low_d_x, d_cl, e = left_gradients(
+                    q_i, g_i, lse_i, delta_i, alpha, y, c_l, scale, TRANSPOSED, PRECISION
+                )  # fmt: skip
+                if I2:
+                    low_p_1, low_d_x_1, d_cl_1, e_1 = left_gradients(
+                        q_1, g_1, lse_1, delta_1, alpha, y, c_l, scale, TRANSPOSED, PRECISION
+                    )  # fmt: skip
+                    d_cl += d_cl_1
+                    e += e_1
                 if FUSED:
-                    store_rows(mid + D, n * (2 * D), seen, d, tl.dot(low_p, g_i, input_precision=PRECISION), D)
-                    store_rows(mid, n * (2 * D), seen, d, tl.dot(low_d_x, q_i, input_precision=PRECISION), D)
+                    d_y = tl.dot(low_p, g_i, input_precision=PRECISION)
+                    if I2:
+                        d_y = tl.dot(low_p_1, g_1, d_y, input_precision=PRECISION)
+                    store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
+                    d_alpha = tl.dot(low_d_x, q_i, input_precision=PRECISION)
+                    if I2:
+                        d_alpha = tl.dot(low_d_x_1, q_1, d_alpha, input_precision=PRECISION)
+                    store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
                 dq_i = tl.dot(low_d_x.T, alpha, dq_i, input_precision=PRECISION)
-            elif FUSED | QUERY:  # scores [I, N]
-                x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
-                p = tl.exp2(x - lse_i[:, None])
-                d_p = tl.dot(g_i, y.T, input_precision=PRECISION)
-                d_x = p * (d_p - delta_i[:, None])
-                low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
-                d_x = low_d_x.to(tl.float32) / scale
-                d_cl = -tl.sum(d_x, 0)
-                e = tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 0)
-                if FUSED:
-                    store_rows(mid + D, n * (2 * D), seen, d, tl.dot(low_p.T, g_i, input_precision=PRECISION), D)
-                    store_rows(mid, n * (2 * D), seen, d, tl.dot(low_d_x.T, q_i, input_precision=PRECISION), D)
-                dq_i = tl.dot(low_d_x, alpha, dq_i, input_precision=PRECISION)
+                if I2:
+                    dq_1 = tl.dot(low_d_x_1.T, alpha, dq_1, input_precision=PRECISION)
             else:
                 d_y = tl.zeros([N, DP], tl.float32)
                 d_alpha = tl.zeros([N, DP], tl.float32)
@@ -138,20 +181,20 @@ def left_backward(
                     g_n = load_rows(d_out + query, i_n * (B2 * H * D), i_n < B1, d, D)
                     lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
                     delta_n = tl.load(delta + place + i_n * (B2 * H), mask=i_n < B1, other=0.0)
-                    x = tl.dot(alpha, q_n.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
-                    p = tl.exp2(x - lse_n[None, :])
-                    d_p = tl.dot(y, g_n.T, input_precision=PRECISION)
-                    d_x = p * (d_p - delta_n[None, :])
-                    low_p, low_d_x = p.to(q_n.dtype), (d_x * scale).to(q_n.dtype)
+                    low_p, low_d_x, d_cl_n, e_n = left_gradients(
+                        q_n, g_n, lse_n, delta_n, alpha, y, c_l, scale, True, PRECISION
+                    )  # fmt: skip
                     d_y = tl.dot(low_p, g_n, d_y, input_precision=PRECISION)
                     d_alpha = tl.dot(low_d_x, q_n, d_alpha, input_precision=PRECISION)
-                    d_x = low_d_x.to(tl.float32) / scale
-                    d_cl -= tl.sum(d_x, 1)
-                    e += tl.sum(low_p.to(tl.float32) * d_p + d_x * x * LN_2, 1)
+                    d_cl += d_cl_n
+                    e += e_n
                 store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
                 store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
             if FUSED | (not QUERY):
                 tl.store(stats + ZC * R * CK + n, d_cl, mask=seen)
                 tl.store(stats + 2 * ZC * R * CK + n, e, mask=seen)
         if FUSED | QUERY:
-            store_rows(dq_left + (z.to(tl.int64) * R + r) * (B1 * D), i * D, i < B1, d, dq_i, D)
+            dq_left += (z.to(tl.int64) * R + r) * (B1 * D)
+            store_rows(dq_left, i * D, i < B1, d, dq_i, D)
+            if I2:
+                store_rows(dq_left, i_1 * D, i_1 < B1, d, dq_1, D)

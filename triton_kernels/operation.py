@@ -15,8 +15,12 @@ def forward(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax
     results = {"out": q, "lse": jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)}
     operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": scale}
     scratch = _scratch(shape, todo, q, backward=False)
+    start = {}
+    if todo.stream:
+        start = {"counters": jnp.zeros(plan.counters(shape, todo.stream), jnp.int32)}
+        results["counters"] = start["counters"]
     kept = ("mid", "stats")
-    found = launch.run(todo, operands, scratch, _structs(results), {}, kept, where.compute_capability)
+    found = launch.run(todo, operands, scratch, _structs(results), start, kept, where.compute_capability)
     return found["out"], found["lse"]
 
 
@@ -67,7 +71,8 @@ def _shape(q: jax.Array, k: jax.Array) -> Shape:
 
 
 def _configs(shape: Shape, where):
-    return configs(where, b1=shape.b1, b2=shape.b2, dim=shape.dim, itemsize=shape.itemsize)
+    few = shape.query_tiles < shape.key_tiles
+    return configs(where, b1=shape.b1, b2=shape.b2, dim=shape.dim, itemsize=shape.itemsize, few=few)
 
 
 def _precision(q: jax.Array) -> str:

@@ -16,14 +16,14 @@ def forward(
     step, visible, q, k, v, mid, stats, out, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, RIGHT_STAGES: tl.constexpr,
-    I: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr,
+    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, RIGHT_STAGES: tl.constexpr,
+    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step. `step` is (pair, tile) of the chunk for R, (pair, tile) of the one for L, slot that R writes.
 
     A first pair of Z means nothing to do. Grid (C*B1*SPLIT*ZC + AC*B2*blocks of i*ZC).
     """
-    NI: tl.constexpr = (B1 + I - 1) // I
+    NI: tl.constexpr = (B1 + I + I2 - 1) // (I + I2)
     RIGHT: tl.constexpr = C * B1 * SPLIT * ZC
     LEFT: tl.constexpr = AC * B2 * NI * ZC
     slot = tl.load(step + 4).to(tl.int64)
@@ -36,12 +36,19 @@ def forward(
         right_rows(
             item % (C * B1), item // (C * B1) % SPLIT, item // (C * B1 * SPLIT), tl.load(step), tl.load(step + 1),
             visible, q, k, v, mid + slot * (SLOT * 2 * D), stats + slot * (2 * SLOT), scale,
-            A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, SPLIT, False, PRECISION, RIGHT_STAGES,
+            A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, L2, SPLIT, False, PRECISION, RIGHT_STAGES,
         )  # fmt: skip
     else:
         item = tl.program_id(0) - item
-        left_rows(
-            item // NI % (AC * B2), item % NI, item // (AC * B2 * NI), tl.load(step + 2), tl.load(step + 3),
-            visible, q, mid + (1 - slot) * (SLOT * 2 * D), stats + (1 - slot) * (2 * SLOT), out, lse, scale,
-            A, C, B1, B2, H, D, ZC, AC, Z, DP, I, N, PRECISION, LEFT_STAGES,
-        )  # fmt: skip
+        r = item // NI % (AC * B2)
+        z = item // (AC * B2 * NI)
+        a = tl.load(step + 3) + r // B2
+        zh = tl.load(step + 2) + z
+        mid += (1 - slot) * (SLOT * 2 * D)
+        c_l = stats + (1 - slot) * (2 * SLOT) + SLOT
+        if (zh < Z) & (a < A):
+            left_rows(
+                z.to(tl.int64) * (AC * B2) + r, a, r % B2, zh, item % NI,
+                visible, q, mid, c_l, out, lse, scale,
+                A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES,
+            )  # fmt: skip

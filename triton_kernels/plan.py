@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from triton_kernels.config import Config, Configs, power_of_two
+from triton_kernels.config import Config, Configs, Stream, power_of_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel call. `writes` are the operands that it changes; the first to write an array creates it."""
+    """One kernel call. `writes` are the operands that it changes; the first to write an array creates it.
+
+    `registers` is the most that a thread may have, None what the compiler likes.
+    """
 
     kernel: str
     writes: tuple[str, ...]
@@ -40,6 +43,7 @@ class Launch:
     constants: dict
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +55,14 @@ class Plan:
         launches: What every step runs.
         pairs: (batch, head) pairs per step.
         tiles: Query tiles per step.
+        stream: Set if the forward pass is one launch.
     """
 
     steps: tuple[tuple[int, ...], ...]
     launches: tuple[Launch, ...]
     pairs: int
     tiles: int
+    stream: Stream | None = None
 
     @property
     def summed(self) -> bool:
@@ -65,7 +71,10 @@ class Plan:
 
 
 def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of what lives for one step only."""
+    """Shapes of what lives for one step only, or what the one launch of a stream passes on."""
+    if plan.stream:
+        slots, rows = plan.stream.slots, plan.stream.rows
+        return {"mid": (slots, rows, shape.key_rows, 2, shape.dim), "stats": (slots, rows, shape.key_rows)}
     rows = plan.tiles * shape.b2
     shapes = {
         "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
@@ -77,7 +86,13 @@ def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tup
 
 
 def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
-    """One kernel per step does R of a chunk and L of the chunk before, so there is one more step than chunks."""
+    """One kernel per step does R of a chunk and L of the chunk before, so there is one more step than chunks.
+
+    With `configs.stream` one kernel does it all, where a key row's columns fit one block.
+    """
+    columns = configs.right_forward.keys + configs.right_forward.more_keys
+    if configs.stream and shape.b2 <= columns:
+        return _streamed(shape, configs, configs.stream, precision)
     chunks, pairs, tiles = _chunks(shape, configs.scratch_bytes // 2)
     nothing = (shape.pairs, 0)
     steps = tuple(
@@ -86,11 +101,43 @@ def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
     )
     right, left = configs.right_forward, configs.left_forward
     constants = _common(shape, pairs, tiles, precision)
-    constants |= {"M": right.rows, "L": right.keys, "SPLIT": right.split, "RIGHT_STAGES": right.stages}
-    constants |= {"I": left.rows, "N": left.keys, "LEFT_STAGES": left.stages, "AP": power_of_two(tiles)}
-    programs = pairs * (shape.key_rows * right.split + tiles * shape.b2 * math.ceil(shape.b1 / left.rows))
+    constants |= _both(right, left) | {"SPLIT": right.split, "AP": power_of_two(tiles)}
+    programs = pairs * (shape.key_rows * right.split + tiles * shape.b2 * _row_blocks(shape, left))
     launch = Launch("forward", ("mid", "stats", "out", "lse"), (programs, 1, 1), constants, right.warps, right.stages)
     return Plan(steps, (launch,), pairs, tiles)
+
+
+def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) -> Plan:
+    right, left = configs.right_forward, configs.left_forward
+    stream = dataclasses.replace(stream, rows=min(stream.rows, shape.query_tiles * shape.b2))
+    constants = _common(shape, 1, 1, precision)
+    del constants["ZC"], constants["AC"]
+    constants |= _both(right, left)
+    constants |= {"RC": stream.rows, "TILES": stream.tiles, "LAG": stream.lag, "SLOTS": stream.slots}
+    chunks = shape.pairs * math.ceil(shape.query_tiles * shape.b2 / stream.rows)
+    of_right = shape.b1 * math.ceil(stream.rows / right.rows) * math.ceil(shape.key_tiles / stream.tiles)
+    programs = (chunks + stream.lag) * (of_right + stream.rows * _row_blocks(shape, left))
+    writes = ("counters", "mid", "stats", "out", "lse")
+    launch = Launch(
+        "streamed", writes, (programs, 1, 1), constants, right.warps, right.stages, registers=stream.registers
+    )
+    return Plan(((),), (launch,), 1, shape.query_tiles, stream)
+
+
+def counters(shape: Shape, stream: Stream) -> int:
+    """How many counters a stream has: the next item, and two per chunk."""
+    return 1 + 2 * shape.pairs * math.ceil(shape.query_tiles * shape.b2 / stream.rows)
+
+
+def _both(right: Config, left: Config) -> dict:
+    """Block sizes of R and L side by side."""
+    of_right = {"M": right.rows, "L": right.keys, "L2": right.more_keys, "RIGHT_STAGES": right.stages}
+    return of_right | {"I": left.rows, "I2": left.more_rows, "N": left.keys, "LEFT_STAGES": left.stages}
+
+
+def _row_blocks(shape: Shape, config: Config) -> int:
+    """Blocks of rows i of a query column."""
+    return math.ceil(shape.b1 / (config.rows + config.more_rows))
 
 
 def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None) -> Plan:
@@ -99,24 +146,26 @@ def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | N
     common = _common(shape, pairs, tiles, precision)
     launches = [_right_forward(shape, configs.right_forward, common, save=True)]
     left = configs.left_backward
-    if shape.b1 <= left.rows:
+    if shape.b1 <= left.rows + left.more_rows:
         flags = {"FUSED": True, "QUERY": True, "TRANSPOSED": left.transposed}
         writes = ("mid", "stats", "dq_left")
         launches.append(_left(shape, "left_backward", left, common | flags, writes, blocks=False))
     else:
+        left = dataclasses.replace(left, more_rows=0)
         flags = {"FUSED": False, "QUERY": True, "TRANSPOSED": left.transposed}
         launches.append(_left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True))
         flags["QUERY"] = False
         launches.append(_left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False))
     right, query = configs.right_backward, configs.right_query
-    save_dz = grad_tiles is None and shape.b2 <= min(right.keys, query.keys, 2 * shape.dim)
+    columns = [x.keys + x.more_keys for x in (right, query)]
+    save_dz = grad_tiles is None and shape.b2 <= min(*columns, 2 * shape.dim)
     key_tiles = shape.key_tiles if grad_tiles is None else min(grad_tiles, shape.key_tiles)
     summed = any(first for _, first in steps)
     launches.append(
         Launch(
             "right_backward",
             ("mid", "dk", "dv") if save_dz else ("dk", "dv"),
-            (key_tiles * shape.b1, math.ceil(shape.b2 / right.keys), pairs),
+            (key_tiles * shape.b1, math.ceil(shape.b2 / columns[0]), pairs),
             common | _right(shape, right, tiles) | {"ACCUMULATE": summed, "SAVE_DZ": save_dz},
             right.warps,
             right.stages,
@@ -164,7 +213,8 @@ def _common(shape: Shape, pairs: int, tiles: int, precision: str) -> dict:
 
 
 def _right(shape: Shape, config: Config, tiles: int) -> dict:
-    return {"M": config.rows, "L": config.keys, "AP": power_of_two(tiles), "STAGES": config.stages}
+    constants = {"M": config.rows, "L": config.keys, "L2": config.more_keys}
+    return constants | {"AP": power_of_two(tiles), "STAGES": config.stages}
 
 
 def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) -> Launch:
@@ -175,6 +225,6 @@ def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) ->
 
 
 def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
-    constants = common | {"I": config.rows, "N": config.keys, "STAGES": config.stages}
+    constants = common | {"I": config.rows, "I2": config.more_rows, "N": config.keys, "STAGES": config.stages}
     grid = (common["AC"] * shape.b2, math.ceil(shape.b1 / config.rows) if blocks else 1, common["ZC"])
     return Launch(kernel, writes, grid, constants, config.warps, config.stages)

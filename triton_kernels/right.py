@@ -15,11 +15,48 @@ from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_rang
 
 
 @kernel
+def right_block(
+    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """R of rows [M, D] over all columns of a key row, in parts of L and L2: alpha, Y, top, total, entropy.
+
+    Base 2: total = sum_l exp2(x_l - top); entropy = sum_l p_l (x_l - top).
+    """
+    x = tl.dot(q_r, k_0.T, input_precision=PRECISION) * (scale * LOG2_E)
+    x = tl.where(live_0[None, :], x, LOWEST)
+    top = tl.max(x, 1)
+    if L2:
+        x_1 = tl.dot(q_r, k_1.T, input_precision=PRECISION) * (scale * LOG2_E)
+        x_1 = tl.where(live_1[None, :], x_1, LOWEST)
+        top = tl.maximum(top, tl.max(x_1, 1))
+    x -= top[:, None]
+    p = tl.exp2(x)
+    total = tl.sum(p, 1)
+    if L2:
+        x_1 -= top[:, None]
+        p_1 = tl.exp2(x_1)
+        total += tl.sum(p_1, 1)
+    inverse = 1.0 / total
+    p *= inverse[:, None]
+    entropy = tl.sum(p * x, 1)
+    low_p = p.to(q_r.dtype)
+    alpha = tl.dot(low_p, k_0, input_precision=PRECISION)
+    y = tl.dot(low_p, v_0, input_precision=PRECISION)
+    if L2:
+        p_1 *= inverse[:, None]
+        entropy += tl.sum(p_1 * x_1, 1)
+        low_p_1 = p_1.to(q_r.dtype)
+        alpha = tl.dot(low_p_1, k_1, alpha, input_precision=PRECISION)
+        y = tl.dot(low_p_1, v_1, y, input_precision=PRECISION)
+    return alpha, y, top, total, entropy
+
+
+@kernel
 def right_rows(
     item, part, z, first_pair, a0, visible, q, k, v, mid, stats, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j)."""
@@ -29,7 +66,7 @@ def right_rows(
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    NL: tl.constexpr = (B2 + L - 1) // L
+    NL: tl.constexpr = (B2 + L + L2 - 1) // (L + L2)
     d = tl.arange(0, DP)
     l = tl.arange(0, L)
     low, high = row_range(visible, a0, c, A, AC, B2, M, AP)
@@ -42,33 +79,32 @@ def right_rows(
     mid += (z.to(tl.int64) * R * CK + ck) * (2 * D)
     stats += z.to(tl.int64) * R * CK + ck
     if first < last:
-        live_l = l < B2
-        k_0 = load_rows(k + key_row, l * (H * D), live_l, d, D)
-        v_0 = load_rows(v + key_row, l * (H * D), live_l, d, D)
+        live_0 = l < B2
+        k_0 = load_rows(k + key_row, l * (H * D), live_0, d, D)
+        v_0 = load_rows(v + key_row, l * (H * D), live_0, d, D)
+        if L2:
+            l_1 = L + tl.arange(0, L2)
+            live_1 = l_1 < B2
+            k_1 = load_rows(k + key_row, l_1 * (H * D), live_1, d, D)
+            v_1 = load_rows(v + key_row, l_1 * (H * D), live_1, d, D)
+        else:
+            k_1, v_1, live_1 = k_0, v_0, live_0
         for block in tl.range(first, last, num_stages=STAGES):
             r = block * M + tl.arange(0, M)
             a, j = r // B2, r % B2
             live = (r < R) & (a0 + a < A)
             q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             if NL == 1:
-                x = tl.dot(q_r, k_0.T, input_precision=PRECISION) * (scale * LOG2_E)
-                x = tl.where(live_l[None, :], x, LOWEST)
-                top = tl.max(x, 1)
-                x -= top[:, None]
-                p = tl.exp2(x)
-                total = tl.sum(p, 1)
-                p *= (1.0 / total)[:, None]
-                entropy = tl.sum(p * x, 1)
-                low_p = p.to(q_r.dtype)
-                alpha = tl.dot(low_p, k_0, input_precision=PRECISION)
-                y = tl.dot(low_p, v_0, input_precision=PRECISION)
+                alpha, y, top, total, entropy = right_block(
+                    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION
+                )  # fmt: skip
             else:
                 top = tl.full([M], LOWEST, tl.float32)
                 total = tl.zeros([M], tl.float32)
                 entropy = tl.zeros([M], tl.float32)
                 alpha = tl.zeros([M, DP], tl.float32)
                 y = tl.zeros([M, DP], tl.float32)
-                for n in range(NL):
+                for n in range((B2 + L - 1) // L):
                     l_n = n * L + l
                     k_l = load_rows(k + key_row, l_n * (H * D), l_n < B2, d, D)
                     v_l = load_rows(v + key_row, l_n * (H * D), l_n < B2, d, D)
@@ -99,19 +135,89 @@ def right_rows(
 
 
 @kernel
+def right_keys(
+    k_row, first_c, zh, r0, block, visible, q, k, v, mid, c_l, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    RC: tl.constexpr, TILES: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """alpha, Y and c_L of M rows r0 + block*M + m in row k, looping over TILES key tiles from `first_c`.
+
+    Rows r = a*B2 + j count all query tiles; `mid` [RC, C*B1, 2, D] and `c_l` [RC, C*B1] are those of RC rows from r0.
+    """
+    b, h = zh // H, zh % H
+    CK: tl.constexpr = C * B1
+    d = tl.arange(0, DP)
+    at = block * M + tl.arange(0, M)
+    r = r0 + at
+    live = (at < RC) & (r < A * B2)
+    a, j = r // B2, r % B2
+    last_c = tl.minimum(first_c + TILES, tl.max(tl.load(visible + a, mask=live, other=0), 0))
+    query = tile_offset(b, 0, h, A, B1, B2, H, D) + k_row * (B2 * H * D)
+    keys = tile_offset(b, 0, h, C, B1, B2, H, D) + k_row * (B2 * H * D)
+    q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+    l = tl.arange(0, L)
+    live_0 = l < B2
+    for c in tl.range(first_c, last_c, num_stages=STAGES):
+        key_row = keys + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+        k_0 = load_rows(k + key_row, l * (H * D), live_0, d, D)
+        v_0 = load_rows(v + key_row, l * (H * D), live_0, d, D)
+        if L2:
+            l_1 = L + tl.arange(0, L2)
+            live_1 = l_1 < B2
+            k_1 = load_rows(k + key_row, l_1 * (H * D), live_1, d, D)
+            v_1 = load_rows(v + key_row, l_1 * (H * D), live_1, d, D)
+        else:
+            k_1, v_1, live_1 = k_0, v_0, live_0
+        alpha, y, _, total, entropy = right_block(q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION)
+        row = at.to(tl.int64) * CK + (c * B1 + k_row)
+        store_rows(mid, row * (2 * D), live, d, alpha, D)
+        store_rows(mid + D, row * (2 * D), live, d, y, D)
+        tl.store(c_l + row, (entropy - tl.log2(total)) * LN_2, mask=live)
+
+
+@kernel
 def right_forward(
     step, visible, q, k, v, mid, stats, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`right_rows` for one step. Grid (C*B1, SPLIT, ZC)."""
     right_rows(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.load(step), tl.load(step + 1),
         visible, q, k, v, mid, stats, scale,
-        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, SPLIT, SAVE, PRECISION, STAGES,
+        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, L2, SPLIT, SAVE, PRECISION, STAGES,
     )  # fmt: skip
+
+
+@kernel
+def right_gradients(
+    k_l, v_l, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_l, dv_l, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Adds the rows' share to dk and dv [L, D]; the gradient of R's scores [L, M] in q's dtype."""
+    log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
+    d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
+    d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
+    p = tl.exp2(log_p)
+    # a row that is not live has p = 0 and log_p = -inf: keep 0 * inf out of its gradient
+    d_p += tl.where(live, d_cl * LN_2, 0.0)[None, :] * tl.maximum(log_p, LOWEST) - e[None, :]
+    d_z = (p * d_p * scale).to(q_r.dtype)
+    p = p.to(q_r.dtype)
+    dv_l = tl.dot(p, d_y, dv_l, input_precision=PRECISION)
+    dk_l = tl.dot(p, d_alpha, dk_l, input_precision=PRECISION)
+    dk_l = tl.dot(d_z, q_r, dk_l, input_precision=PRECISION)
+    return dk_l, dv_l, d_z
+
+
+@kernel
+def store_sum(pointer, offsets, live, d, x, D: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Stores rows, with ACCUMULATE added to what is there."""
+    if ACCUMULATE:
+        x += load_rows(pointer, offsets, live, d, D)
+    store_rows(pointer, offsets, live, d, x, D)
 
 
 @kernel
@@ -119,13 +225,13 @@ def right_backward(
     step, visible, first_tile, q, k, v, mid, stats, dk, dv, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, ACCUMULATE: tl.constexpr,
+    SAVE_DZ: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of L columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
+    """dk and dv of L + L2 columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
 
     Key tiles start at `first_tile`. With SAVE_DZ the gradient of R's scores overwrites the gradients of alpha and Y in
-    `mid`, for `right_query_sum`. With ACCUMULATE the sums are added to dk and dv.
+    `mid`, for `right_query`. With ACCUMULATE the sums are added to dk and dv.
     """
     ck = tl.program_id(0) + tl.load(first_tile) * B1
     c = ck // B1
@@ -136,7 +242,7 @@ def right_backward(
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
     d = tl.arange(0, DP)
-    l = tl.program_id(1) * L + tl.arange(0, L)
+    l = tl.program_id(1) * (L + L2) + tl.arange(0, L)
     live_l = l < B2
     low, high = row_range(visible, a0, c, A, AC, B2, M, AP)
     if (zh < Z) & (c >= 0) & (c < C):
@@ -144,11 +250,18 @@ def right_backward(
         query = tile_offset(b, a0, h, A, B1, B2, H, D) + (ck % B1) * (B2 * H * D)
         mid += (z.to(tl.int64) * R * CK + ck) * (2 * D)
         stats += z.to(tl.int64) * R * CK + ck
-        seen = l < tl.where(low < high, B2, 0)  # keys that nobody sees may hold anything
-        k_l = load_rows(k + key_row, l * (H * D), seen, d, D)
-        v_l = load_rows(v + key_row, l * (H * D), seen, d, D)
+        seen = tl.where(low < high, B2, 0)  # keys that nobody sees may hold anything
+        k_l = load_rows(k + key_row, l * (H * D), l < seen, d, D)
+        v_l = load_rows(v + key_row, l * (H * D), l < seen, d, D)
         dk_l = tl.zeros([L, DP], tl.float32)
         dv_l = tl.zeros([L, DP], tl.float32)
+        if L2:
+            l_1 = tl.program_id(1) * (L + L2) + L + tl.arange(0, L2)
+            live_1 = l_1 < B2
+            k_1 = load_rows(k + key_row, l_1 * (H * D), l_1 < seen, d, D)
+            v_1 = load_rows(v + key_row, l_1 * (H * D), l_1 < seen, d, D)
+            dk_1 = tl.zeros([L2, DP], tl.float32)
+            dv_1 = tl.zeros([L2, DP], tl.float32)
         for block in tl.range(low, high, num_stages=STAGES):
             r = block * M + tl.arange(0, M)
             a, j = r // B2, r % B2
@@ -161,24 +274,37 @@ def right_backward(
             lse = tl.load(stats + row, mask=live, other=float("inf"))
             d_cl = tl.load(stats + ZC * R * CK + row, mask=live, other=0.0)
             e = tl.load(stats + 2 * ZC * R * CK + row, mask=live, other=0.0)
-            log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
-            d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
-            d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
-            p = tl.exp2(log_p)
-            # a row that is not live has p = 0 and log_p = -inf: keep 0 * inf out of its gradient
-            d_p += tl.where(live, d_cl * LN_2, 0.0)[None, :] * tl.maximum(log_p, LOWEST) - e[None, :]
-            d_z = (p * d_p * scale).to(q_r.dtype)
-            p = p.to(q_r.dtype)
-            dv_l = tl.dot(p, d_y, dv_l, input_precision=PRECISION)
-            dk_l = tl.dot(p, d_alpha, dk_l, input_precision=PRECISION)
-            dk_l = tl.dot(d_z, q_r, dk_l, input_precision=PRECISION)
+            dk_l, dv_l, d_z = right_gradients(
+                k_l, v_l, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_l, dv_l, scale, PRECISION
+            )  # fmt: skip
+            if L2:
+                dk_1, dv_1, d_z_1 = right_gradients(
+                    k_1, v_1, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_1, dv_1, scale, PRECISION
+                )  # fmt: skip
             if SAVE_DZ:
-                tl.store(mid + (row * (2 * D))[None, :] + l[:, None], d_z, mask=live[None, :] & live_l[:, None])
-        if ACCUMULATE:
-            dk_l += load_rows(dk + key_row, l * (H * D), live_l, d, D)
-            dv_l += load_rows(dv + key_row, l * (H * D), live_l, d, D)
-        store_rows(dk + key_row, l * (H * D), live_l, d, dk_l, D)
-        store_rows(dv + key_row, l * (H * D), live_l, d, dv_l, D)
+                place = mid + (row * (2 * D))[None, :]
+                tl.store(place + l[:, None], d_z, mask=live[None, :] & live_l[:, None])
+                if L2:
+                    tl.store(place + l_1[:, None], d_z_1, mask=live[None, :] & live_1[:, None])
+        store_sum(dk + key_row, l * (H * D), live_l, d, dk_l, D, ACCUMULATE)
+        store_sum(dv + key_row, l * (H * D), live_l, d, dv_l, D, ACCUMULATE)
+        if L2:
+            store_sum(dk + key_row, l_1 * (H * D), live_1, d, dk_1, D, ACCUMULATE)
+            store_sum(dv + key_row, l_1 * (H * D), live_1, d, dv_1, D, ACCUMULATE)
+
+
+@kernel
+def query_gradients(
+    q_r, k_l, v_l, live_l, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Adds to dq [M, D] the part through R of L columns, the gradient of R's scores computed again."""
+    log_p = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None]
+    log_p = tl.where(live_l[None, :], tl.maximum(log_p, LOWEST), LOWEST)
+    d_p = tl.dot(d_alpha, k_l.T, input_precision=PRECISION)
+    d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
+    d_p += (d_cl * LN_2)[:, None] * log_p - e[:, None]
+    d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)
+    return tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
 
 
 @kernel
@@ -186,7 +312,7 @@ def right_query(
     step, visible, q, k, v, mid, stats, dq_left, dq, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, SAVED_DZ: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SAVED_DZ: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of M rows (a, j) in row k: the part through R, summed over key tiles, plus `dq_left`. Grid (blocks, B1, ZC).
@@ -200,7 +326,7 @@ def right_query(
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    NL: tl.constexpr = (B2 + L - 1) // L
+    NL: tl.constexpr = (B2 + L + L2 - 1) // (L + L2)
     d = tl.arange(0, DP)
     l = tl.arange(0, L)
     if zh < Z:
@@ -215,11 +341,17 @@ def right_query(
         dq_r = load_rows(dq_left + (z.to(tl.int64) * R * B1 + k_row) * D, r.to(tl.int64) * (B1 * D), live, d, D)
         if SAVED_DZ:
             for c in tl.range(0, tl.max(limit, 0), num_stages=STAGES):
-                k_l = load_rows(k + key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D), l * (H * D), l < B2, d, D)
+                key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
                 sees = limit > c
-                offset = ((row + c * B1) * (2 * D))[:, None] + l[None, :]
-                d_z = tl.load(mid + offset, mask=sees[:, None] & (l < B2)[None, :], other=0.0)
+                d_z_row = ((row + c * B1) * (2 * D))[:, None]
+                k_l = load_rows(k + key, l * (H * D), l < B2, d, D)
+                d_z = tl.load(mid + (d_z_row + l[None, :]), mask=sees[:, None] & (l < B2)[None, :], other=0.0)
                 dq_r = tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
+                if L2:
+                    l_1 = L + tl.arange(0, L2)
+                    k_1 = load_rows(k + key, l_1 * (H * D), l_1 < B2, d, D)
+                    d_z_1 = tl.load(mid + (d_z_row + l_1[None, :]), mask=sees[:, None] & (l_1 < B2)[None, :], other=0.0)
+                    dq_r = tl.dot(d_z_1, k_1, dq_r, input_precision=PRECISION)
         else:
             q_r = load_rows(q + query, place, live, d, D)
             for c in tl.range(0, tl.max(limit, 0), num_stages=STAGES):
@@ -230,16 +362,19 @@ def right_query(
                 lse = tl.load(stats + at, mask=sees, other=float("inf"))
                 d_cl = tl.load(stats + ZC * R * CK + at, mask=sees, other=0.0)
                 e = tl.load(stats + 2 * ZC * R * CK + at, mask=sees, other=0.0)
+                key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
                 for part in range(NL):
-                    l_n = part * L + l
-                    key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+                    l_n = part * (L + L2) + l
                     k_l = load_rows(k + key, l_n * (H * D), l_n < B2, d, D)
                     v_l = load_rows(v + key, l_n * (H * D), l_n < B2, d, D)
-                    log_p = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None]
-                    log_p = tl.where((l_n < B2)[None, :], tl.maximum(log_p, LOWEST), LOWEST)
-                    d_p = tl.dot(d_alpha, k_l.T, input_precision=PRECISION)
-                    d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
-                    d_p += (d_cl * LN_2)[:, None] * log_p - e[:, None]
-                    d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)
-                    dq_r = tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
+                    dq_r = query_gradients(
+                        q_r, k_l, v_l, l_n < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION
+                    )  # fmt: skip
+                    if L2:
+                        l_1 = part * (L + L2) + L + tl.arange(0, L2)
+                        k_1 = load_rows(k + key, l_1 * (H * D), l_1 < B2, d, D)
+                        v_1 = load_rows(v + key, l_1 * (H * D), l_1 < B2, d, D)
+                        dq_r = query_gradients(
+                            q_r, k_1, v_1, l_1 < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION
+                        )  # fmt: skip
         store_rows(dq + query, place, live, d, dq_r, D)

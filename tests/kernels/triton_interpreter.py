@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ import torch
 
 from monarch_jax import reference
 from monarch_jax.backends import Problem
-from triton_kernels import left, overlapped, plan, right
-from triton_kernels.config import Config, Target, heuristic
+from triton_kernels import left, overlapped, plan, right, streamed
+from triton_kernels.config import KERNELS as NAMES
+from triton_kernels.config import Config, Stream, Target, heuristic
 
 jax.config.update("jax_enable_x64", True)
 KERNELS = {
     "forward": overlapped.forward,
+    "streamed": streamed.streamed,
     "right_forward": right.right_forward,
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
@@ -31,7 +34,7 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One problem; `rows`, `keys` and `scratch_bytes` override the configs."""
+    """One problem; `configs` (by kernel), `stream` and `scratch_bytes` override the heuristic's."""
 
     batch: int = 1
     query_tiles: int = 2
@@ -44,23 +47,34 @@ class Case:
     grad_tiles: int | None = None
     half: bool = False
     sharpness: float = 1.0
-    rows: int | None = None
+    configs: Config | dict[str, Config] | None = None
     transposed: bool | None = None
+    stream: Stream | None = None
     scratch_bytes: int = 2**30
 
 
+PARTS = {name: Config(rows=32, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
+    name: Config(rows=16, keys=16, more_keys=16) for name in ("right_forward", "right_backward", "right_query")
+}
 CASES = {
     "plain": Case(batch=2),
     "causal": Case(query_tiles=3, visible=(1, 2, 2)),
     "half": Case(half=True),
     "one pair at a time": Case(scratch_bytes=30_000),
     "one query tile at a time": Case(query_tiles=3, visible=(3, 1, 2), scratch_bytes=1),
-    "blocks of rows and columns": Case(query_tiles=1, key_tiles=2, b1=17, b2=20, heads=1, rows=16),
+    "blocks of rows and columns": Case(
+        query_tiles=1, key_tiles=2, b1=17, b2=20, heads=1, configs=Config(rows=16, keys=16)
+    ),
     "keys first": Case(query_tiles=1, key_tiles=2, transposed=True),
     "sharp, padded dim": Case(dim=12, sharpness=10.0),
     "flat": Case(sharpness=0.1),
     "newest tile": Case(visible=(2, 2), grad_tiles=1),
     "480p tile": Case(query_tiles=1, key_tiles=2, b1=30, b2=52, heads=1, dim=32),
+    "stream": Case(batch=2, stream=Stream(rows=5, tiles=2)),
+    "stream, causal": Case(query_tiles=3, visible=(1, 2, 2), stream=Stream(rows=9, tiles=1, lag=2, slots=4)),
+    "two parts": Case(query_tiles=1, b1=37, b2=21, heads=1, stream=Stream(rows=21, tiles=3), configs=PARTS),
+    "two parts, keys first": Case(query_tiles=1, key_tiles=2, b1=20, b2=18, heads=1, transposed=True, configs=PARTS),
+    "two parts, newest tile": Case(b2=19, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
 }
 
 
@@ -71,7 +85,7 @@ def run_plan(todo, operands, scratch, results, start, kept=()):
         arrays = dict(operands, step=torch.tensor(step, dtype=torch.int32), **state)
         for name, (size, dtype) in (scratch | results).items():
             if name not in arrays:
-                arrays[name] = torch.full(size, float("nan"), dtype=dtype)
+                arrays[name] = torch.full(size, float("nan"), dtype=dtype)  # never int32: counters start as zeros
         for call in todo.launches:
             kernel = KERNELS[call.kernel]
             names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
@@ -113,13 +127,13 @@ def run_case(case: Case) -> dict[str, float]:
         heads=case.heads, dim=case.dim, itemsize=2 if case.half else 4,
     )  # fmt: skip
     configs = heuristic(Target(90), b1=case.b1, b2=case.b2, dim=case.dim, itemsize=2)
-    changes: dict = {"scratch_bytes": case.scratch_bytes}
-    if case.rows:
-        names = [f.name for f in dataclasses.fields(configs) if f.name != "scratch_bytes"]
-        changes |= {name: Config(rows=case.rows, keys=case.rows) for name in names}
+    changes = case.configs if isinstance(case.configs, dict) else {}
+    if isinstance(case.configs, Config):
+        changes = dict.fromkeys(NAMES, case.configs)
+    configs = dataclasses.replace(configs, **changes, scratch_bytes=case.scratch_bytes, stream=case.stream)
     if case.transposed is not None:
-        changes["left_backward"] = dataclasses.replace(configs.left_backward, transposed=case.transposed)
-    configs = dataclasses.replace(configs, **changes)
+        back = dataclasses.replace(configs.left_backward, transposed=case.transposed)
+        configs = dataclasses.replace(configs, left_backward=back)
 
     last = int(visible.max())
     k[:, last:], v[:, last:] = np.nan, np.nan  # what nobody sees may hold anything
@@ -127,8 +141,11 @@ def run_case(case: Case) -> dict[str, float]:
     operands = {"visible": torch.tensor(visible), "q": q, "k": k, "v": v, "scale": problem.scale}
     todo = plan.forward(shape, configs, "ieee")
     results = {"out": (q.shape, dtype), "lse": (q.shape[:-1], torch.float32)}
-    kept = ("mid", "stats")
-    found = run_plan(todo, operands, scratch_of(shape, todo, dtype, False), results, {}, kept)
+    kept, start = ("mid", "stats"), {}
+    if todo.stream:
+        results["counters"] = (plan.counters(shape, todo.stream), torch.int32)
+        start["counters"] = torch.zeros(results["counters"][0], dtype=torch.int32)
+    found = run_plan(todo, operands, scratch_of(shape, todo, dtype, False), results, start, kept)
 
     todo = plan.backward(shape, configs, "ieee", case.grad_tiles)
     key_dtype = torch.float32 if todo.summed else dtype
@@ -152,4 +169,7 @@ def run_case(case: Case) -> dict[str, float]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or CASES:
-        print(json.dumps({"case": name, **run_case(CASES[name])}), flush=True)
+        began = time.perf_counter()
+        errors = run_case(CASES[name])
+        print(json.dumps({"case": name, **errors}), flush=True)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)

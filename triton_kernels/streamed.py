@@ -1,0 +1,74 @@
+"""The forward pass in one launch: chunk after chunk of query rows, R of one beside L of an earlier one.
+
+The intermediates are a ring of a few chunks. It can be small enough for the L2 cache, and no launch ends between
+chunks, which counts where there is little work (decoding). Programs take their work by number, in order, and wait only
+for work with a smaller number, so they cannot wait for each other in a circle. What is computed does not depend on the
+order: two runs agree bit for bit.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
+import triton.language as tl
+
+from triton_kernels.jit import arrive, kernel, wait_for
+from triton_kernels.left import left_rows
+from triton_kernels.right import right_keys
+
+
+@kernel
+def streamed(
+    visible, q, k, v, counters, mid, stats, out, lse, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    Z: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+    RC: tl.constexpr, TILES: tl.constexpr, LAG: tl.constexpr, SLOTS: tl.constexpr,
+    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, RIGHT_STAGES: tl.constexpr,
+    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (segments * items of a segment). Segment n has the items of R of chunk n and of L of chunk n - LAG.
+
+    Chunk n is rows (a, j) from (n % NC) * RC on, of pair n // NC; its alpha, Y and c_L are in slot n % SLOTS of
+    `mid` [SLOTS, RC, C*B1, 2, D] and `stats` [SLOTS, RC, C*B1]. `counters` int32, zero at first: the next item; per
+    chunk the finished items of R; per chunk those of L.
+    """
+    NC: tl.constexpr = (A * B2 + RC - 1) // RC
+    CHUNKS: tl.constexpr = Z * NC
+    CK: tl.constexpr = C * B1
+    NI: tl.constexpr = (B1 + I + I2 - 1) // (I + I2)
+    NM: tl.constexpr = (RC + M - 1) // M
+    PARTS: tl.constexpr = (C + TILES - 1) // TILES
+    RIGHT: tl.constexpr = B1 * NM * PARTS
+    LEFT: tl.constexpr = RC * NI
+    item = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    right_done = counters + 1
+    left_done = counters + 1 + CHUNKS
+    segment = item // (RIGHT + LEFT)
+    item = item % (RIGHT + LEFT)
+    # the two kinds of work alternate in proportion, so that both are under way at any time
+    turn = item * RIGHT // (RIGHT + LEFT)
+    if (item + 1) * RIGHT // (RIGHT + LEFT) > turn:
+        chunk = segment
+        if chunk < CHUNKS:
+            slot = (chunk % SLOTS).to(tl.int64)
+            if chunk >= SLOTS:
+                wait_for(left_done + chunk - SLOTS, LEFT)
+            right_keys(
+                turn % B1, turn // (B1 * NM) * TILES, chunk // NC, chunk % NC * RC, turn // B1 % NM,
+                visible, q, k, v, mid + slot * (RC * CK * 2 * D), stats + slot * (RC * CK), scale,
+                A, C, B1, B2, H, D, RC, TILES, DP, M, L, L2, PRECISION, RIGHT_STAGES,
+            )  # fmt: skip
+            arrive(right_done + chunk)
+    else:
+        chunk = segment - LAG
+        if chunk >= 0:
+            item -= turn
+            at = item // NI
+            r = chunk % NC * RC + at
+            if r < A * B2:
+                wait_for(right_done + chunk, RIGHT)
+                left_rows(
+                    (chunk % SLOTS).to(tl.int64) * RC + at, r // B2, r % B2, chunk // NC, item % NI,
+                    visible, q, mid, stats, out, lse, scale,
+                    A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES,
+                )  # fmt: skip
+            arrive(left_done + chunk)
