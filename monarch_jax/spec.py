@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from monarch_jax.checks import one_of, positive, triple
+
 BLOCKS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
 AXES = ("frames", "height", "width")
 
@@ -41,20 +43,19 @@ class MonarchSpec:
     causal_block: int | None = None
 
     def __post_init__(self):
-        grid = _triple("grid", self.grid, "(frames, height, width)")
-        tile = (1, *grid[1:]) if self.tile is None else _triple("tile", self.tile, "(n_f, n_h, n_w)")
-        key_frames = grid[0] if self.key_frames is None else _positive("key_frames", self.key_frames)
+        grid = triple("grid", self.grid, "(frames, height, width)")
+        tile = (1, *grid[1:]) if self.tile is None else triple("tile", self.tile, "(n_f, n_h, n_w)")
+        key_frames = grid[0] if self.key_frames is None else positive("key_frames", self.key_frames)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "key_frames", key_frames)
-        _positive("num_iters", self.num_iters)
-        if self.blocks not in BLOCKS:
-            raise ValueError(f"blocks={self.blocks!r} is not one of {', '.join(map(repr, BLOCKS))}.")
+        positive("num_iters", self.num_iters)
+        one_of("blocks", self.blocks, BLOCKS)
         for axis, size, n in zip(AXES, grid, tile, strict=True):
             _check_divides(tile, axis, n, size, f"of grid={grid}")
         _check_divides(tile, "frames", tile[0], key_frames, f"of the keys (key_frames={key_frames})")
         if self.causal_block is not None:
-            block = _positive("causal_block", self.causal_block)
+            block = positive("causal_block", self.causal_block)
             if block % tile[0]:
                 raise ValueError(
                     f"causal_block={block} frames is not a multiple of the tile's {tile[0]} frames (tile={tile}); "
@@ -190,7 +191,7 @@ def flops(
     Raises:
         ValueError: If `mode` is unknown or a size is not positive.
     """
-    per_head = batch * _positive("heads", heads) * _positive("head_dim", head_dim)
+    per_head = batch * positive("heads", heads) * positive("head_dim", head_dim)
     b1, b2 = spec.block_rows, spec.block_cols
     right, left = 2 * b1 * b2 * b2, 2 * b1 * b1 * b2  # one product of the R kind, one of the L kind
     extra = (spec.num_iters - 1) * (2 * right + 2 * left)
@@ -249,22 +250,6 @@ def bytes_moved(
     if spill:
         total += 4 * spec.tile_pairs * spec.block_rows * spec.block_cols * vector
     return total
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise ValueError(f"{name}={value!r} is not a positive integer.")
-    return value.__index__()
-
-
-def _triple(name: str, value: tuple, form: str) -> tuple[int, int, int]:
-    try:
-        sizes = tuple(value)
-    except TypeError:
-        sizes = ()
-    if len(sizes) != 3:
-        raise ValueError(f"{name}={value!r} is not three integers {form}.")
-    return (_positive(f"{name}[0]", sizes[0]), _positive(f"{name}[1]", sizes[1]), _positive(f"{name}[2]", sizes[2]))
 
 
 def _check_divides(tile: tuple[int, ...], axis: str, n: int, size: int, whose: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
         The config.
 
     Raises:
-        UserError: If a value is out of range.
-        SystemExit: After --help (0), or for options that do not exist or cannot be read (2).
+        UserError: If an option does not exist, or a value cannot be read or is out of range.
+        SystemExit: After --help.
     """
     messages = io.StringIO()
     try:
@@ -49,8 +50,17 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
             if isinstance(cause, UserError):
                 raise cause from None
             cause = cause.__context__
-        print(messages.getvalue(), file=sys.stderr, end="")
+        if stop.code:
+            raise UserError(_one_line(messages.getvalue())) from None
         raise
+
+
+def _one_line(box: str) -> str:
+    """The text of the boxes that tyro draws around what is wrong with the options."""
+    inside = "\n".join(row.strip("│").strip() for row in box.splitlines() if row.startswith("│"))
+    sections = [" ".join(section.split()) for section in re.split("─+", inside)]
+    text = "; ".join(section.rstrip(".") for section in sections if section) or " ".join(box.split())
+    return re.sub(r"\[/?bold\]", "", text)
 
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.

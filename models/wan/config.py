@@ -1,33 +1,18 @@
 """What a Wan 2.1 diffusion transformer is: sizes, attention of each layer, numerical policy, and the presets."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from monarch_jax.checks import one_of, positive, suggestion, triple
 from monarch_jax.spec import MonarchSpec
 
 MODEL_TYPES = ("t2v", "i2v")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DENSE_IMPLEMENTATIONS = ("xla", "cudnn")
-
-
-def _suggest(name: str, choices) -> str:
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Choices: {', '.join(map(repr, choices))}."
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; {_suggest(str(value), choices)}")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise ValueError(f"{name}={value!r} is not a positive integer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +27,7 @@ class DenseAttention:
 
     def __post_init__(self):
         if self.implementation is not None:
-            _check_choice("implementation", self.implementation, DENSE_IMPLEMENTATIONS)
+            one_of("implementation", self.implementation, DENSE_IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +48,7 @@ class MonarchAttention:
 
     def __post_init__(self):
         if self.tile is not None:
-            object.__setattr__(self, "tile", tuple(self.tile))
-            if len(self.tile) != 3:
-                raise ValueError(f"tile={self.tile} is not three integers (n_f, n_h, n_w).")
-            for i, size in enumerate(self.tile):
-                _check_positive(f"tile[{i}]", size)
+            object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
         # On a grid that the tile divides, so that what is wrong on any grid is found here.
         MonarchSpec(grid=self.tile or (1, 1, 1), tile=self.tile, blocks=self.blocks, num_iters=self.num_iters)
 
@@ -149,15 +130,10 @@ class WanConfig:
             "out_channels",
             "image_dim",
         ):
-            _check_positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         if self.causal_block is not None:
-            _check_positive("causal_block", self.causal_block)
-        patch_size = tuple(self.patch_size)
-        if len(patch_size) != 3:
-            raise ValueError(f"patch_size={self.patch_size} is not three integers (frames, rows, columns).")
-        for i, size in enumerate(patch_size):
-            _check_positive(f"patch_size[{i}]", size)
-        object.__setattr__(self, "patch_size", patch_size)
+            positive("causal_block", self.causal_block)
+        object.__setattr__(self, "patch_size", triple("patch_size", self.patch_size, "(frames, rows, columns)"))
         if self.eps <= 0:
             raise ValueError(f"eps={self.eps} is not positive.")
         if self.dim % self.num_heads:
@@ -169,11 +145,11 @@ class WanConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim={self.freq_dim} is not even.")
-        _check_choice("model_type", self.model_type, MODEL_TYPES)
-        _check_choice("remat", self.remat, REMAT)
+        one_of("model_type", self.model_type, MODEL_TYPES)
+        one_of("remat", self.remat, REMAT)
         for name in ("dtype", "param_dtype"):
             dtype = jnp.dtype(getattr(self, name)).name
-            _check_choice(name, dtype, DTYPES)
+            one_of(name, dtype, DTYPES)
             object.__setattr__(self, name, dtype)
         if isinstance(self.attention, Sequence):
             object.__setattr__(self, "attention", tuple(self.attention))
@@ -260,10 +236,9 @@ def wan_config(name: str, /, **overrides) -> WanConfig:
     Raises:
         ValueError: If the preset or a field is unknown, or a value is invalid.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is unknown; {_suggest(name, PRESETS)}")
+    one_of("preset", name, PRESETS)
     fields = [field.name for field in dataclasses.fields(WanConfig)]
     for field in overrides:
         if field not in fields:
-            raise ValueError(f"{field!r} is not a field of WanConfig; {_suggest(field, fields)}")
+            raise ValueError(f"{field!r} is not a field of WanConfig; {suggestion(field, fields)}")
     return dataclasses.replace(PRESETS[name], **overrides)

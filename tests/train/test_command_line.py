@@ -232,3 +232,23 @@ def test_help_does_not_load_jax():
         "sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--lerning-rate", "3"], ["--lerning-rate", "--learning-rate FLOAT"]),
+        (["train", "--steps", "many"], ["--steps", "'many'"]),
+        (["train", "--attention", "sparse"], ["--attention", "'sparse'", "('dense', 'monarch')"]),
+        (["demo", "--sed", "1"], ["--sed", "--seed INT"]),
+        (["convert", "from"], ["PATH", "The folder to write"]),
+    ],
+)
+def test_wrong_options_are_one_line_that_names_them(arguments, named, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not set("╭│╰─[") & set(error)
+    for part in named:
+        assert part in error

@@ -1,0 +1,93 @@
+"""Checks of arguments, with errors that name the argument, the value and a valid choice."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def positive(name: str, value: int) -> int:
+    """The value as an int.
+
+    Example:
+        >>> positive("heads", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: heads=0 is not a positive integer.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Returns:
+        A positive int.
+
+    Raises:
+        ValueError: If it is not a positive integer; True is not one.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise ValueError(f"{name}={value!r} is not a positive integer.")
+    return value.__index__()
+
+
+def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
+    """Three positive ints.
+
+    Example:
+        >>> triple("tile", [1, 30, 52], "(n_f, n_h, n_w)")
+        (1, 30, 52)
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+        form: What the three stand for.
+
+    Returns:
+        A tuple of three.
+
+    Raises:
+        ValueError: If there are not three, or one is not a positive integer.
+    """
+    try:
+        sizes = tuple(value)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 3:
+        raise ValueError(f"{name}={value!r} is not three integers {form}.")
+    return (positive(f"{name}[0]", sizes[0]), positive(f"{name}[1]", sizes[1]), positive(f"{name}[2]", sizes[2]))
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """The value, if it is a choice.
+
+    Example:
+        >>> one_of("remat", "ful", ("none", "full"))
+        Traceback (most recent call last):
+        ...
+        ValueError: remat='ful' is unknown; did you mean 'full'? Choices: 'none', 'full'.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+        choices: What it may be.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is none of them; the closest is suggested.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; {suggestion(value, choices)}")
+    return value
+
+
+def suggestion(value: object, choices: Iterable[str]) -> str:
+    """The closest choice, if one is close, and all of them.
+
+    Example:
+        >>> suggestion("w,hf", ("fh,w", "w,fh"))
+        "did you mean 'w,fh'? Choices: 'fh,w', 'w,fh'."
+    """
+    choices = tuple(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Choices: {', '.join(map(repr, choices))}."
