@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from models.wan.attention import dense_attention
 from models.wan.config import DenseAttention, MonarchAttention
 from models.wan.dit import WanModel, attention_runs, rematerialized
-from models.wan.rope import rope_table
+from models.wan.rope import axis_table, axis_widths, rope_table, rotate
 from monarch_jax import MonarchKVCache
 
 
@@ -208,6 +209,47 @@ def cached_forward(
     flow = model.unpatchify(model.head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
     return flow, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), length=length)
+
+
+@partial(jax.jit, static_argnames=("frames", "head_dim"), donate_argnames="cache")
+def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
+    """Counts the frames of a rolling cache from `frames` later on, so that a video can outgrow the rotary table.
+
+    Only differences of positions matter to attention, so the cached keys are turned back by `frames` positions, each
+    in its slot; what follows is as before, with every frame index less by `frames`.
+
+    Example:
+        >>> from models.wan import WanModel, wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
+        >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8, rolling=True)
+        >>> cache = dataclasses.replace(cache, length=jnp.int32(1020))
+        >>> int(rebase_cache(cache, frames=1014, head_dim=24).length)
+        6
+
+    Args:
+        cache: Rolling, with at least `frames` frames more written than it holds; it is donated.
+        frames: A multiple of the frames that roll, capacity less sinks.
+        head_dim: The model's.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: If the cache does not roll, or slots would not stay in place.
+    """
+    layout = cache.layouts[0]
+    rolls = layout.spec.total_key_frames - layout.sink_frames
+    if not layout.rolling or frames < 0 or frames % rolls:
+        raise ValueError(f"frames={frames} is not a multiple of the {rolls} frames that a rolling cache rolls over.")
+    width = axis_widths(head_dim)[0]
+    cos, sin = axis_table(np.array([-frames]), width)
+    rest = ((0, 0), (0, head_dim // 2 - width // 2))
+    cos, sin = jnp.asarray(np.pad(cos, rest, constant_values=1.0))[None], jnp.asarray(np.pad(sin, rest))[None]
+
+    def turn(keys):
+        return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)
+
+    return dataclasses.replace(cache, keys=tuple(map(turn, cache.keys)), length=cache.length - frames)
 
 
 def attend_cached(

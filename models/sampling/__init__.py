@@ -1,0 +1,32 @@
+"""Samplers: from noise and a flow prediction to latents, many-step, few-step, and one block of frames after another.
+
+A sampler is a table of numbers (`SamplerTable`), computed in float64 from a noise schedule; one function, `sample`,
+carries out any of them.
+"""
+
+from models.sampling.rollout import Rollout, autoregressive
+from models.sampling.schedules import Schedule, few_step_schedule, truncated_schedule, uniform_schedule, unipc_schedule
+from models.sampling.solve import SolverState, guided, keep_context, sample, solver_step
+from models.sampling.tables import SAMPLERS, SamplerTable, dpmpp_2m, euler, few_step, sampler_table, unipc
+
+__all__ = [
+    "SAMPLERS",
+    "Rollout",
+    "SamplerTable",
+    "Schedule",
+    "SolverState",
+    "autoregressive",
+    "dpmpp_2m",
+    "euler",
+    "few_step",
+    "few_step_schedule",
+    "guided",
+    "keep_context",
+    "sample",
+    "sampler_table",
+    "solver_step",
+    "truncated_schedule",
+    "uniform_schedule",
+    "unipc",
+    "unipc_schedule",
+]

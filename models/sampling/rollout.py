@@ -1,0 +1,278 @@
+"""One block of frames after another with a cache of what came before (Self-Forcing, arXiv:2506.08009, algorithm 1).
+
+A block is denoised and its keys and values are then rewritten from the finished latents at time 0. All of that is one
+compiled program, the same for every block: a scan over the sampler's rows and one more, with the cache donated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
+from models.sampling.tables import SamplerTable, sampler_table
+from models.wan import WanModel
+from models.wan.causal import WanCache, cached_forward, init_cache, rebase_cache
+from models.wan.rope import MAX_POSITIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """The fixed part of an autoregressive generation.
+
+    Attributes:
+        sampler: As in `sampler_table`; few-step for distilled models.
+        steps: Calls of the network per block; None: the sampler's own number.
+        shift: Shift of the noise levels.
+        guidance: Weight of classifier-free guidance, with a negative text; 1 is none (distilled models need none).
+        block: Latent frames per block.
+        independent_first_frame: Whether the first frame is a block of its own.
+        window: Frames of keys and values that are kept, with the block in the making; None keeps all.
+        sink_frames: Leading frames that a window never lets go.
+    """
+
+    sampler: str = "few-step"
+    steps: int | None = None
+    shift: float = 5.0
+    guidance: float = 1.0
+    block: int = 3
+    independent_first_frame: bool = False
+    window: int | None = None
+    sink_frames: int = 0
+
+    def __post_init__(self):
+        self.table()
+        if self.block < 1:
+            raise ValueError(f"block={self.block} is not a positive number of frames; Self-Forcing uses 3.")
+        if self.window is not None and self.window < self.block + self.sink_frames:
+            raise ValueError(
+                f"window={self.window} frames has no room for a block of {self.block} and sink_frames="
+                f"{self.sink_frames}; use at least {self.block + self.sink_frames}."
+            )
+        if self.sink_frames and self.window is None:
+            raise ValueError(f"sink_frames={self.sink_frames} needs a window, for example window=21.")
+
+    def table(self) -> SamplerTable:
+        """The sampler."""
+        return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
+
+    def blocks(self, frames: int) -> list[int]:
+        """Sizes of the blocks that make `frames` latent frames.
+
+        Example:
+            >>> Rollout().blocks(9), Rollout(independent_first_frame=True).blocks(7)
+            ([3, 3, 3], [1, 3, 3])
+
+        Raises:
+            ValueError: If they do not make whole blocks.
+        """
+        first = [1] if self.independent_first_frame else []
+        rest, over = divmod(frames - len(first), self.block)
+        if frames < 1 or over or rest < 0:
+            at = [len(first) + max(1 - len(first), rest + up) * self.block for up in (0, 1)]
+            form = f"1 + {self.block} k" if first else f"{self.block} k"
+            raise ValueError(
+                f"frames={frames} latent frames are not {form}, whole blocks; the nearest that are: "
+                f"{' or '.join(map(str, dict.fromkeys(at)))}."
+            )
+        return first + [self.block] * rest
+
+
+@partial(jax.jit, static_argnames=("graph", "rollout", "shape"), donate_argnames="cache")
+def generate_block(
+    graph: nnx.GraphDef,
+    params: Any,
+    cache: WanCache,
+    key: Key[Array, ""],
+    frame: Array,
+    *,
+    rollout: Rollout,
+    shape: tuple[int, ...],
+) -> tuple[Float[Array, "B F H W C"], WanCache]:
+    """Denoises one block and rewrites it in the cache: the whole of a block, in one program.
+
+    Args:
+        graph: Of `nnx.split(model)`.
+        params: Likewise.
+        cache: Of `start_cache`; it is donated.
+        key: Of the whole video; a block's noise depends on it and `frame` only.
+        frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.
+        rollout: Settings.
+        shape: Of the block, [B, F, H, W, C].
+
+    Returns:
+        The finished latents, float32, and the cache.
+    """
+    model: Any = nnx.merge(graph, params)
+    key = jax.random.fold_in(key, frame[0])
+    noise = block_noise(key, shape)
+    table = rollout.table()
+    fresh = fresh_noise(key, noise) if table.stochastic else None
+
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        (state, cache), (row, number) = carry, xs
+        flow, cache = _flow(model, state.x, row.timesteps, cache, frame[1], rollout.guidance)
+        return (solver_step(state, row, flow, fresh and fresh(number)), cache), None
+
+    scanned = rows(table.with_rewrite()), jnp.arange(table.steps + 1)
+    (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)
+    return state.x, cache
+
+
+@partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache")
+def write_block(
+    graph: nnx.GraphDef, params: Any, cache: WanCache, latents: Float[Array, "B F H W C"], frame: Array, *, rollout
+) -> WanCache:
+    """Puts finished latents, such as a given image or clip, into the cache at time 0. Arguments as `generate_block`."""
+    model: Any = nnx.merge(graph, params)
+    return _flow(model, latents, jnp.float32(0), cache, frame[1], rollout.guidance)[1]
+
+
+def _flow(model: Any, x: Array, t: Array, cache: WanCache, frame: Array, guidance: float) -> tuple[Array, WanCache]:
+    """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's."""
+    guides = cache.keys[0].shape[1] == 2 * x.shape[0]
+    x = paired(x, x) if guides else x
+    flow, cache = cached_forward(model, x, jnp.broadcast_to(t, x.shape[:2]), cache, frame=frame)
+    return (unpair(flow, guidance) if guides else flow), cache
+
+
+def block_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B F H W C"]:
+    """The noise that a block starts from."""
+    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
+
+
+@partial(jax.jit, static_argnames=("graph", "frames", "height", "width", "rollout"))
+def start_cache(
+    graph: nnx.GraphDef,
+    params: Any,
+    text: Float[Array, "B L E"],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    rollout: Rollout,
+) -> WanCache:
+    """An empty cache; `text` is `paired` with the negative one for guidance. `frames` counts if there is no window."""
+    return init_cache(
+        nnx.merge(graph, params),
+        text,
+        frames=rollout.window or frames,
+        height=height,
+        width=width,
+        rolling=rollout.window is not None,
+        sink_frames=rollout.sink_frames,
+    )
+
+
+def autoregressive(
+    model: WanModel,
+    text: Float[Array, "B L E"],
+    *,
+    frames: int | None,
+    height: int,
+    width: int,
+    key: Key[Array, ""],
+    rollout: Rollout,
+    negative: Float[Array, "B M E"] | None = None,
+    initial: Float[Array, "B K H W C"] | None = None,
+) -> Iterator[Float[Array, "B F H W C"]]:
+    """Generates latents block by block; each is handed out as soon as it is under way (asynchronous dispatch).
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1, causal_block=3), rngs=nnx.Rngs(0))
+        >>> blocks = autoregressive(
+        ...     model, jnp.zeros((1, 8, 32)), frames=6, height=4, width=8, key=jax.random.key(0), rollout=Rollout()
+        ... )
+        >>> [block.shape for block in blocks]
+        [(1, 3, 4, 8, 16), (1, 3, 4, 8, 16)]
+
+    Args:
+        model: A causal model, trained on blocks of `rollout.block` frames.
+        text: Embedding of the prompt.
+        frames: Latent frames in all, given ones included; None, with a window: without end.
+        height: Of the latents.
+        width: Of the latents.
+        key: Of all noise. The first blocks do not depend on how many follow.
+        rollout: Settings.
+        negative: Embedding of the negative prompt, for guidance.
+        initial: Finished latents that come first, such as an encoded image (one frame, which needs
+            `independent_first_frame`) or clip. They are handed out too.
+
+    Yields:
+        Latents of one block, float32.
+
+    Raises:
+        ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
+    """
+    config = model.config
+    if config.patch_size[0] != 1 or config.in_channels != config.out_channels:
+        raise ValueError(
+            f"model has patch_size={config.patch_size}, {config.in_channels} input and {config.out_channels} output "
+            f"channels; this sampler needs a text-to-video model with patches of one frame."
+        )
+    if frames is None and rollout.window is None:
+        raise ValueError("frames=None, without end, needs a window, for example Rollout(window=21, sink_frames=3).")
+    if initial is not None:
+        given = (text.shape[0], height, width, config.out_channels)
+        if (initial.shape[0], *initial.shape[2:]) != given:
+            raise ValueError(f"initial has shape {initial.shape}; batch, height, width and channels should be {given}.")
+        rollout.blocks(initial.shape[1])
+    if frames is not None:
+        rollout.blocks(frames)
+    model = model.with_config(causal_block=None)  # blocks are seen one at a time
+    for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
+        _check_size(model, (text.shape[0], size, height, width, config.in_channels))
+    context = text if negative is None or rollout.guidance == 1.0 else paired(text, negative)
+    begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
+    graph, params = nnx.split(model)
+    jax.eval_shape(partial(begin, graph), params, context)  # what does not fit is found here
+    return _blocks(
+        model, partial(begin, graph, params, context), text.shape[0], frames, key, rollout, initial, (height, width)
+    )
+
+
+def _check_size(model: WanModel, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a block of this shape suits the model; computes nothing."""
+
+    def check(latents, timesteps):
+        model.check_latents(latents, timesteps)
+        return latents
+
+    jax.eval_shape(check, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32))
+
+
+def _blocks(model, begin, batch, frames, key, rollout, initial, size) -> Iterator[Array]:
+    graph, params = nnx.split(model)
+    cache = begin()
+    frame, base = 0, 0  # the block's first frame, and the absolute frame that the cache calls 0
+    for count in _sizes(rollout, frames):
+        if rollout.window is not None and frame - base + count > MAX_POSITIONS:
+            rolls = rollout.window - rollout.sink_frames
+            back = (frame - base - rollout.window) // rolls * rolls
+            cache = rebase_cache(cache, frames=back, head_dim=model.config.head_dim)
+            base += back
+        where = jnp.asarray([frame, frame - base], jnp.int32)
+        if initial is not None and frame < initial.shape[1]:
+            latents = jnp.asarray(initial[:, frame : frame + count], jnp.float32)
+            cache = write_block(graph, params, cache, latents, where, rollout=rollout)
+        else:
+            shape = (batch, count, *size, model.config.out_channels)
+            latents, cache = generate_block(graph, params, cache, key, where, rollout=rollout, shape=shape)
+        yield latents
+        frame += count
+
+
+def _sizes(rollout: Rollout, frames: int | None) -> Iterator[int]:
+    if frames is not None:
+        yield from rollout.blocks(frames)
+        return
+    if rollout.independent_first_frame:
+        yield 1
+    while True:
+        yield rollout.block

@@ -1,0 +1,135 @@
+"""Noise schedules of flow matching: which noise levels a sampler visits and what time the network is told there.
+
+A latent at noise level sigma is (1 - sigma) data + sigma noise. Levels are shifted towards high noise by
+sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). All in float64 NumPy.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+NUM_TRAIN_TIMESTEPS = 1000
+UNIPC_FIRST = 0.999  # first u of Wan's UniPC grid
+
+
+class Schedule(NamedTuple):
+    """Where a sampler goes.
+
+    Attributes:
+        sigmas: Noise levels, decreasing, [steps + 1]; the last is 0.
+        timesteps: What the network is told at all but the last, [steps].
+    """
+
+    sigmas: Float64[np.ndarray, "steps_plus_1"]
+    timesteps: Float64[np.ndarray, "steps"]
+
+
+def shifted(u: Float64[np.ndarray, "*n"], shift: float) -> Float64[np.ndarray, "*n"]:
+    """Noise levels u in [0, 1] moved towards 1 by `shift`.
+
+    Example:
+        >>> shifted(np.array([0.0, 0.5, 1.0]), 5.0).round(4).tolist()
+        [0.0, 0.8333, 1.0]
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def _check(steps: int, shift: float) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} is not a positive integer, for example 50.")
+    if not shift > 0:
+        raise ValueError(f"shift={shift!r} is not positive; Wan uses 3, 5 or 8.")
+
+
+def _ending_in_data(sigmas: np.ndarray) -> np.ndarray:
+    return np.append(sigmas, 0.0)
+
+
+def uniform_schedule(steps: int, shift: float = 5.0) -> Schedule:
+    """Levels even in u from 1 down to 0, shifted; the network is told 1000 sigma.
+
+    Example:
+        >>> uniform_schedule(4, 5.0).timesteps.round(1).tolist()
+        [1000.0, 937.5, 833.3, 625.0]
+
+    Args:
+        steps: Calls of the network.
+        shift: s.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If an argument is not positive.
+    """
+    _check(steps, shift)
+    sigmas = shifted(np.linspace(1, 0, steps + 1), shift)
+    return Schedule(sigmas, NUM_TRAIN_TIMESTEPS * sigmas[:-1])
+
+
+def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
+    """As `uniform_schedule`, with times cut to whole numbers, as Wan's DPM-Solver++ has them.
+
+    Example:
+        >>> truncated_schedule(4, 5.0).timesteps.tolist()
+        [1000.0, 937.0, 833.0, 625.0]
+    """
+    sigmas, timesteps = uniform_schedule(steps, shift)
+    return Schedule(sigmas, _truncated(timesteps))
+
+
+def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
+    """The grid of Wan 2.1's UniPC: even in u from 0.999 down, shifted; times are cut to whole numbers, levels are not.
+
+    Example:
+        >>> unipc_schedule(50, 8.0).timesteps[:4].tolist()
+        [999.0, 997.0, 994.0, 991.0]
+
+    Args:
+        steps: Calls of the network.
+        shift: s; Wan advises 8 for 1.3B at 480p, 5 otherwise.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If an argument is not positive.
+    """
+    _check(steps, shift)
+    sigmas = shifted(np.linspace(UNIPC_FIRST, 0, steps + 1)[:-1], shift)
+    return Schedule(_ending_in_data(sigmas), _truncated(NUM_TRAIN_TIMESTEPS * sigmas))
+
+
+def _truncated(timesteps: np.ndarray) -> np.ndarray:
+    return np.trunc(np.round(timesteps, 9))  # 937.4999999999999 is 937.5
+
+
+def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> Schedule:
+    """The levels of a distilled few-step model (Self-Forcing, arXiv:2506.08009, section 3.3).
+
+    `steps` are indices into the shifted training grid sigma_j, u = 1 - j/1000, counted from its end: 750 is entry
+    1000 - 750.
+
+    Example:
+        >>> few_step_schedule().timesteps.round(4).tolist()
+        [1000.0, 937.5, 833.3333, 625.0]
+
+    Args:
+        steps: Decreasing indices from 1000 to 1; 0 is not among them.
+        shift: s.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If the indices are not decreasing or out of range.
+    """
+    steps = list(steps)
+    if not steps or sorted(set(steps), reverse=True) != steps or not 1 <= steps[-1] <= steps[0] <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"steps={steps} are not decreasing indices in 1...1000, for example 1000, 750, 500, 250.")
+    _check(len(steps), shift)
+    grid = shifted(1 - np.arange(NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS, shift)
+    sigmas = grid[[NUM_TRAIN_TIMESTEPS - step for step in steps]]
+    return Schedule(_ending_in_data(sigmas), NUM_TRAIN_TIMESTEPS * sigmas)

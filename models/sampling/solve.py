@@ -1,0 +1,196 @@
+"""Carrying out a sampler: pure functions over pytrees of latents, for use under `jit`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from models.sampling.tables import SamplerTable
+
+type Flow = Callable[[Any, Array], Any]
+"""(latents, timestep as a float32 scalar) -> flow, noise minus data, of the latents' structure."""
+
+
+class SolverState(NamedTuple):
+    """What a solver remembers: x, the last corrected x, and the last two predictions of the data."""
+
+    x: Any
+    corrected: Any
+    data: Any
+    older: Any
+
+    @classmethod
+    def init(cls, noise: Any) -> "SolverState":
+        """Before the first step."""
+        zeros = jax.tree.map(jnp.zeros_like, noise)
+        return cls(noise, zeros, zeros, zeros)
+
+
+class Rows(NamedTuple):
+    """A `SamplerTable` in float32 on the device, whole or one row of it."""
+
+    sigmas: Array
+    timesteps: Array
+    correct: Array
+    predict: Array
+
+
+def rows(table: SamplerTable) -> Rows:
+    """The table as arrays to scan over."""
+    return Rows(*(jnp.asarray(column, jnp.float32) for column in table))
+
+
+def _combine(weights: Array, *trees: Any) -> Any:
+    def combine(*leaves: Array) -> Array:
+        total = sum(weight * leaf.astype(jnp.float32) for weight, leaf in zip(weights, leaves, strict=True))
+        return jnp.asarray(total, leaves[0].dtype)
+
+    return jax.tree.map(combine, *trees)
+
+
+def solver_step(state: SolverState, row: Rows, flow: Any, noise: Any = None) -> SolverState:
+    """One step, given the flow at `state.x`.
+
+    Args:
+        state: Before the step.
+        row: One row of the table, of `rows`.
+        flow: The network's prediction, of the structure of `state.x`.
+        noise: Fresh unit Gaussian noise, for stochastic samplers.
+
+    Returns:
+        After the step; `x` is at the next noise level.
+    """
+    x, corrected, data, older = state
+    predicted = jax.tree.map(lambda x, v: (x.astype(jnp.float32) - row.sigmas * v).astype(x.dtype), x, flow)
+    corrected = _combine(row.correct, x, corrected, predicted, data, older)
+    terms = (corrected, predicted, data)
+    following = _combine(row.predict, *terms, noise) if noise is not None else _combine(row.predict[:3], *terms)
+    return SolverState(following, corrected, predicted, data)
+
+
+def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] | None = None) -> Any:
+    """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
+
+    Example:
+        >>> from models.sampling import sampler_table
+        >>> to_three = lambda x, t: jax.tree.map(lambda x: (x - 3.0) / (t / 1000), x)  # the flow if all data is 3
+        >>> float(sample(to_three, jnp.array(0.7), sampler_table("euler", steps=5)))
+        3.0
+
+    Args:
+        flow: The network with its text, as `guided` or `keep_context` make it.
+        noise: Unit Gaussian noise, an array or a pytree of arrays.
+        table: The sampler, for example `sampler_table("unipc", steps=50, shift=8.0)`.
+        key: For the fresh noise of a stochastic sampler.
+
+    Returns:
+        Latents of the structure and dtype of `noise`.
+
+    Raises:
+        ValueError: If the sampler is stochastic and there is no key.
+    """
+    if table.stochastic and key is None:
+        raise ValueError("key is None, but this sampler adds fresh noise at each step; give a jax.random.key.")
+    fresh = fresh_noise(key, noise) if key is not None and table.stochastic else None
+
+    def step(state: SolverState, xs: tuple) -> tuple[SolverState, None]:
+        row, number = xs
+        return solver_step(state, row, flow(state.x, row.timesteps), fresh and fresh(number)), None
+
+    return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps)))[0].x
+
+
+def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
+    """Step number -> the noise that it adds, of the structure of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+
+    def draw(number: Array | int) -> Any:
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
+        drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, drawn)
+
+    return draw
+
+
+def guided(
+    model: Callable[..., Array],
+    text: Float[Array, "B L E"],
+    negative: Float[Array, "B M E"] | None = None,
+    *,
+    guidance: float = 1.0,
+) -> Flow:
+    """The flow of a network with text, by classifier-free guidance if there is a negative text.
+
+    v = v_negative + g (v_text - v_negative) (Ho and Salimans 2022, arXiv:2207.12598), both in one batch of 2B.
+
+    Example:
+        >>> model = lambda x, t, text: text[..., None] + 0 * x
+        >>> flow = guided(model, jnp.full((1, 1, 1), 2.0), jnp.ones((1, 1, 1)), guidance=5.0)
+        >>> float(flow(jnp.zeros((1, 1, 1, 1)), jnp.float32(0))[0, 0, 0, 0])
+        6.0
+
+    Args:
+        model: (latents [B, ...], timesteps [B], text) -> flow.
+        text: Embedding of the prompt.
+        negative: Embedding of the negative prompt; None: no guidance.
+        guidance: g; 1 is no guidance.
+
+    Returns:
+        (latents, timestep) -> flow.
+    """
+    if negative is None or guidance == 1.0:
+        return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]), text)
+    both = paired(text, negative)
+
+    def flow(x: Array, t: Array) -> Array:
+        return unpair(model(paired(x, x), jnp.broadcast_to(t, (2 * x.shape[0],)), both), guidance)
+
+    return flow
+
+
+def paired(text: Array, negative: Array) -> Array:
+    """Both in one batch, conditional first; embeddings of unequal length are padded with zero rows, as the model does.
+
+    Example:
+        >>> paired(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3))).shape
+        (2, 4, 3)
+    """
+    length = max(text.shape[1], negative.shape[1])
+    pad = [[(0, 0), (0, length - part.shape[1]), *[(0, 0)] * (part.ndim - 2)] for part in (text, negative)]
+    return jnp.concatenate([jnp.pad(text, pad[0]), jnp.pad(negative, pad[1])])
+
+
+def unpair(flow: Array, guidance: float) -> Array:
+    """The guided flow of a batch of both, see `guided`."""
+    conditional, unconditional = jnp.split(flow, 2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def keep_context(model: Callable[..., Array], text: Float[Array, "B L E"], context: Float[Array, "B K H W C"]) -> Flow:
+    """The flow of new frames that follow given ones, for a network trained with a noise level for each frame.
+
+    The context is shown clean, at time 0 (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
+
+    Example:
+        >>> model = lambda x, t, text: x * t[:, :, None, None, None]
+        >>> flow = keep_context(model, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 2, 2, 3)))
+        >>> flow(jnp.ones((1, 3, 2, 2, 3)), jnp.float32(7.0)).shape
+        (1, 3, 2, 2, 3)
+
+    Args:
+        model: (latents [B, F, H, W, C], timesteps [B, F], text) -> flow.
+        text: Embedding of the prompt.
+        context: Finished latents that come first.
+
+    Returns:
+        (latents of the new frames, timestep) -> their flow.
+    """
+    batch, kept = context.shape[:2]
+
+    def flow(x: Array, t: Array) -> Array:
+        timesteps = jnp.concatenate([jnp.zeros((batch, kept)), jnp.broadcast_to(t, (batch, x.shape[1]))], axis=1)
+        return model(jnp.concatenate([context, x], axis=1), timesteps, text)[:, kept:]
+
+    return flow

@@ -1,0 +1,203 @@
+"""Solvers as tables of coefficients, computed once in float64.
+
+Every solver here is linear in what it has seen. At step n, with m_n = x - sigma_n v the data that the network predicts:
+
+    x      <- correct[n] . (x, y, m_n, m_{n-1}, m_{n-2})      y is the last step's corrected x
+    x_next <- predict[n] . (x, m_n, m_{n-1}, fresh noise)
+
+lambda = ln(1 - sigma) - ln sigma is half the log signal-to-noise ratio; it is infinite at sigma = 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from models.sampling.schedules import (
+    Schedule,
+    few_step_schedule,
+    truncated_schedule,
+    uniform_schedule,
+    unipc_schedule,
+)
+
+SAMPLERS = ("unipc", "dpm++", "euler", "few-step")
+FEW_STEPS = (1000, 750, 500, 250)
+UNCHANGED = (1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class SamplerTable(NamedTuple):
+    """A sampler: a row per call of the network.
+
+    Attributes:
+        sigmas: Noise level, [steps].
+        timesteps: What the network is told, [steps].
+        correct: [steps, 5], see the module.
+        predict: [steps, 4], see the module.
+    """
+
+    sigmas: Float64[np.ndarray, "steps"]
+    timesteps: Float64[np.ndarray, "steps"]
+    correct: Float64[np.ndarray, "steps 5"]
+    predict: Float64[np.ndarray, "steps 4"]
+
+    @property
+    def steps(self) -> int:
+        """Calls of the network."""
+        return len(self.sigmas)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add fresh noise."""
+        return bool(np.any(self.predict[:, 3]))
+
+    def with_rewrite(self) -> "SamplerTable":
+        """Followed by a call on the finished latents at time 0, which changes nothing: it rewrites a cache.
+
+        Example:
+            >>> few_step(few_step_schedule()).with_rewrite().timesteps.round(1).tolist()
+            [1000.0, 937.5, 833.3, 625.0, 0.0]
+        """
+        row = SamplerTable(np.zeros(1), np.zeros(1), np.array([UNCHANGED]), np.array([[1.0, 0.0, 0.0, 0.0]]))
+        return SamplerTable(*(np.concatenate(pair) for pair in zip(self, row, strict=True)))
+
+
+def _log_snr(sigmas: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log1p(-sigmas) - np.log(sigmas)
+
+
+def _table(schedule: Schedule, correct: list, predict: list) -> SamplerTable:
+    return SamplerTable(
+        schedule.sigmas[:-1].copy(), schedule.timesteps.copy(), np.array(correct, float), np.array(predict, float)
+    )
+
+
+def _multistep(sigmas: np.ndarray, n: int, order: int) -> tuple[float, float, float, float]:
+    """Data-prediction step of order 1 or 2 from level n to n + 1 (DPM-Solver++ 2M; the predictor of UniPC-bh2)."""
+    lam = _log_snr(sigmas)
+    h, alpha = lam[n + 1] - lam[n], 1 - sigmas[n + 1]
+    scaled = -alpha * np.expm1(-h)  # 1 - exp(-h), times alpha
+    second = 0.0
+    if order == 2:
+        second = 0.5 * scaled * h / (lam[n] - lam[n - 1])
+    return float(sigmas[n + 1] / sigmas[n]), float(scaled + second), float(0.0 - second), 0.0
+
+
+def euler(schedule: Schedule) -> SamplerTable:
+    """Euler steps along the flow, x + (sigma_{n+1} - sigma_n) v.
+
+    Example:
+        >>> euler(uniform_schedule(2, 1.0)).predict.tolist()
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    """
+    ratio = schedule.sigmas[1:] / schedule.sigmas[:-1]
+    return _table(schedule, [UNCHANGED] * len(ratio), [(r, 1 - r, 0.0, 0.0) for r in ratio])
+
+
+def dpmpp_2m(schedule: Schedule) -> SamplerTable:
+    """DPM-Solver++ of order 2, multistep, midpoint (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
+
+    The first step and the last, to sigma = 0, are of order 1.
+
+    Example:
+        >>> dpmpp_2m(uniform_schedule(4, 1.0)).predict[[0, 3]].tolist()
+        [[0.75, 0.25, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    """
+    sigmas, steps = schedule.sigmas, len(schedule.timesteps)
+    orders = [2 if 0 < n < steps - 1 else 1 for n in range(steps)]  # after sigma = 1 the second order's weight is 0
+    return _table(schedule, [UNCHANGED] * steps, [_multistep(sigmas, n, orders[n]) for n in range(steps)])
+
+
+def unipc(schedule: Schedule) -> SamplerTable:
+    """UniPC of order 2 with B(h) = e^h - 1, data prediction, and the corrector (Zhao et al. 2023, arXiv:2302.04867).
+
+    Example:
+        >>> table = unipc(unipc_schedule(4, 5.0))
+        >>> table.correct[0].tolist(), table.predict[-1].tolist()
+        ([1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
+
+    Args:
+        schedule: From below sigma = 1 down to 0.
+
+    Returns:
+        The table. The first step and the last are of order 1.
+
+    Raises:
+        ValueError: If the schedule begins at sigma = 1.
+    """
+    sigmas, steps = schedule.sigmas, len(schedule.timesteps)
+    if sigmas[0] >= 1:
+        raise ValueError(f"sigmas begin at {sigmas[0]}; UniPC needs less than 1, as unipc_schedule gives.")
+    orders = [min(2, steps - n, n + 1) for n in range(steps)]
+    correct = [UNCHANGED] + [_correct(sigmas, n, orders[n - 1]) for n in range(1, steps)]
+    return _table(schedule, correct, [_multistep(sigmas, n, orders[n]) for n in range(steps)])
+
+
+def _correct(sigmas: np.ndarray, n: int, order: int) -> tuple[float, float, float, float, float]:
+    """UniC for the step from level n - 1 to n, whose predictor was of `order`."""
+    lam = _log_snr(sigmas)
+    h, alpha = lam[n] - lam[n - 1], 1 - sigmas[n]
+    beta = np.expm1(-h)
+    if order == 1:
+        older, now = 0.0, 0.5
+    else:
+        r = (lam[n - 2] - lam[n - 1]) / h
+        g1 = beta / -h - 1
+        g2 = g1 / -h - 0.5
+        rho = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [g1 / beta, 2 * g2 / beta])
+        older, now = rho[0] / r, rho[1]
+    scaled = -alpha * beta
+    return (
+        0.0,
+        float(sigmas[n] / sigmas[n - 1]),
+        float(scaled * now),
+        float(scaled * (1 - older - now)),
+        float(scaled * older),
+    )
+
+
+def few_step(schedule: Schedule) -> SamplerTable:
+    """Predict the data, noise it afresh to the next level, and so on: the sampler of distilled models.
+
+    Self-Forcing (arXiv:2506.08009), algorithm 1; consistency models (arXiv:2303.01469), algorithm 1.
+
+    Example:
+        >>> few_step(few_step_schedule()).predict.round(4)[:2].tolist()
+        [[0.0, 0.0625, 0.0, 0.9375], [0.0, 0.1667, 0.0, 0.8333]]
+    """
+    return _table(schedule, [UNCHANGED] * len(schedule.timesteps), [(0.0, 1 - s, 0.0, s) for s in schedule.sigmas[1:]])
+
+
+def sampler_table(name: str, *, steps: int | None = None, shift: float = 5.0) -> SamplerTable:
+    """A sampler by name, on the schedule that Wan uses it with.
+
+    Example:
+        >>> sampler_table("few-step").steps, sampler_table("unipc", steps=20).steps
+        (4, 20)
+
+    Args:
+        name: One of `SAMPLERS`: unipc, dpm++ and euler follow the flow in many steps; few-step is for distilled models.
+        steps: Calls of the network; None: 50, or 4 for few-step.
+        shift: Shift of the noise levels.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the name is unknown, or the number of steps does not suit.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}.")
+    if name == "few-step":
+        count = len(FEW_STEPS) if steps is None else steps
+        if not 1 <= count <= 1000:
+            raise ValueError(f"steps={steps} is not in 1...1000; few-step models are distilled for 4.")
+        return few_step(few_step_schedule([round(1000 * (count - n) / count) for n in range(count)], shift))
+    count = 50 if steps is None else steps
+    schedule, solver = {
+        "unipc": (unipc_schedule, unipc),
+        "dpm++": (truncated_schedule, dpmpp_2m),
+        "euler": (uniform_schedule, euler),
+    }[name]
+    return solver(schedule(count, shift))
