@@ -22,7 +22,7 @@ GRID = (4, 6, 8)
         (dict(tile=(1, 9, 8)), r"9 does not divide the 6 height .* the nearest that does is 6"),
         (dict(tile=(3, 6, 8)), r"3 does not divide the 4 frames of grid"),
         (dict(tile=8), r"tile=8 is not three integers \(n_f, n_h, n_w\)"),
-        (dict(blocks="h,w"), r"blocks='h,w' is unknown; did you mean 'fh,w'\? Choices: 'fh,w', 'w,fh'"),
+        (dict(blocks="h,w"), r"blocks='h,w' is unknown; .* Choices: 'fh,w', 'w,fh', 'f,hw'"),
         (dict(num_iters=0), r"num_iters=0 is not a positive integer"),
         (dict(causal_block=3, tile=(2, 6, 8)), r"causal_block=3 frames is not a multiple of the tile's 2 frames"),
         (dict(kv_frames=5), r"kv_frames=5 is not a multiple of the tile's 1 frames from 1 to 4"),
