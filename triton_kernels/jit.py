@@ -24,6 +24,15 @@ def tile_offset(b, tile, h, TILES: tl.constexpr, B1: tl.constexpr, B2: tl.conste
 
 
 @kernel
+def wide(x, SIZE: tl.constexpr):
+    """`x` for indexing an array of SIZE elements: int64 only where needed, since offsets fill registers."""
+    if SIZE < 2**31:
+        return x
+    else:
+        return x.to(tl.int64)
+
+
+@kernel
 def load_rows(pointer, offsets, live, d, D: tl.constexpr):
     """Rows [n, D] that start at `offsets` [n]; zeros where not `live` [n] and beyond D."""
     mask = live[:, None] & (d < D)[None, :]

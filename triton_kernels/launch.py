@@ -20,6 +20,7 @@ KERNELS = {
     "right_backward": right.right_backward,
     "right_query": right.right_query,
 }
+OPTIONS = {"enable_fp_fusion": True}  # Triton's default up to 3.9
 UNROLLED = 16  # at most so many steps of the forward pass without a loop, which costs small kernels of its own
 
 
@@ -82,7 +83,7 @@ def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -
             num_warps=launch.warps,
             num_stages=launch.stages,
             compute_capability=compute_capability,
-            backend_options={"maxnreg": launch.registers} if launch.registers else None,
+            backend_options=OPTIONS | ({"maxnreg": launch.registers} if launch.registers else {}),
             input_output_aliases=aliases,
             **{name: arrays[name] for name in names},
             **launch.constants,

@@ -11,7 +11,7 @@ ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later th
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
-from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_range, store_rows, tile_offset
+from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_range, store_rows, tile_offset, wide
 
 
 @kernel
@@ -93,7 +93,7 @@ def right_rows(
             r = block * M + tl.arange(0, M)
             a, j = r // B2, r % B2
             live = (r < R) & (a0 + a < A)
-            q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             if NL == 1:
                 alpha, y, top, total, entropy = right_block(
                     q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION
@@ -125,10 +125,10 @@ def right_rows(
                 alpha *= inverse[:, None]
                 y *= inverse[:, None]
             log_total = tl.log2(total)
-            out = r.to(tl.int64) * (CK * 2 * D)
+            out = wide(r, R * CK * 2 * D) * (CK * 2 * D)
             store_rows(mid, out, live, d, alpha, D)
             store_rows(mid + D, out, live, d, y, D)
-            row = r.to(tl.int64) * CK
+            row = wide(r, R * CK * 2 * D) * CK
             tl.store(stats + ZC * R * CK + row, (entropy - log_total) * LN_2, mask=live)
             if SAVE:
                 tl.store(stats + row, top + log_total, mask=live)
@@ -156,11 +156,11 @@ def right_keys(
     last_c = tl.minimum(first_c + TILES, tl.max(tl.load(visible + a, mask=live, other=0), 0))
     query = tile_offset(b, 0, h, A, B1, B2, H, D) + k_row * (B2 * H * D)
     keys = tile_offset(b, 0, h, C, B1, B2, H, D) + k_row * (B2 * H * D)
-    q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+    q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
     l = tl.arange(0, L)
     live_0 = l < B2
     for c in tl.range(first_c, last_c, num_stages=STAGES):
-        key_row = keys + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+        key_row = keys + wide(c, C * B1 * B2 * H * D) * (B1 * B2 * H * D)
         k_0 = load_rows(k + key_row, l * (H * D), live_0, d, D)
         v_0 = load_rows(v + key_row, l * (H * D), live_0, d, D)
         if L2:
@@ -171,7 +171,7 @@ def right_keys(
         else:
             k_1, v_1, live_1 = k_0, v_0, live_0
         alpha, y, _, total, entropy = right_block(q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION)
-        row = at.to(tl.int64) * CK + (c * B1 + k_row)
+        row = wide(at, RC * CK * 2 * D) * CK + (c * B1 + k_row)
         store_rows(mid, row * (2 * D), live, d, alpha, D)
         store_rows(mid + D, row * (2 * D), live, d, y, D)
         tl.store(c_l + row, (entropy - tl.log2(total)) * LN_2, mask=live)
@@ -267,8 +267,8 @@ def right_backward(
             a, j = r // B2, r % B2
             live = (r < R) & (a0 + a < A)
             live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
-            q_r = load_rows(q + query, a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
-            row = r.to(tl.int64) * CK
+            q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            row = wide(r, R * CK * 2 * D) * CK
             d_alpha = load_rows(mid, row * (2 * D), live, d, D)
             d_y = load_rows(mid + D, row * (2 * D), live, d, D)
             lse = tl.load(stats + row, mask=live, other=float("inf"))
@@ -334,14 +334,17 @@ def right_query(
         a, j = r // B2, r % B2
         live = (r < R) & (a0 + a < A)
         limit = tl.load(visible + a0 + a, mask=live, other=0)
-        place = a.to(tl.int64) * (B1 * B2 * H * D) + j * (H * D)
+        place = wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D)
         query = tile_offset(b, a0, h, A, B1, B2, H, D) + k_row * (B2 * H * D)
         key_row = tile_offset(b, 0, h, C, B1, B2, H, D) + k_row * (B2 * H * D)
-        row = (z.to(tl.int64) * R + r) * CK + k_row
-        dq_r = load_rows(dq_left + (z.to(tl.int64) * R * B1 + k_row) * D, r.to(tl.int64) * (B1 * D), live, d, D)
+        mid += (z.to(tl.int64) * R * CK + k_row) * (2 * D)
+        stats += z.to(tl.int64) * R * CK + k_row
+        row = wide(r, R * CK * 2 * D) * CK
+        dq_left += (z.to(tl.int64) * R * B1 + k_row) * D
+        dq_r = load_rows(dq_left, wide(r, R * B1 * D) * (B1 * D), live, d, D)
         if SAVED_DZ:
             for c in tl.range(0, tl.max(limit, 0), num_stages=STAGES):
-                key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+                key = key_row + wide(c, C * B1 * B2 * H * D) * (B1 * B2 * H * D)
                 sees = limit > c
                 d_z_row = ((row + c * B1) * (2 * D))[:, None]
                 k_l = load_rows(k + key, l * (H * D), l < B2, d, D)
@@ -362,7 +365,7 @@ def right_query(
                 lse = tl.load(stats + at, mask=sees, other=float("inf"))
                 d_cl = tl.load(stats + ZC * R * CK + at, mask=sees, other=0.0)
                 e = tl.load(stats + 2 * ZC * R * CK + at, mask=sees, other=0.0)
-                key = key_row + tl.cast(c, tl.int64) * (B1 * B2 * H * D)
+                key = key_row + wide(c, C * B1 * B2 * H * D) * (B1 * B2 * H * D)
                 for part in range(NL):
                     l_n = part * (L + L2) + l
                     k_l = load_rows(k + key, l_n * (H * D), l_n < B2, d, D)

@@ -75,10 +75,10 @@ def compile_launch(call, capability, dtype="bf16"):
     from triton.backends.nvidia import compiler as nvidia
     from triton.compiler import ASTSource
 
-    from triton_kernels import left, overlapped, right
+    from triton_kernels import left, overlapped, right, streamed
 
-    kernel = getattr({"f": overlapped, "l": left, "r": right}[call.kernel[0]], call.kernel)
-    integers = {"step": "*i32", "visible": "*i32", "first_tile": "*i32", "scale": "fp32"}
+    kernel = getattr({"f": overlapped, "l": left, "r": right, "s": streamed}[call.kernel[0]], call.kernel)
+    integers = {"step": "*i32", "visible": "*i32", "first_tile": "*i32", "counters": "*i32", "scale": "fp32"}
     floats = dict.fromkeys(("stats", "lse", "delta", "dq_left"), "*fp32")
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(inspect.signature(kernel.fn).parameters):
@@ -88,7 +88,7 @@ def compile_launch(call, capability, dtype="bf16"):
         elif name != "scale":
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": call.warps, "num_stages": call.stages}
+    options = {"num_warps": call.warps, "num_stages": call.stages, "maxnreg": call.registers, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -106,8 +106,8 @@ def test_kernels_compile_ahead_of_time(capability):
     for call in launches("480p", capability):
         registers, spills, shared = compile_launch(call, capability)
         assert registers <= 255
-        # the sm_90 configs were tuned with Triton 3.7.1; 3.9.0 leaves up to 104 bytes of scalars on the stack there
-        assert spills <= (128 if capability == 90 else 64), f"{call.kernel}: {spills} bytes of stack"
+        # two sums of 64 x 128 fill the registers of right_backward on sm_90: 24 bytes with Triton 3.7.1, 80 with 3.9.0
+        assert spills <= (96 if call.kernel == "right_backward" else 64), f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
 
 
