@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from models.checkpoints.tensor_files import SafetensorsFile, TensorInfo, write_safetensors
 from models.wan import DenseAttention, MonarchAttention, wan_config
 from models.wan.checkpoints import (
     UnsafePickleError,
@@ -28,7 +29,6 @@ from models.wan.checkpoints import (
 from models.wan.checkpoints.mapping import tensors
 from models.wan.checkpoints.save import ModelFile
 from models.wan.checkpoints.settings import config_to_json, dump_json
-from models.wan.checkpoints.tensor_files import SafetensorsFile, TensorInfo, write_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -220,7 +220,7 @@ class TestTorch:
     def test_torch_objects(self, tmp_path):
         """Half precision, parameters, views into a shared storage, and numbers beside the tensors."""
         torch = pytest.importorskip("torch")
-        from models.wan.checkpoints.torch_pickle import TorchFile
+        from models.checkpoints.torch_pickle import TorchFile
 
         base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
         module = torch.nn.Linear(3, 2).to(torch.bfloat16)
@@ -514,7 +514,7 @@ def test_true_size_in_bounded_memory(tmp_path):
         from flax import nnx
         from models.wan.checkpoints import load_checkpoint
         from models.wan.checkpoints.save import ModelFile
-        from models.wan.checkpoints.tensor_files import SafetensorsFile
+        from models.checkpoints.tensor_files import SafetensorsFile
 
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         jax.numpy.zeros(1).block_until_ready()

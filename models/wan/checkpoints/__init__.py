@@ -1,5 +1,6 @@
 """Reading, writing, inspecting and converting Wan checkpoints: official, diffusers, torch `.pt`, Orbax."""
 
+from models.checkpoints.torch_pickle import UnsafePickleError
 from models.wan.checkpoints.convert import (
     CheckpointInfo,
     ConvertOptions,
@@ -9,7 +10,6 @@ from models.wan.checkpoints.convert import (
 )
 from models.wan.checkpoints.load import load_checkpoint
 from models.wan.checkpoints.save import save_checkpoint
-from models.wan.checkpoints.torch_pickle import UnsafePickleError
 
 __all__ = [
     "CheckpointInfo",

@@ -5,11 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from models.checkpoints.reading import some
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
 from models.wan.checkpoints.mapping import Naming, tensors
 from models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
-from models.wan.checkpoints.source import open_source, some
+from models.wan.checkpoints.source import open_source
 from models.wan.config import Attention, WanConfig
 
 

@@ -1,23 +1,19 @@
 """Checkpoint to model, one tensor at a time."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
+from models.checkpoints.reading import Progress, Shardings, fill_model
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.mapping import tensors, to_ours
 from models.wan.checkpoints.source import Source, open_source
 from models.wan.config import Attention, WanConfig
 from models.wan.dit import WanModel
 
-type Shardings = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
-type Progress = Callable[[str, int, int], None]
 # Fields that change no tensor: what a caller may choose beside the checkpoint.
 POLICY = ("attention", "causal_block", "param_dtype", "dtype", "remat")
 
@@ -137,59 +133,18 @@ def read_model(
 ) -> WanModel:
     """The model of `config` with the tensors of `source`, which has been checked."""
     model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    leaves = dict(nnx.to_flat_state(state))
-    param_dtype = jnp.dtype(config.param_dtype)
-    place = sharding if callable(sharding) else lambda path, shape: sharding
     wanted = tensors(config)
-    total, done = sum(source.info(tensor).nbytes for tensor in wanted), 0
-    arrays: dict[tuple[str, ...], jax.Array] = {}
-    for tensor in wanted:
-        shape = leaves[tensor.path].shape
-        where = place(tensor.path, shape)
-        array = source.read(tensor)
-        if tensor.layer is None:
-            ours = to_ours(array, tensor.layout).astype(param_dtype)
-            arrays[tensor.path] = jax.device_put(ours, where)
-        else:
-            if tensor.path not in arrays:
-                arrays[tensor.path] = _allocate(shape, param_dtype, where)
-            ours = jax.device_put(to_ours(array, tensor.layout), _layer_sharding(tensor.path, where, len(shape)))
-            arrays[tensor.path] = _fill(where)(arrays[tensor.path], ours, tensor.layer)
-            arrays[tensor.path].block_until_ready()  # or reading runs ahead and its buffers pile up
-        done += array.nbytes
-        if progress is not None:
-            progress(tensor.name(source.naming), done, total)
-    filled = [(path, leaf.replace(arrays[tuple(map(str, path))])) for path, leaf in leaves.items()]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    total = sum(source.info(tensor).nbytes for tensor in wanted)
 
+    def read():
+        done = 0
+        for tensor in wanted:
+            yield tensor, to_ours(source.read(tensor), tensor.layout)
+            done += source.info(tensor).nbytes
+            if progress is not None:
+                progress(tensor.name(source.naming), done, total)
 
-def _allocate(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-
-
-def _layer_sharding(
-    path: tuple[str, ...], sharding: jax.sharding.Sharding | None, rank: int
-) -> jax.sharding.Sharding | None:
-    """Sharding of one layer of a stack of `rank` axes."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
-    if spec[0] is not None:
-        raise ValueError(
-            f"sharding of {'.'.join(path)} splits the layers (axis 0), which are scanned; split another axis."
-        )
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
-
-
-@functools.lru_cache(maxsize=64)
-def _fill(sharding: jax.sharding.Sharding | None):
-    """(stack, array, layer) -> stack with the layer written, in place."""
-
-    def fill(stack, array, layer):
-        return jax.lax.dynamic_update_index_in_dim(stack, array.astype(stack.dtype), layer, 0)
-
-    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+    return fill_model(model, read(), dtype=jnp.dtype(config.param_dtype), sharding=sharding)
 
 
 def _kind(config: WanConfig) -> str:

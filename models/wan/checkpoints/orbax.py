@@ -10,11 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from models.checkpoints.tensor_files import TensorInfo
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.mapping import tensors
 from models.wan.checkpoints.save import ModelFile, new_folder
 from models.wan.checkpoints.source import Source
-from models.wan.checkpoints.tensor_files import TensorInfo
 from models.wan.config import WanConfig
 from models.wan.dit import WanModel
 

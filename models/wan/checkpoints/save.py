@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.load import Progress
 from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
-from models.wan.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
 from models.wan.config import WanConfig
 from models.wan.dit import WanModel
 

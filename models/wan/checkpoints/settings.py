@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from models.checkpoints.tensor_files import TensorInfo
 from models.wan.checkpoints.mapping import Naming
-from models.wan.checkpoints.tensor_files import TensorInfo
 from models.wan.config import DenseAttention, MonarchAttention, WanConfig
 
 OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")

@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from models.wan.checkpoints import settings
-from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors
-from models.wan.checkpoints.tensor_files import (
+from models.checkpoints.reading import PICKLES, some, weights_file
+from models.checkpoints.tensor_files import (
     INDEX_SUFFIX,
     SafetensorsFile,
     ShardedSafetensors,
     TensorFile,
     TensorInfo,
 )
-from models.wan.checkpoints.torch_pickle import TorchFile
+from models.checkpoints.torch_pickle import TorchFile
+from models.wan.checkpoints import settings
+from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors
 from models.wan.config import WanConfig
 
 type Format = Literal["official", "diffusers", "torch", "orbax"]
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # Self-Forcing's files: the averaged generator is what it evaluates.
 PREFERENCE = ("generator_ema", "generator", "model")
@@ -154,12 +154,6 @@ def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
     return bare
 
 
-def some(items: list[str], count: int = 3) -> str:
-    """The first few, and how many more."""
-    more = len(items) - count
-    return "; ".join(items[:count]) + (f"; and {more} more" if more > 0 else "")
-
-
 def _describe(names: dict[str, str], file: TensorFile, naming: Naming, config: WanConfig | None) -> WanConfig:
     """The configuration read off the tensors' shapes."""
     official = names
@@ -193,22 +187,8 @@ def _weights_file(folder: Path) -> tuple[Path, Format]:
         )
     if (folder / "params").is_dir() and (folder / "config.json").is_file():
         return folder, "orbax"
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if len(indices) == 1:
-        return indices[0], "official"
-    files = sorted(folder.glob("*.safetensors"))
-    preferred = [file for file in files if file.stem == "diffusion_pytorch_model"]
-    for found in (preferred, files):
-        if len(found) == 1:
-            return found[0], "official"
-    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-    if not files and len(pickles) == 1:
-        return pickles[0], "torch"
-    found = ", ".join(file.name for file in files or pickles) or "nothing of the kind"
-    raise ValueError(
-        f"{folder} should hold one safetensors file, an index of its shards, or one {'/'.join(PICKLES)} file; found "
-        f"{found}."
-    )
+    found = weights_file(folder, preferred=("diffusion_pytorch_model",))
+    return found, "torch" if found.suffix in PICKLES else "official"
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:

@@ -1,0 +1,288 @@
+"""From a folder or file with weights to an open tensor file, and from tensors to the parameters of a model."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from models.checkpoints.tensor_files import INDEX_SUFFIX, SafetensorsFile, ShardedSafetensors, TensorFile
+from models.checkpoints.torch_pickle import TorchFile
+
+type AnyArray = np.ndarray | Array
+type Layout = Literal["linear", "conv", "conv2d", "vector", "flat"]
+type ParameterPath = tuple[str, ...]
+type Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding | None]
+type Progress = Callable[[str, int, int], None]
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """Where a tensor goes: a parameter's path, and its index on the leading axis if layers are stacked."""
+
+    @property
+    def path(self) -> ParameterPath:
+        """Attributes and indices, as strings."""
+        ...
+
+    @property
+    def layer(self) -> int | None:
+        """Index on the parameter's leading axis, or None if the tensor is all of it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a model that is known under several names.
+
+    Attributes:
+        path: Our parameter.
+        layer: Index on the parameter's leading layer axis, or None.
+        names: Its name by the format's, such as "official" and "diffusers".
+        layout: How ours is made from theirs; see `to_ours`.
+    """
+
+    path: ParameterPath
+    layer: int | None
+    names: dict[str, str]
+    layout: Layout
+
+
+def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
+    """A checkpoint's array in our layout; a view of a NumPy array.
+
+    Example:
+        >>> to_ours(np.zeros((5, 4, 3, 2, 1)), "conv").shape, to_ours(np.zeros((5, 1, 1)), "flat").shape
+        ((3, 2, 1, 4, 5), (5,))
+
+    Args:
+        array: As torch has it.
+        layout: "linear" [out, in] -> [in, out]; "conv" [out, in, t, h, w] -> [t, h, w, in, out]; "conv2d"
+            [out, in, h, w] -> [1, h, w, in, out]; "flat" drops axes of size 1; "vector" is left as it is.
+
+    Returns:
+        The array.
+    """
+    match layout:
+        case "linear":
+            return array.T
+        case "conv":
+            return array.transpose(2, 3, 4, 1, 0)
+        case "conv2d":
+            return array[None].transpose(0, 3, 4, 2, 1)
+        case "flat":
+            return array.reshape(array.shape[0])
+        case _:
+            return array
+
+
+def some(items: list[str], count: int = 3) -> str:
+    """The first few, and how many more.
+
+    Example:
+        >>> some(["a", "b", "c", "d"])
+        'a; b; c; and 1 more'
+    """
+    more = len(items) - count
+    return "; ".join(items[:count]) + (f"; and {more} more" if more > 0 else "")
+
+
+def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
+    """The file with the weights in a folder: an index of safetensors shards, a safetensors file or a torch pickle.
+
+    Args:
+        folder: The folder.
+        preferred: Stems of the file to take where there are several.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is none, or no telling which.
+    """
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        return indices[0]
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    for found in (
+        [file for file in files if file.stem in preferred],
+        files,
+        [file for file in pickles if file.stem in preferred],
+        [] if files else pickles,
+    ):
+        if len(found) == 1:
+            return found[0]
+    named = ", ".join(file.name for file in files or pickles) or "nothing of the kind"
+    raise ValueError(
+        f"{folder} should hold one safetensors file, an index of its shards, or one {'/'.join(PICKLES)} file; found "
+        f"{named}."
+    )
+
+
+def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()) -> TensorFile:
+    """Opens a weights file by its name: an index of shards, a torch pickle, or else safetensors.
+
+    Args:
+        path: The file.
+        weights: Set of tensors of a torch pickle; None takes the first of `preference`.
+        preference: Order of choice.
+
+    Returns:
+        The open file; no tensor is read.
+
+    Raises:
+        ValueError: If it cannot be read, or `weights` is given for a file with one set.
+    """
+    if path.suffix in PICKLES:
+        return TorchFile(path, weights=weights, preference=preference)
+    if weights is not None:
+        raise ValueError(f"weights={weights!r}: {path} holds one set of tensors; leave weights out.")
+    return ShardedSafetensors(path) if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(path)
+
+
+def match_names(
+    file: TensorFile,
+    entries: Iterable[Entry],
+    shapes: dict[ParameterPath, tuple[int, ...]],
+    *,
+    where: Path,
+    naming: str,
+    model: str,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Raises ValueError unless the file holds every tensor of the model in its shape, and no other.
+
+    Args:
+        file: The tensors.
+        entries: The model's tensors.
+        shapes: Our parameters' shapes by path, layers stacked.
+        where: The file, for messages.
+        naming: Whose names the file has.
+        model: What the model is called, for messages.
+        ignore: Names that may be there beside the model's.
+    """
+    entries = list(entries)
+    expected = {entry.names[naming]: entry for entry in entries}
+    missing = [name for name in expected if name not in file.infos]
+    if missing:
+        raise ValueError(f"{where} lacks {len(missing)} of {len(expected)} tensors of {model}: {some(missing)}.")
+    wrong = []
+    for name, entry in expected.items():
+        shape = shapes[entry.path] if entry.layer is None else shapes[entry.path][1:]
+        stored = file.infos[name].shape
+        fits = len(stored) == _RANKS.get(entry.layout, len(stored)) and (
+            tuple(to_ours(np.broadcast_to(np.float32(0), stored), entry.layout).shape) == shape
+            if entry.layout != "flat"
+            else stored[:1] == shape and all(size == 1 for size in stored[1:])
+        )
+        if not fits:
+            wrong.append(f"{name} has shape {stored}, which is not of the model's {shape} (channels last)")
+    if wrong:
+        raise ValueError(f"{where} does not fit the configuration of {model}: {some(wrong)}.")
+    unexpected = [name for name in file.infos if name not in expected and name not in set(ignore)]
+    if unexpected:
+        raise ValueError(f"{where} has {len(unexpected)} tensors that {model} has not: {some(unexpected)}.")
+
+
+_RANKS = {"linear": 2, "conv": 5, "conv2d": 4}
+
+
+def parameter_shapes(model: nnx.Module) -> dict[ParameterPath, tuple[int, ...]]:
+    """Shapes of a model's parameters by path, for a model of arrays or of `jax.ShapeDtypeStruct`."""
+    return {tuple(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def read_entries(
+    file: TensorFile, entries: Iterable[Entry], naming: str, *, progress: Progress | None = None
+) -> Iterator[tuple[Entry, AnyArray]]:
+    """Each tensor in our layout, read when its turn comes; `progress` hears name, bytes done and bytes in total."""
+    entries = list(entries)
+    total, done = sum(file.infos[entry.names[naming]].nbytes for entry in entries), 0
+    for entry in entries:
+        name = entry.names[naming]
+        yield entry, to_ours(file.read(name), entry.layout)
+        done += file.infos[name].nbytes
+        if progress is not None:
+            progress(name, done, total)
+
+
+def fill_model[M: nnx.Module](
+    model: M,
+    arrays: Iterable[tuple[Slot, AnyArray]],
+    *,
+    dtype: Any,
+    sharding: jax.sharding.Sharding | Shardings | None = None,
+) -> M:
+    """The model with its parameters filled, cast and placed one tensor at a time.
+
+    Stacked parameters are allocated once on their device and filled, so that the host holds no more than the model
+    plus a tensor.
+
+    Args:
+        model: Of `jax.ShapeDtypeStruct` (`nnx.eval_shape`).
+        arrays: Every tensor in our layout and where it goes; consumed lazily.
+        dtype: Of the parameters.
+        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
+            which must not be split).
+
+    Returns:
+        The filled model.
+
+    Raises:
+        ValueError: If a sharding splits the layers.
+    """
+    graph, state = nnx.split(model)
+    leaves = dict(nnx.to_flat_state(state))
+    shapes = {tuple(map(str, path)): leaf.shape for path, leaf in leaves.items()}
+    place = sharding if callable(sharding) else lambda path, shape: sharding
+    filled: dict[ParameterPath, jax.Array] = {}
+    for slot, array in arrays:
+        shape = shapes[slot.path]
+        where = place(slot.path, shape)
+        if slot.layer is None:
+            filled[slot.path] = jax.device_put(array.astype(dtype), where)
+            continue
+        if slot.path not in filled:
+            filled[slot.path] = _allocate(shape, dtype, where)
+        one = jax.device_put(array, _layer_sharding(slot.path, where, len(shape)))
+        filled[slot.path] = _fill(where)(filled[slot.path], one, slot.layer)
+        filled[slot.path].block_until_ready()  # or reading runs ahead and its buffers pile up
+    complete = [(path, leaf.replace(filled[tuple(map(str, path))])) for path, leaf in leaves.items()]
+    return nnx.merge(graph, nnx.from_flat_state(complete))
+
+
+def _allocate(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _layer_sharding(
+    path: ParameterPath, sharding: jax.sharding.Sharding | None, rank: int
+) -> jax.sharding.Sharding | None:
+    """Sharding of one layer of a stack of `rank` axes."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
+    if spec[0] is not None:
+        raise ValueError(
+            f"sharding of {'.'.join(path)} splits the layers (axis 0), which are scanned; split another axis."
+        )
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _fill(sharding: jax.sharding.Sharding | None):
+    """(stack, array, layer) -> stack with the layer written, in place."""
+
+    def fill(stack, array, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, array.astype(stack.dtype), layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
