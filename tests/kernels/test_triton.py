@@ -27,10 +27,12 @@ from triton_kernels.config import KERNELS, Config, Target, configs, heuristic, s
 from triton_kernels.tune import neighbours, search
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = (
-    "plain", "causal", "half", "one pair at a time", "one query tile at a time", "blocks of rows and columns",
-    "keys first", "sharp, padded dim", "flat", "newest tile", "480p tile",
-)  # fmt: skip
+INTERPRETED = (  # a process each: that takes seconds to start
+    ("plain", "causal", "half", "keys first", "two parts"),
+    ("480p tile", "one pair at a time, a dominant row", "flat"),
+    ("blocks of rows and columns", "newest tile", "two parts, keys first", "stream, causal"),
+    ("one query tile at a time", "sharp, padded dim", "stream", "stream, sharp", "two parts, newest tile"),
+)
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
 
@@ -40,23 +42,27 @@ def missing(*packages):
     return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """Errors of every case; one process, because the interpreter is chosen when the kernels are imported."""
+@missing("triton", "torch")
+@pytest.mark.parametrize("cases", INTERPRETED, ids=", ".join)
+def test_interpreter_agrees_with_the_reference(cases):
+    """In a process of its own, because the interpreter is chosen when the kernels are imported."""
     env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_interpreter"]
-    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=840)
+    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_interpreter", *cases]
+    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row.pop("case"): row for row in rows}
+    found = {row.pop("case"): row for row in rows}
+    assert set(found) == set(cases)
+    for case, errors in found.items():
+        assert set(errors) == {"out", "dq", "dk", "dv"}
+        assert all(x <= (2e-3 if case == "half" else 1e-5) for x in errors.values()), (case, errors)
 
 
 @missing("triton", "torch")
-@pytest.mark.parametrize("case", INTERPRETED)
-def test_interpreter_agrees_with_the_reference(interpreted, case):
-    bound = 2e-3 if case == "half" else 1e-5
-    assert set(interpreted[case]) == {"out", "dq", "dk", "dv"}
-    assert all(x <= bound for x in interpreted[case].values()), interpreted[case]
+def test_every_case_is_run():
+    source = (ROOT / "tests" / "kernels" / "triton_interpreter.py").read_text()
+    named = set(re.findall(r'^    "([^"]+)": Case\(', source, re.MULTILINE))
+    assert named == {case for cases in INTERPRETED for case in cases}
 
 
 def launches(setting, capability, dim=128, itemsize=2):

@@ -47,34 +47,40 @@ class Case:
     grad_tiles: int | None = None
     half: bool = False
     sharpness: float = 1.0
+    dominant: bool = False
     configs: Config | dict[str, Config] | None = None
     transposed: bool | None = None
     stream: Stream | None = None
     scratch_bytes: int = 2**30
 
 
-PARTS = {name: Config(rows=32, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
+PARTS = {name: Config(rows=16, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
     name: Config(rows=16, keys=16, more_keys=16) for name in ("right_forward", "right_backward", "right_query")
 }
 CASES = {
-    "plain": Case(batch=2),
-    "causal": Case(query_tiles=3, visible=(1, 2, 2)),
-    "half": Case(half=True),
-    "one pair at a time": Case(scratch_bytes=30_000),
-    "one query tile at a time": Case(query_tiles=3, visible=(3, 1, 2), scratch_bytes=1),
+    "plain": Case(batch=2, heads=1),
+    "causal": Case(query_tiles=3, heads=1, visible=(1, 2, 2)),
+    "half": Case(heads=1, half=True),
+    "one pair at a time, a dominant row": Case(scratch_bytes=30_000, dominant=True),
+    "one query tile at a time": Case(query_tiles=3, heads=1, visible=(3, 1, 2), scratch_bytes=1),
     "blocks of rows and columns": Case(
-        query_tiles=1, key_tiles=2, b1=17, b2=20, heads=1, configs=Config(rows=16, keys=16)
+        query_tiles=1, key_tiles=2, b1=17, b2=17, heads=1, configs=Config(rows=16, keys=16)
     ),
-    "keys first": Case(query_tiles=1, key_tiles=2, transposed=True),
-    "sharp, padded dim": Case(dim=12, sharpness=10.0),
-    "flat": Case(sharpness=0.1),
-    "newest tile": Case(visible=(2, 2), grad_tiles=1),
-    "480p tile": Case(query_tiles=1, key_tiles=2, b1=30, b2=52, heads=1, dim=32),
+    "keys first": Case(query_tiles=1, key_tiles=2, heads=1, transposed=True),
+    "sharp, padded dim": Case(heads=1, dim=12, sharpness=10.0),
+    "flat": Case(heads=1, sharpness=0.1),
+    "newest tile": Case(heads=1, visible=(2, 2), grad_tiles=1),
+    "480p tile": Case(query_tiles=1, key_tiles=1, b1=30, b2=52, heads=1, dim=32),
     "stream": Case(batch=2, stream=Stream(rows=5, tiles=2)),
-    "stream, causal": Case(query_tiles=3, visible=(1, 2, 2), stream=Stream(rows=9, tiles=1, lag=2, slots=4)),
-    "two parts": Case(query_tiles=1, b1=37, b2=21, heads=1, stream=Stream(rows=21, tiles=3), configs=PARTS),
-    "two parts, keys first": Case(query_tiles=1, key_tiles=2, b1=20, b2=18, heads=1, transposed=True, configs=PARTS),
-    "two parts, newest tile": Case(b2=19, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
+    "stream, causal": Case(
+        query_tiles=3, heads=1, visible=(1, 2, 2), dominant=True, stream=Stream(rows=9, tiles=1, lag=2, slots=4)
+    ),
+    "stream, sharp": Case(heads=1, sharpness=10.0, stream=Stream(rows=64, tiles=1, slots=2)),
+    "two parts": Case(
+        query_tiles=1, key_tiles=2, b1=17, b2=17, heads=1, stream=Stream(rows=17, tiles=2), configs=PARTS
+    ),
+    "two parts, keys first": Case(query_tiles=1, key_tiles=1, b1=17, b2=17, heads=1, transposed=True, configs=PARTS),
+    "two parts, newest tile": Case(b2=17, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
 }
 
 
@@ -116,6 +122,8 @@ def run_case(case: Case) -> dict[str, float]:
         for n in tiles
     )
     q *= case.sharpness
+    if case.dominant:
+        k[:, 0, 1] *= 8
     visible = np.array(case.visible or [case.key_tiles] * case.query_tiles, np.int32)
     problem = Problem(scale=case.dim**-0.5, masked=case.visible is not None, grad_tiles=case.grad_tiles)
     wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v)]
