@@ -4,6 +4,7 @@ A sampler is a table of numbers (`SamplerTable`), computed in float64 from a noi
 carries out any of them.
 """
 
+from models.sampling.bidirectional import Windows, windows
 from models.sampling.rollout import Rollout, autoregressive
 from models.sampling.schedules import Schedule, few_step_schedule, truncated_schedule, uniform_schedule, unipc_schedule
 from models.sampling.solve import SolverState, guided, keep_context, sample, solver_step
@@ -15,6 +16,7 @@ __all__ = [
     "SamplerTable",
     "Schedule",
     "SolverState",
+    "Windows",
     "autoregressive",
     "dpmpp_2m",
     "euler",
@@ -29,4 +31,5 @@ __all__ = [
     "uniform_schedule",
     "unipc",
     "unipc_schedule",
+    "windows",
 ]

@@ -227,7 +227,7 @@ def autoregressive(
         rollout.blocks(frames)
     model = model.with_config(causal_block=None)  # blocks are seen one at a time
     for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
-        _check_size(model, (text.shape[0], size, height, width, config.in_channels))
+        check_size(model, (text.shape[0], size, height, width, config.in_channels))
     context = text if negative is None or rollout.guidance == 1.0 else paired(text, negative)
     begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
     graph, params = nnx.split(model)
@@ -237,7 +237,7 @@ def autoregressive(
     )
 
 
-def _check_size(model: WanModel, shape: tuple[int, ...]) -> None:
+def check_size(model: WanModel, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a block of this shape suits the model; computes nothing."""
 
     def check(latents, timesteps):

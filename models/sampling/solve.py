@@ -168,29 +168,29 @@ def unpair(flow: Array, guidance: float) -> Array:
     return unconditional + guidance * (conditional - unconditional)
 
 
-def keep_context(model: Callable[..., Array], text: Float[Array, "B L E"], context: Float[Array, "B K H W C"]) -> Flow:
-    """The flow of new frames that follow given ones, for a network trained with a noise level for each frame.
+def keep_context(model: Callable[..., Array], context: Float[Array, "B K H W C"]) -> Callable[..., Array]:
+    """A network that sees new frames after given ones; for networks trained with a noise level for each frame.
 
     The context is shown clean, at time 0 (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 
     Example:
         >>> model = lambda x, t, text: x * t[:, :, None, None, None]
-        >>> flow = keep_context(model, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 2, 2, 3)))
-        >>> flow(jnp.ones((1, 3, 2, 2, 3)), jnp.float32(7.0)).shape
+        >>> continued = keep_context(model, jnp.ones((1, 1, 2, 2, 3)))
+        >>> continued(jnp.ones((1, 3, 2, 2, 3)), jnp.array([7.0]), None).shape
         (1, 3, 2, 2, 3)
 
     Args:
         model: (latents [B, F, H, W, C], timesteps [B, F], text) -> flow.
-        text: Embedding of the prompt.
-        context: Finished latents that come first.
+        context: Finished latents that come first, of the batch or, for guidance, half of it.
 
     Returns:
-        (latents of the new frames, timestep) -> their flow.
+        (latents of the new frames, timesteps [B], text) -> their flow.
     """
-    batch, kept = context.shape[:2]
 
-    def flow(x: Array, t: Array) -> Array:
-        timesteps = jnp.concatenate([jnp.zeros((batch, kept)), jnp.broadcast_to(t, (batch, x.shape[1]))], axis=1)
-        return model(jnp.concatenate([context, x], axis=1), timesteps, text)[:, kept:]
+    def continued(x: Array, t: Array, text: Any) -> Array:
+        first = jnp.tile(context, (x.shape[0] // context.shape[0], 1, 1, 1, 1))
+        kept, new = first.shape[1], x.shape[:2]
+        times = jnp.concatenate([jnp.zeros(first.shape[:2]), jnp.broadcast_to(t[:, None], new)], axis=1)
+        return model(jnp.concatenate([first, x], axis=1), times, text)[:, kept:]
 
-    return flow
+    return continued

@@ -215,7 +215,10 @@ class TestFlows:
             return x
 
         context, new = jnp.full((1, 2, 1, 1, 1), 5.0), jnp.ones((1, 3, 1, 1, 1))
-        flow = keep_context(model, jnp.zeros((1, 1, 1)), context)(new, jnp.float32(800))
+        text = jnp.zeros((1, 1, 1))
+        flow = guided(keep_context(model, context), text)(new, jnp.float32(800))
         assert seen["t"].tolist() == [[0, 0, 800, 800, 800]]
         assert seen["x"][0, :, 0, 0, 0].tolist() == [5, 5, 1, 1, 1]
         assert flow.shape == new.shape
+        guided(keep_context(model, context), text, text + 1, guidance=2.0)(new, jnp.float32(800))
+        assert seen["x"][:, :, 0, 0, 0].tolist() == [[5, 5, 1, 1, 1]] * 2

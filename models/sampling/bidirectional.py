@@ -1,0 +1,162 @@
+"""Whole clips at once with a bidirectional model, and longer videos as windows that continue each other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from models.sampling.rollout import check_size
+from models.sampling.solve import guided, keep_context, sample
+from models.sampling.tables import SamplerTable, sampler_table
+from models.wan import WanModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The fixed part of a generation of whole windows.
+
+    Attributes:
+        sampler: As in `sampler_table`.
+        steps: Calls of the network per window; None: the sampler's own number.
+        shift: Shift of the noise levels.
+        guidance: Weight of classifier-free guidance, with a negative text; 1 is none.
+        window: Latent frames that are denoised together; None: all.
+        context: Of those, finished ones that a following window starts with; needs a model that was trained with a
+            noise level for each frame.
+    """
+
+    sampler: str = "unipc"
+    steps: int | None = None
+    shift: float = 5.0
+    guidance: float = 1.0
+    window: int | None = None
+    context: int = 1
+
+    def __post_init__(self):
+        self.table()
+        if self.window is not None and not 1 <= self.context < self.window:
+            raise ValueError(f"context={self.context} frames is not in 1...{self.window - 1}, below window.")
+
+    def table(self) -> SamplerTable:
+        """The sampler."""
+        return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
+
+
+@partial(jax.jit, static_argnames=("graph", "settings", "shape"))
+def generate_window(
+    graph: nnx.GraphDef,
+    params: Any,
+    text: Float[Array, "B L E"],
+    negative: Float[Array, "B M E"] | None,
+    context: Float[Array, "B K H W C"] | None,
+    key: Key[Array, ""],
+    *,
+    settings: Windows,
+    shape: tuple[int, ...],
+) -> Float[Array, "B F H W C"]:
+    """Denoises the new frames of one window, all steps in one program.
+
+    Args:
+        graph: Of `nnx.split(model)`.
+        params: Likewise.
+        text: Embedding of the prompt.
+        negative: Of the negative prompt, for guidance.
+        context: Finished latents before the new frames.
+        key: Of the noise.
+        settings: Settings.
+        shape: Of the new frames, [B, F, H, W, C].
+
+    Returns:
+        The new latents, float32.
+    """
+    model: Any = nnx.merge(graph, params)
+    start, fresh = jax.random.split(key)
+    if context is not None:
+        model = keep_context(model, context)
+    flow = guided(model, text, negative, guidance=settings.guidance)
+    return sample(flow, jax.random.normal(start, shape), settings.table(), key=fresh)
+
+
+def windows(
+    model: WanModel,
+    text: Float[Array, "B L E"],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    key: Key[Array, ""],
+    settings: Windows,
+    negative: Float[Array, "B M E"] | None = None,
+    initial: Float[Array, "B K H W C"] | None = None,
+) -> Iterator[Float[Array, "B F H W C"]]:
+    """Generates latents window by window; without `settings.window`, the whole clip at once.
+
+    Example:
+        >>> from models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
+        >>> settings = Windows(sampler="euler", steps=2, window=3)
+        >>> size = dict(frames=6, height=4, width=8, key=jax.random.key(0))
+        >>> [part.shape[1] for part in windows(model, jnp.zeros((1, 8, 32)), settings=settings, **size)]
+        [3, 2, 1]
+
+    Args:
+        model: Bidirectional.
+        text: Embedding of the prompt.
+        frames: Latent frames in all, given ones included.
+        height: Of the latents.
+        width: Of the latents.
+        key: Of all noise.
+        settings: Settings.
+        negative: Embedding of the negative prompt, for guidance.
+        initial: Finished latents that come first, at least `settings.context`; they are handed out too.
+
+    Yields:
+        Latents, float32.
+
+    Raises:
+        ValueError: If a size does not fit the model; before anything is computed.
+    """
+    config = model.config
+    if config.in_channels != config.out_channels:
+        raise ValueError(
+            f"model has {config.in_channels} input and {config.out_channels} output channels; only text-to-video "
+            f"models can be sampled."
+        )
+    if frames < 1:
+        raise ValueError(f"frames={frames} is not a positive number of latent frames.")
+    window = frames if settings.window is None else settings.window
+    check_size(model, (text.shape[0], window, height, width, config.in_channels))
+    if initial is not None:
+        given = (text.shape[0], height, width, config.out_channels)
+        if (initial.shape[0], *initial.shape[2:]) != given or initial.shape[1] < settings.context:
+            raise ValueError(
+                f"initial has shape {initial.shape}; batch, height, width and channels should be {given}, and there "
+                f"should be at least context={settings.context} frames."
+            )
+        if settings.window is None:
+            raise ValueError("initial frames can only be continued by windows; set window, for example window=4.")
+    return _windows(model, text, negative, frames, (height, width), key, settings, initial)
+
+
+def _windows(model, text, negative, frames, size, key, settings, initial) -> Iterator[Array]:
+    graph, params = nnx.split(model)
+    context, done = None, 0
+    if initial is not None:
+        initial = jnp.asarray(initial[:, :frames], jnp.float32)
+        context, done = initial[:, -settings.context :], initial.shape[1]
+        yield initial
+    number = 0
+    while done < frames:
+        new = (settings.window or frames) - (0 if context is None else settings.context)
+        shape = (text.shape[0], new, *size, model.config.out_channels)
+        key_of_window = jax.random.fold_in(key, number)
+        part = generate_window(graph, params, text, negative, context, key_of_window, settings=settings, shape=shape)
+        yield part[:, : frames - done]
+        past = part if context is None else jnp.concatenate([context, part], axis=1)
+        context = past[:, -settings.context :]
+        done, number = done + new, number + 1
