@@ -1,34 +1,50 @@
-"""Finds configs for a shape on the local GPU and keeps them: `python -m triton_kernels.tune --help`.
+"""Finds configs for a shape on the local GPU and keeps them; `monarchrt tune` is the command.
 
 Nothing here runs unless it is asked for. The result is a JSON file per device in the user's cache folder, which
-`config.configs` prefers to the shipped one.
+`config.configs` prefers to the shipped one. A candidate is timed only if its results agree with those of the configs
+that the search began with.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from triton_kernels import config
-from triton_kernels.config import Config, Configs
+from triton_kernels.config import Config, Configs, Stream
 
 BACKWARD = ("left_backward", "right_backward", "right_query")
+MAX_DIFFERENCE = 1e-2  # relative Frobenius norm, bfloat16
+CALLS = 8  # sent without waiting, so that the time to launch one hides behind the one before
 
 
-def tune(*, grid: tuple[int, int, int], tile: tuple[int, int, int], heads: int = 12, dim: int = 128) -> Configs:
+def tune(
+    *,
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int],
+    heads: int = 12,
+    dim: int = 128,
+    query_frames: int | None = None,
+    check: Callable[[Configs], None] | None = None,
+    log: Callable[[str], None] = print,
+) -> Configs:
     """Searches configs for a video's attention in bfloat16 and stores them; takes minutes and needs the GPU alone.
 
     Args:
-        grid: (frames, height, width) in latent tokens.
+        grid: (frames, height, width) of the keys in latent tokens.
         tile: (n_f, n_h, n_w), dividing the grid; tiles of rows n_f*n_h and columns n_w.
         heads: Heads of the attention.
         dim: Size of a head.
+        query_frames: Frames of the queries where they are fewer than the keys' (decoding with a KV cache): then only
+            the forward pass is tuned, and kept as the entry for that case.
+        check: Called with the configs at the start and with those found, before they are stored; raises if the results
+            that they give are wrong.
+        log: Takes a line per improvement.
 
     Returns:
         The best configs found, as stored.
@@ -37,89 +53,174 @@ def tune(*, grid: tuple[int, int, int], tile: tuple[int, int, int], heads: int =
         RuntimeError: If there is no local GPU.
     """
     if jax.default_backend() != "gpu":
-        raise RuntimeError(f"tune needs a GPU; JAX's default backend is {jax.default_backend()!r}.")
+        raise RuntimeError(
+            f"tune measures on a GPU; JAX's default backend is {jax.default_backend()!r}. Run it on the machine with "
+            f"the GPU, with JAX for CUDA installed (pip install 'monarchrt[cuda]')."
+        )
     b1, b2 = tile[0] * tile[1], tile[2]
-    tiles = grid[0] * grid[1] * grid[2] // (b1 * b2)
+    per_frame = grid[1] * grid[2]
+    tiles = grid[0] * per_frame // (b1 * b2)
+    query_tiles = tiles if query_frames is None else query_frames * per_frame // (b1 * b2)
+    few = query_tiles < tiles
     where = config.target()
-    shape = {"b1": b1, "b2": b2, "dim": dim, "itemsize": 2}
+    shape = {"b1": b1, "b2": b2, "dim": dim, "itemsize": 2, "few": few}
     keys = jax.random.split(jax.random.key(0), 4)
-    arrays = [jax.random.normal(key, (1, tiles, b1, b2, heads, dim), jnp.bfloat16) for key in keys]
-    best = search(config.configs(where, **shape), functools.partial(measure, arrays))
-    config.store(where, best, **shape)
+    counts = (query_tiles, tiles, tiles, query_tiles)
+    arrays = [
+        jax.random.normal(key, (1, n, b1, b2, heads, dim), jnp.bfloat16) for key, n in zip(keys, counts, strict=True)
+    ]
+    start = config.configs(where, **shape)
+    if check:
+        check(start)
+    measure = functools.partial(measured, arrays, expected_results(arrays, start, few))
+    best = search(start, measure, rows=query_tiles * b2, key_tiles=tiles, few=few, log=log)
+    if check:
+        check(best)
+    path = config.store(where, best, **shape)
+    log(f"stored in {path}")
     return best
 
 
-def search(start: Configs, measure: Callable[[Configs, bool], float]) -> Configs:
-    """Goes through the kernels, tries the neighbours of each one's config and moves while that helps.
+def search(
+    start: Configs,
+    measure: Callable[[Configs, bool], float],
+    *,
+    rows: int,
+    key_tiles: int,
+    few: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Configs:
+    """Goes through the kernels and the ways to run the forward pass, and moves to what is faster while that helps.
 
     Args:
         start: Where to begin.
         measure: Milliseconds of configs, of the backward pass if the second argument is true; infinity where they
             do not run.
+        rows: Rows (a, j) of a (batch, head) pair.
+        key_tiles: Key tiles.
+        few: Leaves the backward pass out.
+        log: Takes a line per improvement.
 
     Returns:
         The best configs seen.
     """
-    best = start
+    seen: dict[tuple[Configs, bool], float] = {}
+
+    def ms(configs: Configs, backward: bool) -> float:
+        if (configs, backward) not in seen:
+            seen[configs, backward] = measure(configs, backward)
+        return seen[configs, backward]
+
+    def better(best: Configs, trials: Iterator[Configs], backward: bool) -> Configs:
+        for trial in trials:
+            if ms(trial, backward) < ms(best, backward):
+                log(f"{'backward' if backward else 'forward'} {ms(trial, backward):.3f} ms: {_change(best, trial)}")
+                best = trial
+        return best
+
+    best, forward = start, ("right_forward", "left_forward")
+    best = better(best, (dataclasses.replace(best, stream=x) for x in (None, *streams(rows, key_tiles))), False)
     for name in config.KERNELS:
-        backward = name in BACKWARD
-        least, improved = measure(best, backward), True
-        while improved:
-            improved = False
-            for candidate in neighbours(getattr(best, name)):
-                trial = dataclasses.replace(best, **{name: candidate})
-                ms = measure(trial, backward)
-                if ms < least:
-                    best, least, improved = trial, ms, True
-    return best
+        if few and name not in forward:
+            continue
+        before = None
+        while before != best:
+            before = best
+            trials = (dataclasses.replace(before, **{name: x}) for x in neighbours(getattr(before, name), name))
+            best = better(best, trials, name in BACKWARD)
+    return better(best, (dataclasses.replace(best, stream=x) for x in (None, *streams(rows, key_tiles))), False)
 
 
-def neighbours(at: Config) -> Iterator[Config]:
-    """Configs one step away: half and double the sizes, one stage more or less, the other orientation."""
-    for field in ("rows", "keys", "warps", "split"):
-        least = {"rows": 16, "keys": 16, "warps": 2, "split": 1}[field]
+def neighbours(at: Config, kernel: str) -> Iterator[Config]:
+    """Configs of a kernel one step away: sizes half and double, a stage more or less, another second part."""
+    limits = {"rows": (16, 128), "keys": (16, 128), "warps": (4, 8)}
+    if kernel == "right_forward":
+        limits["split"] = (1, 8)
+    for field, (least, most) in limits.items():
         value = getattr(at, field)
         for changed in (value // 2, value * 2):
-            if least <= changed <= {"rows": 128, "keys": 128, "warps": 8, "split": 8}[field]:
+            if least <= changed <= most:
                 yield dataclasses.replace(at, **{field: changed})
     for stages in (at.stages - 1, at.stages + 1):
         if 1 <= stages <= 4:
             yield dataclasses.replace(at, stages=stages)
-    yield dataclasses.replace(at, transposed=not at.transposed)
+    part = "more_rows" if kernel.startswith("left") else "more_keys"
+    for more in (0, 16, 32):
+        if more != getattr(at, part):
+            yield dataclasses.replace(at, **{part: more})
+    if kernel == "left_backward":
+        yield dataclasses.replace(at, transposed=not at.transposed)
 
 
-def measure(arrays: list[jax.Array], configs: Configs, backward: bool, repeats: int = 7) -> float:
-    """Median ms of the forward or the backward pass on tiles q, k, v, d_out [1, A, b1, b2, H, D]."""
+def streams(rows: int, key_tiles: int) -> Iterator[Stream]:
+    """Ways to run the forward pass in one launch, for so many rows (a, j) of a pair and key tiles."""
+    sizes = sorted({min(rows, n) for n in (52, 64, 80, 128)})
+    for size in sizes:
+        for tiles in sorted({key_tiles, -(-key_tiles // 3)}):
+            for lag, slots in ((1, 2), (1, 3), (2, 4)):
+                for registers in (None, 168):
+                    yield Stream(rows=size, tiles=tiles, lag=lag, slots=slots, registers=registers)
+
+
+def compiled(arrays: list[jax.Array], configs: Configs, backward: bool) -> Callable[..., tuple[jax.Array, ...]]:
+    """The forward pass (q, k, v, visible) or the backward pass (q, k, v, d_out, lse, delta, visible), ready to run."""
     from triton_kernels import operation
 
     q, k, v, d_out = arrays
     scale = q.shape[-1] ** -0.5
-    visible = jnp.full((q.shape[1],), k.shape[1], jnp.int32)
-    lse = jnp.full(q.shape[:-1], 1.0, jnp.float32)
+    visible = jax.ShapeDtypeStruct(q.shape[1:2], jnp.int32)
     with config.use(configs):
-        try:
-            if backward:
-                run = jax.jit(lambda *x: operation.backward(scale, None, *x))
-                compiled, inputs = run.lower(q, k, v, d_out, lse, lse, visible).compile(), (d_out, lse, lse, visible)
-            else:
-                run = jax.jit(lambda *x: operation.forward(scale, *x))
-                compiled, inputs = run.lower(q, k, v, visible).compile(), (visible,)
-            jax.block_until_ready(compiled(q, k, v, *inputs))
-        except jax.errors.JaxRuntimeError:  # too much shared memory, or too many registers
-            return float("inf")
+        if not backward:
+            return jax.jit(lambda *x: operation.forward(scale, *x)).lower(q, k, v, visible).compile()
+        lse = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+        run = jax.jit(lambda *x: operation.backward(scale, None, *x))
+        return run.lower(q, k, v, d_out, lse, lse, visible).compile()
+
+
+def expected_results(arrays: list[jax.Array], configs: Configs, few: bool) -> dict[bool, tuple]:
+    """Inputs and results of the forward pass (False) and the backward pass (True), with given configs."""
+    q, k, v, d_out = arrays
+    visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
+    inputs = (q, k, v, visible)
+    out, lse = compiled(arrays, configs, False)(*inputs)
+    found: dict[bool, tuple] = {False: (inputs, (out, lse))}
+    if not few:
+        delta = jnp.einsum("baijhd,baijhd->baijh", d_out, out, preferred_element_type=jnp.float32)
+        inputs = (q, k, v, d_out, lse, delta, visible)
+        found[True] = (inputs, compiled(arrays, configs, True)(*inputs))
+    return found
+
+
+def measured(
+    arrays: list[jax.Array], expected: dict[bool, tuple], configs: Configs, backward: bool, repeats: int = 5
+) -> float:
+    """Median ms of a pass on tiles q, k, v, d_out [1, A or C, b1, b2, H, D]; infinity if it fails or is wrong."""
+    inputs, results = expected[backward]
+    try:
+        run = compiled(arrays, configs, backward)
+        found = jax.block_until_ready(run(*inputs))
+    except Exception as error:  # too much shared memory or too many registers, said by compiler or driver
+        if isinstance(error, TypeError | AttributeError | NameError):
+            raise
+        return float("inf")
+    if not all(agree(x, y) for x, y in zip(found, results, strict=True)):
+        return float("inf")
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(q, k, v, *inputs))
-        times.append(1e3 * (time.perf_counter() - start))
+        for _ in range(CALLS):
+            found = run(*inputs)
+        jax.block_until_ready(found)
+        times.append(1e3 * (time.perf_counter() - start) / CALLS)
     return statistics.median(times)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=int, nargs=3, required=True, metavar=("FRAMES", "HEIGHT", "WIDTH"))
-    parser.add_argument("--tile", type=int, nargs=3, required=True, metavar=("N_F", "N_H", "N_W"))
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--dim", type=int, default=128)
-    found = tune(**vars(parser.parse_args()))
-    print(json.dumps(dataclasses.asdict(found), indent=1))
+def agree(x: jax.Array, y: jax.Array) -> bool:
+    """Whether the relative Frobenius norm of the difference is within MAX_DIFFERENCE; NaN never is."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return bool(np.asarray(jnp.linalg.norm(x - y) <= MAX_DIFFERENCE * jnp.linalg.norm(y)))
+
+
+def _change(before: Configs, after: Configs) -> str:
+    names = [field.name for field in dataclasses.fields(before)]
+    return ", ".join(f"{n}={getattr(after, n)}" for n in names if getattr(after, n) != getattr(before, n))
