@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train.commands:train_command", "train or finetune a video model on a clip; resume a run"),
     "demo": Command("train.commands:demo_command", "the whole story in miniature on a CPU: dense, Monarch, finetuned"),
+    "generate": Command("train.generate:generate_command", "make a video from a prompt, or with a run's network"),
     "inspect": Command("train.convert:inspect_command", "what a Wan checkpoint holds, and whether it is complete"),
     "convert": Command("train.convert:convert_command", "write a Wan checkpoint in another format"),
 }

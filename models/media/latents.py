@@ -79,6 +79,11 @@ class PatchDCT:
         """What each coefficient is multiplied with."""
         return (_typical_std(self.patch) ** -self.whitening).astype(np.float32)
 
+    @property
+    def synthesis(self) -> Float32[np.ndarray, "c c"]:
+        """Latents times this are the pixels of a block in [-1, 1], in the order (row, column, rgb)."""
+        return (_analysis(self.patch) / self.gain[:, None].astype(np.float64)).astype(np.float32)
+
     def encode(self, video: UInt8[np.ndarray, "*f H W 3"]) -> Float32[np.ndarray, "*f h w c"]:
         """Maps RGB pixels to latents.
 

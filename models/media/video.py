@@ -4,7 +4,6 @@ A clip is a uint8 array [T, H, W, 3] of RGB frames.
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -13,7 +12,8 @@ import av.error
 import numpy as np
 from jaxtyping import UInt8
 
-from models.errors import UserError, report_full_disk
+from models.errors import UserError
+from models.media.writer import Mp4Writer
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
 
@@ -133,25 +133,11 @@ def write_mp4(path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: fl
         UserError: If there are no frames.
         DiskFullError: If there is no room.
     """
-    path = Path(path)
     if len(frames) == 0:
         raise UserError(f"frames is empty; {path} needs at least 1 frame")
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with report_full_disk(path):
-        try:
-            with av.open(str(unfinished), "w", format="mp4") as container:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-                stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-                stream.options = {"crf": str(quality), "preset": "medium"}
-                for picture in frames:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                container.mux(stream.encode())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return path
+    with Mp4Writer(path, fps=fps, quality=quality) as writer:
+        writer.write(frames)
+    return writer.path
 
 
 def side_by_side(

@@ -1,0 +1,215 @@
+"""The settings of a generation, as `monarchrt generate` takes them. Nothing here imports JAX, so that help is quick."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from models.errors import UserError
+
+type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
+type SamplerName = Literal["auto", "few-step", "unipc", "dpm++", "euler"]
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+# how a file was made is no property of it
+NOT_STORED = ("out", "overwrite", "from_", "stream", "host", "port", "linger", "quiet")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Make a video from a prompt, with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
+
+    checkpoint: str | None = None
+    """A run folder of train or demo; or a Wan model: an official or diffusers folder, a file such as Self-Forcing's
+    .pt, a folder of `monarchrt convert`, or the name of a Hugging Face repository."""
+
+    prompt: str | None = None
+    """What the video shows. Not used by a run folder, which has no text encoder."""
+
+    out: Path = Path("video.mp4")
+    """The video to write; these settings are stored in it."""
+
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""
+
+    overwrite: bool = False
+    """Replace `out` if it exists."""
+
+    negative_prompt: str | None = None
+    """What the video should not show, for samplers with guidance. Default: Wan's own."""
+
+    components: Path | None = None
+    """Folder with text encoder, tokenizer and VAE, official or diffusers, if they are not beside the checkpoint."""
+
+    embeddings: Path | None = None
+    """A file of text embeddings, saved with --save-embeddings: no text encoder is loaded."""
+
+    save_embeddings: Path | None = None
+    """Write the embeddings of the prompts there, for --embeddings."""
+
+    frames: int | None = None
+    """Frames of the video: 1 + 4 k for Wan, in whole blocks if autoregressive. Default: 81, or the run's choice."""
+
+    height: int | None = None
+    """Height in pixels, a multiple of 16 for Wan. Default: 480, or the run's."""
+
+    width: int | None = None
+    """Width in pixels, a multiple of 16 for Wan. Default: 832, or the run's."""
+
+    fps: float | None = None
+    """Frames per second of the file. Default: 16, or 8 for a run."""
+
+    zoom: int | None = None
+    """Enlarge each pixel of the file and the page. Default: 1; small runs are enlarged to at least 320 across."""
+
+    seed: int = 0
+    """Seed of all noise."""
+
+    condition: str | None = None
+    """An image or a video that the result begins with; `none` starts a run folder's video from noise alone. Default:
+    nothing, or a held-out frame for a run folder."""
+
+    condition_frames: int | None = None
+    """Frames of a `condition` video to begin with. Default: the first block, 9 with Wan's VAE and blocks of 3."""
+
+    mode: Mode = "auto"
+    """autoregressive: block by block with a cache, for causal models; bidirectional: all frames at once; windows:
+    clips that continue each other, for models trained with a noise level per frame. auto: what suits the checkpoint."""
+
+    sampler: SamplerName = "auto"
+    """few-step for distilled models; unipc, dpm++ or euler follow the flow in many steps."""
+
+    steps: int | None = None
+    """Calls of the network per frame. Default: 4 for few-step, 50 otherwise; 20 for a run."""
+
+    shift: float | None = None
+    """Shift of the noise levels towards high noise. Default: 5, or the run's."""
+
+    guidance: float | None = None
+    """Weight of classifier-free guidance. Default: 1 (none) for few-step and runs, 5 otherwise."""
+
+    block: int = 3
+    """Latent frames per block, autoregressive."""
+
+    independent_first_frame: bool = False
+    """Autoregressive: the first latent frame is a block of its own, as models that begin with an image need."""
+
+    window: int | None = None
+    """Latent frames that attention reaches back over, the block included. Default: all, up to 21; longer videos let
+    go of the oldest. In mode windows: the window's frames."""
+
+    sink_frames: int = 0
+    """Leading latent frames that a window never lets go."""
+
+    context: int = 1
+    """In mode windows: finished latent frames that each window starts with."""
+
+    attention: Literal["stored", "dense", "monarch"] = "stored"
+    """Self-attention: the one stored with the weights (dense, if nothing is), dense, or Monarch with `tile`."""
+
+    tile: tuple[int, int, int] | None = None
+    """Tile of Monarch attention in tokens (frames, height, width); implies --attention monarch."""
+
+    blocks: str = "fh,w"
+    """Which token axes form the rows and columns of a tile."""
+
+    num_iters: int = 1
+    """Refinement steps of Monarch attention."""
+
+    implementation: str | None = None
+    """Backend of the attention; the default picks."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type. auto: bf16 for Wan on a GPU, fp32 otherwise."""
+
+    weights: str | None = None
+    """Set of weights of a .pt file, for example generator_ema."""
+
+    quality: int = 16
+    """The video encoder's CRF: 0 is lossless, 16 looks the same, 30 is coarse."""
+
+    compare_dense: bool = False
+    """Also make the video with dense attention from the same noise, and write both side by side, with PSNR and
+    SSIM, to OUT-compare.mp4."""
+
+    stream: bool = False
+    """Show frames as they come on a page of this machine."""
+
+    host: str = "127.0.0.1"
+    """Address of the page."""
+
+    port: int = 8765
+    """Port of the page; 0 takes a free one."""
+
+    linger: float = 60.0
+    """With --stream: seconds that the page stays up after the last frame for a browser that has not got all."""
+
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "steps", "window", "condition_frames", "zoom"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        for name in ("block", "context", "num_iters"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("fps", "shift"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _require(self.sink_frames >= 0, f"sink_frames is {self.sink_frames}; it must be at least 0")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
+        _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")
+        _require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in [0, 65535]")
+        if self.tile is not None:
+            _require(self.attention != "dense", f"tile is {self.tile}, but attention is 'dense'; leave one of them out")
+            object.__setattr__(self, "tile", tuple(self.tile))
+            object.__setattr__(self, "attention", "monarch")
+        _require(
+            self.prompt is None or bool(self.prompt.strip()),
+            f"prompt is empty ({self.prompt!r}); say what the video shows, for example --prompt 'a cat on a wall'",
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """What goes into the video's metadata: JSON values by name.
+
+        Example:
+            >>> GenerateConfig(prompt="a cat", seed=3).stored()["seed"]
+            3
+        """
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_STORED}
+        return json.loads(json.dumps(values, default=str))
+
+
+def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
+    """The settings that were stored in a video.
+
+    Args:
+        values: Of `GenerateConfig.stored`.
+        source: The video, for errors.
+
+    Returns:
+        The settings; `out` is the default.
+
+    Raises:
+        UserError: If they are of another version, or out of range.
+    """
+    fields = {field.name for field in dataclasses.fields(GenerateConfig)}
+    unknown = sorted(set(values) - fields)
+    _require(not unknown, f"{source} was made by another version: it has the settings {', '.join(unknown)}")
+    paths = {"components", "embeddings", "save_embeddings"}
+    revived: dict[str, Any] = {
+        name: Path(value) if name in paths and value is not None else value for name, value in values.items()
+    }
+    return GenerateConfig(**revived)

@@ -1,0 +1,152 @@
+"""From latents to frames, as they come: what the pipeline needs of a decoder, and the one of the patch transform."""
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from models.media.latents import PatchDCT
+
+
+@runtime_checkable
+class FrameDecoder(Protocol):
+    """Latents to frames, a few at a time; and frames to latents, for an image or clip to begin with.
+
+    Attributes:
+        channels: Of a latent.
+        spatial: Pixels per latent position, in height and in width.
+        temporal: Frames per latent after the first, which is one frame.
+    """
+
+    channels: int
+    spatial: int
+    temporal: int
+
+    def start(self, batch: int, height: int, width: int) -> Any:
+        """State before the first latents, which are height x width."""
+        ...
+
+    def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
+        """The frames of the next latents, and the state after them; dispatched, not waited for."""
+        ...
+
+    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """Latents of frames, T = 1 + temporal * k."""
+        ...
+
+
+def frames_of(decoder: FrameDecoder, latents: int) -> int:
+    """Frames that so many latents make.
+
+    Example:
+        >>> frames_of(PatchDecoder(PatchDCT(patch=4)), 7)
+        7
+    """
+    return 1 + (latents - 1) * decoder.temporal
+
+
+def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
+    """Pixels in [-1, 1] as 0...255, rounded and clipped; not a number is black."""
+    video = jnp.nan_to_num(video.astype(jnp.float32), nan=-1.0)
+    return jnp.clip(jnp.rint((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+class PatchDecoder:
+    """The inverse of a fixed patch transform: each latent frame is one frame.
+
+    Example:
+        >>> dct = PatchDCT(patch=4, whitening=1.0)
+        >>> decoder = PatchDecoder(dct)
+        >>> video = np.full((1, 2, 8, 8, 3), 77, np.uint8)
+        >>> frames, _ = decoder.decode(decoder.encode(video), decoder.start(1, 2, 2))
+        >>> bool((frames == video).all())
+        True
+
+    Args:
+        transform: The transform that the model was trained with.
+    """
+
+    temporal = 1
+
+    def __init__(self, transform: PatchDCT):
+        self._transform = transform
+        self.channels, self.spatial = transform.channels, transform.patch
+        self._synthesis = jnp.asarray(transform.synthesis)
+        self._decode = jax.jit(functools.partial(_decode_patches, patch=transform.patch))
+
+    def start(self, batch: int, height: int, width: int) -> None:
+        """Nothing is remembered."""
+        return
+
+    def decode(self, latents: Float[Array, "B F h w C"], state: None) -> tuple[UInt8[Array, "B F H W 3"], None]:
+        """The frames."""
+        return self._decode(latents, self._synthesis), None
+
+    def encode(self, video: UInt8[np.ndarray, "B F H W 3"]) -> Float[Array, "B F h w C"]:
+        """The latents."""
+        return jnp.asarray(self._transform.encode(video))
+
+
+def _decode_patches(latents: Array, synthesis: Array, *, patch: int) -> Array:
+    pixels = jnp.matmul(latents, synthesis, precision="highest")
+    return to_pixels(rearrange(pixels, "b f h w (py px c) -> b f (h py) (w px) c", py=patch, px=patch))
+
+
+class WanDecoder:
+    """Wan's VAE, streaming: the first latent is one frame, each further one is four.
+
+    Args:
+        vae: A `models.vae.WanVAE`.
+    """
+
+    channels, spatial, temporal = 16, 8, 4
+
+    def __init__(self, vae: Any):
+        self._vae = vae
+        graph, state = nnx.split(vae)
+        self._state = state
+        self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), graph)
+        self._first = functools.partial(jax.jit(_decode_first, static_argnums=0, donate_argnums=3), graph)
+        self._next = functools.partial(jax.jit(_decode_next, static_argnums=0, donate_argnums=3), graph)
+        self._encode = functools.partial(jax.jit(_encode_video, static_argnums=0), graph)
+
+    def start(self, batch: int, height: int, width: int) -> Any:
+        """The decoder's cache, and whether the first latent is still to come."""
+        return self._start(self._state, batch, height, width), True
+
+    def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
+        """The frames; one program for the first block and one for the others."""
+        cache, first = state
+        frames, cache = (self._first if first else self._next)(self._state, latents, cache)
+        return frames, (cache, False)
+
+    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """The latents, normalised."""
+        return self._encode(self._state, jnp.asarray(video))
+
+
+def _start_vae(graph, state, batch, height, width):
+    return nnx.merge(graph, state).init_decoder_cache(batch, height, width)
+
+
+def _decode_first(graph, state, latents, cache):
+    vae = nnx.merge(graph, state)
+    frames, cache = vae.decode_first(latents[:, :1], cache)
+    if latents.shape[1] > 1:
+        more, cache = vae.decode_next(latents[:, 1:], cache)
+        frames = jnp.concatenate([frames, more], axis=1)
+    return to_pixels(frames), cache
+
+
+def _decode_next(graph, state, latents, cache):
+    frames, cache = nnx.merge(graph, state).decode_next(latents, cache)
+    return to_pixels(frames), cache
+
+
+def _encode_video(graph, state, video):
+    return nnx.merge(graph, state).encode(video.astype(jnp.float32) / 127.5 - 1)

@@ -1,0 +1,222 @@
+"""Making a video file: the pipeline's frames to the writer, the live page and the progress bar, as they come."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from models.errors import UserError, user_input
+from models.generate.config import GenerateConfig
+from models.generate.pipeline import VideoPipeline
+from models.generate.plan import Plan
+from models.generate.stream import LivePage
+from models.media.metrics import Fidelity, fidelity
+from models.media.video import side_by_side, write_mp4
+from models.media.writer import Mp4Writer, check_writable
+from models.wan import DenseAttention, MonarchAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was made.
+
+    Attributes:
+        path: The video.
+        frames: In it.
+        seconds: From the first call to the last frame, compilation included.
+        first_frame: Seconds until the first frames were there.
+        fidelity: To the dense model's video, if that was made.
+        comparison: Both side by side.
+    """
+
+    path: Path
+    frames: int
+    seconds: float
+    first_frame: float
+    fidelity: Fidelity | None = None
+    comparison: Path | None = None
+
+
+def comparison_path(out: Path) -> Path:
+    """Where the side-by-side video goes.
+
+    Example:
+        >>> comparison_path(Path("cat.mp4")).name
+        'cat-compare.mp4'
+    """
+    return out.with_name(f"{out.stem}-compare{out.suffix}")
+
+
+def check_outputs(config: GenerateConfig) -> None:
+    """Raises UserError unless everything that will be written can be; before any compute, and without JAX's help."""
+    check_writable(config.out, overwrite=config.overwrite)
+    if config.compare_dense:
+        check_writable(comparison_path(config.out), overwrite=config.overwrite)
+
+
+def make_video(
+    pipeline: VideoPipeline,
+    text: Float[Array, "1 L E"],
+    *,
+    plan: Plan,
+    negative: Float[Array, "1 M E"] | None = None,
+    initial: Float[Array, "1 K h w C"] | None = None,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Result:
+    """Makes the video, and whatever else its settings ask for.
+
+    Ctrl-C and SIGTERM end it early; frames so far are kept in the file.
+
+    Args:
+        pipeline: Network and decoder.
+        text: Embedding of the prompt.
+        plan: What to make and where to.
+        negative: Embedding of the negative prompt.
+        initial: Latents that the video begins with.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        What was made.
+
+    Raises:
+        UserError: If the port is taken, or a file cannot be written.
+        KeyboardInterrupt: If it was stopped; the message says what is kept.
+    """
+    config = plan.config
+    if config.compare_dense and not uses_monarch(plan):
+        raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
+    with user_input():
+        parts = pipeline(text, plan=plan, negative=negative, initial=initial)
+    kept: list[np.ndarray] = []
+    with contextlib.ExitStack() as stack:
+        page = None
+        if config.stream:
+            title = config.prompt or Path(config.checkpoint or "").name
+            page = LivePage(
+                host=config.host, port=config.port, fps=config.fps or 16.0, title=title, total=config.frames
+            )
+            stack.enter_context(page)
+            report(f"frames are shown as they come at {page.url}")
+        result = _write(parts, plan, page, kept if config.compare_dense else None, report)
+        if page is not None:
+            _let_watch(page, config.linger, report)
+    if not config.compare_dense:
+        return result
+    report("the same with dense attention")
+    dense = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
+    reference = np.concatenate(list(_shown(dense(text, plan=plan, negative=negative, initial=initial), plan, "dense")))
+    video = np.concatenate(kept)
+    path = comparison_path(config.out)
+    write_mp4(
+        path, side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1), fps=config.fps or 16.0,
+        quality=config.quality
+    )  # fmt: skip
+    return dataclasses.replace(result, fidelity=fidelity(video, reference), comparison=path)
+
+
+def uses_monarch(plan: Plan) -> bool:
+    """Whether any layer has Monarch attention."""
+    layers = plan.attention if isinstance(plan.attention, tuple) else (plan.attention,)
+    return any(isinstance(setting, MonarchAttention) for setting in layers)
+
+
+def _write(
+    parts: Iterator[np.ndarray],
+    plan: Plan,
+    page: LivePage | None,
+    kept: list[np.ndarray] | None,
+    report: Callable[[str], None],
+) -> Result:
+    """Writes the file; on Ctrl-C with the frames so far."""
+    config = plan.config
+    begin, first = time.monotonic(), 0.0
+    writer = Mp4Writer(
+        config.out, fps=config.fps or 16.0, quality=config.quality, settings=config.stored(), title=config.prompt
+    )
+    try:
+        with writer, _sigterm_is_ctrl_c():
+            for frames in _shown(parts, plan, "frames"):
+                if not writer.frames:
+                    first = time.monotonic() - begin
+                seen = _enlarged(frames, config.zoom or 1)
+                if page is not None:
+                    page.show(seen)
+                writer.write(seen)
+                if kept is not None:
+                    kept.append(frames)
+    except KeyboardInterrupt as stop:
+        if page is not None:
+            page.end("stopped")
+        count = writer.frames
+        what = f"{count} of {config.frames} frames are kept in {config.out}" if count else "no frame was ready"
+        raise _stopped(f"stopped; {what}", stop) from None
+    if page is not None:
+        page.end("finished")
+    return Result(path=config.out, frames=writer.frames, seconds=time.monotonic() - begin, first_frame=first)
+
+
+def _enlarged(frames: np.ndarray, zoom: int) -> np.ndarray:
+    return frames if zoom == 1 else frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
+def _stopped(message: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+    said = KeyboardInterrupt(message)
+    said.code = getattr(stop, "code", 130)  # type: ignore[attr-defined]
+    return said
+
+
+def _shown(parts: Iterator[np.ndarray], plan: Plan, label: str) -> Iterator[np.ndarray]:
+    """Passes frames on and moves a bar on a terminal."""
+    console = Console(stderr=True)
+    if plan.config.quiet or not console.is_terminal:
+        yield from parts
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[speed]}"), console=console, transient=True) as bar:
+        task = bar.add_task(label, total=plan.config.frames, speed="compiling and making the first frames")
+        begin, done = 0.0, 0
+        for frames in parts:
+            now = time.monotonic()
+            if begin:  # the first frames waited for the compiler
+                done += len(frames)
+            begin = begin or now
+            speed = f"{done / (now - begin):.1f} frames/s" if done else ""
+            bar.update(task, advance=len(frames), speed=speed)
+            yield frames
+
+
+def _let_watch(page: LivePage, seconds: float, report: Callable[[str], None]) -> None:
+    """Keeps the page up until a browser has got everything, at most `seconds`, or until Ctrl-C."""
+    if not page.watched and seconds:
+        report(f"all frames are made; the page stays for {seconds:.0f} s, Ctrl-C ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        page.wait(seconds)
+
+
+@contextlib.contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, whose exit code is 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number, frame):
+        stop = KeyboardInterrupt("stopped")
+        stop.code = 128 + number  # type: ignore[attr-defined]
+        raise stop
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

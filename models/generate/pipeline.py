@@ -1,0 +1,109 @@
+"""The pipeline: embeddings to frames, handed out as they come."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from models.generate.decoders import FrameDecoder
+from models.generate.plan import Plan
+from models.sampling import Rollout, autoregressive, windows
+from models.wan import WanModel
+
+PIECE = 3  # latent frames that a clip made at once is decoded in
+
+
+class VideoPipeline:
+    """A network and a decoder that make videos by a plan.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from models.generate.config import GenerateConfig
+        >>> from models.generate.decoders import PatchDecoder
+        >>> from models.generate.plan import Defaults, make_plan
+        >>> from models.media.latents import PatchDCT
+        >>> from models.wan import wan_config
+        >>> decoder = PatchDecoder(PatchDCT(patch=2))
+        >>> model = WanModel(wan_config("tiny", num_layers=1, in_channels=12, out_channels=12), rngs=nnx.Rngs(0))
+        >>> settings = GenerateConfig(frames=6, height=8, width=16, seed=1)
+        >>> plan = make_plan(
+        ...     settings, defaults=Defaults(mode="autoregressive"), model=model.config, spatial=2, temporal=1
+        ... )
+        >>> pipeline = VideoPipeline(model, decoder)
+        >>> [frames.shape for frames in pipeline(jnp.zeros((1, 8, 32)), plan=plan)]
+        [(3, 8, 16, 3), (3, 8, 16, 3)]
+
+    Args:
+        model: The network; its attention is used as it is.
+        decoder: Latents to frames.
+    """
+
+    def __init__(self, model: WanModel, decoder: FrameDecoder):
+        self.model, self.decoder = model, decoder
+
+    def latents(
+        self,
+        text: Float[Array, "1 L E"],
+        *,
+        plan: Plan,
+        negative: Float[Array, "1 M E"] | None = None,
+        initial: Float[Array, "1 K h w C"] | None = None,
+    ) -> Iterator[Float[Array, "1 F h w C"]]:
+        """The latents of the video, part by part, each dispatched when it is asked for and not waited for."""
+        frames, height, width = plan.latents
+        common: dict[str, Any] = dict(
+            frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
+        )
+        common["negative"] = negative if plan.guides else None
+        if isinstance(plan.settings, Rollout):
+            return autoregressive(self.model, text, rollout=plan.settings, **common)
+        return _pieces(windows(self.model, text, settings=plan.settings, **common))
+
+    def __call__(
+        self,
+        text: Float[Array, "1 L E"],
+        *,
+        plan: Plan,
+        negative: Float[Array, "1 M E"] | None = None,
+        initial: Float[Array, "1 K h w C"] | None = None,
+    ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
+        """Generates a video.
+
+        While frames are fetched and used, the device already works on the next block: its network and then its
+        decoder are queued before the frames of the block before are waited for.
+
+        Args:
+            text: Embedding of the prompt.
+            plan: What to make.
+            negative: Embedding of the negative prompt; used if the plan guides.
+            initial: Latents that the video begins with.
+
+        Yields:
+            Frames, RGB.
+
+        Raises:
+            ValueError: If shapes do not fit; before anything is computed.
+        """
+        parts = self.latents(text, plan=plan, negative=negative, initial=initial)
+        return self._decoded(parts, plan)
+
+    def _decoded(self, parts: Iterator[Array], plan: Plan) -> Iterator[np.ndarray]:
+        state = self.decoder.start(1, *plan.latents[1:])
+        waiting = None
+        for latents in parts:
+            frames, state = self.decoder.decode(latents, state)
+            if waiting is not None:
+                yield np.asarray(waiting)[0]
+            waiting = frames
+        if waiting is not None:
+            yield np.asarray(waiting)[0]
+
+
+def _pieces(parts: Iterator[Array]) -> Iterator[Array]:
+    """Long clips in pieces, so that the first frames are seen before the last are decoded."""
+    for part in parts:
+        for start in range(0, part.shape[1], PIECE):
+            yield part[:, start : start + PIECE]

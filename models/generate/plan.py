@@ -1,0 +1,261 @@
+"""From settings to a plan: every default filled in, every size checked, before any weights are read."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from models.errors import UserError, user_input
+from models.generate.config import GenerateConfig
+from models.sampling import Rollout, Windows
+from models.wan import DenseAttention, MonarchAttention, WanConfig
+
+SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
+LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a checkpoint suggests where nothing is said.
+
+    Attributes:
+        mode: autoregressive, bidirectional or windows.
+        frames: Of the video.
+        height: In pixels.
+        width: In pixels.
+        fps: Frames per second.
+        sampler: In this mode.
+        steps: Calls of the network; None: the sampler's own number.
+        shift: Of the noise levels.
+        guidance: Of samplers that are not few-step.
+        window: In mode windows.
+    """
+
+    mode: str
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    sampler: str = "unipc"
+    steps: int | None = None
+    shift: float = 5.0
+    guidance: float = 5.0
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be computed.
+
+    Attributes:
+        config: The settings, complete: nothing is None or "auto" that has a default.
+        latents: (F, h, w) of the video's latents.
+        settings: Of the sampler.
+        attention: Of the model, one for all layers or one per layer.
+        spatial: Pixels per latent position.
+        temporal: Frames per latent after the first.
+    """
+
+    config: GenerateConfig
+    latents: tuple[int, int, int]
+    settings: Rollout | Windows
+    attention: DenseAttention | MonarchAttention | tuple[DenseAttention | MonarchAttention, ...]
+    spatial: int
+    temporal: int
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is a negative text."""
+        return self.settings.guidance != 1.0
+
+    @property
+    def first_block(self) -> int:
+        """Latent frames of the first block, or of a window's context: what a conditioning clip has by default."""
+        if isinstance(self.settings, Windows):
+            return self.settings.context
+        return 1 if self.settings.independent_first_frame else self.settings.block
+
+    def begins_with(self, frames: int) -> int:
+        """Latent frames of a clip to begin with, of so many frames.
+
+        Raises:
+            UserError: If they do not make whole latents and blocks, or leave nothing to generate.
+        """
+        count, over = divmod(frames - 1, self.temporal)
+        latents = count + 1
+        first = self.first_block
+        whole = latents >= first
+        if isinstance(self.settings, Rollout):
+            whole = whole and not (latents - first) % self.settings.block
+        if over or not whole:
+            step = self.settings.block if isinstance(self.settings, Rollout) else 1
+            good = [1 + (first + n * step - 1) * self.temporal for n in range(3)]
+            hint = ""
+            if frames == 1 and isinstance(self.settings, Rollout):
+                hint = "; a single image needs --independent-first-frame"
+            raise UserError(
+                f"condition has {frames} frames, which do not make whole blocks; {', '.join(map(str, good))}, ... do"
+                f" (--condition-frames){hint}"
+            )
+        if latents >= self.latents[0]:
+            raise UserError(f"condition has {frames} frames, which leaves none of frames {self.config.frames} to make")
+        return latents
+
+
+def make_plan(
+    config: GenerateConfig, *, defaults: Defaults, model: WanConfig, spatial: int = 8, temporal: int = 4
+) -> Plan:
+    """Fills in what was not said and checks what was.
+
+    Args:
+        config: As given.
+        defaults: Of the checkpoint.
+        model: Its sizes, and the attention stored with it.
+        spatial: Pixels per latent position.
+        temporal: Frames per latent after the first.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: If a size, a number of frames, a tile or a setting does not fit; the message names one that does.
+    """
+    config = _complete(config, defaults)
+    _check_model(model)
+    latents = (_latent_frames(config, temporal), *_latent_size(config, model, spatial))
+    with user_input():
+        if config.mode == "autoregressive":
+            settings: Rollout | Windows = Rollout(
+                sampler=config.sampler,
+                steps=config.steps,
+                shift=config.shift or 5.0,
+                guidance=config.guidance or 1.0,
+                block=config.block,
+                independent_first_frame=config.independent_first_frame,
+                window=config.window or _window(config, latents[0]),
+                sink_frames=config.sink_frames,
+            )
+        else:
+            settings = Windows(
+                sampler=config.sampler,
+                steps=config.steps,
+                shift=config.shift or 5.0,
+                guidance=config.guidance or 1.0,
+                window=config.window if config.mode == "windows" else None,
+                context=config.context,
+            )
+        attention = _attention(config, model)
+    plan = Plan(
+        config=dataclasses.replace(
+            config, window=settings.window, zoom=config.zoom or max(1, -(-SMALLEST_WIDTH // (config.width or 1)))
+        ),
+        latents=latents,
+        settings=settings,
+        attention=attention,
+        spatial=spatial,
+        temporal=temporal,
+    )
+    _check_tiles(plan, model)
+    return plan
+
+
+def _complete(config: GenerateConfig, defaults: Defaults) -> GenerateConfig:
+    """With the checkpoint's defaults."""
+    mode = defaults.mode if config.mode == "auto" else config.mode
+    if config.sampler != "auto":
+        sampler = config.sampler
+    elif mode == defaults.mode:
+        sampler = defaults.sampler
+    else:
+        sampler = "few-step" if mode == "autoregressive" else "unipc"
+    few = sampler == "few-step"
+    given = {name: getattr(config, name) for name in ("frames", "height", "width", "fps", "shift", "guidance", "steps")}
+    filled = {
+        "frames": defaults.frames,
+        "height": defaults.height,
+        "width": defaults.width,
+        "fps": defaults.fps,
+        "shift": defaults.shift,
+        "guidance": 1.0 if few else defaults.guidance,
+        "steps": 4 if few else defaults.steps or 50,
+    } | {name: value for name, value in given.items() if value is not None}
+    window = config.window
+    if mode == "windows" and window is None:
+        window = defaults.window
+        if window is None:
+            raise UserError("mode is 'windows', but there is no window; give --window, its number of latent frames")
+    return dataclasses.replace(config, mode=mode, sampler=sampler, window=window, **filled)
+
+
+def _check_model(model: WanConfig) -> None:
+    if model.in_channels != model.out_channels:
+        raise UserError(
+            f"checkpoint is of type {model.model_type}, with {model.in_channels} input channels; only text-to-video "
+            f"models can be sampled so far"
+        )
+
+
+def _latent_frames(config: GenerateConfig, temporal: int) -> int:
+    """Latent frames of the video; they must make whole blocks."""
+    first = 1 if config.independent_first_frame else 0
+    blocked = config.mode == "autoregressive"
+
+    def whole(frames: int) -> bool:
+        latents, over = divmod(frames - 1, temporal)
+        latents += 1
+        if over or latents < 1:
+            return False
+        return not blocked or (latents > first and (latents - first) % config.block == 0)
+
+    frames = config.frames or 1
+    if not whole(frames):
+        below = next((n for n in range(frames, 0, -1) if whole(n)), None)
+        above = next(n for n in range(frames, frames + 4 * temporal * config.block + 2) if whole(n))
+        nearest = f"{below} or {above}" if below else f"{above}"
+        rule = f"1 + {temporal} k" if temporal > 1 else "whole"
+        blocks = f", and {'after the first one ' if first else ''}whole blocks of {config.block} latent frames"
+        raise UserError(f"frames is {frames}; it must be {rule}{blocks if blocked else ''}; the nearest: {nearest}")
+    return 1 + (frames - 1) // temporal
+
+
+def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tuple[int, int]:
+    """Latent height and width."""
+    sizes = []
+    for name, patch in zip(("height", "width"), model.patch_size[1:], strict=True):
+        size, unit = getattr(config, name), spatial * patch
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise UserError(f"{name} is {size}, which is not a multiple of {unit}; the nearest that are: {nearest}")
+        sizes.append(size // spatial)
+    return sizes[0], sizes[1]
+
+
+def _window(config: GenerateConfig, latents: int) -> int | None:
+    """What a long video is rolled over with, in whole blocks; None if all of it fits."""
+    if latents <= LONGEST_WITHOUT_WINDOW:
+        return None
+    return max(1, LONGEST_WITHOUT_WINDOW // config.block) * config.block
+
+
+def _attention(config: GenerateConfig, model: WanConfig):
+    if config.attention == "dense":
+        return DenseAttention()
+    if config.attention == "stored":
+        return model.attention
+    return MonarchAttention(
+        tile=config.tile, blocks=config.blocks, num_iters=config.num_iters, implementation=config.implementation
+    )
+
+
+def _check_tiles(plan: Plan, model: WanConfig) -> None:
+    """Tiles must divide each block of tokens, the window and the sinks."""
+    settings = plan.settings
+    if isinstance(settings, Rollout):
+        counts = {settings.block, plan.first_block, settings.window or plan.latents[0]}
+    else:
+        counts = {settings.window or plan.latents[0]}
+    layers = plan.attention if isinstance(plan.attention, tuple) else (plan.attention,)
+    with user_input():
+        for setting in dict.fromkeys(layers):
+            if isinstance(setting, MonarchAttention):
+                for count in sorted(counts):
+                    setting.spec(model.token_grid(count, *plan.latents[1:]))

@@ -1,0 +1,197 @@
+"""`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from models.errors import UserError
+from models.generate.config import GenerateConfig, from_stored
+from train.commands import parse
+from train.run_folder import CONFIG_NAME, read_config
+
+if TYPE_CHECKING:
+    from models.generate.pipeline import VideoPipeline
+    from models.generate.plan import Defaults, Plan
+    from train.config import TrainConfig
+
+_GENERATE = """Make a video: frames are written, and shown with --stream, as they come.
+
+monarchrt generate --checkpoint Wan2.1-T2V-1.3B --prompt "a cat on a wall" --out cat.mp4
+
+monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --prompt "a cat" --tile 3 30 52
+
+monarchrt generate --checkpoint runs/demo/monarch --out demo.mp4 --stream
+
+monarchrt generate --from cat.mp4 --out again.mp4"""
+SEEN = 0  # held-out window whose first frames a run's video begins with
+
+
+class Material(NamedTuple):
+    """Everything that a video is made of."""
+
+    plan: "Plan"
+    pipeline: "VideoPipeline"
+    text: Any
+    negative: Any
+    initial: Any
+
+
+def generate_command(arguments: Sequence[str]) -> int:
+    """`monarchrt generate`."""
+    source = _option(arguments, "--from")
+    default = GenerateConfig()
+    if source is not None:
+        from models.media.writer import read_settings
+
+        default = from_stored(read_settings(source), source=source)
+    config = parse(GenerateConfig, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
+    if config.checkpoint is None:
+        raise UserError(
+            "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
+        )
+    from models.generate.make import check_outputs, make_video
+
+    check_outputs(config)
+    material = load_material(config)
+    plan, pipeline, text, negative, initial = material
+    result = make_video(pipeline, text, plan=plan, negative=negative, initial=initial)
+    rate = result.frames / result.seconds
+    _say(
+        f"{result.path}: {result.frames} frames in {result.seconds:.1f} s ({rate:.1f} frames/s), the first after "
+        f"{result.first_frame:.1f} s, compilation included"
+    )
+    if result.fidelity is not None:
+        psnr, ssim = result.fidelity
+        _say(f"{result.comparison}: next to dense attention; PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _option(arguments: Sequence[str], name: str) -> Path | None:
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+        if argument.startswith(f"{name}="):
+            return Path(argument.partition("=")[2])
+    return None
+
+
+def load_material(config: GenerateConfig) -> Material:
+    """Loads what the settings name: of a run folder, or of a Wan checkpoint.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Plan, pipeline, embeddings and the latents that the video begins with.
+
+    Raises:
+        UserError: If something is missing, or a setting does not fit; before any weights are read where possible.
+    """
+    path = Path(config.checkpoint or "")
+    run = read_config(path) if _is_run(path) else None
+    if run is not None:
+        return _load_run(config, path, run)
+    if path.is_dir() and (path / CONFIG_NAME).is_file() and not any(path.glob("*.safetensors")):
+        runs = [child.name for child in sorted(path.iterdir()) if _is_run(child)]
+        if runs:
+            raise UserError(f"checkpoint {path} holds several runs; give one of them, for example {path / runs[0]}")
+    if path.is_dir() and (runs := [child for child in sorted(path.iterdir()) if _is_run(child)]):
+        raise UserError(f"checkpoint {path} holds runs; give one of them: {', '.join(map(str, runs))}")
+    from models.generate.load import load_wan
+
+    return Material(*load_wan(config))
+
+
+def _is_run(path: Path) -> bool:
+    from train.checkpointing import FOLDER_NAME
+
+    return (path / CONFIG_NAME).is_file() and (path / FOLDER_NAME).is_dir()
+
+
+def run_defaults(run: "TrainConfig") -> "Defaults":
+    """How a run's network is sampled where nothing else is said: as it was trained."""
+    from models.generate.plan import Defaults
+
+    causal = run.model.override_values().get("causal_block") is not None
+    forced = run.objective.frames_per_level is not None
+    return Defaults(
+        mode="autoregressive" if causal else "windows" if forced else "bidirectional",
+        frames=4 * run.data.frames + 1 if forced and not causal else run.data.frames,
+        height=run.data.height,
+        width=run.data.width,
+        fps=8.0,
+        sampler="euler",
+        steps=20,
+        shift=run.objective.shift,
+        guidance=1.0,
+        window=run.data.frames,
+    )
+
+
+def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Material:
+    """A run folder: its network, its patch transform, an empty text, a held-out frame to begin with."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from models.generate.decoders import PatchDecoder
+    from models.generate.pipeline import VideoPipeline
+    from models.generate.plan import make_plan
+    from models.media.latents import PatchDCT
+    from train.checkpointing import Checkpoints
+    from train.model import build_model, model_settings
+    from train.state import split_model
+
+    if run.data.latents is not None:
+        raise UserError(
+            f"checkpoint {path} is a run on precomputed latents, which no decoder is known for; "
+            f"convert it, and give the folder with --components"
+        )
+    decoder = PatchDecoder(PatchDCT(patch=run.data.patch, whitening=run.data.whitening))
+    precision = "bf16" if config.precision == "bf16" else "fp32"
+    wan = model_settings(run.model, channels=decoder.channels, precision=precision)
+    causal = wan.causal_block
+    if config.mode in ("auto", "autoregressive") and causal is not None:
+        config = dataclasses.replace(config, block=causal)
+    plan = make_plan(config, defaults=run_defaults(run), model=wan, spatial=decoder.spatial, temporal=decoder.temporal)
+    if config.prompt or config.negative_prompt or config.embeddings:
+        _say(f"note: {path} was trained without text; the prompt does nothing")
+    initial = _begin(plan, decoder, run)
+    model = build_model(run.model, channels=decoder.channels, seed=0, precision=precision)
+    graph, params, fixed = split_model(model)
+    checkpoints = Checkpoints(path, keep=run.run.keep)
+    try:
+        params = checkpoints.restore_parameters(params)
+    finally:
+        checkpoints.close()
+    model = nnx.merge(graph, params, fixed).with_attention(plan.attention)
+    text = jnp.zeros((1, 1, wan.text_dim))
+    return Material(plan, VideoPipeline(model, decoder), text, None, initial)
+
+
+def _begin(plan: "Plan", decoder: Any, run: "TrainConfig") -> Any:
+    """Latents that a run's video begins with: of `condition`, or of the run's own held-out clip."""
+    from models.generate.load import condition_latents
+    from train.data import ClipWindows, open_source
+
+    if plan.config.condition is not None:
+        return condition_latents(plan, decoder)
+    if plan.config.mode == "bidirectional":
+        return None
+    try:
+        source = open_source(run.data)
+    except UserError as error:
+        _say(f"note: the run's clip cannot be read ({error}); the video begins with noise")
+        return None
+    size = (plan.config.height, plan.config.width)
+    if not isinstance(source, ClipWindows) or size != (run.data.height, run.data.width):
+        return None
+    frames = source.held_out_window(SEEN)[: plan.first_block]
+    if len(frames) < plan.first_block or plan.first_block >= plan.latents[0]:
+        return None
+    return decoder.encode(frames[None])
