@@ -107,20 +107,22 @@ class _Run:
             build = functools.partial(
                 build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
             )
-            self._check(nnx.eval_shape(build))
-            model = build()
+            model = nnx.eval_shape(build)
+            self._check(model)
+            # parameters that come from elsewhere are not drawn first: a large model would be held twice
+            if run.init_from is None or saved or jax.tree.leaves(split_model(model)[2]):
+                model = build()
             self.graph, params, fixed = split_model(model)
         else:
             self._check(model)
             # a step overwrites its input; the caller keeps the model that was given
             self.graph, *variables = split_model(model)
             params, fixed = jax.tree.map(jnp.copy, variables)
-        optimizer = make_optimizer(config.optimizer, steps=run.steps)
-        state = create_state(params, fixed, optimizer, seed=run.seed, ema=config.optimizer.ema_decay is not None)
-        self.state = self.placement.state(state)
+        self.optimizer = make_optimizer(config.optimizer, steps=run.steps)
+        self.state = self._new_state(params, fixed)
         self.step_fn: StepFn = make_train_step(
             self.graph,
-            optimizer,
+            self.optimizer,
             objective=config.objective,
             settings=config.optimizer,
             steps=run.steps,
@@ -195,20 +197,28 @@ class _Run:
 
         return check
 
+    def _new_state(self, params: Any, fixed: Any) -> TrainState:
+        """The state at step 0, placed; from parameters that are only shapes, shapes with their places."""
+        config = self.config
+        create = functools.partial(
+            create_state, seed=config.run.seed, ema=config.optimizer.ema_decay is not None, optimizer=self.optimizer
+        )
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            return self.placement.state(create(params, fixed))
+        shapes = jax.eval_shape(create, params, fixed)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self.placement.shardings(shapes),
+        )
+
     def _init_from(self, folder: Path) -> None:
         if (folder / FOLDER_NAME).is_dir():
             params = Checkpoints(folder).restore_parameters(self.state.params)
         else:
             model = nnx.merge(self.graph, self.state.params, self.state.fixed)
             params = pretrained_parameters(folder, model.config)
-        state = create_state(
-            params,
-            self.state.fixed,
-            make_optimizer(self.config.optimizer, steps=self.config.run.steps),
-            seed=self.config.run.seed,
-            ema=self.state.ema is not None,
-        )
-        self.state = self.placement.state(state)
+        self.state = self._new_state(params, self.state.fixed)
 
     def _step(self, step: int) -> None:
         run = self.config.run

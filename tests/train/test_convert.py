@@ -8,9 +8,10 @@ from flax import nnx
 from models.wan import MonarchAttention, WanModel, wan_config
 from models.wan.checkpoints import load_checkpoint, save_checkpoint
 from tests.clips import make_clip
-from train import cli
+from train import cli, loop
 from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.loop import train
+from train.model import build_model
 
 from .conftest import DATA
 
@@ -71,8 +72,16 @@ def test_help(command, capsys):
     assert f"monarchrt {command}" in capsys.readouterr().out
 
 
-def test_training_starts_from_a_checkpoint(tmp_path, capsys):
+def test_training_starts_from_a_checkpoint(tmp_path, capsys, monkeypatch):
     """`--init-from` takes a Wan checkpoint; its sizes must be the network's, its attention need not be."""
+
+    def traced_only(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        # a 1.3B model would be held twice if random parameters were drawn first
+        assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(model)))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", traced_only)
     clip = make_clip(tmp_path / "clip.mp4")
     overrides = {"num_layers": 1, "dim": 24, "num_heads": 2, "ffn_dim": 48, "in_channels": 48, "out_channels": 48}
     config = wan_config("tiny", attention=MonarchAttention(tile=(3, 1, 2)), **overrides)
