@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": Command("train.generate:generate_command", "make a video from a prompt, or with a run's network"),
     "inspect": Command("train.convert:inspect_command", "what a Wan checkpoint holds, and whether it is complete"),
     "convert": Command("train.convert:convert_command", "write a Wan checkpoint in another format"),
+    "tune": Command("train.tune:tune_command", "find the fastest settings of the Triton kernels on this GPU"),
 }
 
 

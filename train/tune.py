@@ -1,0 +1,109 @@
+"""`monarchrt tune`: finds the fastest settings of the Triton kernels for a video's attention on this machine's GPU."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+
+from models.errors import UserError
+from train.commands import parse
+
+MAX_ERROR = 1e-2  # relative Frobenius norm against the reference in float64, for bfloat16 inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Measure settings of the Triton kernels for one shape of attention, and keep the fastest.
+
+    monarchrt tune --grid 21 30 52 --tile 1 30 52
+
+    monarchrt tune --grid 21 30 52 --tile 1 30 52 --query-frames 3
+    """
+
+    grid: tuple[int, int, int]
+    """Latent frames, height and width in tokens, of the keys."""
+    tile: tuple[int, int, int]
+    """Frames, height and width of a tile; each divides the grid's."""
+    heads: int = 12
+    """Heads of the attention."""
+    dim: int = 128
+    """Size of a head."""
+    query_frames: int | None = None
+    """Frames of the queries if fewer than the grid's, as when decoding with a cache."""
+
+
+def tune_command(arguments: Sequence[str]) -> int:
+    """`monarchrt tune`."""
+    config = parse(TuneConfig, arguments, prog="monarchrt tune")
+    import jax
+
+    from monarch_jax.spec import MonarchSpec
+    from triton_kernels.tune import tune
+
+    frames = config.grid[0] if config.query_frames is None else config.query_frames
+    try:
+        spec = MonarchSpec(grid=(frames, *config.grid[1:]), key_frames=config.grid[0], tile=config.tile)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if frames > config.grid[0]:
+        raise UserError(f"query_frames={frames} is more than the {config.grid[0]} frames of grid")
+    if jax.default_backend() != "gpu":
+        raise UserError(
+            f"tune measures on a GPU, and JAX's default backend here is {jax.default_backend()!r}; run it on the "
+            f"machine with the GPU, with JAX for CUDA installed: pip install 'monarchrt[cuda]'"
+        )
+    tune(
+        grid=config.grid,
+        tile=spec.tile_shape,
+        heads=config.heads,
+        dim=config.dim,
+        query_frames=config.query_frames,
+        check=lambda found: check(config, found),
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    return 0
+
+
+def check(config: TuneConfig, found) -> None:
+    """Compares output and gradients on two tiles, one head, with the reference in float64.
+
+    Args:
+        config: The shape.
+        found: `triton_kernels.config.Configs` to check.
+
+    Raises:
+        UserError: If the kernels cannot serve the shape, or an error is above MAX_ERROR.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from monarch_jax import monarch_attention
+    from triton_kernels.config import use
+
+    grid = (2 * config.tile[0], *config.grid[1:])
+    shape = (1, grid[0] * grid[1] * grid[2], 1, config.dim)
+    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(1), 4)]
+
+    def results(implementation, *arrays):
+        attend = functools.partial(monarch_attention, grid=grid, tile=config.tile, implementation=implementation)
+
+        @jax.jit
+        def run(q, k, v, g):
+            out, vjp = jax.vjp(attend, q, k, v)
+            return out, *vjp(g)
+
+        return run(*arrays)
+
+    with use(found):
+        try:
+            ours = results("triton", *arrays)
+        except NotImplementedError as error:
+            raise UserError(str(error)) from None
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        expected = [np.asarray(x) for x in results("reference", *wide)]
+    for name, x, y in zip(("output", "dq", "dk", "dv"), ours, expected, strict=True):
+        error = float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y))
+        if not error <= MAX_ERROR:
+            raise UserError(f"{name} is off by {error:.1e} from the reference, more than {MAX_ERROR:.0e}, with {found}")
