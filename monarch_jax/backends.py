@@ -142,7 +142,8 @@ def _mosaic() -> Backend:
 
 
 def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
-    """The gradient of the kernels' forward pass, from the same residuals: Triton's where it is installed, else XLA's."""
+    """The gradient: the kernels' own, else Triton's where it is installed, else XLA's, all from the same residuals."""
+    import pallas_kernels
     import triton_kernels
     from monarch_jax import xla
 
@@ -158,7 +159,8 @@ _REGISTRY: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
 }
 IMPLEMENTATIONS = tuple(_REGISTRY)
-AUTOMATIC = ("xla",)  # what None tries, in order
+AUTOMATIC = ("xla",)  # what None tries, in order; "triton" goes first once the tests marked gpu have passed on a card
+_ON_CUDA = frozenset({"mosaic", "triton"})  # None takes these on NVIDIA GPUs only; by name they lower anywhere
 
 
 def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:
@@ -182,12 +184,26 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
     reasons = []
     for name in AUTOMATIC if implementation is None else (implementation,):
-        backend = _REGISTRY[name]()
-        reason = backend.supports(problem, q, k)
+        reason = None
+        if implementation is None and name in _ON_CUDA and not on_cuda():
+            reason = "it needs an NVIDIA GPU, which is not where JAX runs by default."
         if reason is None:
-            return backend
+            backend = _REGISTRY[name]()
+            reason = backend.supports(problem, q, k)
+            if reason is None:
+                return backend
         reasons.append(f"implementation={name!r} cannot run this call: {reason}")
     raise NotImplementedError(" ".join(reasons))
+
+
+def on_cuda() -> bool:
+    """Whether JAX runs on an NVIDIA GPU by default (`jax.default_device` counts)."""
+    chosen = jax.config.jax_default_device
+    platform = getattr(chosen, "platform", chosen) or jax.default_backend()
+    if platform not in ("gpu", "cuda"):
+        return False
+    device = jax.devices(platform)[0] if chosen is None or isinstance(chosen, str) else chosen
+    return "cuda" in device.client.platform_version.lower()
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
