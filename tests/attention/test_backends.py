@@ -1,11 +1,14 @@
 """The shared suite on the backends that run anywhere, and what is particular to each."""
 
+import importlib.util
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from monarch_jax import monarch_attention
-from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS
+from monarch_jax import backends, monarch_attention
+from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, Problem, choose, on_cuda
 from tests.attention.suite import AttentionSuite, inputs, value_and_grads
 
 
@@ -65,3 +68,51 @@ def test_a_backend_that_cannot_run_says_why(implementation):
     q, k, v, _ = inputs(0, (2, 3, 4))
     with pytest.raises(NotImplementedError, match=rf"implementation='{implementation}' cannot run this call: .{{10,}}"):
         monarch_attention(q, k, v, grid=(2, 3, 4), num_iters=2, implementation=implementation)
+
+
+def fake_gpu(monkeypatch, platform, version):
+    client = types.SimpleNamespace(platform_version=version)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(platform=platform, client=client)])
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "expected"),
+    [
+        ("gpu", "PJRT C API\ncuda 13000", True),
+        ("gpu", "PJRT C API\nrocm 60300", False),
+        ("cpu", "<unknown>", False),
+        ("tpu", "libtpu", False),
+    ],
+)
+def test_where_cuda_is(monkeypatch, platform, version, expected):
+    fake_gpu(monkeypatch, platform, version)
+    assert on_cuda() == expected
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # what the user asked for comes first
+        assert not on_cuda()
+
+
+def automatic(monkeypatch, *, cuda, installed=True, num_iters=1, b1=8):
+    """What None chooses once Triton is in the list."""
+    monkeypatch.setattr(backends, "AUTOMATIC", ("triton", "xla"))
+    monkeypatch.setattr(backends, "on_cuda", lambda: cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    x = jax.ShapeDtypeStruct((1, 2, b1, 8, 1, 64), jnp.bfloat16)
+    return choose(None, Problem(scale=1.0, num_iters=num_iters), x, x).name
+
+
+def test_triton_is_chosen_where_it_can_run(monkeypatch):
+    assert automatic(monkeypatch, cuda=True) == "triton"
+
+
+@pytest.mark.parametrize("change", [{"cuda": False}, {"installed": False}, {"num_iters": 2}, {"b1": 3}])
+def test_xla_is_chosen_where_triton_cannot_run(monkeypatch, change):
+    assert automatic(monkeypatch, **({"cuda": True} | change)) == "xla"
+
+
+def test_says_why_nothing_can_run(monkeypatch):
+    monkeypatch.setattr(backends, "AUTOMATIC", ("triton",))
+    x = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), jnp.bfloat16)
+    monkeypatch.setattr(backends, "on_cuda", lambda: False)
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: it needs an NVIDIA"):
+        choose(None, Problem(scale=1.0), x, x)
