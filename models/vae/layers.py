@@ -1,0 +1,199 @@
+"""The parts of the autoencoder: causal convolutions over explicit pasts, residual blocks, resampling.
+
+Arrays are channels last, [B, T, H, W, C]. A layer that looks back in time takes its past, the last frames of its
+earlier input, and returns the new one beside its output; zeros are the past of a clip's beginning. So a clip may come
+in pieces of any number of frames, and the result is the same.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+type Video = Float[Array, "_ _ _ _ _"]  # [B, T, H, W, C]
+type Past = Any  # a pytree of arrays [B, frames, H, W, C]
+# (rows before, after), (columns before, after)
+type Padding = tuple[tuple[int, int], tuple[int, int]]
+TORCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for convolutions
+
+
+class Conv(nnx.Module):
+    """Convolution over time, rows and columns that pads rows and columns only; time is the caller's.
+
+    It runs as a 2-D convolution (or a matrix product, if the kernel has one row and column) over frames, with the
+    kernel's steps in time side by side in the channels. XLA lays 2-D convolutions in half precision out channels last
+    on NVIDIA GPUs, as the tensor cores want them, but not 3-D ones.
+
+    Args:
+        features: Input channels.
+        out: Output channels.
+        kernel: Size in time, rows, columns.
+        strides: (time, rows and columns).
+        padding: Of rows and columns; None keeps their number.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+        rngs: Stream `params`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out: int,
+        kernel: tuple[int, int, int],
+        *,
+        strides: tuple[int, int] = (1, 1),
+        padding: Padding | None = None,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.strides = jnp.dtype(dtype), strides
+        rows, columns = kernel[1] // 2, kernel[2] // 2
+        self.padding = padding or ((rows, rows), (columns, columns))
+        self.kernel = nnx.Param(TORCH_INIT(rngs.params(), (*kernel, features, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+
+    @property
+    def past_frames(self) -> int:
+        """Frames before the first output that it looks at."""
+        return self.kernel.shape[0] - 1
+
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T_out H_out W_out D"]:
+        """Convolves; T_out = (T - kernel) / stride + 1."""
+        kernel = self.kernel[...].astype(self.dtype)
+        x, (steps, rows, columns, *_) = x.astype(self.dtype), kernel.shape
+        step, stride = self.strides
+        frames = (x.shape[1] - steps) // step + 1
+        taps = [jax.lax.slice_in_dim(x, k, k + (frames - 1) * step + 1, step, axis=1) for k in range(steps)]
+        x = jnp.concatenate(taps, axis=-1)
+        # [t, h, w, I, O] -> [h, w, t*I, O]
+        kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
+        if (rows, columns, stride) == (1, 1, 1):
+            y = x @ kernel[0, 0]
+        else:
+            planes = rearrange(x, "b t h w c -> (b t) h w c")
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(
+                planes, kernel, (stride, stride), self.padding, dimension_numbers=dimensions
+            )
+            y = rearrange(y, "(b t) h w c -> b t h w c", t=frames)
+        return y + self.bias[...].astype(self.dtype)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B P H W C"]:
+        """The past of a clip's beginning."""
+        return jnp.zeros((batch, self.past_frames, height, width, self.kernel.shape[3]), self.dtype)
+
+    def after(self, past: Float[Array, "B P H W C"], x: Float[Array, "B T H W C"]) -> tuple[Video, Past]:
+        """Convolves `x` as the continuation of `past`; returns as many frames, and the new past."""
+        x = jnp.concatenate([past, x.astype(self.dtype)], axis=1)
+        return self(x), x[:, x.shape[1] - past.shape[1] :]
+
+
+class ChannelNorm(nnx.Module):
+    """x / |x| over channels, times sqrt(C) and a weight; computed in float32 at least."""
+
+    def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.gamma = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Normalises; keeps the dtype."""
+        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        # |x| is at least 1e-12
+        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
+        gamma = self.gamma[...].astype(precise.dtype) * x.shape[-1] ** 0.5
+        return (precise * scale * gamma).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """norm, SiLU, convolution, twice, added to the input."""
+
+    def __init__(self, features: int, out: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = ChannelNorm(features, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = Conv(features, out, (3, 3, 3), **options)
+        self.norm2 = ChannelNorm(out, param_dtype=param_dtype, rngs=rngs)
+        self.conv2 = Conv(out, out, (3, 3, 3), **options)
+        if features != out:
+            self.shortcut = Conv(features, out, (1, 1, 1), **options)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """The past of a clip's beginning."""
+        return self.conv1.empty_past(batch, height, width), self.conv2.empty_past(batch, height, width)
+
+    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
+        """The next frames and the new past."""
+        y, past1 = self.conv1.after(past[0], jax.nn.silu(self.norm1(x)))
+        y, past2 = self.conv2.after(past[1], jax.nn.silu(self.norm2(y)))
+        return y + (self.shortcut(x) if hasattr(self, "shortcut") else x), (past1, past2)
+
+
+class FrameAttention(nnx.Module):
+    """One head of attention among the positions of each frame."""
+
+    def __init__(self, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = ChannelNorm(features, param_dtype=param_dtype, rngs=rngs)
+        self.to_qkv = Conv(features, 3 * features, (1, 1, 1), **options)
+        self.proj = Conv(features, features, (1, 1, 1), **options)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """It looks at no other frame."""
+        return ()
+
+    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
+        """The frames and the unchanged past."""
+        qkv = rearrange(self.to_qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c")
+        out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        b, t, h, w, _ = x.shape
+        return x + self.proj(rearrange(out, "(b t) (h w) 1 c -> b t h w c", b=b, t=t, h=h, w=w)), past
+
+
+class Upsample(nnx.Module):
+    """Twice the rows and columns at half the channels; if `temporal`, twice the frames before, but for the first."""
+
+    def __init__(self, features: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv = Conv(features, features // 2, (1, 3, 3), **options)
+        if temporal:
+            self.time_conv = Conv(features, 2 * features, (3, 1, 1), **options)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """The past of the second frame: the first is not part of it."""
+        return self.time_conv.empty_past(batch, height, width) if hasattr(self, "time_conv") else ()
+
+    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
+        """The next frames and the new past; `first` says that this is the first frame, alone."""
+        if hasattr(self, "time_conv") and not first:
+            y, past = self.time_conv.after(past, x)
+            x = rearrange(y, "b t h w (two c) -> b (t two) h w c", two=2)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return self.conv(x), past
+
+
+class Downsample(nnx.Module):
+    """Half the rows and columns; if `temporal`, then half the frames, but for the first."""
+
+    def __init__(self, features: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv = Conv(features, features, (1, 3, 3), strides=(1, 2), padding=((0, 1), (0, 1)), **options)
+        if temporal:
+            self.time_conv = Conv(features, features, (3, 1, 1), strides=(2, 1), **options)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """Room for one frame."""
+        if not hasattr(self, "time_conv"):
+            return ()
+        return self.time_conv.empty_past(batch, height // 2, width // 2)[:, :1]
+
+    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
+        """The next frames and the new past; `first` says that this is the first frame, alone."""
+        x = self.conv(x)
+        if not hasattr(self, "time_conv"):
+            return x, past
+        if first:
+            return x, x
+        joined = jnp.concatenate([past, x], axis=1)
+        return self.time_conv(joined), x[:, -1:]

@@ -1,0 +1,370 @@
+"""The Wan 2.1 autoencoder: video to latents and back, for whole clips or as a stream.
+
+A clip's first frame has a latent frame of its own; every further latent frame stands for 4. Nothing looks ahead in
+time, so both directions can run frame by frame, with what the convolutions remember in a pytree that goes in and comes
+out. Whole clips are a scan over the same step, `chunk` latent frames at a time: memory does not grow with the clip,
+and a stream gives the same frames.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Real
+
+from models.vae.config import VAEConfig
+from models.vae.layers import ChannelNorm, Conv, Downsample, FrameAttention, Past, ResidualBlock, Upsample, Video
+from monarch_jax.checks import positive
+
+
+class Head(nnx.Module):
+    """norm, SiLU, convolution: the last layer of both halves."""
+
+    def __init__(self, features: int, out: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = ChannelNorm(features, param_dtype=param_dtype, rngs=rngs)
+        self.conv = Conv(features, out, (3, 3, 3), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """The past of a clip's beginning."""
+        return self.conv.empty_past(batch, height, width)
+
+    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
+        """The next frames and the new past."""
+        return self.conv.after(past, jax.nn.silu(self.norm(x)))
+
+
+class Coder(nnx.Module):
+    """What encoder and decoder share: a first convolution, then blocks one after another."""
+
+    conv1: Conv
+
+    def blocks(self) -> list[Any]:
+        """The blocks after the first convolution, in order."""
+        raise NotImplementedError
+
+    def empty_past(self, batch: int, height: int, width: int) -> Past:
+        """The pasts of all layers at a clip's beginning, for inputs of `height` x `width`."""
+        pasts = [self.conv1.empty_past(batch, height, width)]
+        for block in self.blocks():
+            pasts.append(block.empty_past(batch, height, width))
+            if isinstance(block, Upsample):
+                height, width = 2 * height, 2 * width
+            elif isinstance(block, Downsample):
+                height, width = height // 2, width // 2
+        return tuple(pasts)
+
+    def __call__(self, x: Video, pasts: Past, *, first: bool) -> tuple[Video, Past]:
+        """The next frames and the new pasts; `first` says that this is the first frame, alone."""
+        x, past = self.conv1.after(pasts[0], x)
+        updated = [past]
+        for block, old in zip(self.blocks(), pasts[1:], strict=True):
+            x, past = block(x, old, first=first)
+            updated.append(past)
+        return x, tuple(updated)
+
+
+class Encoder(Coder):
+    """Pixels to the moments of the latents."""
+
+    def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = Conv(3, config.dim, (3, 3, 3), **options)
+        blocks: list[Any] = []
+        features = config.dim
+        for level, width in enumerate(config.widths):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(features, width, **options))
+                features = width
+            if level < len(config.temporal_downsample):
+                blocks.append(Downsample(width, temporal=config.temporal_downsample[level], **options))
+        self.downsamples = nnx.List(blocks)
+        self.middle = _middle(features, **options)
+        self.head = Head(features, 2 * config.z_dim, **options)
+
+    def blocks(self) -> list[Any]:
+        """The blocks after the first convolution, in order."""
+        return [*self.downsamples, *self.middle, self.head]
+
+
+class Decoder(Coder):
+    """Latents to pixels."""
+
+    def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        features = config.widths[-1]
+        self.conv1 = Conv(config.z_dim, features, (3, 3, 3), **options)
+        self.middle = _middle(features, **options)
+        blocks: list[Any] = []
+        temporal = config.temporal_downsample[::-1]
+        for level, width in enumerate(config.widths[::-1]):
+            for _ in range(config.num_res_blocks + 1):
+                blocks.append(ResidualBlock(features, width, **options))
+                features = width
+            if level < len(temporal):
+                blocks.append(Upsample(width, temporal=temporal[level], **options))
+                features = width // 2
+        self.upsamples = nnx.List(blocks)
+        self.head = Head(features, 3, **options)
+
+    def blocks(self) -> list[Any]:
+        """The blocks after the first convolution, in order."""
+        return [*self.middle, *self.upsamples, self.head]
+
+
+def _middle(features: int, **options):
+    return nnx.List(
+        [
+            ResidualBlock(features, features, **options),
+            FrameAttention(features, **options),
+            ResidualBlock(features, features, **options),
+        ]
+    )
+
+
+class WanVAE(nnx.Module):
+    """Causal video autoencoder of Wan 2.1 (Wan technical report, Section 4.1).
+
+    Example:
+        >>> from models.vae import vae_config
+        >>> vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
+        >>> video = jnp.zeros((1, 5, 16, 24, 3))
+        >>> latents = nnx.jit(WanVAE.encode)(vae, video)
+        >>> latents.shape, nnx.jit(WanVAE.decode)(vae, latents).shape
+        ((1, 2, 2, 3, 16), (1, 5, 16, 24, 3))
+
+    As a stream, each step one compiled program for all latent frames after the first:
+
+        >>> cache = vae.init_decoder_cache(1, 16, 24)
+        >>> first, cache = nnx.jit(WanVAE.decode_first)(vae, latents[:, :1], cache)
+        >>> rest, cache = nnx.jit(WanVAE.decode_next)(vae, latents[:, 1:], cache)
+        >>> first.shape, rest.shape
+        ((1, 1, 16, 24, 3), (1, 4, 16, 24, 3))
+
+    Args:
+        config: Sizes.
+        rngs: Stream `params`.
+        dtype: Of the convolutions and of the cache; norms, softmax and what goes in and out are float32 at least.
+        param_dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.encoder = Encoder(config, **options)
+        self.conv1 = Conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **options)
+        self.conv2 = Conv(config.z_dim, config.z_dim, (1, 1, 1), **options)
+        self.decoder = Decoder(config, **options)
+
+    @property
+    def precise_dtype(self) -> jnp.dtype:
+        """Dtype of latents and frames handed out: float32, or float64 in a float64 model."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    # Latents to frames
+
+    def decode(self, latents: Float[Array, "B F h w Z"], *, chunk: int = 4) -> Float[Array, "B T H W 3"]:
+        """Frames of a whole clip: a scan over `decode_next`, `chunk` latent frames at a time.
+
+        Args:
+            latents: Normalised latents.
+            chunk: Latent frames per step; more use more memory and may be faster.
+
+        Returns:
+            Frames in [-1, 1], float32 at least; T = 1 + 4 (F - 1), H = 8 h, W = 8 w.
+
+        Raises:
+            ValueError: If there is no frame, or the channels are not the model's.
+        """
+        positive("chunk", chunk)
+        self._check_latents(latents)
+        batch, _, h, w, _ = latents.shape
+        factor = self.config.spatial_factor
+        cache = self.init_decoder_cache(batch, h * factor, w * factor)
+        return _in_chunks(latents, cache, self.decode_first, self.decode_next, chunk)
+
+    def init_decoder_cache(self, batch: int, height: int, width: int) -> Past:
+        """The decoder's memory before the first latent frame.
+
+        Args:
+            batch: Clips at once.
+            height: Rows of pixels, a multiple of 8.
+            width: Columns of pixels, a multiple of 8.
+
+        Returns:
+            A pytree of zeros.
+
+        Raises:
+            ValueError: If height or width is not such a multiple.
+        """
+        _, h, w, _ = self.config.latent_shape(1, height, width)
+        return self.decoder.empty_past(positive("batch", batch), h, w)
+
+    def decode_first(self, latent: Float[Array, "B F h w Z"], cache: Past) -> tuple[Float[Array, "B 1 H W 3"], Past]:
+        """The first frame of a clip.
+
+        Args:
+            latent: The first latent frame, normalised.
+            cache: From `init_decoder_cache`.
+
+        Returns:
+            One frame in [-1, 1], and the cache for `decode_next`.
+
+        Raises:
+            ValueError: If there is not exactly one latent frame, or shapes do not fit the cache.
+        """
+        if latent.ndim == 5 and latent.shape[1] != 1:
+            raise ValueError(f"latent has {latent.shape[1]} frames; decode_first takes 1, decode_next the others.")
+        return self._decode(latent, cache, first=True)
+
+    def decode_next(self, latents: Float[Array, "B F h w Z"], cache: Past) -> tuple[Float[Array, "B T H W 3"], Past]:
+        """The frames after those decoded so far: 4 per latent frame.
+
+        Args:
+            latents: Any number of latent frames, normalised; each number is one compiled program.
+            cache: From `decode_first` or `decode_next`.
+
+        Returns:
+            T = 4 F frames in [-1, 1], and the new cache.
+
+        Raises:
+            ValueError: If shapes do not fit the cache.
+        """
+        return self._decode(latents, cache, first=False)
+
+    def _decode(self, latents: Array, cache: Past, *, first: bool) -> tuple[Array, Past]:
+        self._check_latents(latents)
+        known, given = cache[0].shape, latents.shape
+        if (known[0], *known[2:4]) != (given[0], *given[2:4]):
+            factor = self.config.spatial_factor
+            raise ValueError(
+                f"latents of batch {given[0]} and {given[2]} x {given[3]} positions do not fit the cache, made for "
+                f"batch {known[0]} and {known[2] * factor} x {known[3] * factor} pixels "
+                f"({known[2]} x {known[3]} positions); see init_decoder_cache."
+            )
+        mean, std = self._statistics()
+        z = latents.astype(self.precise_dtype) * std + mean
+        frames, cache = self.decoder(self.conv2(z), cache, first=first)
+        return jnp.clip(frames.astype(self.precise_dtype), -1, 1), cache
+
+    # Frames to latents
+
+    def encode(self, video: Real[Array, "B T H W C"], *, chunk: int = 4) -> Float[Array, "B F h w Z"]:
+        """Latents of a whole clip: a scan over `encode_next`, `chunk` latent frames at a time.
+
+        Args:
+            video: Frames in [-1, 1].
+            chunk: Latent frames per step.
+
+        Returns:
+            (mu - mean) / std, float32 at least; F = 1 + (T - 1) / 4, h = H / 8, w = W / 8. Nothing is sampled.
+
+        Raises:
+            ValueError: If T is not 1 + 4 k, H or W not a multiple of 8, or the channels not 3.
+        """
+        positive("chunk", chunk)
+        self._check_video(video)
+        batch, frames, height, width, _ = video.shape
+        self.config.latent_shape(frames, height, width)
+        cache = self.init_encoder_cache(batch, height, width)
+        return _in_chunks(video, cache, self.encode_first, self.encode_next, chunk * self.config.temporal_factor)
+
+    def init_encoder_cache(self, batch: int, height: int, width: int) -> Past:
+        """The encoder's memory before the first frame; arguments as `init_decoder_cache`."""
+        self.config.latent_shape(1, height, width)
+        return self.encoder.empty_past(positive("batch", batch), height, width)
+
+    def encode_first(self, frame: Real[Array, "B T H W C"], cache: Past) -> tuple[Float[Array, "B 1 h w Z"], Past]:
+        """The latent frame of a clip's first frame.
+
+        Args:
+            frame: In [-1, 1].
+            cache: From `init_encoder_cache`.
+
+        Returns:
+            One normalised latent frame, and the cache for `encode_next`.
+
+        Raises:
+            ValueError: If there is not exactly one frame, or shapes do not fit the cache.
+        """
+        if frame.ndim == 5 and frame.shape[1] != 1:
+            raise ValueError(f"frame has {frame.shape[1]} frames; encode_first takes 1, encode_next the others.")
+        return self._encode(frame, cache, first=True)
+
+    def encode_next(self, frames: Real[Array, "B T H W C"], cache: Past) -> tuple[Float[Array, "B F h w Z"], Past]:
+        """The latent frames after those so far, one for every 4 frames.
+
+        Args:
+            frames: In [-1, 1]; a multiple of 4.
+            cache: From `encode_first` or `encode_next`.
+
+        Returns:
+            Normalised latent frames, and the new cache.
+
+        Raises:
+            ValueError: If the frames are no multiple of 4, or shapes do not fit the cache.
+        """
+        time = self.config.temporal_factor
+        if frames.ndim == 5 and (frames.shape[1] % time or not frames.shape[1]):
+            raise ValueError(f"frames={frames.shape[1]} after the first are not a multiple of {time}.")
+        return self._encode(frames, cache, first=False)
+
+    def _encode(self, frames: Array, cache: Past, *, first: bool) -> tuple[Array, Past]:
+        self._check_video(frames)
+        known, given = cache[0].shape, frames.shape
+        if (known[0], *known[2:4]) != (given[0], *given[2:4]):
+            raise ValueError(
+                f"frames of batch {given[0]} and {given[2]} x {given[3]} pixels do not fit the cache, made for batch "
+                f"{known[0]} and {known[2]} x {known[3]}; see init_encoder_cache."
+            )
+        moments, cache = self.encoder(frames, cache, first=first)
+        mu = self.conv1(moments)[..., : self.config.z_dim].astype(self.precise_dtype)
+        mean, std = self._statistics()
+        return (mu - mean) / std, cache
+
+    # Shared
+
+    def _statistics(self) -> tuple[Array, Array]:
+        mean, std = (jnp.asarray(x, self.precise_dtype) for x in (self.config.latents_mean, self.config.latents_std))
+        return mean, std
+
+    def _check_latents(self, latents: Array) -> None:
+        if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or 0 in latents.shape:
+            raise ValueError(
+                f"latents have shape {latents.shape}; the decoder takes [B, F, h, w, {self.config.z_dim}], "
+                f"channels last."
+            )
+
+    def _check_video(self, video: Array) -> None:
+        if video.ndim != 5 or video.shape[-1] != 3 or 0 in video.shape:
+            raise ValueError(f"video has shape {video.shape}; the encoder takes [B, T, H, W, 3], channels last.")
+        if not jnp.issubdtype(video.dtype, jnp.floating):
+            raise ValueError(f"video has dtype {video.dtype}; the encoder takes floats in [-1, 1]: uint8 / 127.5 - 1.")
+
+
+def _in_chunks(x: Array, cache: Past, begin: Callable, step: Callable, chunk: int) -> Array:
+    """`begin` on the first frame, then a scan of `step` over pieces of `chunk` frames, then what is left over."""
+    first, cache = begin(x[:, :1], cache)
+    outputs, rest = [first], x[:, 1:]
+    count, left = divmod(rest.shape[1], chunk)
+    if count > 1:
+        pieces = rearrange(rest[:, : count * chunk], "b (n c) ... -> n b c ...", n=count)
+        cache, scanned = jax.lax.scan(lambda state, piece: step(piece, state)[::-1], cache, pieces)
+        outputs.append(rearrange(scanned, "n b c ... -> b (n c) ..."))
+    elif count:
+        out, cache = step(rest[:, :chunk], cache)
+        outputs.append(out)
+    if left:
+        out, cache = step(rest[:, count * chunk :], cache)
+        outputs.append(out)
+    return jnp.concatenate(outputs, axis=1)
