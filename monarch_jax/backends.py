@@ -148,6 +148,8 @@ def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
     from monarch_jax import xla
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (residuals.q, residuals.k)]
+    if pallas_kernels.supports_vjp(problem, *shapes) is None:
+        return pallas_kernels.vjp(problem, residuals, d_out)
     vjp = xla.vjp if triton_kernels.supports(problem, *shapes) else triton_kernels.vjp
     return vjp(problem, residuals, d_out)
 

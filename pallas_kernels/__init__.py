@@ -4,7 +4,7 @@ The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persiste
 compiled for CUDA on a machine without a card; nothing here asks what devices there are.
 """
 
-from pallas_kernels.config import forward_config, right_config
+from pallas_kernels.config import MOST_COLUMNS, MOST_ROWS, backward_config, forward_config, right_config
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -60,3 +60,63 @@ def forward(problem, q, k, v, visible):
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
         return run(q, k, v, visible.astype("int32"), scale=problem.scale, masked=problem.masked, config=config)
+
+
+def supports_vjp(problem, q, k) -> str | None:
+    """Why the kernels cannot compute the gradient of a call, or None when they can.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`.
+        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
+        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+
+    Returns:
+        The reason, or None.
+    """
+    _, _, rows, cols, _, _ = q.shape
+    if reason := supports(problem, q, k):
+        return reason
+    if rows > MOST_ROWS:
+        return f"b1={rows} rows are above {MOST_ROWS}, whose gradients fit a block's registers."
+    if cols > MOST_COLUMNS:
+        return f"b2={cols} columns are above {MOST_COLUMNS}, whose gradients fit a block's registers."
+    return None
+
+
+def vjp(problem, residuals, d_out):
+    """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
+
+    Args:
+        problem: `monarch_jax.backends.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        residuals: `monarch_jax.backends.Residuals`.
+        d_out: [B, A, b1, b2, H, D].
+
+    Returns:
+        dq [B, A, b1, b2, H, D], dk and dv [B, C, b1, b2, H, D], in the inputs' dtype.
+
+    Raises:
+        NotImplementedError: If `supports_vjp` gives a reason.
+    """
+    import jax
+
+    from pallas_kernels.backward_sm90 import backward
+
+    r = residuals
+    _, _, rows, cols, _, dim = r.q.shape
+    config = backward_config(rows, cols, dim)
+    if (reason := supports_vjp(problem, r.q, r.k)) or config is None:
+        raise NotImplementedError(reason)
+    with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
+        return backward(
+            r.q,
+            r.k,
+            r.v,
+            r.visible.astype("int32"),
+            r.out,
+            r.lse,
+            d_out.astype(r.q.dtype),
+            scale=problem.scale,
+            masked=problem.masked,
+            grad_tiles=problem.grad_tiles,
+            config=config,
+        )

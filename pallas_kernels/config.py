@@ -91,6 +91,98 @@ class LeftConfig:
         return self.stages * stage + query + self.warpgroups * ROWS * 4 + BARRIERS
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftBackwardConfig:
+    """The kernel that takes gradients back through L.
+
+    Attributes:
+        columns: Columns j that a block works on at a time.
+        row_blocks: Blocks of 64 rows i of each of them, all that there are; columns * row_blocks computing warpgroups,
+            one more loads.
+        stages: Blocks of 64 pairs of alpha and Y in flight.
+        blocks: Persistent blocks; one per multiprocessor.
+    """
+
+    columns: int = 2
+    row_blocks: int = 1
+    stages: int = 2
+    blocks: int = 132
+
+    def __post_init__(self):
+        _check_warpgroups(self.warpgroups)
+
+    @property
+    def warpgroups(self) -> int:
+        """Computing warpgroups."""
+        return self.columns * self.row_blocks
+
+    def shared_memory(self, dim: int) -> int:
+        """Bytes a block uses."""
+        query = self.warpgroups * (2 * ROWS * dim * 2 + 2 * ROWS * 4)
+        stage = self.columns * ROWS * (2 * dim * 2 + 4)
+        factors = self.warpgroups * ROWS * (ROWS * 2 * (2 if self.row_blocks > 1 else 1) + 4)
+        return query + self.stages * stage + factors + BARRIERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RightBackwardConfig:
+    """The kernel that takes gradients back through R, for keys and values.
+
+    Attributes:
+        stages: 64-row tiles of q, d_alpha and dY in flight.
+        blocks: Persistent blocks; one per multiprocessor.
+    """
+
+    stages: int = 3
+    blocks: int = 132
+
+    @property
+    def warpgroups(self) -> int:
+        """Computing warpgroups, one per tile at a time."""
+        return 2
+
+    def width(self, cols: int) -> int:
+        """Columns l of a product: a multiple of 8."""
+        return -(-cols // 8) * 8
+
+    def shared_memory(self, cols: int, dim: int) -> int:
+        """Bytes a block uses for tiles of `cols` columns."""
+        width = self.width(cols)
+        rows = self.stages * ROWS * (3 * dim * 2 + 4)
+        return rows + 2 * width * dim * 2 + self.warpgroups * 2 * width * ROWS * 2 + BARRIERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryConfig:
+    """The kernel that sums dq.
+
+    Attributes:
+        stages: Key rows, each with two tiles of the scores' gradient, in flight.
+        blocks: Persistent blocks; one per multiprocessor.
+    """
+
+    stages: int = 4
+    blocks: int = 132
+
+    @property
+    def warpgroups(self) -> int:
+        """Computing warpgroups, one per block of 64 columns."""
+        return 2
+
+    def width(self, cols: int) -> int:
+        """Columns l of a tile of the scores' gradient."""
+        return -(-cols // 8) * 8
+
+    def depth(self, cols: int) -> int:
+        """Columns l of a product."""
+        return -(-cols // SLAB) * SLAB
+
+    def shared_memory(self, cols: int, dim: int) -> int:
+        """Bytes a block uses for tiles of `cols` columns."""
+        stage = self.depth(cols) * (dim + self.warpgroups * ROWS) * 2
+        return self.stages * stage + self.warpgroups * ROWS * dim * 2 + BARRIERS
+
+
 @dataclasses.dataclass(frozen=True)
 class ColumnBlocks:
     """How the columns j of all query tiles fall into blocks of 64 rows of a matrix product.
@@ -197,3 +289,46 @@ def forward_config(rows: int, cols: int, dim: int) -> ForwardConfig | None:
     """The configuration for tiles of rows x cols tokens and heads of `dim`; None when nothing fits."""
     right = right_config(cols, dim)
     return None if right is None else ForwardConfig(right=right, left=left_config(rows, dim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardConfig:
+    """The kernels of the backward pass.
+
+    Attributes:
+        right: Makes alpha, c_L and Y again.
+        left: Back through L.
+        keys: Back through R, for keys and values.
+        query: Back through R, for queries.
+        chunk_bytes: Bytes of alpha and Y that may exist, and as many of their gradients, when a single head and query
+            tile does not need more.
+    """
+
+    right: RightConfig
+    left: LeftBackwardConfig
+    keys: RightBackwardConfig
+    query: QueryConfig
+    chunk_bytes: int = 768 * 2**20
+
+
+MOST_ROWS = 3 * ROWS  # b1 whose dq a block's registers hold
+MOST_COLUMNS = 96  # b2 whose dk and dv a block's registers hold beside the scores
+
+
+def backward_config(rows: int, cols: int, dim: int) -> BackwardConfig | None:
+    """The configuration for tiles of rows x cols tokens and heads of `dim`; None when nothing fits."""
+    right = right_config(cols, dim)
+    if right is None or rows > MOST_ROWS or cols > MOST_COLUMNS:
+        return None
+    if rows <= ROWS:
+        left = (LeftBackwardConfig(stages=n) for n in (4, 3, 2))
+    else:
+        left = (LeftBackwardConfig(columns=1, row_blocks=-(-rows // ROWS), stages=n) for n in (4, 3, 2))
+    keys = (RightBackwardConfig(stages=n) for n in (4, 3, 2))
+    query = (QueryConfig(stages=n) for n in (4, 3, 2))
+    return BackwardConfig(
+        right=right,
+        left=next(c for c in left if c.shared_memory(dim) <= SHARED_MEMORY),
+        keys=next(c for c in keys if c.shared_memory(cols, dim) <= SHARED_MEMORY),
+        query=next(c for c in query if c.shared_memory(cols, dim) <= SHARED_MEMORY),
+    )

@@ -66,7 +66,7 @@ def split_blocks(shape: tuple[int, ...], pairs: int, right: RightConfig, left: L
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """The arguments of a forward pass, shaped for both kernels, and the size of its chunks."""
 
     q: jax.Array
@@ -97,8 +97,8 @@ class _Call:
         q = self.q.reshape(batch, tiles, rows, cols, heads, *thin)
         k, v = (x.reshape(batch, self.pairs, cols, heads, *thin) for x in (self.k, self.v))
         role = right_role(
-            _like(q),
-            _like(k),
+            like(q),
+            like(k),
             scale=self.scale,
             heads=self.heads,
             tiles=self.tiles,
@@ -117,7 +117,7 @@ class _Call:
         alpha, y, c = made
         alpha, y = (x.reshape(-1, self.pairs, cols, slabs, SLAB) for x in (alpha, y))
         role = left_role(
-            _like(self.q),
+            like(self.q),
             self.pairs,
             scale=self.scale,
             heads=self.heads,
@@ -135,7 +135,8 @@ class _Call:
         return out.reshape(batch, self.tiles, rows, cols, self.heads, dim), lse
 
 
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Its shape and dtype."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -175,7 +176,7 @@ def forward(
     limit = config.limit(batch * heads * tiles * pair_bytes)
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     limits = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) * rows
-    call = _Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
+    call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
         return _chunk(call, 0, 0)
@@ -190,14 +191,14 @@ def forward(
     return lax.fori_loop(0, len(places), body, empty)
 
 
-def _chunk(call: _Call, head, tile) -> Pair:
+def _chunk(call: Call, head, tile) -> Pair:
     """One stage after the other."""
     (made,) = launch(call.right(head, tile))
     ((out, lse),) = launch(call.left(head, tile, made))
     return call.tiled(out, lse)
 
 
-def _beside(call: _Call, places: list[tuple[int, int]], result: Pair) -> Pair:
+def _beside(call: Call, places: list[tuple[int, int]], result: Pair) -> Pair:
     """Stage 1 of each chunk beside stage 2 of the one before: memory is written by the one and read by the other."""
     first, second = split_blocks(call.q.shape, call.pairs, call.config.right, call.config.left)
 

@@ -6,6 +6,7 @@ import pathlib
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if not pathlib.Path("/dev/nvidiactl").exists():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin may be installed, for compiling
+os.environ.setdefault("PJRT_NPROC", "16")  # an interpreted GPU kernel stands still with fewer threads than it has
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile far more than they run
 
 import pytest

@@ -39,9 +39,9 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 import pallas_kernels
-from monarch_jax.backends import Problem
+from monarch_jax.backends import Problem, Residuals
 
-rows, cols, tiles, dim, masked = (int(x) for x in sys.argv[1:])
+rows, cols, tiles, dim, masked, gradient = (int(x) for x in sys.argv[1:])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
@@ -49,10 +49,47 @@ def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 x = struct(1, tiles, rows, cols, 12, dim)
-run = lambda q, k, v, visible: pallas_kernels.forward(Problem(scale=0.1, masked=bool(masked)), q, k, v, visible)
-compiled = jax.jit(run).trace(x, x, x, struct(tiles, dtype=jnp.int32)).lower().compile()
+visible, lse = struct(tiles, dtype=jnp.int32), struct(1, tiles, rows, cols, 12, dtype=jnp.float32)
+problem = Problem(scale=0.1, masked=bool(masked))
+if gradient:
+    run = lambda *x: pallas_kernels.vjp(problem, Residuals(*x[:-1]), x[-1])
+    inputs = (x, x, x, visible, x, lse, x)
+else:
+    run = lambda *x: pallas_kernels.forward(problem, *x)
+    inputs = (x, x, x, visible)
+compiled = jax.jit(run).trace(*inputs).lower().compile()
 print("scratch", compiled.memory_analysis().temp_size_in_bytes)
 """
+
+
+def compile_and_read(folder, *arguments):
+    """(registers, spilled bytes) of each kernel and the scratch bytes of the program.
+
+    In a process of its own: the CUDA plugin and the folder for the compiler's reports are set before JAX starts.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_RESOURCES": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *(str(int(x)) for x in arguments)],
+        input=H200,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = []
+    for path in sorted(folder.glob("*.ptxas")):
+        report = path.read_text()
+        assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
+        numbers = (re.search(x, report).group(1) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        found.append(tuple(map(int, numbers)))
+    return found, int(re.search(r"scratch (\d+)", done.stdout).group(1))
 
 
 @pytest.mark.parametrize(
@@ -66,31 +103,29 @@ print("scratch", compiled.memory_analysis().temp_size_in_bytes)
     ],
 )
 def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
-    """In a process of its own: the CUDA plugin and the folder for the compiler's reports are set before JAX starts."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_RESOURCES": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    arguments = [str(int(x)) for x in (rows, cols, tiles, dim, masked)]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        input=H200,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = [path.read_text() for path in sorted(tmp_path.glob("*.ptxas"))]
-    assert len(reports) == 2
-    for report in reports:
-        registers = int(re.search(r"Used (\d+) registers", report).group(1))
-        stores = int(re.search(r"(\d+) bytes spill stores", report).group(1))
+    kernels, scratch = compile_and_read(tmp_path, rows, cols, tiles, dim, masked, False)
+    assert len(kernels) == 2
+    for registers, spilled in kernels:
         assert registers <= 168  # 65536 registers over the threads of a block
-        assert stores <= 400  # scalars kept across the loop, a few percent of its instructions
-        assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
-    scratch = int(re.search(r"scratch (\d+)", done.stdout).group(1))
+        assert spilled <= 400  # scalars kept across the loop, a few percent of its instructions
+    assert scratch <= 1700 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "tiles", "dim", "masked", "most"),
+    [
+        (30, 52, 21, 128, False, 80),
+        pytest.param(30, 52, 21, 128, True, 200, marks=pytest.mark.slow),
+        pytest.param(90, 52, 7, 128, False, 400, marks=pytest.mark.slow),
+        pytest.param(45, 80, 21, 128, False, 400, marks=pytest.mark.slow),
+        pytest.param(135, 80, 7, 128, False, 1100, marks=pytest.mark.slow),  # three warpgroups of 160 registers
+        pytest.param(52, 30, 21, 64, False, 80, marks=pytest.mark.slow),
+    ],
+)
+def test_gradient_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked, most):
+    kernels, scratch = compile_and_read(tmp_path, rows, cols, tiles, dim, masked, True)
+    assert len(kernels) == 4  # alpha and Y again, back through L, through R to keys and values, and to queries
+    for registers, spilled in kernels:
+        assert registers <= 168
+        assert spilled <= most
     assert scratch <= 1700 * 2**20

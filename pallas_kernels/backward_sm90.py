@@ -1,0 +1,137 @@
+"""The backward pass on Hopper: for one chunk of heads and query tiles after another, four kernels.
+
+alpha, c_L and Y are made again (`right_sm90`), the output's gradient goes back through L (`left_backward_sm90`) and
+through R to keys and values (`right_backward_sm90`) and to queries (`query_sm90`). Every gradient is summed in one
+place in one order: no atomics, the same bits in every run. Memory beyond inputs and outputs is bounded.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
+from pallas_kernels.forward_sm90 import Call, chunk_sizes, like
+from pallas_kernels.left_backward_sm90 import LOG2E, left_backward_role
+from pallas_kernels.query_sm90 import query_role
+from pallas_kernels.right_backward_sm90 import right_backward_role
+from pallas_kernels.shared import launch
+
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    scale: float,
+    masked: bool,
+    grad_tiles: int | None,
+    config: BackwardConfig,
+) -> Gradients:
+    """The gradients of q, k and v.
+
+    Args:
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A].
+        out: The forward pass's output, as q.
+        lse: Its log-sum-exp [B, A, b1, b2, H].
+        d_out: The output's gradient, as q.
+        scale: Softmax scale.
+        masked: Whether `visible` may hide a key tile.
+        grad_tiles: dk and dv are wanted for so many of the last visible key tiles and zero elsewhere; None: for all.
+        config: Sizes.
+
+    Returns:
+        dq, as q, dk and dv, as k.
+    """
+    batch, tiles, rows, cols, heads, dim = q.shape
+    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, config.chunk_bytes)
+    visible = jnp.minimum(visible, k.shape[1]).astype(jnp.int32)
+    forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
+    call = Call(q, k, v, visible * rows, chunk_heads, chunk_tiles, scale, masked, forward)
+    stats = _stats(out, lse, d_out, config)
+    first = jnp.int32(0) if grad_tiles is None else (visible.max() - grad_tiles) * rows
+    wanted = jnp.stack([first, visible.max() * rows])
+    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
+    if len(places) == 1:
+        return _chunk(call, d_out, stats, wanted, config, 0, 0)
+    summed = chunk_tiles < tiles
+    key_dtype = jnp.float32 if summed else k.dtype
+
+    def body(n, carry):
+        head, tile = jnp.array(places, jnp.int32)[n]
+        found = _chunk(call, d_out, stats, wanted, config, head, tile)
+        return _add(carry, found, head, tile, summed)
+
+    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros(k.shape, key_dtype), jnp.zeros(k.shape, key_dtype))
+    dq, dk, dv = lax.fori_loop(0, len(places), body, start)
+    return dq, dk.astype(k.dtype), dv.astype(k.dtype)
+
+
+def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardConfig) -> jax.Array:
+    """lse in units of log 2 and delta = <dO, O>, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
+    rows, cols = out.shape[2:4]
+    delta = jnp.einsum("baijhd,baijhd->baijh", d_out, out, preferred_element_type=jnp.float32)
+    more_rows = config.left.row_blocks * ROWS - rows
+    more_cols = -cols % config.left.columns
+
+    def padded(x, value):
+        x = x.astype(jnp.float32).transpose(0, 4, 1, 3, 2)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more_cols), (0, more_rows)), constant_values=value)
+
+    return jnp.stack([padded(lse * LOG2E, jnp.inf), padded(delta, 0.0)], axis=4)
+
+
+def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile) -> Gradients:
+    """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
+    batch, _, rows, cols, heads, dim = call.q.shape
+    slabs, pairs = dim // SLAB, call.pairs
+    sizes = dict(scale=call.scale, heads=call.heads, tiles=call.tiles, masked=call.masked)
+    (made,) = launch(call.right(head, tile))
+    alpha, y, c = made
+    mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
+    flat = (-1, *mid[2:])
+    columns = (batch, -1, rows, cols * heads, slabs, SLAB)
+    inputs = (
+        call.q.reshape(columns),
+        d_out.reshape(columns),
+        alpha.reshape(flat),
+        y.reshape(flat),
+        c,
+        stats,
+        call.limits,
+        call.start(head, tile),
+    )
+    role = left_backward_role(like(call.q), pairs, config=config.left, **sizes)
+    ((d_alpha, d_y, d_c, dq),) = launch((role, inputs))
+
+    q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
+    k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
+    start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
+    role = right_backward_role(like(q), like(k), config=config.keys, **sizes)
+    ((dk, dv, dz),) = launch((role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start)))
+    dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
+    del sizes["scale"]
+    role = query_role(like(q), like(k), config=config.query, **sizes)
+    (found,) = launch((role, (k, dz, dq, call.limits, start)))
+    return found[0].reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
+
+
+def _add(whole: Gradients, parts: Gradients, head, tile, summed: bool) -> Gradients:
+    """A chunk's dq into the whole one, and its dk and dv added to those of its heads."""
+    zero, head, tile = jnp.int32(0), jnp.int32(head), jnp.int32(tile)
+    dq = lax.dynamic_update_slice(whole[0], parts[0], (zero, tile, zero, zero, head, zero))
+    at = (zero, zero, zero, zero, head, zero)
+    found = [dq]
+    for sums, part in zip(whole[1:], parts[1:], strict=True):
+        if summed:
+            part = lax.dynamic_slice(sums, at, part.shape) + part.astype(sums.dtype)
+        found.append(lax.dynamic_update_slice(sums, part, at))
+    return found[0], found[1], found[2]

@@ -1,0 +1,293 @@
+"""Back through L on Hopper: gradients of alpha, c_L and Y, and the part of dq through L, with wgmma and TMA.
+
+For one query tile, head and column j, with x = s <Q[i], alpha[n]> - c_L[n] over the pairs n = (c, k),
+P = exp(x - lse[i]) and dX = P * (<dO[i], Y[n]> - delta[i]), these are dY = P^T dO, d_alpha = s dX^T Q,
+d_c = -sum_i dX and dQ = s dX alpha.
+A persistent block streams alpha and Y past the rows of one or more columns, dQ stays in registers, and dY and d_alpha
+leave from the shared memory that Y and alpha came in. Rows of products are the 64 pairs of a block, columns are i.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import shared
+from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.shared import Role
+
+LOG2E = math.log2(math.e)
+
+
+def left_backward_role(
+    q: jax.ShapeDtypeStruct,
+    pairs: int,
+    *,
+    scale: float,
+    heads: int,
+    tiles: int,
+    masked: bool,
+    config: LeftBackwardConfig,
+) -> Role:
+    """Takes gradients of a chunk of query tiles and heads back through L.
+
+    Inputs of the role: q [B, A, b1, b2*H, D/64, 64]; the output's gradient, alike; alpha [X, C*b1, b2, D/64, 64],
+    X = B * heads * tiles; Y as alpha; c_L [B * heads, items, 64, P] as `right_role` leaves it; stats float32
+    [B, H, A, b2 or more, 2, b1 or more], the log-sum-exp in units of log 2, infinite beyond b1, and delta = <dO, O>;
+    limits, int32 [A], the pairs that a query tile sees, read when `masked`; start, int32 [3], the chunk's first head
+    and query tile.
+
+    Outputs: the gradients of alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its columns where
+    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, b1 or more, 64, D], likewise. What
+    belongs to pairs that are not seen is not written.
+
+    Args:
+        q: [B, A, b1, b2, H, D], before its last axes are split.
+        pairs: C*b1.
+        scale: Softmax scale.
+        heads: Heads of the chunk.
+        tiles: Query tiles of the chunk.
+        masked: Whether limits may be below C*b1.
+        config: Sizes.
+
+    Returns:
+        The role.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    batch, _, _, cols, all_heads, dim = q.shape
+    slabs, depth = dim // SLAB, ROWS
+    groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
+    split = column_blocks(cols, tiles, masked)
+    column_groups = -(-cols // columns)
+    count = batch * heads * tiles
+    items = count * column_groups
+    blocks = min(config.blocks, items)
+    dtype, f32 = q.dtype, jnp.float32
+    layout = plgpu.Layout.WGMMA
+    kinds = 2 if row_blocks > 1 else 1
+    outputs_of = [(kind, n) for kind in range(2) for n in range(slabs)]  # slabs of dY and of d_alpha
+
+    def run(block, inputs, outputs, scratch):
+        q, g, alpha, y, c, stats, limits, start = inputs
+        d_alpha, d_y, d_c, dq = outputs
+        smem, c_in, stats_in, sums, q_full, q_free, full, free, made, used = scratch
+        (rows_mma, mid_mma, p_mma), (rows_in, mid_in, _) = shared.tile_views(smem)
+        group = lax.axis_index("group")
+        head0, tile0 = start[0], start[1]
+        turns = lax.div(items - block + blocks - 1, blocks)
+
+        def place(t):
+            """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
+            item = block + t * blocks
+            x = lax.div(item, column_groups)
+            tile = lax.rem(x, tiles)
+            limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
+            where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
+            return x, where, lax.rem(item, column_groups) * columns, limit
+
+        def store_d_c(x, i, j, value):
+            """The gradient of c_L for the pairs of step i, where `right_backward` finds it with one copy per pair."""
+
+            @pl.when(j < cols)
+            def _():
+                block_of, row = split.place(lax.rem(x, tiles), j)
+                d_c[lax.div(x, tiles), block_of, pl.ds(i * depth, depth), row] = value
+
+        @pl.when(group < groups)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            plgpu.barrier_arrive(q_free)
+            for s in range(stages):
+                plgpu.barrier_arrive(free.at[s])
+            if row_blocks > 1:
+                plgpu.barrier_arrive(used)
+            my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
+
+            def item(t, done):
+                x, _, column, limit = place(t)
+                j = column + my_column
+                steps = lax.div(limit + depth - 1, depth)
+                plgpu.barrier_wait(q_full)
+                acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), f32), layout) for _ in range(slabs)]
+
+                def step(i, acc):
+                    slot = lax.rem(done + i, stages)
+                    plgpu.barrier_wait(full.at[slot])
+
+                    def mine_of(kind, n):
+                        return mid_mma.at[slot, kind, my_column, n]
+
+                    def scores(x_acc, d_p_acc):
+                        for n in range(slabs):
+                            plgpu.wgmma(x_acc, mine_of(1, n), rows_mma.at[group, 1, n].transpose((1, 0)))
+                        for n in range(slabs):
+                            plgpu.wgmma(d_p_acc, mine_of(0, n), rows_mma.at[group, 0, n].transpose((1, 0)))
+                        return x_acc[...], d_p_acc[...]
+
+                    x_s, d_p = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((depth, ROWS), f32)] * 2)
+                    bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(1), optimized=False)
+                    pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
+                    bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
+                    lse, delta = (
+                        plgpu.load(stats_in.at[group, n], layout=layout.reduce(0), optimized=False) for n in range(2)
+                    )
+                    x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
+                    p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
+                    d_x = p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))
+                    p, d_x = p.astype(dtype), d_x.astype(dtype)
+                    total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
+
+                    if row_blocks > 1:
+                        plgpu.barrier_wait(used)
+                        p_mma[group, 0] = p
+                        sums[group] = total
+                    else:
+                        store_d_c(x, i, j, total)
+                    p_mma[group, kinds - 1] = d_x
+                    plgpu.commit_smem()
+
+                    def query(accs):
+                        for n in range(slabs):
+                            plgpu.wgmma(accs[n], p_mma.at[group, kinds - 1].transpose((1, 0)), mine_of(1, n))
+
+                    acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
+                    if row_blocks > 1:  # every warpgroup has read alpha and Y and written its P and dX
+                        plgpu.barrier_arrive(made)
+                        plgpu.barrier_wait(made)
+
+                        @pl.when(my_rows == row_blocks - 1)
+                        def _():
+                            of_column = [my_column * row_blocks + r for r in range(row_blocks)]
+                            parts = [
+                                plgpu.load(sums.at[r], layout=layout.reduce(1), optimized=False) for r in of_column
+                            ]
+                            store_d_c(x, i, j, sum(parts[1:], start=parts[0]))
+
+                    def output(kind, n):
+                        """A slab of dY (kind 0) or d_alpha (kind 1) replaces that of Y or alpha and leaves."""
+
+                        def multiply(acc):
+                            if row_blocks > 1:
+                                for r in range(row_blocks):
+                                    other = my_column * row_blocks + r
+                                    plgpu.wgmma(acc, p_mma.at[other, kind], rows_mma.at[other, kind, n])
+                            else:
+                                plgpu.wgmma(acc, (p, d_x)[kind], rows_mma.at[group, kind, n])
+                            return acc[...]
+
+                        value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((depth, SLAB), f32))
+                        value = value * scale if kind else value
+                        mid_mma[slot, kind, my_column, n] = value.astype(dtype)
+
+                    def send(kind, n):
+                        @pl.when(j < cols)
+                        def _():
+                            target = (d_y, d_alpha)[kind].at[x, pl.ds(i * depth, depth), j, n]
+                            plgpu.copy_smem_to_gmem(mid_in.at[slot, kind, my_column, n], target)
+
+                    def mine(do):
+                        for index, (kind, n) in enumerate(outputs_of):
+                            if row_blocks == 1:
+                                do(kind, n)
+                            else:
+                                pl.when(my_rows == index * row_blocks // len(outputs_of))(
+                                    lambda kind=kind, n=n: do(kind, n)
+                                )
+
+                    mine(output)
+                    if row_blocks > 1:
+                        plgpu.barrier_arrive(used)
+                    plgpu.commit_smem()
+                    mine(send)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(free.at[slot])
+                    return acc
+
+                acc = lax.fori_loop(0, steps, step, acc)
+                plgpu.barrier_arrive(q_free)
+
+                @pl.when(j < cols)
+                def _():
+                    block_of, row = split.place(lax.rem(x, tiles), j)
+                    span = pl.ds(my_rows * ROWS, ROWS)
+                    for n in range(slabs):
+                        dq[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = acc[n] * scale
+
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+            if row_blocks > 1:
+                plgpu.barrier_wait(used)
+
+        @pl.when(group == groups)
+        def _():
+            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+
+            def item(t, done):
+                x, (entry, head, tile), column, limit = place(t)
+                steps = lax.div(limit + depth - 1, depth)
+                plgpu.barrier_wait(q_free)
+                for n in range(groups):
+                    j = column + n // row_blocks
+                    span = pl.ds(n % row_blocks * ROWS + x * 0, ROWS)  # past the end of b1 rows, so not static
+                    for kind, source in enumerate((g, q)):
+                        box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
+                        plgpu.copy_gmem_to_smem(box, rows_in.at[n, kind].transpose((1, 0, 2)), q_full)
+                    box = stats.at[entry, head0 + head, tile0 + tile, j, :, span]
+                    plgpu.copy_gmem_to_smem(box, stats_in.at[n], q_full)
+
+                def load(i, _):
+                    slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
+                    plgpu.barrier_wait(free.at[slot])
+                    for kind, source in enumerate((y, alpha)):
+                        box = source.at[x, span, pl.ds(column, columns)]
+                        plgpu.copy_gmem_to_smem(box, mid_in.at[slot, kind].transpose((2, 0, 1, 3)), full.at[slot])
+                    for n in range(columns):
+                        block_of, row = split.place(tile, column + n)
+                        box = c.at[lax.div(x, tiles), block_of, row, span]
+                        plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], full.at[slot])
+                    return ()
+
+                lax.fori_loop(0, steps, load, ())
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            plgpu.barrier_wait(q_free)
+            for s in range(stages):
+                plgpu.barrier_wait(free.at[s])
+
+    shapes = (
+        (groups, 2, slabs, ROWS, SLAB),  # dO and q
+        (stages, 2, columns, slabs, depth, SLAB),  # Y and alpha, then their gradients
+        (groups, kinds, depth, ROWS),  # P, kept in registers where no other warpgroup needs it, and dX
+    )
+    struct = jax.ShapeDtypeStruct
+    gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
+    padded = -(-pairs // depth) * depth
+    return Role(
+        run,
+        outputs=(
+            gradient,
+            gradient,
+            struct((batch * heads, split.items, padded, ROWS), f32),
+            struct((batch * heads, split.items, row_blocks * ROWS, ROWS, dim), f32),
+        ),
+        scratch=(
+            shared.tile_scratch(shapes, dtype, SLAB),
+            plgpu.SMEM((stages, columns, depth), f32),
+            plgpu.SMEM((groups, 2, ROWS), f32),
+            plgpu.SMEM((groups, depth), f32),
+            plgpu.Barrier(num_arrivals=3 * groups),
+            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=2 + columns, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=groups),
+        ),
+        groups=groups,
+        blocks=blocks,
+    )

@@ -1,0 +1,130 @@
+"""The Mosaic GPU backward pass without a card: what it refuses, sizes, numbers in the interpreter, lowering."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+from monarch_jax import monarch_attention, xla
+from monarch_jax.backends import Problem, Residuals
+from pallas_kernels.backward_sm90 import backward
+from pallas_kernels.config import SHARED_MEMORY, LeftBackwardConfig, backward_config
+from tests.attention.suite import error
+from tests.kernels.mosaic_interpreter import interpreted
+from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+
+
+def cut(config, blocks=2):
+    """A configuration with few persistent blocks, so that small problems keep them all busy for several turns."""
+    parts = {name: getattr(config, name) for name in ("right", "left", "keys", "query")}
+    return dataclasses.replace(config, **{n: dataclasses.replace(x, blocks=blocks) for n, x in parts.items()})
+
+
+def compare(monkeypatch, shape, key_tiles, visible=None, *, races=False, grad_tiles=None, dtype=jnp.bfloat16, **sizes):
+    """The kernels' gradients against XLA's in float32; key tiles that no query sees hold NaN."""
+    q, k, v = tiles(0, shape, key_tiles, dtype)
+    g = jax.random.normal(jax.random.key(1), shape).astype(dtype)
+    masked = visible is not None
+    visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
+    problem = Problem(scale=shape[-1] ** -0.5, masked=masked)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    out, lse = xla.forward(problem, *wide, visible)
+    expected = list(xla.vjp(problem, Residuals(*wide, visible, out, lse), g.astype(jnp.float32)))
+    axis = jnp.arange(key_tiles)[:, None, None, None, None]
+    k, v = (jnp.where(axis < visible.max(), x, jnp.nan) for x in (k, v))
+    if grad_tiles:
+        expected[1:] = [jnp.where(axis >= visible.max() - grad_tiles, x, 0) for x in expected[1:]]
+    config = dataclasses.replace(cut(backward_config(shape[2], shape[3], shape[-1])), **sizes)
+    options = dict(scale=problem.scale, masked=masked, grad_tiles=grad_tiles, config=config)
+    with interpreted(monkeypatch, detect_races=races) as found_races:
+        found = jax.block_until_ready(backward(q, k, v, visible, out.astype(dtype), lse, g, **options))
+        assert not races or not found_races()
+    for name, x, y in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        assert x.dtype == dtype
+        assert error(x, y) < (1e-2 if dtype == jnp.bfloat16 else 2e-3), name
+
+
+def test_numbers_and_no_races_in_the_interpreter(monkeypatch):
+    """Of three key tiles one query tile sees one, the other two; one has gradients, and one holds NaN."""
+    compare(monkeypatch, (1, 2, 1, 33, 1, 64), 3, (1, 2), grad_tiles=1, races=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "key_tiles", "visible", "sizes"),
+    [
+        ((1, 2, 3, 40, 1, 64), 2, None, dict(dtype=jnp.float16)),
+        ((1, 2, 2, 33, 1, 64), 3, (1, 2), dict(grad_tiles=1)),
+        ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
+        ((1, 4, 2, 80, 1, 64), 1, None, {}),  # a whole block each and a shared one, products deeper than b2
+        ((1, 2, 70, 33, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
+        ((1, 1, 130, 33, 1, 128), 1, None, {}),  # three
+        ((1, 2, 3, 40, 2, 128), 2, (1, 2), {}),
+        ((2, 2, 2, 40, 2, 64), 2, (1, 2), dict(chunk_bytes=2**14)),  # one head and query tile at a time
+    ],
+)
+def test_more_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
+    compare(monkeypatch, shape, key_tiles, visible, **sizes)
+
+
+def test_configurations_fit_a_block():
+    for dim, cols, rows in itertools.product((64, 128), (1, 30, 45, 52, 64, 80, 90, 96), (1, 30, 45, 64, 90, 135, 192)):
+        config = backward_config(rows, cols, dim)
+        assert config is not None
+        assert config.left.row_blocks * 64 >= rows
+        for size in (
+            config.left.shared_memory(dim),
+            *(x.shared_memory(cols, dim) for x in (config.keys, config.query)),
+        ):
+            assert size <= SHARED_MEMORY
+    with pytest.raises(ValueError, match="4 computing warpgroups"):
+        LeftBackwardConfig(columns=2, row_blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((1, 1, 200, 2, 1, 64), "b1=200 rows are above 192"), ((1, 1, 2, 104, 1, 64), "b2=104 columns are above 96")],
+)
+def test_larger_tiles_take_another_gradient(shape, reason):
+    problem, q = Problem(scale=1.0), jnp.zeros(shape, jnp.bfloat16)
+    assert pallas_kernels.supports(problem, q, q) is None
+    assert reason in pallas_kernels.supports_vjp(problem, q, q)
+    residuals = Residuals(q, q, q, jnp.ones(1, jnp.int32), q, jnp.zeros(shape[:-1]))
+    with pytest.raises(NotImplementedError, match=reason):
+        pallas_kernels.vjp(problem, residuals, q)
+
+
+@pytest.mark.parametrize(("rows", "cols", "count"), PAPER)
+@pytest.mark.parametrize("masked", [False, True])
+def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
+    x, lse = tokens(1, count, rows, cols, 12, 128), tokens(1, count, rows, cols, 12, dtype=jnp.float32)
+    visible = jax.ShapeDtypeStruct((count,), jnp.int32)
+
+    def run(q, k, v, visible, out, lse, g):
+        return pallas_kernels.vjp(Problem(scale=0.1, masked=masked), Residuals(q, k, v, visible, out, lse), g)
+
+    assert lower(run, x, x, x, visible, x, lse, x).count("mosaic_gpu_v2") == 4
+
+
+def test_causal_gradient_under_vmap_lowers():
+    def loss(*x):
+        out = monarch_attention(*x, grid=(6, 10, 13), causal_block=3, implementation="mosaic")
+        return out.astype(jnp.float32).sum()
+
+    stacked = tokens(2, 1, 780, 2, 128)
+    assert lower(jax.vmap(jax.grad(loss, (0, 1, 2))), stacked, stacked, stacked).count("mosaic_gpu_v2") == 6
+
+
+def test_gradient_of_tiles_too_large_is_tritons():
+    pytest.importorskip("jax_triton")
+    x = tokens(1, 3 * 4 * 104, 2, 64)
+    run = functools.partial(monarch_attention, grid=(3, 4, 104), implementation="mosaic")
+    text = lower(jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2)), x, x, x)
+    assert "mosaic_gpu_v2" in text
+    assert "triton_kernel_call_ffi" in text
