@@ -1,0 +1,216 @@
+"""Reading umT5 encoders: Wan's `.pth`, and transformers' `text_encoder/` folder, sharded or not."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from models.checkpoints.reading import (
+    Entry,
+    Layout,
+    Progress,
+    Shardings,
+    fill_model,
+    match_names,
+    open_tensors,
+    parameter_shapes,
+    read_entries,
+    some,
+    weights_file,
+)
+from models.checkpoints.tensor_files import TensorFile
+from models.umt5.config import UMT5Config
+from models.umt5.encoder import UMT5Encoder
+
+# ours, official, transformers, layout
+type Rows = tuple[tuple[str, str, str, Layout], ...]
+OUTER: Rows = (
+    ("token_embedding", "token_embedding.weight", "shared.weight", "vector"),
+    ("norm.scale", "norm.weight", "encoder.final_layer_norm.weight", "vector"),
+)
+P, A, F = "blocks.{i}", "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
+BLOCK: Rows = (
+    ("blocks.norm1.scale", f"{P}.norm1.weight", f"{A}.layer_norm.weight", "vector"),
+    *((f"blocks.attn.{x}.kernel", f"{P}.attn.{x}.weight", f"{A}.SelfAttention.{x}.weight", "linear") for x in "qkvo"),
+    (
+        "blocks.attn.bias",
+        f"{P}.pos_embedding.embedding.weight",
+        f"{A}.SelfAttention.relative_attention_bias.weight",
+        "vector",
+    ),
+    ("blocks.norm2.scale", f"{P}.norm2.weight", f"{F}.layer_norm.weight", "vector"),
+    ("blocks.ffn.gate.kernel", f"{P}.ffn.gate.0.weight", f"{F}.DenseReluDense.wi_0.weight", "linear"),
+    ("blocks.ffn.fc1.kernel", f"{P}.ffn.fc1.weight", f"{F}.DenseReluDense.wi_1.weight", "linear"),
+    ("blocks.ffn.fc2.kernel", f"{P}.ffn.fc2.weight", f"{F}.DenseReluDense.wo.weight", "linear"),
+)
+TIED = "encoder.embed_tokens.weight"  # transformers may write the embedding under this name too, or only
+FIXED = {
+    "model_type": "umt5",
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
+
+
+def umt5_entries(config: UMT5Config) -> list[Entry]:
+    """Every tensor of an encoder's checkpoint, with its official and its transformers name.
+
+    Example:
+        >>> from models.umt5 import umt5_config
+        >>> len(umt5_entries(umt5_config("xxl")))
+        242
+
+    Args:
+        config: The number of layers is used.
+
+    Returns:
+        One entry per tensor.
+    """
+    entries = [
+        Entry(tuple(ours.split(".")), None, {"official": official, "transformers": theirs}, layout)
+        for ours, official, theirs, layout in OUTER
+    ]
+    for layer in range(config.num_layers):
+        for ours, official, theirs, layout in BLOCK:
+            names = {
+                "official": official.replace("{i}", str(layer)),
+                "transformers": theirs.replace("{i}", str(layer)),
+            }
+            entries.append(Entry(tuple(ours.split(".")), layer, names, layout))
+    return entries
+
+
+def load_umt5(
+    path: str | Path,
+    *,
+    config: UMT5Config | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike | None = None,
+    sharding: jax.sharding.Sharding | Shardings | None = None,
+    progress: Progress | None = None,
+) -> UMT5Encoder:
+    """Loads an encoder, one tensor at a time; its sizes are those of the tensors.
+
+    Example:
+        >>> encoder = load_umt5("Wan2.1-T2V-1.3B", param_dtype="bfloat16")  # doctest: +SKIP
+
+    Args:
+        path: `models_t5_umt5-xxl-enc-bf16.pth`, another file or folder with an encoder's weights, a folder that holds
+            that file, or diffusers' pipeline folder with `text_encoder/`.
+        config: What the caller expects; None takes the tensors' sizes.
+        dtype: Compute dtype.
+        param_dtype: Of the parameters; None keeps the file's (float32 if it is mixed).
+        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
+            which must not be split).
+        progress: Called with name, bytes done and bytes in total after each tensor.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: If there is no such file, it lacks tensors, has others, or one is of another shape.
+    """
+    file_path = find_umt5(path)
+    file = open_tensors(file_path)
+    naming = _naming(file_path, file)
+    config = config or _described(file_path, file, naming)
+    _check_settings(file_path)
+    entries = umt5_entries(config)
+    ignore: tuple[str, ...] = ()
+    if naming == "transformers" and TIED in file.infos:
+        if "shared.weight" in file.infos:
+            ignore = (TIED,)
+        else:
+            entries[0] = Entry(entries[0].path, None, {"transformers": TIED}, "vector")
+    if param_dtype is None:
+        dtypes = {info.dtype.name for info in file.infos.values()}
+        param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    model = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    shapes = parameter_shapes(model)
+    match_names(file, entries, shapes, where=file_path, naming=naming, model="a umT5 encoder", ignore=ignore)
+    arrays = read_entries(file, entries, naming, progress=progress)
+    return fill_model(model, arrays, dtype=jnp.dtype(param_dtype), sharding=sharding)
+
+
+def find_umt5(path: str | Path) -> Path:
+    """The file with an encoder's weights.
+
+    Args:
+        path: As `load_umt5`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"path={str(path)!r} does not exist; give models_t5_umt5-xxl-enc-bf16.pth or a folder that holds it or "
+            f"text_encoder/."
+        )
+    if path.is_file():
+        return path
+    if (path / "text_encoder").is_dir():
+        path = path / "text_encoder"
+    named = sorted(path.glob("models_t5*.pth")) + sorted(path.glob("models_t5*.safetensors"))
+    return named[0] if len(named) == 1 else weights_file(path, preferred=("model", "pytorch_model"))
+
+
+def _naming(path: Path, file: TensorFile) -> str:
+    if any(name.startswith("encoder.block.") for name in file.infos):
+        if decoder := [name for name in file.infos if name.startswith("decoder.")]:
+            raise ValueError(f"{path} is a whole umT5 with {some(decoder, 1)}; give an encoder alone.")
+        return "transformers"
+    if any(".pos_embedding." in name for name in file.infos):
+        return "official"
+    raise ValueError(f"{path} is not a umT5 encoder: it holds {some(list(file.infos))}.")
+
+
+def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:
+    """The sizes read off the tensors' shapes."""
+    layer = re.compile(r"(?:encoder\.block|blocks)\.(\d+)\.")
+    layers = 1 + max(int(match[1]) for name in file.infos if (match := layer.match(name)))
+
+    def size(row: tuple[str, str, str, Layout], axis: int) -> int:
+        name = row[1 if naming == "official" else 2].replace("{i}", "0")
+        if name == "shared.weight" and name not in file.infos:
+            name = TIED
+        if name not in file.infos:
+            raise ValueError(f"{path} lacks {name}, one of the tensors of a umT5 encoder.")
+        shape = file.infos[name].shape
+        if len(shape) != 2:
+            raise ValueError(f"{path}: {name} has shape {shape}, not two axes.")
+        return shape[axis]
+
+    rows = {row[0]: row for row in OUTER + BLOCK}
+    return UMT5Config(
+        vocab_size=size(rows["token_embedding"], 0),
+        dim=size(rows["token_embedding"], 1),
+        attention_dim=size(rows["blocks.attn.q.kernel"], 0),
+        ffn_dim=size(rows["blocks.ffn.gate.kernel"], 0),
+        num_heads=size(rows["blocks.attn.bias"], 1),
+        num_buckets=size(rows["blocks.attn.bias"], 0),
+        num_layers=layers,
+    )
+
+
+def _check_settings(path: Path) -> None:
+    """Raises ValueError if transformers' `config.json` beside the file says what the tensors cannot and is not ours."""
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return
+    try:
+        settings = json.loads(beside.read_text())
+    except ValueError as error:
+        raise ValueError(f"{beside} is not JSON: {error}.") from error
+    if not isinstance(settings, dict) or "d_kv" not in settings:
+        return  # the official folder's config.json is the transformer's
+    for name, value in FIXED.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{beside}: {name}={settings[name]!r} is not supported; umT5 has {value!r}.")

@@ -1,0 +1,85 @@
+"""What a umT5 encoder is: its sizes, and the presets."""
+
+import dataclasses
+
+from monarch_jax.checks import one_of, positive, suggestion
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """Sizes of a umT5 encoder (Chung et al. 2023, arXiv:2304.09151; the T5 v1.1 layer with a bias table per layer).
+
+    Example:
+        >>> umt5_config("xxl").num_heads
+        64
+
+    Attributes:
+        vocab_size: Rows of the token embedding.
+        dim: Width D of the residual stream.
+        attention_dim: Width of queries, keys and values over all heads.
+        ffn_dim: Hidden width of the gated feed-forward layers.
+        num_heads: Attention heads.
+        num_layers: Layers.
+        num_buckets: Rows of each layer's table of relative position biases, half of them for each direction.
+        max_distance: Distance from which on all positions share a bucket.
+        eps: Of the RMSNorms.
+
+    Raises:
+        ValueError: If a size is invalid.
+    """
+
+    vocab_size: int
+    dim: int
+    attention_dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.name != "eps":
+                positive(field.name, getattr(self, field.name))
+        if self.eps <= 0:
+            raise ValueError(f"eps={self.eps} is not positive.")
+        if self.attention_dim % self.num_heads:
+            raise ValueError(f"attention_dim={self.attention_dim} is not a multiple of num_heads={self.num_heads}.")
+        if self.num_buckets % 4:
+            raise ValueError(f"num_buckets={self.num_buckets} is not a multiple of 4; umT5 has 32.")
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"max_distance={self.max_distance} is not above num_buckets / 4 = {self.num_buckets // 4}."
+            )
+
+
+PRESETS: dict[str, UMT5Config] = {
+    "xxl": UMT5Config(vocab_size=256_384, dim=4096, attention_dim=4096, ffn_dim=10_240, num_heads=64, num_layers=24),
+    "tiny": UMT5Config(vocab_size=384, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2),
+}
+
+
+def umt5_config(name: str, /, **overrides) -> UMT5Config:
+    """A preset by name, with fields replaced.
+
+    Example:
+        >>> umt5_config("tiny", dim=48).dim
+        48
+
+    Args:
+        name: One of `PRESETS`.
+        **overrides: Fields of `UMT5Config`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If the preset or a field is unknown, or a value is invalid.
+    """
+    one_of("preset", name, PRESETS)
+    fields = [field.name for field in dataclasses.fields(UMT5Config)]
+    for field in overrides:
+        if field not in fields:
+            raise ValueError(f"{field!r} is not a field of UMT5Config; {suggestion(field, fields)}")
+    return dataclasses.replace(PRESETS[name], **overrides)

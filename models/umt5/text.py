@@ -1,0 +1,143 @@
+"""Prompts to the embeddings that Wan's transformer takes, and files of them."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.checkpoints.tensor_files import SafetensorsFile, TensorInfo, write_safetensors
+from models.errors import UserError
+from models.umt5.encoder import UMT5Encoder
+from models.umt5.tokenizer import Tokenizer
+
+FORMAT = "monarchrt text embeddings"
+
+
+@nnx.jit
+def _encode(encoder: UMT5Encoder, ids: Array, mask: Array) -> Array:
+    return jnp.where(mask[..., None], encoder(ids, mask), 0)
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    *,
+    encoder: UMT5Encoder,
+    tokenizer: Tokenizer,
+    length: int = 512,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Float[Array, "B L D"]:
+    """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan cuts and pads, which is the same).
+
+    Prompts are encoded one at a time, by one compiled program.
+
+    Args:
+        prompts: Texts.
+        encoder: The encoder.
+        tokenizer: Its tokenizer.
+        length: Rows per prompt.
+        warn: Called with a line for each prompt that is cut.
+
+    Returns:
+        [B, length, D] in the encoder's compute dtype.
+
+    Raises:
+        UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not.
+    """
+    ids, mask = tokenizer(prompts, length=length, warn=warn)
+    if ids.max() >= encoder.config.vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {ids.max()}; the encoder knows {encoder.config.vocab_size}: they do not belong "
+            f"together"
+        )
+    rows = [_encode(encoder, jnp.asarray(ids[i : i + 1]), jnp.asarray(mask[i : i + 1])) for i in range(len(ids))]
+    return jnp.concatenate(rows)
+
+
+def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarray]) -> Path:
+    """Writes embeddings of prompts to a safetensors file, without their zero rows at the end.
+
+    Example:
+        >>> import tempfile
+        >>> path = save_embeddings(tempfile.mkdtemp() + "/text.safetensors", {"a cat": np.ones((5, 4), np.float32)})
+        >>> {prompt: array.shape for prompt, array in load_embeddings(path, length=8).items()}
+        {'a cat': (8, 4)}
+
+    Args:
+        path: The file, replaced if it exists; folders above it are made.
+        embeddings: By prompt, [L, D].
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: If there are none, one is not [L, D] of floats, or the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    if not embeddings:
+        raise UserError(f"no embeddings were given to write to {path}")
+    arrays: dict[str, np.ndarray] = {}
+    metadata = {"format": FORMAT}
+    for i, (prompt, embedding) in enumerate(embeddings.items()):
+        array = np.asarray(jax.device_get(embedding))
+        if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(
+                f"the embedding of {prompt!r} is {array.dtype}{list(array.shape)}; it must be floats [L, D]"
+            )
+        used = np.flatnonzero(array.any(axis=1))
+        name = f"embedding.{i:04}"
+        arrays[name] = array[: used[-1] + 1 if used.size else 1]
+        metadata |= {f"{name}.prompt": prompt, f"{name}.rows": str(len(array))}
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
+            pass
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str, np.ndarray]:
+    """Reads a file of `save_embeddings`.
+
+    Args:
+        path: The file.
+        length: Rows to pad each embedding to with zeros; None gives as many as were saved, 512 by default.
+
+    Returns:
+        Embeddings [L, D] by prompt, in the order saved and in the dtype saved.
+
+    Raises:
+        UserError: If there is no such file, it is another kind of file, or an embedding has more rows than `length`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"path={str(path)!r} is not a file of text embeddings; it does not exist")
+    try:
+        file = SafetensorsFile(path)
+    except ValueError as error:
+        raise UserError(f"{path} is not a file of text embeddings: {error}") from error
+    if file.metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a file of text embeddings; make one with save_embeddings")
+    embeddings = {}
+    for name in sorted(file.infos):
+        array = file.read(name)
+        try:
+            prompt = file.metadata[f"{name}.prompt"]
+            rows = int(file.metadata[f"{name}.rows"]) if length is None else length
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} does not say which prompt {name} is of; make it anew") from error
+        if len(array) > rows:
+            raise UserError(f"{path}: the embedding of {prompt!r} has {len(array)} rows, more than {rows}")
+        embeddings[prompt] = np.concatenate([array, np.zeros((rows - len(array), array.shape[1]), array.dtype)])
+    return embeddings
