@@ -1,10 +1,10 @@
 """Tiled Monarch attention as Mosaic GPU kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
 
 The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persistent blocks. They can be lowered and
-compiled for CUDA on a machine without a card; nothing here asks what devices there are.
+compiled for CUDA on a machine without a card. Sizes measured on a card (`tuning`) come before those of `config`.
 """
 
-from pallas_kernels.config import MOST_COLUMNS, MOST_ROWS, backward_config, forward_config, right_config
+from pallas_kernels.config import MOST_COLUMNS, MOST_ROWS, right_config
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -52,10 +52,11 @@ def forward(problem, q, k, v, visible):
     """
     import jax
 
+    from pallas_kernels import tuning
     from pallas_kernels.forward_sm90 import forward as run
 
     _, _, rows, cols, _, dim = q.shape
-    config = forward_config(rows, cols, dim)
+    config = tuning.forward(rows, cols, dim)
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
@@ -99,11 +100,12 @@ def vjp(problem, residuals, d_out):
     """
     import jax
 
+    from pallas_kernels import tuning
     from pallas_kernels.backward_sm90 import backward
 
     r = residuals
     _, _, rows, cols, _, dim = r.q.shape
-    config = backward_config(rows, cols, dim)
+    config = tuning.backward(rows, cols, dim)
     if (reason := supports_vjp(problem, r.q, r.k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit

@@ -5,6 +5,8 @@ through R to keys and values (`right_backward_sm90`) and to queries (`query_sm90
 place in one order: no atomics, the same bits in every run. Memory beyond inputs and outputs is bounded.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -93,7 +95,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile)
     """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
     batch, _, rows, cols, heads, dim = call.q.shape
     slabs, pairs = dim // SLAB, call.pairs
-    sizes = dict(scale=call.scale, heads=call.heads, tiles=call.tiles, masked=call.masked)
+    sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
     (made,) = launch(call.right(head, tile))
     alpha, y, c = made
     mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
@@ -109,16 +111,15 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile)
         call.limits,
         call.start(head, tile),
     )
-    role = left_backward_role(like(call.q), pairs, config=config.left, **sizes)
+    role = left_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
     ((d_alpha, d_y, d_c, dq),) = launch((role, inputs))
 
     q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
     k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
     start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
-    role = right_backward_role(like(q), like(k), config=config.keys, **sizes)
+    role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
     ((dk, dv, dz),) = launch((role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start)))
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    del sizes["scale"]
     role = query_role(like(q), like(k), config=config.query, **sizes)
     (found,) = launch((role, (k, dz, dq, call.limits, start)))
     return found[0].reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv

@@ -107,7 +107,7 @@ def left_backward_role(
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
             def item(t, done):
-                x, _, column, limit = place(t)
+                x, _where, column, limit = place(t)
                 j = column + my_column
                 steps = lax.div(limit + depth - 1, depth)
                 plgpu.barrier_wait(q_full)

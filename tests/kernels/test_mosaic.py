@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,16 @@ import pytest
 import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem
-from pallas_kernels.config import SHARED_MEMORY, ForwardConfig, column_blocks, left_config, right_config
+from pallas_kernels import tuning
+from pallas_kernels.config import (
+    SHARED_MEMORY,
+    ForwardConfig,
+    backward_config,
+    column_blocks,
+    forward_config,
+    left_config,
+    right_config,
+)
 from pallas_kernels.forward_sm90 import chunk_sizes, forward
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
@@ -73,6 +83,35 @@ def test_every_column_has_a_place_of_its_own(cols, masked):
     places = set(zip(items.tolist(), rows.tolist(), strict=True))
     assert len(places) == count * cols
     assert all(0 <= item < split.items and 0 <= row < 64 for item, row in places)
+
+
+def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
+    entry = {"forward": {"beside": True, "left": {"stages": 2}}, "backward": {"keys": {"stages": 2}}}
+    (tmp_path / "NVIDIA_H200.json").write_text(json.dumps({tuning.shape_key(30, 52, 128): entry}))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning._entries.cache_clear()
+    found = tuning.forward(30, 52, 128)
+    assert found == dataclasses.replace(
+        forward_config(30, 52, 128), beside=True, left=dataclasses.replace(left_config(30, 128), stages=2)
+    )
+    assert tuning.backward(30, 52, 128).keys.stages == 2
+    assert tuning.forward(45, 80, 128) == forward_config(45, 80, 128)
+    tuning._entries.cache_clear()
+    with pytest.raises(TypeError, match="unknown"):
+        tuning.changed(found, {"unknown": 1})
+
+
+def test_tuned_files_fit_a_block():
+    for path in tuning.FOLDER.glob("*.json"):
+        for key, entry in json.loads(path.read_text()).items():
+            rows, cols, dim = (int(x.partition("=")[2]) for x in key.split())
+            forward = tuning.changed(forward_config(rows, cols, dim), entry.get("forward", {}))
+            backward = tuning.changed(backward_config(rows, cols, dim), entry.get("backward", {}))
+            assert forward.right.shared_memory(cols, dim) <= SHARED_MEMORY
+            assert forward.left.shared_memory(dim) <= SHARED_MEMORY
+            assert backward.left.shared_memory(dim) <= SHARED_MEMORY
+            assert backward.keys.shared_memory(cols, dim) <= SHARED_MEMORY
+            assert backward.query.shared_memory(cols, dim) <= SHARED_MEMORY
 
 
 def test_chunks_bound_the_intermediates():

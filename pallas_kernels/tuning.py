@@ -1,0 +1,75 @@
+"""Sizes measured on a card, as data: tuned/<device kind>.json, used where present instead of the heuristics."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from pallas_kernels.config import BackwardConfig, ForwardConfig, backward_config, forward_config
+
+FOLDER = pathlib.Path(__file__).parent / "tuned"
+DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors
+
+
+def shape_key(rows: int, cols: int, dim: int) -> str:
+    """Key of an entry.
+
+    Example:
+        >>> shape_key(30, 52, 128)
+        'b1=30 b2=52 dim=128'
+    """
+    return f"b1={rows} b2={cols} dim={dim}"
+
+
+def forward(rows: int, cols: int, dim: int) -> ForwardConfig | None:
+    """The forward pass's sizes for the local card, or for an H200 where there is none; None when nothing fits."""
+    return _choose(forward_config(rows, cols, dim), "forward", shape_key(rows, cols, dim))
+
+
+def backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
+    """The backward pass's sizes, as `forward`."""
+    return _choose(backward_config(rows, cols, dim), "backward", shape_key(rows, cols, dim))
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """A configuration with changes, nested ones as dictionaries.
+
+    Example:
+        >>> found = changed(forward_config(30, 52, 128), {"beside": True, "left": {"stages": 3}})
+        >>> found.beside, found.left.stages, found.left.columns
+        (True, 3, 2)
+
+    Args:
+        config: A dataclass of `pallas_kernels.config`.
+        changes: Fields to values; the changes of a field that is a dataclass are a dictionary.
+
+    Returns:
+        The changed configuration.
+
+    Raises:
+        TypeError: If a field does not exist.
+        ValueError: If the changed sizes do not fit each other.
+    """
+    new = {}
+    for name, value in changes.items():
+        old = getattr(config, name, None)
+        new[name] = changed(old, value) if dataclasses.is_dataclass(old) else value
+    return dataclasses.replace(config, **new)
+
+
+def _choose(config, which: str, key: str):
+    if config is None:
+        return None
+    kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
+    return changed(config, _entries(kind).get(key, {}).get(which, {}))
+
+
+@functools.cache
+def _entries(kind: str) -> dict[str, dict]:
+    path = FOLDER / f"{kind.replace(' ', '_').replace('/', '_')}.json"
+    if not path.is_file():
+        path = FOLDER / f"{DEFAULT_KIND.replace(' ', '_')}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
