@@ -212,4 +212,6 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
     revived: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value for name, value in values.items()
     }
+    if revived.get("tile") is not None:
+        revived["tile"] = tuple(revived["tile"])
     return GenerateConfig(**revived)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from models.media.latents import PatchDCT
+from models.vae import WanVAE
 
 
 @runtime_checkable
@@ -100,14 +101,23 @@ def _decode_patches(latents: Array, synthesis: Array, *, patch: int) -> Array:
 class WanDecoder:
     """Wan's VAE, streaming: the first latent is one frame, each further one is four.
 
+    Example:
+        >>> from models.vae import vae_config
+        >>> decoder = WanDecoder(WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0)))
+        >>> state = decoder.start(1, 2, 3)
+        >>> for _ in range(2):
+        ...     frames, state = decoder.decode(jnp.zeros((1, 3, 2, 3, 16)), state)
+        ...     print(frames.shape)
+        (1, 9, 16, 24, 3)
+        (1, 12, 16, 24, 3)
+
     Args:
-        vae: A `models.vae.WanVAE`.
+        vae: The autoencoder.
     """
 
-    channels, spatial, temporal = 16, 8, 4
-
-    def __init__(self, vae: Any):
-        self._vae = vae
+    def __init__(self, vae: WanVAE):
+        config = vae.config
+        self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
         graph, state = nnx.split(vae)
         self._state = state
         self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), graph)
@@ -117,7 +127,7 @@ class WanDecoder:
 
     def start(self, batch: int, height: int, width: int) -> Any:
         """The decoder's cache, and whether the first latent is still to come."""
-        return self._start(self._state, batch, height, width), True
+        return self._start(self._state, batch, height * self.spatial, width * self.spatial), True
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
         """The frames; one program for the first block and one for the others."""

@@ -1,15 +1,142 @@
 """Finding and loading the parts of a Wan checkpoint: network, VAE, text encoder and tokenizer."""
 
-from typing import Any
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from models.errors import UserError
-from models.generate.decoders import FrameDecoder
-from models.generate.plan import Plan
+from models.errors import UserError, user_input
+from models.generate.config import GenerateConfig
+from models.generate.decoders import FrameDecoder, WanDecoder
+from models.generate.pipeline import VideoPipeline
+from models.generate.plan import Defaults, Plan, make_plan
+from models.generate.text import text_embeddings
 from models.media.video import read_clip
+from models.vae import load_vae
 
 NO_CONDITION = "none"
+# what each part is called in an official folder and in a diffusers folder
+PARTS = {
+    "VAE": ("Wan2.1_VAE.pth", "vae"),
+    "text encoder": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
+    "tokenizer": ("google/umt5-xxl", "tokenizer"),
+}
+
+
+class Components(NamedTuple):
+    """Where the parts beside the network are; None if not needed."""
+
+    vae: Path
+    text_encoder: Path | None
+    tokenizer: Path | None
+
+
+def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
+    """Looks for the parts in `components`, else beside the checkpoint.
+
+    Args:
+        config: With `embeddings`, no text encoder is needed.
+        checkpoint: Folder or file of the network.
+
+    Returns:
+        The paths.
+
+    Raises:
+        UserError: If parts are missing; names all of them, and where they were looked for.
+    """
+    if config.components is not None and not config.components.is_dir():
+        raise UserError(f"components {config.components} is not a folder")
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    folders = [config.components] if config.components is not None else []
+    folders += [beside, beside.parent] if beside.name == "transformer" else [beside]
+    needed = ["VAE"] if config.embeddings is not None else list(PARTS)
+    found = {
+        part: next((folder / name for folder in folders for name in PARTS[part] if (folder / name).exists()), None)
+        for part in needed
+    }
+    missing = [part for part in needed if found[part] is None]
+    if missing:
+        looked = "; ".join(f"{part} ({' or '.join(PARTS[part])})" for part in missing)
+        where = " and ".join(map(str, dict.fromkeys(folders)))
+        saved = "" if missing == ["VAE"] else ", or the text with --embeddings"
+        raise UserError(
+            f"checkpoint lacks: {looked}; looked in {where}; give the folder that has them with --components{saved}"
+        )
+    vae = found["VAE"]
+    if vae is None:
+        raise UserError("checkpoint lacks its VAE")
+    return Components(vae, found.get("text encoder"), found.get("tokenizer"))
+
+
+def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any]:
+    """Loads a Wan checkpoint and its parts.
+
+    Sizes, settings and the presence of every part are checked before any weights are read; the text encoder is let go
+    of before the network is loaded.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Plan, pipeline, embedding of the prompt, of the negative prompt or None, and latents to begin with or None.
+
+    Raises:
+        UserError: If something is missing or does not fit.
+    """
+    from models.wan.checkpoints import load_checkpoint
+    from models.wan.checkpoints.source import open_source
+
+    with user_input():
+        source = open_source(config.checkpoint or "", weights=config.weights)
+    causal = source.config.causal_block
+    if causal is not None:
+        config = dataclasses.replace(config, block=causal)
+    distilled = causal is not None or source.weights.startswith("generator")
+    defaults = Defaults(mode="autoregressive", sampler="few-step") if distilled else Defaults(mode="bidirectional")
+    plan = make_plan(config, defaults=defaults, model=source.config)
+    if config.prompt is None and config.embeddings is None:
+        raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
+    with user_input():
+        source.check()
+    components = find_components(config, source.path)
+    if (frames := condition_frames(plan)) is not None:
+        print(f"begins with {len(frames)} frames of {config.condition}", file=sys.stderr)
+    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
+    dtype = "bfloat16" if half else "float32"
+    text, negative = text_embeddings(
+        plan.config,
+        encoder=components.text_encoder,
+        tokenizer=components.tokenizer,
+        guides=plan.guides,
+        width=source.config.text_dim,
+        rows=source.config.text_len,
+        dtype=dtype,
+    )
+    with user_input():
+        decoder = WanDecoder(load_vae(components.vae, dtype=dtype, param_dtype=dtype))
+        _check_decoder(decoder, plan, source.config.out_channels)
+        model = load_checkpoint(
+            config.checkpoint or "",
+            attention=plan.attention,
+            dtype=dtype,
+            param_dtype=dtype,
+            weights=config.weights,
+            override=True,
+        )
+    initial = None if frames is None else decoder.encode(frames[None])
+    return plan, VideoPipeline(model, decoder), text, negative, initial
+
+
+def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:
+    found = decoder.channels, decoder.spatial, decoder.temporal
+    if found != (channels, plan.spatial, plan.temporal):
+        raise UserError(
+            f"the VAE has {found[0]} channels and makes {found[1]} pixels and {found[2]} frames of a latent; the "
+            f"network needs {channels}, {plan.spatial} and {plan.temporal}"
+        )
 
 
 def condition_latents(plan: Plan, decoder: FrameDecoder) -> Any:

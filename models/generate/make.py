@@ -116,11 +116,9 @@ def make_video(
     dense = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
     reference = np.concatenate(list(_shown(dense(text, plan=plan, negative=negative, initial=initial), plan, "dense")))
     video = np.concatenate(kept)
-    path = comparison_path(config.out)
-    write_mp4(
-        path, side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1), fps=config.fps or 16.0,
-        quality=config.quality
-    )  # fmt: skip
+    path, zoom = comparison_path(config.out), config.zoom or 1
+    both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=zoom)
+    write_mp4(path, both, fps=config.fps or 16.0, quality=config.quality)
     return dataclasses.replace(result, fidelity=fidelity(video, reference), comparison=path)
 
 

@@ -1,0 +1,88 @@
+"""The text's embeddings: from the encoder, which is let go of again, or from a file."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models.errors import UserError, user_input
+from models.generate.config import NEGATIVE_PROMPT, GenerateConfig
+from models.umt5 import Tokenizer, encode_prompts, load_embeddings, load_umt5, save_embeddings
+
+
+def text_embeddings(
+    config: GenerateConfig,
+    *,
+    encoder: Path | None,
+    tokenizer: Path | None,
+    guides: bool,
+    width: int,
+    rows: int,
+    dtype: str = "bfloat16",
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> tuple[Float[Array, "1 L E"], Float[Array, "1 L E"] | None]:
+    """Embeddings of the prompt and, with guidance, of the negative prompt.
+
+    Args:
+        config: Prompts, or the file of embeddings.
+        encoder: Weights of the text encoder; not needed with a file.
+        tokenizer: Its folder; not needed with a file.
+        guides: Whether the negative prompt is needed.
+        width: Of an embedding, as the network takes it.
+        rows: Tokens that the network takes at most; longer prompts are cut, and `report` says so.
+        dtype: That the encoder computes in.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        [1, rows, width], zero past the prompt's end, and the same or None.
+
+    Raises:
+        UserError: If a prompt is empty, the file lacks one, or an embedding is of another width.
+    """
+    prompts = [config.prompt or ""]
+    if guides:
+        prompts.append(config.negative_prompt or NEGATIVE_PROMPT)
+    if config.embeddings is not None:
+        found = _read(config.embeddings, prompts, rows)
+    elif encoder is None or tokenizer is None:
+        raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
+    else:
+        found = _encode(prompts, encoder, tokenizer, rows, dtype, report)
+    for prompt, array in found.items():
+        if array.shape[-1] != width:
+            raise UserError(
+                f"the text embedding of {prompt[:40]!r} is {array.shape[-1]} wide; the network takes {width}"
+            )
+    if config.save_embeddings is not None:
+        report(f"embeddings are saved in {save_embeddings(config.save_embeddings, found)}")
+    batches = [jnp.asarray(array, jnp.float32)[None] for array in found.values()]
+    return batches[0], batches[-1] if guides else None
+
+
+def _encode(
+    prompts: list[str], encoder: Path, tokenizer: Path, rows: int, dtype: str, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """With the encoder in memory for as long as this takes."""
+    ours = Tokenizer.load(tokenizer)
+    ours(prompts, length=rows, warn=lambda line: None)  # an empty prompt is found before gigabytes are read
+    with user_input():
+        model = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
+    return dict(
+        zip(prompts, encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True)
+    )
+
+
+def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:
+    """From a file; without a prompt, its first one."""
+    stored = load_embeddings(path, length=rows)
+    prompt, *negative = prompts
+    if not prompt:
+        prompt = next(text for text in stored if text not in negative or len(stored) == 1)
+    for text in (prompt, *negative):
+        if text not in stored:
+            known = ", ".join(repr(name[:40]) for name in stored)
+            raise UserError(f"embeddings {path} has no {text[:40]!r}; it has {known}")
+    return {text: stored[text] for text in (prompt, *negative)}

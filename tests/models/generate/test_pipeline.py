@@ -1,0 +1,195 @@
+"""Frames come early and in order, are those of one decode of everything, and survive Ctrl-C."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.errors import UserError
+from models.generate.config import GenerateConfig
+from models.generate.decoders import FrameDecoder, PatchDecoder, WanDecoder, frames_of
+from models.generate.make import comparison_path, make_video
+from models.generate.pipeline import VideoPipeline
+from models.generate.plan import Defaults, make_plan
+from models.media.latents import PatchDCT
+from models.media.video import read_clip
+from models.media.writer import read_settings
+from models.vae import WanVAE, vae_config
+from models.wan import MonarchAttention
+
+DCT = PatchDCT(patch=2, whitening=1.0)
+TEXT = jnp.ones((1, 3, 20))
+
+
+@pytest.fixture
+def tiny(wan):
+    """A pipeline and a maker of plans, frames 16 x 24 at 2 pixels a latent: 4 x 6 tokens."""
+    model = wan.model(num_layers=1, in_channels=12, out_channels=12, attention=MonarchAttention(tile=(1, 4, 6)))
+
+    def plan(**given):
+        config = GenerateConfig(**(dict(frames=9, height=16, width=24, quiet=True, zoom=1, steps=2) | given))
+        defaults = Defaults(mode="autoregressive", sampler="euler", guidance=1.0)
+        return make_plan(config, defaults=defaults, model=model.config, spatial=2, temporal=1)
+
+    return VideoPipeline(model, PatchDecoder(DCT)), plan
+
+
+def vae():
+    return WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
+
+
+class TestDecoders:
+    def test_patches(self):
+        decoder = PatchDecoder(DCT)
+        video = np.random.default_rng(0).integers(0, 255, (1, 3, 16, 24, 3), np.uint8)
+        latents = decoder.encode(video)
+        np.testing.assert_array_equal(latents, DCT.encode(video))
+        frames, _ = decoder.decode(latents, decoder.start(1, 8, 12))
+        np.testing.assert_array_equal(frames, video)
+        assert isinstance(decoder, FrameDecoder)
+
+    def test_wans_vae_block_by_block_is_the_whole(self):
+        """Blocks of 3 latents: 9 frames, then 12 each; the same as all at once."""
+        model = vae()
+        decoder = WanDecoder(model)
+        latents = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 2, 3, 16)), jnp.float32)
+        state, parts = decoder.start(1, 2, 3), []
+        for start in (0, 3, 6):
+            frames, state = decoder.decode(latents[:, start : start + 3], state)
+            parts.append(np.asarray(frames))
+        assert [part.shape[1] for part in parts] == [9, 12, 12]
+        assert frames_of(decoder, 9) == 33
+        whole = np.rint((np.asarray(nnx.jit(WanVAE.decode)(model, latents)) + 1) * 127.5)
+        joined = np.concatenate(parts, axis=1)
+        assert np.abs(joined - whole).max() <= 1
+        assert (joined == whole).mean() > 0.999
+        assert decoder.encode(joined).shape == latents.shape
+        assert isinstance(decoder, FrameDecoder)
+
+
+class TestPipeline:
+    @pytest.mark.parametrize("given", [{}, dict(mode="bidirectional"), dict(mode="windows", window=4, frames=8)])
+    def test_frames_are_the_decoded_latents(self, tiny, given):
+        pipeline, plan = tiny
+        latents = np.concatenate(list(pipeline.latents(TEXT, plan=plan(**given))), axis=1)
+        video = np.concatenate(list(pipeline(TEXT, plan=plan(**given))))
+        np.testing.assert_array_equal(video, DCT.decode(latents[0]))
+        assert len(video) == plan(**given).config.frames
+        assert video.std() > 5
+
+    def test_the_next_block_is_under_way_before_frames_are_waited_for(self, tiny, monkeypatch):
+        pipeline, plan = tiny
+        events = []
+        decode, latents = pipeline.decoder.decode, pipeline.latents
+
+        def noted_latents(*args, **options):
+            for n, part in enumerate(latents(*args, **options)):
+                events.append(f"network {n}")
+                yield part
+
+        def noted_decode(part, state):
+            events.append("decoder")
+            return decode(part, state)
+
+        monkeypatch.setattr(pipeline.decoder, "decode", noted_decode)
+        monkeypatch.setattr(pipeline, "latents", noted_latents)
+        for n, _ in enumerate(pipeline(TEXT, plan=plan())):
+            events.append(f"frames {n}")
+        assert events == [
+            *["network 0", "decoder", "network 1", "decoder", "frames 0"],
+            *["network 2", "decoder", "frames 1", "frames 2"],
+        ]
+
+    def test_the_seed_decides(self, tiny):
+        pipeline, plan = tiny
+        one, again, other = (np.concatenate(list(pipeline(TEXT, plan=plan(seed=seed)))) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(one, again)
+        assert np.abs(one.astype(int) - other).mean() > 5
+
+    def test_guidance_needs_the_negative_text(self, tiny):
+        pipeline, plan = tiny
+        plain = np.concatenate(list(pipeline(TEXT, plan=plan(), negative=-TEXT)))
+        np.testing.assert_array_equal(plain, np.concatenate(list(pipeline(TEXT, plan=plan()))))
+        guided = np.concatenate(list(pipeline(TEXT, plan=plan(guidance=9.0), negative=-TEXT)))
+        assert (guided != plain).any()
+
+
+class TestMakeVideo:
+    def test_a_file_that_knows_how_it_was_made(self, tiny, tmp_path):
+        pipeline, plan = tiny
+        out = tmp_path / "new" / "clip.mp4"
+        made = plan(out=out, seed=4, prompt="a cat", fps=8.0, quality=1)
+        result = make_video(pipeline, TEXT, plan=made)
+        assert (result.frames, result.path) == (9, out)
+        assert 0 < result.first_frame <= result.seconds
+        stored = read_settings(out)
+        assert (stored["seed"], stored["prompt"], stored["steps"], stored["shift"]) == (4, "a cat", 2, 5.0)
+        expected = np.concatenate(list(pipeline(TEXT, plan=made)))
+        assert np.abs(read_clip(out, height=16, width=24).astype(int) - expected).mean() < 12
+
+    def test_zoom(self, tiny, tmp_path):
+        pipeline, plan = tiny
+        make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", zoom=3))
+        assert read_clip(tmp_path / "a.mp4", height=48, width=72).shape == (9, 48, 72, 3)
+
+    def test_comparison_with_dense(self, tiny, tmp_path):
+        pipeline, plan = tiny
+        result = make_video(
+            pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", compare_dense=True), report=lambda _: None
+        )
+        assert result.comparison == comparison_path(tmp_path / "a.mp4")
+        assert 5 < result.fidelity.psnr < 60
+        assert -1 <= result.fidelity.ssim < 1
+        assert read_clip(result.comparison, height=34, width=52).shape == (9, 34, 52, 3)
+        with pytest.raises(UserError, match="attention is dense; give a --tile"):
+            make_video(pipeline, TEXT, plan=plan(out=tmp_path / "b.mp4", compare_dense=True, attention="dense"))
+
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    def test_ctrl_c_keeps_frames(self, tiny, tmp_path, monkeypatch, after):
+        pipeline, plan = tiny
+        out, real = tmp_path / "a.mp4", VideoPipeline._decoded
+
+        def stopped(self, parts, plan):
+            for n, frames in enumerate(real(self, parts, plan)):
+                if n == after:
+                    raise KeyboardInterrupt
+                yield frames
+
+        monkeypatch.setattr(VideoPipeline, "_decoded", stopped)
+        kept = f"{3 * after} of 9 frames are kept" if after else "no frame was ready"
+        with pytest.raises(KeyboardInterrupt, match=kept):
+            make_video(pipeline, TEXT, plan=plan(out=out))
+        assert out.exists() == bool(after)
+        if after:
+            assert len(read_clip(out, height=16, width=24)) == 3 * after
+        assert not list(tmp_path.glob("*.part"))
+
+
+def test_settings_are_json(tmp_path):
+    config = GenerateConfig(out=tmp_path / "a.mp4", embeddings=tmp_path / "e", tile=(1, 2, 3))
+    stored = json.loads(json.dumps(config.stored()))
+    assert "out" not in stored
+    assert stored["tile"] == [1, 2, 3]
+    assert set(stored) < {field.name for field in dataclasses.fields(GenerateConfig)}
+
+
+def test_nothing_is_compiled_after_the_second_block(tiny):
+    """Network and decoder: one program for all blocks."""
+    pipeline, plan = tiny
+    frames = pipeline(TEXT, plan=plan(frames=15))
+    next(frames)
+    heard = []
+
+    def listen(event, duration, **_):
+        heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        list(frames)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert "/jax/core/compile/backend_compile_duration" not in heard

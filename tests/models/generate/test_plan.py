@@ -1,0 +1,142 @@
+"""What was not said is filled in, what cannot be is refused with something that can."""
+
+import dataclasses
+
+import pytest
+
+from models.errors import UserError
+from models.generate.config import NEGATIVE_PROMPT, GenerateConfig, from_stored
+from models.generate.plan import Defaults, make_plan
+from models.sampling import Rollout, Windows
+from models.wan import DenseAttention, MonarchAttention, wan_config
+
+WAN = wan_config("wan2.1-t2v-1.3b")
+CAUSAL = Defaults(mode="autoregressive", sampler="few-step")
+WHOLE = Defaults(mode="bidirectional")
+
+
+def plan(defaults=CAUSAL, *, model=WAN, **given):
+    return make_plan(GenerateConfig(**given), defaults=defaults, model=model)
+
+
+class TestDefaults:
+    def test_self_forcing(self):
+        made = plan()
+        assert made.latents == (21, 60, 104)
+        assert made.settings == Rollout(steps=4)
+        assert made.settings.table().steps == 4
+        assert not made.guides
+        assert (made.config.frames, made.config.fps, made.config.zoom) == (81, 16.0, 1)
+
+    def test_bidirectional(self):
+        made = plan(WHOLE)
+        assert made.settings == Windows(sampler="unipc", steps=50, shift=5.0, guidance=5.0)
+        assert made.guides
+
+    def test_given_settings_win(self):
+        made = plan(WHOLE, sampler="euler", steps=7, shift=8.0, guidance=6.0, frames=33, height=240, width=416)
+        assert made.settings == Windows(sampler="euler", steps=7, shift=8.0, guidance=6.0)
+        assert made.latents == (9, 30, 52)
+
+    def test_few_steps_on_a_bidirectional_model(self):
+        assert plan(WHOLE, sampler="few-step").settings == Windows(sampler="few-step", steps=4)
+
+    def test_long_videos_roll(self):
+        made = plan(frames=1 + 4 * 59, sink_frames=3)
+        assert made.latents[0] == 60
+        assert (made.settings.window, made.settings.sink_frames) == (21, 3)
+        assert plan(frames=81).settings.window is None
+
+    def test_attention(self):
+        stored = dataclasses.replace(WAN, attention=MonarchAttention(tile=(3, 30, 52)))
+        assert plan(model=stored).attention == MonarchAttention(tile=(3, 30, 52))
+        assert plan(model=stored, attention="dense").attention == DenseAttention()
+        assert plan(tile=(1, 30, 52)).attention == MonarchAttention(tile=(1, 30, 52))
+        assert plan(attention="monarch").attention == MonarchAttention()
+
+    def test_a_stored_plan_makes_the_same_plan(self, tmp_path):
+        made = plan(prompt="a cat", tile=(3, 30, 52), seed=5, frames=1 + 4 * 29, sink_frames=3)
+        again = from_stored(made.config.stored(), source=tmp_path)
+        assert make_plan(again, defaults=WHOLE, model=WAN).settings == made.settings
+        assert again.tile == (3, 30, 52)
+        assert again.stored() == made.config.stored()
+
+    def test_wans_negative_prompt(self):
+        import hashlib
+
+        digest = hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest()
+        assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+        assert len(NEGATIVE_PROMPT) == 137
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (dict(height=481), "height is 481, which is not a multiple of 16; the nearest that are: 480 or 496"),
+            (dict(width=8), "width is 8, which is not a multiple of 16; the nearest that are: 16"),
+            (dict(frames=80), r"frames is 80; it must be 1 \+ 4 k, and whole blocks of 3 latent .* nearest: 69 or 81"),
+            (dict(frames=85), "frames is 85; .*; the nearest: 81 or 93"),
+            (dict(frames=81, independent_first_frame=True), "after the first one whole blocks .* nearest: 73 or 85"),
+            (dict(frames=2), "the nearest: 9"),
+            (dict(tile=(1, 7, 52)), r"tile=\(1, 7, 52\): 7 does not divide the 30 height"),
+            (dict(tile=(2, 30, 52)), r"tile=\(2, 30, 52\): 2 does not divide the 3 frames"),
+            (
+                dict(tile=(3, 30, 52), independent_first_frame=True, frames=85),
+                r"tile=\(3, 30, 52\): 3 does not divide the 1 frames",
+            ),
+            (
+                dict(window=3, sink_frames=3, frames=93),
+                "window=3 frames has no room for a block of 3 and sink_frames=3",
+            ),
+            (dict(mode="windows"), "mode is 'windows', but there is no window"),
+        ],
+    )
+    def test_autoregressive(self, given, message):
+        with pytest.raises(UserError, match=message):
+            plan(**given)
+
+    def test_bidirectional_needs_no_blocks(self):
+        assert plan(WHOLE, frames=85).latents[0] == 22
+        with pytest.raises(UserError, match=r"frames is 84; it must be 1 \+ 4 k; the nearest: 81 or 85"):
+            plan(WHOLE, frames=84)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (dict(prompt="  "), "prompt is empty"),
+            (dict(frames=0), "frames is 0; it must be at least 1"),
+            (dict(fps=0.0), r"fps is 0\.0; it must be positive"),
+            (dict(seed=-1), "seed is -1"),
+            (dict(quality=60), "quality is 60"),
+            (dict(tile=(1, 2, 3), attention="dense"), "leave one of them out"),
+        ],
+    )
+    def test_settings(self, given, message):
+        with pytest.raises(UserError, match=message):
+            GenerateConfig(**given)
+
+    def test_image_to_video_models(self):
+        with pytest.raises(UserError, match="only text-to-video models"):
+            plan(model=wan_config("wan2.1-i2v-14b"))
+
+    def test_settings_of_another_version(self, tmp_path):
+        with pytest.raises(UserError, match="another version: it has the settings colour"):
+            from_stored({"colour": 1}, source=tmp_path)
+
+
+class TestBeginning:
+    def test_a_clip(self):
+        made = plan()
+        assert made.begins_with(9) == 3
+        assert made.begins_with(21) == 6
+        for frames in (8, 13, 1):
+            with pytest.raises(UserError, match=f"condition has {frames} frames, .*9, 21, 33"):
+                made.begins_with(frames)
+        with pytest.raises(UserError, match="which leaves none of frames 81"):
+            made.begins_with(81)
+
+    def test_an_image(self):
+        with pytest.raises(UserError, match="a single image needs --independent-first-frame"):
+            plan().begins_with(1)
+        assert plan(independent_first_frame=True, frames=85).begins_with(1) == 1

@@ -1,0 +1,97 @@
+import os
+
+import av
+import numpy as np
+import pytest
+
+from models.errors import UserError
+from models.media.metrics import fidelity
+from models.media.video import read_clip, write_mp4
+from models.media.writer import Mp4Writer, check_writable, read_settings
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
+
+
+class TestWriter:
+    def test_settings_come_back(self, tmp_path):
+        settings = {"prompt": "色 \"quoted\" 'x' = ; #\n", "seed": 3, "tile": [1, 2, 3], "steps": None}
+        path = tmp_path / "new" / "clip.mp4"
+        with Mp4Writer(path, fps=16.0, settings=settings, title="a title") as writer:
+            writer.write(FRAMES[:1])
+            writer.write(FRAMES[1:])
+        assert read_settings(path) == settings
+        assert read_clip(path, height=32, width=48).shape == FRAMES.shape
+        with av.open(str(path)) as container:
+            assert container.metadata["title"] == "a title"
+            assert container.streams.video[0].average_rate == 16
+
+    def test_ctrl_c_keeps_the_frames_so_far(self, tmp_path):
+        path = tmp_path / "clip.mp4"
+
+        def stopped():
+            with Mp4Writer(path, fps=8.0) as writer:
+                writer.write(FRAMES[:3])
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        assert len(read_clip(path, height=32, width=48)) == 3
+        assert os.listdir(tmp_path) == ["clip.mp4"]
+
+    def test_without_frames_there_is_no_file(self, tmp_path):
+        with Mp4Writer(tmp_path / "clip.mp4", fps=8.0):
+            pass
+        assert os.listdir(tmp_path) == []
+
+    def test_nothing_under_the_name_before_it_is_complete(self, tmp_path):
+        path = tmp_path / "clip.mp4"
+        with Mp4Writer(path) as writer:
+            writer.write(FRAMES)
+            assert not path.exists()
+        assert path.exists()
+
+    def test_settings_of_other_files(self, tmp_path):
+        plain = write_mp4(tmp_path / "plain.mp4", FRAMES)
+        with pytest.raises(UserError, match="holds no settings"):
+            read_settings(plain)
+        (tmp_path / "broken.mp4").write_bytes(b"no video")
+        with pytest.raises(UserError, match="damaged or not a video"):
+            read_settings(tmp_path / "broken.mp4")
+        with pytest.raises(UserError, match="does not exist"):
+            read_settings(tmp_path / "nowhere.mp4")
+
+
+class TestWritable:
+    def test_leaves_nothing(self, tmp_path):
+        check_writable(tmp_path / "new" / "clip.mp4")
+        assert list(tmp_path.rglob("*.*")) == []
+
+    def test_reasons(self, tmp_path):
+        path = write_mp4(tmp_path / "clip.mp4", FRAMES)
+        with pytest.raises(UserError, match="exists already; give another --out, or --overwrite"):
+            check_writable(path)
+        check_writable(path, overwrite=True)
+        with pytest.raises(UserError, match="is a folder"):
+            check_writable(tmp_path)
+        with pytest.raises(UserError, match=r"does not end in \.mp4"):
+            check_writable(tmp_path / "clip.avi")
+        with pytest.raises(UserError, match="cannot be written"):
+            check_writable(path / "below" / "clip.mp4")
+
+
+class TestFidelity:
+    def test_psnr(self):
+        other = FRAMES.copy()
+        other[0, 0, 0, 0] ^= 16
+        error = 16**2 / FRAMES.size
+        assert fidelity(FRAMES, other).psnr == pytest.approx(10 * np.log10(255**2 / error))
+        assert fidelity(FRAMES, FRAMES) == (float("inf"), 1.0)
+
+    def test_ssim_sees_structure(self):
+        """A constant shift costs little, noise of the same energy much; small frames work too."""
+        smooth = np.broadcast_to(np.linspace(40, 200, 48)[None, None, :, None], FRAMES.shape).astype(np.uint8)
+        noise = np.random.default_rng(1).choice([-20, 20], FRAMES.shape)
+        noisy, shifted = (smooth + noise).astype(np.uint8), smooth + np.uint8(20)
+        assert fidelity(shifted, smooth).psnr == pytest.approx(fidelity(noisy, smooth).psnr, abs=0.01)
+        assert fidelity(shifted, smooth).ssim > 0.9 > 0.5 > fidelity(noisy, smooth).ssim
+        assert fidelity(smooth[:, :8, :8], smooth[:, :8, :8]).ssim == 1.0
