@@ -142,10 +142,12 @@ def attention(row: Row, frames: int, implementation: str):
 
 def relative_errors(found, reference) -> dict[str, float]:
     """Relative Frobenius error of each array."""
-    errors = {}
-    for name, x, y in zip(("out", "dq", "dk", "dv"), found, reference, strict=True):
-        errors[name] = float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y))
-    return errors
+    names = ("out", "dq", "dk", "dv")
+    return {name: relative_error(x, y) for name, x, y in zip(names, found, reference, strict=True)}
+
+
+def relative_error(x, y) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y))
 
 
 def gate(row: Row, implementation: str) -> dict[str, float]:
@@ -153,7 +155,11 @@ def gate(row: Row, implementation: str) -> dict[str, float]:
     small = check_row(row)
     arrays, reference = expected(small)
     run = jax.jit(lambda *x: with_gradients(attention(small, small.grid[0], implementation), *x))
-    return relative_errors(run(*arrays), reference)
+    errors = relative_errors(run(*arrays), reference)
+    q, k, v, _ = arrays
+    block = q.shape[1] // 2  # one query tile of the two, as when decoding: queries of different tiles are independent
+    decoded = jax.jit(attention(small, row.tile_frames, implementation))(q[:, block:], k, v)
+    return errors | {"decode": relative_error(decoded, reference[0][:, block:])}
 
 
 def measure(row: Row, work: str, implementations, limits, published: float | None, *, dense: bool) -> dict:

@@ -1,8 +1,10 @@
 """Runs the published PyTorch MonarchRT attention for `attention.py`, in a process of its own.
 
-With --arrays: reads q, k, v, g from the .npz, adds out, dq, dk, dv to it. With --grid: prints medians in ms as JSON.
-The forward pass is replayed from a CUDA graph, so that its launches from Python do not count against it; forward and
-backward runs eagerly. The first call of every shape tunes itself for minutes.
+With --arrays: reads q, k, v, g from the .npz, adds out, dq, dk, dv to it, with the first of each kernel's configs.
+With --grid: prints medians in ms as JSON. The forward pass is replayed from a CUDA graph, so that its launches from
+Python do not count against it; forward and backward runs eagerly. The first call of every shape tunes itself for
+minutes, most of it compiling; with --share i n only every n-th config is tried, so that several processes can fill
+Triton's cache first.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 
 import numpy as np
 import torch
+import triton
 
 
 def load(path):
@@ -48,7 +51,15 @@ def graph(run):
     return recorded.replay
 
 
+def keep_configs(module, which):
+    """Leaves each tuned kernel those of its configs that the slice says."""
+    for kernel in vars(module).values():
+        if isinstance(kernel, triton.runtime.Autotuner):
+            kernel.configs = kernel.configs[which] or kernel.configs[:1]
+
+
 def compare(module, file, tile):
+    keep_configs(module, slice(1))  # errors do not depend on block sizes; tuning takes minutes
     with np.load(file) as stored:
         arrays = {name: stored[name] for name in stored.files}
     q, k, v, g = (torch.tensor(arrays[name], device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "g"))
@@ -103,8 +114,12 @@ if __name__ == "__main__":
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--share", type=int, nargs=2)
     arguments = parser.parse_args()
+    published = load(arguments.path)
+    if arguments.share:
+        keep_configs(published, slice(*arguments.share[:1], None, arguments.share[1]))
     if arguments.arrays:
-        compare(load(arguments.path), arguments.arrays, arguments.tile)
+        compare(published, arguments.arrays, arguments.tile)
     else:
-        times(load(arguments.path), arguments)
+        times(published, arguments)
