@@ -179,13 +179,11 @@ def match_names(
     for name, entry in expected.items():
         shape = shapes[entry.path] if entry.layer is None else shapes[entry.path][1:]
         stored = file.infos[name].shape
-        fits = len(stored) == _RANKS.get(entry.layout, len(stored)) and (
-            tuple(to_ours(np.broadcast_to(np.float32(0), stored), entry.layout).shape) == shape
-            if entry.layout != "flat"
-            else stored[:1] == shape and all(size == 1 for size in stored[1:])
-        )
-        if not fits:
-            wrong.append(f"{name} has shape {stored}, which is not of the model's {shape} (channels last)")
+        fitting = _stored_shape(shape, entry.layout)
+        if entry.layout == "flat":
+            fitting += (1,) * (len(stored) - 1)
+        if stored != fitting:
+            wrong.append(f"{name} has shape {stored}, not {fitting}")
     if wrong:
         raise ValueError(f"{where} does not fit the configuration of {model}: {some(wrong)}.")
     unexpected = [name for name in file.infos if name not in expected and name not in set(ignore)]
@@ -193,7 +191,17 @@ def match_names(
         raise ValueError(f"{where} has {len(unexpected)} tensors that {model} has not: {some(unexpected)}.")
 
 
-_RANKS = {"linear": 2, "conv": 5, "conv2d": 4}
+def _stored_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Shape that a checkpoint has for a parameter of `shape`; the inverse of `to_ours`."""
+    match layout:
+        case "linear":
+            return shape[::-1]
+        case "conv":
+            return tuple(shape[axis] for axis in (4, 3, 0, 1, 2))
+        case "conv2d":
+            return tuple(shape[axis] for axis in (4, 3, 1, 2))
+        case _:
+            return shape
 
 
 def parameter_shapes(model: nnx.Module) -> dict[ParameterPath, tuple[int, ...]]:

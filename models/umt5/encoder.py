@@ -161,12 +161,12 @@ class UMT5Encoder(nnx.Module):
         self.blocks = stack(rngs)
         self.norm = RMSNorm(config, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B M"]) -> Float[Array, "B L D"]:
         """Encodes.
 
         Args:
             ids: Token ids; ids beyond the vocabulary give NaN.
-            mask: True for tokens, False for padding. What comes out at padding has no meaning.
+            mask: [B, L]; True for tokens, False for padding. What comes out at padding has no meaning.
 
         Returns:
             Embeddings in the compute dtype.
