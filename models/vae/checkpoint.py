@@ -238,7 +238,6 @@ def config_from_diffusers(settings: dict[str, Any], *, where: str = "config.json
         raise ValueError(f"{where}: decoder_base_dim={settings['decoder_base_dim']} is not base_dim; Wan 2.1's is.")
     known = {ours: settings[theirs] for theirs, ours in FIELDS.items() if theirs in settings}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     try:
         return dataclasses.replace(VAEConfig(), **known)
     except (TypeError, ValueError) as error:
