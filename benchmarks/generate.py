@@ -1,0 +1,266 @@
+"""Times a video from prompt to frames: text, transformer, VAE and end to end, with random weights at true size.
+
+    python benchmarks/generate.py                                   # 81 frames at 480x832, on one GPU
+    python benchmarks/generate.py --attention dense "monarch 97%"
+    python benchmarks/generate.py --implementation triton           # a Monarch backend by name
+    python benchmarks/generate.py --tiny                            # tiny networks; runs without a GPU
+
+Batch 1, bfloat16, the schedule of Self-Forcing: blocks of 3 latent frames, 4 calls with fresh noise each and one that
+rewrites the cache. "monarch 95%" has tiles of a frame, (1, 30, 52), "monarch 97%" of three. Weights are random, which
+changes no time.
+
+For each attention: the transformer alone (all blocks, latents only), and end to end (embeddings in, frames in the
+host's memory out, VAE included) with the time to the first frames; medians over --repeats after one run that compiles.
+Text is one prompt of 512 tokens through umT5-XXL, without the tokenizer; it is in no other time but "with_text". VAE is
+all latents, block by block as streamed. What is compiled after the first frames are there is counted and must be
+nothing. Before anything is timed, a small clip with the timed Monarch backend is compared with its XLA path. Writes
+generate.json into --out.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.generate.config import GenerateConfig
+from models.generate.decoders import WanDecoder
+from models.generate.pipeline import VideoPipeline
+from models.generate.plan import Defaults, Plan, make_plan
+from models.sampling import Rollout, autoregressive
+from models.umt5 import UMT5Encoder, umt5_config
+from models.vae import WanVAE, vae_config
+from models.wan import WanConfig, WanModel, wan_config
+
+ATTENTION = ("dense", "monarch 95%", "monarch 97%")
+MAX_ERROR = 3e-2  # relative, bfloat16 over all steps of the small check
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is timed: networks and the clip."""
+
+    wan: str
+    vae: str
+    umt5: str
+    height: int
+    width: int
+    frames: int
+
+
+TRUE = Sizes(wan="wan2.1-t2v-1.3b", vae="wan21", umt5="xxl", height=480, width=832, frames=81)
+TINY = Sizes(wan="tiny", vae="tiny", umt5="tiny", height=32, width=64, frames=33)
+
+
+def main() -> None:
+    """Checks, times, prints, writes."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    sizes = TINY if args.tiny else TRUE
+    sizes = dataclasses.replace(sizes, frames=args.frames or sizes.frames)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
+    error = check(args)
+    print(f"Monarch by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
+    if not error <= MAX_ERROR:
+        sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
+    report: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(sizes)}
+    report |= {"implementation": args.implementation, "error": error, "repeats": args.repeats, "rows": []}
+    report["text"] = time_text(sizes, args.repeats)
+    print(f"text    {report['text'] * 1e3:8.1f} ms")
+    decoder = WanDecoder(built(lambda: WanVAE(vae_config(sizes.vae), **half())))
+    report["vae"] = time_vae(decoder, sizes, args.repeats)
+    print(f"VAE     {report['vae'] * 1e3:8.1f} ms   {sizes.frames / report['vae']:.1f} frames/s")
+    config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
+    model = built(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    for attention in args.attention:
+        plan = plan_of(attention, config, sizes, args.implementation)
+        row = {"attention": attention} | time_video(model.with_attention(plan.attention), decoder, plan, args.repeats)
+        row["with_text"] = report["text"] + row["end_to_end"]
+        report["rows"].append(row)
+        print(line(row), flush=True)
+        (args.out / "generate.json").write_text(json.dumps(report, indent=1))
+    compare(report["rows"])
+    if any(row["compiled_later"] for row in report["rows"]):
+        sys.exit("something was compiled after the first block")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
+    parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
+    parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and a small clip")
+    return parser.parse_args()
+
+
+def half() -> dict[str, Any]:
+    """Options of a module in bfloat16."""
+    return dict(rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+
+def built[Module](make: Callable[[], Module]) -> Module:
+    """A module with random weights, made by one program."""
+    return nnx.jit(make)()
+
+
+def plan_of(attention: str, config: WanConfig, sizes: Sizes, implementation: str | None) -> Plan:
+    """What `monarchrt generate` would make."""
+    given: dict[str, Any] = dict(frames=sizes.frames, height=sizes.height, width=sizes.width)
+    if attention == "dense":
+        given["attention"] = "dense"
+    else:
+        rows, columns = sizes.height // 16, sizes.width // 16
+        tile = (1 if attention == "monarch 95%" else 3, rows, columns)
+        given |= dict(tile=tile, implementation=implementation)
+    defaults = Defaults(mode="autoregressive", sampler="few-step")
+    return make_plan(GenerateConfig(**given), defaults=defaults, model=config)
+
+
+def check(args: argparse.Namespace) -> float:
+    """Relative error of a small clip's latents with the timed backend."""
+    sizes = dataclasses.replace(TINY, frames=21)
+    base = wan_config("tiny" if args.tiny else TRUE.wan, num_layers=2, dtype="bfloat16", param_dtype="bfloat16")
+    model = built(lambda: WanModel(base, rngs=nnx.Rngs(0)))
+    # the head starts at zero, which would make every output equal; scaled so that small errors do not grow
+    head = model.head.proj.kernel
+    head[...] = jax.random.normal(jax.random.key(1), head.shape, head.dtype) / 8
+    text = jnp.zeros((1, base.text_len, base.text_dim))
+    outputs = []
+    for implementation in (args.implementation, "xla"):
+        plan = plan_of("monarch 95%", base, sizes, implementation)
+        latents = VideoPipeline(model.with_attention(plan.attention), None).latents(text, plan=plan)  # type: ignore[arg-type]
+        outputs.append(np.concatenate([np.asarray(part, np.float64) for part in latents]))
+    return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
+
+
+def median(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one call, which waits for its result; the first one compiles and does not count."""
+    call()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def time_text(sizes: Sizes, repeats: int) -> float:
+    """Seconds for one prompt of 512 tokens; the encoder is let go of afterwards."""
+    encoder = built(lambda: UMT5Encoder(umt5_config(sizes.umt5), **half()))
+    graph, arrays = nnx.split(encoder)
+    ids, mask = jnp.ones((1, 512), jnp.int32), jnp.ones((1, 512), bool)
+    encode = jax.jit(lambda arrays: nnx.merge(graph, arrays)(ids, mask))
+    return median(lambda: encode(arrays).block_until_ready(), repeats)
+
+
+def time_vae(decoder: WanDecoder, sizes: Sizes, repeats: int) -> float:
+    """Seconds for all frames, in blocks of 3 latents, in the host's memory."""
+    count, height, width = 1 + (sizes.frames - 1) // decoder.temporal, *latent_size(decoder, sizes)
+    block = jax.random.normal(jax.random.key(0), (1, 3, height, width, decoder.channels))
+
+    def decode() -> None:
+        state = decoder.start(1, height, width)
+        parts = []
+        for _ in range(count // 3):
+            frames, state = decoder.decode(block, state)
+            parts.append(frames)
+        jax.device_get(parts)
+
+    return median(decode, repeats)
+
+
+def latent_size(decoder: WanDecoder, sizes: Sizes) -> tuple[int, int]:
+    """Rows and columns of latents."""
+    return sizes.height // decoder.spatial, sizes.width // decoder.spatial
+
+
+def time_video(model: WanModel, decoder: WanDecoder, plan: Plan, repeats: int) -> dict[str, Any]:
+    """The transformer alone, and end to end."""
+    text = jax.random.normal(jax.random.key(1), (1, model.config.text_len, model.config.text_dim))
+    rollout = plan.settings
+    if not isinstance(rollout, Rollout):
+        raise TypeError("the schedule is Self-Forcing's")
+    frames, height, width = plan.latents
+
+    def transformer() -> None:
+        options = dict(frames=frames, height=height, width=width, key=jax.random.key(0), rollout=rollout)
+        jax.block_until_ready(list(autoregressive(model, text, **options)))
+
+    pipeline, firsts, later = VideoPipeline(model, decoder), [], []
+
+    def end_to_end() -> None:
+        begin = time.perf_counter()
+        parts = pipeline(text, plan=plan)
+        next(parts)
+        firsts.append(time.perf_counter() - begin)
+        with counted() as programs:
+            list(parts)
+        later.append(len(programs))
+
+    begin = time.perf_counter()
+    end_to_end()
+    compile_seconds = time.perf_counter() - begin
+    whole = median(end_to_end, repeats)
+    alone = median(transformer, repeats)
+    return {
+        "transformer": alone,
+        "end_to_end": whole,
+        "frames_per_second": plan.config.frames / whole,
+        "first_frames": statistics.median(firsts[-repeats:]),
+        "compiled_later": sum(later),
+        "compile_seconds": compile_seconds - whole,
+        "tile": plan.config.tile,
+    }
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The programs that are compiled meanwhile."""
+    programs: list[str] = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == COMPILED:
+            programs.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    return (
+        f"{row['attention']:<12} transformer {row['transformer']:7.3f} s   end to end {row['end_to_end']:7.3f} s "
+        f"({row['frames_per_second']:6.1f} frames/s)   first frames {row['first_frames']:6.3f} s   "
+        f"compiled later {row['compiled_later']}, before in {row['compile_seconds']:.0f} s"
+    )
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Dense over Monarch."""
+    dense = next((row for row in rows if row["attention"] == "dense"), None)
+    for row in rows:
+        if dense is not None and row is not dense:
+            ratios = (dense[part] / row[part] for part in ("transformer", "end_to_end"))
+            print("{}: transformer {:.2f}x, end to end {:.2f}x of dense".format(row["attention"], *ratios))
+
+
+if __name__ == "__main__":
+    main()

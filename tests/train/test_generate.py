@@ -1,0 +1,206 @@
+"""`monarchrt generate` from the outside: a run folder, and a Wan folder with every part, all tiny."""
+
+import signal
+import time
+
+import av
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from models.media.video import read_clip, write_mp4
+from models.media.writer import read_settings
+from models.umt5 import load_embeddings
+from models.wan import WanModel, wan_config
+from models.wan.checkpoints import save_checkpoint
+from train.cli import main
+
+SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
+CAT = ["--prompt", "a cat on a wall"]
+
+
+def generate(*arguments):
+    return main(["generate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """A diffusers pipeline folder with network, VAE, text encoder and tokenizer; random weights."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("wan") / "tiny"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    model = WanModel(wan_config("tiny", num_layers=1, text_len=16), rngs=nnx.Rngs(0))
+    kernel = model.head.proj.kernel
+    kernel[...] = 0.1 * nnx.Rngs(1).normal(kernel.shape)
+    save_checkpoint(model, folder / "transformer", format="diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).save_pretrained(folder / "text_encoder")
+    words = ["<pad>", "</s>", "<unk>", "a", "cat", "on", "wall", "dog"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def causal_folder(wan_folder, tmp_path_factory):
+    """The same parts beside a causal network with a Monarch tile."""
+    from models.wan import MonarchAttention
+
+    folder = tmp_path_factory.mktemp("causal") / "self-forcing"
+    attention = MonarchAttention(tile=(1, 2, 4))
+    config = wan_config("tiny", num_layers=1, text_len=16, causal_block=3, attention=attention)
+    model = WanModel(config, rngs=nnx.Rngs(0))
+    model.head.proj.kernel[...] = 0.1 * nnx.Rngs(1).normal(model.head.proj.kernel.shape)
+    return save_checkpoint(model, folder)
+
+
+class TestWan:
+    def test_from_a_prompt_to_a_video(self, wan_folder, tmp_path, capsys):
+        out, saved = tmp_path / "cat.mp4", tmp_path / "cat.safetensors"
+        long = "a cat on a wall " * 5
+        arguments = ["--checkpoint", wan_folder, "--frames", "5", "--prompt", long, "--save-embeddings", saved]
+        assert generate(*arguments, "--out", out, *SMALL) == 0
+        said = capsys.readouterr().err
+        assert "has 26 tokens and is cut to 16" in said
+        assert "5 frames in" in said
+        assert read_clip(out, height=32, width=64).shape == (5, 32, 64, 3)
+        stored = read_settings(out)
+        assert (stored["mode"], stored["sampler"], stored["guidance"], stored["prompt"]) == (
+            "bidirectional",
+            "unipc",
+            5.0,
+            long,
+        )
+        assert len(load_embeddings(saved)) == 2
+
+        # the same from the file's own settings, and from saved embeddings without the text encoder
+        again = tmp_path / "again.mp4"
+        assert generate("--from", out, "--out", again, "--embeddings", saved, "--quiet") == 0
+        np.testing.assert_array_equal(read_clip(again, height=32, width=64), read_clip(out, height=32, width=64))
+        assert read_settings(again)["seed"] == stored["seed"]
+
+    def test_block_by_block(self, wan_folder, causal_folder, tmp_path, capsys):
+        """A causal network finds the other parts with --components; a dense comparison beside it."""
+        out = tmp_path / "cat.mp4"
+        arguments = ["--checkpoint", causal_folder, "--components", wan_folder, *CAT, "--compare-dense"]
+        assert generate(*arguments, "--out", out, "--frames", "21", *SMALL) == 0
+        assert len(read_clip(out, height=32, width=64)) == 21
+        assert (read_settings(out)["mode"], read_settings(out)["sampler"]) == ("autoregressive", "few-step")
+        assert "next to dense attention; PSNR" in capsys.readouterr().err
+        assert len(read_clip(tmp_path / "cat-compare.mp4", height=32, width=64)) == 21
+
+        # a clip is continued
+        arguments = ["--checkpoint", causal_folder, "--components", wan_folder, *CAT, "--condition", out]
+        assert generate(*arguments, "--out", tmp_path / "more.mp4", "--frames", "21", *SMALL) == 0
+        assert len(read_clip(tmp_path / "more.mp4", height=32, width=64)) == 21
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "{wan}", *CAT, "--height", "40"], "height is 40, which is not a multiple of 16; the nearest"),
+        (["--checkpoint", "{wan}", *CAT, "--frames", "6"], "frames is 6; it must be 1 + 4 k; the nearest: 5 or 9"),
+        (["--checkpoint", "{causal}", *CAT, "--frames", "13"], "whole blocks of 3 latent frames; the nearest: 9 or 21"),
+        (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--tile", "1", "30", "7"], "7 does not divide the 52"),
+        (["--checkpoint", "{wan}"], "no prompt was given; say what the video shows"),
+        (["--checkpoint", "{wan}", "--prompt", " "], "prompt is empty"),
+        (
+            ["--checkpoint", "{causal}", *CAT, "--frames", "9"],
+            "checkpoint lacks: VAE (Wan2.1_VAE.pth or vae); text encoder (models_t5_umt5-xxl-enc-bf16.pth or "
+            "text_encoder); tokenizer (google/umt5-xxl or tokenizer); looked in {causal}",
+        ),
+        (["--checkpoint", "{wan}/vae", *CAT], "is not a Wan transformer: it holds decoder"),
+        (["--checkpoint", "nowhere", *CAT], "path='nowhere' does not exist"),
+        ([*CAT], "no checkpoint was given; give --checkpoint"),
+        (["--checkpoint", "{wan}", *CAT, "--out", "{file}/below.mp4"], "cannot be written"),
+        (["--checkpoint", "{wan}", *CAT, "--out", "{file}"], "exists already; give another --out, or --overwrite"),
+        (["--from", "{file}"], "holds no settings; it was not made by monarchrt generate"),
+        (["--checkpoint", "{wan}", *CAT, "--embeddings", "{file}"], "is not a file of text embeddings"),
+        (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--condition", "{file}"], "do not make whole blocks"),
+        (["--checkpoint", "{wan}", *CAT, "--condition", "{file}"], "condition needs --mode autoregressive or windows"),
+        (["--checkpoint", "{wan}", "--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_input_ends_in_one_line(wan_folder, causal_folder, tmp_path, capsys, monkeypatch, arguments, message):
+    file = write_mp4(tmp_path / "file.mp4", np.zeros((2, 32, 48, 3), np.uint8))
+    names = {"wan": wan_folder, "causal": causal_folder, "file": file}
+    monkeypatch.chdir(tmp_path)
+    if "{causal}" in arguments and "checkpoint lacks" not in message:
+        arguments = [*arguments, "--components", "{wan}"]
+    assert generate(*(argument.format(**names) for argument in arguments)) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, captured.err
+    assert message.format(**names) in errors[0]
+    assert sorted(path.name for path in tmp_path.rglob("*.mp4*")) == ["file.mp4"]
+
+
+class TestRun:
+    def test_begins_with_the_runs_own_clip(self, baseline, tmp_path, capsys):
+        """Frames of the held-out part first, then the network's; the whole is enlarged to be seen."""
+        out = tmp_path / "run.mp4"
+        assert generate("--checkpoint", baseline, "--out", out, "--mode", "windows", "--frames", "7", "--quiet") == 0
+        with av.open(str(out)) as video:
+            assert video.streams.video[0].width == 320
+        assert len(read_clip(out, height=160, width=320)) == 7
+        stored = read_settings(out)
+        assert (stored["steps"], stored["sampler"], stored["window"]) == (20, "unipc", 3)
+
+    def test_an_image_to_begin_with(self, baseline, tmp_path):
+        picture = np.zeros((40, 80, 3), np.uint8)
+        picture[:, :40] = (250, 250, 0)
+        Image.fromarray(picture).save(tmp_path / "picture.png")
+        arguments = ["--checkpoint", baseline, "--mode", "windows", "--frames", "3", "--steps", "1", "--zoom", "1"]
+        out = tmp_path / "a.mp4"
+        assert generate(*arguments, "--condition", tmp_path / "picture.png", "--out", out, "--quality", "0") == 0
+        first = read_clip(out, height=16, width=32)[0]
+        assert first[8, 4].tolist() == pytest.approx([250, 250, 0], abs=12)
+        assert first[8, 28].max() < 12
+
+    def test_the_folder_above_the_runs(self, baseline, tmp_path, capsys):
+        (tmp_path / "demo").mkdir()
+        (tmp_path / "demo" / "dense").symlink_to(baseline)
+        assert generate("--checkpoint", tmp_path / "demo", "--out", tmp_path / "a.mp4") == 2
+        assert f"holds runs; give one of them: {tmp_path / 'demo' / 'dense'}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_stopped(self, baseline, tmp_path, start, number):
+        """Whatever frames were ready are a playable file."""
+        out = tmp_path / "a.mp4"
+        arguments = ["--checkpoint", baseline, "--out", out, "--mode", "windows", "--frames", "20001", "--steps", "8"]
+        process = start(["generate", *arguments, "--zoom", "1"])
+        unfinished, begin = tmp_path / "a.mp4.part", time.monotonic()
+        while not (unfinished.exists() and unfinished.stat().st_size > 2000):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() - begin < 300
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, stderr
+        kept = len(read_clip(out, height=16, width=32))
+        assert 1 < kept < 20001
+        assert f"stopped; {kept} of 20001 frames are kept in {out}" in stderr
+        assert not unfinished.exists()
+        assert "Traceback" not in stderr
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        generate("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    from models.generate.config import GenerateConfig
+
+    for name in GenerateConfig.__dataclass_fields__:
+        assert f"--{name.strip('_').replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
+    assert "monarchrt generate --from cat.mp4" in text
