@@ -165,6 +165,16 @@ def test_lowers_for_cuda_without_a_card(gradient):
 
 
 @missing("triton", "jax_triton", "jax_cuda13_plugin")
+def test_decoding_as_a_stream_is_one_kernel():
+    q, k = (jax.ShapeDtypeStruct((1, frames * 1560, 12, 128), jnp.bfloat16) for frames in (3, 21))
+    attend = functools.partial(monarch_attention, grid=(3, 30, 52), implementation="triton")
+    chosen = heuristic(Target(90), b1=30, b2=52, dim=128, itemsize=2)
+    with triton_kernels.compile_for(90), use(dataclasses.replace(chosen, stream=Stream(rows=52, tiles=7))):
+        text = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call_ffi") == 1
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
 def test_vmap_and_a_traced_fill_lower_for_cuda():
     attend = functools.partial(monarch_attention, grid=(2, 6, 8), implementation="triton")
     q = jax.ShapeDtypeStruct((3, 1, 96, 2, 64), jnp.float16)
