@@ -16,7 +16,7 @@ from pallas_kernels.forward_sm90 import Call, chunk_sizes, like
 from pallas_kernels.left_backward_sm90 import LOG2E, left_backward_role
 from pallas_kernels.query_sm90 import query_role
 from pallas_kernels.right_backward_sm90 import right_backward_role
-from pallas_kernels.shared import launch
+from pallas_kernels.shared import launch, varying
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -72,7 +72,8 @@ def backward(
         found = _chunk(call, d_out, stats, wanted, config, head, tile)
         return _add(carry, found, head, tile, summed)
 
-    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros(k.shape, key_dtype), jnp.zeros(k.shape, key_dtype))
+    zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
+    start = tuple(varying(jnp.zeros(*x), q, k, d_out) for x in zeros)
     dq, dk, dv = lax.fori_loop(0, len(places), body, start)
     return dq, dk.astype(k.dtype), dv.astype(k.dtype)
 

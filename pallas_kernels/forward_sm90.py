@@ -13,7 +13,7 @@ from jax import lax
 from pallas_kernels.config import ROWS, SLAB, ForwardConfig, LeftConfig, RightConfig, column_blocks
 from pallas_kernels.left_sm90 import left_role
 from pallas_kernels.right_sm90 import right_role
-from pallas_kernels.shared import launch
+from pallas_kernels.shared import launch, varying
 
 UNROLLED = 24  # side by side, chunks are unrolled; more of them than this take turns in a loop, compiled once
 
@@ -180,7 +180,7 @@ def forward(
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
         return _chunk(call, 0, 0)
-    empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32))
+    empty = (varying(jnp.zeros(q.shape, q.dtype), q, k), varying(jnp.zeros(q.shape[:-1], jnp.float32), q, k))
     if config.beside and len(places) <= UNROLLED:
         return _beside(call, places, empty)
 

@@ -120,29 +120,39 @@ def left_backward_role(
                     def mine_of(kind, n):
                         return mid_mma.at[slot, kind, my_column, n]
 
-                    def scores(x_acc, d_p_acc):
-                        for n in range(slabs):
-                            plgpu.wgmma(x_acc, mine_of(1, n), rows_mma.at[group, 1, n].transpose((1, 0)))
-                        for n in range(slabs):
-                            plgpu.wgmma(d_p_acc, mine_of(0, n), rows_mma.at[group, 0, n].transpose((1, 0)))
-                        return x_acc[...], d_p_acc[...]
+                    def scores(kinds):
+                        """Products of Y with dO (kind 0) and of alpha with q (kind 1), [64 pairs, 64 i]."""
 
-                    x_s, d_p = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((depth, ROWS), f32)] * 2)
+                        def multiply(*accs):
+                            for acc, kind in zip(accs, kinds, strict=True):
+                                for n in range(slabs):
+                                    b = rows_mma.at[group, kind, n].transpose((1, 0))
+                                    plgpu.wgmma(acc, mine_of(kind, n), b)
+                            return tuple(acc[...] for acc in accs)
+
+                        return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((depth, ROWS), f32) for _ in kinds])
+
+                    if row_blocks > 1:
+                        (x_s,) = scores((1,))
+                    else:
+                        x_s, d_p = scores((1, 0))
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(1), optimized=False)
                     pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
-                    lse, delta = (
-                        plgpu.load(stats_in.at[group, n], layout=layout.reduce(0), optimized=False) for n in range(2)
-                    )
+                    lse = plgpu.load(stats_in.at[group, 0], layout=layout.reduce(0), optimized=False)
                     x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
                     p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
-                    d_x = p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))
-                    p, d_x = p.astype(dtype), d_x.astype(dtype)
+                    low_p = p.astype(dtype)
+                    if row_blocks > 1:  # several warpgroups have fewer registers: the rounded P waits for dP
+                        (d_p,) = scores((0,))
+                        p = low_p.astype(f32)
+                    delta = plgpu.load(stats_in.at[group, 1], layout=layout.reduce(0), optimized=False)
+                    d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
                     total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
 
                     if row_blocks > 1:
                         plgpu.barrier_wait(used)
-                        p_mma[group, 0] = p
+                        p_mma[group, 0] = low_p
                         sums[group] = total
                     else:
                         store_d_c(x, i, j, total)
@@ -175,7 +185,7 @@ def left_backward_role(
                                     other = my_column * row_blocks + r
                                     plgpu.wgmma(acc, p_mma.at[other, kind], rows_mma.at[other, kind, n])
                             else:
-                                plgpu.wgmma(acc, (p, d_x)[kind], rows_mma.at[group, kind, n])
+                                plgpu.wgmma(acc, (low_p, d_x)[kind], rows_mma.at[group, kind, n])
                             return acc[...]
 
                         value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((depth, SLAB), f32))
@@ -197,6 +207,8 @@ def left_backward_role(
                                     lambda kind=kind, n=n: do(kind, n)
                                 )
 
+                    if row_blocks == 1:
+                        plgpu.commit_smem()  # every warp has read its alpha, which d_alpha replaces
                     mine(output)
                     if row_blocks > 1:
                         plgpu.barrier_arrive(used)

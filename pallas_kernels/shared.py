@@ -61,6 +61,13 @@ class Role:
     blocks: int
 
 
+def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
+    """Marks x as different on every device along the axes of `shard_map` that any of the sources varies on."""
+    axes = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in sources))
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def launch(*parts: tuple[Role, tuple[jax.Array, ...]]) -> tuple[tuple[jax.Array, ...], ...]:
     """Runs roles side by side in one kernel, each on blocks of its own.
 
@@ -109,7 +116,7 @@ def launch(*parts: tuple[Role, tuple[jax.Array, ...]]) -> tuple[tuple[jax.Array,
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
         ),
     )(*(x for group in inputs for x in group))
-    split, rest = [], results
+    split, rest = [], [varying(x, *(y for group in inputs for y in group)) for x in results]
     for role in roles:
         split.append(tuple(rest[: len(role.outputs)]))
         rest = rest[len(role.outputs) :]
