@@ -19,10 +19,10 @@ from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
 from models.generate.pipeline import VideoPipeline
 from models.generate.plan import Plan
-from models.generate.stream import LivePage
+from models.generate.stream import LivePage, check_port
 from models.media.metrics import Fidelity, fidelity
 from models.media.video import side_by_side, write_mp4
-from models.media.writer import Mp4Writer, check_writable
+from models.media.writer import Mp4Writer, check_folder, check_writable
 from models.wan import DenseAttention, MonarchAttention
 
 
@@ -62,6 +62,10 @@ def check_outputs(config: GenerateConfig) -> None:
     check_writable(config.out, overwrite=config.overwrite)
     if config.compare_dense:
         check_writable(comparison_path(config.out), overwrite=config.overwrite)
+    if config.save_embeddings is not None:
+        check_folder("save_embeddings", config.save_embeddings)
+    if config.stream:
+        check_port(config.host, config.port)
 
 
 def make_video(

@@ -7,6 +7,7 @@ forgotten, and generation never waits for any.
 import asyncio
 import importlib.resources
 import io
+import socket
 import threading
 import time
 import weakref
@@ -20,6 +21,22 @@ from jaxtyping import UInt8
 from models.errors import UserError
 
 KEPT = 4096  # frames, so that an endless video does not fill the memory
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError unless the address can be listened on; before anything is computed."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise _taken(host, port, error) from error
+
+
+def _taken(host: str, port: int, error: OSError) -> UserError:
+    return UserError(
+        f"port {port} of {host} cannot be listened on ({error.strerror or error}); give another --port, or 0 for a "
+        f"free one"
+    )
 
 
 class LivePage:
@@ -107,10 +124,7 @@ class LivePage:
             asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
         except OSError as error:
             self._stop()
-            raise UserError(
-                f"port {self._port} of {self._host} cannot be listened on ({error.strerror or error}); give another "
-                f"--port, or 0 for a free one"
-            ) from error
+            raise _taken(self._host, self._port, error) from error
         return self
 
     def __exit__(

@@ -33,6 +33,18 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
         raise UserError(f"out {path} does not end in .mp4, the only format there is; give {path.with_suffix('.mp4')}")
     if path.exists() and not overwrite:
         raise UserError(f"out {path} exists already; give another --out, or --overwrite")
+    check_folder("out", path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"out {path} exists and may not be written")
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raises UserError unless a file can be made there; makes its folder, and no file.
+
+    Args:
+        name: What the error calls it.
+        path: The file.
+    """
     trial = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +52,7 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
             trial.write_bytes(b"")
             trial.unlink()
     except OSError as error:
-        raise UserError(f"out {path} cannot be written: {error.strerror or error}") from error
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"out {path} exists and may not be written")
+        raise UserError(f"{name} {path} cannot be written: {error.strerror or error}") from error
 
 
 def unfinished(path: Path) -> Path:

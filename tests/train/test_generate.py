@@ -99,10 +99,23 @@ class TestWan:
         assert "next to dense attention; PSNR" in capsys.readouterr().err
         assert len(read_clip(tmp_path / "cat-compare.mp4", height=32, width=64)) == 21
 
-        # a clip is continued
-        arguments = ["--checkpoint", causal_folder, "--components", wan_folder, *CAT, "--condition", out]
-        assert generate(*arguments, "--out", tmp_path / "more.mp4", "--frames", "21", *SMALL) == 0
-        assert len(read_clip(tmp_path / "more.mp4", height=32, width=64)) == 21
+    def test_self_forcings_file(self, wan_folder, tmp_path):
+        """A .pt file with the averaged generator only: causal and few-step, and a clip is continued."""
+        torch = pytest.importorskip("torch")
+        from safetensors.torch import load_file
+
+        config = wan_config("tiny", dim=128, num_heads=1, num_layers=1, text_len=512)
+        folder = save_checkpoint(WanModel(config, rngs=nnx.Rngs(0)), tmp_path / "official")
+        tensors = load_file(next(folder.glob("*.safetensors")))
+        file = tmp_path / "self_forcing_dmd.pt"
+        torch.save({"generator_ema": {f"model.{name}": tensor for name, tensor in tensors.items()}}, file)
+        clip = write_mp4(tmp_path / "clip.mp4", np.full((12, 32, 64, 3), 99, np.uint8))
+        out = tmp_path / "cat.mp4"
+        arguments = ["--checkpoint", file, "--components", wan_folder, *CAT, "--condition", clip, "--out", out]
+        assert generate(*arguments, "--frames", "21", *SMALL) == 0
+        stored = read_settings(out)
+        assert (stored["mode"], stored["sampler"], stored["attention"]) == ("autoregressive", "few-step", "stored")
+        assert len(read_clip(out, height=32, width=64)) == 21
 
 
 @pytest.mark.parametrize(
@@ -128,6 +141,11 @@ class TestWan:
         (["--checkpoint", "{wan}", *CAT, "--embeddings", "{file}"], "is not a file of text embeddings"),
         (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--condition", "{file}"], "do not make whole blocks"),
         (["--checkpoint", "{wan}", *CAT, "--condition", "{file}"], "condition needs --mode autoregressive or windows"),
+        (
+            ["--checkpoint", "{wan}", *CAT, "--save-embeddings", "{file}/e"],
+            "save_embeddings {file}/e cannot be written",
+        ),
+        (["--checkpoint", "{wan}", *CAT, "--stream", "--host", "no.such.host.invalid"], "cannot be listened on"),
         (["--checkpoint", "{wan}", "--colour", "red"], "--colour"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from models.errors import UserError
-from models.generate.stream import LivePage
+from models.generate.stream import LivePage, check_port
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -87,8 +87,12 @@ def test_a_port_that_is_taken():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be listened on"), LivePage(port=port):
+        taken = f"port {port} of 127.0.0.1 cannot be listened on"
+        with pytest.raises(UserError, match=taken), LivePage(port=port):
             pass
+        with pytest.raises(UserError, match=taken):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
 
 
 def test_waiting_ends_without_browsers():

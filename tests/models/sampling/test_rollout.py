@@ -1,6 +1,7 @@
 """The compiled block by block sampler against a plain loop; it compiles once, and has no end."""
 
 import dataclasses
+from functools import partial
 from itertools import islice, pairwise
 
 import jax
@@ -10,9 +11,9 @@ import pytest
 from flax import nnx
 
 from models.sampling import Rollout, autoregressive
-from models.sampling.rollout import block_noise, generate_block
+from models.sampling.rollout import block_noise, generate_block, start_cache
 from models.sampling.solve import fresh_noise
-from models.wan import DenseAttention, MonarchAttention
+from models.wan import DenseAttention, MonarchAttention, WanModel
 from models.wan.causal import cached_forward, init_cache, rebase_cache
 
 H, W = 8, 12  # latents; 4 x 6 tokens
@@ -164,6 +165,26 @@ class TestOneProgram:
         shape = (1, 3, H, W, 6)
         generate_block(graph, params, cache, jax.random.key(0), where, rollout=Rollout(), shape=shape)
         assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
+
+    @pytest.mark.parametrize("rollout", [Rollout(), Rollout(window=60)])
+    def test_the_cache_is_written_in_place(self, wan, rollout):
+        """All steps in one program, and still no layer's cache is held twice."""
+
+        def memory(layers):
+            config = dataclasses.replace(wan.SMALL, num_layers=layers, in_channels=6, attention=MONARCH)
+            graph, params = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
+            text = jax.ShapeDtypeStruct((1, 7, config.text_dim), jnp.float32)
+            begin = partial(start_cache, graph, frames=60, height=H, width=W, rollout=rollout)
+            cache = jax.eval_shape(begin, params, text)
+            where, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+            options = dict(rollout=rollout, shape=(1, 3, H, W, 6))
+            analysis = generate_block.lower(graph, params, cache, key, where, **options).compile().memory_analysis()
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache.keys + cache.values)
+            assert analysis.alias_size_in_bytes >= size
+            return analysis.temp_size_in_bytes, size
+
+        (few, few_size), (many, many_size) = memory(2), memory(8)
+        assert many - few < 0.2 * (many_size - few_size)  # the new block's keys and values, 3 of 60 frames
 
 
 class TestLength:
