@@ -51,7 +51,7 @@ def run(
     shapes = scratch | results
     carried = (*results, *kept)
 
-    def body(step, state):
+    def body(step, state) -> dict:
         arrays = dict(operands, step=step, **state)
         for launch in plan.launches:
             arrays |= _call(launch, arrays, shapes, compute_capability)
