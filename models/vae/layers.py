@@ -63,23 +63,23 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T_out H_out W_out D"]:
         """Convolves; T_out = (T - kernel) / stride + 1."""
-        kernel = self.kernel[...].astype(self.dtype)
-        x, (steps, rows, columns, *_) = x.astype(self.dtype), kernel.shape
-        step, stride = self.strides
-        frames = (x.shape[1] - steps) // step + 1
-        taps = [jax.lax.slice_in_dim(x, k, k + (frames - 1) * step + 1, step, axis=1) for k in range(steps)]
-        x = jnp.concatenate(taps, axis=-1)
-        # [t, h, w, I, O] -> [h, w, t*I, O]
+        x, step = x.astype(self.dtype), self.strides[0]
+        frames = (x.shape[1] - self.past_frames - 1) // step + 1
+        return self._convolve([x[:, k : k + (frames - 1) * step + 1 : step] for k in range(self.past_frames + 1)])
+
+    def _convolve(self, taps: list[Array]) -> Array:
+        """The convolution, given what each step of the kernel in time meets."""
+        kernel, stride = self.kernel[...].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
-        if (rows, columns, stride) == (1, 1, 1):
+        x = jnp.concatenate(taps, axis=-1)
+        if (*kernel.shape[:2], stride) == (1, 1, 1):
             y = x @ kernel[0, 0]
         else:
-            planes = rearrange(x, "b t h w c -> (b t) h w c")
-            dimensions = ("NHWC", "HWIO", "NHWC")
+            planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
             y = jax.lax.conv_general_dilated(
-                planes, kernel, (stride, stride), self.padding, dimension_numbers=dimensions
+                planes, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            y = rearrange(y, "(b t) h w c -> b t h w c", t=frames)
+            y = rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
         return y + self.bias[...].astype(self.dtype)
 
     def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B P H W C"]:
@@ -88,8 +88,13 @@ class Conv(nnx.Module):
 
     def after(self, past: Float[Array, "B P H W C"], x: Float[Array, "B T H W C"]) -> tuple[Video, Past]:
         """Convolves `x` as the continuation of `past`; returns as many frames, and the new past."""
-        x = jnp.concatenate([past, x.astype(self.dtype)], axis=1)
-        return self(x), x[:, x.shape[1] - past.shape[1] :]
+        x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
+        # Each tap is put together by itself: past and frames side by side in memory would be one more pass over them.
+        taps = [
+            jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
+            for k in range(count + 1)
+        ]
+        return self._convolve(taps), jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
 
 
 class ChannelNorm(nnx.Module):
