@@ -210,9 +210,10 @@ def _latent_frames(config: GenerateConfig, temporal: int) -> int:
         below = next((n for n in range(frames, 0, -1) if whole(n)), None)
         above = next(n for n in range(frames, frames + 4 * temporal * config.block + 2) if whole(n))
         nearest = f"{below} or {above}" if below else f"{above}"
-        rule = f"1 + {temporal} k" if temporal > 1 else "whole"
-        blocks = f", and {'after the first one ' if first else ''}whole blocks of {config.block} latent frames"
-        raise UserError(f"frames is {frames}; it must be {rule}{blocks if blocked else ''}; the nearest: {nearest}")
+        rules = [f"be 1 + {temporal} k"] if temporal > 1 else []
+        if blocked:
+            rules.append(f"make {'after the first one ' if first else ''}whole blocks of {config.block} latent frames")
+        raise UserError(f"frames is {frames}; it must {' and '.join(rules)}; the nearest: {nearest}")
     return 1 + (frames - 1) // temporal
 
 

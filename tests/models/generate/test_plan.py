@@ -75,7 +75,10 @@ class TestRefusals:
         [
             (dict(height=481), "height is 481, which is not a multiple of 16; the nearest that are: 480 or 496"),
             (dict(width=8), "width is 8, which is not a multiple of 16; the nearest that are: 16"),
-            (dict(frames=80), r"frames is 80; it must be 1 \+ 4 k, and whole blocks of 3 latent .* nearest: 69 or 81"),
+            (
+                dict(frames=80),
+                r"frames is 80; it must be 1 \+ 4 k and make whole blocks of 3 latent .* nearest: 69 or 81",
+            ),
             (dict(frames=85), "frames is 85; .*; the nearest: 81 or 93"),
             (dict(frames=81, independent_first_frame=True), "after the first one whole blocks .* nearest: 73 or 85"),
             (dict(frames=2), "the nearest: 9"),
@@ -95,6 +98,11 @@ class TestRefusals:
     def test_autoregressive(self, given, message):
         with pytest.raises(UserError, match=message):
             plan(**given)
+
+    def test_blocks_of_frames_that_are_latents(self):
+        config = GenerateConfig(frames=31, height=32, width=32)
+        with pytest.raises(UserError, match="frames is 31; it must make whole blocks of 3 .* nearest: 30"):
+            make_plan(config, defaults=CAUSAL, model=WAN, spatial=8, temporal=1)
 
     def test_bidirectional_needs_no_blocks(self):
         assert plan(WHOLE, frames=85).latents[0] == 22
