@@ -101,7 +101,7 @@ class TestRefusals:
 
     def test_blocks_of_frames_that_are_latents(self):
         config = GenerateConfig(frames=31, height=32, width=32)
-        with pytest.raises(UserError, match="frames is 31; it must make whole blocks of 3 .* nearest: 30"):
+        with pytest.raises(UserError, match=r"frames is 31; it must make whole blocks of 3 .* nearest: 30"):
             make_plan(config, defaults=CAUSAL, model=WAN, spatial=8, temporal=1)
 
     def test_bidirectional_needs_no_blocks(self):
