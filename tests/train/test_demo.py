@@ -55,7 +55,7 @@ def test_what_it_leaves(clip, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tile", "2", "5", "16"), "tile=(2, 5, 16): 5 does not divide the 9 height of grid=(4, 9, 16); the nearest"),
+        (("--tile", "2", "3", "14"), "tile=(2, 3, 14): 3 does not divide the 8 height of grid=(4, 8, 14); the nearest"),
         (("--height", "37"), "height is 37, which is not a positive multiple of patch 4; the nearest that is: 36"),
         (("--steps", "0"), "steps is 0; it must be at least 1"),
         (("--video", "no_such.mp4"), "video no_such.mp4 does not exist"),
