@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from monarch_jax.checks import one_of, positive, suggestion
+from models.presets import from_preset
+from monarch_jax.checks import positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,4 @@ def umt5_config(name: str, /, **overrides) -> UMT5Config:
     Raises:
         ValueError: If the preset or a field is unknown, or a value is invalid.
     """
-    one_of("preset", name, PRESETS)
-    fields = [field.name for field in dataclasses.fields(UMT5Config)]
-    for field in overrides:
-        if field not in fields:
-            raise ValueError(f"{field!r} is not a field of UMT5Config; {suggestion(field, fields)}")
-    return dataclasses.replace(PRESETS[name], **overrides)
+    return from_preset(PRESETS, name, overrides)

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from monarch_jax.checks import one_of, positive, suggestion
+from models.presets import from_preset
+from monarch_jax.checks import positive
 
 # Per-channel statistics of the released autoencoder's latents (Wan2.1, the same in diffusers' vae/config.json).
 WAN21_MEAN = (
@@ -125,9 +126,4 @@ def vae_config(name: str, /, **overrides) -> VAEConfig:
     Raises:
         ValueError: If the preset or a field is unknown, or a value is invalid.
     """
-    one_of("preset", name, PRESETS)
-    fields = [field.name for field in dataclasses.fields(VAEConfig)]
-    for field in overrides:
-        if field not in fields:
-            raise ValueError(f"{field!r} is not a field of VAEConfig; {suggestion(field, fields)}")
-    return dataclasses.replace(PRESETS[name], **overrides)
+    return from_preset(PRESETS, name, overrides)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from monarch_jax.checks import one_of, positive, suggestion, triple
+from models.presets import from_preset
+from monarch_jax.checks import one_of, positive, triple
 from monarch_jax.spec import MonarchSpec
 
 MODEL_TYPES = ("t2v", "i2v")
@@ -236,9 +237,4 @@ def wan_config(name: str, /, **overrides) -> WanConfig:
     Raises:
         ValueError: If the preset or a field is unknown, or a value is invalid.
     """
-    one_of("preset", name, PRESETS)
-    fields = [field.name for field in dataclasses.fields(WanConfig)]
-    for field in overrides:
-        if field not in fields:
-            raise ValueError(f"{field!r} is not a field of WanConfig; {suggestion(field, fields)}")
-    return dataclasses.replace(PRESETS[name], **overrides)
+    return from_preset(PRESETS, name, overrides)
