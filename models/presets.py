@@ -12,7 +12,7 @@ def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Map
 
     Example:
         >>> from models.vae.config import VAEConfig
-        >>> from_preset({"small": VAEConfig(dim=8)}, "small", {"z_dim": 4}).z_dim
+        >>> from_preset({"small": VAEConfig(dim=8)}, "small", {"num_res_blocks": 4}).num_res_blocks
         4
 
     Args:
