@@ -69,7 +69,7 @@ def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="seeds differ more than the swap costs: dense losses were 0.378, 0.389, 0.645")
+@pytest.mark.timeout(3600)  # three demos
 def test_finetuning_closes_the_gap_for_three_seeds(tmp_path):
     """The swap costs at least five times what seeds differ by; finetuning wins back 80% of it on held-out windows."""
     results = [run_demo(DemoConfig(folder=tmp_path / str(seed), seed=seed), quiet=True) for seed in range(3)]

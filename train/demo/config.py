@@ -59,7 +59,7 @@ def dense_run(config: DemoConfig) -> TrainConfig:
 
     The window's frames have a noise level each, so what a noisy frame shows has to be fetched from a cleaner one by
     attention; that is what makes the attention matter in a model this small. What the swap costs adds up over layers:
-    with two it was no more than seeds differ by, with five it is.
+    with two it was no more than seeds differ by, with five it is many times that.
 
     Args:
         config: The demo's settings.
