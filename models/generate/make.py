@@ -146,7 +146,7 @@ def _write(
         config.out, fps=config.fps or 16.0, quality=config.quality, settings=config.stored(), title=config.prompt
     )
     try:
-        with writer, _sigterm_is_ctrl_c():
+        with writer, _signals_stop():
             for frames in _shown(parts, plan, "frames"):
                 if not writer.frames:
                     first = time.monotonic() - begin
@@ -206,8 +206,8 @@ def _let_watch(page: LivePage, seconds: float, report: Callable[[str], None]) ->
 
 
 @contextlib.contextmanager
-def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, whose exit code is 143."""
+def _signals_stop() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt with exit code 128 + signal, also where the parent ignores SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -217,8 +217,9 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
         stop.code = 128 + number  # type: ignore[attr-defined]
         raise stop
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
