@@ -84,6 +84,12 @@ def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
             return array
 
 
+def stored_dtype(file: TensorFile) -> str:
+    """The dtype to keep: the file's, float32 if it is mixed; float64 only where JAX has it on."""
+    dtypes = {info.dtype.name for info in file.infos.values()}
+    return jax.dtypes.canonicalize_dtype(dtypes.pop() if len(dtypes) == 1 else "float32").name
+
+
 def some(items: list[str], count: int = 3) -> str:
     """The first few, and how many more.
 

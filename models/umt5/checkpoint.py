@@ -20,6 +20,7 @@ from models.checkpoints.reading import (
     parameter_shapes,
     read_entries,
     some,
+    stored_dtype,
     weights_file,
 )
 from models.checkpoints.tensor_files import TensorFile
@@ -127,8 +128,7 @@ def load_umt5(
         else:
             entries[0] = Entry(entries[0].path, None, {"transformers": TIED}, "vector")
     if param_dtype is None:
-        dtypes = {info.dtype.name for info in file.infos.values()}
-        param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        param_dtype = stored_dtype(file)
     model = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
     shapes = parameter_shapes(model)
     match_names(file, entries, shapes, where=file_path, naming=naming, model="a umT5 encoder", ignore=ignore)

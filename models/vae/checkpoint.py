@@ -22,6 +22,7 @@ from models.checkpoints.reading import (
     parameter_shapes,
     read_entries,
     some,
+    stored_dtype,
     weights_file,
 )
 from models.checkpoints.tensor_files import TensorFile
@@ -161,8 +162,7 @@ def load_vae(
     described = config or _described(file_path)
     entries = vae_entries(described)
     if param_dtype is None:
-        dtypes = {info.dtype.name for info in file.infos.values()}
-        param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        param_dtype = stored_dtype(file)
     model = nnx.eval_shape(lambda: WanVAE(described, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
     match_names(file, entries, parameter_shapes(model), where=file_path, naming=naming, model="a Wan VAE")
     arrays = read_entries(file, entries, naming, progress=progress)

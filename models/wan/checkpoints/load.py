@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.checkpoints.reading import Progress, Shardings, fill_model
+from models.checkpoints.reading import Progress, Shardings, fill_model, stored_dtype
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.mapping import tensors, to_ours
 from models.wan.checkpoints.source import Source, open_source
@@ -111,9 +111,7 @@ def resolve_config(source: Source, config: WanConfig | None, *, override: bool, 
     if config is not None:
         asked = {name: getattr(config, name) for name in POLICY} | asked
     if "param_dtype" not in asked:
-        dtypes = {info.dtype.name for info in source.file.infos.values()}
-        kept = dtypes.pop() if len(dtypes) == 1 else "float32"
-        asked["param_dtype"] = jax.dtypes.canonicalize_dtype(kept).name  # float64 only where jax has it on
+        asked["param_dtype"] = stored_dtype(source.file)
     chosen = dataclasses.replace(source.config, **asked)
     stored = settings.attention_to_json(source.config)
     if stored is not None and not settings.same_attention(chosen, source.config) and not override:
