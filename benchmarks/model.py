@@ -300,7 +300,8 @@ def product_rate(small: bool) -> float:
 
 
 KINDS = (
-    ("attention", r"fmha|flash|sdpa|attention|monarch|mosaic|right_kernel|left_kernel|triton_kernel_call"),
+    # the Triton kernels' names are forward, right_query, left_backward, ...
+    ("attention", r"fmha|flash|sdpa|attention|monarch|mosaic|^(right_|left_)?(forward|backward|query)(_|$)"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|dot"),
     ("copies", r"memcpy|memset|copy|transpose"),
 )
