@@ -121,8 +121,8 @@ class WanDecoder:
         graph, state = nnx.split(vae)
         self._state = state
         self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), graph)
-        self._first = functools.partial(jax.jit(_decode_first, static_argnums=0, donate_argnums=3), graph)
-        self._next = functools.partial(jax.jit(_decode_next, static_argnums=0, donate_argnums=3), graph)
+        self._first = functools.partial(jax.jit(_decode_first, static_argnums=0), graph)
+        self._next = functools.partial(jax.jit(_decode_next, static_argnums=0), graph)
         self._encode = functools.partial(jax.jit(_encode_video, static_argnums=0), graph)
 
     def start(self, batch: int, height: int, width: int) -> Any:

@@ -65,36 +65,41 @@ class Conv(nnx.Module):
         """Convolves; T_out = (T - kernel) / stride + 1."""
         x, step = x.astype(self.dtype), self.strides[0]
         frames = (x.shape[1] - self.past_frames - 1) // step + 1
-        return self._convolve([x[:, k : k + (frames - 1) * step + 1 : step] for k in range(self.past_frames + 1)])
+        taps = [x[:, k : k + (frames - 1) * step + 1 : step] for k in range(self.past_frames + 1)]
+        return self._convolve(jnp.concatenate(taps, axis=-1), None)
 
-    def _convolve(self, taps: list[Array]) -> Array:
-        """The convolution, given what each step of the kernel in time meets."""
+    def _convolve(self, x: Array, added: Array | None) -> Array:
+        """The convolution of [B, T, H, W, kernel * C], what each step of the kernel in time meets; plus `added`."""
         kernel, stride = self.kernel[...].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
-        x = jnp.concatenate(taps, axis=-1)
+        planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
         if (*kernel.shape[:2], stride) == (1, 1, 1):
-            y = x @ kernel[0, 0]
+            y = planes @ kernel[0, 0]
         else:
-            planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
             y = jax.lax.conv_general_dilated(
                 planes, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            y = rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
-        return y + self.bias[...].astype(self.dtype)
+        y = y + self.bias[...].astype(self.dtype)
+        if added is not None:  # in these axes, or cuDNN would not do it with the convolution
+            y = y + rearrange(added.astype(self.dtype), "b t h w c -> (b t) h w c")
+        return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
     def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B P H W C"]:
         """The past of a clip's beginning."""
         return jnp.zeros((batch, self.past_frames, height, width, self.kernel.shape[3]), self.dtype)
 
-    def after(self, past: Float[Array, "B P H W C"], x: Float[Array, "B T H W C"]) -> tuple[Video, Past]:
-        """Convolves `x` as the continuation of `past`; returns as many frames, and the new past."""
+    def after(
+        self, past: Float[Array, "B P H W C"], x: Float[Array, "B T H W C"], *, added: Video | None = None
+    ) -> tuple[Video, Past]:
+        """Convolves `x` as the continuation of `past`, plus `added`; returns as many frames, and the new past."""
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
         # Each tap is put together by itself: past and frames side by side in memory would be one more pass over them.
         taps = [
             jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
             for k in range(count + 1)
         ]
-        return self._convolve(taps), jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
+        latest = jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
+        return self._convolve(jnp.concatenate(taps, axis=-1), added), latest
 
 
 class ChannelNorm(nnx.Module):
@@ -103,13 +108,16 @@ class ChannelNorm(nnx.Module):
     def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.gamma = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
 
-    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-        """Normalises; keeps the dtype."""
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    def __call__(self, x: Float[Array, "*batch C"], *, silu: bool = False) -> Float[Array, "*batch C"]:
+        """Normalises, and applies SiLU if told to; keeps the dtype."""
+        # Two axes: among the tiles of five, XLA searches for the best of a GPU kernel for a minute.
+        rows = x.reshape(-1, x.shape[-1])
+        precise = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
         # |x| is at least 1e-12
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
         gamma = self.gamma[...].astype(precise.dtype) * x.shape[-1] ** 0.5
-        return (precise * scale * gamma).astype(x.dtype)
+        rows = (precise * scale * gamma).astype(x.dtype)
+        return (jax.nn.silu(rows) if silu else rows).reshape(x.shape)
 
 
 class ResidualBlock(nnx.Module):
@@ -130,9 +138,10 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
         """The next frames and the new past."""
-        y, past1 = self.conv1.after(past[0], jax.nn.silu(self.norm1(x)))
-        y, past2 = self.conv2.after(past[1], jax.nn.silu(self.norm2(y)))
-        return y + (self.shortcut(x) if hasattr(self, "shortcut") else x), (past1, past2)
+        y, past1 = self.conv1.after(past[0], self.norm1(x, silu=True))
+        shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
+        y, past2 = self.conv2.after(past[1], self.norm2(y, silu=True), added=shortcut)
+        return y, (past1, past2)
 
 
 class FrameAttention(nnx.Module):

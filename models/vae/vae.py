@@ -33,7 +33,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
         """The next frames and the new past."""
-        return self.conv.after(past, jax.nn.silu(self.norm(x)))
+        return self.conv.after(past, self.norm(x, silu=True))
 
 
 class Coder(nnx.Module):
