@@ -1,19 +1,26 @@
-"""Our own format: `config.json` and the parameters, stacked as the model holds them, in an Orbax folder `params`."""
+"""Our own format: `config.json` and the parameters, stacked as the model holds them, in an Orbax folder `params`.
+
+Orbax stores arrays through tensorstore. Layers are stored as chunks of their own, so that one tensor at a time can be
+read through tensorstore; `ocp.StandardCheckpointer` restores the same folder as a whole.
+"""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 
+from models.checkpoints.reading import ParameterPath
 from models.checkpoints.tensor_files import TensorInfo
 from models.wan.checkpoints import settings
-from models.wan.checkpoints.mapping import tensors
-from models.wan.checkpoints.save import ModelFile, new_folder
+from models.wan.checkpoints.mapping import checkpoint_shape, parameter_shapes, tensors, to_theirs
+from models.wan.checkpoints.save import new_folder
 from models.wan.checkpoints.source import Source
 from models.wan.config import WanConfig
 from models.wan.dit import WanModel
@@ -22,24 +29,69 @@ FOLDER = "params"
 
 
 class OrbaxFile:
-    """The parameters as the tensors of an official checkpoint; read as a whole when the first is asked for.
+    """The parameters as the tensors of an official checkpoint, read one at a time.
 
     Attributes:
         infos: Shape and dtype by official name.
+
+    Raises:
+        ValueError: If a parameter is missing, cannot be opened, or is of another shape than `config` says.
     """
 
     def __init__(self, path: Path, config: WanConfig):
-        self._path, self._config = path, config
-        self._file: ModelFile | None = None
-        abstract = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-        self.infos: dict[str, TensorInfo] = ModelFile(abstract).infos
+        self._path = path
+        self._tensors = {tensor.official: tensor for tensor in tensors(config)}
+        self._arrays = _open_arrays(path, parameter_shapes(config))
+        self.infos = {
+            name: TensorInfo(checkpoint_shape(config, tensor), self._arrays[tensor.path].dtype.numpy_dtype)
+            for name, tensor in self._tensors.items()
+        }
         self.metadata: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
-        if self._file is None:
-            self._file = ModelFile(_restore(self._path, self._config))
-        return self._file.read(name)
+        tensor = self._tensors[name]
+        array = self._arrays[tensor.path]
+        try:
+            value = (array if tensor.layer is None else array[tensor.layer]).read().result()
+        except ValueError as error:
+            raise ValueError(_unreadable(self._path, tensor.path, error)) from error
+        return np.asarray(to_theirs(value, tensor.layout))
+
+
+def _open_arrays(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[ParameterPath, ts.TensorStore]:
+    """Every parameter, opened and not read."""
+    folder = (path / FOLDER).absolute()
+    try:
+        stored = json.loads((folder / "_METADATA").read_text())
+        driver, single = ("zarr3" if stored["use_zarr3"] else "zarr"), stored["use_ocdbt"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not a folder that Orbax wrote: {' '.join(str(error).split())}") from error
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def spec(parameter: ParameterPath) -> dict[str, Any]:
+        inside = ".".join(parameter) + "/"
+        base = {"driver": "file", "path": f"{folder}/" if single else f"{folder}/{inside}"}
+        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": inside} if single else base}
+
+    pending = {parameter: ts.open(spec(parameter), open=True, read=True, context=context) for parameter in shapes}
+    arrays = {}
+    for parameter, future in pending.items():
+        try:
+            arrays[parameter] = future.result()
+        except ValueError as error:
+            raise ValueError(_unreadable(path, parameter, error)) from error
+        if arrays[parameter].shape != shapes[parameter]:
+            raise ValueError(
+                f"{folder} does not fit its config.json: {'.'.join(parameter)} has shape {arrays[parameter].shape}, "
+                f"not {shapes[parameter]}."
+            )
+    return arrays
+
+
+def _unreadable(path: Path, parameter: ParameterPath, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{path / FOLDER} is damaged: {'.'.join(parameter)} cannot be read: {reason}"
 
 
 def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -> Path:
@@ -63,7 +115,8 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -
         data = settings.config_to_json(config, "official") | {"image_dim": config.image_dim, "param_dtype": kept}
         (folder / "config.json").write_text(settings.dump_json(data))
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((folder / FOLDER).absolute(), state)
+            chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)
+            checkpointer.save((folder / FOLDER).absolute(), state, save_args=chunks)
     return Path(path)
 
 
@@ -81,15 +134,3 @@ def open_orbax(path: Path) -> Source:
     file = OrbaxFile(path, config)
     names = {tensor.official: tensor.official for tensor in tensors(config)}
     return Source(path, "orbax", "official", config, config_path, names, file)
-
-
-def _restore(path: Path, config: WanConfig) -> WanModel:
-    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            values = checkpointer.restore((path / FOLDER).absolute(), nnx.to_pure_dict(state))
-    except Exception as error:
-        raise ValueError(f"{path / FOLDER} cannot be restored: {' '.join(str(error).split())[:300]}") from error
-    nnx.replace_by_pure_dict(state, values)
-    return nnx.merge(graph, state)
