@@ -47,7 +47,10 @@ def run(
     Returns:
         The results by name.
     """
-
+    # XLA may pull slices of operands and stores into slices of results (of a loop, or of stacked layers) into a fusion
+    # with a kernel, and forgets in it that kernels change arrays in place (jaxlib 0.11): keep slices apart from them
+    arrays = {name: x for name, x in operands.items() if isinstance(x, jax.Array)}
+    operands = operands | lax.optimization_barrier(arrays)
     shapes = scratch | results
     carried = (*results, *kept)
 
@@ -61,11 +64,11 @@ def run(
         found = start
         for step in plan.steps:
             found = body(jnp.asarray(step, jnp.int32), found)
-        return {name: found[name] for name in results}
+        return lax.optimization_barrier({name: found[name] for name in results})
     steps = jnp.asarray(plan.steps, jnp.int32)
     first = body(steps[0], start)
     found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(steps[n], state), first)
-    return {name: found[name] for name in results}
+    return lax.optimization_barrier({name: found[name] for name in results})
 
 
 def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
