@@ -51,7 +51,8 @@ class GenerateConfig:
     """What the video should not show, for samplers with guidance. Default: Wan's own."""
 
     components: Path | None = None
-    """Folder with text encoder, tokenizer and VAE, official or diffusers, if they are not beside the checkpoint."""
+    """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers, if they are not
+    beside the checkpoint."""
 
     embeddings: Path | None = None
     """A file of text embeddings, saved with --save-embeddings: no text encoder is loaded."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from models.checkpoints.hub import fetch, names_repository
 from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
 from models.generate.decoders import FrameDecoder, WanDecoder
@@ -35,7 +36,7 @@ class Components(NamedTuple):
 
 
 def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
-    """Looks for the parts in `components`, else beside the checkpoint.
+    """Looks for the parts in `components`, else beside the checkpoint; from the hub if one of them is named there.
 
     Args:
         config: With `embeddings`, no text encoder is needed.
@@ -47,28 +48,43 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
     Raises:
         UserError: If parts are missing; names all of them, and where they were looked for.
     """
-    if config.components is not None and not config.components.is_dir():
-        raise UserError(f"components {config.components} is not a folder")
+    apart = config.components
+    if apart is not None and not apart.is_dir() and not names_repository(apart):
+        raise UserError(f"components {apart} is not a folder")
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    folders = [config.components] if config.components is not None else []
+    folders = [apart] if apart is not None and apart.is_dir() else []
     folders += [beside, beside.parent] if beside.name == "transformer" else [beside]
     needed = ["VAE"] if config.embeddings is not None else list(PARTS)
-    found = {
-        part: next((folder / name for folder in folders for name in PARTS[part] if (folder / name).exists()), None)
-        for part in needed
-    }
-    missing = [part for part in needed if found[part] is None]
+    found: dict[str, Path] = {}
+    if apart is not None and names_repository(apart):
+        found = _fetched(str(apart), needed)
+    found = _parts_in(folders, needed) | found
+    missing = [part for part in needed if part not in found]
+    if missing and names_repository(config.checkpoint or ""):
+        found |= _fetched(config.checkpoint or "", missing)
+        missing = [part for part in needed if part not in found]
     if missing:
         looked = "; ".join(f"{part} ({' or '.join(PARTS[part])})" for part in missing)
-        where = " and ".join(map(str, dict.fromkeys(folders)))
+        named = [name for name in (apart, config.checkpoint) if name is not None and names_repository(name)]
+        where = " and ".join(map(str, dict.fromkeys((*named, *folders))))
         saved = "" if missing == ["VAE"] else ", or the text with --embeddings"
         raise UserError(
             f"checkpoint lacks: {looked}; looked in {where}; give the folder that has them with --components{saved}"
         )
-    vae = found["VAE"]
-    if vae is None:
-        raise UserError("checkpoint lacks its VAE")
-    return Components(vae, found.get("text encoder"), found.get("tokenizer"))
+    return Components(found["VAE"], found.get("text encoder"), found.get("tokenizer"))
+
+
+def _parts_in(folders: list[Path], parts: list[str]) -> dict[str, Path]:
+    """Those parts that are in one of the folders, the first that has them."""
+    places = [(part, folder / name) for part in parts for folder in reversed(folders) for name in reversed(PARTS[part])]
+    return {part: place for part, place in places if place.exists()}
+
+
+def _fetched(repository: str, parts: list[str]) -> dict[str, Path]:
+    """Those parts that a Hugging Face repository has, in the local cache."""
+    patterns = [pattern for part in parts for name in PARTS[part] for pattern in (name, f"{name}/*")]
+    with user_input():
+        return _parts_in([fetch(repository, patterns)], parts)
 
 
 def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any]:

@@ -172,13 +172,13 @@ class TestOthersRead:
         assert_same(load_checkpoint(pipeline, config=small), model)
 
     def test_hub_cache_without_network(self, wan, small, tmp_path, monkeypatch):
-        hub = pytest.importorskip("huggingface_hub")
+        constants = pytest.importorskip("huggingface_hub.constants")
         repository = tmp_path / "models--someone--Wan-small"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("abc")
         save_checkpoint(wan.model(small), repository / "snapshots" / "abc")
-        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.chdir(tmp_path)
         assert_same(load_checkpoint("someone/Wan-small"), wan.model(small))
         with pytest.raises(ValueError, match="'someone/Wan-large' does not exist here and cannot be had from the hub"):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from models.checkpoints.hub import fetch, names_repository
 from models.checkpoints.reading import PICKLES, some, weights_file
 from models.checkpoints.tensor_files import (
     INDEX_SUFFIX,
@@ -27,7 +28,6 @@ PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_
 # Self-Forcing's files: the averaged generator is what it evaluates.
 PREFERENCE = ("generator_ema", "generator", "model")
 LORA = re.compile(r"lora_(A|B|up|down)\b|\.lora\.|_lora\.|\.alpha$|\.diff_b?$")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,21 +196,11 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not HUB_NAME.fullmatch(str(path)):
+    if not names_repository(path):
         raise ValueError(f"path={str(path)!r} does not exist.")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(
-            f"path={str(path)!r} does not exist; to take it from the Hugging Face hub, pip install huggingface_hub."
-        ) from None
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"path={str(path)!r} does not exist here and cannot be had from the hub: {reason}") from error
+    return fetch(str(path), patterns, revision=revision)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

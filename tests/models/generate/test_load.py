@@ -1,0 +1,125 @@
+"""Where the parts of a checkpoint are looked for: beside it, in a folder, and in Hugging Face repositories."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from models.errors import UserError
+from models.generate.config import GenerateConfig
+from models.generate.load import find_components
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+
+OFFICIAL = (
+    *("config.json", "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"),
+    *("google/umt5-xxl/spiece.model", "google/umt5-xxl/tokenizer.json", "assets/picture.png"),
+)
+DIFFUSERS = (
+    *("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"),
+    *("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00002.safetensors"),
+    *("text_encoder/model-00002-of-00002.safetensors", "tokenizer/tokenizer.json", "assets/picture.png"),
+)
+REPOSITORIES = {"wan/official": OFFICIAL, "wan/diffusers": DIFFUSERS, "someone/network-alone": OFFICIAL[:2]}
+
+
+def fill(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands in for the hub: the names of files that were fetched, by repository."""
+    fetched: dict[str, list[str]] = {}
+    monkeypatch.chdir(tmp_path)
+
+    def download(name, *, revision, allow_patterns):
+        if name not in REPOSITORIES:
+            raise OSError("404: no such repository")
+        chosen = huggingface_hub.utils.filter_repo_objects(REPOSITORIES[name], allow_patterns=allow_patterns)
+        folder = tmp_path / "cache" / name
+        for file in chosen:
+            if not (folder / file).exists():
+                fill(folder, [file])
+                fetched.setdefault(name, []).append(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return fetched
+
+
+def config(**given):
+    return GenerateConfig(**(dict(prompt="a cat") | given))
+
+
+class TestHub:
+    def test_official(self, hub, tmp_path):
+        folder = fill(tmp_path / "cache" / "wan/official", OFFICIAL[:2])  # the network is there already
+        found = find_components(config(checkpoint="wan/official"), folder)
+        assert found.vae == folder / "Wan2.1_VAE.pth"
+        assert found.text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
+        assert found.tokenizer == folder / "google/umt5-xxl"
+        assert set(hub["wan/official"]) == set(OFFICIAL[2:-1])
+
+    def test_diffusers(self, hub, tmp_path):
+        folder = fill(tmp_path / "cache" / "wan/diffusers", DIFFUSERS[:3])
+        found = find_components(config(checkpoint="wan/diffusers"), folder / "transformer")
+        assert found == (folder / "vae", folder / "text_encoder", folder / "tokenizer")
+        assert set(hub["wan/diffusers"]) == set(DIFFUSERS[3:-1])
+
+    def test_only_what_is_needed_and_only_once(self, hub, tmp_path):
+        folder = fill(tmp_path / "cache" / "wan/official", OFFICIAL[:2])
+        alone = config(checkpoint="wan/official", embeddings=tmp_path / "cat.safetensors")
+        assert find_components(alone, folder) == (folder / "Wan2.1_VAE.pth", None, None)
+        assert hub == {"wan/official": ["Wan2.1_VAE.pth"]}
+        find_components(config(checkpoint="wan/official"), folder)
+        assert hub["wan/official"].count("Wan2.1_VAE.pth") == 1
+
+    def test_the_parts_of_another_repository(self, hub, tmp_path):
+        network = fill(tmp_path / "self-forcing", ["self_forcing_dmd.pt"]) / "self_forcing_dmd.pt"
+        found = find_components(config(checkpoint=str(network), components=Path("wan/official")), network)
+        assert found.vae == tmp_path / "cache/wan/official/Wan2.1_VAE.pth"
+        assert "diffusion_pytorch_model.safetensors" not in hub["wan/official"]
+
+    def test_what_is_beside_is_not_fetched(self, hub, tmp_path):
+        folder = fill(tmp_path / "here", OFFICIAL)
+        assert find_components(config(checkpoint=str(folder)), folder).vae == folder / "Wan2.1_VAE.pth"
+        assert not hub
+
+    def test_a_folder_comes_first(self, hub, tmp_path):
+        folder, apart = fill(tmp_path / "here", OFFICIAL), fill(tmp_path / "apart", ["vae/config.json"])
+        found = find_components(config(checkpoint=str(folder), components=apart), folder)
+        assert (found.vae, found.tokenizer) == (apart / "vae", folder / "google/umt5-xxl")
+
+    def test_errors(self, hub, tmp_path):
+        folder = fill(tmp_path / "cache" / "someone/network-alone", OFFICIAL[:2])
+        with pytest.raises(UserError, match=r"lacks: VAE .*; text encoder .* looked in someone/network-alone and "):
+            find_components(config(checkpoint="someone/network-alone"), folder)
+        with pytest.raises(UserError, match="'no/such' does not exist here and cannot be had from the hub: 404"):
+            find_components(config(checkpoint=str(folder), components=Path("no/such")), folder)
+        with pytest.raises(UserError, match="components /no/such/folder is not a folder"):
+            find_components(config(checkpoint=str(folder), components=Path("/no/such/folder")), folder)
+
+
+def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
+    """The real library, told to stay offline, with a cache as it writes it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    storage = tmp_path / "hub" / "models--wan--official"
+    folder = fill(storage / "snapshots" / "0123abcd", OFFICIAL)
+    fill(storage, ["refs/main"])
+    (storage / "refs/main").write_text("0123abcd")
+    found = find_components(config(checkpoint="wan/official"), folder)
+    assert found.vae == folder / "Wan2.1_VAE.pth"
+    elsewhere = fill(tmp_path / "elsewhere", ["model.pt"])
+    apart = config(checkpoint=str(elsewhere), components=Path("wan/official"))
+    assert find_components(apart, elsewhere).text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    shutil.rmtree(storage)
+    with pytest.raises(UserError, match="'wan/official' does not exist here and cannot be had from the hub: Cannot"):
+        find_components(apart, elsewhere)
