@@ -272,6 +272,16 @@ def test_tuned_configs_are_read():
         assert chosen != heuristic(where, b1=b1, b2=b2, dim=128, itemsize=2)
 
 
+def test_other_hopper_cards_take_the_configs_of_the_h200(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for few in (False, True):
+        shape = {"b1": 90, "b2": 52, "dim": 128, "itemsize": 2, "few": few}
+        assert configs(Target(90, "NVIDIA H100 80GB HBM3"), **shape) == configs(Target(90, "NVIDIA H200"), **shape)
+    shape = {"b1": 90, "b2": 52, "dim": 128, "itemsize": 2}
+    ampere = Target(80, "NVIDIA A100-SXM4-80GB")
+    assert configs(ampere, **shape) == heuristic(ampere, **shape)
+
+
 def test_the_users_configs_come_first(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
