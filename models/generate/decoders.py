@@ -1,6 +1,8 @@
 """From latents to frames, as they come: what the pipeline needs of a decoder, and the one of the patch transform."""
 
 import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -30,6 +32,10 @@ class FrameDecoder(Protocol):
 
     def start(self, batch: int, height: int, width: int) -> Any:
         """State before the first latents, which are height x width."""
+        ...
+
+    def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
+        """Begins to compile for a video of parts of so many latents, while the caller does something else."""
         ...
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
@@ -84,6 +90,9 @@ class PatchDecoder:
         """Nothing is remembered."""
         return
 
+    def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
+        """It compiles in no time."""
+
     def decode(self, latents: Float[Array, "B F h w C"], state: None) -> tuple[UInt8[Array, "B F H W 3"], None]:
         """The frames."""
         return self._decode(latents, self._synthesis), None
@@ -118,26 +127,66 @@ class WanDecoder:
     def __init__(self, vae: WanVAE):
         config = vae.config
         self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
-        graph, state = nnx.split(vae)
-        self._state = state
-        self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), graph)
-        self._first = functools.partial(jax.jit(_decode_first, static_argnums=0), graph)
-        self._next = functools.partial(jax.jit(_decode_next, static_argnums=0), graph)
-        self._encode = functools.partial(jax.jit(_encode_video, static_argnums=0), graph)
+        self._graph, self._state = nnx.split(vae)
+        self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), self._graph)
+        self._first, self._rest, self._next, self._encode = (
+            jax.jit(function, static_argnums=0)
+            for function in (_decode_first, _decode_rest, _decode_next, _encode_video)
+        )
+        self._compiling: dict[tuple[Any, tuple[int, ...]], Future[Any]] = {}
 
     def start(self, batch: int, height: int, width: int) -> Any:
         """The decoder's cache, and whether the first latent is still to come."""
         return self._start(self._state, batch, height * self.spatial, width * self.spatial), True
 
+    def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
+        """Compiles in the background, each program in a thread of its own; `decode` waits for the one it needs.
+
+        Args:
+            batch: Videos at once.
+            parts: Latents of each call of `decode`, in order; empty if that is not known.
+            height: Of the latents.
+            width: Likewise.
+        """
+        if not parts:
+            return
+        cache, _ = jax.eval_shape(functools.partial(self.start, batch, height, width))
+        before = jax.ShapeDtypeStruct((batch, 1, height * self.spatial, width * self.spatial, 3), jnp.uint8)
+        calls: list[tuple[Any, int, tuple[Any, ...]]] = [(self._first, parts[0], (cache,))]
+        if parts[0] > 1:
+            calls.append((self._rest, parts[0], (cache, before)))
+        calls += [(self._next, part, (cache,)) for part in dict.fromkeys(parts[1:])]
+        pool = ThreadPoolExecutor(len(calls), "compile")
+        for function, part, others in calls:
+            latents = jax.ShapeDtypeStruct((batch, part, height, width, self.channels), jnp.float32)
+            if (function, latents.shape) not in self._compiling:
+                job = pool.submit(_compile, function, self._graph, self._state, latents, *others)
+                self._compiling[function, latents.shape] = job
+        pool.shutdown(wait=False)
+
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
-        """The frames; one program for the first block and one for the others."""
+        """The frames; two programs for the first block and one for the others."""
         cache, first = state
-        frames, cache = (self._first if first else self._next)(self._state, latents, cache)
+        if not first:
+            frames, cache = self._run(self._next, latents, cache)
+            return frames, (cache, False)
+        frames, cache = self._run(self._first, latents, cache)
+        if latents.shape[1] > 1:
+            frames, cache = self._run(self._rest, latents, cache, frames)
         return frames, (cache, False)
+
+    def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
+        if (job := self._compiling.get((function, latents.shape))) is not None:
+            job.result()  # JAX finds it again by itself; asking for it meanwhile would compile it twice
+        return function(self._graph, self._state, latents, *others)
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
         """The latents, normalised."""
-        return self._encode(self._state, jnp.asarray(video))
+        return self._encode(self._graph, self._state, jnp.asarray(video))
+
+
+def _compile(function: Any, *arguments: Any) -> None:
+    function.lower(*arguments).compile()
 
 
 def _start_vae(graph, state, batch, height, width):
@@ -145,12 +194,13 @@ def _start_vae(graph, state, batch, height, width):
 
 
 def _decode_first(graph, state, latents, cache):
-    vae = nnx.merge(graph, state)
-    frames, cache = vae.decode_first(latents[:, :1], cache)
-    if latents.shape[1] > 1:
-        more, cache = vae.decode_next(latents[:, 1:], cache)
-        frames = jnp.concatenate([frames, more], axis=1)
+    frames, cache = nnx.merge(graph, state).decode_first(latents[:, :1], cache)
     return to_pixels(frames), cache
+
+
+def _decode_rest(graph, state, latents, cache, before):
+    frames, cache = nnx.merge(graph, state).decode_next(latents[:, 1:], cache)
+    return jnp.concatenate([before, to_pixels(frames)], axis=1), cache
 
 
 def _decode_next(graph, state, latents, cache):

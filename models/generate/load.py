@@ -134,6 +134,7 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
     with user_input():
         decoder = WanDecoder(load_vae(components.vae, dtype=dtype, param_dtype=dtype))
         _check_decoder(decoder, plan, source.config.out_channels)
+        decoder.prepare(1, plan.parts, *plan.latents[1:])  # compiles while the network is read
         model = load_checkpoint(
             config.checkpoint or "",
             attention=plan.attention,

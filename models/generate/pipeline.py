@@ -8,11 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from models.generate.decoders import FrameDecoder
-from models.generate.plan import Plan
+from models.generate.plan import PIECE, Plan
 from models.sampling import Rollout, autoregressive, windows
 from models.wan import WanModel
-
-PIECE = 3  # latent frames that a clip made at once is decoded in
 
 
 class VideoPipeline:
@@ -73,7 +71,8 @@ class VideoPipeline:
         """Generates a video.
 
         While frames are fetched and used, the device already works on the next block: its network and then its
-        decoder are queued before the frames of the block before are waited for.
+        decoder are queued before the frames of the block before are waited for. The decoder's programs are compiled
+        while the network's is.
 
         Args:
             text: Embedding of the prompt.
@@ -88,6 +87,7 @@ class VideoPipeline:
             ValueError: If shapes do not fit; before anything is computed.
         """
         parts = self.latents(text, plan=plan, negative=negative, initial=initial)
+        self.decoder.prepare(1, plan.parts, *plan.latents[1:])
         return self._decoded(parts, plan)
 
     def _decoded(self, parts: Iterator[Array], plan: Plan) -> Iterator[np.ndarray]:

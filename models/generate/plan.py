@@ -10,6 +10,7 @@ from models.wan import DenseAttention, MonarchAttention, WanConfig
 
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
 LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
+PIECE = 3  # latent frames that a clip made at once is decoded in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,16 @@ class Plan:
     def guides(self) -> bool:
         """Whether there is a negative text."""
         return self.settings.guidance != 1.0
+
+    @property
+    def parts(self) -> list[int]:
+        """Latent frames of each part that is decoded at a time; empty in mode windows, whose windows decide."""
+        frames, settings = self.latents[0], self.settings
+        if isinstance(settings, Rollout):
+            return settings.blocks(frames)
+        if settings.window is not None:
+            return []
+        return [min(PIECE, frames - start) for start in range(0, frames, PIECE)]
 
     @property
     def first_block(self) -> int:

@@ -1,5 +1,6 @@
 """Frames come early and in order, are those of one decode of everything, and survive Ctrl-C."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -38,6 +39,22 @@ def tiny(wan):
     return VideoPipeline(model, PatchDecoder(DCT)), plan
 
 
+@contextlib.contextmanager
+def compiled():
+    """The names of the programs that are compiled meanwhile."""
+    programs = []
+
+    def listen(event, duration, **named):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(named["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def vae():
     return WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
 
@@ -58,9 +75,15 @@ class TestDecoders:
         decoder = WanDecoder(model)
         latents = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 2, 3, 16)), jnp.float32)
         state, parts = decoder.start(1, 2, 3), []
-        for start in (0, 3, 6):
-            frames, state = decoder.decode(latents[:, start : start + 3], state)
-            parts.append(np.asarray(frames))
+        with compiled() as programs:
+            decoder.prepare(1, [3, 3, 3], 2, 3)
+            decoder.prepare(1, [3, 3, 3], 2, 3)
+            for start in (0, 3, 6):
+                frames, state = decoder.decode(latents[:, start : start + 3], state)
+                parts.append(np.asarray(frames))
+        # in the background, and each once
+        decodes = sorted(name for name in programs if "decode" in name)
+        assert decodes == ["jit(_decode_first)", "jit(_decode_next)", "jit(_decode_rest)"]
         assert [part.shape[1] for part in parts] == [9, 12, 12]
         assert frames_of(decoder, 9) == 33
         whole = np.rint((np.asarray(nnx.jit(WanVAE.decode)(model, latents)) + 1) * 127.5)
@@ -69,6 +92,13 @@ class TestDecoders:
         assert (joined == whole).mean() > 0.999
         assert decoder.encode(joined).shape == latents.shape
         assert isinstance(decoder, FrameDecoder)
+
+    def test_what_fails_in_the_background_is_heard(self, monkeypatch):
+        decoder = WanDecoder(vae())
+        monkeypatch.setattr(WanVAE, "decode_first", lambda *_: 1 / 0)
+        decoder.prepare(1, [1], 2, 3)
+        with pytest.raises(ZeroDivisionError):
+            decoder.decode(jnp.zeros((1, 1, 2, 3, 16)), decoder.start(1, 2, 3))
 
 
 class TestPipeline:
@@ -182,14 +212,6 @@ def test_nothing_is_compiled_after_the_second_block(tiny):
     pipeline, plan = tiny
     frames = pipeline(TEXT, plan=plan(frames=15))
     next(frames)
-    heard = []
-
-    def listen(event, duration, **_):
-        heard.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiled() as programs:
         list(frames)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert "/jax/core/compile/backend_compile_duration" not in heard
+    assert not programs
