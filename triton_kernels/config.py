@@ -26,6 +26,7 @@ class Config:
         transposed: Scores with keys first (`left_backward`), better for few rows.
         more_rows: Kernels of L: rows of a second part beside the first, so that 135 run as 128 + 16, not as 256.
         more_keys: Kernels of R: key columns of a second part, so that 80 run as 64 + 16, not as 128.
+        registers: Most registers per thread; None leaves it to the compiler. A stream has its own.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Config:
     transposed: bool = False
     more_rows: int = 0
     more_keys: int = 0
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

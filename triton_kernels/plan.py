@@ -103,7 +103,8 @@ def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
     constants = _common(shape, pairs, tiles, precision)
     constants |= _both(right, left) | {"SPLIT": right.split, "AP": power_of_two(tiles)}
     programs = pairs * (shape.key_rows * right.split + tiles * shape.b2 * _row_blocks(shape, left))
-    launch = Launch("forward", ("mid", "stats", "out", "lse"), (programs, 1, 1), constants, right.warps, right.stages)
+    writes = ("mid", "stats", "out", "lse")
+    launch = Launch("forward", writes, (programs, 1, 1), constants, right.warps, right.stages, right.registers)
     return Plan(steps, (launch,), pairs, tiles)
 
 
@@ -169,6 +170,7 @@ def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | N
             common | _right(shape, right, tiles) | {"ACCUMULATE": summed, "SAVE_DZ": save_dz},
             right.warps,
             right.stages,
+            right.registers,
         )
     )
     launches.append(
@@ -179,6 +181,7 @@ def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | N
             common | _right(shape, query, tiles) | {"SAVED_DZ": save_dz},
             query.warps,
             query.stages,
+            query.registers,
         )
     )
     return Plan(steps, tuple(launches), pairs, tiles)
@@ -221,10 +224,10 @@ def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) ->
     pairs, tiles = common["ZC"], common["AC"]
     constants = common | _right(shape, config, tiles) | {"SPLIT": config.split, "SAVE": save}
     grid = (shape.key_rows, config.split, pairs)
-    return Launch("right_forward", ("mid", "stats"), grid, constants, config.warps, config.stages)
+    return Launch("right_forward", ("mid", "stats"), grid, constants, config.warps, config.stages, config.registers)
 
 
 def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
     constants = common | {"I": config.rows, "I2": config.more_rows, "N": config.keys, "STAGES": config.stages}
     grid = (common["AC"] * shape.b2, math.ceil(shape.b1 / config.rows) if blocks else 1, common["ZC"])
-    return Launch(kernel, writes, grid, constants, config.warps, config.stages)
+    return Launch(kernel, writes, grid, constants, config.warps, config.stages, config.registers)

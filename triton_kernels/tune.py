@@ -144,6 +144,10 @@ def neighbours(at: Config, kernel: str) -> Iterator[Config]:
     for stages in (at.stages - 1, at.stages + 1):
         if 1 <= stages <= 4:
             yield dataclasses.replace(at, stages=stages)
+    if kernel != "left_forward":  # it shares its launch with `right_forward`
+        for registers in (None, 128):  # 128: two blocks of 8 warps on a multiprocessor
+            if registers != at.registers:
+                yield dataclasses.replace(at, registers=registers)
     part = "more_rows" if kernel.startswith("left") else "more_keys"
     for more in (0, 16, 32):
         if more != getattr(at, part):
@@ -157,8 +161,8 @@ def streams(rows: int, key_tiles: int) -> Iterator[Stream]:
     sizes = sorted({min(rows, n) for n in (52, 64, 80, 128)})
     for size in sizes:
         for tiles in sorted({key_tiles, -(-key_tiles // 3)}):
-            for lag, slots in ((1, 2), (1, 3), (2, 4)):
-                for registers in (None, 168):
+            for lag, slots in ((1, 3), (2, 4), (3, 6)):
+                for registers in (None, 128):
                     yield Stream(rows=size, tiles=tiles, lag=lag, slots=slots, registers=registers)
 
 

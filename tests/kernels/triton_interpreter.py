@@ -88,7 +88,7 @@ CASES = {
     "flat": Case(heads=1, sharpness=0.1),
     "newest tile": Case(heads=1, visible=(2, 2), grad_tiles=1),
     "480p tile": Case(query_tiles=1, key_tiles=1, b1=30, b2=52, heads=1, dim=32),
-    "stream": Case(batch=2, heads=1, stream=Stream(rows=5, tiles=2)),
+    "stream": Case(batch=2, heads=1, stream=Stream(rows=5, tiles=2, lag=3, slots=6)),
     "stream, causal": Case(
         query_tiles=3, heads=1, visible=(1, 2, 2), dominant=True, stream=Stream(rows=9, tiles=1, lag=2, slots=4)
     ),
