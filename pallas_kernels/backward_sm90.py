@@ -55,6 +55,8 @@ def backward(
     """
     batch, tiles, rows, cols, heads, dim = q.shape
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, config.chunk_bytes)
+    if not masked:  # known when compiled
+        visible = jnp.full(tiles, k.shape[1], jnp.int32)
     visible = jnp.minimum(visible, k.shape[1]).astype(jnp.int32)
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
     call = Call(q, k, v, visible * rows, chunk_heads, chunk_tiles, scale, masked, forward)

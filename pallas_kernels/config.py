@@ -44,6 +44,10 @@ class RightConfig:
                 f"every stage belongs to one warpgroup."
             )
 
+    def width(self, cols: int) -> int:
+        """Columns l of the scores: a multiple of 8."""
+        return -(-cols // 8) * 8
+
     def depth(self, cols: int) -> int:
         """Columns l in shared memory."""
         return -(-cols // self.slab) * self.slab

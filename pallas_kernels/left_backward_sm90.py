@@ -81,7 +81,7 @@ def left_backward_role(
 
         def place(t):
             """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
-            item = block + t * blocks
+            item = items - 1 - block - t * blocks  # the last alpha and Y written first: they are still in L2
             x = lax.div(item, column_groups)
             tile = lax.rem(x, tiles)
             limit = limits[tile0 + tile] if masked else jnp.int32(pairs)

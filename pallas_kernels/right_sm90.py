@@ -62,7 +62,7 @@ def right_role(
     batch, _, rows, cols, _, slabs, slab = q.shape
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
-    depth = config.depth(cols)
+    depth, width = config.depth(cols), config.width(cols)
     split = column_blocks(cols, tiles, masked)
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
     tail = items > split.whole
@@ -138,12 +138,13 @@ def right_role(
 
             def scores(acc):
                 for n in range(slabs):
-                    plgpu.wgmma(acc, q_mma.at[slot, n], k_mma.at[key_slot, n].transpose((1, 0)))
+                    b = k_mma.at[key_slot, n, pl.ds(0, width)].transpose((1, 0))
+                    plgpu.wgmma(acc, q_mma.at[slot, n], b)
                 return acc[...]
 
-            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)
+            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, width), f32)) * (scale * LOG2E)
             plgpu.barrier_arrive(q_free.at[slot])
-            if depth != cols:
+            if width != cols:
                 column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=row_layout)
                 s = jnp.where(column < cols, s, -1e30)
             top = s.max(axis=1)
@@ -152,6 +153,8 @@ def right_role(
             inverse = 1.0 / total
             entropy = (p * s).sum(axis=1) * inverse - top - jnp.log2(total)
             p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
+            if width != depth:  # the products' depth; K and V are zeros there
+                p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), row_layout)], 1)
 
             def product(rhs):
                 def multiply(*accs):
@@ -170,7 +173,6 @@ def right_role(
             for n in range(slabs):
                 alpha_reg[group, n] = alpha_tile[n]
                 y_reg[group, n] = y_tile[n]
-            c[lane, item, :, pair] = entropy
             plgpu.commit_smem()
 
             def store_whole(tile, column):
@@ -185,6 +187,7 @@ def right_role(
                 plgpu.copy_smem_to_gmem(y_packs.at[group].transpose(to_rows), y.at[lane, some, pair, window])
 
             part(item, store_whole, store_packs)
+            c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
 
         @pl.when(group < groups)
         def _():
