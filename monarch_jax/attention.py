@@ -60,7 +60,7 @@ def monarch_attention(
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
             traced, so that one compiled program serves every fill of a KV cache. Default None: all.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
-            or None: the first of those in `monarch_jax.backends.AUTOMATIC` that can serve the call.
+            or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
 
     Returns:
         [B, F_q*h*w, H, D] in the inputs' dtype.

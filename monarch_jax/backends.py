@@ -161,12 +161,13 @@ _REGISTRY: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
 }
 IMPLEMENTATIONS = tuple(_REGISTRY)
-AUTOMATIC = ("xla",)  # what None tries, in order; "triton" goes first once the tests marked gpu have passed on a card
+AUTOMATIC = ("triton", "xla")  # what None tries, in order
+AUTOMATIC_ON = {7: ("xla",)}  # the same where the GPU's compute capability begins with that number; kernels need Ampere
 _ON_CUDA = frozenset({"mosaic", "triton"})  # None takes these on NVIDIA GPUs only; by name they lower anywhere
 
 
 def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:
-    """The backend for a call: the named one, or the first of `AUTOMATIC` that can serve it.
+    """The backend for a call: the named one, or the first of `automatic()` that can serve it.
 
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
@@ -185,7 +186,7 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
     reasons = []
-    for name in AUTOMATIC if implementation is None else (implementation,):
+    for name in automatic() if implementation is None else (implementation,):
         reason = None
         if implementation is None and name in _ON_CUDA and not on_cuda():
             reason = "it needs an NVIDIA GPU, which is not where JAX runs by default."
@@ -198,14 +199,26 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
     raise NotImplementedError(" ".join(reasons))
 
 
-def on_cuda() -> bool:
-    """Whether JAX runs on an NVIDIA GPU by default (`jax.default_device` counts)."""
+def automatic() -> tuple[str, ...]:
+    """What None tries, in order, where JAX runs by default: `AUTOMATIC`, or the GPU's entry in `AUTOMATIC_ON`."""
+    capability = _cuda_capability()
+    return AUTOMATIC if capability is None else AUTOMATIC_ON.get(int(capability), AUTOMATIC)
+
+
+def on_cuda(*, capability: int | float = 0) -> bool:
+    """Whether JAX runs on an NVIDIA GPU by default (`jax.default_device` counts), of at least a compute capability."""
+    found = _cuda_capability()
+    return found is not None and found >= capability
+
+
+def _cuda_capability() -> float | None:
+    """Compute capability of the NVIDIA GPU that JAX runs on by default, None where it runs on something else."""
     chosen = jax.config.jax_default_device
     platform = getattr(chosen, "platform", chosen) or jax.default_backend()
     if platform not in ("gpu", "cuda"):
-        return False
+        return None
     device = jax.devices(platform)[0] if chosen is None or isinstance(chosen, str) else chosen
-    return "cuda" in device.client.platform_version.lower()
+    return float(device.compute_capability) if "cuda" in device.client.platform_version.lower() else None
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -70,10 +70,11 @@ def test_a_backend_that_cannot_run_says_why(implementation):
         monarch_attention(q, k, v, grid=(2, 3, 4), num_iters=2, implementation=implementation)
 
 
-def fake_gpu(monkeypatch, platform, version):
+def fake_gpu(monkeypatch, platform, version, capability="9.0"):
     client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform=platform, client=client, compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(platform=platform, client=client)])
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,32 @@ def test_where_cuda_is(monkeypatch, platform, version, expected):
         assert not on_cuda()
 
 
-def automatic(monkeypatch, *, cuda, installed=True, num_iters=1, b1=8):
-    """What None chooses once Triton is in the list."""
-    monkeypatch.setattr(backends, "AUTOMATIC", ("triton", "xla"))
+def test_a_compute_capability_can_be_asked_for(monkeypatch):
+    fake_gpu(monkeypatch, "gpu", "cuda 13000", "7.5")
+    assert on_cuda()
+    assert on_cuda(capability=7.5)
+    assert not on_cuda(capability=8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("7.5", ("xla",)), ("8.0", AUTOMATIC), ("9.0", ("mosaic", "xla")), ("12.0", AUTOMATIC)]
+)
+def test_the_order_may_differ_by_architecture(monkeypatch, capability, expected):
+    monkeypatch.setitem(backends.AUTOMATIC_ON, 9, ("mosaic", "xla"))
+    fake_gpu(monkeypatch, "cpu", "<unknown>")
+    assert backends.automatic() == AUTOMATIC
+    fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", capability)
+    assert backends.automatic() == expected
+
+
+def test_every_order_ends_with_what_runs_anywhere():
+    for order in (AUTOMATIC, *backends.AUTOMATIC_ON.values()):
+        assert set(order) < set(IMPLEMENTATIONS)
+        assert order[-1] == "xla"
+
+
+def chosen(monkeypatch, *, cuda, installed=True, num_iters=1, b1=8):
+    """What None chooses, with Triton's packages or without."""
     monkeypatch.setattr(backends, "on_cuda", lambda: cuda)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     x = jax.ShapeDtypeStruct((1, 2, b1, 8, 1, 64), jnp.bfloat16)
@@ -102,12 +126,12 @@ def automatic(monkeypatch, *, cuda, installed=True, num_iters=1, b1=8):
 
 
 def test_triton_is_chosen_where_it_can_run(monkeypatch):
-    assert automatic(monkeypatch, cuda=True) == "triton"
+    assert chosen(monkeypatch, cuda=True) == "triton"
 
 
 @pytest.mark.parametrize("change", [{"cuda": False}, {"installed": False}, {"num_iters": 2}, {"b1": 3}])
 def test_xla_is_chosen_where_triton_cannot_run(monkeypatch, change):
-    assert automatic(monkeypatch, **({"cuda": True} | change)) == "xla"
+    assert chosen(monkeypatch, **({"cuda": True} | change)) == "xla"
 
 
 def test_says_why_nothing_can_run(monkeypatch):

@@ -22,7 +22,7 @@ import pytest
 import triton_kernels
 from monarch_jax import monarch_attention, reference, xla
 from monarch_jax.backends import Problem, differentiable
-from tests.attention.suite import AttentionSuite, error
+from tests.attention.suite import AttentionSuite, error, inputs
 from triton_kernels import config, plan
 from triton_kernels.config import KERNELS, Config, Stream, Target, configs, heuristic, store, use, user_file
 from triton_kernels.tune import BACKWARD, agree, neighbours, search, streams, tune
@@ -441,6 +441,15 @@ class TestOnACard(AttentionSuite):
     bounds: ClassVar = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
     dims: ClassVar = (64, 48)
     instead: ClassVar = SERVED
+
+    @pytest.mark.parametrize(("grid", "served"), [((2, 4, 6), True), ((2, 3, 6), False), ((2, 6, 3), False)])
+    def test_the_default_leaves_small_tiles_to_xla(self, grid, served):
+        q, k, v, _ = inputs(19, grid, dim=64)
+        text = jax.jit(functools.partial(monarch_attention, grid=grid)).lower(q, k, v).as_text()
+        assert ("triton_kernel_call" in text) == served
+        if not served:
+            with pytest.raises(NotImplementedError, match="has a side below 4"):
+                monarch_attention(q, k, v, grid=grid, implementation="triton")
 
 
 @pytest.mark.usefixtures("poisoned")
