@@ -55,8 +55,8 @@ def forward(problem, q, k, v, visible):
     from pallas_kernels import tuning
     from pallas_kernels.forward_sm90 import forward as run
 
-    _, _, rows, cols, _, dim = q.shape
-    config = tuning.forward(rows, cols, dim)
+    _, tiles, rows, cols, _, dim = q.shape
+    config = tuning.forward(rows, cols, dim, few=tiles < k.shape[1])
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit

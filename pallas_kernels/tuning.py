@@ -14,19 +14,25 @@ FOLDER = pathlib.Path(__file__).parent / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors
 
 
-def shape_key(rows: int, cols: int, dim: int) -> str:
-    """Key of an entry.
+def shape_key(rows: int, cols: int, dim: int, *, few: bool = False) -> str:
+    """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache.
 
     Example:
-        >>> shape_key(30, 52, 128)
-        'b1=30 b2=52 dim=128'
+        >>> shape_key(30, 52, 128, few=True)
+        'b1=30 b2=52 dim=128 few'
     """
-    return f"b1={rows} b2={cols} dim={dim}"
+    return f"b1={rows} b2={cols} dim={dim}" + " few" * few
 
 
-def forward(rows: int, cols: int, dim: int) -> ForwardConfig | None:
-    """The forward pass's sizes for the local card, or for an H200 where there is none; None when nothing fits."""
-    return _choose(forward_config(rows, cols, dim), "forward", shape_key(rows, cols, dim))
+def forward(rows: int, cols: int, dim: int, *, few: bool = False) -> ForwardConfig | None:
+    """The forward pass's sizes for the local card, or for an H200 where there is none; None when nothing fits.
+
+    An entry for few query tiles stands instead of the shape's.
+    """
+    config = forward_config(rows, cols, dim)
+    return _choose(
+        config, "forward", *(shape_key(rows, cols, dim, few=x) for x in ((True, False) if few else (False,)))
+    )
 
 
 def backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
@@ -60,11 +66,13 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **new)
 
 
-def _choose(config, which: str, key: str):
+def _choose(config, which: str, *keys: str):
     if config is None:
         return None
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
-    return changed(config, _entries(kind).get(key, {}).get(which, {}))
+    entries = _entries(kind)
+    found = (entries[key][which] for key in keys if which in entries.get(key, {}))
+    return changed(config, next(found, {}))
 
 
 @functools.cache

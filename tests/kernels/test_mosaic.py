@@ -87,7 +87,9 @@ def test_every_column_has_a_place_of_its_own(cols, masked):
 
 def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
     entry = {"forward": {"beside": True, "left": {"stages": 2}}, "backward": {"keys": {"stages": 2}}}
-    (tmp_path / "NVIDIA_H200.json").write_text(json.dumps({tuning.shape_key(30, 52, 128): entry}))
+    few = {"forward": {"left": {"stages": 1}}}
+    entries = {tuning.shape_key(30, 52, 128): entry, tuning.shape_key(30, 52, 128, few=True): few}
+    (tmp_path / "NVIDIA_H200.json").write_text(json.dumps(entries))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning._entries.cache_clear()
     found = tuning.forward(30, 52, 128)
@@ -95,6 +97,9 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
         forward_config(30, 52, 128), beside=True, left=dataclasses.replace(left_config(30, 128), stages=2)
     )
     assert tuning.backward(30, 52, 128).keys.stages == 2
+    decode = tuning.forward(30, 52, 128, few=True)
+    assert (decode.left.stages, decode.beside) == (1, False)
+    assert tuning.forward(45, 80, 128, few=True) == forward_config(45, 80, 128)
     assert tuning.forward(45, 80, 128) == forward_config(45, 80, 128)
     tuning._entries.cache_clear()
     with pytest.raises(TypeError, match="unknown"):
@@ -104,7 +109,7 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
 def test_tuned_files_fit_a_block():
     for path in tuning.FOLDER.glob("*.json"):
         for key, entry in json.loads(path.read_text()).items():
-            rows, cols, dim = (int(x.partition("=")[2]) for x in key.split())
+            rows, cols, dim = (int(x.partition("=")[2]) for x in key.removesuffix(" few").split())
             forward = tuning.changed(forward_config(rows, cols, dim), entry.get("forward", {}))
             backward = tuning.changed(backward_config(rows, cols, dim), entry.get("backward", {}))
             assert forward.right.shared_memory(cols, dim) <= SHARED_MEMORY
