@@ -34,7 +34,7 @@ demo: $(VENV)/base
 	$(BIN)/monarchrt demo $(ARGS)
 
 test: $(VENV)/test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow $(ARGS)

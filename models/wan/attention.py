@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from models.wan.config import DenseAttention, MonarchAttention
 from monarch_jax import monarch_attention
+from monarch_jax.backends import on_cuda
 
 
 def attend(
@@ -91,7 +92,7 @@ def dense_attention(
     """
     cudnn_can = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     if implementation is None:
-        implementation = "cudnn" if cudnn_can and _has_cudnn_attention() else "xla"
+        implementation = "cudnn" if cudnn_can and on_cuda(capability=8) else "xla"
     if implementation == "cudnn" and not cudnn_can:
         raise ValueError(
             f"implementation='cudnn' needs bfloat16 or float16 and a head size that is a multiple of 8 up to 128, got "
@@ -105,11 +106,3 @@ def dense_attention(
         key_value_seq_lengths=lengths,
         implementation=implementation,  # type: ignore[arg-type]
     )
-
-
-def _has_cudnn_attention() -> bool:
-    """Whether programs run on an NVIDIA GPU from Ampere on."""
-    if jax.default_backend() != "gpu":
-        return False
-    device = jax.devices()[0]
-    return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8

@@ -1,5 +1,6 @@
 """Several devices, as virtual CPU devices in processes of their own."""
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from train.sharding import Placement
 
 from .conftest import history
 
-TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+TWO_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("replicated", marks=pytest.mark.slow), "fsdp"])
