@@ -120,6 +120,10 @@ class LeftBackwardConfig:
         """Computing warpgroups."""
         return self.columns * self.row_blocks
 
+    def width(self, rows: int) -> int:
+        """Rows i of a warpgroup that are not padding: a multiple of 8, the blocks' share of b1."""
+        return -(-rows // (8 * self.row_blocks)) * 8
+
     def shared_memory(self, dim: int) -> int:
         """Bytes a block uses."""
         query = self.warpgroups * (2 * ROWS * dim * 2 + 2 * ROWS * 4)
