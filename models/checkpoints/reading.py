@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -132,6 +133,47 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
         f"{folder} should hold one safetensors file, an index of its shards, or one {'/'.join(PICKLES)} file; found "
         f"{named}."
     )
+
+
+def find_weights(
+    path: str | Path, *, official: str, pattern: str, folder: str, preferred: tuple[str, ...] = ()
+) -> Path:
+    """The file with the weights of a part of a pipeline.
+
+    Args:
+        path: The file, or a folder that holds it or `folder`.
+        official: Its name as released, for the message.
+        pattern: Of its name without the suffix, such as `*VAE*`.
+        folder: Name of the part's folder in diffusers' format.
+        preferred: As `weights_file`, which chooses where `pattern` does not.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is none, or no telling which.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"path={str(path)!r} does not exist; give {official} or a folder that holds it or {folder}/.")
+    if path.is_file():
+        return path
+    if (path / folder).is_dir():
+        path = path / folder
+    named = [file for suffix in (".pth", ".safetensors") for file in sorted(path.glob(pattern + suffix))]
+    return named[0] if len(named) == 1 else weights_file(path, preferred=preferred)
+
+
+def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
+    """The `config.json` beside a file, and what it holds: nothing if it is not there or no object of settings."""
+    beside = file.parent / "config.json"
+    if not beside.is_file():
+        return beside, {}
+    try:
+        settings = json.loads(beside.read_text())
+    except ValueError as error:
+        raise ValueError(f"{beside} is not JSON: {error}.") from error
+    return beside, settings if isinstance(settings, dict) else {}
 
 
 def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()) -> TensorFile:

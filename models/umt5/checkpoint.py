@@ -1,6 +1,5 @@
 """Reading umT5 encoders: Wan's `.pth`, and transformers' `text_encoder/` folder, sharded or not."""
 
-import json
 import re
 from pathlib import Path
 
@@ -15,13 +14,14 @@ from models.checkpoints.reading import (
     Progress,
     Shardings,
     fill_model,
+    find_weights,
     match_names,
     open_tensors,
     parameter_shapes,
     read_entries,
+    settings_beside,
     some,
     stored_dtype,
-    weights_file,
 )
 from models.checkpoints.tensor_files import TensorFile
 from models.umt5.config import UMT5Config
@@ -115,7 +115,9 @@ def load_umt5(
     Raises:
         ValueError: If there is no such file, it lacks tensors, has others, or one is of another shape.
     """
-    file_path = find_umt5(path)
+    official = "models_t5_umt5-xxl-enc-bf16.pth"
+    preferred = ("model", "pytorch_model")
+    file_path = find_weights(path, official=official, pattern="models_t5*", folder="text_encoder", preferred=preferred)
     file = open_tensors(file_path)
     naming = _naming(file_path, file)
     config = config or _described(file_path, file, naming)
@@ -134,32 +136,6 @@ def load_umt5(
     match_names(file, entries, shapes, where=file_path, naming=naming, model="a umT5 encoder", ignore=ignore)
     arrays = read_entries(file, entries, naming, progress=progress)
     return fill_model(model, arrays, dtype=jnp.dtype(param_dtype), sharding=sharding)
-
-
-def find_umt5(path: str | Path) -> Path:
-    """The file with an encoder's weights.
-
-    Args:
-        path: As `load_umt5`.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(
-            f"path={str(path)!r} does not exist; give models_t5_umt5-xxl-enc-bf16.pth or a folder that holds it or "
-            f"text_encoder/."
-        )
-    if path.is_file():
-        return path
-    if (path / "text_encoder").is_dir():
-        path = path / "text_encoder"
-    named = sorted(path.glob("models_t5*.pth")) + sorted(path.glob("models_t5*.safetensors"))
-    return named[0] if len(named) == 1 else weights_file(path, preferred=("model", "pytorch_model"))
 
 
 def _naming(path: Path, file: TensorFile) -> str:
@@ -202,14 +178,8 @@ def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:
 
 def _check_settings(path: Path) -> None:
     """Raises ValueError if transformers' `config.json` beside the file says what the tensors cannot and is not ours."""
-    beside = path.parent / "config.json"
-    if not beside.is_file():
-        return
-    try:
-        settings = json.loads(beside.read_text())
-    except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}.") from error
-    if not isinstance(settings, dict) or "d_kv" not in settings:
+    beside, settings = settings_beside(path)
+    if "d_kv" not in settings:
         return  # the official folder's config.json is the transformer's
     for name, value in FIXED.items():
         if settings.get(name, value) != value:

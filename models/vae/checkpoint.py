@@ -1,7 +1,6 @@
 """Reading autoencoder checkpoints: `Wan2.1_VAE.pth`, and diffusers' `vae/` folder."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from models.checkpoints.reading import (
     Progress,
     Shardings,
     fill_model,
+    find_weights,
     match_names,
     open_tensors,
     parameter_shapes,
     read_entries,
+    settings_beside,
     some,
     stored_dtype,
-    weights_file,
 )
 from models.checkpoints.tensor_files import TensorFile
 from models.vae.config import VAEConfig, vae_config
@@ -156,7 +156,9 @@ def load_vae(
     Raises:
         ValueError: If there is no such file, it lacks tensors, has others, or one is of another shape.
     """
-    file_path = find_vae(path)
+    file_path = find_weights(
+        path, official="Wan2.1_VAE.pth", pattern="*VAE*", folder="vae", preferred=("diffusion_pytorch_model",)
+    )
     file = open_tensors(file_path)
     naming = _naming(file_path, file)
     described = config or _described(file_path)
@@ -169,29 +171,6 @@ def load_vae(
     return fill_model(model, arrays, dtype=jnp.dtype(param_dtype), sharding=sharding)
 
 
-def find_vae(path: str | Path) -> Path:
-    """The file with an autoencoder's weights.
-
-    Args:
-        path: As `load_vae`.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"path={str(path)!r} does not exist; give Wan2.1_VAE.pth or a folder that holds it or vae/.")
-    if path.is_file():
-        return path
-    if (path / "vae").is_dir():
-        path = path / "vae"
-    named = sorted(path.glob("*VAE*.pth")) + sorted(path.glob("*VAE*.safetensors"))
-    return named[0] if len(named) == 1 else weights_file(path, preferred=("diffusion_pytorch_model",))
-
-
 def _naming(path: Path, file: TensorFile) -> str:
     if any(name.startswith("decoder.upsamples.") for name in file.infos):
         return "official"
@@ -202,14 +181,8 @@ def _naming(path: Path, file: TensorFile) -> str:
 
 def _described(path: Path) -> VAEConfig:
     """The configuration in diffusers' `config.json` beside the file, or the released one."""
-    beside = path.parent / "config.json"
-    if not beside.is_file():
-        return vae_config("wan21")
-    try:
-        settings = json.loads(beside.read_text())
-    except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}.") from error
-    if not isinstance(settings, dict) or settings.get("_class_name") != "AutoencoderKLWan":
+    beside, settings = settings_beside(path)
+    if settings.get("_class_name") != "AutoencoderKLWan":
         return vae_config("wan21")  # the official folder's config.json is the transformer's
     return config_from_diffusers(settings, where=str(beside))
 
