@@ -6,7 +6,7 @@
 
 Numbers are checked first: output and gradients of every implementation against the reference in float64; an
 implementation that fails is not timed. Then every row is timed: medians, batch 1, bfloat16, 12 heads of 128. Writes
-attention.json and attention.png into --out.
+attention.json and attention.png into --out; --results prints and plots such files again, anywhere.
 """
 
 import argparse
@@ -61,25 +61,30 @@ def main() -> None:
     """Checks, times, prints, writes."""
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.results:
+        show([json.loads(path.read_text()) for path in args.results], args.out)
+        return
     rows = SMALL if args.small else tuple(row for row in ROWS if not args.rows or row.name.split()[0] in args.rows)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    errors = {name: {row.name: gate(row, name) for row in rows} for name in args.implementations}
+    errors = {name: {row.name: attempt(gate, row, name) or {} for row in rows} for name in args.implementations}
     if args.published:
-        errors["published"] = {row.name: published_errors(row, args.published) for row in rows}
+        errors["published"] = {row.name: attempt(published_errors, row, args.published) or {} for row in rows}
     for name, found in errors.items():
         for row, by_array in found.items():
             print(f"{name:10s} {row:14s} " + "  ".join(f"{array} {x:.1e}" for array, x in by_array.items()))
     failed = [
-        n for n in args.implementations if not all(x <= MAX_ERROR for r in errors[n].values() for x in r.values())
+        name
+        for name in args.implementations
+        if not all(found and all(x <= MAX_ERROR for x in found.values()) for found in errors[name].values())
     ]
     for name in failed:
-        print(f"{name} is above {MAX_ERROR:.0e} and is not timed.")
+        print(f"{name} failed or is above {MAX_ERROR:.0e} and is not timed.")
     timed = [name for name in args.implementations if name not in failed]
     limits = ceilings(args.small)
     results = []
     for row in rows:
-        published = published_times(row, args) if args.published else {}
+        published = (attempt(published_times, row, args) if args.published else None) or {}
         for work in ("forward", "decode", "forward + backward"):
             results.append(measure(row, work, timed, limits, published.get(work), dense=not args.small))
             print(line(results[-1]))
@@ -96,6 +101,15 @@ def main() -> None:
         sys.exit(1)
 
 
+def attempt(run, *args):
+    """The result, or None after saying why there is none: one failure must not cost the other rows."""
+    try:
+        return run(*args)
+    except Exception as error:
+        print(f"{run.__name__} failed: {type(error).__name__}: {str(error)[:500]}")
+        return None
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,6 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", choices=["480p", "720p"], help="default: both")
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
     parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
+    parser.add_argument("--results", nargs="+", type=Path, help="print and plot these attention.json, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a tiny clip, no dense baseline; runs without a GPU")
     return parser.parse_args()
@@ -162,8 +177,8 @@ def gate(row: Row, implementation: str) -> dict[str, float]:
     return errors | {"decode": relative_error(decoded, reference[0][:, block:])}
 
 
-def measure(row: Row, work: str, implementations, limits, published: float | None, *, dense: bool) -> dict:
-    """Times and floors of one row and kind of work."""
+def measure(row: Row, work: str, implementations, limits, published: dict | None, *, dense: bool) -> dict:
+    """Times, peak memory beyond the inputs, and floors of one row and kind of work."""
     frames = row.decode_frames if work == "decode" else row.grid[0]
     q, k, v, g = inputs(row, row.grid[0])
     q, g = (x[:, : frames * row.grid[1] * row.grid[2]] for x in (q, g))
@@ -184,19 +199,20 @@ def measure(row: Row, work: str, implementations, limits, published: float | Non
         "implementations": {},
     }
     if dense:
-        result["dense_ms"], _ = timed(
+        result["dense_ms"], result["dense_bytes"] = timed(
             lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), arrays
         )
     if published is not None:
-        result["published_ms"] = published
+        result["published_ms"], result["published_bytes"] = published["ms"], published["bytes"]
     for name in implementations:
-        ms, temporary = timed(attention(row, frames, name), arrays)
-        result["implementations"][name] = {"ms": ms, "temporary_bytes": temporary}
+        found = attempt(timed, attention(row, frames, name), arrays)
+        if found:
+            result["implementations"][name] = {"ms": found[0], "bytes": found[1]}
     return result
 
 
 def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
-    """Median ms of a call, with its gradients when a cotangent is given, and the temporary bytes of the program.
+    """Median ms of a call, with its gradients when a cotangent is given, and its bytes beyond the inputs.
 
     Calls are sent without waiting for each other, so that the time to launch one hides behind the one before.
     """
@@ -213,7 +229,8 @@ def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
             out = compiled(*arrays)
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / calls)
-    return statistics.median(times), compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    return statistics.median(times), memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
 def ceilings(small: bool) -> dict[str, float]:
@@ -249,8 +266,8 @@ def published_errors(row: Row, path: Path) -> dict[str, float]:
             return relative_errors([found[name] for name in ("out", "dq", "dk", "dv")], reference)
 
 
-def published_times(row: Row, args: argparse.Namespace) -> dict[str, float]:
-    """Median ms of the published kernels by kind of work."""
+def published_times(row: Row, args: argparse.Namespace) -> dict[str, dict]:
+    """Median ms and peak bytes beyond the inputs of the published kernels, by kind of work."""
     options = ["--grid", *map(str, row.grid), "--tile", *map(str, row.tile), "--decode", str(row.decode_frames)]
     options += ["--heads", str(row.heads), "--dim", str(row.head_dim)]
     if args.published_backward:
@@ -262,11 +279,11 @@ def line(result: dict) -> str:
     """One printed row."""
     floors = f"floors {result['floor_flops_ms']:.2f} (arithmetic) {result['floor_bytes_ms']:.2f} (bytes)"
     text = f"{result['row']:12s} {result['work']:18s} {floors}"
-    for key in ("dense_ms", "published_ms"):
-        if key in result:
-            text += f"  {key.removesuffix('_ms')} {result[key]:.2f}"
+    for name in ("dense", "published"):
+        if f"{name}_ms" in result:
+            text += f"  {name} {result[f'{name}_ms']:.3f} ms, {result[f'{name}_bytes'] / 1e9:.2f} GB"
     for name, found in result["implementations"].items():
-        text += f"\n    {name:10s} {found['ms']:8.3f} ms, {found['temporary_bytes'] / 1e9:.2f} GB temporary"
+        text += f"\n    {name:10s} {found['ms']:8.3f} ms, {found['bytes'] / 1e9:.2f} GB"
         for key in ("dense_ms", "published_ms"):
             if key in result:
                 text += f", {result[key] / found['ms']:.2f}x {key.removesuffix('_ms')}"
@@ -275,9 +292,21 @@ def line(result: dict) -> str:
     return text
 
 
+def show(reports: list[dict], out: Path) -> None:
+    """Prints stored reports row by row, and plots them together."""
+    for report in reports:
+        for result in report["rows"]:
+            print(line(result))
+    plot([row for report in reports for row in report["rows"]], reports[0]["device"], out / "attention.png")
+
+
 def plot(results: list[dict], device: str, path: Path) -> None:
-    """Bars of every row, logarithmic."""
-    import matplotlib
+    """Bars of every row, logarithmic; without Matplotlib it says how to get them later."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No plot: pip install matplotlib, then --results attention.json.")
+        return
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

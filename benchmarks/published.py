@@ -1,10 +1,10 @@
 """Runs the published PyTorch MonarchRT attention for `attention.py`, in a process of its own.
 
 With --arrays: reads q, k, v, g from the .npz, adds out, dq, dk, dv to it, with the first of each kernel's configs.
-With --grid: prints medians in ms as JSON. The forward pass is replayed from a CUDA graph, so that its launches from
-Python do not count against it; forward and backward runs eagerly. The first call of every shape tunes itself for
-minutes, most of it compiling; with --share i n only every n-th config is tried, so that several processes can fill
-Triton's cache first.
+With --grid: prints, by kind of work, medians in ms and the most bytes beyond the inputs as JSON. The forward pass is
+replayed from a CUDA graph, so that its launches from Python do not count against it; forward and backward runs
+eagerly. The first call of every shape tunes itself for minutes, most of it compiling; with --share i n only every n-th
+config is tried, so that several processes can fill Triton's cache first.
 """
 
 import argparse
@@ -36,6 +36,17 @@ def median_ms(run, repeats=20):
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def most_bytes(run):
+    """Peak memory of a call beyond what there is before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
 
 
 def graph(run):
@@ -87,10 +98,10 @@ def times(module, args):
         for work, query in (("forward", tiled[0]), ("decode", tiled[1])):
 
             def run(query=query):
-                module._attention_no_cache.apply(query, *tiled[2:], args.dim**-0.5, 0, False)
+                return module._attention_no_cache.apply(query, *tiled[2:], args.dim**-0.5, 0, False)
 
             run()
-            result[work] = median_ms(graph(run))
+            result[work] = {"bytes": most_bytes(run), "ms": median_ms(graph(run))}
     if args.backward:
         for x in (q, k, v):
             x.requires_grad_()
@@ -100,7 +111,8 @@ def times(module, args):
             module.monarch_attn(q, k, v, args.tile[0], 1, 1, height, width).backward(g)
 
         step()
-        result["forward + backward"] = median_ms(step, repeats=7)
+        q.grad = k.grad = v.grad = None
+        result["forward + backward"] = {"bytes": most_bytes(step), "ms": median_ms(step, repeats=7)}
     print(json.dumps(result))
 
 
