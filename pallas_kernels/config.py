@@ -27,6 +27,7 @@ class RightConfig:
         query_stages: 64-row query tiles in flight, a multiple of `warpgroups`.
         key_stages: Pairs of a key row and its value row in flight.
         slab: Elements of D per swizzled row, 64 or 32. A product's depth, the columns l, is a multiple of it.
+        together: Whether both products are under way at once, which takes more registers.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
@@ -34,6 +35,7 @@ class RightConfig:
     query_stages: int = 4
     key_stages: int = 2
     slab: int = SLAB
+    together: bool = False
     blocks: int = 132
 
     def __post_init__(self):

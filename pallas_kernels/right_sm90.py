@@ -156,23 +156,24 @@ def right_role(
             if width != depth:  # the products' depth; K and V are zeros there
                 p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), row_layout)], 1)
 
-            def product(rhs):
+            def product(*factors):
                 def multiply(*accs):
-                    for n in range(slabs):
-                        plgpu.wgmma(accs[n], p, rhs.at[key_slot, n])
+                    for n, acc in enumerate(accs):
+                        plgpu.wgmma(acc, p, factors[n // slabs].at[key_slot, n % slabs])
                     return tuple(acc[...] for acc in accs)
 
-                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(slabs)])
+                count = slabs * len(factors)
+                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(count)])
                 if masked:  # keys that are not seen may hold anything; what is read as padding must be finite
                     seen = pair < limits[tile0 + lax.div(item, full)]
                     results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
                 return [x.astype(dtype) for x in results]
 
-            alpha_tile, y_tile = product(k_mma), product(v_mma)
+            tiles_out = product(k_mma, v_mma) if config.together else product(k_mma) + product(v_mma)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for n in range(slabs):
-                alpha_reg[group, n] = alpha_tile[n]
-                y_reg[group, n] = y_tile[n]
+                alpha_reg[group, n] = tiles_out[n]
+                y_reg[group, n] = tiles_out[slabs + n]
             plgpu.commit_smem()
 
             def store_whole(tile, column):
