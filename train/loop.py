@@ -26,7 +26,7 @@ from train.data import ClipWindows, Source, open_source
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
-from train.model import build_model, model_settings, pretrained_parameters
+from train.model import build_model, check_pretrained, model_settings, pretrained_parameters
 from train.run_folder import claim_folder, compare_identity, identity, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
@@ -108,6 +108,8 @@ class _Run:
                 build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
             )
             model = nnx.eval_shape(build)
+            if run.init_from is not None and not saved and not (run.init_from / FOLDER_NAME).is_dir():
+                check_pretrained(run.init_from, model.config)
             self._check(model)
             # parameters that come from elsewhere are not drawn first: a large model would be held twice
             if run.init_from is None or saved or jax.tree.leaves(split_model(model)[2]):

@@ -1,5 +1,6 @@
 """From the settings of a run to a Wan model."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,52 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
     return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()
 
 
+def check_pretrained(path: Path, settings: "WanConfig") -> None:
+    """Looks whether a Wan checkpoint is of the network's sizes, before anything is computed; reads no tensors.
+
+    Args:
+        path: As `pretrained_parameters`.
+        settings: The network.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or is of another network; names the preset that would fit.
+    """
+    from models.wan.checkpoints.load import check_sizes
+    from models.wan.checkpoints.source import open_source
+
+    hint = ""
+    try:
+        source = open_source(path, config=settings)
+        hint = _how_to_fit(source.config, settings)
+        check_sizes(source, settings)
+        source.check()
+    except ValueError as error:
+        raise UserError(_not_ours(path, error) + hint) from error
+
+
+def _how_to_fit(found: "WanConfig", settings: "WanConfig") -> str:
+    """What to change so that `settings` are of the sizes found, as far as an option does it."""
+    from models.wan import PRESETS
+    from models.wan.checkpoints.load import POLICY
+
+    # a preset's channels are replaced by the data's
+    both = {name: getattr(settings, name) for name in (*POLICY, "in_channels", "out_channels")}
+    alike = dataclasses.replace(found, **both)
+    fitting = [name for name, preset in PRESETS.items() if dataclasses.replace(preset, **both) == alike]
+    hint = f" Give --preset {fitting[0]}." if fitting and settings != alike else ""
+    if found.in_channels != settings.in_channels:
+        hint += (
+            f" The data has {settings.in_channels} channels; --latents takes a folder of what the model's own VAE "
+            f"makes of videos, with {found.in_channels}."
+        )
+    return hint
+
+
+def _not_ours(path: Path, error: ValueError) -> str:
+    reason = " ".join(str(error).split())
+    return f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
+
+
 def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
     """Reads the parameters of a Wan checkpoint of any format.
 
@@ -114,8 +161,5 @@ def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
     try:
         model = load_checkpoint(path, config=settings, override=True)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
-        ) from error
+        raise UserError(_not_ours(path, error)) from error
     return nnx.state(model, nnx.Param)

@@ -1,12 +1,17 @@
 """The commands `monarchrt convert` and `monarchrt inspect`."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
+from models.checkpoints.tensor_files import TensorInfo, write_safetensors
 from models.wan import MonarchAttention, WanModel, wan_config
 from models.wan.checkpoints import load_checkpoint, save_checkpoint
+from models.wan.checkpoints.mapping import checkpoint_shape, tensors
+from models.wan.checkpoints.settings import config_to_json, dump_json
 from tests.clips import make_clip
 from train import cli, loop
 from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -100,3 +105,40 @@ def test_training_starts_from_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "--video", str(clip), *DATA, *folders]) == 2
     assert "is another model than config describes: dim=24 (config: 96)" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_finetuning_from_the_released_model_says_what_is_needed(tmp_path, capsys):
+    """A checkpoint of the released sizes: preset and data are asked for by name before a weight is read."""
+    config = wan_config("wan2.1-t2v-1.3b", param_dtype="bfloat16")
+    infos = {
+        tensor.official: TensorInfo(checkpoint_shape(config, tensor), np.dtype(ml_dtypes.bfloat16))
+        for tensor in tensors(config)
+    }
+    folder = tmp_path / "Wan2.1-T2V-1.3B"
+    folder.mkdir()
+    (folder / "config.json").write_text(dump_json(config_to_json(config, "official")))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    # a header, and a hole where 2.8 GB of weights would be
+    header = write_safetensors(weights, infos, lambda name: np.zeros((), np.int8))
+    with pytest.raises(ValueError, match="is not the announced"):
+        next(header)
+    header.close()
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size + sum(info.nbytes for info in infos.values()))
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "825 of 825" in capsys.readouterr().out
+
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    for i in range(3):
+        example = {"latents": np.zeros((3, 8, 8, 16), np.float32), "text": np.zeros((5, 4096), np.float32)}
+        safetensors.numpy.save_file(example, latents / f"{i}.safetensors")
+    command = ["train", "--init-from", str(folder), "--folder", str(tmp_path / "run")]
+    assert cli.main([*command, "--latents", str(latents)]) == 2
+    assert capsys.readouterr().err.endswith("Give --preset wan2.1-t2v-1.3b.\n")
+    clip = make_clip(tmp_path / "clip.mp4")
+    assert cli.main([*command, "--preset", "wan2.1-t2v-1.3b", "--video", str(clip), *DATA]) == 2
+    assert "The data has 48 channels; --latents takes a folder" in capsys.readouterr().err
+    assert cli.main([*command, "--latents", str(latents), "--preset", "wan2.1-t2v-1.3b", "--tile", "3", "3", "4"]) == 2
+    assert "tile=(3, 3, 4): 3 does not divide the 4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
