@@ -134,6 +134,7 @@ class WanDecoder:
             for function in (_decode_first, _decode_rest, _decode_next, _encode_video)
         )
         self._compiling: dict[tuple[Any, tuple[int, ...]], Future[Any]] = {}
+        self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
 
     def start(self, batch: int, height: int, width: int) -> Any:
         """The decoder's cache, and whether the first latent is still to come."""
@@ -148,8 +149,10 @@ class WanDecoder:
             height: Of the latents.
             width: Likewise.
         """
-        if not parts:
+        video = (batch, tuple(parts), height, width)
+        if not parts or video in self._prepared:
             return
+        self._prepared.add(video)
         cache, _ = jax.eval_shape(functools.partial(self.start, batch, height, width))
         before = jax.ShapeDtypeStruct((batch, 1, height * self.spatial, width * self.spatial, 3), jnp.uint8)
         calls: list[tuple[Any, int, tuple[Any, ...]]] = [(self._first, parts[0], (cache,))]

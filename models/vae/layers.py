@@ -73,13 +73,18 @@ class Conv(nnx.Module):
         kernel, stride = self.kernel[...].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
         planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
+        bias = self.bias[...].astype(self.dtype)
         if (*kernel.shape[:2], stride) == (1, 1, 1):
-            y = planes @ kernel[0, 0]
+            y = planes @ kernel[0, 0] + bias
         else:
+            # Tensor cores take channels by eights: pixels get channels of zeros.
+            spare, more = (-n % 8 if self.dtype.itemsize == 2 else 0 for n in kernel.shape[2:])
+            planes = jnp.pad(planes, ((0, 0), (0, 0), (0, 0), (0, spare)))
+            kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, spare), (0, more)))
             y = jax.lax.conv_general_dilated(
                 planes, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        y = y + self.bias[...].astype(self.dtype)
+            y = (y + jnp.pad(bias, (0, more)))[..., : len(bias)]
         if added is not None:  # in these axes, or cuDNN would not do it with the convolution
             y = y + rearrange(added.astype(self.dtype), "b t h w c -> (b t) h w c")
         return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
