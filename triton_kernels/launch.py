@@ -67,7 +67,7 @@ def run(
         return lax.optimization_barrier({name: found[name] for name in results})
     steps = jnp.asarray(plan.steps, jnp.int32)
     first = body(steps[0], start)
-    found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(steps[n], state), first)
+    found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(lax.optimization_barrier(steps[n]), state), first)
     return lax.optimization_barrier({name: found[name] for name in results})
 
 
