@@ -175,6 +175,7 @@ def right_role(
                 alpha_reg[group, n] = tiles_out[n]
                 y_reg[group, n] = tiles_out[slabs + n]
             plgpu.commit_smem()
+            c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
 
             def store_whole(tile, column):
                 window = pl.ds(column, ROWS)
@@ -188,7 +189,6 @@ def right_role(
                 plgpu.copy_smem_to_gmem(y_packs.at[group].transpose(to_rows), y.at[lane, some, pair, window])
 
             part(item, store_whole, store_packs)
-            c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
 
         @pl.when(group < groups)
         def _():
