@@ -24,6 +24,7 @@ LONGEST = (
     "kernels/test_mosaic_backward.py",
     "kernels/test_mosaic.py",
     "kernels/test_triton.py",
+    "attention/test_definition.py",
     "attention/test_backends.py",
     "models/test_causal.py",
     "models/test_wan.py",
