@@ -39,8 +39,8 @@ def left_backward_role(
     and query tile.
 
     Outputs: the gradients of alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its columns where
-    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, 64*row_blocks, 64, D], likewise,
-    64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not written.
+    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, b1 or more, 64, D], likewise. What
+    belongs to pairs that are not seen is not written.
 
     Args:
         q: [B, A, b1, b2, H, D], before its last axes are split.
@@ -57,8 +57,8 @@ def left_backward_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, _, rows, cols, all_heads, dim = q.shape
-    slabs, depth, width = dim // SLAB, ROWS, config.width(rows)
+    batch, _, _, cols, all_heads, dim = q.shape
+    slabs, depth = dim // SLAB, ROWS
     groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
     split = column_blocks(cols, tiles, masked)
     column_groups = -(-cols // columns)
@@ -81,7 +81,7 @@ def left_backward_role(
 
         def place(t):
             """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
-            item = items - 1 - block - t * blocks  # the last alpha and Y written first: they are still in L2
+            item = block + t * blocks
             x = lax.div(item, column_groups)
             tile = lax.rem(x, tiles)
             limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
@@ -106,12 +106,6 @@ def left_backward_role(
                 plgpu.barrier_arrive(used)
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
-            def full_rows(x):
-                """[64 pairs, width] padded with zeros to 64 rows i, the depth of the next products."""
-                if width == ROWS:
-                    return x
-                return lax.concatenate([x, plgpu.layout_cast(jnp.zeros((depth, ROWS - width), dtype), layout)], 1)
-
             def item(t, done):
                 x, _where, column, limit = place(t)
                 j = column + my_column
@@ -132,11 +126,11 @@ def left_backward_role(
                         def multiply(*accs):
                             for acc, kind in zip(accs, kinds, strict=True):
                                 for n in range(slabs):
-                                    b = rows_mma.at[group, kind, n, pl.ds(0, width)].transpose((1, 0))
+                                    b = rows_mma.at[group, kind, n].transpose((1, 0))
                                     plgpu.wgmma(acc, mine_of(kind, n), b)
                             return tuple(acc[...] for acc in accs)
 
-                        return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((depth, width), f32) for _ in kinds])
+                        return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((depth, ROWS), f32) for _ in kinds])
 
                     if row_blocks > 1:
                         (x_s,) = scores((1,))
@@ -145,17 +139,16 @@ def left_backward_role(
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(1), optimized=False)
                     pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
-                    lse = plgpu.load(stats_in.at[group, 0, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
+                    lse = plgpu.load(stats_in.at[group, 0], layout=layout.reduce(0), optimized=False)
                     x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
                     p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
                     low_p = p.astype(dtype)
                     if row_blocks > 1:  # several warpgroups have fewer registers: the rounded P waits for dP
                         (d_p,) = scores((0,))
                         p = low_p.astype(f32)
-                    delta = plgpu.load(stats_in.at[group, 1, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
+                    delta = plgpu.load(stats_in.at[group, 1], layout=layout.reduce(0), optimized=False)
                     d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
                     total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
-                    low_p, d_x = full_rows(low_p), full_rows(d_x)
 
                     if row_blocks > 1:
                         plgpu.barrier_wait(used)
@@ -252,7 +245,7 @@ def left_backward_role(
                 plgpu.barrier_wait(q_free)
                 for n in range(groups):
                     j = column + n // row_blocks
-                    span = pl.ds(n % row_blocks * width + x * 0, ROWS)  # past the end of b1 rows, so not static
+                    span = pl.ds(n % row_blocks * ROWS + x * 0, ROWS)  # past the end of b1 rows, so not static
                     for kind, source in enumerate((g, q)):
                         box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
                         plgpu.copy_gmem_to_smem(box, rows_in.at[n, kind].transpose((1, 0, 2)), q_full)

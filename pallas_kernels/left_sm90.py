@@ -77,7 +77,7 @@ def left_role(
 
         def place(t):
             """Batch entry, head, tile (of the chunk), first column first block of rows, pairs seen."""
-            item = items - 1 - block - t * blocks  # the last that stage 1 wrote first: it is still in L2
+            item = block + t * blocks
             x = lax.div(item, column_groups * row_groups)
             column = lax.rem(lax.div(item, row_groups), column_groups) * columns
             tile = lax.rem(x, tiles)

@@ -151,7 +151,7 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     _, _, rows, cols, _, dim = shape
     problem = Problem(scale=dim**-0.5, masked=masked)
     config = ForwardConfig(
-        right=dataclasses.replace(right_config(cols, dim), blocks=2, together=cols % 2 == 1),
+        right=dataclasses.replace(right_config(cols, dim), blocks=2),
         left=dataclasses.replace(left_config(rows, dim), blocks=2),
         **sizes,
     )
