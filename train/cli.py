@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command("train.commands:train_command", "train or finetune a video model on a clip; resume a run"),
     "demo": Command("train.commands:demo_command", "the whole story in miniature on a CPU: dense, Monarch, finetuned"),
     "generate": Command("train.generate:generate_command", "make a video from a prompt, or with a run's network"),
+    "encode": Command("train.convert:encode_command", "clips and captions to the latents that finetuning takes"),
     "inspect": Command("train.convert:inspect_command", "what a Wan checkpoint holds, and whether it is complete"),
     "convert": Command("train.convert:convert_command", "write a Wan checkpoint in another format"),
     "tune": Command("train.tune:tune_command", "find the fastest settings of the Triton kernels on this GPU"),

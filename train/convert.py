@@ -1,4 +1,4 @@
-"""`monarchrt convert` and `monarchrt inspect`: checkpoints of pretrained models."""
+"""`monarchrt convert`, `inspect` and `encode`: checkpoints of pretrained models, and data for finetuning them."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,21 @@ _INSPECT = """Say what a Wan checkpoint holds: format, model, attention, paramet
 Leaves with exit code 2 if it could not be loaded.
 
 monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B"""
+
+
+_ENCODE = """Encode captioned clips with Wan's VAE and text encoder, once, for `monarchrt train --latents`.
+
+monarchrt encode --clips clips --components Wan-AI/Wan2.1-T2V-1.3B --out latents"""
+
+
+def encode_command(arguments: Sequence[str]) -> int:
+    """`monarchrt encode --clips FOLDER --components WAN --out FOLDER`."""
+    from models.generate.encode import EncodeConfig, encode_clips
+
+    options = parse(EncodeConfig, arguments, prog="monarchrt encode", description=_ENCODE)
+    files = encode_clips(options)
+    print(f"{len(files)} clips are in {options.out}", file=sys.stderr)
+    return 0
 
 
 def convert_command(arguments: Sequence[str]) -> int:

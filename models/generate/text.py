@@ -50,7 +50,7 @@ def text_embeddings(
     elif encoder is None or tokenizer is None:
         raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
     else:
-        found = _encode(prompts, encoder, tokenizer, rows, dtype, report)
+        found = encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report)
     for prompt, array in found.items():
         if array.shape[-1] != width:
             raise UserError(
@@ -62,10 +62,31 @@ def text_embeddings(
     return batches[0], batches[-1] if guides else None
 
 
-def _encode(
-    prompts: list[str], encoder: Path, tokenizer: Path, rows: int, dtype: str, report: Callable[[str], None]
+def encode_texts(
+    prompts: list[str],
+    *,
+    encoder: Path,
+    tokenizer: Path,
+    rows: int,
+    dtype: str = "bfloat16",
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
-    """With the encoder in memory for as long as this takes."""
+    """Embeddings of texts, with the encoder in memory for as long as this takes.
+
+    Args:
+        prompts: The texts.
+        encoder: Weights of the text encoder.
+        tokenizer: Its folder.
+        rows: Tokens at most; longer texts are cut, and `report` says so.
+        dtype: That the encoder computes in.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        [rows, width] by text, zero past a text's end.
+
+    Raises:
+        UserError: If a text is empty, or the encoder cannot be read.
+    """
     ours = Tokenizer.load(tokenizer)
     ours(prompts, length=rows, warn=lambda line: None)  # an empty prompt is found before gigabytes are read
     with user_input():

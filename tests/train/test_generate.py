@@ -222,3 +222,79 @@ def test_every_option_is_explained(capsys):
     for name in GenerateConfig.__dataclass_fields__:
         assert f"--{name.strip('_').replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
     assert "monarchrt generate --from cat.mp4" in text
+
+
+class TestEncode:
+    """`monarchrt encode`: captioned clips to what `monarchrt train --latents` takes."""
+
+    SIZES = ("--height", "32", "--width", "64", "--frames", "5", "--rows", "16")
+
+    @pytest.fixture
+    def clips(self, tmp_path):
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        for number, caption in enumerate(["a cat", "a dog on a wall", "a cat"]):
+            frames = np.random.default_rng(number).integers(0, 255, (6, 32, 64, 3), np.uint8)
+            write_mp4(folder / f"{number}.mp4", frames)
+            (folder / f"{number}.txt").write_text(caption + "\n")
+        return folder
+
+    def encode(self, clips, out, *arguments):
+        return main(["encode", "--clips", str(clips), "--out", str(out), *self.SIZES, *map(str, arguments)])
+
+    def test_what_training_reads(self, wan_folder, clips, tmp_path, capsys):
+        from models.generate.decoders import WanDecoder
+        from models.vae import load_vae
+        from train.config import DataConfig
+        from train.data import LatentFolder
+
+        out = tmp_path / "latents"
+        assert self.encode(clips, out, "--components", wan_folder) == 0
+        assert "3/3" in capsys.readouterr().err
+        source = LatentFolder(out, DataConfig())
+        assert (source.latent_shape, source.text_shape) == ((2, 4, 8, 16), (16, 32))
+        batch = source.train_batch(0, batch=2, seed=0)
+        frames = np.stack([read_clip(clips / f"{n}.mp4", height=32, width=64, max_frames=5) for n in (0, 1)])
+        expected = np.asarray(WanDecoder(load_vae(wan_folder / "vae")).encode(frames))
+        order = [int(np.abs(expected - latents).mean((1, 2, 3, 4)).argmin()) for latents in batch.latents]
+        assert sorted(order) == [0, 1]
+        np.testing.assert_allclose(batch.latents, expected[order], atol=1e-4)
+        assert np.abs(batch.text[0] - batch.text[1]).max() > 1e-3  # "a cat" and "a dog on a wall"
+        last = source.held_out_batch([0])
+        np.testing.assert_array_equal(last.text[0], batch.text[order.index(0)])  # "a cat" again
+
+    def test_goes_on_where_it_was_stopped(self, wan_folder, clips, tmp_path, capsys):
+        out = tmp_path / "latents"
+        write_mp4(clips / "1.mp4", np.zeros((3, 32, 64, 3), np.uint8))
+        assert self.encode(clips, out, "--components", wan_folder) == 2
+        assert "1.mp4 has 3 frames at stride 1, but at least 5 are needed" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == ["0.safetensors"]
+        before = (out / "0.safetensors").stat().st_mtime_ns
+        write_mp4(clips / "1.mp4", np.zeros((5, 32, 64, 3), np.uint8))
+        assert self.encode(clips, out, "--components", wan_folder) == 0
+        assert "1 of 3 clips are in" in capsys.readouterr().err
+        assert sorted(path.name for path in out.iterdir()) == [f"{n}.safetensors" for n in range(3)]
+        assert (out / "0.safetensors").stat().st_mtime_ns == before
+
+    @pytest.mark.parametrize(
+        ("change", "arguments", "message"),
+        [
+            (lambda clips: (clips / "1.txt").unlink(), [], "1.mp4 has no caption; write what it shows into"),
+            (lambda clips: (clips / "1.txt").write_text(" \n"), [], "1.txt is empty; write what 1.mp4 shows"),
+            (lambda clips: (clips / "1.txt").write_bytes(b"\xff\xfe\xfa"), [], "1.txt is not UTF-8 text"),
+            (lambda clips: (clips / "1.webm").touch(), [], "two videos named 1"),
+            (lambda clips: [path.unlink() for path in clips.glob("*.mp4")], [], "has no videos (.mp4, .webm"),
+            (lambda clips: None, [], "no components were given; give --components"),
+            (lambda clips: None, ["--components", "{clips}"], "checkpoint lacks: VAE"),
+            (lambda clips: None, ["--frames", "6"], "frames is 6; it must be 1 + 4 k, for example 5"),
+            (lambda clips: None, ["--height", "40"], "height is 40; it must be a multiple of 16, for example 32"),
+            (lambda clips: None, ["--stride", "0"], "stride is 0; it must be 1 or more"),
+        ],
+    )
+    def test_bad_input(self, clips, tmp_path, capsys, change, arguments, message):
+        change(clips)
+        assert self.encode(clips, tmp_path / "latents", *(str(x).format(clips=clips) for x in arguments)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "latents").exists()

@@ -1,0 +1,176 @@
+"""Clips and their captions to latents and text embeddings, as finetuning takes them."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from models.checkpoints.tensor_files import TensorInfo, write_safetensors
+from models.errors import UserError, user_input
+from models.generate.config import GenerateConfig
+
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Encode a folder of captioned clips once, so that training needs neither VAE nor text encoder in memory."""
+
+    clips: Path = Path("clips")
+    """Folder of videos, each with its caption beside it: cat.mp4 and cat.txt."""
+
+    components: Path | None = None
+    """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers."""
+
+    out: Path = Path("latents")
+    """Folder to write one .safetensors file per clip into, for `monarchrt train --latents`. Files that are there
+    already are kept, so a run that was stopped goes on."""
+
+    frames: int = 81
+    """Frames of a clip that are taken, 1 + 4 k."""
+
+    height: int = 480
+    """Pixels, a multiple of 16. A clip is resized to cover height x width and cropped in the middle."""
+
+    width: int = 832
+    """Pixels, a multiple of 16."""
+
+    stride: int = 1
+    """Take every n-th frame."""
+
+    rows: int = 512
+    """Tokens of a text embedding; longer captions are cut."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of both networks; auto is bf16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames % 4 != 1:
+            near = max(1, 1 + 4 * round((self.frames - 1) / 4))
+            raise UserError(f"frames is {self.frames}; it must be 1 + 4 k, for example {near}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                raise UserError(
+                    f"{name} is {value}; it must be a multiple of 16, for example {max(16, value // 16 * 16)}"
+                )
+        for name in ("stride", "rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+def captioned(folder: Path) -> dict[Path, str]:
+    """The videos of a folder, by name, with their captions.
+
+    Args:
+        folder: With videos and a text file of the same name for each.
+
+    Returns:
+        Captions without surrounding space.
+
+    Raises:
+        UserError: If there is no video, two share a name, or a caption is missing, empty or not UTF-8.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"clips {folder} is not a folder; give one with videos and a caption for each, cat.mp4, cat.txt"
+        )
+    videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
+    if not videos:
+        raise UserError(f"clips {folder} has no videos ({', '.join(VIDEOS)})")
+    found: dict[Path, str] = {}
+    for video in videos:
+        if any(other.stem == video.stem for other in found):
+            raise UserError(f"clips {folder} has two videos named {video.stem}; their results would be one file")
+        caption = video.with_suffix(".txt")
+        if not caption.is_file():
+            raise UserError(f"clip {video} has no caption; write what it shows into {caption}")
+        try:
+            found[video] = caption.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"caption {caption} is not UTF-8 text: {error.reason}") from error
+        if not found[video]:
+            raise UserError(f"caption {caption} is empty; write what {video.name} shows into it")
+    return found
+
+
+def encode_clips(
+    config: EncodeConfig, *, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> list[Path]:
+    """Writes a file with `latents` [F, h, w, 16] and `text` [rows, width], float32, for each clip.
+
+    All texts come first, then the encoder is let go of and the VAE is loaded. Each file appears whole or not at all.
+
+    Args:
+        config: The settings.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        The files of all clips, those that were there before included.
+
+    Raises:
+        UserError: If captions, parts or frames are missing; files written so far stay.
+    """
+    import jax
+
+    from models.generate.decoders import WanDecoder
+    from models.generate.load import find_components
+    from models.generate.text import encode_texts
+    from models.media.video import read_clip
+    from models.vae import load_vae
+
+    captions = captioned(config.clips)
+    if config.components is None:
+        raise UserError("no components were given; give --components, for example Wan-AI/Wan2.1-T2V-1.3B")
+    files = {video: config.out / f"{video.stem}.safetensors" for video in captions}
+    todo = [video for video in captions if not files[video].exists()]
+    if len(todo) < len(files):
+        report(f"{len(files) - len(todo)} of {len(files)} clips are in {config.out} already")
+    if not todo:
+        return list(files.values())
+    parts = find_components(GenerateConfig(components=config.components), config.components)
+    if parts.text_encoder is None or parts.tokenizer is None:
+        raise UserError(f"components {config.components} has no text encoder or tokenizer")
+    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
+    dtype = "bfloat16" if half else "float32"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out {config.out} cannot be made: {error.strerror}") from error
+    texts = encode_texts(
+        list(dict.fromkeys(captions[video] for video in todo)),
+        encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        rows=config.rows,
+        dtype=dtype,
+        report=report,
+    )
+    with user_input():
+        vae = WanDecoder(load_vae(parts.vae, dtype=dtype, param_dtype=dtype))
+    size = {"height": config.height, "width": config.width, "stride": config.stride}
+    for count, video in enumerate(todo, 1):
+        frames = read_clip(video, max_frames=config.frames, min_frames=config.frames, **size)
+        latents = np.asarray(vae.encode(frames[None])[0], np.float32)
+        text = np.asarray(texts[captions[video]], np.float32)
+        metadata = {"caption": captions[video], "clip": video.name}
+        _write(files[video], {"latents": latents, "text": text}, metadata)
+        report(f"{count}/{len(todo)} {files[video]}: latents {latents.shape}, text {text.shape}")
+    return list(files.values())
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that appears whole or not at all."""
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
+            pass
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; earlier files stay") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
