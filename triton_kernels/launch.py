@@ -20,7 +20,7 @@ KERNELS = {
     "right_backward": right.right_backward,
     "right_query": right.right_query,
 }
-# enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas that it finds, with jax[cuda13]
+# enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas it finds, with jax[cuda13]
 # CUDA 13.0's at the oldest, while Triton would write for its own, which may be newer
 OPTIONS = {"enable_fp_fusion": True, "ptx_version": 90}
 UNROLLED = 16  # at most so many steps of the forward pass without a loop, which costs small kernels of its own
