@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+
+from models.errors import UserError
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -173,6 +176,30 @@ def write_safetensors(
                 raise ValueError(f"{name}: {array.dtype}{array.shape} is not the announced {info.dtype}{info.shape}.")
             file.write(array.reshape(-1).view(np.uint8).data)
             yield name, info.nbytes
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: dict[str, str]) -> None:
+    """Writes a small safetensors file, which appears whole or not at all; folders above it are made.
+
+    Args:
+        path: The file, replaced if it exists.
+        arrays: By name.
+        metadata: Strings for the header.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
+            pass
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def split_shards(infos: dict[str, TensorInfo], max_bytes: int | None) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.checkpoints.tensor_files import TensorInfo, write_safetensors
+from models.checkpoints.tensor_files import write_arrays
 from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
 
@@ -126,6 +126,8 @@ def encode_clips(
     captions = captioned(config.clips)
     if config.components is None:
         raise UserError("no components were given; give --components, for example Wan-AI/Wan2.1-T2V-1.3B")
+    if config.out.exists() and not (config.out.is_dir() and os.access(config.out, os.W_OK)):
+        raise UserError(f"out {config.out} is not a folder that can be written to")
     files = {video: config.out / f"{video.stem}.safetensors" for video in captions}
     todo = [video for video in captions if not files[video].exists()]
     if len(todo) < len(files):
@@ -137,10 +139,6 @@ def encode_clips(
         raise UserError(f"components {config.components} has no text encoder or tokenizer")
     half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
     dtype = "bfloat16" if half else "float32"
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out {config.out} cannot be made: {error.strerror}") from error
     texts = encode_texts(
         list(dict.fromkeys(captions[video] for video in todo)),
         encoder=parts.text_encoder,
@@ -157,20 +155,6 @@ def encode_clips(
         latents = np.asarray(vae.encode(frames[None])[0], np.float32)
         text = np.asarray(texts[captions[video]], np.float32)
         metadata = {"caption": captions[video], "clip": video.name}
-        _write(files[video], {"latents": latents, "text": text}, metadata)
+        write_arrays(files[video], {"latents": latents, "text": text}, metadata=metadata)
         report(f"{count}/{len(todo)} {files[video]}: latents {latents.shape}, text {text.shape}")
     return list(files.values())
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file that appears whole or not at all."""
-    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
-            pass
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; earlier files stay") from error
-    finally:
-        unfinished.unlink(missing_ok=True)

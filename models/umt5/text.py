@@ -1,6 +1,5 @@
 """Prompts to the embeddings that Wan's transformer takes, and files of them."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.checkpoints.tensor_files import SafetensorsFile, TensorInfo, write_safetensors
+from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
 from models.errors import UserError
 from models.umt5.encoder import UMT5Encoder
 from models.umt5.tokenizer import Tokenizer
@@ -93,17 +92,7 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarra
         name = f"embedding.{i:04}"
         arrays[name] = array[: used[-1] + 1 if used.size else 1]
         metadata |= {f"{name}.prompt": prompt, f"{name}.rows": str(len(array))}
-    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
-            pass
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_arrays(path, arrays, metadata=metadata)
     return path
 
 

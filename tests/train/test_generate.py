@@ -298,3 +298,9 @@ class TestEncode:
         assert message in error
         assert error.count("\n") == 1
         assert not (tmp_path / "latents").exists()
+
+    def test_a_file_where_the_folder_should_be(self, clips, tmp_path, capsys):
+        out = tmp_path / "latents"
+        out.touch()
+        assert self.encode(clips, out, "--components", clips) == 2
+        assert "latents is not a folder that can be written to" in capsys.readouterr().err
