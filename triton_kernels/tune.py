@@ -161,7 +161,7 @@ def streams(rows: int, key_tiles: int) -> Iterator[Stream]:
     sizes = sorted({min(rows, n) for n in (52, 64, 80, 128)})
     for size in sizes:
         for tiles in sorted({key_tiles, -(-key_tiles // 3)}):
-            for lag, slots in ((1, 3), (2, 4), (3, 6)):
+            for lag, slots in ((1, 3), (2, 4), (3, 6), (4, 12)):
                 for registers in (None, 128):
                     yield Stream(rows=size, tiles=tiles, lag=lag, slots=slots, registers=registers)
 
