@@ -114,6 +114,8 @@ def left_backward_role(
                 acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), f32), layout) for _ in range(slabs)]
 
                 def step(i, acc):
+                    here = shared.unhoisted(group, done + i)
+                    my_column = lax.div(here, row_blocks)
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(full.at[slot])
 
@@ -126,7 +128,7 @@ def left_backward_role(
                         def multiply(*accs):
                             for acc, kind in zip(accs, kinds, strict=True):
                                 for n in range(slabs):
-                                    b = rows_mma.at[group, kind, n].transpose((1, 0))
+                                    b = rows_mma.at[here, kind, n].transpose((1, 0))
                                     plgpu.wgmma(acc, mine_of(kind, n), b)
                             return tuple(acc[...] for acc in accs)
 
@@ -139,29 +141,29 @@ def left_backward_role(
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(1), optimized=False)
                     pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
-                    lse = plgpu.load(stats_in.at[group, 0], layout=layout.reduce(0), optimized=False)
+                    lse = plgpu.load(stats_in.at[here, 0], layout=layout.reduce(0), optimized=False)
                     x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
                     p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
                     low_p = p.astype(dtype)
                     if row_blocks > 1:  # several warpgroups have fewer registers: the rounded P waits for dP
                         (d_p,) = scores((0,))
                         p = low_p.astype(f32)
-                    delta = plgpu.load(stats_in.at[group, 1], layout=layout.reduce(0), optimized=False)
+                    delta = plgpu.load(stats_in.at[here, 1], layout=layout.reduce(0), optimized=False)
                     d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
                     total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
 
                     if row_blocks > 1:
                         plgpu.barrier_wait(used)
-                        p_mma[group, 0] = low_p
-                        sums[group] = total
+                        p_mma[here, 0] = low_p
+                        sums[here] = total
                     else:
                         store_d_c(x, i, j, total)
-                    p_mma[group, kinds - 1] = d_x
+                    p_mma[here, kinds - 1] = d_x
                     plgpu.commit_smem()
 
                     def query(accs):
                         for n in range(slabs):
-                            plgpu.wgmma(accs[n], p_mma.at[group, kinds - 1].transpose((1, 0)), mine_of(1, n))
+                            plgpu.wgmma(accs[n], p_mma.at[here, kinds - 1].transpose((1, 0)), mine_of(1, n))
 
                     acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
                     if row_blocks > 1:  # every warpgroup has read alpha and Y and written its P and dX
@@ -185,7 +187,7 @@ def left_backward_role(
                                     other = my_column * row_blocks + r
                                     plgpu.wgmma(acc, p_mma.at[other, kind], rows_mma.at[other, kind, n])
                             else:
-                                plgpu.wgmma(acc, (low_p, d_x)[kind], rows_mma.at[group, kind, n])
+                                plgpu.wgmma(acc, (low_p, d_x)[kind], rows_mma.at[here, kind, n])
                             return acc[...]
 
                         value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((depth, SLAB), f32))

@@ -116,15 +116,17 @@ def right_backward_role(
                 return in_packs
             return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
 
-        def make(item, slot):
-            """R and s dZ of an item, [64 j, W], in the inputs' dtype."""
+        def make(item, slot, first):
+            """R and s dZ of an item, [64 j, W], in the inputs' dtype; `first` is 0, the place of K."""
 
             def scores(z_acc, d_r_acc):
                 for n in range(slabs):
-                    plgpu.wgmma(z_acc, rows_mma.at[slot, 0, n], key_mma.at[0, n].transpose((1, 0)))
+                    plgpu.wgmma(z_acc, rows_mma.at[slot, 0, n], key_mma.at[first, n].transpose((1, 0)))
                 for kind in range(2):
                     for n in range(slabs):
-                        plgpu.wgmma(d_r_acc, rows_mma.at[slot, 1 + kind, n], key_mma.at[kind, n].transpose((1, 0)))
+                        plgpu.wgmma(
+                            d_r_acc, rows_mma.at[slot, 1 + kind, n], key_mma.at[first + kind, n].transpose((1, 0))
+                        )
                 return z_acc[...], d_r_acc[...]
 
             z, d_r = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((ROWS, width), f32)] * 2)
@@ -170,12 +172,12 @@ def right_backward_role(
                         @pl.when(seen(pair, mine))
                         def _():
                             plgpu.barrier_wait(full_barrier.at[my_slot])
-                            r, d_z = make(mine, my_slot)
+                            r, d_z = make(mine, my_slot, shared.unhoisted(0, done + s))
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             plgpu.barrier_wait(used)
                             for kind, value in enumerate((d_z, r)):
                                 turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
-                                p_mma.at[group, kind].transpose((1, 0))[...] = turned
+                                p_mma.at[shared.unhoisted(group, done + s), kind].transpose((1, 0))[...] = turned
                             plgpu.commit_smem()
                             plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, mine, pair])
 
@@ -194,7 +196,7 @@ def right_backward_role(
                             acc = lax.fori_loop(
                                 0,
                                 (exist[g] & (pair >= wanted) & (pair < wanted_end)).astype(jnp.int32),
-                                lambda _, acc, g=g: add(acc, slots[g], g),
+                                lambda _, acc, g=g: add(acc, slots[g], shared.unhoisted(g, done + s)),
                                 acc,
                             )
                         plgpu.barrier_arrive(used)

@@ -167,9 +167,10 @@ def right_role(
 
             alpha_tile, y_tile = product(k_mma), product(v_mma)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            mine = shared.unhoisted(group, item)
             for n in range(slabs):
-                alpha_reg[group, n] = alpha_tile[n]
-                y_reg[group, n] = y_tile[n]
+                alpha_reg[mine, n] = alpha_tile[n]
+                y_reg[mine, n] = y_tile[n]
             c[lane, item, :, pair] = entropy
             plgpu.commit_smem()
 
@@ -206,7 +207,9 @@ def right_role(
                     def item(s, _):
                         i = mine + s * groups
                         slot = lax.rem(done + i - low, stages)
-                        work = functools.partial(compute, i, pair, entry * heads + head, slot, key_slot)
+                        work = functools.partial(
+                            compute, i, pair, entry * heads + head, slot, shared.unhoisted(key_slot, i)
+                        )
                         when_seen(pair, i, work)
                         return ()
 

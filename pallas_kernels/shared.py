@@ -61,6 +61,22 @@ class Role:
     blocks: int
 
 
+def unhoisted(index, turn):
+    """`index` as the compiler cannot prove it to be: the same in every turn of a loop.
+
+    Addresses made from an index that does not change are computed before the loop, one for each operand of each matrix
+    product; they do not fit the registers, and are read back from device memory in every turn.
+
+    Args:
+        index: An integer.
+        turn: Counts the turns of the loop, int32 below 2^30, that starts at no known number.
+
+    Returns:
+        The integer.
+    """
+    return index + jax.lax.shift_right_logical(turn, 30)
+
+
 def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
     """Marks x as different on every device along the axes of `shard_map` that any of the sources varies on."""
     axes = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in sources))
