@@ -192,7 +192,7 @@ def cached_forward(
                 past = layout.cache(key, value, cache.length)
                 return attend_cached(past.append(k, v, frame=start), q, setting)
 
-            x = block(x, tokens.time_projection, rope, cross, attention)
+            x = block(x, tokens.time_projection, rope, cross, attention, recompute=config.remat == "full")
             return x, tuple(written)
 
         layers, cross = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
@@ -206,7 +206,7 @@ def cached_forward(
         key, value = jax.vmap(write)(key, value, new_keys, new_values)
         keys.append(key)
         values.append(value)
-    flow = model.unpatchify(model.head(x, tokens.time), grid)
+    flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
     return flow, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), length=length)
 

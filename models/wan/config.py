@@ -92,8 +92,8 @@ class WanConfig:
         param_dtype: Dtype that parameters are created in.
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
             head compute in float32 at least, whatever it is.
-        remat: What the backward pass recomputes in each block: "none"; "full", everything; "dots", everything but
-            the products with weights.
+        remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
+            of frames; "dots", everything but the products with weights.
 
     Raises:
         ValueError: If a size or a name is invalid.

@@ -110,7 +110,7 @@ class WanModel(nnx.Module):
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
         x = self.run_blocks(tokens, self.embed_context(text, image), grid)
-        return self.unpatchify(self.head(x, tokens.time), grid)
+        return self.unpatchify(self.run_head(x, tokens.time), grid)
 
     def check_latents(self, latents: Array, timesteps: Array) -> tuple[int, int, int]:
         """Raises ValueError unless they fit the configuration; returns the grid of tokens (F, h, w)."""
@@ -149,7 +149,9 @@ class WanModel(nnx.Module):
         config = self.config
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         time = self.time_embedding(sinusoid(per_frame, config.freq_dim))
-        projection = self.time_projection(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
+        # recomputed, or else its float32 weights are kept from the forward to the backward pass
+        project = self.time_projection if config.remat == "none" else jax.checkpoint(self.time_projection)
+        projection = project(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
         return Tokens(self.patch_embedding(latents), time, projection)
 
     def embed_context(self, text: Array, image: Array | None = None) -> Context:
@@ -174,10 +176,20 @@ class WanModel(nnx.Module):
                 block = nnx.merge(graph, layer)
                 keys_values = block.cross_attn.keys_values(*context)
                 attention = partial(attend, grid=grid, setting=setting, causal_block=config.causal_block)
-                return block(x, tokens.time_projection, rope, keys_values, attention), None
+                recompute = config.remat == "full"
+                return block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute), None
 
             x, _ = jax.lax.scan(rematerialized(body, config), x, run.of(state, config.num_layers))
         return x
+
+    def run_head(self, x: Array, time: Array) -> Array:
+        """The head; with `remat` the gradients of its parameters come before those of the blocks."""
+        if self.config.remat == "none":
+            return self.head(x, time)
+        graph, state = nnx.split(self.head)
+        # a barrier in the backward pass too, where it holds back the gradient of x until all others are there
+        state, x, time = jax.lax.optimization_barrier((state, x, time))
+        return nnx.merge(graph, state)(x, time)
 
     def attention_inputs(
         self,

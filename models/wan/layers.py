@@ -1,6 +1,6 @@
 """The parts of a Wan block: norms, projections, embeddings. Attribute names are the official checkpoint's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -17,6 +17,8 @@ from models.wan.rope import rotate
 xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
 type Attend = Callable[[Array, Array, Array], Array]
+type Modulation = Float[Array, "B T 1 D"]
+HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, where a block is recomputed in parts
 
 
 def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
@@ -89,13 +91,6 @@ class SelfAttention(nnx.Module):
         key = rotate(split(self.norm_k(self.k(x))), *rope)
         return merge(query), merge(key), merge(split(self.v(x)))
 
-    def __call__(
-        self, x: Float[Array, "B F S D"], rope: tuple[Array, Array], attend: Attend
-    ) -> Float[Array, "B F S D"]:
-        """Attention of the tokens among themselves, before the gate."""
-        out = attend(*self.qkv(x, rope))
-        return self.o(out.reshape(x.shape))
-
 
 class CrossAttention(nnx.Module):
     """Tokens attend to the text, padding included, and in i2v to the image with the same queries; no positions."""
@@ -161,6 +156,8 @@ class WanBlock(nnx.Module):
         rope: tuple[Array, Array],
         keys_values: tuple[tuple[Array, Array], ...],
         attend: Attend,
+        *,
+        recompute: bool = False,
     ) -> Float[Array, "B F S D"]:
         """One block.
 
@@ -170,16 +167,81 @@ class WanBlock(nnx.Module):
             rope: Cosines and sines of the tokens.
             keys_values: Of the cross-attention, as its `keys_values` gives them.
             attend: (query, key, value) -> output over the flattened tokens.
+            recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
+                `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
 
         Returns:
             The residual stream.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(time)
-        y = self.self_attn(self.modulated(self.norm1, x, shift1, scale1), rope, attend)
-        x = self.gated(x, y, gate1)
+        shift, scale, *after = self.modulations(time)
+        groups = frame_groups(x.shape, self.ffn.fc1.out_features, self.dtype) if recompute else 1
+
+        def project(x, shift, scale):
+            return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope)
+
+        if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
+            project = jax.checkpoint(project)
+        out = attend(*project(x, shift, scale)).reshape(x.shape)
+        if groups > 1:
+            return self.after_attention_by_groups(x, out, after, keys_values, groups)
+        return self.after_attention(x, out, after, keys_values)
+
+    def after_attention(
+        self,
+        x: Float[Array, "B F S D"],
+        out: Float[Array, "B F S D"],
+        modulations: Sequence[Modulation],
+        keys_values: tuple[tuple[Array, Array], ...],
+    ) -> Float[Array, "B F S D"]:
+        """The rest of the block, each token for itself: projection and gate, cross-attention, feed-forward.
+
+        Args:
+            x: Residual stream that entered the block.
+            out: Of the self-attention.
+            modulations: Gate of the self-attention; shift, scale and gate of the feed-forward.
+            keys_values: Of the cross-attention.
+
+        Returns:
+            The residual stream.
+        """
+        gate1, shift2, scale2, gate2 = modulations
+        x = self.gated(x, self.self_attn.o(out), gate1)
         x = x + self.cross_attn(self.norm3(x).astype(self.dtype), keys_values)
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
         return self.gated(x, y, gate2)
+
+    def after_attention_by_groups(self, x, out, modulations, keys_values, groups: int):
+        """`after_attention` for one group of frames after the other, each recomputed in its backward pass.
+
+        Nothing is recomputed twice: where the whole block is recomputed, its output is not needed.
+        """
+
+        def split(array):  # [B, F, ...] to [groups, B, F/groups, ...]
+            return jnp.moveaxis(array.reshape(array.shape[0], groups, -1, *array.shape[2:]), 1, 0)
+
+        per_frame = modulations[0].shape[1] > 1
+
+        @jax.checkpoint
+        def part(inputs):
+            x, out, *own = inputs
+            return self.after_attention(x, out, own if per_frame else modulations, keys_values)
+
+        parts = jax.lax.map(part, tuple(map(split, (x, out, *modulations) if per_frame else (x, out))))
+        return jnp.moveaxis(parts, 0, 1).reshape(x.shape)
+
+
+def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:
+    """Groups of frames, as few as keep a group's hidden layer within `HIDDEN_BYTES`, or one for each frame.
+
+    Example:
+        >>> frame_groups((1, 21, 30 * 52, 1536), 8960, jnp.dtype("bfloat16"))
+        7
+        >>> frame_groups((1, 3, 30 * 52, 1536), 8960, jnp.dtype("bfloat16"))
+        1
+    """
+    batch, frames, tokens, _ = shape
+    size = batch * frames * tokens * hidden * dtype.itemsize
+    return next((n for n in range(1, frames) if frames % n == 0 and size <= n * HIDDEN_BYTES), frames)
 
 
 class PatchEmbedding(nnx.Module):

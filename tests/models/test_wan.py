@@ -11,6 +11,7 @@ from models.wan import (
     MonarchAttention,
     WanModel,
     count_parameters,
+    layers,
     wan_config,
 )
 from models.wan.layers import sinusoid
@@ -19,6 +20,17 @@ from models.wan.rope import axis_widths, frequencies, rope_table, rotate
 
 def call(model, *inputs):
     return nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs)
+
+
+def equations(jaxpr, name):
+    """All equations of a primitive, those of inner programs included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value, name)
 
 
 def to_torch(latents, timesteps, text):
@@ -196,6 +208,60 @@ class TestLayers:
         for remat in ("full", "dots"):
             for a, b in zip(grads["none"], grads[remat], strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("attention", "groups", "per_frame"),
+        [(DenseAttention(), 6, False), (MonarchAttention(tile=(3, 2, 6)), 2, True)],
+    )
+    def test_groups_of_frames_change_nothing(self, wan, monkeypatch, attention, groups, per_frame):
+        """What follows the self-attention, by groups of frames as at true size: same loss, same gradients."""
+        inputs = wan.sample(wan.SMALL, per_frame=per_frame)
+        tokens = inputs[0].size // (4 * wan.SMALL.in_channels)
+        model = wan.model(remat="full", attention=attention)
+
+        def value_and_grad(groups):
+            monkeypatch.setattr(layers, "HIDDEN_BYTES", tokens * wan.SMALL.ffn_dim * 4 // groups)
+            graph, state = nnx.split(model)
+            step = jax.jit(jax.value_and_grad(lambda state: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)))
+            traced = step.trace(state)
+            return {eqn.params["length"] for eqn in equations(traced.jaxpr, "scan")}, *step(state)
+
+        scans, loss, grad = value_and_grad(1)
+        again_scans, again, again_grad = value_and_grad(groups)
+        assert again_scans - scans == {groups}
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(again_grad), jax.tree.leaves(grad), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+    def test_groups_of_frames_in_bfloat16(self, wan, monkeypatch):
+        """Gradients summed over groups are as near to float32's as those formed at once."""
+        inputs = wan.sample(wan.SMALL)
+
+        def gradient(hidden_bytes, dtype):
+            monkeypatch.setattr(layers, "HIDDEN_BYTES", hidden_bytes)
+            model = wan.model(remat="full", dtype=dtype, param_dtype=dtype)
+            grad = jax.tree.leaves(nnx.jit(nnx.grad(lambda m: jnp.mean(m(*inputs) ** 2)))(model))
+            return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in grad])
+
+        exact = gradient(2**30, "float32")
+        at_once, by_groups = (np.linalg.norm(gradient(size, "bfloat16") - exact) for size in (2**30, 1))
+        assert at_once != by_groups
+        assert by_groups < 1.25 * at_once < 0.1 * np.linalg.norm(exact)
+
+    def test_groups_of_frames_save_memory(self, monkeypatch):
+        """The compiled gradient of a wide feed-forward needs much less memory by groups than at once."""
+        config = dataclasses.replace(wan_config("tiny"), dim=96, ffn_dim=3072, num_layers=2, remat="full")
+        graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
+        shapes = (1, 8, 16, 16, 16), (1,), (1, 8, 32)
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        hidden = 8 * 8 * 8 * config.ffn_dim * 4
+
+        def temporaries(hidden_bytes):
+            monkeypatch.setattr(layers, "HIDDEN_BYTES", hidden_bytes)
+            loss = lambda state, *inputs: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)  # noqa: E731
+            return jax.jit(jax.grad(loss)).lower(state, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+        assert temporaries(hidden) - temporaries(hidden / 8) > 1.5 * hidden
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_gradients_reach_everything(self, wan, dtype):
