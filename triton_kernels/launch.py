@@ -69,7 +69,10 @@ def run(
         return lax.optimization_barrier({name: found[name] for name in results})
     steps = jnp.asarray(plan.steps, jnp.int32)
     first = body(steps[0], start)
-    found = lax.fori_loop(1, len(plan.steps), lambda n, state: body(lax.optimization_barrier(steps[n]), state), first)
+    # XLA unrolls a loop of one turn: the barrier keeps the scratch of two steps from living at once
+    found = lax.fori_loop(
+        1, len(plan.steps), lambda n, state: body(*lax.optimization_barrier((steps[n], state))), first
+    )
     return lax.optimization_barrier({name: found[name] for name in results})
 
 
