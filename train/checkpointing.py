@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -33,19 +34,32 @@ class Checkpoints:
     Args:
         folder: The run folder; checkpoints go to its subfolder `checkpoints/`.
         keep: How many to keep, newest first.
+        read_only: Nothing in the folder is changed: another process may be writing to it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3):
+    def __init__(self, folder: Path, *, keep: int = 3, read_only: bool = False):
         self.path = (folder / FOLDER_NAME).absolute()
         self._set_aside = folder.absolute() / SET_ASIDE_NAME
-        # what a process killed in the middle of saving left behind only takes up room
-        self._remove_unfinished()
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            # what a process killed in the middle of saving left behind only takes up room
+            self._remove_unfinished()
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         with report_full_disk(self.path):
             self._manager = ocp.CheckpointManager(
                 self.path,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+                options=options,
                 item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
             )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

@@ -3,22 +3,28 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from models.errors import user_input
+from models.errors import UserError, user_input
 from train.commands import parse
+from train.config import TrainConfig
+from train.export import find_run, run_model
 
 if TYPE_CHECKING:
+    from models.wan.checkpoints import ConvertOptions
     from models.wan.checkpoints.load import Progress
 
-_POSITIONAL = (tyro.conf.PositionalRequiredArgs,)
+_POSITIONAL = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
 _CONVERT = """Write a Wan checkpoint in another format. Official and diffusers hold the same bits under other names.
 
 monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b-diffusers --to diffusers
 
-monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat16"""
+monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat16
+
+monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `monarchrt train`"""
 
 _INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
 
@@ -47,10 +53,24 @@ def convert_command(arguments: Sequence[str]) -> int:
     from models.wan.checkpoints import ConvertOptions
 
     options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=_POSITIONAL)
+    run = find_run(Path(options.src))
     with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
-        folder = options.run(progress)
+        folder = options.run(progress) if run is None else _convert_run(options, run)
     print(folder)
     return 0
+
+
+def _convert_run(options: "ConvertOptions", run: TrainConfig) -> Path:
+    """Writes the network of a run folder, in float32 unless another dtype is asked for."""
+    from models.wan.checkpoints import save_checkpoint
+
+    for name in ("weights", "revision"):
+        if getattr(options, name) is not None:
+            raise UserError(f"{name} is {getattr(options, name)!r}, but {options.src} is a run folder; leave it out")
+    model = run_model(Path(options.src), run)
+    return save_checkpoint(
+        model, options.dst, format=options.to, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
+    )
 
 
 def inspect_command(arguments: Sequence[str]) -> int:
@@ -58,6 +78,11 @@ def inspect_command(arguments: Sequence[str]) -> int:
     from models.wan.checkpoints import InspectOptions
 
     options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=_POSITIONAL)
+    if find_run(Path(options.path)) is not None:
+        raise UserError(
+            f"{options.path} is a run folder of `monarchrt train`; `monarchrt convert {options.path} NEW` makes a "
+            f"model of it"
+        )
     with user_input():
         info = options.run()
     print("\n".join(info.lines()))

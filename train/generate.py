@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from models.errors import UserError
 from models.generate.config import GenerateConfig, from_stored
 from train.commands import parse
-from train.run_folder import CONFIG_NAME, read_config
+from train.export import find_run, run_model
 
 if TYPE_CHECKING:
     from models.generate.pipeline import VideoPipeline
@@ -94,24 +94,12 @@ def load_material(config: GenerateConfig) -> Material:
         UserError: If something is missing, or a setting does not fit; before any weights are read where possible.
     """
     path = Path(config.checkpoint or "")
-    run = read_config(path) if _is_run(path) else None
+    run = find_run(path)
     if run is not None:
         return _load_run(config, path, run)
-    if path.is_dir() and (path / CONFIG_NAME).is_file() and not any(path.glob("*.safetensors")):
-        runs = [child.name for child in sorted(path.iterdir()) if _is_run(child)]
-        if runs:
-            raise UserError(f"checkpoint {path} holds several runs; give one of them, for example {path / runs[0]}")
-    if path.is_dir() and (runs := [child for child in sorted(path.iterdir()) if _is_run(child)]):
-        raise UserError(f"checkpoint {path} holds runs; give one of them: {', '.join(map(str, runs))}")
     from models.generate.load import load_wan
 
     return Material(*load_wan(config))
-
-
-def _is_run(path: Path) -> bool:
-    from train.checkpointing import FOLDER_NAME
-
-    return (path / CONFIG_NAME).is_file() and (path / FOLDER_NAME).is_dir()
 
 
 def run_defaults(run: "TrainConfig") -> "Defaults":
@@ -137,20 +125,17 @@ def run_defaults(run: "TrainConfig") -> "Defaults":
 def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Material:
     """A run folder: its network, its patch transform, an empty text, a held-out frame to begin with."""
     import jax.numpy as jnp
-    from flax import nnx
 
     from models.generate.decoders import PatchDecoder
     from models.generate.pipeline import VideoPipeline
     from models.generate.plan import make_plan
     from models.media.latents import PatchDCT
-    from train.checkpointing import Checkpoints
-    from train.model import build_model, model_settings
-    from train.state import split_model
+    from train.model import model_settings
 
     if run.data.latents is not None:
         raise UserError(
-            f"checkpoint {path} is a run on precomputed latents, which no decoder is known for; "
-            f"convert it, and give the folder with --components"
+            f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert {path} "
+            f"NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, --components"
         )
     decoder = PatchDecoder(PatchDCT(patch=run.data.patch, whitening=run.data.whitening))
     precision = "bf16" if config.precision == "bf16" else "fp32"
@@ -162,14 +147,7 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
     if config.prompt or config.negative_prompt or config.embeddings:
         _say(f"note: {path} was trained without text; the prompt does nothing")
     initial = _begin(plan, decoder, run)
-    model = build_model(run.model, channels=decoder.channels, seed=0, precision=precision)
-    graph, params, fixed = split_model(model)
-    checkpoints = Checkpoints(path, keep=run.run.keep)
-    try:
-        params = checkpoints.restore_parameters(params)
-    finally:
-        checkpoints.close()
-    model = nnx.merge(graph, params, fixed).with_attention(plan.attention)
+    model = run_model(path, run, precision=precision).with_attention(plan.attention)
     text = jnp.zeros((1, 1, wan.text_dim))
     return Material(plan, VideoPipeline(model, decoder), text, None, initial)
 

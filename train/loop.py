@@ -216,7 +216,8 @@ class _Run:
 
     def _init_from(self, folder: Path) -> None:
         if (folder / FOLDER_NAME).is_dir():
-            params = Checkpoints(folder).restore_parameters(self.state.params)
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                params = checkpoints.restore_parameters(self.state.params)
         else:
             model = nnx.merge(self.graph, self.state.params, self.state.fixed)
             params = pretrained_parameters(folder, model.config)

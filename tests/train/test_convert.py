@@ -1,8 +1,11 @@
 """The commands `monarchrt convert` and `monarchrt inspect`."""
 
+import shutil
+
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -39,6 +42,26 @@ def test_convert(folder, tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_run_becomes_a_model(baseline, tmp_path, capsys):
+    """The moving average of a run's newest checkpoint, bit for bit; the run folder is only read."""
+    from train.checkpointing import Checkpoints
+
+    run = tmp_path / "run"
+    shutil.copytree(baseline, run)
+    saving = run / "checkpoints" / f"99{ocp.utils.TMP_DIR_SUFFIX}1"  # another process is writing it
+    saving.mkdir()
+    assert cli.main(["convert", str(run), str(tmp_path / "made")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "made")
+    assert saving.is_dir()
+    model = load_checkpoint(tmp_path / "made")
+    with Checkpoints(baseline, read_only=True) as checkpoints:
+        expected = checkpoints.restore_parameters(nnx.state(model, nnx.Param))
+    for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert f"holds runs; give one of them: {run}" in capsys.readouterr().err
+
+
 def test_inspect(folder, capsys):
     assert cli.main(["inspect", str(folder)]) == 0
     report = capsys.readouterr().out
@@ -60,6 +83,8 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (["inspect", str(tmp_path / "nothing")], "does not exist"),
         (["convert", str(path), str(tmp_path / "out")], "is truncated"),
         (["convert", str(folder), str(folder)], "is not an empty folder"),
+        (["convert", str(folder), str(path / "below")], "Not a directory"),
+        (["convert", str(folder), str(tmp_path / "out"), "--max-shard-gb", "0"], "max_shard_gb=0.0 must be positive"),
     ):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -214,16 +215,28 @@ class ConvertOptions:
     max_shard_gb: float | None = None
     revision: str | None = None
 
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """`max_shard_gb` in bytes.
+
+        Raises:
+            ValueError: If it is not positive and finite.
+        """
+        if self.max_shard_gb is None:
+            return None
+        if not 0 < self.max_shard_gb < math.inf:
+            raise ValueError(f"max_shard_gb={self.max_shard_gb} must be positive and finite, for example 5.")
+        return int(self.max_shard_gb * 1e9)
+
     def run(self, progress: Progress | None = None) -> Path:
         """Converts; see `convert_checkpoint`."""
-        max_bytes = None if self.max_shard_gb is None else int(self.max_shard_gb * 1e9)
         return convert_checkpoint(
             self.src,
             self.dst,
             to=self.to,
             dtype=self.dtype,
             weights=self.weights,
-            max_shard_bytes=max_bytes,
+            max_shard_bytes=self.max_shard_bytes,
             progress=progress,
             revision=self.revision,
         )
