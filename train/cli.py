@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0; 2 for input that cannot be used; 130 (143) after Ctrl-C (SIGTERM), once the run has saved.
+        The exit code: 0; 2 for input that cannot be used, and for files that cannot be read or written; 130 (143) after
+        Ctrl-C (SIGTERM), once the run has saved.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = bool(os.environ.get(DEBUG_VARIABLE))
@@ -82,10 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(_one_line(error) or "stopped", file=sys.stderr)
         return getattr(error, "code", 130)
+    except BrokenPipeError:  # `monarchrt train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if debug or disk_full_reason(error) is None:
+        full = disk_full_reason(error) is not None
+        if debug or not (full or error.filename):
             raise
-        print(f"error: {_one_line(error)}; free some space", file=sys.stderr)
+        # a file that cannot be read or written is not a bug
+        reason = _one_line(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"error: {reason}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
 
 

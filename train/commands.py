@@ -1,13 +1,17 @@
 """What the subcommands do with their arguments."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import docstring_parser
 import tyro
 
 from models.errors import UserError
@@ -40,6 +44,7 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
         SystemExit: After --help.
     """
     messages = io.StringIO()
+    _explain(kind)
     try:
         with contextlib.redirect_stderr(messages):
             return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=list(arguments), **options)
@@ -55,12 +60,48 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
         raise
 
 
+def _explain(kind: type) -> None:
+    """Tells tyro how the help shows a dataclass's fields, its own fields being dataclasses or not.
+
+    Without this, tyro keeps the line breaks of a field's docstring, and says `{None}|INT` and `(default: None)` where
+    the docstring says what leaving the option out means.
+    """
+    texts = {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(kind).params}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            _explain(hint)
+        elif name in texts and typing.get_origin(hint) is not Annotated:
+            settings: dict[str, Any] = {"help": " ".join(texts[name].split())}
+            if getattr(kind, name, 0) is None:
+                settings |= {"help_behavior_hint": "", "metavar": _placeholder(hint)}
+            kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(**settings)]
+
+
+def _placeholder(hint: Any) -> str:
+    """What stands for the value of an optional setting, as tyro writes it for one that is not: INT INT INT."""
+    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+    return " ".join(part.__name__.upper() for part in parts)
+
+
 def _one_line(box: str) -> str:
-    """The text of the boxes that tyro draws around what is wrong with the options."""
-    inside = "\n".join(row.strip("│").strip() for row in box.splitlines() if row.startswith("│"))
-    sections = [" ".join(section.split()) for section in re.split("─+", inside)]
-    text = "; ".join(section.rstrip(".") for section in sections if section) or " ".join(box.split())
-    return re.sub(r"\[/?bold\]", "", text)
+    """The text of the boxes that tyro draws around what is wrong with the options, less the help that it repeats."""
+    rows = [row.strip().strip("│|").strip() for row in box.splitlines()]
+    rows = [row for row in rows if not re.fullmatch(r"[╭+].*|[╰+].*", row)]
+    sections = [" ".join(section.split()) for section in re.split("(?:─|-){4,}", "\n".join(rows))]
+    kept = [section.rstrip(".") for section in sections if section and not section.startswith("Argument helptext")]
+    if len(kept) > 1 and len(kept[0].split()) <= 2:  # a title, where the terminal's boxes have no corners
+        del kept[0]
+    text = re.sub(r"\[/?bold\]", "", "; ".join(kept) or " ".join(box.split()))
+    return _READ.sub(r"\1 cannot be read: \2", text)
+
+
+# tyro's list of what it tried for an optional value; the last is what was meant
+_READ = re.compile(
+    r"Error parsing (--\S+): no type matching .*Got errors: .*- (?:<class '\w+'>|tuple\[[\w, ]+\]): (.*)"
+)
 
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.

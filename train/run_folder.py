@@ -75,8 +75,10 @@ def read_config(folder: Path) -> TrainConfig | None:
         return None
     try:
         return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); mend it or give another --folder") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); mend it or give another run folder") from error
 
 
 def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:

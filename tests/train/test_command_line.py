@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -33,9 +34,10 @@ def test_config_survives_json(tmp_path):
 
 
 def test_damaged_config_is_an_error(tmp_path):
-    (tmp_path / "config.json").write_text('{"data": ')
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
-        read_config(tmp_path)
+    for damaged in (b'{"data": ', b"\xff\xfe", b"[1]"):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"config\.json is damaged"):
+            read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"date": {}}')
     with pytest.raises(UserError, match="no field date"):
         read_config(tmp_path)
@@ -70,12 +72,14 @@ def test_every_option_is_explained_in_the_help(part, capsys):
         _parse_train(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    text = text[text.index("--help") :]  # after the examples
+    assert "None)" not in text.replace("--clip-norm {None}|FLOAT", "")
     for field in dataclasses.fields(getattr(TrainConfig(), part)):
         start = text.index(
             f"--{field.name.replace('_', '-')}" + (", --no-" if isinstance(field.default, bool) else " ")
         )
-        # a sentence between this option and its default
-        explanation = text[start : text.index("(default", start)]
+        # a sentence between this option and the next
+        explanation = re.split(r"(?<!,) --", text[start:])[0]
         assert len(explanation.split()) > 4, field.name
         assert "." in explanation, field.name
 
@@ -191,6 +195,7 @@ def test_full_disk_is_recognised_through_other_libraries_errors():
         (UserError("tile is\n  wrong"), 2, "error: tile is wrong\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device; free some space\n"),
+        (PermissionError(13, "Permission denied", "/a/b"), 2, "error: /a/b: Permission denied\n"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, text):
@@ -225,6 +230,13 @@ def test_unknown_command_and_no_command(capsys):
     assert "monarchrt COMMAND --help" in capsys.readouterr().out
 
 
+def test_help_into_a_pipe_that_closes():
+    command = f"'{sys.executable}' -m train generate --help | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True)
+    assert "usage: monarchrt generate" in done.stdout
+    assert done.stderr == ""
+
+
 def test_help_does_not_load_jax():
     program = (
         "import sys; from train.cli import main\n"
@@ -241,7 +253,8 @@ def test_help_does_not_load_jax():
         (["train", "--steps", "many"], ["--steps", "'many'"]),
         (["train", "--attention", "sparse"], ["--attention", "'sparse'", "('dense', 'monarch')"]),
         (["demo", "--sed", "1"], ["--sed", "--seed INT"]),
-        (["convert", "from"], ["PATH", "The folder to write"]),
+        (["train", "--tile", "1", "2"], ["--tile cannot be read", "expected argument count 3"]),
+        (["convert", "from"], ["DST", "The folder to write"]),
     ],
 )
 def test_wrong_options_are_one_line_that_names_them(arguments, named, capsys):
