@@ -208,7 +208,7 @@ class LatentFolder:
             config: Its `held_out` sets the split.
 
         Raises:
-            UserError: If the folder has fewer than two files, or shapes or names differ.
+            UserError: If the folder has fewer than two files, or names, dtypes or shapes are wrong or differ.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -264,9 +264,15 @@ class LatentFolder:
     def _load(self, paths: Iterable[Path]) -> Batch:
         from safetensors.numpy import load_file
 
-        tensors = [load_file(path) for path in paths]
-        latents, text = (np.stack([t[name].astype(np.float32) for t in tensors]) for name in ("latents", "text"))
-        return Batch(latents, text)
+        latents, text = [], []
+        for path in paths:
+            tensors = load_file(path)
+            for name, batch in (("latents", latents), ("text", text)):
+                array = tensors[name].astype(np.float32)
+                if not np.isfinite(array).all():
+                    raise UserError(f"latents {path} has {name} that are NaN or infinite; make the file again")
+                batch.append(array)
+        return Batch(np.stack(latents), np.stack(text))
 
 
 def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -277,11 +283,15 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
             names = set(file.keys())
             if not {"latents", "text"} <= names:
                 raise UserError(f"latents {path} holds {sorted(names)}; it needs 'latents' and 'text'")
-            latents, text = (tuple(file.get_slice(name).get_shape()) for name in ("latents", "text"))
+            slices = [file.get_slice(name) for name in ("latents", "text")]
+            latents, text = (tuple(part.get_shape()) for part in slices)
+            kinds = [part.get_dtype() for part in slices]
     except SafetensorError as error:
         raise UserError(f"latents {path} is cut off or damaged ({error})") from error
     if len(latents) != 4 or len(text) != 2:
         raise UserError(f"latents {path} has latents {latents} and text {text}; they must be [F, h, w, C] and [L, D]")
+    if not set(kinds) <= {"F64", "F32", "F16", "BF16"}:
+        raise UserError(f"latents {path} has dtypes {' and '.join(kinds)}; they must be floats, for example F32")
     return latents, text
 
 

@@ -137,6 +137,13 @@ def test_bad_latent_folders(latents, tmp_path):
     save_file({"latents": np.ones((3, 4, 6, 8)), "text": np.ones((5, 32))}, path)
     with pytest.raises(UserError, match="all must agree"):
         LatentFolder(latents, config())
+    text = np.ones((5, 32), np.float32)
+    save_file({"latents": np.ones((3, 4, 6, 16), np.int32), "text": text}, path)
+    with pytest.raises(UserError, match="dtypes I32 and F32; they must be floats"):
+        LatentFolder(latents, config())
+    save_file({"latents": np.full((3, 4, 6, 16), np.nan, np.float16), "text": text}, path)
+    with pytest.raises(UserError, match=r"03\.safetensors has latents that are NaN or infinite"):
+        LatentFolder(latents, config()).train_batch(0, 7, seed=0)
     save_file({"x": np.ones(3)}, path)
     with pytest.raises(UserError, match="needs 'latents' and 'text'"):
         LatentFolder(latents, config())
