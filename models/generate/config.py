@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,7 +42,7 @@ class GenerateConfig:
     out: Path = Path("video.mp4")
     """The video to write; these settings are stored in it."""
 
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH", help_behavior_hint="")] = None
     """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""
 
     overwrite: bool = False
@@ -168,7 +169,11 @@ class GenerateConfig:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("fps", "shift"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
+        _require(self.fps is None or 0.1 <= self.fps <= 1000, f"fps is {self.fps}; it must lie in [0.1, 1000]")
+        for name in ("guidance", "linger"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, and finite")
         _require(self.sink_frames >= 0, f"sink_frames is {self.sink_frames}; it must be at least 0")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
         _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")

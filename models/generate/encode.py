@@ -1,6 +1,5 @@
 """Clips and their captions to latents and text embeddings, as finetuning takes them."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from models.checkpoints.tensor_files import write_arrays
 from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
+from models.media.writer import check_folder
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 
@@ -126,7 +126,7 @@ def encode_clips(
     captions = captioned(config.clips)
     if config.components is None:
         raise UserError("no components were given; give --components, for example Wan-AI/Wan2.1-T2V-1.3B")
-    if config.out.exists() and not (config.out.is_dir() and os.access(config.out, os.W_OK)):
+    if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out {config.out} is not a folder that can be written to")
     files = {video: config.out / f"{video.stem}.safetensors" for video in captions}
     todo = [video for video in captions if not files[video].exists()]
@@ -137,6 +137,7 @@ def encode_clips(
     parts = find_components(GenerateConfig(components=config.components), config.components)
     if parts.text_encoder is None or parts.tokenizer is None:
         raise UserError(f"components {config.components} has no text encoder or tokenizer")
+    check_folder("out", files[todo[0]])
     half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
     dtype = "bfloat16" if half else "float32"
     texts = encode_texts(

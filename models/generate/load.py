@@ -173,6 +173,8 @@ def condition_frames(plan: Plan) -> np.ndarray | None:
         return None
     if config.mode == "bidirectional":
         raise UserError("condition needs --mode autoregressive or windows; a whole clip at once begins with nothing")
+    if not Path(config.condition).is_file():
+        raise UserError(f"condition {config.condition} is not a file; give an image or a video, or {NO_CONDITION!r}")
     wanted = config.condition_frames or 1 + (plan.first_block - 1) * plan.temporal
     frames = read_clip(config.condition, height=config.height or 0, width=config.width or 0, max_frames=wanted)
     if len(frames) < wanted and config.condition_frames is not None:

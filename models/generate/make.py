@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -100,7 +101,7 @@ def make_video(
     if config.compare_dense and not uses_monarch(plan):
         raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
     with user_input():
-        parts = pipeline(text, plan=plan, negative=negative, initial=initial)
+        parts = _traced(pipeline(text, plan=plan, negative=negative, initial=initial))
     kept: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         page = None
@@ -118,12 +119,21 @@ def make_video(
         return result
     report("the same with dense attention")
     dense = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
-    reference = np.concatenate(list(_shown(dense(text, plan=plan, negative=negative, initial=initial), plan, "dense")))
-    video = np.concatenate(kept)
-    path, zoom = comparison_path(config.out), config.zoom or 1
-    both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=zoom)
-    write_mp4(path, both, fps=config.fps or 16.0, quality=config.quality)
-    return dataclasses.replace(result, fidelity=fidelity(video, reference), comparison=path)
+    parts = dense(text, plan=plan, negative=negative, initial=initial)
+    try:
+        with _signals_stop():
+            return dataclasses.replace(result, **_compare(parts, np.concatenate(kept), plan))
+    except KeyboardInterrupt as stop:
+        raise _stopped(f"stopped; {config.out} is whole, but not compared", stop) from None
+
+
+def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict[str, Any]:
+    """Makes the dense video and writes both side by side: the fields of `Result` that say how they compare."""
+    config = plan.config
+    reference = np.concatenate(list(_shown(parts, plan, "dense")))
+    both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1)
+    path = write_mp4(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
+    return {"fidelity": fidelity(video, reference), "comparison": path}
 
 
 def uses_monarch(plan: Plan) -> bool:
@@ -165,6 +175,15 @@ def _write(
     if page is not None:
         page.end("finished")
     return Result(path=config.out, frames=writer.frames, seconds=time.monotonic() - begin, first_frame=first)
+
+
+def _traced(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same; what the attention says against its settings while the first part is traced is the user's to mend."""
+    with user_input():
+        first = next(parts, None)
+    if first is not None:
+        yield first
+    yield from parts
 
 
 def _enlarged(frames: np.ndarray, zoom: int) -> np.ndarray:

@@ -200,7 +200,8 @@ def _check_model(model: WanConfig) -> None:
     if model.in_channels != model.out_channels:
         raise UserError(
             f"checkpoint is of type {model.model_type}, with {model.in_channels} input channels; only text-to-video "
-            f"models can be sampled so far"
+            f"models can be sampled: take one, such as Wan-AI/Wan2.1-T2V-14B, or for a video that begins with an image "
+            f"a causal one, such as Self-Forcing's, with --condition IMAGE --independent-first-frame"
         )
 
 

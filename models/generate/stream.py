@@ -87,11 +87,6 @@ class LivePage:
         return f"http://{self._host}:{self._port}/"
 
     @property
-    def watching(self) -> int:
-        """Browsers that have not got everything yet."""
-        return self._watching
-
-    @property
     def watched(self) -> int:
         """Browsers that have connected so far."""
         return self._watched

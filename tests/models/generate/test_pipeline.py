@@ -198,6 +198,30 @@ class TestMakeVideo:
             assert len(read_clip(out, height=16, width=24)) == 3 * after
         assert not list(tmp_path.glob("*.part"))
 
+    def test_ctrl_c_in_the_comparison_keeps_the_video(self, tiny, tmp_path, monkeypatch):
+        pipeline, plan = tiny
+
+        def stopped(parts, video, plan):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("models.generate.make._compare", stopped)
+        with pytest.raises(KeyboardInterrupt, match=r"a\.mp4 is whole, but not compared"):
+            make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", compare_dense=True), report=lambda _: None)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+        assert len(read_clip(tmp_path / "a.mp4", height=16, width=24)) == 9
+
+    def test_what_the_attention_refuses_is_said_in_one_line(self, tiny, tmp_path, monkeypatch):
+        pipeline, plan = tiny
+
+        def refused(self, parts, plan):
+            raise NotImplementedError("implementation='x' cannot run this call")
+            yield
+
+        monkeypatch.setattr(VideoPipeline, "_decoded", refused)
+        with pytest.raises(UserError, match="implementation='x' cannot run this call"):
+            make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4"))
+        assert not list(tmp_path.iterdir())
+
 
 def test_settings_are_json(tmp_path):
     config = GenerateConfig(out=tmp_path / "a.mp4", embeddings=tmp_path / "e", tile=(1, 2, 3))

@@ -125,7 +125,7 @@ class TestRefusals:
             GenerateConfig(**given)
 
     def test_image_to_video_models(self):
-        with pytest.raises(UserError, match="only text-to-video models"):
+        with pytest.raises(UserError, match=r"can be sampled: take one, such as Wan-AI/Wan2\.1-T2V"):
             plan(model=wan_config("wan2.1-i2v-14b"))
 
     def test_settings_of_another_version(self, tmp_path):
