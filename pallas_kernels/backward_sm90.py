@@ -55,6 +55,8 @@ def backward(
     """
     batch, tiles, rows, cols, heads, dim = q.shape
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, config.chunk_bytes)
+    if not masked:  # known when compiled
+        visible = jnp.full(tiles, k.shape[1], jnp.int32)
     visible = jnp.minimum(visible, k.shape[1]).astype(jnp.int32)
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
     call = Call(q, k, v, visible * rows, chunk_heads, chunk_tiles, scale, masked, forward)
@@ -73,7 +75,7 @@ def backward(
         return _add(carry, found, head, tile, summed)
 
     zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
-    start = tuple(varying(jnp.zeros(*x), q, k, d_out) for x in zeros)
+    start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
     dq, dk, dv = lax.fori_loop(0, len(places), body, start)
     return dq, dk.astype(k.dtype), dv.astype(k.dtype)
 
@@ -121,7 +123,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile)
     role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
     ((dk, dv, dz),) = launch((role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start)))
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    role = query_role(like(q), like(k), config=config.query, **sizes)
+    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
     (found,) = launch((role, (k, dz, dq, call.limits, start)))
     return found[0].reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 

@@ -27,6 +27,7 @@ class RightConfig:
         query_stages: 64-row query tiles in flight, a multiple of `warpgroups`.
         key_stages: Pairs of a key row and its value row in flight.
         slab: Elements of D per swizzled row, 64 or 32. A product's depth, the columns l, is a multiple of it.
+        together: Whether both products are under way at once, which takes more registers.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
@@ -34,6 +35,7 @@ class RightConfig:
     query_stages: int = 4
     key_stages: int = 2
     slab: int = SLAB
+    together: bool = False
     blocks: int = 132
 
     def __post_init__(self):
@@ -43,6 +45,10 @@ class RightConfig:
                 f"query_stages={self.query_stages} is not a multiple of warpgroups={self.warpgroups}; "
                 f"every stage belongs to one warpgroup."
             )
+
+    def width(self, cols: int) -> int:
+        """Columns l of the scores: a multiple of 8."""
+        return -(-cols // 8) * 8
 
     def depth(self, cols: int) -> int:
         """Columns l in shared memory."""
@@ -115,6 +121,10 @@ class LeftBackwardConfig:
     def warpgroups(self) -> int:
         """Computing warpgroups."""
         return self.columns * self.row_blocks
+
+    def width(self, rows: int) -> int:
+        """Rows i of a warpgroup that are not padding: a multiple of 8, the blocks' share of b1."""
+        return -(-rows // (8 * self.row_blocks)) * 8
 
     def shared_memory(self, dim: int) -> int:
         """Bytes a block uses."""

@@ -175,12 +175,14 @@ def forward(
     pair_bytes = 4 * k.shape[1] * rows * cols * dim
     limit = config.limit(batch * heads * tiles * pair_bytes)
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
+    if not masked:  # known when compiled
+        visible = jnp.full(tiles, k.shape[1], jnp.int32)
     limits = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) * rows
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
         return _chunk(call, 0, 0)
-    empty = (varying(jnp.zeros(q.shape, q.dtype), q, k), varying(jnp.zeros(q.shape[:-1], jnp.float32), q, k))
+    empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
     if config.beside and len(places) <= UNROLLED:
         return _beside(call, places, empty)
 

@@ -39,8 +39,8 @@ def left_backward_role(
     and query tile.
 
     Outputs: the gradients of alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its columns where
-    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, b1 or more, 64, D], likewise. What
-    belongs to pairs that are not seen is not written.
+    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, 64*row_blocks, 64, D], likewise,
+    64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not written.
 
     Args:
         q: [B, A, b1, b2, H, D], before its last axes are split.
@@ -57,8 +57,8 @@ def left_backward_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, _, _, cols, all_heads, dim = q.shape
-    slabs, depth = dim // SLAB, ROWS
+    batch, _, rows, cols, all_heads, dim = q.shape
+    slabs, depth, width = dim // SLAB, ROWS, config.width(rows)
     groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
     split = column_blocks(cols, tiles, masked)
     column_groups = -(-cols // columns)
@@ -100,11 +100,17 @@ def left_backward_role(
         def _():
             plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
             plgpu.barrier_arrive(q_free)
+            my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
             for s in range(stages):
-                plgpu.barrier_arrive(free.at[s])
+                plgpu.barrier_arrive(free.at[my_column * stages + s])
             if row_blocks > 1:
                 plgpu.barrier_arrive(used)
-            my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
+
+            def full_rows(x):
+                """[64 pairs, width] padded with zeros to 64 rows i, the depth of the next products."""
+                if width == ROWS:
+                    return x
+                return lax.concatenate([x, plgpu.layout_cast(jnp.zeros((depth, ROWS - width), dtype), layout)], 1)
 
             def item(t, done):
                 x, _where, column, limit = place(t)
@@ -113,11 +119,16 @@ def left_backward_role(
                 plgpu.barrier_wait(q_full)
                 acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), f32), layout) for _ in range(slabs)]
 
+                def leave(i):
+                    """Gives back what step i came in, once its gradients have been read."""
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(free.at[lax.div(group, row_blocks) * stages + lax.rem(done + i, stages)])
+
                 def step(i, acc):
                     here = shared.unhoisted(group, done + i)
                     my_column = lax.div(here, row_blocks)
                     slot = lax.rem(done + i, stages)
-                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_wait(full.at[my_column * stages + slot])
 
                     def mine_of(kind, n):
                         return mid_mma.at[slot, kind, my_column, n]
@@ -128,36 +139,36 @@ def left_backward_role(
                         def multiply(*accs):
                             for acc, kind in zip(accs, kinds, strict=True):
                                 for n in range(slabs):
-                                    b = rows_mma.at[here, kind, n].transpose((1, 0))
+                                    b = rows_mma.at[here, kind, n, pl.ds(0, width)].transpose((1, 0))
                                     plgpu.wgmma(acc, mine_of(kind, n), b)
                             return tuple(acc[...] for acc in accs)
 
-                        return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((depth, ROWS), f32) for _ in kinds])
+                        return pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((depth, width), f32) for _ in kinds])
 
                     if row_blocks > 1:
                         (x_s,) = scores((1,))
                     else:
                         x_s, d_p = scores((1, 0))
+                    pl.when(i > 0)(lambda: leave(i - 1))  # the products hid the wait
                     bias = plgpu.load(c_in.at[slot, my_column], layout=layout.reduce(1), optimized=False)
                     pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
-                    lse = plgpu.load(stats_in.at[here, 0], layout=layout.reduce(0), optimized=False)
+                    lse = plgpu.load(stats_in.at[here, 0, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
                     x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
                     p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
                     low_p = p.astype(dtype)
                     if row_blocks > 1:  # several warpgroups have fewer registers: the rounded P waits for dP
                         (d_p,) = scores((0,))
                         p = low_p.astype(f32)
-                    delta = plgpu.load(stats_in.at[here, 1], layout=layout.reduce(0), optimized=False)
+                    delta = plgpu.load(stats_in.at[here, 1, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
                     d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
                     total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
+                    low_p, d_x = full_rows(low_p), full_rows(d_x)
 
                     if row_blocks > 1:
                         plgpu.barrier_wait(used)
                         p_mma[here, 0] = low_p
                         sums[here] = total
-                    else:
-                        store_d_c(x, i, j, total)
                     p_mma[here, kinds - 1] = d_x
                     plgpu.commit_smem()
 
@@ -170,13 +181,9 @@ def left_backward_role(
                         plgpu.barrier_arrive(made)
                         plgpu.barrier_wait(made)
 
-                        @pl.when(my_rows == row_blocks - 1)
-                        def _():
-                            of_column = [my_column * row_blocks + r for r in range(row_blocks)]
-                            parts = [
-                                plgpu.load(sums.at[r], layout=layout.reduce(1), optimized=False) for r in of_column
-                            ]
-                            store_d_c(x, i, j, sum(parts[1:], start=parts[0]))
+                        of_column = [my_column * row_blocks + r for r in range(row_blocks)]
+                        parts = [plgpu.load(sums.at[r], layout=layout.reduce(1), optimized=False) for r in of_column]
+                        total = sum(parts[1:], start=parts[0])
 
                     def output(kind, n):
                         """A slab of dY (kind 0) or d_alpha (kind 1) replaces that of Y or alpha and leaves."""
@@ -216,11 +223,12 @@ def left_backward_role(
                         plgpu.barrier_arrive(used)
                     plgpu.commit_smem()
                     mine(send)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(free.at[slot])
+                    # after the fence, which would wait for it
+                    pl.when(my_rows == row_blocks - 1)(lambda: store_d_c(x, i, j, total))
                     return acc
 
                 acc = lax.fori_loop(0, steps, step, acc)
+                pl.when(steps > 0)(lambda: leave(steps - 1))
                 plgpu.barrier_arrive(q_free)
 
                 @pl.when(j < cols)
@@ -247,7 +255,7 @@ def left_backward_role(
                 plgpu.barrier_wait(q_free)
                 for n in range(groups):
                     j = column + n // row_blocks
-                    span = pl.ds(n % row_blocks * ROWS + x * 0, ROWS)  # past the end of b1 rows, so not static
+                    span = pl.ds(n % row_blocks * width + x * 0, ROWS)  # past the end of b1 rows, so not static
                     for kind, source in enumerate((g, q)):
                         box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
                         plgpu.copy_gmem_to_smem(box, rows_in.at[n, kind].transpose((1, 0, 2)), q_full)
@@ -256,14 +264,16 @@ def left_backward_role(
 
                 def load(i, _):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
-                    plgpu.barrier_wait(free.at[slot])
-                    for kind, source in enumerate((y, alpha)):
-                        box = source.at[x, span, pl.ds(column, columns)]
-                        plgpu.copy_gmem_to_smem(box, mid_in.at[slot, kind].transpose((2, 0, 1, 3)), full.at[slot])
                     for n in range(columns):
+                        arrived = full.at[n * stages + slot]
+                        plgpu.barrier_wait(free.at[n * stages + slot])
+                        for kind, source in enumerate((y, alpha)):
+                            box = source.at[x, span, pl.ds(column + n, 1)]
+                            target = mid_in.at[slot, kind, pl.ds(n, 1)]
+                            plgpu.copy_gmem_to_smem(box, target.transpose((2, 0, 1, 3)), arrived)
                         block_of, row = split.place(tile, column + n)
                         box = c.at[lax.div(x, tiles), block_of, row, span]
-                        plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], full.at[slot])
+                        plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], arrived)
                     return ()
 
                 lax.fori_loop(0, steps, load, ())
@@ -271,8 +281,9 @@ def left_backward_role(
 
             lax.fori_loop(0, turns, item, jnp.int32(0))
             plgpu.barrier_wait(q_free)
-            for s in range(stages):
-                plgpu.barrier_wait(free.at[s])
+            for n in range(columns):
+                for s in range(stages):
+                    plgpu.barrier_wait(free.at[n * stages + s])
 
     shapes = (
         (groups, 2, slabs, ROWS, SLAB),  # dO and q
@@ -297,8 +308,8 @@ def left_backward_role(
             plgpu.SMEM((groups, depth), f32),
             plgpu.Barrier(num_arrivals=3 * groups),
             plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=2 + columns, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3, num_barriers=columns * stages),
+            plgpu.Barrier(num_arrivals=row_blocks, num_barriers=columns * stages),
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(num_arrivals=groups),
         ),

@@ -20,13 +20,14 @@ def query_role(
     heads: int,
     tiles: int,
     masked: bool,
+    left_width: int,
     config: QueryConfig,
 ) -> Role:
     """Finishes dq for a chunk of query tiles and heads.
 
     Inputs of the role: k; s dZ [B * heads, items, C*b1, W, 64] as `right_backward_role` leaves it; the part of dq
-    through L, float32 [B * heads, items, b1 or more, 64, D]; limits, int32 [A], the pairs that a query tile sees, read
-    when `masked`; start, int32, the chunk's first head and query tile first.
+    through L, float32 [B * heads, items, b1 or more, 64, D], 64 rows for every `left_width` of b1; limits, int32 [A],
+    the pairs that a query tile sees, read when `masked`; start, int32, the chunk's first head and query tile first.
 
     Output: dq [B, tiles, b1, b2, heads, D/64, 64] in q's dtype.
 
@@ -36,6 +37,7 @@ def query_role(
         heads: Heads of the chunk.
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
+        left_width: Rows of b1 in a block of 64.
         config: Sizes.
 
     Returns:
@@ -112,8 +114,11 @@ def query_role(
                 item = first + group
                 there = jnp.minimum(item, items - 1)  # an item too many repeats the last one
                 steps, mine = steps_of(first), key_steps(item)
+                left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
                 acc = [
-                    plgpu.load(dq_left.at[lane, there, row, :, pl.ds(n * SLAB, SLAB)], layout=layout, optimized=False)
+                    plgpu.load(
+                        dq_left.at[lane, there, left_row, :, pl.ds(n * SLAB, SLAB)], layout=layout, optimized=False
+                    )
                     for n in range(slabs)
                 ]
 

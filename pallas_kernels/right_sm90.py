@@ -62,7 +62,7 @@ def right_role(
     batch, _, rows, cols, _, slabs, slab = q.shape
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
-    depth = config.depth(cols)
+    depth, width = config.depth(cols), config.width(cols)
     split = column_blocks(cols, tiles, masked)
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
     tail = items > split.whole
@@ -138,12 +138,13 @@ def right_role(
 
             def scores(acc):
                 for n in range(slabs):
-                    plgpu.wgmma(acc, q_mma.at[slot, n], k_mma.at[key_slot, n].transpose((1, 0)))
+                    b = k_mma.at[key_slot, n, pl.ds(0, width)].transpose((1, 0))
+                    plgpu.wgmma(acc, q_mma.at[slot, n], b)
                 return acc[...]
 
-            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)
+            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, width), f32)) * (scale * LOG2E)
             plgpu.barrier_arrive(q_free.at[slot])
-            if depth != cols:
+            if width != cols:
                 column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=row_layout)
                 s = jnp.where(column < cols, s, -1e30)
             top = s.max(axis=1)
@@ -152,27 +153,30 @@ def right_role(
             inverse = 1.0 / total
             entropy = (p * s).sum(axis=1) * inverse - top - jnp.log2(total)
             p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
+            if width != depth:  # the products' depth; K and V are zeros there
+                p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), row_layout)], 1)
 
-            def product(rhs):
+            def product(*factors):
                 def multiply(*accs):
-                    for n in range(slabs):
-                        plgpu.wgmma(accs[n], p, rhs.at[key_slot, n])
+                    for n, acc in enumerate(accs):
+                        plgpu.wgmma(acc, p, factors[n // slabs].at[key_slot, n % slabs])
                     return tuple(acc[...] for acc in accs)
 
-                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(slabs)])
+                count = slabs * len(factors)
+                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(count)])
                 if masked:  # keys that are not seen may hold anything; what is read as padding must be finite
                     seen = pair < limits[tile0 + lax.div(item, full)]
                     results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
                 return [x.astype(dtype) for x in results]
 
-            alpha_tile, y_tile = product(k_mma), product(v_mma)
+            tiles_out = product(k_mma, v_mma) if config.together else product(k_mma) + product(v_mma)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             mine = shared.unhoisted(group, item)
             for n in range(slabs):
-                alpha_reg[mine, n] = alpha_tile[n]
-                y_reg[mine, n] = y_tile[n]
-            c[lane, item, :, pair] = entropy
+                alpha_reg[mine, n] = tiles_out[n]
+                y_reg[mine, n] = tiles_out[slabs + n]
             plgpu.commit_smem()
+            c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
 
             def store_whole(tile, column):
                 window = pl.ds(column, ROWS)
