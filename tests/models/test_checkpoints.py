@@ -551,6 +551,28 @@ def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
 
 
 @needs_proc
+def test_orbax_is_written_parameter_by_parameter(wan, small, tmp_path):
+    """A conversion to Orbax needs its 204 MB, a copy of the largest parameter, 57 MB, and not one of all of them."""
+    model = wan.model(dataclasses.replace(small, dim=384, ffn_dim=2048, num_heads=16, num_layers=18))
+    size = 4 * count_parameters(model)
+    save_checkpoint(wan.model(small), tmp_path / "warm", format="diffusers")
+    save_checkpoint(model, tmp_path / "diffusers", format="diffusers")
+    code = f"""
+        {PEAK.replace(chr(10), chr(10) + 8 * " ")}
+        from models.wan.checkpoints import convert_checkpoint
+
+        folder = {str(tmp_path)!r}
+        convert_checkpoint(folder + "/warm", folder + "/warm orbax", to="orbax")
+        before = peak()
+        convert_checkpoint(folder + "/diffusers", folder + "/orbax", to="orbax")
+        print(peak() - before)
+    """
+    used = int(run_python(code))
+    assert size < used < size * 1.75, used / size
+    assert_same(load_checkpoint(tmp_path / "orbax"), model)
+
+
+@needs_proc
 @pytest.mark.slow
 def test_true_size_in_bounded_memory(tmp_path):
     """A 1.3B checkpoint in float32 (5.7 GB on disk) is loaded as bfloat16 in at most its 2.8 GB plus 1 GB."""

@@ -95,7 +95,7 @@ def _unreadable(path: Path, parameter: ParameterPath, error: Exception) -> str:
 
 
 def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -> Path:
-    """Writes a model, its sizes and its Monarch settings.
+    """Writes a model, its sizes and its Monarch settings; needs memory for a copy of its largest parameter.
 
     Args:
         model: The model.
@@ -114,9 +114,12 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -
     with new_folder(path) as folder:
         data = settings.config_to_json(config, "official") | {"image_dim": config.image_dim, "param_dtype": kept}
         (folder / "config.json").write_text(settings.dump_json(data))
-        with ocp.StandardCheckpointer() as checkpointer:
-            chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)
-            checkpointer.save((folder / FOLDER).absolute(), state, save_args=chunks)
+        chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)
+        # Orbax copies what it is about to write: no more than the largest parameter at a time, with room for rounding
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.001 * largest / 1e9)  # type: ignore[arg-type]
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save((folder / FOLDER).absolute(), args=ocp.args.StandardSave(state, save_args=chunks))
     return Path(path)
 
 
