@@ -80,13 +80,16 @@ def disk_full_reason(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def report_full_disk(path: Path | str, *, kept: str | Callable[[], str] = "") -> Iterator[None]:
+def report_full_disk(
+    path: Path | str, *, kept: str | Callable[[], str] = "", then: str = "free some space and use --resume"
+) -> Iterator[None]:
     """Turns a full disk inside the block into a `DiskFullError` that names the path and what is kept.
 
     Args:
         path: What was being written.
         kept: What is still safe, such as "the checkpoint of step 20 is kept", or a function that says so when it has
             happened.
+        then: What to do about it.
 
     Raises:
         DiskFullError: If writing failed for want of room.
@@ -101,7 +104,7 @@ def report_full_disk(path: Path | str, *, kept: str | Callable[[], str] = "") ->
             raise
         safe = kept if isinstance(kept, str) else kept()
         tail = f"; {safe}" if safe else ""
-        raise DiskFullError(f"cannot write {path}: {reason}{tail}; free some space and use --resume") from error
+        raise DiskFullError(f"cannot write {path}: {reason}{tail}; {then}") from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ class ObjectiveConfig:
     of its own (diffusion forcing); 3 is what Self-Forcing trains causal models with."""
 
     def __post_init__(self) -> None:
-        _require(self.shift > 0, f"shift is {self.shift}; it must be positive, for example 5.0")
+        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
         _require(
             self.num_train_timesteps >= 2,
             f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
@@ -206,12 +207,15 @@ class OptimizerConfig:
     """Step at which the average starts, as a copy of the parameters."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"{name} is {beta}; it must lie in [0, 1)")
-        _require(self.eps > 0, f"eps is {self.eps}; it must be positive")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0")
+        _require(
+            0 <= self.weight_decay < math.inf, f"weight_decay is {self.weight_decay}; it must be at least 0, and finite"
+        )
         _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
         _require(self.warmup >= 0, f"warmup is {self.warmup}; it must be at least 0")
         _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; it must be at least 1")

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from models.errors import UserError, report_full_disk
 
 KEY = "monarchrt"  # in the JSON of the comment
+FREE = "free some space"  # what to do about a full disk
 
 
 def check_writable(path: Path, *, overwrite: bool = False) -> None:
@@ -48,7 +49,7 @@ def check_folder(name: str, path: Path) -> None:
     trial = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with report_full_disk(path):
+        with report_full_disk(path, then=FREE):
             trial.write_bytes(b"")
             trial.unlink()
     except OSError as error:
@@ -107,7 +108,7 @@ class Mp4Writer:
             DiskFullError: If there is no room.
         """
         frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-        with report_full_disk(self.path):
+        with report_full_disk(self.path, then=FREE):
             for picture in frames:
                 if self._container is None:
                     self._container = self._open(*picture.shape[:2])
@@ -132,14 +133,16 @@ class Mp4Writer:
         container, self._container = self._container, None
         if container is None:
             return
-        with report_full_disk(self.path):
+        with report_full_disk(self.path, then=FREE):
             try:
                 container.mux(self._stream.encode())
                 container.close()
                 unfinished(self.path).replace(self.path)
             finally:
-                container.close()
-                unfinished(self.path).unlink(missing_ok=True)
+                try:
+                    container.close()  # fails again on a full disk
+                finally:
+                    unfinished(self.path).unlink(missing_ok=True)
 
     def __enter__(self) -> "Mp4Writer":
         return self

@@ -13,7 +13,16 @@ import pytest
 from models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
 from train import cli
 from train.commands import _parse_train
-from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, from_dict, to_dict
+from train.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from train.logs import RunLog, read_log
 from train.model import attention_setting, model_settings
 from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
@@ -92,7 +101,10 @@ def test_every_option_is_explained_in_the_help(part, capsys):
         (DataConfig, "width", 30),
         (ModelConfig, "num_iters", 0),
         (ModelConfig, "overrides", ("dim",)),
+        (ObjectiveConfig, "shift", float("inf")),
         (OptimizerConfig, "learning_rate", 0.0),
+        (OptimizerConfig, "learning_rate", float("inf")),
+        (OptimizerConfig, "weight_decay", float("nan")),
         (OptimizerConfig, "ema_decay", 1.0),
         (OptimizerConfig, "accumulation", 0),
         (RunConfig, "steps", 0),

@@ -1,13 +1,16 @@
+import errno
 import os
+from types import SimpleNamespace
+from typing import ClassVar
 
 import av
 import numpy as np
 import pytest
 
-from models.errors import UserError
+from models.errors import DiskFullError, UserError
 from models.media.metrics import fidelity
 from models.media.video import read_clip, write_mp4
-from models.media.writer import Mp4Writer, check_writable, read_settings
+from models.media.writer import Mp4Writer, check_writable, read_settings, unfinished
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
 
@@ -42,6 +45,26 @@ class TestWriter:
         with Mp4Writer(tmp_path / "clip.mp4", fps=8.0):
             pass
         assert os.listdir(tmp_path) == []
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
+        """FFmpeg says so when a frame is written and again when the file is closed."""
+
+        class Full:
+            metadata: ClassVar = {}
+
+            def fail(self, *_):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            mux = close = fail
+
+        out = tmp_path / "a.mp4"
+        writer = Mp4Writer(out)
+        unfinished(out).write_bytes(b"begun")
+        monkeypatch.setattr(writer, "_open", lambda *_: Full())
+        writer._stream = SimpleNamespace(encode=lambda *_: [])
+        with pytest.raises(DiskFullError, match=r"cannot write .*a\.mp4: the disk is full; free some space$"), writer:
+            writer.write(np.zeros((1, 16, 16, 3), np.uint8))
+        assert not list(tmp_path.iterdir())
 
     def test_nothing_under_the_name_before_it_is_complete(self, tmp_path):
         path = tmp_path / "clip.mp4"
