@@ -12,8 +12,8 @@ from PIL import Image
 from models.media.video import read_clip, write_mp4
 from models.media.writer import read_settings
 from models.umt5 import load_embeddings
-from models.wan import WanModel, wan_config
-from models.wan.checkpoints import save_checkpoint
+from models.wan import MonarchAttention, WanModel, wan_config
+from models.wan.checkpoints import load_checkpoint, save_checkpoint
 from train.cli import main
 
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
@@ -54,8 +54,6 @@ def wan_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def causal_folder(wan_folder, tmp_path_factory):
     """The same parts beside a causal network with a Monarch tile."""
-    from models.wan import MonarchAttention
-
     folder = tmp_path_factory.mktemp("causal") / "self-forcing"
     attention = MonarchAttention(tile=(1, 2, 4))
     config = wan_config("tiny", num_layers=1, text_len=16, causal_block=3, attention=attention)
@@ -146,7 +144,45 @@ class TestWan:
             "save_embeddings {file}/e cannot be written",
         ),
         (["--checkpoint", "{wan}", *CAT, "--stream", "--host", "no.such.host.invalid"], "cannot be listened on"),
+        (
+            [
+                "--checkpoint",
+                "{causal}",
+                *CAT,
+                *SMALL,
+                "--frames",
+                "9",
+                "--tile",
+                "1",
+                "2",
+                "4",
+                "--condition",
+                "no.png",
+            ],
+            "condition no.png is not a file; give an image or a video, or 'none'",
+        ),
         (["--checkpoint", "{wan}", "--colour", "red"], "--colour"),
+        (["--checkpoint", "{wan}", *CAT, "--fps", "inf"], "fps is inf; it must be positive and finite"),
+        (["--checkpoint", "{wan}", *CAT, "--fps", "1e6"], "fps is 1000000.0; it must lie in [0.1, 1000]"),
+        (["--checkpoint", "{wan}", *CAT, "--guidance", "nan"], "guidance is nan; it must be at least 0, and finite"),
+        (["--checkpoint", "{wan}", "--frames", "x"], "error: --frames cannot be read: invalid literal for int()"),
+        (
+            [
+                "--checkpoint",
+                "{causal}",
+                *CAT,
+                *SMALL,
+                "--frames",
+                "9",
+                "--tile",
+                "1",
+                "2",
+                "4",
+                "--implementation",
+                "q",
+            ],
+            "implementation='q' is not None or one of 'mosaic'",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line(wan_folder, causal_folder, tmp_path, capsys, monkeypatch, arguments, message):
@@ -262,6 +298,31 @@ class TestEncode:
         assert np.abs(batch.text[0] - batch.text[1]).max() > 1e-3  # "a cat" and "a dog on a wall"
         last = source.held_out_batch([0])
         np.testing.assert_array_equal(last.text[0], batch.text[order.index(0)])  # "a cat" again
+
+    def test_from_clips_to_a_finetuned_video(self, wan_folder, clips, tmp_path, capsys):
+        """encode, train from a Wan model, convert the run, generate from that."""
+        latents, run, made = tmp_path / "latents", tmp_path / "run", tmp_path / "made"
+        assert self.encode(clips, latents, "--components", wan_folder) == 0
+        sizes = ["--overrides", "num_layers=1", "text_len=16", "--batch", "1", "--eval-windows", "1"]
+        data = ["--latents", str(latents), "--held-out", "0.3", "--tile", "2", "2", "4"]
+        start = ["--init-from", str(wan_folder), "--steps", "1", "--eval-timesteps", "1", "--folder", str(run)]
+        assert main(["train", *data, *sizes, *start]) == 0
+        capsys.readouterr()
+
+        assert generate("--checkpoint", run, *CAT, "--out", tmp_path / "a.mp4") == 2
+        assert f"`monarchrt convert {run} NEW`" in capsys.readouterr().err
+        assert main(["inspect", str(run)]) == 2
+        assert f"`monarchrt convert {run} NEW` makes a model of it" in capsys.readouterr().err
+        assert main(["convert", str(run), str(made), "--weights", "generator"]) == 2
+        assert "is a run folder; leave it out" in capsys.readouterr().err
+        assert main(["convert", str(run), str(made)]) == 0
+        assert capsys.readouterr().out.strip() == str(made)
+        config = load_checkpoint(made).config
+        assert (config.attention, config.dim) == (MonarchAttention(tile=(2, 2, 4)), 96)
+        out = tmp_path / "cat.mp4"
+        arguments = ["--checkpoint", made, "--components", wan_folder, *CAT, "--frames", "5", "--out", out]
+        assert generate(*arguments, *SMALL) == 0
+        assert read_clip(out, height=32, width=64).shape == (5, 32, 64, 3)
 
     def test_goes_on_where_it_was_stopped(self, wan_folder, clips, tmp_path, capsys):
         out = tmp_path / "latents"
