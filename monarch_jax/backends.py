@@ -162,7 +162,8 @@ _REGISTRY: dict[str, Callable[[], Backend]] = {
 }
 IMPLEMENTATIONS = tuple(_REGISTRY)
 AUTOMATIC = ("triton", "xla")  # what None tries, in order
-AUTOMATIC_ON = {7: ("xla",)}  # the same where the GPU's compute capability begins with that number; kernels need Ampere
+# the same where the GPU's compute capability begins with that number: kernels need Ampere, those of Mosaic Hopper
+AUTOMATIC_ON = {7: ("xla",), 9: ("mosaic", "triton", "xla")}
 _ON_CUDA = frozenset({"mosaic", "triton"})  # None takes these on NVIDIA GPUs only; by name they lower anywhere
 
 

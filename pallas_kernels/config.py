@@ -139,12 +139,20 @@ class RightBackwardConfig:
     """The kernel that takes gradients back through R, for keys and values.
 
     Attributes:
-        stages: 64-row tiles of q, d_alpha and dY in flight.
+        independent: Whether a warpgroup has a key row of its own; else the warpgroups share one and exchange scores.
+        stages: 64-row tiles of q, d_alpha and dY in flight; unless `independent`.
+        ring: With `independent`, 64-row tiles of q, d_alpha or dY in flight, 6 or more.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
+    independent: bool = False
     stages: int = 3
+    ring: int = 8
     blocks: int = 132
+
+    def __post_init__(self):
+        if self.ring < 6:
+            raise ValueError(f"ring={self.ring} is below 6, three tiles for each of two warpgroups.")
 
     @property
     def warpgroups(self) -> int:
@@ -158,8 +166,12 @@ class RightBackwardConfig:
     def shared_memory(self, cols: int, dim: int) -> int:
         """Bytes a block uses for tiles of `cols` columns."""
         width = self.width(cols)
+        scores = self.warpgroups * 2 * width * ROWS * 2
+        if self.independent:
+            rows = self.ring * ROWS * dim * 2 + self.ring // 3 * ROWS * 4 + self.warpgroups * width * 4
+            return rows + self.warpgroups * 2 * width * dim * 2 + scores + BARRIERS
         rows = self.stages * ROWS * (3 * dim * 2 + 4)
-        return rows + 2 * width * dim * 2 + self.warpgroups * 2 * width * ROWS * 2 + BARRIERS
+        return rows + 2 * width * dim * 2 + scores + BARRIERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,6 +336,9 @@ class BackwardConfig:
 MOST_ROWS = 3 * ROWS  # b1 whose dq a block's registers hold
 MOST_COLUMNS = 96  # b2 whose dk and dv a block's registers hold beside the scores
 
+# most of (D/64 + 1) * columns of a product for which a warpgroup holds all of dk and dv beside the scores
+INDEPENDENT_WORK = 3 * 56
+
 
 def backward_config(rows: int, cols: int, dim: int) -> BackwardConfig | None:
     """The configuration for tiles of rows x cols tokens and heads of `dim`; None when nothing fits."""
@@ -334,7 +349,9 @@ def backward_config(rows: int, cols: int, dim: int) -> BackwardConfig | None:
         left = (LeftBackwardConfig(stages=n) for n in (4, 3, 2))
     else:
         left = (LeftBackwardConfig(columns=1, row_blocks=-(-rows // ROWS), stages=n) for n in (4, 3, 2))
-    keys = (RightBackwardConfig(stages=n) for n in (4, 3, 2))
+    alone = (dim // SLAB + 1) * RightBackwardConfig().width(cols) <= INDEPENDENT_WORK
+    keys = [RightBackwardConfig(independent=True, ring=n) for n in (12, 9, 8, 7, 6)] if alone else []
+    keys += [RightBackwardConfig(stages=n) for n in (4, 3, 2)]
     query = (QueryConfig(stages=n) for n in (4, 3, 2))
     return BackwardConfig(
         right=right,

@@ -4,10 +4,8 @@ For one head and key row (c, k): with R = softmax(Z), Z = s Q[a,k] K^T, dR = d_a
 dZ = R * (dR - <R, dR>), these are dK = s dZ^T Q + R^T d_alpha and dV = R^T dY, summed over all query tiles a. A
 persistent block keeps K, V, dK and dV and runs through the query tiles, two blocks of 64 columns j at a time: each
 computing warpgroup makes R and dZ of one, stores them transposed, and adds both to its 64 elements of D of dK and dV,
-held as [D, l], where b2 need only be a multiple of 8.
+held as [D, l], where b2 need only be a multiple of 8. Small b2: `right_backward_independent_sm90`.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,9 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig, column_blocks
+from pallas_kernels.right_backward_independent_sm90 import independent_role
+from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, through_softmax
 from pallas_kernels.shared import Role
-
-LOG2E = math.log2(math.e)
 
 
 def right_backward_role(
@@ -55,6 +53,8 @@ def right_backward_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
+    if config.independent:
+        return independent_role(q, k, scale=scale, heads=heads, tiles=tiles, masked=masked, config=config)
     batch, _, rows, cols, _, slabs, _ = q.shape
     pairs = k.shape[1]
     groups, stages, width = config.warpgroups, config.stages, config.width(cols)
@@ -93,29 +93,6 @@ def right_backward_role(
             tile = jnp.minimum(lax.div(item, full), tiles - 1)
             return exists & (pair < limits[tile0 + tile])
 
-        def part(item, whole, packs):
-            """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
-            if full and tail:
-                pl.when(item < split.whole)(lambda: whole(lax.div(item, full), lax.rem(item, full) * ROWS))
-                pl.when(item >= split.whole)(lambda: packs((item - split.whole) * packed))
-            elif full:
-                whole(lax.div(item, full), lax.rem(item, full) * ROWS)
-            else:
-                packs(item * packed)
-
-        def columns(item):
-            """Which of an item's 64 rows are columns of the chunk's query tiles [64]."""
-            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
-            if full:
-                in_whole = row < cols - lax.rem(item, full) * ROWS
-                if not tail:
-                    return in_whole
-            tile = (item - split.whole) * packed + lax.div(row, tail_rows)
-            in_packs = (lax.rem(row, tail_rows) < cols - full * ROWS) & (tile < tiles)
-            if not full:
-                return in_packs
-            return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
-
         def make(item, slot, first):
             """R and s dZ of an item, [64 j, W], in the inputs' dtype; `first` is 0, the place of K."""
 
@@ -131,21 +108,11 @@ def right_backward_role(
 
             z, d_r = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((ROWS, width), f32)] * 2)
             d_log = plgpu.load(c_in.at[slot], layout=layout.reduce(1), optimized=False)
-            d_log = jnp.where(columns(item), d_log, 0.0) * (1 / LOG2E)  # other rows hold anything
-            z = z * (scale * LOG2E)
-            real = z
+            d_log = jnp.where(real_columns(split, cols, tiles, item), d_log, 0.0)  # other rows hold anything
             if width != cols:
                 column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=layout)
-                real = jnp.where(column < cols, z, -1e30)
-            top = real.max(axis=1)
-            r = jnp.exp2(real - lax.broadcast_in_dim(top, z.shape, [0]))
-            total = r.sum(axis=1)
-            r = r * lax.broadcast_in_dim(1.0 / total, z.shape, [0])
-            log_r = z - lax.broadcast_in_dim(top + jnp.log2(total), z.shape, [0])
-            d_r = d_r + lax.broadcast_in_dim(d_log, z.shape, [0]) * log_r
-            mean = (r * d_r).sum(axis=1)
-            d_z = r * (d_r - lax.broadcast_in_dim(mean, z.shape, [0])) * scale
-            return r.astype(dtype), d_z.astype(dtype)
+                z = jnp.where(column < cols, z, NOWHERE)
+            return through_softmax(z, d_r, d_log, scale, dtype)
 
         @pl.when(group < groups)
         def _():
@@ -307,7 +274,7 @@ def right_backward_role(
                         @pl.when(seen(pair, i))
                         def _():
                             plgpu.barrier_wait(free.at[slot])
-                            part(i, load_whole, load_packs)
+                            part(split, i, load_whole, load_packs)
                             plgpu.copy_gmem_to_smem(d_c.at[lane, i, pair], c_in.at[slot], full_barrier.at[slot])
 
                         return ()

@@ -101,10 +101,10 @@ def test_a_compute_capability_can_be_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"), [("7.5", ("xla",)), ("8.0", AUTOMATIC), ("9.0", ("mosaic", "xla")), ("12.0", AUTOMATIC)]
+    ("capability", "expected"),
+    [("7.5", ("xla",)), ("8.0", AUTOMATIC), ("9.0", ("mosaic", "triton", "xla")), ("12.0", AUTOMATIC)],
 )
-def test_the_order_may_differ_by_architecture(monkeypatch, capability, expected):
-    monkeypatch.setitem(backends.AUTOMATIC_ON, 9, ("mosaic", "xla"))
+def test_the_order_differs_by_architecture(monkeypatch, capability, expected):
     fake_gpu(monkeypatch, "cpu", "<unknown>")
     assert backends.automatic() == AUTOMATIC
     fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", capability)
@@ -132,6 +132,16 @@ def test_triton_is_chosen_where_it_can_run(monkeypatch):
 @pytest.mark.parametrize("change", [{"cuda": False}, {"installed": False}, {"num_iters": 2}, {"b1": 3}])
 def test_xla_is_chosen_where_triton_cannot_run(monkeypatch, change):
     assert chosen(monkeypatch, **({"cuda": True} | change)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_iters", "expected"), [("bfloat16", 1, "mosaic"), ("float32", 1, "triton"), ("bfloat16", 2, "xla")]
+)
+def test_a_hopper_gpu_takes_what_serves_the_call(monkeypatch, dtype, num_iters, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", "9.0")
+    x = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), dtype)
+    assert choose(None, Problem(scale=1.0, num_iters=num_iters), x, x).name == expected
 
 
 def test_says_why_nothing_can_run(monkeypatch):

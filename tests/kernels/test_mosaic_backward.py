@@ -11,8 +11,9 @@ import pytest
 import pallas_kernels
 from monarch_jax import monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
+from pallas_kernels import tuning
 from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import SHARED_MEMORY, LeftBackwardConfig, backward_config
+from pallas_kernels.config import SHARED_MEMORY, LeftBackwardConfig, RightBackwardConfig, backward_config
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
@@ -26,7 +27,18 @@ def cut(config, blocks=2):
     return dataclasses.replace(config, **{n: dataclasses.replace(x, blocks=blocks) for n, x in parts.items()})
 
 
-def compare(monkeypatch, shape, key_tiles, visible=None, *, races=False, grad_tiles=None, dtype=jnp.bfloat16, **sizes):
+def compare(
+    monkeypatch,
+    shape,
+    key_tiles,
+    visible=None,
+    *,
+    races=False,
+    grad_tiles=None,
+    dtype=jnp.bfloat16,
+    independent=None,
+    **sizes,
+):
     """The kernels' gradients against XLA's in float32; key tiles that no query sees hold NaN."""
     q, k, v = tiles(0, shape, key_tiles, dtype)
     g = jax.random.normal(jax.random.key(1), shape).astype(dtype)
@@ -41,6 +53,8 @@ def compare(monkeypatch, shape, key_tiles, visible=None, *, races=False, grad_ti
     if grad_tiles:
         expected[1:] = [jnp.where(axis >= visible.max() - grad_tiles, x, 0) for x in expected[1:]]
     config = dataclasses.replace(cut(backward_config(shape[2], shape[3], shape[-1])), **sizes)
+    if independent is not None:
+        config = tuning.changed(config, {"keys": {"independent": independent, "ring": 8}})
     options = dict(scale=problem.scale, masked=masked, grad_tiles=grad_tiles, config=config)
     with interpreted(monkeypatch, detect_races=races) as found_races:
         found = jax.block_until_ready(backward(q, k, v, visible, out.astype(dtype), lse, g, **options))
@@ -66,6 +80,9 @@ def test_numbers_and_no_races_in_the_interpreter(monkeypatch):
         ((1, 2, 70, 33, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
         ((1, 1, 130, 33, 1, 128), 1, None, {}),  # three
         ((1, 2, 3, 40, 2, 128), 2, (1, 2), {}),
+        ((1, 2, 3, 40, 1, 64), 3, None, dict(independent=True)),  # an odd number of key rows, a ring that splits items
+        ((1, 2, 3, 33, 1, 64), 3, (1, 2), dict(independent=False)),
+        ((1, 3, 2, 40, 1, 128), 1, None, dict(independent=False)),
         ((2, 2, 2, 40, 2, 64), 2, (1, 2), dict(chunk_bytes=2**14)),  # one head and query tile at a time
     ],
 )
@@ -83,6 +100,10 @@ def test_configurations_fit_a_block():
             *(x.shared_memory(cols, dim) for x in (config.keys, config.query)),
         ):
             assert size <= SHARED_MEMORY
+    for cols, dim, independent in ((52, 128, True), (60, 128, False), (80, 64, True), (90, 64, False)):
+        assert backward_config(30, cols, dim).keys.independent is independent
+    with pytest.raises(ValueError, match="ring=5 is below 6"):
+        RightBackwardConfig(independent=True, ring=5)
     with pytest.raises(ValueError, match="4 computing warpgroups"):
         LeftBackwardConfig(columns=2, row_blocks=2)
 
