@@ -70,7 +70,8 @@ class Stream:
 class Configs:
     """One `Config` per kernel, the bytes of intermediates that may exist at a time, and how the forward pass goes.
 
-    `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`.
+    `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`, in the last of
+    which L runs alone, with `left_last` or as `left_forward` says.
     """
 
     right_forward: Config
@@ -80,6 +81,7 @@ class Configs:
     right_query: Config
     scratch_bytes: int = 800 * 2**20
     stream: Stream | None = None
+    left_last: Config | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
 
 
 def _parsed(name: str, x):
-    if name in KERNELS:
+    if name in KERNELS or (name == "left_last" and x):
         return Config(**x)
     return Stream(**x) if name == "stream" and x else x
 

@@ -56,23 +56,29 @@ def run(
     shapes = scratch | results
     carried = (*results, *kept)
 
-    def body(step, state) -> dict:
+    def body(step, state, launches) -> dict:
         arrays = dict(operands, step=step, **state)
-        for launch in plan.launches:
+        for launch in launches:
             arrays |= _call(launch, arrays, shapes, compute_capability)
         return {name: arrays[name] for name in carried}
 
     if len(plan.steps) <= UNROLLED and set(kept) >= set(scratch):  # a step needs the one before: no more memory at once
         found = start
-        for step in plan.steps:
-            found = body(jnp.asarray(step, jnp.int32), found)
+        for n, step in enumerate(plan.steps):
+            found = body(jnp.asarray(step, jnp.int32), found, plan.launches_of(n))
         return lax.optimization_barrier({name: found[name] for name in results})
     steps = jnp.asarray(plan.steps, jnp.int32)
-    first = body(steps[0], start)
-    # XLA unrolls a loop of one turn: the barrier keeps the scratch of two steps from living at once
-    found = lax.fori_loop(
-        1, len(plan.steps), lambda n, state: body(*lax.optimization_barrier((steps[n], state))), first
-    )
+    last = len(plan.steps) - 1
+    first = body(steps[0], start, plan.launches_of(0))
+
+    def turn(n, state) -> dict:
+        # XLA unrolls a loop of one turn: the barrier keeps the scratch of two steps from living at once
+        return body(*lax.optimization_barrier((steps[n], state)), plan.launches_of(1))
+
+    same = plan.launches_of(last) == plan.launches_of(1)
+    found = lax.fori_loop(1, last + 1 if same else last, turn, first)
+    if not same:
+        found = body(*lax.optimization_barrier((steps[last], found)), plan.launches_of(last))
     return lax.optimization_barrier({name: found[name] for name in results})
 
 

@@ -53,6 +53,7 @@ class Plan:
     Attributes:
         steps: Operand `step` of each: (first pair, first query tile), in the forward pass as `overlapped.forward` says.
         launches: What every step runs.
+        ends: What the first and the last step run instead, where that differs.
         pairs: (batch, head) pairs per step.
         tiles: Query tiles per step.
         stream: Set if the forward pass is one launch.
@@ -63,6 +64,13 @@ class Plan:
     pairs: int
     tiles: int
     stream: Stream | None = None
+    ends: tuple[tuple[Launch, ...], tuple[Launch, ...]] | None = None
+
+    def launches_of(self, n: int) -> tuple[Launch, ...]:
+        """What step n runs; the steps between the first and the last are alike."""
+        if self.ends and n in (0, len(self.steps) - 1):
+            return self.ends[n > 0]
+        return self.launches
 
     @property
     def summed(self) -> bool:
@@ -80,32 +88,44 @@ def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tup
         "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
         "stats": (plan.pairs, rows, shape.key_rows),
     }
-    if not backward:  # two slots; stats: log-sum-exp (unused) and c_L
-        return {"mid": (2, *shapes["mid"]), "stats": (2, 2, *shapes["stats"])}
+    if not backward:  # slots that alternate; stats: log-sum-exp (unused) and c_L
+        slots = min(2, len(plan.steps) - 1)
+        return {"mid": (slots, *shapes["mid"]), "stats": (slots, 2, *shapes["stats"])}
     return shapes | {"stats": (3, *shapes["stats"]), "dq_left": (plan.pairs, rows, shape.b1, shape.dim)}
 
 
 def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
     """One kernel per step does R of a chunk and L of the chunk before, so there is one more step than chunks.
 
-    With `configs.stream` one kernel does it all, where a key row's columns fit one block.
+    Where all fits at once, a single chunk in two launches is faster than chunks that overlap. With `configs.stream` one
+    kernel does it all, where a key row's columns fit one block.
     """
     columns = configs.right_forward.keys + configs.right_forward.more_keys
     if configs.stream and shape.b2 <= columns:
         return _streamed(shape, configs, configs.stream, precision)
-    chunks, pairs, tiles = _chunks(shape, configs.scratch_bytes // 2)
+    chunks, pairs, tiles = _chunks(shape, configs.scratch_bytes)
+    if len(chunks) > 1:
+        chunks, pairs, tiles = _chunks(shape, configs.scratch_bytes // 2)
     nothing = (shape.pairs, 0)
     steps = tuple(
         (*now, *before, n % 2)
         for n, (now, before) in enumerate(zip((*chunks, nothing), (nothing, *chunks), strict=True))
     )
-    right, left = configs.right_forward, configs.left_forward
-    constants = _common(shape, pairs, tiles, precision)
-    constants |= _both(right, left) | {"SPLIT": right.split, "AP": power_of_two(tiles)}
-    programs = pairs * (shape.key_rows * right.split + tiles * shape.b2 * _row_blocks(shape, left))
-    writes = ("mid", "stats", "out", "lse")
-    launch = Launch("forward", writes, (programs, 1, 1), constants, right.warps, right.stages, right.registers)
-    return Plan(steps, (launch,), pairs, tiles)
+    right = configs.right_forward
+    common = _common(shape, pairs, tiles, precision) | {"SPLIT": right.split, "AP": power_of_two(tiles)}
+
+    def launch(work: str, left: Config, at: Config) -> Launch:
+        constants = common | _both(right, left) | {"WORK": work}
+        programs = {
+            "right": pairs * shape.key_rows * right.split,
+            "left": pairs * tiles * shape.b2 * _row_blocks(shape, left),
+        }
+        grid = (programs.get(work) or sum(programs.values()), 1, 1)
+        return Launch("forward", ("mid", "stats", "out", "lse"), grid, constants, at.warps, at.stages, at.registers)
+
+    left, last = configs.left_forward, configs.left_last or configs.left_forward
+    ends = ((launch("right", left, right),), (launch("left", last, last),))
+    return Plan(steps, (launch("both", left, right),), pairs, tiles, ends=ends)
 
 
 def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) -> Plan:

@@ -128,6 +128,11 @@ def search(
             before = best
             trials = (dataclasses.replace(before, **{name: x}) for x in neighbours(getattr(before, name), name))
             best = better(best, trials, name in BACKWARD)
+    before = None
+    while before != best:
+        before = best
+        trials = neighbours(before.left_last or before.left_forward, "left_forward")
+        best = better(best, (dataclasses.replace(before, left_last=x) for x in trials), False)
     return better(best, (dataclasses.replace(best, stream=x) for x in (None, *streams(rows, key_tiles))), False)
 
 

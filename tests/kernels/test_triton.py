@@ -72,7 +72,8 @@ def launches(setting, capability, dim=128, itemsize=2):
     shape = plan.Shape(batch=1, query_tiles=tiles, key_tiles=tiles, b1=b1, b2=b2, heads=12, dim=dim, itemsize=itemsize)
     chosen = configs(Target(capability), b1=b1, b2=b2, dim=dim, itemsize=itemsize)
     precision = "tf32x3" if itemsize == 4 else "ieee"
-    return plan.forward(shape, chosen, precision).launches + plan.backward(shape, chosen, precision, None).launches
+    forward, backward = plan.forward(shape, chosen, precision), plan.backward(shape, chosen, precision, None)
+    return tuple(x for todo in (forward, backward) for n in {0, 1, len(todo.steps) - 1} for x in todo.launches_of(n))
 
 
 def compile_launch(call, capability, dtype="bf16"):

@@ -104,12 +104,12 @@ CASES = {
 def run_plan(todo, operands, scratch, results, start, kept=()):
     """What `launch.run` does, with torch."""
     state = dict(start)
-    for step in todo.steps:
+    for n, step in enumerate(todo.steps):
         arrays = dict(operands, step=torch.tensor(step, dtype=torch.int32), **state)
         for name, (size, dtype) in (scratch | results).items():
             if name not in arrays:
                 arrays[name] = torch.full(size, float("nan"), dtype=dtype)  # never int32: counters start as zeros
-        for call in todo.launches:
+        for call in todo.launches_of(n):
             kernel = KERNELS[call.kernel]
             names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
             kernel[call.grid](**{name: arrays[name] for name in names}, **call.constants)
