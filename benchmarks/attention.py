@@ -113,7 +113,12 @@ def attempt(run, *args):
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementations", nargs="+", default=["triton"], help="names for implementation=")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        default=["triton"],
+        help="names for implementation=; mosaic+keep: with keep_intermediates=True",
+    )
     parser.add_argument("--rows", nargs="*", choices=["480p", "720p"], help="default: both")
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
     parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
@@ -149,10 +154,14 @@ def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
         return arrays, [np.asarray(x) for x in attend(*wide)]
 
 
+KEEPING = "+keep"  # ends the name of an implementation that is to keep intermediates
+
+
 def attention(row: Row, frames: int, implementation: str):
     """The operation with `frames` query frames over the clip."""
-    grid = (frames, *row.grid[1:])
-    return lambda q, k, v: monarch_attention(q, k, v, grid=grid, tile=row.tile, implementation=implementation)
+    name = implementation.removesuffix(KEEPING)
+    options = {"grid": (frames, *row.grid[1:]), "tile": row.tile, "keep_intermediates": name != implementation}
+    return lambda q, k, v: monarch_attention(q, k, v, implementation=name, **options)
 
 
 def relative_errors(found, reference) -> dict[str, float]:
@@ -205,6 +214,8 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
     if published is not None:
         result["published_ms"], result["published_bytes"] = published["ms"], published["bytes"]
     for name in implementations:
+        if name.endswith(KEEPING) and work != "forward + backward":
+            continue  # the same
         found = attempt(timed, attention(row, frames, name), arrays)
         if found:
             result["implementations"][name] = {"ms": found[0], "bytes": found[1]}

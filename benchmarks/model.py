@@ -97,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
     parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
+    parser.add_argument("--keep-intermediates", action="store_true", help="of Monarch, for the backward pass")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -104,12 +105,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def setting(attention: str, config: WanConfig, clip: Clip, implementation: str | None):
+def setting(attention: str, config: WanConfig, clip: Clip, implementation: str | None, keep: bool = False):
     """The self-attention that a name stands for, on this clip."""
     if attention == "dense":
         return DenseAttention()
     _, rows, columns = config.token_grid(*clip.shape)
-    return MonarchAttention(tile=(1 if attention == "monarch 95%" else 3, rows, columns), implementation=implementation)
+    tile = (1 if attention == "monarch 95%" else 3, rows, columns)
+    return MonarchAttention(tile=tile, implementation=implementation, keep_intermediates=keep)
 
 
 def configuration(args: argparse.Namespace, **changes) -> WanConfig:
@@ -152,7 +154,9 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     """Times one case."""
     clip = clip_of(case, args.small)
     config = configuration(args)
-    config = dataclasses.replace(config, attention=setting(attention, config, clip, args.implementation))
+    config = dataclasses.replace(
+        config, attention=setting(attention, config, clip, args.implementation, args.keep_intermediates)
+    )
     build = {"cached chunk": cached_chunk, "training": training_step}.get(case, forward)
     timed = build(config, clip)
     memory = timed.compiled.memory_analysis()

@@ -28,6 +28,7 @@ def monarch_attention(
     scale: float | None = None,
     causal_block: int | None = None,
     kv_frames: int | Int[Array, ""] | None = None,
+    keep_intermediates: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B Nq H D"]:
     """Tiled MonarchAttention over the tokens of a video (MonarchRT, arXiv 2602.12271, Section 4).
@@ -59,6 +60,10 @@ def monarch_attention(
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
             traced, so that one compiled program serves every fill of a KV cache. Default None: all.
+        keep_intermediates: Trades memory for time when differentiated: "mosaic" keeps alpha, Y and c_L of the forward
+            pass, 4*D bytes for every query and key row of its tiles (4.3 GB per call for 81 frames of 480p with tile
+            (1, h, w), a third of it with (3, h, w)), and does not compute them again. For calls whose residuals do not
+            pile up, as in a checkpointed layer. The others compute them again in any case. Results are the same.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
             or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
 
@@ -74,8 +79,8 @@ def monarch_attention(
         spec, key, value = _keep_frames(spec, int(np.asarray(kv_frames)), key, value)
         kv_frames = None
     q, k, v = (tokens_to_tiles(x, spec) for x in (query, key, value))
-    out = attend_tiles(spec, q, k, v, kv_frames=kv_frames, scale=scale, implementation=implementation)
-    return tiles_to_tokens(out, spec)
+    options = {"scale": scale, "keep": keep_intermediates, "implementation": implementation}
+    return tiles_to_tokens(attend_tiles(spec, q, k, v, kv_frames=kv_frames, **options), spec)
 
 
 def monarch_attention_1d(
@@ -196,9 +201,10 @@ def attend_tiles(
     scale: float | None,
     implementation: str | None,
     grad_tiles: int | None = None,
+    keep: bool = False,
 ) -> Float[Array, "B A b1 b2 H D"]:
     """The operation on arrays that are in tiles already (a KV cache keeps its keys so); arguments are checked."""
-    problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), grad_tiles=grad_tiles)
+    problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), grad_tiles=grad_tiles, keep=keep)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
     return choose(implementation, problem, *shapes).attend(problem, q, k, v, visible_tiles(spec, kv_frames))
 

@@ -23,12 +23,14 @@ class Problem:
         masked: Whether `visible` may hide any key tile; False promises that every query tile sees all.
         grad_tiles: How many of the last visible key tiles need gradients of k and v (a cache's newest block); the
             gradients of the other tiles are not used and may be left zero. None: all tiles need them.
+        keep: Whether the forward pass of a differentiated call may keep alpha, c_L and Y for the backward pass.
     """
 
     scale: float
     num_iters: int = 1
     masked: bool = False
     grad_tiles: int | None = None
+    keep: bool = False
 
 
 @runtime_checkable
@@ -68,7 +70,7 @@ class Backend:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the forward pass (T = 1) keeps for the backward pass; alpha, c_L, Y, R and L are recomputed.
+    """What the forward pass (T = 1) keeps for the backward pass; R and L are recomputed.
 
     Attributes:
         q: [B, A, b1, b2, H, D].
@@ -77,6 +79,7 @@ class Residuals:
         visible: int32 [A].
         out: [B, A, b1, b2, H, D].
         lse: [B, A, b1, b2, H], log-sum-exp of the scores of L over all (c, k), in float32 or wider.
+        kept: alpha, Y and c_L as the backend lays them out, or None: they are recomputed.
     """
 
     q: jax.Array
@@ -85,18 +88,20 @@ class Residuals:
     visible: jax.Array
     out: jax.Array
     lse: jax.Array
+    kept: tuple[jax.Array, ...] | None = None
 
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
 Vjp = Callable[[Problem, Residuals, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def differentiable(forward: Forward, vjp: Vjp) -> Attend:
+def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | None = None) -> Attend:
     """Joins a forward pass (problem, q, k, v, visible) -> (out, lse) and its vjp into an `Attend`.
 
     Args:
         forward: Returns out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H].
         vjp: (problem, residuals, d_out) -> (dq, dk, dv).
+        keeping: The forward pass where `problem.keep`, returns out, lse and `Residuals.kept`; None: there is no other.
 
     Returns:
         The differentiable function.
@@ -106,8 +111,8 @@ def differentiable(forward: Forward, vjp: Vjp) -> Attend:
         return forward(problem, q, k, v, visible)[0]
 
     def fwd(problem, q, k, v, visible):
-        out, lse = forward(problem, q, k, v, visible)
-        return out, Residuals(q, k, v, visible, out, lse)
+        out, lse, *kept = (keeping if problem.keep and keeping else forward)(problem, q, k, v, visible)
+        return out, Residuals(q, k, v, visible, out, lse, *kept)
 
     def bwd(problem, residuals, d_out):
         return *vjp(problem, residuals, d_out), None
@@ -138,7 +143,8 @@ def _triton() -> Backend:
 def _mosaic() -> Backend:
     import pallas_kernels
 
-    return Backend("mosaic", pallas_kernels.supports, differentiable(pallas_kernels.forward, _mosaic_vjp))
+    attend = differentiable(pallas_kernels.forward, _mosaic_vjp, pallas_kernels.forward_keeping)
+    return Backend("mosaic", pallas_kernels.supports, attend)
 
 
 def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):

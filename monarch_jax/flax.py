@@ -108,6 +108,7 @@ class MonarchSelfAttention(nnx.Module):
         use_bias: Whether the projections have biases.
         dtype: Of the computation; None means that of inputs and parameters.
         param_dtype: Of the parameters.
+        keep_intermediates: As in `monarch_attention`.
         implementation: Backend.
         rngs: Keys for the parameters.
 
@@ -128,6 +129,7 @@ class MonarchSelfAttention(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        keep_intermediates: bool = False,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -144,6 +146,7 @@ class MonarchSelfAttention(nnx.Module):
         self.key_norm = norm() if qk_norm else None
         self.tile, self.blocks, self.num_iters = tile, blocks, num_iters
         self.causal_block, self.implementation = causal_block, implementation
+        self.keep_intermediates = keep_intermediates
 
     def __call__(
         self,
@@ -175,6 +178,7 @@ class MonarchSelfAttention(nnx.Module):
             blocks=self.blocks,
             num_iters=self.num_iters,
             causal_block=self.causal_block,
+            keep_intermediates=self.keep_intermediates,
             implementation=self.implementation,
         )
         return self.out(out)

@@ -50,6 +50,32 @@ def forward(problem, q, k, v, visible):
     Raises:
         NotImplementedError: If `supports` gives a reason.
     """
+    return _forward(problem, q, k, v, visible, keep=False)[:2]
+
+
+def forward_keeping(problem, q, k, v, visible):
+    """`forward`, and alpha, Y and c_L of all heads and query tiles for `vjp`, or None where `supports_vjp` objects.
+
+    They are 4*D bytes for every pair of a query (a, j) and a key row (c, k) of a head: as much as a forward pass moves
+    through device memory in one direction.
+
+    Args:
+        problem: As in `forward`.
+        q: As in `forward`.
+        k: As in `forward`.
+        v: As in `forward`.
+        visible: As in `forward`.
+
+    Returns:
+        out, lse, and the tuple or None.
+
+    Raises:
+        NotImplementedError: If `supports` gives a reason.
+    """
+    return _forward(problem, q, k, v, visible, keep=supports_vjp(problem, q, k) is None)
+
+
+def _forward(problem, q, k, v, visible, *, keep: bool):
     import jax
 
     from pallas_kernels import tuning
@@ -60,7 +86,8 @@ def forward(problem, q, k, v, visible):
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
-        return run(q, k, v, visible.astype("int32"), scale=problem.scale, masked=problem.masked, config=config)
+        options = {"scale": problem.scale, "masked": problem.masked, "config": config, "keep": keep}
+        return run(q, k, v, visible.astype("int32"), **options)
 
 
 def supports_vjp(problem, q, k) -> str | None:
@@ -85,7 +112,7 @@ def supports_vjp(problem, q, k) -> str | None:
 
 
 def vjp(problem, residuals, d_out):
-    """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
+    """Gradients for one refinement step; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
 
     Args:
         problem: `monarch_jax.backends.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
@@ -121,4 +148,5 @@ def vjp(problem, residuals, d_out):
             masked=problem.masked,
             grad_tiles=problem.grad_tiles,
             config=config,
+            kept=r.kept,
         )

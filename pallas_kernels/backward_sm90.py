@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
-from pallas_kernels.forward_sm90 import Call, chunk_sizes, like
+from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like
 from pallas_kernels.left_backward_sm90 import LOG2E, left_backward_role
 from pallas_kernels.query_sm90 import query_role
 from pallas_kernels.right_backward_sm90 import right_backward_role
@@ -34,6 +34,7 @@ def backward(
     masked: bool,
     grad_tiles: int | None,
     config: BackwardConfig,
+    kept: Arrays | None = None,
 ) -> Gradients:
     """The gradients of q, k and v.
 
@@ -49,12 +50,14 @@ def backward(
         masked: Whether `visible` may hide a key tile.
         grad_tiles: dk and dv are wanted for so many of the last visible key tiles and zero elsewhere; None: for all.
         config: Sizes.
+        kept: alpha, Y and c_L from the forward pass; None: they are made again.
 
     Returns:
         dq, as q, dk and dv, as k.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
-    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, config.chunk_bytes)
+    limit = config.chunk_bytes * (1 if kept is None else 2)  # kept alpha and Y leave the memory to their gradients
+    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, limit)
     if not masked:  # known when compiled
         visible = jnp.full(tiles, k.shape[1], jnp.int32)
     visible = jnp.minimum(visible, k.shape[1]).astype(jnp.int32)
@@ -65,13 +68,13 @@ def backward(
     wanted = jnp.stack([first, visible.max() * rows])
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
-        return _chunk(call, d_out, stats, wanted, config, 0, 0)
+        return _chunk(call, d_out, stats, wanted, config, kept, 0, 0)
     summed = chunk_tiles < tiles
     key_dtype = jnp.float32 if summed else k.dtype
 
     def body(n, carry):
         head, tile = jnp.array(places, jnp.int32)[n]
-        found = _chunk(call, d_out, stats, wanted, config, head, tile)
+        found = _chunk(call, d_out, stats, wanted, config, kept, head, tile)
         return _add(carry, found, head, tile, summed)
 
     zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
@@ -94,13 +97,12 @@ def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardCon
     return jnp.stack([padded(lse * LOG2E, jnp.inf), padded(delta, 0.0)], axis=4)
 
 
-def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile) -> Gradients:
+def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Arrays | None, head, tile) -> Gradients:
     """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
     batch, _, rows, cols, heads, dim = call.q.shape
     slabs, pairs = dim // SLAB, call.pairs
     sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
-    (made,) = launch(call.right(head, tile))
-    alpha, y, c = made
+    alpha, y, c = kept or launch(call.right(head, tile))[0]
     mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
     flat = (-1, *mid[2:])
     columns = (batch, -1, rows, cols * heads, slabs, SLAB)
@@ -114,7 +116,9 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, head, tile)
         call.limits,
         call.start(head, tile),
     )
-    role = left_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
+    role = left_backward_role(
+        like(call.q), pairs, scale=call.scale, config=config.left, whole=kept is not None, **sizes
+    )
     ((d_alpha, d_y, d_c, dq),) = launch((role, inputs))
 
     q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))

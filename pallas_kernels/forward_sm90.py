@@ -19,6 +19,7 @@ UNROLLED = 24  # side by side, chunks are unrolled; more of them than this take 
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
+Found = tuple[jax.Array, jax.Array, Arrays | None]  # the same, and what stage 1 made where it is kept
 
 
 def chunk_sizes(batch: int, heads: int, tiles: int, pair_bytes: int, limit: int) -> tuple[int, int]:
@@ -156,7 +157,8 @@ def forward(
     scale: float,
     masked: bool,
     config: ForwardConfig,
-) -> Pair:
+    keep: bool = False,
+) -> Found:
     """The output and log-sum-exp, as `pallas_kernels.forward`.
 
     Args:
@@ -167,13 +169,15 @@ def forward(
         scale: Softmax scale.
         masked: Whether `visible` may hide a key tile.
         config: Sizes.
+        keep: Whether alpha, Y and c_L of all chunks are wanted; then there is one.
 
     Returns:
-        out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H] in float32.
+        out [B, A, b1, b2, H, D], lse [B, A, b1, b2, H] in float32, and if wanted alpha, Y and c_L as `right_role` says.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
     pair_bytes = 4 * k.shape[1] * rows * cols * dim
-    limit = config.limit(batch * heads * tiles * pair_bytes)
+    total = batch * heads * tiles * pair_bytes
+    limit = total if keep else config.limit(total)
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     if not masked:  # known when compiled
         visible = jnp.full(tiles, k.shape[1], jnp.int32)
@@ -181,23 +185,24 @@ def forward(
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
-        return _chunk(call, 0, 0)
+        out, lse, made = _chunk(call, 0, 0)
+        return out, lse, made if keep else None
     empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
     if config.beside and len(places) <= UNROLLED:
-        return _beside(call, places, empty)
+        return *_beside(call, places, empty), None
 
     def body(i, carry):
         head, tile = jnp.array(places, jnp.int32)[i]
-        return _put(carry, head, tile, _chunk(call, head, tile))
+        return _put(carry, head, tile, _chunk(call, head, tile)[:2])
 
-    return lax.fori_loop(0, len(places), body, empty)
+    return *lax.fori_loop(0, len(places), body, empty), None
 
 
-def _chunk(call: Call, head, tile) -> Pair:
-    """One stage after the other."""
+def _chunk(call: Call, head, tile) -> tuple[jax.Array, jax.Array, Arrays]:
+    """One stage after the other: the output, the log-sum-exp and what stage 1 made."""
     (made,) = launch(call.right(head, tile))
     ((out, lse),) = launch(call.left(head, tile, made))
-    return call.tiled(out, lse)
+    return *call.tiled(out, lse), made
 
 
 def _beside(call: Call, places: list[tuple[int, int]], result: Pair) -> Pair:

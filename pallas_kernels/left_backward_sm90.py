@@ -29,18 +29,19 @@ def left_backward_role(
     tiles: int,
     masked: bool,
     config: LeftBackwardConfig,
+    whole: bool = False,
 ) -> Role:
     """Takes gradients of a chunk of query tiles and heads back through L.
 
     Inputs of the role: q [B, A, b1, b2*H, D/64, 64]; the output's gradient, alike; alpha [X, C*b1, b2, D/64, 64],
-    X = B * heads * tiles; Y as alpha; c_L [B * heads, items, 64, P] as `right_role` leaves it; stats float32
-    [B, H, A, b2 or more, 2, b1 or more], the log-sum-exp in units of log 2, infinite beyond b1, and delta = <dO, O>;
-    limits, int32 [A], the pairs that a query tile sees, read when `masked`; start, int32 [3], the chunk's first head
-    and query tile.
+    X = B * heads * tiles, or with `whole` B * H * A; Y as alpha; c_L [B * heads (H), items, 64, P] as `right_role`
+    leaves it for as many query tiles; stats float32 [B, H, A, b2 or more, 2, b1 or more], the log-sum-exp in units of
+    log 2, infinite beyond b1, and delta = <dO, O>; limits, int32 [A], the pairs that a query tile sees, read when
+    `masked`; start, int32 [3], the chunk's first head and query tile.
 
-    Outputs: the gradients of alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its columns where
-    `column_blocks` places them; the part of dq through L, float32 [B * heads, items, 64*row_blocks, 64, D], likewise,
-    64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not written.
+    Outputs: the gradients of the chunk's alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its
+    columns where `column_blocks` places them; the part of dq through L, float32 [B * heads, items, 64*row_blocks, 64,
+    D], likewise, 64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not written.
 
     Args:
         q: [B, A, b1, b2, H, D], before its last axes are split.
@@ -50,6 +51,7 @@ def left_backward_role(
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
         config: Sizes.
+        whole: Whether alpha, Y and c_L are those of all heads and query tiles, not of the chunk.
 
     Returns:
         The role.
@@ -57,10 +59,11 @@ def left_backward_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, _, rows, cols, all_heads, dim = q.shape
+    batch, all_tiles, rows, cols, all_heads, dim = q.shape
     slabs, depth, width = dim // SLAB, ROWS, config.width(rows)
     groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
     split = column_blocks(cols, tiles, masked)
+    split_in = column_blocks(cols, all_tiles, masked) if whole else split
     column_groups = -(-cols // columns)
     count = batch * heads * tiles
     items = count * column_groups
@@ -262,17 +265,22 @@ def left_backward_role(
                     box = stats.at[entry, head0 + head, tile0 + tile, j, :, span]
                     plgpu.copy_gmem_to_smem(box, stats_in.at[n], q_full)
 
+                lane_in, tile_in, x_in = lax.div(x, tiles), tile, x
+                if whole:
+                    lane_in, tile_in = entry * all_heads + head0 + head, tile0 + tile
+                    x_in = lane_in * all_tiles + tile_in
+
                 def load(i, _):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
                     for n in range(columns):
                         arrived = full.at[n * stages + slot]
                         plgpu.barrier_wait(free.at[n * stages + slot])
                         for kind, source in enumerate((y, alpha)):
-                            box = source.at[x, span, pl.ds(column + n, 1)]
+                            box = source.at[x_in, span, pl.ds(column + n, 1)]
                             target = mid_in.at[slot, kind, pl.ds(n, 1)]
                             plgpu.copy_gmem_to_smem(box, target.transpose((2, 0, 1, 3)), arrived)
-                        block_of, row = split.place(tile, column + n)
-                        box = c.at[lax.div(x, tiles), block_of, row, span]
+                        block_of, row = split_in.place(tile_in, column + n)
+                        box = c.at[lane_in, block_of, row, span]
                         plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], arrived)
                     return ()
 

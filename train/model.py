@@ -31,7 +31,11 @@ def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention
         return DenseAttention()
     with user_input():
         return MonarchAttention(
-            tile=config.tile, blocks=config.blocks, num_iters=config.num_iters, implementation=config.implementation
+            tile=config.tile,
+            blocks=config.blocks,
+            num_iters=config.num_iters,
+            implementation=config.implementation,
+            keep_intermediates=config.keep_intermediates,
         )
 
 

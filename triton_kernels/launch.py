@@ -71,14 +71,15 @@ def run(
     last = len(plan.steps) - 1
     first = body(steps[0], start, plan.launches_of(0))
 
-    def turn(n, state) -> dict:
+    def turn(n, state, kind: int = 1) -> dict:
         # XLA unrolls a loop of one turn: the barrier keeps the scratch of two steps from living at once
-        return body(*lax.optimization_barrier((steps[n], state)), plan.launches_of(1))
+        step, state = lax.optimization_barrier((steps[n], state))
+        return body(step, state, plan.launches_of(kind))
 
     same = plan.launches_of(last) == plan.launches_of(1)
     found = lax.fori_loop(1, last + 1 if same else last, turn, first)
     if not same:
-        found = body(*lax.optimization_barrier((steps[last], found)), plan.launches_of(last))
+        found = turn(last, found, last)
     return lax.optimization_barrier({name: found[name] for name in results})
 
 

@@ -49,6 +49,7 @@ def attend(
             blocks=setting.blocks,
             num_iters=setting.num_iters,
             causal_block=causal_block,
+            keep_intermediates=setting.keep_intermediates,
             implementation=setting.implementation,
         )
     if causal_block is None or causal_block >= grid[0]:

@@ -40,12 +40,14 @@ class MonarchAttention:
         blocks: Which dimensions form the rows and columns of a tile, as `monarch_jax.MonarchSpec.blocks`.
         num_iters: Refinement steps T.
         implementation: Backend of `monarch_jax.monarch_attention`; None picks.
+        keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` one block's are kept at a time.
     """
 
     tile: tuple[int, int, int] | None = None
     blocks: str = "fh,w"
     num_iters: int = 1
     implementation: str | None = None
+    keep_intermediates: bool = False
 
     def __post_init__(self):
         if self.tile is not None:

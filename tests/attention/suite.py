@@ -103,6 +103,10 @@ class AttentionSuite:
         grid, tile = self.instead.get(((6, 4, 6), tile), ((6, 4, 6), tile))
         self.compare(*inputs(5, grid, dim=self.dims[0]), grid=grid, tile=tile, causal_block=3)
 
+    def test_keeping_intermediates(self):
+        """A hint: whether a backend takes it or not, the numbers are right."""
+        self.compare(*inputs(8, (4, 4, 8), dim=self.dims[0]), grid=(4, 4, 8), keep_intermediates=True)
+
     @pytest.mark.parametrize("num_iters", [2, 3, 4])
     def test_more_steps(self, num_iters):
         if num_iters not in self.num_iters:

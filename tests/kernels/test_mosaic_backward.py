@@ -13,7 +13,14 @@ from monarch_jax import monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
 from pallas_kernels import tuning
 from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import SHARED_MEMORY, LeftBackwardConfig, RightBackwardConfig, backward_config
+from pallas_kernels.config import (
+    SHARED_MEMORY,
+    LeftBackwardConfig,
+    RightBackwardConfig,
+    backward_config,
+    forward_config,
+)
+from pallas_kernels.forward_sm90 import forward
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
@@ -90,6 +97,38 @@ def test_more_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible,
     compare(monkeypatch, shape, key_tiles, visible, **sizes)
 
 
+@pytest.mark.parametrize(
+    ("shape", "key_tiles", "visible"),
+    [
+        ((1, 2, 1, 9, 1, 64), 2, (1, 2)),
+        pytest.param((1, 2, 1, 9, 2, 64), 2, (1, 2), marks=pytest.mark.slow),
+        pytest.param((2, 4, 2, 16, 2, 64), 2, None, marks=pytest.mark.slow),  # query tiles that share a block of c_L
+        pytest.param((1, 2, 70, 33, 1, 64), 1, None, marks=pytest.mark.slow),
+    ],
+)
+def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, visible):
+    """Those of all heads and query tiles, read by chunks of one head and query tile."""
+    q, k, v = tiles(0, shape, key_tiles)
+    g = jax.random.normal(jax.random.key(1), shape).astype(q.dtype)
+    masked = visible is not None
+    visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
+    options = dict(scale=shape[-1] ** -0.5, masked=masked)
+    sizes = forward_config(shape[2], shape[3], shape[-1])
+    sizes = tuning.changed(sizes, {"right": {"blocks": 2}, "left": {"blocks": 2}})
+    config = dataclasses.replace(cut(backward_config(shape[2], shape[3], shape[-1])), chunk_bytes=2**10)
+    with interpreted(monkeypatch):
+        out, lse, kept = forward(q, k, v, visible, config=sizes, keep=True, **options)
+        found = [
+            jax.block_until_ready(
+                backward(q, k, v, visible, out, lse, g, grad_tiles=None, config=config, kept=x, **options)
+            )
+            for x in (None, kept)
+        ]
+    for name, x, y in zip(("dq", "dk", "dv"), *found, strict=True):
+        assert jnp.isfinite(x).all(), name
+        assert (x == y).all(), name
+
+
 def test_configurations_fit_a_block():
     for dim, cols, rows in itertools.product((64, 128), (1, 30, 45, 52, 64, 80, 90, 96), (1, 30, 45, 64, 90, 135, 192)):
         config = backward_config(rows, cols, dim)
@@ -140,6 +179,23 @@ def test_causal_gradient_under_vmap_lowers():
 
     stacked = tokens(2, 1, 780, 2, 128)
     assert lower(jax.vmap(jax.grad(loss, (0, 1, 2))), stacked, stacked, stacked).count("mosaic_gpu_v2") == 6
+
+
+@pytest.mark.parametrize(
+    ("width", "keep", "kernels"),
+    [
+        (13, False, 6),
+        (13, True, 5),  # stage 1 runs once
+        (104, True, 2),  # the gradient of so many columns is another backend's, from the usual residuals
+    ],
+)
+def test_what_is_kept_is_not_made_again(width, keep, kernels):
+    def loss(*x):
+        out = monarch_attention(*x, grid=(2, 6, width), keep_intermediates=keep, implementation="mosaic")
+        return out.astype(jnp.float32).sum()
+
+    x = tokens(1, 2 * 6 * width, 2, 128)
+    assert lower(jax.grad(loss, (0, 1, 2)), x, x, x).count("mosaic_gpu_v2") == kernels
 
 
 @pytest.mark.parametrize("heads", [2, 12])  # one chunk, several

@@ -111,10 +111,10 @@ def test_side_by_side_equals_one_after_the_other(rows):
     keys = jax.random.split(jax.random.key(7), 3)
     q, k, v = (jax.random.normal(r, (1, 4, rows, 52, 6, 128), jnp.bfloat16) for r in keys)
     visible, config = jnp.full(4, 4, jnp.int32), forward_config(rows, 52, 128)
-    whole, lse = forward(q, k, v, visible, scale=0.1, masked=False, config=config)
+    whole, lse, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=config)
     for change in (dict(chunk_bytes=2**24), dict(beside=True, small_chunk=1)):
         changed = dataclasses.replace(config, **change)
-        out, other = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
+        out, other, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
         np.testing.assert_array_equal(np.asarray(out), np.asarray(whole))
         np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
 
@@ -155,6 +155,21 @@ def test_gradients(grid, tile, dim, options, dtype):
     for name, x, y, z in zip(("out", "dq", "dk", "dv"), found, expected, again, strict=True):
         assert error(x, y) <= BOUNDS[dtype], f"{name}: relative error {error(x, y):.2e}"
         np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal_block=1)])
+@pytest.mark.parametrize("rows", [30, 90])
+def test_kept_intermediates_give_the_same_bits(rows, options):
+    """Also where the backward pass takes them in chunks."""
+    frames = rows // 30 * 12
+    tile = (rows // 30, 30, 52)
+    options = {name: x * rows // 30 for name, x in options.items()} | {"grid": (frames, 30, 52), "tile": tile}
+    arrays = inputs(11, options["grid"], batch=1, heads=12, dim=128, dtype="bfloat16")
+    found = [
+        value_and_grads(*arrays, implementation="mosaic", keep_intermediates=keep, **options) for keep in (False, True)
+    ]
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_gradients_in_chunks_and_of_new_keys_only():
