@@ -134,10 +134,11 @@ def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) ->
     constants = _common(shape, 1, 1, precision)
     del constants["ZC"], constants["AC"]
     constants |= _both(right, left)
-    constants |= {"RC": stream.rows, "TILES": stream.tiles, "LAG": stream.lag, "SLOTS": stream.slots}
     chunks = shape.pairs * math.ceil(shape.query_tiles * shape.b2 / stream.rows)
+    lag = min(stream.lag, chunks)
+    constants |= {"RC": stream.rows, "TILES": stream.tiles, "LAG": lag, "SLOTS": stream.slots}
     of_right = shape.b1 * math.ceil(stream.rows / right.rows) * math.ceil(shape.key_tiles / stream.tiles)
-    programs = (chunks + stream.lag) * (of_right + stream.rows * _row_blocks(shape, left))
+    programs = chunks * (of_right + stream.rows * _row_blocks(shape, left))
     writes = ("counters", "mid", "stats", "out", "lse")
     launch = Launch(
         "streamed", writes, (programs, 1, 1), constants, right.warps, right.stages, registers=stream.registers

@@ -25,7 +25,7 @@ def streamed(
     M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, RIGHT_STAGES: tl.constexpr,
     I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments * items of a segment). Segment n has the items of R of chunk n and of L of chunk n - LAG.
+    """Grid (all items). Segment n has the items of R of chunk n and of L of chunk n - LAG, where there are such.
 
     Chunk n is rows (a, j) from (n % NC) * RC on, of pair n // NC; its alpha, Y and c_L are in slot n % SLOTS of
     `mid` [SLOTS, RC, C*B1, 2, D] and `stats` [SLOTS, RC, C*B1]. `counters` int32, zero at first: the next item; per
@@ -42,33 +42,36 @@ def streamed(
     item = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
     right_done = counters + 1
     left_done = counters + 1 + CHUNKS
-    segment = item // (RIGHT + LEFT)
-    item = item % (RIGHT + LEFT)
-    # the two kinds of work alternate in proportion, so that both are under way at any time
-    turn = item * RIGHT // (RIGHT + LEFT)
-    if (item + 1) * RIGHT // (RIGHT + LEFT) > turn:
-        chunk = segment
-        if chunk < CHUNKS:
-            slot = (chunk % SLOTS).to(tl.int64)
-            if chunk >= SLOTS:
-                wait_for(left_done + chunk - SLOTS, LEFT)
-            right_keys(
-                turn % B1, turn // (B1 * NM) * TILES, chunk // NC, chunk % NC * RC, turn // B1 % NM,
-                visible, q, k, v, mid + slot * (RC * CK * 2 * D), stats + slot * (RC * CK), scale,
-                A, C, B1, B2, H, D, RC, TILES, DP, M, L, L2, PRECISION, RIGHT_STAGES,
-            )  # fmt: skip
-            arrive(right_done + chunk)
+    HEAD: tl.constexpr = LAG * RIGHT  # R alone, before there is anything for L
+    BOTH: tl.constexpr = (CHUNKS - LAG) * (RIGHT + LEFT)
+    middle = item - HEAD
+    tail = middle - BOTH  # L alone
+    # in between the two kinds of work alternate in proportion, so that both are under way at any time
+    at = middle % (RIGHT + LEFT)
+    turn = at * RIGHT // (RIGHT + LEFT)
+    is_right = (middle < 0) | ((tail < 0) & ((at + 1) * RIGHT // (RIGHT + LEFT) > turn))
+    if is_right:
+        chunk = tl.where(middle < 0, item // RIGHT, LAG + middle // (RIGHT + LEFT))
+        turn = tl.where(middle < 0, item % RIGHT, turn)
+        slot = (chunk % SLOTS).to(tl.int64)
+        if chunk >= SLOTS:
+            wait_for(left_done + chunk - SLOTS, LEFT)
+        right_keys(
+            turn % B1, turn // (B1 * NM) * TILES, chunk // NC, chunk % NC * RC, turn // B1 % NM,
+            visible, q, k, v, mid + slot * (RC * CK * 2 * D), stats + slot * (RC * CK), scale,
+            A, C, B1, B2, H, D, RC, TILES, DP, M, L, L2, PRECISION, RIGHT_STAGES,
+        )  # fmt: skip
+        arrive(right_done + chunk)
     else:
-        chunk = segment - LAG
-        if chunk >= 0:
-            item -= turn
-            at = item // NI
-            r = chunk % NC * RC + at
-            if r < A * B2:
-                wait_for(right_done + chunk, RIGHT)
-                left_rows(
-                    (chunk % SLOTS).to(tl.int64) * RC + at, r // B2, r % B2, chunk // NC, item % NI,
-                    visible, q, mid, stats, out, lse, scale,
-                    A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES,
-                )  # fmt: skip
-            arrive(left_done + chunk)
+        chunk = tl.where(tail < 0, middle // (RIGHT + LEFT), CHUNKS - LAG + tail // LEFT)
+        turn = tl.where(tail < 0, at - turn, tail % LEFT)
+        row = turn // NI
+        r = chunk % NC * RC + row
+        if r < A * B2:
+            wait_for(right_done + chunk, RIGHT)
+            left_rows(
+                (chunk % SLOTS).to(tl.int64) * RC + row, r // B2, r % B2, chunk // NC, turn % NI,
+                visible, q, mid, stats, out, lse, scale,
+                A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES,
+            )  # fmt: skip
+        arrive(left_done + chunk)
