@@ -329,6 +329,7 @@ def plot(results: list[dict], device: str, path: Path) -> None:
         values["floor"] = max(result["floor_flops_ms"], result["floor_bytes_ms"])
         for name, value in values.items():
             series.setdefault(name, [float("nan")] * len(results))[n] = float("nan") if value is None else value
+    series["floor"] = series.pop("floor")  # last
     figure, axes = plt.subplots(figsize=(1.1 * len(results) + 3, 4.5), layout="constrained")
     width = 0.8 / len(series)
     for n, (name, values) in enumerate(series.items()):

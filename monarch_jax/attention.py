@@ -61,9 +61,10 @@ def monarch_attention(
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
             traced, so that one compiled program serves every fill of a KV cache. Default None: all.
         keep_intermediates: Trades memory for time when differentiated: "mosaic" keeps alpha, Y and c_L of the forward
-            pass, 4*D bytes for every query and key row of its tiles (4.3 GB per call for 81 frames of 480p with tile
-            (1, h, w), a third of it with (3, h, w)), and does not compute them again. For calls whose residuals do not
-            pile up, as in a checkpointed layer. The others compute them again in any case. Results are the same.
+            pass instead of computing them again, 4*D bytes for every tile column of queries, tile row of keys and head
+            (4.3 GB a call for 81 frames of 480p with tile (1, h, w), a third of it with (3, h, w)). For calls whose
+            residuals do not pile up, as in a checkpointed layer. The others compute them again in any case; results
+            are the same.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
             or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
 
