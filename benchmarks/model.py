@@ -206,7 +206,7 @@ def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(arrays, cache, latents, timesteps, frame):
-        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame)
+        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame, in_place=True)
 
     compiled, seconds = compile_timed(run, arrays, cache, latents, timesteps, frame)
     held = [cache]

@@ -31,8 +31,11 @@ class MonarchKVCache:
         >>> cache.attend(q).shape, int(cache.valid_frames)
         ((1, 60, 2, 8), 3)
 
+    One cache may hold all layers of a network (`init(layers=...)`), for a loop over them that carries it: blocks are
+    then written where they lie, and on Hopper the kernels read them there too if `layer` is the loop's own counter.
+
     Attributes:
-        key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order.
+        key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order; [layers, B, ...] with `layers`.
         value: As `key`.
         length: int32 scalar, frames written so far, evicted ones included.
         spec: Grid of one frame group, capacity (`key_frames`), tile and layout.
@@ -64,6 +67,7 @@ class MonarchKVCache:
         rolling: bool = False,
         sink_frames: int = 0,
         detach_past: bool = False,
+        layers: int | None = None,
         dtype: DTypeLike = jnp.bfloat16,
     ) -> "MonarchKVCache":
         """An empty cache.
@@ -81,6 +85,7 @@ class MonarchKVCache:
             sink_frames: Leading frames that a rolling cache keeps for ever, a multiple of n_f below `frames`.
             detach_past: Whether gradients reach only the newest block's keys and values, not what was cached before
                 (Self-Forcing training).
+            layers: Keys and values of so many layers at once; `append` and `attend` then take a `layer`.
             dtype: Of keys and values.
 
         Returns:
@@ -101,6 +106,10 @@ class MonarchKVCache:
                 f"sink_frames={sink_frames} is not a multiple of the tile's {n_f} frames, below frames={frames}."
             )
         shape = (batch, spec.key_tiles, spec.block_rows, spec.block_cols, heads, head_dim)
+        if layers is not None:
+            if layers < 1:
+                raise ValueError(f"layers={layers} is not a positive number.")
+            shape = (layers, *shape)
         return cls(
             key=jnp.zeros(shape, dtype),
             value=jnp.zeros(shape, dtype),
@@ -127,6 +136,7 @@ class MonarchKVCache:
         value: Float[Array, "B N H D"],
         *,
         frame: int | Int[Array, ""] | None = None,
+        layer: int | Int[Array, ""] | None = None,
     ) -> "MonarchKVCache":
         """Writes a block of frames and returns the new cache.
 
@@ -138,7 +148,8 @@ class MonarchKVCache:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
             value: As `key`.
             frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: after the
-                newest frame.
+                newest frame. All layers of a cache with `layers` write the same frames, so name them there.
+            layer: Whose keys and values these are, an integer or int32 scalar, in a cache with `layers`.
 
         Returns:
             The cache with the block.
@@ -146,6 +157,7 @@ class MonarchKVCache:
         Raises:
             ValueError: If shapes or dtypes do not fit the cache, or the block does not fit its capacity.
         """
+        self._check_layer(layer)
         block = self._block_spec(key, "key")
         self._block_spec(value, "value")
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
@@ -164,15 +176,21 @@ class MonarchKVCache:
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
         slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
         overflow = jnp.zeros((), bool) if self.rolling else first + frames > self.capacity
-        index = (slot[:, None] * group + jnp.arange(group)).reshape(-1)
+        # tiles that lie side by side: which of the block, and where they go
+        together = 1 if self.rolling else frames // n_f
+        runs = [(slice(n * group, (n + together) * group), slot[n] * group) for n in range(0, frames // n_f, together)]
+        zero = jnp.zeros((), jnp.int32)
 
         def write(buffer, tokens):
             tiles = tokens_to_tiles(tokens, block)
             tiles = jnp.where(overflow, jnp.nan, tiles).astype(buffer.dtype)
-            past = lax.stop_gradient(buffer) if self.detach_past else buffer
-            if self.rolling:
-                return past.at[:, index].set(tiles, unique_indices=True)
-            return lax.dynamic_update_slice_in_dim(past, tiles, first // n_f * group, axis=1)
+            buffer = lax.stop_gradient(buffer) if self.detach_past else buffer
+            for which, to in runs:
+                part, at = tiles[:, which], [zero, to.astype(jnp.int32), zero, zero, zero, zero]
+                if layer is not None:
+                    part, at = part[None], [jnp.asarray(layer, jnp.int32), *at]
+                buffer = lax.dynamic_update_slice(buffer, part, at)
+            return buffer
 
         return dataclasses.replace(
             self, key=write(self.key, key), value=write(self.value, value), length=first + frames
@@ -185,6 +203,7 @@ class MonarchKVCache:
         num_iters: int = 1,
         scale: float | None = None,
         causal_block: int | None = None,
+        layer: int | Int[Array, ""] | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B N H D"]:
         """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
@@ -194,6 +213,7 @@ class MonarchKVCache:
             num_iters: As in `monarch_attention`, like the remaining arguments.
             scale: Softmax scale; default D**-0.5.
             causal_block: Frames per causal block, when the queries hold more than one block. Not for rolling caches.
+            layer: Which layer's keys and values, in a cache with `layers`.
             implementation: Backend.
 
         Returns:
@@ -213,8 +233,7 @@ class MonarchKVCache:
         out = attend_tiles(
             spec,
             tokens_to_tiles(query, spec),
-            self.key,
-            self.value,
+            *self._of(layer),
             kv_frames=self.valid_frames,
             scale=scale,
             implementation=implementation,
@@ -222,13 +241,33 @@ class MonarchKVCache:
         )
         return tiles_to_tokens(out, spec)
 
-    def tokens(self) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+    def tokens(
+        self, *, layer: int | Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
         """Keys and values of all slots as tokens [B, capacity*h*w, H, D], for inspection."""
-        return tiles_to_tokens(self.key, self.spec), tiles_to_tokens(self.value, self.spec)
+        key, value = self._of(layer)
+        return tiles_to_tokens(key, self.spec), tiles_to_tokens(value, self.spec)
+
+    def _of(self, layer) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, tiles, b1, b2, H, D] of a layer, or all there are."""
+        self._check_layer(layer)
+        if layer is None:
+            return self.key, self.value
+        at = jnp.asarray(layer, jnp.int32)
+        key, value = (lax.dynamic_index_in_dim(x, at, keepdims=False) for x in (self.key, self.value))
+        return key, value
+
+    def _check_layer(self, layer) -> None:
+        layers = self.key.shape[0] if self.key.ndim == 7 else None
+        if (layers is None) != (layer is None):
+            needs = "has no layers; leave layer out" if layers is None else f"holds {layers} layers; pass which"
+            raise ValueError(f"layer={layer}: the cache {needs}.")
+        if layers is not None and not isinstance(layer, jax.Array) and not 0 <= int(layer) < layers:
+            raise ValueError(f"layer={layer} is not from 0 to {layers - 1}, the cache's layers.")
 
     def _block_spec(self, tokens: jax.Array, name: str) -> MonarchSpec:
         _, height, width = self.spec.grid
-        n_f, batch, (heads, dim) = self.spec.tile_shape[0], self.key.shape[0], self.key.shape[-2:]
+        n_f, batch, (heads, dim) = self.spec.tile_shape[0], self.key.shape[-6], self.key.shape[-2:]
         step = n_f * height * width
         if tokens.ndim != 4 or tokens.shape[1] % step or not tokens.shape[1]:
             raise ValueError(

@@ -150,6 +150,7 @@ def cached_forward(
     cache: WanCache,
     *,
     frame: int | Int[Array, ""] | None = None,
+    in_place: bool = False,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
     """Predicts the flow of a block of frames that see each other and all cached frames.
 
@@ -164,6 +165,8 @@ def cached_forward(
         cache: Of `init_cache` or an earlier call.
         frame: Absolute index of the block's first frame; None: after the newest one. Traced frames past the capacity
             of a cache that does not roll, or past the rotary table's 1024, give NaN.
+        in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
+            reads it there, without a copy of its own. Gradients are right, but take the memory of whole caches.
 
     Returns:
         The flow, in float32 at least, and the cache with this block as its newest.
@@ -181,34 +184,72 @@ def cached_forward(
     graph, state = nnx.split(model.blocks)
     x, keys, values = tokens.x, [], []
     for run, layout, key, value in zip(runs, cache.layouts, cache.keys, cache.values, strict=True):
-
-        def body(x, xs, setting=run.setting, layout=layout):
-            layer, cross, key, value = xs
-            block = nnx.merge(graph, layer)
-            written = []
-
-            def attention(q, k, v):
-                written.extend((k, v))
-                past = layout.cache(key, value, cache.length)
-                return attend_cached(past.append(k, v, frame=start), q, setting)
-
-            x = block(x, tokens.time_projection, rope, cross, attention, recompute=config.remat == "full")
-            return x, tuple(written)
-
+        through = _layers_in_place if in_place else _layers_apart
+        past = layout.cache(key, value, cache.length)
         layers, cross = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
-        x, (new_keys, new_values) = jax.lax.scan(rematerialized(body, config), x, (layers, cross, key, value))
 
-        # Only the new block leaves the scan; all layers' caches are then written at once, in place if donated.
-        def write(key, value, new_key, new_value, layout=layout):
-            written = layout.cache(key, value, cache.length).append(new_key, new_value, frame=start)
-            return written.key, written.value
+        def run_block(x, layer, cross, attention):
+            block = nnx.merge(graph, layer)
+            return block(x, tokens.time_projection, rope, cross, attention, recompute=config.remat == "full")
 
-        key, value = jax.vmap(write)(key, value, new_keys, new_values)
-        keys.append(key)
-        values.append(value)
+        x, past = through(run_block, x, (layers, cross), past, run.setting, start, config)
+        keys.append(past.key)
+        values.append(past.value)
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
     return flow, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), length=length)
+
+
+def _layers_apart(run_block, x, layers, past: MonarchKVCache, setting, start, config) -> tuple[Array, MonarchKVCache]:
+    """x through layers that each take a copy of their keys and values out of the cache of all, [layers, B, ...]."""
+    like = dataclasses.replace(past, key=None, value=None)
+
+    def body(x, xs):
+        (layer, cross), key, value = xs
+        written = []
+
+        def attention(q, k, v):
+            written.extend((k, v))
+            own = dataclasses.replace(like, key=key, value=value)
+            return attend_cached(own.append(k, v, frame=start), q, setting)
+
+        x = run_block(x, layer, cross, attention)
+        return x, tuple(written)
+
+    # Only the new block leaves the scan; all layers' caches are then written at once, in place if donated.
+    x, new = jax.lax.scan(rematerialized(body, config), x, (layers, past.key, past.value))
+
+    def write(key, value, new_key, new_value):
+        own = dataclasses.replace(like, key=key, value=value).append(new_key, new_value, frame=start)
+        return own.key, own.value
+
+    key, value = jax.vmap(write)(past.key, past.value, *new)
+    return x, dataclasses.replace(past, key=key, value=value)
+
+
+def _layers_in_place(
+    run_block, x, layers, past: MonarchKVCache, setting, start, config
+) -> tuple[Array, MonarchKVCache]:
+    """The same through layers that write and read where the cache of all lies.
+
+    The loop's own counter is the index, not an element of an array: XLA then hands a slice of the cache to a kernel as
+    an offset.
+    """
+
+    def body(carry, xs):
+        x, past, index = carry
+        (layer, cross) = xs
+        found = []
+
+        def attention(q, k, v):
+            found.append(past.append(k, v, frame=start, layer=index))
+            return attend_cached(found[0], q, setting, layer=index)
+
+        x = run_block(x, layer, cross, attention)
+        return (x, dataclasses.replace(found[0], length=past.length), index + 1), None
+
+    (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
+    return x, past
 
 
 @partial(jax.jit, static_argnames=("frames", "head_dim"), donate_argnames="cache")
@@ -253,7 +294,11 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
 
 
 def attend_cached(
-    cache: MonarchKVCache, query: Float[Array, "B N n d"], setting: DenseAttention | MonarchAttention
+    cache: MonarchKVCache,
+    query: Float[Array, "B N n d"],
+    setting: DenseAttention | MonarchAttention,
+    *,
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B N n d"]:
     """Attention of the newest block's queries over one layer's cache.
 
@@ -261,18 +306,17 @@ def attend_cached(
         cache: With the block written. A dense layer's has whole frames as tiles, so that it is in token order.
         query: [B, F*h*w, heads, head_dim].
         setting: The layer's attention.
+        layer: Which layer, if the cache is that of several.
 
     Returns:
         As `query`.
     """
     if isinstance(setting, MonarchAttention):
-        return cache.attend(query, num_iters=setting.num_iters, implementation=setting.implementation)
-    flatten = partial(jnp.reshape, shape=(query.shape[0], -1, *query.shape[2:]))
+        return cache.attend(query, num_iters=setting.num_iters, layer=layer, implementation=setting.implementation)
     _, height, width = cache.spec.grid
     return dense_attention(
         query,
-        flatten(cache.key),
-        flatten(cache.value),
+        *cache.tokens(layer=layer),
         valid_keys=cache.valid_frames * (height * width),
         implementation=setting.implementation,
     )

@@ -64,6 +64,35 @@ def test_rolling_window(frames, sinks):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("options", [{}, dict(rolling=True, sink_frames=3), dict(tile=(3, 1, 4), detach_past=True)])
+def test_layers_in_one_cache(options):
+    """A loop that carries the cache of all layers does what each layer's own cache does."""
+    clip = [blocks(4, seed) for seed in range(3)]
+    layered = empty(layers=3, **options)
+    own = [empty(**options) for _ in clip]
+
+    @jax.jit
+    def step(cache, q, k, v, frame):
+        def body(carry, layer):
+            cache, index = carry
+            cache = cache.append(layer[1], layer[2], frame=frame, layer=index)
+            return (cache, index + 1), cache.attend(layer[0], layer=index)
+
+        (cache, _), out = jax.lax.scan(body, (cache, jnp.int32(0)), (q, k, v))
+        return out, cache
+
+    for n in range(4 if "rolling" in options else 3):
+        block = [jnp.stack([layer[n][i] for layer in clip]) for i in range(3)]
+        out, layered = step(layered, *block, jnp.int32(3 * n))
+        for i, layer in enumerate(clip):
+            q, k, v = layer[n]
+            own[i] = own[i].append(k, v)
+            assert error(out[i], own[i].attend(q)) <= 2e-6
+            for x, y in zip(layered.tokens(layer=i), own[i].tokens(), strict=True):
+                np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        assert int(layered.length) == 3 * n + 3
+
+
 def test_several_causal_blocks_at_once():
     """Prefilling two blocks in one call equals one block at a time."""
     (q0, k0, v0), (q1, k1, v1) = blocks(2)
@@ -127,6 +156,7 @@ def test_works_in_scan_and_vmap():
         ),
         (dict(dtype=jnp.int32), r"dtype=int32 is not one of bfloat16, float16"),
         (dict(frames=0), r"key_frames=0 is not a positive integer"),
+        (dict(layers=0), r"layers=0 is not a positive number"),
     ],
 )
 def test_bad_caches(unchecked, change, message):
@@ -150,3 +180,18 @@ def test_bad_blocks(unchecked):
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_which_layer():
+    q, k, v = blocks(1)[0]
+    for call in (
+        lambda: empty(layers=2).append(k, v),
+        lambda: empty(layers=2).attend(q),
+        lambda: empty(layers=2).tokens(),
+    ):
+        with pytest.raises(ValueError, match="layer=None: the cache holds 2 layers; pass which"):
+            call()
+    with pytest.raises(ValueError, match="layer=2 is not from 0 to 1"):
+        empty(layers=2).append(k, v, layer=2)
+    with pytest.raises(ValueError, match="layer=0: the cache has no layers; leave layer out"):
+        empty().attend(q, layer=0)

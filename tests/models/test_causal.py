@@ -102,6 +102,19 @@ class TestParity:
             _, cache = step(state, latents[:, :3], times[:, :3], cache, jnp.int32(frame))
         assert len(traces) == 1
 
+    @pytest.mark.parametrize("rolling", [False, True])
+    @pytest.mark.parametrize("name", ["dense", "first layer dense", f"{(3, H, W)}-T1"])
+    def test_in_place_gives_the_same(self, wan, name, rolling):
+        model = wan.model(attention=SETTINGS[name])
+        latents, times, text = clip(wan, model.config)
+        options = dict(frames=6, rolling=True, sink_frames=3) if rolling else dict(frames=9)
+        cache = init_cache(model, text, **options, **SIZE)
+        expected, apart = roll_out(model, latents, times, cache)
+        out, together = roll_out(model, latents, times, cache, step=nnx.jit(partial(cached_forward, in_place=True)))
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
     def test_i2v(self, wan):
         model = wan.model(model_type="i2v", image_dim=8, causal_block=3)
         latents, times, text = clip(wan, model.config)
@@ -120,8 +133,9 @@ class TestParity:
         out, _ = roll_out(half, latents, times, cache)
         assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < 2e-2
 
+    @pytest.mark.parametrize("in_place", [False, True])
     @pytest.mark.parametrize("attention", [DenseAttention(), MonarchAttention()])
-    def test_cache_is_written_in_place(self, wan, attention):
+    def test_cache_is_written_in_place(self, wan, attention, in_place):
         """With the cache donated, no layer's is held twice: temporary memory does not grow with the layers' caches."""
 
         def memory(layers):
@@ -131,7 +145,7 @@ class TestParity:
             cache = jax.eval_shape(lambda state: init_cache(nnx.merge(graph, state), text, frames=60, **SIZE), state)
 
             def step(state, latents, times, cache, frame):
-                return cached_forward(nnx.merge(graph, state), latents, times, cache, frame=frame)
+                return cached_forward(nnx.merge(graph, state), latents, times, cache, frame=frame, in_place=in_place)
 
             compiled = jax.jit(step, donate_argnums=3).lower(state, latents, times, cache, jnp.int32(0)).compile()
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.keys, cache.values)))
