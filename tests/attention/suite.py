@@ -50,6 +50,42 @@ def value_and_grads(q, k, v, g, **options):
     return run(q, k, v, g)
 
 
+def layers_in_one_cache(implementation, *, grid, heads, dim, dtype, layers=3, blocks=3):
+    """A loop over layers that carries the cache of all of them, against each layer's own cache: the same bits.
+
+    The kernels' operands are slices of what the loop writes to in place.
+    """
+    frames, height, width = grid
+    arrays = [inputs(20 + n, grid, batch=2, heads=heads, dim=dim, dtype=dtype)[:3] for n in range(layers * blocks)]
+    sizes = dict(batch=2, frames=frames * blocks, height=height, width=width, heads=heads, head_dim=dim, dtype=dtype)
+
+    @jax.jit
+    def together(cache, q, k, v, frame):
+        def body(carry, x):
+            cache, index = carry
+            cache = cache.append(*x[1:], frame=frame, layer=index)
+            return (cache, index + 1), cache.attend(x[0], layer=index, implementation=implementation)
+
+        (cache, _), out = jax.lax.scan(body, (cache, jnp.int32(0)), (q, k, v))
+        return out, cache
+
+    @jax.jit
+    def alone(cache, q, k, v, frame):
+        cache = cache.append(k, v, frame=frame)
+        return cache.attend(q, implementation=implementation), cache
+
+    whole = MonarchKVCache.init(layers=layers, **sizes)
+    own = [MonarchKVCache.init(**sizes) for _ in range(layers)]
+    for block in range(blocks):
+        now = arrays[block * layers : (block + 1) * layers]
+        frame = jnp.int32(block * frames)
+        out, whole = together(whole, *(jnp.stack(x) for x in zip(*now, strict=True)), frame)
+        for n, (q, k, v) in enumerate(now):
+            expected, own[n] = alone(own[n], q, k, v, frame)
+            assert np.abs(np.asarray(expected, np.float32)).max() > 0.1
+            np.testing.assert_array_equal(np.asarray(out[n]), np.asarray(expected))
+
+
 class AttentionSuite:
     """Subclasses set `implementation`, and where needed the limits below."""
 
@@ -226,6 +262,9 @@ class AttentionSuite:
         found, expected = jax.jit(lambda: run(self.implementation))(), jax.jit(lambda: run("reference"))()
         for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
             assert error(x, y) <= self.bounds["float32"], f"{name}: relative error {error(x, y):.2e}"
+
+    def test_layers_in_one_cache(self):
+        layers_in_one_cache(self.implementation, grid=(3, 4, 6), heads=3, dim=self.dims[0], dtype=jnp.float32)
 
     def test_checkpoint_and_jit(self):
         grid = (3, 4, 6)

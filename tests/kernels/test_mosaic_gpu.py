@@ -13,7 +13,7 @@ from monarch_jax.backends import Problem
 from pallas_kernels.backward_sm90 import backward
 from pallas_kernels.config import backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
-from tests.attention.suite import LAYOUTS, error, inputs, value_and_grads
+from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads
 
 
 def _hopper() -> bool:
@@ -92,6 +92,11 @@ def test_cache_equals_causal():
         at = slice(block * 390, (block + 1) * 390)
         cache = cache.append(k[:, at], v[:, at])
         assert error(cache.attend(q[:, at], implementation="mosaic"), whole[:, at]) <= 1e-3
+
+
+@pytest.mark.parametrize("grid", [(3, 10, 13), (3, 30, 52)])
+def test_layers_in_one_cache(grid):
+    layers_in_one_cache("mosaic", grid=grid, heads=2, dim=128, dtype=jnp.bfloat16)
 
 
 def test_vmap():
