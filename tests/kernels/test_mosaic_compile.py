@@ -96,10 +96,10 @@ def compile_and_read(folder, *arguments):
     ("rows", "cols", "tiles", "dim", "masked"),
     [
         (30, 52, 21, 128, False),
-        (30, 52, 21, 128, True),
-        (90, 52, 7, 128, False),
+        pytest.param(30, 52, 21, 128, True, marks=pytest.mark.slow),
+        pytest.param(90, 52, 7, 128, False, marks=pytest.mark.slow),
         (135, 80, 7, 128, False),
-        (52, 30, 21, 64, False),
+        pytest.param(52, 30, 21, 64, False, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):

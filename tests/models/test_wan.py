@@ -233,6 +233,7 @@ class TestLayers:
         for a, b in zip(jax.tree.leaves(again_grad), jax.tree.leaves(grad), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
+    @pytest.mark.slow
     def test_groups_of_frames_in_bfloat16(self, wan, monkeypatch):
         """Gradients summed over groups are as near to float32's as those formed at once."""
         inputs = wan.sample(wan.SMALL)

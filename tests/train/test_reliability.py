@@ -125,10 +125,12 @@ def test_nonfinite_loss_stops_names_the_step_and_keeps_the_last_checkpoint(argum
     assert steps_of(folder) == [0]
     assert history(folder)[-1]["loss"] in ("inf", "nan")
     # another learning rate may go on from there
-    code, stderr = run(["train", "--folder", folder, "--resume", "--learning-rate", "1e-3", "--clip-norm", "10"])
+    code, stderr = run(
+        ["train", "--folder", folder, "--resume", "--learning-rate", "1e-3", "--clip-norm", "10", "--steps", "5"]
+    )
     assert code == 0, stderr
     assert "learning_rate changes from 1e+30 to 0.001" in stderr
-    assert [record["step"] for record in history(folder) if "loss" in record] == list(range(1, 31))
+    assert [record["step"] for record in history(folder) if "loss" in record] == list(range(1, 6))
 
 
 def test_file_size_limit_is_reported_as_no_room(arguments, run, tmp_path):
