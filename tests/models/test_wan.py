@@ -211,7 +211,10 @@ class TestLayers:
 
     @pytest.mark.parametrize(
         ("attention", "groups", "per_frame"),
-        [(DenseAttention(), 6, False), (MonarchAttention(tile=(3, 2, 6)), 2, True)],
+        [
+            pytest.param(DenseAttention(), 6, False, marks=pytest.mark.slow),
+            (MonarchAttention(tile=(3, 2, 6)), 2, True),
+        ],
     )
     def test_groups_of_frames_change_nothing(self, wan, monkeypatch, attention, groups, per_frame):
         """What follows the self-attention, by groups of frames as at true size: same loss, same gradients."""

@@ -69,6 +69,7 @@ class TestDecoders:
         np.testing.assert_array_equal(frames, video)
         assert isinstance(decoder, FrameDecoder)
 
+    @pytest.mark.slow
     def test_wans_vae_block_by_block_is_the_whole(self):
         """Blocks of 3 latents: 9 frames, then 12 each; the same as all at once."""
         model = vae()

@@ -64,6 +64,7 @@ class TestParity:
         model = nnx.eval_shape(lambda: WanVAE(vae_config("wan21"), rngs=nnx.Rngs(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 126_892_531
 
+    @pytest.mark.slow
     def test_half_precision_is_close(self, vae):
         graph, state = nnx.split(vae)
         half = nnx.merge(graph, state)
