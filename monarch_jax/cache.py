@@ -32,7 +32,7 @@ class MonarchKVCache:
         ((1, 60, 2, 8), 3)
 
     One cache may hold all layers of a network (`init(layers=...)`), for a loop over them that carries it: blocks are
-    then written where they lie, and on Hopper the kernels read them there too if `layer` is the loop's own counter.
+    then written where they lie, and where `layer` is the loop's own counter XLA may hand them to kernels uncopied.
 
     Attributes:
         key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order; [layers, B, ...] with `layers`.
@@ -148,7 +148,7 @@ class MonarchKVCache:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
             value: As `key`.
             frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: after the
-                newest frame. All layers of a cache with `layers` write the same frames, so name them there.
+                newest frame. A cache with `layers` needs it, since all of them write the same frames.
             layer: Whose keys and values these are, an integer or int32 scalar, in a cache with `layers`.
 
         Returns:
@@ -158,6 +158,8 @@ class MonarchKVCache:
             ValueError: If shapes or dtypes do not fit the cache, or the block does not fit its capacity.
         """
         self._check_layer(layer)
+        if layer is not None and frame is None:
+            raise ValueError("frame=None: pass the block's first frame, the same for every layer of the cache.")
         block = self._block_spec(key, "key")
         self._block_spec(value, "value")
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group

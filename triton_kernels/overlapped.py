@@ -64,7 +64,7 @@ def forward(
     """One step. `step` is (pair, tile) of the chunk for R, (pair, tile) of the one for L, slot that R writes.
 
     A first pair of Z means nothing to do. Grid (C*B1*SPLIT*ZC + AC*B2*blocks of i*ZC), of which WORK "right" and "left"
-    have the first or the second part only and need fewer registers.
+    have the first or the second part only; "left" alone needs fewer registers.
     """
     if WORK == "right":
         right_item(

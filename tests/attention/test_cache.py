@@ -193,5 +193,7 @@ def test_which_layer():
             call()
     with pytest.raises(ValueError, match="layer=2 is not from 0 to 1"):
         empty(layers=2).append(k, v, layer=2)
+    with pytest.raises(ValueError, match="frame=None: pass the block's first frame"):
+        empty(layers=2).append(k, v, layer=1)
     with pytest.raises(ValueError, match="layer=0: the cache has no layers; leave layer out"):
         empty().attend(q, layer=0)

@@ -210,6 +210,22 @@ class TestGradients:
         assert not detached[:, :3].any()
         np.testing.assert_allclose(detached[:, 3:], attached[:, 3:], atol=1e-3, rtol=1e-3)
 
+    def test_in_place(self, wan):
+        """Through both blocks, as with a copy for each layer."""
+        model = wan.model(attention=MonarchAttention(tile=(3, H, W)))
+        latents, times, text = clip(wan, model.config, frames=6)
+
+        @partial(jax.jit, static_argnums=1)
+        @jax.grad
+        def gradient(latents, in_place):
+            cache = init_cache(model, text, frames=6, **SIZE)
+            _, cache = cached_forward(model, latents[:, :3], times[:, :3], cache, in_place=in_place)
+            return jnp.sum(cached_forward(model, latents[:, 3:], times[:, 3:], cache, in_place=in_place)[0] ** 2)
+
+        found, expected = gradient(latents, True), gradient(latents, False)
+        assert np.abs(expected[:, :3]).max() > 1e-3
+        np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
+
     def test_parameters(self, wan):
         """Through the newest block, keys and values included."""
         model = wan.model(attention=MonarchAttention(tile=(3, H, W)))
