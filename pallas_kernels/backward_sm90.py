@@ -102,7 +102,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     batch, _, rows, cols, heads, dim = call.q.shape
     slabs, pairs = dim // SLAB, call.pairs
     sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
-    alpha, y, c = kept or launch(call.right(head, tile))[0]
+    alpha, y, c = kept or launch(*call.right(head, tile))
     mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
     flat = (-1, *mid[2:])
     columns = (batch, -1, rows, cols * heads, slabs, SLAB)
@@ -119,16 +119,16 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     role = left_backward_role(
         like(call.q), pairs, scale=call.scale, config=config.left, whole=kept is not None, **sizes
     )
-    ((d_alpha, d_y, d_c, dq),) = launch((role, inputs))
+    d_alpha, d_y, d_c, dq = launch(role, inputs)
 
     q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
     k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
     start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
     role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
-    ((dk, dv, dz),) = launch((role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start)))
+    dk, dv, dz = launch(role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start))
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
     role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
-    (found,) = launch((role, (k, dz, dq, call.limits, start)))
+    (found,) = launch(role, (k, dz, dq, call.limits, start))
     return found[0].reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 

@@ -274,37 +274,17 @@ def left_config(rows: int, dim: int) -> LeftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
-    """Both kernels of the forward pass and how they take turns.
+    """Both kernels of the forward pass.
 
     Attributes:
         right: Stage 1.
         left: Stage 2.
         chunk_bytes: Bytes of alpha and Y that may exist, when a single head and query tile does not need more.
-        beside: Whether stage 1 of a chunk runs in one kernel with stage 2 of the chunk before, so that device memory is
-            written and read at once; needs equal warpgroups.
-        chunks: With `beside`, at least so many chunks, unless they get smaller than `small_chunk` bytes.
-        small_chunk: See `chunks`.
     """
 
     right: RightConfig
     left: LeftConfig
     chunk_bytes: int = 1536 * 2**20
-    beside: bool = False
-    chunks: int = 6
-    small_chunk: int = 32 * 2**20
-
-    def __post_init__(self):
-        if self.beside and self.right.warpgroups != self.left.warpgroups:
-            raise ValueError(
-                f"beside=True: stage 1 has {self.right.warpgroups} warpgroups and stage 2 {self.left.warpgroups}; "
-                f"roles of one kernel have equally many."
-            )
-
-    def limit(self, total: int) -> int:
-        """Bytes of alpha and Y of one chunk when all chunks together need `total`."""
-        if not self.beside:
-            return self.chunk_bytes
-        return min(self.chunk_bytes // 2, max(self.small_chunk, -(-total // self.chunks)))
 
 
 def forward_config(rows: int, cols: int, dim: int) -> ForwardConfig | None:

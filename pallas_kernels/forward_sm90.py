@@ -1,21 +1,18 @@
 """The forward pass on Hopper: both stages for one chunk of heads and query tiles after another.
 
-alpha, c_L and Y of one chunk, or two, are all that exists at a time: memory beyond inputs and outputs is bounded.
+alpha, c_L and Y of one chunk are all that exists at a time: memory beyond inputs and outputs is bounded.
 """
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import ROWS, SLAB, ForwardConfig, LeftConfig, RightConfig, column_blocks
+from pallas_kernels.config import SLAB, ForwardConfig
 from pallas_kernels.left_sm90 import left_role
 from pallas_kernels.right_sm90 import right_role
 from pallas_kernels.shared import launch, varying
-
-UNROLLED = 24  # side by side, chunks are unrolled; more of them than this take turns in a loop, compiled once
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
@@ -47,25 +44,6 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def split_blocks(shape: tuple[int, ...], pairs: int, right: RightConfig, left: LeftConfig) -> tuple[int, int]:
-    """Blocks for each stage when they run side by side, in proportion to the multiply-adds of their products.
-
-    Args:
-        shape: [B, A, b1, b2, H, D] of the queries.
-        pairs: C*b1.
-        right: Sizes of stage 1; its blocks are those to share.
-        left: Sizes of stage 2.
-
-    Returns:
-        Blocks of stage 1 and of stage 2.
-    """
-    _, tiles, rows, cols, _, _ = shape
-    first = column_blocks(cols, tiles, False).items * ROWS / tiles * pairs * 3 * right.depth(cols)
-    second = -(-rows // ROWS) * ROWS * cols * 2 * -(-pairs // left.key_block) * left.key_block
-    blocks = min(max(round(right.blocks * first / (first + second)), 1), right.blocks - 1)
-    return blocks, right.blocks - blocks
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of a forward pass, shaped for both kernels, and the size of its chunks."""
@@ -91,7 +69,7 @@ class Call:
         bound = lax.div(self.limits.max() + depth - 1, depth) * depth
         return jnp.stack([jnp.int32(head), jnp.int32(tile), bound])
 
-    def right(self, head, tile, blocks: int | None = None):
+    def right(self, head, tile):
         """Stage 1 of the chunk that starts at (head, tile), for `launch`."""
         batch, tiles, rows, cols, heads, dim = self.q.shape
         thin = (dim // self.config.right.slab, self.config.right.slab)
@@ -106,11 +84,10 @@ class Call:
             key_block=self.config.left.key_block,
             masked=self.masked,
             config=self.config.right,
-            blocks=blocks,
         )
         return role, (q, k, v, self.limits, self.start(head, tile))
 
-    def left(self, head, tile, made: Arrays, blocks: int | None = None):
+    def left(self, head, tile, made: Arrays):
         """Stage 2 of a chunk from what stage 1 made, for `launch`."""
         batch, tiles, rows, cols, heads, dim = self.q.shape
         slabs = dim // SLAB
@@ -125,7 +102,6 @@ class Call:
             tiles=self.tiles,
             masked=self.masked,
             config=self.config.left,
-            blocks=blocks,
         )
         return role, (q, alpha, y, c, self.limits, self.start(head, tile))
 
@@ -176,8 +152,7 @@ def forward(
     """
     batch, tiles, rows, cols, heads, dim = q.shape
     pair_bytes = 4 * k.shape[1] * rows * cols * dim
-    total = batch * heads * tiles * pair_bytes
-    limit = total if keep else config.limit(total)
+    limit = batch * heads * tiles * pair_bytes if keep else config.chunk_bytes
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     if not masked:  # known when compiled
         visible = jnp.full(tiles, k.shape[1], jnp.int32)
@@ -188,8 +163,6 @@ def forward(
         out, lse, made = _chunk(call, 0, 0)
         return out, lse, made if keep else None
     empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
-    if config.beside and len(places) <= UNROLLED:
-        return *_beside(call, places, empty), None
 
     def body(i, carry):
         head, tile = jnp.array(places, jnp.int32)[i]
@@ -200,22 +173,6 @@ def forward(
 
 def _chunk(call: Call, head, tile) -> tuple[jax.Array, jax.Array, Arrays]:
     """One stage after the other: the output, the log-sum-exp and what stage 1 made."""
-    (made,) = launch(call.right(head, tile))
-    ((out, lse),) = launch(call.left(head, tile, made))
+    made = launch(*call.right(head, tile))
+    out, lse = launch(*call.left(head, tile, made))
     return *call.tiled(out, lse), made
-
-
-def _beside(call: Call, places: list[tuple[int, int]], result: Pair) -> Pair:
-    """Stage 1 of each chunk beside stage 2 of the one before: memory is written by the one and read by the other."""
-    first, second = split_blocks(call.q.shape, call.pairs, call.config.right, call.config.left)
-
-    @jax.jit  # traced and compiled once for all chunks
-    def both(now, before, made):
-        return launch(call.right(now[0], now[1], blocks=first), call.left(before[0], before[1], made, blocks=second))
-
-    (made,) = launch(call.right(*places[0]))
-    for before, now in itertools.pairwise(places):
-        made, (out, lse) = both(jnp.array(now, jnp.int32), jnp.array(before, jnp.int32), made)
-        result = _put(result, *before, call.tiled(out, lse))
-    ((out, lse),) = launch(call.left(*places[-1], made))
-    return _put(result, *places[-1], call.tiled(out, lse))

@@ -27,7 +27,6 @@ def left_role(
     tiles: int,
     masked: bool,
     config: LeftConfig,
-    blocks: int | None = None,
 ) -> Role:
     """Attends from the rows of a chunk of query tiles and heads.
 
@@ -45,7 +44,6 @@ def left_role(
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
         config: Sizes.
-        blocks: Persistent blocks; default as `config` says.
 
     Returns:
         The role.
@@ -62,7 +60,7 @@ def left_role(
     row_groups = -(-rows // (ROWS * row_blocks))
     count = batch * heads * tiles
     items = count * column_groups * row_groups
-    blocks = min(blocks or config.blocks, items)
+    blocks = min(config.blocks, items)
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
 

@@ -32,7 +32,6 @@ def right_role(
     key_block: int,
     masked: bool,
     config: RightConfig,
-    blocks: int | None = None,
 ) -> Role:
     """Makes the intermediates of a chunk of `tiles` query tiles and `heads` heads.
 
@@ -51,7 +50,6 @@ def right_role(
         key_block: Pairs beyond a limit, up to the next multiple of this, are written as zeros; the others are not.
         masked: Whether limits may be below C*b1.
         config: Sizes.
-        blocks: Persistent blocks; default as `config` says.
 
     Returns:
         The role.
@@ -67,7 +65,7 @@ def right_role(
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
     tail = items > split.whole
     units = batch * heads * pairs
-    blocks = min(blocks or config.blocks, units)
+    blocks = min(config.blocks, units)
     dtype, f32 = q.dtype, jnp.float32
     row_layout = plgpu.Layout.WGMMA
 

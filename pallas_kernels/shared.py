@@ -44,7 +44,7 @@ def tile_views(scratch):
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A computation that some of a kernel's persistent blocks carry out.
+    """A computation that a kernel's persistent blocks carry out.
 
     Attributes:
         run: Called as run(block, inputs, outputs, scratch) with the block's number among `blocks` and references.
@@ -84,56 +84,35 @@ def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def launch(*parts: tuple[Role, tuple[jax.Array, ...]]) -> tuple[tuple[jax.Array, ...], ...]:
-    """Runs roles side by side in one kernel, each on blocks of its own.
+def launch(role: Role, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Runs a role as one kernel.
 
     Args:
-        parts: A role and its inputs each; all with the same number of warpgroups.
+        role: What its blocks do.
+        inputs: As the role says.
 
     Returns:
-        The outputs of each role.
+        The role's outputs.
     """
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    roles = [role for role, _ in parts]
-    inputs = [list(x) for _, x in parts]
-    counts = [len(x) for x in inputs] + [len(role.outputs) for role in roles]
-
     def body(*refs):
-        pieces, rest = [], refs
-        for count in counts:
-            pieces.append(rest[:count])
-            rest = rest[count:]
-        block, first = lax.axis_index("block"), 0
-        for n, role in enumerate(roles):
+        def scoped(*scratch):
+            role.run(lax.axis_index("block"), refs[: len(inputs)], refs[len(inputs) :], scratch)
 
-            def run(role=role, first=first, n=n):
-                def scoped(*scratch):
-                    role.run(block - first, pieces[n], pieces[len(roles) + n], scratch)
-
-                pl.run_scoped(scoped, *role.scratch, collective_axes="group")
-
-            if len(roles) == 1:
-                run()
-            else:
-                pl.when((block >= first) & (block < first + role.blocks))(run)
-            first += role.blocks
+        pl.run_scoped(scoped, *role.scratch, collective_axes="group")
 
     results = plgpu.kernel(
         body,
-        out_type=tuple(x for role in roles for x in role.outputs),
-        grid=(sum(role.blocks for role in roles),),
+        out_type=role.outputs,
+        grid=(role.blocks,),
         grid_names=("block",),
-        num_threads=roles[0].groups + 1,
+        num_threads=role.groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
         ),
-    )(*(x for group in inputs for x in group))
-    split, rest = [], [varying(x, *(y for group in inputs for y in group)) for x in results]
-    for role in roles:
-        split.append(tuple(rest[: len(role.outputs)]))
-        rest = rest[len(role.outputs) :]
-    return tuple(split)
+    )(*inputs)
+    return tuple(varying(x, *inputs) for x in results)

@@ -44,9 +44,9 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     """A configuration with changes, nested ones as dictionaries.
 
     Example:
-        >>> found = changed(forward_config(30, 52, 128), {"beside": True, "left": {"stages": 3}})
-        >>> found.beside, found.left.stages, found.left.columns
-        (True, 3, 2)
+        >>> found = changed(forward_config(30, 52, 128), {"chunk_bytes": 2**20, "left": {"stages": 3}})
+        >>> found.chunk_bytes, found.left.stages, found.left.columns
+        (1048576, 3, 2)
 
     Args:
         config: A dataclass of `pallas_kernels.config`.

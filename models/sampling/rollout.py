@@ -137,7 +137,7 @@ def _flow(model: Any, x: Array, t: Array, cache: WanCache, frame: Array, guidanc
     """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's."""
     guides = cache.keys[0].shape[1] == 2 * x.shape[0]
     x = paired(x, x) if guides else x
-    flow, cache = cached_forward(model, x, jnp.broadcast_to(t, x.shape[:2]), cache, frame=frame)
+    flow, cache = cached_forward(model, x, jnp.broadcast_to(t, x.shape[:2]), cache, frame=frame, in_place=True)
     return (unpair(flow, guidance) if guides else flow), cache
 
 

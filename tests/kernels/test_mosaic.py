@@ -86,7 +86,7 @@ def test_every_column_has_a_place_of_its_own(cols, masked):
 
 
 def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
-    entry = {"forward": {"beside": True, "left": {"stages": 2}}, "backward": {"keys": {"stages": 2}}}
+    entry = {"forward": {"chunk_bytes": 2**20, "left": {"stages": 2}}, "backward": {"keys": {"stages": 2}}}
     few = {"forward": {"left": {"stages": 1}}}
     entries = {tuning.shape_key(30, 52, 128): entry, tuning.shape_key(30, 52, 128, few=True): few}
     (tmp_path / "NVIDIA_H200.json").write_text(json.dumps(entries))
@@ -94,11 +94,11 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
     tuning._entries.cache_clear()
     found = tuning.forward(30, 52, 128)
     assert found == dataclasses.replace(
-        forward_config(30, 52, 128), beside=True, left=dataclasses.replace(left_config(30, 128), stages=2)
+        forward_config(30, 52, 128), chunk_bytes=2**20, left=dataclasses.replace(left_config(30, 128), stages=2)
     )
     assert tuning.backward(30, 52, 128).keys.stages == 2
     decode = tuning.forward(30, 52, 128, few=True)
-    assert (decode.left.stages, decode.beside) == (1, False)
+    assert (decode.left.stages, decode.chunk_bytes) == (1, ForwardConfig.chunk_bytes)
     assert tuning.forward(45, 80, 128, few=True) == forward_config(45, 80, 128)
     assert tuning.forward(45, 80, 128) == forward_config(45, 80, 128)
     tuning._entries.cache_clear()
@@ -133,7 +133,6 @@ def test_chunks_bound_the_intermediates():
     [
         ((1, 2, 5, 40, 1, 64), 2, None, {}),  # nothing is a multiple of 8
         ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(chunk_bytes=2**14)),  # batch, heads, masks, one head and tile at a time
-        ((1, 1, 3, 9, 3, 64), 2, (1,), dict(beside=True, small_chunk=1)),  # both stages in one kernel
         ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
         ((1, 4, 2, 80, 1, 64), 1, None, {}),  # a whole block each and a shared one
         ((1, 1, 70, 35, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs

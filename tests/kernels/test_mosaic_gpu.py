@@ -111,17 +111,16 @@ def test_vmap():
 
 
 @pytest.mark.parametrize("rows", [30, 90])
-def test_side_by_side_equals_one_after_the_other(rows):
-    """Chunks, and both stages in one kernel, change nothing in the numbers."""
+def test_chunks_change_nothing(rows):
+    """Nothing in the numbers, bit for bit."""
     keys = jax.random.split(jax.random.key(7), 3)
     q, k, v = (jax.random.normal(r, (1, 4, rows, 52, 6, 128), jnp.bfloat16) for r in keys)
     visible, config = jnp.full(4, 4, jnp.int32), forward_config(rows, 52, 128)
     whole, lse, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=config)
-    for change in (dict(chunk_bytes=2**24), dict(beside=True, small_chunk=1)):
-        changed = dataclasses.replace(config, **change)
-        out, other, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
-        np.testing.assert_array_equal(np.asarray(out), np.asarray(whole))
-        np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
+    changed = dataclasses.replace(config, chunk_bytes=2**24)
+    out, other, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(whole))
+    np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
 
 
 def test_log_sum_exp():
