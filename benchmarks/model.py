@@ -97,7 +97,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
     parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
-    parser.add_argument("--in-place", action="store_true", help="of the cached chunk: layers write and read one cache")
     parser.add_argument("--keep-intermediates", action="store_true", help="of Monarch, for the backward pass")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
@@ -158,8 +157,7 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     config = dataclasses.replace(
         config, attention=setting(attention, config, clip, args.implementation, args.keep_intermediates)
     )
-    chunk = functools.partial(cached_chunk, in_place=args.in_place)
-    build = {"cached chunk": chunk, "training": training_step}.get(case, forward)
+    build = {"cached chunk": cached_chunk, "training": training_step}.get(case, forward)
     timed = build(config, clip)
     memory = timed.compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -194,8 +192,8 @@ def forward(config: WanConfig, clip: Clip) -> Timed:
     )
 
 
-def cached_chunk(config: WanConfig, clip: Clip, in_place: bool = False) -> Timed:
-    """One forward of the last 3 frames, all earlier ones in the cache."""
+def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
+    """One forward of the last 3 frames, all earlier ones in the cache, as generation does it."""
     graph, arrays = built_like(config)
     latents, timesteps, text = example(config, (3, *clip.shape[1:]))
     frame = jnp.asarray(clip.frames - 3, jnp.int32)
@@ -208,7 +206,7 @@ def cached_chunk(config: WanConfig, clip: Clip, in_place: bool = False) -> Timed
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(arrays, cache, latents, timesteps, frame):
-        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame, in_place=in_place)
+        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame, in_place=True)
 
     compiled, seconds = compile_timed(run, arrays, cache, latents, timesteps, frame)
     held = [cache]

@@ -31,6 +31,18 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def _summary_writer() -> type:
+    """tensorboardX's class. The module imports torch where that is installed, for seconds; nothing here needs it."""
+    absent = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(absent)  # None: an import fails as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return SummaryWriter
+
+
 class RunLog:
     """Writes scalars to `log.jsonl` and `tensorboard/` of a run folder.
 
@@ -55,8 +67,6 @@ class RunLog:
             step: Step of the checkpoint that the run goes on from; later lines are dropped.
             kept: Says what is safe if the disk is full.
         """
-        from tensorboardX import SummaryWriter
-
         self.path = folder / LOG_NAME
         self._kept = kept
         with report_full_disk(self.path, kept=kept):
@@ -64,7 +74,7 @@ class RunLog:
                 self._truncate(step)
             self._file = self.path.open("a", encoding="utf-8")
             purge = step + 1 if (folder / "tensorboard").exists() else None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+            self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
 
     def _truncate(self, step: int) -> None:
         kept = [record for record in read_log(self.path) if record.get("step", 0) <= step]

@@ -75,7 +75,8 @@ def init_cache(
         >>> from models.wan import wan_config
         >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
         >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8)
-        >>> flow, cache = cached_forward(model, jnp.zeros((1, 3, 4, 8, 16)), jnp.full((1, 3), 1000.0), cache)
+        >>> forward = nnx.jit(cached_forward)
+        >>> flow, cache = forward(model, jnp.zeros((1, 3, 4, 8, 16)), jnp.full((1, 3), 1000.0), cache)
         >>> flow.shape, int(cache.length)
         ((1, 3, 4, 8, 16), 3)
 

@@ -161,7 +161,7 @@ def test_larger_tiles_take_another_gradient(shape, reason):
 
 
 @pytest.mark.parametrize(("rows", "cols", "count"), PAPER)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
     x, lse = tokens(1, count, rows, cols, 12, 128), tokens(1, count, rows, cols, 12, dtype=jnp.float32)
     visible = jax.ShapeDtypeStruct((count,), jnp.int32)

@@ -51,8 +51,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(baseline, argum
     def reached(lines):
         return log.exists() and log.read_bytes().count(b"\n") >= lines if lines else folder.exists()
 
-    # as soon as the folder is there, then twice after so many lines of the log
-    for lines in [0, *sorted(rng.sample(range(1, 33), 2))]:
+    # as soon as the folder is there, then after so many lines of the log
+    for lines in [0, rng.randrange(1, 33)]:
         process = start(command)
         while process.poll() is None:
             if reached(lines):
