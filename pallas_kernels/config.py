@@ -272,19 +272,52 @@ def left_config(rows: int, dim: int) -> LeftConfig:
     return next(c for c in candidates if c.shared_memory(dim) <= SHARED_MEMORY)
 
 
+CLUSTER = 16  # blocks of a cluster; each makes one key row in a step
+CLUSTER_DEPTH = CLUSTER  # key rows of a step
+CLUSTER_COLUMNS = 4  # columns j that a block sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusedConfig:
+    """Both stages in one kernel, whose clusters of 16 blocks pass alpha and Y on without device memory.
+
+    Attributes:
+        clusters: Persistent clusters, at most as many as the card can run at a time; 0: not this kernel.
+    """
+
+    clusters: int = 0
+
+    def __post_init__(self):
+        if self.clusters < 0:
+            raise ValueError(f"clusters={self.clusters} is negative; 0 is for two kernels.")
+
+    @staticmethod
+    def serves(rows: int, cols: int, dim: int) -> bool:
+        """Whether two columns' rows fit a product, all columns the cluster's blocks, and D two slabs."""
+        return 2 * rows <= ROWS and cols <= CLUSTER * CLUSTER_COLUMNS and dim == 2 * SLAB
+
+    @staticmethod
+    def shared_memory() -> int:
+        """Bytes a block uses: two Q of columns, two of rows, three pairs of key and value rows; alpha and Y twice."""
+        tile, vector = ROWS * 2 * SLAB * 2, 2 * 2 * SLAB * 2 + 4
+        return 10 * tile + 2 * CLUSTER_COLUMNS * CLUSTER_DEPTH * vector + 2 * ROWS * 4 + BARRIERS // 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
-    """Both kernels of the forward pass.
+    """The kernels of the forward pass.
 
     Attributes:
         right: Stage 1.
         left: Stage 2.
         chunk_bytes: Bytes of alpha and Y that may exist, when a single head and query tile does not need more.
+        fused: Both stages at once, where alpha and Y are not to be kept.
     """
 
     right: RightConfig
     left: LeftConfig
     chunk_bytes: int = 1536 * 2**20
+    fused: FusedConfig = FusedConfig()
 
 
 def forward_config(rows: int, cols: int, dim: int) -> ForwardConfig | None:

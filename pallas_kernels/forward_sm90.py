@@ -1,6 +1,7 @@
-"""The forward pass on Hopper: both stages for one chunk of heads and query tiles after another.
+"""The forward pass on Hopper: both stages for one chunk of heads and query tiles after another, or in one kernel.
 
-alpha, c_L and Y of one chunk are all that exists at a time: memory beyond inputs and outputs is bounded.
+alpha, c_L and Y of one chunk are all that exists at a time: memory beyond inputs and outputs is bounded. Tiles of few
+rows can do without (`fused_sm90`).
 """
 
 import dataclasses
@@ -151,12 +152,16 @@ def forward(
         out [B, A, b1, b2, H, D], lse [B, A, b1, b2, H] in float32, and if wanted alpha, Y and c_L as `right_role` says.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
-    pair_bytes = 4 * k.shape[1] * rows * cols * dim
-    limit = batch * heads * tiles * pair_bytes if keep else config.chunk_bytes
-    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     if not masked:  # known when compiled
         visible = jnp.full(tiles, k.shape[1], jnp.int32)
     limits = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) * rows
+    if config.fused.clusters and config.fused.serves(rows, cols, dim) and not keep:
+        from pallas_kernels.fused_sm90 import fused
+
+        return *fused(q, k, v, limits, scale=scale, masked=masked, config=config.fused), None
+    pair_bytes = 4 * k.shape[1] * rows * cols * dim
+    limit = batch * heads * tiles * pair_bytes if keep else config.chunk_bytes
+    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:

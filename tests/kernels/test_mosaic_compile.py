@@ -104,6 +104,10 @@ def compile_and_read(folder, *arguments):
 )
 def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
     kernels, scratch = compile_and_read(tmp_path, rows, cols, tiles, dim, masked, False)
+    if (rows, cols, dim) == (30, 52, 128):  # both stages in one kernel, for which nothing goes through memory
+        assert kernels == [(96, 0)]
+        assert scratch <= 20 * 2**20  # the log-sum-exp before it is put in order
+        return
     assert len(kernels) == 2
     for registers, spilled in kernels:
         assert registers <= 168  # 65536 registers over the threads of a block

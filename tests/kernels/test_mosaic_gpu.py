@@ -11,7 +11,7 @@ import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem
 from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import backward_config, forward_config
+from pallas_kernels.config import FusedConfig, backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads
 
@@ -99,9 +99,9 @@ def test_layers_in_one_cache(grid):
     layers_in_one_cache("mosaic", grid=grid, heads=2, dim=128, dtype=jnp.bfloat16)
 
 
-def test_vmap():
-    grid = (3, 10, 13)
-    stacked = [x.reshape(2, 2, *x.shape[1:]) for x in inputs(6, grid, batch=4, dim=64, dtype="bfloat16")[:3]]
+@pytest.mark.parametrize(("grid", "dim"), [((3, 10, 13), 64), ((3, 30, 52), 128)])
+def test_vmap(grid, dim):
+    stacked = [x.reshape(2, 2, *x.shape[1:]) for x in inputs(6, grid, batch=4, dim=dim, dtype="bfloat16")[:3]]
 
     def run(*x):
         return monarch_attention(*x, grid=grid, implementation="mosaic")
@@ -121,6 +121,48 @@ def test_chunks_change_nothing(rows):
     out, other, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
     np.testing.assert_array_equal(np.asarray(out), np.asarray(whole))
     np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "tiles", "key_tiles", "visible", "dtype"),
+    [
+        (30, 52, 21, 21, None, "bfloat16"),
+        (30, 52, 3, 21, [18] * 3, "bfloat16"),
+        (30, 52, 6, 6, [3, 3, 3, 6, 6, 6], "float16"),
+        (32, 64, 5, 5, None, "bfloat16"),
+        (7, 61, 3, 5, [1, 2, 5], "bfloat16"),
+        (16, 5, 4, 4, None, "float16"),
+        (4, 4, 2, 3, [1, 3], "bfloat16"),  # fewer pairs than a cluster has blocks
+    ],
+)
+def test_fused(rows, cols, tiles, key_tiles, visible, dtype):
+    """One kernel as two, for several batch entries and heads; twice the same bits; what is not seen is NaN."""
+    keys = jax.random.split(jax.random.key(12), 3)
+    shapes = ((2, tiles, rows, cols, 5, 128), *[(2, key_tiles, rows, cols, 5, 128)] * 2)
+    q, k, v = (jax.random.normal(r, s, dtype) for r, s in zip(keys, shapes, strict=True))
+    options = dict(scale=128**-0.5, masked=visible is not None)
+    seen = jnp.array(visible or [key_tiles] * tiles, jnp.int32)
+    k, v = (x.at[:, int(seen.max()) :].set(jnp.nan) for x in (k, v))
+    config = forward_config(rows, cols, 128)
+    one = jax.jit(lambda *x: forward(*x, config=dataclasses.replace(config, fused=FusedConfig(clusters=7)), **options))
+    out, lse, _ = one(q, k, v, seen)
+    expected = forward(q, k, v, seen, config=config, **options)
+    assert error(out, expected[0]) <= BOUNDS[dtype] / 2
+    assert error(lse, expected[1]) <= 1e-4
+    for x, y in zip(one(q, k, v, seen)[:2], (out, lse), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_fused_keeps_a_bad_example_to_itself():
+    """NaN in one batch entry and head is in no other, though their key rows lie side by side in shared memory."""
+    keys = jax.random.split(jax.random.key(13), 3)
+    q, k, v = (jax.random.normal(r, (2, 3, 30, 52, 4, 128), jnp.bfloat16) for r in keys)
+    run = jax.jit(lambda *x: pallas_kernels.forward(Problem(scale=128**-0.5), *x, jnp.full(3, 3, jnp.int32))[0])
+    good = run(q, k, v)
+    bad = run(q, *(x.at[0, :, :, :, 1].set(jnp.nan) for x in (k, v)))
+    assert bool(jnp.isnan(bad[0, ..., 1, :]).all())
+    good, bad = (np.asarray(x.at[0, ..., 1, :].set(0)) for x in (good, bad))
+    np.testing.assert_array_equal(good, bad)
 
 
 def test_log_sum_exp():
@@ -163,8 +205,8 @@ def test_gradients(grid, tile, dim, options, dtype):
 
 @pytest.mark.parametrize("options", [{}, dict(causal_block=1)])
 @pytest.mark.parametrize("rows", [30, 90])
-def test_kept_intermediates_give_the_same_bits(rows, options):
-    """Also where the backward pass takes them in chunks."""
+def test_kept_intermediates_change_nothing(rows, options):
+    """Also where the backward pass takes them in chunks; but 30 rows go another way where nothing is kept."""
     frames = rows // 30 * 12
     tile = (rows // 30, 30, 52)
     options = {name: x * rows // 30 for name, x in options.items()} | {"grid": (frames, 30, 52), "tile": tile}
@@ -173,7 +215,10 @@ def test_kept_intermediates_give_the_same_bits(rows, options):
         value_and_grads(*arrays, implementation="mosaic", keep_intermediates=keep, **options) for keep in (False, True)
     ]
     for x, y in zip(*found, strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        if rows == 30:
+            assert error(x, y) <= 5e-3
+        else:
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_gradients_in_chunks_and_of_new_keys_only():

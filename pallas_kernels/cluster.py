@@ -1,0 +1,413 @@
+"""What blocks of a cluster need in order to work together and Pallas has no words for, in PTX.
+
+Barriers that blocks share, stores into another block's memory, and steps of `fused_sm90` on registers. A barrier is 8
+bytes of an int32 reference. All but `initialise` and `synchronise` are called by whole warpgroups. Arrays in registers
+are laid out as `plgpu.Layout.WGMMA`: of every 8 x 8 block of its warp's rows a thread has columns 2p and 2p + 1 of row
+lane / 4, where p = lane % 4.
+
+alpha and Y travel with the columns of D in another order. In every 32 of them, what a thread has of a row, columns
+8n + 2p and 8n + 2p + 1 for n = 0..3, is put together at 8p: 16 bytes to send at once. Exchanging n and p twice is
+nothing: `put` finds the columns of O in order, and `exchange` does the same to Q.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
+
+wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
+
+LAYOUT = plgpu.Layout.WGMMA
+REF, INT = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+LINE = 128  # bytes of a row of a slab
+SLAB_BYTES = 2 * CLUSTER_DEPTH * LINE  # alpha or Y of two columns' key rows, 64 of D
+PAIR_BYTES = 2 * SLAB_BYTES  # two columns, all of D
+STAGE_BYTES = CLUSTER_COLUMNS // 2 * PAIR_BYTES
+COLUMN_BYTES = 4 * CLUSTER_DEPTH  # c_L of a column
+TILE_SLAB = ROWS * LINE  # 64 rows of a slab
+
+
+def _inline(*types, returns=None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turns a function that writes MLIR into one that Pallas can call, on arguments of these types."""
+
+    def decorate(function):
+        return plgpu.inline_mgpu(arg_types=types, return_type=returns)(lambda _, *values: function(*values))
+
+    return decorate
+
+
+# --- words of MLIR --------------------------------------------------------------------------------------------------
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _constant(x: int):
+    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))
+
+
+def _ptx(text: str, *operands, constraints: str, result=None, pure: bool = False):
+    return llvm.inline_asm(
+        result or ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=not pure
+    )
+
+
+def _four(kind=None):
+    return llvm.StructType.get_literal([kind or _i32()] * 4)
+
+
+def _unpack(found, count: int, kind=None):
+    return [llvm.extractvalue(kind or _i32(), found, [n]) for n in range(count)]
+
+
+def _add(*terms):
+    return functools.reduce(arith.addi, terms)
+
+
+def _times(x, n: int):
+    return arith.muli(x, _constant(n))
+
+
+def _part(x, first: int, bits: int):
+    """`bits` bits of x from bit `first` on."""
+    shifted = arith.shrui(x, _constant(first)) if first else x
+    return arith.andi(shifted, _constant(2**bits - 1))
+
+
+def _flag(x):
+    return arith.extui(_i32(), x)
+
+
+def _below(x, n: int):
+    return arith.cmpi(arith.CmpIPredicate.slt, x, _constant(n))
+
+
+def _address(ref):
+    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
+
+
+def _scalar(array):
+    [x] = array.registers.flat
+    return x
+
+
+def _thread():
+    """Number of the thread in its block."""
+    return _ptx("mov.u32 $0, %tid.x;", constraints="=r", result=_i32(), pure=True)
+
+
+def _peer(address, block):
+    """Where `block` of the cluster has what this block has at a shared address."""
+    return _ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, block, constraints="=r,r,r", result=_i32(), pure=True)
+
+
+def _swizzled(chunk, row):
+    """Offset of a 16-byte chunk of a row in 128-byte swizzled rows."""
+    return arith.shli(arith.xori(chunk, _part(row, 0, 3)), _constant(4))
+
+
+def _registers(values, numbers):
+    """Some of an array's registers, two 16-bit elements each, as int32."""
+    return [utils.bitcast(values.registers.flat[n], _i32()) for n in numbers]
+
+
+def _array(registers, like, shape=None):
+    made = np.array(list(registers), dtype=object).reshape(shape or like.registers.shape)
+    return fa.FragmentedArray(_registers=made, _layout=like.layout, _is_signed=None)
+
+
+# --- barriers -------------------------------------------------------------------------------------------------------
+
+
+def synchronise() -> None:
+    """Waits until all threads of the cluster are here."""
+
+    @_inline()
+    def run():
+        _ptx("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", constraints="~{memory}")
+
+    run()
+
+
+def initialise(barriers, counts) -> None:
+    """Sets barrier n to complete at counts[n] arrivals; for the whole block, before `synchronise`."""
+
+    @_inline(REF)
+    def run(barriers):
+        first = _flag(arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0)))
+        for n, count in enumerate(counts):
+            _ptx(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p mbarrier.init.shared.b64 [$0], $1; }",
+                _add(_address(barriers), _constant(8 * n)),
+                _constant(count),
+                first,
+                constraints="r,r,r,~{memory}",
+            )
+        _ptx("fence.mbarrier_init.release.cluster;", constraints="~{memory}")
+
+    run(barriers)
+
+
+def wait(barriers, n, parity) -> None:
+    """Waits for the completion of barrier n's phase of this parity."""
+
+    @_inline(REF, INT, INT)
+    def run(barriers, n, parity):
+        _ptx(
+            "{ .reg .pred p; again${:uid}: "
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again${:uid}; }",
+            _add(_address(barriers), _times(_scalar(n), 8)),
+            _scalar(parity),
+            constraints="r,r,~{memory}",
+        )
+
+    run(barriers, jnp.int32(n), jnp.int32(parity))
+
+
+def expect(barriers, n, size: int) -> None:
+    """One thread arrives at barrier n, whose phase then also waits for `size` bytes from other blocks."""
+
+    @_inline(REF, INT)
+    def run(barriers, n):
+        first = _flag(arith.cmpi(arith.CmpIPredicate.eq, _part(_thread(), 0, 7), _constant(0)))
+        _ptx(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
+            _add(_address(barriers), _times(_scalar(n), 8)),
+            _constant(size),
+            first,
+            constraints="r,r,r,~{memory}",
+        )
+
+    run(barriers, jnp.int32(n))
+
+
+def give_back(barriers, n) -> None:
+    """Arrives once at barrier n of every block, when the whole warpgroup has read what the blocks will write over.
+
+    Nothing was written that others must see, so the arrivals are relaxed: releasing costs 1,300 cycles on an H200.
+    """
+
+    @_inline(REF, INT)
+    def run(barriers, n):
+        utils.warpgroup_barrier()
+        lane = _part(_thread(), 0, 7)
+        to = _peer(_add(_address(barriers), _times(_scalar(n), 8)), _part(lane, 0, 4))
+        _ptx(
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$0]; }",
+            to,
+            _flag(_below(lane, CLUSTER)),
+            constraints="r,r,~{memory}",
+        )
+
+    run(barriers, jnp.int32(n))
+
+
+# --- stores into other blocks ---------------------------------------------------------------------------------------
+
+_STORE = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+
+
+def send(barriers, n, target, block, owners: int, values, *, stage, slab: int) -> None:
+    """Sends rows j of alpha or Y, for key row `block` of a step, to the blocks that own the columns: j / 4.
+
+    Args:
+        barriers: Barrier n of the owner waits for the bytes.
+        n: See above.
+        target: int32 view of [stages, 2 pairs of columns, 2 slabs, 2 * 16 key rows, 64], swizzled.
+        block: This block's rank.
+        owners: Blocks that own columns.
+        values: [64, 64] in 16 bits, rows j.
+        stage: Which of the stages.
+        slab: Which of the slabs.
+    """
+
+    @_inline(REF, REF, INT, INT, INT, LAYOUT)
+    def run(barriers, target, n, block, stage, values):
+        block, thread = _scalar(block), _thread()
+        warp, lane = _part(thread, 5, 2), _part(thread, 0, 5)
+        column, part = _part(lane, 2, 2), _part(lane, 0, 2)  # of the owner's four columns; of four chunks
+        row = _add(_times(_part(column, 0, 1), CLUSTER_DEPTH), block)
+        offset = _add(_times(_scalar(stage), STAGE_BYTES), _times(_part(column, 1, 1), PAIR_BYTES), _times(row, LINE))
+        for half in range(2):
+            owner = _add(_times(warp, 4), _part(lane, 4, 1), _constant(2 * half))
+            barrier = _add(_peer(_address(barriers), owner), _times(_scalar(n), 8))
+            to = _add(_peer(_address(target), owner), offset, _constant(slab * SLAB_BYTES))
+            for g in range(2):
+                _ptx(
+                    _STORE + ".v4.b32 [$0], {$3, $4, $5, $6}, [$2]; }",
+                    _add(to, _swizzled(_add(part, _constant(4 * g)), block)),
+                    _flag(_below(owner, owners)),
+                    barrier,
+                    *_registers(values, (2 * (4 * g + m) + half for m in range(4))),
+                    constraints="r,r,r,r,r,r,r,~{memory}",
+                )
+
+    run(barriers, target, jnp.int32(n), jnp.int32(block), jnp.int32(stage), values)
+
+
+def send_entropies(barriers, n, target, block, owners: int, values, *, stage) -> None:
+    """Sends c_L [64] of rows j, as `send`, to [stages, 4 columns, 16 key rows] in float32."""
+
+    @_inline(REF, REF, INT, INT, INT, LAYOUT.reduce(1))
+    def run(barriers, target, n, block, stage, values):
+        thread = _thread()
+        warp, lane = _part(thread, 5, 2), _part(thread, 0, 5)
+        to = _add(_address(target), _times(_scalar(stage), CLUSTER_COLUMNS * COLUMN_BYTES))
+        to = _add(to, _times(_part(lane, 2, 2), COLUMN_BYTES), _times(_scalar(block), 4))
+        for half in range(2):
+            owner = _add(_times(warp, 4), _part(lane, 4, 1), _constant(2 * half))
+            first = arith.cmpi(arith.CmpIPredicate.eq, _part(lane, 0, 2), _constant(0))
+            _ptx(
+                _STORE + ".b32 [$0], $3, [$2]; }",
+                _peer(to, owner),
+                _flag(arith.andi(_below(owner, owners), first)),
+                _add(_peer(_address(barriers), owner), _times(_scalar(n), 8)),
+                utils.bitcast(values.registers.flat[half], _i32()),
+                constraints="r,r,r,r,~{memory}",
+            )
+
+    run(barriers, target, jnp.int32(n), jnp.int32(block), jnp.int32(stage), values)
+
+
+# --- steps on registers ---------------------------------------------------------------------------------------------
+
+_LOAD = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+_PUT = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+
+
+def exchange(tile, at) -> None:
+    """Puts the columns of Q, [2 slabs, 64 rows, 64] from byte `at` of `tile` on, in the order of alpha's."""
+
+    @_inline(REF, INT)
+    def run(tile, at):
+        thread = _part(_thread(), 0, 7)
+        row = _part(thread, 0, 6)
+        base = _add(_address(tile), _scalar(at), _times(_part(thread, 6, 1), TILE_SLAB), _times(row, LINE))
+        for g in range(2):
+            places = [_add(base, _swizzled(_constant(4 * g + n), row)) for n in range(4)]
+            found = [_unpack(_ptx(_LOAD, x, constraints="=r,=r,=r,=r,r,~{memory}", result=_four()), 4) for x in places]
+            for p, place in enumerate(places):
+                _ptx(_PUT, place, *(found[n][p] for n in range(4)), constraints="r,r,r,r,r,~{memory}")
+
+    run(tile, jnp.int32(at))
+
+
+def put(tile, at, values) -> None:
+    """Writes O [64, 128] in 16 bits, whose columns are as Y's, in their right order to where Q was."""
+
+    @_inline(REF, INT, LAYOUT)
+    def run(tile, at, values):
+        thread = _part(_thread(), 0, 7)
+        lane = _part(thread, 0, 5)
+        for half in range(2):
+            row = _add(_times(_part(thread, 5, 2), 16), _part(lane, 2, 3), _constant(8 * half))
+            base = _add(_address(tile), _scalar(at), _times(row, LINE))
+            for g in range(4):
+                chunk = _add(_part(lane, 0, 2), _constant(4 * (g % 2)))
+                place = _add(base, _swizzled(chunk, row), _constant(TILE_SLAB * (g // 2)))
+                registers = _registers(values, (2 * (4 * g + m) + half for m in range(4)))
+                _ptx(_PUT, place, *registers, constraints="r,r,r,r,r,~{memory}")
+
+    run(tile, jnp.int32(at), values)
+
+
+def logits(products, entropies, at, scale: float):
+    """The scores of L of two columns: of each row the half of the products that is its column's, scaled, less c_L.
+
+    Args:
+        products: [64, 32] float32: rows i of a column, below 32, and of the next; key rows of the first and the second.
+        entropies: c_L, [.., 16] float32; the two columns' are at byte `at`.
+        at: See above.
+        scale: Multiplies the products.
+
+    Returns:
+        [64, 16] float32.
+    """
+    shape = (ROWS, CLUSTER_DEPTH)
+
+    @_inline(LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct(shape, jnp.float32, LAYOUT))
+    def run(products, entropies, at):
+        thread = _part(_thread(), 0, 7)
+        column = _part(thread, 6, 1)
+        second = arith.cmpi(arith.CmpIPredicate.ne, column, _constant(0))
+        base = _add(_address(entropies), _scalar(at), _times(column, COLUMN_BYTES), _times(_part(thread, 0, 2), 8))
+        f32 = ir.F32Type.get()
+        two = ir.VectorType.get((2,), f32)
+        pair = llvm.StructType.get_literal([f32] * 2)
+        factor = vector.broadcast(two, arith.constant(f32, ir.FloatAttr.get(f32, scale)))
+        x, made = products.registers.flat, []
+        for n in range(2):
+            load = "ld.shared.v2.f32 {$0, $1}, [$2];"
+            c = _ptx(load, _add(base, _constant(32 * n)), constraints="=f,=f,r,~{memory}", result=pair)
+            c = vector.from_elements(two, _unpack(c, 2, f32))
+            for half in range(2):
+                mine = arith.select(second, x[2 * (n + 2) + half], x[2 * n + half])
+                made.append(arith.subf(arith.mulf(mine, factor), c))
+        lead, _, *rest = products.registers.shape
+        return _array(made, products, (lead, 2, *rest))
+
+    return run(products, entropies, jnp.int32(at))
+
+
+def rescaled(sums, factors):
+    """Rows of sums [64, 128] float32 times factors [64]; a warp whose factors are all 1 does nothing."""
+
+    @_inline(LAYOUT, LAYOUT.reduce(1), returns=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, LAYOUT))
+    def run(sums, factors):
+        f32 = ir.F32Type.get()
+        two = ir.VectorType.get((2,), f32)
+        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
+        by = [x if x.type == f32 else vector.extract(x, [], [0]) for x in factors.registers.flat]
+        some = arith.ori(*(arith.cmpf(arith.CmpFPredicate.UNE, x, one) for x in by))
+        vote = "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q;"
+        some = _ptx(
+            "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; " + vote + " }", _flag(some), constraints="=r,r", result=_i32()
+        )
+        old = list(sums.registers.flat)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, some, _constant(0)), [x.type for x in old], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            by = [vector.broadcast(two, x) for x in by]
+            scf.yield_([arith.mulf(x, by[n % 2]) for n, x in enumerate(old)])
+        with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            scf.yield_(old)
+        return _array(branch.results, sums)
+
+    return run(sums, factors)
+
+
+def add_products(sums, weights, y, at):
+    """sums [64, 128] + weights [64, 32] @ Y [32, 128], its two slabs [32, 64] from byte `at` of y on.
+
+    Pallas would have a product of depth 32 take 64-byte swizzled rows of Y, which alpha's are not.
+    """
+
+    @_inline(LAYOUT, LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, LAYOUT))
+    def run(sums, weights, y, at):
+        i64 = ir.IntegerType.get_signless(64)
+        sums = wgmma.WGMMAAccumulator.from_registers(sums)
+        weights = wgmma.wgmma_fence(weights)
+        start = arith.shrui(arith.andi(_add(_address(y), _scalar(at)), _constant(0x3FFFF)), _constant(4))
+        # matrix descriptor: bytes / 16 to the next 64 columns and to the next 8 rows; 128-byte swizzle
+        fields = (SLAB_BYTES >> 4) << 16 | (8 * LINE >> 4) << 32 | 1 << 62
+        descriptor = arith.ori(arith.extui(i64, start), arith.constant(i64, ir.IntegerAttr.get(i64, fields)))
+        kind, depth, instruction = weights.mlir_dtype, 2 * CLUSTER_DEPTH, CLUSTER_DEPTH * LINE
+        registers = wgmma.wgmma_m64(
+            sums._value.registers, weights, descriptor, None, True, None, instruction, 128, 2 * depth, kind, kind
+        )
+        _ptx("wgmma.commit_group.sync.aligned;", constraints="")
+        _ptx("wgmma.wait_group.sync.aligned 0;", constraints="")
+        made = _array(registers.flat, sums._value)
+        return fa.optimization_barrier(made).to_layout(sums._original_layout)
+
+    return run(sums, weights, y, jnp.int32(at))
