@@ -207,7 +207,7 @@ def test_gradient_under_shard_map_lowers(heads):
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
     x = tokens(1, 21 * 30 * 52, heads, 128)
     text = lower(jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), (0, 1, 2)), x, x, x)
-    assert text.count("mosaic_gpu_v2") == 6
+    assert text.count("mosaic_gpu_v2") == 5  # the forward pass is one kernel
 
 
 def test_gradient_of_tiles_too_large_is_tritons():
