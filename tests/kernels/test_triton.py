@@ -30,9 +30,11 @@ from triton_kernels.tune import BACKWARD, agree, neighbours, search, streams, tu
 ROOT = Path(__file__).parents[2]
 INTERPRETED = (  # a process each: that takes seconds to start
     ("plain", "causal", "half", "keys first", "two parts"),
+    ("blocks of rows and columns", "newest tile", "two parts, keys first", "stream, causal", "sharp, padded dim"),
+)
+INTERPRETED_SLOWLY = (
     ("480p tile", "one pair at a time, a dominant row", "flat"),
-    ("blocks of rows and columns", "newest tile", "two parts, keys first", "stream, causal"),
-    ("one query tile at a time", "sharp, padded dim", "stream", "stream, sharp", "two parts, newest tile"),
+    ("one query tile at a time", "stream", "stream, sharp", "two parts, newest tile"),
 )
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
@@ -44,7 +46,9 @@ def missing(*packages):
 
 
 @missing("triton", "torch")
-@pytest.mark.parametrize("cases", INTERPRETED, ids=", ".join)
+@pytest.mark.parametrize(
+    "cases", [*INTERPRETED, *(pytest.param(x, marks=pytest.mark.slow) for x in INTERPRETED_SLOWLY)], ids=", ".join
+)
 def test_interpreter_agrees_with_the_reference(cases):
     """In a process of its own, because the interpreter is chosen when the kernels are imported."""
     env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -63,7 +67,7 @@ def test_interpreter_agrees_with_the_reference(cases):
 def test_every_case_is_run():
     source = (ROOT / "tests" / "kernels" / "triton_interpreter.py").read_text()
     named = set(re.findall(r'^    "([^"]+)": Case\(', source, re.MULTILINE))
-    assert named == {case for cases in INTERPRETED for case in cases}
+    assert named == {case for cases in (*INTERPRETED, *INTERPRETED_SLOWLY) for case in cases}
 
 
 def launches(setting, capability, dim=128, itemsize=2):

@@ -58,7 +58,10 @@ def masked_forward(model, latents, times, text, visible):
 
 
 class TestParity:
-    @pytest.mark.parametrize("name", SETTINGS)
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(x, marks=pytest.mark.slow) if "T2" in x and x != f"{(3, H, W)}-T2" else x for x in SETTINGS],
+    )
     def test_roll_out_equals_block_causal_forward(self, wan, name):
         model = wan.model(attention=SETTINGS[name], causal_block=3)
         latents, times, text = clip(wan, model.config)
@@ -103,7 +106,12 @@ class TestParity:
         assert len(traces) == 1
 
     @pytest.mark.parametrize(
-        ("name", "rolling"), [("first layer dense", False), (f"{(3, H, W)}-T1", True), ("dense", True)]
+        ("name", "rolling"),
+        [
+            pytest.param("first layer dense", False, marks=pytest.mark.slow),
+            (f"{(3, H, W)}-T1", True),
+            pytest.param("dense", True, marks=pytest.mark.slow),
+        ],
     )
     def test_in_place_gives_the_same(self, wan, name, rolling):
         model = wan.model(attention=SETTINGS[name])
@@ -187,7 +195,11 @@ class TestWindow:
 
 class TestGradients:
     @pytest.mark.parametrize(
-        ("attention", "rolling"), [(DenseAttention(), False), (MonarchAttention(tile=(3, H, W)), True)]
+        ("attention", "rolling"),
+        [
+            pytest.param(DenseAttention(), False, marks=pytest.mark.slow),
+            (MonarchAttention(tile=(3, H, W)), True),
+        ],
     )
     def test_only_the_new_block(self, wan, attention, rolling):
         model = wan.model(attention=attention)

@@ -551,6 +551,7 @@ def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
 
 
 @needs_proc
+@pytest.mark.slow
 def test_orbax_is_written_parameter_by_parameter(wan, small, tmp_path):
     """A conversion to Orbax needs its 204 MB, a copy of the largest parameter, 57 MB, and not one of all of them."""
     model = wan.model(dataclasses.replace(small, dim=384, ffn_dim=2048, num_heads=16, num_layers=18))

@@ -227,7 +227,7 @@ class TestRun:
         assert generate("--checkpoint", tmp_path / "demo", "--out", tmp_path / "a.mp4") == 2
         assert f"holds runs; give one of them: {tmp_path / 'demo' / 'dense'}" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_stopped(self, baseline, tmp_path, start, number):
         """Whatever frames were ready are a playable file."""
         out = tmp_path / "a.mp4"
@@ -299,6 +299,7 @@ class TestEncode:
         last = source.held_out_batch([0])
         np.testing.assert_array_equal(last.text[0], batch.text[order.index(0)])  # "a cat" again
 
+    @pytest.mark.slow
     def test_from_clips_to_a_finetuned_video(self, wan_folder, clips, tmp_path, capsys):
         """encode, train from a Wan model, convert the run, generate from that."""
         latents, run, made = tmp_path / "latents", tmp_path / "run", tmp_path / "made"

@@ -166,7 +166,7 @@ class TestOneProgram:
         generate_block(graph, params, cache, jax.random.key(0), where, rollout=Rollout(), shape=shape)
         assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
 
-    @pytest.mark.parametrize("rollout", [Rollout(), Rollout(window=60)])
+    @pytest.mark.parametrize("rollout", [pytest.param(Rollout(), marks=pytest.mark.slow), Rollout(window=60)])
     def test_the_cache_is_written_in_place(self, wan, rollout):
         """All steps in one program, and still no layer's cache is held twice."""
 

@@ -101,6 +101,7 @@ class TestStreaming:
         assert traced.count(1) == 1  # one program for all of them
         np.testing.assert_array_equal(streamed, decode(vae, z, chunk=1))
 
+    @pytest.mark.slow
     def test_unequal_pieces(self, vae):
         z = latents(6)
         streamed, _ = self.stream(vae, z, ((1, 3), (3, 4), (4, 6)))
