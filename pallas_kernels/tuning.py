@@ -11,7 +11,7 @@ import jax
 from pallas_kernels.config import BackwardConfig, ForwardConfig, backward_config, forward_config
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
-DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors
+DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many
 
 
 def shape_key(rows: int, cols: int, dim: int, *, few: bool = False) -> str:
@@ -70,14 +70,16 @@ def _choose(config, which: str, *keys: str):
     if config is None:
         return None
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
-    entries = _entries(kind)
+    measured = _entries(kind)
+    entries = (_entries(DEFAULT_KIND) or {}) if measured is None else measured
     found = (entries[key][which] for key in keys if which in entries.get(key, {}))
-    return changed(config, next(found, {}))
+    changes = next(found, {})
+    if measured is None:  # a card with fewer multiprocessors may have no place for a cluster of 16 blocks
+        changes = {name: change for name, change in changes.items() if name != "fused"}
+    return changed(config, changes)
 
 
 @functools.cache
-def _entries(kind: str) -> dict[str, dict]:
+def _entries(kind: str) -> dict[str, dict] | None:
     path = FOLDER / f"{kind.replace(' ', '_').replace('/', '_')}.json"
-    if not path.is_file():
-        path = FOLDER / f"{DEFAULT_KIND.replace(' ', '_')}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,19 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
         tuning.changed(found, {"unknown": 1})
 
 
+def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeypatch):
+    """Others take the sizes, but may have no place for clusters of 16 blocks."""
+    measured = tuning.forward(30, 52, 128)
+    assert measured.fused.clusters == 7
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kind, clusters in (("NVIDIA H200", 7), ("NVIDIA H20", 0)):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
+        expected = dataclasses.replace(measured, fused=dataclasses.replace(measured.fused, clusters=clusters))
+        assert tuning.forward(30, 52, 128) == expected
+    with pytest.raises(ValueError, match="clusters=-1 is negative"):
+        tuning.changed(measured, {"fused": {"clusters": -1}})
+
+
 def test_tuned_files_fit_a_block():
     for path in tuning.FOLDER.glob("*.json"):
         for key, entry in json.loads(path.read_text()).items():
@@ -114,6 +128,8 @@ def test_tuned_files_fit_a_block():
             backward = tuning.changed(backward_config(rows, cols, dim), entry.get("backward", {}))
             assert forward.right.shared_memory(cols, dim) <= SHARED_MEMORY
             assert forward.left.shared_memory(dim) <= SHARED_MEMORY
+            assert not forward.fused.clusters or forward.fused.serves(rows, cols, dim)
+            assert forward.fused.shared_memory() <= SHARED_MEMORY
             assert backward.left.shared_memory(dim) <= SHARED_MEMORY
             assert backward.keys.shared_memory(cols, dim) <= SHARED_MEMORY
             assert backward.query.shared_memory(cols, dim) <= SHARED_MEMORY
