@@ -15,7 +15,7 @@ from tests.attention.suite import AttentionSuite, inputs, value_and_grads
 class TestXla(AttentionSuite):
     implementation = "xla"
 
-    @pytest.mark.parametrize("num_iters", [1, 3])
+    @pytest.mark.parametrize("num_iters", [pytest.param(1, marks=pytest.mark.slow), 3])
     def test_float64(self, x64, num_iters):
         grid, tile = (4, 4, 6), (2, 4, 3)
         arrays = inputs(0, grid, dtype=jnp.float64)

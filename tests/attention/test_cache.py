@@ -42,7 +42,10 @@ def test_keys_come_back_in_token_order():
     np.testing.assert_array_equal(np.asarray(values[:, :24]), np.asarray(v))
 
 
-@pytest.mark.parametrize(("frames", "sinks"), [(9, 0), (9, 3), (12, 3), (10, 1), (8, 1)])
+@pytest.mark.parametrize(
+    ("frames", "sinks"),
+    [(9, 0), (12, 3), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((9, 3), (10, 1), (8, 1)))],
+)
 def test_rolling_window(frames, sinks):
     """Each block sees the sinks and the newest frames, itself included, as if only those were given."""
     clip = blocks(7)

@@ -184,7 +184,7 @@ def test_causal_gradient_under_vmap_lowers():
 @pytest.mark.parametrize(
     ("width", "keep", "kernels"),
     [
-        (13, False, 6),
+        pytest.param(13, False, 6, marks=pytest.mark.slow),
         (13, True, 5),  # stage 1 runs once
         (104, True, 2),  # the gradient of so many columns is another backend's, from the usual residuals
     ],
@@ -198,7 +198,7 @@ def test_what_is_kept_is_not_made_again(width, keep, kernels):
     assert lower(jax.grad(loss, (0, 1, 2)), x, x, x).count("mosaic_gpu_v2") == kernels
 
 
-@pytest.mark.parametrize("heads", [2, 12])  # one chunk, several
+@pytest.mark.parametrize("heads", [pytest.param(2, marks=pytest.mark.slow), 12])  # one chunk, several
 def test_gradient_under_shard_map_lowers(heads):
     """Heads over a mesh axis: results must carry the axis they vary on."""
     mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))

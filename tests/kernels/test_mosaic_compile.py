@@ -98,7 +98,7 @@ def compile_and_read(folder, *arguments):
         (30, 52, 21, 128, False),
         pytest.param(30, 52, 21, 128, True, marks=pytest.mark.slow),
         pytest.param(90, 52, 7, 128, False, marks=pytest.mark.slow),
-        (135, 80, 7, 128, False),
+        pytest.param(135, 80, 7, 128, False, marks=pytest.mark.slow),
         pytest.param(52, 30, 21, 64, False, marks=pytest.mark.slow),
     ],
 )

@@ -520,6 +520,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
+@pytest.mark.slow
 def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
     """204 MB in float32 are loaded as bfloat16 in their 102 MB and half of that; a whole restore would take 204 more.
 

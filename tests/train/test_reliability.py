@@ -133,7 +133,6 @@ def test_nonfinite_loss_stops_names_the_step_and_keeps_the_last_checkpoint(argum
     assert [record["step"] for record in history(folder) if "loss" in record] == list(range(1, 6))
 
 
-@pytest.mark.slow  # as a full disk
 def test_file_size_limit_is_reported_as_no_room(arguments, run, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     folder = tmp_path / "run"
@@ -144,6 +143,7 @@ def test_file_size_limit_is_reported_as_no_room(arguments, run, tmp_path):
     assert "no checkpoint had been saved" in line
 
 
+@pytest.mark.slow  # as a file size limit, but with checkpoints to keep
 def test_full_disk_keeps_the_last_checkpoint(baseline, arguments, run, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

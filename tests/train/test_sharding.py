@@ -14,7 +14,8 @@ from .conftest import history
 TWO_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("replicated", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
 def test_two_devices_train_as_one_does(baseline, arguments, run, tmp_path, sharding):
     folder = tmp_path / "run"
     command = [*arguments, "--folder", folder, "--sharding", sharding]
@@ -31,7 +32,7 @@ def test_two_devices_train_as_one_does(baseline, arguments, run, tmp_path, shard
     assert history(folder)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_fsdp_splits_the_large_arrays_and_steps_keep_them_split(environment):
+def test_fsdp_splits_the_large_arrays_and_trains_as_one_device_does(environment):
     program = """
 import jax, jax.numpy as jnp
 from flax import nnx
@@ -51,21 +52,34 @@ def kinds(state):
 settings = OptimizerConfig(accumulation=2)
 graph, params, fixed = split_model(Network())
 optimizer = make_optimizer(settings, steps=5)
+options = dict(objective=ObjectiveConfig(), settings=settings, steps=5)
+batch = jax.random.normal(jax.random.key(1), (4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1))
+def train(step, state, batch):
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, *batch)
+        losses.append(metrics["loss"])
+    assert bool(metrics["finite"])
+    return state, jnp.array(losses)
+initial = jax.tree.map(jnp.copy, params)  # a step's input state is donated
+start = jax.tree.map(jnp.copy, create_state(params, fixed, optimizer, seed=0, ema=True))
+one, expected = train(make_train_step(graph, optimizer, **options), start, batch)
 placement = Placement(batch=4, accumulation=2, state="fsdp")
 state = placement.state(create_state(params, fixed, optimizer, seed=0, ema=True))
-step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=settings, steps=5,
-                       shardings=placement.shardings(state))
-batch = placement.batch((jnp.ones((4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1))))
+step = make_train_step(graph, optimizer, **options, shardings=placement.shardings(state))
 print(len(jax.devices()), kinds(state))
-for _ in range(3):
-    state, metrics = step(state, *batch)
-print(kinds(state), step._cache_size(), bool(metrics["finite"]))
+state, losses = train(step, state, placement.batch(batch))
+print(kinds(state), step._cache_size())
+pairs = zip(jax.tree.leaves((one.params, expected)), jax.tree.leaves((state.params, losses)), strict=True)
+print(all(bool(jnp.allclose(x, y, rtol=1e-5, atol=1e-6)) for x, y in pairs))
+moved = zip(jax.tree.leaves(initial), jax.tree.leaves(state.params), strict=True)
+print(all(float(abs(x - y).max()) > 1e-5 for x, y in moved))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment | TWO_DEVICES, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1 True"]
+    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1", "True", "True"]
 
 
 def test_devices_must_divide_the_batch():
