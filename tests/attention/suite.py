@@ -143,7 +143,7 @@ class AttentionSuite:
         """A hint: whether a backend takes it or not, the numbers are right."""
         self.compare(*inputs(8, (4, 4, 8), dim=self.dims[0]), grid=(4, 4, 8), keep_intermediates=True)
 
-    @pytest.mark.parametrize("num_iters", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+    @pytest.mark.parametrize("num_iters", [*(pytest.param(x, marks=pytest.mark.slow) for x in (2, 3)), 4])
     def test_more_steps(self, num_iters):
         if num_iters not in self.num_iters:
             pytest.skip(f"{self.implementation} serves one refinement step")

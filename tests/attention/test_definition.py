@@ -57,7 +57,9 @@ def dense(q, k, v, scale=None):
 
 
 @pytest.mark.parametrize("num_iters", [1, 3])
-@pytest.mark.parametrize("tile", [(1, 1, 1), (1, 1, 4), (2, 3, 1)])
+@pytest.mark.parametrize(
+    "tile", [(1, 1, 1), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 1, 4), (2, 3, 1)))]
+)
 def test_one_row_or_column_per_tile_is_dense(x64, tile, num_iters):
     """Blocks of size one leave nothing to approximate: b1 = 1 or b2 = 1 is softmax attention."""
     q, k, v, _ = inputs(0, (2, 3, 4), dim=8, dtype=jnp.float64)

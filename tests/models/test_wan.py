@@ -197,7 +197,8 @@ class TestLayers:
 
         assert size(3) == size(30)
 
-    @pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("remat", ["full", "dots"])
     def test_remat_changes_nothing(self, wan, remat):
         inputs = wan.sample(wan.SMALL)
         grads = {}

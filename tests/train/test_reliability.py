@@ -239,6 +239,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, tmp_path, ca
     assert not folder.exists()
 
 
+@pytest.mark.slow  # the demo begins like this too
 def test_init_from_starts_at_the_other_runs_average(baseline, arguments, tmp_path):
     folder = tmp_path / "finetune"
     options = f"--init-from {baseline} --attention dense --steps 1 --learning-rate 1e-9 --eval-every 1".split()

@@ -69,7 +69,9 @@ def plain_roll_out(model, text, frames, *, first=3, initial=None, window=None, s
 
 
 class TestAgainstALoop:
-    @pytest.mark.parametrize("attention", [DENSE, MONARCH, MonarchAttention(tile=(3, 2, 6))])
+    @pytest.mark.parametrize(
+        "attention", [pytest.param(DENSE, marks=pytest.mark.slow), MONARCH, MonarchAttention(tile=(3, 2, 6))]
+    )
     def test_blocks_of_three(self, tiny, attention):
         model, text = tiny(attention, causal_block=3)
         out = video(model, text, 9)
