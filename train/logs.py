@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from models.errors import report_full_disk
 
@@ -33,7 +34,7 @@ def read_log(path: Path) -> list[dict]:
 
 def _summary_writer() -> type:
     """tensorboardX's class. The module imports torch where that is installed, for seconds; nothing here needs it."""
-    absent = {} if "torch" in sys.modules else {"torch": None}
+    absent: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
     sys.modules.update(absent)  # None: an import fails as if it were not installed
     try:
         from tensorboardX import SummaryWriter
