@@ -6,7 +6,8 @@
 
 Numbers are checked first: output and gradients of every implementation against the reference in float64; an
 implementation that fails is not timed. Then every row is timed: medians, batch 1, bfloat16, 12 heads of 128. Writes
-attention.json and attention.png into --out; --results prints and plots such files again, anywhere.
+attention.json, after each measurement, and attention.png into --out; --results prints and plots such files again,
+anywhere.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from monarch_jax import monarch_attention
+from monarch_jax.backends import IMPLEMENTATIONS
 from monarch_jax.spec import MonarchSpec, bytes_moved, flops
 
 MAX_ERROR = 1e-2  # relative Frobenius error that the gate allows in bfloat16
@@ -54,17 +56,20 @@ ROWS = (
     Row(name="720p (h,w)", grid=(21, 45, 80), tile_frames=1),
     Row(name="720p (3h,w)", grid=(21, 45, 80), tile_frames=3),
 )
+KEEPING = "+keep"  # ends the name of an implementation that is to keep intermediates
 SMALL = (Row(name="small (h,w)", grid=(6, 6, 8), tile_frames=1, heads=2, head_dim=16),)
 
 
 def main() -> None:
     """Checks, times, prints, writes."""
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.results:
-        show([json.loads(path.read_text()) for path in args.results], args.out)
+        reports = [stored(path) for path in args.results]
+        args.out.mkdir(parents=True, exist_ok=True)
+        show(reports, args.out)
         return
-    rows = SMALL if args.small else tuple(row for row in ROWS if not args.rows or row.name.split()[0] in args.rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = SMALL if args.small else tuple(row for row in ROWS if {row.name, row.name.split()[0]} & set(args.rows))
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
     errors = {name: {row.name: attempt(gate, row, name) or {} for row in rows} for name in args.implementations}
@@ -83,11 +88,6 @@ def main() -> None:
     timed = [name for name in args.implementations if name not in failed]
     limits = ceilings(args.small)
     results = []
-    for row in rows:
-        published = (attempt(published_times, row, args) if args.published else None) or {}
-        for work in ("forward", "decode", "forward + backward"):
-            results.append(measure(row, work, timed, limits, published.get(work), dense=not args.small))
-            print(line(results[-1]))
     report = {
         "device": device.device_kind,
         "jax": jax.__version__,
@@ -95,7 +95,12 @@ def main() -> None:
         "errors": errors,
         "rows": results,
     }
-    (args.out / "attention.json").write_text(json.dumps(report, indent=1))
+    for row in rows:
+        published = (attempt(published_times, row, args) if args.published else None) or {}
+        for work in ("forward", "decode", "forward + backward"):
+            results.append(measure(row, work, timed, limits, published.get(work), dense=not args.small))
+            print(line(results[-1]), flush=True)
+            (args.out / "attention.json").write_text(json.dumps(report, indent=1))
     plot(results, device.device_kind, args.out / "attention.png")
     if failed:
         sys.exit(1)
@@ -117,15 +122,26 @@ def parse() -> argparse.Namespace:
         "--implementations",
         nargs="+",
         default=["triton"],
-        help="names for implementation=; mosaic+keep: with keep_intermediates=True",
+        choices=[*IMPLEMENTATIONS, *(name + KEEPING for name in IMPLEMENTATIONS)],
+        metavar="NAME",
+        help=f"of {', '.join(IMPLEMENTATIONS)}; mosaic{KEEPING}: with keep_intermediates=True; default: triton",
     )
-    parser.add_argument("--rows", nargs="*", choices=["480p", "720p"], help="default: both")
+    names = [row.name for row in ROWS]
+    sizes = list(dict.fromkeys(name.split()[0] for name in names))
+    parser.add_argument("--rows", nargs="+", choices=[*sizes, *names], default=sizes, help="default: all")
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
     parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
     parser.add_argument("--results", nargs="+", type=Path, help="print and plot these attention.json, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a tiny clip, no dense baseline; runs without a GPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.published and not args.published.is_file():
+        parser.error(f"--published {args.published} is not a file; give wan/modules/monarch_attn.py of the repository")
+    if args.published_backward and not args.published:
+        parser.error("--published-backward needs --published")
+    if not (args.results or args.small) and jax.default_backend() != "gpu":
+        parser.error("there is no GPU; --small --implementations xla runs anywhere, and --results shows what is stored")
+    return args
 
 
 def inputs(row: Row, frames: int, seed: int = 0) -> list[jax.Array]:
@@ -152,9 +168,6 @@ def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
         attend = jax.jit(lambda *x: with_gradients(attention(row, row.grid[0], "reference"), *x))
         return arrays, [np.asarray(x) for x in attend(*wide)]
-
-
-KEEPING = "+keep"  # ends the name of an implementation that is to keep intermediates
 
 
 def attention(row: Row, frames: int, implementation: str):
@@ -207,10 +220,8 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
         "sparsity": spec.sparsity,
         "implementations": {},
     }
-    if dense:
-        result["dense_ms"], result["dense_bytes"] = timed(
-            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), arrays
-        )
+    if dense and (found := attempt(timed, dense_attention, arrays)):
+        result["dense_ms"], result["dense_bytes"] = found
     if published is not None:
         result["published_ms"], result["published_bytes"] = published["ms"], published["bytes"]
     for name in implementations:
@@ -220,6 +231,11 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
         if found:
             result["implementations"][name] = {"ms": found[0], "bytes": found[1]}
     return result
+
+
+def dense_attention(q, k, v):
+    """The baseline."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
@@ -303,6 +319,15 @@ def line(result: dict) -> str:
     return text
 
 
+def stored(path: Path) -> dict:
+    """A report that this script wrote."""
+    try:
+        report = json.loads(path.read_text())
+        return {"device": report["device"], "rows": report["rows"], "first": report["rows"][0]["work"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        sys.exit(f"error: {path} is not an attention.json of this script ({type(error).__name__}: {error})")
+
+
 def show(reports: list[dict], out: Path) -> None:
     """Prints stored reports row by row, and plots them together."""
     for report in reports:
@@ -338,7 +363,7 @@ def plot(results: list[dict], device: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("ms")
     axes.set_title(f"Tiled Monarch attention, {device}")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.errors import UserError
 from models.generate.config import GenerateConfig
 from models.generate.decoders import WanDecoder
 from models.generate.pipeline import VideoPipeline
@@ -41,6 +42,7 @@ from models.sampling import Rollout, autoregressive
 from models.umt5 import UMT5Encoder, umt5_config
 from models.vae import WanVAE, vae_config
 from models.wan import WanConfig, WanModel, wan_config
+from monarch_jax.backends import IMPLEMENTATIONS
 
 ATTENTION = ("dense", "monarch 95%", "monarch 97%")
 MAX_ERROR = 3e-2  # relative, bfloat16 over all steps of the small check
@@ -66,9 +68,14 @@ TINY = Sizes(wan="tiny", vae="tiny", umt5="tiny", height=32, width=64, frames=33
 def main() -> None:
     """Checks, times, prints, writes."""
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
     sizes = TINY if args.tiny else TRUE
-    sizes = dataclasses.replace(sizes, frames=args.frames or sizes.frames)
+    sizes = dataclasses.replace(sizes, frames=sizes.frames if args.frames is None else args.frames)
+    config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
+    try:
+        plans = {attention: plan_of(attention, config, sizes, args.implementation) for attention in args.attention}
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
     error = check(args)
@@ -82,10 +89,8 @@ def main() -> None:
     decoder = WanDecoder(built(lambda: WanVAE(vae_config(sizes.vae), **half())))
     report["vae"] = time_vae(decoder, sizes, args.repeats)
     print(f"VAE     {report['vae'] * 1e3:8.1f} ms   {sizes.frames / report['vae']:.1f} frames/s")
-    config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
     model = built(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    for attention in args.attention:
-        plan = plan_of(attention, config, sizes, args.implementation)
+    for attention, plan in plans.items():
         row = {"attention": attention} | time_video(model.with_attention(plan.attention), decoder, plan, args.repeats)
         row["with_text"] = report["text"] + row["end_to_end"]
         report["rows"].append(row)
@@ -100,12 +105,21 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
-    parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help="backend of the Monarch attention; default: the library's choice",
+    )
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tiny", action="store_true", help="tiny networks and a small clip")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} must be at least 1")
+    if not args.tiny and jax.default_backend() == "cpu":
+        parser.error("there is no GPU, and a CPU would take hours; --tiny runs anywhere")
+    return args
 
 
 def half() -> dict[str, Any]:

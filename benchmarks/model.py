@@ -38,6 +38,7 @@ from flax import nnx
 import monarch_jax
 from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
 from models.wan.causal import cached_forward, init_cache
+from monarch_jax.backends import IMPLEMENTATIONS
 from train.config import ObjectiveConfig, OptimizerConfig
 from train.state import create_state, make_optimizer, split_model
 from train.step import make_train_step
@@ -87,7 +88,8 @@ def main() -> None:
             results.append({"case": case, "attention": attention} | measure(case, attention, args, peak))
             print(line(results[-1]), flush=True)
             report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
-            report |= {"implementation": args.implementation, "rows": results}
+            report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
+            report["rows"] = results
             (args.out / "model.json").write_text(json.dumps(report, indent=1))
 
 
@@ -96,13 +98,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
-    parser.add_argument("--implementation", help="backend of the Monarch attention; default: the library's choice")
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help="backend of the Monarch attention; default: the library's choice",
+    )
     parser.add_argument("--keep-intermediates", action="store_true", help="of Monarch, for the backward pass")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a tiny network and clip")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} must be at least 1")
+    if not args.small and jax.default_backend() == "cpu":
+        parser.error("there is no GPU, and a CPU would take hours; --small runs anywhere")
+    return args
 
 
 def setting(attention: str, config: WanConfig, clip: Clip, implementation: str | None, keep: bool = False):

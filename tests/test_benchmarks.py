@@ -1,0 +1,104 @@
+"""The benchmarks' options and reports; what they measure needs a GPU."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Loads a benchmark and gives a call of its main with options; results go to tmp_path/results."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, *options, **replaced):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        for attribute, value in replaced.items():
+            setattr(module, attribute, value)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", "results", *options])
+        module.main()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("attention", [], "there is no GPU; --small"),
+        ("attention", ["--small", "--implementations", "mosaik"], "invalid choice: 'mosaik'"),
+        ("attention", ["--rows", "360p"], "invalid choice: '360p'"),
+        ("attention", ["--small", "--published", "missing.py"], "missing.py is not a file"),
+        ("attention", ["--small", "--published-backward"], "needs --published"),
+        ("model", [], "there is no GPU"),
+        ("model", ["--small", "--repeats", "0"], "--repeats 0 must be at least 1"),
+        ("model", ["--small", "--implementation", "mosaik"], "invalid choice: 'mosaik'"),
+        ("generate", [], "there is no GPU"),
+        ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_used_end_in_one_line(run, capsys, tmp_path, name, options, said):
+    with pytest.raises(SystemExit) as stop:
+        run(name, *options)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("frames", ["0", "30"])
+def test_a_number_of_frames_that_does_not_fit_is_refused_before_anything_runs(run, frames):
+    def check(args):
+        raise AssertionError("something ran")
+
+    with pytest.raises(SystemExit, match=f"error: frames is {frames}"):
+        run("generate", "--tiny", "--frames", frames, check=check)
+
+
+def test_stored_reports_are_printed_and_plotted(run, capsys, tmp_path):
+    paths = sorted(map(str, (FOLDER / "h200").glob("attention_*.json")))
+    run("attention", "--results", *paths)
+    rows = [row for path in paths for row in json.loads(pathlib.Path(path).read_text())["rows"]]
+    assert capsys.readouterr().out.count("floors") == len(rows)
+    assert (tmp_path / "results" / "attention.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"device": "a", "rows": []}'])
+def test_a_report_that_is_none_is_named(run, tmp_path, text):
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=r"error: report\.json is not an attention\.json of this script"):
+        run("attention", "--results", path.name)
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_was_measured_is_kept_when_a_later_measurement_fails(run, tmp_path):
+    def measure(row, work, *rest, **options):
+        if work == "decode":
+            raise KeyboardInterrupt
+        return {"row": row.name, "work": work, "floor_flops_ms": 1.0, "floor_bytes_ms": 1.0, "implementations": {}}
+
+    replaced = {"gate": lambda *row: {"out": 0.0}, "ceilings": lambda small: {}, "measure": measure}
+    with pytest.raises(KeyboardInterrupt):
+        run("attention", "--small", "--implementations", "xla", **replaced)
+    report = json.loads((tmp_path / "results" / "attention.json").read_text())
+    assert [row["work"] for row in report["rows"]] == ["forward"]
+
+
+def test_one_row_of_the_table_can_be_measured_alone(run, monkeypatch, tmp_path):
+    def measure(row, work, *rest, **options):
+        return {"row": row.name, "work": work, "floor_flops_ms": 1.0, "floor_bytes_ms": 1.0, "implementations": {}}
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    replaced = {"gate": lambda *row: {"out": 0.0}, "ceilings": lambda small: {}, "measure": measure}
+    run("attention", "--rows", "720p (3h,w)", **replaced)
+    report = json.loads((tmp_path / "results" / "attention.json").read_text())
+    assert {row["row"] for row in report["rows"]} == {"720p (3h,w)"}
