@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; nothing outside this folder is touched.
+# Every target sets up what it needs in .venv; nothing is installed outside this folder.
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ help:
 	@echo "make clean      remove .venv and caches"
 
 $(VENV)/python: .python-version
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.12 or run 'make PYTHON=/path/to/python3.12 ...'" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { echo "error: $(PYTHON) is not a Python 3.12 or newer; install one, or run 'make PYTHON=/path/to/python3.12 ...'" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -4,8 +4,10 @@ import ast
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -63,29 +65,31 @@ print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 
     assert run.stdout.strip() == "(1, 12, 1, 4)"
 
 
-def test_the_wheel_works_beside_a_users_own_models_and_train(tmp_path):
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what is packaged: setuptools leaves a build folder, whose old modules would be in later wheels."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in {*ORDER, "tests", "benchmarks"}:
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file():
+            shutil.copy(path, copy)
+    return copy
+
+
+def test_the_wheel_works_beside_a_users_own_models_and_train(source, tmp_path):
     """The wheel holds all five packages with their data; a user's folders of the same names do not disturb it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("monarchrt-*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
     assert {name.split("/")[0] for name in names if not name.startswith("monarchrt-")} == set(ORDER)
-    for package in ORDER:
-        assert f"{package}/py.typed" in names
-    assert "train/demo/assets/big_buck_bunny.mp4" in names
+    files = {str(path.relative_to(source)) for package in ORDER for path in (source / package).rglob("*.*")}
+    assert files <= set(names), "modules, py.typed, tuned sizes, the page and the demo's clip"
     project = tmp_path / "project"
     for name in ("models", "train"):
         (project / name).mkdir(parents=True)
@@ -98,6 +102,35 @@ print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 
 """
     run = python(code, cwd=project, PYTHONPATH=f"{project}{os.pathsep}{site}")
     assert run.returncode == 0, run.stderr
+
+
+def test_the_source_distribution_holds_what_its_tests_need(source, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run = python(code, cwd=source)
+    assert run.returncode == 0, run.stderr
+    (sdist,) = tmp_path.glob("monarchrt-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = (*ORDER, "tests", "benchmarks")
+    files = {str(path.relative_to(source)) for folder in folders for path in (source / folder).rglob("*.*")}
+    files -= {name for name in files if name.startswith("benchmarks/results")}
+    assert files | {"Makefile", "README.md", "CHANGELOG.md", "LICENSE"} <= names
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize("script", [None, "exit 1", "exit 127"], ids=["missing", "old", "a shim of none"])
+def test_make_asks_for_a_python_that_serves(script, tmp_path):
+    for name in ("Makefile", ".python-version"):
+        shutil.copy(ROOT / name, tmp_path)
+    interpreter = tmp_path / "python"
+    if script:
+        interpreter.write_text(f"#!/bin/sh\n{script}\n")
+        interpreter.chmod(0o755)
+    command = ["make", f"PYTHON={interpreter}", "demo"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode
+    assert f"error: {interpreter} is not a Python 3.12 or newer; install one" in run.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("number", range(3))
