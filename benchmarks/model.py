@@ -89,7 +89,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
             report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
-            report["rows"] = results
+            report |= {"repeats": args.repeats, "rows": results}
             (args.out / "model.json").write_text(json.dumps(report, indent=1))
 
 
