@@ -128,7 +128,14 @@ def parse() -> argparse.Namespace:
     )
     names = [row.name for row in ROWS]
     sizes = list(dict.fromkeys(name.split()[0] for name in names))
-    parser.add_argument("--rows", nargs="+", choices=[*sizes, *names], default=sizes, help="default: all")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=sizes,
+        choices=[*sizes, *names],
+        metavar="ROW",
+        help=f"of {', '.join(map(repr, [*sizes, *names]))}; default: all",
+    )
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
     parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
     parser.add_argument("--results", nargs="+", type=Path, help="print and plot these attention.json, measure nothing")
