@@ -63,8 +63,8 @@ def _ptx(text: str, *operands, constraints: str, result=None, pure: bool = False
     )
 
 
-def _four(kind=None):
-    return llvm.StructType.get_literal([kind or _i32()] * 4)
+def _four():
+    return llvm.StructType.get_literal([_i32()] * 4)
 
 
 def _unpack(found, count: int, kind=None):
