@@ -12,6 +12,8 @@ import zipfile
 
 import pytest
 
+import monarch_jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = {"train": 3, "models": 2, "monarch_jax": 1, "pallas_kernels": 0, "triton_kernels": 0}
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
@@ -82,7 +84,7 @@ def test_the_wheel_works_beside_a_users_own_models_and_train(source, tmp_path):
     """The wheel holds all five packages with their data; a user's folders of the same names do not disturb it."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("monarchrt-*.whl")
+    (wheel,) = tmp_path.glob(f"monarchrt-{monarch_jax.__version__}-*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -39,7 +39,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: monarchrt [--debug] COMMAND ...",
+            "usage: monarchrt [--version] [--debug] COMMAND ...",
             "",
             "Tiled Monarch attention for video diffusion transformers, in JAX.",
             "",
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2
+    if given[0] == "--version":
+        print(f"monarchrt {importlib.import_module('monarch_jax').__version__}")
+        return 0
     name, *rest = given
     if not debug:
         _quiet_storage()

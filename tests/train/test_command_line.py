@@ -1,6 +1,7 @@
 """Settings, logs and the command line, as far as no training is needed."""
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -240,6 +241,11 @@ def test_unknown_command_and_no_command(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert "monarchrt COMMAND --help" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"monarchrt {importlib.metadata.version('monarchrt')}\n"
 
 
 def test_help_into_a_pipe_that_closes():

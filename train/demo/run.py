@@ -47,9 +47,9 @@ class DemoResult:
         return self.untrained - self.dense
 
     @property
-    def closed(self) -> float:
-        """Share of the gap that finetuning closes; may exceed 1."""
-        return (self.untrained - self.finetuned) / self.gap
+    def closed(self) -> float | None:
+        """Share of the gap that finetuning closes; may exceed 1. None where the swap cost nothing."""
+        return (self.untrained - self.finetuned) / self.gap if self.gap > 0 else None
 
 
 def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
@@ -151,6 +151,7 @@ def _table(result: DemoResult) -> Table:
     table = Table("attention", "map stored", "held-out loss", "gap closed")
     table.add_row("dense", "100%", f"{result.dense:.4f}", "")
     stored = f"{1 - result.sparsity:.1%}"
+    closed = "no gap" if result.closed is None else f"{result.closed:.0%}"
     table.add_row("Monarch, untrained", stored, f"{result.untrained:.4f}", "0%")
-    table.add_row("Monarch, finetuned", stored, f"{result.finetuned:.4f}", f"{result.closed:.0%}")
+    table.add_row("Monarch, finetuned", stored, f"{result.finetuned:.4f}", closed)
     return table
