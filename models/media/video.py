@@ -27,7 +27,7 @@ def read_clip(
     max_frames: int | None = None,
     min_frames: int = 1,
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Reads a clip, resized to cover `height x width` with its shape kept, then cropped in the middle.
+    """Reads a clip, upright, resized to cover `height x width` with its shape kept, then cropped in the middle.
 
     Args:
         path: A video file that FFmpeg can decode.
@@ -107,11 +107,14 @@ def _decode(container: "av.container.InputContainer", path: Path):
 
 
 def _fit(frame: "av.VideoFrame", height: int, width: int) -> np.ndarray:
+    turns = round(frame.rotation / 90) % 4  # counterclockwise; a phone stores what it saw, and how it was held
+    if turns % 2:
+        height, width = width, height
     scale = max(height / frame.height, width / frame.width)
     scaled_h, scaled_w = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
     picture = frame.reformat(width=scaled_w, height=scaled_h, format="rgb24", interpolation="AREA").to_ndarray()
     top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
-    return picture[top : top + height, left : left + width]
+    return np.rot90(picture[top : top + height, left : left + width], turns)
 
 
 def write_mp4(path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float = 12.0, quality: int = 16) -> Path:

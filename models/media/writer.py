@@ -10,6 +10,7 @@ from typing import Any
 import av
 import av.error
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
 from models.errors import UserError, report_full_disk
@@ -121,6 +122,9 @@ class Mp4Writer:
         container.metadata.update(self._metadata)
         self._stream = container.add_stream("libx264", rate=self._fps)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        # untagged, players take 720 rows and more for BT.709, and colours shift
+        self._stream.codec_context.colorspace = Colorspace.ITU601
+        self._stream.codec_context.color_range = ColorRange.MPEG
         self._stream.options = {"crf": str(self._quality), "preset": "medium"}
         return container
 
@@ -170,8 +174,8 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         raise UserError(f"video {path} does not exist; give an .mp4 made by monarchrt generate")
     try:
         with av.open(str(path)) as container:
-            return json.loads(container.metadata["comment"])[KEY]
+            return dict(json.loads(container.metadata["comment"])[KEY].items())
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"video {path} is damaged or not a video ({error.strerror or error})") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"video {path} holds no settings; it was not made by monarchrt generate") from error

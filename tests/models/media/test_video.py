@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from models.errors import UserError
 from models.media.video import read_clip, side_by_side, write_mp4
@@ -29,6 +30,26 @@ def test_covers_and_crops_in_the_middle(tmp_path):
     path = write_mp4(tmp_path / "wide.mp4", wide, quality=4)
     square = read_clip(path, height=32, width=32)
     assert square[:, 4:-4, 4:-4].mean() > 240
+
+
+@pytest.mark.parametrize(("orientation", "red"), [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])
+def test_pictures_are_upright(tmp_path, orientation, red):
+    """As a camera was held: EXIF's orientation."""
+    picture, exif = Image.new("RGB", (64, 48)), Image.Exif()
+    picture.paste((250, 0, 0), (0, 0, 32, 48))
+    exif[0x112] = orientation
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    height, width = (64, 48) if red in ("top", "bottom") else (48, 64)
+    upright = read_clip(tmp_path / "a.jpg", height=height, width=width)[0, ..., 0].astype(int)
+    halves = {
+        "left": upright[:, : width // 2 - 4],
+        "right": upright[:, width // 2 + 4 :],
+        "top": upright[: height // 2 - 4],
+        "bottom": upright[height // 2 + 4 :],
+    }
+    opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[red]
+    assert halves[red].min() > 200
+    assert halves[opposite].max() < 60
 
 
 def test_stride_and_limit(clip):

@@ -6,6 +6,7 @@ from typing import ClassVar
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 
 from models.errors import DiskFullError, UserError
 from models.media.metrics import fidelity
@@ -26,7 +27,18 @@ class TestWriter:
         assert read_clip(path, height=32, width=48).shape == FRAMES.shape
         with av.open(str(path)) as container:
             assert container.metadata["title"] == "a title"
+            assert container.streams.video[0].codec_context.colorspace == Colorspace.ITU601
             assert container.streams.video[0].average_rate == 16
+
+    def test_what_is_no_settings(self, tmp_path):
+        with av.open(str(tmp_path / "a.mp4"), "w") as container:
+            container.metadata["comment"] = '{"monarchrt": ["not", "by", "name"]}'
+            stream = container.add_stream("libx264", rate=8)
+            stream.width, stream.height = 48, 32
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24")))
+            container.mux(stream.encode())
+        with pytest.raises(UserError, match="holds no settings"):
+            read_settings(tmp_path / "a.mp4")
 
     def test_ctrl_c_keeps_the_frames_so_far(self, tmp_path):
         path = tmp_path / "clip.mp4"
