@@ -40,7 +40,10 @@ class Windows:
     def __post_init__(self):
         self.table()
         if self.window is not None and not 1 <= self.context < self.window:
-            raise ValueError(f"context={self.context} frames is not in 1...{self.window - 1}, below window.")
+            raise ValueError(
+                f"window={self.window} frames has no room for context={self.context} finished and at least one new "
+                f"frame; use a window of at least {max(self.context, 1) + 1} and a context of at least 1."
+            )
 
     def table(self) -> SamplerTable:
         """The sampler."""
