@@ -1,6 +1,5 @@
 """`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,9 +139,6 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
     decoder = PatchDecoder(PatchDCT(patch=run.data.patch, whitening=run.data.whitening))
     precision = "bf16" if config.precision == "bf16" else "fp32"
     wan = model_settings(run.model, channels=decoder.channels, precision=precision)
-    causal = wan.causal_block
-    if config.mode in ("auto", "autoregressive") and causal is not None:
-        config = dataclasses.replace(config, block=causal)
     plan = make_plan(config, defaults=run_defaults(run), model=wan, spatial=decoder.spatial, temporal=decoder.temporal)
     if config.prompt or config.negative_prompt or config.embeddings:
         _say(f"note: {path} was trained without text; the prompt does nothing")

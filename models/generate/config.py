@@ -5,7 +5,8 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -102,8 +103,8 @@ class GenerateConfig:
     guidance: float | None = None
     """Weight of classifier-free guidance. Default: 1 (none) for few-step and runs, 5 otherwise."""
 
-    block: int = 3
-    """Latent frames per block, autoregressive."""
+    block: int | None = None
+    """Latent frames per block, autoregressive. Default: those that the model was trained on, or 3."""
 
     independent_first_frame: bool = False
     """Autoregressive: the first latent frame is a block of its own, as models that begin with an image need."""
@@ -162,10 +163,10 @@ class GenerateConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "steps", "window", "condition_frames", "zoom"):
+        for name in ("frames", "height", "width", "steps", "window", "block", "condition_frames", "zoom"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        for name in ("block", "context", "num_iters"):
+        for name in ("context", "num_iters"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("fps", "shift"):
             value = getattr(self, name)
@@ -214,10 +215,23 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     unknown = sorted(set(values) - fields)
     _require(not unknown, f"{source} was made by another version: it has the settings {', '.join(unknown)}")
-    paths = {"components", "embeddings", "save_embeddings"}
-    revived: dict[str, Any] = {
-        name: Path(value) if name in paths and value is not None else value for name, value in values.items()
-    }
-    if revived.get("tile") is not None:
-        revived["tile"] = tuple(revived["tile"])
-    return GenerateConfig(**revived)
+    hints = get_type_hints(GenerateConfig)
+    return GenerateConfig(**{name: _revived(name, hints[name], value, source) for name, value in values.items()})
+
+
+def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
+    """A JSON value as a setting of this type."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, UnionType) else [hint]
+    if value is None and kinds != [hint]:
+        return None
+    kind = getattr(kinds[0], "__value__", kinds[0])
+    if get_origin(kind) is Literal:
+        fits = value in get_args(kind)
+    elif get_origin(kind) is tuple:
+        fits = isinstance(value, list) and [type(part) for part in value] == list(get_args(kind))
+        kind = tuple
+    else:
+        stored = {Path: (str,), float: (float, int)}.get(kind, (kind,))
+        fits = type(value) in stored
+    _require(fits, f"{source} has {name}={value!r} in its settings, which is not one that monarchrt generate takes")
+    return kind(value) if kind in (Path, float, tuple) else value

@@ -1,6 +1,5 @@
 """Finding and loading the parts of a Wan checkpoint: network, VAE, text encoder and tokenizer."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,8 +107,6 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
     with user_input():
         source = open_source(config.checkpoint or "", weights=config.weights)
     causal = source.config.causal_block
-    if causal is not None:
-        config = dataclasses.replace(config, block=causal)
     distilled = causal is not None or source.weights.startswith("generator")
     defaults = Defaults(mode="autoregressive", sampler="few-step") if distilled else Defaults(mode="bidirectional")
     plan = make_plan(config, defaults=defaults, model=source.config)

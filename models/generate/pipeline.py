@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from models.errors import UserError
 from models.generate.decoders import FrameDecoder
 from models.generate.plan import PIECE, Plan
 from models.sampling import Rollout, autoregressive, windows
@@ -85,6 +87,7 @@ class VideoPipeline:
 
         Raises:
             ValueError: If shapes do not fit; before anything is computed.
+            UserError: If latents are NaN or infinite; the frames before them were handed out.
         """
         parts = self.latents(text, plan=plan, negative=negative, initial=initial)
         self.decoder.prepare(1, plan.parts, *plan.latents[1:])
@@ -96,10 +99,18 @@ class VideoPipeline:
         for latents in parts:
             frames, state = self.decoder.decode(latents, state)
             if waiting is not None:
-                yield np.asarray(waiting)[0]
-            waiting = frames
+                yield _fetched(*waiting)
+            waiting = frames, jnp.isfinite(latents).all()
         if waiting is not None:
-            yield np.asarray(waiting)[0]
+            yield _fetched(*waiting)
+
+
+def _fetched(frames: Array, finite: Array) -> np.ndarray:
+    if not finite:
+        raise UserError(
+            "the latents are NaN or infinite; check the checkpoint's weights, or compute with --precision fp32"
+        )
+    return np.asarray(frames)[0]
 
 
 def _pieces(parts: Iterator[Array]) -> Iterator[Array]:

@@ -8,8 +8,10 @@ from models.generate.config import GenerateConfig
 from models.sampling import Rollout, Windows
 from models.wan import DenseAttention, MonarchAttention, WanConfig
 
+LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
 LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
+BLOCK = 3  # latent frames, of Self-Forcing
 PIECE = 3  # latent frames that a clip made at once is decoded in
 
 
@@ -129,7 +131,7 @@ def make_plan(
     Raises:
         UserError: If a size, a number of frames, a tile or a setting does not fit; the message names one that does.
     """
-    config = _complete(config, defaults)
+    config = _complete(config, defaults, model)
     _check_model(model)
     latents = (_latent_frames(config, temporal), *_latent_size(config, model, spatial))
     with user_input():
@@ -138,8 +140,8 @@ def make_plan(
                 sampler=config.sampler,
                 steps=config.steps,
                 shift=config.shift or 5.0,
-                guidance=config.guidance or 1.0,
-                block=config.block,
+                guidance=1.0 if config.guidance is None else config.guidance,
+                block=config.block or BLOCK,
                 independent_first_frame=config.independent_first_frame,
                 window=config.window or _window(config, latents[0]),
                 sink_frames=config.sink_frames,
@@ -149,15 +151,13 @@ def make_plan(
                 sampler=config.sampler,
                 steps=config.steps,
                 shift=config.shift or 5.0,
-                guidance=config.guidance or 1.0,
+                guidance=1.0 if config.guidance is None else config.guidance,
                 window=config.window if config.mode == "windows" else None,
                 context=config.context,
             )
         attention = _attention(config, model)
     plan = Plan(
-        config=dataclasses.replace(
-            config, window=settings.window, zoom=config.zoom or max(1, -(-SMALLEST_WIDTH // (config.width or 1)))
-        ),
+        config=dataclasses.replace(config, window=settings.window, zoom=_zoom(config)),
         latents=latents,
         settings=settings,
         attention=attention,
@@ -168,7 +168,7 @@ def make_plan(
     return plan
 
 
-def _complete(config: GenerateConfig, defaults: Defaults) -> GenerateConfig:
+def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> GenerateConfig:
     """With the checkpoint's defaults."""
     mode = defaults.mode if config.mode == "auto" else config.mode
     if config.sampler != "auto":
@@ -193,7 +193,11 @@ def _complete(config: GenerateConfig, defaults: Defaults) -> GenerateConfig:
         window = defaults.window
         if window is None:
             raise UserError("mode is 'windows', but there is no window; give --window, its number of latent frames")
-    return dataclasses.replace(config, mode=mode, sampler=sampler, window=window, **filled)
+    trained = model.causal_block
+    if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
+        raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
+    block = config.block or trained or BLOCK
+    return dataclasses.replace(config, mode=mode, sampler=sampler, window=window, block=block, **filled)
 
 
 def _check_model(model: WanConfig) -> None:
@@ -207,7 +211,7 @@ def _check_model(model: WanConfig) -> None:
 
 def _latent_frames(config: GenerateConfig, temporal: int) -> int:
     """Latent frames of the video; they must make whole blocks."""
-    first = 1 if config.independent_first_frame else 0
+    first, block = (1 if config.independent_first_frame else 0), config.block or BLOCK
     blocked = config.mode == "autoregressive"
 
     def whole(frames: int) -> bool:
@@ -215,16 +219,16 @@ def _latent_frames(config: GenerateConfig, temporal: int) -> int:
         latents += 1
         if over or latents < 1:
             return False
-        return not blocked or (latents > first and (latents - first) % config.block == 0)
+        return not blocked or (latents > first and (latents - first) % block == 0)
 
     frames = config.frames or 1
     if not whole(frames):
         below = next((n for n in range(frames, 0, -1) if whole(n)), None)
-        above = next(n for n in range(frames, frames + 4 * temporal * config.block + 2) if whole(n))
+        above = next(n for n in range(frames, frames + 4 * temporal * block + 2) if whole(n))
         nearest = f"{below} or {above}" if below else f"{above}"
         rules = [f"be 1 + {temporal} k"] if temporal > 1 else []
         if blocked:
-            rules.append(f"make {'after the first one ' if first else ''}whole blocks of {config.block} latent frames")
+            rules.append(f"make {'after the first one ' if first else ''}whole blocks of {block} latent frames")
         raise UserError(f"frames is {frames}; it must {' and '.join(rules)}; the nearest: {nearest}")
     return 1 + (frames - 1) // temporal
 
@@ -242,14 +246,38 @@ def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tupl
     return sizes[0], sizes[1]
 
 
+def _zoom(config: GenerateConfig) -> int:
+    """How much the file's pixels are enlarged; the encoder must take the result."""
+    height, width = config.height or 1, config.width or 1
+    across = width * (2 if config.compare_dense else 1)
+    zoom, largest = config.zoom or max(1, -(-SMALLEST_WIDTH // width)), LARGEST_SIDE // max(height, across)
+    if not largest:
+        raise UserError(f"height x width is {height} x {width}; the file takes at most {LARGEST_SIDE} pixels a side")
+    if config.zoom is not None and zoom > largest:
+        raise UserError(
+            f"zoom is {zoom}: the file would have {zoom * height} x {zoom * across} pixels, and takes at most "
+            f"{LARGEST_SIDE} a side; use at most {largest}"
+        )
+    return min(zoom, largest)
+
+
 def _window(config: GenerateConfig, latents: int) -> int | None:
     """What a long video is rolled over with, in whole blocks; None if all of it fits."""
     if latents <= LONGEST_WITHOUT_WINDOW:
         return None
-    return max(1, LONGEST_WITHOUT_WINDOW // config.block) * config.block
+    block = config.block or BLOCK
+    return max(1, LONGEST_WITHOUT_WINDOW // block) * block
 
 
 def _attention(config: GenerateConfig, model: WanConfig):
+    if config.attention != "monarch":
+        default = GenerateConfig()
+        for name in ("blocks", "num_iters", "implementation"):
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise UserError(
+                    f"{name} is {value!r}, which goes with --tile or --attention monarch; attention is "
+                    f"{config.attention!r}"
+                )
     if config.attention == "dense":
         return DenseAttention()
     if config.attention == "stored":

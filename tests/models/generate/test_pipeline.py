@@ -224,6 +224,13 @@ class TestMakeVideo:
         assert not list(tmp_path.iterdir())
 
 
+def test_latents_that_are_not_finite(tiny, tmp_path):
+    pipeline, plan = tiny
+    with pytest.raises(UserError, match="the latents are NaN or infinite"):
+        make_video(pipeline, jnp.nan * TEXT, plan=plan(out=tmp_path / "a.mp4"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_are_json(tmp_path):
     config = GenerateConfig(out=tmp_path / "a.mp4", embeddings=tmp_path / "e", tile=(1, 2, 3))
     stored = json.loads(json.dumps(config.stored()))

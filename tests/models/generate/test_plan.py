@@ -38,6 +38,19 @@ class TestDefaults:
         assert made.settings == Windows(sampler="euler", steps=7, shift=8.0, guidance=6.0)
         assert made.latents == (9, 30, 52)
 
+    def test_no_weight_for_the_prompt(self):
+        made = plan(WHOLE, guidance=0.0)
+        assert made.settings.guidance == 0.0
+        assert made.guides
+
+    def test_blocks_of_the_model(self):
+        causal = dataclasses.replace(WAN, causal_block=2)
+        assert plan(model=causal, frames=13).settings.block == 2
+        assert plan(model=causal, frames=13, block=2).config.block == 2
+        with pytest.raises(UserError, match="block is 3, but the model was trained on blocks of 2"):
+            plan(model=causal, frames=13, block=3)
+        assert plan(block=7).settings.block == 7
+
     def test_few_steps_on_a_bidirectional_model(self):
         assert plan(WHOLE, sampler="few-step").settings == Windows(sampler="few-step", steps=4)
 
@@ -92,6 +105,12 @@ class TestRefusals:
                 dict(window=3, sink_frames=3, frames=93),
                 "window=3 frames has no room for a block of 3 and sink_frames=3",
             ),
+            (dict(num_iters=3), "num_iters is 3, which goes with --tile or --attention monarch; attention is 'stored'"),
+            (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with --tile"),
+            (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
+            (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
+            (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
+            (dict(mode="windows", window=1), "use a window of at least 2"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
         ],
     )
@@ -127,6 +146,25 @@ class TestRefusals:
     def test_image_to_video_models(self):
         with pytest.raises(UserError, match=r"can be sampled: take one, such as Wan-AI/Wan2\.1-T2V"):
             plan(model=wan_config("wan2.1-i2v-14b"))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("frames", "9"),
+            ("frames", True),
+            ("seed", None),
+            ("seed", 1.5),
+            ("mode", "forwards"),
+            ("tile", [1, 2]),
+            ("tile", 7),
+            ("condition", 4),
+            ("components", 4),
+            ("independent_first_frame", "no"),
+        ],
+    )
+    def test_edited_settings(self, tmp_path, name, value):
+        with pytest.raises(UserError, match=f"has {name}=.* in its settings, which is not one that"):
+            from_stored(GenerateConfig().stored() | {name: value}, source=tmp_path)
 
     def test_settings_of_another_version(self, tmp_path):
         with pytest.raises(UserError, match="another version: it has the settings colour"):
