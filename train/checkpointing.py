@@ -158,7 +158,7 @@ class Checkpoints:
         One that cannot is moved to `unreadable_checkpoints/` of the run folder, and the one before is tried.
 
         Args:
-            template: A state of the same structure, shapes and shardings.
+            template: A state of the same structure, shapes and shardings; its leaves may be `jax.ShapeDtypeStruct`.
             check: Called with the identity and step of a checkpoint before its arrays are read; raises UserError if
                 it belongs to something else.
             note: Called with one line for each checkpoint that could not be read.
@@ -206,27 +206,38 @@ class Checkpoints:
         Raises:
             UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
         """
+        with self._newest() as step, _quiet_asyncio():
+            contents = self._about(step)["arrays"]
+            prefix = "ema" if any(name.startswith("ema.") for name in contents) else "params"
+            names = {f"{prefix}.{name}": leaf for name, leaf in _named_params(template).items()}
+            missing = sorted(set(names) - set(contents))
+            if missing:
+                raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
+            arrays = self._read(step, names, contents)
+        structure = jax.tree.structure(template)
+        return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the newest checkpoint's arrays by name, such as `params.head.proj.kernel`.
+
+        Raises:
+            UserError: If there is no checkpoint, or it cannot be read.
+        """
+        with self._newest() as step:
+            return {name: tuple(array["shape"]) for name, array in self._about(step)["arrays"].items()}
+
+    @contextlib.contextmanager
+    def _newest(self) -> Iterator[int]:
         complete = self.steps()
         if not complete:
             raise UserError(f"{self.path} has no checkpoint to start from; give the folder of a finished run")
         try:
-            with _quiet_asyncio():
-                contents = self._about(complete[-1])["arrays"]
-                prefix = "ema" if any(name.startswith("ema.") for name in contents) else "params"
-                names = {
-                    f"{prefix}.{name.removeprefix('params.')}": leaf for name, leaf in _named_params(template).items()
-                }
-                missing = sorted(set(names) - set(contents))
-                if missing:
-                    raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
-                arrays = self._read(complete[-1], names, contents)
+            yield complete[-1]
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # Orbax raises whatever its storage layer raised
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} is corrupt ({reason})") from error
-        structure = jax.tree.structure(template)
-        return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]

@@ -42,11 +42,6 @@ def find_run(path: Path) -> TrainConfig | None:
     return None
 
 
-def run_channels(run: TrainConfig) -> int | None:
-    """Latent channels of a run's network: of its patch transform; None, the preset's, for precomputed latents."""
-    return 3 * run.data.patch**2 if run.data.latents is None else None
-
-
 def run_model(folder: Path, run: TrainConfig, *, precision: str = "fp32") -> "WanModel":
     """The network of a run with the parameters of its newest checkpoint: their moving average, if there is one.
 
@@ -71,10 +66,12 @@ def run_model(folder: Path, run: TrainConfig, *, precision: str = "fp32") -> "Wa
     from train.model import model_settings
     from train.state import split_model
 
-    settings = model_settings(run.model, channels=run_channels(run), precision=precision)
-    graph, params, fixed = split_model(nnx.eval_shape(lambda: WanModel(settings, rngs=nnx.Rngs(0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params)
     with Checkpoints(folder, read_only=True) as checkpoints:
+        kernel = checkpoints.shapes().get("params.patch_embedding.kernel", (None, None))
+        # the data's channels, which the preset does not tell
+        settings = model_settings(run.model, channels=kernel[-2], precision=precision)
+        graph, params, fixed = split_model(nnx.eval_shape(lambda: WanModel(settings, rngs=nnx.Rngs(0))))
+        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params)
         params = checkpoints.restore_parameters(template)
     return nnx.merge(graph, params, fixed)

@@ -26,7 +26,7 @@ from train.data import ClipWindows, Source, open_source
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
-from train.model import build_model, check_pretrained, model_settings, pretrained_parameters
+from train.model import build_model, check_pretrained, check_same_network, model_settings, pretrained_parameters
 from train.run_folder import claim_folder, compare_identity, identity, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
@@ -98,57 +98,69 @@ class _Run:
         self.config, self.source, self.quiet = config, source, quiet
         run = config.run
         self.identity = identity(config, fingerprint=source.fingerprint)
-        saved = run.resume and (run.folder / FOLDER_NAME).is_dir()
-        self.previous = Checkpoints(run.folder, keep=run.keep) if saved else None
+        found = run.resume and (run.folder / FOLDER_NAME).is_dir()
+        self.previous = Checkpoints(run.folder, keep=run.keep) if found else None
         if self.previous:
             self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
+        self.model = model
+        self.build = functools.partial(
+            build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
+        )
         if model is None:
-            build = functools.partial(
-                build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
-            )
-            model = nnx.eval_shape(build)
-            if run.init_from is not None and not saved and not (run.init_from / FOLDER_NAME).is_dir():
-                check_pretrained(run.init_from, model.config)
-            self._check(model)
-            # parameters that come from elsewhere are not drawn first: a large model would be held twice
-            if run.init_from is None or saved or jax.tree.leaves(split_model(model)[2]):
-                model = build()
-            self.graph, params, fixed = split_model(model)
-        else:
-            self._check(model)
-            # a step overwrites its input; the caller keeps the model that was given
-            self.graph, *variables = split_model(model)
-            params, fixed = jax.tree.map(jnp.copy, variables)
+            model = nnx.eval_shape(self.build)
+        if run.init_from is not None and not (self.previous and self.previous.steps()):
+            self._check_origin(run.init_from, model)
+        self.graph, params, fixed = split_model(model)
         self.optimizer = make_optimizer(config.optimizer, steps=run.steps)
-        self.state = self._new_state(params, fixed)
+        self.template = self._template(params, fixed)
         self.step_fn: StepFn = make_train_step(
             self.graph,
             self.optimizer,
             objective=config.objective,
             settings=config.optimizer,
             steps=run.steps,
-            shardings=self.placement.shardings(self.state),
+            shardings=self.placement.shardings(self.template),
         )
+        self._check_step()
         self.error_fn = make_error_fn(self.graph, objective=config.objective)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
         self.samplers: dict[str, Callable[..., jax.Array]] = {}
 
-    def _check(self, model: nnx.Module) -> None:
-        """Traces the network: shapes, tiles and backends are checked before anything is computed or written."""
+    def _check_origin(self, origin: Path, model: Any) -> None:
+        """Looks whether the parameters to start from are of the network's sizes; reads none."""
+        if not (origin / FOLDER_NAME).is_dir():
+            check_pretrained(origin, model.config)
+            return
+        with Checkpoints(origin, read_only=True) as checkpoints:
+            checkpoints.check_newest(lambda saved, step: check_same_network(origin, saved, self.config.model))
+
+    def _template(self, params: Any, fixed: Any) -> TrainState:
+        """Shapes and places of the state."""
+        shapes = jax.eval_shape(self._create, params, fixed)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self.placement.shardings(shapes),
+        )
+
+    def _create(self, params: Any, fixed: Any) -> TrainState:
         config = self.config
-        if config.run.sample_every and not isinstance(self.source, ClipWindows):
+        average = config.optimizer.ema_decay is not None
+        return create_state(params, fixed, self.optimizer, seed=config.run.seed, ema=average)
+
+    def _check_step(self) -> None:
+        """Traces a step: shapes, tiles and backends are checked before anything is computed or written."""
+        run = self.config.run
+        if run.sample_every and not isinstance(self.source, ClipWindows):
             raise UserError(
-                f"sample_every is {config.run.sample_every}, but latents cannot be shown as pixels without their "
+                f"sample_every is {run.sample_every}, but latents cannot be shown as pixels without their "
                 f"decoder; use sample_every 0, or a video"
             )
-        graph, params, fixed = split_model(model)
-        batch = self.source.train_batch(0, config.run.batch, config.run.seed)
-        errors = make_error_fn(graph, objective=config.objective)
-        sigma = np.zeros(config.run.batch, np.float32)
+        batch = self.source.train_batch(0, run.batch, run.seed)
         with user_input():
-            jax.eval_shape(errors, params, fixed, *batch, batch.latents, sigma)
+            jax.eval_shape(self.step_fn, self.template, *batch)
 
     def go(self, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
         config, run = self.config, self.config.run
@@ -156,17 +168,16 @@ class _Run:
         start, restored = 0, None
         notes: list[str] = []
         if checkpoints:
-            restored = checkpoints.restore(self.state, check=self._compare(notes), note=notes.append)
+            restored = checkpoints.restore(self.template, check=self._compare(notes), note=notes.append)
             if restored is not None:
-                self.state, start = restored, int(restored.step)
+                start = int(restored.step)
         if run.resume:
             notes.append(
                 f"resuming {run.folder} at step {start}"
                 if restored is not None
                 else f"nothing to resume in {run.folder}"
             )
-        if run.init_from is not None and restored is None:
-            self._init_from(run.init_from)
+        self.state = self._start() if restored is None else restored
         write_config(config)
         self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
         with (
@@ -199,29 +210,27 @@ class _Run:
 
         return check
 
-    def _new_state(self, params: Any, fixed: Any) -> TrainState:
-        """The state at step 0, placed; from parameters that are only shapes, shapes with their places."""
-        config = self.config
-        create = functools.partial(
-            create_state, seed=config.run.seed, ema=config.optimizer.ema_decay is not None, optimizer=self.optimizer
-        )
-        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            return self.placement.state(create(params, fixed))
-        shapes = jax.eval_shape(create, params, fixed)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            self.placement.shardings(shapes),
-        )
+    def _start(self) -> TrainState:
+        """The state at step 0, made where it lives: no device need hold the whole of it."""
+        places = self.placement.shardings(self.template)
+        make = functools.partial(jax.jit, out_shardings=places)
+        origin = self.config.run.init_from
+        if self.model is None and origin is None:
+            return make(lambda: self._create(*split_model(self.build())[1:]))()
+        params, fixed = self.template.params, self.template.fixed
+        if self.model is not None:
+            # a step overwrites its input; the caller keeps the model that was given
+            params, fixed = jax.tree.map(jnp.copy, split_model(self.model)[1:])
+        if origin is not None:
+            params = self._parameters_of(origin)
+        return make(self._create)(*jax.device_put((params, fixed), (places.params, places.fixed)))
 
-    def _init_from(self, folder: Path) -> None:
-        if (folder / FOLDER_NAME).is_dir():
-            with Checkpoints(folder, read_only=True) as checkpoints:
-                params = checkpoints.restore_parameters(self.state.params)
-        else:
-            model = nnx.merge(self.graph, self.state.params, self.state.fixed)
-            params = pretrained_parameters(folder, model.config)
-        self.state = self._new_state(params, self.state.fixed)
+    def _parameters_of(self, origin: Path) -> Any:
+        if (origin / FOLDER_NAME).is_dir():
+            with Checkpoints(origin, read_only=True) as checkpoints:
+                return checkpoints.restore_parameters(self.template.params)
+        model: Any = nnx.merge(self.graph, self.template.params, self.template.fixed)
+        return pretrained_parameters(origin, model.config, sharding=lambda _, shape: self.placement.sharding(shape))
 
     def _step(self, step: int) -> None:
         run = self.config.run

@@ -1,8 +1,9 @@
 """From the settings of a run to a Wan model."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError, user_input
 from train.config import ModelConfig
@@ -10,6 +11,7 @@ from train.config import ModelConfig
 if TYPE_CHECKING:
     from flax import nnx
 
+    from models.checkpoints.reading import Shardings
     from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel
 
 
@@ -120,6 +122,32 @@ def check_pretrained(path: Path, settings: "WanConfig") -> None:
         raise UserError(_not_ours(path, error) + hint) from error
 
 
+def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConfig) -> None:
+    """Looks whether the run that parameters come from had the same network; shapes do not tell the number of heads.
+
+    Args:
+        origin: Run folder, for the message.
+        saved: What `train.run_folder.identity` says of that run.
+        config: The model's settings of this run; its attention may differ.
+
+    Raises:
+        UserError: If another setting of the network differs; names both values.
+    """
+    from models.wan.checkpoints.load import POLICY
+
+    there = model_settings(ModelConfig(preset=saved["preset"], overrides=tuple(saved["overrides"])))
+    here = model_settings(ModelConfig(preset=config.preset, overrides=config.overrides))
+    differ = [
+        f"{field.name}={getattr(there, field.name)} (here: {getattr(here, field.name)})"
+        for field in dataclasses.fields(here)
+        if field.name not in POLICY and getattr(there, field.name) != getattr(here, field.name)
+    ]
+    if differ:
+        raise UserError(
+            f"init_from {origin} is of another network: {', '.join(differ)}; give its --preset and --overrides"
+        )
+
+
 def _how_to_fit(found: "WanConfig", settings: "WanConfig") -> str:
     """What to change so that `settings` are of the sizes found, as far as an option does it."""
     from models.wan import PRESETS
@@ -143,7 +171,7 @@ def _not_ours(path: Path, error: ValueError) -> str:
     return f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
 
 
-def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
+def pretrained_parameters(path: Path, settings: "WanConfig", *, sharding: "Shardings | None" = None) -> "nnx.State":
     """Reads the parameters of a Wan checkpoint of any format.
 
     The attention that is stored with the weights may differ: finetuning is how weights come to another.
@@ -151,6 +179,7 @@ def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
     Args:
         path: A folder or file, or the name of a Hugging Face repository.
         settings: The network that they are for; its sizes must be the checkpoint's.
+        sharding: Where each goes, by path and shape.
 
     Returns:
         The parameters, in the dtype of `settings`.
@@ -163,7 +192,7 @@ def pretrained_parameters(path: Path, settings: "WanConfig") -> "nnx.State":
     from models.wan.checkpoints import load_checkpoint
 
     try:
-        model = load_checkpoint(path, config=settings, override=True)
+        model = load_checkpoint(path, config=settings, sharding=sharding, override=True)
     except ValueError as error:
         raise UserError(_not_ours(path, error)) from error
     return nnx.state(model, nnx.Param)

@@ -1,5 +1,6 @@
 """Where a run's arrays live: the batch split over the devices, the state copied to all of them or split as well."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,21 +50,18 @@ class Placement:
 
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each array of a state."""
-        return jax.tree.map(self._sharding, state)
-
-    def state(self, state: TrainState) -> TrainState:
-        """Puts a state where it belongs."""
-        return jax.device_put(state, self.shardings(state))
+        return jax.tree.map(lambda leaf: self.sharding(leaf.shape), state)
 
     def batch(self, batch: Any) -> Any:
         """Splits every array's first axis over the devices."""
         return jax.device_put(tuple(batch), NamedSharding(self.mesh, PartitionSpec("data")))
 
-    def _sharding(self, leaf: Any) -> NamedSharding:
+    def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """The sharding of an array of the state."""
         count = self.mesh.size
-        axes = [axis for axis, size in enumerate(leaf.shape) if size >= count and size % count == 0]
+        axes = [axis for axis, size in enumerate(shape) if size >= count and size % count == 0]
         # arrays of a few numbers are not worth a collective
-        if not self._split or not axes or leaf.size < 128 * count:
+        if not self._split or not axes or math.prod(shape) < 128 * count:
             return NamedSharding(self.mesh, PartitionSpec())
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        longest = max(axes, key=lambda axis: shape[axis])
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, "data"))

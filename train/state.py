@@ -146,13 +146,13 @@ def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerCon
     return jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), ema, params)
 
 
-def to_arrays(state: TrainState) -> dict[str, Array]:
+def to_arrays(state: TrainState) -> dict[str, Any]:
     """Flattens a state to arrays under readable names, such as `params.head.proj.kernel`.
 
-    The names are all that a checkpoint depends on, not the classes of Flax or Optax.
+    The names are all that a checkpoint depends on, not the classes of Flax or Optax. Of a state of shapes, shapes.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+    return {_name(path): _key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
@@ -167,6 +167,13 @@ def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
 def _name(path: tuple) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name.removesuffix(".value").replace("/", "_")
+
+
+def _key_data(key: Any) -> Any:
+    if not isinstance(key, jax.ShapeDtypeStruct):
+        return jax.random.key_data(key)
+    data = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
@@ -17,9 +18,12 @@ from models.wan.checkpoints.mapping import checkpoint_shape, tensors
 from models.wan.checkpoints.settings import config_to_json, dump_json
 from tests.clips import make_clip
 from train import cli, loop
+from train.checkpointing import Checkpoints
 from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.loop import train
 from train.model import build_model
+from train.run_folder import write_config
+from train.state import create_state, split_model
 
 from .conftest import DATA
 
@@ -44,8 +48,6 @@ def test_convert(folder, tmp_path, capsys):
 
 def test_a_run_becomes_a_model(baseline, tmp_path, capsys):
     """The moving average of a run's newest checkpoint, bit for bit; the run folder is only read."""
-    from train.checkpointing import Checkpoints
-
     run = tmp_path / "run"
     shutil.copytree(baseline, run)
     saving = run / "checkpoints" / f"99{ocp.utils.TMP_DIR_SUFFIX}1"  # another process is writing it
@@ -60,6 +62,23 @@ def test_a_run_becomes_a_model(baseline, tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
     assert f"holds runs; give one of them: {run}" in capsys.readouterr().err
+
+
+def test_a_run_on_latents_of_other_channels_becomes_a_model(tmp_path):
+    settings = TrainConfig(
+        data=DataConfig(latents=tmp_path / "moved"),
+        model=ModelConfig(attention="dense", overrides=("num_layers=1", "dim=24", "num_heads=2", "ffn_dim=48")),
+        run=RunConfig(folder=tmp_path / "run"),
+    )
+    write_config(settings)
+    params, fixed = split_model(build_model(settings.model, channels=6, seed=0))[1:]
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(create_state(params, fixed, optax.identity(), seed=0, ema=False), {})
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "made")]) == 0
+    model = load_checkpoint(tmp_path / "made")
+    assert (model.config.in_channels, model.config.out_channels) == (6, 6)
+    for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_inspect(folder, capsys):

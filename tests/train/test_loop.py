@@ -2,16 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from models.errors import UserError
 from models.media.video import read_clip
+from train import loop
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data import ClipWindows
 from train.evaluate import held_out_loss
 from train.loop import train
+from train.state import create_state
 from train.step import make_error_fn
 
 from .conftest import history
@@ -65,6 +68,22 @@ def test_a_second_run_from_python_repeats_the_first_and_resumes(source, tmp_path
     finished = train(settings(tmp_path / "two", resume=True), source=source, model=Network())
     assert finished.held_out_loss == result.held_out_loss
     assert history(tmp_path / "two") == history(tmp_path / "one")
+
+
+def test_the_state_is_made_where_it_lives(source, tmp_path, monkeypatch):
+    """Traced only: of a state that several devices share, none may have to hold the whole, nor twice on a resume."""
+
+    def traced_only(params, fixed, *args, **kwargs):
+        assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        made.append(1)
+        return create_state(params, fixed, *args, **kwargs)
+
+    made = []
+    monkeypatch.setattr(loop, "create_state", traced_only)
+    train(settings(tmp_path / "run", steps=2), source=source, model=Network())
+    assert len(made) == 2  # its shapes, and the state
+    train(settings(tmp_path / "run", resume=True), source=source, model=Network())
+    assert len(made) == 3
 
 
 def test_log_every_thins_the_log(source, tmp_path):

@@ -229,6 +229,7 @@ def test_resume_with_another_clip_is_refused_and_the_same_clip_elsewhere_is_not(
         (["--overrides", "layers=3"], ["'layers'", "num_layers"]),
         (["--implementation", "cuda"], ["cuda", "xla"]),
         (["--init-from", "nowhere"], ["nowhere", "run folder"]),
+        (["--frames-per-level", "2"], ["frames_per_level is 2", "1, 3"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, tmp_path, capsys, change, parts):
@@ -237,6 +238,16 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, tmp_path, ca
     line = one_error_line(capsys.readouterr().err)
     assert all(part in line for part in parts), line
     assert not folder.exists()
+
+
+def test_init_from_a_run_of_other_heads_is_refused(baseline, arguments, tmp_path, capsys):
+    """Every shape is the same; only the settings tell."""
+    other = ["--overrides", "num_layers=1", "dim=24", "num_heads=4", "ffn_dim=48"]
+    assert main([*arguments, "--folder", str(tmp_path / "run"), "--init-from", str(baseline), *other]) == 2
+    line = one_error_line(capsys.readouterr().err)
+    assert "num_heads=2 (here: 4)" in line
+    assert str(baseline) in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow  # the demo begins like this too
