@@ -244,12 +244,19 @@ class LatentFolder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the files."""
+        """SHA-256 over the names and contents of the files.
+
+        Raises:
+            UserError: If a number in a file is NaN or infinite.
+        """
+        from safetensors.numpy import load
+
         digest = hashlib.sha256()
         for path in self.train_files + self.held_out_files:
+            content = path.read_bytes()
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(hashlib.sha256(content).digest())
+            _check_finite(path, load(content))  # every file is read here, before the first step
         return digest.hexdigest()
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
@@ -267,12 +274,15 @@ class LatentFolder:
         latents, text = [], []
         for path in paths:
             tensors = load_file(path)
-            for name, batch in (("latents", latents), ("text", text)):
-                array = tensors[name].astype(np.float32)
-                if not np.isfinite(array).all():
-                    raise UserError(f"latents {path} has {name} that are NaN or infinite; make the file again")
-                batch.append(array)
+            latents.append(tensors["latents"].astype(np.float32))
+            text.append(tensors["text"].astype(np.float32))
         return Batch(np.stack(latents), np.stack(text))
+
+
+def _check_finite(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    for name in ("latents", "text"):
+        if not np.isfinite(tensors[name].astype(np.float32)).all():
+            raise UserError(f"latents {path} has {name} that are NaN or infinite; make the file again")
 
 
 def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -288,6 +298,8 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
             kinds = [part.get_dtype() for part in slices]
     except SafetensorError as error:
         raise UserError(f"latents {path} is cut off or damaged ({error})") from error
+    except OSError as error:  # a folder, a link to nothing
+        raise UserError(f"latents {path} cannot be read: {error.strerror or error}") from error
     if len(latents) != 4 or len(text) != 2:
         raise UserError(f"latents {path} has latents {latents} and text {text}; they must be [F, h, w, C] and [L, D]")
     if not set(kinds) <= {"F64", "F32", "F16", "BF16"}:

@@ -109,7 +109,7 @@ def latents(tmp_path):
 
 
 def test_latent_folder(latents):
-    folder = open_source(config(latents=latents))
+    folder = open_source(DataConfig(latents=latents, held_out=0.3))
     assert isinstance(folder, LatentFolder)
     assert (folder.latent_shape, folder.text_shape, folder.held_out) == ((3, 4, 6, 16), (5, 32), 3)
     batches = [folder.train_batch(step, 7, seed=1) for step in range(2)]
@@ -143,7 +143,16 @@ def test_bad_latent_folders(latents, tmp_path):
         LatentFolder(latents, config())
     save_file({"latents": np.full((3, 4, 6, 16), np.nan, np.float16), "text": text}, path)
     with pytest.raises(UserError, match=r"03\.safetensors has latents that are NaN or infinite"):
-        LatentFolder(latents, config()).train_batch(0, 7, seed=0)
+        _ = LatentFolder(latents, config()).fingerprint  # what a run begins with
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"03\.safetensors cannot be read"):
+        LatentFolder(latents, config())
+    path.rmdir()
+    path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"03\.safetensors cannot be read"):
+        LatentFolder(latents, config())
+    path.unlink()
     save_file({"x": np.ones(3)}, path)
     with pytest.raises(UserError, match="needs 'latents' and 'text'"):
         LatentFolder(latents, config())
