@@ -79,6 +79,12 @@ class DataConfig:
                 f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
                 f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
             )
+        for name in ("frames", "height", "width", "stride", "patch", "whitening", "gap", "crop", "flip"):
+            value = getattr(self, name)
+            _require(
+                self.latents is None or self.video is not None or value == getattr(type(self), name),
+                f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +122,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_iters >= 1, f"num_iters is {self.num_iters}; it must be at least 1")
-        _require(
-            self.attention == "monarch" or self.tile is None,
-            f"tile is {self.tile} but attention is {self.attention!r}; a tile needs attention 'monarch'",
-        )
+        for name in ("tile", "blocks", "num_iters", "implementation", "keep_intermediates"):
+            value = getattr(self, name)
+            _require(
+                self.attention == "monarch" or value == getattr(type(self), name),
+                f"{name} is {value} but attention is {self.attention!r}; {name} needs attention 'monarch'",
+            )
         self.override_values()
 
     def override_values(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from models.errors import UserError, report_full_disk
 from train.config import TrainConfig, from_dict, to_dict
 
 CONFIG_NAME = "config.json"
+_UNFINISHED = "config.part"
 
 # may change on resume without a word
 _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_every", "eval_windows", "eval_timesteps",
@@ -39,8 +40,12 @@ def claim_folder(config: TrainConfig) -> None:
     folder = config.run.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new or empty folder")
-    if not config.run.resume and folder.is_dir() and any(folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if config.run.resume or not names:
+        return
+    if names & {CONFIG_NAME, _UNFINISHED, "checkpoints"}:
         raise UserError(f"folder {folder} already holds a run; go on with it with --resume, or give another --folder")
+    raise UserError(f"folder {folder} holds other files, and no run; give the path of a new or empty folder")
 
 
 def write_config(config: TrainConfig) -> None:
@@ -57,7 +62,7 @@ def write_config(config: TrainConfig) -> None:
     try:
         with report_full_disk(path):
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
+            unfinished = folder / _UNFINISHED
             unfinished.write_text(json.dumps(to_dict(fresh), indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, path)
     except OSError as error:

@@ -120,9 +120,27 @@ def test_values_out_of_range_name_field_and_value(kind, field, value):
     assert str(value[0] if isinstance(value, tuple) else value) in str(caught.value)
 
 
-def test_a_tile_needs_monarch():
-    with pytest.raises(UserError, match="tile needs attention 'monarch'"):
-        ModelConfig(attention="dense", tile=(1, 2, 2))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tile", (1, 2, 2)),
+        ("blocks", "h,fw"),
+        ("num_iters", 2),
+        ("implementation", "xla"),
+        ("keep_intermediates", True),
+    ],
+)
+def test_settings_of_monarch_need_monarch(name, value):
+    with pytest.raises(UserError, match=f"{name} is .* {name} needs attention 'monarch'"):
+        ModelConfig(attention="dense", **{name: value})
+
+
+def test_settings_of_clips_are_refused_with_latents():
+    DataConfig(latents=Path("folder"), held_out=0.5)
+    with pytest.raises(UserError, match="flip is True, but latents are taken as they are in folder"):
+        DataConfig(latents=Path("folder"), flip=True)
+    with pytest.raises(UserError, match="frames is 21, but latents"):
+        DataConfig(latents=Path("folder"), frames=21)
 
 
 def test_model_settings_follow_the_config():
@@ -142,6 +160,9 @@ def test_claim_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         claim_folder(TrainConfig(run=RunConfig(folder=tmp_path / "file")))
+    with pytest.raises(UserError, match="holds other files, and no run"):
+        claim_folder(TrainConfig(run=RunConfig(folder=tmp_path)))
+    write_config(TrainConfig(run=RunConfig(folder=tmp_path)))
     with pytest.raises(UserError, match="--resume"):
         claim_folder(TrainConfig(run=RunConfig(folder=tmp_path)))
     claim_folder(TrainConfig(run=RunConfig(folder=tmp_path, resume=True)))
