@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from monarch_jax._typing import Array, Float, Int
 
@@ -119,7 +120,18 @@ def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | N
 
     op = jax.custom_vjp(attend, nondiff_argnums=(0,))
     op.defvjp(fwd, bwd)
-    return op
+
+    def aligned(problem, q, k, v, visible):
+        return op(problem, *_vary_alike(q, k, v, visible))
+
+    return aligned
+
+
+def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
+    """Under `shard_map`, what varies over a mesh axis makes all vary: the others' gradients are summed over it."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(operands, missing, strict=True)]
 
 
 def _reference() -> Backend:
@@ -189,7 +201,7 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         ValueError: If the name is unknown.
         NotImplementedError: If the named backend, or none of the automatic ones, can serve the call; says why.
     """
-    if implementation is not None and implementation not in _REGISTRY:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
     reasons = []

@@ -71,7 +71,7 @@ def vjp(
         dv = dv + _einsum("bhnckjl,bhncjkd->bcklhd", right, d_y)
         return (dk, dv), dq.astype(dtype)
 
-    zeros = (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc))
+    zeros = (jnp.zeros_like(k, acc), jnp.zeros_like(v, acc))  # like k and v in how they are sharded, too
     per_tile = (residuals.q, d_out, delta, residuals.lse, residuals.visible)
     (dk, dv), dq = _scan_chunks(body, zeros, per_tile, _chunk_tiles(residuals.q, k))
     return dq, dk.astype(dtype), dv.astype(dtype)

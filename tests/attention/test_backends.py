@@ -1,5 +1,6 @@
 """The shared suite on the backends that run anywhere, and what is particular to each."""
 
+import functools
 import importlib.util
 import types
 
@@ -9,7 +10,7 @@ import pytest
 
 from monarch_jax import backends, monarch_attention
 from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, Problem, choose, on_cuda
-from tests.attention.suite import AttentionSuite, inputs, value_and_grads
+from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads
 
 
 class TestXla(AttentionSuite):
@@ -47,6 +48,32 @@ class TestXla(AttentionSuite):
             return jax.jit(run).lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
 
         assert temporary(42) <= 2.3 * temporary(21)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_gradients_over_a_mesh(kind):
+    """Under `shard_map` with heads over an axis or only the queries' frames, and with explicitly sharded arrays."""
+    mesh = jax.make_mesh((1, 1), ("heads", "frames"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
+    arrays = inputs(2, (4, 2, 3), batch=1, heads=2, dim=8)
+    expected = value_and_grads(*arrays, grid=(4, 2, 3), implementation="reference")
+    heads, frames = jax.P(None, None, "heads"), jax.P(None, "frames")
+    for query, keys in ((heads, heads), (frames, jax.P())) if kind == "Auto" else ((heads, heads),):
+        specs = (query, keys, keys)
+        attend = functools.partial(monarch_attention, grid=(4, 2, 3), implementation="xla")
+        if kind == "Auto":
+            attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=query)
+
+        def run(q, k, v, g, attend=attend):
+            out, vjp = jax.vjp(attend, q, k, v)
+            return out, *vjp(g)
+
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(x, jax.NamedSharding(mesh, p)) for x, p in zip(arrays, (*specs, query), strict=True)
+            ]
+            found = jax.jit(run)(*placed)
+        for x, y in zip(found, expected, strict=True):
+            assert error(x, y) <= 2e-6
 
 
 def test_none_picks_a_documented_backend():
