@@ -1,14 +1,16 @@
 """The operation: check, choose a backend, tokens -> tiles -> backend -> tokens."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import Problem, choose
+from monarch_jax.checks import index, positive
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
@@ -35,9 +37,9 @@ def monarch_attention(
 
     The attention map is a Monarch matrix in every pair of a query tile and a key tile, found in `num_iters`
     refinement steps; one softmax runs over all key tiles jointly, so the rows of the map sum to 1. Softmaxes and sums
-    are in float32 for bfloat16 and float16 inputs. Differentiable in query, key and value; memory is linear in the
-    number of frames in both directions. `tile=(1, 1, 1)` is dense softmax attention, `tile=grid` the untiled
-    MonarchAttention.
+    are in float32 for bfloat16 and float16 inputs. Differentiable in query, key and value in reverse mode (`jax.grad`);
+    memory is linear in the number of frames in both directions. `tile=(1, 1, 1)` is dense softmax attention,
+    `tile=grid` the untiled MonarchAttention.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -55,11 +57,12 @@ def monarch_attention(
         blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
             "h,fw" (Section 4.1).
         num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
-        scale: Softmax scale; default D**-0.5.
+        scale: Softmax scale, a number known when tracing; default D**-0.5.
         causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
-            traced, so that one compiled program serves every fill of a KV cache. Default None: all.
+            traced, so that one compiled program serves every fill of a KV cache. A traced one is not checked. Default
+            None: all.
         keep_intermediates: Trades memory for time when differentiated: "mosaic" keeps alpha, Y and c_L of the forward
             pass instead of computing them again, 4*D bytes for every tile column of queries, tile row of keys and head
             (4.3 GB a call for 81 frames of 480p with tile (1, h, w), a third of it with (3, h, w)). For calls whose
@@ -72,13 +75,16 @@ def monarch_attention(
         [B, F_q*h*w, H, D] in the inputs' dtype.
 
     Raises:
-        ValueError: If shapes, dtypes, grid, tile, blocks, kv_frames or the implementation's name do not fit.
+        ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames or the implementation's name do not fit.
         NotImplementedError: If the implementation asked for cannot serve this call; says why.
     """
     spec = _check(query, key, value, grid, tile, blocks, num_iters, causal_block)
-    if _is_static(kv_frames):
-        spec, key, value = _keep_frames(spec, int(np.asarray(kv_frames)), key, value)
-        kv_frames = None
+    if kv_frames is not None:
+        kv_frames = index("kv_frames", kv_frames)
+        if not isinstance(kv_frames, Tracer):
+            kept = _with_frames(spec, int(kv_frames))
+            if isinstance(kv_frames, int):  # what is known when tracing costs nothing when running
+                spec, key, value, kv_frames = kept, key[:, : kept.key_tokens], value[:, : kept.key_tokens], None
     q, k, v = (tokens_to_tiles(x, spec) for x in (query, key, value))
     options = {"scale": scale, "keep": keep_intermediates, "implementation": implementation}
     return tiles_to_tokens(attend_tiles(spec, q, k, v, kv_frames=kv_frames, **options), spec)
@@ -122,19 +128,21 @@ def monarch_attention_1d(
         ValueError: If shapes, dtypes or block sizes do not fit.
         NotImplementedError: If the implementation asked for cannot serve this call.
     """
-    if len(block_sizes) != 2 or min(block_sizes) < 1:
-        raise ValueError(f"block_sizes={block_sizes!r} is not two positive integers (b1, b2).")
-    area = block_sizes[0] * block_sizes[1]
+    _check_arrays(query, key, value)
+    try:
+        b1, b2 = (positive("block_sizes", n) for n in block_sizes)
+    except (TypeError, ValueError):
+        raise ValueError(f"block_sizes={block_sizes!r} is not two positive integers (b1, b2).") from None
     for name, x in (("query", query), ("key", key)):
-        if x.ndim == 4 and (x.shape[1] % area or not x.shape[1]):
+        if x.shape[1] % (b1 * b2) or not x.shape[1]:
             raise ValueError(
-                f"block_sizes={tuple(block_sizes)}: {area} tokens per tile do not divide the {x.shape[1]} of {name}."
+                f"block_sizes={b1, b2}: {b1 * b2} tokens per tile do not divide the {x.shape[1]} of {name}."
             )
     return monarch_attention(
         query,
         key,
         value,
-        grid=(query.shape[1] // area, *block_sizes),
+        grid=(query.shape[1] // (b1 * b2), b1, b2),
         num_iters=num_iters,
         scale=scale,
         implementation=implementation,
@@ -212,28 +220,30 @@ def attend_tiles(
 
 def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -> Problem:
     masked = kv_frames is not None or min(spec.visible_tiles()) < spec.key_tiles
-    return Problem(scale=head_dim**-0.5 if scale is None else scale, num_iters=spec.num_iters, masked=masked)
+    try:
+        factor = head_dim**-0.5 if scale is None else float(scale)
+    except (TypeError, ValueError):  # a tracer's too
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
+    return Problem(scale=factor, num_iters=spec.num_iters, masked=masked)
 
 
-def _is_static(kv_frames) -> bool:
-    return kv_frames is not None and not isinstance(kv_frames, jax.Array)
-
-
-def _keep_frames(spec: MonarchSpec, frames: int, key, value):
-    """Cuts keys and values to the leading `frames`; what is known when tracing costs nothing when running."""
+def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:
+    """The same attention over the leading `frames` of the keys."""
     n_f, total = spec.tile_shape[0], spec.total_key_frames
     if not 0 < frames <= total or frames % n_f:
         raise ValueError(
             f"kv_frames={frames} is not a multiple of the tile's {n_f} frames from {n_f} to {total}, the frames of key."
         )
-    tokens = frames * spec.grid[1] * spec.grid[2]
-    return dataclasses.replace(spec, key_frames=frames), key[:, :tokens], value[:, :tokens]
+    return dataclasses.replace(spec, key_frames=frames)
 
 
-def _check(query, key, value, grid, tile, blocks, num_iters, causal_block) -> MonarchSpec:
-    arrays = {"query": query, "key": key, "value": value}
-    for name, x in arrays.items():
-        if x.ndim != 4:
+def _check_arrays(query, key, value) -> None:
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if not hasattr(x, "ndim"):
+            raise ValueError(f"{name} is a {type(x).__name__}; it should be an array.")
+        if x.ndim != 4 or any(n < 1 for n in (x.shape[0], *x.shape[2:])):
             raise ValueError(f"{name} has shape {x.shape}; it should be [batch, tokens, heads, head_dim].")
         if x.dtype.name not in FLOATS:
             raise ValueError(f"{name} has dtype {x.dtype.name}; it should be one of {', '.join(FLOATS)}.")
@@ -247,6 +257,10 @@ def _check(query, key, value, grid, tile, blocks, num_iters, causal_block) -> Mo
                 )
     if key.shape != value.shape:
         raise ValueError(f"value has shape {value.shape}, key has {key.shape}; they should be equal.")
+
+
+def _check(query, key, value, grid, tile, blocks, num_iters, causal_block) -> MonarchSpec:
+    _check_arrays(query, key, value)
     frames, height, width = spec_grid = MonarchSpec(grid=grid, tile=(1, 1, 1)).grid
     if query.shape[1] != frames * height * width:
         raise ValueError(

@@ -1,7 +1,11 @@
 """Checks of arguments, with errors that name the argument, the value and a valid choice."""
 
 import difflib
+import operator
 from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
 
 
 def positive(name: str, value: int) -> int:
@@ -23,9 +27,46 @@ def positive(name: str, value: int) -> int:
     Raises:
         ValueError: If it is not a positive integer; True is not one.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+    number = _integer(value)
+    if number is None or number < 1:
         raise ValueError(f"{name}={value!r} is not a positive integer.")
-    return value.__index__()
+    return number
+
+
+def index(name: str, value: int | jax.Array) -> int | jax.Array:
+    """An integer that may be traced.
+
+    Example:
+        >>> index("frame", 2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: frame=2.5 is not an integer or an integer scalar of JAX.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Returns:
+        An int, or the array as it is.
+
+    Raises:
+        ValueError: If it is neither an integer nor a scalar array of integers; True is not one.
+    """
+    if isinstance(value, jax.Array):
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(f"{name} has shape {value.shape}, dtype {value.dtype.name}; it should be an int32 scalar.")
+        return value
+    number = _integer(value)
+    if number is None:
+        raise ValueError(f"{name}={value!r} is not an integer or an integer scalar of JAX.")
+    return number
+
+
+def _integer(value: object) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # a tracer's too
+        return None
 
 
 def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:

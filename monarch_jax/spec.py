@@ -32,7 +32,8 @@ class MonarchSpec:
         causal_block: frames per block of a block-causal mask, or None for bidirectional attention.
 
     Raises:
-        ValueError: If a number is not positive, a tile does not divide its grid, or a name is unknown.
+        ValueError: If a number is not positive, a tile does not divide its grid, a name is unknown, or causal keys
+            have fewer frames than the queries.
     """
 
     grid: tuple[int, int, int]
@@ -49,17 +50,23 @@ class MonarchSpec:
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "key_frames", key_frames)
-        positive("num_iters", self.num_iters)
+        object.__setattr__(self, "num_iters", positive("num_iters", self.num_iters))
         one_of("blocks", self.blocks, BLOCKS)
         for axis, size, n in zip(AXES, grid, tile, strict=True):
             _check_divides(tile, axis, n, size, f"of grid={grid}")
         _check_divides(tile, "frames", tile[0], key_frames, f"of the keys (key_frames={key_frames})")
         if self.causal_block is not None:
             block = positive("causal_block", self.causal_block)
+            object.__setattr__(self, "causal_block", block)
             if block % tile[0]:
                 raise ValueError(
                     f"causal_block={block} frames is not a multiple of the tile's {tile[0]} frames (tile={tile}); "
                     f"a tile must lie in one block."
+                )
+            if key_frames < grid[0]:
+                raise ValueError(
+                    f"causal_block={block}: the queries are the last {grid[0]} frames of the keys, "
+                    f"which have {key_frames}."
                 )
 
     @property
@@ -191,7 +198,7 @@ def flops(
     Raises:
         ValueError: If `mode` is unknown or a size is not positive.
     """
-    per_head = batch * positive("heads", heads) * positive("head_dim", head_dim)
+    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
     b1, b2 = spec.block_rows, spec.block_cols
     right, left = 2 * b1 * b2 * b2, 2 * b1 * b1 * b2  # one product of the R kind, one of the L kind
     extra = (spec.num_iters - 1) * (2 * right + 2 * left)
@@ -220,8 +227,12 @@ def dense_flops(spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1)
 
     Returns:
         The count for the whole batch.
+
+    Raises:
+        ValueError: If a size is not positive.
     """
-    return spec.tile_pairs * 4 * (spec.block_rows * spec.block_cols) ** 2 * heads * head_dim * batch
+    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
+    return spec.tile_pairs * 4 * (spec.block_rows * spec.block_cols) ** 2 * per_head
 
 
 def bytes_moved(
@@ -244,8 +255,12 @@ def bytes_moved(
 
     Returns:
         The count for the whole batch.
+
+    Raises:
+        ValueError: If a size is not positive.
     """
-    vector = heads * head_dim * batch * itemsize
+    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
+    vector = per_head * positive("itemsize", itemsize)
     total = (2 * spec.query_tokens + 2 * spec.key_tokens) * vector
     if spill:
         total += 4 * spec.tile_pairs * spec.block_rows * spec.block_cols * vector

@@ -1,10 +1,12 @@
 """Settings and inputs that do not fit, and what a setting costs."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from monarch_jax import MonarchSpec, bytes_moved, dense_flops, flops, monarch_attention, monarch_attention_1d, sparsity
-from tests.attention.suite import inputs
+from tests.attention.suite import inputs, value_and_grads
 
 GRID = (4, 6, 8)
 
@@ -25,6 +27,17 @@ GRID = (4, 6, 8)
         (dict(blocks="h,w"), r"blocks='h,w' is unknown; .* Choices: 'fh,w', 'w,fh', 'f,hw'"),
         (dict(num_iters=0), r"num_iters=0 is not a positive integer"),
         (dict(causal_block=3, tile=(2, 6, 8)), r"causal_block=3 frames is not a multiple of the tile's 2 frames"),
+        (dict(num_iters=jnp.ones(2, int)), r"num_iters=Array.* is not a positive integer"),
+        (dict(grid=(4.0, 6, 8)), r"grid\[0\]=4.0 is not a positive integer"),
+        (dict(scale=jnp.inf), r"scale=inf is not a finite number; multiply query"),
+        (dict(scale="half"), r"scale='half' is not a finite number"),
+        (dict(kv_frames=2.5), r"kv_frames=2.5 is not an integer or an integer scalar of JAX"),
+        (dict(kv_frames=True), r"kv_frames=True is not an integer"),
+        (dict(kv_frames=jnp.float32(2)), r"kv_frames has shape \(\), dtype float32; it should be an int32 scalar"),
+        (dict(kv_frames=jnp.arange(1, 5)), r"kv_frames has shape \(4,\), dtype int32; it should be an int32 scalar"),
+        (dict(kv_frames=jnp.int32(0)), r"kv_frames=0 is not a multiple of the tile's 1 frames from 1 to 4"),
+        (dict(kv_frames=2, causal_block=2), r"causal_block=2: the queries are the last 4 frames .* which have 2"),
+        (dict(implementation=["xla"]), r"implementation=\['xla'\] is not None or one of"),
         (dict(kv_frames=5), r"kv_frames=5 is not a multiple of the tile's 1 frames from 1 to 4"),
         (dict(kv_frames=3, tile=(2, 6, 8)), r"kv_frames=3 is not a multiple of the tile's 2 frames from 2 to 4"),
     ],
@@ -44,6 +57,8 @@ def test_bad_arrays(unchecked):
         ((q, k[:, :48], v), r"value has shape \(1, 192, 2, 16\), key has \(1, 48, 2, 16\)"),
         ((q, k[:, :50], v[:, :50]), r"key has 50 tokens, not a multiple of 48 = 6\*8"),
         (tuple(x.astype(jnp.int32) for x in (q, k, v)), r"query has dtype int32; it should be one of bfloat16"),
+        ((q[:0], k[:0], v[:0]), r"query has shape \(0, 192, 2, 16\); it should be \[batch"),
+        ((q.tolist(), k, v), r"query is a list; it should be an array"),
         ((q[0], k, v), r"query has shape \(192, 2, 16\); it should be \[batch, tokens, heads, head_dim\]"),
     ]
     for arrays, message in cases:
@@ -57,6 +72,25 @@ def test_bad_block_sizes(unchecked):
         monarch_attention_1d(q, k, v, block_sizes=(5, 4))
     with pytest.raises(ValueError, match=r"block_sizes=\(0, 4\) is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=(0, 4))
+    with pytest.raises(ValueError, match=r"block_sizes=6 is not two positive integers"):
+        monarch_attention_1d(q, k, v, block_sizes=6)
+    with pytest.raises(ValueError, match=r"query has shape \(24, 1, 16\); it should be \[batch"):
+        monarch_attention_1d(q[0], k, v, block_sizes=(4, 6))
+
+
+def test_scale_is_known_when_tracing(unchecked):
+    q, k, v, _ = inputs(0, GRID, batch=1, heads=1)
+    with pytest.raises(ValueError, match=r"scale=.* is not a finite number; multiply query by one that is traced"):
+        jax.jit(lambda s: monarch_attention(q, k, v, grid=GRID, scale=s))(0.5)
+
+
+def test_numbers_of_numpy(unchecked, x64):
+    """A scale of float64 leaves float32 as it is; whole numbers of any kind give equal specs."""
+    arrays = inputs(0, (2, 3, 4), batch=1, heads=1)
+    for x in value_and_grads(*arrays, grid=(2, 3, 4), scale=np.float64(0.3)):
+        assert x.dtype == jnp.float32
+    spec = MonarchSpec(grid=np.array([2, 3, 4]), num_iters=jnp.int32(1), causal_block=np.int64(2))
+    assert hash(spec) == hash(MonarchSpec(grid=(2, 3, 4), causal_block=2))
 
 
 def test_the_papers_sparsities():
@@ -87,5 +121,8 @@ def test_bad_costs(unchecked):
     spec = MonarchSpec(grid=(6, 4, 5))
     with pytest.raises(ValueError, match="mode='backward' is not 'forward' or 'vjp'"):
         flops(spec, heads=1, head_dim=1, mode="backward")
-    with pytest.raises(ValueError, match="heads=0 is not a positive integer"):
-        flops(spec, heads=0, head_dim=1)
+    for count in (flops, dense_flops, bytes_moved):
+        with pytest.raises(ValueError, match="heads=0 is not a positive integer"):
+            count(spec, heads=0, head_dim=1)
+        with pytest.raises(ValueError, match="batch=-1 is not a positive integer"):
+            count(spec, heads=1, head_dim=1, batch=-1)
