@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import FLOATS, attend_tiles
+from monarch_jax.checks import index, positive, triple
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
 
@@ -94,22 +95,23 @@ class MonarchKVCache:
         Raises:
             ValueError: If sizes do not fit each other or the dtype is not a float.
         """
-        n_f = 1 if tile is None else next(iter(tile))
+        n_f = 1 if tile is None else triple("tile", tile, "(n_f, n_h, n_w)")[0]
+        sizes = dict(batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim)
+        batch, frames, height, width, heads, head_dim = (positive(name, size) for name, size in sizes.items())
         spec = MonarchSpec(grid=(n_f, height, width), key_frames=frames, tile=tile, blocks=blocks)
         dtype = jnp.dtype(dtype)
         if dtype.name not in FLOATS:
             raise ValueError(f"dtype={dtype.name} is not one of {', '.join(FLOATS)}.")
-        if sink_frames and not rolling:
-            raise ValueError(f"sink_frames={sink_frames} needs rolling=True; a fixed cache evicts nothing.")
+        sink_frames = int(index("sink_frames", sink_frames))
         if sink_frames % n_f or not 0 <= sink_frames < frames:
             raise ValueError(
                 f"sink_frames={sink_frames} is not a multiple of the tile's {n_f} frames, below frames={frames}."
             )
+        if sink_frames and not rolling:
+            raise ValueError(f"sink_frames={sink_frames} needs rolling=True; a fixed cache evicts nothing.")
         shape = (batch, spec.key_tiles, spec.block_rows, spec.block_cols, heads, head_dim)
         if layers is not None:
-            if layers < 1:
-                raise ValueError(f"layers={layers} is not a positive number.")
-            shape = (layers, *shape)
+            shape = (positive("layers", layers), *shape)
         return cls(
             key=jnp.zeros(shape, dtype),
             value=jnp.zeros(shape, dtype),
@@ -141,8 +143,9 @@ class MonarchKVCache:
         """Writes a block of frames and returns the new cache.
 
         Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
-        newest: frames after it are forgotten. An overflow that is known when tracing raises; one that only shows when
-        running fills the block with NaN rather than dropping frames in silence.
+        newest: frames after it are forgotten. A block that cannot be placed (before frame 0, with a gap before it, past
+        the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing; one
+        that only shows when running is filled with NaN rather than written wrong in silence.
 
         Args:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
@@ -161,11 +164,13 @@ class MonarchKVCache:
         if layer is not None and frame is None:
             raise ValueError("frame=None: pass the block's first frame, the same for every layer of the cache.")
         block = self._block_spec(key, "key")
-        self._block_spec(value, "value")
+        if value.shape != key.shape or value.dtype != key.dtype:
+            raise ValueError(
+                f"value has shape {value.shape}, dtype {value.dtype.name}; key has {key.shape}, {key.dtype.name}."
+            )
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
-        start = self.length if frame is None else frame
-        if not isinstance(start, jax.Array):
-            start = int(start)
+        start = self.length if frame is None else index("frame", frame)
+        if isinstance(start, int):
             if start < 0 or start % n_f:
                 raise ValueError(f"frame={start} is not a multiple of the tile's {n_f} frames from 0 on.")
             if start + frames > self.capacity and not self.rolling:
@@ -177,7 +182,7 @@ class MonarchKVCache:
         position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
         slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
-        overflow = jnp.zeros((), bool) if self.rolling else first + frames > self.capacity
+        misplaced = self._misplaced(first, frames)
         # tiles that lie side by side: which of the block, and where they go
         together = 1 if self.rolling else frames // n_f
         runs = [(slice(n * group, (n + together) * group), slot[n] * group) for n in range(0, frames // n_f, together)]
@@ -185,7 +190,7 @@ class MonarchKVCache:
 
         def write(buffer, tokens):
             tiles = tokens_to_tiles(tokens, block)
-            tiles = jnp.where(overflow, jnp.nan, tiles).astype(buffer.dtype)
+            tiles = jnp.where(misplaced, jnp.nan, tiles).astype(buffer.dtype)
             buffer = lax.stop_gradient(buffer) if self.detach_past else buffer
             for which, to in runs:
                 part, at = tiles[:, which], [zero, to.astype(jnp.int32), zero, zero, zero, zero]
@@ -214,7 +219,8 @@ class MonarchKVCache:
             query: [B, n*h*w, H, D], the tokens of the newest n frames.
             num_iters: As in `monarch_attention`, like the remaining arguments.
             scale: Softmax scale; default D**-0.5.
-            causal_block: Frames per causal block, when the queries hold more than one block. Not for rolling caches.
+            causal_block: Frames per causal block, when the queries hold more than one block. A rolling cache takes one
+                block at a time, or equal parts of one.
             layer: Which layer's keys and values, in a cache with `layers`.
             implementation: Backend.
 
@@ -225,12 +231,14 @@ class MonarchKVCache:
             ValueError: If shapes, dtypes or arguments do not fit.
             NotImplementedError: If the implementation asked for cannot serve this call.
         """
-        if causal_block is not None and self.rolling:
-            raise ValueError(
-                f"causal_block={causal_block}: a rolling cache does not keep frames in time order; "
-                f"attend one block at a time."
-            )
         block = self._block_spec(query, "query")
+        if causal_block is not None and self.rolling:
+            if positive("causal_block", causal_block) % block.grid[0]:
+                raise ValueError(
+                    f"causal_block={causal_block}: a rolling cache does not keep frames in time order; "
+                    f"attend one block at a time, not {block.grid[0]} frames."
+                )
+            causal_block = None  # all that is kept comes before the block's end
         spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
         out = attend_tiles(
             spec,
@@ -250,6 +258,18 @@ class MonarchKVCache:
         key, value = self._of(layer)
         return tiles_to_tokens(key, self.spec), tiles_to_tokens(value, self.spec)
 
+    def _misplaced(self, first: jax.Array, frames: int) -> jax.Array:
+        """Whether the buffer would not hold what it should after writing `frames` at `first`; bool scalar."""
+        end = first + frames
+        wrong = (first < 0) | (first % self.spec.tile_shape[0] != 0) | (first > self.length)
+        past = end > self.capacity
+        if not self.rolling:
+            return wrong | past
+        if frames > self.capacity - self.sink_frames:  # would overwrite itself
+            wrong |= past
+        evicted = (self.length > self.capacity) & (first > self.sink_frames)
+        return wrong | (evicted & (end < self.length))
+
     def _of(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, tiles, b1, b2, H, D] of a layer, or all there are."""
         self._check_layer(layer)
@@ -264,13 +284,18 @@ class MonarchKVCache:
         if (layers is None) != (layer is None):
             needs = "has no layers; leave layer out" if layers is None else f"holds {layers} layers; pass which"
             raise ValueError(f"layer={layer}: the cache {needs}.")
-        if layers is not None and not isinstance(layer, jax.Array) and not 0 <= int(layer) < layers:
+        if layers is None:
+            return
+        layer = index("layer", layer)
+        if isinstance(layer, int) and not 0 <= layer < layers:
             raise ValueError(f"layer={layer} is not from 0 to {layers - 1}, the cache's layers.")
 
     def _block_spec(self, tokens: jax.Array, name: str) -> MonarchSpec:
         _, height, width = self.spec.grid
         n_f, batch, (heads, dim) = self.spec.tile_shape[0], self.key.shape[-6], self.key.shape[-2:]
         step = n_f * height * width
+        if not hasattr(tokens, "ndim"):
+            raise ValueError(f"{name} is a {type(tokens).__name__}; it should be an array.")
         if tokens.ndim != 4 or tokens.shape[1] % step or not tokens.shape[1]:
             raise ValueError(
                 f"{name} has shape {tokens.shape}; it should be [{batch}, n*{step}, {heads}, {dim}]: "

@@ -130,6 +130,27 @@ def test_overflow_raises_or_poisons():
     assert np.isnan(out).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "written", "frames", "frame"),
+    [
+        ({}, 3, 3, -3),
+        ({}, 3, 3, 6),  # nothing was ever written to 3, 4 and 5
+        (dict(tile=(3, 2, 4)), 3, 3, 1),
+        (dict(rolling=True, sink_frames=3), 9, 9, 9),  # would overwrite itself
+        (dict(rolling=True), 12, 3, 3),  # the frames 0, 1 and 2 that come before are gone
+    ],
+)
+def test_a_misplaced_block_poisons(options, written, frames, frame):
+    """What can only be seen when running is NaN; a block in its place is not."""
+    k, v = (x[:, : frames * FRAME] for x in inputs(0, (12, 2, 4), dim=8)[1:3])
+    cache = empty(**options)
+    for n in range(0, written, 3):
+        cache = cache.append(k[:, :24], v[:, :24], frame=n)
+    write = jax.jit(lambda cache, frame: cache.append(k, v, frame=frame))
+    assert np.isnan(write(cache, jnp.int32(frame)).key).any()
+    assert not np.isnan(write(cache, jnp.int32(0)).key).any()  # a new clip in the old buffers
+
+
 def test_works_in_scan_and_vmap():
     clip = blocks(3)
     stacked = [jnp.stack([b[i] for b in clip]) for i in range(3)]
@@ -158,8 +179,13 @@ def test_works_in_scan_and_vmap():
             r"tile=\(2, 2, 4\): 2 does not divide the 9 frames of the keys .* nearest that do are 1 or 3",
         ),
         (dict(dtype=jnp.int32), r"dtype=int32 is not one of bfloat16, float16"),
-        (dict(frames=0), r"key_frames=0 is not a positive integer"),
-        (dict(layers=0), r"layers=0 is not a positive number"),
+        (dict(frames=0), r"^frames=0 is not a positive integer"),
+        (dict(layers=0), r"layers=0 is not a positive integer"),
+        (dict(batch=-1), r"batch=-1 is not a positive integer"),
+        (dict(heads=2.0), r"heads=2.0 is not a positive integer"),
+        (dict(tile=8), r"tile=8 is not three integers"),
+        (dict(tile=(0, 2, 4)), r"tile\[0\]=0 is not a positive integer"),
+        (dict(sink_frames=3.0, rolling=True), r"sink_frames=3.0 is not an integer"),
     ],
 )
 def test_bad_caches(unchecked, change, message):
@@ -177,7 +203,15 @@ def test_bad_blocks(unchecked):
         (lambda: empty().append(k[:1], v[:1]), r"key has shape \(1, 24, 3, 8\); the cache holds batch 2"),
         (lambda: empty().append(k.astype(jnp.bfloat16), v), r"key has dtype bfloat16, the cache has float32"),
         (lambda: empty(tile=(3, 2, 4)).append(k, v, frame=1), r"frame=1 is not a multiple of the tile's 3 frames"),
-        (lambda: empty(rolling=True).append(k, v).attend(k, causal_block=3), r"causal_block=3: a rolling cache"),
+        (lambda: empty(rolling=True).append(k, v).attend(k, causal_block=1), r"causal_block=1: a rolling .* not 3 fr"),
+        (lambda: empty().append(k, v[:, :8]), r"value has shape \(2, 8, 3, 8\), .*; key has \(2, 24, 3, 8\)"),
+        (lambda: empty().append(k.tolist(), v), r"key is a list; it should be an array"),
+        (lambda: empty().append(k, v, frame=2.7), r"frame=2.7 is not an integer"),
+        (
+            lambda: empty().append(k, v, frame=jnp.zeros(2, int)),
+            r"frame has shape \(2,\), .* should be an int32 scalar",
+        ),
+        (lambda: empty(layers=2).append(k, v, frame=0, layer=1.5), r"layer=1.5 is not an integer"),
         (lambda: empty(frames=2).append(k, v), r"key has 3 frames, more than the cache's 2"),
     ]
     for call, message in cases:
