@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import monarch_attention
 from monarch_jax.cache import MonarchKVCache
+from monarch_jax.checks import positive, triple
 from monarch_jax.spec import MonarchSpec
 
 
@@ -42,8 +43,9 @@ def attention_fn(
         implementation: Backend.
 
     Returns:
-        A function of query, key, value [..., tokens, heads, head_dim] that returns the same shape. It raises ValueError
-        for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`.
+        A function of query, key, value [..., tokens, heads, head_dim] that returns the query's shape. It raises
+        ValueError for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`, `sow_weights`.
+        `precision` has no effect, `jax.default_matmul_precision` does.
 
     Raises:
         ValueError: If grid, tile, blocks or numbers do not fit.
@@ -70,10 +72,15 @@ def attention_fn(
         deterministic=True,
         is_causal=False,
         dtype=None,
-        **_,
+        module=None,
+        dropout_rng=None,
+        broadcast_dropout=True,
+        precision=None,
     ):
         if mask is not None or bias is not None:
-            raise ValueError("mask and bias cannot be part of a Monarch map; use causal_block or kv_frames instead.")
+            raise ValueError("mask and bias cannot be part of a Monarch map; causal_block makes it causal by frames.")
+        if module is not None:
+            raise ValueError("sow_weights=True: attention weights are never formed; see monarch_factors.")
         if is_causal:
             raise ValueError("is_causal=True is causal by token; Monarch attention is causal by frames: causal_block.")
         if dropout_rate and not deterministic:
@@ -81,6 +88,8 @@ def attention_fn(
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch = query.shape[:-3]
+        if key.shape[:-3] != batch or value.shape[:-3] != batch:
+            raise ValueError(f"query has shape {query.shape}, key {key.shape}, value {value.shape}: batch axes differ.")
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         out = run(q, k, v)
         return out.reshape(*batch, *out.shape[1:])
@@ -113,7 +122,8 @@ class MonarchSelfAttention(nnx.Module):
         rngs: Keys for the parameters.
 
     Raises:
-        ValueError: If `num_heads` does not divide `features`.
+        ValueError: If a number is not positive, `num_heads` does not divide `features`, or tile, blocks and
+            causal_block do not fit.
     """
 
     def __init__(
@@ -133,7 +143,14 @@ class MonarchSelfAttention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        if features % num_heads:
+        spec = MonarchSpec(  # checks; a call's grid may be any that the tile divides
+            grid=(1, 1, 1) if tile is None else triple("tile", tile, "(n_f, n_h, n_w)"),
+            tile=tile,
+            blocks=blocks,
+            num_iters=num_iters,
+            causal_block=causal_block,
+        )
+        if positive("features", features) % positive("num_heads", num_heads):
             raise ValueError(f"num_heads={num_heads} does not divide features={features}.")
         head_dim = features // num_heads
         general = functools.partial(
@@ -144,7 +161,8 @@ class MonarchSelfAttention(nnx.Module):
         self.out = general((num_heads, head_dim), features, axis=(-2, -1))
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
-        self.tile, self.blocks, self.num_iters = tile, blocks, num_iters
+        self.tile = None if tile is None else spec.tile_shape
+        self.blocks, self.num_iters = blocks, num_iters
         self.causal_block, self.implementation = causal_block, implementation
         self.keep_intermediates = keep_intermediates
 

@@ -44,10 +44,22 @@ def test_batch_axes_of_modules_are_free():
     assert error(attend(q, q, q)[1], attend(q[1], q[1], q[1])) <= 2e-6
 
 
+def test_batch_axes_are_the_same():
+    attend = attention_fn(grid=GRID)
+    q = x_of(6, 24, 2, 8)
+    with pytest.raises(
+        ValueError, match=r"query has shape \(2, 3, 24, 2, 8\), key \(6, 24, 2, 8\), .*batch axes differ"
+    ):
+        attend(q.reshape(2, 3, 24, 2, 8), q, q)
+    with pytest.raises(TypeError, match="scale"):
+        attend(q, q, q, scale=0.3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(mask=jnp.ones((1, 1, 24, 24))), "mask and bias cannot be part of a Monarch map"),
+        (dict(module=object()), "sow_weights=True: attention weights are never formed"),
         (dict(is_causal=True), "is_causal=True is causal by token"),
         (dict(dropout_rate=0.1, deterministic=False), "dropout_rate=0.1: attention weights are never formed"),
     ],
@@ -70,8 +82,38 @@ def test_self_attention_module_and_its_cache():
     other = MonarchKVCache.init(batch=2, frames=6, height=3, width=4, heads=2, head_dim=8, tile=(3, 3, 4))
     with pytest.raises(ValueError, match=r"cache has tile=\(3, 3, 4\).*the module has tile=\(1, 3, 4\)"):
         layer.extend(x[:, :36], other)
-    with pytest.raises(ValueError, match="num_heads=3 does not divide features=16"):
-        MonarchSelfAttention(16, num_heads=3, rngs=nnx.Rngs(0))
+
+
+def test_a_rolling_cache_of_a_causal_module():
+    """Blocks that fit the window: as with a cache that has room for all."""
+    layer = MonarchSelfAttention(16, num_heads=2, causal_block=3, rngs=nnx.Rngs(0))
+    sizes = dict(batch=1, frames=6, height=3, width=4, heads=2, head_dim=8, dtype=jnp.float32)
+    rolling, whole = (MonarchKVCache.init(rolling=x, **sizes) for x in (True, False))
+    for x in jnp.split(x_of(1, 6 * 12, 16), 2, axis=1):
+        found, rolling = layer.extend(x, rolling)
+        expected, whole = layer.extend(x, whole)
+        assert error(found, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_heads=3), "num_heads=3 does not divide features=16"),
+        (dict(num_heads=0), "num_heads=0 is not a positive integer"),
+        (dict(tile=(1, 3)), r"tile=\(1, 3\) is not three integers"),
+        (dict(blocks="wh"), "blocks='wh' is unknown"),
+        (dict(num_iters=0), "num_iters=0 is not a positive integer"),
+        (dict(tile=(2, 3, 4), causal_block=3), "causal_block=3 frames is not a multiple of the tile's 2 frames"),
+    ],
+)
+def test_bad_modules(unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        MonarchSelfAttention(16, **(dict(num_heads=2) | options), rngs=nnx.Rngs(0))
+
+
+def test_a_list_is_a_tile(unchecked):
+    layer = MonarchSelfAttention(16, num_heads=2, tile=[1, 3, 4], rngs=nnx.Rngs(0))
+    assert layer.tile == (1, 3, 4)
 
 
 def test_rope_is_applied_to_queries_and_keys():
