@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from models.checkpoints.tensor_files import INDEX_SUFFIX, SafetensorsFile, ShardedSafetensors, TensorFile
+from models.checkpoints.tensor_files import INDEX_SUFFIX, SafetensorsFile, ShardedSafetensors, TensorFile, TensorInfo
 from models.checkpoints.torch_pickle import TorchFile
 
 type AnyArray = np.ndarray | Array
@@ -89,6 +89,11 @@ def stored_dtype(file: TensorFile) -> str:
     """The dtype to keep: the file's, float32 if it is mixed; float64 only where JAX has it on."""
     dtypes = {info.dtype.name for info in file.infos.values()}
     return jax.dtypes.canonicalize_dtype(dtypes.pop() if len(dtypes) == 1 else "float32").name
+
+
+def is_float(info: TensorInfo) -> bool:
+    """Whether a tensor is of floats; integers are quantized weights, of no use without their scales."""
+    return jnp.issubdtype(info.dtype, jnp.floating)
 
 
 def some(items: list[str], count: int = 3) -> str:
@@ -232,6 +237,8 @@ def match_names(
             fitting += (1,) * (len(stored) - 1)
         if stored != fitting:
             wrong.append(f"{name} has shape {stored}, not {fitting}")
+        elif not is_float(file.infos[name]):
+            wrong.append(f"{name} is of {file.infos[name].dtype}, not floats")
     if wrong:
         raise ValueError(f"{where} does not fit the configuration of {model}: {some(wrong)}.")
     unexpected = [name for name in file.infos if name not in expected and name not in set(ignore)]

@@ -77,7 +77,7 @@ class SafetensorsFile:
                     (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
                     for name, entry in header.items()
                 ]
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{self.path} is not a safetensors file: its header cannot be read.") from error
         self._data = 8 + length
         self._offsets: dict[str, int] = {}
@@ -114,13 +114,13 @@ class ShardedSafetensors:
     def __init__(self, index: Path):
         try:
             weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            shards = {str(shard): index.parent / Path(shard).name for shard in weight_map.values()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is not an index of safetensors shards.") from error
         self.metadata: dict[str, str] = {}
         self._shards: dict[str, SafetensorsFile] = {}
         self.infos: dict[str, TensorInfo] = {}
-        for shard in dict.fromkeys(weight_map.values()):
-            path = index.parent / Path(shard).name
+        for shard, path in shards.items():
             if not path.is_file():
                 raise ValueError(f"{index.parent} lacks the shard {shard} that {index.name} lists.")
             file = SafetensorsFile(path)

@@ -163,11 +163,16 @@ def _tensor_sets(content: Any) -> dict[str, dict[str, _Tensor]]:
     """Dictionaries of tensors in a loaded file: itself ("") or its values."""
     if not isinstance(content, dict):
         return {}
-    own = {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
-    if own:
+    if own := _tensors_in(content):
         return {"": own}
-    sets = {str(name): _tensor_sets(value).get("") for name, value in content.items()}
+    sets = {str(name): _tensors_in(value) for name, value in content.items()}
     return {name: tensors for name, tensors in sets.items() if tensors}
+
+
+def _tensors_in(content: Any) -> dict[str, _Tensor]:
+    if not isinstance(content, dict):
+        return {}
+    return {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
 
 
 def _choose(path: Path, sets: dict[str, Any], weights: str | None, preference: tuple[str, ...]) -> str:

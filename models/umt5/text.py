@@ -119,7 +119,7 @@ def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str,
     if file.metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a file of text embeddings; make one with save_embeddings")
     embeddings = {}
-    for name in sorted(file.infos):
+    for name in sorted(file.infos, key=lambda name: (len(name), name)):
         array = file.read(name)
         try:
             prompt = file.metadata[f"{name}.prompt"]

@@ -21,7 +21,7 @@ from models.checkpoints.tensor_files import TensorInfo
 from models.wan.checkpoints import settings
 from models.wan.checkpoints.mapping import checkpoint_shape, parameter_shapes, tensors, to_theirs
 from models.wan.checkpoints.save import new_folder
-from models.wan.checkpoints.source import Source
+from models.wan.checkpoints.source import Source, read_json
 from models.wan.config import WanConfig
 from models.wan.dit import WanModel
 
@@ -120,7 +120,7 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.001 * largest / 1e9)  # type: ignore[arg-type]
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / FOLDER).absolute(), args=ocp.args.StandardSave(state, save_args=chunks))
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def open_orbax(path: Path) -> Source:
@@ -130,7 +130,7 @@ def open_orbax(path: Path) -> Source:
         ValueError: If its `config.json` is not ours.
     """
     config_path = path / "config.json"
-    data = json.loads(config_path.read_text())
+    data = read_json(config_path)
     config, _ = settings.config_from_json(data, where=str(config_path))
     extra = {name: data[name] for name in ("image_dim", "param_dtype") if name in data}
     config = dataclasses.replace(config, **extra)

@@ -137,7 +137,7 @@ def write_folder(
             done += size
             if progress is not None:
                 progress(name, done, total)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager
@@ -147,7 +147,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: If `path` is a file or a folder with something in it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"path={str(path)!r} exists and is not an empty folder; name a new one.")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")

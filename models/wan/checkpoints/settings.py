@@ -80,11 +80,13 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
         fields["model_type"] = "i2v" if i2v else "t2v"
         fields |= {"image_dim": data["image_dim"]} if i2v else {}
         head_dim = data["attention_head_dim"] if "attention_head_dim" in data else _missing(where, "attention_head_dim")
-        fields["dim"] = head_dim * fields["num_heads"]
-    fields["patch_size"] = tuple(fields.get("patch_size", (1, 2, 2)))
+    own = attention_from_json(data.get(OWN_KEY), where=where)
     try:
-        return WanConfig(**fields, **attention_from_json(data.get(OWN_KEY), where=where)), naming
-    except ValueError as error:
+        if naming == "diffusers":
+            fields["dim"] = head_dim * fields["num_heads"]
+        fields["patch_size"] = tuple(fields.get("patch_size", (1, 2, 2)))
+        return WanConfig(**fields, **own), naming
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -196,20 +198,23 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
             raise ValueError(f"the tensor {names.get(name, name)} is missing, so the model's sizes cannot be told.")
         return infos[name].shape
 
+    if len(shape("patch_embedding.weight")) != 5:
+        raise ValueError(f"patch_embedding.weight has shape {shape('patch_embedding.weight')}, not five axes.")
     dim, in_channels, *patch_size = shape("patch_embedding.weight")
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(
             f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
             f"pass config."
         )
-    layers = {int(name.split(".")[1]) for name in infos if name.startswith("blocks.")}
+    # as many as there are: a number that is left out is then a missing or an unexpected tensor
+    layers = len({name.split(".")[1] for name in infos if name.startswith("blocks.")})
     i2v = "img_emb.proj.0.weight" in infos
     patch = (patch_size[0], patch_size[1], patch_size[2])
     return WanConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight")[0],
         num_heads=num_heads or dim // HEAD_DIM,
-        num_layers=max(layers) + 1,
+        num_layers=layers,
         freq_dim=shape("time_embedding.0.weight")[1],
         text_dim=shape("text_embedding.0.weight")[1],
         patch_size=patch,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from models.checkpoints.hub import fetch, names_repository
-from models.checkpoints.reading import PICKLES, some, weights_file
+from models.checkpoints.reading import PICKLES, is_float, some, weights_file
 from models.checkpoints.tensor_files import (
     INDEX_SUFFIX,
     SafetensorsFile,
@@ -72,8 +72,12 @@ class Source:
         wrong = []
         for name, tensor in expected.items():
             shape = checkpoint_shape(self.config, tensor)
-            if name in self.names and self.info(tensor).shape != shape:
+            if name not in self.names:
+                continue
+            if self.info(tensor).shape != shape:
                 wrong.append(f"{self.names[name]} has shape {self.info(tensor).shape}, not {shape}")
+            elif not is_float(self.info(tensor)):
+                wrong.append(f"{self.names[name]} is of {self.info(tensor).dtype}, not floats")
         return missing, unexpected, wrong
 
     def check(self) -> None:
@@ -134,7 +138,7 @@ def open_source(
     config_path = folder / "config.json"
     # A .pt file beside a config.json is not necessarily described by it.
     if config_path.is_file() and (format_ != "torch" or path.is_dir()):
-        described, _ = settings.config_from_json(_read_json(config_path), where=str(config_path))
+        described, _ = settings.config_from_json(read_json(config_path), where=str(config_path))
     else:
         config_path = None
         described = _describe(names, file, naming, config)
@@ -150,7 +154,10 @@ def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
         short = name
         for wrapper in PREFIXES[1:]:
             short = short.replace(wrapper, "")
-        bare[short.removeprefix(PREFIXES[0])] = name
+        short = short.removeprefix(PREFIXES[0])
+        if short in bare:
+            raise ValueError(f"two tensors are {short}: {bare[short]} and {name}; leave one of them in the file.")
+        bare[short] = name
     return bare
 
 
@@ -158,13 +165,13 @@ def _describe(names: dict[str, str], file: TensorFile, naming: Naming, config: W
     """The configuration read off the tensors' shapes."""
     official = names
     if naming == "diffusers":
-        layers = 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+        layers = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
         both = WanConfig(dim=6, ffn_dim=1, num_heads=1, num_layers=layers, model_type="i2v")
         official = {t.official: names[t.diffusers] for t in tensors(both) if t.diffusers in names}
     infos = {name: file.infos[stored] for name, stored in official.items()}
     described = settings.config_from_shapes(infos, official, num_heads=config.num_heads if config else None)
     own = getattr(file, "metadata", {}).get(settings.OWN_KEY)
-    stored = settings.attention_from_json(json.loads(own) if own else None, where="the file's header")
+    stored = settings.attention_from_json(_parse(own, "the file's header") if own else None, where="the file's header")
     kept = {} if config is None else {"text_len": config.text_len, "eps": config.eps}
     return dataclasses.replace(described, **kept, **stored)
 
@@ -203,11 +210,20 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     return fetch(str(path), patterns, revision=revision)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a `config.json`; ValueError if it is none."""
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is not an object of settings.")
+        raise ValueError(f"{where} is not an object of settings.")
     return data
