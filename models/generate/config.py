@@ -224,7 +224,7 @@ def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, UnionType) else [hint]
     if value is None and kinds != [hint]:
         return None
-    kind = getattr(kinds[0], "__value__", kinds[0])
+    kind: Any = getattr(kinds[0], "__value__", kinds[0])
     if get_origin(kind) is Literal:
         fits = value in get_args(kind)
     elif get_origin(kind) is tuple:
