@@ -1,5 +1,6 @@
 """`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +40,16 @@ class Material(NamedTuple):
 
 def generate_command(arguments: Sequence[str]) -> int:
     """`monarchrt generate`."""
-    source = _option(arguments, "--from")
+    given = _option(arguments, "--from")
     default = GenerateConfig()
-    if source is not None:
+    if given is not None:
+        source = Path(given)
         from models.media.writer import read_settings
 
         default = from_stored(read_settings(source), source=source)
+        if _option(arguments, "--attention") and not _option(arguments, "--tile"):  # another attention has its own
+            own = {name: getattr(GenerateConfig(), name) for name in ("tile", "blocks", "num_iters", "implementation")}
+            default = dataclasses.replace(default, attention="stored", **own)
     config = parse(GenerateConfig, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
     if config.checkpoint is None:
         raise UserError(
@@ -71,12 +76,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _option(arguments: Sequence[str], name: str) -> Path | None:
+def _option(arguments: Sequence[str], name: str) -> str | None:
     for position, argument in enumerate(arguments):
         if argument == name and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
+            return arguments[position + 1]
         if argument.startswith(f"{name}="):
-            return Path(argument.partition("=")[2])
+            return argument.partition("=")[2]
     return None
 
 

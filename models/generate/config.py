@@ -50,7 +50,7 @@ class GenerateConfig:
     """Replace `out` if it exists."""
 
     negative_prompt: str | None = None
-    """What the video should not show, for samplers with guidance. Default: Wan's own."""
+    """What the video should not show, for samplers with guidance. Default, and if empty: Wan's own."""
 
     components: Path | None = None
     """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers, if they are not
@@ -224,7 +224,7 @@ def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, UnionType) else [hint]
     if value is None and kinds != [hint]:
         return None
-    kind: Any = getattr(kinds[0], "__value__", kinds[0])
+    kind = getattr(kinds[0], "__value__", kinds[0])
     if get_origin(kind) is Literal:
         fits = value in get_args(kind)
     elif get_origin(kind) is tuple:
@@ -234,4 +234,5 @@ def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
         stored = {Path: (str,), float: (float, int)}.get(kind, (kind,))
         fits = type(value) in stored
     _require(fits, f"{source} has {name}={value!r} in its settings, which is not one that monarchrt generate takes")
-    return kind(value) if kind in (Path, float, tuple) else value
+    convert: Any = kind if kind in (Path, float, tuple) else None
+    return convert(value) if convert else value

@@ -12,6 +12,7 @@ LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
 LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
 BLOCK = 3  # latent frames, of Self-Forcing
+USED_IN = {"window": ("autoregressive", "windows"), "sink_frames": ("autoregressive",), "context": ("windows",)}
 PIECE = 3  # latent frames that a clip made at once is decoded in
 
 
@@ -177,6 +178,10 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
         sampler = defaults.sampler
     else:
         sampler = "few-step" if mode == "autoregressive" else "unipc"
+    for name, modes in USED_IN.items():
+        value, default = getattr(config, name), getattr(GenerateConfig(), name)
+        if value != default and mode not in modes:
+            raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; use {default}")
     few = sampler == "few-step"
     given = {name: getattr(config, name) for name in ("frames", "height", "width", "fps", "shift", "guidance", "steps")}
     filled = {

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from models.generate.config import GenerateConfig
 from models.media.video import read_clip, write_mp4
-from models.media.writer import read_settings
+from models.media.writer import Mp4Writer, read_settings
 from models.umt5 import load_embeddings
 from models.wan import MonarchAttention, WanModel, wan_config
 from models.wan.checkpoints import load_checkpoint, save_checkpoint
@@ -135,6 +136,7 @@ class TestWan:
         ([*CAT], "no checkpoint was given; give --checkpoint"),
         (["--checkpoint", "{wan}", *CAT, "--out", "{file}/below.mp4"], "cannot be written"),
         (["--checkpoint", "{wan}", *CAT, "--out", "{file}"], "exists already; give another --out, or --overwrite"),
+        (["--from", "{tiled}", "--attention", "dense"], "path='nowhere' does not exist"),
         (["--from", "{file}"], "holds no settings; it was not made by monarchrt generate"),
         (["--checkpoint", "{wan}", *CAT, "--embeddings", "{file}"], "is not a file of text embeddings"),
         (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--condition", "{file}"], "do not make whole blocks"),
@@ -187,7 +189,11 @@ class TestWan:
 )
 def test_bad_input_ends_in_one_line(wan_folder, causal_folder, tmp_path, capsys, monkeypatch, arguments, message):
     file = write_mp4(tmp_path / "file.mp4", np.zeros((2, 32, 48, 3), np.uint8))
-    names = {"wan": wan_folder, "causal": causal_folder, "file": file}
+    tiled = tmp_path / "tiled"  # a video's settings; its checkpoint is gone
+    settings = GenerateConfig(checkpoint="nowhere", tile=(1, 2, 4), num_iters=2).stored()
+    with Mp4Writer(tiled, settings=settings) as writer:
+        writer.write(np.zeros((2, 32, 48, 3), np.uint8))
+    names = {"wan": wan_folder, "causal": causal_folder, "file": file, "tiled": tiled}
     monkeypatch.chdir(tmp_path)
     if "{causal}" in arguments and "checkpoint lacks" not in message:
         arguments = [*arguments, "--components", "{wan}"]

@@ -111,6 +111,9 @@ class TestRefusals:
             (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
+            (dict(mode="bidirectional", window=6), "window is 6, for mode autoregressive or windows, .* use None"),
+            (dict(mode="windows", window=6, sink_frames=3), "sink_frames is 3, for mode autoregressive, .* use 0"),
+            (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
         ],
     )
