@@ -27,7 +27,7 @@ from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
 from train.model import build_model, check_pretrained, check_same_network, model_settings, pretrained_parameters
-from train.run_folder import claim_folder, compare_identity, identity, write_config
+from train.run_folder import FolderLock, claim_folder, compare_identity, identity, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
 from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
@@ -88,7 +88,10 @@ def train(
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
         source = open_source(config.data, text_shape=(1, text_dim))
-    return _Run(config, source, model, quiet).go(after_step)
+    with FolderLock(config.run.folder) as lock:
+        if config.run.folder.is_dir():
+            lock.take()
+        return _Run(config, source, model, quiet).go(lock, after_step)
 
 
 class _Run:
@@ -102,6 +105,9 @@ class _Run:
         self.previous = Checkpoints(run.folder, keep=run.keep) if found else None
         if self.previous:
             self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
+            done = max(self.previous.steps(), default=0)
+            if done > run.steps:
+                raise UserError(f"steps is {run.steps}, but {run.folder} has {done} already; give {done} or more")
         self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
         self.model = model
         self.build = functools.partial(
@@ -162,7 +168,7 @@ class _Run:
         with user_input():
             jax.eval_shape(self.step_fn, self.template, *batch)
 
-    def go(self, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
+    def go(self, lock: FolderLock, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
         config, run = self.config, self.config.run
         checkpoints = self.previous
         start, restored = 0, None
@@ -178,6 +184,7 @@ class _Run:
                 else f"nothing to resume in {run.folder}"
             )
         self.state = self._start() if restored is None else restored
+        lock.take()
         write_config(config)
         self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
         with (

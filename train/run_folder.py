@@ -9,6 +9,7 @@ samples/                   videos made while training
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -46,6 +47,45 @@ def claim_folder(config: TrainConfig) -> None:
     if names & {CONFIG_NAME, _UNFINISHED, "checkpoints"}:
         raise UserError(f"folder {folder} already holds a run; go on with it with --resume, or give another --folder")
     raise UserError(f"folder {folder} holds other files, and no run; give the path of a new or empty folder")
+
+
+class FolderLock:
+    """Keeps a run folder to one process: two would delete each other's checkpoints. Ends with the process, too.
+
+    Args:
+        folder: The run folder; made by `take`, if it is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Makes the folder and takes it, unless it is taken already.
+
+        Raises:
+            UserError: If another process has it, or it cannot be made.
+        """
+        if self._descriptor is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._folder, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"folder {self._folder} is in use by another run; wait for it, or give another --folder"
+            ) from error
+        except OSError as error:
+            if self._descriptor is None:  # else a file system without locks
+                raise UserError(f"folder {self._folder} cannot be written to: {error.strerror}") from error
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def write_config(config: TrainConfig) -> None:

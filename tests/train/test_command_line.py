@@ -26,7 +26,7 @@ from train.config import (
 )
 from train.logs import RunLog, read_log
 from train.model import attention_setting, model_settings
-from train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
+from train.run_folder import FolderLock, claim_folder, compare_identity, identity, read_config, write_config
 
 
 def test_config_survives_json(tmp_path):
@@ -152,6 +152,20 @@ def test_model_settings_follow_the_config():
     assert settings.attention == attention_setting(ModelConfig(tile=(1, 2, 4)))
     with pytest.raises(UserError, match="overrides names dtype"):
         model_settings(ModelConfig(overrides=("dtype=float16",)))
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with FolderLock(folder) as lock:
+        lock.take()
+        lock.take()
+        with FolderLock(folder) as other, pytest.raises(UserError, match="in use by another run; wait for it"):
+            other.take()
+    with FolderLock(folder) as later:
+        later.take()
+    (tmp_path / "file").write_text("")
+    with FolderLock(tmp_path / "file" / "a") as lock, pytest.raises(UserError, match="cannot be written to"):
+        lock.take()
 
 
 def test_claim_folder(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.clips import make_clip
 from train.cli import main
+from train.run_folder import FolderLock
 
 from .conftest import history
 
@@ -203,6 +204,21 @@ def test_resume_with_other_settings_names_both(baseline, tmp_path, capsys, chang
     assert "checkpoint of step 30" in line
     assert all(part in line for part in parts), line
     assert history(baseline) == before
+
+
+def test_resume_to_fewer_steps_than_were_done(baseline, capsys):
+    before = (baseline / "config.json").read_text()
+    assert main(["train", "--folder", str(baseline), "--resume", "--steps", "20"]) == 2
+    assert "steps is 20, but" in (error := one_error_line(capsys.readouterr().err))
+    assert "has 30 already; give 30 or more" in error
+    assert (baseline / "config.json").read_text() == before
+
+
+def test_resume_while_another_process_has_the_folder(baseline, capsys):
+    with FolderLock(baseline) as lock:
+        lock.take()
+        assert main(["train", "--folder", str(baseline), "--resume"]) == 2
+    assert "in use by another run" in one_error_line(capsys.readouterr().err)
 
 
 def test_resume_with_another_clip_is_refused_and_the_same_clip_elsewhere_is_not(baseline, clip, tmp_path, capsys):

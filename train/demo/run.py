@@ -70,7 +70,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new folder")
-    if folder.exists() and not config.resume:
+    if folder.exists() and any(folder.iterdir()) and not config.resume:
         raise UserError(f"folder {folder} exists already; give --resume to continue it, or another --folder")
     dense_config, monarch_config = dense_run(config), monarch_run(config)
     source, setting, grid = _prepare(dense_config, monarch_config)
