@@ -33,6 +33,26 @@ def positive(name: str, value: int) -> int:
     return number
 
 
+def small(name: str, value: float) -> None:
+    """Checks a number such as a norm's epsilon.
+
+    Example:
+        >>> small("eps", float("nan"))
+        Traceback (most recent call last):
+        ...
+        ValueError: eps=nan is not a number above 0 and below 1.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is not a number above 0 and below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{name}={value!r} is not a number above 0 and below 1.")
+
+
 def index(name: str, value: int | jax.Array) -> int | jax.Array:
     """An integer that may be traced.
 

@@ -176,7 +176,7 @@ def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
         return beside, {}
     try:
         settings = json.loads(beside.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside} is not JSON: {error}.") from error
     return beside, settings if isinstance(settings, dict) else {}
 

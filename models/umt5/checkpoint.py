@@ -151,7 +151,7 @@ def _naming(path: Path, file: TensorFile) -> str:
 def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:
     """The sizes read off the tensors' shapes."""
     layer = re.compile(r"(?:encoder\.block|blocks)\.(\d+)\.")
-    layers = 1 + max(int(match[1]) for name in file.infos if (match := layer.match(name)))
+    layers = len({match[1] for name in file.infos if (match := layer.match(name))})
 
     def size(row: tuple[str, str, str, Layout], axis: int) -> int:
         name = row[1 if naming == "official" else 2].replace("{i}", "0")

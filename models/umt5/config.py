@@ -3,7 +3,7 @@
 import dataclasses
 
 from models.presets import from_preset
-from monarch_jax.checks import positive
+from monarch_jax.checks import positive, small
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ class UMT5Config:
         for field in dataclasses.fields(self):
             if field.name != "eps":
                 positive(field.name, getattr(self, field.name))
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps} is not positive.")
+        small("eps", self.eps)
         if self.attention_dim % self.num_heads:
             raise ValueError(f"attention_dim={self.attention_dim} is not a multiple of num_heads={self.num_heads}.")
         if self.num_buckets % 4:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from models.presets import from_preset
-from monarch_jax.checks import one_of, positive, triple
+from monarch_jax.checks import one_of, positive, small, triple
 from monarch_jax.spec import MonarchSpec
 
 MODEL_TYPES = ("t2v", "i2v")
@@ -137,8 +137,7 @@ class WanConfig:
         if self.causal_block is not None:
             positive("causal_block", self.causal_block)
         object.__setattr__(self, "patch_size", triple("patch_size", self.patch_size, "(frames, rows, columns)"))
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps} is not positive.")
+        small("eps", self.eps)
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}.")
         if self.head_dim % 2 or self.head_dim < 6:
