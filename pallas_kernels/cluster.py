@@ -63,8 +63,8 @@ def _ptx(text: str, *operands, constraints: str, result=None, pure: bool = False
     )
 
 
-def _four():
-    return llvm.StructType.get_literal([_i32()] * 4)
+def _four(kind=None):
+    return llvm.StructType.get_literal([kind or _i32()] * 4)
 
 
 def _unpack(found, count: int, kind=None):
@@ -125,6 +125,30 @@ def _registers(values, numbers):
 def _array(registers, like, shape=None):
     made = np.array(list(registers), dtype=object).reshape(shape or like.registers.shape)
     return fa.FragmentedArray(_registers=made, _layout=like.layout, _is_signed=None)
+
+
+def _float(x: float):
+    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x))
+
+
+def _power(x):
+    """2^x."""
+    return _ptx("ex2.approx.ftz.f32 $0, $1;", x, constraints="=f,f", result=ir.F32Type.get(), pure=True)
+
+
+def _any(x):
+    """Whether it holds in any lane."""
+    vote = "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+    found = _ptx(vote, _flag(x), constraints="=r,r", result=_i32())
+    return arith.cmpi(arith.CmpIPredicate.ne, found, _constant(0))
+
+
+def _of_four(x):
+    """The largest x of four lanes, which have parts of the same rows."""
+    for lanes in (1, 2):
+        swap = "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        x = arith.maximumf(x, _ptx(swap, x, _constant(lanes), constraints="=f,f,n", result=ir.F32Type.get()))
+    return x
 
 
 # --- barriers -------------------------------------------------------------------------------------------------------
@@ -345,7 +369,7 @@ def logits(products, entropies, at, scale: float):
         f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
         pair = llvm.StructType.get_literal([f32] * 2)
-        factor = vector.broadcast(two, arith.constant(f32, ir.FloatAttr.get(f32, scale)))
+        factor = vector.broadcast(two, _float(scale))
         x, made = products.registers.flat, []
         for n in range(2):
             load = "ld.shared.v2.f32 {$0, $1}, [$2];"
@@ -360,30 +384,68 @@ def logits(products, entropies, at, scale: float):
     return run(products, entropies, jnp.int32(at))
 
 
-def rescaled(sums, factors):
-    """Rows of sums [64, 128] float32 times factors [64]; a warp whose factors are all 1 does nothing."""
+def softmax_step(scores, top, total, sums, dtype):
+    """One step of a softmax over key rows.
 
-    @_inline(LAYOUT, LAYOUT.reduce(1), returns=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, LAYOUT))
-    def run(sums, factors):
+    A row's `top` follows its largest score only where that is more than 2^8 larger, so that most steps neither compare
+    across lanes nor rescale; weights are then at most 2^8 as large, and the sums of them too.
+
+    Args:
+        scores: [64, 16] float32, of powers of 2: rows i of a column, below 32, and of the next.
+        top: [64] float32, what is subtracted from scores.
+        total: [64, 8] float32, sums of weights so far, to be added up at the end.
+        sums: [64, 128] float32, weighted sums of Y so far.
+        dtype: Of the weights.
+
+    Returns:
+        Weights [64, 32] for the key rows of the first and the second column, zero for the other column's; then what
+        top, total and sums have become.
+    """
+    low, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    returned = (
+        plgpu.ShapeDtypeStruct((ROWS, 2 * CLUSTER_DEPTH), low, LAYOUT),
+        plgpu.ShapeDtypeStruct((ROWS,), wide, LAYOUT.reduce(1)),
+        plgpu.ShapeDtypeStruct((ROWS, 8), wide, LAYOUT),
+        plgpu.ShapeDtypeStruct(sums.shape, wide, LAYOUT),
+    )
+
+    @_inline(LAYOUT, LAYOUT.reduce(1), LAYOUT, LAYOUT, returns=returned)
+    def run(scores, top, total, sums):
         f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
-        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
-        by = [x if x.type == f32 else vector.extract(x, [], [0]) for x in factors.registers.flat]
-        some = arith.ori(*(arith.cmpf(arith.CmpFPredicate.UNE, x, one) for x in by))
-        vote = "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q;"
-        some = _ptx(
-            "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; " + vote + " }", _flag(some), constraints="=r,r", result=_i32()
-        )
-        old = list(sums.registers.flat)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, some, _constant(0)), [x.type for x in old], has_else=True)
+        second = arith.cmpi(arith.CmpIPredicate.ne, _part(_thread(), 6, 1), _constant(0))
+        x = scores.registers.flat
+        rows = [[vector.extract(x[2 * n + half], [], [m]) for n in range(2) for m in range(2)] for half in range(2)]
+        tops = [t if t.type == f32 else vector.extract(t, [], [0]) for t in top.registers.flat]
+        most = [functools.reduce(arith.maximumf, row) for row in rows]
+        limits = (arith.addf(t, _float(8.0)) for t in tops)
+        above = (arith.cmpf(arith.CmpFPredicate.OGT, *pair) for pair in zip(most, limits, strict=True))
+        state = [*tops, *total.registers.flat, *sums.registers.flat]
+        branch = scf.IfOp(_any(arith.ori(*above)), [s.type for s in state], has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            by = [vector.broadcast(two, x) for x in by]
-            scf.yield_([arith.mulf(x, by[n % 2]) for n, x in enumerate(old)])
+            new = [arith.maximumf(_of_four(m), t) for m, t in zip(most, tops, strict=True)]
+            by = [vector.broadcast(two, _power(arith.subf(t, n))) for t, n in zip(tops, new, strict=True)]
+            scf.yield_([*new, *(arith.mulf(s, by[n % 2]) for n, s in enumerate(state[2:]))])
         with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]
-            scf.yield_(old)
-        return _array(branch.results, sums)
+            scf.yield_(state)
+        tops, totals, found = branch.results[:2], list(branch.results[2:4]), branch.results[4:]
+        narrow = ir.VectorType.get((2,), utils.dtype_to_ir_type(low))
+        nothing = vector.broadcast(two, _float(0.0))
+        weights: list = [None] * 8
+        for half in range(2):
+            for n in range(2):
+                pair = [_power(arith.subf(s, tops[half])) for s in rows[half][2 * n : 2 * n + 2]]
+                p = vector.from_elements(two, pair)
+                totals[half] = arith.addf(totals[half], p)
+                weights[2 * n + half] = arith.truncf(narrow, arith.select(second, nothing, p))
+                weights[2 * n + 4 + half] = arith.truncf(narrow, arith.select(second, p, nothing))
+        kinds = (x.type for x in top.registers.flat)
+        tops = [t if kind == f32 else vector.broadcast(kind, t) for kind, t in zip(kinds, tops, strict=True)]
+        lead, _, *rest = scores.registers.shape
+        shape = (lead, 4, *rest)
+        return _array(weights, scores, shape), _array(tops, top), _array(totals, total), _array(found, sums)
 
-    return run(sums, factors)
+    return run(scores, top, total, sums)
 
 
 def add_products(sums, weights, y, at):

@@ -202,7 +202,6 @@ def _run(
 
         @pl.when(block < owners)
         def _():
-            lower = plgpu.broadcasted_iota(jnp.int32, (ROWS, CLUSTER_DEPTH), 0, layout=layout) < half
             my_bytes = group * cluster.TILE_SLAB * slabs
             my_lse = STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + group * ROWS
             plgpu.barrier_arrive(columns_free)
@@ -213,7 +212,7 @@ def _run(
                 cluster.exchange(columns_bytes, my_bytes)
                 plgpu.commit_smem()
                 top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, f32), row_layout)
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), f32), row_layout)
+                total = plgpu.layout_cast(jnp.zeros((ROWS, 8), f32), layout)
                 sums = plgpu.layout_cast(jnp.zeros((ROWS, dim), f32), layout)
 
                 def step(i, carry):
@@ -236,20 +235,15 @@ def _run(
                     entropies = (stage * CLUSTER_COLUMNS + 2 * group) * cluster.COLUMN_BYTES
                     s = cluster.logits(s, small, entropies, exponent)
                     cluster.give_back(passed, 2 * STAGES + stage)
-                    new_top = jnp.maximum(top, s.max(axis=1))
-                    factor = jnp.exp2(top - new_top)
-                    p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
-                    total = total * factor + p.sum(axis=1)
-                    sums = cluster.rescaled(sums, factor)
-                    zero = jnp.zeros_like(p)
-                    parts = [jnp.where(lower, x, y).astype(dtype) for x, y in ((p, zero), (zero, p))]
+                    weights, top, total, sums = cluster.softmax_step(s, top, total, sums, dtype)
                     cluster.wait(passed, STAGES + stage, parity)
                     at = stage * cluster.STAGE_BYTES + group * cluster.PAIR_BYTES
-                    sums = cluster.add_products(sums, lax.concatenate(parts, 1), y_bytes, at)
+                    sums = cluster.add_products(sums, weights, y_bytes, at)
                     cluster.give_back(passed, 3 * STAGES + stage)
-                    return new_top, total, sums
+                    return top, total, sums
 
                 top, total, sums = lax.fori_loop(0, steps, step, (top, total, sums))
+                total = total.sum(axis=1)
                 found = sums * lax.broadcast_in_dim(1.0 / total, sums.shape, [0])
                 plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
                 cluster.put(columns_bytes, my_bytes, found.astype(dtype))
@@ -333,10 +327,11 @@ def _run(
                     pl.when(t >= STAGES)(lambda: cluster.wait(passed, which * STAGES + stage, 1 - parity))
 
                 hidden = jnp.where(i * CLUSTER_DEPTH + block < limit, f32(0), f32(jnp.inf))
-                wait_free(2)
-                cluster.send_entropies(passed, stage, small, block, owners, entropies + hidden, stage=stage)
                 for n in range(slabs):
                     made = vectors(0, n)
+                    if n == 0:
+                        wait_free(2)
+                        cluster.send_entropies(passed, stage, small, block, owners, entropies + hidden, stage=stage)
                     cluster.send(passed, stage, alpha_bytes, block, owners, made, stage=stage, slab=n)
                 for n in range(slabs):
                     made = vectors(1, n)

@@ -115,7 +115,9 @@ class AttentionSuite:
         grid, tile = self.instead.get((grid, tile), (grid, tile))
         self.compare(*inputs(0, grid, dim=self.dims[0], dtype=dtype), grid=grid, tile=tile)
 
-    @pytest.mark.parametrize("blocks", LAYOUTS)
+    @pytest.mark.parametrize(
+        "blocks", [pytest.param(x, marks=[pytest.mark.slow] * (x not in ("fh,w", "h,fw"))) for x in LAYOUTS]
+    )
     def test_layouts(self, blocks):
         grid, tile = (4, 4, 8), (4, 4, 4)
         self.compare(*inputs(1, grid, dim=self.dims[0]), grid=grid, tile=tile, blocks=blocks)
@@ -124,7 +126,7 @@ class AttentionSuite:
     def test_head_dims(self, dim):
         self.compare(*inputs(2, (2, 5, 6), dim=self.dims[dim]), grid=(2, 5, 6))
 
-    @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+    @pytest.mark.parametrize("sharpness", [pytest.param(0.1, marks=pytest.mark.slow), 1.0, 10.0])
     def test_sharp_and_flat_softmaxes(self, sharpness):
         arrays = inputs(3, (3, 5, 6), dim=self.dims[0], sharpness=sharpness)
         self.compare(*arrays, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
@@ -134,7 +136,7 @@ class AttentionSuite:
         k = k.at[:, 30:36].multiply(8.0)
         self.compare(q, k, v, g, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
 
-    @pytest.mark.parametrize("tile", [None, (3, 4, 6), (1, 2, 6)])
+    @pytest.mark.parametrize("tile", [None, pytest.param((3, 4, 6), marks=pytest.mark.slow), (1, 2, 6)])
     def test_block_causal(self, tile):
         grid, tile = self.instead.get(((6, 4, 6), tile), ((6, 4, 6), tile))
         self.compare(*inputs(5, grid, dim=self.dims[0]), grid=grid, tile=tile, causal_block=3)
@@ -150,11 +152,11 @@ class AttentionSuite:
         arrays = inputs(6, (4, 3, 5), dim=self.dims[0])
         self.compare(*arrays, grid=(4, 3, 5), tile=(2, 3, 5), num_iters=num_iters, bound=1e-5)
 
-    @pytest.mark.parametrize("tile", [None, (3, 4, 6)])
+    @pytest.mark.parametrize("tile", [None, pytest.param((3, 4, 6), marks=pytest.mark.slow)])
     def test_fewer_queries_than_keys(self, tile):
         self.compare(*inputs(7, (3, 4, 6), key_frames=9, dim=self.dims[0]), grid=(3, 4, 6), tile=tile)
 
-    @pytest.mark.parametrize("tile", [None, (3, 4, 6)])
+    @pytest.mark.parametrize("tile", [pytest.param(None, marks=pytest.mark.slow), (3, 4, 6)])
     def test_traced_kv_frames(self, tile):
         """One compiled program for every fill; what lies behind the valid frames may be NaN."""
         grid, total = (3, 4, 6), 9

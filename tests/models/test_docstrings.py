@@ -11,7 +11,10 @@ import models
 MODULES = [module.name for module in pkgutil.walk_packages(models.__path__, "models.")]
 
 
-@pytest.mark.parametrize("name", MODULES)
+SLOW = ("models.generate.decoders", "models.vae.vae")  # the VAE is compiled
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODULES])
 def test_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module)

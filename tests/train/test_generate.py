@@ -88,6 +88,7 @@ class TestWan:
         np.testing.assert_array_equal(read_clip(again, height=32, width=64), read_clip(out, height=32, width=64))
         assert read_settings(again)["seed"] == stored["seed"]
 
+    @pytest.mark.slow
     def test_block_by_block(self, wan_folder, causal_folder, tmp_path, capsys):
         """A causal network finds the other parts with --components; a dense comparison beside it."""
         out = tmp_path / "cat.mp4"

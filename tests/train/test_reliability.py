@@ -116,20 +116,19 @@ def test_no_readable_checkpoint_is_an_error_that_touches_nothing(baseline, run, 
     assert history(folder) == history(baseline)
 
 
-def test_nonfinite_loss_stops_names_the_step_and_keeps_the_last_checkpoint(arguments, run, tmp_path):
+def test_nonfinite_loss_stops_names_the_step_and_keeps_the_last_checkpoint(arguments, tmp_path, capsys):
     folder = tmp_path / "run"
-    code, stderr = run([*arguments, "--folder", folder, "--learning-rate", "1e30", "--clip-norm", "None"])
-    assert code == 2, stderr
+    assert main([*arguments, "--folder", str(folder), "--learning-rate", "1e30", "--clip-norm", "None"]) == 2
+    stderr = capsys.readouterr().err
     line = one_error_line(stderr)
     assert "at step 2" in line
     assert "the checkpoint of step 0 is kept" in line
     assert steps_of(folder) == [0]
     assert history(folder)[-1]["loss"] in ("inf", "nan")
     # another learning rate may go on from there
-    code, stderr = run(
-        ["train", "--folder", folder, "--resume", "--learning-rate", "1e-3", "--clip-norm", "10", "--steps", "5"]
-    )
-    assert code == 0, stderr
+    changes = ["--learning-rate", "1e-3", "--clip-norm", "10", "--steps", "5"]
+    assert main(["train", "--folder", str(folder), "--resume", *changes]) == 0
+    stderr = capsys.readouterr().err
     assert "learning_rate changes from 1e+30 to 0.001" in stderr
     assert [record["step"] for record in history(folder) if "loss" in record] == list(range(1, 6))
 

@@ -70,7 +70,8 @@ def plain_roll_out(model, text, frames, *, first=3, initial=None, window=None, s
 
 class TestAgainstALoop:
     @pytest.mark.parametrize(
-        "attention", [pytest.param(DENSE, marks=pytest.mark.slow), MONARCH, MonarchAttention(tile=(3, 2, 6))]
+        "attention",
+        [MONARCH, *(pytest.param(x, marks=pytest.mark.slow) for x in (DENSE, MonarchAttention(tile=(3, 2, 6))))],
     )
     def test_blocks_of_three(self, tiny, attention):
         model, text = tiny(attention, causal_block=3)
@@ -86,6 +87,7 @@ class TestAgainstALoop:
         np.testing.assert_allclose(out[:, :9], whole[:, :9], atol=2e-4)  # nothing was evicted yet
         assert np.abs(out[:, 12:] - whole[:, 12:]).max() > 1e-2
 
+    @pytest.mark.slow
     def test_first_frame_alone_and_an_image(self, tiny):
         model, text = tiny()
         rollout = Rollout(independent_first_frame=True)
@@ -102,6 +104,7 @@ class TestAgainstALoop:
         np.testing.assert_array_equal(out[:, :6], clip)
         np.testing.assert_allclose(out, plain_roll_out(model, text, 9, initial=clip), atol=2e-4)
 
+    @pytest.mark.slow
     def test_many_steps_with_guidance(self, tiny):
         """One cache of twice the batch equals two caches."""
         model, text = tiny()
@@ -126,7 +129,9 @@ class TestAgainstALoop:
 
 
 class TestOneProgram:
-    @pytest.mark.parametrize("rollout", [Rollout(), Rollout(window=6, sink_frames=3)])
+    @pytest.mark.parametrize(
+        "rollout", [pytest.param(Rollout(), marks=pytest.mark.slow), Rollout(window=6, sink_frames=3)]
+    )
     def test_every_block_reuses_it(self, tiny, rollout):
         """Nothing at all is compiled after the first block."""
         model, text = tiny(MONARCH)

@@ -121,6 +121,7 @@ class TestStreaming:
         b = decode(vae, z.at[:, 0].add(1.0), chunk=1)
         assert np.abs(a[:, 5:9] - b[:, 5:9]).max() > 0.01
 
+    @pytest.mark.slow
     def test_encoder(self, vae):
         video = clip(17)
         first, cache = encode_first(vae, video[:, :1], vae.init_encoder_cache(1, 16, 24))
