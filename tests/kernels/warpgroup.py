@@ -1,0 +1,166 @@
+"""A warpgroup in NumPy, to run what `pallas_kernels.cluster` writes for registers; a value is one number per thread.
+
+Stands in for the MLIR dialects: an operation computes at once. Both sides of a branch run, and its threads must agree.
+"""
+
+import contextlib
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+THREAD = np.arange(128)
+ROW = 16 * (THREAD // 32) + THREAD % 32 // 4  # of the first half; the second is 8 below
+NARROW = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+
+
+class Value:
+    """What the threads hold: [128] numbers, or [128, 2]."""
+
+    def __init__(self, x, kind):
+        self.x, self.type = np.asarray(x), kind
+
+
+def registers(array):
+    """[64, 8n] laid out as `plgpu.Layout.WGMMA`, or [64] as its rows: registers of two columns or one number each."""
+    array = np.asarray(array, np.float32)
+    f32 = ir.F32Type.get()
+    if array.ndim == 1:
+        found = [Value(array[ROW + 8 * half], f32) for half in range(2)]
+        return types.SimpleNamespace(registers=np.array(found, object), shape=array.shape)
+    two = ir.VectorType.get((2,), f32)
+    at = 2 * (THREAD % 4)
+    found = [
+        [Value(np.stack([array[ROW + 8 * half, 8 * n + at + m] for m in range(2)], 1), two) for half in range(2)]
+        for n in range(array.shape[1] // 8)
+    ]
+    return types.SimpleNamespace(registers=np.array(found, object)[None], shape=array.shape)
+
+
+def matrix(held):
+    """What `registers` was made from; asserts that all threads of a row agree on a row's number."""
+    flat = held.registers.flat
+    if flat[0].x.ndim == 1:
+        out = np.empty(64, np.float32)
+        for half in range(2):
+            out[ROW + 8 * half] = flat[half].x
+            np.testing.assert_array_equal(out[ROW + 8 * half], flat[half].x)
+        return out
+    out = np.empty((64, 4 * held.registers.size), np.float32)
+    for n, value in enumerate(flat):
+        for m in range(2):
+            out[ROW + 8 * (n % 2), 8 * (n // 2) + 2 * (THREAD % 4) + m] = value.x[:, m]
+    return out
+
+
+def _two(x, like):
+    return x[:, None] if like.x.ndim > x.ndim else x
+
+
+def _operation(compute, kind=None):
+    return lambda *args: Value(compute(*(a.x for a in args)), kind or args[0].type)
+
+
+def _compare(predicate, a, b):
+    compute = {
+        arith.CmpIPredicate.ne: np.not_equal,
+        arith.CmpIPredicate.eq: np.equal,
+        arith.CmpFPredicate.OGT: np.greater,
+    }[predicate]
+    return Value(compute(a.x, b.x), None)
+
+
+_arith = types.SimpleNamespace(
+    CmpIPredicate=arith.CmpIPredicate,
+    CmpFPredicate=arith.CmpFPredicate,
+    constant=lambda kind, attribute: Value(np.full(128, attribute.value, _dtype(kind)), kind),
+    addi=_operation(np.add),
+    muli=_operation(np.multiply),
+    andi=_operation(np.bitwise_and),
+    ori=_operation(np.bitwise_or),
+    shrui=_operation(np.right_shift),
+    addf=_operation(np.add),
+    subf=_operation(np.subtract),
+    mulf=_operation(np.multiply),
+    maximumf=_operation(np.maximum),
+    cmpi=_compare,
+    cmpf=_compare,
+    extui=lambda kind, x: Value(x.x.astype(np.int32), kind),
+    select=lambda c, a, b: Value(np.where(_two(c.x, a), a.x, b.x), a.type),
+    truncf=lambda kind, x: Value(x.x.astype(NARROW[str(ir.VectorType(kind).element_type)]), kind),
+)
+_vector = types.SimpleNamespace(
+    extract=lambda x, _, at: Value(x.x[:, at[0]], ir.F32Type.get()),
+    broadcast=lambda kind, x: Value(np.stack([x.x] * 2, 1), kind),
+    from_elements=lambda kind, parts: Value(np.stack([part.x for part in parts], 1), kind),
+)
+
+
+class _If:
+    """`scf.IfOp`: both blocks give their values, and each warp's condition chooses."""
+
+    def __init__(self, condition, kinds, *, has_else):
+        del kinds, has_else
+        for warp in condition.x.reshape(4, 32):
+            assert warp.all() or not warp.any(), "a warp's threads do not agree on a branch"
+        self.condition, self.then_block, self.else_block = condition.x, [], []
+
+    @property
+    def results(self):
+        pairs = zip(self.then_block, self.else_block, strict=True)
+        return [Value(np.where(_two(self.condition, a), a.x, b.x), a.type) for a, b in pairs]
+
+
+def _dtype(kind):
+    return np.float32 if kind == ir.F32Type.get() else np.int32
+
+
+def run(monkeypatch, cluster, step, *args):
+    """Calls a step of `pallas_kernels.cluster` on what `registers` gives and other arguments."""
+    block = []
+
+    @contextlib.contextmanager
+    def insertion_point(into):
+        block.append(into)
+        yield
+        block.pop()
+
+    def ptx(text, *operands, result=None, **_):
+        if "%tid.x" in text:
+            return Value(THREAD, result)
+        [x, *rest] = [operand.x for operand in operands]
+        if "ex2" in text:
+            return Value(np.exp2(x), result)
+        if "vote.sync.any" in text:
+            return Value(np.repeat(x.reshape(4, 32).any(1), 32).astype(np.int32), result)
+        assert "shfl.sync.bfly" in text
+        return Value(x[THREAD ^ rest[0]], result)
+
+    names = {name: getattr(ir, name) for name in ("IntegerType", "IntegerAttr", "FloatAttr", "F32Type", "VectorType")}
+    replaced = {
+        "ir": types.SimpleNamespace(**names, InsertionPoint=insertion_point),
+        "arith": _arith,
+        "vector": _vector,
+        "scf": types.SimpleNamespace(IfOp=_If, yield_=lambda values: block[-1].extend(values)),
+        "_ptx": ptx,
+        "_inline": lambda *_, **__: lambda function: function,
+        "_array": lambda found, like, shape=None: types.SimpleNamespace(
+            registers=np.array(list(found), object).reshape(shape or like.registers.shape)
+        ),
+    }
+    with monkeypatch.context() as patch:
+        for name, value in replaced.items():
+            patch.setattr(cluster, name, value)
+        return getattr(cluster, step)(*args)
+
+
+@contextlib.contextmanager
+def mlir():
+    """MLIR's types need a context."""
+    from jax._src.interpreters import mlir as interpreter
+
+    with interpreter.make_ir_context(), ir.Location.unknown(), jax.enable_x64(False):
+        yield
