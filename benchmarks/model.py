@@ -213,7 +213,7 @@ def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
     def empty(arrays, text):
         return init_cache(nnx.merge(graph, arrays), text, frames=clip.frames, height=clip.height, width=clip.width)
 
-    cache = dataclasses.replace(empty(arrays, text), length=frame)
+    cache = dataclasses.replace(empty(arrays, text), length=jnp.copy(frame))  # donated, and frame is not
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(arrays, cache, latents, timesteps, frame):

@@ -153,6 +153,20 @@ def test_fused(rows, cols, tiles, key_tiles, visible, dtype):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+@pytest.mark.parametrize("sharpness", [0.1, 8.0, 40.0])
+def test_fused_sharp_and_flat(sharpness):
+    """Scores that outgrow the ones before by far more than 2^8."""
+    keys = jax.random.split(jax.random.key(14), 3)
+    q, k, v = (jax.random.normal(r, (1, 5, 30, 52, 3, 128), jnp.bfloat16) for r in keys)
+    problem, seen = Problem(scale=sharpness * 128**-0.5), jnp.full(5, 5, jnp.int32)
+    config = dataclasses.replace(forward_config(30, 52, 128), fused=FusedConfig(clusters=7))
+    out, lse, _ = forward(q, k, v, seen, scale=problem.scale, masked=False, config=config)
+    with jax.default_matmul_precision("highest"):
+        expected, right_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), seen)
+    assert error(out, expected) <= BOUNDS["bfloat16"]
+    assert error(lse, right_lse) <= 1e-3
+
+
 def test_fused_keeps_a_bad_example_to_itself():
     """NaN in one batch entry and head is in no other, though their key rows lie side by side in shared memory."""
     keys = jax.random.split(jax.random.key(13), 3)
