@@ -87,6 +87,7 @@ def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardCon
     """lse in units of log 2 and delta = <dO, O>, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
     rows, cols = out.shape[2:4]
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, out, preferred_element_type=jnp.float32)
+    delta = lax.optimization_barrier(delta)  # a pass of its own: the sums inside the transposition take 7 times as long
     more_rows = config.left.row_blocks * ROWS - rows
     more_cols = -cols % config.left.columns
 
@@ -129,7 +130,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
     role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
     (found,) = launch(role, (k, dz, dq, call.limits, start))
-    return found[0].reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
+    return found.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 
 def _add(whole: Gradients, parts: Gradients, head, tile, summed: bool) -> Gradients:

@@ -76,6 +76,19 @@ def test_numbers_and_no_races_in_the_interpreter(monkeypatch):
     compare(monkeypatch, (1, 2, 1, 9, 1, 64), 3, (1, 2), grad_tiles=1, races=True)
 
 
+@pytest.mark.parametrize("chunk_bytes", [2**14, 2**30])
+@pytest.mark.parametrize(("rows", "cols", "dim"), [(3, 40, 64), (30, 52, 128), (90, 52, 128), (135, 80, 128)])
+def test_gradients_have_the_shapes_of_their_arrays(rows, cols, dim, chunk_bytes):
+    """Several batch entries, query tiles and heads, in one chunk and in many; more key tiles than query tiles."""
+    q, k, lse = (tokens(3, *x) for x in ((2, rows, cols, 2, dim), (4, rows, cols, 2, dim), (2, rows, cols, 2)))
+    config = dataclasses.replace(backward_config(rows, cols, dim), chunk_bytes=chunk_bytes)
+    run = functools.partial(backward, scale=0.1, masked=True, grad_tiles=None, config=config)
+    visible = jax.ShapeDtypeStruct((2,), jnp.int32)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, q, k, k, visible, q, lse, q)) == tuple(
+        (x.shape, x.dtype) for x in (q, k, k)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "key_tiles", "visible", "sizes"),
@@ -183,7 +196,7 @@ def test_causal_gradient_under_vmap_lowers():
         out = monarch_attention(*x, grid=(6, 10, 13), causal_block=3, implementation="mosaic")
         return out.astype(jnp.float32).sum()
 
-    stacked = tokens(2, 1, 780, 2, 128)
+    stacked = tokens(2, 3, 780, 2, 128)
     assert lower(jax.vmap(jax.grad(loss, (0, 1, 2))), stacked, stacked, stacked).count("mosaic_gpu_v2") == 6
 
 

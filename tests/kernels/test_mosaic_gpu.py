@@ -205,7 +205,7 @@ def test_log_sum_exp():
 )
 def test_gradients(grid, tile, dim, options, dtype):
     """Output and gradients against the reference in float64; two runs agree bit for bit."""
-    arrays = inputs(9, grid, batch=1, heads=2, dim=dim, dtype=dtype)
+    arrays = inputs(9, grid, batch=2, heads=2, dim=dim, dtype=dtype)
     options = dict(options, grid=grid, tile=tile)
     found = value_and_grads(*arrays, implementation="mosaic", **options)
     again = value_and_grads(*arrays, implementation="mosaic", **options)
@@ -238,7 +238,7 @@ def test_kept_intermediates_change_nothing(rows, options):
 def test_gradients_in_chunks_and_of_new_keys_only():
     """Chunks change nothing but the rounding of sums; dk and dv that are not wanted are zero."""
     keys = jax.random.split(jax.random.key(10), 4)
-    q, k, v, g = (jax.random.normal(r, (1, 4, 30, 52, 4, 128), jnp.bfloat16) for r in keys)
+    q, k, v, g = (jax.random.normal(r, (2, 4, 30, 52, 4, 128), jnp.bfloat16) for r in keys)
     visible = jnp.array([2, 2, 4, 4], jnp.int32)
     problem = Problem(scale=128**-0.5, masked=True)
     out, lse = pallas_kernels.forward(problem, q, k, v, visible)
