@@ -74,7 +74,7 @@ def fused(
     def plain(shape):
         return plgpu.SMEM((math.prod(shape) // 2,), jnp.int32)
 
-    def run(*refs):
+    def monarch_fused(*refs):
         _run(
             *refs,
             tiles=tiles,
@@ -90,7 +90,7 @@ def fused(
         )
 
     out, lse = plgpu.kernel(
-        run,
+        monarch_fused,
         out_type=(
             jax.ShapeDtypeStruct((count, rows, cols * heads, *thin), q.dtype),
             jax.ShapeDtypeStruct((count, heads, cols, half), jnp.float32),

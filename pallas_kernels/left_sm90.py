@@ -204,6 +204,7 @@ def left_role(
     struct = jax.ShapeDtypeStruct
     return Role(
         run,
+        name="monarch_left",
         outputs=(
             struct((batch, tiles, rows, cols * heads, slabs, SLAB), dtype),
             struct((count, cols, row_groups * row_blocks * ROWS), f32),

@@ -192,6 +192,7 @@ def query_role(
     )
     return Role(
         run,
+        name="monarch_query_backward",
         outputs=(jax.ShapeDtypeStruct((batch, tiles, rows, cols, heads, slabs, SLAB), dtype),),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),

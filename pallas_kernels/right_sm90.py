@@ -281,6 +281,7 @@ def right_role(
     shape = (batch * heads, tiles, pairs, cols, slabs, slab)
     return Role(
         run,
+        name="monarch_right",
         outputs=(
             struct(shape, dtype),
             struct(shape, dtype),

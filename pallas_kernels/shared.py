@@ -48,6 +48,7 @@ class Role:
 
     Attributes:
         run: Called as run(block, inputs, outputs, scratch) with the block's number among `blocks` and references.
+        name: What profilers call the kernel.
         outputs: Types of the outputs.
         scratch: Types of the scratch.
         groups: Computing warpgroups; one more loads.
@@ -55,6 +56,7 @@ class Role:
     """
 
     run: Callable[..., None]
+    name: str
     outputs: tuple[jax.ShapeDtypeStruct, ...]
     scratch: tuple
     groups: int
@@ -104,6 +106,7 @@ def launch(role: Role, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
 
         pl.run_scoped(scoped, *role.scratch, collective_axes="group")
 
+    body.__name__ = role.name
     results = plgpu.kernel(
         body,
         out_type=role.outputs,

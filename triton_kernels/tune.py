@@ -44,7 +44,7 @@ def tune(
             the forward pass is tuned, and kept as the entry for that case.
         check: Called with the configs at the start and with those found, before they are stored; raises if the results
             that they give are wrong.
-        log: Takes a line per improvement.
+        log: Takes the times at the start, then a line per improvement.
 
     Returns:
         The best configs found, as stored.
@@ -99,7 +99,7 @@ def search(
         rows: Rows (a, j) of a (batch, head) pair.
         key_tiles: Key tiles.
         few: Leaves the backward pass out.
-        log: Takes a line per improvement.
+        log: Takes the times at the start, then a line per improvement.
 
     Returns:
         The best configs seen.
@@ -119,6 +119,8 @@ def search(
         return best
 
     best, forward = start, ("right_forward", "left_forward")
+    for name, backward in (("forward", False),) if few else (("forward", False), ("backward", True)):
+        log(f"{name} {ms(start, backward):.3f} ms at the start")
     best = better(best, (dataclasses.replace(best, stream=x) for x in (None, *streams(rows, key_tiles))), False)
     for name in config.KERNELS:
         if few and name not in forward:

@@ -112,7 +112,7 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
     measured = tuning.forward(30, 52, 128)
     assert measured.fused.clusters == 7
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for kind, clusters in (("NVIDIA H200", 7), ("NVIDIA H20", 0)):
+    for kind, clusters in (("NVIDIA H200", 7), ("NVIDIA H100 80GB HBM3", 7), ("NVIDIA H20", 0)):
         monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
         expected = dataclasses.replace(measured, fused=dataclasses.replace(measured.fused, clusters=clusters))
         assert tuning.forward(30, 52, 128) == expected

@@ -72,6 +72,7 @@ class TestDecoders:
     @pytest.mark.slow
     def test_wans_vae_block_by_block_is_the_whole(self):
         """Blocks of 3 latents: 9 frames, then 12 each; the same as all at once."""
+        jax.clear_caches()  # another test may have compiled the same programs
         model = vae()
         decoder = WanDecoder(model)
         latents = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 2, 3, 16)), jnp.float32)
