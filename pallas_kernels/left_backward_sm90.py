@@ -5,7 +5,6 @@ P = exp(x - lse[i]) and dX = P * (<dO[i], Y[n]> - delta[i]), these are dY = P^T 
 d_c = -sum_i dX and dQ = s dX alpha.
 A persistent block streams alpha and Y past the rows of one or more columns, dQ stays in registers, and dY and d_alpha
 leave from the shared memory that Y and alpha came in. Rows of products are the 64 pairs of a block, columns are i.
-Where two warpgroups share a column (b1 of 65 to 128) a step's products wait together with the next one's scores.
 """
 
 import math
@@ -72,15 +71,13 @@ def left_backward_role(
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
     kinds = 2 if row_blocks > 1 else 1
-    ahead = (columns, row_blocks) == (1, 2)  # more warpgroups have too few registers for the next step's scores
     outputs_of = [(kind, n) for kind in range(2) for n in range(slabs)]  # slabs of dY and of d_alpha
 
     def run(block, inputs, outputs, scratch):
         q, g, alpha, y, c, stats, limits, start = inputs
         d_alpha, d_y, d_c, dq = outputs
-        smem, p_smem, c_in, stats_in, sums, q_full, q_free, full, free, made, used = scratch
-        (rows_mma, mid_mma), (rows_in, mid_in) = shared.tile_views(smem)
-        p_mma, *dq_mma = p_smem
+        smem, c_in, stats_in, sums, q_full, q_free, full, free, made, used = scratch
+        (rows_mma, mid_mma, p_mma), (rows_in, mid_in, _) = shared.tile_views(smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
         turns = lax.div(items - block + blocks - 1, blocks)
@@ -109,7 +106,7 @@ def left_backward_role(
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
             for s in range(stages):
                 plgpu.barrier_arrive(free.at[my_column * stages + s])
-            if row_blocks > 1 and not ahead:
+            if row_blocks > 1:
                 plgpu.barrier_arrive(used)
 
             def full_rows(x):
@@ -246,102 +243,9 @@ def left_backward_role(
 
                 return done + steps
 
-            def ahead_item(t, done):
-                """`item` for two warpgroups on one column: the first makes dY, the second d_alpha."""
-                x, _where, column, limit = place(t)
-                steps = lax.div(limit + depth - 1, depth)
-                plgpu.barrier_wait(q_full)
-                zeros = plgpu.layout_cast(jnp.zeros((depth, width), f32), layout)
-                zero = plgpu.layout_cast(jnp.zeros((ROWS, SLAB), f32), layout)
-
-                def leave(i):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(free.at[lax.rem(done + i, stages)])
-
-                def add_scores(accs, here, slot):
-                    """Adds products of alpha with q and of Y with dO, [64 pairs, 64 i]."""
-                    for acc, kind in zip(accs, (1, 0), strict=True):
-                        for n in range(slabs):
-                            b = rows_mma.at[here, kind, n, pl.ds(0, width)].transpose((1, 0))
-                            plgpu.wgmma(acc, mid_mma.at[slot, kind, 0, n], b)
-
-                def first(_, scores):
-                    here, slot = shared.unhoisted(group, done), lax.rem(done, stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    start = [plgpu.WGMMAAccumulatorRef.init(x) for x in scores]
-                    return pl.run_state(lambda accs: add_scores(accs, here, slot))(start)
-
-                def step(i, carry):
-                    acc, (x_s, d_p) = carry
-                    here = shared.unhoisted(group, done + i)
-                    slot, after = lax.rem(done + i, stages), lax.rem(done + i + 1, stages)
-                    is_last = i == steps - 1
-                    bias = plgpu.load(c_in.at[slot, 0], layout=layout.reduce(1), optimized=False)
-                    pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=layout.reduce(1)) + i * depth
-                    bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
-                    lse = plgpu.load(stats_in.at[here, 0, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
-                    x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
-                    p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
-                    delta = plgpu.load(stats_in.at[here, 1, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
-                    d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
-                    # dq of the item before lay where P and dX come
-                    pl.when(i == 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
-                    p_mma[here, 0] = full_rows(p.astype(dtype))
-                    p_mma[here, 1] = full_rows(d_x)
-                    plgpu.commit_smem()
-                    pl.when(i > 0)(lambda: leave(i - 1))
-                    plgpu.barrier_arrive(made)
-                    plgpu.barrier_wait(made)
-                    pl.when(~is_last)(lambda: plgpu.barrier_wait(full.at[after]))
-                    after = jnp.where(is_last, slot, after)  # scores that nobody uses
-
-                    def products(accs):
-                        dq_accs, outs, scores = accs
-                        add_scores(scores, here, after)
-                        for n in range(slabs):
-                            plgpu.wgmma(dq_accs[n], p_mma.at[here, 1].transpose((1, 0)), mid_mma.at[slot, 1, 0, n])
-                        for n in range(slabs):
-                            for r in range(row_blocks):
-                                plgpu.wgmma(outs[n], p_mma.at[r, here], rows_mma.at[r, here, n])
-                        sums[here] = -d_x.astype(f32).sum(axis=1)  # while the products run
-
-                    start = jax.tree.map(plgpu.WGMMAAccumulatorRef.init, (acc, [zero] * slabs, [zeros, zeros]))
-                    acc, outs, scores = pl.run_state(products)(start)
-                    plgpu.barrier_arrive(used)
-                    plgpu.barrier_wait(used)  # nobody reads alpha, Y, P or dX of this step any more
-                    factor = jnp.where(here == 1, scale, 1.0).astype(f32)
-                    for n in range(slabs):
-                        mid_mma[slot, here, 0, n] = (outs[n] * factor).astype(dtype)
-                    plgpu.commit_smem()
-
-                    def send(kind):
-                        for n in range(slabs):
-                            target = (d_y, d_alpha)[kind].at[x, pl.ds(i * depth, depth), column, n]
-                            plgpu.copy_smem_to_gmem(mid_in.at[slot, kind, 0, n], target)
-
-                    for kind in range(2):
-                        pl.when(group == kind)(lambda kind=kind: send(kind))
-                    parts = [plgpu.load(sums.at[r], layout=layout.reduce(1), optimized=False) for r in range(2)]
-                    pl.when(group == 1)(lambda: store_d_c(x, i, column, parts[0] + parts[1]))
-                    return acc, scores
-
-                scores = lax.fori_loop(0, jnp.minimum(steps, 1), first, [zeros, zeros])
-                acc, _ = lax.fori_loop(0, steps, step, ([zero] * slabs, scores))
-                pl.when(steps > 0)(lambda: leave(steps - 1))
-                plgpu.barrier_arrive(q_free)
-                block_of, row = split.place(lax.rem(x, tiles), column)
-                span = pl.ds(group * ROWS, ROWS)
-                for n in range(slabs):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_mma[0][group] = acc[n] * scale
-                    plgpu.commit_smem()
-                    target = dq.at[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)]
-                    plgpu.copy_smem_to_gmem(dq_mma[0].at[group], target)
-                return done + steps
-
-            lax.fori_loop(0, turns, ahead_item if ahead else item, jnp.int32(0))
+            lax.fori_loop(0, turns, item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
-            if row_blocks > 1 and not ahead:
+            if row_blocks > 1:
                 plgpu.barrier_wait(used)
 
         @pl.when(group == groups)
@@ -392,15 +296,8 @@ def left_backward_role(
     shapes = (
         (groups, 2, slabs, ROWS, SLAB),  # dO and q
         (stages, 2, columns, slabs, depth, SLAB),  # Y and alpha, then their gradients
+        (groups, kinds, depth, ROWS),  # P, kept in registers where no other warpgroup needs it, and dX
     )
-
-    def tiled(shape, dtype, width):
-        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    factors = [tiled((groups, kinds, depth, ROWS), dtype, SLAB)]  # P, unless one warpgroup's registers have it, and dX
-    if ahead:  # a slab of dq takes their place when it leaves
-        factors.append(tiled((groups, ROWS, SLAB), f32, SLAB // 2))
     struct = jax.ShapeDtypeStruct
     gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
     padded = -(-pairs // depth) * depth
@@ -415,7 +312,6 @@ def left_backward_role(
         ),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
-            plgpu.RefUnion(*factors),
             plgpu.SMEM((stages, columns, depth), f32),
             plgpu.SMEM((groups, 2, ROWS), f32),
             plgpu.SMEM((groups, depth), f32),
