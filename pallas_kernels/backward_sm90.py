@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
-from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like
+from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_seen
 from pallas_kernels.left_backward_sm90 import LOG2E, left_backward_role
 from pallas_kernels.query_sm90 import query_role
 from pallas_kernels.right_backward_sm90 import right_backward_role
@@ -58,14 +58,12 @@ def backward(
     batch, tiles, rows, cols, heads, dim = q.shape
     limit = config.chunk_bytes * (1 if kept is None else 2)  # kept alpha and Y leave the memory to their gradients
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, limit)
-    if not masked:  # known when compiled
-        visible = jnp.full(tiles, k.shape[1], jnp.int32)
-    visible = jnp.minimum(visible, k.shape[1]).astype(jnp.int32)
+    seen = tiles_seen(visible, k.shape[1], masked)
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
-    call = Call(q, k, v, visible * rows, chunk_heads, chunk_tiles, scale, masked, forward)
+    call = Call(q, k, v, seen * rows, chunk_heads, chunk_tiles, scale, masked, forward)
     stats = _stats(out, lse, d_out, config)
-    first = jnp.int32(0) if grad_tiles is None else (visible.max() - grad_tiles) * rows
-    wanted = jnp.stack([first, visible.max() * rows])
+    first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * rows
+    wanted = jnp.stack([first, seen.max() * rows])
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     if len(places) == 1:
         return _chunk(call, d_out, stats, wanted, config, kept, 0, 0)
@@ -86,8 +84,11 @@ def backward(
 def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardConfig) -> jax.Array:
     """lse in units of log 2 and delta = <dO, O>, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
     rows, cols = out.shape[2:4]
-    delta = jnp.einsum("baijhd,baijhd->baijh", d_out, out, preferred_element_type=jnp.float32)
-    delta = lax.optimization_barrier(delta)  # a pass of its own: the sums inside the transposition take 7 times as long
+    # flat, so that no layout chooses the order of the sums: the same bits in every program
+    flat = (x.reshape(-1, x.shape[-1]) for x in (d_out, out))
+    delta = jnp.einsum("nd,nd->n", *flat, preferred_element_type=jnp.float32)
+    # a pass of its own: the sums inside the transposition take 7 times as long
+    delta = lax.optimization_barrier(delta).reshape(out.shape[:-1])
     more_rows = config.left.row_blocks * ROWS - rows
     more_cols = -cols % config.left.columns
 

@@ -52,7 +52,7 @@ class Call:
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    limits: jax.Array  # int32 [A], pairs that a query tile sees
+    limits: jax.Array  # int32 [A], pairs that a query tile sees; [1] where each sees all
     heads: int  # of a chunk
     tiles: int  # of a chunk
     scale: float
@@ -113,6 +113,16 @@ class Call:
         return out.reshape(batch, self.tiles, rows, cols, self.heads, dim), lse
 
 
+def tiles_seen(visible: jax.Array, key_tiles: int, masked: bool) -> jax.Array:
+    """int32 [A], key tiles that a query tile sees. Where each sees all, no kernel reads it and one number will do.
+
+    One number is a constant of the program; several equal ones are written by a kernel in every call.
+    """
+    if not masked:
+        return jnp.full(1, key_tiles, jnp.int32)
+    return jnp.minimum(visible, key_tiles).astype(jnp.int32)
+
+
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     """Its shape and dtype."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -152,9 +162,7 @@ def forward(
         out [B, A, b1, b2, H, D], lse [B, A, b1, b2, H] in float32, and if wanted alpha, Y and c_L as `right_role` says.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
-    if not masked:  # known when compiled
-        visible = jnp.full(tiles, k.shape[1], jnp.int32)
-    limits = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) * rows
+    limits = tiles_seen(visible, k.shape[1], masked) * rows
     if config.fused.clusters and config.fused.serves(rows, cols, dim) and not keep:
         from pallas_kernels.fused_sm90 import fused
 

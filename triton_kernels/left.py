@@ -5,7 +5,7 @@
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
-from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset
+from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset, wait_for
 
 
 @kernel
@@ -25,11 +25,12 @@ def left_rows(
     row, a, j, zh, block, visible, q, mid, c_l, out, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, made=None, COUNT: tl.constexpr = 0,
 ):  # fmt: skip
     """Output and log-sum-exp of block `block` of I + I2 rows i of one query column (a, j).
 
-    Its alpha and Y are `mid[row]` of [rows, C*B1, 2, D], its c_L is `c_l[row]` of [rows, C*B1].
+    Its alpha and Y are `mid[row]` of [rows, C*B1, 2, D], its c_L is `c_l[row]` of [rows, C*B1]. With COUNT they are
+    there once so many programs have arrived at the counter `made`; rows of q are loaded meanwhile.
     """
     b, h = zh // H, zh % H
     CK: tl.constexpr = C * B1
@@ -41,6 +42,8 @@ def left_rows(
     mid += row * (CK * 2 * D)
     c_l += row * CK
     end = tl.load(visible + a) * B1
+    if COUNT:
+        wait_for(made, COUNT)
     top = tl.full([I], LOWEST, tl.float32)
     total = tl.zeros([I], tl.float32)
     acc = tl.zeros([I, DP], tl.float32)

@@ -153,10 +153,11 @@ def right_keys(
     r = r0 + at
     live = (at < RC) & (r < A * B2)
     a, j = r // B2, r % B2
-    last_c = tl.minimum(first_c + TILES, tl.max(tl.load(visible + a, mask=live, other=0), 0))
+    tiles = tl.load(visible + a, mask=live, other=0)
     query = tile_offset(b, 0, h, A, B1, B2, H, D) + k_row * (B2 * H * D)
     keys = tile_offset(b, 0, h, C, B1, B2, H, D) + k_row * (B2 * H * D)
     q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+    last_c = tl.minimum(first_c + TILES, tl.max(tiles, 0))  # the warps wait for each other after q's loads are sent
     l = tl.arange(0, L)
     live_0 = l < B2
     for c in tl.range(first_c, last_c, num_stages=STAGES):

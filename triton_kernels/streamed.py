@@ -68,10 +68,10 @@ def streamed(
         row = turn // NI
         r = chunk % NC * RC + row
         if r < A * B2:
-            wait_for(right_done + chunk, RIGHT)
             left_rows(
                 (chunk % SLOTS).to(tl.int64) * RC + row, r // B2, r % B2, chunk // NC, turn % NI,
                 visible, q, mid, stats, out, lse, scale,
-                A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES,
+                A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, LEFT_STAGES, right_done + chunk, RIGHT,
             )  # fmt: skip
-        arrive(left_done + chunk)
+        if chunk + SLOTS < CHUNKS:  # some R waits for the slot
+            arrive(left_done + chunk)
