@@ -147,8 +147,8 @@ def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) ->
 
 
 def counters(shape: Shape, stream: Stream) -> int:
-    """How many counters a stream has: the next item, and two per chunk."""
-    return 1 + 2 * shape.pairs * math.ceil(shape.query_tiles * shape.b2 / stream.rows)
+    """How many counters a stream has: two per chunk."""
+    return 2 * shape.pairs * math.ceil(shape.query_tiles * shape.b2 / stream.rows)
 
 
 def _both(right: Config, left: Config) -> dict:

@@ -1,9 +1,9 @@
 """The forward pass in one launch: chunk after chunk of query rows, R of one beside L of an earlier one.
 
 The intermediates are a ring of a few chunks. It can be small enough for the L2 cache, and no launch ends between
-chunks, which counts where there is little work (decoding). Programs take their work by number, in order, and wait only
-for work with a smaller number, so they cannot wait for each other in a circle. What is computed does not depend on the
-order: two runs agree bit for bit.
+chunks, which counts where there is little work (decoding). Programs wait only for programs with a smaller number, and
+blocks start in the order of their numbers, as CUB's scans rely on too: so they cannot wait for each other in a circle.
+What is computed does not depend on the order: two runs agree bit for bit.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
@@ -28,8 +28,8 @@ def streamed(
     """Grid (all items). Segment n has the items of R of chunk n and of L of chunk n - LAG, where there are such.
 
     Chunk n is rows (a, j) from (n % NC) * RC on, of pair n // NC; its alpha, Y and c_L are in slot n % SLOTS of
-    `mid` [SLOTS, RC, C*B1, 2, D] and `stats` [SLOTS, RC, C*B1]. `counters` int32, zero at first: the next item; per
-    chunk the finished items of R; per chunk those of L.
+    `mid` [SLOTS, RC, C*B1, 2, D] and `stats` [SLOTS, RC, C*B1]. `counters` int32, zero at first: per chunk the finished
+    items of R; per chunk those of L.
     """
     NC: tl.constexpr = (A * B2 + RC - 1) // RC
     CHUNKS: tl.constexpr = Z * NC
@@ -39,9 +39,9 @@ def streamed(
     PARTS: tl.constexpr = (C + TILES - 1) // TILES
     RIGHT: tl.constexpr = B1 * NM * PARTS
     LEFT: tl.constexpr = RC * NI
-    item = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
-    right_done = counters + 1
-    left_done = counters + 1 + CHUNKS
+    item = tl.program_id(0)
+    right_done = counters
+    left_done = counters + CHUNKS
     HEAD: tl.constexpr = LAG * RIGHT  # R alone, before there is anything for L
     BOTH: tl.constexpr = (CHUNKS - LAG) * (RIGHT + LEFT)
     middle = item - HEAD
