@@ -84,10 +84,10 @@ def backward(
 def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardConfig) -> jax.Array:
     """lse in units of log 2 and delta = <dO, O>, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
     rows, cols = out.shape[2:4]
-    # flat, so that no layout chooses the order of the sums: the same bits in every program
-    flat = (x.reshape(-1, x.shape[-1]) for x in (d_out, out))
+    # flat and apart from what makes and takes it: the same kernel, so the same bits, in every program; within the
+    # transposition the sums take 7 times as long
+    flat = lax.optimization_barrier(tuple(x.reshape(-1, x.shape[-1]) for x in (d_out, out)))
     delta = jnp.einsum("nd,nd->n", *flat, preferred_element_type=jnp.float32)
-    # a pass of its own: the sums inside the transposition take 7 times as long
     delta = lax.optimization_barrier(delta).reshape(out.shape[:-1])
     more_rows = config.left.row_blocks * ROWS - rows
     more_cols = -cols % config.left.columns
