@@ -5,13 +5,9 @@ A checkpoint holds the arrays of a `TrainState` under readable names and, as JSO
 that a process killed while saving leaves the one before as the newest.
 """
 
-import asyncio
 import contextlib
 import errno
-import gc
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from models.checkpoints.orbax_arrays import read_arrays
 from models.errors import UserError, report_full_disk
 from train.state import TrainState, checksums, from_arrays, to_arrays
 
@@ -173,10 +170,9 @@ class Checkpoints:
         for position in range(len(complete) - 1, -1, -1):
             step = complete[position]
             try:
-                with _quiet_asyncio():
-                    about = self._about(step)
-                    check(about["identity"], step)
-                    state = self._arrays(step, template, about["arrays"])
+                about = self._about(step)
+                check(about["identity"], step)
+                state = self._arrays(step, template, about["arrays"])
             except UserError:
                 raise
             except Exception as error:  # Orbax raises whatever its storage layer raised
@@ -206,7 +202,7 @@ class Checkpoints:
         Raises:
             UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
         """
-        with self._newest() as step, _quiet_asyncio():
+        with self._newest() as step:
             contents = self._about(step)["arrays"]
             prefix = "ema" if any(name.startswith("ema.") for name in contents) else "params"
             names = {f"{prefix}.{name}": leaf for name, leaf in _named_params(template).items()}
@@ -257,10 +253,7 @@ class Checkpoints:
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in names.items()
         }
-        restore = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-        )
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        arrays = read_arrays(self.path / str(step) / "state", target)
         found = jax.device_get(checksums(arrays))
         for name in target:
             if int(found[name]) != contents[name]["checksum"]:
@@ -279,18 +272,3 @@ def _named_params(params: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
     return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
-
-
-@contextlib.contextmanager
-def _quiet_asyncio() -> Iterator[None]:
-    """Keeps what Orbax's abandoned coroutines say about a damaged file off the terminal; the error itself is raised."""
-    hook, logger = sys.unraisablehook, logging.getLogger(asyncio.__name__)
-    level = logger.level
-    sys.unraisablehook = lambda _: None
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        gc.collect()
-        sys.unraisablehook = hook
-        logger.setLevel(level)

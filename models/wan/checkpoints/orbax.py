@@ -5,9 +5,7 @@ read through tensorstore; `ocp.StandardCheckpointer` restores the same folder as
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
 
+from models.checkpoints.orbax_arrays import open_arrays, result
 from models.checkpoints.reading import ParameterPath
 from models.checkpoints.tensor_files import TensorInfo
 from models.wan.checkpoints import settings
@@ -41,7 +40,7 @@ class OrbaxFile:
     def __init__(self, path: Path, config: WanConfig):
         self._path = path
         self._tensors = {tensor.official: tensor for tensor in tensors(config)}
-        self._arrays = _open_arrays(path, parameter_shapes(config))
+        self._arrays = _open(path, parameter_shapes(config))
         self.infos = {
             name: TensorInfo(checkpoint_shape(config, tensor), self._arrays[tensor.path].dtype.numpy_dtype)
             for name, tensor in self._tensors.items()
@@ -52,46 +51,23 @@ class OrbaxFile:
         """One tensor."""
         tensor = self._tensors[name]
         array = self._arrays[tensor.path]
-        try:
-            value = (array if tensor.layer is None else array[tensor.layer]).read().result()
-        except ValueError as error:
-            raise ValueError(_unreadable(self._path, tensor.path, error)) from error
+        wanted = array if tensor.layer is None else array[tensor.layer]
+        value = result(wanted.read(), self._path / FOLDER, ".".join(tensor.path))
         return np.asarray(to_theirs(value, tensor.layout))
 
 
-def _open_arrays(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[ParameterPath, ts.TensorStore]:
+def _open(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[ParameterPath, ts.TensorStore]:
     """Every parameter, opened and not read."""
-    folder = (path / FOLDER).absolute()
-    try:
-        stored = json.loads((folder / "_METADATA").read_text())
-        driver, single = ("zarr3" if stored["use_zarr3"] else "zarr"), stored["use_ocdbt"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not a folder that Orbax wrote: {' '.join(str(error).split())}") from error
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-
-    def spec(parameter: ParameterPath) -> dict[str, Any]:
-        inside = ".".join(parameter) + "/"
-        base = {"driver": "file", "path": f"{folder}/" if single else f"{folder}/{inside}"}
-        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": inside} if single else base}
-
-    pending = {parameter: ts.open(spec(parameter), open=True, read=True, context=context) for parameter in shapes}
-    arrays = {}
-    for parameter, future in pending.items():
-        try:
-            arrays[parameter] = future.result()
-        except ValueError as error:
-            raise ValueError(_unreadable(path, parameter, error)) from error
-        if arrays[parameter].shape != shapes[parameter]:
+    folder = path / FOLDER
+    found = open_arrays(folder, [".".join(parameter) for parameter in shapes])
+    arrays = dict(zip(shapes, found.values(), strict=True))
+    for parameter, array in arrays.items():
+        if array.shape != shapes[parameter]:
             raise ValueError(
-                f"{folder} does not fit its config.json: {'.'.join(parameter)} has shape {arrays[parameter].shape}, "
+                f"{folder} does not fit its config.json: {'.'.join(parameter)} has shape {array.shape}, "
                 f"not {shapes[parameter]}."
             )
     return arrays
-
-
-def _unreadable(path: Path, parameter: ParameterPath, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"{path / FOLDER} is damaged: {'.'.join(parameter)} cannot be read: {reason}"
 
 
 def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -> Path:

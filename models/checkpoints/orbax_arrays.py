@@ -1,0 +1,109 @@
+"""Arrays in a folder that Orbax wrote, through tensorstore's futures and not through Orbax's coroutines.
+
+Where one of many arrays is damaged, Orbax gives up the coroutines that read the others. Those reads go on, end without
+an event loop to tell, and can take the process with them (seen with Orbax 0.12.8 and tensorstore 0.1.86).
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+BYTES_AT_A_TIME = 2**32  # that are on their way from the disk
+
+
+def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
+    """Opens arrays without reading them.
+
+    Args:
+        folder: What Orbax wrote: `_METADATA` and the arrays.
+        names: Keys of the saved tree from its root, joined with dots.
+
+    Returns:
+        The opened arrays by name.
+
+    Raises:
+        ValueError: If Orbax did not write the folder, or one of the arrays cannot be opened.
+    """
+    folder = folder.absolute()
+    try:
+        stored = json.loads((folder / "_METADATA").read_text())
+        driver, single = ("zarr3" if stored["use_zarr3"] else "zarr"), stored["use_ocdbt"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not a folder that Orbax wrote: {_on_one_line(error)}") from error
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def spec(name: str) -> dict[str, Any]:
+        inside = f"{name}/"
+        base = {"driver": "file", "path": f"{folder}/" if single else f"{folder}/{inside}"}
+        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": inside} if single else base}
+
+    pending = {name: ts.open(spec(name), open=True, read=True, context=context) for name in names}
+    return {name: result(future, folder, name) for name, future in pending.items()}
+
+
+def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads arrays onto their devices, of each what this process has of it.
+
+    Args:
+        folder: As in `open_arrays`.
+        wanted: Shapes, dtypes and shardings by name; without a sharding, an array goes to the first device.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: If an array cannot be read, or is of another shape or dtype.
+    """
+    stores, found = open_arrays(folder, wanted), {}
+    reading: deque[tuple[str, dict[str, ts.Future]]] = deque()
+    under_way = 0
+
+    def finish() -> int:
+        name, futures = reading.popleft()
+        parts = {place: np.asarray(result(future, folder, name)) for place, future in futures.items()}
+        target = wanted[name]
+        found[name] = jax.make_array_from_callback(target.shape, _sharding(target), lambda at: parts[str(at)])
+        return target.size * target.dtype.itemsize
+
+    for name, target in wanted.items():
+        store = stores[name]
+        if store.shape != target.shape or store.dtype.numpy_dtype != target.dtype:
+            raise ValueError(
+                f"{folder} has another {name}: shape {store.shape} and {store.dtype.name}, not {target.shape} and "
+                f"{target.dtype.name}"
+            )
+        parts = _sharding(target).addressable_devices_indices_map(target.shape).values()
+        places = {str(at): at for at in parts}  # devices may have the same part
+        reading.append((name, {place: store[at].read() for place, at in places.items()}))
+        under_way += target.size * target.dtype.itemsize
+        while under_way > BYTES_AT_A_TIME:
+            under_way -= finish()
+    while reading:
+        finish()
+    return found
+
+
+def _sharding(target: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    return target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def result(future: ts.Future, folder: Path, name: str) -> Any:
+    """What a future of tensorstore becomes; `folder` and `name` say in an error what could not be read.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    try:
+        return future.result()
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged: {name} cannot be read: {_on_one_line(error)[:300]}") from error
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
