@@ -99,12 +99,25 @@ def left_gradients(
 
 
 @kernel
+def add_dot(a, b, acc, nothing, APART: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, where `acc` is a product too.
+
+    Of products by warpgroups in a chain the compiler lays all warps along the rows of the first. With more warps than
+    blocks of 16 rows that one does its work twice and goes through shared memory in float32: then APART, which adds
+    afterwards; `nothing` are zeros that the compiler cannot see, or it would make a chain of them again.
+    """
+    if APART:
+        return acc + tl.dot(a, b, nothing, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@kernel
 def left_backward(
     step, visible, q, d_out, lse, delta, mid, stats, dq_left, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Back through L for one query column (a, j). Grid (AC*B2, blocks of i if QUERY, ZC).
@@ -145,6 +158,7 @@ def left_backward(
             lse_1 = tl.load(lse + place + i_1 * (B2 * H), mask=i_1 < B1, other=float("inf")) * LOG2_E
             delta_1 = tl.load(delta + place + i_1 * (B2 * H), mask=i_1 < B1, other=0.0)
             dq_1 = tl.zeros([I2, DP], tl.float32)
+            nothing = tl.full([N, DP], scale * 0.0, tl.float32)
         for start in tl.range(0, end, N, num_stages=STAGES):
             n = start + tl.arange(0, N)
             seen = n < end
@@ -164,11 +178,11 @@ def left_backward(
                 if FUSED:
                     d_y = tl.dot(low_p, g_i, input_precision=PRECISION)
                     if I2:
-                        d_y = tl.dot(low_p_1, g_1, d_y, input_precision=PRECISION)
+                        d_y = add_dot(low_p_1, g_1, d_y, nothing, APART, PRECISION)
                     store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
                     d_alpha = tl.dot(low_d_x, q_i, input_precision=PRECISION)
                     if I2:
-                        d_alpha = tl.dot(low_d_x_1, q_1, d_alpha, input_precision=PRECISION)
+                        d_alpha = add_dot(low_d_x_1, q_1, d_alpha, nothing, APART, PRECISION)
                     store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
                 dq_i = tl.dot(low_d_x.T, alpha, dq_i, input_precision=PRECISION)
                 if I2:

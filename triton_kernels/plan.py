@@ -250,5 +250,6 @@ def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) ->
 
 def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
     constants = common | {"I": config.rows, "I2": config.more_rows, "N": config.keys, "STAGES": config.stages}
+    constants["APART"] = 64 <= config.keys < 16 * config.warps  # products by warpgroups
     grid = (common["AC"] * shape.b2, math.ceil(shape.b1 / config.rows) if blocks else 1, common["ZC"])
     return Launch(kernel, writes, grid, constants, config.warps, config.stages, config.registers)

@@ -29,8 +29,11 @@ from triton_kernels.tune import BACKWARD, agree, neighbours, search, streams, tu
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = (  # a process each: that takes seconds to start
-    ("plain", "causal", "half", "newest tile", "two parts, keys first", "stream, causal", "sharp, padded dim"),
-)
+    (
+        "plain", "causal", "half", "newest tile", "two parts, apart", "two parts, keys first", "stream, causal",
+        "sharp, padded dim",
+    ),
+)  # fmt: skip
 INTERPRETED_SLOWLY = (
     ("480p tile", "one pair at a time, a dominant row", "flat"),
     ("one query tile at a time", "stream", "stream, sharp", "two parts, newest tile"),
@@ -70,11 +73,11 @@ def test_every_case_is_run():
     assert named == {case for cases in (*INTERPRETED, *INTERPRETED_SLOWLY) for case in cases}
 
 
-def launches(setting, capability, dim=128, itemsize=2):
+def launches(setting, capability, dim=128, itemsize=2, card=None):
     """Every distinct launch of forward and backward of one setting."""
     tiles, b1, b2 = SETTINGS[setting]
     shape = plan.Shape(batch=1, query_tiles=tiles, key_tiles=tiles, b1=b1, b2=b2, heads=12, dim=dim, itemsize=itemsize)
-    chosen = configs(Target(capability), b1=b1, b2=b2, dim=dim, itemsize=itemsize)
+    chosen = configs(Target(capability, card), b1=b1, b2=b2, dim=dim, itemsize=itemsize)
     precision = "tf32x3" if itemsize == 4 else "ieee"
     forward, backward = plan.forward(shape, chosen, precision), plan.backward(shape, chosen, precision, None)
     return tuple(x for todo in (forward, backward) for n in {0, 1, len(todo.steps) - 1} for x in todo.launches_of(n))
@@ -121,6 +124,18 @@ def test_kernels_compile_ahead_of_time(capability):
         # two sums of 64 x 128 fill the registers of right_backward on sm_90: 24 bytes with Triton 3.7.1, 80 with 3.9.0
         assert spills <= (96 if call.kernel == "right_backward" else 64), f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@missing("triton")
+def test_two_parts_of_rows_do_no_work_twice():
+    """Back through L as an H200 runs it, with 128 + 16 rows and 8 warps."""
+    call = next(x for x in launches("720p, 3 frames", 90, card="NVIDIA H200") if x.kernel == "left_backward")
+    assert call.constants["I2"]
+    assert call.constants["APART"]
+    _, spills, shared = compile_launch(call, 90)
+    chained = dataclasses.replace(call, constants=call.constants | {"APART": False})
+    assert spills <= compile_launch(chained, 90)[1] / 2  # 104 and 488 bytes with Triton 3.7.1
+    assert shared <= SHARED_MEMORY[90]
 
 
 @missing("triton")

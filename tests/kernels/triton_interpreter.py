@@ -74,6 +74,7 @@ class Case:
 PARTS = {name: Config(rows=16, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
     name: Config(rows=16, keys=16, more_keys=16) for name in ("right_forward", "right_backward", "right_query")
 }
+APART = PARTS | {"left_backward": Config(rows=16, keys=64, more_rows=16, warps=8)}  # products added afterwards
 CASES = {
     "plain": Case(batch=2, heads=1),
     "causal": Case(query_tiles=3, heads=1, visible=(1, 2, 2)),
@@ -96,6 +97,7 @@ CASES = {
     "two parts": Case(
         query_tiles=1, key_tiles=2, b1=17, b2=17, heads=1, stream=Stream(rows=17, tiles=2), configs=PARTS
     ),
+    "two parts, apart": Case(query_tiles=1, key_tiles=2, b1=17, heads=1, configs=APART),
     "two parts, keys first": Case(query_tiles=1, key_tiles=1, b1=17, b2=17, heads=1, transposed=True, configs=PARTS),
     "two parts, newest tile": Case(b2=17, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
 }
