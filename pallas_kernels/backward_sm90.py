@@ -13,10 +13,10 @@ from jax import lax
 
 from pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
 from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_seen
-from pallas_kernels.left_backward_sm90 import LOG2E, left_backward_role
+from pallas_kernels.left_backward_sm90 import left_backward_role
 from pallas_kernels.query_sm90 import query_role
 from pallas_kernels.right_backward_sm90 import right_backward_role
-from pallas_kernels.shared import launch, varying
+from pallas_kernels.shared import LOG2E, launch, varying
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -89,7 +89,7 @@ def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardCon
     flat = lax.optimization_barrier(tuple(x.reshape(-1, x.shape[-1]) for x in (d_out, out)))
     delta = jnp.einsum("nd,nd->n", *flat, preferred_element_type=jnp.float32)
     delta = lax.optimization_barrier(delta).reshape(out.shape[:-1])
-    more_rows = config.left.row_blocks * ROWS - rows
+    more_rows = config.left.depth(rows) - rows
     more_cols = -cols % config.left.columns
 
     def padded(x, value):

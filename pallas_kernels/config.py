@@ -105,32 +105,50 @@ class LeftBackwardConfig:
         columns: Columns j that a block works on at a time.
         row_blocks: Blocks of 64 rows i of each of them, all that there are; columns * row_blocks computing warpgroups,
             one more loads.
+        independent: Whether two warpgroups take the steps of a column in turns, each with all rows i; then columns and
+            row_blocks are 1.
         stages: Blocks of 64 pairs of alpha and Y in flight.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
     columns: int = 2
     row_blocks: int = 1
+    independent: bool = False
     stages: int = 2
     blocks: int = 132
 
     def __post_init__(self):
         _check_warpgroups(self.warpgroups)
+        if self.independent and (self.columns, self.row_blocks, self.stages % 2) != (1, 1, 0):
+            raise ValueError(
+                f"independent=True with columns={self.columns}, row_blocks={self.row_blocks}, stages={self.stages} "
+                f"is not one column of one block of rows, with an even number of stages for two warpgroups."
+            )
 
     @property
     def warpgroups(self) -> int:
         """Computing warpgroups."""
-        return self.columns * self.row_blocks
+        return 2 if self.independent else self.columns * self.row_blocks
 
     def width(self, rows: int) -> int:
         """Rows i of a warpgroup that are not padding: a multiple of 8, the blocks' share of b1."""
+        if self.independent:
+            return -(-rows // 16) * 16  # halves of it are columns of a product too
         return -(-rows // (8 * self.row_blocks)) * 8
 
-    def shared_memory(self, dim: int) -> int:
-        """Bytes a block uses."""
-        query = self.warpgroups * (2 * ROWS * dim * 2 + 2 * ROWS * 4)
+    def depth(self, rows: int) -> int:
+        """Rows i of q and dO in shared memory for all of b1: a multiple of 64."""
+        return -(-rows // ROWS) * ROWS if self.independent else self.row_blocks * ROWS
+
+    def shared_memory(self, rows: int, dim: int) -> int:
+        """Bytes a block uses for tiles of `rows` rows."""
         stage = self.columns * ROWS * (2 * dim * 2 + 4)
-        factors = self.warpgroups * ROWS * (ROWS * 2 * (2 if self.row_blocks > 1 else 1) + 4)
+        if self.independent:
+            width = self.width(rows)
+            query, factors = self.depth(rows) * 2 * dim * 2 + 2 * width * 4, self.warpgroups * width * ROWS * 2
+        else:
+            query = self.warpgroups * (2 * ROWS * dim * 2 + 2 * ROWS * 4)
+            factors = self.warpgroups * ROWS * (ROWS * 2 * (2 if self.row_blocks > 1 else 1) + 4)
         return query + self.stages * stage + factors + BARRIERS
 
 
@@ -368,7 +386,7 @@ def backward_config(rows: int, cols: int, dim: int) -> BackwardConfig | None:
     query = (QueryConfig(stages=n) for n in (4, 3, 2))
     return BackwardConfig(
         right=right,
-        left=next(c for c in left if c.shared_memory(dim) <= SHARED_MEMORY),
+        left=next(c for c in left if c.shared_memory(rows, dim) <= SHARED_MEMORY),
         keys=next(c for c in keys if c.shared_memory(cols, dim) <= SHARED_MEMORY),
         query=next(c for c in query if c.shared_memory(cols, dim) <= SHARED_MEMORY),
     )

@@ -7,17 +7,14 @@ A persistent block streams alpha and Y past the rows of one or more columns, dQ 
 leave from the shared memory that Y and alpha came in. Rows of products are the 64 pairs of a block, columns are i.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
-from pallas_kernels.shared import Role
-
-LOG2E = math.log2(math.e)
+from pallas_kernels.left_backward_independent_sm90 import independent_role
+from pallas_kernels.shared import LOG2E, Role
 
 
 def left_backward_role(
@@ -56,6 +53,10 @@ def left_backward_role(
     Returns:
         The role.
     """
+    if config.independent:
+        return independent_role(
+            q, pairs, scale=scale, heads=heads, tiles=tiles, masked=masked, config=config, whole=whole
+        )
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 

@@ -5,17 +5,13 @@ alpha[:, j], values Y[:, j] and the bias -c_L[:, j]. A persistent block streams 
 columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftConfig, column_blocks
-from pallas_kernels.shared import Role
-
-LOG2E = math.log2(math.e)
+from pallas_kernels.shared import LOG2E, Role
 
 
 def left_role(

@@ -1,13 +1,11 @@
 """Back through R, for one item: where its 64 rows lie, and its scores' gradient in registers."""
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.config import ROWS, ColumnBlocks
+from pallas_kernels.shared import LOG2E
 
-LOG2E = math.log2(math.e)
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 
 

@@ -9,7 +9,6 @@ past its end (b2 = 52 or 45): rows outside are read as zeros and never written.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,7 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, RightConfig, column_blocks
-from pallas_kernels.shared import Role
-
-LOG2E = math.log2(math.e)
+from pallas_kernels.shared import LOG2E, Role
 
 
 def right_role(

@@ -144,13 +144,16 @@ class _Packs:
         return self
 
 
-def _scratch(shapes, dtype, slab, split=None):
+def _scratch(shapes, dtype, slab, split=None, also=()):
     del slab
     _scratch.split = split
-    return tuple(plgpu.SMEM(shape, dtype) for shape in shapes)
+    found = tuple(plgpu.SMEM(shape, dtype) for shape in shapes)
+    return (found, tuple(plgpu.SMEM(x.shape, x.dtype) for x in also)) if also else found
 
 
 def _views(scratch):
+    if isinstance(scratch[0], tuple):
+        return scratch[0], *scratch
     if _scratch.split is None:
         return scratch, scratch
     return scratch, scratch, tuple(_Packs(tile, split=_scratch.split) for tile in scratch)

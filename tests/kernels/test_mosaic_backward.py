@@ -27,6 +27,8 @@ from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
+ALONE = dict(independent=True, columns=1, row_blocks=1, stages=4)  # back through L, each warpgroup for itself
+
 
 def cut(config, blocks=2):
     """A configuration with few persistent blocks, so that small problems keep them all busy for several turns."""
@@ -43,7 +45,8 @@ def compare(
     races=False,
     grad_tiles=None,
     dtype=jnp.bfloat16,
-    independent=None,
+    keys=None,
+    left=None,
     **sizes,
 ):
     """The kernels' gradients against XLA's in float32; key tiles that no query sees hold NaN."""
@@ -60,8 +63,7 @@ def compare(
     if grad_tiles:
         expected[1:] = [jnp.where(axis >= visible.max() - grad_tiles, x, 0) for x in expected[1:]]
     config = dataclasses.replace(cut(backward_config(shape[2], shape[3], shape[-1])), **sizes)
-    if independent is not None:
-        config = tuning.changed(config, {"keys": {"independent": independent, "ring": 8}})
+    config = tuning.changed(config, {"keys": keys or {}, "left": left or {}})
     options = dict(scale=problem.scale, masked=masked, grad_tiles=grad_tiles, config=config)
     with interpreted(monkeypatch, detect_races=races) as found_races:
         found = jax.block_until_ready(backward(q, k, v, visible, out.astype(dtype), lse, g, **options))
@@ -71,9 +73,16 @@ def compare(
         assert error(x, y) < (1e-2 if dtype == jnp.bfloat16 else 2e-3), name
 
 
-def test_numbers_and_no_races_in_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("left", [{}, ALONE])
+def test_numbers_and_no_races_in_the_interpreter(monkeypatch, left):
     """Of three key tiles one query tile sees one, the other two; one has gradients, and one holds NaN."""
-    compare(monkeypatch, (1, 2, 1, 9, 1, 64), 3, (1, 2), grad_tiles=1, races=True)
+    compare(monkeypatch, (1, 2, 1, 9, 1, 64), 3, (1, 2), grad_tiles=1, left=left, races=True)
+
+
+@pytest.mark.slow
+def test_no_races_where_warpgroups_take_turns(monkeypatch):
+    """Columns of several steps, so that both warpgroups use every buffer again."""
+    compare(monkeypatch, (1, 2, 65, 2, 1, 64), 3, (2, 3), left=ALONE | dict(stages=2), races=True)
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**14, 2**30])
@@ -100,10 +109,18 @@ def test_gradients_have_the_shapes_of_their_arrays(rows, cols, dim, chunk_bytes)
         ((1, 2, 70, 33, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
         ((1, 1, 130, 33, 1, 128), 1, None, {}),  # three
         ((1, 2, 3, 40, 2, 128), 2, (1, 2), {}),
-        ((1, 2, 3, 40, 1, 64), 3, None, dict(independent=True)),  # an odd number of key rows, a ring that splits items
-        ((1, 2, 3, 33, 1, 64), 3, (1, 2), dict(independent=False)),
-        ((1, 3, 2, 40, 1, 128), 1, None, dict(independent=False)),
+        (
+            (1, 2, 3, 40, 1, 64),
+            3,
+            None,
+            dict(keys=dict(independent=True, ring=8)),
+        ),  # an odd number of key rows
+        ((1, 2, 3, 33, 1, 64), 3, (1, 2), dict(keys=dict(independent=False))),
+        ((1, 3, 2, 40, 1, 128), 1, None, dict(keys=dict(independent=False))),
         ((2, 2, 2, 40, 2, 64), 2, (1, 2), dict(chunk_bytes=2**14)),  # one head and query tile at a time
+        ((1, 2, 3, 33, 1, 64), 2, None, dict(left=ALONE)),  # one step a column: a warpgroup without any
+        ((1, 2, 70, 9, 1, 128), 2, (1, 2), dict(left=ALONE)),  # columns of two steps and of three
+        ((1, 4, 70, 16, 1, 64), 1, None, dict(left=ALONE, dtype=jnp.float16)),
     ],
 )
 def test_more_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
@@ -112,14 +129,15 @@ def test_more_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "key_tiles", "visible", "tiles_at_a_time"),
+    ("shape", "key_tiles", "visible", "tiles_at_a_time", "left"),
     [
-        ((1, 2, 1, 9, 2, 64), 2, (1, 2), 1),
-        ((1, 4, 2, 32, 1, 64), 2, None, 2),  # two query tiles share a block of c_L
-        ((1, 2, 70, 33, 1, 64), 1, None, 1),
+        ((1, 2, 1, 9, 2, 64), 2, (1, 2), 1, {}),
+        ((1, 4, 2, 32, 1, 64), 2, None, 2, {}),  # two query tiles share a block of c_L
+        ((1, 4, 2, 32, 1, 64), 2, None, 2, ALONE),
+        ((1, 2, 70, 33, 1, 64), 1, None, 1, {}),
     ],
 )
-def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, visible, tiles_at_a_time):
+def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, visible, tiles_at_a_time, left):
     """Those of all heads and query tiles, read by chunks of one head and a few query tiles."""
     q, k, v = tiles(0, shape, key_tiles)
     g = jax.random.normal(jax.random.key(1), shape).astype(q.dtype)
@@ -128,7 +146,7 @@ def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, vi
     options = dict(scale=shape[-1] ** -0.5, masked=masked)
     sizes = forward_config(shape[2], shape[3], shape[-1])
     sizes = tuning.changed(sizes, {"right": {"blocks": 2}, "left": {"blocks": 2}})
-    config = cut(backward_config(shape[2], shape[3], shape[-1]))
+    config = tuning.changed(cut(backward_config(shape[2], shape[3], shape[-1])), {"left": left})
     bytes_of_chunk = 4 * key_tiles * shape[2] * shape[3] * shape[-1] * tiles_at_a_time
     found = []
     with interpreted(monkeypatch):
@@ -148,7 +166,7 @@ def test_configurations_fit_a_block():
         assert config is not None
         assert config.left.row_blocks * 64 >= rows
         for size in (
-            config.left.shared_memory(dim),
+            config.left.shared_memory(rows, dim),
             *(x.shared_memory(cols, dim) for x in (config.keys, config.query)),
         ):
             assert size <= SHARED_MEMORY
@@ -156,6 +174,10 @@ def test_configurations_fit_a_block():
         assert backward_config(30, cols, dim).keys.independent is independent
     with pytest.raises(ValueError, match="ring=5 is below 6"):
         RightBackwardConfig(independent=True, ring=5)
+    for rows in (30, 90, 96):
+        assert LeftBackwardConfig(**ALONE).shared_memory(rows, 128) <= SHARED_MEMORY
+    with pytest.raises(ValueError, match="independent=True with columns=2, row_blocks=1, stages=4 is not one column"):
+        LeftBackwardConfig(**ALONE | dict(columns=2))
     with pytest.raises(ValueError, match="4 computing warpgroups"):
         LeftBackwardConfig(columns=2, row_blocks=2)
 

@@ -11,7 +11,7 @@ import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
 from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import FusedConfig, backward_config, forward_config
+from pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads
 
@@ -255,6 +255,34 @@ def test_large_runs_agree_bit_for_bit(rows, cols, count, masked):
     for _ in range(7):
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), first, run(), strict=True):
             assert not (different := int((x != y).sum())), f"{different} elements of {name} of shape {x.shape}"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "dim"), [(30, 52, 8, 128), (45, 80, 5, 128), (90, 52, 7, 128), (90, 80, 5, 64)]
+)
+def test_warpgroups_that_take_turns_in_l(rows, cols, count, dim, masked):
+    """Gradients as with warpgroups that share each step; the same bits in every run."""
+    keys = jax.random.split(jax.random.key(15), 4)
+    q, k, v, g = (jax.random.normal(r, (2, count, rows, cols, 4, dim), jnp.bfloat16) for r in keys)
+    problem = Problem(scale=dim**-0.5, masked=masked)
+    visible = jnp.arange(1, count + 1, dtype=jnp.int32) if masked else jnp.full(count, count, jnp.int32)
+    out, lse = pallas_kernels.forward(problem, q, k, v, visible)
+    config = backward_config(rows, cols, dim)
+    shared = dict(columns=1 if rows > 64 else 2, row_blocks=-(-rows // 64), independent=False, stages=2)
+    alone = dict(columns=1, row_blocks=1, independent=True, stages=4)
+    options = dict(scale=problem.scale, masked=masked, grad_tiles=None)
+
+    def run(left):
+        sizes = dataclasses.replace(config, left=LeftBackwardConfig(**left))
+        return jax.jit(lambda *x: backward(*x, config=sizes, **options))(q, k, v, visible, out, lse, g)
+
+    found = run(alone)
+    for name, x, y in zip(("dq", "dk", "dv"), found, run(shared), strict=True):
+        assert error(x, y) <= BOUNDS["bfloat16"] / 2, name
+    for _ in range(7):
+        for name, x, y in zip(("dq", "dk", "dv"), found, run(alone), strict=True):
+            assert not (different := int((x != y).sum())), f"{different} elements of {name}"
 
 
 def test_gradients_in_chunks_and_of_new_keys_only():

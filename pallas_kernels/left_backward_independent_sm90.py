@@ -1,0 +1,256 @@
+"""Back through L on Hopper, as `left_backward_sm90`, where one warpgroup's registers hold dQ of all rows i (b1 to 96).
+
+The two computing warpgroups take the steps of a column in turns and share nothing in them but Q and dO, so that one's
+softmax and the other's products overlap; each has a dQ of its own, [D, i], and the two are added when a column ends.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import shared
+from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.shared import LOG2E, Role
+
+
+def independent_role(
+    q: jax.ShapeDtypeStruct,
+    pairs: int,
+    *,
+    scale: float,
+    heads: int,
+    tiles: int,
+    masked: bool,
+    config: LeftBackwardConfig,
+    whole: bool = False,
+) -> Role:
+    """The role of `left_backward_role`, a column at a time and every other step of 64 pairs a warpgroup's.
+
+    The part of dq through L has as many rows as `config.width`.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    batch, all_tiles, rows, cols, all_heads, dim = q.shape
+    slabs, width, half, depth = dim // SLAB, config.width(rows), config.width(rows) // 2, config.depth(rows)
+    groups, stages = config.warpgroups, config.stages
+    split = column_blocks(cols, tiles, masked)
+    split_in = column_blocks(cols, all_tiles, masked) if whole else split
+    count = batch * heads * tiles
+    items = count * cols
+    blocks = min(config.blocks, items)
+    dtype, f32 = q.dtype, jnp.float32
+    layout = plgpu.Layout.WGMMA
+
+    def run(block, inputs, outputs, scratch):
+        q, g, alpha, y, c, stats, limits, start = inputs
+        d_alpha, d_y, d_c, dq = outputs
+        smem, p_smem, c_in, stats_in, q_full, q_free, full, free, made, used = scratch
+        (rows_mma, mid_mma), (rows_in, mid_in) = shared.tile_views(smem)
+        (p_mma,), _, (sums,) = shared.tile_views(p_smem)
+        group = lax.axis_index("group")
+        head0, tile0 = start[0], start[1]
+        turns = lax.div(items - block + blocks - 1, blocks)
+
+        def place(t):
+            """Index x, batch entry, head and tile of the chunk, column, pairs seen."""
+            item = block + t * blocks
+            x = lax.div(item, cols)
+            tile = lax.rem(x, tiles)
+            limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
+            where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
+            return x, where, lax.rem(item, cols), limit
+
+        def step(n, i, x, j, limit, acc):
+            """Pairs from 64 i on of column j; n counts all steps of both warpgroups. Adds to slabs of dQ, [64 d, W]."""
+            here, zero = shared.unhoisted(group, n), shared.unhoisted(0, n)
+            slot = lax.rem(n, stages)
+            plgpu.barrier_wait(full.at[slot])
+
+            def scores(x_acc, d_p_acc):
+                """Products of alpha with q and of Y with dO, [64 pairs, W]."""
+                for acc, kind in ((x_acc, 1), (d_p_acc, 0)):
+                    for m in range(slabs):
+                        right = rows_mma.at[kind + zero, m, pl.ds(0, width)].transpose((1, 0))
+                        plgpu.wgmma(acc, mid_mma.at[slot, kind, m], right)
+                return x_acc[...], d_p_acc[...]
+
+            x_s, d_p = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((ROWS, width), f32)] * 2)
+            bias = plgpu.load(c_in.at[slot], layout=layout.reduce(1), optimized=False)
+            pair = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1)) + i * ROWS
+            bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
+            lse = plgpu.load(stats_in.at[zero], layout=layout.reduce(0), optimized=False)
+            x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
+            p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
+            delta = plgpu.load(stats_in.at[1 + zero], layout=layout.reduce(0), optimized=False)
+            d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
+            low_p = p.astype(dtype)
+            total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
+            p_mma.at[here].transpose((1, 0))[...] = plgpu.layout_cast(d_x, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+
+            def query(accs):
+                for m in range(slabs):
+                    left = mid_mma.at[slot, 1, m].transpose((1, 0))
+                    plgpu.wgmma(accs[m], left, p_mma.at[here].transpose((1, 0)))
+
+            acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
+
+            def padded(x):
+                """[64 pairs, W] with zeros up to the depth of the next products."""
+                if width == depth:
+                    return x
+                return lax.concatenate([x, plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), layout)], 1)
+
+            plgpu.commit_smem()  # every warp has read its alpha, which d_alpha replaces
+            for kind, factor in enumerate((padded(low_p), padded(d_x))):
+                for m in range(slabs):  # a slab of dY or d_alpha replaces that of Y or alpha and leaves
+
+                    def multiply(acc, kind=kind, factor=factor, m=m):
+                        plgpu.wgmma(acc, factor, rows_mma.at[kind + zero, m])
+                        return acc[...]
+
+                    value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, SLAB), f32))
+                    mid_mma[slot, kind, m] = (value * scale if kind else value).astype(dtype)
+            plgpu.commit_smem()
+            for kind, target in enumerate((d_y, d_alpha)):
+                for m in range(slabs):
+                    plgpu.copy_smem_to_gmem(mid_in.at[slot, kind, m], target.at[x, pl.ds(i * ROWS, ROWS), j, m])
+            block_of, row = split.place(lax.rem(x, tiles), j)
+            # where `right_backward` finds it with one copy per pair; after the fence, which would wait for it
+            d_c[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row] = total
+            return acc
+
+        def leave(n):
+            """Gives back what step n came in, once its gradients have been read."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(free.at[lax.rem(n, stages)])
+
+        @pl.when(group < groups)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            plgpu.barrier_arrive(q_free)
+            for s in range(stages):
+                pl.when(group == s % groups)(lambda s=s: plgpu.barrier_arrive(free.at[s]))
+
+            def item(t, done):
+                x, _where, j, limit = place(t)
+                steps = lax.div(limit + ROWS - 1, ROWS)
+                first = lax.rem(done + group, 2)  # steps with an even number of all are the first warpgroup's
+                plgpu.barrier_wait(q_full)
+
+                def turn(m, acc):
+                    i = first + 2 * m
+                    pl.when(m > 0)(lambda: leave(done + i - 2))
+                    return step(done + i, i, x, j, limit, acc)
+
+                acc = [plgpu.layout_cast(jnp.zeros((SLAB, width), f32), layout) for _ in range(slabs)]
+                mine = lax.div(steps - first + 1, 2)
+                acc = lax.fori_loop(0, mine, turn, acc)
+                pl.when(mine > 0)(lambda: leave(done + first + 2 * mine - 2))
+                plgpu.barrier_arrive(q_free)
+                block_of, row = split.place(lax.rem(x, tiles), j)
+                lane = lax.div(x, tiles)
+                own = shared.unhoisted(group, t)
+                # dQ is the sum of both warpgroups': each gives a slab away and keeps one, half of the rows i at a time
+                for rows_of in (slice(0, half), slice(half, width)):
+                    window = pl.ds(rows_of.start, half)
+                    for n in range(groups):
+                        for m in range(slabs):
+                            if m != n:
+
+                                @pl.when(group == n)
+                                def _(part=acc[m][:, rows_of]):
+                                    sums[own] = part
+
+                    plgpu.barrier_arrive(made)
+                    plgpu.barrier_wait(made)
+                    for m in range(slabs):
+
+                        @pl.when(group == m)
+                        def _(m=m, part=acc[m][:, rows_of], window=window):
+                            other = plgpu.load(sums.at[own + 1 - 2 * m], layout=layout, optimized=False)
+                            target = dq.at[lane, block_of, window, row, pl.ds(m * SLAB, SLAB)]
+                            target.transpose((1, 0))[...] = plgpu.layout_cast(
+                                (part + other) * scale, plgpu.Layout.WGMMA_TRANSPOSED
+                            )
+
+                    plgpu.barrier_arrive(used)
+                    plgpu.barrier_wait(used)
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == groups)
+        def _():
+            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+
+            def item(t, done):
+                x, (entry, head, tile), j, limit = place(t)
+                steps = lax.div(limit + ROWS - 1, ROWS)
+                plgpu.barrier_wait(q_free)
+                span = pl.ds(x * 0, depth)  # past the end of b1 rows, so not static
+                for kind, source in enumerate((g, q)):
+                    box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
+                    plgpu.copy_gmem_to_smem(box, rows_in.at[kind].transpose((1, 0, 2)), q_full)
+                box = stats.at[entry, head0 + head, tile0 + tile, j, :, pl.ds(0, width)]
+                plgpu.copy_gmem_to_smem(box, stats_in, q_full)
+
+                lane_in, tile_in, x_in = lax.div(x, tiles), tile, x
+                if whole:
+                    lane_in, tile_in = entry * all_heads + head0 + head, tile0 + tile
+                    x_in = lane_in * all_tiles + tile_in
+
+                def load(i, _):
+                    slot, span = lax.rem(done + i, stages), pl.ds(i * ROWS, ROWS)
+                    plgpu.barrier_wait(free.at[slot])
+                    for kind, source in enumerate((y, alpha)):
+                        box = source.at[x_in, span, j]
+                        plgpu.copy_gmem_to_smem(box, mid_in.at[slot, kind].transpose((1, 0, 2)), full.at[slot])
+                    block_of, row = split_in.place(tile_in, j)
+                    plgpu.copy_gmem_to_smem(c.at[lane_in, block_of, row, span], c_in.at[slot], full.at[slot])
+                    return ()
+
+                lax.fori_loop(0, steps, load, ())
+                return done + steps
+
+            lax.fori_loop(0, turns, item, jnp.int32(0))
+            plgpu.barrier_wait(q_free)
+            for s in range(stages):
+                plgpu.barrier_wait(free.at[s])
+
+    shapes = (
+        (2, slabs, depth, SLAB),  # dO and q
+        (stages, 2, slabs, ROWS, SLAB),  # Y and alpha, then their gradients
+    )
+    struct = jax.ShapeDtypeStruct
+    gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
+    padded_pairs = -(-pairs // ROWS) * ROWS
+    # a half of a slab of dQ on its way to the other warpgroup, as large as that one's dX
+    swizzled = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # pyright: ignore[reportAbstractUsage]
+    given = plgpu.SMEM((groups, SLAB, half), f32, transforms=swizzled)
+    return Role(
+        run,
+        name="monarch_left_backward",
+        outputs=(
+            gradient,
+            gradient,
+            struct((batch * heads, split.items, padded_pairs, ROWS), f32),
+            struct((batch * heads, split.items, width, ROWS, dim), f32),
+        ),
+        scratch=(
+            shared.tile_scratch(shapes, dtype, SLAB),
+            shared.tile_scratch(((groups, width, ROWS),), dtype, SLAB, also=(given,)),
+            plgpu.SMEM((stages, ROWS), f32),
+            plgpu.SMEM((2, width), f32),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=groups),
+        ),
+        groups=groups,
+        blocks=blocks,
+    )
