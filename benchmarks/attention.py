@@ -336,11 +336,11 @@ def stored(path: Path) -> dict:
 
 
 def show(reports: list[dict], out: Path) -> None:
-    """Prints stored reports row by row, and plots them together."""
-    for report in reports:
-        for result in report["rows"]:
-            print(line(result))
-    plot([row for report in reports for row in report["rows"]], reports[0]["device"], out / "attention.png")
+    """Prints stored reports row by row, and plots them together; what several have is the last one's."""
+    results = {(result["row"], result["work"]): result for report in reports for result in report["rows"]}
+    for result in results.values():
+        print(line(result))
+    plot(list(results.values()), reports[0]["device"], out / "attention.png")
 
 
 def plot(results: list[dict], device: str, path: Path) -> None:
