@@ -72,6 +72,8 @@ class LeftConfig:
         stages: Blocks of alpha and Y in flight.
         key_block: (c, k) pairs per block of alpha and Y.
         query_stages: Query tiles in flight.
+        newest_first: Whether heads and query tiles are taken from the last on: alpha and Y that were made last may
+            still be in the L2 cache.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
@@ -80,6 +82,7 @@ class LeftConfig:
     stages: int = 2
     key_block: int = 64
     query_stages: int = 2
+    newest_first: bool = False
     blocks: int = 132
 
     def __post_init__(self):

@@ -72,6 +72,8 @@ def left_role(
         def place(t):
             """Batch entry, head, tile (of the chunk), first column first block of rows, pairs seen."""
             item = block + t * blocks
+            if config.newest_first:
+                item = items - 1 - item
             x = lax.div(item, column_groups * row_groups)
             column = lax.rem(lax.div(item, row_groups), column_groups) * columns
             tile = lax.rem(x, tiles)

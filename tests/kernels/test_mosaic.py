@@ -130,7 +130,7 @@ def test_tuned_files_fit_a_block():
             assert forward.left.shared_memory(dim) <= SHARED_MEMORY
             assert not forward.fused.clusters or forward.fused.serves(rows, cols, dim)
             assert forward.fused.shared_memory() <= SHARED_MEMORY
-            assert backward.left.shared_memory(dim) <= SHARED_MEMORY
+            assert backward.left.shared_memory(rows, dim) <= SHARED_MEMORY
             assert backward.keys.shared_memory(cols, dim) <= SHARED_MEMORY
             assert backward.query.shared_memory(cols, dim) <= SHARED_MEMORY
 
@@ -154,6 +154,7 @@ def test_chunks_bound_the_intermediates():
         ((1, 1, 70, 35, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
         ((1, 2, 3, 70, 1, 64), 2, (1, 2), {}),  # two blocks of columns
         ((1, 1, 3, 33, 1, 128), 2, None, {}),
+        ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(newest_first=True))),
     ],
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
@@ -168,8 +169,8 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     config = ForwardConfig(
         right=dataclasses.replace(right_config(cols, dim), blocks=2),
         left=dataclasses.replace(left_config(rows, dim), blocks=2),
-        **sizes,
     )
+    config = tuning.changed(config, sizes)
     with interpreted(monkeypatch):
         out, lse, _ = forward(
             q,
