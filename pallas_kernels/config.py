@@ -74,6 +74,7 @@ class LeftConfig:
         query_stages: Query tiles in flight.
         newest_first: Whether heads and query tiles are taken from the last on: alpha and Y that were made last may
             still be in the L2 cache.
+        alternate: Whether a warpgroup's softmax waits for another's products: else all do the same at the same time.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
@@ -83,10 +84,16 @@ class LeftConfig:
     key_block: int = 64
     query_stages: int = 2
     newest_first: bool = False
+    alternate: bool = False
     blocks: int = 132
 
     def __post_init__(self):
         _check_warpgroups(self.warpgroups)
+        if self.alternate and (self.warpgroups < 2 or min(self.stages, self.query_stages) < 2):
+            raise ValueError(
+                f"alternate=True with warpgroups={self.warpgroups}, stages={self.stages} and "
+                f"query_stages={self.query_stages}: one is behind another, which takes two of each."
+            )
 
     @property
     def warpgroups(self) -> int:

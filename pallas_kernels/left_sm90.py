@@ -63,7 +63,7 @@ def left_role(
     def run(block, inputs, outputs, scratch):
         q, alpha, y, c, limits, start = inputs
         out, lse = outputs
-        smem, c_in, lse_out, q_full, q_free, alpha_full, alpha_free, y_full, y_free = scratch
+        smem, c_in, lse_out, q_full, q_free, alpha_full, alpha_free, y_full, y_free, turn = scratch
         (q_mma, alpha_mma, y_mma), (q_in, alpha_in, y_in) = shared.tile_views(smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
@@ -91,6 +91,15 @@ def left_role(
                 plgpu.barrier_arrive(y_free.at[s])
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
+            def take_turns(times=1):
+                """Waits until every warpgroup has come here: each is one of these behind the one before it."""
+                for _ in range(times if config.alternate else 0):
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            for n in range(1, groups):
+                pl.when(group == n)(lambda n=n: take_turns(n))
+
             def item(t, done):
                 x, (entry, head, tile), column, row_block, limit = place(t)
                 steps = lax.div(limit + depth - 1, depth)
@@ -110,6 +119,7 @@ def left_role(
                         for n in range(slabs):
                             b = alpha_mma.at[slot, my_column, n].transpose((1, 0))
                             plgpu.wgmma(acc, q_mma.at[q_slot, group, n], b)
+                        take_turns()  # the products of this step and the one before are on their way: others may
                         return acc[...]
 
                     s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)
@@ -124,6 +134,9 @@ def left_role(
                     total = total * factor + p.sum(axis=1)
                     acc = [x * lax.broadcast_in_dim(factor, x.shape, [0]) for x in acc]
                     p = p.astype(dtype)
+                    if config.alternate:
+                        total, p, *acc = lax.optimization_barrier((total, p, *acc))
+                        take_turns()  # the softmax is done
                     plgpu.barrier_wait(y_full.at[slot])
 
                     def products(accs):
@@ -135,6 +148,7 @@ def left_role(
                     return new_top, total, *acc
 
                 top, total, *acc = lax.fori_loop(0, steps, step, (top, total, *acc))
+                pl.when(steps == 0)(lambda: take_turns(2))  # or one warpgroup would be further behind
                 inverse = 1.0 / total
                 plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
                 for n in range(slabs):
@@ -154,6 +168,8 @@ def left_role(
                 return done + steps
 
             lax.fori_loop(0, turns, item, jnp.int32(0))
+            for n in range(groups - 1):
+                pl.when(group == n)(lambda n=n: take_turns(groups - 1 - n))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
@@ -217,6 +233,7 @@ def left_role(
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups),
         ),
         groups=groups,
         blocks=blocks,

@@ -18,6 +18,7 @@ from pallas_kernels import tuning
 from pallas_kernels.config import (
     SHARED_MEMORY,
     ForwardConfig,
+    LeftConfig,
     backward_config,
     column_blocks,
     forward_config,
@@ -155,6 +156,10 @@ def test_chunks_bound_the_intermediates():
         ((1, 2, 3, 70, 1, 64), 2, (1, 2), {}),  # two blocks of columns
         ((1, 1, 3, 33, 1, 128), 2, None, {}),
         ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(newest_first=True))),
+        ((1, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(alternate=True))),  # a warpgroup to each column
+        ((1, 2, 70, 9, 1, 64), 2, (1, 2), dict(left=dict(alternate=True, stages=2))),  # two to a column
+        ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(alternate=True, stages=2))),  # three
+        ((1, 3, 3, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(alternate=True))),  # a query tile that sees nothing
     ],
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
@@ -183,8 +188,18 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
         )
     expected, expected_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
     assert out.dtype == q.dtype
-    assert error(out, expected) < 1e-2
-    assert error(lse, expected_lse) < 1e-3
+    sees = np.flatnonzero(visible)
+    assert error(out[:, sees], expected[:, sees]) < 1e-2
+    assert error(lse[:, sees], expected_lse[:, sees]) < 1e-3
+
+
+def test_warpgroups_that_alternate_are_several():
+    with pytest.raises(
+        ValueError, match="alternate=True with warpgroups=1, stages=4 and query_stages=2: one is behind"
+    ):
+        LeftConfig(columns=1, stages=4, alternate=True)
+    with pytest.raises(ValueError, match="stages=4 and query_stages=1: one is behind"):
+        LeftConfig(stages=4, query_stages=1, alternate=True)
 
 
 def test_no_races_in_the_interpreter(monkeypatch):

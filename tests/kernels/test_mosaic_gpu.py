@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
+from pallas_kernels import tuning
 from pallas_kernels.backward_sm90 import backward
 from pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
@@ -255,6 +256,28 @@ def test_large_runs_agree_bit_for_bit(rows, cols, count, masked):
     for _ in range(7):
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), first, run(), strict=True):
             assert not (different := int((x != y).sum())), f"{different} elements of {name} of shape {x.shape}"
+
+
+@pytest.mark.parametrize("changes", [dict(alternate=True), dict(newest_first=True)], ids=str)
+@pytest.mark.parametrize("queries", [1, None])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "cols", "count"), [(30, 52, 21), (90, 52, 7), (45, 80, 21), (135, 80, 7)])
+def test_the_order_of_work_changes_no_bit(rows, cols, count, masked, queries, changes):
+    """Of stage 2, for a whole clip and for one query tile over it."""
+    keys = jax.random.split(jax.random.key(16), 3)
+    q, k, v = (jax.random.normal(r, (1, count, rows, cols, 12, 128), jnp.bfloat16) for r in keys)
+    q = q[:, :queries]
+    visible = jnp.arange(count - q.shape[1], count, dtype=jnp.int32) + 1 if masked else jnp.full(q.shape[1], count)
+    options = dict(scale=128**-0.5, masked=masked)
+
+    def run(changes):
+        sizes = tuning.changed(tuning.forward(rows, cols, 128), {"fused": {"clusters": 0}, "left": changes})
+        return jax.jit(lambda *x: forward(*x, config=sizes, **options)[:2])(q, k, v, visible)
+
+    expected = run({name: False for name in changes})
+    for _ in range(7):
+        for name, x, y in zip(("out", "lse"), expected, run(changes), strict=True):
+            assert not (different := int((x != y).sum())), f"{different} elements of {name}"
 
 
 @pytest.mark.parametrize("masked", [False, True])
