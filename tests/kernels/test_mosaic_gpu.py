@@ -274,7 +274,7 @@ def test_the_order_of_work_changes_no_bit(rows, cols, count, masked, queries, ch
         sizes = tuning.changed(tuning.forward(rows, cols, 128), {"fused": {"clusters": 0}, "left": changes})
         return jax.jit(lambda *x: forward(*x, config=sizes, **options)[:2])(q, k, v, visible)
 
-    expected = run({name: False for name in changes})
+    expected = run(dict.fromkeys(changes, False))
     for _ in range(7):
         for name, x, y in zip(("out", "lse"), expected, run(changes), strict=True):
             assert not (different := int((x != y).sum())), f"{different} elements of {name}"
