@@ -41,6 +41,16 @@ def run(monkeypatch, tmp_path):
         ("model", [], "there is no GPU"),
         ("model", ["--small", "--repeats", "0"], "--repeats 0 must be at least 1"),
         ("model", ["--small", "--implementation", "mosaik"], "invalid choice: 'mosaik'"),
+        ("sizes", ["--row", "480p (h,w)", "--work", "forward"], "there is no GPU"),
+        ("sizes", ["--row", "360p", "--work", "forward"], "invalid choice: '360p'"),
+        ("sizes", ["--row", "480p (h,w)", "--work", "backward", "--rounds", "0"], "--rounds 0 must be at least 1"),
+        ("sizes", ["--row", "480p (h,w)", "--work", "decode", "--change", "{"], "--change: Expecting property name"),
+        ("sizes", ["--row", "480p (h,w)", "--work", "decode", "--change", '{"ring": 1}'], "argument 'ring'"),
+        (
+            "sizes",
+            ["--row", "480p (h,w)", "--work", "backward", "--change", '{"keys": {"ring": 1}}'],
+            "ring=1 is below",
+        ),
         ("generate", [], "there is no GPU"),
         ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
     ],
@@ -72,6 +82,23 @@ def test_stored_reports_are_printed_and_plotted(run, capsys, tmp_path):
     assert printed.count("floors") == len(last)
     assert all(f"mosaic     {row['implementations']['mosaic']['ms']:8.3f} ms" in printed for row in last.values())
     assert (tmp_path / "results" / "attention.png").stat().st_size > 10_000
+
+
+def test_sizes_are_timed_only_where_the_results_stay(run, monkeypatch, capsys, tmp_path):
+    def call(work, config):
+        return lambda q, k, v: {"out": q * (2 if config.left.stages == 3 else 1), "lse": k + (config.chunk_bytes == 5)}
+
+    changes = ['{"left": {"key_block": 32}}', '{"left": {"stages": 3}}', '{"chunk_bytes": 5}']
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = ("--row", "tiny", "--work", "decode", "--rounds", "1", "--change", *changes)
+    with pytest.raises(SystemExit) as stop:
+        run("sizes", *options, TILES={"tiny": (7, 30, 52)}, HEADS=1, call=call)
+    assert stop.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("not timed") for line in lines] == [False, False, False, True, True]
+    assert "the same bits" in lines[2]
+    results = json.loads((tmp_path / "results" / "sizes.json").read_text())["results"]
+    assert ["ms" in result for result in results] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"device": "a", "rows": []}'])

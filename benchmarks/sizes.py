@@ -1,0 +1,157 @@
+"""Times the Mosaic kernels with other sizes than they have, side by side in one process, on one Hopper GPU.
+
+    python benchmarks/sizes.py --row "480p (3h,w)" --work forward --change '{"left": {"stages": 3}}'
+    python benchmarks/sizes.py --row "720p (h,w)" --work backward --change '{"keys": {"ring": 8}}' '{"chunk_bytes": 8}'
+
+A change is JSON: fields of `pallas_kernels.config.ForwardConfig` (forward, decode) or `BackwardConfig` (backward) to
+values, as in pallas_kernels/tuned. Results are compared with those of the present sizes first; a change whose results
+differ by more than rounding is not timed. Times are medians over rounds in which every change has its turn, so that a
+card whose clock drifts drifts for all. What wins goes into pallas_kernels/tuned/<device>.json. Writes sizes.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import tuning
+from pallas_kernels.backward_sm90 import backward
+from pallas_kernels.forward_sm90 import forward
+
+TILES = {  # tiles of a clip, rows and columns of a tile
+    "480p (h,w)": (21, 30, 52),
+    "480p (3h,w)": (7, 90, 52),
+    "720p (h,w)": (21, 45, 80),
+    "720p (3h,w)": (7, 135, 80),
+}
+WORK = ("forward", "decode", "backward")
+HEADS, DIM = 12, 128
+MAX_DIFFERENCE = 5e-3  # relative Frobenius norm: two roundings of the same sums in bfloat16
+
+
+def main() -> None:
+    """Compares, times, prints, writes."""
+    args = parse()
+    changes = [{}, *(json.loads(text) for text in args.change)]
+    arrays = inputs(args.row, args.work)
+    runs, results = [], []
+    for change, config in zip(changes, sizes(args, changes), strict=True):
+        run = jax.jit(call(args.work, config)).lower(*arrays).compile()
+        found = run(*arrays)
+        if not runs:
+            present = found
+        differences = {name: difference(x, found[name]) for name, x in present.items()}
+        memory = run.memory_analysis()
+        results.append({"change": change, "differences": differences, "bytes": memory.temp_size_in_bytes})
+        runs.append(run if max(differences.values()) <= MAX_DIFFERENCE else None)
+    times = rounds([run for run in runs if run], arrays, args.rounds)
+    device = jax.devices()[0].device_kind
+    print(f"{args.row}, {args.work}, {device}, jax {jax.__version__}; median ms of {args.rounds} rounds")
+    for run, result in zip(runs, results, strict=True):
+        name = json.dumps(result["change"]) if result["change"] else "present sizes"
+        largest = max(result["differences"].values())
+        if run is None:
+            print(f"{name}: differs by {largest:.1e} and is not timed")
+            continue
+        result["ms"] = times.pop(0)
+        same = f"differs by {largest:.1e}" if largest else "the same bits"
+        share = result["ms"] / results[0]["ms"]
+        print(f"{result['ms']:8.3f} ms  {share:6.1%}  {result['bytes'] / 1e9:.2f} GB  {same}  {name}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"device": device, "jax": jax.__version__, "row": args.row, "work": args.work, "results": results}
+    (args.out / "sizes.json").write_text(json.dumps(report, indent=1))
+    if None in runs:
+        sys.exit(1)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", required=True, choices=TILES, help="the video and its tile")
+    parser.add_argument("--work", required=True, choices=WORK)
+    parser.add_argument("--change", nargs="+", default=[], metavar="JSON", help="one or more changes, each on its own")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
+    try:
+        sizes(args, [json.loads(text) for text in args.change])
+    except (ValueError, TypeError, AttributeError) as error:
+        parser.error(f"--change: {error}")
+    if jax.default_backend() != "gpu":
+        parser.error("there is no GPU")
+    return args
+
+
+def sizes(args: argparse.Namespace, changes: list[dict]) -> list:
+    """The changed configurations."""
+    _, rows, cols = TILES[args.row]
+    if args.work == "backward":
+        config = tuning.backward(rows, cols, DIM)
+    else:
+        config = tuning.forward(rows, cols, DIM, few=args.work == "decode")
+    return [tuning.changed(config, change) for change in changes]
+
+
+def inputs(row: str, work: str) -> tuple[jax.Array, ...]:
+    """q, k, v and, for the backward pass, what the forward pass found and a cotangent; standard normal, bfloat16."""
+    tiles, rows, cols = TILES[row]
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, (1, tiles, rows, cols, HEADS, DIM), jnp.bfloat16) for key in keys)
+    if work == "decode":
+        return q[:, : max(1, tiles // 7)], k, v  # 3 latent frames of 21
+    if work == "forward":
+        return q, k, v
+    found = jax.jit(call("forward", tuning.forward(rows, cols, DIM)))(q, k, v)
+    return q, k, v, found["out"], found["lse"], g
+
+
+def call(work: str, config):
+    """The pass with these sizes, as a function to compile."""
+    options = {"scale": DIM**-0.5, "masked": False, "config": config}
+
+    def forwards(q, k, v):
+        visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
+        return dict(zip(("out", "lse"), forward(q, k, v, visible, **options), strict=False))
+
+    def backwards(q, k, v, out, lse, g):
+        visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
+        found = backward(q, k, v, visible, out, lse, g, grad_tiles=None, **options)
+        return dict(zip(("dq", "dk", "dv"), found, strict=True))
+
+    return backwards if work == "backward" else forwards
+
+
+def difference(x: jax.Array, y: jax.Array) -> float:
+    """Relative, 0 for the same bits."""
+    x, y = (np.asarray(array, np.float32) for array in (x, y))
+    return float(np.linalg.norm(x - y) / np.linalg.norm(x))
+
+
+def rounds(runs: list, arrays: tuple[jax.Array, ...], count: int) -> list[float]:
+    """Median ms of each; calls are sent without waiting for each other."""
+    jax.block_until_ready(runs[0](*arrays))
+    start = time.perf_counter()
+    jax.block_until_ready(runs[0](*arrays))
+    calls = max(2, min(50, int(0.05 / (time.perf_counter() - start))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(count):
+        for run, found in zip(runs, times, strict=True):
+            jax.block_until_ready(run(*arrays))
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = run(*arrays)
+            jax.block_until_ready(out)
+            found.append(1e3 * (time.perf_counter() - start) / calls)
+    return [statistics.median(found) for found in times]
+
+
+if __name__ == "__main__":
+    main()
