@@ -84,6 +84,7 @@ def independent_role(
             p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
             delta = plgpu.load(stats_in.at[1 + zero], layout=layout.reduce(0), optimized=False)
             d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
+            d_x = lax.optimization_barrier(d_x)  # rounded in pairs, not one by one because each is wanted alone too
             low_p = p.astype(dtype)
             total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
             p_mma.at[here].transpose((1, 0))[...] = plgpu.layout_cast(d_x, plgpu.Layout.WGMMA_TRANSPOSED)
