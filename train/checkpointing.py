@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
+"""Checkpoints of a run, written through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
 
 A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, what they belong to (see
 `train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is complete, so
