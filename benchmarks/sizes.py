@@ -40,21 +40,32 @@ def main() -> None:
     args = parse()
     changes = [{}, *(json.loads(text) for text in args.change)]
     arrays = inputs(args.row, args.work)
-    runs, results = [], []
+    runs, results, present = [], [], None
     for change, config in zip(changes, sizes(args, changes), strict=True):
-        run = jax.jit(call(args.work, config)).lower(*arrays).compile()
-        found = run(*arrays)
-        if not runs:
-            present = found
+        results.append({"change": change})
+        runs.append(None)
+        try:
+            run = jax.jit(call(args.work, config)).lower(*arrays).compile()
+            found = run(*arrays)
+            jax.block_until_ready(found)
+        except Exception as error:  # one change that does not fit the card must not cost the others
+            if present is None:
+                raise
+            results[-1]["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        present = present or found
         differences = {name: difference(x, found[name]) for name, x in present.items()}
-        memory = run.memory_analysis()
-        results.append({"change": change, "differences": differences, "bytes": memory.temp_size_in_bytes})
-        runs.append(run if max(differences.values()) <= MAX_DIFFERENCE else None)
+        results[-1] |= {"differences": differences, "bytes": run.memory_analysis().temp_size_in_bytes}
+        if max(differences.values()) <= MAX_DIFFERENCE:
+            runs[-1] = run
     times = rounds([run for run in runs if run], arrays, args.rounds)
     device = jax.devices()[0].device_kind
     print(f"{args.row}, {args.work}, {device}, jax {jax.__version__}; median ms of {args.rounds} rounds")
     for run, result in zip(runs, results, strict=True):
         name = json.dumps(result["change"]) if result["change"] else "present sizes"
+        if "error" in result:
+            print(f"{name}: {result['error']}")
+            continue
         largest = max(result["differences"].values())
         if run is None:
             print(f"{name}: differs by {largest:.1e} and is not timed")

@@ -86,19 +86,27 @@ def test_stored_reports_are_printed_and_plotted(run, capsys, tmp_path):
 
 def test_sizes_are_timed_only_where_the_results_stay(run, monkeypatch, capsys, tmp_path):
     def call(work, config):
+        if config.left.blocks == 1:
+            raise ValueError("too few blocks")
         return lambda q, k, v: {"out": q * (2 if config.left.stages == 3 else 1), "lse": k + (config.chunk_bytes == 5)}
 
-    changes = ['{"left": {"key_block": 32}}', '{"left": {"stages": 3}}', '{"chunk_bytes": 5}']
+    changes = [
+        '{"left": {"key_block": 32}}',
+        '{"left": {"stages": 3}}',
+        '{"chunk_bytes": 5}',
+        '{"left": {"blocks": 1}}',
+    ]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options = ("--row", "tiny", "--work", "decode", "--rounds", "1", "--change", *changes)
     with pytest.raises(SystemExit) as stop:
         run("sizes", *options, TILES={"tiny": (7, 30, 52)}, HEADS=1, call=call)
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("not timed") for line in lines] == [False, False, False, True, True]
+    assert [line.endswith("not timed") for line in lines] == [False, False, False, True, True, False]
     assert "the same bits" in lines[2]
+    assert "ValueError: too few blocks" in lines[5]
     results = json.loads((tmp_path / "results" / "sizes.json").read_text())["results"]
-    assert ["ms" in result for result in results] == [True, True, False, False]
+    assert ["ms" in result for result in results] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"device": "a", "rows": []}'])
