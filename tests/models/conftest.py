@@ -121,3 +121,9 @@ def quick_compilation():
 @pytest.fixture(scope="session")
 def wan():
     return Helpers
+
+
+@pytest.fixture(scope="session")
+def small(wan):
+    """Sizes of a small model of two layers."""
+    return dataclasses.replace(wan.SMALL, num_layers=2)

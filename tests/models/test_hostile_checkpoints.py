@@ -19,11 +19,6 @@ from models.wan.checkpoints import inspect_checkpoint, load_checkpoint, save_che
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def small(wan):
-    return dataclasses.replace(wan.SMALL, num_layers=2)
-
-
 @pytest.fixture
 def folder(wan, small, tmp_path):
     return save_checkpoint(wan.model(small), tmp_path / "model")
