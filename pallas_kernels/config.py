@@ -74,7 +74,8 @@ class LeftConfig:
         query_stages: Query tiles in flight.
         newest_first: Whether heads and query tiles are taken from the last on: alpha and Y that were made last may
             still be in the L2 cache.
-        alternate: Whether a warpgroup's softmax waits for another's products: else all do the same at the same time.
+        alternate: Whether warpgroups start their products one after another, so that one's are beside another's
+            softmax.
         blocks: Persistent blocks; one per multiprocessor.
     """
 

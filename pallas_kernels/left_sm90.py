@@ -92,10 +92,11 @@ def left_role(
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
             def take_turns(times=1):
-                """Waits until every warpgroup has come here: each is one of these behind the one before it."""
-                for _ in range(times if config.alternate else 0):
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
+                """With `alternate`, waits for the other warpgroups, of which each is one wait behind the one before."""
+                if config.alternate:
+                    for _ in range(times):
+                        plgpu.barrier_arrive(turn)
+                        plgpu.barrier_wait(turn)
 
             for n in range(1, groups):
                 pl.when(group == n)(lambda n=n: take_turns(n))
@@ -119,7 +120,7 @@ def left_role(
                         for n in range(slabs):
                             b = alpha_mma.at[slot, my_column, n].transpose((1, 0))
                             plgpu.wgmma(acc, q_mma.at[q_slot, group, n], b)
-                        take_turns()  # the products of this step and the one before are on their way: others may
+                        take_turns()  # its products with Y and these are sent: the next warpgroup's may follow
                         return acc[...]
 
                     s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), f32)) * (scale * LOG2E)

@@ -1,6 +1,7 @@
 """Reading, writing and converting checkpoints need no more memory than they say."""
 
 import dataclasses
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from tests.models.test_checkpoints import WEIGHTS, assert_same, run_python
 
 # Of this process alone: ru_maxrss would begin at the peak of the process that started it.
 PEAK = """
-import sys
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
@@ -24,20 +24,31 @@ def peak():
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 
 
+def numbers(code):
+    """What code that may call `peak` prints."""
+    return [int(word) for word in run_python(PEAK + textwrap.dedent(code)).split()]
+
+
+@pytest.fixture
+def large(wan, small):
+    """A model of 204 MB in float32, of which the largest parameter has 57, and its size."""
+    model = wan.model(dataclasses.replace(small, dim=384, ffn_dim=2048, num_heads=16, num_layers=18))
+    size = 4 * count_parameters(model)
+    assert 200e6 < size < 210e6
+    return model, size
+
+
 @needs_proc
 @pytest.mark.slow
-def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
+def test_orbax_is_read_tensor_by_tensor(wan, small, large, tmp_path):
     """204 MB in float32 are loaded as bfloat16 in their 102 MB and half of that; a whole restore would take 204 more.
 
     What goes beyond is a tensor, JAX's programs and what the allocator keeps. A conversion holds one tensor.
     """
-    model = wan.model(dataclasses.replace(small, dim=384, ffn_dim=2048, num_heads=16, num_layers=18))
-    size = 4 * count_parameters(model)
-    assert 200e6 < size < 210e6
+    model, size = large
     save_checkpoint(wan.model(small), tmp_path / "warm", format="orbax")
     save_checkpoint(model, tmp_path / "orbax", format="orbax")
     code = f"""
-        {PEAK.replace(chr(10), chr(10) + 8 * " ")}
         from models.wan.checkpoints import convert_checkpoint, load_checkpoint
 
         folder = {str(tmp_path)!r}
@@ -50,7 +61,7 @@ def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
         load_checkpoint(folder + "/orbax", param_dtype="bfloat16")
         print(peak() - before)
     """
-    converting, loading = map(int, run_python(code).split())
+    converting, loading = numbers(code)
     assert converting < size / 4, converting / size
     assert size / 4 < loading < size * 3 / 4, loading / size
     assert_same(load_checkpoint(tmp_path / "diffusers", config=model.config), model)
@@ -58,14 +69,12 @@ def test_orbax_is_read_tensor_by_tensor(wan, small, tmp_path):
 
 @needs_proc
 @pytest.mark.slow
-def test_orbax_is_written_parameter_by_parameter(wan, small, tmp_path):
+def test_orbax_is_written_parameter_by_parameter(wan, small, large, tmp_path):
     """A conversion to Orbax needs its 204 MB, a copy of the largest parameter, 57 MB, and not one of all of them."""
-    model = wan.model(dataclasses.replace(small, dim=384, ffn_dim=2048, num_heads=16, num_layers=18))
-    size = 4 * count_parameters(model)
+    model, size = large
     save_checkpoint(wan.model(small), tmp_path / "warm", format="diffusers")
     save_checkpoint(model, tmp_path / "diffusers", format="diffusers")
     code = f"""
-        {PEAK.replace(chr(10), chr(10) + 8 * " ")}
         from models.wan.checkpoints import convert_checkpoint
 
         folder = {str(tmp_path)!r}
@@ -74,7 +83,7 @@ def test_orbax_is_written_parameter_by_parameter(wan, small, tmp_path):
         convert_checkpoint(folder + "/diffusers", folder + "/orbax", to="orbax")
         print(peak() - before)
     """
-    used = int(run_python(code))
+    (used,) = numbers(code)
     assert size < used < size * 1.75, used / size
     assert_same(load_checkpoint(tmp_path / "orbax"), model)
 
@@ -97,7 +106,6 @@ def test_true_size_in_bounded_memory(tmp_path):
         pass
     assert (folder / WEIGHTS).stat().st_size > 5_675_987_200
     code = f"""
-        {PEAK.replace(chr(10), chr(10) + 8 * " ")}
         import ml_dtypes, numpy as np, jax
         from flax import nnx
         from models.wan.checkpoints import load_checkpoint
@@ -113,5 +121,5 @@ def test_true_size_in_bounded_memory(tmp_path):
             assert (ours.read(name) == file.read(name).astype(ml_dtypes.bfloat16)).all(), name
         print(used - 2 * 1_418_996_800)
     """
-    beyond = int(run_python(code))
+    (beyond,) = numbers(code)
     assert beyond < 1e9, f"{beyond / 1e9:.2f} GB beyond the parameters"
