@@ -16,7 +16,7 @@ from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_s
 from pallas_kernels.left_backward_sm90 import left_backward_role
 from pallas_kernels.query_sm90 import query_role
 from pallas_kernels.right_backward_sm90 import right_backward_role
-from pallas_kernels.shared import LOG2E, launch, varying
+from pallas_kernels.shared import LOG2E, gradient_scales, launch, varying
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -61,7 +61,7 @@ def backward(
     seen = tiles_seen(visible, k.shape[1], masked)
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
     call = Call(q, k, v, seen * rows, chunk_heads, chunk_tiles, scale, masked, forward)
-    stats = _stats(out, lse, d_out, config)
+    stats = _stats(out, lse, d_out, scale, config)
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * rows
     wanted = jnp.stack([first, seen.max() * rows])
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
@@ -81,8 +81,8 @@ def backward(
     return dq, dk.astype(k.dtype), dv.astype(k.dtype)
 
 
-def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardConfig) -> jax.Array:
-    """lse in units of log 2 and delta = <dO, O>, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
+def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, config: BackwardConfig) -> jax.Array:
+    """lse in units of log 2 and <dO, O>, scaled, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
     rows, cols = out.shape[2:4]
     # flat and apart from what makes and takes it: the same kernel, so the same bits, in every program; within the
     # transposition the sums take 7 times as long
@@ -96,6 +96,7 @@ def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, config: BackwardCon
         x = x.astype(jnp.float32).transpose(0, 4, 1, 3, 2)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more_cols), (0, more_rows)), constant_values=value)
 
+    delta = delta * gradient_scales(out.dtype, scale)[0]
     return jnp.stack([padded(lse * LOG2E, jnp.inf), padded(delta, 0.0)], axis=4)
 
 
@@ -129,7 +130,9 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
     dk, dv, dz = launch(role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start))
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
+    sizes |= dict(left_width=config.left.width(rows), left_parts=config.left.parts)
+    role = query_role(like(q), like(k), config=config.query, **sizes)
+    dq = dq.reshape(*dq.shape[:-1], slabs, SLAB)
     (found,) = launch(role, (k, dz, dq, call.limits, start))
     return found.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 

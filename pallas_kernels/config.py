@@ -130,10 +130,12 @@ class LeftBackwardConfig:
 
     def __post_init__(self):
         _check_warpgroups(self.warpgroups)
-        if self.independent and (self.columns, self.row_blocks, self.stages % 2) != (1, 1, 0):
+        one = (self.columns, self.row_blocks) == (1, 1)
+        if self.independent and not (one and self.stages >= 4 and self.stages % 2 == 0):
             raise ValueError(
                 f"independent=True with columns={self.columns}, row_blocks={self.row_blocks}, stages={self.stages} "
-                f"is not one column of one block of rows, with an even number of stages for two warpgroups."
+                f"is not one column of one block of rows, with an even number of stages, 4 or more: a warpgroup's "
+                f"last step leaves while it works on the next."
             )
 
     @property
@@ -141,10 +143,13 @@ class LeftBackwardConfig:
         """Computing warpgroups."""
         return 2 if self.independent else self.columns * self.row_blocks
 
+    @property
+    def parts(self) -> int:
+        """Parts of dq through L, each the sum over some of the pairs."""
+        return 2 if self.independent else 1
+
     def width(self, rows: int) -> int:
         """Rows i of a warpgroup that are not padding: a multiple of 8, the blocks' share of b1."""
-        if self.independent:
-            return -(-rows // 16) * 16  # halves of it are columns of a product too
         return -(-rows // (8 * self.row_blocks)) * 8
 
     def depth(self, rows: int) -> int:
@@ -228,10 +233,10 @@ class QueryConfig:
         """Columns l of a product."""
         return -(-cols // SLAB) * SLAB
 
-    def shared_memory(self, cols: int, dim: int) -> int:
-        """Bytes a block uses for tiles of `cols` columns."""
+    def shared_memory(self, cols: int, dim: int, left_parts: int = 1) -> int:
+        """Bytes a block uses for tiles of `cols` columns and a dq through L in so many parts."""
         stage = self.depth(cols) * (dim + self.warpgroups * ROWS) * 2
-        return self.stages * stage + self.warpgroups * ROWS * dim * 2 + BARRIERS
+        return self.stages * stage + self.warpgroups * left_parts * ROWS * dim * 2 + BARRIERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +252,7 @@ class ColumnBlocks:
         packed: Tiles whose remaining columns share a block.
         whole: Whole blocks of all tiles.
         items: All blocks.
+        used: Rows of a block that may be columns, a multiple of 8; those after them are padding in every block.
     """
 
     full: int
@@ -254,6 +260,7 @@ class ColumnBlocks:
     packed: int
     whole: int
     items: int
+    used: int
 
     def place(self, tile, column):
         """Item and row of a column; integers or traced scalars."""
@@ -280,7 +287,9 @@ def column_blocks(cols: int, tiles: int, masked: bool) -> ColumnBlocks:
     if masked or tail_rows == ROWS:
         full, tail = -(-cols // ROWS), 0
     packed = ROWS // tail_rows
-    return ColumnBlocks(full, tail_rows, packed, tiles * full, tiles * full + (-(-tiles // packed) if tail else 0))
+    items = tiles * full + (-(-tiles // packed) if tail else 0)
+    used = min(-(-cols // 8) * 8, ROWS) if full == 1 and not tail else ROWS
+    return ColumnBlocks(full, tail_rows, packed, tiles * full, items, used)
 
 
 def right_config(cols: int, dim: int) -> RightConfig | None:

@@ -1,7 +1,7 @@
 """Back through L on Hopper, as `left_backward_sm90`, where one warpgroup's registers hold dQ of all rows i (b1 to 96).
 
 The two computing warpgroups take the steps of a column in turns and share nothing in them but Q and dO, so that one's
-softmax and the other's products overlap; each has a dQ of its own, [D, i], and the two are added when a column ends.
+softmax and the other's products overlap; each has a dQ of its own, [D, i], and `query_sm90` adds the two.
 """
 
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
 from pallas_kernels.shared import LOG2E, Role
+
+COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24  # of a thread; with 232 what a step needs would be read from local memory
 
 
 def independent_role(
@@ -26,13 +28,13 @@ def independent_role(
 ) -> Role:
     """The role of `left_backward_role`, a column at a time and every other step of 64 pairs a warpgroup's.
 
-    The part of dq through L has as many rows as `config.width`.
+    The part of dq through L is two parts, a warpgroup's each, of as many rows as `config.width`.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     batch, all_tiles, rows, cols, all_heads, dim = q.shape
-    slabs, width, half, depth = dim // SLAB, config.width(rows), config.width(rows) // 2, config.depth(rows)
+    slabs, width, depth = dim // SLAB, config.width(rows), config.depth(rows)
     groups, stages = config.warpgroups, config.stages
     split = column_blocks(cols, tiles, masked)
     split_in = column_blocks(cols, all_tiles, masked) if whole else split
@@ -41,29 +43,31 @@ def independent_role(
     blocks = min(config.blocks, items)
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
+    early, late = shared.gradient_scales(dtype, scale)
 
     def run(block, inputs, outputs, scratch):
         q, g, alpha, y, c, stats, limits, start = inputs
         d_alpha, d_y, d_c, dq = outputs
-        smem, p_smem, c_in, stats_in, q_full, q_free, full, free, made, used = scratch
+        smem, p_smem, c_in, stats_in, q_full, q_free, full, free = scratch
         (rows_mma, mid_mma), (rows_in, mid_in) = shared.tile_views(smem)
-        (p_mma,), _, (sums,) = shared.tile_views(p_smem)
+        (p_mma,), _ = shared.tile_views(p_smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
         turns = lax.div(items - block + blocks - 1, blocks)
 
         def place(t):
             """Index x, batch entry, head and tile of the chunk, column, pairs seen."""
-            item = block + t * blocks
+            item = items - 1 - (block + t * blocks)  # what was made last comes first: it may still be in the L2 cache
             x = lax.div(item, cols)
             tile = lax.rem(x, tiles)
             limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
             where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
             return x, where, lax.rem(item, cols), limit
 
-        def step(n, i, x, j, limit, acc):
-            """Pairs from 64 i on of column j; n counts all steps of both warpgroups. Adds to slabs of dQ, [64 d, W]."""
+        def step(n, i, t, acc):
+            """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W]."""
             here, zero = shared.unhoisted(group, n), shared.unhoisted(0, n)
+            x, _where, j, limit = place(shared.unhoisted(t, n))
             slot = lax.rem(n, stages)
             plgpu.barrier_wait(full.at[slot])
 
@@ -83,10 +87,10 @@ def independent_role(
             x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
             p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
             delta = plgpu.load(stats_in.at[1 + zero], layout=layout.reduce(0), optimized=False)
-            d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
+            d_x = (p * (d_p * early - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
             d_x = lax.optimization_barrier(d_x)  # rounded in pairs, not one by one because each is wanted alone too
             low_p = p.astype(dtype)
-            total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
+            total = d_x.astype(f32).sum(axis=1) * (-1 / early)  # fits the rounded d_alpha: in dR their errors cancel
             p_mma.at[here].transpose((1, 0))[...] = plgpu.layout_cast(d_x, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
 
@@ -96,6 +100,8 @@ def independent_role(
                     plgpu.wgmma(accs[m], left, p_mma.at[here].transpose((1, 0)))
 
             acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
+
+            pl.when(n >= groups)(lambda: leave(n - groups))  # this warpgroup's step before: by now without a wait
 
             def padded(x):
                 """[64 pairs, W] with zeros up to the depth of the next products."""
@@ -112,7 +118,7 @@ def independent_role(
                         return acc[...]
 
                     value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, SLAB), f32))
-                    mid_mma[slot, kind, m] = (value * scale if kind else value).astype(dtype)
+                    mid_mma[slot, kind, m] = (value * late if kind and late != 1 else value).astype(dtype)
             plgpu.commit_smem()
             for kind, target in enumerate((d_y, d_alpha)):
                 for m in range(slabs):
@@ -129,63 +135,42 @@ def independent_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             plgpu.barrier_arrive(q_free)
             for s in range(stages):
                 pl.when(group == s % groups)(lambda s=s: plgpu.barrier_arrive(free.at[s]))
 
             def item(t, done):
-                x, _where, j, limit = place(t)
+                limit = place(t)[-1]
                 steps = lax.div(limit + ROWS - 1, ROWS)
                 first = lax.rem(done + group, 2)  # steps with an even number of all are the first warpgroup's
                 plgpu.barrier_wait(q_full)
 
                 def turn(m, acc):
                     i = first + 2 * m
-                    pl.when(m > 0)(lambda: leave(done + i - 2))
-                    return step(done + i, i, x, j, limit, acc)
+                    return step(done + i, i, t, acc)
 
                 acc = [plgpu.layout_cast(jnp.zeros((SLAB, width), f32), layout) for _ in range(slabs)]
                 mine = lax.div(steps - first + 1, 2)
                 acc = lax.fori_loop(0, mine, turn, acc)
-                pl.when(mine > 0)(lambda: leave(done + first + 2 * mine - 2))
                 plgpu.barrier_arrive(q_free)
+                x, _where, j, limit = place(shared.unhoisted(t, done + steps))
                 block_of, row = split.place(lax.rem(x, tiles), j)
                 lane = lax.div(x, tiles)
-                own = shared.unhoisted(group, t)
-                # dQ is the sum of both warpgroups': each gives a slab away and keeps one, half of the rows i at a time
-                for rows_of in (slice(0, half), slice(half, width)):
-                    window = pl.ds(rows_of.start, half)
-                    for n in range(groups):
-                        for m in range(slabs):
-                            if m != n:
-
-                                @pl.when(group == n)
-                                def _(part=acc[m][:, rows_of]):
-                                    sums[own] = part
-
-                    plgpu.barrier_arrive(made)
-                    plgpu.barrier_wait(made)
-                    for m in range(slabs):
-
-                        @pl.when(group == m)
-                        def _(m=m, part=acc[m][:, rows_of], window=window):
-                            other = plgpu.load(sums.at[own + 1 - 2 * m], layout=layout, optimized=False)
-                            target = dq.at[lane, block_of, window, row, pl.ds(m * SLAB, SLAB)]
-                            target.transpose((1, 0))[...] = plgpu.layout_cast(
-                                (part + other) * scale, plgpu.Layout.WGMMA_TRANSPOSED
-                            )
-
-                    plgpu.barrier_arrive(used)
-                    plgpu.barrier_wait(used)
+                for m in range(slabs):
+                    target = dq.at[group, lane, block_of, :, row, pl.ds(m * SLAB, SLAB)]
+                    share = plgpu.layout_cast((acc[m] * late).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    target.transpose((1, 0))[...] = share
                 return done + steps
 
-            lax.fori_loop(0, turns, item, jnp.int32(0))
+            done = lax.fori_loop(0, turns, item, jnp.int32(0))
+            last = done - 1 - lax.rem(done + 1 + group, groups)  # this warpgroup's
+            pl.when(last >= 0)(lambda: leave(last))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
             def item(t, done):
                 x, (entry, head, tile), j, limit = place(t)
@@ -228,9 +213,6 @@ def independent_role(
     struct = jax.ShapeDtypeStruct
     gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
     padded_pairs = -(-pairs // ROWS) * ROWS
-    # a half of a slab of dQ on its way to the other warpgroup, as large as that one's dX
-    swizzled = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # pyright: ignore[reportAbstractUsage]
-    given = plgpu.SMEM((groups, SLAB, half), f32, transforms=swizzled)
     return Role(
         run,
         name="monarch_left_backward",
@@ -238,19 +220,17 @@ def independent_role(
             gradient,
             gradient,
             struct((batch * heads, split.items, padded_pairs, ROWS), f32),
-            struct((batch * heads, split.items, width, ROWS, dim), f32),
+            struct((config.parts, batch * heads, split.items, width, split.used, dim), dtype),
         ),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
-            shared.tile_scratch(((groups, width, ROWS),), dtype, SLAB, also=(given,)),
+            shared.tile_scratch(((groups, width, ROWS),), dtype, SLAB),
             plgpu.SMEM((stages, ROWS), f32),
             plgpu.SMEM((2, width), f32),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=groups),
         ),
         groups=groups,
         blocks=blocks,

@@ -33,12 +33,13 @@ def left_backward_role(
     Inputs of the role: q [B, A, b1, b2*H, D/64, 64]; the output's gradient, alike; alpha [X, C*b1, b2, D/64, 64],
     X = B * heads * tiles, or with `whole` B * H * A; Y as alpha; c_L [B * heads (H), items, 64, P] as `right_role`
     leaves it for as many query tiles; stats float32 [B, H, A, b2 or more, 2, b1 or more], the log-sum-exp in units of
-    log 2, infinite beyond b1, and delta = <dO, O>; limits, int32 [A], the pairs that a query tile sees, read when
-    `masked`; start, int32 [3], the chunk's first head and query tile.
+    log 2, infinite beyond b1, and <dO, O> times the first of `shared.gradient_scales`; limits, int32 [A], the
+    pairs that a query tile sees, read when `masked`; start, int32 [3], the chunk's first head and query tile.
 
     Outputs: the gradients of the chunk's alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its
-    columns where `column_blocks` places them; the part of dq through L, float32 [B * heads, items, 64*row_blocks, 64,
-    D], likewise, 64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not written.
+    columns where `column_blocks` places them; the part of dq through L in q's dtype, [parts, B * heads, items,
+    64*row_blocks, 64 or less, D], likewise, 64 rows for every `config.width` rows i, to be summed over parts. What
+    belongs to pairs that are not seen is not written.
 
     Args:
         q: [B, A, b1, b2, H, D], before its last axes are split.
@@ -72,6 +73,7 @@ def left_backward_role(
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
     kinds = 2 if row_blocks > 1 else 1
+    early, late = shared.gradient_scales(dtype, scale)
     outputs_of = [(kind, n) for kind in range(2) for n in range(slabs)]  # slabs of dY and of d_alpha
 
     def run(block, inputs, outputs, scratch):
@@ -85,7 +87,7 @@ def left_backward_role(
 
         def place(t):
             """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
-            item = block + t * blocks
+            item = items - 1 - (block + t * blocks)  # what was made last comes first: it may still be in the L2 cache
             x = lax.div(item, column_groups)
             tile = lax.rem(x, tiles)
             limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
@@ -165,8 +167,9 @@ def left_backward_role(
                         (d_p,) = scores((0,))
                         p = low_p.astype(f32)
                     delta = plgpu.load(stats_in.at[here, 1, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
-                    d_x = (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
-                    total = -d_x.astype(f32).sum(axis=1)  # fits the rounded d_alpha: in dR their errors cancel
+                    d_x = (p * (d_p * early - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
+                    # fits the rounded d_alpha: in dR their errors cancel
+                    total = d_x.astype(f32).sum(axis=1) * (-1 / early)
                     low_p, d_x = full_rows(low_p), full_rows(d_x)
 
                     if row_blocks > 1:
@@ -202,7 +205,7 @@ def left_backward_role(
                             return acc[...]
 
                         value = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((depth, SLAB), f32))
-                        value = value * scale if kind else value
+                        value = value * late if kind and late != 1 else value
                         mid_mma[slot, kind, my_column, n] = value.astype(dtype)
 
                     def send(kind, n):
@@ -240,7 +243,8 @@ def left_backward_role(
                     block_of, row = split.place(lax.rem(x, tiles), j)
                     span = pl.ds(my_rows * ROWS, ROWS)
                     for n in range(slabs):
-                        dq[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = acc[n] * scale
+                        share = (acc[n] * late).astype(dtype)
+                        dq[0, lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = share
 
                 return done + steps
 
@@ -309,7 +313,7 @@ def left_backward_role(
             gradient,
             gradient,
             struct((batch * heads, split.items, padded, ROWS), f32),
-            struct((batch * heads, split.items, row_blocks * ROWS, ROWS, dim), f32),
+            struct((config.parts, batch * heads, split.items, row_blocks * ROWS, split.used, dim), dtype),
         ),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),

@@ -21,13 +21,15 @@ def query_role(
     tiles: int,
     masked: bool,
     left_width: int,
+    left_parts: int,
     config: QueryConfig,
 ) -> Role:
     """Finishes dq for a chunk of query tiles and heads.
 
-    Inputs of the role: k; s dZ [B * heads, items, C*b1, W, 64] as `right_backward_role` leaves it; the part of dq
-    through L, float32 [B * heads, items, b1 or more, 64, D], 64 rows for every `left_width` of b1; limits, int32 [A],
-    the pairs that a query tile sees, read when `masked`; start, int32, the chunk's first head and query tile first.
+    Inputs of the role: k; s dZ [B * heads, items, C*b1, W, 64 or less] as `right_backward_role` leaves it; the part of
+    dq through L in q's dtype, [parts, B * heads, items, b1 or more, 64 or less, D/64, 64], to be summed over parts,
+    with 64 rows for every `left_width` of b1; limits, int32 [A], the pairs that a query tile sees, read when `masked`;
+    start, int32, the chunk's first head and query tile first.
 
     Output: dq [B, tiles, b1, b2, heads, D/64, 64] in q's dtype.
 
@@ -38,6 +40,7 @@ def query_role(
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
         left_width: Rows of b1 in a block of 64.
+        left_parts: Parts of dq through L.
         config: Sizes.
 
     Returns:
@@ -61,9 +64,9 @@ def query_role(
     def run(block, inputs, outputs, scratch):
         k, dz, dq_left, limits, start = inputs
         (dq,) = outputs
-        smem, full_barrier, free = scratch
+        smem, full_barrier, free, left_full, left_free = scratch
         views = shared.tile_views(smem)
-        key_mma, dz_mma, out_reg = views[0]
+        key_mma, dz_mma, out_reg = views[0]  # dq through L comes where the first part's sum leaves
         key_in, dz_in, out_in = views[1]
         out_packs = views[-1][2]
         group = lax.axis_index("group")
@@ -72,7 +75,7 @@ def query_role(
 
         def place(t):
             """Lane, batch entry, head of the chunk, row k and first item of a turn."""
-            unit = block + t * blocks
+            unit = units - 1 - (block + t * blocks)  # what was made last comes first: it may still be in the L2 cache
             lane = lax.div(unit, rows * item_groups)
             where = lax.div(lane, heads), lax.rem(lane, heads)
             return lane, *where, lax.rem(lax.div(unit, item_groups), rows), lax.rem(unit, item_groups) * groups
@@ -110,17 +113,12 @@ def query_role(
                 plgpu.barrier_arrive(free.at[s])
 
             def unit(t, done):
-                lane, entry, head, row, first = place(t)
+                _lane, entry, head, row, first = place(t)
                 item = first + group
-                there = jnp.minimum(item, items - 1)  # an item too many repeats the last one
                 steps, mine = steps_of(first), key_steps(item)
-                left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
-                acc = [
-                    plgpu.load(
-                        dq_left.at[lane, there, left_row, :, pl.ds(n * SLAB, SLAB)], layout=layout, optimized=False
-                    )
-                    for n in range(slabs)
-                ]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(left_free)
+                acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), jnp.float32), layout) for _ in range(slabs)]
 
                 def step(c, acc):
                     slot = lax.rem(done + c, stages)
@@ -138,19 +136,23 @@ def query_role(
                     return acc
 
                 acc = lax.fori_loop(0, steps, step, acc)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_wait(left_full)
                 for n in range(slabs):
-                    out_reg[group, n] = acc[n].astype(dtype)
+                    parts = [plgpu.load(out_reg.at[group, p, n], layout=layout) for p in range(left_parts)]
+                    acc[n] = sum((x.astype(jnp.float32) for x in parts), start=acc[n])
+                plgpu.commit_smem()  # every warp has read
+                for n in range(slabs):
+                    out_reg[group, 0, n] = acc[n].astype(dtype)
                 plgpu.commit_smem()
 
                 def store_whole(tile, column):
                     target = dq.at[entry, tile, row, pl.ds(column, ROWS), head]
-                    plgpu.copy_smem_to_gmem(out_in.at[group].transpose((1, 0, 2)), target)
+                    plgpu.copy_smem_to_gmem(out_in.at[group, 0].transpose((1, 0, 2)), target)
 
                 def store_packs(tile):
                     window = pl.ds(full * ROWS + tile * 0, tail_rows)
                     target = dq.at[entry, pl.ds(tile, packed), row, window, head]
-                    plgpu.copy_smem_to_gmem(out_packs.at[group].transpose((1, 2, 0, 3)), target)
+                    plgpu.copy_smem_to_gmem(out_packs.at[group, 0].transpose((1, 2, 0, 3)), target)
 
                 pl.when(item < items)(lambda: part(item, store_whole, store_packs))
                 return done + steps
@@ -165,6 +167,14 @@ def query_role(
             def unit(t, done):
                 lane, entry, head, row, first = place(t)
                 steps = steps_of(first)
+                plgpu.barrier_wait(left_free)
+                left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
+                columns = pl.ds(row * 0, ROWS)  # past their end, so not static
+                for g in range(groups):
+                    there = jnp.minimum(first + g, items - 1)  # an item too many repeats the last one
+                    for p in range(left_parts):
+                        box = dq_left.at[p, lane, there, left_row, columns]
+                        plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full)
 
                 def load(c, _):
                     slot, pair = lax.rem(done + c, stages), c * rows + row
@@ -174,7 +184,7 @@ def query_role(
                     plgpu.copy_gmem_to_smem(box, key_in.at[slot].transpose((1, 0, 2)), full_barrier.at[slot])
                     for g in range(groups):
                         target = dz_in.at[slot, g] if depth == width else dz_in.at[slot, g, pl.ds(0, width)]
-                        box = dz.at[lane, jnp.minimum(first + g, items - 1), pair]
+                        box = dz.at[lane, jnp.minimum(first + g, items - 1), pair, :, columns]
                         plgpu.copy_gmem_to_smem(box, target, full_barrier.at[slot])
                     return ()
 
@@ -188,7 +198,7 @@ def query_role(
     shapes = (
         (stages, slabs, depth, SLAB),
         (stages, groups, depth, ROWS),
-        (groups, slabs, ROWS, SLAB),
+        (groups, left_parts, slabs, ROWS, SLAB),
     )
     return Role(
         run,
@@ -198,6 +208,8 @@ def query_role(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),
             plgpu.Barrier(num_arrivals=1 + groups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups * left_parts),
+            plgpu.Barrier(num_arrivals=groups),
         ),
         groups=groups,
         blocks=blocks,

@@ -153,7 +153,8 @@ def independent_role(
                     put(d_z, (own, 0))
                     put(r, (own, 1))
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, i, pair])
+                    columns = pl.ds(pair * 0, ROWS)  # past the end of the columns, so not static
+                    plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, i, pair, :, columns])
                     acc = lax.fori_loop(0, is_wanted, lambda _, acc: add(acc, n, own), acc)
                     plgpu.barrier_arrive(free.at[lax.rem(n, ahead)])
                     return acc
@@ -263,7 +264,7 @@ def independent_role(
     return Role(
         run,
         name="monarch_right_backward",
-        outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, ROWS), dtype)),
+        outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, split.used), dtype)),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),
             plgpu.SMEM((ahead, ROWS), f32),

@@ -36,7 +36,7 @@ def right_backward_role(
     whose dk and dv are wanted.
 
     Outputs: dk and dv of the chunk's query tiles [B, C*b1, b2, heads, D/64, 64], zero where not wanted; s dZ
-    [B * heads, items, C*b1, W, 64], keys before queries, W as `config.width`. All in q's dtype.
+    [B * heads, items, C*b1, W, 64 or less], keys before queries, W as `config.width`. All in q's dtype.
 
     Args:
         q: [B, A, b1, b2, H, D/64, 64].
@@ -146,7 +146,8 @@ def right_backward_role(
                                 turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                                 p_mma.at[shared.unhoisted(group, done + s), kind].transpose((1, 0))[...] = turned
                             plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, mine, pair])
+                            window = pl.ds(pair * 0, ROWS)  # past the end of the columns, so not static
+                            plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, mine, pair, :, window])
 
                         @pl.when(jnp.logical_not(seen(pair, mine)))
                         def _():
@@ -302,7 +303,7 @@ def right_backward_role(
     return Role(
         run,
         name="monarch_right_backward",
-        outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, ROWS), dtype)),
+        outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, split.used), dtype)),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),
             plgpu.SMEM((stages, ROWS), f32),
