@@ -167,14 +167,7 @@ def query_role(
             def unit(t, done):
                 lane, entry, head, row, first = place(t)
                 steps = steps_of(first)
-                plgpu.barrier_wait(left_free)
-                left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
                 columns = pl.ds(row * 0, ROWS)  # past their end, so not static
-                for g in range(groups):
-                    there = jnp.minimum(first + g, items - 1)  # an item too many repeats the last one
-                    for p in range(left_parts):
-                        box = dq_left.at[p, lane, there, left_row, columns]
-                        plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full)
 
                 def load(c, _):
                     slot, pair = lax.rem(done + c, stages), c * rows + row
@@ -189,6 +182,13 @@ def query_role(
                     return ()
 
                 lax.fori_loop(0, steps, load, ())
+                plgpu.barrier_wait(left_free)  # last, as it is needed last: key rows need not wait for it
+                left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
+                for g in range(groups):
+                    there = jnp.minimum(first + g, items - 1)  # an item too many repeats the last one
+                    for p in range(left_parts):
+                        box = dq_left.at[p, lane, there, left_row, columns]
+                        plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full)
                 return done + steps
 
             lax.fori_loop(0, turns, unit, jnp.int32(0))
