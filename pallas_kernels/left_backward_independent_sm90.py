@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.left_backward_items import Items
 from pallas_kernels.shared import LOG2E, Role
 
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24  # of a thread; with 232 what a step needs would be read from local memory
@@ -33,14 +34,12 @@ def independent_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, all_tiles, rows, cols, all_heads, dim = q.shape
+    _, _, rows, cols, all_heads, dim = q.shape
     slabs, width, depth = dim // SLAB, config.width(rows), config.depth(rows)
     groups, stages = config.warpgroups, config.stages
     split = column_blocks(cols, tiles, masked)
-    split_in = column_blocks(cols, all_tiles, masked) if whole else split
-    count = batch * heads * tiles
-    items = count * cols
-    blocks = min(config.blocks, items)
+    items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, whole=whole, columns=1)
+    blocks = min(config.blocks, items.count)
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
     early, late = shared.gradient_scales(dtype, scale)
@@ -53,16 +52,10 @@ def independent_role(
         (p_mma,), _ = shared.tile_views(p_smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
-        turns = lax.div(items - block + blocks - 1, blocks)
+        turns = lax.div(items.count - block + blocks - 1, blocks)
 
         def place(t):
-            """Index x, batch entry, head and tile of the chunk, column, pairs seen."""
-            item = items - 1 - (block + t * blocks)  # what was made last comes first: it may still be in the L2 cache
-            x = lax.div(item, cols)
-            tile = lax.rem(x, tiles)
-            limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
-            where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
-            return x, where, lax.rem(item, cols), limit
+            return items.place(block + t * blocks, limits, tile0)
 
         def step(n, i, t, acc):
             """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W]."""
@@ -183,10 +176,7 @@ def independent_role(
                 box = stats.at[entry, head0 + head, tile0 + tile, j, :, pl.ds(0, width)]
                 plgpu.copy_gmem_to_smem(box, stats_in, q_full)
 
-                lane_in, tile_in, x_in = lax.div(x, tiles), tile, x
-                if whole:
-                    lane_in, tile_in = entry * all_heads + head0 + head, tile0 + tile
-                    x_in = lane_in * all_tiles + tile_in
+                x_in, bias_in = items.source(x, (entry, head, tile), head0, tile0)
 
                 def load(i, _):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * ROWS, ROWS)
@@ -194,8 +184,7 @@ def independent_role(
                     for kind, source in enumerate((y, alpha)):
                         box = source.at[x_in, span, j]
                         plgpu.copy_gmem_to_smem(box, mid_in.at[slot, kind].transpose((1, 0, 2)), full.at[slot])
-                    block_of, row = split_in.place(tile_in, j)
-                    plgpu.copy_gmem_to_smem(c.at[lane_in, block_of, row, span], c_in.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(c.at[*bias_in(j), span], c_in.at[slot], full.at[slot])
                     return ()
 
                 lax.fori_loop(0, steps, load, ())
@@ -210,18 +199,10 @@ def independent_role(
         (2, slabs, depth, SLAB),  # dO and q
         (stages, 2, slabs, ROWS, SLAB),  # Y and alpha, then their gradients
     )
-    struct = jax.ShapeDtypeStruct
-    gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
-    padded_pairs = -(-pairs // ROWS) * ROWS
     return Role(
         run,
         name="monarch_left_backward",
-        outputs=(
-            gradient,
-            gradient,
-            struct((batch * heads, split.items, padded_pairs, ROWS), f32),
-            struct((config.parts, batch * heads, split.items, width, split.used, dim), dtype),
-        ),
+        outputs=items.outputs(config, width),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
             shared.tile_scratch(((groups, width, ROWS),), dtype, SLAB),

@@ -14,6 +14,7 @@ from jax import lax
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
 from pallas_kernels.left_backward_independent_sm90 import independent_role
+from pallas_kernels.left_backward_items import Items
 from pallas_kernels.shared import LOG2E, Role
 
 
@@ -61,15 +62,12 @@ def left_backward_role(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    batch, all_tiles, rows, cols, all_heads, dim = q.shape
+    _, _, rows, cols, all_heads, dim = q.shape
     slabs, depth, width = dim // SLAB, ROWS, config.width(rows)
     groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
     split = column_blocks(cols, tiles, masked)
-    split_in = column_blocks(cols, all_tiles, masked) if whole else split
-    column_groups = -(-cols // columns)
-    count = batch * heads * tiles
-    items = count * column_groups
-    blocks = min(config.blocks, items)
+    items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, whole=whole, columns=columns)
+    blocks = min(config.blocks, items.count)
     dtype, f32 = q.dtype, jnp.float32
     layout = plgpu.Layout.WGMMA
     kinds = 2 if row_blocks > 1 else 1
@@ -83,16 +81,10 @@ def left_backward_role(
         (rows_mma, mid_mma, p_mma), (rows_in, mid_in, _) = shared.tile_views(smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
-        turns = lax.div(items - block + blocks - 1, blocks)
+        turns = lax.div(items.count - block + blocks - 1, blocks)
 
         def place(t):
-            """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
-            item = items - 1 - (block + t * blocks)  # what was made last comes first: it may still be in the L2 cache
-            x = lax.div(item, column_groups)
-            tile = lax.rem(x, tiles)
-            limit = limits[tile0 + tile] if masked else jnp.int32(pairs)
-            where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
-            return x, where, lax.rem(item, column_groups) * columns, limit
+            return items.place(block + t * blocks, limits, tile0)
 
         def store_d_c(x, i, j, value):
             """The gradient of c_L for the pairs of step i, where `right_backward` finds it with one copy per pair."""
@@ -270,10 +262,7 @@ def left_backward_role(
                     box = stats.at[entry, head0 + head, tile0 + tile, j, :, span]
                     plgpu.copy_gmem_to_smem(box, stats_in.at[n], q_full)
 
-                lane_in, tile_in, x_in = lax.div(x, tiles), tile, x
-                if whole:
-                    lane_in, tile_in = entry * all_heads + head0 + head, tile0 + tile
-                    x_in = lane_in * all_tiles + tile_in
+                x_in, bias_in = items.source(x, (entry, head, tile), head0, tile0)
 
                 def load(i, _):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
@@ -284,9 +273,7 @@ def left_backward_role(
                             box = source.at[x_in, span, pl.ds(column + n, 1)]
                             target = mid_in.at[slot, kind, pl.ds(n, 1)]
                             plgpu.copy_gmem_to_smem(box, target.transpose((2, 0, 1, 3)), arrived)
-                        block_of, row = split_in.place(tile_in, column + n)
-                        box = c.at[lane_in, block_of, row, span]
-                        plgpu.copy_gmem_to_smem(box, c_in.at[slot, n], arrived)
+                        plgpu.copy_gmem_to_smem(c.at[*bias_in(column + n), span], c_in.at[slot, n], arrived)
                     return ()
 
                 lax.fori_loop(0, steps, load, ())
@@ -303,18 +290,10 @@ def left_backward_role(
         (stages, 2, columns, slabs, depth, SLAB),  # Y and alpha, then their gradients
         (groups, kinds, depth, ROWS),  # P, kept in registers where no other warpgroup needs it, and dX
     )
-    struct = jax.ShapeDtypeStruct
-    gradient = struct((count, pairs, cols, slabs, SLAB), dtype)
-    padded = -(-pairs // depth) * depth
     return Role(
         run,
         name="monarch_left_backward",
-        outputs=(
-            gradient,
-            gradient,
-            struct((batch * heads, split.items, padded, ROWS), f32),
-            struct((config.parts, batch * heads, split.items, row_blocks * ROWS, split.used, dim), dtype),
-        ),
+        outputs=items.outputs(config, row_blocks * ROWS),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
             plgpu.SMEM((stages, columns, depth), f32),

@@ -178,7 +178,7 @@ def test_configurations_fit_a_block():
         assert LeftBackwardConfig(**ALONE).shared_memory(rows, 128) <= SHARED_MEMORY
     with pytest.raises(ValueError, match="independent=True with columns=2, row_blocks=1, stages=4 is not one column"):
         LeftBackwardConfig(**ALONE | dict(columns=2))
-    with pytest.raises(ValueError, match="stages=2 is not .* 4 or more"):  # a step would wait for itself
+    with pytest.raises(ValueError, match=r"stages=2 is not .* 4 or more"):  # a step would wait for itself
         LeftBackwardConfig(**ALONE | dict(stages=2))
     with pytest.raises(ValueError, match="4 computing warpgroups"):
         LeftBackwardConfig(columns=2, row_blocks=2)

@@ -1,0 +1,75 @@
+"""Back through L: which query tile, head and columns an item is, where its intermediates lie, what it leaves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Items:
+    """The work of a kernel: `columns` columns of a query tile and head are an item.
+
+    Attributes:
+        q: [B, A, b1, b2, H, D].
+        pairs: C*b1.
+        heads: Heads of the chunk.
+        tiles: Query tiles of the chunk.
+        masked: Whether a query tile may see less than C*b1 pairs.
+        whole: Whether alpha, Y and c_L are those of all heads and query tiles, not of the chunk.
+        columns: Columns of an item.
+    """
+
+    q: jax.ShapeDtypeStruct
+    pairs: int
+    heads: int
+    tiles: int
+    masked: bool
+    whole: bool
+    columns: int
+
+    @property
+    def groups(self) -> int:
+        """Items of a query tile and head."""
+        return -(-self.q.shape[3] // self.columns)
+
+    @property
+    def count(self) -> int:
+        """All items."""
+        return self.q.shape[0] * self.heads * self.tiles * self.groups
+
+    def place(self, number, limits, tile0):
+        """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
+        item = self.count - 1 - number  # what was made last comes first: it may still be in the L2 cache
+        x = lax.div(item, self.groups)
+        tile = lax.rem(x, self.tiles)
+        limit = limits[tile0 + tile] if self.masked else jnp.int32(self.pairs)
+        where = (lax.div(x, self.heads * self.tiles), lax.rem(lax.div(x, self.tiles), self.heads), tile)
+        return x, where, lax.rem(item, self.groups) * self.columns, limit
+
+    def source(self, x, where, head0, tile0):
+        """Index of alpha and Y; function from a column to the place of c_L, before its pairs."""
+        entry, head, tile = where
+        _, all_tiles, _, cols, all_heads, _ = self.q.shape
+        split = column_blocks(cols, all_tiles if self.whole else self.tiles, self.masked)
+        lane = lax.div(x, self.tiles)
+        if self.whole:
+            lane, tile = entry * all_heads + head0 + head, tile0 + tile
+            x = lane * all_tiles + tile
+        return x, lambda column: (lane, *split.place(tile, column))
+
+    def outputs(self, config: LeftBackwardConfig, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Types of d_alpha, dY, d_c and the part of dq through L, of `rows` rows."""
+        batch, _, _, cols, _, dim = self.q.shape
+        struct, dtype, lanes = jax.ShapeDtypeStruct, self.q.dtype, batch * self.heads
+        split = column_blocks(cols, self.tiles, self.masked)
+        gradient = struct((lanes * self.tiles, self.pairs, cols, dim // SLAB, SLAB), dtype)
+        return (
+            gradient,
+            gradient,
+            struct((lanes, split.items, -(-self.pairs // ROWS) * ROWS, ROWS), jnp.float32),
+            struct((config.parts, lanes, split.items, rows, split.used, dim), dtype),
+        )
