@@ -144,6 +144,17 @@ class LeftBackwardConfig:
         return 2 if self.independent else self.columns * self.row_blocks
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Registers for a thread of a computing and of the loading warpgroup.
+
+        With two computing warpgroups a step takes more than `COMPUTE_REGISTERS`: a read from local memory in every step
+        costs more than a few in the loading warpgroup, as shared memory leaves little of the L1 cache.
+        """
+        if self.warpgroups == 2:
+            return 240, 24
+        return COMPUTE_REGISTERS[self.warpgroups], LOAD_REGISTERS[self.warpgroups]
+
+    @property
     def parts(self) -> int:
         """Parts of dq through L, each the sum over some of the pairs."""
         return 2 if self.independent else 1

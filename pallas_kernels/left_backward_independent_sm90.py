@@ -13,8 +13,6 @@ from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
 from pallas_kernels.left_backward_items import Items
 from pallas_kernels.shared import LOG2E, Role
 
-COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24  # of a thread; with 232 what a step needs would be read from local memory
-
 
 def independent_role(
     q: jax.ShapeDtypeStruct,
@@ -128,7 +126,7 @@ def independent_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(config.registers[0], action="increase")
             plgpu.barrier_arrive(q_free)
             for s in range(stages):
                 pl.when(group == s % groups)(lambda s=s: plgpu.barrier_arrive(free.at[s]))
@@ -163,7 +161,7 @@ def independent_role(
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+            plgpu.set_max_registers(config.registers[1], action="decrease")
 
             def item(t, done):
                 x, (entry, head, tile), j, limit = place(t)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
 from pallas_kernels.left_backward_independent_sm90 import independent_role
 from pallas_kernels.left_backward_items import Items
 from pallas_kernels.shared import LOG2E, Role
@@ -96,7 +96,7 @@ def left_backward_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            plgpu.set_max_registers(config.registers[0], action="increase")
             plgpu.barrier_arrive(q_free)
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
             for s in range(stages):
@@ -125,6 +125,8 @@ def left_backward_role(
                 def step(i, acc):
                     here = shared.unhoisted(group, done + i)
                     my_column = lax.div(here, row_blocks)
+                    x, _where, column, limit = place(shared.unhoisted(t, done + i))
+                    j = column + my_column
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(full.at[my_column * stages + slot])
 
@@ -247,7 +249,7 @@ def left_backward_role(
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+            plgpu.set_max_registers(config.registers[1], action="decrease")
 
             def item(t, done):
                 x, (entry, head, tile), column, limit = place(t)
