@@ -160,6 +160,7 @@ def test_chunks_bound_the_intermediates():
         ((1, 2, 70, 9, 1, 64), 2, (1, 2), dict(left=dict(alternate=True, stages=2))),  # two to a column
         ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(alternate=True, stages=2))),  # three
         ((1, 3, 3, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(alternate=True))),  # a query tile that sees nothing
+        ((1, 2, 70, 9, 1, 64), 3, (1, 3), dict(left=dict(alternate=True, stages=2, key_block=128))),
     ],
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
