@@ -73,9 +73,9 @@ class Role:
 def gradient_scales(dtype, scale: float) -> tuple[float, float]:
     """Factors of the scores' gradient before it is rounded to `dtype` and of what is made from it, the scale in all.
 
-    Before, it costs nothing; in float16 small gradients would lose digits.
+    Before, it costs nothing; in float16 small gradients would lose digits. The first is not zero.
     """
-    return (scale, 1.0) if dtype == jnp.bfloat16 else (1.0, scale)
+    return (scale, 1.0) if dtype == jnp.bfloat16 and scale else (1.0, scale)
 
 
 def unhoisted(index, turn):

@@ -21,6 +21,7 @@ from pallas_kernels.config import (
     forward_config,
 )
 from pallas_kernels.forward_sm90 import forward
+from pallas_kernels.shared import gradient_scales
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
@@ -158,6 +159,14 @@ def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, vi
     for name, x, y in zip(("dq", "dk", "dv"), *found, strict=True):
         assert jnp.isfinite(x).all(), name
         assert (x == y).all(), name
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale", [0.125, -1.0, 0.0])
+def test_the_scale_is_in_the_gradient_once(dtype, scale):
+    early, late = gradient_scales(dtype, scale)
+    assert early * late == scale
+    assert early != 0  # d_c is a sum of scaled gradients over it
 
 
 def test_configurations_fit_a_block():
