@@ -10,9 +10,7 @@ import jax.numpy as jnp
 LOG2E = math.log2(math.e)
 
 
-def tile_scratch(
-    shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tuple[int, int] | None = None, also: tuple = ()
-):
+def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tuple[int, int] | None = None):
     """Scratch for tiles [..., rows, slab] of 16-bit elements, in two or three views of the same bytes.
 
     The tensor cores want tiles of 8 rows, swizzled; the copy engine, told of such tiles, can only start at a multiple
@@ -24,7 +22,6 @@ def tile_scratch(
         dtype: A 16-bit float.
         slab: Elements of a row.
         split: Two sizes whose product is 64; adds a view for copies in which 64 rows are these two dimensions.
-        also: Other scratch types that use the same bytes while the tiles hold nothing; the last view.
 
     Returns:
         A scratch type; `tile_views` splits the reference made from it.
@@ -41,7 +38,7 @@ def tile_scratch(
     if split:
         rows = split[0] * split[1]
         views.append(view([(*s[:-2], *(split if s[-2] == rows else s[-2:-1]), slab) for s in shapes], swizzle))
-    return plgpu.RefUnion(*views, *([also] if also else []))
+    return plgpu.RefUnion(*views)
 
 
 def tile_views(scratch):
