@@ -117,7 +117,7 @@ class LeftBackwardConfig:
         row_blocks: Blocks of 64 rows i of each of them, all that there are; columns * row_blocks computing warpgroups,
             one more loads.
         independent: Whether two warpgroups take the steps of a column in turns, each with all rows i; then columns and
-            row_blocks are 1.
+            row_blocks are 1, and dq through L comes in two parts, which the kernel for queries needs shared memory for.
         stages: Blocks of 64 pairs of alpha and Y in flight.
         blocks: Persistent blocks; one per multiprocessor.
     """
