@@ -138,14 +138,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
     parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
+    parser.add_argument("--published-configs", type=Path, metavar="FILE", help="keep what their tuning chose in FILE")
     parser.add_argument("--results", nargs="+", type=Path, help="print and plot these attention.json, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a tiny clip, no dense baseline; runs without a GPU")
     args = parser.parse_args()
     if args.published and not args.published.is_file():
         parser.error(f"--published {args.published} is not a file; give wan/modules/monarch_attn.py of the repository")
-    if args.published_backward and not args.published:
-        parser.error("--published-backward needs --published")
+    for name in ("published_backward", "published_configs"):
+        if getattr(args, name) and not args.published:
+            parser.error(f"--{name.replace('_', '-')} needs --published")
     if not (args.results or args.small) and jax.default_backend() != "gpu":
         parser.error("there is no GPU; --small --implementations xla runs anywhere, and --results shows what is stored")
     return args
@@ -306,6 +308,8 @@ def published_times(row: Row, args: argparse.Namespace) -> dict[str, dict]:
     options += ["--heads", str(row.heads), "--dim", str(row.head_dim)]
     if args.published_backward:
         options.append("--backward")
+    if args.published_configs:
+        options += ["--configs", str(args.published_configs.absolute())]
     return json.loads(published_run(args.published, *options).splitlines()[-1])
 
 

@@ -3,8 +3,9 @@
 With --arrays: reads q, k, v, g from the .npz, adds out, dq, dk, dv to it, with the first of each kernel's configs.
 With --grid: prints, by kind of work, medians in ms and the most bytes beyond the inputs as JSON. The forward pass is
 replayed from a CUDA graph, so that its launches from Python do not count against it; forward and backward runs
-eagerly. The first call of every shape tunes itself for minutes, most of it compiling; with --share i n only every n-th
-config is tried, so that several processes can fill Triton's cache first.
+eagerly. The first call of every shape tunes itself for a minute or more. With --share i n every n-th config is compiled
+and run once, not timed, so that several processes can fill Triton's cache first; with --configs FILE what the tuning
+chose is kept there, by card, tile and frames, and later runs take it from there.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,11 +70,46 @@ def graph(run):
     return recorded.replay
 
 
+def tuned_kernels(module):
+    """The kernels that tune themselves, by name."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, triton.runtime.Autotuner)}
+
+
 def keep_configs(module, which):
     """Leaves each tuned kernel those of its configs that the slice says."""
-    for kernel in vars(module).values():
-        if isinstance(kernel, triton.runtime.Autotuner):
-            kernel.configs = kernel.configs[which] or kernel.configs[:1]
+    for kernel in tuned_kernels(module).values():
+        kernel.configs = kernel.configs[which] or kernel.configs[:1]
+
+
+def run_once(call, quantiles):
+    """In place of a benchmark."""
+    call()
+    return [0.0] * len(quantiles)
+
+
+def config_key(args):
+    """What a choice of configs holds for."""
+    frames, height, width = args.grid
+    return f"{torch.cuda.get_device_name()}, tile {args.tile[0]}x{height}x{width}, {frames} frames, head {args.dim}"
+
+
+def take_configs(module, args):
+    """Leaves each tuned kernel what an earlier tuning chose, where the file knows it."""
+    known = json.loads(args.configs.read_text()).get(config_key(args), {}) if args.configs.exists() else {}
+    for name, kernel in tuned_kernels(module).items():
+        kernel.configs = [x for x in kernel.configs if x.all_kwargs() in known.get(name, [])] or kernel.configs
+
+
+def store_configs(module, args):
+    """Adds what the tuning chose to the file: a kernel has a config for each of its specialisations."""
+    found = {name: [] for name in tuned_kernels(module)}
+    for name, kernel in tuned_kernels(module).items():
+        chosen = kernel.cache.values() if len(kernel.configs) > 1 else kernel.configs
+        for config in chosen:
+            if config.all_kwargs() not in found[name]:
+                found[name].append(config.all_kwargs())
+    stored = json.loads(args.configs.read_text()) if args.configs.exists() else {}
+    args.configs.write_text(json.dumps(stored | {config_key(args): found}, indent=1))
 
 
 def compare(module, file, tile):
@@ -107,7 +144,8 @@ def times(module, args):
                 return module._attention_no_cache.apply(query, *tiled[2:], args.dim**-0.5, 0, False)
 
             run()
-            result[work] = {"bytes": most_bytes(run), "ms": median_ms(graph(run))}
+            if not args.share:
+                result[work] = {"bytes": most_bytes(run), "ms": median_ms(graph(run))}
     if args.backward:
         for x in (q, k, v):
             x.requires_grad_()
@@ -118,7 +156,8 @@ def times(module, args):
 
         step()
         q.grad = k.grad = v.grad = None
-        result["forward + backward"] = {"bytes": most_bytes(step), "ms": median_ms(step)}
+        if not args.share:
+            result["forward + backward"] = {"bytes": most_bytes(step), "ms": median_ms(step)}
     print(json.dumps(result))
 
 
@@ -133,11 +172,18 @@ if __name__ == "__main__":
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--share", type=int, nargs=2)
+    parser.add_argument("--configs", type=Path)
     arguments = parser.parse_args()
     published = load(arguments.path)
     if arguments.share:
         keep_configs(published, slice(*arguments.share[:1], None, arguments.share[1]))
+        for tuned in tuned_kernels(published).values():
+            tuned._do_bench = run_once
+    elif arguments.configs:
+        take_configs(published, arguments)
     if arguments.arrays:
         compare(published, arguments.arrays, arguments.tile)
     else:
         times(published, arguments)
+        if arguments.configs and not arguments.share:
+            store_configs(published, arguments)

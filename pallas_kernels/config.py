@@ -224,17 +224,23 @@ class QueryConfig:
     """The kernel that sums dq.
 
     Attributes:
-        stages: Key rows, each with two tiles of the scores' gradient, in flight.
+        warpgroups: Computing warpgroups, one per block of 64 columns, which share the key rows: 2, 3 or 4.
+        stages: Key rows, each with a tile of the scores' gradient for every warpgroup, in flight.
         blocks: Persistent blocks; one per multiprocessor.
     """
 
+    warpgroups: int = 2
     stages: int = 4
     blocks: int = 132
 
+    def __post_init__(self):
+        if self.warpgroups not in (2, 3, 4):
+            raise ValueError(f"warpgroups={self.warpgroups} must be 2, 3 or 4.")
+
     @property
-    def warpgroups(self) -> int:
-        """Computing warpgroups, one per block of 64 columns."""
-        return 2
+    def registers(self) -> tuple[int, int]:
+        """Registers for a thread of a computing and of the loading warpgroup."""
+        return {2: (232, 40), 3: (160, 24), 4: (112, 32)}[self.warpgroups]
 
     def width(self, cols: int) -> int:
         """Columns l of a tile of the scores' gradient."""

@@ -1,7 +1,8 @@
 """dq on Hopper: what comes through L plus s dZ K, summed over the key tiles, with wgmma and TMA.
 
 For one head and row k this is, for every query tile a, a product of dZ[a], [j, (c, l)], with the key rows K[c, k].
-A persistent block works on two blocks of 64 columns j at a time, which share the key rows, and runs through c.
+A persistent block works on as many blocks of 64 columns j at a time as it has computing warpgroups, which share the
+key rows, and runs through c.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, QueryConfig, column_blocks
+from pallas_kernels.config import ROWS, SLAB, QueryConfig, column_blocks
 from pallas_kernels.shared import Role
 
 
@@ -56,6 +57,7 @@ def query_role(
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
     tail = items > split.whole
     item_groups = -(-items // groups)
+    some_miss = masked or items % groups > 0  # whether a warpgroup may have no item or see fewer keys than another
     units = batch * heads * rows * item_groups
     blocks = min(config.blocks, units)
     dtype = q.dtype
@@ -64,7 +66,7 @@ def query_role(
     def run(block, inputs, outputs, scratch):
         k, dz, dq_left, limits, start = inputs
         (dq,) = outputs
-        smem, full_barrier, free, left_full, left_free = scratch
+        smem, keys_full, dz_full, free, left_full, left_free = scratch
         views = shared.tile_views(smem)
         key_mma, dz_mma, out_reg = views[0]  # dq through L comes where the first part's sum leaves
         key_in, dz_in, out_in = views[1]
@@ -81,15 +83,20 @@ def query_role(
             return lane, *where, lax.rem(lax.div(unit, item_groups), rows), lax.rem(unit, item_groups) * groups
 
         def key_steps(item):
-            """Key tiles that an item's query tile sees."""
+            """Key tiles that an item's query tile sees; none if there is no such item."""
             if not masked:
-                return jnp.int32(key_tiles)
+                return jnp.where(item < items, key_tiles, 0)
             tile = jnp.minimum(lax.div(item, full), tiles - 1)
-            return lax.div(limits[tile0 + tile], rows)
+            return jnp.where(item < items, lax.div(limits[tile0 + tile], rows), 0)
 
         def steps_of(first):
+            """Key tiles that any of the items sees."""
+            if not masked:
+                return jnp.int32(key_tiles)
             steps = key_steps(first)
-            return jnp.maximum(steps, key_steps(first + 1)) if masked else steps
+            for g in range(1, groups):
+                steps = jnp.maximum(steps, key_steps(first + g))
+            return steps
 
         def part(item, whole, packs):
             """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
@@ -103,7 +110,7 @@ def query_role(
 
         @pl.when(group < groups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            plgpu.set_max_registers(config.registers[0], action="increase")
             if depth != width:  # rows that no copy writes
                 zero = plgpu.layout_cast(jnp.zeros((depth, ROWS), dtype), layout)
                 for s in range(stages):
@@ -117,33 +124,27 @@ def query_role(
                 item = first + group
                 steps, mine = steps_of(first), key_steps(item)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(left_free)
+                pl.when(item < items)(lambda: plgpu.barrier_arrive(left_free.at[group]))
                 acc = [plgpu.layout_cast(jnp.zeros((ROWS, SLAB), jnp.float32), layout) for _ in range(slabs)]
 
                 def step(c, acc):
                     slot = lax.rem(done + c, stages)
-                    plgpu.barrier_wait(full_barrier.at[slot])
+                    plgpu.barrier_wait(keys_full.at[slot])
 
                     def add(_, acc):
+                        plgpu.barrier_wait(dz_full.at[slot * groups + group])
+
                         def products(accs):
                             for n in range(slabs):
                                 plgpu.wgmma(accs[n], dz_mma.at[slot, group].transpose((1, 0)), key_mma.at[slot, n])
 
                         return pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
 
-                    acc = lax.fori_loop(0, (c < mine).astype(jnp.int32), add, acc) if masked else add(0, acc)
+                    acc = lax.fori_loop(0, (c < mine).astype(jnp.int32), add, acc) if some_miss else add(0, acc)
                     plgpu.barrier_arrive(free.at[slot])
                     return acc
 
                 acc = lax.fori_loop(0, steps, step, acc)
-                plgpu.barrier_wait(left_full)
-                for n in range(slabs):
-                    parts = [plgpu.load(out_reg.at[group, p, n], layout=layout) for p in range(left_parts)]
-                    acc[n] = sum((x.astype(jnp.float32) for x in parts), start=acc[n])
-                plgpu.commit_smem()  # every warp has read
-                for n in range(slabs):
-                    out_reg[group, 0, n] = acc[n].astype(dtype)
-                plgpu.commit_smem()
 
                 def store_whole(tile, column):
                     target = dq.at[entry, tile, row, pl.ds(column, ROWS), head]
@@ -154,7 +155,19 @@ def query_role(
                     target = dq.at[entry, pl.ds(tile, packed), row, window, head]
                     plgpu.copy_smem_to_gmem(out_packs.at[group, 0].transpose((1, 2, 0, 3)), target)
 
-                pl.when(item < items)(lambda: part(item, store_whole, store_packs))
+                @pl.when(item < items)
+                def _():
+                    plgpu.barrier_wait(left_full.at[group])
+                    sums = list(acc)
+                    for n in range(slabs):
+                        parts = [plgpu.load(out_reg.at[group, p, n], layout=layout) for p in range(left_parts)]
+                        sums[n] = sum((x.astype(jnp.float32) for x in parts), start=sums[n])
+                    plgpu.commit_smem()  # every warp has read
+                    for n in range(slabs):
+                        out_reg[group, 0, n] = sums[n].astype(dtype)
+                    plgpu.commit_smem()
+                    part(item, store_whole, store_packs)
+
                 return done + steps
 
             lax.fori_loop(0, turns, unit, jnp.int32(0))
@@ -162,7 +175,7 @@ def query_role(
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+            plgpu.set_max_registers(config.registers[1], action="decrease")
 
             def unit(t, done):
                 lane, entry, head, row, first = place(t)
@@ -174,21 +187,28 @@ def query_role(
                     window = pl.ds(c * 0, depth)  # past the end of b2 columns, so the start must not be static
                     plgpu.barrier_wait(free.at[slot])
                     box = k.at[entry, pair, window, head0 + head]
-                    plgpu.copy_gmem_to_smem(box, key_in.at[slot].transpose((1, 0, 2)), full_barrier.at[slot])
+                    plgpu.copy_gmem_to_smem(box, key_in.at[slot].transpose((1, 0, 2)), keys_full.at[slot])
                     for g in range(groups):
-                        target = dz_in.at[slot, g] if depth == width else dz_in.at[slot, g, pl.ds(0, width)]
-                        box = dz.at[lane, jnp.minimum(first + g, items - 1), pair, :, columns]
-                        plgpu.copy_gmem_to_smem(box, target, full_barrier.at[slot])
+
+                        def load_dz(g=g):
+                            target = dz_in.at[slot, g] if depth == width else dz_in.at[slot, g, pl.ds(0, width)]
+                            box = dz.at[lane, first + g, pair, :, columns]
+                            plgpu.copy_gmem_to_smem(box, target, dz_full.at[slot * groups + g])
+
+                        pl.when(c < key_steps(first + g))(load_dz) if some_miss else load_dz()
                     return ()
 
                 lax.fori_loop(0, steps, load, ())
-                plgpu.barrier_wait(left_free)  # last, as it is needed last: key rows need not wait for it
                 left_row = lax.div(row, left_width) * ROWS + lax.rem(row, left_width)
                 for g in range(groups):
-                    there = jnp.minimum(first + g, items - 1)  # an item too many repeats the last one
-                    for p in range(left_parts):
-                        box = dq_left.at[p, lane, there, left_row, columns]
-                        plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full)
+
+                    def load_left(g=g):  # last, as it is needed last: key rows need not wait for it
+                        plgpu.barrier_wait(left_free.at[g])
+                        for p in range(left_parts):
+                            box = dq_left.at[p, lane, first + g, left_row, columns]
+                            plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full.at[g])
+
+                    pl.when(first + g < items)(load_left)
                 return done + steps
 
             lax.fori_loop(0, turns, unit, jnp.int32(0))
@@ -206,10 +226,11 @@ def query_role(
         outputs=(jax.ShapeDtypeStruct((batch, tiles, rows, cols, heads, slabs, SLAB), dtype),),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),
-            plgpu.Barrier(num_arrivals=1 + groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages * groups),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups * left_parts),
-            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=left_parts, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,
         blocks=blocks,

@@ -48,6 +48,7 @@ def compare(
     dtype=jnp.bfloat16,
     keys=None,
     left=None,
+    query=None,
     **sizes,
 ):
     """The kernels' gradients against XLA's in float32; key tiles that no query sees hold NaN."""
@@ -64,7 +65,7 @@ def compare(
     if grad_tiles:
         expected[1:] = [jnp.where(axis >= visible.max() - grad_tiles, x, 0) for x in expected[1:]]
     config = dataclasses.replace(cut(backward_config(shape[2], shape[3], shape[-1])), **sizes)
-    config = tuning.changed(config, {"keys": keys or {}, "left": left or {}})
+    config = tuning.changed(config, {"keys": keys or {}, "left": left or {}, "query": query or {}})
     options = dict(scale=problem.scale, masked=masked, grad_tiles=grad_tiles, config=config)
     with interpreted(monkeypatch, detect_races=races) as found_races:
         found = jax.block_until_ready(backward(q, k, v, visible, out.astype(dtype), lse, g, **options))
@@ -84,6 +85,14 @@ def test_numbers_and_no_races_in_the_interpreter(monkeypatch, left):
 def test_no_races_where_warpgroups_take_turns(monkeypatch):
     """Columns of several steps, so that both warpgroups use every buffer again."""
     compare(monkeypatch, (1, 2, 65, 2, 1, 64), 3, (2, 3), left=ALONE, races=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("visible", "warpgroups"), [(None, 4), ((1, 2, 3), 4), ((1, 2, 3), 2)])
+def test_no_races_where_warpgroups_share_key_rows(monkeypatch, visible, warpgroups):
+    """Of three items: one of four warpgroups, or one of two in every second turn, has none."""
+    query = dict(warpgroups=warpgroups, stages=2)
+    compare(monkeypatch, (1, 3, 1, 33, 2, 64), 3, visible, query=query, races=True)
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**14, 2**30])
@@ -122,6 +131,9 @@ def test_gradients_have_the_shapes_of_their_arrays(rows, cols, dim, chunk_bytes)
         ((1, 2, 3, 33, 1, 64), 2, None, dict(left=ALONE)),  # one step a column: a warpgroup without any
         ((1, 2, 70, 9, 1, 128), 2, (1, 2), dict(left=ALONE)),  # columns of two steps and of three
         ((1, 4, 70, 16, 1, 64), 1, None, dict(left=ALONE, dtype=jnp.float16)),
+        ((1, 3, 2, 33, 1, 64), 2, None, dict(query=dict(warpgroups=4, stages=2))),  # a warpgroup without an item
+        ((1, 4, 1, 80, 1, 64), 2, None, dict(query=dict(warpgroups=3, stages=2))),  # whole blocks and a shared one
+        ((1, 5, 2, 33, 1, 64), 4, (1, 2, 2, 3, 4), dict(query=dict(warpgroups=3, stages=2), left=ALONE)),
     ],
 )
 def test_more_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
