@@ -12,6 +12,7 @@ anywhere.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -72,12 +73,13 @@ def main() -> None:
     rows = SMALL if args.small else tuple(row for row in ROWS if {row.name, row.name.split()[0]} & set(args.rows))
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    errors = {name: {row.name: attempt(gate, row, name) or {} for row in rows} for name in args.implementations}
-    if args.published:
-        errors["published"] = {row.name: attempt(published_errors, row, args.published) or {} for row in rows}
-    for name, found in errors.items():
-        for row, by_array in found.items():
-            print(f"{name:10s} {row:14s} " + "  ".join(f"{array} {x:.1e}" for array, x in by_array.items()))
+    errors = {}
+    for name in (*args.implementations, *(["published"] if args.published else [])):
+        check, what = (published_errors, args.published) if name == "published" else (gate, name)
+        errors[name] = {row.name: attempt(check, row, what) or {} for row in rows}
+        for row, by_array in errors[name].items():
+            found = "  ".join(f"{array} {x:.1e}" for array, x in by_array.items())
+            print(f"{name:10s} {row:14s} {found}", flush=True)
     failed = [
         name
         for name in args.implementations
@@ -137,7 +139,7 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(map(repr, [*sizes, *names]))}; default: all",
     )
     parser.add_argument("--published", type=Path, help="wan/modules/monarch_attn.py of Infini-AI-Lab/MonarchRT")
-    parser.add_argument("--published-backward", action="store_true", help="time their backward too (minutes of tuning)")
+    parser.add_argument("--published-backward", action="store_true", help="time their backward too (more tuning)")
     parser.add_argument("--published-configs", type=Path, metavar="FILE", help="keep what their tuning chose in FILE")
     parser.add_argument("--results", nargs="+", type=Path, help="print and plot these attention.json, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -170,6 +172,7 @@ def check_row(row: Row) -> Row:
     return dataclasses.replace(row, grid=(2 * row.tile_frames, *row.grid[1:]), heads=1)
 
 
+@functools.cache
 def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
     """Inputs in bfloat16 and the reference's results on them in float64."""
     arrays = inputs(row, row.grid[0])
