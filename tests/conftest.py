@@ -4,10 +4,13 @@ import os
 import pathlib
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-if not pathlib.Path("/dev/nvidiactl").exists():
+if pathlib.Path("/dev/nvidiactl").exists():
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin may be installed, for compiling
+    flags = "--xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", flags)  # tests compile far more than they run
 os.environ.setdefault("PJRT_NPROC", "16")  # an interpreted GPU kernel stands still with fewer threads than it has
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile far more than they run
 
 import jax
 import pytest

@@ -39,15 +39,20 @@ def error(x, expected):
     return np.linalg.norm(x - expected) / np.linalg.norm(expected)
 
 
-def value_and_grads(q, k, v, g, **options):
-    """Output and the gradients of <output, g>, as one compiled program."""
+def with_grads(**options):
+    """A compiled function of q, k, v and g: the output and the gradients of <output, g>."""
 
     @jax.jit
     def run(q, k, v, g):
         out, vjp = jax.vjp(lambda *x: monarch_attention(*x, **options), q, k, v)
         return out, *vjp(g)
 
-    return run(q, k, v, g)
+    return run
+
+
+def value_and_grads(q, k, v, g, **options):
+    """Output and the gradients of <output, g>, as one compiled program."""
+    return with_grads(**options)(q, k, v, g)
 
 
 def layers_in_one_cache(implementation, *, grid, heads, dim, dtype, layers=3, blocks=3):

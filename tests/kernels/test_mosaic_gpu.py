@@ -14,7 +14,7 @@ from pallas_kernels import tuning
 from pallas_kernels.backward_sm90 import backward
 from pallas_kernels.config import FusedConfig, LeftBackwardConfig, QueryConfig, backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
-from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads
+from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads, with_grads
 
 
 def _hopper() -> bool:
@@ -33,7 +33,8 @@ def compare(*arrays, **options):
     run = jax.jit(lambda *x: monarch_attention(*x, implementation="mosaic", **options))
     out = run(*arrays)
     with jax.enable_x64(True):
-        expected = monarch_attention(*(x.astype(jnp.float64) for x in arrays), implementation="reference", **options)
+        wide = (x.astype(jnp.float64) for x in arrays)
+        expected = jax.jit(lambda *x: monarch_attention(*x, implementation="reference", **options))(*wide)
     assert error(out, expected) <= BOUNDS[arrays[0].dtype.name]
     np.testing.assert_array_equal(np.asarray(out), np.asarray(run(*arrays)))
 
@@ -210,8 +211,8 @@ def test_gradients(grid, tile, dim, options, dtype):
     """Output and gradients against the reference in float64; two runs agree bit for bit."""
     arrays = inputs(9, grid, batch=2, heads=2, dim=dim, dtype=dtype)
     options = dict(options, grid=grid, tile=tile)
-    found = value_and_grads(*arrays, implementation="mosaic", **options)
-    again = value_and_grads(*arrays, implementation="mosaic", **options)
+    run = with_grads(implementation="mosaic", **options)
+    found, again = run(*arrays), run(*arrays)
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in arrays)
         expected = value_and_grads(*wide, implementation="reference", **options)

@@ -512,15 +512,16 @@ def tile_arrays(setting, query_tiles, key_tiles, heads, sharpness=1.0, dtype=jnp
     return [x.astype(dtype) for x in (q * sharpness, k, v, g)]
 
 
-def results(attend, problem, q, k, v, g):
-    visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
+def results(attend, problem):
+    """A compiled function of q, k, v and g: output and gradients where every query tile sees all keys."""
 
     @jax.jit
     def run(q, k, v, g):
+        visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
         out, vjp = jax.vjp(lambda *x: attend(problem, *x, visible), q, k, v)
         return out, *vjp(g)
 
-    return run(q, k, v, g)
+    return run
 
 
 class TestTunedOnACard:
@@ -536,11 +537,11 @@ class TestTunedOnACard:
         """Against float64; sharp softmaxes magnify the rounding of alpha, and do so on every backend."""
         arrays = tile_arrays(setting, query_tiles, 2, 1, sharpness)
         problem = Problem(scale=128**-0.5)
-        attend = differentiable(triton_kernels.forward, triton_kernels.vjp)
-        found, again = results(attend, problem, *arrays), results(attend, problem, *arrays)
-        theirs = results(xla.attend, problem, *arrays)
+        run = results(differentiable(triton_kernels.forward, triton_kernels.vjp), problem)
+        found, again = run(*arrays), run(*arrays)
+        theirs = results(xla.attend, problem)(*arrays)
         with jax.enable_x64(True):
-            expected = results(reference.attend, problem, *(x.astype(jnp.float64) for x in arrays))
+            expected = results(reference.attend, problem)(*(x.astype(jnp.float64) for x in arrays))
         for name, x, y, other, right in zip(("out", "dq", "dk", "dv"), found, again, theirs, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
             assert error(x, right) <= max(1e-2, 1.5 * error(other, right)), name
