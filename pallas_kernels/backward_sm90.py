@@ -130,8 +130,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
     dk, dv, dz = launch(role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start))
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    sizes |= dict(left_width=config.left.width(rows), left_parts=config.left.parts)
-    role = query_role(like(q), like(k), config=config.query, **sizes)
+    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
     dq = dq.reshape(*dq.shape[:-1], slabs, SLAB)
     (found,) = launch(role, (k, dz, dq, call.limits, start))
     return found.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv

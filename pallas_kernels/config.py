@@ -117,7 +117,7 @@ class LeftBackwardConfig:
         row_blocks: Blocks of 64 rows i of each of them, all that there are; columns * row_blocks computing warpgroups,
             one more loads.
         independent: Whether two warpgroups take the steps of a column in turns, each with all rows i; then columns and
-            row_blocks are 1, and dq through L comes in two parts, which the kernel for queries needs shared memory for.
+            row_blocks are 1.
         stages: Blocks of 64 pairs of alpha and Y in flight.
         blocks: Persistent blocks; one per multiprocessor.
     """
@@ -153,11 +153,6 @@ class LeftBackwardConfig:
         if self.warpgroups == 2:
             return 240, 24
         return COMPUTE_REGISTERS[self.warpgroups], LOAD_REGISTERS[self.warpgroups]
-
-    @property
-    def parts(self) -> int:
-        """Parts of dq through L, each the sum over some of the pairs."""
-        return 2 if self.independent else 1
 
     def width(self, rows: int) -> int:
         """Rows i of a warpgroup that are not padding: a multiple of 8, the blocks' share of b1."""
@@ -240,7 +235,7 @@ class QueryConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers for a thread of a computing and of the loading warpgroup."""
-        return {2: (232, 40), 3: (160, 24), 4: (112, 32)}[self.warpgroups]
+        return {2: (232, 40), 3: (152, 40), 4: (112, 32)}[self.warpgroups]
 
     def width(self, cols: int) -> int:
         """Columns l of a tile of the scores' gradient."""
@@ -250,10 +245,10 @@ class QueryConfig:
         """Columns l of a product."""
         return -(-cols // SLAB) * SLAB
 
-    def shared_memory(self, cols: int, dim: int, left_parts: int = 1) -> int:
-        """Bytes a block uses for tiles of `cols` columns and a dq through L in so many parts."""
+    def shared_memory(self, cols: int, dim: int) -> int:
+        """Bytes a block uses for tiles of `cols` columns."""
         stage = self.depth(cols) * (dim + self.warpgroups * ROWS) * 2
-        return self.stages * stage + self.warpgroups * left_parts * ROWS * dim * 2 + BARRIERS
+        return self.stages * stage + self.warpgroups * ROWS * dim * 2 + BARRIERS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Back through L on Hopper, as `left_backward_sm90`, where one warpgroup's registers hold dQ of all rows i (b1 to 96).
 
 The two computing warpgroups take the steps of a column in turns and share nothing in them but Q and dO, so that one's
-softmax and the other's products overlap; each has a dQ of its own, [D, i], and `query_sm90` adds the two.
+softmax and the other's products overlap. Each has a dQ of its own, [D, i]; the one that ends first leaves it, rounded,
+where its last alpha and Y lay, and the one with the last step adds and stores.
 """
 
 import jax
@@ -27,7 +28,7 @@ def independent_role(
 ) -> Role:
     """The role of `left_backward_role`, a column at a time and every other step of 64 pairs a warpgroup's.
 
-    The part of dq through L is two parts, a warpgroup's each, of as many rows as `config.width`.
+    The part of dq through L has as many rows as `config.width`.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -45,7 +46,7 @@ def independent_role(
     def run(block, inputs, outputs, scratch):
         q, g, alpha, y, c, stats, limits, start = inputs
         d_alpha, d_y, d_c, dq = outputs
-        smem, p_smem, c_in, stats_in, q_full, q_free, full, free = scratch
+        smem, p_smem, c_in, stats_in, q_full, q_free, full, free, left_there = scratch
         (rows_mma, mid_mma), (rows_in, mid_in) = shared.tile_views(smem)
         (p_mma,), _ = shared.tile_views(p_smem)
         group = lax.axis_index("group")
@@ -55,8 +56,11 @@ def independent_role(
         def place(t):
             return items.place(block + t * blocks, limits, tile0)
 
-        def step(n, i, t, acc):
-            """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W]."""
+        def step(n, i, t, given, acc):
+            """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W].
+
+            Gives back the place of this warpgroup's step before, unless that was `given` to the other.
+            """
             here, zero = shared.unhoisted(group, n), shared.unhoisted(0, n)
             x, _where, j, limit = place(shared.unhoisted(t, n))
             slot = lax.rem(n, stages)
@@ -92,7 +96,7 @@ def independent_role(
 
             acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
 
-            pl.when(n >= groups)(lambda: leave(n - groups))  # this warpgroup's step before: by now without a wait
+            pl.when((n >= groups) & jnp.logical_not(given))(lambda: leave(n - groups))  # by now without a wait
 
             def padded(x):
                 """[64 pairs, W] with zeros up to the depth of the next products."""
@@ -119,6 +123,23 @@ def independent_role(
             d_c[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row] = total
             return acc
 
+        def tiles_of(value):
+            """[64 d, W] in tiles of 64 columns, the last one filled with zeros."""
+            for n in range(0, width, ROWS):
+                tile = value[:, n : n + ROWS]
+                if missing := ROWS - tile.shape[1]:
+                    zeros = plgpu.layout_cast(jnp.zeros((SLAB, missing), dtype), layout)
+                    tile = lax.concatenate([tile, zeros], 1)
+                yield tile
+
+        def load_tiles(slot, m):
+            """What `tiles_of` gave for slab m, [64 d, W] in float32."""
+            found = []
+            for n in range(0, width, ROWS):
+                tile = plgpu.load(mid_mma.at[slot, n // ROWS, m], layout=layout).astype(f32)
+                found.append(tile[:, : min(ROWS, width - n)])
+            return found[0] if len(found) == 1 else lax.concatenate(found, 1)
+
         def leave(n):
             """Gives back what step n came in, once its gradients have been read."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -131,7 +152,8 @@ def independent_role(
             for s in range(stages):
                 pl.when(group == s % groups)(lambda s=s: plgpu.barrier_arrive(free.at[s]))
 
-            def item(t, done):
+            def item(t, carry):
+                done, given = carry
                 limit = place(t)[-1]
                 steps = lax.div(limit + ROWS - 1, ROWS)
                 first = lax.rem(done + group, 2)  # steps with an even number of all are the first warpgroup's
@@ -139,24 +161,52 @@ def independent_role(
 
                 def turn(m, acc):
                     i = first + 2 * m
-                    return step(done + i, i, t, acc)
+                    return step(done + i, i, t, (m == 0) & (given > 0), acc)
 
                 acc = [plgpu.layout_cast(jnp.zeros((SLAB, width), f32), layout) for _ in range(slabs)]
                 mine = lax.div(steps - first + 1, 2)
                 acc = lax.fori_loop(0, mine, turn, acc)
-                plgpu.barrier_arrive(q_free)
-                x, _where, j, limit = place(shared.unhoisted(t, done + steps))
-                block_of, row = split.place(lax.rem(x, tiles), j)
-                lane = lax.div(x, tiles)
-                for m in range(slabs):
-                    target = dq.at[group, lane, block_of, :, row, pl.ds(m * SLAB, SLAB)]
-                    share = plgpu.layout_cast((acc[m] * late).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                    target.transpose((1, 0))[...] = share
-                return done + steps
+                ends = lax.rem(done + steps + 1, 2) == group  # has the last step
+                both = (steps > 1).astype(jnp.int32)  # a column of one step has one dQ
+                slot = lax.rem(done + steps - 2, stages)  # the other's last step's
 
-            done = lax.fori_loop(0, turns, item, jnp.int32(0))
+                @pl.when(jnp.logical_not(ends))
+                def _():
+                    plgpu.barrier_arrive(q_free)
+
+                    @pl.when(both > 0)
+                    def _():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        for m, value in enumerate(acc):
+                            for n, tile in enumerate(tiles_of((value * late).astype(dtype))):
+                                mid_mma[slot, n, m] = tile
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(left_there.at[1 - group])
+
+                @pl.when(ends)
+                def _():
+                    pl.when(both > 0)(lambda: plgpu.barrier_wait(left_there.at[group]))
+                    plgpu.barrier_arrive(q_free)  # not before: no item further may leave its dQ there
+
+                    def add(_, acc):
+                        others = [load_tiles(slot, m) for m in range(slabs)]
+                        plgpu.barrier_arrive(free.at[slot])
+                        return [x + y for x, y in zip(acc, others, strict=True)]
+
+                    sums = lax.fori_loop(0, both, add, [value * late if late != 1 else value for value in acc])
+                    x, _where, j, _limit = place(shared.unhoisted(t, done + steps))
+                    block_of, row = split.place(lax.rem(x, tiles), j)
+                    for m, value in enumerate(sums):
+                        target = dq.at[lax.div(x, tiles), block_of, :, row, pl.ds(m * SLAB, SLAB)]
+                        share = plgpu.layout_cast(value.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                        target.transpose((1, 0))[...] = share
+
+                gives = jnp.where(ends, 0, both)
+                return done + steps, jnp.where(mine > 0, gives, given)
+
+            done, given = lax.fori_loop(0, turns, item, (jnp.int32(0), jnp.int32(0)))
             last = done - 1 - lax.rem(done + 1 + group, groups)  # this warpgroup's
-            pl.when(last >= 0)(lambda: leave(last))
+            pl.when((last >= 0) & (given == 0))(lambda: leave(last))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
@@ -200,7 +250,7 @@ def independent_role(
     return Role(
         run,
         name="monarch_left_backward",
-        outputs=items.outputs(config, width),
+        outputs=items.outputs(width),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
             shared.tile_scratch(((groups, width, ROWS),), dtype, SLAB),
@@ -210,6 +260,7 @@ def independent_role(
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,
         blocks=blocks,

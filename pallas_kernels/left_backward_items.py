@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
+from pallas_kernels.config import ROWS, SLAB, column_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Items:
             x = lane * all_tiles + tile
         return x, lambda column: (lane, *split.place(tile, column))
 
-    def outputs(self, config: LeftBackwardConfig, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def outputs(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Types of d_alpha, dY, d_c and the part of dq through L, of `rows` rows."""
         batch, _, _, cols, _, dim = self.q.shape
         struct, dtype, lanes = jax.ShapeDtypeStruct, self.q.dtype, batch * self.heads
@@ -71,5 +71,5 @@ class Items:
             gradient,
             gradient,
             struct((lanes, split.items, -(-self.pairs // ROWS) * ROWS, ROWS), jnp.float32),
-            struct((config.parts, lanes, split.items, rows, split.used, dim), dtype),
+            struct((lanes, split.items, rows, split.used, dim), dtype),
         )

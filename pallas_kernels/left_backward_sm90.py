@@ -38,9 +38,9 @@ def left_backward_role(
     pairs that a query tile sees, read when `masked`; start, int32 [3], the chunk's first head and query tile.
 
     Outputs: the gradients of the chunk's alpha and Y, as alpha; that of c_L float32 [B * heads, items, P, 64], its
-    columns where `column_blocks` places them; the part of dq through L in q's dtype, [parts, B * heads, items,
-    64*row_blocks, 64 or less, D], likewise, 64 rows for every `config.width` rows i, to be summed over parts. What
-    belongs to pairs that are not seen is not written.
+    columns where `column_blocks` places them; the part of dq through L in q's dtype, [B * heads, items, 64*row_blocks,
+    64 or less, D], likewise, 64 rows for every `config.width` rows i. What belongs to pairs that are not seen is not
+    written.
 
     Args:
         q: [B, A, b1, b2, H, D], before its last axes are split.
@@ -238,7 +238,7 @@ def left_backward_role(
                     span = pl.ds(my_rows * ROWS, ROWS)
                     for n in range(slabs):
                         share = (acc[n] * late).astype(dtype)
-                        dq[0, lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = share
+                        dq[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = share
 
                 return done + steps
 
@@ -295,7 +295,7 @@ def left_backward_role(
     return Role(
         run,
         name="monarch_left_backward",
-        outputs=items.outputs(config, row_blocks * ROWS),
+        outputs=items.outputs(row_blocks * ROWS),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
             plgpu.SMEM((stages, columns, depth), f32),

@@ -22,15 +22,14 @@ def query_role(
     tiles: int,
     masked: bool,
     left_width: int,
-    left_parts: int,
     config: QueryConfig,
 ) -> Role:
     """Finishes dq for a chunk of query tiles and heads.
 
     Inputs of the role: k; s dZ [B * heads, items, C*b1, W, 64 or less] as `right_backward_role` leaves it; the part of
-    dq through L in q's dtype, [parts, B * heads, items, b1 or more, 64 or less, D/64, 64], to be summed over parts,
-    with 64 rows for every `left_width` of b1; limits, int32 [A], the pairs that a query tile sees, read when `masked`;
-    start, int32, the chunk's first head and query tile first.
+    dq through L in q's dtype, [B * heads, items, b1 or more, 64 or less, D/64, 64], with 64 rows for every `left_width`
+    of b1; limits, int32 [A], the pairs that a query tile sees, read when `masked`; start, int32, the chunk's first head
+    and query tile first.
 
     Output: dq [B, tiles, b1, b2, heads, D/64, 64] in q's dtype.
 
@@ -41,7 +40,6 @@ def query_role(
         tiles: Query tiles of the chunk.
         masked: Whether limits may be below C*b1.
         left_width: Rows of b1 in a block of 64.
-        left_parts: Parts of dq through L.
         config: Sizes.
 
     Returns:
@@ -68,7 +66,7 @@ def query_role(
         (dq,) = outputs
         smem, keys_full, dz_full, free, left_full, left_free = scratch
         views = shared.tile_views(smem)
-        key_mma, dz_mma, out_reg = views[0]  # dq through L comes where the first part's sum leaves
+        key_mma, dz_mma, out_reg = views[0]  # dq through L comes where dq leaves
         key_in, dz_in, out_in = views[1]
         out_packs = views[-1][2]
         group = lax.axis_index("group")
@@ -148,23 +146,20 @@ def query_role(
 
                 def store_whole(tile, column):
                     target = dq.at[entry, tile, row, pl.ds(column, ROWS), head]
-                    plgpu.copy_smem_to_gmem(out_in.at[group, 0].transpose((1, 0, 2)), target)
+                    plgpu.copy_smem_to_gmem(out_in.at[group].transpose((1, 0, 2)), target)
 
                 def store_packs(tile):
                     window = pl.ds(full * ROWS + tile * 0, tail_rows)
                     target = dq.at[entry, pl.ds(tile, packed), row, window, head]
-                    plgpu.copy_smem_to_gmem(out_packs.at[group, 0].transpose((1, 2, 0, 3)), target)
+                    plgpu.copy_smem_to_gmem(out_packs.at[group].transpose((1, 2, 0, 3)), target)
 
                 @pl.when(item < items)
                 def _():
                     plgpu.barrier_wait(left_full.at[group])
-                    sums = list(acc)
-                    for n in range(slabs):
-                        parts = [plgpu.load(out_reg.at[group, p, n], layout=layout) for p in range(left_parts)]
-                        sums[n] = sum((x.astype(jnp.float32) for x in parts), start=sums[n])
+                    sums = [x + plgpu.load(out_reg.at[group, n], layout=layout) for n, x in enumerate(acc)]
                     plgpu.commit_smem()  # every warp has read
-                    for n in range(slabs):
-                        out_reg[group, 0, n] = sums[n].astype(dtype)
+                    for n, x in enumerate(sums):
+                        out_reg[group, n] = x.astype(dtype)
                     plgpu.commit_smem()
                     part(item, store_whole, store_packs)
 
@@ -204,9 +199,8 @@ def query_role(
 
                     def load_left(g=g):  # last, as it is needed last: key rows need not wait for it
                         plgpu.barrier_wait(left_free.at[g])
-                        for p in range(left_parts):
-                            box = dq_left.at[p, lane, first + g, left_row, columns]
-                            plgpu.copy_gmem_to_smem(box, out_in.at[g, p].transpose((1, 0, 2)), left_full.at[g])
+                        box = dq_left.at[lane, first + g, left_row, columns]
+                        plgpu.copy_gmem_to_smem(box, out_in.at[g].transpose((1, 0, 2)), left_full.at[g])
 
                     pl.when(first + g < items)(load_left)
                 return done + steps
@@ -218,7 +212,7 @@ def query_role(
     shapes = (
         (stages, slabs, depth, SLAB),
         (stages, groups, depth, ROWS),
-        (groups, left_parts, slabs, ROWS, SLAB),
+        (groups, slabs, ROWS, SLAB),
     )
     return Role(
         run,
@@ -229,7 +223,7 @@ def query_role(
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages * groups),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=left_parts, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
             plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,

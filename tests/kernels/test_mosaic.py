@@ -133,7 +133,7 @@ def test_tuned_files_fit_a_block():
             assert forward.fused.shared_memory() <= SHARED_MEMORY
             assert backward.left.shared_memory(rows, dim) <= SHARED_MEMORY
             assert backward.keys.shared_memory(cols, dim) <= SHARED_MEMORY
-            assert backward.query.shared_memory(cols, dim, backward.left.parts) <= SHARED_MEMORY
+            assert backward.query.shared_memory(cols, dim) <= SHARED_MEMORY
 
 
 def test_chunks_bound_the_intermediates():

@@ -12,7 +12,7 @@ from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
 from pallas_kernels import tuning
 from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import FusedConfig, LeftBackwardConfig, QueryConfig, backward_config, forward_config
+from pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
 from pallas_kernels.forward_sm90 import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads, with_grads
 
@@ -298,8 +298,7 @@ def test_warpgroups_that_take_turns_in_l(rows, cols, count, dim, masked):
     options = dict(scale=problem.scale, masked=masked, grad_tiles=None)
 
     def run(left):
-        query = QueryConfig(stages=2)  # which dq in two parts leaves room for at every shape
-        sizes = dataclasses.replace(config, left=LeftBackwardConfig(**left), query=query)
+        sizes = dataclasses.replace(config, left=LeftBackwardConfig(**left))
         return jax.jit(lambda *x: backward(*x, config=sizes, **options))(q, k, v, visible, out, lse, g)
 
     found = run(alone)
