@@ -11,7 +11,7 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
-from pallas_kernels.left_backward_items import Items
+from pallas_kernels.left_backward_items import Items, load_in_order
 from pallas_kernels.shared import LOG2E, Role
 
 
@@ -216,26 +216,27 @@ def independent_role(
             def item(t, done):
                 x, (entry, head, tile), j, limit = place(t)
                 steps = lax.div(limit + ROWS - 1, ROWS)
-                plgpu.barrier_wait(q_free)
-                span = pl.ds(x * 0, depth)  # past the end of b1 rows, so not static
-                for kind, source in enumerate((g, q)):
-                    box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
-                    plgpu.copy_gmem_to_smem(box, rows_in.at[kind].transpose((1, 0, 2)), q_full)
-                box = stats.at[entry, head0 + head, tile0 + tile, j, :, pl.ds(0, width)]
-                plgpu.copy_gmem_to_smem(box, stats_in, q_full)
-
                 x_in, bias_in = items.source(x, (entry, head, tile), head0, tile0)
 
-                def load(i, _):
+                def load_query():
+                    plgpu.barrier_wait(q_free)
+                    span = pl.ds(x * 0, depth)  # past the end of b1 rows, so not static
+                    for kind, source in enumerate((g, q)):
+                        box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
+                        plgpu.copy_gmem_to_smem(box, rows_in.at[kind].transpose((1, 0, 2)), q_full)
+                    box = stats.at[entry, head0 + head, tile0 + tile, j, :, pl.ds(0, width)]
+                    plgpu.copy_gmem_to_smem(box, stats_in, q_full)
+
+                def load(i):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * ROWS, ROWS)
                     plgpu.barrier_wait(free.at[slot])
                     for kind, source in enumerate((y, alpha)):
                         box = source.at[x_in, span, j]
                         plgpu.copy_gmem_to_smem(box, mid_in.at[slot, kind].transpose((1, 0, 2)), full.at[slot])
                     plgpu.copy_gmem_to_smem(c.at[*bias_in(j), span], c_in.at[slot], full.at[slot])
-                    return ()
 
-                lax.fori_loop(0, steps, load, ())
+                # a third step's place may be that of the last step before, given back in a step of this item
+                load_in_order(steps, 2, load, load_query)
                 return done + steps
 
             lax.fori_loop(0, turns, item, jnp.int32(0))

@@ -9,6 +9,26 @@ from jax import lax
 from pallas_kernels.config import ROWS, SLAB, column_blocks
 
 
+def load_in_order(steps, ahead: int, load, load_query):
+    """Calls `load(i)` for every step of an item, and `load_query()`, which waits for the item before to end.
+
+    Args:
+        steps: Steps of the item.
+        ahead: Steps whose place is free before the item before has ended: what they need comes first, so that it is on
+            its way while the item ends.
+        load: Loads what a step needs.
+        load_query: Loads q and dO.
+    """
+    import jax.experimental.pallas as pl
+
+    def turn(i, _):
+        pl.when(i == jnp.minimum(steps, ahead))(load_query)
+        pl.when(i < steps)(lambda: load(i))
+        return ()
+
+    lax.fori_loop(0, steps + 1, turn, ())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Items:
     """The work of a kernel: `columns` columns of a query tile and head are an item.

@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels import shared
 from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
 from pallas_kernels.left_backward_independent_sm90 import independent_role
-from pallas_kernels.left_backward_items import Items
+from pallas_kernels.left_backward_items import Items, load_in_order
 from pallas_kernels.shared import LOG2E, Role
 
 
@@ -254,19 +254,20 @@ def left_backward_role(
             def item(t, done):
                 x, (entry, head, tile), column, limit = place(t)
                 steps = lax.div(limit + depth - 1, depth)
-                plgpu.barrier_wait(q_free)
-                for n in range(groups):
-                    j = column + n // row_blocks
-                    span = pl.ds(n % row_blocks * width + x * 0, ROWS)  # past the end of b1 rows, so not static
-                    for kind, source in enumerate((g, q)):
-                        box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
-                        plgpu.copy_gmem_to_smem(box, rows_in.at[n, kind].transpose((1, 0, 2)), q_full)
-                    box = stats.at[entry, head0 + head, tile0 + tile, j, :, span]
-                    plgpu.copy_gmem_to_smem(box, stats_in.at[n], q_full)
-
                 x_in, bias_in = items.source(x, (entry, head, tile), head0, tile0)
 
-                def load(i, _):
+                def load_query():
+                    plgpu.barrier_wait(q_free)
+                    for n in range(groups):
+                        j = column + n // row_blocks
+                        span = pl.ds(n % row_blocks * width + x * 0, ROWS)  # past the end of b1 rows, so not static
+                        for kind, source in enumerate((g, q)):
+                            box = source.at[entry, tile0 + tile, span, j * all_heads + head0 + head]
+                            plgpu.copy_gmem_to_smem(box, rows_in.at[n, kind].transpose((1, 0, 2)), q_full)
+                        box = stats.at[entry, head0 + head, tile0 + tile, j, :, span]
+                        plgpu.copy_gmem_to_smem(box, stats_in.at[n], q_full)
+
+                def load(i):
                     slot, span = lax.rem(done + i, stages), pl.ds(i * depth, depth)
                     for n in range(columns):
                         arrived = full.at[n * stages + slot]
@@ -276,9 +277,8 @@ def left_backward_role(
                             target = mid_in.at[slot, kind, pl.ds(n, 1)]
                             plgpu.copy_gmem_to_smem(box, target.transpose((2, 0, 1, 3)), arrived)
                         plgpu.copy_gmem_to_smem(c.at[*bias_in(column + n), span], c_in.at[slot, n], arrived)
-                    return ()
 
-                lax.fori_loop(0, steps, load, ())
+                load_in_order(steps, stages - 1, load, load_query)
                 return done + steps
 
             lax.fori_loop(0, turns, item, jnp.int32(0))
