@@ -47,7 +47,7 @@ def independent_role(
     def run(block, inputs, outputs, scratch):
         q, k, v, d_alpha, d_y, d_c, limits, start = inputs
         dk, dv, dz = outputs
-        smem, c_in, nowhere, key_full, key_free, full_barrier, free = scratch
+        smem, c_in, nowhere, key_full, key_free, first_full, last_full, free = scratch
         views = shared.tile_views(smem)
         rows_mma, key_mma, p_mma = views[0]
         rows_in, key_in, p_out = views[1]
@@ -84,15 +84,18 @@ def independent_role(
             first = lax.rem(3 * n, ring)
             return [jnp.where(first + kind < ring, first + kind, first + kind - ring) for kind in range(3)]
 
-        def make(item, n, key):
+        def make(item, n, mine, key):
             """R and s dZ of item number n, [64 j, W], in the inputs' dtype; `key` is the place of K and V."""
-            cell = cells(n)
+            cell, turn = cells(n), group * (ahead + 1) + lax.rem(mine, ahead + 1)
+            plgpu.barrier_wait(first_full.at[turn])
 
             def scores(accs):
                 z_acc, d_r_acc = accs
                 for m in range(slabs):
                     plgpu.wgmma(z_acc, rows_mma.at[cell[0], m], key_mma.at[key, 0, m].transpose((1, 0)))
                 for kind in range(2):
+                    if kind == 1:
+                        plgpu.barrier_wait(last_full.at[turn])  # dY, loaded last, is on its way during the others
                     for m in range(slabs):
                         right = key_mma.at[key, kind, m].transpose((1, 0))
                         plgpu.wgmma(d_r_acc, rows_mma.at[cell[1 + kind], m], right)
@@ -144,9 +147,8 @@ def independent_role(
 
                 def item(i, n, mine, acc):
                     """Item i, number n of all and `mine` of this warpgroup's."""
-                    plgpu.barrier_wait(full_barrier.at[group * (ahead + 1) + lax.rem(mine, ahead + 1)])
                     own = shared.unhoisted(group, n)
-                    r, d_z = make(i, n, own)
+                    r, d_z = make(i, n, mine, own)
                     if not masked:
                         pl.when(i == items - 1)(lambda: plgpu.barrier_arrive(key_free.at[group]))
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -213,13 +215,13 @@ def independent_role(
             def load_item(t, g, i, n, mine):
                 entry, head, pair = place(t, g)
                 lane, row = entry * heads + head, lax.rem(pair, rows)
-                barrier = full_barrier.at[g * (ahead + 1) + lax.rem(mine, ahead + 1)]
+                turn = g * (ahead + 1) + lax.rem(mine, ahead + 1)
 
                 def load(kind, box, views, axes):
                     if kind == late:
                         plgpu.barrier_wait(free.at[lax.rem(n, ahead)])
                     target = views.at[lax.rem(3 * n + kind, ring)].transpose(axes)
-                    plgpu.copy_gmem_to_smem(box, target, barrier)
+                    plgpu.copy_gmem_to_smem(box, target, (last_full if kind == 2 else first_full).at[turn])
 
                 def whole(tile, column):
                     window = pl.ds(column, ROWS)
@@ -235,7 +237,7 @@ def independent_role(
                     load(2, d_y.at[lane, some, pair, window], rows_packs, (1, 2, 0, 3))
 
                 part(split, i, whole, packs)
-                plgpu.copy_gmem_to_smem(d_c.at[lane, i, pair], c_in.at[lax.rem(n, ahead)], barrier)
+                plgpu.copy_gmem_to_smem(d_c.at[lane, i, pair], c_in.at[lax.rem(n, ahead)], last_full.at[turn])
 
             def unit(t, carry):
                 def item(i, carry):
@@ -271,7 +273,8 @@ def independent_role(
             plgpu.SMEM((groups, width), f32),
             plgpu.Barrier(num_arrivals=2, num_barriers=groups),
             plgpu.Barrier(num_arrivals=1, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=4, num_barriers=groups * (ahead + 1)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
             plgpu.Barrier(num_arrivals=1, num_barriers=ahead),
         ),
         groups=groups,
