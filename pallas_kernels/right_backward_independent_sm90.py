@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig, column_blocks
-from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, through_softmax
+from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, softmax, through_softmax
 from pallas_kernels.shared import Role
 
 
@@ -89,26 +89,26 @@ def independent_role(
             cell, turn = cells(n), group * (ahead + 1) + lax.rem(mine, ahead + 1)
             plgpu.barrier_wait(first_full.at[turn])
 
-            def scores(accs):
-                z_acc, d_r_acc = accs
+            def multiply(acc, kind, keys):
                 for m in range(slabs):
-                    plgpu.wgmma(z_acc, rows_mma.at[cell[0], m], key_mma.at[key, 0, m].transpose((1, 0)))
-                for kind in range(2):
-                    if kind == 1:
-                        plgpu.barrier_wait(last_full.at[turn])  # dY, loaded last, is on its way during the others
-                    for m in range(slabs):
-                        right = key_mma.at[key, kind, m].transpose((1, 0))
-                        plgpu.wgmma(d_r_acc, rows_mma.at[cell[1 + kind], m], right)
+                    plgpu.wgmma(acc, rows_mma.at[cell[kind], m], key_mma.at[key, keys, m].transpose((1, 0)))
+
+            def early(accs):  # S and one part of dR
+                multiply(accs[0], 0, 0)
+                multiply(accs[1], 1, 0)
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), f32), layout)
             z = zeros
             if width != cols:  # read anew each time: registers do not suffice to keep which columns are keys
                 z = plgpu.load(nowhere.at[group], layout=layout.reduce(0), optimized=False)
                 z = lax.broadcast_in_dim(z, (ROWS, width), [1])
-            z, d_r = pl.run_state(scores)([plgpu.WGMMAAccumulatorRef.init(x) for x in (z, zeros)])
+            z, d_r = pl.run_state(early)([plgpu.WGMMAAccumulatorRef.init(x) for x in (z, zeros)])
+            probabilities = softmax(z, scale)
+            plgpu.barrier_wait(last_full.at[turn])  # dY, loaded last, was on its way
+            d_r = pl.run_state(lambda acc: multiply(acc, 2, 1))(plgpu.WGMMAAccumulatorRef.init(d_r))
             d_log = plgpu.load(c_in.at[lax.rem(n, ahead)], layout=layout.reduce(1), optimized=False)
             d_log = jnp.where(real_columns(split, cols, tiles, item), d_log, 0.0)  # other rows hold anything
-            return through_softmax(z, d_r, d_log, scale, dtype)
+            return through_softmax(*probabilities, d_r, d_log, scale, dtype)
 
         def add(acc, n, g):
             """Adds an item's share to all slabs of dk and dv, [64 d, W] each."""

@@ -1,4 +1,4 @@
-"""Back through R, for one item: where its 64 rows lie, and its scores' gradient in registers."""
+"""Back through R, for one item: where its 64 rows lie, R and its scores' gradient in registers."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -37,19 +37,22 @@ def real_columns(split: ColumnBlocks, cols: int, tiles: int, item):
     return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
 
 
-def through_softmax(z, d_r, d_log, scale: float, dtype):
-    """R and s dZ, [64 j, W], from Q K^T, `NOWHERE` where no key is, from d_alpha K^T + dY V^T and from d_c [64]."""
-
-    def wide(x):
-        return lax.broadcast_in_dim(x, z.shape, [0])
-
+def softmax(z, scale: float):
+    """R and its logarithm in units of log 2, [64 j, W], from Q K^T, `NOWHERE` where no key is."""
     factor = scale * LOG2E
     top = z.max(axis=1) * factor
-    r = jnp.exp2(z * factor - wide(top))
+    r = jnp.exp2(z * factor - _wide(top, z))
     total = r.sum(axis=1)
-    r = r * wide(1.0 / total)
-    log_r = z * factor - wide(top + jnp.log2(total))
-    d_r = d_r + wide(d_log * (1 / LOG2E)) * log_r
+    return r * _wide(1.0 / total, z), z * factor - _wide(top + jnp.log2(total), z)
+
+
+def through_softmax(r, log_r, d_r, d_log, scale: float, dtype):
+    """R and s dZ, [64 j, W], in `dtype`, from what `softmax` gave, d_alpha K^T + dY V^T and d_c [64]."""
+    d_r = d_r + _wide(d_log * (1 / LOG2E), r) * log_r
     mean = (r * d_r).sum(axis=1) * scale
-    d_z = r * (d_r * scale - wide(mean))
+    d_z = r * (d_r * scale - _wide(mean, r))
     return r.astype(dtype), d_z.astype(dtype)
+
+
+def _wide(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [0])

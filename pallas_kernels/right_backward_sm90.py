@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels import shared
 from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig, column_blocks
 from pallas_kernels.right_backward_independent_sm90 import independent_role
-from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, through_softmax
+from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, softmax, through_softmax
 from pallas_kernels.shared import Role
 
 
@@ -112,7 +112,7 @@ def right_backward_role(
             if width != cols:
                 column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=layout)
                 z = jnp.where(column < cols, z, NOWHERE)
-            return through_softmax(z, d_r, d_log, scale, dtype)
+            return through_softmax(*softmax(z, scale), d_r, d_log, scale, dtype)
 
         @pl.when(group < groups)
         def _():
