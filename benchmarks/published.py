@@ -113,9 +113,10 @@ def quick_bench(kernel):
 
 
 def config_key(args):
-    """What a choice of configs holds for."""
+    """What a choice of configs holds for; with the backward pass the same kernels are tuned for more."""
     frames, height, width = args.grid
-    return f"{torch.cuda.get_device_name()}, tile {args.tile[0]}x{height}x{width}, {frames} frames, head {args.dim}"
+    shape = f"tile {args.tile[0]}x{height}x{width}, {frames} frames, head {args.dim}"
+    return f"{torch.cuda.get_device_name()}, {shape}, forward{' and backward' if args.backward else ''}"
 
 
 def take_configs(module, args):
@@ -181,8 +182,10 @@ def times(module, args):
 
         step()
         q.grad = k.grad = v.grad = None
-        if not args.share:
-            result["forward + backward"] = {"bytes": most_bytes(step), "ms": median_ms(step)}
+    if args.configs and not args.share:
+        store_configs(module, args)
+    if args.backward and not args.share:
+        result["forward + backward"] = {"bytes": most_bytes(step), "ms": median_ms(step)}
     print(json.dumps(result))
 
 
@@ -210,5 +213,3 @@ if __name__ == "__main__":
         compare(published, arguments.arrays, arguments.tile)
     else:
         times(published, arguments)
-        if arguments.configs and not arguments.share:
-            store_configs(published, arguments)
