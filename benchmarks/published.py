@@ -127,14 +127,14 @@ def take_configs(module, args):
 
 
 def store_configs(module, args):
-    """Adds what the tuning chose to the file: a kernel has a config for each of its specialisations."""
-    found = {name: [] for name in tuned_kernels(module)}
-    for name, kernel in tuned_kernels(module).items():
-        chosen = kernel.cache.values() if len(kernel.configs) > 1 else kernel.configs
-        for config in chosen:
-            if config.all_kwargs() not in found[name]:
-                found[name].append(config.all_kwargs())
+    """Adds what the tuning chose to the file, unless it is known; a kernel has a config for each specialisation."""
     stored = json.loads(args.configs.read_text()) if args.configs.exists() else {}
+    if config_key(args) in stored:
+        return
+    found = {}
+    for name, kernel in tuned_kernels(module).items():
+        chosen = [config.all_kwargs() for config in kernel.cache.values()]
+        found[name] = [x for n, x in enumerate(chosen) if x not in chosen[:n]]
     args.configs.write_text(json.dumps(stored | {config_key(args): found}, indent=1))
 
 
