@@ -105,7 +105,7 @@ def quick_bench(kernel):
         ms = start.elapsed_time(end) / 3
         if ms > 1.2 * best.get(tuning, float("inf")):
             return [ms] * len(quantiles)
-        found = triton.testing.do_bench(call, quantiles=quantiles)
+        found = triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)  # ms
         best[tuning] = min(best.get(tuning, float("inf")), found[0])
         return found
 
