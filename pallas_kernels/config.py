@@ -73,6 +73,8 @@ class LeftConfig:
     Attributes:
         columns: Columns j that a block works on at a time.
         row_blocks: Blocks of 64 rows i of each of them; columns * row_blocks computing warpgroups, one more loads.
+        tail: Rows i after these that one more computing warpgroup takes in transposed products, 0, 8 or 16, where a
+            block of 64 would be nearly empty; then columns is 1, and there are no further rows.
         stages: Blocks of alpha and Y in flight.
         key_block: (c, k) pairs per block of alpha and Y.
         query_stages: Query tiles in flight.
@@ -85,6 +87,7 @@ class LeftConfig:
 
     columns: int = 2
     row_blocks: int = 1
+    tail: int = 0
     stages: int = 2
     key_block: int = 64
     query_stages: int = 2
@@ -94,21 +97,36 @@ class LeftConfig:
 
     def __post_init__(self):
         _check_warpgroups(self.warpgroups)
-        if self.alternate and (self.warpgroups < 2 or min(self.stages, self.query_stages) < 2):
+        if self.tail not in (0, 8, 16) or (self.tail and self.columns > 1):
+            raise ValueError(f"tail={self.tail} with columns={self.columns} is not 0, nor 8 or 16 of one column.")
+        if self.alternate and (self.wide < 2 or min(self.stages, self.query_stages) < 2):
             raise ValueError(
-                f"alternate=True with warpgroups={self.warpgroups}, stages={self.stages} and "
+                f"alternate=True with warpgroups={self.wide}, stages={self.stages} and "
                 f"query_stages={self.query_stages}: one is behind another, which takes two of each."
             )
 
     @property
+    def wide(self) -> int:
+        """Computing warpgroups with 64 rows each."""
+        return self.columns * self.row_blocks
+
+    @property
     def warpgroups(self) -> int:
         """Computing warpgroups."""
-        return self.columns * self.row_blocks
+        return self.wide + (self.tail > 0)
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers of a thread that computes with 64 rows, with the tail, and that loads."""
+        if self.tail and self.wide == 2:
+            return 208, 64, 24
+        compute = COMPUTE_REGISTERS[self.warpgroups]
+        return compute, compute, LOAD_REGISTERS[self.warpgroups]
 
     def shared_memory(self, dim: int) -> int:
         """Bytes a block uses."""
         stage = self.columns * self.key_block * (2 * dim * 2 + 4)
-        query = self.query_stages * self.warpgroups * ROWS * dim * 2
+        query = self.query_stages * (self.wide * ROWS + self.tail) * dim * 2 + self.tail * self.key_block * 2
         return self.stages * stage + query + self.warpgroups * ROWS * 4 + BARRIERS
 
 

@@ -2,15 +2,16 @@
 
 For one query tile, head and column j this is attention from b1 rows i to the C*b1 pairs (c, k), one long axis with keys
 alpha[:, j], values Y[:, j] and the bias -c_L[:, j]. A persistent block streams them past the rows of one or more
-columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups.
+columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups. A few rows more than
+a multiple of 64 are `left_tail_sm90.py`'s.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, LeftConfig, column_blocks
+from pallas_kernels import left_tail_sm90, shared
+from pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
 from pallas_kernels.shared import LOG2E, Role
 
 
@@ -50,10 +51,15 @@ def left_role(
     batch, _, rows, cols, all_heads, dim = q.shape
     slabs = dim // SLAB
     groups, stages, depth, query_stages = config.warpgroups, config.stages, config.key_block, config.query_stages
-    columns, row_blocks = config.columns, config.row_blocks
+    columns, row_blocks, wide = config.columns, config.row_blocks, config.wide
     split = column_blocks(cols, tiles, masked)
     column_groups = -(-cols // columns)
-    row_groups = -(-rows // (ROWS * row_blocks))
+    row_groups = -(-(rows - config.tail) // (ROWS * row_blocks))
+    if config.tail and row_groups != 1:
+        raise ValueError(
+            f"tail={config.tail} with row_blocks={row_blocks} is for {config.tail + 1} to "
+            f"{row_blocks * ROWS + config.tail} rows, not {rows}."
+        )
     count = batch * heads * tiles
     items = count * column_groups * row_groups
     blocks = min(config.blocks, items)
@@ -64,7 +70,7 @@ def left_role(
         q, alpha, y, c, limits, start = inputs
         out, lse = outputs
         smem, c_in, lse_out, q_full, q_free, alpha_full, alpha_free, y_full, y_free, turn = scratch
-        (q_mma, alpha_mma, y_mma), (q_in, alpha_in, y_in) = shared.tile_views(smem)
+        (q_mma, alpha_mma, y_mma, *tail_mma), (q_in, alpha_in, y_in, *tail_in) = shared.tile_views(smem)
         group = lax.axis_index("group")
         head0, tile0 = start[0], start[1]
         turns = lax.div(items - block + blocks - 1, blocks)
@@ -81,14 +87,17 @@ def left_role(
             where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
             return x, where, column, lax.rem(item, row_groups) * row_blocks, limit
 
-        @pl.when(group < groups)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+        def free_all():
             for s in range(query_stages):
                 plgpu.barrier_arrive(q_free.at[s])
             for s in range(stages):
                 plgpu.barrier_arrive(alpha_free.at[s])
                 plgpu.barrier_arrive(y_free.at[s])
+
+        @pl.when(group < wide)
+        def _():
+            plgpu.set_max_registers(config.registers[0], action="increase")
+            free_all()
             my_column, my_rows = lax.div(group, row_blocks), lax.rem(group, row_blocks)
 
             def take_turns(times=1):
@@ -98,7 +107,7 @@ def left_role(
                         plgpu.barrier_arrive(turn)
                         plgpu.barrier_wait(turn)
 
-            for n in range(1, groups):
+            for n in range(1, wide):
                 pl.when(group == n)(lambda n=n: take_turns(n))
 
             def item(t, done):
@@ -169,20 +178,72 @@ def left_role(
                 return done + steps
 
             lax.fori_loop(0, turns, item, jnp.int32(0))
-            for n in range(groups - 1):
-                pl.when(group == n)(lambda n=n: take_turns(groups - 1 - n))
+            for n in range(wide - 1):
+                pl.when(group == n)(lambda n=n: take_turns(wide - 1 - n))
             plgpu.wait_smem_to_gmem(0)
+
+        if config.tail:
+
+            @pl.when(group == wide)
+            def _():
+                few = config.registers[1] < 65536 // (128 * (groups + 1))
+                plgpu.set_max_registers(config.registers[1], action="decrease" if few else "increase")
+                free_all()
+                (q_tail, weights), (q_tail_in, _weights) = tail_mma, tail_in
+
+                def item(t, done):
+                    x, (entry, head, tile), j, _row_block, limit = place(t)
+                    steps = lax.div(limit + depth - 1, depth)
+                    q_slot = lax.rem(t, query_stages)
+                    plgpu.barrier_wait(q_full.at[q_slot])
+
+                    def step(i, sums):
+                        slot = lax.rem(done + i, stages)
+                        plgpu.barrier_wait(alpha_full.at[slot])
+                        sums = left_tail_sm90.step(
+                            sums,
+                            lambda n: q_tail.at[q_slot, n],
+                            lambda n: alpha_mma.at[slot, 0, n],
+                            lambda n: y_mma.at[slot, 0, n],
+                            weights,
+                            c_in.at[slot, 0],
+                            limit - i * depth,
+                            scale,
+                            lambda: plgpu.barrier_arrive(alpha_free.at[slot]),
+                            lambda: plgpu.barrier_wait(y_full.at[slot]),
+                        )
+                        plgpu.barrier_arrive(y_free.at[slot])
+                        return sums
+
+                    sums = lax.fori_loop(0, steps, step, left_tail_sm90.start(config.tail, depth, slabs))
+                    plgpu.commit_smem()  # every warp has read the query rows, which the output replaces
+                    left_tail_sm90.finish(sums, q_tail.at[q_slot], lse_out.at[wide, pl.ds(0, config.tail)])
+                    plgpu.commit_smem()
+                    span = pl.ds(t * 0 + wide * ROWS, config.tail)  # past the end of b1 rows, so not static
+                    target = out.at[entry, tile, span, j * heads + head]
+                    plgpu.copy_smem_to_gmem(q_tail_in.at[q_slot].transpose((1, 0, 2)), target)
+                    plgpu.copy_smem_to_gmem(lse_out.at[wide, pl.ds(0, config.tail)], lse.at[x, j, span])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(q_free.at[q_slot])
+                    return done + steps
+
+                lax.fori_loop(0, turns, item, jnp.int32(0))
+                plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+            plgpu.set_max_registers(config.registers[2], action="decrease")
 
             def item(t, done):
                 x, (entry, head, tile), column, row_block, limit = place(t)
                 steps = lax.div(limit + depth - 1, depth)
                 q_slot = lax.rem(t, query_stages)
                 plgpu.barrier_wait(q_free.at[q_slot])
-                for g in range(groups):
+                if config.tail:
+                    span = pl.ds(t * 0 + wide * ROWS, config.tail)
+                    box = q.at[entry, tile0 + tile, span, column * all_heads + head0 + head]
+                    plgpu.copy_gmem_to_smem(box, tail_in[0].at[q_slot].transpose((1, 0, 2)), q_full.at[q_slot])
+                for g in range(wide):
                     span = pl.ds((row_block + g % row_blocks) * ROWS, ROWS)
                     box = q.at[entry, tile0 + tile, span, (column + g // row_blocks) * all_heads + head0 + head]
                     plgpu.copy_gmem_to_smem(box, q_in.at[q_slot, g].transpose((1, 0, 2)), q_full.at[q_slot])
@@ -211,18 +272,16 @@ def left_role(
                 plgpu.barrier_wait(alpha_free.at[s])
                 plgpu.barrier_wait(y_free.at[s])
 
-    shapes = (
-        (query_stages, groups, slabs, ROWS, SLAB),
-        (stages, columns, slabs, depth, SLAB),
-        (stages, columns, slabs, depth, SLAB),
-    )
+    shapes = [(query_stages, wide, slabs, ROWS, SLAB), *[(stages, columns, slabs, depth, SLAB)] * 2]
+    if config.tail:
+        shapes += [(query_stages, slabs, config.tail, SLAB), (depth // SLAB, config.tail, SLAB)]
     struct = jax.ShapeDtypeStruct
     return Role(
         run,
         name="monarch_left",
         outputs=(
             struct((batch, tiles, rows, cols * heads, slabs, SLAB), dtype),
-            struct((count, cols, row_groups * row_blocks * ROWS), f32),
+            struct((count, cols, row_groups * row_blocks * ROWS + config.tail), f32),
         ),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),
@@ -234,8 +293,9 @@ def left_role(
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=wide),
         ),
         groups=groups,
         blocks=blocks,
+        reduction_bytes=1024 if config.tail else 512,
     )

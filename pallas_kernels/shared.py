@@ -57,6 +57,7 @@ class Role:
         scratch: Types of the scratch.
         groups: Computing warpgroups; one more loads.
         blocks: Blocks that share the work.
+        reduction_bytes: Scratch for reductions across the warps of a warpgroup; one warpgroup at a time may do them.
     """
 
     run: Callable[..., None]
@@ -65,6 +66,7 @@ class Role:
     scratch: tuple
     groups: int
     blocks: int
+    reduction_bytes: int = 512
 
 
 def gradient_scales(dtype, scale: float) -> tuple[float, float]:
@@ -127,7 +129,7 @@ def launch(role: Role, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         num_threads=role.groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=role.reduction_bytes
         ),
     )(*inputs)
     return tuple(varying(x, *inputs) for x in results)

@@ -26,6 +26,7 @@ from pallas_kernels.config import (
     right_config,
 )
 from pallas_kernels.forward_sm90 import chunk_sizes, forward
+from pallas_kernels.left_sm90 import left_role
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
 
@@ -161,6 +162,10 @@ def test_chunks_bound_the_intermediates():
         ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(alternate=True, stages=2))),  # three
         ((1, 3, 3, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(alternate=True))),  # a query tile that sees nothing
         ((1, 2, 70, 9, 1, 64), 3, (1, 3), dict(left=dict(alternate=True, stages=2, key_block=128))),
+        ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(row_blocks=2, tail=8, alternate=True, stages=2))),
+        ((2, 2, 130, 4, 2, 64), 2, (1, 2), dict(left=dict(row_blocks=2, tail=8, stages=2, key_block=128))),
+        ((1, 3, 70, 9, 1, 128), 2, (1, 0, 2), dict(left=dict(row_blocks=1, tail=8, stages=2))),
+        ((1, 2, 80, 9, 1, 64), 2, (1, 2), dict(left=dict(row_blocks=1, tail=16, stages=2, key_block=128))),
     ],
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
@@ -201,6 +206,30 @@ def test_warpgroups_that_alternate_are_several():
         LeftConfig(columns=1, stages=4, alternate=True)
     with pytest.raises(ValueError, match="stages=4 and query_stages=1: one is behind"):
         LeftConfig(stages=4, query_stages=1, alternate=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "key_block", "stages"), [(130, 64, 3), (130, 128, 2), (70, 64, 2)])
+def test_no_races_with_a_tail(monkeypatch, rows, key_block, stages):
+    """A stage for every step: c_L is read as other data is, which the interpreter wants fenced from copies after it."""
+    q, k, v = tiles(3, (1, 2, rows, 3, 1, 64), 1)
+    left = dict(columns=1, row_blocks=rows // 64, tail=8, stages=stages, key_block=key_block)
+    config = tuning.changed(forward_config(rows, 3, 64), {"left": left})
+    with interpreted(monkeypatch, detect_races=True) as races:
+        out = forward(q, k, v, jnp.ones(2, jnp.int32), scale=0.125, masked=True, config=config)[0]
+        assert np.isfinite(np.asarray(out, np.float32)).all()
+        assert not races()
+
+
+def test_a_tail_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="tail=12 with columns=1 is not 0, nor 8 or 16 of one column"):
+        LeftConfig(columns=1, tail=12)
+    with pytest.raises(ValueError, match="tail=8 with columns=2 is not 0"):
+        LeftConfig(columns=2, tail=8)
+    q = jax.ShapeDtypeStruct((1, 2, 140, 3, 1, 64), jnp.bfloat16)
+    config = LeftConfig(columns=1, row_blocks=2, tail=8)
+    with pytest.raises(ValueError, match="tail=8 with row_blocks=2 is for 9 to 136 rows, not 140"):
+        left_role(q, 280, scale=0.125, heads=1, tiles=2, masked=False, config=config)
 
 
 def test_no_races_in_the_interpreter(monkeypatch):
