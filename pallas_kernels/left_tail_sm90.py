@@ -1,10 +1,11 @@
 """Stage 2 on Hopper for a few rows i, with the pairs as the rows of its products.
 
-The rows of a product are 64 times as many as there are warpgroups, its columns any multiple of 8. So the 7 rows of 135
-that are left after two blocks of 64 are columns here: scores [pairs, rows], sums [D, rows].
+A warpgroup's product has 64 rows or a multiple, but any multiple of 8 columns. So the 7 rows of 135 that are left after
+two blocks of 64 are columns here: scores [pairs, rows], sums [D, rows].
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jax import lax
 from pallas_kernels.config import ROWS, SLAB
 from pallas_kernels.shared import LOG2E
 
-Sums = tuple[jax.Array, ...]  # greatest score of a row [rows], weights [pairs of a step, rows], slabs of [64 d, rows]
+# arrays: greatest score of a row [rows], weights [pairs of a step, rows], slabs of the output [64 d, rows]
+Sums = tuple[Any, ...]
 
 
 def start(rows: int, pairs: int, slabs: int) -> Sums:
@@ -33,7 +35,7 @@ def step(
     y: Callable,
     weights,
     bias,
-    left: jax.Array,
+    seen: jax.Array,
     scale: float,
     read_alpha: Callable[[], None],
     await_y: Callable[[], None],
@@ -47,7 +49,7 @@ def step(
         y: As alpha.
         weights: Reference [pairs/64, rows, 64], scratch.
         bias: Reference to c_L, [pairs] in float32.
-        left: How many of the pairs are seen, and more.
+        seen: Pairs from the block's first on that are seen, int32; may be more than there are in it.
         scale: Softmax scale.
         read_alpha: Called when alpha and the bias have been read.
         await_y: Called before Y is read.
@@ -70,7 +72,7 @@ def step(
     s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((pairs, rows), jnp.float32)) * (scale * LOG2E)
     c = plgpu.load(bias, layout=layout.reduce(1), optimized=False)
     pair = plgpu.broadcasted_iota(jnp.int32, (pairs,), 0, layout=layout.reduce(1))
-    c = jnp.where(pair < left, c, jnp.inf)  # pairs that are not seen
+    c = jnp.where(pair < seen, c, jnp.inf)  # pairs that are not seen
     read_alpha()
     s = s - lax.broadcast_in_dim(c, s.shape, [0])
     new_top = jnp.maximum(top, s.max(axis=0))  # its barrier: every warp's products with the weights before are done
