@@ -26,7 +26,6 @@ class RightConfig:
         warpgroups: Computing warpgroups of a block; one more loads.
         query_stages: 64-row query tiles in flight, a multiple of `warpgroups`.
         key_stages: Pairs of a key row and its value row in flight.
-        out_stages: 64-row tiles of alpha and Y per warpgroup on their way out, 1 or 2.
         slab: Elements of D per swizzled row, 64 or 32. A product's depth, the columns l, is a multiple of it.
         together: Whether both products are under way at once, which takes more registers.
         blocks: Persistent blocks; one per multiprocessor.
@@ -35,7 +34,6 @@ class RightConfig:
     warpgroups: int = 2
     query_stages: int = 4
     key_stages: int = 2
-    out_stages: int = 1
     slab: int = SLAB
     together: bool = False
     blocks: int = 132
@@ -47,8 +45,6 @@ class RightConfig:
                 f"query_stages={self.query_stages} is not a multiple of warpgroups={self.warpgroups}; "
                 f"every stage belongs to one warpgroup."
             )
-        if self.out_stages not in (1, 2):
-            raise ValueError(f"out_stages={self.out_stages} must be 1 or 2.")
 
     def width(self, cols: int) -> int:
         """Columns l of the scores: a multiple of 8."""
@@ -62,7 +58,7 @@ class RightConfig:
         """Bytes a block uses for tiles of `cols` columns."""
         query = self.query_stages * ROWS * dim * 2
         keys = self.key_stages * 2 * self.depth(cols) * dim * 2
-        out = self.warpgroups * self.out_stages * 2 * ROWS * dim * 2
+        out = self.warpgroups * 2 * ROWS * dim * 2
         return query + keys + out + BARRIERS
 
 

@@ -57,7 +57,6 @@ def right_role(
     batch, _, rows, cols, _, slabs, slab = q.shape
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
-    out_stages = 1 if masked else config.out_stages  # with masks an item may be left out, and its place with it
     depth, width = config.depth(cols), config.width(cols)
     split = column_blocks(cols, tiles, masked)
     full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
@@ -129,7 +128,7 @@ def right_role(
             else:
                 do()
 
-        def compute(item, pair, lane, slot, key_slot, out_slot):
+        def compute(item, pair, lane, slot, key_slot):
             plgpu.barrier_wait(q_full.at[slot])
 
             def scores(acc):
@@ -166,8 +165,8 @@ def right_role(
                 return [x.astype(dtype) for x in results]
 
             tiles_out = product(k_mma, v_mma) if config.together else product(k_mma) + product(v_mma)
-            plgpu.wait_smem_to_gmem(2 * (out_stages - 1), wait_read_only=True)  # an item leaves in two copies
-            mine = shared.unhoisted(out_slot, item)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            mine = shared.unhoisted(group, item)
             for n in range(slabs):
                 alpha_reg[mine, n] = tiles_out[n]
                 y_reg[mine, n] = tiles_out[slabs + n]
@@ -176,14 +175,14 @@ def right_role(
 
             def store_whole(tile, column):
                 window = pl.ds(column, ROWS)
-                plgpu.copy_smem_to_gmem(alpha_out.at[out_slot].transpose((1, 0, 2)), alpha.at[lane, tile, pair, window])
-                plgpu.copy_smem_to_gmem(y_out.at[out_slot].transpose((1, 0, 2)), y.at[lane, tile, pair, window])
+                plgpu.copy_smem_to_gmem(alpha_out.at[group].transpose((1, 0, 2)), alpha.at[lane, tile, pair, window])
+                plgpu.copy_smem_to_gmem(y_out.at[group].transpose((1, 0, 2)), y.at[lane, tile, pair, window])
 
             def store_packs(tile):
                 some, window = pl.ds(tile, packed), pl.ds(full * ROWS + tile * 0, tail_rows)
                 to_rows = (1, 2, 0, 3)
-                plgpu.copy_smem_to_gmem(alpha_packs.at[out_slot].transpose(to_rows), alpha.at[lane, some, pair, window])
-                plgpu.copy_smem_to_gmem(y_packs.at[out_slot].transpose(to_rows), y.at[lane, some, pair, window])
+                plgpu.copy_smem_to_gmem(alpha_packs.at[group].transpose(to_rows), alpha.at[lane, some, pair, window])
+                plgpu.copy_smem_to_gmem(y_packs.at[group].transpose(to_rows), y.at[lane, some, pair, window])
 
             part(item, store_whole, store_packs)
 
@@ -206,11 +205,11 @@ def right_role(
 
                     def item(s, _):
                         i = mine + s * groups
-                        number = done + i - low
-                        slot, lane = lax.rem(number, stages), entry * heads + head
-                        out_slot = group * out_stages + lax.rem(lax.div(number, groups), out_stages)
-                        places = slot, shared.unhoisted(key_slot, i), out_slot
-                        when_seen(pair, i, functools.partial(compute, i, pair, lane, *places))
+                        slot = lax.rem(done + i - low, stages)
+                        work = functools.partial(
+                            compute, i, pair, entry * heads + head, slot, shared.unhoisted(key_slot, i)
+                        )
+                        when_seen(pair, i, work)
                         return ()
 
                     lax.fori_loop(0, lax.div(high - mine + groups - 1, groups), item, ())
@@ -272,8 +271,8 @@ def right_role(
         (stages, slabs, ROWS, slab),
         (key_stages, slabs, depth, slab),
         (key_stages, slabs, depth, slab),
-        (groups * out_stages, slabs, ROWS, slab),
-        (groups * out_stages, slabs, ROWS, slab),
+        (groups, slabs, ROWS, slab),
+        (groups, slabs, ROWS, slab),
     )
     struct = jax.ShapeDtypeStruct
     shape = (batch * heads, tiles, pairs, cols, slabs, slab)

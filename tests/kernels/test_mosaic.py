@@ -240,26 +240,6 @@ def test_no_races_in_the_interpreter(monkeypatch):
         assert not races()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 5, 2, 33, 1, 64), (1, 4, 2, 16, 1, 64), (1, 4, 1, 80, 1, 64)])
-def test_two_results_of_stage_1_on_their_way(monkeypatch, shape):
-    """The same bits as with one, and no race; few blocks, so that each has several items."""
-    q, k, v = tiles(2, shape, 3)
-    found = []
-    for out_stages in (1, 2):
-        config = tuning.changed(
-            forward_config(*shape[2:4], 64),
-            {"right": {"blocks": 2, "out_stages": out_stages, "query_stages": 2}, "left": {"blocks": 2}},
-        )
-        with interpreted(monkeypatch, detect_races=out_stages == 2) as races:
-            found.append(forward(q, k, v, jnp.full(shape[1], 3), scale=0.125, masked=False, config=config)[:2])
-            jax.block_until_ready(found)
-            assert out_stages == 1 or not races()
-    for x, y in zip(*found, strict=True):
-        assert jnp.isfinite(x).all()
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
 @pytest.mark.parametrize(("rows", "cols", "count"), PAPER)
 @pytest.mark.parametrize("masked", [False, True])
 def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
