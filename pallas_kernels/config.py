@@ -330,9 +330,14 @@ def right_config(cols: int, dim: int) -> RightConfig | None:
 
 
 def left_config(rows: int, dim: int) -> LeftConfig:
-    """Up to 64 rows: two columns at a time. More: one column, whose alpha and Y two or three warpgroups share."""
+    """Up to 64 rows: two columns at a time. More: one column, whose alpha and Y two or three warpgroups share.
+
+    Up to 8 rows more than 128 are the tail of two blocks.
+    """
     if rows <= ROWS:
         candidates = tuple(LeftConfig(stages=n) for n in (5, 4, 3, 2))
+    elif 2 * ROWS < rows <= 2 * ROWS + 8:
+        candidates = (LeftConfig(columns=1, row_blocks=2, tail=8, key_block=2 * ROWS, stages=2, alternate=True),)
     elif rows <= 2 * ROWS or rows > 3 * ROWS:
         candidates = tuple(LeftConfig(columns=1, row_blocks=2, stages=n) for n in (5, 4, 3))
     else:
