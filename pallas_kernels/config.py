@@ -9,7 +9,12 @@ SLAB = 64  # 16-bit elements of a 128-byte swizzled row
 # 65536 for all its threads, and one that asks for more waits for ever
 COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 160}
 LOAD_REGISTERS = {1: 40, 2: 40, 3: 24}
-BARRIERS = 2048  # bytes set aside for barriers and alignment
+REDUCTIONS = 512  # bytes for reductions across the warps of a warpgroup
+
+
+def _block_bytes(*buffers: int, barriers: int, reductions: int = 0) -> int:
+    """Shared memory of a block: every buffer, and scratch for reductions, at a multiple of 1,024 bytes; barriers."""
+    return sum(-(-x // 1024) * 1024 for x in (*buffers, reductions)) + 8 * barriers
 
 
 def _check_warpgroups(count: int) -> None:
@@ -59,7 +64,8 @@ class RightConfig:
         query = self.query_stages * ROWS * dim * 2
         keys = self.key_stages * 2 * self.depth(cols) * dim * 2
         out = self.warpgroups * 2 * ROWS * dim * 2
-        return query + keys + out + BARRIERS
+        barriers = 2 * (self.key_stages + self.query_stages)
+        return _block_bytes(query, keys, out, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,11 +125,23 @@ class LeftConfig:
         compute = COMPUTE_REGISTERS[self.warpgroups]
         return compute, compute, LOAD_REGISTERS[self.warpgroups]
 
+    @property
+    def reduction_bytes(self) -> int:
+        """Scratch for reductions across warps, of which the tail has more."""
+        return 2 * REDUCTIONS if self.tail else REDUCTIONS
+
     def shared_memory(self, dim: int) -> int:
         """Bytes a block uses."""
-        stage = self.columns * self.key_block * (2 * dim * 2 + 4)
+        keys = self.stages * self.columns * self.key_block
         query = self.query_stages * (self.wide * ROWS + self.tail) * dim * 2 + self.tail * self.key_block * 2
-        return self.stages * stage + query + self.warpgroups * ROWS * 4 + BARRIERS
+        return _block_bytes(
+            2 * keys * dim * 2,
+            query,
+            keys * 4,
+            self.warpgroups * ROWS * 4,
+            barriers=2 * self.query_stages + 4 * self.stages + 1,
+            reductions=self.reduction_bytes,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,14 +200,18 @@ class LeftBackwardConfig:
 
     def shared_memory(self, rows: int, dim: int) -> int:
         """Bytes a block uses for tiles of `rows` rows."""
-        stage = self.columns * ROWS * (2 * dim * 2 + 4)
+        keys = self.stages * self.columns * ROWS
+        loaded = (2 * keys * dim * 2, keys * 4)
         if self.independent:
             width = self.width(rows)
-            query, factors = self.depth(rows) * 2 * dim * 2 + 2 * width * 4, self.warpgroups * width * ROWS * 2
-        else:
-            query = self.warpgroups * (2 * ROWS * dim * 2 + 2 * ROWS * 4)
-            factors = self.warpgroups * ROWS * (ROWS * 2 * (2 if self.row_blocks > 1 else 1) + 4)
-        return query + self.stages * stage + factors + BARRIERS
+            query, factors = self.depth(rows) * 2 * dim * 2, self.warpgroups * width * ROWS * 2
+            barriers = 2 + self.warpgroups + 2 * self.stages
+            return _block_bytes(*loaded, query, 2 * width * 4, factors, barriers=barriers, reductions=REDUCTIONS)
+        query = self.warpgroups * 2 * ROWS
+        factors = self.warpgroups * ROWS * ROWS * 2 * (2 if self.row_blocks > 1 else 1)
+        rest = (query * 4, factors, self.warpgroups * ROWS * 4)
+        barriers = 4 + 2 * self.columns * self.stages
+        return _block_bytes(*loaded, query * dim * 2, *rest, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,10 +248,14 @@ class RightBackwardConfig:
         width = self.width(cols)
         scores = self.warpgroups * 2 * width * ROWS * 2
         if self.independent:
-            rows = self.ring * ROWS * dim * 2 + self.ring // 3 * ROWS * 4 + self.warpgroups * width * 4
-            return rows + self.warpgroups * 2 * width * dim * 2 + scores + BARRIERS
-        rows = self.stages * ROWS * (3 * dim * 2 + 4)
-        return rows + 2 * width * dim * 2 + scores + BARRIERS
+            ahead = self.ring // 3
+            rows, keys = self.ring * ROWS * dim * 2, self.warpgroups * 2 * width * dim * 2
+            vectors = (ahead * ROWS * 4, self.warpgroups * width * 4)
+            barriers = 2 * self.warpgroups * (ahead + 2) + ahead
+            return _block_bytes(rows, keys, scores, *vectors, barriers=barriers, reductions=REDUCTIONS)
+        rows, keys = self.stages * ROWS * 3 * dim * 2, 2 * width * dim * 2
+        barriers = 4 + 2 * self.stages
+        return _block_bytes(rows, keys, scores, self.stages * ROWS * 4, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +292,8 @@ class QueryConfig:
     def shared_memory(self, cols: int, dim: int) -> int:
         """Bytes a block uses for tiles of `cols` columns."""
         stage = self.depth(cols) * (dim + self.warpgroups * ROWS) * 2
-        return self.stages * stage + self.warpgroups * ROWS * dim * 2 + BARRIERS
+        barriers = (2 + self.warpgroups) * self.stages + 2 * self.warpgroups
+        return _block_bytes(self.stages * stage, self.warpgroups * ROWS * dim * 2, barriers=barriers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,8 +399,8 @@ class FusedConfig:
     @staticmethod
     def shared_memory() -> int:
         """Bytes a block uses: two Q of columns, two of rows, three pairs of key and value rows; alpha and Y twice."""
-        tile, vector = ROWS * 2 * SLAB * 2, 2 * 2 * SLAB * 2 + 4
-        return 10 * tile + 2 * CLUSTER_COLUMNS * CLUSTER_DEPTH * vector + 2 * ROWS * 4 + BARRIERS // 2
+        tile, vectors = ROWS * 2 * SLAB * 2, 2 * CLUSTER_COLUMNS * CLUSTER_DEPTH
+        return _block_bytes(10 * tile, 2 * vectors * 2 * SLAB * 2, vectors * 4 + 2 * ROWS * 4, 16 * 4, barriers=12)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

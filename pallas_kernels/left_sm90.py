@@ -297,5 +297,5 @@ def left_role(
         ),
         groups=groups,
         blocks=blocks,
-        reduction_bytes=1024 if config.tail else 512,
+        reduction_bytes=config.reduction_bytes,
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.config import REDUCTIONS
+
 LOG2E = math.log2(math.e)
 
 
@@ -66,7 +68,7 @@ class Role:
     scratch: tuple
     groups: int
     blocks: int
-    reduction_bytes: int = 512
+    reduction_bytes: int = REDUCTIONS
 
 
 def gradient_scales(dtype, scale: float) -> tuple[float, float]:

@@ -8,6 +8,9 @@ from importlib import metadata
 
 import pytest
 
+from pallas_kernels import tuning
+from pallas_kernels.config import SHARED_MEMORY
+
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
@@ -89,7 +92,27 @@ def compile_and_read(folder, *arguments):
         assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
         numbers = (re.search(x, report).group(1) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         found.append(tuple(map(int, numbers)))
+    check_shared_memory(folder, *arguments)
     return found, int(re.search(r"scratch (\d+)", done.stdout).group(1))
+
+
+def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
+    """What a block gets is what its configuration says, which is what the choice of sizes went by."""
+    del tiles, masked
+    forward, backward = tuning.forward(rows, cols, dim), tuning.backward(rows, cols, dim)
+    said = {
+        "monarch_fused": forward.fused.shared_memory(),
+        "monarch_right": (backward if gradient else forward).right.shared_memory(cols, dim),
+        "monarch_left": forward.left.shared_memory(dim),
+        "monarch_left_backward": backward.left.shared_memory(rows, dim),
+        "monarch_right_backward": backward.keys.shared_memory(cols, dim),
+        "monarch_query_backward": backward.query.shared_memory(cols, dim),
+    }
+    for path in sorted(folder.glob("*.ptxas")):
+        launch = (folder / f"{path.stem}.before_layout_inference.txt").read_text()
+        used = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch).group(1))
+        assert used == said[path.stem.rpartition("_")[0]], path.stem
+        assert used <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
