@@ -164,7 +164,8 @@ class Checkpoints:
             The state, or None if the folder has no checkpoint.
 
         Raises:
-            UserError: If `check` says so, or if there are checkpoints but none can be read.
+            UserError: If `check` says so, if there are checkpoints but none can be read, or if one could not be read
+                for want of memory, of permission or of a disk that answers.
         """
         complete = self.steps()
         for position in range(len(complete) - 1, -1, -1):
@@ -177,6 +178,11 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax raises whatever its storage layer raised
                 reason = " ".join(str(error).split())[:160]
+                if _of_the_machine(error):
+                    raise UserError(
+                        f"the checkpoint of step {step} in {self.path} could not be read, which need not be its own "
+                        f"fault ({type(error).__name__}: {reason}); nothing was changed, so try again with --resume"
+                    ) from error
                 older = f"going on from step {complete[position - 1]}" if position else "there is none before it"
                 note(f"warning: the checkpoint of step {step} is corrupt, {older} ({type(error).__name__}: {reason})")
                 continue
@@ -233,7 +239,8 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax raises whatever its storage layer raised
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} is corrupt ({reason})") from error
+            state = "could not be read" if _of_the_machine(error) else "is corrupt"
+            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} {state} ({reason})") from error
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -266,6 +273,16 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(self.path / str(step), target)
         self._manager.reload()
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error of reading says nothing about the file: no memory, no permission, a disk that does not answer."""
+    if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    # TensorStore's errors are ValueErrors that begin with the name of a status
+    return str(error).startswith(("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"))
 
 
 def _named_params(params: Any) -> dict[str, Any]:

@@ -201,6 +201,10 @@ def _checksum(array: Array) -> Array:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     width = array.dtype.itemsize * 8
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, math.prod(words.shape))
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
+    # counted axis by axis: a flat view of an array that is split would be gathered on every device first
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
     return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)

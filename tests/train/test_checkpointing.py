@@ -1,6 +1,7 @@
 """Checkpoints of a small state, read back under the conditions that a run meets."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -135,6 +136,33 @@ def test_damaged_data_falls_back(training, two, damage):
     assert restored is not None
     assert int(restored.step) == 1
     assert "step 2 is corrupt, going on from step 1" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        MemoryError(),
+        PermissionError(errno.EACCES, "no"),
+        OSError(errno.EIO, "input/output error"),
+        ValueError("PERMISSION_DENIED: Error opening local file"),
+    ],
+    ids=repr,
+)
+def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, monkeypatch, error):
+    fresh, _ = training
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("train.checkpointing.read_arrays", fail)
+    checkpoints = Checkpoints(two)
+    with pytest.raises(UserError, match="step 2 .* could not be read, .* nothing was changed"):
+        checkpoints.restore(fresh(), check=accept, note=pytest.fail)
+    with pytest.raises(UserError, match="step 2 .* could not be read"):
+        checkpoints.restore_parameters(fresh().params)
+    assert checkpoints.steps() == [1, 2]
+    assert not (two / "unreadable_checkpoints").exists()
 
 
 @pytest.mark.parametrize("missing", ["about", "state"])

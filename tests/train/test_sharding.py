@@ -38,7 +38,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from train.config import ObjectiveConfig, OptimizerConfig
 from train.sharding import Placement
-from train.state import create_state, make_optimizer, split_model
+from train.state import checksums, create_state, make_optimizer, split_model
 from train.step import make_train_step
 class Network(nnx.Module):
     def __init__(self):
@@ -71,6 +71,8 @@ step = make_train_step(graph, optimizer, **options, shardings=placement.sharding
 print(len(jax.devices()), kinds(state))
 state, losses = train(step, state, placement.batch(batch))
 print(kinds(state), step._cache_size())
+wide = jax.device_put(jnp.ones((4, 256)), placement.sharding((4, 256)))  # split on its last axis
+print("all-gather" in checksums.lower({"wide": wide}).compile().as_text())
 pairs = zip(jax.tree.leaves((one.params, expected)), jax.tree.leaves((state.params, losses)), strict=True)
 print(all(bool(jnp.allclose(x, y, rtol=1e-5, atol=1e-6)) for x, y in pairs))
 moved = zip(jax.tree.leaves(initial), jax.tree.leaves(state.params), strict=True)
@@ -80,7 +82,7 @@ print(all(float(abs(x - y).max()) > 1e-5 for x, y in moved))
         [sys.executable, "-c", program], env=environment | TWO_DEVICES, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1", "True", "True"]
+    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1", "False", "True", "True"]
 
 
 def test_devices_must_divide_the_batch():

@@ -175,6 +175,15 @@ def test_checksums_notice_a_bit_and_an_exchange():
     )
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 5)])
+def test_checksums_are_those_of_checkpoints_on_disk(shape):
+    """Words in row-major order, each times an odd number."""
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    words = array.view(np.uint32).reshape(-1).astype(object)
+    expected = sum(word * (2 * place + 1) for place, word in enumerate(words)) % 2**32
+    assert int(checksums({"a": jnp.asarray(array)})["a"]) == expected
+
+
 def test_all_finite():
     assert bool(all_finite({"a": jnp.ones(3), "b": jnp.arange(3)}))
     assert not bool(all_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}))
