@@ -276,7 +276,7 @@ class Checkpoints:
 
 
 def _of_the_machine(error: Exception) -> bool:
-    """Whether an error of reading says nothing about the file: no memory, no permission, a disk that does not answer."""
+    """Whether an error of reading says nothing of the file: no memory, no permission, a disk that does not answer."""
     if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
         return True
     if isinstance(error, OSError) and error.errno is not None:

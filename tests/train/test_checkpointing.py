@@ -157,9 +157,9 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, mon
 
     monkeypatch.setattr("train.checkpointing.read_arrays", fail)
     checkpoints = Checkpoints(two)
-    with pytest.raises(UserError, match="step 2 .* could not be read, .* nothing was changed"):
+    with pytest.raises(UserError, match=r"step 2 .* could not be read, .* nothing was changed"):
         checkpoints.restore(fresh(), check=accept, note=pytest.fail)
-    with pytest.raises(UserError, match="step 2 .* could not be read"):
+    with pytest.raises(UserError, match=r"step 2 .* could not be read"):
         checkpoints.restore_parameters(fresh().params)
     assert checkpoints.steps() == [1, 2]
     assert not (two / "unreadable_checkpoints").exists()
