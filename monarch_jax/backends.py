@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from monarch_jax._typing import Array, Float, Int
+from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,13 +150,15 @@ def _xla() -> Backend:
 def _triton() -> Backend:
     import triton_kernels
 
-    return Backend("triton", triton_kernels.supports, differentiable(triton_kernels.forward, triton_kernels.vjp))
+    attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(triton_kernels.vjp))
+    return Backend("triton", triton_kernels.supports, attend)
 
 
 def _mosaic() -> Backend:
     import pallas_kernels
 
-    attend = differentiable(pallas_kernels.forward, _mosaic_vjp, pallas_kernels.forward_keeping)
+    forward, keeping = map(forward_anywhere, (pallas_kernels.forward, pallas_kernels.forward_keeping))
+    attend = differentiable(forward, vjp_anywhere(_mosaic_vjp), keeping)
     return Backend("mosaic", pallas_kernels.supports, attend)
 
 

@@ -4,7 +4,6 @@ The contract is that of `monarch_jax.backends`: `supports`, `forward` and `vjp` 
 and jax-triton are imported at the first call only.
 """
 
-import functools
 import importlib.util
 
 import jax
@@ -62,7 +61,7 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     """
     from triton_kernels import operation
 
-    return _batched(functools.partial(operation.forward, float(problem.scale)), 3)(q, k, v, visible)
+    return operation.forward(float(problem.scale), q, k, v, visible)
 
 
 def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,34 +79,5 @@ def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax
 
     r = residuals
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, r.out, preferred_element_type=jnp.float32)
-    fn = functools.partial(operation.backward, float(problem.scale), problem.grad_tiles)
-    return _batched(fn, 6)(r.q, r.k, r.v, d_out.astype(r.q.dtype), r.lse, delta, r.visible)
-
-
-def _batched(fn, arrays: int):
-    """`fn` of that many arrays with a leading batch and of `visible`, with a rule for vmap: B takes the mapped axis.
-
-    A mapped `visible` has no place in the kernels: then one example runs after the other.
-    """
-    mapped = jax.custom_batching.custom_vmap(fn)
-
-    @mapped.def_vmap
-    def rule(size, in_batched, *args):
-        outputs = jax.tree.map(lambda _: True, jax.eval_shape(fn, *_first(args, in_batched)))
-        if in_batched[-1]:
-            spread = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(args, in_batched, strict=True)]
-            return jax.lax.map(lambda xs: mapped(*xs), tuple(spread)), outputs
-        folded = []
-        for x, batched in zip(args[:arrays], in_batched, strict=False):
-            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
-            folded.append(x.reshape(size * x.shape[1], *x.shape[2:]))
-        out = mapped(*folded, args[-1])
-        return jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out), outputs
-
-    return mapped
-
-
-def _first(args, in_batched):
-    """One example's shapes: the mapped axis of batched arguments is dropped."""
-    pairs = zip(args, in_batched, strict=True)
-    return [jax.ShapeDtypeStruct(x.shape[1:] if batched else x.shape, x.dtype) for x, batched in pairs]
+    d_out = d_out.astype(r.q.dtype)
+    return operation.backward(float(problem.scale), problem.grad_tiles, r.q, r.k, r.v, d_out, r.lse, delta, r.visible)

@@ -156,3 +156,52 @@ def test_gradient_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked, 
         assert registers <= 168
         assert spilled <= most
     assert scratch <= scratch_mib * 2**20
+
+
+TWO_GPUS = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+import triton_kernels
+from monarch_jax import monarch_attention
+
+implementation, axis = sys.argv[1], int(sys.argv[2])
+topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x2")
+mesh = topologies.make_mesh(topology, (2,), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, "x"))
+x = jax.ShapeDtypeStruct((4, 2 * 4 * 8, 6, 64), jnp.bfloat16, sharding=sharding)
+
+def run(q, k, v):
+    def loss(*x):
+        return monarch_attention(*x, grid=(2, 4, 8), implementation=implementation).astype(jnp.float32).sum()
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+with triton_kernels.compile_for(90):
+    print(jax.jit(run, out_shardings=sharding).trace(x, x, x).lower().compile().as_text())
+"""
+
+
+@pytest.mark.parametrize(
+    ("implementation", "axis"),
+    [
+        ("mosaic", 0),
+        pytest.param("mosaic", 2, marks=pytest.mark.slow),
+        pytest.param("triton", 0, marks=pytest.mark.slow),
+        ("triton", 2),
+    ],
+)
+def test_two_gpus_work_on_their_part(implementation, axis):
+    """Nothing is gathered, and the kernels see half of the batch or of the heads."""
+    pytest.importorskip("jax_triton")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", TWO_GPUS, implementation, str(axis)]
+    done = subprocess.run(command, input=H200, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls = re.findall(
+        r"= .*custom_call_target=\"(?:mosaic_gpu_v2|triton_kernel_call_ffi|triton_kernel_call)\"", done.stdout
+    )
+    assert len(calls) >= 3
+    assert not re.search(r"all-(gather|to-all|reduce)|collective-permute", done.stdout)
+    half = "2,2,4,8,6,64" if axis == 0 else "4,2,4,8,3,64"
+    assert any(half in call.replace("1,64]", "64]") for call in calls)

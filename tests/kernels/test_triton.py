@@ -404,23 +404,6 @@ def test_a_stream_needs_whole_key_rows():
         assert bool(plan.forward(shape, chosen, "ieee").stream) == stream
 
 
-@pytest.mark.parametrize("mapped", [(True, False, False), (True, True, False), (True, True, True), (False, True, True)])
-def test_rule_for_vmap(mapped):
-    """The mapped axis joins the batch; where `visible` is mapped, one example runs after the other."""
-
-    def fn(q, k, visible):
-        return q * 2 + k.sum(1, keepdims=True) * visible.sum(), (q - k[:, :1]).sum(-1)
-
-    arrays = [jnp.arange(24.0).reshape(3, 2, 4), jnp.arange(24.0, 72).reshape(3, 2, 8)[..., :4], jnp.array([1, 5, 2])]
-    arrays = [x[..., None] if x.ndim == 1 else x for x in arrays]
-    given = [x if m else x[0] for x, m in zip(arrays, mapped, strict=True)]
-    axes = tuple(0 if m else None for m in mapped)
-    # with a batch axis of 2 inside: [3, 2, 4] maps to [2, 4]
-    found = jax.vmap(triton_kernels._batched(fn, 2), in_axes=axes)(*given)
-    for x, y in zip(found, jax.vmap(fn, in_axes=axes)(*given), strict=True):
-        assert (x == y).all()
-
-
 @missing("triton", "jax_triton", "jax_cuda13_plugin")
 @pytest.mark.parametrize("gradient", [False, True])
 def test_lowers_under_shard_map(gradient):
