@@ -120,16 +120,17 @@ class _Run:
         self.graph, params, fixed = split_model(model)
         self.optimizer = make_optimizer(config.optimizer, steps=run.steps)
         self.template = self._template(params, fixed)
+        shardings = self.placement.shardings(self.template)
         self.step_fn: StepFn = make_train_step(
             self.graph,
             self.optimizer,
             objective=config.objective,
             settings=config.optimizer,
             steps=run.steps,
-            shardings=self.placement.shardings(self.template),
+            shardings=shardings,
         )
         self._check_step()
-        self.error_fn = make_error_fn(self.graph, objective=config.objective)
+        self.error_fn = make_error_fn(self.graph, objective=config.objective, shardings=shardings)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
         self.samplers: dict[str, Callable[..., jax.Array]] = {}

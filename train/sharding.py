@@ -9,7 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.errors import UserError
+from models.sharding import BATCH_AXIS
 from train.state import TrainState
+
+LONG = 64  # an axis that may be split; the layers, stacked along the first, are fewer
 
 
 class Placement:
@@ -19,7 +22,8 @@ class Placement:
         batch: Samples per step; the devices must divide it.
         accumulation: Parts that the batch is processed in.
         state: "replicated": every device holds the whole state. "fsdp": each array is split along its longest axis
-            that the devices divide, and gathered by the compiler where it is needed; small or odd arrays are copied.
+            that the devices divide, and gathered by the compiler where it is needed, layer by layer; arrays without a
+            long one are copied.
         devices: Devices to use; None takes all.
 
     Raises:
@@ -45,7 +49,7 @@ class Placement:
                 f"batch is {batch}, which {len(devices)} devices times accumulation {accumulation} do not divide; "
                 f"use a multiple of {len(devices) * accumulation}"
             )
-        self.mesh = Mesh(np.array(devices), ("data",))
+        self.mesh = Mesh(np.array(devices), (BATCH_AXIS,))
         self._split = state == "fsdp"
 
     def shardings(self, state: TrainState) -> TrainState:
@@ -54,14 +58,14 @@ class Placement:
 
     def batch(self, batch: Any) -> Any:
         """Splits every array's first axis over the devices."""
-        return jax.device_put(tuple(batch), NamedSharding(self.mesh, PartitionSpec("data")))
+        return jax.device_put(tuple(batch), NamedSharding(self.mesh, PartitionSpec(BATCH_AXIS)))
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of an array of the state."""
         count = self.mesh.size
-        axes = [axis for axis, size in enumerate(shape) if size >= count and size % count == 0]
+        axes = [axis for axis, size in enumerate(shape) if size >= max(count, LONG) and size % count == 0]
         # arrays of a few numbers are not worth a collective
         if not self._split or not axes or math.prod(shape) < 128 * count:
             return NamedSharding(self.mesh, PartitionSpec())
         longest = max(axes, key=lambda axis: shape[axis])
-        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, "data"))
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, BATCH_AXIS))

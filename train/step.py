@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from train.config import ObjectiveConfig, OptimizerConfig
 from train.objective import draw_noise, flow_errors, flow_loss
@@ -49,7 +50,8 @@ def make_train_step(
             velocity = as_velocity(graph, params, fixed)
             return flow_loss(velocity, latents, text, level=level, noise=noise, config=objective)
 
-        return jax.value_and_grad(loss_of)(params)
+        with use_abstract_mesh(_mesh(shardings)):
+            return jax.value_and_grad(loss_of)(params)
 
     def step_fn(state: TrainState, latents: jax.Array, text: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
@@ -100,12 +102,18 @@ def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> tuple[jax
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
-def make_error_fn(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> ErrorFn:
+def _mesh(shardings: TrainState | None) -> AbstractMesh:
+    """The devices that the network is told to split its batch over; none without shardings."""
+    return AbstractMesh((), ()) if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
+
+
+def make_error_fn(graph: nnx.GraphDef, *, objective: ObjectiveConfig, shardings: TrainState | None = None) -> ErrorFn:
     """Makes the compiled error of the network at given noise.
 
     Args:
         graph: Structure of the network.
         objective: Sets the scale of the timesteps.
+        shardings: Where the state lives, as in `make_train_step`.
 
     Returns:
         (params, fixed, latents, text, noise, sigma [B]) -> squared error of the flow of each sample, float32 [B].
@@ -113,13 +121,8 @@ def make_error_fn(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> ErrorFn
 
     @jax.jit
     def errors(params: Any, fixed: Any, latents, text, noise, sigma):
-        return flow_errors(
-            as_velocity(graph, params, fixed),
-            latents,
-            text,
-            noise,
-            sigma,
-            num_train_timesteps=objective.num_train_timesteps,
-        )
+        velocity = as_velocity(graph, params, fixed)
+        with use_abstract_mesh(_mesh(shardings)):
+            return flow_errors(velocity, latents, text, noise, sigma, num_train_timesteps=objective.num_train_timesteps)
 
     return errors

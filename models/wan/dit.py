@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from models.sharding import split_batch
 from models.wan.attention import attend
 from models.wan.config import Attention, DenseAttention, MonarchAttention, WanConfig
 from models.wan.layers import (
@@ -152,12 +153,12 @@ class WanModel(nnx.Module):
         # recomputed, or else its float32 weights are kept from the forward to the backward pass
         project = self.time_projection if config.remat == "none" else jax.checkpoint(self.time_projection)
         projection = project(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
-        return Tokens(self.patch_embedding(latents), time, projection)
+        return split_batch(Tokens(self.patch_embedding(latents), time, projection))
 
     def embed_context(self, text: Array, image: Array | None = None) -> Context:
         """The text, zero-padded to `text_len` rows, and the image, at the model's width."""
         padded = jnp.pad(text, ((0, 0), (0, self.config.text_len - text.shape[1]), (0, 0)))
-        return Context(self.text_embedding(padded), None if image is None else self.image_embedding(image))
+        return split_batch(Context(self.text_embedding(padded), None if image is None else self.image_embedding(image)))
 
     def run_blocks(
         self, tokens: Tokens, context: Context, grid: tuple[int, int, int], *, layers: int | None = None
@@ -177,7 +178,8 @@ class WanModel(nnx.Module):
                 keys_values = block.cross_attn.keys_values(*context)
                 attention = partial(attend, grid=grid, setting=setting, causal_block=config.causal_block)
                 recompute = config.remat == "full"
-                return block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute), None
+                x = block(split_batch(x), tokens.time_projection, rope, keys_values, attention, recompute=recompute)
+                return split_batch(x), None
 
             x, _ = jax.lax.scan(rematerialized(body, config), x, run.of(state, config.num_layers))
         return x

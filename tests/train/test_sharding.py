@@ -69,6 +69,7 @@ state = create_state(params, fixed, optimizer, seed=0, ema=True)
 state = jax.device_put(state, placement.shardings(state))
 step = make_train_step(graph, optimizer, **options, shardings=placement.shardings(state))
 print(len(jax.devices()), kinds(state))
+print(placement.sharding((30, 1536, 1536)).spec, placement.sharding((30, 1535, 1535)).spec)  # never the layers
 state, losses = train(step, state, placement.batch(batch))
 print(kinds(state), step._cache_size())
 wide = jax.device_put(jnp.ones((4, 256)), placement.sharding((4, 256)))  # split on its last axis
@@ -82,7 +83,52 @@ print(all(float(abs(x - y).max()) > 1e-5 for x, y in moved))
         [sys.executable, "-c", program], env=environment | TWO_DEVICES, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 [0.5, 0.5, 1.0]", "[0.5, 0.5, 1.0] 1", "False", "True", "True"]
+    assert done.stdout.splitlines() == [
+        "2 [0.5, 0.5, 1.0]",
+        "P(None, 'data') P()",
+        "[0.5, 0.5, 1.0] 1",
+        "False",
+        "True",
+        "True",
+    ]
+
+
+def test_fsdp_gathers_weights_not_activations(environment):
+    """With the batch and the weights split along one mesh axis the compiler could do either."""
+    program = """
+import re
+import jax, numpy as np
+from flax import nnx
+from models.wan import WanModel, wan_config
+from train.config import ObjectiveConfig, OptimizerConfig
+from train.sharding import Placement
+from train.state import create_state, make_optimizer, split_model
+from train.step import make_error_fn, make_train_step
+config = wan_config("tiny", dim=192, ffn_dim=768, num_heads=4, num_layers=8, text_dim=64, text_len=8, remat="full")
+graph, params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))
+settings, objective = OptimizerConfig(), ObjectiveConfig()
+optimizer = make_optimizer(settings, steps=5)
+placement = Placement(batch=8, state="fsdp")
+state = create_state(params, fixed, optimizer, seed=0, ema=True)
+shardings = placement.shardings(state)
+state = jax.device_put(state, shardings)
+latents, words = placement.batch((np.zeros((8, 5, 32, 32, 16), np.float32), np.zeros((8, 8, 64), np.float32)))
+step = make_train_step(graph, optimizer, objective=objective, settings=settings, steps=5, shardings=shardings)
+errors = make_error_fn(graph, objective=objective, shardings=shardings)
+sigma, = placement.batch((np.zeros((8, 5), np.float32),))
+lowered = (
+    step.lower(state, latents, words),
+    errors.lower(state.params, state.fixed, latents, words, latents, sigma),
+)
+for text in (x.compile().as_text() for x in lowered):
+    moved = re.findall(r"= \\S+\\[([\\d,]+)\\]\\S* (?:all-gather|all-reduce|all-to-all)\\(", text)
+    print(len(moved) > 0, [shape for shape in moved if ",256,192" in shape or ",256,768" in shape])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | TWO_DEVICES, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True []"] * 2
 
 
 def test_devices_must_divide_the_batch():
