@@ -24,8 +24,15 @@ HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, wher
 def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
     """A dense layer with bias in the compute dtype, or in float32 at least if `precise`."""
     dtype = config.precise_dtype if precise else jnp.dtype(config.dtype)
-    param_dtype = jnp.dtype(config.param_dtype)
-    return nnx.Linear(features, out, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    return nnx.Linear(
+        features,
+        out,
+        kernel_init=init,
+        dtype=dtype,
+        param_dtype=jnp.dtype(config.param_dtype),
+        precision="highest" if precise else None,  # a GPU's default for float32 has ten bits, TF32
+        rngs=rngs,
+    )
 
 
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):

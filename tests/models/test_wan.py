@@ -110,6 +110,16 @@ class TestDiffusers:
 
 
 class TestNumbers:
+    def test_what_is_float32_is_not_rounded_on_a_gpu(self, wan):
+        """By default a GPU multiplies float32 with ten bits (TF32)."""
+        config = dataclasses.replace(wan.SMALL, dtype="bfloat16")
+        model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        jaxpr = jax.make_jaxpr(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *wan.sample(config))
+        dots = [eqn for eqn in equations(jaxpr, "dot_general") if eqn.invars[0].aval.dtype == jnp.float32]
+        highest = (jax.lax.Precision.HIGHEST,) * 2
+        assert sum(eqn.params["precision"] == highest for eqn in dots) == 4  # timestep: MLP, projection; head
+
     @pytest.mark.parametrize(
         ("t", "values"),
         [
