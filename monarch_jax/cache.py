@@ -38,7 +38,7 @@ class MonarchKVCache:
     Attributes:
         key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order; [layers, B, ...] with `layers`.
         value: As `key`.
-        length: int32 scalar, frames written so far, evicted ones included.
+        length: int32 scalar, frames written so far, evicted ones included; -1 after a block that had no place.
         spec: Grid of one frame group, capacity (`key_frames`), tile and layout.
         sink_frames: Leading frames that are never evicted.
         rolling: Whether frames past the capacity evict the oldest.
@@ -129,8 +129,8 @@ class MonarchKVCache:
 
     @property
     def valid_frames(self) -> Int[Array, ""]:
-        """int32 scalar, leading frames of the buffer that hold data."""
-        return jnp.minimum(self.length, self.capacity)
+        """int32 scalar, leading frames of the buffer that hold data; all, NaN first, after a misplaced block."""
+        return jnp.where(self.length < 0, self.capacity, jnp.minimum(self.length, self.capacity))
 
     def append(
         self,
@@ -145,7 +145,7 @@ class MonarchKVCache:
         Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
         newest: frames after it are forgotten. A block that cannot be placed (before frame 0, with a gap before it, past
         the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing; one
-        that only shows when running is filled with NaN rather than written wrong in silence.
+        that only shows when running is written as NaN at frame 0, and the cache gives NaN until it begins again there.
 
         Args:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
@@ -179,10 +179,11 @@ class MonarchKVCache:
                     f"make it larger or pass rolling=True to MonarchKVCache.init."
                 )
         first = jnp.asarray(start, jnp.int32)
+        misplaced = self._misplaced(first, frames)
+        first = jnp.where(misplaced, 0, first)  # the NaN lies where every query sees it
         position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
         slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
-        misplaced = self._misplaced(first, frames)
         # tiles that lie side by side: which of the block, and where they go
         together = 1 if self.rolling else frames // n_f
         runs = [(slice(n * group, (n + together) * group), slot[n] * group) for n in range(0, frames // n_f, together)]
@@ -199,9 +200,8 @@ class MonarchKVCache:
                 buffer = lax.dynamic_update_slice(buffer, part, at)
             return buffer
 
-        return dataclasses.replace(
-            self, key=write(self.key, key), value=write(self.value, value), length=first + frames
-        )
+        length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
+        return dataclasses.replace(self, key=write(self.key, key), value=write(self.value, value), length=length)
 
     def attend(
         self,
@@ -261,7 +261,7 @@ class MonarchKVCache:
     def _misplaced(self, first: jax.Array, frames: int) -> jax.Array:
         """Whether the buffer would not hold what it should after writing `frames` at `first`; bool scalar."""
         end = first + frames
-        wrong = (first < 0) | (first % self.spec.tile_shape[0] != 0) | (first > self.length)
+        wrong = (first < 0) | (first % self.spec.tile_shape[0] != 0) | (first > jnp.maximum(self.length, 0))
         past = end > self.capacity
         if not self.rolling:
             return wrong | past

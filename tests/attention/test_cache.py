@@ -134,21 +134,42 @@ def test_overflow_raises_or_poisons():
     ("options", "written", "frames", "frame"),
     [
         ({}, 3, 3, -3),
+        ({}, 6, 3, -1),
+        ({}, 6, 3, -2),
+        ({}, 0, 3, 3),
         ({}, 3, 3, 6),  # nothing was ever written to 3, 4 and 5
         (dict(tile=(3, 2, 4)), 3, 3, 1),
         (dict(rolling=True, sink_frames=3), 9, 9, 9),  # would overwrite itself
         (dict(rolling=True), 12, 3, 3),  # the frames 0, 1 and 2 that come before are gone
+        (dict(rolling=True, sink_frames=1), 12, 3, 2),
     ],
 )
-def test_a_misplaced_block_poisons(options, written, frames, frame):
-    """What can only be seen when running is NaN; a block in its place is not."""
-    k, v = (x[:, : frames * FRAME] for x in inputs(0, (12, 2, 4), dim=8)[1:3])
-    cache = empty(**options)
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_misplaced_block_poisons(options, written, frames, frame, layers):
+    """What can only be seen when running gives NaN, however often it is written; a block in its place does not."""
+    q, k, v = (x[:, : frames * FRAME] for x in inputs(0, (12, 2, 4), dim=8)[:3])
+    cache = empty(layers=layers, **options)
+    which = [{}] if layers is None else [dict(layer=n) for n in range(layers)]
+
+    @jax.jit
+    def write(cache, k, v, frame):
+        for layer in which:
+            cache = cache.append(k, v, frame=frame, **layer)
+        return cache, [cache.attend(q[:, :24], **layer) for layer in which]
+
     for n in range(0, written, 3):
-        cache = cache.append(k[:, :24], v[:, :24], frame=n)
-    write = jax.jit(lambda cache, frame: cache.append(k, v, frame=frame))
-    assert np.isnan(write(cache, jnp.int32(frame)).key).any()
-    assert not np.isnan(write(cache, jnp.int32(0)).key).any()  # a new clip in the old buffers
+        cache, out = write(cache, k[:, :24], v[:, :24], jnp.int32(n))
+        assert np.isfinite(out).all()
+    for _ in range(3):
+        cache, out = write(cache, k, v, jnp.int32(frame))
+        assert np.isnan(out).all()
+    _, out = write(cache, k[:, :24], v[:, :24], cache.length)  # as without a frame
+    assert np.isnan(out).all()
+    cache, out = write(cache, k[:, :24], v[:, :24], jnp.int32(0))  # a new clip in the old buffers
+    assert np.isfinite(out).all()
+    assert int(cache.length) == 3
+    cache, out = write(cache, k[:, :24], v[:, :24], jnp.int32(3))
+    assert np.isfinite(out).all()
 
 
 def test_works_in_scan_and_vmap():
