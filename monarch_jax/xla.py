@@ -2,8 +2,10 @@
 
 Query tiles are independent for every T, so a chunk of them is the unit of work in both directions. With one
 refinement step the backward pass is written out (residuals q, k, v, out, lse); with more, a chunk is recomputed and
-differentiated by JAX. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
+differentiated by JAX. Each has a `jax.jit` of its own: without one around it, a scan compiles in every call. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,11 @@ def forward(
     visible: Int[Array, " A"],
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B A b1 b2 H"]]:
     """One refinement step (T = 1): the output and the log-sum-exp of L's scores."""
+    return _forward(problem, _chunk_tiles(q, k), q, k, v, visible)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
     k, v = _without_unseen(problem, visible, k, v)
 
     def body(chunk):
@@ -35,13 +42,18 @@ def forward(
         out = _einsum("bhnjick,bhncjkd->bnijhd", left, y).astype(q.dtype)
         return out, lse.transpose(0, 2, 4, 3, 1)
 
-    return _map_chunks(body, (q, visible), _chunk_tiles(q, k))
+    return _map_chunks(body, (q, visible), chunk_tiles)
 
 
 def vjp(
     problem: Problem, residuals: Residuals, d_out: Float[Array, "B A b1 b2 H D"]
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B C b1 b2 H D"], Float[Array, "B C b1 b2 H D"]]:
     """Gradients for T = 1: R, alpha, c_L, Y are recomputed chunk by chunk, dk and dv accumulate in float32."""
+    return _vjp(problem, _chunk_tiles(residuals.q, residuals.k), residuals, d_out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _vjp(problem: Problem, chunk_tiles: int, residuals: Residuals, d_out):
     dtype, s = residuals.q.dtype, problem.scale
     k, v = _without_unseen(problem, residuals.visible, residuals.k, residuals.v)
     acc = accumulator_dtype(dtype)
@@ -73,7 +85,7 @@ def vjp(
 
     zeros = (jnp.zeros_like(k, acc), jnp.zeros_like(v, acc))  # like k and v in how they are sharded, too
     per_tile = (residuals.q, d_out, delta, residuals.lse, residuals.visible)
-    (dk, dv), dq = _scan_chunks(body, zeros, per_tile, _chunk_tiles(residuals.q, k))
+    (dk, dv), dq = _scan_chunks(body, zeros, per_tile, chunk_tiles)
     return dq, dk.astype(dtype), dv.astype(dtype)
 
 
@@ -90,9 +102,14 @@ def attend(
     """The attention for any T; an `Attend`."""
     if problem.num_iters == 1:
         return _attend_once(problem, q, k, v, visible)
+    return _attend_more(problem, _chunk_tiles(q, k), q, k, v, visible)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend_more(problem: Problem, chunk_tiles: int, q, k, v, visible):
     k, v = _without_unseen(problem, visible, k, v)
     body = jax.checkpoint(lambda chunk: reference.attend(problem, chunk[0], k, v, chunk[1]))
-    return _map_chunks(body, (q, visible), _chunk_tiles(q, k))
+    return _map_chunks(body, (q, visible), chunk_tiles)
 
 
 def _right(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array):

@@ -32,6 +32,27 @@ class TestXla(AttentionSuite):
             )
 
     @pytest.mark.parametrize("num_iters", [1, 2])
+    @pytest.mark.parametrize("options", [{}, {"causal_block": 1}], ids=["all", "causal"])
+    def test_a_second_call_compiles_nothing(self, caplog, num_iters, options):
+        """Outside of `jax.jit`, forward and backward."""
+        q, k, v, _ = inputs(0, (2, 3, 5))
+
+        def run(q):
+            return monarch_attention(
+                q, k, v, grid=(2, 3, 5), num_iters=num_iters, implementation=self.implementation, **options
+            )
+
+        for call in (lambda: run(q), lambda: jax.grad(lambda q: (run(q) ** 2).sum())(q)):
+            compiled = []
+            for _ in range(2):
+                caplog.clear()
+                with jax.log_compiles():
+                    call()
+                compiled.append([r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")])
+            assert compiled[0]
+            assert not compiled[1]
+
+    @pytest.mark.parametrize("num_iters", [1, 2])
     @pytest.mark.parametrize("backward", [False, True])
     def test_memory_is_linear_in_frames(self, num_iters, backward):
         """Temporary memory of the compiled program at F = 42 against F = 21."""
