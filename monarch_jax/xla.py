@@ -2,7 +2,8 @@
 
 Query tiles are independent for every T, so a chunk of them is the unit of work in both directions. With one
 refinement step the backward pass is written out (residuals q, k, v, out, lse); with more, a chunk is recomputed and
-differentiated by JAX. Each has a `jax.jit` of its own: without one around it, a scan compiles in every call. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
+differentiated by JAX. Each has a `jax.jit` of its own: without one around it, a scan compiles in every
+call. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
 """
 
 import functools
@@ -143,10 +144,13 @@ def _without_unseen(problem: Problem, visible: jax.Array, *arrays: jax.Array) ->
 
 
 def _chunk_tiles(q: jax.Array, k: jax.Array) -> int:
-    """Query tiles per chunk: the largest divisor of their number whose intermediates fit CHUNK_BYTES."""
+    """Query tiles per chunk: the largest divisor of their number whose intermediates fit CHUNK_BYTES, or 1."""
     batch, tiles, rows, cols, heads, dim = q.shape
     per_pair = rows * cols * (2 * dim + 2 * cols + 2 * rows) * accumulator_dtype(q.dtype).itemsize
-    limit = max(1, CHUNK_BYTES // (batch * heads * k.shape[1] * per_pair))
+    pairs = batch * heads * k.shape[1]
+    if not isinstance(pairs, int):  # a symbolic batch of `jax.export` may be of any size
+        return 1
+    limit = max(1, CHUNK_BYTES // (pairs * per_pair))
     return max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= limit)
 
 

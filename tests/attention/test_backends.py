@@ -5,6 +5,7 @@ import importlib.util
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
@@ -51,6 +52,18 @@ class TestXla(AttentionSuite):
                 compiled.append([r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")])
             assert compiled[0]
             assert not compiled[1]
+
+    @pytest.mark.parametrize("num_iters", [1, 2])
+    def test_export_with_a_symbolic_batch(self, num_iters):
+        """One exported program, forward and backward, serves every batch."""
+        options = dict(grid=(2, 3, 4), num_iters=num_iters, implementation=self.implementation)
+        run = jax.jit(lambda *x: value_and_grads(*x, **options))
+        x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 24, 3, 16), jnp.float32)
+        exported = jax.export.export(run)(x, x, x, x)
+        for batch in (1, 3):
+            arrays = inputs(0, (2, 3, 4), batch=batch)
+            for found, expected in zip(exported.call(*arrays), run(*arrays), strict=True):
+                assert error(found, expected) <= 2e-6
 
     @pytest.mark.parametrize("num_iters", [1, 2])
     @pytest.mark.parametrize("backward", [False, True])
