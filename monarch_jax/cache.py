@@ -15,6 +15,19 @@ from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
 
 
+@jax.custom_jvp
+def _detach_layer(buffer: jax.Array, layer: int | jax.Array) -> jax.Array:
+    """`lax.stop_gradient` of one layer's keys or values, [layers, B, ...]; nothing is copied."""
+    return buffer
+
+
+@_detach_layer.defjvp
+def _detach_layer_jvp(primals, tangents):
+    (buffer, layer), tangent = primals, tangents[0]
+    none = jnp.zeros(tangent.shape[1:], tangent.dtype)
+    return buffer, lax.dynamic_update_index_in_dim(tangent, none, layer, 0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonarchKVCache:
@@ -192,7 +205,8 @@ class MonarchKVCache:
         def write(buffer, tokens):
             tiles = tokens_to_tiles(tokens, block)
             tiles = jnp.where(misplaced, jnp.nan, tiles).astype(buffer.dtype)
-            buffer = lax.stop_gradient(buffer) if self.detach_past else buffer
+            if self.detach_past:
+                buffer = lax.stop_gradient(buffer) if layer is None else _detach_layer(buffer, layer)
             for which, to in runs:
                 part, at = tiles[:, which], [zero, to.astype(jnp.int32), zero, zero, zero, zero]
                 if layer is not None:

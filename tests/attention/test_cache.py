@@ -1,5 +1,7 @@
 """The KV cache: rewriting, rolling, sinks, overflow, gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,37 @@ def test_gradients_through_the_past():
     assert np.abs(full[0]).max() > 0
     assert not np.asarray(detached[0]).any()
     assert error(detached[1], full[1]) <= 2e-6
+
+
+def test_gradients_of_the_newest_block_in_every_layer():
+    """Appending one layer's block does not detach another's; the past of each is detached."""
+    clip = [blocks(2, seed) for seed in range(2)]
+    keys, values = (jnp.stack([jnp.stack([b[i] for b in layer]) for layer in clip]) for i in (1, 2))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def stacked(keys, values, together):
+        cache = empty(layers=2, detach_past=True)
+        for n in range(2):
+            out = []
+            for i in range(2):
+                cache = cache.append(keys[i, n], values[i, n], frame=3 * n, layer=jnp.int32(i))
+                out.append(cache.attend(clip[i][n][0], layer=i))
+            if together:
+                out = [cache.attend(clip[i][n][0], layer=i) for i in range(2)]
+        return sum((x**2).sum() for x in out)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def alone(keys, values):
+        own = [empty(detach_past=True).append(keys[i, 0], values[i, 0]) for i in range(2)]
+        own = [own[i].append(keys[i, 1], values[i, 1]) for i in range(2)]
+        return sum((own[i].attend(clip[i][1][0]) ** 2).sum() for i in range(2))
+
+    for found in (stacked(keys, values, together) for together in (False, True)):
+        for x, y in zip(found, alone(keys, values), strict=True):
+            assert not np.asarray(x[:, 0]).any()
+            assert error(x[:, 1], y[:, 1]) <= 2e-6
 
 
 def test_overflow_raises_or_poisons():
