@@ -1,6 +1,7 @@
 """A KV cache for autoregressive video: keys and values of whole frames, kept in tiled order (Self-Forcing)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def _detach_layer_jvp(primals, tangents):
     return buffer, lax.dynamic_update_index_in_dim(tangent, none, layer, 0)
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, drop_fields=("_newest",))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonarchKVCache:
     """Keys and values of the frames so far, rearranged into tiles once, when written. A pytree of fixed shapes.
@@ -65,6 +66,8 @@ class MonarchKVCache:
     sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})
     detach_past: bool = dataclasses.field(default=False, metadata={"static": True})
+    # frames of the newest block, known of what `append` returned and to no copy of it: a pytree of one structure
+    _newest: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def init(
@@ -215,7 +218,9 @@ class MonarchKVCache:
             return buffer
 
         length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
-        return dataclasses.replace(self, key=write(self.key, key), value=write(self.value, value), length=length)
+        cache = dataclasses.replace(self, key=write(self.key, key), value=write(self.value, value), length=length)
+        object.__setattr__(cache, "_newest", frames)
+        return cache
 
     def attend(
         self,
@@ -261,7 +266,7 @@ class MonarchKVCache:
             kv_frames=self.valid_frames,
             scale=scale,
             implementation=implementation,
-            grad_tiles=spec.query_tiles if self.detach_past and not self.rolling else None,
+            grad_tiles=self._grad_tiles(),
         )
         return tiles_to_tokens(out, spec)
 
@@ -283,6 +288,12 @@ class MonarchKVCache:
             wrong |= past
         evicted = (self.length > self.capacity) & (first > self.sink_frames)
         return wrong | (evicted & (end < self.length))
+
+    def _grad_tiles(self) -> int | None:
+        """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients."""
+        if self._newest is None or self.rolling or not self.detach_past:
+            return None
+        return self._newest // self.spec.tile_shape[0] * self.spec.tiles_per_group
 
     def _of(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, tiles, b1, b2, H, D] of a layer, or all there are."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax import MonarchKVCache, monarch_attention
+from monarch_jax import MonarchKVCache, backends, monarch_attention, xla
 from tests.attention.suite import error, inputs
 
 GRID, FRAME = (3, 2, 4), 8  # a block of 3 frames of 2x4 tokens
@@ -120,6 +120,36 @@ def test_gradients_through_the_past():
     assert np.abs(full[0]).max() > 0
     assert not np.asarray(detached[0]).any()
     assert error(detached[1], full[1]) <= 2e-6
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("passed_on", [False, True])
+def test_gradients_where_a_backend_leaves_out_the_past(monkeypatch, frames, passed_on):
+    """Queries of less than the newest block: all of the block has gradients in a backend that uses `grad_tiles`."""
+    asked = []
+
+    def vjp(problem, residuals, d_out):
+        dq, *grads = xla.vjp(problem, residuals, d_out)
+        asked.append(problem.grad_tiles)
+        if problem.grad_tiles is not None:
+            last = jnp.arange(grads[0].shape[1]) >= residuals.visible.max() - problem.grad_tiles
+            grads = [jnp.where(last[:, None, None, None, None], x, 0) for x in grads]
+        return dq, *grads
+
+    backend = backends.Backend("triton", lambda *_: None, backends.differentiable(xla.forward, vjp))
+    monkeypatch.setitem(backends._REGISTRY, "triton", lambda: backend)
+    (_, k0, v0), (q1, k1, v1) = blocks(2)
+
+    def loss(k0, k1, implementation):
+        cache = empty(detach_past=True, tile=(1, 1, 4)).append(k0, v0).append(k1, v1)
+        if passed_on:
+            cache = jax.tree.map(lambda x: x, cache)
+        return (cache.attend(q1[:, -frames * FRAME :], implementation=implementation) ** 2).sum()
+
+    found, expected = (jax.grad(loss, (0, 1))(k0, k1, x) for x in ("triton", "xla"))
+    assert asked == [None if passed_on else 6]  # a cache that is handed on does not know its newest block
+    assert not np.asarray(found[0]).any()
+    assert error(found[1], expected[1]) <= 2e-6
 
 
 def test_gradients_of_the_newest_block_in_every_layer():
