@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
@@ -27,6 +28,11 @@ def _detach_layer_jvp(primals, tangents):
     (buffer, layer), tangent = primals, tangents[0]
     none = jnp.zeros(tangent.shape[1:], tangent.dtype)
     return buffer, lax.dynamic_update_index_in_dim(tangent, none, layer, 0)
+
+
+def _known(number: int | jax.Array) -> int | jax.Array:
+    """An int, unless it is traced."""
+    return number if isinstance(number, int | Tracer) else int(number)
 
 
 @functools.partial(jax.tree_util.register_dataclass, drop_fields=("_newest",))
@@ -66,7 +72,7 @@ class MonarchKVCache:
     sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})
     detach_past: bool = dataclasses.field(default=False, metadata={"static": True})
-    # frames of the newest block, known of what `append` returned and to no copy of it: a pytree of one structure
+    # frames of the newest block, only on the object that `append` returned: caches stay pytrees of one structure
     _newest: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -160,8 +166,9 @@ class MonarchKVCache:
 
         Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
         newest: frames after it are forgotten. A block that cannot be placed (before frame 0, with a gap before it, past
-        the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing; one
-        that only shows when running is written as NaN at frame 0, and the cache gives NaN until it begins again there.
+        the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing, or
+        outside of `jax.jit`; one that only shows when running, as a layer that there is not, is written as NaN at frame
+        0, and the cache gives NaN until it begins again there.
 
         Args:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
@@ -174,7 +181,7 @@ class MonarchKVCache:
             The cache with the block.
 
         Raises:
-            ValueError: If shapes or dtypes do not fit the cache, or the block does not fit its capacity.
+            ValueError: If shapes or dtypes do not fit the cache, or the block is known to have no place in it.
         """
         self._check_layer(layer)
         if layer is not None and frame is None:
@@ -185,17 +192,13 @@ class MonarchKVCache:
                 f"value has shape {value.shape}, dtype {value.dtype.name}; key has {key.shape}, {key.dtype.name}."
             )
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
-        start = self.length if frame is None else index("frame", frame)
+        start = _known(self.length if frame is None else index("frame", frame))
         if isinstance(start, int):
-            if start < 0 or start % n_f:
-                raise ValueError(f"frame={start} is not a multiple of the tile's {n_f} frames from 0 on.")
-            if start + frames > self.capacity and not self.rolling:
-                raise ValueError(
-                    f"frame={start}: {frames} frames from there end past the cache's {self.capacity}; "
-                    f"make it larger or pass rolling=True to MonarchKVCache.init."
-                )
+            self._check_place(start, frames)
         first = jnp.asarray(start, jnp.int32)
         misplaced = self._misplaced(first, frames)
+        if layer is not None:
+            misplaced |= (layer < 0) | (layer >= self.key.shape[0])
         first = jnp.where(misplaced, 0, first)  # the NaN lies where every query sees it
         position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
@@ -234,13 +237,16 @@ class MonarchKVCache:
     ) -> Float[Array, "B N H D"]:
         """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
 
+        There should be a block: over an empty cache the result is NaN.
+
         Args:
             query: [B, n*h*w, H, D], the tokens of the newest n frames.
             num_iters: As in `monarch_attention`, like the remaining arguments.
             scale: Softmax scale; default D**-0.5.
             causal_block: Frames per causal block, when the queries hold more than one block. A rolling cache takes one
                 block at a time, or equal parts of one.
-            layer: Which layer's keys and values, in a cache with `layers`.
+            layer: Which layer's keys and values, in a cache with `layers`; a traced one is not checked here, but where
+                it is written.
             implementation: Backend.
 
         Returns:
@@ -289,6 +295,36 @@ class MonarchKVCache:
         evicted = (self.length > self.capacity) & (first > self.sink_frames)
         return wrong | (evicted & (end < self.length))
 
+    def _check_place(self, first: int, frames: int) -> None:
+        """The same as far as it is known: `length` is, outside of a trace."""
+        end, n_f = first + frames, self.spec.tile_shape[0]
+        length = _known(self.length)
+        if not isinstance(length, int):
+            length = None
+        if first == length == -1:
+            raise ValueError("frame=None: an earlier block had no place in the cache; begin again at frame=0.")
+        if first < 0 or first % n_f:
+            raise ValueError(f"frame={first} is not a multiple of the tile's {n_f} frames from 0 on.")
+        if end > self.capacity and not self.rolling:
+            raise ValueError(
+                f"frame={first}: {frames} frames from there end past the cache's {self.capacity}; "
+                f"make it larger or pass rolling=True to MonarchKVCache.init."
+            )
+        if end > self.capacity and frames > self.capacity - self.sink_frames:
+            raise ValueError(
+                f"frame={first}: {frames} frames from there overwrite each other in a rolling cache of {self.capacity} "
+                f"with sink_frames={self.sink_frames}; append at most {self.capacity - self.sink_frames} at a time."
+            )
+        if length is None:
+            return
+        if first > max(length, 0):
+            raise ValueError(f"frame={first} leaves a gap: the cache ends at frame {max(length, 0)}.")
+        if length > self.capacity and first > self.sink_frames and end < length:
+            raise ValueError(
+                f"frame={first}: the frames before it were evicted; {frames} frames can begin at {length - frames} or "
+                f"{length} again, or at 0."
+            )
+
     def _grad_tiles(self) -> int | None:
         """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients."""
         if self._newest is None or self.rolling or not self.detach_past:
@@ -311,7 +347,7 @@ class MonarchKVCache:
             raise ValueError(f"layer={layer}: the cache {needs}.")
         if layers is None:
             return
-        layer = index("layer", layer)
+        layer = _known(index("layer", layer))
         if isinstance(layer, int) and not 0 <= layer < layers:
             raise ValueError(f"layer={layer} is not from 0 to {layers - 1}, the cache's layers.")
 

@@ -235,6 +235,74 @@ def test_a_misplaced_block_poisons(options, written, frames, frame, layers):
     assert np.isfinite(out).all()
 
 
+def test_a_layer_that_there_is_not(unchecked):
+    """Raises if it is known; a traced one poisons what was written and what is written after it."""
+    q, k, v = blocks(1)[0]
+    cache = empty(layers=2)
+    for layer in (2, -1, jnp.int32(2), jnp.int32(-1), np.int32(2)):
+        for call in (
+            lambda: cache.append(k, v, frame=0, layer=layer),  # noqa: B023
+            lambda: cache.attend(q, layer=layer),  # noqa: B023
+            lambda: cache.tokens(layer=layer),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"layer=-?\d is not from 0 to 1, the cache's layers"):
+                call()
+
+    @jax.jit
+    def write(cache, frame, layer):
+        cache = cache.append(k, v, frame=frame, layer=layer)
+        return cache, cache.attend(q, layer=layer)
+
+    for layer in (-3, -2, -1, 2, 5):
+        wrong, out = write(cache, jnp.int32(0), jnp.int32(layer))
+        assert np.isnan(out).all()
+        assert np.isnan(write(wrong, jnp.int32(3), jnp.int32(0))[1]).all()
+    for layer in (0, 1):
+        assert np.isfinite(write(cache, jnp.int32(0), jnp.int32(layer))[1]).all()
+
+
+def test_an_empty_cache_gives_nan():
+    q, _, _ = blocks(1)[0]
+    assert np.isnan(empty().attend(q)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "written", "frames", "frame", "message"),
+    [
+        ({}, 9, 3, None, r"frame=9: 3 frames from there end past the cache's 9; make it larger or pass rolling=True"),
+        ({}, 3, 3, 6, r"frame=6 leaves a gap: the cache ends at frame 3"),
+        ({}, 3, 3, jnp.int32(6), r"frame=6 leaves a gap: the cache ends at frame 3"),
+        ({}, 3, 3, jnp.int32(-3), r"frame=-3 is not a multiple of the tile's 1 frames from 0 on"),
+        ({"rolling": True}, 12, 3, 3, r"frame=3: the frames before it were evicted; 3 frames can begin at 9 or 12 ag"),
+    ],
+)
+def test_a_misplaced_block_raises_outside_of_jit(options, written, frames, frame, message):
+    k, v = (x[:, : frames * FRAME] for x in inputs(0, (12, 2, 4), dim=8)[1:3])
+    cache = empty(**options)
+    for _ in range(0, written, 3):
+        cache = cache.append(k[:, :24], v[:, :24])
+    with pytest.raises(ValueError, match=message):
+        cache.append(k, v, frame=frame)
+
+
+def test_what_is_known_of_a_misplaced_block_raises_in_jit():
+    k, v = (x[:, : 4 * FRAME] for x in inputs(0, (4, 2, 4), dim=8)[1:3])
+    cache = empty(frames=6, rolling=True, sink_frames=3)
+    with pytest.raises(ValueError, match=r"frame=3: 4 frames from there overwrite each other .* at most 3 at a time"):
+        jax.jit(lambda cache: cache.append(k, v, frame=3))(cache)
+    assert int(cache.append(k, v, frame=0).length) == 4
+
+
+def test_after_a_misplaced_block_the_next_says_so():
+    _, k, v = blocks(1)[0]
+    cache = jax.jit(lambda cache, frame: cache.append(k, v, frame=frame))(empty(), jnp.int32(3))
+    with pytest.raises(ValueError, match="frame=None: an earlier block had no place in the cache; begin again at fr"):
+        cache.append(k, v)
+    with pytest.raises(ValueError, match="frame=3 leaves a gap: the cache ends at frame 0"):
+        cache.append(k, v, frame=3)
+    assert int(cache.append(k, v, frame=0).length) == 3
+
+
 def test_works_in_scan_and_vmap():
     clip = blocks(3)
     stacked = [jnp.stack([b[i] for b in clip]) for i in range(3)]
