@@ -7,14 +7,14 @@ each. Here it is told which axes are independent.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 # The axes of an array, a letter each. b: batch and h: heads, independent of each other and of all else. p: batch times
 # heads, of what only a kernel reads; a digit is an axis like no other. Every array but `visible` begins with b or p.
@@ -29,7 +29,8 @@ def forward_anywhere(forward: Callable[..., tuple]) -> Callable[..., tuple]:
         arrays = (q, k, v, visible)
         kept, structure = (), None
         if problem.keep:
-            shapes, structure = jax.tree.flatten(jax.eval_shape(functools.partial(forward, problem), *arrays))
+            structs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+            shapes, structure = jax.tree.flatten(jax.eval_shape(functools.partial(forward, problem), *structs))
             kept = tuple(map(_kept, shapes[2:]))
         fn = _flat(functools.partial(forward, problem))
         found = _anywhere(fn, (QUERIES, KEYS, KEYS, VISIBLE), (QUERIES, ROWS, *kept))(*arrays)
@@ -65,7 +66,7 @@ def _kept(x) -> Axes:
 
 def _anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
     """`fn` of arrays, the last of them `visible`; under vmap the mapped axis joins the batch."""
-    mapped = jax.custom_batching.custom_vmap(_split(fn, inputs, outputs))
+    mapped = jax.custom_batching.custom_vmap(_implicit(_split(fn, inputs, outputs), outputs))
 
     @mapped.def_vmap
     def rule(size, in_batched, *args):
@@ -78,6 +79,25 @@ def _anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple
         return found, (True,) * len(outputs)
 
     return mapped
+
+
+def _implicit(fn: Callable[..., tuple], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
+    """`fn` where types say how arrays are split (a mesh with explicit axes): they say it again of the results."""
+
+    def run(*arrays):
+        sharding = jax.typeof(arrays[0]).sharding
+        explicit = sharding.mesh.explicit_axes
+        if not explicit:
+            return fn(*arrays)
+        names = dict(zip(QUERIES, sharding.spec, strict=False))
+        specs = [
+            PartitionSpec(*(names.get("b" if x == "p" else x) if x in "bhp" else None for x in y)) for y in outputs
+        ]
+        out_sharding = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
+        implicit = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
+        return cast(Callable[..., tuple], implicit)(*arrays)
+
+    return run
 
 
 def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
@@ -97,7 +117,11 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
                     tuple(NamedSharding(first.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
                     for arrays in (operands, outputs)
                 )
-            return mesh, lambda *parts: fn(*parts[: len(inputs)]), results, args
+            return mesh, on_a_device, results, args
+
+        def on_a_device(*parts):
+            with use_abstract_mesh(AbstractMesh((), ())):
+                return fn(*parts[: len(inputs)])
 
         @custom_partitioning
         def split(*values):

@@ -36,7 +36,7 @@ class Shapes(list):
         return xla.vjp(problem, residuals, d_out)
 
 split, keep = sys.argv[1].split(","), bool(int(sys.argv[2]))
-mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType[sys.argv[3]],) * 2)
 sharding = NamedSharding(mesh, P(*(name or None for name in split)))
 problem, visible = Problem(scale=0.3, masked=True, keep=keep), jnp.array([1, 2, 3, 3], jnp.int32)
 arrays = [jax.random.normal(key, (4, 4, 3, 5, 4, 8)) for key in jax.random.split(jax.random.key(0), 4)]
@@ -59,22 +59,24 @@ print(*sorted({(shape[0], shape[4]) for shape in seen}), "all-gather" in program
 
 
 @pytest.mark.parametrize(
-    ("split", "keep", "parts", "gathers"),
+    ("split", "keep", "axes", "parts", "gathers"),
     [
-        ("x", False, "(2, 4)", False),
-        ("x,,,,y", False, "(2, 2)", False),
-        (",,,,x", False, "(4, 2)", False),
-        ("x", True, "(2, 4)", False),
-        ("x,,,,y", True, "(2, 4)", True),  # what is kept is not split along heads
-        (",x", False, "(4, 4)", True),  # query tiles are not independent of all keys
+        ("x", False, "Auto", "(2, 4)", False),
+        ("x,,,,y", False, "Auto", "(2, 2)", False),
+        ("x,,,,y", False, "Explicit", "(2, 2)", False),
+        (",,,,x", False, "Auto", "(4, 2)", False),
+        ("x", True, "Auto", "(2, 4)", False),
+        ("x", True, "Explicit", "(2, 4)", False),
+        ("x,,,,y", True, "Auto", "(2, 4)", True),  # what is kept is not split along heads
+        (",x", False, "Auto", "(4, 4)", True),  # query tiles are not independent of all keys
     ],
 )
-def test_devices_work_on_their_part(split, keep, parts, gathers):
+def test_devices_work_on_their_part(split, keep, axes, parts, gathers):
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    command = [sys.executable, "-c", PROGRAM, split, str(int(keep))]
+    command = [sys.executable, "-c", PROGRAM, split, str(int(keep)), axes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     # traced once for the whole arrays, then for what a device has

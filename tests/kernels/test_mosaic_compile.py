@@ -162,13 +162,14 @@ TWO_GPUS = """
 import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import triton_kernels
 from monarch_jax import monarch_attention
 
 implementation, axis = sys.argv[1], int(sys.argv[2])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x2")
-mesh = topologies.make_mesh(topology, (2,), ("x",))
+devices = topologies.make_mesh(topology, (2,), ("x",)).devices
+mesh = Mesh(devices, ("x",), axis_types=(AxisType[sys.argv[3]],))
 sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, "x"))
 x = jax.ShapeDtypeStruct((4, 2 * 4 * 8, 6, 64), jnp.bfloat16, sharding=sharding)
 
@@ -183,19 +184,19 @@ with triton_kernels.compile_for(90):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "axis"),
+    ("implementation", "axis", "axes"),
     [
-        ("mosaic", 0),
-        pytest.param("mosaic", 2, marks=pytest.mark.slow),
-        pytest.param("triton", 0, marks=pytest.mark.slow),
-        ("triton", 2),
+        ("mosaic", 0, "Explicit"),
+        pytest.param("mosaic", 2, "Auto", marks=pytest.mark.slow),
+        pytest.param("triton", 0, "Explicit", marks=pytest.mark.slow),
+        ("triton", 2, "Auto"),
     ],
 )
-def test_two_gpus_work_on_their_part(implementation, axis):
+def test_two_gpus_work_on_their_part(implementation, axis, axes):
     """Nothing is gathered, and the kernels see half of the batch or of the heads."""
     pytest.importorskip("jax_triton")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", TWO_GPUS, implementation, str(axis)]
+    command = [sys.executable, "-c", TWO_GPUS, implementation, str(axis), axes]
     done = subprocess.run(command, input=H200, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     calls = re.findall(
