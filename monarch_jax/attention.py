@@ -5,17 +5,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import Problem, choose
-from monarch_jax.checks import index, positive
+from monarch_jax.checks import array, index, positive
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
 
-FLOATS = ("bfloat16", "float16", "float32", "float64")
+_NOT_NUMBERS = (bool, np.bool_, str, bytes)  # though float() takes them
 
 
 def monarch_attention(
@@ -48,7 +49,8 @@ def monarch_attention(
         (2, 192, 3, 16)
 
     Args:
-        query: [B, F_q*h*w, H, D], tokens in (frame, height, width) order, RoPE applied.
+        query: [B, F_q*h*w, H, D], tokens in (frame, height, width) order, RoPE applied. An array of JAX, or of NumPy as
+            JAX takes it: float64 is float32 unless `jax_enable_x64` is set.
         key: [B, F_k*h*w, H, D]. F_k follows from its length.
         value: [B, F_k*h*w, H, D].
         grid: (F_q, h, w) of the query tokens.
@@ -78,6 +80,7 @@ def monarch_attention(
         ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames or the implementation's name do not fit.
         NotImplementedError: If the implementation asked for cannot serve this call; says why.
     """
+    query, key, value = _arrays(query, key, value)
     spec = _check(query, key, value, grid, tile, blocks, num_iters, causal_block)
     if kv_frames is not None:
         kv_frames = index("kv_frames", kv_frames)
@@ -128,7 +131,7 @@ def monarch_attention_1d(
         ValueError: If shapes, dtypes or block sizes do not fit.
         NotImplementedError: If the implementation asked for cannot serve this call.
     """
-    _check_arrays(query, key, value)
+    query, key, value = _arrays(query, key, value)
     try:
         b1, b2 = (positive("block_sizes", n) for n in block_sizes)
     except (TypeError, ValueError):
@@ -187,6 +190,7 @@ def monarch_factors(
     Raises:
         ValueError: As `monarch_attention`.
     """
+    query, key, _ = _arrays(query, key, key)
     spec = _check(query, key, key, grid, tile, blocks, num_iters, causal_block)
     q, k = tokens_to_tiles(query, spec), tokens_to_tiles(key, spec)
     problem = _problem(spec, query.shape[-1], scale, None)
@@ -221,8 +225,8 @@ def attend_tiles(
 def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -> Problem:
     masked = kv_frames is not None or min(spec.visible_tiles()) < spec.key_tiles
     try:
-        factor = head_dim**-0.5 if scale is None else float(scale)
-    except (TypeError, ValueError):  # a tracer's too
+        factor = head_dim**-0.5 if scale is None else math.nan if isinstance(scale, _NOT_NUMBERS) else float(scale)
+    except (TypeError, ValueError, OverflowError):  # a tracer's too
         factor = math.nan
     if not math.isfinite(factor):
         raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
@@ -239,14 +243,11 @@ def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:
     return dataclasses.replace(spec, key_frames=frames)
 
 
-def _check_arrays(query, key, value) -> None:
+def _arrays(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = array("query", query), array("key", key), array("value", value)
     for name, x in {"query": query, "key": key, "value": value}.items():
-        if not hasattr(x, "ndim"):
-            raise ValueError(f"{name} is a {type(x).__name__}; it should be an array.")
         if x.ndim != 4 or any(n < 1 for n in (x.shape[0], *x.shape[2:])):
             raise ValueError(f"{name} has shape {x.shape}; it should be [batch, tokens, heads, head_dim].")
-        if x.dtype.name not in FLOATS:
-            raise ValueError(f"{name} has dtype {x.dtype.name}; it should be one of {', '.join(FLOATS)}.")
         if x.dtype != query.dtype:
             raise ValueError(f"{name} has dtype {x.dtype.name}, query has {query.dtype.name}; cast them to one dtype.")
         for axis, what in ((0, "batch"), (2, "heads"), (3, "head_dim")):
@@ -257,10 +258,10 @@ def _check_arrays(query, key, value) -> None:
                 )
     if key.shape != value.shape:
         raise ValueError(f"value has shape {value.shape}, key has {key.shape}; they should be equal.")
+    return query, key, value
 
 
 def _check(query, key, value, grid, tile, blocks, num_iters, causal_block) -> MonarchSpec:
-    _check_arrays(query, key, value)
     frames, height, width = spec_grid = MonarchSpec(grid=grid, tile=(1, 1, 1)).grid
     if query.shape[1] != frames * height * width:
         raise ValueError(

@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
-from monarch_jax.attention import FLOATS, attend_tiles
-from monarch_jax.checks import index, positive, triple
+from monarch_jax.attention import attend_tiles
+from monarch_jax.checks import FLOATS, array, index, positive, triple
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
 
@@ -186,6 +186,7 @@ class MonarchKVCache:
         self._check_layer(layer)
         if layer is not None and frame is None:
             raise ValueError("frame=None: pass the block's first frame, the same for every layer of the cache.")
+        key, value = array("key", key), array("value", value)
         block = self._block_spec(key, "key")
         if value.shape != key.shape or value.dtype != key.dtype:
             raise ValueError(
@@ -256,6 +257,7 @@ class MonarchKVCache:
             ValueError: If shapes, dtypes or arguments do not fit.
             NotImplementedError: If the implementation asked for cannot serve this call.
         """
+        query = array("query", query)
         block = self._block_spec(query, "query")
         if causal_block is not None and self.rolling:
             if positive("causal_block", causal_block) % block.grid[0]:
@@ -321,8 +323,8 @@ class MonarchKVCache:
             raise ValueError(f"frame={first} leaves a gap: the cache ends at frame {max(length, 0)}.")
         if length > self.capacity and first > self.sink_frames and end < length:
             raise ValueError(
-                f"frame={first}: the frames before it were evicted; {frames} frames can begin at {length - frames} or "
-                f"{length} again, or at 0."
+                f"frame={first}: the frames before it were evicted; {frames} frames can begin from frame "
+                f"{length - frames} to {length}, or at 0."
             )
 
     def _grad_tiles(self) -> int | None:
@@ -355,8 +357,6 @@ class MonarchKVCache:
         _, height, width = self.spec.grid
         n_f, batch, (heads, dim) = self.spec.tile_shape[0], self.key.shape[-6], self.key.shape[-2:]
         step = n_f * height * width
-        if not hasattr(tokens, "ndim"):
-            raise ValueError(f"{name} is a {type(tokens).__name__}; it should be an array.")
         if tokens.ndim != 4 or tokens.shape[1] % step or not tokens.shape[1]:
             raise ValueError(
                 f"{name} has shape {tokens.shape}; it should be [{batch}, n*{step}, {heads}, {dim}]: "

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 def positive(name: str, value: int) -> int:
@@ -80,6 +83,32 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
     if number is None:
         raise ValueError(f"{name}={value!r} is not an integer or an integer scalar of JAX.")
     return number
+
+
+def array(name: str, value: object) -> jax.Array:
+    """An array as JAX computes with it: NumPy's float64 is float32 unless `jax_enable_x64` is set.
+
+    Example:
+        >>> array("query", [1.0, 2.0])
+        Traceback (most recent call last):
+        ...
+        ValueError: query is a list; it should be an array of JAX or NumPy.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Returns:
+        The array of JAX, or a traced one.
+
+    Raises:
+        ValueError: If it is neither an array of JAX nor of NumPy, or its dtype is not a float.
+    """
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__}; it should be an array of JAX or NumPy.")
+    if value.dtype.name not in FLOATS:
+        raise ValueError(f"{name} has dtype {value.dtype.name}; it should be one of {', '.join(FLOATS)}.")
+    return jnp.asarray(value)
 
 
 def _integer(value: object) -> int | None:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import monarch_attention
 from monarch_jax.cache import MonarchKVCache
-from monarch_jax.checks import positive, triple
+from monarch_jax.checks import array, positive, triple
 from monarch_jax.spec import MonarchSpec
 
 
@@ -85,6 +85,7 @@ def attention_fn(
             raise ValueError("is_causal=True is causal by token; Monarch attention is causal by frames: causal_block.")
         if dropout_rate and not deterministic:
             raise ValueError(f"dropout_rate={dropout_rate}: attention weights are never formed; it should be 0.")
+        query, key, value = array("query", query), array("key", key), array("value", value)
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch = query.shape[:-3]

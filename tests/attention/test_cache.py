@@ -273,7 +273,13 @@ def test_an_empty_cache_gives_nan():
         ({}, 3, 3, 6, r"frame=6 leaves a gap: the cache ends at frame 3"),
         ({}, 3, 3, jnp.int32(6), r"frame=6 leaves a gap: the cache ends at frame 3"),
         ({}, 3, 3, jnp.int32(-3), r"frame=-3 is not a multiple of the tile's 1 frames from 0 on"),
-        ({"rolling": True}, 12, 3, 3, r"frame=3: the frames before it were evicted; 3 frames can begin at 9 or 12 ag"),
+        (
+            {"rolling": True},
+            12,
+            3,
+            3,
+            r"frame=3: the frames before it were evicted; 3 frames can begin from frame 9 to 12, or",
+        ),
     ],
 )
 def test_a_misplaced_block_raises_outside_of_jit(options, written, frames, frame, message):
@@ -358,6 +364,8 @@ def test_bad_blocks(unchecked):
         (lambda: empty(rolling=True).append(k, v).attend(k, causal_block=1), r"causal_block=1: a rolling .* not 3 fr"),
         (lambda: empty().append(k, v[:, :8]), r"value has shape \(2, 8, 3, 8\), .*; key has \(2, 24, 3, 8\)"),
         (lambda: empty().append(k.tolist(), v), r"key is a list; it should be an array"),
+        (lambda: empty().append(k, v.tolist()), r"value is a list; it should be an array of JAX or NumPy"),
+        (lambda: empty().attend(k.tolist()), r"query is a list; it should be an array of JAX or NumPy"),
         (lambda: empty().append(k, v, frame=2.7), r"frame=2.7 is not an integer"),
         (
             lambda: empty().append(k, v, frame=jnp.zeros(2, int)),

@@ -111,6 +111,14 @@ def test_bad_modules(unchecked, options, message):
         MonarchSelfAttention(16, **(dict(num_heads=2) | options), rngs=nnx.Rngs(0))
 
 
+def test_the_attention_fn_takes_arrays():
+    x = x_of(1, 24, 2, 8)
+    attend = attention_fn(grid=GRID)
+    with pytest.raises(ValueError, match="key is a list; it should be an array of JAX or NumPy"):
+        attend(x, x.tolist(), x)
+    assert attend(*[np.asarray(x, np.float64)] * 3).dtype == jnp.float32
+
+
 def test_a_list_is_a_tile(unchecked):
     layer = MonarchSelfAttention(16, num_heads=2, tile=[1, 3, 4], rngs=nnx.Rngs(0))
     assert layer.tile == (1, 3, 4)

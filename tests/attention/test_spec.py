@@ -1,11 +1,23 @@
 """Settings and inputs that do not fit, and what a setting costs."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax import MonarchSpec, bytes_moved, dense_flops, flops, monarch_attention, monarch_attention_1d, sparsity
+from monarch_jax import (
+    MonarchKVCache,
+    MonarchSpec,
+    bytes_moved,
+    dense_flops,
+    flops,
+    monarch_attention,
+    monarch_attention_1d,
+    monarch_factors,
+    sparsity,
+)
 from tests.attention.suite import inputs, value_and_grads
 
 GRID = (4, 6, 8)
@@ -58,7 +70,11 @@ def test_bad_arrays(unchecked):
         ((q, k[:, :50], v[:, :50]), r"key has 50 tokens, not a multiple of 48 = 6\*8"),
         (tuple(x.astype(jnp.int32) for x in (q, k, v)), r"query has dtype int32; it should be one of bfloat16"),
         ((q[:0], k[:0], v[:0]), r"query has shape \(0, 192, 2, 16\); it should be \[batch"),
-        ((q.tolist(), k, v), r"query is a list; it should be an array"),
+        ((q.tolist(), k, v), r"query is a list; it should be an array of JAX or NumPy"),
+        ((q, k, v.tolist()), r"value is a list; it should be an array of JAX or NumPy"),
+        ((q, jax.ShapeDtypeStruct(k.shape, k.dtype), v), r"key is a ShapeDtypeStruct; it should be an array of JAX"),
+        ((q, types.SimpleNamespace(ndim=4), v), r"key is a SimpleNamespace; it should be an array of JAX"),
+        ((q, np.full(k.shape, None), v), r"key has dtype object; it should be one of bfloat16"),
         ((q[0], k, v), r"query has shape \(192, 2, 16\); it should be \[batch, tokens, heads, head_dim\]"),
     ]
     for arrays, message in cases:
@@ -82,6 +98,37 @@ def test_scale_is_known_when_tracing(unchecked):
     q, k, v, _ = inputs(0, GRID, batch=1, heads=1)
     with pytest.raises(ValueError, match=r"scale=.* is not a finite number; multiply query by one that is traced"):
         jax.jit(lambda s: monarch_attention(q, k, v, grid=GRID, scale=s))(0.5)
+
+
+@pytest.mark.parametrize("scale", [10**400, "0.5", b"0.5", True, np.True_, float("inf")])
+def test_what_is_no_scale(unchecked, scale):
+    q, k, v, _ = inputs(0, (2, 3, 4), batch=1, heads=1)
+    with pytest.raises(ValueError, match=r"scale=.* is not a finite number; multiply query by one that is traced"):
+        monarch_attention(q, k, v, grid=(2, 3, 4), scale=scale)
+
+
+def test_arrays_of_numpy(unchecked):
+    """float64 is what JAX makes of it, alone and beside arrays of JAX."""
+    arrays = inputs(0, (2, 3, 4), batch=1, heads=1)[:3]
+    wide = [np.asarray(x, np.float64) for x in arrays]
+    expected = monarch_attention(*arrays, grid=(2, 3, 4))
+    for given in (wide, [arrays[0], *wide[1:]], [wide[0], *arrays[1:]]):
+        found = monarch_attention(*given, grid=(2, 3, 4))
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+        assert monarch_factors(*given[:2], grid=(2, 3, 4)).attention.dtype == jnp.float32
+        assert monarch_attention_1d(*given, block_sizes=(3, 4)).dtype == jnp.float32
+    sizes = dict(batch=1, frames=2, height=3, width=4, heads=1, head_dim=16, dtype=jnp.float32)
+    cached = MonarchKVCache.init(**sizes).append(*wide[1:]).attend(wide[0])
+    np.testing.assert_allclose(np.asarray(cached), np.asarray(expected), atol=1e-6)
+
+
+def test_arrays_of_numpy_in_float64(unchecked, x64):
+    wide = inputs(0, (2, 3, 4), batch=1, heads=1, dtype=jnp.float64)[:3]
+    found = monarch_attention(*(np.asarray(x) for x in wide), grid=(2, 3, 4))
+    assert found.dtype == jnp.float64
+    with pytest.raises(ValueError, match="key has dtype float64, query has float32"):
+        monarch_attention(wide[0].astype(jnp.float32), *(np.asarray(x) for x in wide[1:]), grid=(2, 3, 4))
 
 
 def test_numbers_of_numpy(unchecked, x64):
