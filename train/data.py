@@ -13,10 +13,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from models.errors import UserError
+from models.checkpoints.tensor_files import SafetensorsFile
+from models.errors import UserError, user_input
 from models.media.latents import PatchDCT
 from models.media.video import read_clip
 from train.config import DataConfig
+
+_NAMES = ("latents", "text")  # of the tensors in a file of latents
 
 
 class Batch(NamedTuple):
@@ -249,14 +252,12 @@ class LatentFolder:
         Raises:
             UserError: If a number in a file is NaN or infinite.
         """
-        from safetensors.numpy import load
-
         digest = hashlib.sha256()
         for path in self.train_files + self.held_out_files:
-            content = path.read_bytes()
             digest.update(path.name.encode())
-            digest.update(hashlib.sha256(content).digest())
-            _check_finite(path, load(content))  # every file is read here, before the first step
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            _check_finite(path)  # every file is read here, before the first step
         return digest.hexdigest()
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
@@ -269,19 +270,21 @@ class LatentFolder:
         return self._load(self.held_out_files[index] for index in indices)
 
     def _load(self, paths: Iterable[Path]) -> Batch:
-        from safetensors.numpy import load_file
-
-        latents, text = [], []
-        for path in paths:
-            tensors = load_file(path)
-            latents.append(tensors["latents"].astype(np.float32))
-            text.append(tensors["text"].astype(np.float32))
+        latents, text = zip(*map(_read, paths), strict=True)
         return Batch(np.stack(latents), np.stack(text))
 
 
-def _check_finite(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    for name in ("latents", "text"):
-        if not np.isfinite(tensors[name].astype(np.float32)).all():
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Latents and text of a file, in float32; the safetensors library's own reader has no BF16."""
+    with user_input():
+        file = SafetensorsFile(path, only=_NAMES)
+        latents, text = (file.read(name).astype(np.float32) for name in _NAMES)
+    return latents, text
+
+
+def _check_finite(path: Path) -> None:
+    for name, array in zip(_NAMES, _read(path), strict=True):
+        if not np.isfinite(array).all():
             raise UserError(f"latents {path} has {name} that are NaN or infinite; make the file again")
 
 
@@ -291,9 +294,9 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            if not {"latents", "text"} <= names:
+            if not set(_NAMES) <= names:
                 raise UserError(f"latents {path} holds {sorted(names)}; it needs 'latents' and 'text'")
-            slices = [file.get_slice(name) for name in ("latents", "text")]
+            slices = [file.get_slice(name) for name in _NAMES]
             latents, text = (tuple(part.get_shape()) for part in slices)
             kinds = [part.get_dtype() for part in slices]
     except SafetensorError as error:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -52,6 +52,10 @@ class TensorFile(Protocol):
 class SafetensorsFile:
     """One safetensors file. The header is checked against the file's size when opened.
 
+    Args:
+        path: The file.
+        only: Names of the tensors to look at; None is all of them.
+
     Attributes:
         infos: Shape and dtype by name.
         metadata: The header's text entries.
@@ -60,7 +64,7 @@ class SafetensorsFile:
         ValueError: If the file is not safetensors, is truncated, or holds a dtype that is not a float.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, only: Collection[str] | None = None):
         self.path = Path(path)
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
@@ -86,6 +90,8 @@ class SafetensorsFile:
         if size < needed:
             raise ValueError(f"{self.path} is truncated: {size} bytes of {needed}; copy or download it again.")
         for name, dtype, shape, begin, end in entries:
+            if only is not None and name not in only:
+                continue
             if dtype not in DTYPES:
                 raise ValueError(f"{self.path}: {name} has dtype {dtype}; these can be read: {', '.join(DTYPES)}.")
             info = TensorInfo(shape, DTYPES[dtype])

@@ -1,7 +1,11 @@
+import hashlib
+
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from models.checkpoints.tensor_files import write_arrays
 from models.errors import UserError
 from train.config import DataConfig
 from train.data import ClipWindows, LatentFolder, example_order, open_source, spread
@@ -124,6 +128,34 @@ def test_latent_folder_fingerprint_follows_the_content(latents):
     save_file({"latents": np.ones((3, 4, 6, 16), np.float16), "text": np.ones((5, 32), np.float32)},
               latents / "04.safetensors")  # fmt: skip
     assert LatentFolder(latents, config()).fingerprint != before
+
+
+def test_latents_of_every_float_type_are_read(tmp_path):
+    """Files of BF16 too; the fingerprint stays what runs have stored."""
+    values = np.random.default_rng(0).normal(size=(3, 2, 4, 4, 16))
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        folder, stored = tmp_path / np.dtype(dtype).name, values.astype(dtype)
+        for index in range(3):
+            arrays = {"latents": stored[index], "text": stored[index, 0, 0]}
+            write_arrays(folder / f"{index}.safetensors", arrays, metadata={})
+        source = LatentFolder(folder, config())
+        (latents, text), expected = source.held_out_batch([0]), stored[2:].astype(np.float32)
+        np.testing.assert_array_equal(latents, expected)
+        np.testing.assert_array_equal(text, expected[:, 0, 0])
+        assert {latents.dtype, text.dtype, source.train_batch(0, 2, 0).latents.dtype} == {np.dtype(np.float32)}
+        digest = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        assert source.fingerprint == digest.hexdigest()
+
+
+def test_other_tensors_in_a_file_of_latents_are_left_alone(tmp_path):
+    arrays = {"latents": np.ones((2, 4, 4, 16)), "text": np.ones((3, 8)), "length": np.array(3)}
+    for index in range(2):
+        save_file(arrays, tmp_path / f"{index}.safetensors")
+    source = LatentFolder(tmp_path, config())
+    assert len(source.fingerprint) == 64
+    assert source.held_out_batch([0]).text.shape == (1, 3, 8)
 
 
 def test_bad_latent_folders(latents, tmp_path):
