@@ -18,6 +18,7 @@ from models.errors import UserError, user_input
 from models.media.latents import PatchDCT
 from models.media.video import read_clip
 from train.config import DataConfig
+from train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
 
@@ -203,17 +204,19 @@ class LatentFolder:
     names; the last fraction is held out.
     """
 
-    def __init__(self, folder: Path | str, config: DataConfig):
+    def __init__(self, folder: Path | str, config: DataConfig, *, digests: Path | None = None):
         """Opens a folder; only the headers are read.
 
         Args:
             folder: Where the files are.
             config: Its `held_out` sets the split.
+            digests: File of the digests of an earlier start, whose files `fingerprint` need not read again.
 
         Raises:
             UserError: If the folder has fewer than two files, or names, dtypes or shapes are wrong or differ.
         """
         folder = Path(folder)
+        self._digests = FileDigests(digests)
         if not folder.is_dir():
             raise UserError(f"latents {folder} is not a folder; give one with .safetensors files")
         files = sorted(folder.glob("*.safetensors"))
@@ -252,13 +255,16 @@ class LatentFolder:
         Raises:
             UserError: If a number in a file is NaN or infinite.
         """
-        digest = hashlib.sha256()
-        for path in self.train_files + self.held_out_files:
+        digest, files = hashlib.sha256(), self.train_files + self.held_out_files
+        # every file that no earlier start has read is read here, before the first step
+        for path, content in zip(files, self._digests.of(files, check=_check_finite), strict=True):
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            _check_finite(path)  # every file is read here, before the first step
+            digest.update(content)
         return digest.hexdigest()
+
+    def keep_digests(self) -> None:
+        """Writes what `fingerprint` found to the file of digests, if one was named."""
+        self._digests.keep()
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
         """The examples of a step, counted from 0."""
@@ -310,12 +316,15 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return latents, text
 
 
-def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1)) -> ClipWindows | LatentFolder:
+def open_source(
+    config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
+) -> ClipWindows | LatentFolder:
     """Opens the data that a config names.
 
     Args:
         config: Exactly one of `video` and `latents` must be set.
         text_shape: Shape (L, D) of the zero text embedding that goes with a video.
+        digests: As `LatentFolder`.
 
     Returns:
         A source.
@@ -327,7 +336,7 @@ def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1)) -> 
         given = "neither was" if config.video is None else "both were"
         raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
     if config.latents is not None:
-        return LatentFolder(config.latents, config)
+        return LatentFolder(config.latents, config, digests=digests)
     frames = read_clip(
         Path(config.video or ""),
         height=round(config.height * config.crop),

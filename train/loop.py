@@ -22,12 +22,12 @@ from flax import nnx
 from models.errors import NonFiniteError, UserError, user_input
 from train.checkpointing import FOLDER_NAME, Checkpoints
 from train.config import TrainConfig
-from train.data import ClipWindows, Source, open_source
+from train.data import ClipWindows, LatentFolder, Source, open_source
 from train.evaluate import held_out_loss
 from train.interrupt import Interrupted, StopRequest
 from train.logs import Progress, RunLog
 from train.model import build_model, check_pretrained, check_same_network, model_settings, pretrained_parameters
-from train.run_folder import FolderLock, claim_folder, compare_identity, identity, write_config
+from train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from train.sample import make_sampler, write_held_out_sample
 from train.sharding import Placement
 from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
@@ -87,7 +87,7 @@ def train(
     claim_folder(config)
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
-        source = open_source(config.data, text_shape=(1, text_dim))
+        source = open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
     with FolderLock(config.run.folder) as lock:
         if config.run.folder.is_dir():
             lock.take()
@@ -100,7 +100,6 @@ class _Run:
     def __init__(self, config: TrainConfig, source: Source, model: nnx.Module | None, quiet: bool | None):
         self.config, self.source, self.quiet = config, source, quiet
         run = config.run
-        self.identity = identity(config, fingerprint=source.fingerprint)
         found = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = Checkpoints(run.folder, keep=run.keep) if found else None
         if self.previous:
@@ -130,10 +129,16 @@ class _Run:
             shardings=shardings,
         )
         self._check_step()
+        _ = self.identity
         self.error_fn = make_error_fn(self.graph, objective=config.objective, shardings=shardings)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
         self.samplers: dict[str, Callable[..., jax.Array]] = {}
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before."""
+        return identity(self.config, fingerprint=self.source.fingerprint)
 
     def _check_origin(self, origin: Path, model: Any) -> None:
         """Looks whether the parameters to start from are of the network's sizes; reads none."""
@@ -187,6 +192,8 @@ class _Run:
         self.state = self._start() if restored is None else restored
         lock.take()
         write_config(config)
+        if isinstance(self.source, LatentFolder):
+            self.source.keep_digests()
         self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
         with (
             RunLog(run.folder, step=start, kept=self.checkpoints.kept) as self.log,
@@ -302,7 +309,7 @@ class _Run:
     def _sample(self, step: int) -> None:
         source = self.source
         if not isinstance(source, ClipWindows):
-            return  # refused by _check
+            return  # refused by _check_step
         if not self.samplers:
             make = functools.partial(make_sampler, self.graph, objective=self.config.objective)
             self.samplers = {"restored": make(start=0.6), "sampled": make(start=1.0)}

@@ -6,6 +6,7 @@ tensorboard/               the same for TensorBoard
 checkpoints/STEP/          the newest few, see `train.checkpointing`
 unreadable_checkpoints/    corrupt ones that a resume set aside
 samples/                   videos made while training
+data.json                  digests of the files of latents, so that a resume reads only those that changed
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from models.errors import UserError, report_full_disk
 from train.config import TrainConfig, from_dict, to_dict
 
 CONFIG_NAME = "config.json"
+DIGESTS_NAME = "data.json"
 _UNFINISHED = "config.part"
 
 # may change on resume without a word

@@ -1,4 +1,7 @@
 import hashlib
+import json
+import os
+import time
 
 import ml_dtypes
 import numpy as np
@@ -7,8 +10,12 @@ from safetensors.numpy import save_file
 
 from models.checkpoints.tensor_files import write_arrays
 from models.errors import UserError
+from train import data, digests
+from train.cli import main
 from train.config import DataConfig
 from train.data import ClipWindows, LatentFolder, example_order, open_source, spread
+
+from .conftest import NETWORK, history
 
 
 def numbered(count: int, *, height: int = 8, width: int = 8) -> np.ndarray:
@@ -156,6 +163,80 @@ def test_other_tensors_in_a_file_of_latents_are_left_alone(tmp_path):
     source = LatentFolder(tmp_path, config())
     assert len(source.fingerprint) == 64
     assert source.held_out_batch([0]).text.shape == (1, 3, 8)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files that are read for a fingerprint; files made just now count as settled."""
+    names: list[str] = []
+    check = data._check_finite
+    monkeypatch.setattr(data, "_check_finite", lambda path: names.append(path.name) or check(path))
+    monkeypatch.setattr(digests, "_SETTLED", 0)
+    return names
+
+
+def test_a_resume_reads_only_the_files_that_changed(latents, read, tmp_path):
+    def fingerprint():
+        source = LatentFolder(latents, config(), digests=kept)
+        found = source.fingerprint
+        source.keep_digests()
+        return found, sorted(read.pop() for _ in list(read))
+
+    kept = tmp_path / "data.json"
+    time.sleep(0.05)
+    everything = sorted(path.name for path in latents.glob("*.safetensors"))
+    before, names = fingerprint()
+    assert (names, before) == (everything, LatentFolder(latents, config()).fingerprint)
+    read.clear()
+    assert fingerprint() == (before, [])
+
+    # other content of the same size, under the old time
+    path = latents / "04.safetensors"
+    whole, times = path.read_bytes(), path.stat()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    time.sleep(0.05)
+    after, names = fingerprint()
+    assert names == [path.name]
+    assert after == LatentFolder(latents, config()).fingerprint != before
+    read.clear()
+    for damaged in ("[", "[]", json.dumps({name: [1, 2, 3] for name in everything})):
+        kept.write_text(damaged)
+        assert fingerprint() == (after, everything)
+
+
+def test_files_that_may_still_change_are_read_again(latents, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_SETTLED", 10**12)
+    for _ in range(2):
+        source = LatentFolder(latents, config(), digests=tmp_path / "data.json")
+        assert source.fingerprint
+        source.keep_digests()
+        assert len(read) == 10
+        read.clear()
+
+
+def test_a_run_on_bf16_latents_reads_all_of_them_once(read, tmp_path, capsys):
+    values = np.random.default_rng(0).normal(size=(4, 3, 4, 6, 16)).astype(ml_dtypes.bfloat16)
+    for index, value in enumerate(values):
+        arrays = {"latents": value, "text": np.ones((5, 32), ml_dtypes.bfloat16)}
+        write_arrays(tmp_path / f"latents/{index}.safetensors", arrays, metadata={})
+    time.sleep(0.05)
+    run = ["--latents", str(tmp_path / "latents"), "--folder", str(tmp_path / "run")]
+    run += [*NETWORK, "--tile", "1", "2", "3", "--batch", "2", "--eval-windows", "1", "--eval-timesteps", "1"]
+    # what is quick to check comes before the data is read
+    assert main(["train", *run, "--steps", "1", "--tile", "2", "2", "3"]) == 2
+    assert "tile=(2, 2, 3): 2 does not divide the 3" in capsys.readouterr().err
+    assert read == []
+    assert main(["train", *run, "--steps", "1"]) == 0
+    assert sorted(read) == [f"{index}.safetensors" for index in range(4)]
+    assert main(["train", *run, "--steps", "2", "--resume"]) == 0
+    assert len(read) == 4
+    assert [record["step"] for record in history(tmp_path / "run") if "loss" in record] == [1, 2]
+    path = tmp_path / "latents/2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert main(["train", *run, "--steps", "3", "--resume"]) == 2
+    assert "other frames or latents" in capsys.readouterr().err
+    assert read[4:] == [path.name]
 
 
 def test_bad_latent_folders(latents, tmp_path):
