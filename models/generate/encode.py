@@ -1,10 +1,13 @@
 """Clips and their captions to latents and text embeddings, as finetuning takes them."""
 
+import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,6 +15,9 @@ from models.checkpoints.tensor_files import write_arrays
 from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
 from models.media.writer import check_folder
+
+if TYPE_CHECKING:
+    from models.generate.load import Components
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 
@@ -28,7 +34,7 @@ class EncodeConfig:
 
     out: Path = Path("latents")
     """Folder to write one .safetensors file per clip into, for `monarchrt train --latents`. Files that are there
-    already are kept, so a run that was stopped goes on."""
+    already are kept, so a run that was stopped goes on; until it is done, encoded captions are in OUT.texts."""
 
     frames: int = 81
     """Frames of a clip that are taken, 1 + 4 k."""
@@ -103,7 +109,8 @@ def encode_clips(
 ) -> list[Path]:
     """Writes a file with `latents` [F, h, w, 16] and `text` [rows, width], float32, for each clip.
 
-    All texts come first, then the encoder is let go of and the VAE is loaded. Each file appears whole or not at all.
+    All texts come first, into a folder beside `out` that goes away at the end; then the encoder is let go of and the
+    VAE is loaded. Each file appears whole or not at all.
 
     Args:
         config: The settings.
@@ -119,8 +126,8 @@ def encode_clips(
 
     from models.generate.decoders import WanDecoder
     from models.generate.load import find_components
-    from models.generate.text import encode_texts
     from models.media.video import read_clip
+    from models.umt5 import load_embeddings
     from models.vae import load_vae
 
     captions = captioned(config.clips)
@@ -135,27 +142,52 @@ def encode_clips(
     if not todo:
         return list(files.values())
     parts = find_components(GenerateConfig(components=config.components), config.components)
-    if parts.text_encoder is None or parts.tokenizer is None:
-        raise UserError(f"components {config.components} has no text encoder or tokenizer")
     check_folder("out", files[todo[0]])
     half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
     dtype = "bfloat16" if half else "float32"
-    texts = encode_texts(
-        list(dict.fromkeys(captions[video] for video in todo)),
-        encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        rows=config.rows,
-        dtype=dtype,
-        report=report,
-    )
+    texts = _encode_captions([captions[video] for video in todo], config, parts, dtype=dtype, report=report)
     with user_input():
         vae = WanDecoder(load_vae(parts.vae, dtype=dtype, param_dtype=dtype))
     size = {"height": config.height, "width": config.width, "stride": config.stride}
     for count, video in enumerate(todo, 1):
         frames = read_clip(video, max_frames=config.frames, min_frames=config.frames, **size)
         latents = np.asarray(vae.encode(frames[None])[0], np.float32)
-        text = np.asarray(texts[captions[video]], np.float32)
-        metadata = {"caption": captions[video], "clip": video.name}
+        caption = captions[video]
+        text = load_embeddings(texts[caption], length=config.rows)[caption].astype(np.float32)
+        metadata = {"caption": caption, "clip": video.name}
         write_arrays(files[video], {"latents": latents, "text": text}, metadata=metadata)
         report(f"{count}/{len(todo)} {files[video]}: latents {latents.shape}, text {text.shape}")
+    for path in texts.values():
+        path.unlink()
+    with contextlib.suppress(OSError):  # of other settings, stopped before
+        _texts_folder(config).rmdir()
     return list(files.values())
+
+
+def _texts_folder(config: EncodeConfig) -> Path:
+    out = config.out.resolve()
+    return out.parent / f"{out.name}.texts"
+
+
+def _encode_captions(
+    captions: list[str], config: EncodeConfig, parts: "Components", *, dtype: str, report: Callable[[str], None]
+) -> dict[str, Path]:
+    """A file with the embedding of each caption; those that an earlier start left are kept."""
+    from models.generate.text import encode_texts
+    from models.umt5 import save_embeddings
+
+    if parts.text_encoder is None or parts.tokenizer is None:
+        raise UserError(f"components {config.components} has no text encoder or tokenizer")
+    made_by = [str(parts.text_encoder.absolute()), str(parts.tokenizer.absolute()), config.rows, dtype]
+    folder, files = _texts_folder(config), {}
+    for caption in captions:
+        key = hashlib.sha256(json.dumps([caption, *made_by]).encode()).hexdigest()
+        files[caption] = folder / f"{key}.safetensors"
+    todo = [caption for caption, file in files.items() if not file.exists()]
+    if todo:
+        encoded = encode_texts(
+            todo, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows, dtype=dtype, report=report
+        )
+        for caption, embedding in encoded:
+            save_embeddings(files[caption], {caption: embedding})
+    return files

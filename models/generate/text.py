@@ -1,16 +1,17 @@
 """The text's embeddings: from the encoder, which is let go of again, or from a file."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from models.errors import UserError, user_input
 from models.generate.config import NEGATIVE_PROMPT, GenerateConfig
-from models.umt5 import Tokenizer, encode_prompts, load_embeddings, load_umt5, save_embeddings
+from models.umt5 import Tokenizer, encode_each, load_embeddings, load_umt5, save_embeddings
 
 
 def text_embeddings(
@@ -50,7 +51,7 @@ def text_embeddings(
     elif encoder is None or tokenizer is None:
         raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
     else:
-        found = encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report)
+        found = dict(encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report))
     for prompt, array in found.items():
         if array.shape[-1] != width:
             raise UserError(
@@ -70,8 +71,8 @@ def encode_texts(
     rows: int,
     dtype: str = "bfloat16",
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-) -> dict[str, Any]:
-    """Embeddings of texts, with the encoder in memory for as long as this takes.
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Embeddings of texts, one after the other, with the encoder in memory for as long as this takes.
 
     Args:
         prompts: The texts.
@@ -81,8 +82,8 @@ def encode_texts(
         dtype: That the encoder computes in.
         report: Takes lines for the person who waits.
 
-    Returns:
-        [rows, width] by text, zero past a text's end.
+    Yields:
+        Each text and its embedding on the host, [rows, width], zero past the text's end.
 
     Raises:
         UserError: If a text is empty, or the encoder cannot be read.
@@ -91,9 +92,7 @@ def encode_texts(
     ours(prompts, length=rows, warn=lambda line: None)  # an empty prompt is found before gigabytes are read
     with user_input():
         model = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
-    return dict(
-        zip(prompts, encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True)
-    )
+    yield from zip(prompts, encode_each(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True)
 
 
 def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Prompts to the embeddings that Wan's transformer takes, and files of them."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +33,7 @@ def encode_prompts(
 ) -> Float[Array, "B L D"]:
     """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan cuts and pads, which is the same).
 
-    Prompts are encoded one at a time, by one compiled program.
+    Prompts are encoded one at a time, by one compiled program; `encode_each` holds but one of them on the device.
 
     Args:
         prompts: Texts.
@@ -48,14 +48,43 @@ def encode_prompts(
     Raises:
         UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not.
     """
+    return jnp.asarray(
+        np.stack(list(encode_each(prompts, encoder=encoder, tokenizer=tokenizer, length=length, warn=warn)))
+    )
+
+
+def encode_each(
+    prompts: Sequence[str],
+    *,
+    encoder: UMT5Encoder,
+    tokenizer: Tokenizer,
+    length: int = 512,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Iterator[np.ndarray]:
+    """Embeddings of prompts as `encode_prompts`, each on the host as soon as it is made.
+
+    Args:
+        prompts: Texts.
+        encoder: The encoder.
+        tokenizer: Its tokenizer.
+        length: Rows per prompt.
+        warn: Called with a line for each prompt that is cut.
+
+    Yields:
+        [length, D] in the encoder's compute dtype, for each prompt.
+
+    Raises:
+        UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not; before the first is encoded.
+    """
     ids, mask = tokenizer(prompts, length=length, warn=warn)
     if ids.max() >= encoder.config.vocab_size:
         raise UserError(
             f"the tokenizer gives id {ids.max()}; the encoder knows {encoder.config.vocab_size}: they do not belong "
             f"together"
         )
-    rows = [_encode(encoder, jnp.asarray(ids[i : i + 1]), jnp.asarray(mask[i : i + 1])) for i in range(len(ids))]
-    return jnp.concatenate(rows)
+    for i in range(len(ids)):
+        # a copy: on a CPU, a view would keep the array
+        yield np.array(_encode(encoder, jnp.asarray(ids[i : i + 1]), jnp.asarray(mask[i : i + 1])))[0]
 
 
 def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarray]) -> Path:

@@ -4,6 +4,7 @@ import signal
 import time
 
 import av
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -344,6 +345,31 @@ class TestEncode:
         assert "1 of 3 clips are in" in capsys.readouterr().err
         assert sorted(path.name for path in out.iterdir()) == [f"{n}.safetensors" for n in range(3)]
         assert (out / "0.safetensors").stat().st_mtime_ns == before
+
+    def test_captions_are_encoded_once_and_leave_the_device(self, wan_folder, clips, tmp_path, monkeypatch):
+        from models.umt5 import text
+
+        encode, seen = text._encode, []
+
+        def counted(*arguments):
+            seen.append(sum(array.shape[-2:] == (16, 32) for array in jax.live_arrays()))
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            return encode(*arguments)
+
+        monkeypatch.setattr(text, "_encode", counted)
+        (clips / "2.txt").write_text("a dog")
+        out, stop = tmp_path / "latents", 3
+        assert self.encode(clips, out, "--components", wan_folder) == 130
+        assert (len(seen), max(seen)) == (3, min(seen))
+        assert len(list((tmp_path / "latents.texts").iterdir())) == 2
+        assert self.encode(clips, out, "--components", wan_folder) == 0
+        assert len(seen) == 4  # the one that was missing
+        assert not (tmp_path / "latents.texts").exists()
+        stop, again = None, tmp_path / "again"
+        assert self.encode(clips, again, "--components", wan_folder) == 0
+        for path in out.iterdir():
+            assert path.read_bytes() == (again / path.name).read_bytes()
 
     @pytest.mark.parametrize(
         ("change", "arguments", "message"),

@@ -1,5 +1,6 @@
 import os
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from models.umt5 import (
     Tokenizer,
     UMT5Encoder,
     clean_text,
+    encode_each,
     encode_prompts,
     load_embeddings,
     save_embeddings,
@@ -109,6 +111,16 @@ class TestEncodePrompts:
         short = encoder(jnp.array([[ID["a"], ID["cat"], ID["on"], 1]], jnp.int32), jnp.ones((1, 4), bool))
         assert np.abs(short).min() > 0
         np.testing.assert_allclose(out[0, :4], short[0], atol=1e-5)
+
+    def test_the_device_holds_one_prompt_at_a_time(self, encoder, tokenizer):
+        prompts = ["a cat on", "dog", "a dog", "cat"]
+        kept = []
+        for embedding in encode_each(prompts, encoder=encoder, tokenizer=tokenizer, length=37):
+            kept.append(embedding)
+            assert isinstance(embedding, np.ndarray)
+            assert sum(array.shape[-2:] == (37, SMALL.dim) for array in jax.live_arrays()) == 0
+        together = encode_prompts(prompts, encoder=encoder, tokenizer=tokenizer, length=37)
+        np.testing.assert_array_equal(np.stack(kept), together)
 
     def test_a_tokenizer_of_another_model(self, tokenizer):
         few = UMT5Encoder(umt5_config("tiny", vocab_size=4), rngs=nnx.Rngs(0))
