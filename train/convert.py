@@ -69,7 +69,12 @@ def _convert_run(options: "ConvertOptions", run: TrainConfig) -> Path:
             raise UserError(f"{name} is {getattr(options, name)!r}, but {options.src} is a run folder; leave it out")
     model = run_model(Path(options.src), run)
     return save_checkpoint(
-        model, options.dst, format=options.to, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
+        model,
+        options.dst,
+        format=options.to,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_bytes,
+        few_step=options.few_step,
     )
 
 

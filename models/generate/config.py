@@ -92,7 +92,8 @@ class GenerateConfig:
     clips that continue each other, for models trained with a noise level per frame. auto: what suits the checkpoint."""
 
     sampler: SamplerName = "auto"
-    """few-step for distilled models; unipc, dpm++ or euler follow the flow in many steps."""
+    """few-step for distilled models; unipc, dpm++ or euler follow the flow in many steps. auto: few-step for
+    Self-Forcing's generators, converted ones included; euler for a run; unipc otherwise."""
 
     steps: int | None = None
     """Calls of the network per frame. Default: 4 for few-step, 50 otherwise; 20 for a run."""

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from models.generate.plan import Defaults, Plan, make_plan
 from models.generate.text import text_embeddings
 from models.media.video import read_clip
 from models.vae import load_vae
+
+if TYPE_CHECKING:
+    from models.wan.checkpoints.source import Source
 
 NO_CONDITION = "none"
 # what each part is called in an official folder and in a diffusers folder
@@ -86,6 +89,20 @@ def _fetched(repository: str, parts: list[str]) -> dict[str, Path]:
         return _parts_in([fetch(repository, patterns)], parts)
 
 
+def wan_defaults(source: "Source") -> Defaults:
+    """How a Wan checkpoint is sampled where nothing else is said: block by block if causal, in few steps if distilled.
+
+    Args:
+        source: The opened checkpoint.
+
+    Returns:
+        The defaults; distilled models are causal, though Self-Forcing's files do not say so.
+    """
+    if source.few_step:
+        return Defaults(mode="autoregressive", sampler="few-step")
+    return Defaults(mode="bidirectional" if source.config.causal_block is None else "autoregressive")
+
+
 def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any]:
     """Loads a Wan checkpoint and its parts.
 
@@ -106,10 +123,7 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
 
     with user_input():
         source = open_source(config.checkpoint or "", weights=config.weights)
-    causal = source.config.causal_block
-    distilled = causal is not None or source.weights.startswith("generator")
-    defaults = Defaults(mode="autoregressive", sampler="few-step") if distilled else Defaults(mode="bidirectional")
-    plan = make_plan(config, defaults=defaults, model=source.config)
+    plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
     if config.prompt is None and config.embeddings is None:
         raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
     with user_input():

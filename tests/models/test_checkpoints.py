@@ -206,6 +206,24 @@ class TestTorch:
         with pytest.raises(ValueError, match=r"weights='ema' is not in .*'generator', 'generator_ema', 'critic'"):
             load_checkpoint(tmp_path / "both.pt", weights="ema")
 
+    @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
+    def test_what_is_made_of_self_forcings_file_stays_few_step(self, wan, small, tmp_path, format):
+        config = dataclasses.replace(small, dim=128, num_heads=1, eps=1e-6, text_len=512)
+        arrays = {f"model.{name}": array for name, array in official_tensors(wan.model(config)).items()}
+        self.write(tmp_path / "both.pt", generator_ema=arrays, critic=arrays)
+        assert inspect_checkpoint(tmp_path / "both.pt").few_step
+        assert not inspect_checkpoint(tmp_path / "both.pt", weights="critic").few_step
+        convert_checkpoint(tmp_path / "both.pt", tmp_path / "a", to=format)
+        convert_checkpoint(tmp_path / "a", tmp_path / "b", to="official")
+        assert "sampling    few-step" in inspect_checkpoint(tmp_path / "b").lines()
+        assert inspect_checkpoint(tmp_path / "b").config == config
+        (tmp_path / "b" / "config.json").unlink()  # the weights' own header says so too
+        assert inspect_checkpoint(tmp_path / "b").few_step
+        convert_checkpoint(tmp_path / "both.pt", tmp_path / "c", to=format, weights="critic")
+        assert not inspect_checkpoint(tmp_path / "c").few_step
+        convert_checkpoint(tmp_path / "c", tmp_path / "d", to="official", few_step=True)
+        assert inspect_checkpoint(tmp_path / "d").few_step
+
     def test_heads_cannot_be_guessed(self, wan, small, tmp_path):
         self.write(tmp_path / "a.pt", generator=official_tensors(wan.model(small)))
         with pytest.raises(ValueError, match=r"dim=48 is not a multiple of 128.*pass config"):

@@ -61,7 +61,7 @@ def causal_folder(wan_folder, tmp_path_factory):
     config = wan_config("tiny", num_layers=1, text_len=16, causal_block=3, attention=attention)
     model = WanModel(config, rngs=nnx.Rngs(0))
     model.head.proj.kernel[...] = 0.1 * nnx.Rngs(1).normal(model.head.proj.kernel.shape)
-    return save_checkpoint(model, folder)
+    return save_checkpoint(model, folder, few_step=True)
 
 
 class TestWan:
@@ -117,6 +117,16 @@ class TestWan:
         stored = read_settings(out)
         assert (stored["mode"], stored["sampler"], stored["attention"]) == ("autoregressive", "few-step", "stored")
         assert len(read_clip(out, height=32, width=64)) == 21
+
+    def test_a_causal_model_that_was_not_distilled(self, wan_folder, tmp_path):
+        """Block by block, with the sampler and the guidance of other models."""
+        config = wan_config("tiny", num_layers=1, text_len=16, causal_block=1)
+        folder = save_checkpoint(WanModel(config, rngs=nnx.Rngs(0)), tmp_path / "causal")
+        out = tmp_path / "cat.mp4"
+        arguments = ["--checkpoint", folder, "--components", wan_folder, *CAT, "--frames", "5", "--out", out]
+        assert generate(*arguments, *SMALL) == 0
+        stored = read_settings(out)
+        assert (stored["mode"], stored["sampler"], stored["guidance"]) == ("autoregressive", "unipc", 5.0)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class CheckpointInfo:
         missing: Tensors that the model has and the file lacks.
         unexpected: Tensors that the model has not.
         wrong_shape: Sentences about tensors of another shape.
+        few_step: Whether the weights are distilled, to be sampled in few steps.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class CheckpointInfo:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     wrong_shape: tuple[str, ...]
+    few_step: bool = False
 
     @property
     def complete(self) -> bool:
@@ -68,6 +70,7 @@ class CheckpointInfo:
             f"{c.in_channels} -> {c.out_channels} channels",
             "sizes from": "the tensors" if self.config_path is None else str(self.config_path),
             "attention": self.attention,
+            "sampling": "few-step" if self.few_step else "many steps",
             "parameters": f"{self.parameters:,}",
             "dtype": ", ".join(f"{name} ({count} tensors)" for name, count in self.dtypes.items()),
             "tensors": f"{self.tensors} of {self.expected}",
@@ -130,6 +133,7 @@ def inspect_checkpoint(
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         wrong_shape=tuple(wrong),
+        few_step=source.few_step,
     )
 
 
@@ -145,6 +149,7 @@ def convert_checkpoint(
     weights: str | None = None,
     max_shard_bytes: int | None = None,
     override: bool = False,
+    few_step: bool = False,
     progress: Progress | None = None,
     revision: str | None = None,
 ) -> Path:
@@ -161,6 +166,8 @@ def convert_checkpoint(
         weights: Which set of a `.pt` file.
         max_shard_bytes: Splits larger weights into numbered shards.
         override: Allows an attention other than the one stored with the weights.
+        few_step: Stores that the weights are distilled, as is done unasked where the source says so or is a generator
+            of Self-Forcing.
         progress: Called with name, bytes done and bytes in total after each tensor.
         revision: Of a Hugging Face repository.
 
@@ -176,10 +183,12 @@ def convert_checkpoint(
         check_sizes(opened, config)
     opened.check()
     chosen = resolve_config(opened, None, attention=attention, causal_block=causal_block, override=override)
+    few_step = few_step or opened.few_step
     if to == "orbax":
         if dtype is not None:
             chosen = dataclasses.replace(chosen, param_dtype=dtype)
-        return save_checkpoint(read_model(opened, chosen, progress=progress), destination, format=to)
+        model = read_model(opened, chosen, progress=progress)
+        return save_checkpoint(model, destination, format=to, few_step=few_step)
     naming: Naming = "official" if to == "official" else "diffusers"
     return write_folder(
         destination,
@@ -189,6 +198,7 @@ def convert_checkpoint(
         read=opened.read,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        few_step=few_step,
         progress=progress,
     )
 
@@ -204,6 +214,7 @@ class ConvertOptions:
         dtype: float32, bfloat16 or float16; left out, the file's own.
         weights: Which set of a .pt file: generator_ema, generator, critic or model.
         max_shard_gb: Split larger weights into numbered files of at most this many GB (10^9 bytes).
+        few_step: Store that the model is distilled for few steps; of Self-Forcing's .pt files it is known.
         revision: Of a Hugging Face repository.
     """
 
@@ -213,6 +224,7 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     weights: str | None = None
     max_shard_gb: float | None = None
+    few_step: bool = False
     revision: str | None = None
 
     @property
@@ -237,6 +249,7 @@ class ConvertOptions:
             dtype=self.dtype,
             weights=self.weights,
             max_shard_bytes=self.max_shard_bytes,
+            few_step=self.few_step,
             progress=progress,
             revision=self.revision,
         )

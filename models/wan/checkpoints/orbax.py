@@ -70,13 +70,14 @@ def _open(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[Para
     return arrays
 
 
-def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -> Path:
+def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None, few_step: bool = False) -> Path:
     """Writes a model, its sizes and its Monarch settings; needs memory for a copy of its largest parameter.
 
     Args:
         model: The model.
         path: A folder that does not exist yet, or is empty.
         dtype: Of the parameters; None keeps theirs.
+        few_step: As `save_checkpoint`.
 
     Returns:
         The folder.
@@ -88,7 +89,8 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None) -
     config = dataclasses.replace(model.config, param_dtype=kept)
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(kept)), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     with new_folder(path) as folder:
-        data = settings.config_to_json(config, "official") | {"image_dim": config.image_dim, "param_dtype": kept}
+        data = settings.config_to_json(config, "official", few_step=few_step)
+        data |= {"image_dim": config.image_dim, "param_dtype": kept}
         (folder / "config.json").write_text(settings.dump_json(data))
         chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)
         # Orbax copies what it is about to write: no more than the largest parameter at a time, with room for rounding
@@ -112,4 +114,5 @@ def open_orbax(path: Path) -> Source:
     config = dataclasses.replace(config, **extra)
     file = OrbaxFile(path, config)
     names = {tensor.official: tensor.official for tensor in tensors(config)}
-    return Source(path, "orbax", "official", config, config_path, names, file)
+    few_step = settings.few_step_from_json(data.get(settings.OWN_KEY))
+    return Source(path, "orbax", "official", config, config_path, names, file, few_step=few_step)

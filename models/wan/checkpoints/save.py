@@ -51,6 +51,7 @@ def save_checkpoint(
     format: str = "official",
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    few_step: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a model, with its Monarch settings, in the official, the diffusers or the orbax format.
@@ -61,6 +62,7 @@ def save_checkpoint(
         format: "official", "diffusers" (the `transformer` folder of a pipeline) or "orbax".
         dtype: Of the tensors; None keeps the parameters'.
         max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
+        few_step: Stores that the weights are distilled, so that `monarchrt generate` samples them in few steps.
         progress: Called with name, bytes done and bytes in total after each tensor.
 
     Returns:
@@ -73,7 +75,7 @@ def save_checkpoint(
     if format == "orbax":
         from models.wan.checkpoints.orbax import save_orbax
 
-        return save_orbax(model, path, dtype=dtype)
+        return save_orbax(model, path, dtype=dtype, few_step=few_step)
     naming: Naming = "official" if format == "official" else "diffusers"
     file = ModelFile(model)
     return write_folder(
@@ -84,6 +86,7 @@ def save_checkpoint(
         read=lambda tensor: file.read(tensor.official),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        few_step=few_step,
         progress=progress,
     )
 
@@ -97,6 +100,7 @@ def write_folder(
     read: Callable[[Tensor], np.ndarray],
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    few_step: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Writes `config.json` and the weights of a model whose tensors, in torch's layout, `read` gives.
@@ -109,6 +113,7 @@ def write_folder(
         read: Each tensor.
         dtype: Of what is written; None keeps it.
         max_shard_bytes: As `save_checkpoint`.
+        few_step: Likewise.
         progress: Likewise.
 
     Returns:
@@ -120,11 +125,11 @@ def write_folder(
     cast = None if dtype is None else _float_dtype(dtype)
     by_name = {tensor.name(naming): tensor for tensor in tensors(config)}
     infos = {name: TensorInfo(info(t).shape, cast or info(t).dtype) for name, t in by_name.items()}
-    own = settings.attention_to_json(config)
+    own = settings.own_to_json(config, few_step=few_step)
     metadata = {"format": "pt"} | ({settings.OWN_KEY: json.dumps(own)} if own else {})
     total, done = total_bytes(infos.values()), 0
     with new_folder(path) as folder:
-        text = settings.dump_json(settings.config_to_json(config, naming))
+        text = settings.dump_json(settings.config_to_json(config, naming, few_step=few_step))
         (folder / "config.json").write_text(text)
         for name, size in write_sharded(
             folder,

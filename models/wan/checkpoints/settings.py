@@ -90,12 +90,13 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
         raise ValueError(f"{where}: {error}") from error
 
 
-def config_to_json(config: WanConfig, naming: Naming) -> dict[str, Any]:
+def config_to_json(config: WanConfig, naming: Naming, *, few_step: bool = False) -> dict[str, Any]:
     """What `config_from_json` reads; the official form is that of the released files, byte for byte when dumped.
 
     Args:
         config: The model.
         naming: Which format.
+        few_step: Whether the weights are distilled.
 
     Returns:
         The content of `config.json`.
@@ -123,7 +124,7 @@ def config_to_json(config: WanConfig, naming: Naming) -> dict[str, Any]:
             "rope_max_seq_len": 1024,
         }
         data = {"_class_name": DIFFUSERS_CLASS, "_diffusers_version": "0.33.0", **dict(sorted(written.items()))}
-    own = attention_to_json(config)
+    own = own_to_json(config, few_step=few_step)
     return data | ({OWN_KEY: own} if own else {})
 
 
@@ -139,6 +140,17 @@ def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
         return None
     shared = all(layer == layers[0] for layer in layers)
     return {"attention": layers[0] if shared else layers, "causal_block": config.causal_block}
+
+
+def own_to_json(config: WanConfig, *, few_step: bool) -> dict[str, Any] | None:
+    """What is stored beside the sizes: `attention_to_json`, and whether the weights are distilled for few steps."""
+    own = attention_to_json(config)
+    return (own or {"attention": None, "causal_block": None}) | {"few_step": True} if few_step else own
+
+
+def few_step_from_json(data: dict[str, Any] | None) -> bool:
+    """Whether `own_to_json` stored that the weights are distilled; a dictionary that `attention_from_json` took."""
+    return data is not None and data.get("few_step") is True
 
 
 def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:

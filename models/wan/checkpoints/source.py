@@ -27,6 +27,7 @@ type Format = Literal["official", "diffusers", "torch", "orbax"]
 PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # Self-Forcing's files: the averaged generator is what it evaluates.
 PREFERENCE = ("generator_ema", "generator", "model")
+DISTILLED = "generator"  # what the names of Self-Forcing's sets of distilled weights begin with
 LORA = re.compile(r"lora_(A|B|up|down)\b|\.lora\.|_lora\.|\.alpha$|\.diff_b?$")
 
 
@@ -44,6 +45,8 @@ class Source:
         file: The tensors.
         weights: Which set of tensors of a `.pt` file is used, "" where there is one only.
         sets: All sets of a `.pt` file.
+        few_step: Whether the weights are distilled, to be sampled in few steps: Self-Forcing's generators, and what was
+            made of them.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class Source:
     file: TensorFile
     weights: str = ""
     sets: tuple[str, ...] = ("",)
+    few_step: bool = False
 
     def info(self, tensor: Tensor) -> TensorInfo:
         """Shape and dtype of a tensor that is there."""
@@ -138,13 +142,18 @@ def open_source(
     config_path = folder / "config.json"
     # A .pt file beside a config.json is not necessarily described by it.
     if config_path.is_file() and (format_ != "torch" or path.is_dir()):
-        described, _ = settings.config_from_json(read_json(config_path), where=str(config_path))
+        data = read_json(config_path)
+        described, _ = settings.config_from_json(data, where=str(config_path))
+        own = data.get(settings.OWN_KEY)
     else:
         config_path = None
-        described = _describe(names, file, naming, config)
+        header = getattr(file, "metadata", {}).get(settings.OWN_KEY)
+        own = _parse(header, "the file's header") if header else None
+        described = _describe(names, file, naming, config, own)
+    few_step = chosen.startswith(DISTILLED) or settings.few_step_from_json(own)
     if format_ == "official" and naming == "diffusers":
         format_ = "diffusers"
-    return Source(path, format_, naming, described, config_path, names, file, chosen, sets)
+    return Source(path, format_, naming, described, config_path, names, file, chosen, sets, few_step)
 
 
 def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
@@ -161,7 +170,9 @@ def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
     return bare
 
 
-def _describe(names: dict[str, str], file: TensorFile, naming: Naming, config: WanConfig | None) -> WanConfig:
+def _describe(
+    names: dict[str, str], file: TensorFile, naming: Naming, config: WanConfig | None, own: dict[str, Any] | None
+) -> WanConfig:
     """The configuration read off the tensors' shapes."""
     official = names
     if naming == "diffusers":
@@ -170,8 +181,7 @@ def _describe(names: dict[str, str], file: TensorFile, naming: Naming, config: W
         official = {t.official: names[t.diffusers] for t in tensors(both) if t.diffusers in names}
     infos = {name: file.infos[stored] for name, stored in official.items()}
     described = settings.config_from_shapes(infos, official, num_heads=config.num_heads if config else None)
-    own = getattr(file, "metadata", {}).get(settings.OWN_KEY)
-    stored = settings.attention_from_json(_parse(own, "the file's header") if own else None, where="the file's header")
+    stored = settings.attention_from_json(own, where="the file's header")
     kept = {} if config is None else {"text_len": config.text_len, "eps": config.eps}
     return dataclasses.replace(described, **kept, **stored)
 

@@ -4,10 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from models.errors import UserError
 from models.generate.config import GenerateConfig
-from models.generate.load import find_components
+from models.generate.load import find_components, wan_defaults
+from models.generate.plan import make_plan
+from models.sampling import Rollout, Windows
+from models.wan import WanModel, wan_config
+from models.wan.checkpoints import save_checkpoint
+from models.wan.checkpoints.source import open_source
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -123,3 +129,19 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     shutil.rmtree(storage)
     with pytest.raises(UserError, match="'wan/official' does not exist here and cannot be had from the hub: Cannot"):
         find_components(apart, elsewhere)
+
+
+@pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
+@pytest.mark.parametrize(
+    ("block", "few_step", "settings"),
+    [
+        (None, False, Windows(sampler="unipc", steps=50, guidance=5.0)),
+        (3, False, Rollout(sampler="unipc", steps=50, guidance=5.0)),  # causal, and finetuned as a diffusion model
+        (3, True, Rollout(sampler="few-step", steps=4)),
+        (None, True, Rollout(sampler="few-step", steps=4)),  # Self-Forcing's file does not say that it is causal
+    ],
+)
+def test_causal_is_block_by_block_and_distilled_is_few_step(tmp_path, format, block, few_step, settings):
+    model = WanModel(wan_config("tiny", num_layers=1, causal_block=block), rngs=nnx.Rngs(0))
+    source = open_source(save_checkpoint(model, tmp_path / "made", format=format, few_step=few_step))
+    assert make_plan(GenerateConfig(), defaults=wan_defaults(source), model=source.config).settings == settings
