@@ -7,11 +7,13 @@ uninterrupted run bit for bit on the same machine.
 """
 
 import collections
+import contextlib
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -88,20 +90,39 @@ def train(
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
         source = open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
-    with FolderLock(config.run.folder) as lock:
+    with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
         if config.run.folder.is_dir():
             lock.take()
-        return _Run(config, source, model, quiet).go(lock, after_step)
+        return _Run(config, source, model, quiet, opened).go(lock, after_step)
+
+
+def _close(
+    checkpoints: Checkpoints, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Waits for the save that is under way and closes; what ended the run is not hidden by what goes wrong then."""
+    try:
+        checkpoints.close()
+    except Exception as second:
+        if error is None:
+            raise
+        error.add_note(f"{checkpoints.path} could not be closed either: {second}")
 
 
 class _Run:
     """One call of `train`; the order of the methods is the order in which they run."""
 
-    def __init__(self, config: TrainConfig, source: Source, model: nnx.Module | None, quiet: bool | None):
-        self.config, self.source, self.quiet = config, source, quiet
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        model: nnx.Module | None,
+        quiet: bool | None,
+        opened: contextlib.ExitStack,
+    ):
+        self.config, self.source, self.quiet, self.opened = config, source, quiet, opened
         run = config.run
         found = run.resume and (run.folder / FOLDER_NAME).is_dir()
-        self.previous = Checkpoints(run.folder, keep=run.keep) if found else None
+        self.previous = self._open() if found else None
         if self.previous:
             self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
             done = max(self.previous.steps(), default=0)
@@ -134,6 +155,12 @@ class _Run:
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
         self.samplers: dict[str, Callable[..., jax.Array]] = {}
+
+    def _open(self) -> Checkpoints:
+        """The checkpoints, closed when the run ends, however it does."""
+        checkpoints = Checkpoints(self.config.run.folder, keep=self.config.run.keep)
+        self.opened.push(functools.partial(_close, checkpoints))
+        return checkpoints
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -194,7 +221,7 @@ class _Run:
         write_config(config)
         if isinstance(self.source, LatentFolder):
             self.source.keep_digests()
-        self.checkpoints = checkpoints or Checkpoints(run.folder, keep=run.keep)
+        self.checkpoints = checkpoints or self._open()
         with (
             RunLog(run.folder, step=start, kept=self.checkpoints.kept) as self.log,
             Progress(run.steps, start=start, quiet=self.quiet) as self.progress,
@@ -216,7 +243,7 @@ class _Run:
             self._drain(0)
             if self.held_out is None:
                 self.held_out = self._evaluate()
-            self.checkpoints.close()
+            self.checkpoints.wait()
         return TrainResult(state=self.state, graph=self.graph, held_out_loss=self.held_out, folder=run.folder)
 
     def _compare(self, notes: list[str]) -> Callable[[dict[str, Any], int], None]:
@@ -324,7 +351,7 @@ class _Run:
     def _stop(self, step: int, number: int) -> None:
         self._drain(0)
         self._save(step)
-        self.checkpoints.close()
+        self.checkpoints.wait()
         raise Interrupted(
             f"stopped at step {step} and saved; go on with --folder {self.config.run.folder} --resume",
             code=128 + number,

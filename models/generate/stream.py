@@ -165,8 +165,7 @@ class LivePage:
             async with self._changed:
                 self._changed.notify_all()
 
-        task = self._loop.create_task(notify())
-        task.add_done_callback(lambda _: None)
+        self._loop.create_task(notify())
 
     async def _page(self, request: web.Request) -> web.Response:
         page = (importlib.resources.files("models.generate") / "page.html").read_text(encoding="utf-8")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import UserError
+from models.errors import DiskFullError, NonFiniteError, UserError
 from models.media.video import read_clip
 from train import loop
+from train.checkpointing import Checkpoints
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data import ClipWindows
 from train.evaluate import held_out_loss
@@ -84,6 +85,65 @@ def test_the_state_is_made_where_it_lives(source, tmp_path, monkeypatch):
     assert len(made) == 2  # its shapes, and the state
     train(settings(tmp_path / "run", resume=True), source=source, model=Network())
     assert len(made) == 3
+
+
+class TestHoweverItEnds:
+    """The checkpoints are closed, what was being saved is there, and the error is the one that ended the run."""
+
+    @pytest.fixture
+    def closed(self, monkeypatch):
+        """Steps on disk at the time of each close, which are all that were saved."""
+        found: list[list[int]] = []
+
+        class Spied(Checkpoints):
+            def close(self):
+                super().close()
+                found.append(self.steps())
+
+        monkeypatch.setattr(loop, "Checkpoints", Spied)
+        return found
+
+    def stop(self, step, state):
+        if step == 2:
+            raise KeyError("mine")
+
+    def test_well(self, source, tmp_path, closed):
+        train(settings(tmp_path / "run"), source=source, model=Network())
+        assert closed == [[0, 2, 4]]
+
+    def test_by_the_callers_error(self, source, tmp_path, closed):
+        with pytest.raises(KeyError, match="mine"):
+            train(settings(tmp_path / "run"), source=source, model=Network(), after_step=self.stop)
+        assert closed == [[0, 2]]
+        train(settings(tmp_path / "run", resume=True), source=source, model=Network())
+        assert closed == [[0, 2], [0, 2, 4]]
+
+    def test_by_numbers_that_are_not_finite(self, source, tmp_path, closed):
+        model = Network()
+        model.proj.bias[...] = np.inf
+        with pytest.raises(NonFiniteError, match="a parameter is not finite at step 0"):
+            train(settings(tmp_path / "run"), source=source, model=model)
+        assert closed == [[]]
+
+    def test_by_settings_that_do_not_fit(self, source, tmp_path, closed):
+        train(settings(tmp_path / "run"), source=source, model=Network())
+        for changes, message in ({"steps": 3}, "has 4 already"), ({"seed": 1}, "cannot resume: seed is 1"):
+            closed.clear()
+            with pytest.raises(UserError, match=message):
+                train(settings(tmp_path / "run", resume=True, **changes), source=source, model=Network())
+            assert closed == [[0, 2, 4]]
+
+    def test_the_error_is_not_hidden_by_one_of_closing(self, source, tmp_path, monkeypatch):
+        def fail(self):
+            raise DiskFullError("no room")
+
+        monkeypatch.setattr(loop.Checkpoints, "close", fail)
+        with pytest.raises(KeyError, match="mine") as raised:
+            train(settings(tmp_path / "run"), source=source, model=Network(), after_step=self.stop)
+        (note,) = raised.value.__notes__
+        assert note.endswith("could not be closed either: no room")
+        with pytest.raises(DiskFullError, match="no room"):
+            train(settings(tmp_path / "other"), source=source, model=Network())
 
 
 def test_log_every_thins_the_log(source, tmp_path):
