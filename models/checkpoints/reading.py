@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ class Slot(Protocol):
     @property
     def layer(self) -> int | None:
         """Index on the parameter's leading axis, or None if the tensor is all of it."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """How ours is made from theirs; see `to_ours`."""
         ...
 
 
@@ -202,6 +207,42 @@ def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[st
     return ShardedSafetensors(path) if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(path)
 
 
+class Problems(NamedTuple):
+    """Why a file is not a model's: names it lacks, names that the model has not, and sentences about wrong tensors."""
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong: list[str]
+
+
+def find_problems(
+    file: TensorFile,
+    entries: Iterable[Entry],
+    shapes: dict[ParameterPath, tuple[int, ...]],
+    *,
+    naming: str,
+    ignore: Iterable[str] = (),
+) -> Problems:
+    """Compares what a file holds with the tensors of a model; takes arguments as `match_names`."""
+    expected = {entry.names[naming]: entry for entry in entries}
+    wrong = []
+    for name, entry in expected.items():
+        if name not in file.infos:
+            continue
+        stored = file.infos[name].shape
+        fitting = stored_shape(shapes, entry)
+        if entry.layout == "flat":
+            fitting += (1,) * (len(stored) - 1)
+        if stored != fitting:
+            wrong.append(f"{name} has shape {stored}, not {fitting}")
+        elif not is_float(file.infos[name]):
+            wrong.append(f"{name} is of {file.infos[name].dtype}, not floats")
+    missing = [name for name in expected if name not in file.infos]
+    known = expected.keys() | set(ignore)
+    unexpected = [name for name in file.infos if name not in known]
+    return Problems(missing, unexpected, wrong)
+
+
 def match_names(
     file: TensorFile,
     entries: Iterable[Entry],
@@ -224,31 +265,27 @@ def match_names(
         ignore: Names that may be there beside the model's.
     """
     entries = list(entries)
-    expected = {entry.names[naming]: entry for entry in entries}
-    missing = [name for name in expected if name not in file.infos]
+    missing, unexpected, wrong = find_problems(file, entries, shapes, naming=naming, ignore=ignore)
     if missing:
-        raise ValueError(f"{where} lacks {len(missing)} of {len(expected)} tensors of {model}: {some(missing)}.")
-    wrong = []
-    for name, entry in expected.items():
-        shape = shapes[entry.path] if entry.layer is None else shapes[entry.path][1:]
-        stored = file.infos[name].shape
-        fitting = _stored_shape(shape, entry.layout)
-        if entry.layout == "flat":
-            fitting += (1,) * (len(stored) - 1)
-        if stored != fitting:
-            wrong.append(f"{name} has shape {stored}, not {fitting}")
-        elif not is_float(file.infos[name]):
-            wrong.append(f"{name} is of {file.infos[name].dtype}, not floats")
+        raise ValueError(f"{where} lacks {len(missing)} of {len(entries)} tensors of {model}: {some(missing)}.")
     if wrong:
         raise ValueError(f"{where} does not fit the configuration of {model}: {some(wrong)}.")
-    unexpected = [name for name in file.infos if name not in expected and name not in set(ignore)]
     if unexpected:
         raise ValueError(f"{where} has {len(unexpected)} tensors that {model} has not: {some(unexpected)}.")
 
 
-def _stored_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """Shape that a checkpoint has for a parameter of `shape`; the inverse of `to_ours`."""
-    match layout:
+def stored_shape(shapes: dict[ParameterPath, tuple[int, ...]], slot: Slot) -> tuple[int, ...]:
+    """Shape that a checkpoint has for a tensor; the inverse of `to_ours`.
+
+    Args:
+        shapes: Our parameters' shapes by path, layers stacked.
+        slot: The tensor.
+
+    Returns:
+        The shape; of the layout "flat", without its axes of size 1.
+    """
+    shape = shapes[slot.path] if slot.layer is None else shapes[slot.path][1:]
+    match slot.layout:
         case "linear":
             return shape[::-1]
         case "conv":

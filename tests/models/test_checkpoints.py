@@ -385,7 +385,7 @@ class TestBadInput:
 
     def test_missing_tensor(self, folder):
         self.edit(folder, lambda arrays: arrays.pop("blocks.1.self_attn.q.weight"))
-        with pytest.raises(ValueError, match=r"lacks 1 of 69 tensors: blocks.1.self_attn.q.weight\."):
+        with pytest.raises(ValueError, match=r"lacks 1 of 69 tensors of a Wan model: blocks.1.self_attn.q.weight\."):
             load_checkpoint(folder)
         info = inspect_checkpoint(folder)
         assert info.missing == ("blocks.1.self_attn.q.weight",)

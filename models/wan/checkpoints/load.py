@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.checkpoints.reading import Progress, Shardings, fill_model, stored_dtype
+from models.checkpoints.reading import Progress, Shardings, fill_model, read_entries, stored_dtype
 from models.wan.checkpoints import settings
-from models.wan.checkpoints.mapping import tensors, to_ours
 from models.wan.checkpoints.source import Source, open_source
 from models.wan.config import Attention, WanConfig
 from models.wan.dit import WanModel
@@ -131,18 +130,8 @@ def read_model(
 ) -> WanModel:
     """The model of `config` with the tensors of `source`, which has been checked."""
     model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    wanted = tensors(config)
-    total = sum(source.info(tensor).nbytes for tensor in wanted)
-
-    def read():
-        done = 0
-        for tensor in wanted:
-            yield tensor, to_ours(source.read(tensor), tensor.layout)
-            done += source.info(tensor).nbytes
-            if progress is not None:
-                progress(tensor.name(source.naming), done, total)
-
-    return fill_model(model, read(), dtype=jnp.dtype(config.param_dtype), sharding=sharding)
+    arrays = read_entries(source.file, source.entries(), source.naming, progress=progress)
+    return fill_model(model, arrays, dtype=jnp.dtype(config.param_dtype), sharding=sharding)
 
 
 def _kind(config: WanConfig) -> str:

@@ -4,15 +4,13 @@ import dataclasses
 import functools
 from typing import Literal
 
-import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
+from models.checkpoints import reading
+from models.checkpoints.reading import AnyArray, Layout, to_ours
 from models.wan.config import WanConfig
 from models.wan.dit import WanModel
 
-type AnyArray = np.ndarray | Array
-type Layout = Literal["linear", "conv", "vector"]
 type Arrays = tuple[tuple[str, str, Layout], ...]
 type Naming = Literal["official", "diffusers"]
 
@@ -125,20 +123,6 @@ def tensors(config: WanConfig) -> list[Tensor]:
     return outer + blocks
 
 
-def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
-    """A checkpoint's array in our layout; a view of a NumPy array.
-
-    torch's linear [out, in] becomes [in, out]; its conv [out, in, t, h, w] becomes [t, h, w, in, out].
-    """
-    match layout:
-        case "linear":
-            return array.T
-        case "conv":
-            return array.transpose(2, 3, 4, 1, 0)
-        case _:
-            return array
-
-
 def to_theirs(array: AnyArray, layout: Layout) -> AnyArray:
     """The inverse of `to_ours`."""
     return array.transpose(4, 3, 0, 1, 2) if layout == "conv" else to_ours(array, layout)
@@ -153,22 +137,13 @@ def checkpoint_shape(config: WanConfig, tensor: Tensor) -> tuple[int, ...]:
         >>> checkpoint_shape(config, tensors(config)[0])
         (1536, 16, 1, 2, 2)
     """
-    shape = parameter_shapes(config)[tensor.path]
-    ours = shape if tensor.layer is None else shape[1:]
-    match tensor.layout:
-        case "linear":
-            return ours[::-1]
-        case "conv":
-            return tuple(ours[axis] for axis in (4, 3, 0, 1, 2))
-        case _:
-            return ours
+    return reading.stored_shape(parameter_shapes(config), tensor)
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: WanConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of our parameters by path, layers stacked; nothing is allocated."""
-    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    return {tuple(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return reading.parameter_shapes(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
 
 
 def _tensor(rule: Rule, leaf: tuple[str, str, Layout], layer: int | None) -> Tensor:

@@ -10,17 +10,20 @@ from typing import Any, Literal
 import numpy as np
 
 from models.checkpoints.hub import fetch, names_repository
-from models.checkpoints.reading import PICKLES, is_float, some, weights_file
-from models.checkpoints.tensor_files import (
-    INDEX_SUFFIX,
-    SafetensorsFile,
-    ShardedSafetensors,
-    TensorFile,
-    TensorInfo,
+from models.checkpoints.reading import (
+    PICKLES,
+    Entry,
+    Problems,
+    find_problems,
+    match_names,
+    open_tensors,
+    some,
+    weights_file,
 )
+from models.checkpoints.tensor_files import TensorFile, TensorInfo
 from models.checkpoints.torch_pickle import TorchFile
 from models.wan.checkpoints import settings
-from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors
+from models.wan.checkpoints.mapping import Naming, Tensor, parameter_shapes, tensors
 from models.wan.config import WanConfig
 
 type Format = Literal["official", "diffusers", "torch", "orbax"]
@@ -68,32 +71,22 @@ class Source:
         """A tensor in the checkpoint's own layout."""
         return self.file.read(self.names[tensor.name(self.naming)])
 
-    def problems(self) -> tuple[list[str], list[str], list[str]]:
-        """Names that are missing, names that are unexpected, and sentences about wrong shapes."""
-        expected = {tensor.name(self.naming): tensor for tensor in tensors(self.config)}
-        missing = [name for name in expected if name not in self.names]
-        unexpected = [self.names[name] for name in self.names if name not in expected]
-        wrong = []
-        for name, tensor in expected.items():
-            shape = checkpoint_shape(self.config, tensor)
-            if name not in self.names:
-                continue
-            if self.info(tensor).shape != shape:
-                wrong.append(f"{self.names[name]} has shape {self.info(tensor).shape}, not {shape}")
-            elif not is_float(self.info(tensor)):
-                wrong.append(f"{self.names[name]} is of {self.info(tensor).dtype}, not floats")
-        return missing, unexpected, wrong
+    def entries(self) -> list[Entry]:
+        """Every tensor of `config` under its name in the file, or the format's own if it is not there."""
+        return [
+            Entry(tensor.path, tensor.layer, {self.naming: self.names.get(name, name)}, tensor.layout)
+            for tensor in tensors(self.config)
+            for name in (tensor.name(self.naming),)
+        ]
+
+    def problems(self) -> Problems:
+        """Names that are missing, names that are unexpected, and sentences about wrong tensors."""
+        return find_problems(self.file, self.entries(), parameter_shapes(self.config), naming=self.naming)
 
     def check(self) -> None:
         """Raises ValueError unless every tensor of `config` is there, in its shape, and no other."""
-        missing, unexpected, wrong = self.problems()
-        total = len(tensors(self.config))
-        if missing:
-            raise ValueError(f"{self.path} lacks {len(missing)} of {total} tensors: {some(missing)}.")
-        if wrong:
-            raise ValueError(f"{self.path} does not fit its configuration: {some(wrong)}.")
-        if unexpected:
-            raise ValueError(f"{self.path} has {len(unexpected)} tensors that a Wan model has not: {some(unexpected)}.")
+        shapes = parameter_shapes(self.config)
+        match_names(self.file, self.entries(), shapes, where=self.path, naming=self.naming, model="a Wan model")
 
 
 def open_source(
@@ -127,16 +120,8 @@ def open_source(
         from models.wan.checkpoints.orbax import open_orbax
 
         return open_orbax(path)
-    sets: tuple[str, ...] = ("",)
-    chosen = ""
-    file: TensorFile
-    if format_ == "torch":
-        file = opened = TorchFile(file_path, weights=weights, preference=PREFERENCE)
-        sets, chosen = tuple(opened.sets), opened.weights
-    else:
-        if weights is not None:
-            raise ValueError(f"weights={weights!r}: {path} holds one set of tensors; leave weights out.")
-        file = ShardedSafetensors(file_path) if file_path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(file_path)
+    file = open_tensors(file_path, weights=weights, preference=PREFERENCE)
+    sets, chosen = (tuple(file.sets), file.weights) if isinstance(file, TorchFile) else (("",), "")
     names = strip_prefixes(file.infos)
     naming = _naming(path, names)
     config_path = folder / "config.json"
