@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from models.errors import UserError
+from models.files import unfinished
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -196,16 +197,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: dict
         UserError: If it cannot be written.
     """
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-    unfinished = path.with_name(path.name + ".part")
+    growing = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in write_safetensors(unfinished, infos, arrays.__getitem__, metadata=metadata):
+        for _ in write_safetensors(growing, infos, arrays.__getitem__, metadata=metadata):
             pass
-        os.replace(unfinished, path)
+        os.replace(growing, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        growing.unlink(missing_ok=True)
 
 
 def split_shards(infos: dict[str, TensorInfo], max_bytes: int | None) -> list[list[str]]:

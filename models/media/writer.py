@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
 from models.errors import UserError, report_full_disk
+from models.files import unfinished
 
 KEY = "monarchrt"  # in the JSON of the comment
 FREE = "free some space"  # what to do about a full disk
@@ -47,19 +49,16 @@ def check_folder(name: str, path: Path) -> None:
         name: What the error calls it.
         path: The file.
     """
-    trial = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with report_full_disk(path, then=FREE):
-            trial.write_bytes(b"")
-            trial.unlink()
+        # a new name, as another process may be writing there; as long as the one that the file will grow under
+        with (
+            report_full_disk(path, then=FREE),
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".part"),
+        ):
+            pass
     except OSError as error:
         raise UserError(f"{name} {path} cannot be written: {error.strerror or error}") from error
-
-
-def unfinished(path: Path) -> Path:
-    """Name of the file while it grows."""
-    return path.with_name(path.name + ".part")
 
 
 class Mp4Writer:

@@ -9,9 +9,10 @@ import pytest
 from av.video.reformatter import Colorspace
 
 from models.errors import DiskFullError, UserError
+from models.files import unfinished
 from models.media.metrics import fidelity
 from models.media.video import read_clip, write_mp4
-from models.media.writer import Mp4Writer, check_writable, read_settings, unfinished
+from models.media.writer import Mp4Writer, check_folder, check_writable, read_settings
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
 
@@ -100,6 +101,32 @@ class TestWritable:
     def test_leaves_nothing(self, tmp_path):
         check_writable(tmp_path / "new" / "clip.mp4")
         assert list(tmp_path.rglob("*.*")) == []
+
+    def test_disturbs_no_file_that_grows(self, tmp_path):
+        """A second process that is refused, or that only looks, leaves the first one's video whole."""
+        path = tmp_path / "clip.mp4"
+        with Mp4Writer(path) as writer:
+            for _ in range(30):  # until the encoder gives something to write
+                writer.write(FRAMES)
+            assert unfinished(path).exists()
+            check_writable(path)
+            check_folder("out", path)
+            writer.write(FRAMES)
+        assert len(read_clip(path, height=32, width=48)) == 124
+        assert os.listdir(tmp_path) == ["clip.mp4"]
+
+    def test_two_processes_write_apart(self, tmp_path, monkeypatch):
+        """Each has a file of its own until it is complete; a killed one's ends in .part."""
+        path = tmp_path / "clip.mp4"
+        names = [unfinished(path)]
+        monkeypatch.setattr(os, "getpid", lambda: 4_194_304)
+        names.append(unfinished(path))
+        assert names[0] != names[1]
+        assert {name.suffix for name in names} == {".part"}
+
+    def test_a_name_that_is_too_long(self, tmp_path):
+        with pytest.raises(UserError, match="cannot be written: File name too long"):
+            check_writable(tmp_path / ("long" * 61 + ".mp4"))  # fits itself, but not while it grows
 
     def test_reasons(self, tmp_path):
         path = write_mp4(tmp_path / "clip.mp4", FRAMES)
