@@ -93,6 +93,7 @@ def train(
     with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
         if config.run.folder.is_dir():
             lock.take()
+            claim_folder(config)  # while the data was read, another run may have come and gone
         return _Run(config, source, model, quiet, opened).go(lock, after_step)
 
 
@@ -218,6 +219,9 @@ class _Run:
             )
         self.state = self._start() if restored is None else restored
         lock.take()
+        claim_folder(config)  # likewise
+        if checkpoints is None and (run.folder / FOLDER_NAME).exists():
+            raise UserError(f"folder {run.folder} was begun by another run meanwhile; try again with --resume")
         write_config(config)
         if isinstance(self.source, LatentFolder):
             self.source.keep_digests()

@@ -71,6 +71,34 @@ def test_a_second_run_from_python_repeats_the_first_and_resumes(source, tmp_path
     assert history(tmp_path / "two") == history(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("where", "resume", "message"),
+    [
+        ("open_source", False, "already holds a run; go on with it with --resume"),  # the folder is there: soon locked
+        ("make_train_step", False, "already holds a run; go on with it with --resume"),
+        ("make_train_step", True, "was begun by another run meanwhile; try again with --resume"),
+    ],
+)
+def test_a_run_that_came_and_went_while_another_started(source, tmp_path, monkeypatch, where, resume, message):
+    """The slower one finds the folder free at first; what the other has left by then stays as it is."""
+    folder = tmp_path / "run"
+    if where == "open_source":
+        folder.mkdir()
+    real, left = getattr(loop, where), []
+
+    def after_the_other(*args, **kwargs):
+        monkeypatch.undo()
+        train(settings(folder, steps=2), source=source, model=Network())
+        left.append(((folder / "config.json").read_text(), history(folder)))
+        return source if where == "open_source" else real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, where, after_the_other)
+    with pytest.raises(UserError, match=message):
+        train(settings(folder, resume=resume), source=None if where == "open_source" else source, model=Network())
+    assert left == [((folder / "config.json").read_text(), history(folder))]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0", "2"]
+
+
 def test_the_state_is_made_where_it_lives(source, tmp_path, monkeypatch):
     """Traced only: of a state that several devices share, none may have to hold the whole, nor twice on a resume."""
 
