@@ -25,11 +25,13 @@ class NonFiniteError(UserError):
     """The loss, the gradient or the parameters became NaN or infinite.
 
     Attributes:
+        finding: The message without the advice.
         step: The optimizer step, counted from 1, at which it happened.
     """
 
-    def __init__(self, message: str, *, step: int):
-        super().__init__(message)
+    def __init__(self, finding: str, *, advice: str, step: int):
+        super().__init__(f"{finding}; {advice}")
+        self.finding = finding
         self.step = step
 
 

@@ -6,15 +6,17 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has saved.
+    """The run was asked to stop, and has saved if it could.
 
     Attributes:
         code: Exit code of the process: 128 + signal number.
+        step: Of the state that was saved; None if none was.
     """
 
-    def __init__(self, message: str, *, code: int = 130):
+    def __init__(self, message: str, *, code: int = 130, step: int | None = None):
         super().__init__(message)
         self.code = code
+        self.step = step
 
 
 class StopRequest:

@@ -9,6 +9,7 @@ uninterrupted run bit for bit on the same machine.
 import collections
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -318,8 +319,8 @@ class _Run:
         good = [saved for saved in self.checkpoints.steps() if saved < step]
         kept = f"the checkpoint of step {good[-1]} is kept" if good else "there is no earlier checkpoint"
         return NonFiniteError(
-            f"{what} at step {step} (learning_rate {rate:.3g}); {kept} in {self.checkpoints.path}; try a smaller "
-            f"--learning-rate, a longer --warmup or a smaller --clip-norm with --resume",
+            f"{what} at step {step} (learning_rate {rate:.3g}); {kept} in {self.checkpoints.path}",
+            advice="try a smaller --learning-rate, a longer --warmup or a smaller --clip-norm with --resume",
             step=step,
         )
 
@@ -356,7 +357,9 @@ class _Run:
         self._drain(0)
         self._save(step)
         self.checkpoints.wait()
+        folder = shlex.quote(str(self.config.run.folder))
         raise Interrupted(
-            f"stopped at step {step} and saved; go on with --folder {self.config.run.folder} --resume",
+            f"stopped at step {step} and saved; go on with --folder {folder} --resume",
             code=128 + number,
+            step=step,
         )

@@ -1,15 +1,20 @@
 """The demo: what it leaves behind, what it refuses, and, slowly, that it shows what it claims."""
 
+import functools
 import json
+import shlex
+import signal
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import NonFiniteError
 from models.media.video import write_mp4
 from train.cli import main
-from train.demo import DemoConfig, run_demo
+from train.commands import parse
+from train.demo import DemoConfig, run, run_demo
 from train.demo.run import DemoResult, _table
 
 SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
@@ -46,6 +51,36 @@ def test_what_it_leaves(clip, tmp_path, capsys):
     assert frames[0].shape[1] >= 4 * 10 * 24
     assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 2
     assert f"error: folder {folder} exists already; give --resume" in capsys.readouterr().err
+
+
+def test_stopped_it_says_how_to_go_on(clip, tmp_path, capsys, monkeypatch):
+    """With the whole command, as a demo that goes on needs the same settings; not with that of the run inside."""
+    folder = tmp_path / "my demo"
+    stop = functools.partial(run.train, after_step=lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(run, "train", stop)
+    assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 143
+    said, _, command = capsys.readouterr().err.strip().partition("; go on with ")
+    assert said == "stopped at step 1 and saved"
+    words = shlex.split(command)
+    assert words[:5] == ["monarchrt", "demo", "--folder", str(folder), "--resume"]
+    expected = DemoConfig(
+        video=clip, folder=folder, resume=True, steps=2, finetune_steps=2, height=16, width=24, tile=(2, 4, 6)
+    )
+    assert parse(DemoConfig, words[2:]) == expected
+    for more in ([], ["--resume"]):
+        assert main(["demo", "--folder", str(folder / "dense"), *more]) == 2
+        assert "dense is that of a single run, not of a demo; give the folder above" in capsys.readouterr().err
+    assert not (folder / "dense/dense").exists()
+
+
+def test_advice_names_options_of_the_demo(clip, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise NonFiniteError("loss is nan at step 3", advice="try a smaller --learning-rate", step=3)
+
+    monkeypatch.setattr(run, "train", fail)
+    assert main(["demo", "--video", str(clip), "--folder", str(tmp_path / "demo"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: loss is nan at step 3; try another --seed, with another --folder\n"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`train()` called from Python, with a network and data of one's own."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from train.checkpointing import Checkpoints
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data import ClipWindows
 from train.evaluate import held_out_loss
+from train.interrupt import Interrupted
 from train.loop import train
 from train.state import create_state
 from train.step import make_error_fn
@@ -172,6 +174,13 @@ class TestHoweverItEnds:
         assert note.endswith("could not be closed either: no room")
         with pytest.raises(DiskFullError, match="no room"):
             train(settings(tmp_path / "other"), source=source, model=Network())
+
+
+def test_advice_can_be_pasted(source, tmp_path):
+    config = settings(tmp_path / "my run")
+    with pytest.raises(Interrupted, match=r"go on with --folder '.*/my run' --resume") as stopped:
+        train(config, source=source, model=Network(), after_step=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert (stopped.value.step, stopped.value.code) == (1, 130)
 
 
 def test_log_every_thins_the_log(source, tmp_path):

@@ -1,15 +1,18 @@
 """The demo, step by step: train dense, swap, measure, finetune, measure, draw."""
 
+import contextlib
 import dataclasses
 import json
+import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import UserError, user_input
+from models.errors import NonFiniteError, UserError, user_input
 from models.wan import MonarchAttention, WanModel
 from train.config import TrainConfig, to_dict
 from train.data import ClipWindows, open_source
@@ -17,8 +20,10 @@ from train.demo.config import DemoConfig, dense_run, monarch_run
 from train.demo.film import write_film
 from train.demo.pictures import draw_attention, draw_losses
 from train.evaluate import held_out_loss
+from train.interrupt import Interrupted
 from train.loop import train
 from train.model import attention_setting, model_settings
+from train.run_folder import CONFIG_NAME
 from train.state import split_model
 from train.step import make_error_fn
 
@@ -64,12 +69,16 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
 
     Raises:
         UserError: If the video, a setting or the folder cannot be used.
+        NonFiniteError: If a loss, a gradient or the parameters became NaN or infinite.
+        Interrupted: If a signal asked to stop; the message says how to go on.
     """
     start = time.monotonic()
     console = Console(quiet=bool(quiet), highlight=False)
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new folder")
+    if (folder / CONFIG_NAME).exists():
+        raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
     if folder.exists() and any(folder.iterdir()) and not config.resume:
         raise UserError(f"folder {folder} exists already; give --resume to continue it, or another --folder")
     dense_config, monarch_config = dense_run(config), monarch_run(config)
@@ -82,7 +91,8 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     )
 
     console.print(f"\n1. train a dense model from scratch, {config.steps} steps")
-    dense = train(dense_config, source=source, quiet=quiet)
+    with _in_terms_of_the_demo(config):
+        dense = train(dense_config, source=source, quiet=quiet)
     console.print(f"   held-out loss {dense.held_out_loss:.4f}")
 
     console.print("\n2. swap Monarch attention in, train nothing")
@@ -91,7 +101,8 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     console.print(f"   held-out loss {untrained:.4f}")
 
     console.print(f"\n3. finetune it, {config.finetune_steps} steps")
-    monarch = train(monarch_config, source=source, quiet=quiet)
+    with _in_terms_of_the_demo(config):
+        monarch = train(monarch_config, source=source, quiet=quiet)
     console.print(f"   held-out loss {monarch.held_out_loss:.4f}\n")
 
     models = {"dense": dense.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
@@ -111,6 +122,36 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     console.print(_table(result))
     console.print(f"\n{result.seconds:.0f} s; everything is in {folder}: {', '.join(path.name for path in written)}")
     return result
+
+
+@contextlib.contextmanager
+def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
+    """Replaces what a training run says to do next, which is meant for `monarchrt train`."""
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.step is None:
+            raise
+        raise Interrupted(
+            f"stopped at step {stop.step} and saved; go on with {_resume_command(config)}",
+            code=stop.code,
+            step=stop.step,
+        ) from None
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            error.finding, advice="try another --seed, with another --folder", step=error.step
+        ) from error
+
+
+def _resume_command(config: DemoConfig) -> str:
+    """The command that goes on with a demo; unlike a run, it keeps no settings for that."""
+    words = ["monarchrt", "demo", "--folder", str(config.folder), "--resume"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("folder", "resume") and value != field.default:
+            parts = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, parts)]
+    return shlex.join(words)
 
 
 def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, MonarchAttention, tuple[int, int, int]]:
