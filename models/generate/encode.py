@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from models.checkpoints.tensor_files import write_arrays
+from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
 from models.errors import UserError, user_input
 from models.generate.config import GenerateConfig
 from models.media.writer import check_folder
@@ -34,7 +34,8 @@ class EncodeConfig:
 
     out: Path = Path("latents")
     """Folder to write one .safetensors file per clip into, for `monarchrt train --latents`. Files that are there
-    already are kept, so a run that was stopped goes on; until it is done, encoded captions are in OUT.texts."""
+    already are kept, so a run that was stopped goes on; those of other captions or sizes are refused. Until it is done,
+    encoded captions are in OUT.texts."""
 
     frames: int = 81
     """Frames of a clip that are taken, 1 + 4 k."""
@@ -120,7 +121,8 @@ def encode_clips(
         The files of all clips, those that were there before included.
 
     Raises:
-        UserError: If captions, parts or frames are missing; files written so far stay.
+        UserError: If captions, parts or frames are missing, or a file that is there already is of another caption or
+            size; files written so far stay.
     """
     import jax
 
@@ -137,6 +139,9 @@ def encode_clips(
         raise UserError(f"out {config.out} is not a folder that can be written to")
     files = {video: config.out / f"{video.stem}.safetensors" for video in captions}
     todo = [video for video in captions if not files[video].exists()]
+    for video, caption in captions.items():
+        if video not in todo:
+            _check_kept(files[video], video, caption, config)
     if len(todo) < len(files):
         report(f"{len(files) - len(todo)} of {len(files)} clips are in {config.out} already")
     if not todo:
@@ -155,7 +160,7 @@ def encode_clips(
         caption = captions[video]
         text = load_embeddings(texts[caption], length=config.rows)[caption].astype(np.float32)
         metadata = {"caption": caption, "clip": video.name}
-        write_arrays(files[video], {"latents": latents, "text": text}, metadata=metadata)
+        write_arrays(files[video], {"latents": latents, "text": text}, metadata=metadata | _sizes(config))
         report(f"{count}/{len(todo)} {files[video]}: latents {latents.shape}, text {text.shape}")
     for path in texts.values():
         path.unlink()
@@ -191,3 +196,27 @@ def _encode_captions(
         for caption, embedding in encoded:
             save_embeddings(files[caption], {caption: embedding})
     return files
+
+
+def _sizes(config: EncodeConfig) -> dict[str, str]:
+    """What a file's header says of how it was made."""
+    return {name: str(getattr(config, name)) for name in ("frames", "height", "width", "stride", "rows")}
+
+
+def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> None:
+    """Raises UserError unless a file that is there already is what would be written, as far as its header tells."""
+    try:
+        file = SafetensorsFile(path)
+    except ValueError as error:
+        raise UserError(f"{str(error).rstrip('.')}; delete it, or give another --out") from error
+    shapes = [file.infos[name].shape for name in ("latents", "text") if name in file.infos]
+    if [len(shape) for shape in shapes] != [4, 2]:
+        raise UserError(f"{path} holds no latents and text of a clip; delete it, or give another --out")
+    (frames, height, width, _), (rows, _) = shapes
+    wanted = {"caption": caption, "clip": video.name} | _sizes(config)
+    # a header without sizes is older than they are: the arrays tell all but the stride
+    derived = {"frames": 1 + 4 * (frames - 1), "height": 8 * height, "width": 8 * width, "rows": rows}
+    found = wanted | {name: str(value) for name, value in derived.items()} | file.metadata
+    if other := [name for name in wanted if found[name] != wanted[name]]:
+        differences = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in other)
+        raise UserError(f"{path} is there already, of {differences}; delete it, or give another --out")

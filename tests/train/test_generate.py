@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
 from models.generate.config import GenerateConfig
 from models.media.video import read_clip, write_mp4
 from models.media.writer import Mp4Writer, read_settings
@@ -355,6 +356,38 @@ class TestEncode:
         assert "1 of 3 clips are in" in capsys.readouterr().err
         assert sorted(path.name for path in out.iterdir()) == [f"{n}.safetensors" for n in range(3)]
         assert (out / "0.safetensors").stat().st_mtime_ns == before
+        header = SafetensorsFile(out / "0.safetensors").metadata
+        sizes = {"frames": "5", "height": "32", "width": "64", "stride": "1", "rows": "16"}
+        assert header == {"caption": "a cat", "clip": "0.mp4"} | sizes
+
+    @pytest.mark.parametrize(
+        ("change", "arguments", "message"),
+        [
+            ({"caption": "a dog"}, [], "0.safetensors is there already, of caption 'a dog' instead of 'a cat'; delete"),
+            ({"clip": "0.webm"}, [], "of clip '0.webm' instead of '0.mp4'"),
+            ({}, ["--width", "48"], "of width '64' instead of '48'; delete it, or give another --out"),
+            ({}, ["--height", "16", "--frames", "9"], "of frames '5' instead of '9', height '32' instead of '16'; "),
+            ({}, ["--rows", "8"], "of rows '16' instead of '8'"),
+            ({"stride": "2"}, [], "of stride '2' instead of '1'"),
+            ({"frames": "7"}, [], "of frames '7' instead of '5'"),  # of a VAE of another factor
+            ({"latents": (2, 4, 8)}, [], "0.safetensors holds no latents and text of a clip; delete it"),
+            ({"damage": True}, [], "0.safetensors is truncated: "),
+            ({}, [], "checkpoint lacks: VAE"),  # no complaint
+        ],
+    )
+    def test_files_that_are_there_already_are_looked_at(self, clips, tmp_path, capsys, change, arguments, message):
+        out = tmp_path / "latents"
+        metadata = {"caption": "a cat", "clip": "0.mp4"} | {k: v for k, v in change.items() if isinstance(v, str)}
+        arrays = {"latents": np.zeros(change.get("latents", (2, 4, 8, 16)), np.float32), "text": np.zeros((16, 32), np.float32)}
+        write_arrays(out / "0.safetensors", arrays, metadata=metadata)
+        if "damage" in change:
+            (out / "0.safetensors").write_bytes((out / "0.safetensors").read_bytes()[:-8])
+        before = (out / "0.safetensors").read_bytes()
+        assert self.encode(clips, out, "--components", clips, *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("error: ") == 1
+        assert (out / "0.safetensors").read_bytes() == before
 
     def test_captions_are_encoded_once_and_leave_the_device(self, wan_folder, clips, tmp_path, monkeypatch):
         from models.umt5 import text
