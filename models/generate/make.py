@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models.errors import UserError, user_input
+from models.errors import user_input
 from models.generate.config import GenerateConfig
 from models.generate.pipeline import VideoPipeline
 from models.generate.plan import Plan
@@ -24,7 +24,7 @@ from models.generate.stream import LivePage, check_port
 from models.media.metrics import Fidelity, fidelity
 from models.media.video import side_by_side, write_mp4
 from models.media.writer import Mp4Writer, check_folder, check_writable
-from models.wan import DenseAttention, MonarchAttention
+from models.wan import DenseAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,6 @@ def make_video(
         KeyboardInterrupt: If it was stopped; the message says what is kept.
     """
     config = plan.config
-    if config.compare_dense and not uses_monarch(plan):
-        raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
     with user_input():
         parts = _traced(pipeline(text, plan=plan, negative=negative, initial=initial))
     kept: list[np.ndarray] = []
@@ -134,12 +132,6 @@ def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict
     both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1)
     path = write_mp4(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
     return {"fidelity": fidelity(video, reference), "comparison": path}
-
-
-def uses_monarch(plan: Plan) -> bool:
-    """Whether any layer has Monarch attention."""
-    layers = plan.attention if isinstance(plan.attention, tuple) else (plan.attention,)
-    return any(isinstance(setting, MonarchAttention) for setting in layers)
 
 
 def _write(

@@ -165,6 +165,8 @@ def make_plan(
         spatial=spatial,
         temporal=temporal,
     )
+    if config.compare_dense and not any(isinstance(layer, MonarchAttention) for layer in _layers(attention)):
+        raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
     _check_tiles(plan, model)
     return plan
 
@@ -292,6 +294,11 @@ def _attention(config: GenerateConfig, model: WanConfig):
     )
 
 
+def _layers(attention):
+    """The settings of all layers, whether there is one for all or one for each."""
+    return attention if isinstance(attention, tuple) else (attention,)
+
+
 def _check_tiles(plan: Plan, model: WanConfig) -> None:
     """Tiles must divide each block of tokens, the window and the sinks."""
     settings = plan.settings
@@ -299,9 +306,8 @@ def _check_tiles(plan: Plan, model: WanConfig) -> None:
         counts = {settings.block, plan.first_block, settings.window or plan.latents[0]}
     else:
         counts = {settings.window or plan.latents[0]}
-    layers = plan.attention if isinstance(plan.attention, tuple) else (plan.attention,)
     with user_input():
-        for setting in dict.fromkeys(layers):
+        for setting in dict.fromkeys(_layers(plan.attention)):
             if isinstance(setting, MonarchAttention):
                 for count in sorted(counts):
                     setting.spec(model.token_grid(count, *plan.latents[1:]))

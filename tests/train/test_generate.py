@@ -378,7 +378,8 @@ class TestEncode:
     def test_files_that_are_there_already_are_looked_at(self, clips, tmp_path, capsys, change, arguments, message):
         out = tmp_path / "latents"
         metadata = {"caption": "a cat", "clip": "0.mp4"} | {k: v for k, v in change.items() if isinstance(v, str)}
-        arrays = {"latents": np.zeros(change.get("latents", (2, 4, 8, 16)), np.float32), "text": np.zeros((16, 32), np.float32)}
+        shapes = {"latents": change.get("latents", (2, 4, 8, 16)), "text": (16, 32)}
+        arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         write_arrays(out / "0.safetensors", arrays, metadata=metadata)
         if "damage" in change:
             (out / "0.safetensors").write_bytes((out / "0.safetensors").read_bytes()[:-8])

@@ -66,6 +66,7 @@ class TestDefaults:
         assert plan(model=stored, attention="dense").attention == DenseAttention()
         assert plan(tile=(1, 30, 52)).attention == MonarchAttention(tile=(1, 30, 52))
         assert plan(attention="monarch").attention == MonarchAttention()
+        assert plan(model=stored, compare_dense=True).attention == MonarchAttention(tile=(3, 30, 52))
 
     def test_a_stored_plan_makes_the_same_plan(self, tmp_path):
         made = plan(prompt="a cat", tile=(3, 30, 52), seed=5, frames=1 + 4 * 29, sink_frames=3)
@@ -109,6 +110,8 @@ class TestRefusals:
             (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with --tile"),
             (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
             (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
+            (dict(compare_dense=True), "compare_dense compares Monarch with dense .*; give a --tile"),
+            (dict(compare_dense=True, attention="dense"), "compare_dense compares Monarch with dense attention"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
             (dict(mode="bidirectional", window=6), "window is 6, for mode autoregressive or windows, .* use None"),
