@@ -25,6 +25,13 @@ monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B
 monarchrt generate --checkpoint runs/demo/monarch --out demo.mp4 --stream
 
 monarchrt generate --from cat.mp4 --out again.mp4"""
+# settings that a run folder has no use for, and why
+NOT_OF_RUNS = {
+    "components": "needs no other parts",
+    "weights": "has one set of weights",
+    "save_embeddings": "was trained without text",
+    "guidance": "was trained without text",
+}
 SEEN = 0  # held-out window whose first frames a run's video begins with
 
 
@@ -141,6 +148,10 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
             f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert {path} "
             f"NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, --components"
         )
+    for name, why in NOT_OF_RUNS.items():
+        value = getattr(config, name)
+        if value is not None and not (name == "guidance" and value == 1.0):  # a stored plan says 1.0
+            raise UserError(f"{name} is {value}, but checkpoint {path} is a run folder, which {why}; leave it out")
     decoder = PatchDecoder(PatchDCT(patch=run.data.patch, whitening=run.data.whitening))
     precision = "bf16" if config.precision == "bf16" else "fp32"
     wan = model_settings(run.model, channels=decoder.channels, precision=precision)

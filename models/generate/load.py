@@ -9,7 +9,7 @@ import numpy as np
 
 from models.checkpoints.hub import fetch, names_repository
 from models.errors import UserError, user_input
-from models.generate.config import GenerateConfig
+from models.generate.config import NO_CONDITION, GenerateConfig
 from models.generate.decoders import FrameDecoder, WanDecoder
 from models.generate.pipeline import VideoPipeline
 from models.generate.plan import Defaults, Plan, make_plan
@@ -20,7 +20,6 @@ from models.vae import load_vae
 if TYPE_CHECKING:
     from models.wan.checkpoints.source import Source
 
-NO_CONDITION = "none"
 # what each part is called in an official folder and in a diffusers folder
 PARTS = {
     "VAE": ("Wan2.1_VAE.pth", "vae"),

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from models.errors import UserError, user_input
-from models.generate.config import GenerateConfig
+from models.generate.config import NO_CONDITION, GenerateConfig
 from models.sampling import Rollout, Windows
 from models.wan import DenseAttention, MonarchAttention, WanConfig
 
@@ -184,6 +184,10 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
         value, default = getattr(config, name), getattr(GenerateConfig(), name)
         if value != default and mode not in modes:
             raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; use {default}")
+    if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
+        raise UserError(
+            f"condition_frames is {config.condition_frames}, but there is no --condition to take them of; leave it out"
+        )
     few = sampler == "few-step"
     given = {name: getattr(config, name) for name in ("frames", "height", "width", "fps", "shift", "guidance", "steps")}
     filled = {

@@ -240,6 +240,30 @@ class TestRun:
         assert first[8, 4].tolist() == pytest.approx([250, 250, 0], abs=12)
         assert first[8, 28].max() < 12
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--components", "x"], "components is x, but checkpoint {run} is a run folder, which needs no other"),
+            (["--weights", "generator"], "weights is generator, but checkpoint {run} is a run folder, which has one"),
+            (["--save-embeddings", "e"], "save_embeddings is e, but checkpoint {run} is a run folder, which was"),
+            (["--guidance", "7"], "guidance is 7.0, but checkpoint {run} is a run folder, which was trained without"),
+        ],
+    )
+    def test_what_a_run_has_no_use_for(self, baseline, tmp_path, capsys, monkeypatch, options, message):
+        monkeypatch.chdir(tmp_path)
+        assert generate("--checkpoint", baseline, *options) == 2
+        error = capsys.readouterr().err
+        assert message.format(run=baseline) in error
+        assert error.endswith("; leave it out\n")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_runs_video_from_its_own_settings(self, baseline, tmp_path):
+        one, other = tmp_path / "one.mp4", tmp_path / "other.mp4"
+        arguments = ["--mode", "windows", "--frames", "3", "--steps", "1", "--guidance", "1", "--quiet"]
+        assert generate("--checkpoint", baseline, *arguments, "--out", one) == 0
+        assert generate("--from", one, "--out", other, "--quiet") == 0
+        assert read_settings(one) == read_settings(other)
+
     def test_the_folder_above_the_runs(self, baseline, tmp_path, capsys):
         (tmp_path / "demo").mkdir()
         (tmp_path / "demo" / "dense").symlink_to(baseline)

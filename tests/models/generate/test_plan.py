@@ -117,6 +117,8 @@ class TestRefusals:
             (dict(mode="bidirectional", window=6), "window is 6, for mode autoregressive or windows, .* use None"),
             (dict(mode="windows", window=6, sink_frames=3), "sink_frames is 3, for mode autoregressive, .* use 0"),
             (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
+            (dict(condition_frames=9), "condition_frames is 9, but there is no --condition to take .*; leave it out"),
+            (dict(condition_frames=9, condition="None"), "condition_frames is 9, but there is no --condition"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
         ],
     )
