@@ -168,6 +168,18 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
         lock.take()
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_to_resume(tmp_path, capsys, exists):
+    folder = tmp_path / "run"
+    if exists:
+        folder.mkdir()
+    assert cli.main(["train", "--folder", str(folder), "--resume"]) == 2
+    assert f"error: folder {folder} holds no run to resume; give that of one, or begin" in capsys.readouterr().err
+    assert cli.main(["train", "--folder", str(folder)]) == 2
+    assert "neither video nor latents was given" in capsys.readouterr().err
+    assert folder.exists() == exists
+
+
 def test_claim_folder(tmp_path):
     claim_folder(TrainConfig(run=RunConfig(folder=tmp_path)))  # empty
     claim_folder(TrainConfig(run=RunConfig(folder=tmp_path / "new")))
