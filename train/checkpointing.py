@@ -168,6 +168,7 @@ class Checkpoints:
                 for want of memory, of permission or of a disk that answers.
         """
         complete = self.steps()
+        newest = ""  # what is wrong with it
         for position in range(len(complete) - 1, -1, -1):
             step = complete[position]
             try:
@@ -183,6 +184,7 @@ class Checkpoints:
                         f"the checkpoint of step {step} in {self.path} could not be read, which need not be its own "
                         f"fault ({type(error).__name__}: {reason}); nothing was changed, so try again with --resume"
                     ) from error
+                newest = newest or f"{type(error).__name__}: {reason}"
                 older = f"going on from step {complete[position - 1]}" if position else "there is none before it"
                 note(f"warning: the checkpoint of step {step} is corrupt, {older} ({type(error).__name__}: {reason})")
                 continue
@@ -191,8 +193,8 @@ class Checkpoints:
             return state
         if complete:
             raise UserError(
-                f"none of the checkpoints in {self.path} can be read (steps {', '.join(map(str, complete))}); start "
-                f"again with another --folder"
+                f"none of the checkpoints in {self.path} can be read (steps {', '.join(map(str, complete))}; the newest: "
+                f"{newest}); start again with another --folder"
             )
         return None
 

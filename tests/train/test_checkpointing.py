@@ -165,6 +165,20 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, mon
     assert not (two / "unreadable_checkpoints").exists()
 
 
+def test_none_can_be_read(training, two):
+    """The error says what is wrong with the newest."""
+    fresh, _ = training
+    for step in (1, 2):
+        about = two / f"checkpoints/{step}/about/metadata"
+        content = json.loads(about.read_text())
+        content["arrays"]["params.proj.kernel" if step == 2 else "params.proj.bias"]["checksum"] ^= 1
+        about.write_text(json.dumps(content))
+    message = r"steps 1, 2; the newest: ValueError: the checksum of params.proj.kernel is wrong\); start again"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(two).restore(fresh(), check=accept, note=lambda line: None)
+    assert Checkpoints(two).steps() == [1, 2]
+
+
 @pytest.mark.parametrize("missing", ["about", "state"])
 def test_missing_parts_fall_back(training, two, missing):
     fresh, _ = training
