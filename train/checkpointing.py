@@ -193,8 +193,8 @@ class Checkpoints:
             return state
         if complete:
             raise UserError(
-                f"none of the checkpoints in {self.path} can be read (steps {', '.join(map(str, complete))}; the newest: "
-                f"{newest}); start again with another --folder"
+                f"none of the checkpoints in {self.path} can be read (steps {', '.join(map(str, complete))}; "
+                f"the newest: {newest}); start again with another --folder"
             )
         return None
 
