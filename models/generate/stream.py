@@ -5,8 +5,10 @@ forgotten, and generation never waits for any.
 """
 
 import asyncio
+import errno
 import importlib.resources
 import io
+import os
 import socket
 import threading
 import time
@@ -26,16 +28,24 @@ KEPT = 4096  # frames, so that an endless video does not fill the memory
 def check_port(host: str, port: int) -> None:
     """Raises UserError unless the address can be listened on; before anything is computed."""
     try:
-        with socket.create_server((host, port)):
+        socket.getaddrinfo(host or None, port)  # an unknown name has an error of its own here, and not below
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise _taken(host, port, error) from error
+        raise _refused(host, port, error) from error
 
 
-def _taken(host: str, port: int, error: OSError) -> UserError:
+def _refused(host: str, port: int, error: OSError) -> UserError:
+    """What is wrong, and with which of the two."""
+    name = isinstance(error, socket.gaierror)
+    # the text of other errors repeats the address, as Python writes it
+    reason = error.strerror if name or error.errno is None else os.strerror(error.errno)
+    if name or error.errno == errno.EADDRNOTAVAIL:
+        return UserError(
+            f"host {host} cannot be listened on ({reason or error}); give an address of this machine, such as 127.0.0.1"
+        )
     return UserError(
-        f"port {port} of {host} cannot be listened on ({error.strerror or error}); give another --port, or 0 for a "
-        f"free one"
+        f"port {port} of {host} cannot be listened on ({reason or error}); give another --port, or 0 for a free one"
     )
 
 
@@ -84,7 +94,8 @@ class LivePage:
     @property
     def url(self) -> str:
         """Where the page is."""
-        return f"http://{self._host}:{self._port}/"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}/"
 
     @property
     def watched(self) -> int:
@@ -119,7 +130,7 @@ class LivePage:
             asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
         except OSError as error:
             self._stop()
-            raise _taken(self._host, self._port, error) from error
+            raise _refused(self._host, self._port, error) from error
         return self
 
     def __exit__(

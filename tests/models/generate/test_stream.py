@@ -87,12 +87,42 @@ def test_a_port_that_is_taken():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        taken = f"port {port} of 127.0.0.1 cannot be listened on"
+        reason = r"\(Address already in use\); give another --port, or 0 for a free one$"
+        taken = f"port {port} of 127.0.0.1 cannot be listened on {reason}"
         with pytest.raises(UserError, match=taken), LivePage(port=port):
             pass
         with pytest.raises(UserError, match=taken):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("host", "reason"), [("no.such.host.invalid", "[^()]*"), ("192.0.2.1", "Cannot assign .*")])
+def test_a_host_that_is_not_this_machine(host, reason):
+    refused = (
+        rf"^host {host} cannot be listened on \({reason}\); give an address of this machine, such as 127\.0\.0\.1$"
+    )
+    with pytest.raises(UserError, match=refused):
+        check_port(host, 8765)
+    with pytest.raises(UserError, match=refused), LivePage(host=host, port=0):
+        pass
+
+
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_address_of_ipv6():
+    check_port("::1", 0)
+    with LivePage(host="::1", port=0) as page:
+        page.show(frames(2))
+        page.end()
+        assert page.url.startswith("http://[::1]:")
+        assert len(watch(page.url)[1]) == 2
 
 
 def test_waiting_ends_without_browsers():
