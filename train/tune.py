@@ -31,6 +31,12 @@ class TuneConfig:
     query_frames: int | None = None
     """Frames of the queries if fewer than the grid's, as when decoding with a cache."""
 
+    def __post_init__(self) -> None:
+        for name in ("heads", "dim", "query_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
 
 def tune_command(arguments: Sequence[str]) -> int:
     """`monarchrt tune`."""
@@ -38,6 +44,7 @@ def tune_command(arguments: Sequence[str]) -> int:
     import jax
 
     from monarch_jax.spec import MonarchSpec
+    from triton_kernels import LEAST_BLOCK, MAX_DIM
     from triton_kernels.tune import tune
 
     frames = config.grid[0] if config.query_frames is None else config.query_frames
@@ -47,6 +54,14 @@ def tune_command(arguments: Sequence[str]) -> int:
         raise UserError(str(error)) from None
     if frames > config.grid[0]:
         raise UserError(f"query_frames={frames} is more than the {config.grid[0]} frames of grid")
+    if config.dim > MAX_DIM:
+        raise UserError(f"dim is {config.dim}; the Triton kernels take at most {MAX_DIM}")
+    rows, columns = spec.tile_shape[0] * spec.tile_shape[1], spec.tile_shape[2]
+    if min(rows, columns) < LEAST_BLOCK:
+        raise UserError(
+            f"tile {config.tile} has {rows} rows (frames x height) of {columns}; the Triton kernels need {LEAST_BLOCK} "
+            f"of both, at least"
+        )
     if jax.default_backend() != "gpu":
         raise UserError(
             f"tune measures on a GPU, and JAX's default backend here is {jax.default_backend()!r}; run it on the "

@@ -18,6 +18,14 @@ CONFIGS = heuristic(Target(90), b1=4, b2=5, dim=16, itemsize=2)
     [
         ("--grid 21 30 52 --tile 1 30 51", "51 does not divide the 52 width"),
         ("--grid 21 30 52 --tile 1 30 52 --query-frames 22", "query_frames=22 is more than the 21 frames of grid"),
+        ("--grid 21 30 52 --tile 1 30 52 --heads 0", "heads is 0; it must be at least 1"),
+        ("--grid 21 30 52 --tile 1 30 52 --query-frames -3", "query_frames is -3; it must be at least 1"),
+        ("--grid 21 30 52 --tile 1 30 52 --dim 129", "dim is 129; the Triton kernels take at most 128"),
+        (
+            "--grid 21 30 52 --tile 1 3 52",
+            "tile (1, 3, 52) has 3 rows (frames x height) of 52; the Triton kernels need 4",
+        ),
+        ("--grid 21 30 52 --tile 1 30 2", "tile (1, 30, 2) has 30 rows"),
         pytest.param(
             "--grid 21 30 52 --tile 1 30 52",
             "tune measures on a GPU, and JAX's default backend here is 'cpu'",
