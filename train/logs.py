@@ -1,6 +1,7 @@
 """What a run says: a JSON-lines log, TensorBoard, and a progress bar on a terminal."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -48,8 +49,8 @@ class RunLog:
     """Writes scalars to `log.jsonl` and `tensorboard/` of a run folder.
 
     Each line is one JSON object with "step" and the scalars; NaN and infinity are written as strings, since JSON has
-    none. Lines are flushed one by one, so that a killed run has them all. On resume, what lies after the checkpoint's
-    step is dropped first, so that every step is in the log once.
+    none, and left out of TensorBoard. Lines are flushed one by one, so that a killed run has them all. On resume, what
+    lies after the checkpoint's step is dropped first, so that every step is in the log once.
 
     Example:
         >>> import tempfile
@@ -101,7 +102,8 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+                if math.isfinite(value):  # it would print a warning of its own
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes both logs."""

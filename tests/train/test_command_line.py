@@ -236,6 +236,14 @@ def test_log_is_cut_back_to_the_step_it_goes_on_from(tmp_path):
     assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [(1, 1), (2, 0.5), (3, 1 / 3), (4, 9)]
 
 
+def test_what_is_not_finite_is_in_the_log_alone(tmp_path, caplog, capfd):
+    """TensorBoard's library would print a warning for each."""
+    with RunLog(tmp_path, step=0) as log:
+        log.write(1, {"loss": float("nan"), "grad_norm": float("-inf")})
+    assert read_log(tmp_path) == [{"step": 1, "loss": "nan", "grad_norm": "-inf"}]
+    assert (caplog.text, capfd.readouterr().err) == ("", "")
+
+
 def test_full_disk_is_recognised_through_other_libraries_errors():
     assert disk_full_reason(ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']"))
     chained = RuntimeError("failed")
