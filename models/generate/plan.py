@@ -183,7 +183,8 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
     for name, modes in USED_IN.items():
         value, default = getattr(config, name), getattr(GenerateConfig(), name)
         if value != default and mode not in modes:
-            raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; use {default}")
+            instead = "leave it out" if default is None else f"use {default}"
+            raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
     if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
         raise UserError(
             f"condition_frames is {config.condition_frames}, but there is no --condition to take them of; leave it out"

@@ -114,7 +114,10 @@ class TestRefusals:
             (dict(compare_dense=True, attention="dense"), "compare_dense compares Monarch with dense attention"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
-            (dict(mode="bidirectional", window=6), "window is 6, for mode autoregressive or windows, .* use None"),
+            (
+                dict(mode="bidirectional", window=6),
+                "window is 6, for mode autoregressive or windows, .*; leave it out$",
+            ),
             (dict(mode="windows", window=6, sink_frames=3), "sink_frames is 3, for mode autoregressive, .* use 0"),
             (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
             (dict(condition_frames=9), "condition_frames is 9, but there is no --condition to take .*; leave it out"),
