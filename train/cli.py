@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from models.errors import UserError, disk_full_reason
+from train.interrupt import finish_first
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 
@@ -77,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
-        return _load(COMMANDS[name].target)(rest) or 0
+        with finish_first():
+            command = _load(COMMANDS[name].target)
+        return command(rest) or 0
     except UserError as error:
         if debug:
             raise

@@ -16,6 +16,7 @@ import tyro
 
 from models.errors import UserError
 from train.config import TrainConfig
+from train.interrupt import finish_first
 from train.run_folder import claim_folder, read_config
 
 
@@ -136,7 +137,8 @@ def train_command(arguments: Sequence[str]) -> int:
             )
         raise UserError("neither video nor latents was given; give --video CLIP.mp4 or --latents FOLDER")
 
-    from train.loop import train
+    with finish_first():
+        from train.loop import train
 
     result = train(config)
     print(
@@ -148,7 +150,8 @@ def train_command(arguments: Sequence[str]) -> int:
 
 def demo_command(arguments: Sequence[str]) -> int:
     """`monarchrt demo`."""
-    from train.demo import DemoConfig, run_demo
+    with finish_first():
+        from train.demo import DemoConfig, run_demo
 
     config = parse(DemoConfig, arguments, prog="monarchrt demo")
     run_demo(config)

@@ -1,6 +1,7 @@
 """`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from models.errors import UserError
 from models.generate.config import GenerateConfig, from_stored
 from train.commands import parse
 from train.export import find_run, run_model
+from train.interrupt import finish_first
 
 if TYPE_CHECKING:
     from models.generate.pipeline import VideoPipeline
@@ -62,7 +64,8 @@ def generate_command(arguments: Sequence[str]) -> int:
         raise UserError(
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
-    from models.generate.make import check_outputs, make_video
+    with finish_first():
+        from models.generate.make import check_outputs, make_video
 
     check_outputs(config)
     material = load_material(config)
@@ -145,8 +148,8 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
 
     if run.data.latents is not None:
         raise UserError(
-            f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert {path} "
-            f"NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, --components"
+            f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
+            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, --components"
         )
     for name, why in NOT_OF_RUNS.items():
         value = getattr(config, name)

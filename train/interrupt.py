@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM, taken between steps so that the run can save before it ends."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 
@@ -51,3 +53,16 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def finish_first() -> Iterator[None]:
+    """A signal stops the program at the end of the block: inside an import it may get lost, leaving a traceback.
+
+    Raises:
+        Interrupted: At the end, if there was a signal.
+    """
+    with StopRequest() as stop:
+        yield
+    if stop.signal is not None:
+        raise Interrupted("stopped", code=128 + stop.signal)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -288,6 +289,39 @@ def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command:run", "raises"))
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["fake"])
+
+
+class Module:
+    """Stands in for a module: Ctrl-C comes while a command imports from it."""
+
+    def __init__(self):
+        self.finished = False
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if not self.finished:
+            signal.raise_signal(signal.SIGINT)
+        self.finished = True
+        return pytest.fail
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("train.commands", ["train"]),
+        ("train.loop", ["train", "--video", "a.mp4", "--folder", "no/such/folder"]),
+        ("train.demo", ["demo"]),
+        ("models.generate.make", ["generate", "--checkpoint", "no/such/checkpoint"]),
+    ],
+)
+def test_ctrl_c_waits_for_the_imports(monkeypatch, capsys, module, arguments):
+    """Broken off, an import may swallow it and print a traceback."""
+    stand_in = Module()
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert stand_in.finished
 
 
 def test_unknown_command_and_no_command(capsys):
