@@ -149,7 +149,8 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
     if run.data.latents is not None:
         raise UserError(
             f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
-            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, --components"
+            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "
+            f"--components"
         )
     for name, why in NOT_OF_RUNS.items():
         value = getattr(config, name)
