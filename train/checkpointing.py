@@ -113,8 +113,10 @@ class Checkpoints:
         Raises:
             DiskFullError: If there was no room.
         """
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
