@@ -26,17 +26,17 @@ def factors(
     acc = accumulator_dtype(q.dtype)
     q, k = q.astype(acc), k.astype(acc)
     seen = jnp.arange(k.shape[1]) < visible[:, None]  # [A, C]
-    k = jnp.where(seen.any(0)[:, None, None, None, None], k, 0)  # unseen keys may hold anything, NaN too
-    alpha_r = jnp.broadcast_to(jnp.einsum("bakjhd->bhakjd", q)[:, :, :, None], _alpha_shape(q, k))
+    k, letters = _as_seen(problem, k, visible)
+    alpha_r = jnp.broadcast_to(jnp.einsum("bakjhd->bhakjd", q)[:, :, :, None], _alpha_shape(q, seen))
     factor = jnp.ones((), acc)
     for step in range(problem.num_iters):
         if step:
             alpha_r = _einsum("bhajick,baijhd->bhackjd", left, q)
             c_r = left.sum(4).transpose(0, 1, 2, 4, 5, 3)  # [b,h,a,c,k,j]
             factor = jnp.minimum(1 / (c_r + EPSILON), MAX_FACTOR)[..., None]
-        z = problem.scale * _einsum("bhackjd,bcklhd->bhackjl", alpha_r, k) * factor
+        z = problem.scale * _einsum(f"bhackjd,{letters}->bhackjl", alpha_r, k) * factor
         right, log_right = jax.nn.softmax(z, -1), jax.nn.log_softmax(z, -1)
-        alpha = _einsum("bhackjl,bcklhd->bhacjkd", right, k)
+        alpha = _einsum(f"bhackjl,{letters}->bhacjkd", right, k)
         c_l = (right * log_right).sum(-1)  # negative entropy, [b,h,a,c,k,j]
         scores = problem.scale * _einsum("baijhd,bhacjkd->bhajick", q, alpha)
         scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
@@ -55,9 +55,8 @@ def attend(
 ) -> Float[Array, "B A b1 b2 H D"]:
     """The output O[a,i,j] = sum_(c,k) L Y with Y = sum_l R V; an `Attend`."""
     left, right = factors(problem, q, k, visible)
-    seen = jnp.arange(k.shape[1]) < visible.max()
-    v = jnp.where(seen[:, None, None, None, None], v.astype(right.dtype), 0)
-    y = _einsum("bhackjl,bcklhd->bhacjkd", right, v)
+    v, letters = _as_seen(problem, v.astype(right.dtype), visible)
+    y = _einsum(f"bhackjl,{letters}->bhacjkd", right, v)
     return _einsum("bhajick,bhacjkd->baijhd", left, y).astype(q.dtype)
 
 
@@ -77,9 +76,17 @@ class MonarchFactors:
     attention: jax.Array
 
 
-def _alpha_shape(q: jax.Array, k: jax.Array) -> tuple[int, ...]:
+def _alpha_shape(q: jax.Array, seen: jax.Array) -> tuple[int, ...]:
     batch, tiles, rows, cols, heads, dim = q.shape
-    return (batch, heads, tiles, k.shape[1], rows, cols, dim)
+    return (batch, heads, tiles, seen.shape[1], rows, cols, dim)
+
+
+def _as_seen(problem: Problem, x: jax.Array, visible: jax.Array) -> tuple[jax.Array, str]:
+    """Keys or values and their letters; where masked, of each query tile: what it does not see may be NaN, too."""
+    if not problem.masked:
+        return x, "bcklhd"
+    seen = jnp.arange(x.shape[1]) < visible[:, None]
+    return jnp.where(seen[:, :, None, None, None, None], x[:, None], 0), "backlhd"
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:

@@ -40,6 +40,8 @@ def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
         scores = _left_scores(problem, q, alpha, c_l, visible)
         lse = jax.nn.logsumexp(scores, axis=(-2, -1))  # [b,h,n,j,i]
         left = jnp.exp(scores - lse[..., None, None]).astype(q.dtype)
+        if problem.masked:  # 0 * NaN is not 0, should a tile that is not seen hold one
+            y = jnp.where(_seen(visible, y.shape[3])[:, :, None, None, None], y, 0)
         out = _einsum("bhnjick,bhncjkd->bnijhd", left, y).astype(q.dtype)
         return out, lse.transpose(0, 2, 4, 3, 1)
 
@@ -56,7 +58,8 @@ def vjp(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _vjp(problem: Problem, chunk_tiles: int, residuals: Residuals, d_out):
     dtype, s = residuals.q.dtype, problem.scale
-    k, v = _without_unseen(problem, residuals.visible, residuals.k, residuals.v)
+    # only what is finite: NaN that a query tile sees is in its lse and delta already, and should not reach the others
+    k, v = _without_unseen(problem, residuals.visible, residuals.k, residuals.v, finite=True)
     acc = accumulator_dtype(dtype)
     # delta = <dO, O> is the term that every softmax gradient of L subtracts
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, residuals.out, preferred_element_type=acc)
@@ -131,16 +134,22 @@ def _left_scores(problem: Problem, q: jax.Array, alpha: jax.Array, c_l: jax.Arra
     scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
     if not problem.masked:
         return scores
-    seen = jnp.arange(alpha.shape[3]) < visible[:, None]  # [n, c]
-    return jnp.where(seen[:, None, None, :, None], scores, -jnp.inf)
+    return jnp.where(_seen(visible, alpha.shape[3])[:, None, None, :, None], scores, -jnp.inf)
 
 
-def _without_unseen(problem: Problem, visible: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _seen(visible: jax.Array, tiles: int) -> jax.Array:
+    """Which key tiles each query tile sees, [n, c]."""
+    return jnp.arange(tiles) < visible[:, None]
+
+
+def _without_unseen(
+    problem: Problem, visible: jax.Array, *arrays: jax.Array, finite: bool = False
+) -> tuple[jax.Array, ...]:
     """Zeros for key tiles that nobody sees: the unfilled part of a buffer may hold anything, NaN too."""
     if not problem.masked:
         return arrays
     seen = (jnp.arange(arrays[0].shape[1]) < visible.max())[:, None, None, None, None]
-    return tuple(jnp.where(seen, x, 0) for x in arrays)
+    return tuple(jnp.where(seen & jnp.isfinite(x) if finite else seen, x, 0) for x in arrays)
 
 
 def _chunk_tiles(q: jax.Array, k: jax.Array) -> int:

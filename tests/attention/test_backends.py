@@ -7,6 +7,7 @@ import types
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from monarch_jax import backends, monarch_attention
@@ -82,6 +83,23 @@ class TestXla(AttentionSuite):
             return jax.jit(run).lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
 
         assert temporary(42) <= 2.3 * temporary(21)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("num_iters", [1, 2])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_nan_reaches_only_those_who_see_it(implementation, num_iters, bad):
+    """Keys and values of a later causal block: outputs of earlier ones and their gradients do not change."""
+    grid, early = (4, 2, 3), slice(0, 12)
+    q, k, v, g = inputs(15, grid, dim=8)
+    options = dict(grid=grid, causal_block=2, num_iters=num_iters, implementation=implementation)
+    expected = value_and_grads(q, k, v, g, **options)
+    for arrays in ((q, k.at[:, 20].set(bad), v), (q, k, v.at[:, 20].set(bad))):
+        found = value_and_grads(*arrays, g, **options)
+        for x, y in zip(found[:2], expected[:2], strict=True):
+            assert error(x[:, early], y[:, early]) <= 2e-6
+            assert not np.isfinite(x[:, 12:]).any()
+        assert not np.isfinite(found[2]).any()
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
