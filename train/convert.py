@@ -1,5 +1,6 @@
 """`monarchrt convert`, `inspect` and `encode`: checkpoints of pretrained models, and data for finetuning them."""
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,8 +86,8 @@ def inspect_command(arguments: Sequence[str]) -> int:
     options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=_POSITIONAL)
     if find_run(Path(options.path)) is not None:
         raise UserError(
-            f"{options.path} is a run folder of `monarchrt train`; `monarchrt convert {options.path} NEW` makes a "
-            f"model of it"
+            f"{options.path} is a run folder of `monarchrt train`; `monarchrt convert {shlex.quote(options.path)} NEW` "
+            f"makes a model of it"
         )
     with user_input():
         info = options.run()

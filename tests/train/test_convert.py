@@ -94,6 +94,15 @@ def test_inspect(folder, capsys):
         assert line in report
 
 
+def test_advice_for_a_run_can_be_pasted(tmp_path, capsys):
+    run = tmp_path / "my run"
+    write_config(TrainConfig(data=DataConfig(latents=tmp_path), run=RunConfig(folder=run)))
+    (run / "checkpoints").mkdir()
+    for arguments in (["inspect", str(run)], ["generate", "--checkpoint", str(run), "--out", str(tmp_path / "a.mp4")]):
+        assert cli.main(arguments) == 2
+        assert f"`monarchrt convert '{run}' NEW`" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(folder, tmp_path, capsys):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes()[:-1])
