@@ -145,7 +145,12 @@ def _write(
     config = plan.config
     begin, first = time.monotonic(), 0.0
     writer = Mp4Writer(
-        config.out, fps=config.fps or 16.0, quality=config.quality, settings=config.stored(), title=config.prompt
+        config.out,
+        fps=config.fps or 16.0,
+        quality=config.quality,
+        settings=config.stored(),
+        title=config.prompt,
+        overwrite=config.overwrite,
     )
     try:
         with writer, _signals_stop():

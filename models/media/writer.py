@@ -81,6 +81,8 @@ class Mp4Writer:
         quality: The encoder's CRF: 0 is lossless, 16 looks the same as the input, 30 is coarse.
         settings: JSON values to store in the metadata, under `comment`.
         title: For the metadata.
+        overwrite: Whether a file that has appeared under the name by the end is replaced; if not, this one gets another
+            name.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Mp4Writer:
         quality: int = 16,
         settings: dict[str, Any] | None = None,
         title: str | None = None,
+        overwrite: bool = True,
     ):
         self.path = Path(path)
+        self._overwrite = overwrite
         self.frames = 0
         self._fps, self._quality = Fraction(fps).limit_denominator(1000), quality
         self._metadata = {} if settings is None else {"comment": json.dumps({KEY: settings}, ensure_ascii=False)}
@@ -132,6 +136,7 @@ class Mp4Writer:
 
         Raises:
             DiskFullError: If there is no room.
+            UserError: If there is a file by now that may not be replaced; says which name this one has.
         """
         container, self._container = self._container, None
         if container is None:
@@ -140,12 +145,20 @@ class Mp4Writer:
             try:
                 container.mux(self._stream.encode())
                 container.close()
-                unfinished(self.path).replace(self.path)
+                self._take_name()
             finally:
                 try:
                     container.close()  # fails again on a full disk
                 finally:
                     unfinished(self.path).unlink(missing_ok=True)
+
+    def _take_name(self) -> None:
+        if self._overwrite or not self.path.exists():
+            unfinished(self.path).replace(self.path)
+            return
+        other = self.path.with_stem(f"{self.path.stem}-{os.getpid()}")
+        unfinished(self.path).replace(other)
+        raise UserError(f"out {self.path} exists by now, of another process; this video is kept as {other}")
 
     def __enter__(self) -> "Mp4Writer":
         return self

@@ -200,6 +200,18 @@ class TestMakeVideo:
             assert len(read_clip(out, height=16, width=24)) == 3 * after
         assert not list(tmp_path.glob("*.part"))
 
+    def test_a_video_that_another_process_made_meanwhile_stays(self, tiny, tmp_path):
+        pipeline, plan = tiny
+        out = tmp_path / "a.mp4"
+        out.write_bytes(b"another's")  # `check_outputs` would have refused it earlier
+        with pytest.raises(UserError, match=r"a\.mp4 exists by now, .* kept as .*a-\d+\.mp4"):
+            make_video(pipeline, TEXT, plan=plan(out=out))
+        assert out.read_bytes() == b"another's"
+        (kept,) = tmp_path.glob("a-*.mp4")
+        assert len(read_clip(kept, height=16, width=24)) == 9
+        make_video(pipeline, TEXT, plan=plan(out=out, overwrite=True))
+        assert len(read_clip(out, height=16, width=24)) == 9
+
     def test_ctrl_c_in_the_comparison_keeps_the_video(self, tiny, tmp_path, monkeypatch):
         pipeline, plan = tiny
 

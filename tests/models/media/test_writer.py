@@ -86,6 +86,23 @@ class TestWriter:
             assert not path.exists()
         assert path.exists()
 
+    def test_a_file_that_has_appeared_meanwhile_stays(self, tmp_path):
+        """Both videos are kept, whole."""
+        path = tmp_path / "clip.mp4"
+
+        def write(overwrite):
+            with Mp4Writer(path, overwrite=overwrite) as writer:
+                writer.write(FRAMES)
+                path.write_bytes(b"another's")
+
+        with pytest.raises(UserError, match=rf"clip-{os.getpid()}\.mp4$"):
+            write(overwrite=False)
+        assert path.read_bytes() == b"another's"
+        assert sorted(os.listdir(tmp_path)) == [f"clip-{os.getpid()}.mp4", "clip.mp4"]
+        assert len(read_clip(tmp_path / f"clip-{os.getpid()}.mp4", height=32, width=48)) == 4
+        write(overwrite=True)
+        assert len(read_clip(path, height=32, width=48)) == 4
+
     def test_settings_of_other_files(self, tmp_path):
         plain = write_mp4(tmp_path / "plain.mp4", FRAMES)
         with pytest.raises(UserError, match="holds no settings"):
