@@ -152,7 +152,7 @@ class _Run:
             shardings=shardings,
         )
         self._check_step()
-        _ = self.identity
+        _ = self.identity  # reads the data where it has to
         self.error_fn = make_error_fn(self.graph, objective=config.objective, shardings=shardings)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.held_out: float | None = None
