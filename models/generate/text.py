@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from models.errors import UserError, user_input
 from models.generate.config import NEGATIVE_PROMPT, GenerateConfig
-from models.umt5 import Tokenizer, encode_each, load_embeddings, load_umt5, save_embeddings
+from models.umt5 import Tokenizer, encode_prompts, load_embeddings, load_umt5, save_embeddings
 
 
 def text_embeddings(
@@ -92,7 +92,9 @@ def encode_texts(
     ours(prompts, length=rows, warn=lambda line: None)  # an empty prompt is found before gigabytes are read
     with user_input():
         model = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
-    yield from zip(prompts, encode_each(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True)
+    yield from zip(
+        prompts, encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True
+    )
 
 
 def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from models.umt5.checkpoint import load_umt5
 from models.umt5.config import PRESETS, UMT5Config, umt5_config
 from models.umt5.encoder import UMT5Encoder
-from models.umt5.text import encode_each, encode_prompts, load_embeddings, save_embeddings
+from models.umt5.text import encode_prompts, load_embeddings, save_embeddings
 from models.umt5.tokenizer import Tokenizer, clean_text
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "UMT5Config",
     "UMT5Encoder",
     "clean_text",
-    "encode_each",
     "encode_prompts",
     "load_embeddings",
     "load_umt5",

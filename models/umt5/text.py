@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
 from models.errors import UserError
@@ -30,38 +30,10 @@ def encode_prompts(
     tokenizer: Tokenizer,
     length: int = 512,
     warn: Callable[[str], None] = warnings.warn,
-) -> Float[Array, "B L D"]:
+) -> Iterator[np.ndarray]:
     """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan cuts and pads, which is the same).
 
-    Prompts are encoded one at a time, by one compiled program; `encode_each` holds but one of them on the device.
-
-    Args:
-        prompts: Texts.
-        encoder: The encoder.
-        tokenizer: Its tokenizer.
-        length: Rows per prompt.
-        warn: Called with a line for each prompt that is cut.
-
-    Returns:
-        [B, length, D] in the encoder's compute dtype.
-
-    Raises:
-        UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not.
-    """
-    return jnp.asarray(
-        np.stack(list(encode_each(prompts, encoder=encoder, tokenizer=tokenizer, length=length, warn=warn)))
-    )
-
-
-def encode_each(
-    prompts: Sequence[str],
-    *,
-    encoder: UMT5Encoder,
-    tokenizer: Tokenizer,
-    length: int = 512,
-    warn: Callable[[str], None] = warnings.warn,
-) -> Iterator[np.ndarray]:
-    """Embeddings of prompts as `encode_prompts`, each on the host as soon as it is made.
+    Each is on the host as soon as it is made, by one compiled program, so the device holds one of them.
 
     Args:
         prompts: Texts.

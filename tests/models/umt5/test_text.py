@@ -12,7 +12,6 @@ from models.umt5 import (
     Tokenizer,
     UMT5Encoder,
     clean_text,
-    encode_each,
     encode_prompts,
     load_embeddings,
     save_embeddings,
@@ -104,7 +103,7 @@ class TestTokenizer:
 
 class TestEncodePrompts:
     def test_zeros_past_the_end(self, encoder, tokenizer):
-        out = encode_prompts(["a cat on", "dog"], encoder=encoder, tokenizer=tokenizer)
+        out = np.stack(list(encode_prompts(["a cat on", "dog"], encoder=encoder, tokenizer=tokenizer)))
         assert out.shape == (2, 512, SMALL.dim)
         assert not out[0, 4:].any()
         assert not out[1, 2:].any()
@@ -115,17 +114,18 @@ class TestEncodePrompts:
     def test_the_device_holds_one_prompt_at_a_time(self, encoder, tokenizer):
         prompts = ["a cat on", "dog", "a dog", "cat"]
         kept = []
-        for embedding in encode_each(prompts, encoder=encoder, tokenizer=tokenizer, length=37):
+        for embedding in encode_prompts(prompts, encoder=encoder, tokenizer=tokenizer, length=37):
             kept.append(embedding)
             assert isinstance(embedding, np.ndarray)
             assert sum(array.shape[-2:] == (37, SMALL.dim) for array in jax.live_arrays()) == 0
-        together = encode_prompts(prompts, encoder=encoder, tokenizer=tokenizer, length=37)
-        np.testing.assert_array_equal(np.stack(kept), together)
+        for prompt, embedding in zip(prompts, kept, strict=True):
+            (alone,) = encode_prompts([prompt], encoder=encoder, tokenizer=tokenizer, length=37)
+            np.testing.assert_array_equal(embedding, alone)
 
     def test_a_tokenizer_of_another_model(self, tokenizer):
         few = UMT5Encoder(umt5_config("tiny", vocab_size=4), rngs=nnx.Rngs(0))
         with pytest.raises(UserError, match="the tokenizer gives id 5; the encoder knows 4"):
-            encode_prompts(["a cat on"], encoder=few, tokenizer=tokenizer)
+            next(encode_prompts(["a cat on"], encoder=few, tokenizer=tokenizer))
 
 
 class TestFiles:
