@@ -85,16 +85,11 @@ def _implicit(fn: Callable[..., tuple], outputs: tuple[Axes, ...]) -> Callable[.
     """`fn` where types say how arrays are split (a mesh with explicit axes): they say it again of the results."""
 
     def run(*arrays):
-        sharding = jax.typeof(arrays[0]).sharding
-        explicit = sharding.mesh.explicit_axes
+        queries = jax.typeof(arrays[0]).sharding
+        explicit = queries.mesh.explicit_axes
         if not explicit:
             return fn(*arrays)
-        names = dict(zip(QUERIES, sharding.spec, strict=False))
-        specs = [
-            PartitionSpec(*(names.get("b" if x == "p" else x) if x in "bhp" else None for x in y)) for y in outputs
-        ]
-        out_sharding = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
-        implicit = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
+        implicit = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=_shardings(queries, outputs))
         return cast(Callable[..., tuple], implicit)(*arrays)
 
     return run
@@ -110,13 +105,9 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
 
         def partition(mesh, arg_shapes, result_shape):
             args, results = (tuple(x.sharding for x in shapes) for shapes in (arg_shapes, result_shape))
-            if isinstance(first := args[0], NamedSharding):
-                names = dict(zip(QUERIES, (*first.spec, *(None,) * len(QUERIES)), strict=False))
-                names = {"b": names["b"], "p": names["b"], "h": None if "h" in whole else names["h"]}
-                args, results = (
-                    tuple(NamedSharding(first.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
-                    for arrays in (operands, outputs)
-                )
+            if isinstance(queries := args[0], NamedSharding):
+                heads = "h" not in whole
+                args, results = (_shardings(queries, arrays, heads=heads) for arrays in (operands, outputs))
             return mesh, on_a_device, results, args
 
         def on_a_device(*parts):
@@ -132,6 +123,13 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
         return split(*arrays, *program.consts)
 
     return run
+
+
+def _shardings(queries: NamedSharding, arrays: tuple[Axes, ...], *, heads: bool = True) -> tuple[NamedSharding, ...]:
+    """Of each array, split as the queries are along the batch and, unless told not to, the heads."""
+    found = dict(zip(QUERIES, (*queries.spec, *(None,) * len(QUERIES)), strict=False))
+    names = {"b": found["b"], "p": found["b"], "h": found["h"] if heads else None}
+    return tuple(NamedSharding(queries.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
 
 
 def sharding_rule(inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> tuple[str, tuple[str, ...]]:

@@ -178,7 +178,7 @@ class WanModel(nnx.Module):
                 keys_values = block.cross_attn.keys_values(*context)
                 attention = partial(attend, grid=grid, setting=setting, causal_block=config.causal_block)
                 recompute = config.remat == "full"
-                x = block(split_batch(x), tokens.time_projection, rope, keys_values, attention, recompute=recompute)
+                x = block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute)
                 return split_batch(x), None
 
             x, _ = jax.lax.scan(rematerialized(body, config), x, run.of(state, config.num_layers))
