@@ -33,16 +33,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.errors import UserError
-from models.generate.config import GenerateConfig
-from models.generate.decoders import WanDecoder
-from models.generate.pipeline import VideoPipeline
-from models.generate.plan import Defaults, Plan, make_plan
-from models.sampling import Rollout, autoregressive
-from models.umt5 import UMT5Encoder, umt5_config
-from models.vae import WanVAE, vae_config
-from models.wan import WanConfig, WanModel, wan_config
 from monarch_jax.backends import IMPLEMENTATIONS
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.decoders import WanDecoder
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, Plan, make_plan
+from monarchrt.models.sampling import Rollout, autoregressive
+from monarchrt.models.umt5 import UMT5Encoder, umt5_config
+from monarchrt.models.vae import WanVAE, vae_config
+from monarchrt.models.wan import WanConfig, WanModel, wan_config
 
 ATTENTION = ("dense", "monarch 95%", "monarch 97%")
 MAX_ERROR = 3e-2  # relative, bfloat16 over all steps of the small check

@@ -36,12 +36,12 @@ import numpy as np
 from flax import nnx
 
 import monarch_jax
-from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
-from models.wan.causal import cached_forward, init_cache
 from monarch_jax.backends import IMPLEMENTATIONS
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.state import create_state, make_optimizer, split_model
-from train.step import make_train_step
+from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
+from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.state import create_state, make_optimizer, split_model
+from monarchrt.train.step import make_train_step
 
 CASES = ("forward 480p", "forward 720p", "forward 3 frames", "cached chunk", "training")
 ATTENTION = ("dense", "monarch 95%", "monarch 97%")

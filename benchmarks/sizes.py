@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from attention import ROWS, Row, relative_error
 
-from pallas_kernels import tuning
-from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.forward_sm90 import forward
+from monarchrt.pallas_kernels import tuning
+from monarchrt.pallas_kernels.backward_sm90 import backward
+from monarchrt.pallas_kernels.forward_sm90 import forward
 
 WORK = ("forward", "decode", "backward")
 MAX_DIFFERENCE = 5e-3  # relative Frobenius norm: two roundings of the same sums in bfloat16

@@ -17,7 +17,7 @@ class UserError(ValueError):
         >>> raise UserError("frames is 0; it must be at least 1")
         Traceback (most recent call last):
         ...
-        models.errors.UserError: frames is 0; it must be at least 1
+        monarchrt.models.errors.UserError: frames is 0; it must be at least 1
     """
 
 

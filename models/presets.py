@@ -11,7 +11,7 @@ def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Map
     """A configuration by name, with fields replaced.
 
     Example:
-        >>> from models.vae.config import VAEConfig
+        >>> from monarchrt.models.vae.config import VAEConfig
         >>> from_preset({"small": VAEConfig(dim=8)}, "small", {"num_res_blocks": 4}).num_res_blocks
         4
 

@@ -148,14 +148,14 @@ def _xla() -> Backend:
 
 
 def _triton() -> Backend:
-    import triton_kernels
+    from monarchrt import triton_kernels
 
     attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(triton_kernels.vjp))
     return Backend("triton", triton_kernels.supports, attend)
 
 
 def _mosaic() -> Backend:
-    import pallas_kernels
+    from monarchrt import pallas_kernels
 
     forward, keeping = map(forward_anywhere, (pallas_kernels.forward, pallas_kernels.forward_keeping))
     attend = differentiable(forward, vjp_anywhere(_mosaic_vjp), keeping)
@@ -164,9 +164,8 @@ def _mosaic() -> Backend:
 
 def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
     """The gradient: the kernels' own, else Triton's where it is installed, else XLA's, all from the same residuals."""
-    import pallas_kernels
-    import triton_kernels
     from monarch_jax import xla
+    from monarchrt import pallas_kernels, triton_kernels
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (residuals.q, residuals.k)]
     if pallas_kernels.supports_vjp(problem, *shapes) is None:

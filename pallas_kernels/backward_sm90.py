@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
-from pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_seen
-from pallas_kernels.left_backward_sm90 import left_backward_role
-from pallas_kernels.query_sm90 import query_role
-from pallas_kernels.right_backward_sm90 import right_backward_role
-from pallas_kernels.shared import LOG2E, gradient_scales, launch, varying
+from monarchrt.pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
+from monarchrt.pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_seen
+from monarchrt.pallas_kernels.left_backward_sm90 import left_backward_role
+from monarchrt.pallas_kernels.query_sm90 import query_role
+from monarchrt.pallas_kernels.right_backward_sm90 import right_backward_role
+from monarchrt.pallas_kernels.shared import LOG2E, gradient_scales, launch, varying
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 

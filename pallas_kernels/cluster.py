@@ -23,7 +23,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
+from monarchrt.pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
 
 wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import SLAB, ForwardConfig
-from pallas_kernels.left_sm90 import left_role
-from pallas_kernels.right_sm90 import right_role
-from pallas_kernels.shared import launch, varying
+from monarchrt.pallas_kernels.config import SLAB, ForwardConfig
+from monarchrt.pallas_kernels.left_sm90 import left_role
+from monarchrt.pallas_kernels.right_sm90 import right_role
+from monarchrt.pallas_kernels.shared import launch, varying
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
@@ -164,7 +164,7 @@ def forward(
     batch, tiles, rows, cols, heads, dim = q.shape
     limits = tiles_seen(visible, k.shape[1], masked) * rows
     if config.fused.clusters and config.fused.serves(rows, cols, dim) and not keep:
-        from pallas_kernels.fused_sm90 import fused
+        from monarchrt.pallas_kernels.fused_sm90 import fused
 
         return *fused(q, k, v, limits, scale=scale, masked=masked, config=config.fused), None
     pair_bytes = 4 * k.shape[1] * rows * cols * dim

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import shared
-from pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
+from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
 
 LOG2E = math.log2(math.e)
 # registers for a thread of each kind; a launch has 96 for each of 640, and a block that asks for more waits for ever
@@ -159,7 +159,7 @@ def _run(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    from pallas_kernels import cluster
+    from monarchrt.pallas_kernels import cluster
 
     (columns_mma, q_mma, key_mma), (columns_in, q_in, key_in), (columns_bytes, _, key_words) = smem
     alpha_mma, alpha_bytes = alpha

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import shared
-from pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
-from pallas_kernels.left_backward_items import Items, load_in_order
-from pallas_kernels.shared import LOG2E, Role
+from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig, column_blocks
+from monarchrt.pallas_kernels.left_backward_items import Items, load_in_order
+from monarchrt.pallas_kernels.shared import LOG2E, Role
 
 
 def independent_role(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import ROWS, SLAB, column_blocks
+from monarchrt.pallas_kernels.config import ROWS, SLAB, column_blocks
 
 
 def load_in_order(steps, ahead: int, load, load_query):

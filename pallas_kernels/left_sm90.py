@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import left_tail_sm90, shared
-from pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
-from pallas_kernels.shared import LOG2E, Role
+from monarchrt.pallas_kernels import left_tail_sm90, shared
+from monarchrt.pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
+from monarchrt.pallas_kernels.shared import LOG2E, Role
 
 
 def left_role(

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.config import ROWS, ColumnBlocks
-from pallas_kernels.shared import LOG2E
+from monarchrt.pallas_kernels.config import ROWS, ColumnBlocks
+from monarchrt.pallas_kernels.shared import LOG2E
 
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 

@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig, column_blocks
-from pallas_kernels.right_backward_independent_sm90 import independent_role
-from pallas_kernels.right_backward_items import NOWHERE, part, real_columns, softmax, through_softmax
-from pallas_kernels.shared import Role
+from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels.config import (
+    COMPUTE_REGISTERS,
+    LOAD_REGISTERS,
+    ROWS,
+    SLAB,
+    RightBackwardConfig,
+    column_blocks,
+)
+from monarchrt.pallas_kernels.right_backward_independent_sm90 import independent_role
+from monarchrt.pallas_kernels.right_backward_items import NOWHERE, part, real_columns, softmax, through_softmax
+from monarchrt.pallas_kernels.shared import Role
 
 
 def right_backward_role(

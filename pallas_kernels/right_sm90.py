@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import shared
-from pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, RightConfig, column_blocks
-from pallas_kernels.shared import LOG2E, Role
+from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, RightConfig, column_blocks
+from monarchrt.pallas_kernels.shared import LOG2E, Role
 
 
 def right_role(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import REDUCTIONS
+from monarchrt.pallas_kernels.config import REDUCTIONS
 
 LOG2E = math.log2(math.e)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.config import BackwardConfig, ForwardConfig, backward_config, forward_config
+from monarchrt.pallas_kernels.config import BackwardConfig, ForwardConfig, backward_config, forward_config
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
-PACKAGES = ("monarch_jax", "pallas_kernels", "triton_kernels", "models", "train")
+PACKAGES = ("monarch_jax", "monarchrt")
 _hook = install_import_hook(PACKAGES, "beartype.beartype")
 
 

@@ -20,12 +20,14 @@ FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.
 
 
 def imported(path):
-    """Top-level names that a file imports, anywhere in it."""
+    """Our packages that a file imports, anywhere in it, by the names of their folders."""
     for node in ast.walk(ast.parse(path.read_text())):
+        names = []
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield (node.module or "").split(".")[0]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.removeprefix("monarchrt.").split(".")[0] for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -51,9 +53,9 @@ def test_importing_the_library_needs_little(tmp_path):
 import sys
 class Refuse:
     names = {"jaxtyping", "beartype", "tyro", "safetensors", "av", "tensorboardX", "matplotlib", "PIL", "torch",
-             "diffusers", "triton", "jax_triton", "models", "train"}
+             "diffusers", "triton", "jax_triton", "monarchrt.models", "monarchrt.train"}
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.names:
+        if name in self.names or name.split(".")[0] in self.names:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import monarch_jax
@@ -67,21 +69,27 @@ print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 
     assert run.stdout.strip() == "(1, 12, 1, 4)"
 
 
+def installed(path):
+    """Where a file of the top level is in a wheel."""
+    return str(path if path.parts[0] in ("monarch_jax", "tests", "benchmarks") else "monarchrt" / path)
+
+
 @pytest.fixture
 def source(tmp_path):
     """A copy of what is packaged: setuptools leaves a build folder, whose old modules would be in later wheels."""
     copy = tmp_path / "source"
     copy.mkdir()
     for path in ROOT.iterdir():
-        if path.name in {*ORDER, "tests", "benchmarks"}:
-            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        if path.name in {*ORDER, "monarchrt", "tests", "benchmarks"}:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, copy / path.name, symlinks=True, ignore=ignored)
         elif path.is_file():
             shutil.copy(path, copy)
     return copy
 
 
 def test_the_wheel_works_beside_a_users_own_models_and_train(source, tmp_path):
-    """The wheel holds all five packages with their data; a user's folders of the same names do not disturb it."""
+    """The wheel holds all packages with their data under two names; a user's folders do not disturb them."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob(f"monarchrt-{monarch_jax.__version__}-*.whl")
@@ -89,17 +97,19 @@ def test_the_wheel_works_beside_a_users_own_models_and_train(source, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    assert {name.split("/")[0] for name in names if not name.startswith("monarchrt-")} == set(ORDER)
-    files = {str(path.relative_to(source)) for package in ORDER for path in (source / package).rglob("*.*")}
+    assert {name.split("/")[0] for name in names if not name.startswith("monarchrt-")} == {"monarch_jax", "monarchrt"}
+    files = {installed(path.relative_to(source)) for package in ORDER for path in (source / package).rglob("*.*")}
     assert files <= set(names), "modules, py.typed, tuned sizes, the page and the demo's clip"
     project = tmp_path / "project"
-    for name in ("models", "train"):
+    for name in ("models", "train", "triton_kernels", "pallas_kernels"):
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text("MINE = True\n")
     code = """
 import models, train, monarch_jax, jax.numpy as jnp
+from monarchrt import triton_kernels
+from monarchrt.models.generate.pipeline import VideoPipeline
 assert models.MINE and train.MINE
-assert "site" in monarch_jax.__file__
+assert "site" in monarch_jax.__file__ and "site" in triton_kernels.__file__ and VideoPipeline
 print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 4)).shape)
 """
     run = python(code, cwd=project, PYTHONPATH=f"{project}{os.pathsep}{site}")
@@ -114,7 +124,7 @@ def test_the_source_distribution_holds_what_its_tests_need(source, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     folders = (*ORDER, "tests", "benchmarks")
-    files = {str(path.relative_to(source)) for folder in folders for path in (source / folder).rglob("*.*")}
+    files = {installed(path.relative_to(source)) for folder in folders for path in (source / folder).rglob("*.*")}
     files -= {name for name in files if name.startswith("benchmarks/results")}
     assert files | {"Makefile", "README.md", "CHANGELOG.md", "LICENSE"} <= names
 
@@ -142,3 +152,21 @@ def test_the_readmes_examples_run(number, tmp_path):
     run = python(blocks[number], cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
     assert "(1, " in run.stdout
+
+
+def test_in_a_checkout_the_folders_names_are_the_same_modules(tmp_path):
+    code = """
+import models.errors, train.config, pallas_kernels, triton_kernels
+from models.wan.config import WanConfig
+import monarchrt.models.wan.config, monarchrt.models.errors, monarchrt.train.config
+assert WanConfig is monarchrt.models.wan.config.WanConfig
+assert models.errors is monarchrt.models.errors and train.config is monarchrt.train.config
+assert monarchrt.pallas_kernels is pallas_kernels and monarchrt.triton_kernels is triton_kernels
+assert models.errors.__spec__.name == "monarchrt.models.errors"
+"""
+    run = python(code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    for name in ("train", "monarchrt"):
+        command = [sys.executable, "-m", name, "--version"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.stdout == f"monarchrt {monarch_jax.__version__}\n", run.stderr

@@ -1,1 +1,6 @@
 """Training: data, objective, loop, checkpoints and the `monarchrt` command line."""
+
+if __name__ == "train":  # imported by the folder's name, which is possible in a checkout only
+    from monarchrt.checkout import same_as_in_monarchrt
+
+    same_as_in_monarchrt(__name__)

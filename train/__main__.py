@@ -1,7 +1,7 @@
-"""`python -m train` is the `monarchrt` command."""
+"""`python -m train` in a checkout is `python -m monarchrt`."""
 
 import sys
 
-from train.cli import main
+from monarchrt.train.cli import main
 
 sys.exit(main())

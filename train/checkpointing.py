@@ -1,8 +1,8 @@
 """Checkpoints of a run, written through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
 
 A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, what they belong to (see
-`train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is complete, so
-that a process killed while saving leaves the one before as the newest.
+`monarchrt.train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is
+complete, so that a process killed while saving leaves the one before as the newest.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from models.checkpoints.orbax_arrays import read_arrays
-from models.errors import UserError, report_full_disk
-from train.state import TrainState, checksums, from_arrays, to_arrays
+from monarchrt.models.checkpoints.orbax_arrays import read_arrays
+from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.train.state import TrainState, checksums, from_arrays, to_arrays
 
 FOLDER_NAME = "checkpoints"
 SET_ASIDE_NAME = "unreadable_checkpoints"

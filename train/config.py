@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models.errors import UserError
+from monarchrt.models.errors import UserError
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from models.checkpoints.tensor_files import SafetensorsFile
-from models.errors import UserError, user_input
-from models.media.latents import PatchDCT
-from models.media.video import read_clip
-from train.config import DataConfig
-from train.digests import FileDigests
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.media.video import read_clip
+from monarchrt.train.config import DataConfig
+from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.config import ObjectiveConfig
-from train.data import Batch, Source, spread
-from train.objective import evaluation_indices, evaluation_levels, evaluation_noise
-from train.step import ErrorFn
+from monarchrt.train.config import ObjectiveConfig
+from monarchrt.train.data import Batch, Source, spread
+from monarchrt.train.objective import evaluation_indices, evaluation_levels, evaluation_noise
+from monarchrt.train.step import ErrorFn
 
 Place = Callable[[Any], Any]
 
@@ -32,7 +32,7 @@ def held_out_loss(
     come from the networks alone.
 
     Args:
-        errors: From `train.step.make_error_fn`.
+        errors: From `monarchrt.train.step.make_error_fn`.
         params: Parameters to evaluate.
         fixed: The network's other variables.
         source: Its held-out part is used.

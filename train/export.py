@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import UserError
-from train.config import TrainConfig
-from train.run_folder import CONFIG_NAME, read_config
+from monarchrt.models.errors import UserError
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.run_folder import CONFIG_NAME, read_config
 
 if TYPE_CHECKING:
-    from models.wan import WanModel
+    from monarchrt.models.wan import WanModel
 
 
 def is_run(path: Path) -> bool:
@@ -18,7 +18,7 @@ def is_run(path: Path) -> bool:
         >>> is_run(Path("nowhere"))
         False
     """
-    from train.checkpointing import FOLDER_NAME
+    from monarchrt.train.checkpointing import FOLDER_NAME
 
     return (path / CONFIG_NAME).is_file() and (path / FOLDER_NAME).is_dir()
 
@@ -61,10 +61,10 @@ def run_model(folder: Path, run: TrainConfig, *, precision: str = "fp32") -> "Wa
     import jax
     from flax import nnx
 
-    from models.wan import WanModel
-    from train.checkpointing import Checkpoints
-    from train.model import model_settings
-    from train.state import split_model
+    from monarchrt.models.wan import WanModel
+    from monarchrt.train.checkpointing import Checkpoints
+    from monarchrt.train.model import model_settings
+    from monarchrt.train.state import split_model
 
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(folder, read_only=True) as checkpoints:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from models.errors import report_full_disk
+from monarchrt.models.errors import report_full_disk
 
 LOG_NAME = "log.jsonl"
 

@@ -22,19 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.errors import NonFiniteError, UserError, user_input
-from train.checkpointing import FOLDER_NAME, Checkpoints
-from train.config import TrainConfig
-from train.data import ClipWindows, LatentFolder, Source, open_source
-from train.evaluate import held_out_loss
-from train.interrupt import Interrupted, StopRequest
-from train.logs import Progress, RunLog
-from train.model import build_model, check_pretrained, check_same_network, model_settings, pretrained_parameters
-from train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
-from train.sample import make_sampler, write_held_out_sample
-from train.sharding import Placement
-from train.state import TrainState, all_finite, create_state, make_optimizer, split_model
-from train.step import StepFn, make_error_fn, make_train_step
+from monarchrt.models.errors import NonFiniteError, UserError, user_input
+from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.data import ClipWindows, LatentFolder, Source, open_source
+from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.interrupt import Interrupted, StopRequest
+from monarchrt.train.logs import Progress, RunLog
+from monarchrt.train.model import (
+    build_model,
+    check_pretrained,
+    check_same_network,
+    model_settings,
+    pretrained_parameters,
+)
+from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
+from monarchrt.train.sample import make_sampler, write_held_out_sample
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import TrainState, all_finite, create_state, make_optimizer, split_model
+from monarchrt.train.step import StepFn, make_error_fn, make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class TrainResult:
         state: The last state.
         graph: Structure of the network; `model` puts it together with parameters.
         held_out_loss: Held-out loss of the evaluated parameters (the moving average, if there is one).
-        folder: The run folder; `train.logs.read_log` reads its log.
+        folder: The run folder; `monarchrt.train.logs.read_log` reads its log.
     """
 
     state: TrainState

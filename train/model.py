@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import UserError, user_input
-from train.config import ModelConfig
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.train.config import ModelConfig
 
 if TYPE_CHECKING:
     from flax import nnx
 
-    from models.checkpoints.reading import Shardings
-    from models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel
+    from monarchrt.models.checkpoints.reading import Shardings
+    from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel
 
 
 def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention":
@@ -22,12 +22,12 @@ def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention
         config: The model's settings.
 
     Returns:
-        A setting for `models.wan.WanConfig.attention`.
+        A setting for `monarchrt.models.wan.WanConfig.attention`.
 
     Raises:
         UserError: If the tile, the layout or the number of iterations is invalid.
     """
-    from models.wan import DenseAttention, MonarchAttention
+    from monarchrt.models.wan import DenseAttention, MonarchAttention
 
     if config.attention == "dense":
         return DenseAttention()
@@ -55,7 +55,7 @@ def model_settings(config: ModelConfig, *, channels: int | None = None, precisio
     Raises:
         UserError: If the preset or a field is unknown or a value is invalid.
     """
-    from models.wan import wan_config
+    from monarchrt.models.wan import wan_config
 
     reserved = {"attention", "in_channels", "out_channels", "dtype", "remat"} & set(config.override_values())
     if reserved:
@@ -85,14 +85,14 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
         precision: "fp32" or "bf16", the compute type.
 
     Returns:
-        A `models.wan.WanModel`.
+        A `monarchrt.models.wan.WanModel`.
 
     Raises:
         UserError: If a setting is invalid.
     """
     from flax import nnx
 
-    from models.wan import WanModel
+    from monarchrt.models.wan import WanModel
 
     settings = model_settings(config, channels=channels, precision=precision)
     # one compiled program: faster than op by op
@@ -109,8 +109,8 @@ def check_pretrained(path: Path, settings: "WanConfig") -> None:
     Raises:
         UserError: If the checkpoint cannot be read or is of another network; names the preset that would fit.
     """
-    from models.wan.checkpoints.load import check_sizes
-    from models.wan.checkpoints.source import open_source
+    from monarchrt.models.wan.checkpoints.load import check_sizes
+    from monarchrt.models.wan.checkpoints.source import open_source
 
     hint = ""
     try:
@@ -127,13 +127,13 @@ def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConf
 
     Args:
         origin: Run folder, for the message.
-        saved: What `train.run_folder.identity` says of that run.
+        saved: What `monarchrt.train.run_folder.identity` says of that run.
         config: The model's settings of this run; its attention may differ.
 
     Raises:
         UserError: If another setting of the network differs; names both values.
     """
-    from models.wan.checkpoints.load import POLICY
+    from monarchrt.models.wan.checkpoints.load import POLICY
 
     there = model_settings(ModelConfig(preset=saved["preset"], overrides=tuple(saved["overrides"])))
     here = model_settings(ModelConfig(preset=config.preset, overrides=config.overrides))
@@ -150,8 +150,8 @@ def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConf
 
 def _how_to_fit(found: "WanConfig", settings: "WanConfig") -> str:
     """What to change so that `settings` are of the sizes found, as far as an option does it."""
-    from models.wan import PRESETS
-    from models.wan.checkpoints.load import POLICY
+    from monarchrt.models.wan import PRESETS
+    from monarchrt.models.wan.checkpoints.load import POLICY
 
     # a preset's channels are replaced by the data's
     both = {name: getattr(settings, name) for name in (*POLICY, "in_channels", "out_channels")}
@@ -189,7 +189,7 @@ def pretrained_parameters(path: Path, settings: "WanConfig", *, sharding: "Shard
     """
     from flax import nnx
 
-    from models.wan.checkpoints import load_checkpoint
+    from monarchrt.models.wan.checkpoints import load_checkpoint
 
     try:
         model = load_checkpoint(path, config=settings, sharding=sharding, override=True)

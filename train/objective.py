@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from models.errors import UserError
-from train.config import ObjectiveConfig
+from monarchrt.models.errors import UserError
+from monarchrt.train.config import ObjectiveConfig
 
 Velocity = Callable[[Array, Array, Array], Array]
 """A flow prediction: (latents [B, F, h, w, C], timesteps [B] or [B, F], text [B, L, D]) -> v, like the latents."""

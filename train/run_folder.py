@@ -3,7 +3,7 @@
 config.json                the settings, as given
 log.jsonl                  one JSON object per line: step, loss, gradient norm, held-out loss, ...
 tensorboard/               the same for TensorBoard
-checkpoints/STEP/          the newest few, see `train.checkpointing`
+checkpoints/STEP/          the newest few, see `monarchrt.train.checkpointing`
 unreadable_checkpoints/    corrupt ones that a resume set aside
 samples/                   videos made while training
 data.json                  digests of the files of latents, so that a resume reads only those that changed
@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError, report_full_disk
-from train.config import TrainConfig, from_dict, to_dict
+from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.train.config import TrainConfig, from_dict, to_dict
 
 CONFIG_NAME = "config.json"
 DIGESTS_NAME = "data.json"
@@ -166,7 +166,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         >>> compare_identity(saved, wanted, step=7, folder=Path("run"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has [1, 2, 2];...
+        monarchrt.models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has...
     """
     notes = []
     for name in dict.fromkeys([*saved, *wanted]):

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from models.media.video import side_by_side, write_mp4
-from train.config import ObjectiveConfig
-from train.data import ClipWindows
-from train.objective import Velocity, add_noise, evaluation_noise
-from train.state import as_velocity
+from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.train.config import ObjectiveConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.objective import Velocity, add_noise, evaluation_noise
+from monarchrt.train.state import as_velocity
 
 
 def sampling_levels(config: ObjectiveConfig, *, steps: int, start: float = 1.0) -> Float32[np.ndarray, "steps_plus_1"]:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.errors import UserError
-from models.sharding import BATCH_AXIS
-from train.state import TrainState
+from monarchrt.models.errors import UserError
+from monarchrt.models.sharding import BATCH_AXIS
+from monarchrt.train.state import TrainState
 
 LONG = 64  # an axis that may be split; the layers, stacked along the first, are fewer
 

@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Int, UInt32
 
-from train.config import OptimizerConfig
-from train.objective import Velocity
+from monarchrt.train.config import OptimizerConfig
+from monarchrt.train.objective import Velocity
 
 Params = nnx.State
 """Parameters as `flax.nnx.split` gives them."""

@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.objective import draw_noise, flow_errors, flow_loss
-from train.state import TrainState, as_velocity, learning_rate_schedule, update_ema
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.objective import draw_noise, flow_errors, flow_loss
+from monarchrt.train.state import TrainState, as_velocity, learning_rate_schedule, update_ema
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -32,12 +32,12 @@ def make_train_step(
     The step's randomness is a function of the run's key and the step number only. Its input state is donated.
 
     Args:
-        graph: Structure of the network, from `train.state.split_model`.
-        optimizer: From `train.state.make_optimizer`.
+        graph: Structure of the network, from `monarchrt.train.state.split_model`.
+        optimizer: From `monarchrt.train.state.make_optimizer`.
         objective: The loss.
         settings: Accumulation and moving average; the learning rate, for the metrics.
         steps: Length of the run, for a decaying learning rate.
-        shardings: Where the new state lives, from `train.sharding.Placement`; None leaves it to the compiler.
+        shardings: Where the new state lives, from `monarchrt.train.sharding.Placement`; None leaves it to the compiler.
 
     Returns:
         (state, latents [B, F, h, w, C], text [B, L, D]) -> (state, metrics), where metrics are scalars: loss,

@@ -9,7 +9,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from triton_kernels.config import Target, compile_for, target
+from monarchrt.triton_kernels.config import Target, compile_for, target
 
 __all__ = ["Target", "compile_for", "forward", "supports", "target", "vjp"]
 
@@ -59,7 +59,7 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     Returns:
         out [B, A, b1, b2, H, D] in q's dtype and lse float32 [B, A, b1, b2, H].
     """
-    from triton_kernels import operation
+    from monarchrt.triton_kernels import operation
 
     return operation.forward(float(problem.scale), q, k, v, visible)
 
@@ -75,9 +75,14 @@ def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax
     Returns:
         dq [B, A, b1, b2, H, D], dk and dv [B, C, b1, b2, H, D].
     """
-    from triton_kernels import operation
+    from monarchrt.triton_kernels import operation
 
     r = residuals
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, r.out, preferred_element_type=jnp.float32)
     d_out = d_out.astype(r.q.dtype)
     return operation.backward(float(problem.scale), problem.grad_tiles, r.q, r.k, r.v, d_out, r.lse, delta, r.visible)
+
+if __name__ == "triton_kernels":  # imported by the folder's name, which is possible in a checkout only
+    from monarchrt.checkout import same_as_in_monarchrt
+
+    same_as_in_monarchrt(__name__)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from triton_kernels import left, overlapped, right, streamed
-from triton_kernels.plan import Launch, Plan
+from monarchrt.triton_kernels import left, overlapped, right, streamed
+from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
     "forward": overlapped.forward,

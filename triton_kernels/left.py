@@ -5,7 +5,7 @@
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
-from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset, wait_for
+from monarchrt.triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset, wait_for
 
 
 @kernel

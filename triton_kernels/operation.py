@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from triton_kernels import launch, plan
-from triton_kernels.config import configs, target
-from triton_kernels.plan import Shape
+from monarchrt.triton_kernels import launch, plan
+from monarchrt.triton_kernels.config import configs, target
+from monarchrt.triton_kernels.plan import Shape
 
 
 def forward(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,9 +6,9 @@ side; `mid` and `stats` have two slots that alternate. The first step has nothin
 
 import triton.language as tl
 
-from triton_kernels.jit import kernel
-from triton_kernels.left import left_rows
-from triton_kernels.right import right_rows
+from monarchrt.triton_kernels.jit import kernel
+from monarchrt.triton_kernels.left import left_rows
+from monarchrt.triton_kernels.right import right_rows
 
 
 @kernel

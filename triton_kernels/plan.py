@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from triton_kernels.config import Config, Configs, Stream, power_of_two
+from monarchrt.triton_kernels.config import Config, Configs, Stream, power_of_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

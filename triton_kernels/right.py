@@ -11,7 +11,17 @@ ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later th
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
-from triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, row_range, store_rows, tile_offset, wide
+from monarchrt.triton_kernels.jit import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    kernel,
+    load_rows,
+    row_range,
+    store_rows,
+    tile_offset,
+    wide,
+)
 
 
 @kernel

@@ -11,9 +11,9 @@ What is computed does not depend on the order: two runs agree bit for bit.
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
-from triton_kernels.jit import arrive, kernel, wait_for
-from triton_kernels.left import left_rows
-from triton_kernels.right import right_keys
+from monarchrt.triton_kernels.jit import arrive, kernel, wait_for
+from monarchrt.triton_kernels.left import left_rows
+from monarchrt.triton_kernels.right import right_keys
 
 
 @kernel

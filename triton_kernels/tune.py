@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from triton_kernels import config
-from triton_kernels.config import Config, Configs, Stream
+from monarchrt.triton_kernels import config
+from monarchrt.triton_kernels.config import Config, Configs, Stream
 
 BACKWARD = ("left_backward", "right_backward", "right_query")
 MAX_DIFFERENCE = 1e-2  # relative Frobenius norm, bfloat16
@@ -175,7 +175,7 @@ def streams(rows: int, key_tiles: int) -> Iterator[Stream]:
 
 def compiled(arrays: list[jax.Array], configs: Configs, backward: bool) -> Callable[..., tuple[jax.Array, ...]]:
     """The forward pass (q, k, v, visible) or the backward pass (q, k, v, d_out, lse, delta, visible), ready to run."""
-    from triton_kernels import operation
+    from monarchrt.triton_kernels import operation
 
     q, k, v, d_out = arrays
     scale = q.shape[-1] ** -0.5

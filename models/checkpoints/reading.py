@@ -14,8 +14,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from models.checkpoints.tensor_files import INDEX_SUFFIX, SafetensorsFile, ShardedSafetensors, TensorFile, TensorInfo
-from models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.checkpoints.tensor_files import (
+    INDEX_SUFFIX,
+    SafetensorsFile,
+    ShardedSafetensors,
+    TensorFile,
+    TensorInfo,
+)
+from monarchrt.models.checkpoints.torch_pickle import TorchFile
 
 type AnyArray = np.ndarray | Array
 type Layout = Literal["linear", "conv", "conv2d", "vector", "flat"]

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from models.errors import UserError
-from models.files import unfinished
+from monarchrt.models.errors import UserError
+from monarchrt.models.files import unfinished
 
 DTYPES = {
     "F64": np.dtype(np.float64),

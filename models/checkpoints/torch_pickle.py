@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.checkpoints.tensor_files import TensorInfo
+from monarchrt.models.checkpoints.tensor_files import TensorInfo
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from models.errors import UserError
+from monarchrt.models.errors import UserError
 
 type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
 type SamplerName = Literal["auto", "few-step", "unipc", "dpm++", "euler"]

@@ -12,8 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from models.media.latents import PatchDCT
-from models.vae import WanVAE
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.vae import WanVAE
 
 
 @runtime_checkable
@@ -111,7 +111,7 @@ class WanDecoder:
     """Wan's VAE, streaming: the first latent is one frame, each further one is four.
 
     Example:
-        >>> from models.vae import vae_config
+        >>> from monarchrt.models.vae import vae_config
         >>> decoder = WanDecoder(WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0)))
         >>> state = decoder.start(1, 2, 3)
         >>> for _ in range(2):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
-from models.errors import UserError, user_input
-from models.generate.config import GenerateConfig
-from models.media.writer import check_folder
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile, write_arrays
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.media.writer import check_folder
 
 if TYPE_CHECKING:
-    from models.generate.load import Components
+    from monarchrt.models.generate.load import Components
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 
@@ -126,11 +126,11 @@ def encode_clips(
     """
     import jax
 
-    from models.generate.decoders import WanDecoder
-    from models.generate.load import find_components
-    from models.media.video import read_clip
-    from models.umt5 import load_embeddings
-    from models.vae import load_vae
+    from monarchrt.models.generate.decoders import WanDecoder
+    from monarchrt.models.generate.load import find_components
+    from monarchrt.models.media.video import read_clip
+    from monarchrt.models.umt5 import load_embeddings
+    from monarchrt.models.vae import load_vae
 
     captions = captioned(config.clips)
     if config.components is None:
@@ -178,8 +178,8 @@ def _encode_captions(
     captions: list[str], config: EncodeConfig, parts: "Components", *, dtype: str, report: Callable[[str], None]
 ) -> dict[str, Path]:
     """A file with the embedding of each caption; those that an earlier start left are kept."""
-    from models.generate.text import encode_texts
-    from models.umt5 import save_embeddings
+    from monarchrt.models.generate.text import encode_texts
+    from monarchrt.models.umt5 import save_embeddings
 
     if parts.text_encoder is None or parts.tokenizer is None:
         raise UserError(f"components {config.components} has no text encoder or tokenizer")

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from models.checkpoints.hub import fetch, names_repository
-from models.errors import UserError, user_input
-from models.generate.config import NO_CONDITION, GenerateConfig
-from models.generate.decoders import FrameDecoder, WanDecoder
-from models.generate.pipeline import VideoPipeline
-from models.generate.plan import Defaults, Plan, make_plan
-from models.generate.text import text_embeddings
-from models.media.video import read_clip
-from models.vae import load_vae
+from monarchrt.models.checkpoints.hub import fetch, names_repository
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
+from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, Plan, make_plan
+from monarchrt.models.generate.text import text_embeddings
+from monarchrt.models.media.video import read_clip
+from monarchrt.models.vae import load_vae
 
 if TYPE_CHECKING:
-    from models.wan.checkpoints.source import Source
+    from monarchrt.models.wan.checkpoints.source import Source
 
 # what each part is called in an official folder and in a diffusers folder
 PARTS = {
@@ -117,8 +117,8 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
     Raises:
         UserError: If something is missing or does not fit.
     """
-    from models.wan.checkpoints import load_checkpoint
-    from models.wan.checkpoints.source import open_source
+    from monarchrt.models.wan.checkpoints import load_checkpoint
+    from monarchrt.models.wan.checkpoints.source import open_source
 
     with user_input():
         source = open_source(config.checkpoint or "", weights=config.weights)

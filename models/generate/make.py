@@ -16,15 +16,15 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models.errors import user_input
-from models.generate.config import GenerateConfig
-from models.generate.pipeline import VideoPipeline
-from models.generate.plan import Plan
-from models.generate.stream import LivePage, check_port
-from models.media.metrics import Fidelity, fidelity
-from models.media.video import side_by_side, write_mp4
-from models.media.writer import Mp4Writer, check_folder, check_writable
-from models.wan import DenseAttention
+from monarchrt.models.errors import user_input
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Plan
+from monarchrt.models.generate.stream import LivePage, check_port
+from monarchrt.models.media.metrics import Fidelity, fidelity
+from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.models.media.writer import Mp4Writer, check_folder, check_writable
+from monarchrt.models.wan import DenseAttention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from models.errors import UserError
-from models.generate.decoders import FrameDecoder
-from models.generate.plan import PIECE, Plan
-from models.sampling import Rollout, autoregressive, windows
-from models.wan import WanModel
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.decoders import FrameDecoder
+from monarchrt.models.generate.plan import PIECE, Plan
+from monarchrt.models.sampling import Rollout, autoregressive, windows
+from monarchrt.models.wan import WanModel
 
 
 class VideoPipeline:
@@ -21,11 +21,11 @@ class VideoPipeline:
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from models.generate.config import GenerateConfig
-        >>> from models.generate.decoders import PatchDecoder
-        >>> from models.generate.plan import Defaults, make_plan
-        >>> from models.media.latents import PatchDCT
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.generate.config import GenerateConfig
+        >>> from monarchrt.models.generate.decoders import PatchDecoder
+        >>> from monarchrt.models.generate.plan import Defaults, make_plan
+        >>> from monarchrt.models.media.latents import PatchDCT
+        >>> from monarchrt.models.wan import wan_config
         >>> decoder = PatchDecoder(PatchDCT(patch=2))
         >>> model = WanModel(wan_config("tiny", num_layers=1, in_channels=12, out_channels=12), rngs=nnx.Rngs(0))
         >>> settings = GenerateConfig(frames=6, height=8, width=16, seed=1)

@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from models.errors import UserError, user_input
-from models.generate.config import NO_CONDITION, GenerateConfig
-from models.sampling import Rollout, Windows
-from models.wan import DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
+from monarchrt.models.sampling import Rollout, Windows
+from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig
 
 LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp

@@ -20,7 +20,7 @@ import numpy as np
 from aiohttp import WSMsgType, web
 from jaxtyping import UInt8
 
-from models.errors import UserError
+from monarchrt.models.errors import UserError
 
 KEPT = 4096  # frames, so that an endless video does not fill the memory
 
@@ -179,7 +179,7 @@ class LivePage:
         self._loop.create_task(notify())
 
     async def _page(self, request: web.Request) -> web.Response:
-        page = (importlib.resources.files("models.generate") / "page.html").read_text(encoding="utf-8")
+        page = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")
         return web.Response(text=page, content_type="text/html", headers={"Cache-Control": "no-store"})
 
     async def _close_browsers(self, app: web.Application) -> None:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from models.errors import UserError, user_input
-from models.generate.config import NEGATIVE_PROMPT, GenerateConfig
-from models.umt5 import Tokenizer, encode_prompts, load_embeddings, load_umt5, save_embeddings
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import NEGATIVE_PROMPT, GenerateConfig
+from monarchrt.models.umt5 import Tokenizer, encode_prompts, load_embeddings, load_umt5, save_embeddings
 
 
 def text_embeddings(

@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float32, UInt8
 
-from models.errors import UserError
+from monarchrt.models.errors import UserError
 
 # rows: brightness, red against blue, green against both; orthonormal
 _COLOUR = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])

@@ -12,8 +12,8 @@ import av.error
 import numpy as np
 from jaxtyping import UInt8
 
-from models.errors import UserError
-from models.media.writer import Mp4Writer
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.writer import Mp4Writer
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
 
@@ -47,7 +47,7 @@ def read_clip(
         >>> read_clip("nowhere.mp4", height=64, width=64)
         Traceback (most recent call last):
         ...
-        models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a video track
+        monarchrt.models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a video...
     """
     path = Path(path)
     if not path.exists():

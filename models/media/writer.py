@@ -14,8 +14,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
-from models.errors import UserError, report_full_disk
-from models.files import unfinished
+from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.models.files import unfinished
 
 KEY = "monarchrt"  # in the JSON of the comment
 FREE = "free some space"  # what to do about a full disk

@@ -4,11 +4,17 @@ A sampler is a table of numbers (`SamplerTable`), computed in float64 from a noi
 carries out any of them.
 """
 
-from models.sampling.bidirectional import Windows, windows
-from models.sampling.rollout import Rollout, autoregressive
-from models.sampling.schedules import Schedule, few_step_schedule, truncated_schedule, uniform_schedule, unipc_schedule
-from models.sampling.solve import SolverState, guided, keep_context, sample, solver_step
-from models.sampling.tables import SAMPLERS, SamplerTable, dpmpp_2m, euler, few_step, sampler_table, unipc
+from monarchrt.models.sampling.bidirectional import Windows, windows
+from monarchrt.models.sampling.rollout import Rollout, autoregressive
+from monarchrt.models.sampling.schedules import (
+    Schedule,
+    few_step_schedule,
+    truncated_schedule,
+    uniform_schedule,
+    unipc_schedule,
+)
+from monarchrt.models.sampling.solve import SolverState, guided, keep_context, sample, solver_step
+from monarchrt.models.sampling.tables import SAMPLERS, SamplerTable, dpmpp_2m, euler, few_step, sampler_table, unipc
 
 __all__ = [
     "SAMPLERS",

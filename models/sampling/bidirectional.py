@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from models.sampling.rollout import check_size
-from models.sampling.solve import guided, keep_context, sample
-from models.sampling.tables import SamplerTable, sampler_table
-from models.wan import WanModel
+from monarchrt.models.sampling.rollout import check_size
+from monarchrt.models.sampling.solve import guided, keep_context, sample
+from monarchrt.models.sampling.tables import SamplerTable, sampler_table
+from monarchrt.models.wan import WanModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def windows(
     """Generates latents window by window; without `settings.window`, the whole clip at once.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
         >>> settings = Windows(sampler="euler", steps=2, window=3)
         >>> size = dict(frames=6, height=4, width=8, key=jax.random.key(0))

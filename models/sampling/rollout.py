@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
-from models.sampling.tables import SamplerTable, sampler_table
-from models.wan import WanModel
-from models.wan.causal import WanCache, cached_forward, init_cache, rebase_cache
-from models.wan.rope import MAX_POSITIONS
+from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
+from monarchrt.models.sampling.tables import SamplerTable, sampler_table
+from monarchrt.models.wan import WanModel
+from monarchrt.models.wan.causal import WanCache, cached_forward, init_cache, rebase_cache
+from monarchrt.models.wan.rope import MAX_POSITIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def autoregressive(
     """Generates latents block by block; each is handed out as soon as it is under way (asynchronous dispatch).
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1, causal_block=3), rngs=nnx.Rngs(0))
         >>> blocks = autoregressive(
         ...     model, jnp.zeros((1, 8, 32)), frames=6, height=4, width=8, key=jax.random.key(0), rollout=Rollout()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from models.sampling.tables import SamplerTable
+from monarchrt.models.sampling.tables import SamplerTable
 
 type Flow = Callable[[Any, Array], Any]
 """(latents, timestep as a float32 scalar) -> flow, noise minus data, of the latents' structure."""
@@ -74,7 +74,7 @@ def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] |
     """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
 
     Example:
-        >>> from models.sampling import sampler_table
+        >>> from monarchrt.models.sampling import sampler_table
         >>> to_three = lambda x, t: jax.tree.map(lambda x: (x - 3.0) / (t / 1000), x)  # the flow if all data is 3
         >>> float(sample(to_three, jnp.array(0.7), sampler_table("euler", steps=5)))
         3.0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from models.sampling.schedules import (
+from monarchrt.models.sampling.schedules import (
     Schedule,
     few_step_schedule,
     truncated_schedule,

@@ -1,10 +1,10 @@
 """The umT5 text encoder in Flax NNX, its tokenizer, and files of saved embeddings."""
 
-from models.umt5.checkpoint import load_umt5
-from models.umt5.config import PRESETS, UMT5Config, umt5_config
-from models.umt5.encoder import UMT5Encoder
-from models.umt5.text import encode_prompts, load_embeddings, save_embeddings
-from models.umt5.tokenizer import Tokenizer, clean_text
+from monarchrt.models.umt5.checkpoint import load_umt5
+from monarchrt.models.umt5.config import PRESETS, UMT5Config, umt5_config
+from monarchrt.models.umt5.encoder import UMT5Encoder
+from monarchrt.models.umt5.text import encode_prompts, load_embeddings, save_embeddings
+from monarchrt.models.umt5.tokenizer import Tokenizer, clean_text
 
 __all__ = [
     "PRESETS",

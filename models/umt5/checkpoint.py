@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from models.checkpoints.reading import (
+from monarchrt.models.checkpoints.reading import (
     Entry,
     Layout,
     Progress,
@@ -23,9 +23,9 @@ from models.checkpoints.reading import (
     some,
     stored_dtype,
 )
-from models.checkpoints.tensor_files import TensorFile
-from models.umt5.config import UMT5Config
-from models.umt5.encoder import UMT5Encoder
+from monarchrt.models.checkpoints.tensor_files import TensorFile
+from monarchrt.models.umt5.config import UMT5Config
+from monarchrt.models.umt5.encoder import UMT5Encoder
 
 # ours, official, transformers, layout
 type Rows = tuple[tuple[str, str, str, Layout], ...]
@@ -61,7 +61,7 @@ def umt5_entries(config: UMT5Config) -> list[Entry]:
     """Every tensor of an encoder's checkpoint, with its official and its transformers name.
 
     Example:
-        >>> from models.umt5 import umt5_config
+        >>> from monarchrt.models.umt5 import umt5_config
         >>> len(umt5_entries(umt5_config("xxl")))
         242
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from models.presets import from_preset
 from monarch_jax.checks import positive, small
+from monarchrt.models.presets import from_preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

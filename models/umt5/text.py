@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
-from models.errors import UserError
-from models.umt5.encoder import UMT5Encoder
-from models.umt5.tokenizer import Tokenizer
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile, write_arrays
+from monarchrt.models.errors import UserError
+from monarchrt.models.umt5.encoder import UMT5Encoder
+from monarchrt.models.umt5.tokenizer import Tokenizer
 
 FORMAT = "monarchrt text embeddings"
 

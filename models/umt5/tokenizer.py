@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from models.errors import UserError
+from monarchrt.models.errors import UserError
 
 END, PAD = "</s>", "<pad>"
 SUBFOLDERS = ("tokenizer", "google/umt5-xxl")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from models.checkpoints.reading import (
+from monarchrt.models.checkpoints.reading import (
     Entry,
     Layout,
     Progress,
@@ -25,9 +25,9 @@ from models.checkpoints.reading import (
     some,
     stored_dtype,
 )
-from models.checkpoints.tensor_files import TensorFile
-from models.vae.config import VAEConfig, vae_config
-from models.vae.vae import WanVAE
+from monarchrt.models.checkpoints.tensor_files import TensorFile
+from monarchrt.models.vae.config import VAEConfig, vae_config
+from monarchrt.models.vae.vae import WanVAE
 
 # ours, official, diffusers, layout of the weight; a convolution has a bias beside it
 type Rows = tuple[tuple[str, str, str, Layout], ...]

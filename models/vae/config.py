@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from models.presets import from_preset
 from monarch_jax.checks import positive
+from monarchrt.models.presets import from_preset
 
 # Per-channel statistics of the released autoencoder's latents (Wan2.1, the same in diffusers' vae/config.json).
 WAN21_MEAN = (

@@ -15,9 +15,18 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Real
 
-from models.vae.config import VAEConfig
-from models.vae.layers import ChannelNorm, Conv, Downsample, FrameAttention, Past, ResidualBlock, Upsample, Video
 from monarch_jax.checks import positive
+from monarchrt.models.vae.config import VAEConfig
+from monarchrt.models.vae.layers import (
+    ChannelNorm,
+    Conv,
+    Downsample,
+    FrameAttention,
+    Past,
+    ResidualBlock,
+    Upsample,
+    Video,
+)
 
 
 class Head(nnx.Module):
@@ -128,7 +137,7 @@ class WanVAE(nnx.Module):
     """Causal video autoencoder of Wan 2.1 (Wan technical report, Section 4.1).
 
     Example:
-        >>> from models.vae import vae_config
+        >>> from monarchrt.models.vae import vae_config
         >>> vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
         >>> video = jnp.zeros((1, 5, 16, 24, 3))
         >>> latents = nnx.jit(WanVAE.encode)(vae, video)

@@ -1,7 +1,7 @@
 """Wan 2.1 video diffusion transformers in Flax NNX."""
 
-from models.wan.config import PRESETS, Attention, DenseAttention, MonarchAttention, WanConfig, wan_config
-from models.wan.dit import WanModel, count_parameters
+from monarchrt.models.wan.config import PRESETS, Attention, DenseAttention, MonarchAttention, WanConfig, wan_config
+from monarchrt.models.wan.dit import WanModel, count_parameters
 
 __all__ = [
     "PRESETS",

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.wan.config import DenseAttention, MonarchAttention
 from monarch_jax import monarch_attention
 from monarch_jax.backends import on_cuda
+from monarchrt.models.wan.config import DenseAttention, MonarchAttention
 
 
 def attend(

@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
-from models.wan.attention import dense_attention
-from models.wan.config import DenseAttention, MonarchAttention
-from models.wan.dit import WanModel, attention_runs, rematerialized
-from models.wan.rope import axis_table, axis_widths, rope_table, rotate
 from monarch_jax import MonarchKVCache
+from monarchrt.models.wan.attention import dense_attention
+from monarchrt.models.wan.config import DenseAttention, MonarchAttention
+from monarchrt.models.wan.dit import WanModel, attention_runs, rematerialized
+from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def init_cache(
     """Caches for a new video: the cross-attention's filled from the text, the self-attention's empty.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
         >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8)
         >>> forward = nnx.jit(cached_forward)
@@ -261,7 +261,7 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     in its slot; what follows is as before, with every frame index less by `frames`.
 
     Example:
-        >>> from models.wan import WanModel, wan_config
+        >>> from monarchrt.models.wan import WanModel, wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
         >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8, rolling=True)
         >>> cache = dataclasses.replace(cache, length=jnp.int32(1020))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from models.presets import from_preset
 from monarch_jax.checks import one_of, positive, small, triple
 from monarch_jax.spec import MonarchSpec
+from monarchrt.models.presets import from_preset
 
 MODEL_TYPES = ("t2v", "i2v")
 REMAT = ("none", "full", "dots")

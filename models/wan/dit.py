@@ -13,10 +13,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from models.sharding import split_batch
-from models.wan.attention import attend
-from models.wan.config import Attention, DenseAttention, MonarchAttention, WanConfig
-from models.wan.layers import (
+from monarchrt.models.sharding import split_batch
+from monarchrt.models.wan.attention import attend
+from monarchrt.models.wan.config import Attention, DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.wan.layers import (
     MLP,
     Head,
     ImageEmbedding,
@@ -27,7 +27,7 @@ from models.wan.layers import (
     sinusoid,
     small_normal,
 )
-from models.wan.rope import rope_table
+from monarchrt.models.wan.rope import rope_table
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -53,7 +53,7 @@ class WanModel(nnx.Module):
     Which attention the layers use is part of `config` and not of the parameters: `with_attention` swaps it.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", in_channels=4, out_channels=4), rngs=nnx.Rngs(0))
         >>> flow = model(jnp.zeros((1, 3, 4, 8, 4)), jnp.array([500.0]), jnp.zeros((1, 5, 32)))
         >>> flow.shape, flow.dtype
@@ -240,7 +240,7 @@ class WanModel(nnx.Module):
         """The same arrays under another attention; nothing is trained or copied.
 
         Example:
-            >>> from models.wan import MonarchAttention, wan_config
+            >>> from monarchrt.models.wan import MonarchAttention, wan_config
             >>> dense = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
             >>> dense.with_attention(MonarchAttention(tile=(3, 2, 4))).config.attention.tile
             (3, 2, 4)
@@ -313,7 +313,7 @@ def count_parameters(model: WanModel | WanConfig) -> int:
     """Number of parameters, without allocating any for a configuration.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> count_parameters(wan_config("wan2.1-t2v-1.3b"))
         1418996800
 

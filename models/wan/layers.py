@@ -10,9 +10,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from models.wan.attention import dense_attention
-from models.wan.config import WanConfig
-from models.wan.rope import rotate
+from monarchrt.models.wan.attention import dense_attention
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.rope import rotate
 
 xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem
-from pallas_kernels import tuning
-from pallas_kernels.config import (
+from monarchrt import pallas_kernels
+from monarchrt.pallas_kernels import tuning
+from monarchrt.pallas_kernels.config import (
     SHARED_MEMORY,
     ForwardConfig,
     LeftConfig,
@@ -25,8 +25,8 @@ from pallas_kernels.config import (
     left_config,
     right_config,
 )
-from pallas_kernels.forward_sm90 import chunk_sizes, forward
-from pallas_kernels.left_sm90 import left_role
+from monarchrt.pallas_kernels.forward_sm90 import chunk_sizes, forward
+from monarchrt.pallas_kernels.left_sm90 import left_role
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
 

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import pallas_kernels
 from monarch_jax import monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
-from pallas_kernels import tuning
-from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import (
+from monarchrt import pallas_kernels
+from monarchrt.pallas_kernels import tuning
+from monarchrt.pallas_kernels.backward_sm90 import backward
+from monarchrt.pallas_kernels.config import (
     SHARED_MEMORY,
     LeftBackwardConfig,
     RightBackwardConfig,
     backward_config,
     forward_config,
 )
-from pallas_kernels.forward_sm90 import forward
-from pallas_kernels.shared import gradient_scales
+from monarchrt.pallas_kernels.forward_sm90 import forward
+from monarchrt.pallas_kernels.shared import gradient_scales
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens

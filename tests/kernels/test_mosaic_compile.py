@@ -8,8 +8,8 @@ from importlib import metadata
 
 import pytest
 
-from pallas_kernels import tuning
-from pallas_kernels.config import SHARED_MEMORY
+from monarchrt.pallas_kernels import tuning
+from monarchrt.pallas_kernels.config import SHARED_MEMORY
 
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
@@ -41,7 +41,7 @@ import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-import pallas_kernels
+from monarchrt import pallas_kernels
 from monarch_jax.backends import Problem, Residuals
 
 rows, cols, tiles, dim, masked, gradient = (int(x) for x in sys.argv[1:])
@@ -163,7 +163,7 @@ import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-import triton_kernels
+from monarchrt import triton_kernels
 from monarch_jax import monarch_attention
 
 implementation, axis = sys.argv[1], int(sys.argv[2])

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.backends import Problem, Residuals
-from pallas_kernels import tuning
-from pallas_kernels.backward_sm90 import backward
-from pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
-from pallas_kernels.forward_sm90 import forward
+from monarchrt import pallas_kernels
+from monarchrt.pallas_kernels import tuning
+from monarchrt.pallas_kernels.backward_sm90 import backward
+from monarchrt.pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
+from monarchrt.pallas_kernels.forward_sm90 import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads, with_grads
 
 

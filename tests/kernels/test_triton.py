@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import triton_kernels
 from monarch_jax import monarch_attention, reference, xla
 from monarch_jax.backends import Problem, differentiable
+from monarchrt import triton_kernels
+from monarchrt.triton_kernels import config, plan
+from monarchrt.triton_kernels.config import KERNELS, Config, Stream, Target, configs, heuristic, store, use, user_file
+from monarchrt.triton_kernels.tune import BACKWARD, agree, neighbours, search, streams, tune
 from tests.attention.suite import AttentionSuite, error, inputs
-from triton_kernels import config, plan
-from triton_kernels.config import KERNELS, Config, Stream, Target, configs, heuristic, store, use, user_file
-from triton_kernels.tune import BACKWARD, agree, neighbours, search, streams, tune
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = (  # a process each: that takes seconds to start
@@ -90,7 +90,7 @@ def compile_launch(call, capability, dtype="bf16"):
     from triton.backends.nvidia import compiler as nvidia
     from triton.compiler import ASTSource
 
-    from triton_kernels import left, overlapped, right, streamed
+    from monarchrt.triton_kernels import left, overlapped, right, streamed
 
     kernel = getattr({"f": overlapped, "l": left, "r": right, "s": streamed}[call.kernel[0]], call.kernel)
     integers = {"step": "*i32", "visible": "*i32", "first_tile": "*i32", "counters": "*i32", "scale": "fp32"}
@@ -218,7 +218,7 @@ import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from monarch_jax import monarch_attention
-import triton_kernels
+from monarchrt import triton_kernels
 
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = jax.NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), jax.P())

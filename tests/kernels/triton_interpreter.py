@@ -18,9 +18,9 @@ from triton.runtime import interpreter
 
 from monarch_jax import reference
 from monarch_jax.backends import Problem
-from triton_kernels import left, overlapped, plan, right, streamed
-from triton_kernels.config import KERNELS as NAMES
-from triton_kernels.config import Config, Stream, Target, heuristic
+from monarchrt.triton_kernels import left, overlapped, plan, right, streamed
+from monarchrt.triton_kernels.config import KERNELS as NAMES
+from monarchrt.triton_kernels.config import Config, Stream, Target, heuristic
 
 jax.config.update("jax_enable_x64", True)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.wan import WanConfig, WanModel
-from models.wan.checkpoints import mapping
+from monarchrt.models.wan import WanConfig, WanModel
+from monarchrt.models.wan.checkpoints import mapping
 
 SMALL = WanConfig(
     dim=48, ffn_dim=80, num_heads=2, num_layers=3, freq_dim=32, text_dim=20, text_len=7, in_channels=5, out_channels=6

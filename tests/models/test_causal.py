@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.wan import DenseAttention, MonarchAttention, WanModel
-from models.wan.causal import cached_forward, init_cache
-from models.wan.rope import rope_table
+from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
+from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.rope import rope_table
 
 H, W = 4, 6  # tokens of a frame
 SIZE = {"height": 2 * H, "width": 2 * W}

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.checkpoints.tensor_files import TensorInfo, write_safetensors
-from models.wan import wan_config
-from models.wan.checkpoints import load_checkpoint, save_checkpoint
-from models.wan.checkpoints.mapping import checkpoint_shape, tensors
-from models.wan.checkpoints.settings import config_to_json, dump_json
-from models.wan.dit import count_parameters
+from monarchrt.models.checkpoints.tensor_files import TensorInfo, write_safetensors
+from monarchrt.models.wan import wan_config
+from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
+from monarchrt.models.wan.checkpoints.mapping import checkpoint_shape, tensors
+from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
+from monarchrt.models.wan.dit import count_parameters
 from tests.models.test_checkpoints import WEIGHTS, assert_same, run_python
 
 # Of this process alone: ru_maxrss would begin at the peak of the process that started it.
@@ -49,7 +49,7 @@ def test_orbax_is_read_tensor_by_tensor(wan, small, large, tmp_path):
     save_checkpoint(wan.model(small), tmp_path / "warm", format="orbax")
     save_checkpoint(model, tmp_path / "orbax", format="orbax")
     code = f"""
-        from models.wan.checkpoints import convert_checkpoint, load_checkpoint
+        from monarchrt.models.wan.checkpoints import convert_checkpoint, load_checkpoint
 
         folder = {str(tmp_path)!r}
         convert_checkpoint(folder + "/warm", folder + "/converted", to="diffusers")
@@ -75,7 +75,7 @@ def test_orbax_is_written_parameter_by_parameter(wan, small, large, tmp_path):
     save_checkpoint(wan.model(small), tmp_path / "warm", format="diffusers")
     save_checkpoint(model, tmp_path / "diffusers", format="diffusers")
     code = f"""
-        from models.wan.checkpoints import convert_checkpoint
+        from monarchrt.models.wan.checkpoints import convert_checkpoint
 
         folder = {str(tmp_path)!r}
         convert_checkpoint(folder + "/warm", folder + "/warm orbax", to="orbax")
@@ -108,9 +108,9 @@ def test_true_size_in_bounded_memory(tmp_path):
     code = f"""
         import ml_dtypes, numpy as np, jax
         from flax import nnx
-        from models.wan.checkpoints import load_checkpoint
-        from models.wan.checkpoints.save import ModelFile
-        from models.checkpoints.tensor_files import SafetensorsFile
+        from monarchrt.models.wan.checkpoints import load_checkpoint
+        from monarchrt.models.wan.checkpoints.save import ModelFile
+        from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 
         jax.numpy.zeros(1).block_until_ready()
         before = peak()

@@ -17,18 +17,18 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.checkpoints.tensor_files import SafetensorsFile
-from models.wan import DenseAttention, MonarchAttention, wan_config
-from models.wan.checkpoints import (
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
+from monarchrt.models.wan import DenseAttention, MonarchAttention, wan_config
+from monarchrt.models.wan.checkpoints import (
     UnsafePickleError,
     convert_checkpoint,
     inspect_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from models.wan.checkpoints.mapping import tensors
-from models.wan.checkpoints.save import ModelFile
-from models.wan.checkpoints.settings import config_to_json, dump_json
+from monarchrt.models.wan.checkpoints.mapping import tensors
+from monarchrt.models.wan.checkpoints.save import ModelFile
+from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -233,7 +233,7 @@ class TestTorch:
     def test_torch_objects(self, tmp_path):
         """Half precision, parameters, views into a shared storage, and numbers beside the tensors."""
         torch = pytest.importorskip("torch")
-        from models.checkpoints.torch_pickle import TorchFile
+        from monarchrt.models.checkpoints.torch_pickle import TorchFile
 
         base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
         module = torch.nn.Linear(3, 2).to(torch.bfloat16)
@@ -498,7 +498,7 @@ def test_sharding(wan, small, tmp_path):
         import jax
         from flax import nnx
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from models.wan.checkpoints import load_checkpoint
+        from monarchrt.models.wan.checkpoints import load_checkpoint
 
         mesh = jax.make_mesh((2,), ("x",))
         def place(path, shape):

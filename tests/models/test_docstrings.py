@@ -6,12 +6,12 @@ import pkgutil
 
 import pytest
 
-import models
+from monarchrt import models
 
-MODULES = [module.name for module in pkgutil.walk_packages(models.__path__, "models.")]
+MODULES = [module.name for module in pkgutil.walk_packages(models.__path__, "monarchrt.models.")]
 
 
-SLOW = ("models.generate.decoders", "models.vae.vae")  # the VAE is compiled
+SLOW = ("monarchrt.models.generate.decoders", "monarchrt.models.vae.vae")  # the VAE is compiled
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODULES])

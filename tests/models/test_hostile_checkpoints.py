@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.checkpoints.tensor_files import SafetensorsFile, ShardedSafetensors, write_arrays
-from models.checkpoints.torch_pickle import TorchFile
-from models.umt5 import load_embeddings
-from models.umt5.text import FORMAT
-from models.wan.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile, ShardedSafetensors, write_arrays
+from monarchrt.models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.umt5 import load_embeddings
+from monarchrt.models.umt5.text import FORMAT
+from monarchrt.models.wan.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -12,8 +12,8 @@ class Refuse:
         if name.split(".")[0] in {"torch", "diffusers", "transformers", "sentencepiece"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-from models.umt5 import clean_text, load_umt5, umt5_config
-from models.vae import load_vae, vae_config
+from monarchrt.models.umt5 import clean_text, load_umt5, umt5_config
+from monarchrt.models.vae import load_vae, vae_config
 import tokenizers
 for load in (load_umt5, load_vae):
     try:

@@ -7,8 +7,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.checkpoints import orbax_arrays
-from models.checkpoints.orbax_arrays import open_arrays, read_arrays
+from monarchrt.models.checkpoints import orbax_arrays
+from monarchrt.models.checkpoints.orbax_arrays import open_arrays, read_arrays
 
 ARRAYS = {
     "params.kernel": np.arange(48, dtype=np.float32).reshape(6, 8),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.wan import (
+from monarchrt.models.wan import (
     DenseAttention,
     MonarchAttention,
     WanModel,
@@ -14,8 +14,8 @@ from models.wan import (
     layers,
     wan_config,
 )
-from models.wan.layers import sinusoid
-from models.wan.rope import axis_widths, frequencies, rope_table, rotate
+from monarchrt.models.wan.layers import sinusoid
+from monarchrt.models.wan.rope import axis_widths, frequencies, rope_table, rotate
 
 
 def call(model, *inputs):

@@ -62,7 +62,7 @@ def start(environment):
     """Starts the command line in a process of its own."""
 
     def start(arguments, before: str = "pass", **variables: str) -> subprocess.Popen:
-        program = f"{before}; import sys; from train.cli import main; sys.exit(main(sys.argv[1:]))"
+        program = f"{before}; import sys; from monarchrt.train.cli import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", program, *map(str, arguments)]
         environ = environment | variables
         return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import UserError
-from train.checkpointing import Checkpoints
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.state import create_state, make_optimizer, split_model, to_arrays
-from train.step import make_train_step
+from monarchrt.models.errors import UserError
+from monarchrt.train.checkpointing import Checkpoints
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.state import create_state, make_optimizer, split_model, to_arrays
+from monarchrt.train.step import make_train_step
 
 
 class Network(nnx.Module):
@@ -155,7 +155,7 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, mon
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("train.checkpointing.read_arrays", fail)
+    monkeypatch.setattr("monarchrt.train.checkpointing.read_arrays", fail)
     checkpoints = Checkpoints(two)
     with pytest.raises(UserError, match=r"step 2 .* could not be read, .* nothing was changed"):
         checkpoints.restore(fresh(), check=accept, note=pytest.fail)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
-from train import cli
-from train.commands import _parse_train
-from train.config import (
+from monarchrt.models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
+from monarchrt.train import cli
+from monarchrt.train.cli.train import _parse_train
+from monarchrt.train.config import (
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -25,9 +25,9 @@ from train.config import (
     from_dict,
     to_dict,
 )
-from train.logs import RunLog, read_log
-from train.model import attention_setting, model_settings
-from train.run_folder import FolderLock, claim_folder, compare_identity, identity, read_config, write_config
+from monarchrt.train.logs import RunLog, read_log
+from monarchrt.train.model import attention_setting, model_settings
+from monarchrt.train.run_folder import FolderLock, claim_folder, compare_identity, identity, read_config, write_config
 
 
 def test_config_survives_json(tmp_path):
@@ -309,10 +309,10 @@ class Module:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("train.commands", ["train"]),
-        ("train.loop", ["train", "--video", "a.mp4", "--folder", "no/such/folder"]),
-        ("train.demo", ["demo"]),
-        ("models.generate.make", ["generate", "--checkpoint", "no/such/checkpoint"]),
+        ("monarchrt.train.cli.train", ["train"]),
+        ("monarchrt.train.loop", ["train", "--video", "a.mp4", "--folder", "no/such/folder"]),
+        ("monarchrt.train.demo", ["demo"]),
+        ("monarchrt.models.generate.make", ["generate", "--checkpoint", "no/such/checkpoint"]),
     ],
 )
 def test_ctrl_c_waits_for_the_imports(monkeypatch, capsys, module, arguments):
@@ -346,7 +346,7 @@ def test_help_into_a_pipe_that_closes():
 
 def test_help_does_not_load_jax():
     program = (
-        "import sys; from train.cli import main\n"
+        "import sys; from monarchrt.train.cli import main\n"
         "try:\n  main(['train', '--help'])\nexcept SystemExit: pass\n"
         "sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
     )

@@ -11,19 +11,19 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.checkpoints.tensor_files import TensorInfo, write_safetensors
-from models.wan import MonarchAttention, WanModel, wan_config
-from models.wan.checkpoints import load_checkpoint, save_checkpoint
-from models.wan.checkpoints.mapping import checkpoint_shape, tensors
-from models.wan.checkpoints.settings import config_to_json, dump_json
+from monarchrt.models.checkpoints.tensor_files import TensorInfo, write_safetensors
+from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
+from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
+from monarchrt.models.wan.checkpoints.mapping import checkpoint_shape, tensors
+from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
+from monarchrt.train import cli, loop
+from monarchrt.train.checkpointing import Checkpoints
+from monarchrt.train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.loop import train
+from monarchrt.train.model import build_model
+from monarchrt.train.run_folder import write_config
+from monarchrt.train.state import create_state, split_model
 from tests.clips import make_clip
-from train import cli, loop
-from train.checkpointing import Checkpoints
-from train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.loop import train
-from train.model import build_model
-from train.run_folder import write_config
-from train.state import create_state, split_model
 
 from .conftest import DATA
 

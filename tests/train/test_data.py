@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.checkpoints.tensor_files import write_arrays
-from models.errors import UserError
-from train import data, digests
-from train.cli import main
-from train.config import DataConfig
-from train.data import ClipWindows, LatentFolder, example_order, open_source, spread
+from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.errors import UserError
+from monarchrt.train import data, digests
+from monarchrt.train.cli import main
+from monarchrt.train.config import DataConfig
+from monarchrt.train.data import ClipWindows, LatentFolder, example_order, open_source, spread
 
 from .conftest import NETWORK, history
 

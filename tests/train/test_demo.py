@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import NonFiniteError
-from models.media.video import write_mp4
-from train.cli import main
-from train.commands import parse
-from train.demo import DemoConfig, run, run_demo
-from train.demo.run import DemoResult, _table
+from monarchrt.models.errors import NonFiniteError
+from monarchrt.models.media.video import write_mp4
+from monarchrt.train.cli import main
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.demo import DemoConfig, run, run_demo
+from monarchrt.train.demo.run import DemoResult, _table
 
 SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
 

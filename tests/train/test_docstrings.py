@@ -6,9 +6,10 @@ import pkgutil
 
 import pytest
 
-import train
+from monarchrt import train
 
-MODULES = ["train." + module.name for module in pkgutil.iter_modules(train.__path__) if module.name != "__main__"]
+FOUND = pkgutil.walk_packages(train.__path__, "monarchrt.train.")
+MODULES = [module.name for module in FOUND if not module.name.endswith("__main__")]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from models.checkpoints.tensor_files import SafetensorsFile, write_arrays
-from models.generate.config import GenerateConfig
-from models.media.video import read_clip, write_mp4
-from models.media.writer import Mp4Writer, read_settings
-from models.umt5 import load_embeddings
-from models.wan import MonarchAttention, WanModel, wan_config
-from models.wan.checkpoints import load_checkpoint, save_checkpoint
-from train.cli import main
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile, write_arrays
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.media.video import read_clip, write_mp4
+from monarchrt.models.media.writer import Mp4Writer, read_settings
+from monarchrt.models.umt5 import load_embeddings
+from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
+from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
+from monarchrt.train.cli import main
 
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
 CAT = ["--prompt", "a cat on a wall"]
@@ -296,7 +296,7 @@ def test_every_option_is_explained(capsys):
         generate("--help")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    from models.generate.config import GenerateConfig
+    from monarchrt.models.generate.config import GenerateConfig
 
     for name in GenerateConfig.__dataclass_fields__:
         assert f"--{name.strip('_').replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
@@ -322,10 +322,10 @@ class TestEncode:
         return main(["encode", "--clips", str(clips), "--out", str(out), *self.SIZES, *map(str, arguments)])
 
     def test_what_training_reads(self, wan_folder, clips, tmp_path, capsys):
-        from models.generate.decoders import WanDecoder
-        from models.vae import load_vae
-        from train.config import DataConfig
-        from train.data import LatentFolder
+        from monarchrt.models.generate.decoders import WanDecoder
+        from monarchrt.models.vae import load_vae
+        from monarchrt.train.config import DataConfig
+        from monarchrt.train.data import LatentFolder
 
         out = tmp_path / "latents"
         assert self.encode(clips, out, "--components", wan_folder) == 0
@@ -415,7 +415,7 @@ class TestEncode:
         assert (out / "0.safetensors").read_bytes() == before
 
     def test_captions_are_encoded_once_and_leave_the_device(self, wan_folder, clips, tmp_path, monkeypatch):
-        from models.umt5 import text
+        from monarchrt.models.umt5 import text
 
         encode, seen = text._encode, []
 

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import DiskFullError, NonFiniteError, UserError
-from models.media.video import read_clip
-from train import loop
-from train.checkpointing import Checkpoints
-from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.data import ClipWindows
-from train.evaluate import held_out_loss
-from train.interrupt import Interrupted
-from train.loop import train
-from train.state import create_state
-from train.step import make_error_fn
+from monarchrt.models.errors import DiskFullError, NonFiniteError, UserError
+from monarchrt.models.media.video import read_clip
+from monarchrt.train import loop
+from monarchrt.train.checkpointing import Checkpoints
+from monarchrt.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.interrupt import Interrupted
+from monarchrt.train.loop import train
+from monarchrt.train.state import create_state
+from monarchrt.train.step import make_error_fn
 
 from .conftest import history
 

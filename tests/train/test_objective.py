@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.errors import UserError
-from train.config import ObjectiveConfig
-from train.objective import (
+from monarchrt.models.errors import UserError
+from monarchrt.train.config import ObjectiveConfig
+from monarchrt.train.objective import (
     add_noise,
     draw_noise,
     evaluation_indices,

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from monarchrt.train.cli import main
+from monarchrt.train.run_folder import FolderLock
 from tests.clips import make_clip
-from train.cli import main
-from train.run_folder import FolderLock
 
 from .conftest import history
 

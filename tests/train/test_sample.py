@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.media.video import read_clip
-from train.config import DataConfig, ObjectiveConfig
-from train.data import ClipWindows
-from train.sample import euler_sample, make_sampler, sampling_levels, write_held_out_sample
-from train.state import split_model
+from monarchrt.models.media.video import read_clip
+from monarchrt.train.config import DataConfig, ObjectiveConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.sample import euler_sample, make_sampler, sampling_levels, write_held_out_sample
+from monarchrt.train.state import split_model
 
 from .test_state import Linear
 

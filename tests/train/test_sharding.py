@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from models.errors import UserError
-from train.sharding import Placement
+from monarchrt.models.errors import UserError
+from monarchrt.train.sharding import Placement
 
 from .conftest import history
 
@@ -36,10 +36,10 @@ def test_fsdp_splits_the_large_arrays_and_trains_as_one_device_does(environment)
     program = """
 import jax, jax.numpy as jnp
 from flax import nnx
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.sharding import Placement
-from train.state import checksums, create_state, make_optimizer, split_model
-from train.step import make_train_step
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import checksums, create_state, make_optimizer, split_model
+from monarchrt.train.step import make_train_step
 class Network(nnx.Module):
     def __init__(self):
         self.proj = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
@@ -99,11 +99,11 @@ def test_fsdp_gathers_weights_not_activations(environment):
 import re
 import jax, numpy as np
 from flax import nnx
-from models.wan import WanModel, wan_config
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.sharding import Placement
-from train.state import create_state, make_optimizer, split_model
-from train.step import make_error_fn, make_train_step
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import create_state, make_optimizer, split_model
+from monarchrt.train.step import make_error_fn, make_train_step
 config = wan_config("tiny", dim=192, ffn_dim=768, num_heads=4, num_layers=8, text_dim=64, text_len=8, remat="full")
 graph, params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))
 settings, objective = OptimizerConfig(), ObjectiveConfig()

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from train.config import ObjectiveConfig, OptimizerConfig
-from train.state import (
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.state import (
     all_finite,
     checksums,
     create_state,
@@ -21,7 +21,7 @@ from train.state import (
     to_arrays,
     update_ema,
 )  # fmt: skip
-from train.step import make_train_step
+from monarchrt.train.step import make_train_step
 
 SHAPE = (4, 2, 3, 3, 5)
 

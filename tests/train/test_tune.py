@@ -4,10 +4,10 @@ import jax
 import pytest
 
 import monarch_jax
-from models.errors import UserError
-from train import cli
-from train.tune import TuneConfig, check
-from triton_kernels.config import Target, heuristic
+from monarchrt.models.errors import UserError
+from monarchrt.train import cli
+from monarchrt.train.cli.tune import TuneConfig, check
+from monarchrt.triton_kernels.config import Target, heuristic
 
 SMALL = TuneConfig(grid=(2, 4, 5), tile=(1, 4, 5), dim=16)
 CONFIGS = heuristic(Target(90), b1=4, b2=5, dim=16, itemsize=2)

@@ -5,8 +5,8 @@ import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import UserError
-from train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.models.errors import UserError
+from monarchrt.train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 
 PATCH = 4  # pixels of a latent position; a token is one position
 
@@ -51,7 +51,7 @@ class DemoConfig:
     @property
     def clip(self) -> Path:
         """The video to use."""
-        return self.video or Path(str(importlib.resources.files("train.demo") / "assets" / "big_buck_bunny.mp4"))
+        return self.video or Path(str(importlib.resources.files(__package__) / "assets" / "big_buck_bunny.mp4"))
 
 
 def dense_run(config: DemoConfig) -> TrainConfig:

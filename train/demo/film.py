@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.media.video import side_by_side, write_mp4
-from models.wan import WanModel
-from train.config import ObjectiveConfig, TrainConfig
-from train.data import ClipWindows
-from train.objective import evaluation_noise
-from train.sample import sampling_levels
-from train.state import as_velocity, split_model
+from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.models.wan import WanModel
+from monarchrt.train.config import ObjectiveConfig, TrainConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.objective import evaluation_noise
+from monarchrt.train.sample import sampling_levels
+from monarchrt.train.state import as_velocity, split_model
 
 STEPS = 16  # Euler steps from noise to frames
 

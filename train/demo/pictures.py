@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from models.wan import MonarchAttention, WanModel
 from monarch_jax import monarch_factors
-from train.config import TrainConfig
-from train.data import ClipWindows
-from train.logs import read_log
-from train.objective import add_noise, evaluation_noise
+from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.logs import read_log
+from monarchrt.train.objective import add_noise, evaluation_noise
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt

@@ -12,20 +12,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import NonFiniteError, UserError, user_input
-from models.wan import MonarchAttention, WanModel
-from train.config import TrainConfig, to_dict
-from train.data import ClipWindows, open_source
-from train.demo.config import DemoConfig, dense_run, monarch_run
-from train.demo.film import write_film
-from train.demo.pictures import draw_attention, draw_losses
-from train.evaluate import held_out_loss
-from train.interrupt import Interrupted
-from train.loop import train
-from train.model import attention_setting, model_settings
-from train.run_folder import CONFIG_NAME
-from train.state import split_model
-from train.step import make_error_fn
+from monarchrt.models.errors import NonFiniteError, UserError, user_input
+from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.train.config import TrainConfig, to_dict
+from monarchrt.train.data import ClipWindows, open_source
+from monarchrt.train.demo.config import DemoConfig, dense_run, monarch_run
+from monarchrt.train.demo.film import write_film
+from monarchrt.train.demo.pictures import draw_attention, draw_losses
+from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.interrupt import Interrupted
+from monarchrt.train.loop import train
+from monarchrt.train.model import attention_setting, model_settings
+from monarchrt.train.run_folder import CONFIG_NAME
+from monarchrt.train.state import split_model
+from monarchrt.train.step import make_error_fn
 
 
 @dataclass(frozen=True, kw_only=True)

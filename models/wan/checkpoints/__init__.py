@@ -1,15 +1,15 @@
 """Reading, writing, inspecting and converting Wan checkpoints: official, diffusers, torch `.pt`, Orbax."""
 
-from models.checkpoints.torch_pickle import UnsafePickleError
-from models.wan.checkpoints.convert import (
+from monarchrt.models.checkpoints.torch_pickle import UnsafePickleError
+from monarchrt.models.wan.checkpoints.convert import (
     CheckpointInfo,
     ConvertOptions,
     InspectOptions,
     convert_checkpoint,
     inspect_checkpoint,
 )
-from models.wan.checkpoints.load import load_checkpoint
-from models.wan.checkpoints.save import save_checkpoint
+from monarchrt.models.wan.checkpoints.load import load_checkpoint
+from monarchrt.models.wan.checkpoints.save import save_checkpoint
 
 __all__ = [
     "CheckpointInfo",

@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from models.checkpoints.reading import some
-from models.wan.checkpoints import settings
-from models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
-from models.wan.checkpoints.mapping import Naming, tensors
-from models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
-from models.wan.checkpoints.source import open_source
-from models.wan.config import Attention, WanConfig
+from monarchrt.models.checkpoints.reading import some
+from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
+from monarchrt.models.wan.checkpoints.mapping import Naming, tensors
+from monarchrt.models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
+from monarchrt.models.wan.checkpoints.source import open_source
+from monarchrt.models.wan.config import Attention, WanConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def inspect_checkpoint(
     Example:
         >>> import tempfile
         >>> from flax import nnx
-        >>> from models.wan import WanModel, wan_config
+        >>> from monarchrt.models.wan import WanModel, wan_config
         >>> folder = tempfile.mkdtemp() + "/tiny"
         >>> _ = save_checkpoint(WanModel(wan_config("tiny"), rngs=nnx.Rngs(0)), folder, format="diffusers")
         >>> info = inspect_checkpoint(folder)

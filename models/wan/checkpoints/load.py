@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.checkpoints.reading import Progress, Shardings, fill_model, read_entries, stored_dtype
-from models.wan.checkpoints import settings
-from models.wan.checkpoints.source import Source, open_source
-from models.wan.config import Attention, WanConfig
-from models.wan.dit import WanModel
+from monarchrt.models.checkpoints.reading import Progress, Shardings, fill_model, read_entries, stored_dtype
+from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.source import Source, open_source
+from monarchrt.models.wan.config import Attention, WanConfig
+from monarchrt.models.wan.dit import WanModel
 
 # Fields that change no tensor: what a caller may choose beside the checkpoint.
 POLICY = ("attention", "causal_block", "param_dtype", "dtype", "remat")
@@ -39,8 +39,8 @@ def load_checkpoint(
 
     Example:
         >>> import tempfile
-        >>> from models.wan import wan_config
-        >>> from models.wan.checkpoints import save_checkpoint
+        >>> from monarchrt.models.wan import wan_config
+        >>> from monarchrt.models.wan.checkpoints import save_checkpoint
         >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
         >>> folder = tempfile.mkdtemp() + "/tiny"
         >>> _ = save_checkpoint(model, folder)

@@ -6,10 +6,10 @@ from typing import Literal
 
 from flax import nnx
 
-from models.checkpoints import reading
-from models.checkpoints.reading import AnyArray, Layout, to_ours
-from models.wan.config import WanConfig
-from models.wan.dit import WanModel
+from monarchrt.models.checkpoints import reading
+from monarchrt.models.checkpoints.reading import AnyArray, Layout, to_ours
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.dit import WanModel
 
 type Arrays = tuple[tuple[str, str, Layout], ...]
 type Naming = Literal["official", "diffusers"]
@@ -102,7 +102,7 @@ def tensors(config: WanConfig) -> list[Tensor]:
     """Every tensor of a checkpoint of `config`, in the order of the official files' modules.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> len(tensors(wan_config("wan2.1-t2v-1.3b"))), len(tensors(wan_config("wan2.1-i2v-14b")))
         (825, 1303)
 
@@ -132,7 +132,7 @@ def checkpoint_shape(config: WanConfig, tensor: Tensor) -> tuple[int, ...]:
     """Shape of a tensor in a checkpoint of `config`.
 
     Example:
-        >>> from models.wan import wan_config
+        >>> from monarchrt.models.wan import wan_config
         >>> config = wan_config("wan2.1-t2v-1.3b")
         >>> checkpoint_shape(config, tensors(config)[0])
         (1536, 16, 1, 2, 2)

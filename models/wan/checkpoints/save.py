@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
-from models.wan.checkpoints import settings
-from models.wan.checkpoints.load import Progress
-from models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
-from models.wan.config import WanConfig
-from models.wan.dit import WanModel
+from monarchrt.models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
+from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.load import Progress
+from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.dit import WanModel
 
 STEM = "diffusion_pytorch_model"
 TARGETS = ("official", "diffusers", "orbax")
@@ -73,7 +73,7 @@ def save_checkpoint(
     """
     check_target(format)
     if format == "orbax":
-        from models.wan.checkpoints.orbax import save_orbax
+        from monarchrt.models.wan.checkpoints.orbax import save_orbax
 
         return save_orbax(model, path, dtype=dtype, few_step=few_step)
     naming: Naming = "official" if format == "official" else "diffusers"

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from models.checkpoints.tensor_files import TensorInfo
-from models.wan.checkpoints.mapping import Naming
-from models.wan.config import DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.checkpoints.tensor_files import TensorInfo
+from monarchrt.models.wan.checkpoints.mapping import Naming
+from monarchrt.models.wan.config import DenseAttention, MonarchAttention, WanConfig
 
 OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")
 DIFFUSERS_CLASS = "WanTransformer3DModel"

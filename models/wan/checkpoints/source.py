@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from models.checkpoints.hub import fetch, names_repository
-from models.checkpoints.reading import (
+from monarchrt.models.checkpoints.hub import fetch, names_repository
+from monarchrt.models.checkpoints.reading import (
     PICKLES,
     Entry,
     Problems,
@@ -20,11 +20,11 @@ from models.checkpoints.reading import (
     some,
     weights_file,
 )
-from models.checkpoints.tensor_files import TensorFile, TensorInfo
-from models.checkpoints.torch_pickle import TorchFile
-from models.wan.checkpoints import settings
-from models.wan.checkpoints.mapping import Naming, Tensor, parameter_shapes, tensors
-from models.wan.config import WanConfig
+from monarchrt.models.checkpoints.tensor_files import TensorFile, TensorInfo
+from monarchrt.models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, parameter_shapes, tensors
+from monarchrt.models.wan.config import WanConfig
 
 type Format = Literal["official", "diffusers", "torch", "orbax"]
 PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -117,7 +117,7 @@ def open_source(
     else:
         file_path, format_ = path, "torch" if path.suffix in PICKLES else "official"
     if format_ == "orbax":
-        from models.wan.checkpoints.orbax import open_orbax
+        from monarchrt.models.wan.checkpoints.orbax import open_orbax
 
         return open_orbax(path)
     file = open_tensors(file_path, weights=weights, preference=PREFERENCE)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from models.errors import UserError
-from models.generate.config import GenerateConfig
-from models.generate.load import find_components, wan_defaults
-from models.generate.plan import make_plan
-from models.sampling import Rollout, Windows
-from models.wan import WanModel, wan_config
-from models.wan.checkpoints import save_checkpoint
-from models.wan.checkpoints.source import open_source
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.load import find_components, wan_defaults
+from monarchrt.models.generate.plan import make_plan
+from monarchrt.models.sampling import Rollout, Windows
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.checkpoints import save_checkpoint
+from monarchrt.models.wan.checkpoints.source import open_source
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import UserError
-from models.generate.config import GenerateConfig
-from models.generate.decoders import FrameDecoder, PatchDecoder, WanDecoder, frames_of
-from models.generate.make import comparison_path, make_video
-from models.generate.pipeline import VideoPipeline
-from models.generate.plan import Defaults, make_plan
-from models.media.latents import PatchDCT
-from models.media.video import read_clip
-from models.media.writer import read_settings
-from models.vae import WanVAE, vae_config
-from models.wan import MonarchAttention
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder, WanDecoder, frames_of
+from monarchrt.models.generate.make import comparison_path, make_video
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, make_plan
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.media.video import read_clip
+from monarchrt.models.media.writer import read_settings
+from monarchrt.models.vae import WanVAE, vae_config
+from monarchrt.models.wan import MonarchAttention
 
 DCT = PatchDCT(patch=2, whitening=1.0)
 TEXT = jnp.ones((1, 3, 20))
@@ -218,7 +218,7 @@ class TestMakeVideo:
         def stopped(parts, video, plan):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("models.generate.make._compare", stopped)
+        monkeypatch.setattr("monarchrt.models.generate.make._compare", stopped)
         with pytest.raises(KeyboardInterrupt, match=r"a\.mp4 is whole, but not compared"):
             make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", compare_dense=True), report=lambda _: None)
         assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

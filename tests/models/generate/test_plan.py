@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from models.errors import UserError
-from models.generate.config import NEGATIVE_PROMPT, GenerateConfig, from_stored
-from models.generate.plan import Defaults, make_plan
-from models.sampling import Rollout, Windows
-from models.wan import DenseAttention, MonarchAttention, wan_config
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import NEGATIVE_PROMPT, GenerateConfig, from_stored
+from monarchrt.models.generate.plan import Defaults, make_plan
+from monarchrt.models.sampling import Rollout, Windows
+from monarchrt.models.wan import DenseAttention, MonarchAttention, wan_config
 
 WAN = wan_config("wan2.1-t2v-1.3b")
 CAUSAL = Defaults(mode="autoregressive", sampler="few-step")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
-from models.generate.stream import LivePage, check_port
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.stream import LivePage, check_port
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -74,7 +74,7 @@ def test_a_closed_browser_disturbs_nobody():
 
 
 def test_old_frames_are_dropped(monkeypatch):
-    monkeypatch.setattr("models.generate.stream.KEPT", 3)
+    monkeypatch.setattr("monarchrt.models.generate.stream.KEPT", 3)
     with LivePage(port=0) as page:
         page.show(frames(7))
         page.end()

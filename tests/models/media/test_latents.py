@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from models.errors import UserError
-from models.media.latents import PatchDCT
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.latents import PatchDCT
 
 
 @pytest.fixture(scope="module")

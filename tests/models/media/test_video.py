@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
-from models.media.video import read_clip, side_by_side, write_mp4
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.video import read_clip, side_by_side, write_mp4
 from tests.clips import make_audio, make_clip
 
 

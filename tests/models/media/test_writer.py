@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from av.video.reformatter import Colorspace
 
-from models.errors import DiskFullError, UserError
-from models.files import unfinished
-from models.media.metrics import fidelity
-from models.media.video import read_clip, write_mp4
-from models.media.writer import Mp4Writer, check_folder, check_writable, read_settings
+from monarchrt.models.errors import DiskFullError, UserError
+from monarchrt.models.files import unfinished
+from monarchrt.models.media.metrics import fidelity
+from monarchrt.models.media.video import read_clip, write_mp4
+from monarchrt.models.media.writer import Mp4Writer, check_folder, check_writable, read_settings
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
 

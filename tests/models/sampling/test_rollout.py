@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.sampling import Rollout, autoregressive
-from models.sampling.rollout import block_noise, generate_block, start_cache
-from models.sampling.solve import fresh_noise
-from models.wan import DenseAttention, MonarchAttention, WanModel
-from models.wan.causal import cached_forward, init_cache, rebase_cache
+from monarchrt.models.sampling import Rollout, autoregressive
+from monarchrt.models.sampling.rollout import block_noise, generate_block, start_cache
+from monarchrt.models.sampling.solve import fresh_noise
+from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
+from monarchrt.models.wan.causal import cached_forward, init_cache, rebase_cache
 
 H, W = 8, 12  # latents; 4 x 6 tokens
 KEY = 11
@@ -228,7 +228,7 @@ class TestLength:
         model, text = tiny()
         rollout = Rollout(window=9, sink_frames=3, sampler="euler", steps=1)
         expected = video(model, text, 45, rollout)
-        monkeypatch.setattr("models.sampling.rollout.MAX_POSITIONS", 24)
+        monkeypatch.setattr("monarchrt.models.sampling.rollout.MAX_POSITIONS", 24)
         out = video(model, text, 45, rollout)
         assert np.isfinite(out).all()
         np.testing.assert_allclose(out[:, :24], expected[:, :24], atol=1e-4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.sampling import (
+from monarchrt.models.sampling import (
     SAMPLERS,
     dpmpp_2m,
     few_step_schedule,
@@ -17,7 +17,7 @@ from models.sampling import (
     unipc,
     unipc_schedule,
 )
-from models.sampling.solve import fresh_noise
+from monarchrt.models.sampling.solve import fresh_noise
 
 
 def toy_flow(x, sigma):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.sampling import Windows, uniform_schedule, windows
-from models.sampling.bidirectional import generate_window
+from monarchrt.models.sampling import Windows, uniform_schedule, windows
+from monarchrt.models.sampling.bidirectional import generate_window
 
 H, W = 8, 12
 SHAPE = dict(height=H, width=W, key=jax.random.key(4))

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from models.checkpoints.reading import fill_model, parameter_shapes, to_ours
-from models.umt5 import Tokenizer, UMT5Config, UMT5Encoder
-from models.umt5.checkpoint import umt5_entries
+from monarchrt.models.checkpoints.reading import fill_model, parameter_shapes, to_ours
+from monarchrt.models.umt5 import Tokenizer, UMT5Config, UMT5Encoder
+from monarchrt.models.umt5.checkpoint import umt5_entries
 
 SMALL = UMT5Config(vocab_size=60, dim=24, attention_dim=32, ffn_dim=40, num_heads=4, num_layers=3)
 WORDS = ["a", "cat", "on", "the", "wall", "dog", "runs", "&", "red", "café"]

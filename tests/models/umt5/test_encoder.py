@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.umt5 import UMT5Config, UMT5Encoder, umt5_config
-from models.umt5.encoder import relative_buckets
+from monarchrt.models.umt5 import UMT5Config, UMT5Encoder, umt5_config
+from monarchrt.models.umt5.encoder import relative_buckets
 from tests.models.umt5.conftest import SMALL
 
 encode = nnx.jit(lambda encoder, ids, mask: encoder(ids, mask))

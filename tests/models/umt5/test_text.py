@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.errors import UserError
-from models.umt5 import (
+from monarchrt.models.errors import UserError
+from monarchrt.models.umt5 import (
     Tokenizer,
     UMT5Encoder,
     clean_text,

@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.umt5 import load_umt5, umt5_config
-from models.umt5.checkpoint import umt5_entries
+from monarchrt.models.umt5 import load_umt5, umt5_config
+from monarchrt.models.umt5.checkpoint import umt5_entries
 from tests.models.umt5.conftest import SMALL, torch_tensors
 
 

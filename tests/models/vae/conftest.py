@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.checkpoints.reading import fill_model, parameter_shapes, to_ours
-from models.vae import VAEConfig, WanVAE
-from models.vae.checkpoint import vae_entries
+from monarchrt.models.checkpoints.reading import fill_model, parameter_shapes, to_ours
+from monarchrt.models.vae import VAEConfig, WanVAE
+from monarchrt.models.vae.checkpoint import vae_entries
 
 # Small, with every kind of block: shortcuts, both resamplers, statistics other than the released ones.
 SMALL = VAEConfig(

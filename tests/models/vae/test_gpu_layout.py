@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from models.vae.layers import ResidualBlock
+from monarchrt.models.vae.layers import ResidualBlock
 
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())

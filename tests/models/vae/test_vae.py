@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.vae import PRESETS, VAEConfig, WanVAE, vae_config
-from models.vae.layers import Conv
+from monarchrt.models.vae import PRESETS, VAEConfig, WanVAE, vae_config
+from monarchrt.models.vae.layers import Conv
 from tests.models.vae.conftest import SMALL, clip
 
 encode = nnx.jit(WanVAE.encode, static_argnames="chunk")

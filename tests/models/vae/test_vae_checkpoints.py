@@ -5,8 +5,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.vae import VAEConfig, load_vae, vae_config
-from models.vae.checkpoint import config_from_diffusers, vae_entries
+from monarchrt.models.vae import VAEConfig, load_vae, vae_config
+from monarchrt.models.vae.checkpoint import config_from_diffusers, vae_entries
 from tests.models.vae.conftest import SMALL
 
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from models.errors import UserError
-from models.generate.config import GenerateConfig, from_stored
-from train.commands import parse
-from train.export import find_run, run_model
-from train.interrupt import finish_first
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig, from_stored
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.export import find_run, run_model
+from monarchrt.train.interrupt import finish_first
 
 if TYPE_CHECKING:
-    from models.generate.pipeline import VideoPipeline
-    from models.generate.plan import Defaults, Plan
-    from train.config import TrainConfig
+    from monarchrt.models.generate.pipeline import VideoPipeline
+    from monarchrt.models.generate.plan import Defaults, Plan
+    from monarchrt.train.config import TrainConfig
 
 _GENERATE = """Make a video: frames are written, and shown with --stream, as they come.
 
@@ -53,7 +53,7 @@ def generate_command(arguments: Sequence[str]) -> int:
     default = GenerateConfig()
     if given is not None:
         source = Path(given)
-        from models.media.writer import read_settings
+        from monarchrt.models.media.writer import read_settings
 
         default = from_stored(read_settings(source), source=source)
         if _option(arguments, "--attention") and not _option(arguments, "--tile"):  # another attention has its own
@@ -65,7 +65,7 @@ def generate_command(arguments: Sequence[str]) -> int:
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
     with finish_first():
-        from models.generate.make import check_outputs, make_video
+        from monarchrt.models.generate.make import check_outputs, make_video
 
     check_outputs(config)
     material = load_material(config)
@@ -111,14 +111,14 @@ def load_material(config: GenerateConfig) -> Material:
     run = find_run(path)
     if run is not None:
         return _load_run(config, path, run)
-    from models.generate.load import load_wan
+    from monarchrt.models.generate.load import load_wan
 
     return Material(*load_wan(config))
 
 
 def run_defaults(run: "TrainConfig") -> "Defaults":
     """How a run's network is sampled where nothing else is said: as it was trained."""
-    from models.generate.plan import Defaults
+    from monarchrt.models.generate.plan import Defaults
 
     causal = run.model.override_values().get("causal_block") is not None
     forced = run.objective.frames_per_level is not None
@@ -140,11 +140,11 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
     """A run folder: its network, its patch transform, an empty text, a held-out frame to begin with."""
     import jax.numpy as jnp
 
-    from models.generate.decoders import PatchDecoder
-    from models.generate.pipeline import VideoPipeline
-    from models.generate.plan import make_plan
-    from models.media.latents import PatchDCT
-    from train.model import model_settings
+    from monarchrt.models.generate.decoders import PatchDecoder
+    from monarchrt.models.generate.pipeline import VideoPipeline
+    from monarchrt.models.generate.plan import make_plan
+    from monarchrt.models.media.latents import PatchDCT
+    from monarchrt.train.model import model_settings
 
     if run.data.latents is not None:
         raise UserError(
@@ -170,8 +170,8 @@ def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Materia
 
 def _begin(plan: "Plan", decoder: Any, run: "TrainConfig") -> Any:
     """Latents that a run's video begins with: of `condition`, or of the run's own held-out clip."""
-    from models.generate.load import condition_latents
-    from train.data import ClipWindows, open_source
+    from monarchrt.models.generate.load import condition_latents
+    from monarchrt.train.data import ClipWindows, open_source
 
     if plan.config.condition is not None:
         return condition_latents(plan, decoder)

@@ -1,24 +1,20 @@
-"""`monarchrt convert`, `inspect` and `encode`: checkpoints of pretrained models, and data for finetuning them."""
+"""`monarchrt convert`: write a Wan checkpoint in another format."""
 
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
-from models.errors import UserError, user_input
-from train.commands import parse
-from train.config import TrainConfig
-from train.export import find_run, run_model
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.train.cli.parsing import POSITIONAL, parse
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.export import find_run, run_model
 
 if TYPE_CHECKING:
-    from models.wan.checkpoints import ConvertOptions
-    from models.wan.checkpoints.load import Progress
+    from monarchrt.models.wan.checkpoints import ConvertOptions
+    from monarchrt.models.wan.checkpoints.load import Progress
 
-_POSITIONAL = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
 _CONVERT = """Write a Wan checkpoint in another format. Official and diffusers hold the same bits under other names.
 
 monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b-diffusers --to diffusers
@@ -27,33 +23,12 @@ monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat1
 
 monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `monarchrt train`"""
 
-_INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
-
-Leaves with exit code 2 if it could not be loaded.
-
-monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B"""
-
-
-_ENCODE = """Encode captioned clips with Wan's VAE and text encoder, once, for `monarchrt train --latents`.
-
-monarchrt encode --clips clips --components Wan-AI/Wan2.1-T2V-1.3B --out latents"""
-
-
-def encode_command(arguments: Sequence[str]) -> int:
-    """`monarchrt encode --clips FOLDER --components WAN --out FOLDER`."""
-    from models.generate.encode import EncodeConfig, encode_clips
-
-    options = parse(EncodeConfig, arguments, prog="monarchrt encode", description=_ENCODE)
-    files = encode_clips(options)
-    print(f"{len(files)} clips are in {options.out}", file=sys.stderr)
-    return 0
-
 
 def convert_command(arguments: Sequence[str]) -> int:
     """`monarchrt convert SRC DST --to {official,diffusers,orbax}`."""
-    from models.wan.checkpoints import ConvertOptions
+    from monarchrt.models.wan.checkpoints import ConvertOptions
 
-    options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=_POSITIONAL)
+    options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=POSITIONAL)
     run = find_run(Path(options.src))
     with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
         folder = options.run(progress) if run is None else _convert_run(options, run)
@@ -63,7 +38,7 @@ def convert_command(arguments: Sequence[str]) -> int:
 
 def _convert_run(options: "ConvertOptions", run: TrainConfig) -> Path:
     """Writes the network of a run folder, in float32 unless another dtype is asked for."""
-    from models.wan.checkpoints import save_checkpoint
+    from monarchrt.models.wan.checkpoints import save_checkpoint
 
     for name in ("weights", "revision"):
         if getattr(options, name) is not None:
@@ -77,22 +52,6 @@ def _convert_run(options: "ConvertOptions", run: TrainConfig) -> Path:
         max_shard_bytes=options.max_shard_bytes,
         few_step=options.few_step,
     )
-
-
-def inspect_command(arguments: Sequence[str]) -> int:
-    """`monarchrt inspect PATH`."""
-    from models.wan.checkpoints import InspectOptions
-
-    options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=_POSITIONAL)
-    if find_run(Path(options.path)) is not None:
-        raise UserError(
-            f"{options.path} is a run folder of `monarchrt train`; `monarchrt convert {shlex.quote(options.path)} NEW` "
-            f"makes a model of it"
-        )
-    with user_input():
-        info = options.run()
-    print("\n".join(info.lines()))
-    return 0 if info.complete else 2
 
 
 @contextmanager

@@ -8,36 +8,30 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from models.errors import UserError, disk_full_reason
-from train.interrupt import finish_first
+from monarchrt.models.errors import UserError, disk_full_reason
+from monarchrt.train.interrupt import finish_first
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 
 
-class Command(NamedTuple):
-    """A subcommand: where it lives, as module:function taking its arguments, and what it does."""
-
-    target: str
-    summary: str
-
-
+# command COMMAND is the function COMMAND_command of the file COMMAND.py here
 COMMANDS = {
-    "train": Command("train.commands:train_command", "train or finetune a video model on a clip; resume a run"),
-    "demo": Command("train.commands:demo_command", "the whole story in miniature on a CPU: dense, Monarch, finetuned"),
-    "generate": Command("train.generate:generate_command", "make a video from a prompt, or with a run's network"),
-    "encode": Command("train.convert:encode_command", "clips and captions to the latents that finetuning takes"),
-    "inspect": Command("train.convert:inspect_command", "what a Wan checkpoint holds, and whether it is complete"),
-    "convert": Command("train.convert:convert_command", "write a Wan checkpoint in another format"),
-    "tune": Command("train.tune:tune_command", "find the fastest settings of the Triton kernels on this GPU"),
+    "train": "train or finetune a video model on a clip; resume a run",
+    "demo": "the whole story in miniature on a CPU: dense, Monarch, finetuned",
+    "generate": "make a video from a prompt, or with a run's network",
+    "encode": "clips and captions to the latents that finetuning takes",
+    "inspect": "what a Wan checkpoint holds, and whether it is complete",
+    "convert": "write a Wan checkpoint in another format",
+    "tune": "find the fastest settings of the Triton kernels on this GPU",
 }
 
 
 def usage() -> str:
     """The text of `monarchrt --help`."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: monarchrt [--version] [--debug] COMMAND ...",
@@ -79,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
         with finish_first():
-            command = _load(COMMANDS[name].target)
+            command = _load(name)
         return command(rest) or 0
     except UserError as error:
         if debug:
@@ -119,14 +113,9 @@ def _quiet_storage() -> None:
     sys.unraisablehook = hook
 
 
-def _load(target: str) -> Callable[[list[str]], int | None]:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
+def _load(name: str) -> Callable[[list[str]], int | None]:
+    return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name}_command")
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,8 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from models.errors import UserError
-from train.commands import parse
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli.parsing import parse
 
 MAX_ERROR = 1e-2  # relative Frobenius norm against the reference in float64, for bfloat16 inputs
 
@@ -44,8 +44,8 @@ def tune_command(arguments: Sequence[str]) -> int:
     import jax
 
     from monarch_jax.spec import MonarchSpec
-    from triton_kernels import LEAST_BLOCK, MAX_DIM
-    from triton_kernels.tune import tune
+    from monarchrt.triton_kernels import LEAST_BLOCK, MAX_DIM
+    from monarchrt.triton_kernels.tune import tune
 
     frames = config.grid[0] if config.query_frames is None else config.query_frames
     try:
@@ -94,7 +94,7 @@ def check(config: TuneConfig, found) -> None:
     import numpy as np
 
     from monarch_jax import monarch_attention
-    from triton_kernels.config import use
+    from monarchrt.triton_kernels.config import use
 
     grid = (2 * config.tile[0], *config.grid[1:])
     shape = (1, grid[0] * grid[1] * grid[2], 1, config.dim)

@@ -1,0 +1,20 @@
+"""`monarchrt encode`: clips and captions to the latents that finetuning takes."""
+
+import sys
+from collections.abc import Sequence
+
+from monarchrt.train.cli.parsing import parse
+
+_ENCODE = """Encode captioned clips with Wan's VAE and text encoder, once, for `monarchrt train --latents`.
+
+monarchrt encode --clips clips --components Wan-AI/Wan2.1-T2V-1.3B --out latents"""
+
+
+def encode_command(arguments: Sequence[str]) -> int:
+    """`monarchrt encode --clips FOLDER --components WAN --out FOLDER`."""
+    from monarchrt.models.generate.encode import EncodeConfig, encode_clips
+
+    options = parse(EncodeConfig, arguments, prog="monarchrt encode", description=_ENCODE)
+    files = encode_clips(options)
+    print(f"{len(files)} clips are in {options.out}", file=sys.stderr)
+    return 0
