@@ -44,10 +44,10 @@ def read_clip(
         UserError: If the file is missing, empty, damaged or cut off, has no video track, or is too short.
 
     Example:
-        >>> read_clip("nowhere.mp4", height=64, width=64)
+        >>> read_clip("nowhere.mp4", height=64, width=64)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        monarchrt.models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a video...
+        monarchrt.models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a ...
     """
     path = Path(path)
     if not path.exists():

@@ -271,8 +271,8 @@ def test_exit_codes(monkeypatch, capsys, raised, code, text):
     def command(arguments):
         raise raised
 
-    monkeypatch.setitem(sys.modules, "fake_command", types.SimpleNamespace(run=command))
-    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command:run", "raises"))
+    monkeypatch.setitem(sys.modules, f"{cli.__name__}.fake", types.SimpleNamespace(fake_command=command))
+    monkeypatch.setitem(cli.COMMANDS, "fake", "raises")
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
     assert cli.main(["fake"]) == code
     assert capsys.readouterr().err == text
@@ -285,8 +285,8 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def command(arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setitem(sys.modules, "fake_command", types.SimpleNamespace(run=command))
-    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command:run", "raises"))
+    monkeypatch.setitem(sys.modules, f"{cli.__name__}.fake", types.SimpleNamespace(fake_command=command))
+    monkeypatch.setitem(cli.COMMANDS, "fake", "raises")
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["fake"])
 
@@ -338,8 +338,8 @@ def test_version(capsys):
 
 
 def test_help_into_a_pipe_that_closes():
-    command = f"'{sys.executable}' -m train generate --help | head -n 1"
-    done = subprocess.run(command, shell=True, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True)
+    command = f"'{sys.executable}' -m monarchrt generate --help | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=Path(cli.__file__).parents[3], capture_output=True, text=True)
     assert "usage: monarchrt generate" in done.stdout
     assert done.stderr == ""
 
@@ -350,7 +350,7 @@ def test_help_does_not_load_jax():
         "try:\n  main(['train', '--help'])\nexcept SystemExit: pass\n"
         "sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[3]).returncode == 0
 
 
 @pytest.mark.parametrize(
