@@ -151,6 +151,7 @@ def vjp(problem, residuals, d_out):
             kept=r.kept,
         )
 
+
 if __name__ == "pallas_kernels":  # imported by the folder's name, which is possible in a checkout only
     from monarchrt.checkout import same_as_in_monarchrt
 

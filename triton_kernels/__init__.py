@@ -82,6 +82,7 @@ def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax
     d_out = d_out.astype(r.q.dtype)
     return operation.backward(float(problem.scale), problem.grad_tiles, r.q, r.k, r.v, d_out, r.lse, delta, r.visible)
 
+
 if __name__ == "triton_kernels":  # imported by the folder's name, which is possible in a checkout only
     from monarchrt.checkout import same_as_in_monarchrt
 

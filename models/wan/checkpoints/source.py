@@ -24,6 +24,7 @@ from monarchrt.models.checkpoints.tensor_files import TensorFile, TensorInfo
 from monarchrt.models.checkpoints.torch_pickle import TorchFile
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, parameter_shapes, tensors
+from monarchrt.models.wan.checkpoints.scheduler import SchedulerSettings, scheduler_settings
 from monarchrt.models.wan.config import WanConfig
 
 type Format = Literal["official", "diffusers", "torch", "orbax"]
@@ -78,6 +79,15 @@ class Source:
             for tensor in tensors(self.config)
             for name in (tensor.name(self.naming),)
         ]
+
+    @property
+    def scheduler(self) -> SchedulerSettings | None:
+        """What the `scheduler_config.json` of its pipeline says; None if it is in none, or the weights are distilled.
+
+        Raises:
+            ValueError: If that file cannot be read, or is of a scheduler that we have not.
+        """
+        return None if self.few_step else scheduler_settings(self.path)
 
     def problems(self) -> Problems:
         """Names that are missing, names that are unexpected, and sentences about wrong tensors."""
@@ -202,6 +212,7 @@ def _locate(path: str | Path, revision: str | None) -> Path:
         raise ValueError(f"path={str(path)!r} does not exist.")
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
+    patterns += ["scheduler/scheduler_config.json"]
     return fetch(str(path), patterns, revision=revision)
 
 
