@@ -295,12 +295,17 @@ class RunConfig:
     keep: int = 3
     """Checkpoints to keep, newest first."""
 
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases (`pip install wandb`; with WANDB_MODE=offline its files stay in
+    the run folder). log.jsonl and TensorBoard are always written."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every", "eval_every", "eval_windows", "eval_timesteps", "keep"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.checkpoint_every >= 1, f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
         _require(self.sample_every >= 0, f"sample_every is {self.sample_every}; it must be at least 0")
+        _require(self.wandb is None or bool(self.wandb.strip()), "wandb is empty; give the name of a project")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
 
 

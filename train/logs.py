@@ -4,12 +4,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from monarchrt.models.errors import report_full_disk
+from monarchrt.train.sinks import Sink
 
 LOG_NAME = "log.jsonl"
 
@@ -61,15 +63,17 @@ class RunLog:
         [{'step': 1, 'loss': 0.5}]
     """
 
-    def __init__(self, folder: Path, *, step: int, kept: str | Callable[[], str] = ""):
+    def __init__(self, folder: Path, *, step: int, kept: str | Callable[[], str] = "", sinks: Sequence[Sink] = ()):
         """Opens the log.
 
         Args:
             folder: Run folder.
-            step: Step of the checkpoint that the run goes on from; later lines are dropped.
+            step: Step of the checkpoint that the run goes on from, -1 for none; later lines are dropped.
             kept: Says what is safe if the disk is full.
+            sinks: Take the same scalars; closed with the log.
         """
         self.path = folder / LOG_NAME
+        self._sinks = sinks
         self._kept = kept
         with report_full_disk(self.path, kept=kept):
             if self.path.exists():
@@ -104,11 +108,15 @@ class RunLog:
             for name, value in scalars.items():
                 if math.isfinite(value):  # it would print a warning of its own
                     self._board.add_scalar(name, value, step)
+        for sink in self._sinks:
+            sink.write(step, scalars)
 
-    def close(self) -> None:
-        """Flushes and closes both logs."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flushes and closes the logs, and the sinks as of a run that failed or did not."""
         self._file.close()
         self._board.close()
+        for sink in self._sinks:
+            sink.close(failed=failed)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -116,19 +124,20 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
 
 class Progress:
-    """A progress bar on a terminal, nothing elsewhere; notes go to stderr as plain lines either way."""
+    """A bar on a terminal, elsewhere a line every so often; notes go to stderr as plain lines either way."""
 
-    def __init__(self, total: int, *, start: int = 0, quiet: bool | None = None):
-        """Shows a bar if stderr is a terminal.
+    def __init__(self, total: int, *, start: int = 0, quiet: bool | None = None, every: float = 30.0):
+        """Shows a bar if stderr is a terminal, and lines if it is not.
 
         Args:
             total: Steps in all.
             start: Steps already done.
-            quiet: True hides the bar, False shows it; None: shown on a terminal.
+            quiet: True shows neither, False the bar; None: the bar on a terminal, lines elsewhere.
+            every: Seconds between two lines.
         """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -136,6 +145,10 @@ class Progress:
 
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         hidden = not sys.stderr.isatty() if quiet is None else quiet
+        self._quiet, self._lines = bool(quiet), hidden and not quiet
+        self._total, self._start, self._every = total, start, every
+        self._began = self._said = time.monotonic()
+        self._compiled = self._began  # when the first step, which compiles, was done
         self._bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -148,8 +161,31 @@ class Progress:
         self._task = self._bar.add_task("train", total=total, completed=start, state="compiling")
 
     def update(self, step: int, state: str) -> None:
-        """Moves the bar to `step` and shows a few words next to it."""
+        """Moves the bar to `step` and shows a few words next to it; without a bar, a line if one is due."""
         self._bar.update(self._task, completed=step, state=state)
+        now = time.monotonic()
+        first = step == self._start + 1
+        if first:
+            self._compiled = now
+        if self._lines and (first or now - self._said >= self._every) and step < self._total:
+            self._said = now
+            if first:
+                pace = f"the first step took {now - self._began:.1f} s, most of it to compile"
+            else:
+                rate = (now - self._compiled) / (step - self._start - 1)
+                pace = f"{rate:.3g} s/step, {_duration(rate * (self._total - step))} left"
+            self.note(f"step {step}/{self._total}: {state}; {pace}")
+
+    def measured(self, step: int, text: str) -> None:
+        """Says what was measured at `step`, where there is no bar."""
+        if self._lines:
+            self.note(f"step {step}/{self._total}: {text}")
+
+    def header(self, lines: Sequence[str]) -> None:
+        """Prints what the run is, unless it is to be quiet."""
+        if not self._quiet:
+            for line in lines:
+                self.note(line)
 
     def note(self, text: str) -> None:
         """Prints one line above the bar."""
@@ -163,3 +199,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """A time to wait, such as 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "under a minute"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -27,6 +27,7 @@ from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, Source, open_source
 from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.header import run_header
 from monarchrt.train.interrupt import Interrupted, StopRequest
 from monarchrt.train.logs import Progress, RunLog
 from monarchrt.train.model import (
@@ -39,6 +40,7 @@ from monarchrt.train.model import (
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler, write_held_out_sample
 from monarchrt.train.sharding import Placement
+from monarchrt.train.sinks import check_sinks, open_sinks
 from monarchrt.train.state import TrainState, all_finite, create_state, make_optimizer, split_model
 from monarchrt.train.step import StepFn, make_error_fn, make_train_step
 
@@ -94,6 +96,7 @@ def train(
         Interrupted: If a signal asked to stop; the state has been saved.
     """
     claim_folder(config)
+    check_sinks(config)
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
         source = open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
@@ -148,6 +151,7 @@ class _Run:
         self.graph, params, fixed = split_model(model)
         self.optimizer = make_optimizer(config.optimizer, steps=run.steps)
         self.template = self._template(params, fixed)
+        self.network = getattr(model, "config", None)
         shardings = self.placement.shardings(self.template)
         self.step_fn: StepFn = make_train_step(
             self.graph,
@@ -234,13 +238,21 @@ class _Run:
             self.source.keep_digests()
         self.checkpoints = checkpoints or self._open()
         with (
-            RunLog(run.folder, step=start, kept=self.checkpoints.kept) as self.log,
+            RunLog(
+                run.folder,
+                step=-1 if restored is None else start,
+                kept=self.checkpoints.kept,
+                sinks=open_sinks(config),
+            ) as self.log,
             Progress(run.steps, start=start, quiet=self.quiet) as self.progress,
             StopRequest() as stop,
         ):
             for note in notes:
                 self.progress.note(note)
+            self.progress.header(self._header())
             self.clock = time.monotonic()
+            if restored is None and run.init_from is not None:
+                self._measure(0)  # what the parameters are worth before any training
             if restored is None:
                 # a first checkpoint, so that there always is a good one and a full disk shows at once
                 self._save(0)
@@ -296,8 +308,7 @@ class _Run:
         # the device works on this step while the one before is looked at
         self._drain(0 if evaluate or save else 1)
         if evaluate:
-            self.held_out = self._evaluate()
-            self.log.write(step, {"held_out_loss": self.held_out})
+            self._measure(step)
         if run.sample_every and step % run.sample_every == 0:
             self._sample(step)
         # after everything that the log says about this step, so that a resume finds it there
@@ -329,6 +340,22 @@ class _Run:
             advice="try a smaller --learning-rate, a longer --warmup or a smaller --clip-norm with --resume",
             step=step,
         )
+
+    def _header(self) -> list[str]:
+        with user_input():
+            return run_header(
+                self.config,
+                self.template,
+                latent_shape=self.source.latent_shape,
+                network=self.network,
+                devices=list(self.placement.mesh.devices.flat),
+            )
+
+    def _measure(self, step: int) -> None:
+        """Evaluates and says so."""
+        self.held_out = self._evaluate()
+        self.log.write(step, {"held_out_loss": self.held_out})
+        self.progress.measured(step, f"held-out loss {self.held_out:.4f}")
 
     def _evaluate(self) -> float:
         run = self.config.run
