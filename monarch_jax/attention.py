@@ -10,8 +10,9 @@ from jax.core import Tracer
 
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
-from monarch_jax.backends import Problem, choose
+from monarch_jax.backends import choose
 from monarch_jax.checks import array, index, positive
+from monarch_jax.contract import Problem
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from monarch_jax._typing import Array, Float, Int
-from monarch_jax.backends import Problem, accumulator_dtype
+from monarch_jax.contract import Problem, accumulator_dtype, visibility
 
 EPSILON, MAX_FACTOR = 1e-6, 1e4  # guard on 1/c_R from the second step on: c_R can underflow
 
@@ -25,7 +25,7 @@ def factors(
     """L[b,h,a,j,i,c,k] and R[b,h,a,c,k,j,l] after T refinement steps; map entry = L * R (paper, Algorithm in A)."""
     acc = accumulator_dtype(q.dtype)
     q, k = q.astype(acc), k.astype(acc)
-    seen = jnp.arange(k.shape[1]) < visible[:, None]  # [A, C]
+    seen = visibility(visible, k.shape[1])
     k, letters = _as_seen(problem, k, visible)
     alpha_r = jnp.broadcast_to(jnp.einsum("bakjhd->bhakjd", q)[:, :, :, None], _alpha_shape(q, seen))
     factor = jnp.ones((), acc)
@@ -85,8 +85,8 @@ def _as_seen(problem: Problem, x: jax.Array, visible: jax.Array) -> tuple[jax.Ar
     """Keys or values and their letters; where masked, of each query tile: what it does not see may be NaN, too."""
     if not problem.masked:
         return x, "bcklhd"
-    seen = jnp.arange(x.shape[1]) < visible[:, None]
-    return jnp.where(seen[:, :, None, None, None, None], x[:, None], 0), "backlhd"
+    seen = visibility(visible, x.shape[1])[None, :, :, None, None, None, None]
+    return jnp.where(seen, x[:, None], 0), "backlhd"
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:

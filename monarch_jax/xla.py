@@ -14,7 +14,7 @@ from jax import lax
 
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
-from monarch_jax.backends import Problem, Residuals, accumulator_dtype, differentiable
+from monarch_jax.contract import Problem, Residuals, accumulator_dtype, differentiable, visibility
 
 CHUNK_BYTES = 128 * 2**20  # intermediates of one chunk, when a single query tile does not need more
 
@@ -41,7 +41,7 @@ def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
         lse = jax.nn.logsumexp(scores, axis=(-2, -1))  # [b,h,n,j,i]
         left = jnp.exp(scores - lse[..., None, None]).astype(q.dtype)
         if problem.masked:  # 0 * NaN is not 0, should a tile that is not seen hold one
-            y = jnp.where(_seen(visible, y.shape[3])[:, :, None, None, None], y, 0)
+            y = jnp.where(visibility(visible, y.shape[3])[None, None, :, :, None, None, None], y, 0)
         out = _einsum("bhnjick,bhncjkd->bnijhd", left, y).astype(q.dtype)
         return out, lse.transpose(0, 2, 4, 3, 1)
 
@@ -134,12 +134,7 @@ def _left_scores(problem: Problem, q: jax.Array, alpha: jax.Array, c_l: jax.Arra
     scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
     if not problem.masked:
         return scores
-    return jnp.where(_seen(visible, alpha.shape[3])[:, None, None, :, None], scores, -jnp.inf)
-
-
-def _seen(visible: jax.Array, tiles: int) -> jax.Array:
-    """Which key tiles each query tile sees, [n, c]."""
-    return jnp.arange(tiles) < visible[:, None]
+    return jnp.where(visibility(visible, alpha.shape[3])[None, None, :, None, None, :, None], scores, -jnp.inf)
 
 
 def _without_unseen(
@@ -148,7 +143,7 @@ def _without_unseen(
     """Zeros for key tiles that nobody sees: the unfilled part of a buffer may hold anything, NaN too."""
     if not problem.masked:
         return arrays
-    seen = (jnp.arange(arrays[0].shape[1]) < visible.max())[:, None, None, None, None]
+    seen = (jnp.arange(arrays[0].shape[1]) < visible.max())[None, :, None, None, None, None]
     return tuple(jnp.where(seen & jnp.isfinite(x) if finite else seen, x, 0) for x in arrays)
 
 

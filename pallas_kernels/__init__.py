@@ -14,7 +14,7 @@ def supports(problem, q, k) -> str | None:
     """Why the kernels cannot serve a call, or None when they can.
 
     Args:
-        problem: `monarch_jax.backends.Problem`.
+        problem: `monarch_jax.contract.Problem`.
         q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
         k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
 
@@ -38,7 +38,7 @@ def forward(problem, q, k, v, visible):
     """The output and the log-sum-exp of L's scores for one refinement step (paper, Sections 2.1 and 4.2).
 
     Args:
-        problem: `monarch_jax.backends.Problem`, one that `supports` accepts.
+        problem: `monarch_jax.contract.Problem`, one that `supports` accepts.
         q: [B, A, b1, b2, H, D], bfloat16 or float16.
         k: [B, C, b1, b2, H, D].
         v: As k.
@@ -94,7 +94,7 @@ def supports_vjp(problem, q, k) -> str | None:
     """Why the kernels cannot compute the gradient of a call, or None when they can.
 
     Args:
-        problem: `monarch_jax.backends.Problem`.
+        problem: `monarch_jax.contract.Problem`.
         q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
         k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
 
@@ -115,8 +115,8 @@ def vjp(problem, residuals, d_out):
     """Gradients for one refinement step; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
 
     Args:
-        problem: `monarch_jax.backends.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
-        residuals: `monarch_jax.backends.Residuals`.
+        problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        residuals: `monarch_jax.contract.Residuals`.
         d_out: [B, A, b1, b2, H, D].
 
     Returns:

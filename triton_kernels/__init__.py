@@ -1,6 +1,6 @@
 """Tiled Monarch attention as Triton kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
 
-The contract is that of `monarch_jax.backends`: `supports`, `forward` and `vjp` on arrays [B, A, b1, b2, H, D]. Triton
+The contract is `monarch_jax.contract`: `supports`, `forward` and `vjp` on arrays [B, A, b1, b2, H, D]. Triton
 and jax-triton are imported at the first call only.
 """
 
@@ -22,7 +22,7 @@ def supports(problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str |
     """Why the kernels cannot serve a call, or None when they can; asks no device.
 
     Args:
-        problem: `monarch_jax.backends.Problem`.
+        problem: `monarch_jax.contract.Problem`.
         q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
         k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
 
@@ -50,7 +50,7 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     """One refinement step: the output and the log-sum-exp of L's scores.
 
     Args:
-        problem: `monarch_jax.backends.Problem`.
+        problem: `monarch_jax.contract.Problem`.
         q: [B, A, b1, b2, H, D], bfloat16, float16 or float32.
         k: [B, C, b1, b2, H, D].
         v: [B, C, b1, b2, H, D].
@@ -68,8 +68,8 @@ def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax
     """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
 
     Args:
-        problem: `monarch_jax.backends.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
-        residuals: `monarch_jax.backends.Residuals`.
+        problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        residuals: `monarch_jax.contract.Residuals`.
         d_out: [B, A, b1, b2, H, D].
 
     Returns:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from monarch_jax import monarch_attention
-from monarch_jax.backends import on_cuda
+from monarch_jax.devices import on_cuda
 from monarchrt.models.wan.config import DenseAttention, MonarchAttention
 
 

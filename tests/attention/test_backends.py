@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from monarch_jax import backends, monarch_attention
-from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, Problem, choose, on_cuda
+from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, choose, on_cuda
+from monarch_jax.contract import Problem
 from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads
 
 

@@ -16,7 +16,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from monarch_jax import xla
-from monarch_jax.backends import Problem, differentiable
+from monarch_jax.contract import Problem, differentiable
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
 class Shapes(list):

@@ -42,7 +42,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from monarchrt import pallas_kernels
-from monarch_jax.backends import Problem, Residuals
+from monarch_jax.contract import Problem, Residuals
 
 rows, cols, tiles, dim, masked, gradient = (int(x) for x in sys.argv[1:])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")

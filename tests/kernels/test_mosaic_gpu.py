@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from monarch_jax import MonarchKVCache, monarch_attention, xla
-from monarch_jax.backends import Problem, Residuals
+from monarch_jax.contract import Problem, Residuals
 from monarchrt import pallas_kernels
 from monarchrt.pallas_kernels import tuning
 from monarchrt.pallas_kernels.backward_sm90 import backward

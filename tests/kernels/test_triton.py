@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from monarch_jax import monarch_attention, reference, xla
-from monarch_jax.backends import Problem, differentiable
+from monarch_jax.contract import Problem, differentiable
 from monarchrt import triton_kernels
 from monarchrt.triton_kernels import config, plan
 from monarchrt.triton_kernels.config import KERNELS, Config, Stream, Target, configs, heuristic, store, use, user_file

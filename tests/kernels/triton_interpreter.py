@@ -17,7 +17,7 @@ import torch
 from triton.runtime import interpreter
 
 from monarch_jax import reference
-from monarch_jax.backends import Problem
+from monarch_jax.contract import Problem
 from monarchrt.triton_kernels import left, overlapped, plan, right, streamed
 from monarchrt.triton_kernels.config import KERNELS as NAMES
 from monarchrt.triton_kernels.config import Config, Stream, Target, heuristic
