@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.sampling.schedules import shifted
 from monarchrt.train.config import ObjectiveConfig
 
 Velocity = Callable[[Array, Array, Array], Array]
@@ -48,7 +49,7 @@ def noise_levels(config: ObjectiveConfig) -> NoiseLevels:
     """
     count = config.num_train_timesteps
     u = np.arange(1, count + 1) / count
-    sigma = config.shift * u / (1 + (config.shift - 1) * u)
+    sigma = shifted(u, config.shift)
     weight = np.ones(count)
     if config.weighting == "gaussian":
         bell = np.exp(-2 * (sigma - 0.5) ** 2)

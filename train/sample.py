@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.models.sampling import Schedule, euler, guided, sample, uniform_schedule
 from monarchrt.train.config import ObjectiveConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.objective import Velocity, add_noise, evaluation_noise
@@ -32,9 +33,7 @@ def sampling_levels(config: ObjectiveConfig, *, steps: int, start: float = 1.0) 
         >>> [round(float(sigma), 3) for sigma in sampling_levels(ObjectiveConfig(shift=5.0), steps=4)]
         [1.0, 0.938, 0.833, 0.625, 0.0]
     """
-    shift = config.shift
-    u = np.linspace(start / (shift - (shift - 1) * start), 0, steps + 1)
-    return (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
+    return uniform_schedule(steps, config.shift, start=start).sigmas.astype(np.float32)
 
 
 def euler_sample(
@@ -42,7 +41,7 @@ def euler_sample(
     latents: Float[Array, "b f h w c"],
     text: Float[Array, "b l d"],
     *,
-    levels: Float32[Array, "steps_plus_1"] | Float32[np.ndarray, "steps_plus_1"],
+    levels: Float[np.ndarray, "steps_plus_1"],
     num_train_timesteps: int = 1000,
 ) -> Float[Array, "b f h w c"]:
     """Follows dx/dsigma = v from the first noise level to the last.
@@ -60,17 +59,12 @@ def euler_sample(
     Example:
         >>> straight = lambda latents, timesteps, text: jnp.ones(latents.shape)
         >>> x = jnp.full((1, 1, 1, 1, 1), 3.0)
-        >>> float(euler_sample(straight, x, jnp.zeros((1, 1, 1)), levels=jnp.array([1.0, 0.5, 0.0]))[0, 0, 0, 0, 0])
+        >>> float(euler_sample(straight, x, jnp.zeros((1, 1, 1)), levels=np.array([1.0, 0.5, 0.0]))[0, 0, 0, 0, 0])
         2.0
     """
 
-    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, following = pair
-        timesteps = jnp.full((x.shape[0],), sigma * num_train_timesteps, jnp.float32)
-        return x + ((following - sigma) * velocity(x, timesteps, text)).astype(x.dtype), None
-
-    levels = jnp.asarray(levels)
-    return jax.lax.scan(step, latents, (levels[:-1], levels[1:]))[0]
+    sigmas = np.asarray(levels, float)
+    return sample(guided(velocity, text), latents, euler(Schedule(sigmas, num_train_timesteps * sigmas[:-1])))
 
 
 def make_sampler(
@@ -90,7 +84,7 @@ def make_sampler(
     levels = sampling_levels(objective, steps=steps, start=start)
 
     @jax.jit
-    def sample(params: Any, fixed: Any, latents: Array, text: Array, noise: Array) -> Array:
+    def sampler(params: Any, fixed: Any, latents: Array, text: Array, noise: Array) -> Array:
         first = jnp.full((latents.shape[0],), start, jnp.float32)
         return euler_sample(
             as_velocity(graph, params, fixed),
@@ -100,7 +94,7 @@ def make_sampler(
             num_train_timesteps=objective.num_train_timesteps,
         )
 
-    return sample
+    return sampler
 
 
 def write_held_out_sample(

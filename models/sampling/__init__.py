@@ -5,10 +5,12 @@ carries out any of them.
 """
 
 from monarchrt.models.sampling.bidirectional import Windows, windows
+from monarchrt.models.sampling.noise import Noise
 from monarchrt.models.sampling.rollout import Rollout, autoregressive
 from monarchrt.models.sampling.schedules import (
     Schedule,
     few_step_schedule,
+    shifted,
     truncated_schedule,
     uniform_schedule,
     unipc_schedule,
@@ -18,6 +20,7 @@ from monarchrt.models.sampling.tables import SAMPLERS, SamplerTable, dpmpp_2m, e
 
 __all__ = [
     "SAMPLERS",
+    "Noise",
     "Rollout",
     "SamplerTable",
     "Schedule",
@@ -32,6 +35,7 @@ __all__ = [
     "keep_context",
     "sample",
     "sampler_table",
+    "shifted",
     "solver_step",
     "truncated_schedule",
     "uniform_schedule",

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from monarchrt.models.sampling.rollout import check_size
-from monarchrt.models.sampling.solve import guided, keep_context, sample
+from monarchrt.models.sampling.noise import Noise, joined
+from monarchrt.models.sampling.rollout import check_sampler, check_size
+from monarchrt.models.sampling.solve import fresh_noise, guided, keep_context, sample
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.wan import WanModel
 
@@ -21,24 +22,26 @@ class Windows:
     """The fixed part of a generation of whole windows.
 
     Attributes:
-        sampler: As in `sampler_table`.
-        steps: Calls of the network per window; None: the sampler's own number.
+        sampler: As in `sampler_table`, a table of one's own included.
+        steps: Calls of the network per window, or for few-step the list of its steps; None: the sampler's own number.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none.
         window: Latent frames that are denoised together; None: all.
         context: Of those, finished ones that a following window starts with; needs a model that was trained with a
             noise level for each frame.
+        context_noise: Timestep, 0 to 1000, that the network is told of those finished frames, which are shown clean.
     """
 
-    sampler: str = "unipc"
-    steps: int | None = None
+    sampler: str | SamplerTable = "unipc"
+    steps: int | tuple[int, ...] | None = None
     shift: float = 5.0
     guidance: float = 1.0
     window: int | None = None
     context: int = 1
+    context_noise: float = 0.0
 
     def __post_init__(self):
-        self.table()
+        check_sampler(self)
         if self.window is not None and not 1 <= self.context < self.window:
             raise ValueError(
                 f"window={self.window} frames has no room for context={self.context} finished and at least one new "
@@ -49,6 +52,47 @@ class Windows:
         """The sampler."""
         return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
 
+    def new_frames(self, frames: int, *, given: int = 0) -> list[int]:
+        """Latent frames that each window denoises; the last may make more than are wanted.
+
+        Example:
+            >>> Windows(window=3).new_frames(6), Windows(window=3).new_frames(6, given=1)
+            ([3, 2, 2], [2, 2, 2])
+
+        Args:
+            frames: Of the video, given ones included.
+            given: Finished ones that come first.
+        """
+        windows, done = [], given
+        while done < frames:
+            windows.append((self.window or frames) - (self.context if done else 0))
+            done += windows[-1]
+        return windows
+
+    def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
+        """The noise that `windows` draws of a key, to take it elsewhere.
+
+        Example:
+            >>> noise = Windows(window=3).noise(jax.random.key(0), (1, 6, 4, 8, 16))
+            >>> noise.first.shape, noise.fresh
+            ((1, 7, 4, 8, 16), None)
+
+        Args:
+            key: As there.
+            shape: Of the whole video's latents, [B, F, H, W, C].
+            given: Leading frames that are given.
+
+        Returns:
+            The noise of the windows' new frames, one window after the other.
+        """
+        parts, noisy = [], self.table().noisy
+        for number, count in enumerate(self.new_frames(shape[1], given=given)):
+            start, fresh = jax.random.split(jax.random.fold_in(key, number))
+            first = jax.random.normal(start, (shape[0], count, *shape[2:]))
+            draw = fresh_noise(fresh, first)
+            parts.append(Noise(first, jnp.stack([draw(int(n)) for n in noisy]) if len(noisy) else None))
+        return joined(parts)
+
 
 @partial(jax.jit, static_argnames=("graph", "settings", "shape"))
 def generate_window(
@@ -58,6 +102,7 @@ def generate_window(
     negative: Float[Array, "B M E"] | None,
     context: Float[Array, "B K H W C"] | None,
     key: Key[Array, ""],
+    given: Noise | None = None,
     *,
     settings: Windows,
     shape: tuple[int, ...],
@@ -71,6 +116,7 @@ def generate_window(
         negative: Of the negative prompt, for guidance.
         context: Finished latents before the new frames.
         key: Of the noise.
+        given: The window's noise; what is None of it is drawn.
         settings: Settings.
         shape: Of the new frames, [B, F, H, W, C].
 
@@ -80,9 +126,12 @@ def generate_window(
     model: Any = nnx.merge(graph, params)
     start, fresh = jax.random.split(key)
     if context is not None:
-        model = keep_context(model, context)
+        model = keep_context(model, context, timestep=settings.context_noise)
     flow = guided(model, text, negative, guidance=settings.guidance)
-    return sample(flow, jax.random.normal(start, shape), settings.table(), key=fresh)
+    table = settings.table()
+    if given is None:
+        return sample(flow, jax.random.normal(start, shape), table, key=fresh)
+    return sample(flow, given.first, table, key=fresh, fresh=given.by_step(table))
 
 
 def windows(
@@ -96,6 +145,7 @@ def windows(
     settings: Windows,
     negative: Float[Array, "B M E"] | None = None,
     initial: Float[Array, "B K H W C"] | None = None,
+    noise: Noise | None = None,
 ) -> Iterator[Float[Array, "B F H W C"]]:
     """Generates latents window by window; without `settings.window`, the whole clip at once.
 
@@ -117,6 +167,8 @@ def windows(
         settings: Settings.
         negative: Embedding of the negative prompt, for guidance.
         initial: Finished latents that come first, at least `settings.context`; they are handed out too.
+        noise: Of the windows' new frames, one window after the other, `sum(settings.new_frames(...))` of them, instead
+            of what the key gives (`Windows.noise` is that).
 
     Yields:
         Latents, float32.
@@ -143,23 +195,28 @@ def windows(
             )
         if settings.window is None:
             raise ValueError("initial frames can only be continued by windows; set window, for example window=4.")
-    return _windows(model, text, negative, frames, (height, width), key, settings, initial)
+    if noise is not None:
+        new = sum(settings.new_frames(frames, given=0 if initial is None else initial.shape[1]))
+        noise.check(settings.table(), (text.shape[0], new, height, width, config.out_channels))
+    return _windows(model, text, negative, frames, (height, width), key, settings, initial, noise)
 
 
-def _windows(model, text, negative, frames, size, key, settings, initial) -> Iterator[Array]:
+def _windows(model, text, negative, frames, size, key, settings, initial, noise) -> Iterator[Array]:
     graph, params = nnx.split(model)
     context, done = None, 0
     if initial is not None:
         initial = jnp.asarray(initial[:, :frames], jnp.float32)
         context, done = initial[:, -settings.context :], initial.shape[1]
         yield initial
-    number = 0
-    while done < frames:
-        new = (settings.window or frames) - (0 if context is None else settings.context)
+    used = 0
+    for number, new in enumerate(settings.new_frames(frames, given=done)):
         shape = (text.shape[0], new, *size, model.config.out_channels)
         key_of_window = jax.random.fold_in(key, number)
-        part = generate_window(graph, params, text, negative, context, key_of_window, settings=settings, shape=shape)
+        given = None if noise is None else noise.part(used, new)
+        part = generate_window(
+            graph, params, text, negative, context, key_of_window, given, settings=settings, shape=shape
+        )
         yield part[:, : frames - done]
         past = part if context is None else jnp.concatenate([context, part], axis=1)
         context = past[:, -settings.context :]
-        done, number = done + new, number + 1
+        done, used = done + new, used + new

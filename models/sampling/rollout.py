@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from monarchrt.models.sampling.noise import Noise, joined
+from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.wan import WanModel
@@ -26,27 +28,30 @@ class Rollout:
     """The fixed part of an autoregressive generation.
 
     Attributes:
-        sampler: As in `sampler_table`; few-step for distilled models.
-        steps: Calls of the network per block; None: the sampler's own number.
+        sampler: As in `sampler_table`, a table of one's own included; few-step for distilled models.
+        steps: Calls of the network per block, or for few-step the list of its steps; None: the sampler's own number.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none (distilled models need none).
         block: Latent frames per block.
         independent_first_frame: Whether the first frame is a block of its own.
         window: Frames of keys and values that are kept, with the block in the making; None keeps all.
         sink_frames: Leading frames that a window never lets go.
+        context_noise: Timestep, 0 to 1000, that the network is told when it puts a finished block into the cache.
+            Self-Forcing's setting of this name; as in its inference, the latents themselves are not noised.
     """
 
-    sampler: str = "few-step"
-    steps: int | None = None
+    sampler: str | SamplerTable = "few-step"
+    steps: int | tuple[int, ...] | None = None
     shift: float = 5.0
     guidance: float = 1.0
     block: int = 3
     independent_first_frame: bool = False
     window: int | None = None
     sink_frames: int = 0
+    context_noise: float = 0.0
 
     def __post_init__(self):
-        self.table()
+        check_sampler(self)
         if self.block < 1:
             raise ValueError(f"block={self.block} is not a positive number of frames; Self-Forcing uses 3.")
         if self.window is not None and self.window < self.block + self.sink_frames:
@@ -60,6 +65,32 @@ class Rollout:
     def table(self) -> SamplerTable:
         """The sampler."""
         return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
+
+    def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
+        """The noise that `autoregressive` draws of a key, to take it elsewhere.
+
+        Example:
+            >>> noise = Rollout().noise(jax.random.key(0), (1, 6, 4, 8, 16), given=3)
+            >>> noise.first.shape, noise.fresh.shape
+            ((1, 3, 4, 8, 16), (3, 1, 3, 4, 8, 16))
+
+        Args:
+            key: As there.
+            shape: Of the whole video's latents, [B, F, H, W, C].
+            given: Leading frames that are given and need none.
+
+        Returns:
+            The noise of the new frames.
+        """
+        parts, frame, noisy = [], 0, self.table().noisy
+        for count in self.blocks(shape[1]):
+            if frame >= given:
+                of_block = jax.random.fold_in(key, frame)
+                first = block_noise(of_block, (shape[0], count, *shape[2:]))
+                draw = fresh_noise(of_block, first)
+                parts.append(Noise(first, jnp.stack([draw(int(n)) for n in noisy]) if len(noisy) else None))
+            frame += count
+        return joined(parts)
 
     def blocks(self, frames: int) -> list[int]:
         """Sizes of the blocks that make `frames` latent frames.
@@ -90,6 +121,7 @@ def generate_block(
     cache: WanCache,
     key: Key[Array, ""],
     frame: Array,
+    given: Noise | None = None,
     *,
     rollout: Rollout,
     shape: tuple[int, ...],
@@ -102,6 +134,7 @@ def generate_block(
         cache: Of `start_cache`; it is donated.
         key: Of the whole video; a block's noise depends on it and `frame` only.
         frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.
+        given: The block's noise; what is None of it is drawn.
         rollout: Settings.
         shape: Of the block, [B, F, H, W, C].
 
@@ -110,16 +143,17 @@ def generate_block(
     """
     model: Any = nnx.merge(graph, params)
     key = jax.random.fold_in(key, frame[0])
-    noise = block_noise(key, shape)
+    noise = block_noise(key, shape) if given is None else given.first
     table = rollout.table()
-    fresh = fresh_noise(key, noise) if table.stochastic else None
+    fresh = None if given is None else given.by_step(table, rows=table.steps + 1)
+    draw = fresh_noise(key, noise) if table.stochastic and fresh is None else None
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        (state, cache), (row, number) = carry, xs
+        (state, cache), (row, number, given) = carry, xs
         flow, cache = _flow(model, state.x, row.timesteps, cache, frame[1], rollout.guidance)
-        return (solver_step(state, row, flow, fresh and fresh(number)), cache), None
+        return (solver_step(state, row, flow, draw(number) if draw else given), cache), None
 
-    scanned = rows(table.with_rewrite()), jnp.arange(table.steps + 1)
+    scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
     (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)
     return state.x, cache
 
@@ -180,6 +214,7 @@ def autoregressive(
     rollout: Rollout,
     negative: Float[Array, "B M E"] | None = None,
     initial: Float[Array, "B K H W C"] | None = None,
+    noise: Noise | None = None,
 ) -> Iterator[Float[Array, "B F H W C"]]:
     """Generates latents block by block; each is handed out as soon as it is under way (asynchronous dispatch).
 
@@ -203,6 +238,7 @@ def autoregressive(
         negative: Embedding of the negative prompt, for guidance.
         initial: Finished latents that come first, such as an encoded image (one frame, which needs
             `independent_first_frame`) or clip. They are handed out too.
+        noise: Of the new frames, instead of what the key gives (`Rollout.noise` is that); needs a number of frames.
 
     Yields:
         Latents of one block, float32.
@@ -225,6 +261,11 @@ def autoregressive(
         rollout.blocks(initial.shape[1])
     if frames is not None:
         rollout.blocks(frames)
+    if noise is not None:
+        if frames is None:
+            raise ValueError("noise is given, but frames=None is without end; give the number of frames.")
+        new = max(0, frames - (0 if initial is None else initial.shape[1]))
+        noise.check(rollout.table(), (text.shape[0], new, height, width, config.out_channels))
     model = model.with_config(causal_block=None)  # blocks are seen one at a time
     for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
         check_size(model, (text.shape[0], size, height, width, config.in_channels))
@@ -232,9 +273,19 @@ def autoregressive(
     begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
     graph, params = nnx.split(model)
     jax.eval_shape(partial(begin, graph), params, context)  # what does not fit is found here
-    return _blocks(
-        model, partial(begin, graph, params, context), text.shape[0], frames, key, rollout, initial, (height, width)
-    )
+    shape = (text.shape[0], frames, height, width, config.out_channels)
+    return _blocks(model, partial(begin, graph, params, context), shape, key, rollout, initial, noise)
+
+
+def check_sampler(settings: Any) -> None:
+    """Raises ValueError unless sampler, steps and context noise of frozen settings suit; lists become tuples."""
+    if isinstance(settings.steps, list):
+        object.__setattr__(settings, "steps", tuple(settings.steps))
+    settings.table()
+    if not 0 <= settings.context_noise <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"context_noise={settings.context_noise} is not a timestep in 0...{NUM_TRAIN_TIMESTEPS}; 0 is clean."
+        )
 
 
 def check_size(model: WanModel, shape: tuple[int, ...]) -> None:
@@ -247,23 +298,25 @@ def check_size(model: WanModel, shape: tuple[int, ...]) -> None:
     jax.eval_shape(check, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32))
 
 
-def _blocks(model, begin, batch, frames, key, rollout, initial, size) -> Iterator[Array]:
+def _blocks(model, begin, shape, key, rollout, initial, noise) -> Iterator[Array]:
     graph, params = nnx.split(model)
     cache = begin()
     frame, base = 0, 0  # the block's first frame, and the absolute frame that the cache calls 0
-    for count in _sizes(rollout, frames):
+    given = 0 if initial is None else initial.shape[1]
+    for count in _sizes(rollout, shape[1]):
         if rollout.window is not None and frame - base + count > MAX_POSITIONS:
             rolls = rollout.window - rollout.sink_frames
             back = (frame - base - rollout.window) // rolls * rolls
             cache = rebase_cache(cache, frames=back, head_dim=model.config.head_dim)
             base += back
         where = jnp.asarray([frame, frame - base], jnp.int32)
-        if initial is not None and frame < initial.shape[1]:
+        if initial is not None and frame < given:
             latents = jnp.asarray(initial[:, frame : frame + count], jnp.float32)
             cache = write_block(graph, params, cache, latents, where, rollout=rollout)
         else:
-            shape = (batch, count, *size, model.config.out_channels)
-            latents, cache = generate_block(graph, params, cache, key, where, rollout=rollout, shape=shape)
+            block = shape[0], count, *shape[2:]
+            part = None if noise is None else noise.part(frame - given, count)
+            latents, cache = generate_block(graph, params, cache, key, where, part, rollout=rollout, shape=block)
         yield latents
         frame += count
 

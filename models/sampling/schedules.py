@@ -26,8 +26,8 @@ class Schedule(NamedTuple):
     timesteps: Float64[np.ndarray, "steps"]
 
 
-def shifted(u: Float64[np.ndarray, "*n"], shift: float) -> Float64[np.ndarray, "*n"]:
-    """Noise levels u in [0, 1] moved towards 1 by `shift`.
+def shifted[U: (float, Float64[np.ndarray, "*n"])](u: U, shift: float) -> U:
+    """Noise levels u in [0, 1] moved towards 1 by `shift`: sigma = s u / (1 + (s - 1) u). 1/s moves them back.
 
     Example:
         >>> shifted(np.array([0.0, 0.5, 1.0]), 5.0).round(4).tolist()
@@ -47,37 +47,45 @@ def _ending_in_data(sigmas: np.ndarray) -> np.ndarray:
     return np.append(sigmas, 0.0)
 
 
-def uniform_schedule(steps: int, shift: float = 5.0) -> Schedule:
-    """Levels even in u from 1 down to 0, shifted; the network is told 1000 sigma.
+def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> Schedule:
+    """Levels even in u down to 0, shifted; the network is told 1000 sigma.
 
     Example:
         >>> uniform_schedule(4, 5.0).timesteps.round(1).tolist()
         [1000.0, 937.5, 833.3, 625.0]
+        >>> uniform_schedule(2, 5.0, start=0.5).sigmas.round(4).tolist()
+        [0.5, 0.3125, 0.0]
 
     Args:
         steps: Calls of the network.
         shift: s.
+        start: First level sigma in (0, 1]; below 1 a noised clip is restored rather than a new one made.
 
     Returns:
         The schedule.
 
     Raises:
-        ValueError: If an argument is not positive.
+        ValueError: If an argument is not positive, or `start` exceeds 1.
     """
     _check(steps, shift)
-    sigmas = shifted(np.linspace(1, 0, steps + 1), shift)
+    if not 0 < start <= 1:
+        raise ValueError(f"start={start!r} is not a noise level in (0, 1], for example 1.")
+    first = 1.0 if start == 1 else shifted(start, 1 / shift)  # the inverse of a shift is one by its inverse
+    sigmas = shifted(np.linspace(first, 0, steps + 1), shift)
     return Schedule(sigmas, NUM_TRAIN_TIMESTEPS * sigmas[:-1])
 
 
 def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
     """As `uniform_schedule`, with times cut to whole numbers, as Wan's DPM-Solver++ has them.
 
+    Wan cuts what float64 gives, so a level that is 600 on paper and 599.9999999999999 in float64 becomes 599.
+
     Example:
         >>> truncated_schedule(4, 5.0).timesteps.tolist()
         [1000.0, 937.0, 833.0, 625.0]
     """
     sigmas, timesteps = uniform_schedule(steps, shift)
-    return Schedule(sigmas, _truncated(timesteps))
+    return Schedule(sigmas, np.trunc(timesteps))
 
 
 def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
@@ -99,11 +107,8 @@ def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
     """
     _check(steps, shift)
     sigmas = shifted(np.linspace(UNIPC_FIRST, 0, steps + 1)[:-1], shift)
-    return Schedule(_ending_in_data(sigmas), _truncated(NUM_TRAIN_TIMESTEPS * sigmas))
-
-
-def _truncated(timesteps: np.ndarray) -> np.ndarray:
-    return np.trunc(np.round(timesteps, 9))  # 937.4999999999999 is 937.5
+    # Wan's 0.999 is float32's, a little more: what falls short of a whole number in float64 does not there
+    return Schedule(_ending_in_data(sigmas), np.trunc(np.round(NUM_TRAIN_TIMESTEPS * sigmas, 9)))
 
 
 def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> Schedule:
@@ -126,7 +131,9 @@ def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float
     Raises:
         ValueError: If the indices are not decreasing or out of range.
     """
-    steps = list(steps)
+    steps = [int(step) if step == int(step) else step for step in steps]
+    if not all(isinstance(step, int) for step in steps):
+        raise ValueError(f"steps={steps} are not whole numbers in 1...1000, for example 1000, 750, 500, 250.")
     if not steps or sorted(set(steps), reverse=True) != steps or not 1 <= steps[-1] <= steps[0] <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"steps={steps} are not decreasing indices in 1...1000, for example 1000, 750, 500, 250.")
     _check(len(steps), shift)

@@ -70,7 +70,7 @@ def solver_step(state: SolverState, row: Rows, flow: Any, noise: Any = None) -> 
     return SolverState(following, corrected, predicted, data)
 
 
-def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] | None = None) -> Any:
+def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] | None = None, fresh: Any = None) -> Any:
     """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
 
     Example:
@@ -84,22 +84,23 @@ def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] |
         noise: Unit Gaussian noise, an array or a pytree of arrays.
         table: The sampler, for example `sampler_table("unipc", steps=50, shift=8.0)`.
         key: For the fresh noise of a stochastic sampler.
+        fresh: That noise itself, of the structure of `noise` with the steps in front; instead of a key.
 
     Returns:
         Latents of the structure and dtype of `noise`.
 
     Raises:
-        ValueError: If the sampler is stochastic and there is no key.
+        ValueError: If the sampler is stochastic and there is neither key nor noise.
     """
-    if table.stochastic and key is None:
+    if table.stochastic and key is None and fresh is None:
         raise ValueError("key is None, but this sampler adds fresh noise at each step; give a jax.random.key.")
-    fresh = fresh_noise(key, noise) if key is not None and table.stochastic else None
+    draw = fresh_noise(key, noise) if key is not None and fresh is None and table.stochastic else None
 
     def step(state: SolverState, xs: tuple) -> tuple[SolverState, None]:
-        row, number = xs
-        return solver_step(state, row, flow(state.x, row.timesteps), fresh and fresh(number)), None
+        row, number, given = xs
+        return solver_step(state, row, flow(state.x, row.timesteps), draw(number) if draw else given), None
 
-    return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps)))[0].x
+    return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps), fresh))[0].x
 
 
 def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
@@ -168,10 +169,12 @@ def unpair(flow: Array, guidance: float) -> Array:
     return unconditional + guidance * (conditional - unconditional)
 
 
-def keep_context(model: Callable[..., Array], context: Float[Array, "B K H W C"]) -> Callable[..., Array]:
+def keep_context(
+    model: Callable[..., Array], context: Float[Array, "B K H W C"], *, timestep: float = 0.0
+) -> Callable[..., Array]:
     """A network that sees new frames after given ones; for networks trained with a noise level for each frame.
 
-    The context is shown clean, at time 0 (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
+    The context is shown clean (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 
     Example:
         >>> model = lambda x, t, text: x * t[:, :, None, None, None]
@@ -182,6 +185,7 @@ def keep_context(model: Callable[..., Array], context: Float[Array, "B K H W C"]
     Args:
         model: (latents [B, F, H, W, C], timesteps [B, F], text) -> flow.
         context: Finished latents that come first, of the batch or, for guidance, half of it.
+        timestep: What the network is told of the context.
 
     Returns:
         (latents of the new frames, timesteps [B], text) -> their flow.
@@ -190,7 +194,7 @@ def keep_context(model: Callable[..., Array], context: Float[Array, "B K H W C"]
     def continued(x: Array, t: Array, text: Any) -> Array:
         first = jnp.tile(context, (x.shape[0] // context.shape[0], 1, 1, 1, 1))
         kept, new = first.shape[1], x.shape[:2]
-        times = jnp.concatenate([jnp.zeros(first.shape[:2]), jnp.broadcast_to(t[:, None], new)], axis=1)
+        times = jnp.concatenate([jnp.full(first.shape[:2], timestep), jnp.broadcast_to(t[:, None], new)], axis=1)
         return model(jnp.concatenate([first, x], axis=1), times, text)[:, kept:]
 
     return continued

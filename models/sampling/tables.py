@@ -8,10 +8,11 @@ Every solver here is linear in what it has seen. At step n, with m_n = x - sigma
 lambda = ln(1 - sigma) - ln sigma is half the log signal-to-noise ratio; it is infinite at sigma = 0.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from monarchrt.models.sampling.schedules import (
     Schedule,
@@ -51,14 +52,50 @@ class SamplerTable(NamedTuple):
         """Whether steps add fresh noise."""
         return bool(np.any(self.predict[:, 3]))
 
-    def with_rewrite(self) -> "SamplerTable":
-        """Followed by a call on the finished latents at time 0, which changes nothing: it rewrites a cache.
+    @property
+    def noisy(self) -> Int[np.ndarray, "n"]:
+        """The steps that add fresh noise, by number."""
+        return np.flatnonzero(self.predict[:, 3])
+
+    def __hash__(self) -> int:  # a static argument of compiled programs, as part of their settings
+        return hash(tuple(column.tobytes() for column in self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SamplerTable) and all(map(np.array_equal, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def check(self) -> None:
+        """Raises ValueError unless the columns are of one length and finite, and there are steps.
+
+        Example:
+            >>> euler(uniform_schedule(2))._replace(sigmas=np.ones(3)).check()  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            ValueError: sampler: sigmas has shape (3,), timesteps (2,), correct (2, 5) and predict (2, 4); ...
+        """
+        shapes = [np.shape(column) for column in self]
+        steps = len(self.predict) if shapes[3] else 0
+        if not steps or shapes != [(steps,), (steps,), (steps, 5), (steps, 4)]:
+            raise ValueError(
+                f"sampler: sigmas has shape {shapes[0]}, timesteps {shapes[1]}, correct {shapes[2]} and predict "
+                f"{shapes[3]}; n steps need (n,), (n,), (n, 5) and (n, 4)."
+            )
+        for name, column in zip(self._fields, self, strict=True):
+            if not np.isfinite(column).all():
+                raise ValueError(f"sampler: {name} is not finite: {np.asarray(column).tolist()}.")
+
+    def with_rewrite(self, timestep: float = 0.0) -> "SamplerTable":
+        """Followed by a call on the finished latents at `timestep`, which changes nothing: it rewrites a cache.
 
         Example:
             >>> few_step(few_step_schedule()).with_rewrite().timesteps.round(1).tolist()
             [1000.0, 937.5, 833.3, 625.0, 0.0]
         """
-        row = SamplerTable(np.zeros(1), np.zeros(1), np.array([UNCHANGED]), np.array([[1.0, 0.0, 0.0, 0.0]]))
+        row = SamplerTable(
+            np.zeros(1), np.full(1, float(timestep)), np.array([UNCHANGED]), np.array([[1.0, 0.0, 0.0, 0.0]])
+        )
         return SamplerTable(*(np.concatenate(pair) for pair in zip(self, row, strict=True)))
 
 
@@ -169,26 +206,43 @@ def few_step(schedule: Schedule) -> SamplerTable:
     return _table(schedule, [UNCHANGED] * len(schedule.timesteps), [(0.0, 1 - s, 0.0, s) for s in schedule.sigmas[1:]])
 
 
-def sampler_table(name: str, *, steps: int | None = None, shift: float = 5.0) -> SamplerTable:
+def sampler_table(
+    name: str | SamplerTable, *, steps: int | Sequence[int] | None = None, shift: float = 5.0
+) -> SamplerTable:
     """A sampler by name, on the schedule that Wan uses it with.
 
     Example:
         >>> sampler_table("few-step").steps, sampler_table("unipc", steps=20).steps
         (4, 20)
+        >>> sampler_table("few-step", steps=(1000, 757, 522)).timesteps.round(1).tolist()
+        [1000.0, 939.7, 845.2]
 
     Args:
         name: One of `SAMPLERS`: unipc, dpm++ and euler follow the flow in many steps; few-step is for distilled models.
-        steps: Calls of the network; None: 50, or 4 for few-step.
+            A table of one's own is checked and handed back.
+        steps: Calls of the network; None: 50, or 4 for few-step. For few-step also the list of its steps, as
+            `few_step_schedule` takes them: a model is to be sampled at those that it was distilled at.
         shift: Shift of the noise levels.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: If the name is unknown, or the number of steps does not suit.
+        ValueError: If the name is unknown, or the steps do not suit.
     """
+    if isinstance(name, SamplerTable):
+        if steps is not None:
+            raise ValueError(f"steps={steps} does not go with a table, which has its own {name.steps}; leave it out.")
+        name.check()
+        return name
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}.")
+    if isinstance(steps, Sequence):
+        if name != "few-step":
+            raise ValueError(
+                f"steps={tuple(steps)} is a list, which few-step takes; {name} takes a number, such as 50."
+            )
+        return few_step(few_step_schedule(steps, shift))
     if name == "few-step":
         count = len(FEW_STEPS) if steps is None else steps
         if not 1 <= count <= 1000:

@@ -7,6 +7,7 @@ import pytest
 
 from monarchrt.models.sampling import (
     SAMPLERS,
+    SamplerTable,
     dpmpp_2m,
     few_step_schedule,
     guided,
@@ -41,6 +42,31 @@ class TestSchedules:
         assert schedule.sigmas[-1] == 0
         assert schedule.sigmas[0] == pytest.approx(shift * 0.999 / (1 + (shift - 1) * 0.999))
 
+    @pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 5.0, 7.0, 8.0, 10.0, 12.0, 16.0])
+    def test_whole_times_are_wans(self, shift):
+        """As Wan's two schedulers compute them; also where float64 falls just short of a whole number."""
+        for steps in range(1, 101):
+            levels = [shift * u / (1 + (shift - 1) * u) for u in np.linspace(1, 0, steps + 1)[:steps]]
+            assert sampler_table("dpm++", steps=steps, shift=shift).timesteps.tolist() == [
+                int(1000 * s) for s in levels
+            ]
+            first = float(np.float32(1 - 1 / 1000))  # the greatest level that Wan's UniPC keeps, in float32
+            levels = [shift * u / (1 + (shift - 1) * u) for u in np.linspace(first, 0, steps + 1)[:steps]]
+            assert sampler_table("unipc", steps=steps, shift=shift).timesteps.tolist() == [
+                int(1000 * s) for s in levels
+            ]
+
+    def test_steps_of_ones_own(self):
+        table = sampler_table("few-step", steps=(1000, 757, 522), shift=8.0)
+        u = np.array([1.0, 0.757, 0.522])
+        np.testing.assert_allclose(table.sigmas, 8 * u / (1 + 7 * u), rtol=1e-12)
+        np.testing.assert_allclose(table.predict[:, 3], [*table.sigmas[1:], 0])
+
+    def test_from_a_level_on(self):
+        schedule = uniform_schedule(3, 5.0, start=0.6)
+        u = np.linspace(0.6 / (5 - 4 * 0.6), 0, 4)
+        np.testing.assert_allclose(schedule.sigmas, 5 * u / (1 + 4 * u), rtol=1e-12)
+
     @pytest.mark.parametrize(
         ("shift", "expected"), [(5.0, [1000, 937.5, 833.3333, 625]), (8.0, [1000, 960, 888.8889, 727.2727])]
     )
@@ -62,6 +88,19 @@ class TestSchedules:
             (lambda: sampler_table("ddim"), "sampler='ddim' is unknown; choose from unipc, dpm"),
             (lambda: sampler_table("few-step", steps=0), "steps=0 is not in 1"),
             (lambda: unipc(uniform_schedule(4)), "UniPC needs less than 1"),
+            (lambda: uniform_schedule(4, start=1.5), r"start=1\.5 is not a noise level in \(0, 1\]"),
+            (lambda: sampler_table("few-step", steps=()), "are not decreasing indices"),
+            (
+                lambda: sampler_table("euler", steps=(1000, 500)),
+                r"\(1000, 500\) is a list, which few-step takes; euler",
+            ),
+            (lambda: sampler_table(sampler_table("euler"), steps=3), "steps=3 does not go with a table, .* own 50"),
+            (lambda: sampler_table(sampler_table("euler")._replace(sigmas=np.ones(3))), "sigmas has shape"),
+            (lambda: sampler_table(SamplerTable(*[np.zeros(0)] * 4)), "sigmas has shape"),
+            (
+                lambda: sampler_table(sampler_table("euler")._replace(sigmas=np.full(50, np.nan))),
+                "sigmas is not finite",
+            ),
         ],
     )
     def test_bad_arguments(self, make, message):
