@@ -24,6 +24,7 @@ COMMANDS = {
     "encode": "clips and captions to the latents that finetuning takes",
     "inspect": "what a Wan checkpoint holds, and whether it is complete",
     "convert": "write a Wan checkpoint in another format",
+    "doctor": "what runs on this machine, why, and how fast",
     "tune": "find the fastest settings of the Triton kernels on this GPU",
 }
 

@@ -1,0 +1,106 @@
+"""`monarchrt doctor`: what runs on this machine, why, and how fast."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.doctor import Case, Choice, Finding, Speed
+
+SMALL = Case(grid=(6, 15, 26), tile=(1, 15, 26), heads=2, head_dim=64)  # seconds on a CPU
+CASES = (Case(grid=(21, 30, 52), tile=(1, 30, 52)), Case(grid=(21, 30, 52), tile=(3, 30, 52)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Look at this machine: versions, driver, devices, which implementation serves which call, folders, and speed.
+
+    Leaves with exit code 1 if something is to be mended.
+
+    monarchrt doctor
+
+    monarchrt doctor --grid 21 45 80 --tile 3 45 80 --num-iters 2
+    """
+
+    grid: tuple[int, int, int] | None = None
+    """Latent frames, rows and columns of tokens of a case to look at. Default: Wan's at 480p."""
+
+    tile: tuple[int, int, int] | None = None
+    """Frames, rows and columns of a tile. Default: one frame, (1, h, w)."""
+
+    heads: int = 12
+    """Heads of the attention."""
+
+    head_dim: int = 128
+    """Size of a head."""
+
+    num_iters: int = 1
+    """Refinement steps."""
+
+    speed: bool = True
+    """Time the case, for about ten seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "num_iters"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.tile is not None and self.grid is None:
+            raise UserError(f"tile is {self.tile}, but no grid was given; give --grid FRAMES ROWS COLUMNS too")
+
+
+def doctor_command(arguments: Sequence[str]) -> int:
+    """`monarchrt doctor`."""
+    config = parse(DoctorConfig, arguments, prog="monarchrt doctor")
+    from monarchrt.train import doctor
+
+    wrong = _show("versions", doctor.versions())
+    wrong += _show("machine", [doctor.driver(), doctor.devices()])
+    wrong += _show("folders", doctor.folders())
+    cases = CASES if config.grid is None else (_case(config),)
+    for case in cases:
+        try:
+            _show_choice(case, doctor.choice(case))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if config.speed:
+        import jax
+
+        case = cases[0] if config.grid or jax.default_backend() == "gpu" else SMALL
+        _show_speed(case, doctor.speed(case))
+    print(f"\n{wrong} thing(s) to mend, marked with !" if wrong else "\nnothing to mend")
+    return 1 if wrong else 0
+
+
+def _case(config: DoctorConfig) -> Case:
+    grid = config.grid or CASES[0].grid
+    tile = config.tile or (1, *grid[1:])
+    return Case(grid=grid, tile=tile, heads=config.heads, head_dim=config.head_dim, num_iters=config.num_iters)
+
+
+def _show(title: str, findings: Iterable[Finding]) -> int:
+    """Prints findings; returns how many want something done. What only a GPU needs is none where there is no GPU."""
+    print(f"\n{title}")
+    wrong = 0
+    for finding in findings:
+        optional = finding.advice is not None and "only" in finding.advice and finding.found == "not installed"
+        wrong += finding.advice is not None and not optional
+        mark = " " if finding.advice is None or optional else "!"
+        print(f"{mark} {finding.name:<22}{finding.found}{f'  ({finding.advice})' if finding.advice else ''}")
+    return wrong
+
+
+def _show_choice(case: Case, choice: Choice) -> None:
+    call = f"grid {case.grid}, tile {case.tile}, {case.heads} heads of {case.head_dim}, bfloat16"
+    print(f"\nattention on {call}: {choice.chosen}")
+    for name, reason in choice.reasons.items():
+        print(f"  {name:<22}{'can serve it' if reason is None else f'cannot: {reason}'}")
+
+
+def _show_speed(case: Case, speed: Speed) -> None:
+    sys.stdout.flush()
+    print(f"\nspeed on grid {case.grid}, tile {case.tile}, forward")
+    print(f"  {'dense':<22}{speed.dense:.2f} ms")
+    print(f"  {speed.implementation:<22}{speed.monarch:.2f} ms, {speed.dense / speed.monarch:.1f} times as fast")
+    if speed.expected is not None:
+        print(f"  {'expected':<22}{speed.expected:.2f} ms on this card, measured here {speed.monarch:.2f}")

@@ -1,0 +1,295 @@
+"""What runs on this machine and why: versions, driver and card, backends for a call, folders, and speed.
+
+Each part returns what it found; `monarchrt doctor` prints it.
+"""
+
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "monarchrt"
+EXTRA = "cuda"
+LEAST_DRIVER = 580  # of CUDA 13
+ANYWHERE = ("xla", "reference")
+LEAST_FREE = 5e9  # bytes; a compile cache and a few checkpoints of a small run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        name: What was looked at.
+        found: What is there.
+        advice: What to do about it; None if it is as it should be.
+    """
+
+    name: str
+    found: str
+    advice: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A call of the attention in bfloat16 (timed in float32 where there is no GPU): clip, tile and heads.
+
+    Attributes:
+        grid: Latent frames, rows and columns of tokens.
+        tile: Frames, rows and columns of a tile.
+        heads: Heads.
+        head_dim: Size of a head.
+        num_iters: Refinement steps.
+    """
+
+    grid: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    heads: int = 12
+    head_dim: int = 128
+    num_iters: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which implementation a call gets.
+
+    Attributes:
+        chosen: The one that `implementation=None` takes here.
+        reasons: For every implementation, why it cannot serve the call here, or None.
+    """
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Milliseconds of one forward call, medians.
+
+    Attributes:
+        implementation: What ran.
+        monarch: The Monarch attention.
+        dense: Dense attention over the same tokens.
+        expected: Of `monarch`, as stored for this card and case; None if nothing is.
+    """
+
+    implementation: str
+    monarch: float
+    dense: float
+    expected: float | None
+
+
+def versions() -> list[Finding]:
+    """The packages that this one needs, installed or not, and whether their versions fit."""
+    found = [Finding(name="python", found=f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    for text in importlib.metadata.requires(DISTRIBUTION) or ():
+        requirement = Requirement(text)
+        if requirement.marker is None:
+            found.append(_version(requirement, f"pip install '{DISTRIBUTION}'"))
+        elif requirement.marker.evaluate({"extra": EXTRA}) and not requirement.marker.evaluate({"extra": ""}):
+            found.append(_version(requirement, f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"))
+    return found
+
+
+def _version(requirement: Requirement, install: str) -> Finding:
+    """Whether a package, or for `jax[cuda13]` the plugin that the extra brings, is there in a version that fits."""
+    name = f"{requirement.name}-cuda13-plugin" if "cuda13" in requirement.extras else requirement.name
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name=name, found="not installed", advice=install)
+    fits = requirement.specifier.contains(version, prereleases=True)
+    return Finding(name=name, found=version, advice=None if fits else f"needs {requirement.specifier}: {install}")
+
+
+def driver() -> Finding:
+    """The NVIDIA driver and its cards, as nvidia-smi says; never fails where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return Finding(name="NVIDIA driver", found="none", advice=None)
+    rows = [row.split(", ") for row in run.stdout.strip().splitlines()]
+    if run.returncode or not rows or any(len(row) != 3 for row in rows):
+        reason = " ".join((run.stderr or run.stdout).split())[:200]
+        return Finding(name="NVIDIA driver", found=f"nvidia-smi fails: {reason}", advice="see to the driver first")
+    version = rows[0][1]
+    cards = ", ".join(f"{name} ({memory})" for name, _, memory in rows)
+    old = version.split(".")[0].isdigit() and int(version.split(".")[0]) < LEAST_DRIVER
+    advice = f"JAX for CUDA 13 needs version {LEAST_DRIVER} or newer" if old else None
+    return Finding(name="NVIDIA driver", found=f"{version}; {cards}", advice=advice)
+
+
+def devices() -> Finding:
+    """The devices that JAX runs on by default, and why that is not the GPU where there is one."""
+    import jax
+
+    try:
+        found = jax.devices()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        return Finding(name="JAX devices", found=f"none: {reason}", advice="set JAX_PLATFORMS=cpu to run on the CPU")
+    kinds = sorted({f"{device.device_kind} ({device.platform})" for device in found})
+    advice = None
+    if found[0].platform == "cpu" and driver().found[0].isdigit():
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS is {asked!r}" if asked else f"pip install '{DISTRIBUTION}[{EXTRA}]'"
+        advice = f"there is an NVIDIA GPU that JAX does not use: {why}"
+    return Finding(name="JAX devices", found=f"{len(found)} x {', '.join(kinds)}", advice=advice)
+
+
+def folders() -> Iterator[Finding]:
+    """The folders that are written to, and the space that is left there."""
+    import jax
+
+    places = {
+        "compile cache": jax.config.jax_compilation_cache_dir,
+        "tuned Triton sizes": str(Path.home() / ".cache" / "monarchrt" / "triton"),
+        "Hugging Face cache": os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface"),
+        "this folder": str(Path.cwd()),
+    }
+    for name, place in places.items():
+        if place is None:
+            yield Finding(name=name, found="off; JAX_COMPILATION_CACHE_DIR=FOLDER keeps what was compiled")
+            continue
+        there = Path(place).expanduser()
+        exists = next(parent for parent in (there, *there.parents) if parent.exists())
+        free = shutil.disk_usage(exists).free
+        advice = f"only {free / 1e9:.1f} GB are left" if free < LEAST_FREE else None
+        if not os.access(exists, os.W_OK):
+            advice = f"{exists} cannot be written to"
+        yield Finding(name=name, found=f"{there}{'' if there.exists() else ' (not there yet)'}", advice=advice)
+
+
+def choice(case: Case) -> Choice:
+    """Which implementation serves a case here.
+
+    Args:
+        case: The call.
+
+    Returns:
+        The choice, and every implementation's reason.
+
+    Raises:
+        ValueError: If the tile does not fit the grid.
+
+    Example:
+        >>> choice(Case(grid=(2, 4, 6), tile=(1, 4, 6), heads=1, head_dim=16)).reasons["xla"] is None
+        True
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from monarch_jax import MonarchSpec
+    from monarch_jax.backends import IMPLEMENTATIONS, choose
+    from monarch_jax.contract import Problem
+    from monarch_jax.devices import on_cuda
+
+    spec = MonarchSpec(grid=case.grid, tile=case.tile, num_iters=case.num_iters)
+    tiles = (1, spec.query_tiles, spec.block_rows, spec.block_cols, case.heads, case.head_dim)
+    shape = jax.ShapeDtypeStruct(tiles, jnp.bfloat16)
+    problem = Problem(scale=case.head_dim**-0.5, num_iters=case.num_iters)
+    reasons: dict[str, str | None] = {}
+    for name in IMPLEMENTATIONS:
+        try:
+            choose(name, problem, shape, shape)
+            here = name in ANYWHERE or on_cuda()
+            reasons[name] = None if here else "it needs an NVIDIA GPU, where it would serve the call"
+        except NotImplementedError as error:
+            reasons[name] = str(error).removeprefix(f"implementation={name!r} cannot run this call: ")
+    return Choice(chosen=choose(None, problem, shape, shape).name, reasons=reasons)
+
+
+def speed(case: Case, *, seconds: float = 3.0) -> Speed:
+    """Times a case here, after a look whether its numbers are right.
+
+    Args:
+        case: The call.
+        seconds: For each of Monarch and dense attention, compilation aside.
+
+    Returns:
+        The medians, and what is stored for this card.
+
+    Raises:
+        ArithmeticError: If the output is off by more than 1e-2 from the reference on one tile.
+    """
+    import jax
+
+    from monarch_jax import monarch_attention
+
+    _check_numbers(case)
+    tokens = case.grid[0] * case.grid[1] * case.grid[2]
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, tokens, case.heads, case.head_dim), _dtype()) for key in keys)
+    monarch = functools.partial(monarch_attention, grid=case.grid, tile=case.tile, num_iters=case.num_iters)
+    implementation = "cudnn" if jax.default_backend() == "gpu" else None
+    dense = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    times = [_median(jax.jit(run), (q, k, v), seconds) for run in (monarch, dense)]
+    return Speed(
+        implementation=choice(case).chosen,
+        monarch=times[0],
+        dense=times[1],
+        expected=expected(jax.devices()[0].device_kind, case),
+    )
+
+
+def expected(card: str, case: Case) -> float | None:
+    """Milliseconds that a case took on a card of that name, of `speeds.json`; None where nothing is stored.
+
+    Example:
+        >>> expected("NVIDIA H200", Case(grid=(21, 30, 52), tile=(1, 30, 52)))
+        2.12
+    """
+    stored = json.loads((importlib.resources.files(__package__) / "speeds.json").read_text(encoding="utf-8"))
+    for row in stored.get(card, ()):
+        if all(row[name] == json.loads(json.dumps(value)) for name, value in vars(case).items()):
+            return row["ms"]
+    return None
+
+
+def _dtype():
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+
+
+def _check_numbers(case: Case) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from monarch_jax import monarch_attention
+
+    grid = (2 * case.tile[0], *case.tile[1:])  # two tiles
+    shape = (3, 1, grid[0] * grid[1] * grid[2], 1, case.head_dim)
+    arrays = jax.random.normal(jax.random.key(1), shape, jnp.float32).astype(_dtype())
+    attend = functools.partial(monarch_attention, grid=grid, tile=case.tile, num_iters=case.num_iters)
+    ours = attend(*arrays).astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        reference = attend(*arrays.astype(jnp.float32), implementation="reference")
+    error = float(jnp.linalg.norm(ours - reference) / jnp.linalg.norm(reference))
+    if not error <= 1e-2:
+        raise ArithmeticError(f"the attention is off by {error:.1e} from the reference, more than 1e-2")
+
+
+def _median(run, arrays, seconds: float) -> float:
+    import jax
+
+    jax.block_until_ready(run(*arrays))  # compiles
+    times, end = [], time.monotonic() + seconds
+    while not times or (time.monotonic() < end and len(times) < 200):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
