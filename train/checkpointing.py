@@ -7,6 +7,7 @@ complete, so that a process killed while saving leaves the one before as the new
 
 import contextlib
 import errno
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ import orbax.checkpoint as ocp
 
 from monarchrt.models.checkpoints.orbax_arrays import read_arrays
 from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.train.run_folder import CHECKPOINTS_NAME, SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, checksums, from_arrays, to_arrays
 
-FOLDER_NAME = "checkpoints"
-SET_ASIDE_NAME = "unreadable_checkpoints"
+FOLDER_NAME = CHECKPOINTS_NAME
 
 
 class Checkpoints:
@@ -273,8 +274,8 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> None:
         self._set_aside.mkdir(exist_ok=True)
-        target = self._set_aside / str(step)
-        shutil.rmtree(target, ignore_errors=True)
+        names = itertools.chain([str(step)], (f"{step}_{n}" for n in itertools.count(2)))
+        target = next(path for name in names if not (path := self._set_aside / name).exists())
         shutil.move(self.path / str(step), target)
         self._manager.reload()
 

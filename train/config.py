@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import difflib
 import json
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -338,30 +340,71 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
+def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """A config with some settings changed.
+
+    Args:
+        config: Where the other settings come from.
+        values: Settings under their names, or in tables of that of a part, as `to_dict` makes them.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: If a setting is unknown or named twice, or a value is of another kind or out of range.
+
+    Example:
+        >>> config = replace_settings(TrainConfig(), {"steps": 5, "model": {"tile": [1, 2, 3]}})
+        >>> config.run.steps, config.model.tile
+        (5, (1, 2, 3))
+    """
+    parts = {part.name: set(typing.get_type_hints(part.default_factory)) for part in dataclasses.fields(TrainConfig)}
+    found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for name, value in values.items():
+        if name in parts:
+            _require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table of settings")
+        owner = name if name in parts else next((part for part in parts if name in parts[part]), None)
+        if owner is None:
+            known = sorted(set().union(*parts.values()))
+            near = difflib.get_close_matches(name, known, n=3)
+            raise UserError(
+                f"there is no setting {name}; "
+                + (f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}")
+            )
+        for setting, given in value.items() if name in parts else [(name, value)]:
+            _require(setting not in found[owner], f"{setting} is given twice")
+            found[owner][setting] = given
+    merged = to_dict(config)
+    return from_dict(TrainConfig, {part: merged[part] | found[part] for part in parts})
+
+
+def from_dict(kind: type, values: Any) -> Any:
     """Builds a config of type `kind` from what `to_dict` made; fields that are missing keep their default.
 
     Args:
         kind: One of the config dataclasses.
-        values: Plain JSON values.
+        values: A dict of plain JSON values.
 
     Returns:
         An instance of `kind`.
 
     Raises:
-        UserError: If a field is unknown or a value is out of range.
+        UserError: If a field is unknown, or a value is of another kind or out of range.
 
     Example:
         >>> from_dict(ModelConfig, {"tile": [1, 2, 3]}).tile
         (1, 2, 3)
     """
+    _require(isinstance(values, dict), f"{kind.__name__} is {_shown(values)}; it must be a table of settings")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
-    return kind(**{name: _revive(hints[name], value) for name, value in values.items()})
+    make: Any = kind
+    return make(**{name: _revive(name, hints[name], value) for name, value in values.items()})
 
 
-def _revive(hint: Any, value: Any) -> Any:
+def _revive(name: str, hint: Any, value: Any) -> Any:
+    """The value of a setting from what JSON has for it."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None:
             return None
@@ -369,8 +412,27 @@ def _revive(hint: Any, value: Any) -> Any:
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
-    if hint is Path:
-        return Path(value)
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        _require(value in choices, f"{name} is {_shown(value)}; choose from {', '.join(map(str, choices))}")
+        return value
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    return value
+        parts = typing.get_args(hint)
+        _require(isinstance(value, list | tuple), f"{name} is {_shown(value)}; it must be a list")
+        if Ellipsis not in parts:
+            _require(len(value) == len(parts), f"{name} is {_shown(value)}; it must have {len(parts)} entries")
+        return tuple(_revive(name, parts[0], part) for part in value)
+    accepted = {Path: (str, Path), float: (float, int)}.get(hint, (hint,))
+    fits = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+    fits = fits and not (hint is float and abs(value) > sys.float_info.max and value not in (math.inf, -math.inf))
+    _require(fits, f"{name} is {_shown(value)}; it must be {_KINDS[hint]}")
+    return typing.cast(Any, hint)(value)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it, short however large it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,10 +14,12 @@ from monarchrt.models.errors import report_full_disk
 from monarchrt.train.sinks import Sink
 
 LOG_NAME = "log.jsonl"
+DROPPED_NAME = "log_dropped.jsonl"
+TENSORBOARD_NAME = "tensorboard"
 
 
 def read_log(path: Path) -> list[dict]:
-    """Reads a JSON-lines log; a last line that was cut off is left out.
+    """Reads a JSON-lines log; lines that are none, such as a last one that was cut off, are left out.
 
     Args:
         path: The log, or a run folder.
@@ -26,13 +28,15 @@ def read_log(path: Path) -> list[dict]:
         One dict per line, each with "step".
     """
     path = path / LOG_NAME if path.is_dir() else path
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return [record for line in path.read_bytes().splitlines() if (record := _record(line))]
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _summary_writer() -> type:
@@ -52,7 +56,7 @@ class RunLog:
 
     Each line is one JSON object with "step" and the scalars; NaN and infinity are written as strings, since JSON has
     none, and left out of TensorBoard. Lines are flushed one by one, so that a killed run has them all. On resume, what
-    lies after the checkpoint's step is dropped first, so that every step is in the log once.
+    lies after the checkpoint's step first goes to `log_dropped.jsonl`, so that every step is in the log once.
 
     Example:
         >>> import tempfile
@@ -68,7 +72,7 @@ class RunLog:
 
         Args:
             folder: Run folder.
-            step: Step of the checkpoint that the run goes on from, -1 for none; later lines are dropped.
+            step: Step of the checkpoint that the run goes on from, -1 for none; later lines go aside.
             kept: Says what is safe if the disk is full.
             sinks: Take the same scalars; closed with the log.
         """
@@ -79,13 +83,21 @@ class RunLog:
             if self.path.exists():
                 self._truncate(step)
             self._file = self.path.open("a", encoding="utf-8")
-            purge = step + 1 if (folder / "tensorboard").exists() else None
-            self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+            purge = step + 1 if (folder / TENSORBOARD_NAME).exists() else None
+            self._board = _summary_writer()(str(folder / TENSORBOARD_NAME), purge_step=purge, flush_secs=10)
 
     def _truncate(self, step: int) -> None:
-        kept = [record for record in read_log(self.path) if record.get("step", 0) <= step]
+        """Takes the lines after `step`, and those that are none, out of the log; they are kept beside it."""
+        kept, dropped = [], []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            record = _record(line)
+            (kept if record and record["step"] <= step and line.endswith(b"\n") else dropped).append(line)
+        if not dropped:
+            return
+        with self.path.with_name(DROPPED_NAME).open("ab") as file:
+            file.write(b"".join(line.rstrip(b"\n") + b"\n" for line in dropped))
         unfinished = self.path.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        unfinished.write_bytes(b"".join(kept))
         os.replace(unfinished, self.path)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

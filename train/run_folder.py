@@ -7,6 +7,8 @@ checkpoints/STEP/          the newest few, see `monarchrt.train.checkpointing`
 unreadable_checkpoints/    corrupt ones that a resume set aside
 samples/                   videos made while training
 data.json                  digests of the files of latents, so that a resume reads only those that changed
+log_dropped.jsonl          lines of the log after the checkpoint that a resume went back to
+wandb.json                 with --wandb: the id under which a resume goes on there
 """
 
 import dataclasses
@@ -18,10 +20,19 @@ from typing import Any
 
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.train.config import TrainConfig, from_dict, to_dict
+from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
 
 CONFIG_NAME = "config.json"
 DIGESTS_NAME = "data.json"
+CHECKPOINTS_NAME = "checkpoints"
+SET_ASIDE_NAME = "unreadable_checkpoints"
+SAMPLES_NAME = "samples"
 _UNFINISHED = "config.part"
+_OF_A_RUN = {CONFIG_NAME, _UNFINISHED, LOG_NAME, CHECKPOINTS_NAME, SET_ASIDE_NAME, SAMPLES_NAME, TENSORBOARD_NAME}
+_OF_VALUE = {
+    SET_ASIDE_NAME: "checkpoints of a run that were set aside as unreadable",
+    SAMPLES_NAME: "samples of a run",
+}
 
 # may change on resume without a word
 _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_every", "eval_windows", "eval_timesteps",
@@ -32,23 +43,73 @@ _NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "learning
 
 
 def claim_folder(config: TrainConfig) -> None:
-    """Checks that a run may use its folder; touches nothing.
+    """Checks that a run may use its folder, and that nothing in it would be lost; touches nothing.
 
     Args:
         config: The settings of the run.
 
     Raises:
-        UserError: If the folder holds something and `resume` is not set, or is not a folder.
+        UserError: If the folder is none, holds something else, holds a run and `resume` is not set, or holds what a
+            run without its checkpoints has left.
     """
     folder = config.run.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new or empty folder")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if config.run.resume or not names:
+    # what file browsers leave behind is nothing
+    names = {path.name for path in folder.iterdir()} - {".DS_Store", "desktop.ini"} if folder.is_dir() else set()
+    if not names:
         return
-    if names & {CONFIG_NAME, _UNFINISHED, "checkpoints"}:
+    if not names & _OF_A_RUN:
+        raise UserError(f"folder {folder} holds other files, and no run; give the path of a new or empty folder")
+    resumable = any(path.name.isdigit() for path in _entries(folder / CHECKPOINTS_NAME))
+    left = None if resumable else _left_behind(folder, names)
+    if left:
+        raise UserError(
+            f"folder {folder} holds {left}, and no checkpoint to go on from; nothing was changed: put its "
+            f"{CHECKPOINTS_NAME}/ back and give --resume, or give another --folder"
+        )
+    if not config.run.resume:
         raise UserError(f"folder {folder} already holds a run; go on with it with --resume, or give another --folder")
-    raise UserError(f"folder {folder} holds other files, and no run; give the path of a new or empty folder")
+    if not resumable:
+        _check_same_settings(config, read_config(folder))
+
+
+def _left_behind(folder: Path, names: set[str]) -> str | None:
+    """What a run leaves that cannot be had again without its checkpoints, in words."""
+    steps = (
+        [step for record in read_log(folder) if isinstance(step := record.get("step"), int)]
+        if LOG_NAME in names
+        else []
+    )
+    if max(steps, default=0) > 0:
+        return f"the log of a run up to step {max(steps)}"
+    for name, words in _OF_VALUE.items():
+        if _entries(folder / name):
+            return words
+    if LOG_NAME not in names and _entries(folder / TENSORBOARD_NAME):  # a run makes the log first
+        return "the TensorBoard files of a run whose log is gone"
+    return None
+
+
+def _check_same_settings(config: TrainConfig, found: TrainConfig | None) -> None:
+    """A run that was stopped before its first checkpoint may begin again, but not as another one.
+
+    Raises:
+        UserError: If settings that a resume may not change differ; names both values.
+    """
+    if found is None:
+        return
+    here, there = identity(config, fingerprint=""), identity(found, fingerprint="")
+    for name, value in there.items():
+        if name not in _NOTED and value != here[name]:
+            raise UserError(
+                f"folder {config.run.folder} holds the settings of another run, which had no checkpoint yet: {name} "
+                f"is {value} there and {here[name]} here; use that value, or give another --folder"
+            )
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 class FolderLock:
@@ -121,11 +182,15 @@ def read_config(folder: Path) -> TrainConfig | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON or text, numbers of thousands of digits, a million brackets
         raise UserError(f"{path} is damaged ({error}); mend it or give another run folder") from error
+    try:
+        return from_dict(TrainConfig, values)
+    except UserError as error:
+        raise UserError(f"{path} is not that of a run: {error}") from error
 
 
 def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import docstring_parser
@@ -47,6 +50,26 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
         if stop.code:
             raise UserError(_one_line(messages.getvalue())) from None
         raise
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads a file of settings, TOML or JSON by its ending.
+
+    Raises:
+        UserError: If it cannot be read or is neither.
+    """
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise UserError(f"config {path} ends in neither .toml nor .json; give a file of one of these formats")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config {path} is no {path.suffix[1:].upper()}: {_one_line(str(error))}") from error
+    if not isinstance(values, dict):
+        raise UserError(f'config {path} holds no settings by name, such as {{"steps": 500}}')
+    return values
 
 
 def _explain(kind: type) -> None:

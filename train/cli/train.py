@@ -1,12 +1,13 @@
 """`monarchrt train`: train or finetune a network, or go on with a run."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.cli.parsing import parse
-from monarchrt.train.config import TrainConfig
+from monarchrt.train.cli.parsing import parse, read_settings
+from monarchrt.train.config import TrainConfig, replace_settings
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.run_folder import claim_folder, read_config
 
@@ -16,27 +17,66 @@ monarchrt train --video clip.mp4 --folder runs/dense --attention dense --steps 5
 
 monarchrt train --video clip.mp4 --folder runs/monarch --init-from runs/dense --tile 1 4 7 --steps 200
 
-monarchrt train --folder runs/monarch --resume --steps 400"""
+monarchrt train --folder runs/monarch --resume --steps 400
+
+monarchrt train --config settings.toml --folder runs/third: settings that are not given come from the file, TOML or
+JSON, under the names of the options, such as steps = 500, or as in the config.json of a run"""
 
 
 def _parse_train(arguments: Sequence[str]) -> TrainConfig:
-    """Parses the options of `monarchrt train`; with --resume, those not given come from the folder's config.json."""
+    """Parses the options of `monarchrt train`.
+
+    Those not given come from the file of --config, then, with --resume, from the folder's config.json.
+    """
+    given, path = _take_config(arguments)
+    values = {} if path is None else read_settings(path)
     default = TrainConfig()
-    folder = _folder_to_resume(arguments)
-    if folder is not None:
-        default = read_config(folder) or default
-    return parse(TrainConfig, arguments, prog="monarchrt train", default=default, description=_TRAIN)
+    with _of_the_file(path):
+        asked = replace_settings(default, values)
+    if "--resume" in given or asked.run.resume:
+        default = read_config(Path(_last_value(given, "--folder") or asked.run.folder)) or default
+    with _of_the_file(path):
+        default = replace_settings(default, values)
+    return parse(TrainConfig, given, prog="monarchrt train", default=default, description=_TRAIN)
 
 
-def _folder_to_resume(arguments: Sequence[str]) -> Path | None:
-    if "--resume" not in arguments:
-        return None
-    for position, argument in enumerate(arguments):
-        if argument == "--folder" and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
-        if argument.startswith("--folder="):
-            return Path(argument.partition("=")[2])
-    return TrainConfig().run.folder
+def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--config FILE`, and the file."""
+    rest: list[str] = []
+    path = None
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError("config is empty; give a file, --config FILE.toml or FILE.json")
+        if path is not None:
+            raise UserError(f"config is given twice, as {path} and {value}; give one")
+        path = Path(value)
+    return rest, path
+
+
+def _last_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
+    found = None
+    for position, word in enumerate(arguments):
+        if word == option and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+    return found
+
+
+@contextlib.contextmanager
+def _of_the_file(path: Path | None) -> Iterator[None]:
+    """Names the file whose settings are wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def train_command(arguments: Sequence[str]) -> int:
