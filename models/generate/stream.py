@@ -1,28 +1,45 @@
 """A page on this machine that plays frames as they come: aiohttp, one websocket per browser, JPEG frames.
 
 The server runs in a thread of its own. A browser that connects late gets all frames that are kept, one that closes is
-forgotten, and generation never waits for any.
+forgotten, one too slow for the speed of play misses frames, one that takes nothing is let go, and generation never
+waits for any. Only the page itself may watch: requests that name another host (a name that somebody points at this
+machine), or come from another site that is open in the browser, are refused.
 """
 
 import asyncio
+import contextlib
 import errno
 import importlib.resources
 import io
+import ipaddress
 import os
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from types import TracebackType
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from aiohttp import WSMsgType, web
+from aiohttp.typedefs import Handler
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
 
 KEPT = 4096  # frames, so that an endless video does not fill the memory
+MOST_BROWSERS = 16  # that watch
+MOST_CONNECTIONS = 64
+PATIENCE = 5.0  # seconds for a browser to take a frame, and that one may be behind the speed of play
+GRACE = 10.0  # seconds after the end, or after it came, in which a browser holds the page up
+CLOSING = 1.0  # seconds that saying goodbye may take
+PAGE_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def check_port(host: str, port: int) -> None:
@@ -47,6 +64,73 @@ def _refused(host: str, port: int, error: OSError) -> UserError:
     return UserError(
         f"port {port} of {host} cannot be listened on ({reason or error}); give another --port, or 0 for a free one"
     )
+
+
+def own_host(named: str | None, host: str) -> bool:
+    """Whether a request's Host header names this page: no name that another could have pointed at this machine.
+
+    Example:
+        >>> own_host("localhost:8765", "127.0.0.1"), own_host("rebound.example:8765", "127.0.0.1")
+        (True, False)
+
+    Args:
+        named: The header.
+        host: What the page listens on. Beyond this machine, it may be called by any address, or by the machine's name.
+    """
+    with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{named or ''}").hostname or ""
+        local = {"localhost", "127.0.0.1", "::1", host.lower()} - {""}
+        beyond = not _loopback(host)
+        return name in local or _loopback(name) or (beyond and (_is_address(name) or name in _machine_names()))
+    return False
+
+
+def own_origin(origin: str | None, named: str | None) -> bool:
+    """Whether a request comes from the page itself, or from no page at all.
+
+    Example:
+        >>> own_origin("http://127.0.0.1:8765", "127.0.0.1:8765"), own_origin("https://a.example", "127.0.0.1:8765")
+        (True, False)
+
+    Args:
+        origin: The Origin header, which every browser sends with a websocket.
+        named: The Host header.
+    """
+    if origin is None:
+        return True
+    scheme, _, rest = origin.lower().partition("://")
+    return scheme in ("http", "https") and rest == (named or "").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _loopback(name: str) -> bool:
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def _machine_names() -> set[str]:
+    name = socket.gethostname().lower()
+    return {name, f"{name}.local", name.partition(".")[0]}
+
+
+class _Refused(asyncio.Protocol):
+    """Of a connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class _Watcher(NamedTuple):
+    """A browser that watches, and since when."""
+
+    browser: web.WebSocketResponse
+    transport: asyncio.BaseTransport | None
+    since: float
 
 
 class LivePage:
@@ -84,9 +168,10 @@ class LivePage:
         self._frames: deque[bytes] = deque(maxlen=KEPT)
         self._made = 0
         self._ended: str | None = None
-        self._browsers: weakref.WeakSet[web.WebSocketResponse] = weakref.WeakSet()
-        self._watching = 0
+        self._ended_at = 0.0
+        self._watchers: list[_Watcher] = []
         self._watched = 0
+        self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="live page", daemon=True)
         self._runner: web.AppRunner | None = None
@@ -116,13 +201,25 @@ class LivePage:
         self._loop.call_soon_threadsafe(self._finish, reason)
 
     def wait(self, seconds: float) -> bool:
-        """Waits until a browser has connected and all that have got everything, at most `seconds`; returns whether."""
+        """Waits until a browser has connected and all that have got everything, at most `seconds`.
+
+        A browser that is not done some seconds after the end, or after it came, is not waited for.
+
+        Returns:
+            Whether one had connected, and none was still busy.
+        """
         deadline = time.monotonic() + seconds
-        while self._watching or not self._watched:
+        while not self._watched or self._busy():
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
-        return True
+        return not self._watchers
+
+    def _busy(self) -> bool:
+        """Whether a browser is to be waited for."""
+        now = time.monotonic()
+        ended = now if self._ended is None else self._ended_at
+        return any(max(ended, watcher.since) > now - GRACE for watcher in list(self._watchers))
 
     def __enter__(self) -> "LivePage":
         self._thread.start()
@@ -136,8 +233,9 @@ class LivePage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._runner is not None:
-            asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(timeout=10)
+        closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        with contextlib.suppress(TimeoutError):  # whoever is still connected then is cut off
+            closing.result(timeout=10 * CLOSING)
         self._stop()
 
     def _stop(self) -> None:
@@ -147,20 +245,57 @@ class LivePage:
 
     async def _serve(self) -> None:
         self._changed = asyncio.Condition()
-        app = web.Application()
+        app = web.Application(middlewares=[self._guarded])
         app.router.add_get("/", self._page)
         app.router.add_get("/frames", self._stream)
-        app.on_shutdown.append(self._close_browsers)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=CLOSING, keepalive_timeout=PATIENCE
+        )
         await runner.setup()
-        site = web.TCPSite(runner, self._host, self._port)
+        self._runner = runner
         try:
-            await site.start()
+            self._server = await self._loop.create_server(self._connected, self._host, self._port, backlog=128)
         except OSError:
             await runner.cleanup()
             raise
-        self._runner = runner
-        self._port = runner.addresses[0][1]
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    def _connected(self) -> asyncio.Protocol:
+        """A connection's handler; those that ask for nothing for a while are cut off."""
+        server = self._runner and self._runner.server
+        if server is None or len(server.connections) >= MOST_CONNECTIONS:
+            return _Refused()
+        handler = server()
+        self._loop.call_later(2 * PATIENCE, self._cut_idle, handler)
+        return handler
+
+    def _cut_idle(self, handler: web.RequestHandler) -> None:
+        transport = handler.transport  # None once it is closed
+        if transport is not None and transport not in [watcher.transport for watcher in self._watchers]:
+            transport.abort()
+
+    async def _close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        goodbyes = [asyncio.create_task(watcher.browser.close()) for watcher in self._watchers]
+        if goodbyes:
+            await asyncio.wait(goodbyes, timeout=2 * CLOSING)
+        if self._runner is not None:
+            if self._runner.server is not None:
+                for connection in self._runner.server.connections:
+                    if connection.transport is not None:
+                        connection.transport.abort()
+            await self._runner.cleanup()
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lets through what this page asks for."""
+        named = request.headers.get("Host")
+        if not own_host(named, self._host):
+            raise web.HTTPForbidden(text=f"this page is not served as {named}; open {self.url}\n")
+        if not own_origin(request.headers.get("Origin"), named):
+            raise web.HTTPForbidden(text=f"other sites may not watch; open {self.url}\n")
+        return await handler(request)
 
     def _add(self, jpeg: bytes) -> None:
         self._frames.append(jpeg)
@@ -168,7 +303,7 @@ class LivePage:
         self._wake()
 
     def _finish(self, reason: str) -> None:
-        self._ended = reason
+        self._ended, self._ended_at = reason, time.monotonic()
         self._wake()
 
     def _wake(self) -> None:
@@ -180,27 +315,30 @@ class LivePage:
 
     async def _page(self, request: web.Request) -> web.Response:
         page = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-        return web.Response(text=page, content_type="text/html", headers={"Cache-Control": "no-store"})
-
-    async def _close_browsers(self, app: web.Application) -> None:
-        for browser in list(self._browsers):
-            await browser.close()
+        return web.Response(text=page, content_type="text/html", headers=PAGE_HEADERS)
 
     async def _stream(self, request: web.Request) -> web.WebSocketResponse:
-        browser = web.WebSocketResponse(heartbeat=10.0)
-        await browser.prepare(request)
-        self._browsers.add(browser)
-        self._watching += 1
-        self._watched += 1
-        listener = asyncio.create_task(self._listen(browser))
+        if len(self._watchers) >= MOST_BROWSERS:
+            raise web.HTTPServiceUnavailable(text=f"{MOST_BROWSERS} browsers watch already; close one\n")
+        browser = web.WebSocketResponse(heartbeat=10.0, timeout=CLOSING, max_msg_size=1024)
+        watcher = _Watcher(browser, request.transport, time.monotonic())
+        self._watchers.append(watcher)
+        listener = None
         try:
+            await browser.prepare(request)
+            self._watched += 1
+            listener = asyncio.create_task(self._listen(browser))
             await browser.send_json(self._hello)
             await self._send_all(browser)
         except ConnectionError:
             pass  # the browser was closed
+        except TimeoutError:  # it takes nothing: it was put to sleep, or means harm
+            if isinstance(watcher.transport, asyncio.WriteTransport):
+                watcher.transport.abort()
         finally:
-            listener.cancel()
-            self._watching -= 1
+            if listener is not None:
+                listener.cancel()
+            self._watchers.remove(watcher)
         return browser
 
     async def _listen(self, browser: web.WebSocketResponse) -> None:
@@ -212,14 +350,17 @@ class LivePage:
             self._changed.notify_all()
 
     async def _send_all(self, browser: web.WebSocketResponse) -> None:
-        sent = self._made - len(self._frames)
+        first = sent = self._made - len(self._frames)
+        begin = time.monotonic()
         while not browser.closed:
             sent = max(sent, self._made - len(self._frames))  # what is not kept any more is skipped
             if sent < self._made:
-                await browser.send_bytes(self._frames[sent - self._made])
+                played = first + int((time.monotonic() - begin - PATIENCE) * self._hello["fps"])
+                sent = max(sent, min(played, self._made - 1))  # and what is long past at the speed of play
+                await asyncio.wait_for(browser.send_bytes(self._frames[sent - self._made]), PATIENCE)
                 sent += 1
             elif self._ended is not None:
-                await browser.send_json({"ended": self._ended})
+                await asyncio.wait_for(browser.send_json({"ended": self._ended}), PATIENCE)
                 return
             else:
                 await self._news(sent, browser)

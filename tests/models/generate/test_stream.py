@@ -1,6 +1,7 @@
 """The live page: over a websocket, and in a real browser where there is one."""
 
 import asyncio
+import contextlib
 import io
 import shutil
 import socket
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.stream import LivePage, check_port
+from monarchrt.models.generate.stream import LivePage, check_port, own_host
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -129,6 +130,116 @@ def test_waiting_ends_without_browsers():
     with LivePage(port=0) as page:
         page.end()
         assert not page.wait(0.2)
+
+
+class TestStrangers:
+    """Who may not watch, and who may not disturb."""
+
+    def get(self, page, path="", **headers):
+        """Status and text."""
+        port = page.url.rstrip("/").rpartition(":")[2]
+        with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as client:
+            lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+            client.sendall("\r\n".join([f"GET /{path} HTTP/1.1", *lines, "Connection: close", "", ""]).encode())
+            answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+        return int(answer.split()[1]), answer.partition("\r\n\r\n")[2]
+
+    def websocket(self, page, **headers):
+        upgrade = {"Upgrade": "websocket", "Sec_WebSocket_Version": 13, "Sec_WebSocket_Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+        port = page.url.rstrip("/").rpartition(":")[2]
+        client = socket.create_connection(("127.0.0.1", int(port)), timeout=10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        headers = {"Host": f"127.0.0.1:{port}"} | headers | upgrade | {"Connection": "Upgrade"}
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        client.sendall("\r\n".join(["GET /frames HTTP/1.1", *lines, "", ""]).encode())
+        return client
+
+    def status(self, client):
+        return int(client.recv(64).split()[1])
+
+    @pytest.mark.parametrize("path", ["", "frames", "nothing"])
+    @pytest.mark.parametrize(
+        "host", ["rebound.example", "127.0.0.1.example:80", "192.0.2.7", "localhost.example", "", "["]
+    )
+    def test_names_that_somebody_points_at_this_machine(self, path, host):
+        with LivePage(port=0) as page:
+            status, text = self.get(page, path, Host=host)
+        assert (status, text) in [(403, f"this page is not served as {host}; open {page.url}\n"), (400, text)]
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9000", "[::1]:80", "LOCALHOST"])
+    def test_names_of_this_machine(self, host):
+        with LivePage(port=0) as page:
+            assert self.get(page, Host=host)[0] == 200
+
+    @pytest.mark.parametrize(
+        "origin", ["https://a.example", "null", "http://127.0.0.1:1", "http://localhost", "file://", "http://127.0.0.1"]
+    )
+    def test_other_sites(self, origin):
+        with LivePage(port=0) as page:
+            page.show(frames(2))
+            with self.websocket(page, Origin=origin) as client:
+                assert self.status(client) == 403
+            with self.websocket(page, Origin=page.url.rstrip("/")) as client:
+                assert self.status(client) == 101
+
+    def test_a_page_beyond_this_machine_is_called_by_any_address(self):
+        assert own_host("192.0.2.7:8765", "0.0.0.0")
+        assert own_host(f"{socket.gethostname()}:8765", "0.0.0.0")
+        assert own_host("studio.example", "studio.example")
+        assert not own_host("rebound.example:8765", "0.0.0.0")
+
+    def test_a_limit_on_browsers_and_connections(self, monkeypatch):
+        monkeypatch.setattr("monarchrt.models.generate.stream.MOST_BROWSERS", 2)
+        monkeypatch.setattr("monarchrt.models.generate.stream.MOST_CONNECTIONS", 6)
+        with LivePage(port=0) as page, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.websocket(page)) for _ in range(2)]
+            assert [self.status(client) for client in clients] == [101, 101]
+            assert self.status(stack.enter_context(self.websocket(page))) == 503
+            for _ in range(8):
+                stack.enter_context(socket.create_connection(clients[0].getpeername(), timeout=10))
+            time.sleep(0.2)
+            assert stack.enter_context(socket.create_connection(clients[0].getpeername(), timeout=10)).recv(1) == b""
+
+    def test_stalled_browsers_do_not_hold_the_exit(self, monkeypatch):
+        """Some that take nothing, some that say nothing; one that watches gets everything meanwhile."""
+        monkeypatch.setattr("monarchrt.models.generate.stream.PATIENCE", 1.0)
+        monkeypatch.setattr("monarchrt.models.generate.stream.GRACE", 2.0)
+        noise = np.random.default_rng(0).integers(0, 255, (120, 240, 320, 3), np.uint8)
+        with contextlib.ExitStack() as stack:
+            with LivePage(port=0, fps=1000.0) as page:
+                stalled = [stack.enter_context(self.websocket(page)) for _ in range(10)]
+                stack.enter_context(socket.create_connection(stalled[0].getpeername()))
+                page.show(noise)
+                page.end()
+                assert len(watch(page.url)[1]) == 120
+                begin = time.monotonic()
+                page.wait(60.0)
+                assert time.monotonic() - begin < 10
+                begin = time.monotonic()
+            assert time.monotonic() - begin < 10
+
+    def test_a_slow_browser_misses_frames(self, monkeypatch):
+        monkeypatch.setattr("monarchrt.models.generate.stream.PATIENCE", 1.0)
+        noise = np.random.default_rng(0).integers(0, 255, (150, 240, 320, 3), np.uint8)
+        noise[-1] = 0
+
+        async def slowly(url):
+            pictures = []
+            async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}frames", max_msg_size=0) as ws:
+                async for message in ws:
+                    if message.type is aiohttp.WSMsgType.BINARY:
+                        pictures.append(message.data)
+                        await asyncio.sleep(0.03)
+            return pictures
+
+        with LivePage(port=0, fps=200.0) as page:
+            page.show(noise)
+            page.end()
+            begin = time.monotonic()
+            pictures = asyncio.run(slowly(page.url))
+            assert 5 < len(pictures) < 140
+            assert np.asarray(Image.open(io.BytesIO(pictures[-1]))).max() < 12  # the last is not missed
+            assert time.monotonic() - begin < 12
 
 
 @pytest.mark.slow
