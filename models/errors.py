@@ -21,6 +21,24 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """A text out of a file for a message: on one line, without what steers a terminal, and not for ever.
+
+    Example:
+        >>> printable("blocks.0\\x1b[2J\\n")
+        'blocks.0\\\\x1b[2J\\\\n'
+
+    Args:
+        text: Anything, halves of surrogate pairs included, as names of files that are not UTF-8 have them.
+        limit: Characters to keep.
+
+    Returns:
+        The text; characters that cannot be printed are written as in Python.
+    """
+    kept = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+
+
 class NonFiniteError(UserError):
     """The loss, the gradient or the parameters became NaN or infinite.
 

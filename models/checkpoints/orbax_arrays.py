@@ -4,7 +4,6 @@ Where one of many arrays is damaged, Orbax gives up the coroutines that read the
 an event loop to tell, and can take the process with them (seen with Orbax 0.12.8 and tensorstore 0.1.86).
 """
 
-import json
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore as ts
+
+from monarchrt.models.checkpoints.json_files import read_json
 
 BYTES_AT_A_TIME = 2**32  # that are on their way from the disk
 
@@ -32,9 +33,9 @@ def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]
     """
     folder = folder.absolute()
     try:
-        stored = json.loads((folder / "_METADATA").read_text())
+        stored = read_json(folder / "_METADATA")
         driver, single = ("zarr3" if stored["use_zarr3"] else "zarr"), stored["use_ocdbt"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} is not a folder that Orbax wrote: {_on_one_line(error)}") from error
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -14,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.checkpoints.tensor_files import (
     INDEX_SUFFIX,
     SafetensorsFile,
@@ -181,15 +181,11 @@ def find_weights(
 
 
 def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
-    """The `config.json` beside a file, and what it holds: nothing if it is not there or no object of settings."""
+    """The `config.json` beside a file, and what it holds; nothing if it is not there, ValueError if it is damaged."""
     beside = file.parent / "config.json"
     if not beside.is_file():
         return beside, {}
-    try:
-        settings = json.loads(beside.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{beside} is not JSON: {error}.") from error
-    return beside, settings if isinstance(settings, dict) else {}
+    return beside, read_json(beside)
 
 
 def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()) -> TensorFile:
@@ -210,7 +206,7 @@ def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[st
         return TorchFile(path, weights=weights, preference=preference)
     if weights is not None:
         raise ValueError(f"weights={weights!r}: {path} holds one set of tensors; leave weights out.")
-    return ShardedSafetensors(path) if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(path)
+    return ShardedSafetensors(path) if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(path, quantized=True)
 
 
 class Problems(NamedTuple):

@@ -12,17 +12,27 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.checkpoints.json_files import MAX_BYTES, parse_json, read_json
+from monarchrt.models.errors import UserError, printable
 from monarchrt.models.files import unfinished
 
-DTYPES = {
+FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+DTYPES = FLOATS | {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -56,49 +66,56 @@ class SafetensorsFile:
     Args:
         path: The file.
         only: Names of the tensors to look at; None is all of them.
+        quantized: Whether there may be integers and floats of 8 bits, which are of no use without their scales.
 
     Attributes:
         infos: Shape and dtype by name.
         metadata: The header's text entries.
 
     Raises:
-        ValueError: If the file is not safetensors, is truncated, or holds a dtype that is not a float.
+        ValueError: If the file is not safetensors, is truncated or longer than its header says, tensors overlap or
+            leave gaps, or one is of another dtype.
     """
 
-    def __init__(self, path: Path, *, only: Collection[str] | None = None):
+    def __init__(self, path: Path, *, only: Collection[str] | None = None, quantized: bool = False):
         self.path = Path(path)
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if len(start) < 8 or length > MAX_HEADER:
+            if not 0 < length <= MAX_BYTES:
                 raise ValueError(f"{self.path} is not a safetensors file ({size} bytes).")
             if 8 + length > size:
                 raise ValueError(f"{self.path} is truncated: {size} bytes, its header alone needs {8 + length}.")
-            try:
-                header = json.loads(file.read(length))
-                self.metadata = dict(header.pop("__metadata__", {}))
-                entries = [
-                    (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                    for name, entry in header.items()
-                ]
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-                raise ValueError(f"{self.path} is not a safetensors file: its header cannot be read.") from error
+            header = file.read(length)
+        try:
+            self.metadata, entries = _parse_header(header)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is not a safetensors file: its header cannot be read: {printable(str(error))}"
+            ) from error
         self._data = 8 + length
         self._offsets: dict[str, int] = {}
         self.infos: dict[str, TensorInfo] = {}
-        needed = self._data + max((entry[-1] for entry in entries), default=0)
-        if size < needed:
-            raise ValueError(f"{self.path} is truncated: {size} bytes of {needed}; copy or download it again.")
-        for name, dtype, shape, begin, end in entries:
+        reached, readable = 0, DTYPES if quantized else FLOATS
+        for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+            shown = f"{self.path}: {printable(name)}"
+            if begin != reached or end < begin:
+                raise ValueError(f"{shown} is said to lie at bytes {begin} to {end}; those before end at {reached}.")
+            reached = end
             if only is not None and name not in only:
                 continue
-            if dtype not in DTYPES:
-                raise ValueError(f"{self.path}: {name} has dtype {dtype}; these can be read: {', '.join(DTYPES)}.")
+            if dtype not in readable:
+                raise ValueError(f"{shown} has dtype {printable(dtype, 20)}; these can be read: {', '.join(readable)}.")
             info = TensorInfo(shape, DTYPES[dtype])
-            if begin < 0 or end - begin != info.nbytes:
-                raise ValueError(f"{self.path}: {name} has {end - begin} bytes, its shape {shape} needs {info.nbytes}.")
+            if end - begin != info.nbytes:
+                raise ValueError(f"{shown} has {end - begin} bytes, its shape {shape} needs {info.nbytes}.")
             self.infos[name], self._offsets[name] = info, begin
+        needed = self._data + reached
+        if size < needed:
+            raise ValueError(f"{self.path} is truncated: {size} bytes of {needed}; copy or download it again.")
+        if size > needed:
+            raise ValueError(f"{self.path} has {size} bytes, its header describes {needed}; download it again.")
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, freshly read."""
@@ -111,6 +128,40 @@ class SafetensorsFile:
         return array.reshape(info.shape)
 
 
+type _Row = tuple[str, str, tuple[int, ...], int, int]
+
+
+def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
+    """Metadata, and of each tensor: name, dtype, shape, first byte and the one after its last."""
+    header = parse_json(text.decode("utf-8"), "it")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no object of strings")
+    rows: list[_Row] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its entry {name!r} lacks dtype, shape or data_offsets") from error
+        if not isinstance(dtype, str) or not all(
+            type(number) is int and number >= 0 for number in (*shape, begin, end)
+        ):
+            raise ValueError(f"its entry {name!r} has a number that is none")
+        check_shape(shape, np.dtype(np.float64))
+        rows.append((name, dtype, shape, begin, end))
+    return metadata, rows
+
+
+def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raises ValueError for shapes that no array can have: over 8 axes, or sizes beyond 2^60 bytes.
+
+    Example:
+        >>> check_shape((1536, 16, 1, 2, 2), np.dtype("float32"))
+    """
+    if len(shape) > 8 or math.prod(max(n, 1) for n in shape) * dtype.itemsize > 2**60:
+        raise ValueError(f"a shape of {len(shape)} axes is too large")
+
+
 class ShardedSafetensors:
     """The shards that an index file lists, as one.
 
@@ -119,24 +170,27 @@ class ShardedSafetensors:
     """
 
     def __init__(self, index: Path):
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-            shards = {str(shard): index.parent / Path(shard).name for shard in weight_map.values()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{index} is not an index of safetensors shards.") from error
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{index} is not an index of safetensors shards.")
+        shards = {shard: index.parent / shard for shard in weight_map.values()}
+        for shard in shards:
+            if shard in ("", ".", "..") or "\0" in shard or "/" in shard or "\\" in shard:
+                raise ValueError(f"{index} names {printable(shard)!r}, which is no file of its own folder.")
         self.metadata: dict[str, str] = {}
         self._shards: dict[str, SafetensorsFile] = {}
         self.infos: dict[str, TensorInfo] = {}
+        owned: dict[str, list[str]] = {shard: [] for shard in shards}
+        for name, shard in weight_map.items():
+            owned[shard].append(name)
         for shard, path in shards.items():
             if not path.is_file():
-                raise ValueError(f"{index.parent} lacks the shard {shard} that {index.name} lists.")
-            file = SafetensorsFile(path)
+                raise ValueError(f"{index.parent} lacks the shard {printable(shard)} that {index.name} lists.")
+            file = SafetensorsFile(path, quantized=True)
             self.metadata |= file.metadata
-            for name, owner in weight_map.items():
-                if owner != shard:
-                    continue
+            for name in owned[shard]:
                 if name not in file.infos:
-                    raise ValueError(f"{path} lacks the tensor {name} that {index.name} lists.")
+                    raise ValueError(f"{path} lacks the tensor {printable(name)} that {index.name} lists.")
                 self._shards[name], self.infos[name] = file, file.infos[name]
 
     def read(self, name: str) -> np.ndarray:

@@ -1,17 +1,20 @@
-"""torch's `.pt` files without torch, and without running anything: an unpickler that can build tensors only."""
+"""torch's `.pt` files without torch, and without running anything: an archive of tensors' bytes, and a pickle."""
 
 import collections
 import dataclasses
 import math
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from monarchrt.models.checkpoints.tensor_files import TensorInfo
+from monarchrt.models.checkpoints.plain_pickle import UnsafePickleError, read_pickle
+from monarchrt.models.checkpoints.stored_zip import read_directory, read_entry
+from monarchrt.models.checkpoints.tensor_files import TensorInfo, check_shape
+from monarchrt.models.errors import printable
+
+__all__ = ["STORAGES", "TorchFile", "UnsafePickleError"]
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -25,10 +28,26 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-
-
-class UnsafePickleError(ValueError):
-    """The file asks for something other than tensors, which could be any program."""
+# torch.DTYPE, which newer dtypes are stored with beside bytes without a type, and which settings may name
+DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "uint16": np.dtype(np.uint16),
+    "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+    "int16": np.dtype(np.int16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+MAX_PICKLE = 64 * 2**20  # bytes; that of a model has some 100 to 200 per tensor
+MAX_DEPTH = 4  # of dictionaries, down to which sets of tensors are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,52 +70,71 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
+def _storage(pid: Any) -> _Storage:
+    kind, storage_type, key, _, size = pid
+    if kind != "storage" or not isinstance(storage_type, _StorageType):
+        raise UnsafePickleError(f"it refers to a {printable(str(kind)) if isinstance(kind, str) else type(kind)}")
+    if not isinstance(key, str) or type(size) is not int or size < 0:
+        raise UnsafePickleError("a storage has no name or no size")
+    return _Storage(key, storage_type.dtype, size)
+
+
 def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
-    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    inside = math.prod(shape) == 0 or (offset >= 0 and min(strides, default=0) >= 0 and last < storage.size)
-    if not isinstance(storage, _Storage) or not inside:
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in numbers):
         raise UnsafePickleError("a tensor lies outside its storage")
-    return _Tensor(storage, int(offset), shape, strides)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    count = math.prod(shape)
+    # a tensor that repeats its numbers would be larger in memory than in the file
+    if count and (last >= storage.size or count > storage.size):
+        raise UnsafePickleError("a tensor lies outside its storage")
+    check_shape(tuple(shape), storage.dtype)
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_typed(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> _Tensor:
+    if not isinstance(storage, _Storage) or not isinstance(dtype, _StorageType) or storage.size % dtype.dtype.itemsize:
+        raise UnsafePickleError("a tensor is of no dtype, or lies outside its storage")
+    typed = _Storage(storage.key, dtype.dtype, storage.size // dtype.dtype.itemsize)
+    return _rebuild_tensor(typed, offset, shape, strides)
 
 
 def _rebuild_parameter(tensor, *_) -> _Tensor:
     return tensor
 
 
+def _ordered(pairs: Any = ()) -> dict[str, Any]:
+    found = collections.OrderedDict()
+    for key, value in pairs:
+        if not isinstance(key, str | int):
+            raise UnsafePickleError(f"a dictionary in it has a key that is a {type(key).__name__}")
+        found[key] = value
+    return found
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): tuple,
-    **{("torch", name): _StorageType(dtype) for name, dtype in STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): _StorageType(np.dtype(np.uint8)),
+    **{("torch", name): _StorageType(dtype) for name, dtype in (STORAGES | DTYPES).items()},
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return _ALLOWED[module_name, global_name]
-        except KeyError:
-            raise UnsafePickleError(f"it asks for {module_name}.{global_name}") from None
-
-    def persistent_load(self, pid: Any, /) -> _Storage:
-        kind, storage_type, key, _, size = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise UnsafePickleError(f"it refers to a {kind!r}")
-        return _Storage(str(key), storage_type.dtype, int(size))
 
 
 class TorchFile:
     """A `.pt` file as torch >= 1.6 writes it (a zip archive): dictionaries of tensors, read one tensor at a time.
 
     Attributes:
-        sets: Dictionaries of tensors by their key in the file, such as "generator_ema"; "" if the file is one itself.
+        sets: Dictionaries of tensors by their key in the file, such as "generator_ema", keys of nested ones joined by
+            dots; "" if the file is one itself.
         infos: Shape and dtype by name in the chosen set.
 
     Args:
         path: The file.
-        weights: Which set to take; None takes the first of `preference` that is there.
+        weights: Which set to take; None takes the first of `preference` that is there, alone or inside others, or else
+            the one of most tensors.
         preference: Order of choice.
 
     Raises:
@@ -106,32 +144,20 @@ class TorchFile:
 
     def __init__(self, path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()):
         self.path = Path(path)
+        with self.path.open("rb") as file:
+            start = file.read(4)
         try:
-            archive = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile:
+            self._entries = read_directory(self.path) if start == b"PK\3\4" else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is not a zip archive: {error}; copy or download it again, or save it again with torch."
+            ) from error
+        if not self._entries:
             raise ValueError(
                 f"{self.path} is not a zip archive: it is truncated, or written by torch before 1.6 (then load it with "
                 f"torch and save it again)."
-            ) from None
-        with archive:
-            self._entries = {entry.filename: entry for entry in archive.infolist()}
-            pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{self.path} is a zip archive, but not one that torch.save wrote.")
-            self._root = pickles[0].removesuffix("data.pkl")
-            order = self._root + "byteorder"
-            if order in self._entries and archive.read(order) != b"little":
-                raise ValueError(f"{self.path} was written on a big-endian machine, which is not supported.")
-            try:
-                with archive.open(pickles[0]) as file:
-                    content = _Unpickler(file).load()
-            except UnsafePickleError as error:
-                raise UnsafePickleError(
-                    f"{self.path} is refused: {error}. Only tensors are read from pickles, since anything else could "
-                    f"run a program; ask its author for safetensors."
-                ) from None
-            except Exception as error:
-                raise ValueError(f"{self.path} cannot be read: {error}") from error
+            )
+        content = self._content()
         self.sets = _tensor_sets(content)
         if not self.sets:
             raise ValueError(f"{self.path} holds no dictionary of tensors.")
@@ -142,43 +168,77 @@ class TorchFile:
         for name, tensor in self._tensors.items():
             entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
             needed = tensor.storage.size * tensor.storage.dtype.itemsize
-            if entry is None or entry.file_size != needed:
-                found = 0 if entry is None else entry.file_size
-                raise ValueError(f"{self.path}: {name} has {found} bytes of {needed}; the file is damaged.")
+            if entry is None or entry.size != needed:
+                found = 0 if entry is None else entry.size
+                raise ValueError(f"{self.path}: {printable(name)} has {found} bytes of {needed}; the file is damaged.")
+
+    def _content(self) -> Any:
+        """The pickle's object."""
+        pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"{self.path} is a zip archive, but not one that torch.save wrote.")
+        self._root = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith(f"{self._root}code/") for name in self._entries):
+            raise ValueError(f"{self.path} is a TorchScript program, not weights; save its state_dict with torch.")
+        order, entry = self._entries.get(f"{self._root}byteorder"), self._entries[pickles[0]]
+        if entry.size > MAX_PICKLE:
+            raise ValueError(f"{self.path} has a pickle of {entry.size} bytes; at most {MAX_PICKLE} are read.")
+        try:
+            if order is not None and (order.size > 6 or read_entry(self.path, order).tobytes() != b"little"):
+                raise ValueError("it was written on a big-endian machine, which is not supported")
+            data = read_entry(self.path, entry).tobytes()
+            return read_pickle(data, build=_ALLOWED, storage=_storage)
+        except UnsafePickleError as error:
+            raise UnsafePickleError(
+                f"{self.path} is refused: {error}. Only tensors are read from pickles, since anything else could "
+                f"run a program; ask its author for safetensors."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{self.path} cannot be read: {error}.") from error
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, freshly read; the archive's checksum is verified."""
         tensor = self._tensors[name]
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                data = archive.read(f"{self._root}data/{tensor.storage.key}")
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{self.path}: {name} is damaged ({error}).") from error
-        flat = np.frombuffer(data, tensor.storage.dtype)[tensor.offset :]
+            data = read_entry(self.path, self._entries[f"{self._root}data/{tensor.storage.key}"])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {printable(name)} is damaged ({error}).") from error
+        flat = data.view(tensor.storage.dtype)[tensor.offset :]
         strides = [step * flat.itemsize for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
 
 def _tensor_sets(content: Any) -> dict[str, dict[str, _Tensor]]:
-    """Dictionaries of tensors in a loaded file: itself ("") or its values."""
-    if not isinstance(content, dict):
-        return {}
-    if own := _tensors_in(content):
-        return {"": own}
-    sets = {str(name): _tensors_in(value) for name, value in content.items()}
-    return {name: tensors for name, tensors in sets.items() if tensors}
+    """Dictionaries of tensors in a loaded file: itself ("") or values in it, but for the states of optimizers."""
+    sets: dict[str, dict[str, _Tensor]] = {}
+    seen: set[int] = set()
 
+    def look(name: str, value: Any, depth: int) -> None:
+        if not isinstance(value, dict) or id(value) in seen:
+            return
+        seen.add(id(value))
+        if tensors := {str(key): tensor for key, tensor in value.items() if isinstance(tensor, _Tensor)}:
+            sets[name] = tensors
+        if depth < MAX_DEPTH:
+            for key, inner in value.items():
+                if "optim" not in str(key).lower():
+                    look(f"{name}.{key}" if name else str(key), inner, depth + 1)
 
-def _tensors_in(content: Any) -> dict[str, _Tensor]:
-    if not isinstance(content, dict):
-        return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
+    look("", content, 0)
+    return sets
 
 
 def _choose(path: Path, sets: dict[str, Any], weights: str | None, preference: tuple[str, ...]) -> str:
     if weights is None:
-        return next((name for name in (*preference, *sets) if name in sets), "")
+        for wanted in preference:
+            inside = [name for name in sets if wanted == name or wanted in name.split(".")]
+            if inside:
+                return min(inside, key=lambda name: (name != wanted, -len(sets[name])))
+        return max(sets, key=lambda name: len(sets[name]))
     if weights not in sets:
-        there = ", ".join(map(repr, sets)) if set(sets) != {""} else "one unnamed set"
-        raise ValueError(f"weights={weights!r} is not in {path}; it holds {there}.")
+        there = ", ".join(printable(repr(name)) for name in list(sets)[:20])
+        raise ValueError(f"weights={weights!r} is not in {path}; it holds {there if set(sets) != {''} else _ONE}.")
     return weights
+
+
+_ONE = "one unnamed set"

@@ -14,6 +14,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
+from monarchrt.models.checkpoints.json_files import parse_json
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import unfinished
 
@@ -186,7 +187,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         raise UserError(f"video {path} does not exist; give an .mp4 made by monarchrt generate")
     try:
         with av.open(str(path)) as container:
-            return dict(json.loads(container.metadata["comment"])[KEY].items())
+            return dict(parse_json(container.metadata["comment"], "its comment")[KEY].items())
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"video {path} is damaged or not a video ({error.strerror or error})") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -14,13 +14,14 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
 
+from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.checkpoints.orbax_arrays import open_arrays, result
 from monarchrt.models.checkpoints.reading import ParameterPath
 from monarchrt.models.checkpoints.tensor_files import TensorInfo
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.mapping import checkpoint_shape, parameter_shapes, tensors, to_theirs
 from monarchrt.models.wan.checkpoints.save import new_folder
-from monarchrt.models.wan.checkpoints.source import Source, read_json
+from monarchrt.models.wan.checkpoints.source import Source
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
 

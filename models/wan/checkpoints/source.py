@@ -1,7 +1,6 @@
 """Finding out what a path holds: format, names, settings, and what is missing or wrong."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from monarchrt.models.checkpoints.hub import fetch, names_repository
+from monarchrt.models.checkpoints.json_files import parse_json, read_json
 from monarchrt.models.checkpoints.reading import (
     PICKLES,
     Entry,
@@ -143,7 +143,7 @@ def open_source(
     else:
         config_path = None
         header = getattr(file, "metadata", {}).get(settings.OWN_KEY)
-        own = _parse(header, "the file's header") if header else None
+        own = parse_json(header, "the file's header") if header else None
         described = _describe(names, file, naming, config, own)
     few_step = chosen.startswith(DISTILLED) or settings.few_step_from_json(own)
     if format_ == "official" and naming == "diffusers":
@@ -214,22 +214,3 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
     patterns += ["scheduler/scheduler_config.json"]
     return fetch(str(path), patterns, revision=revision)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a `config.json`; ValueError if it is none."""
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    return _parse(text, str(path))
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} is not an object of settings.")
-    return data

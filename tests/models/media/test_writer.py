@@ -174,3 +174,16 @@ class TestFidelity:
         assert fidelity(shifted, smooth).psnr == pytest.approx(fidelity(noisy, smooth).psnr, abs=0.01)
         assert fidelity(shifted, smooth).ssim > 0.9 > 0.5 > fidelity(noisy, smooth).ssim
         assert fidelity(smooth[:, :8, :8], smooth[:, :8, :8]).ssim == 1.0
+
+
+@pytest.mark.parametrize("comment", ["[" * 100_000, '{"monarchrt": {"shift": NaN}}', '{"a":' * 50_000, "[1]", "1e999"])
+def test_settings_that_are_no_json(tmp_path, comment):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=16)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        container.mux(stream.encode())
+    with pytest.raises(UserError, match="holds no settings"):
+        read_settings(tmp_path / "a.mp4")
