@@ -14,10 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
-from monarch_jax import MonarchKVCache
-from monarchrt.models.wan.attention import dense_attention
-from monarchrt.models.wan.config import DenseAttention, MonarchAttention
-from monarchrt.models.wan.dit import WanModel, attention_runs, rematerialized
+from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
+from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized
+from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 
 
@@ -27,34 +26,27 @@ class WanCache:
     """Keys and values of the frames so far, of every layer, and of the text. A pytree of fixed shapes.
 
     Attributes:
-        keys: For each run of layers with equal attention [layers, B, tiles, b1, b2, heads, head_dim], in the tiled
-            order of that attention; dense layers keep token order.
-        values: Likewise.
+        runs: For each run of layers with equal attention, the cache that its kind made: each array has a leading axis
+            of these layers, [layers, B, ...], and `length` is left out.
         length: int32 scalar, frames written so far.
         cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim].
-        layouts: For each run, its cache without arrays: tile, capacity, rolling window, sink frames.
+        shape: What the caches were made to hold.
     """
 
-    keys: Any
-    values: Any
+    runs: Any
     length: Any
     cross: Any
-    layouts: tuple["Layout", ...] = dataclasses.field(metadata={"static": True})
+    shape: CacheShape = dataclasses.field(metadata={"static": True})
 
+    @property
+    def keys(self) -> tuple[Array, ...]:
+        """Keys of each run in the order that its attention keeps them in, [layers, B, ...]."""
+        return tuple(run.key for run in self.runs)
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The fixed part of one layer's `MonarchKVCache`."""
-
-    spec: Any
-    sink_frames: int
-    rolling: bool
-    detach_past: bool
-
-    def cache(self, key: Array, value: Array, length: Array) -> MonarchKVCache:
-        """One layer's cache."""
-        fixed = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return MonarchKVCache(key=key, value=value, length=length, **fixed)
+    @property
+    def values(self) -> tuple[Array, ...]:
+        """Values, as `keys`."""
+        return tuple(run.value for run in self.runs)
 
 
 def init_cache(
@@ -101,33 +93,19 @@ def init_cache(
     config = model.config
     model.check_context(text.shape[0], text, image)
     _, rows, columns = config.token_grid(config.patch_size[0], height, width)
-    keys, values, layouts = [], [], []
-    for run in attention_runs(config.layer_attention):
-        setting = run.setting
-        tiled = isinstance(setting, MonarchAttention)
-
-        def empty(tile=setting.tile if tiled else None, blocks=setting.blocks if tiled else "fh,w"):
-            cache = MonarchKVCache.init(
-                batch=text.shape[0],
-                frames=frames,
-                height=rows,
-                width=columns,
-                heads=config.num_heads,
-                head_dim=config.head_dim,
-                tile=tile,
-                blocks=blocks,
-                rolling=rolling,
-                sink_frames=sink_frames,
-                detach_past=detach_past,
-                dtype=jnp.dtype(config.dtype),
-            )
-            layouts.append(Layout(cache.spec, sink_frames, rolling, detach_past))
-            return cache.key
-
-        shape = jax.eval_shape(empty)
-        stack = (run.stop - run.start, *shape.shape)
-        keys.append(jnp.zeros(stack, shape.dtype))
-        values.append(jnp.zeros(stack, shape.dtype))
+    shape = CacheShape(
+        batch=text.shape[0],
+        frames=frames,
+        height=rows,
+        width=columns,
+        heads=config.num_heads,
+        head_dim=config.head_dim,
+        rolling=rolling,
+        sink_frames=sink_frames,
+        detach_past=detach_past,
+        dtype=config.dtype,
+    )
+    runs = tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
     context = model.embed_context(text, image)
     graph, state = nnx.split(model.blocks)
 
@@ -135,13 +113,13 @@ def init_cache(
         return None, nnx.merge(graph, layer).cross_attn.keys_values(*context)
 
     _, cross = jax.lax.scan(cross_keys_values, None, state)
-    return WanCache(
-        keys=tuple(keys),
-        values=tuple(values),
-        length=jnp.zeros((), jnp.int32),
-        cross=cross,
-        layouts=tuple(layouts),
-    )
+    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+
+
+def empty_run(run: AttentionRun, shape: CacheShape) -> Any:
+    """The cache of some layers, as their kind makes it, without its length."""
+    cache = run.setting.init_cache(dataclasses.replace(shape, layers=run.stop - run.start))
+    return dataclasses.replace(cache, length=None)
 
 
 def cached_forward(
@@ -151,6 +129,8 @@ def cached_forward(
     cache: WanCache,
     *,
     frame: int | Int[Array, ""] | None = None,
+    step: Number = None,
+    block: Number = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
     """Predicts the flow of a block of frames that see each other and all cached frames.
@@ -166,6 +146,8 @@ def cached_forward(
         cache: Of `init_cache` or an earlier call.
         frame: Absolute index of the block's first frame; None: after the newest one. Traced frames past the capacity
             of a cache that does not roll, or past the rotary table's 1024, give NaN.
+        step: Number of the call within the sampler, from 0, traced or not, for attention that depends on it.
+        block: Number of the block of frames, from 0, likewise.
         in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
             reads it there, without a copy of its own. Gradients are right, but take the memory of whole caches.
 
@@ -183,54 +165,56 @@ def cached_forward(
     tokens = model.embed_latents(latents, timesteps)
     rope = rope_table(grid, config.head_dim, start_frame=start)
     graph, state = nnx.split(model.blocks)
-    x, keys, values = tokens.x, [], []
-    for run, layout, key, value in zip(runs, cache.layouts, cache.keys, cache.values, strict=True):
+    x, written = tokens.x, []
+    for run, cached in zip(runs, cache.runs, strict=True):
         through = _layers_in_place if in_place else _layers_apart
-        past = layout.cache(key, value, cache.length)
+        past = dataclasses.replace(cached, length=cache.length)
         layers, cross = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
 
         def run_block(x, layer, cross, attention):
-            block = nnx.merge(graph, layer)
-            return block(x, tokens.time_projection, rope, cross, attention, recompute=config.remat == "full")
+            block_of_layer = nnx.merge(graph, layer)
 
-        x, past = through(run_block, x, (layers, cross), past, run.setting, start, config)
-        keys.append(past.key)
-        values.append(past.value)
+            def attend(query, key, value, inputs):
+                modules = modules_of(block_of_layer)
+                return attention(query, key, value, Context(step=step, block=block, inputs=inputs, modules=modules))
+
+            recompute = config.remat == "full"
+            return block_of_layer(x, tokens.time_projection, rope, cross, attend, recompute=recompute)
+
+        x, past = through(run_block, x, (layers, cross), past, run, start, config)
+        written.append(dataclasses.replace(past, length=None))
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
-    return flow, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), length=length)
+    return flow, dataclasses.replace(cache, runs=tuple(written), length=length)
 
 
-def _layers_apart(run_block, x, layers, past: MonarchKVCache, setting, start, config) -> tuple[Array, MonarchKVCache]:
+def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
     """x through layers that each take a copy of their keys and values out of the cache of all, [layers, B, ...]."""
-    like = dataclasses.replace(past, key=None, value=None)
+    stacked, length = dataclasses.replace(past, length=None), past.length
 
     def body(x, xs):
-        (layer, cross), key, value = xs
+        (layer, cross), own, number = xs
         written = []
 
-        def attention(q, k, v):
-            written.extend((k, v))
-            own = dataclasses.replace(like, key=key, value=value)
-            return attend_cached(own.append(k, v, frame=start), q, setting)
+        def attention(query, key, value, context):
+            written.extend((key, value))
+            cache = dataclasses.replace(own, length=length).append(key, value, frame=start)
+            return run.setting.attend_cache(cache, query, context=dataclasses.replace(context, layer=number))
 
         x = run_block(x, layer, cross, attention)
         return x, tuple(written)
 
     # Only the new block leaves the scan; all layers' caches are then written at once, in place if donated.
-    x, new = jax.lax.scan(rematerialized(body, config), x, (layers, past.key, past.value))
+    x, new = jax.lax.scan(rematerialized(body, config), x, (layers, stacked, jnp.arange(run.start, run.stop)))
 
-    def write(key, value, new_key, new_value):
-        own = dataclasses.replace(like, key=key, value=value).append(new_key, new_value, frame=start)
-        return own.key, own.value
+    def write(own, key, value):
+        cache = dataclasses.replace(own, length=length).append(key, value, frame=start)
+        return dataclasses.replace(cache, length=None)
 
-    key, value = jax.vmap(write)(past.key, past.value, *new)
-    return x, dataclasses.replace(past, key=key, value=value)
+    return x, jax.vmap(write)(stacked, *new)
 
 
-def _layers_in_place(
-    run_block, x, layers, past: MonarchKVCache, setting, start, config
-) -> tuple[Array, MonarchKVCache]:
+def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
     """The same through layers that write and read where the cache of all lies.
 
     The loop's own counter is the index, not an element of an array: XLA then hands a slice of the cache to a kernel as
@@ -238,16 +222,17 @@ def _layers_in_place(
     """
 
     def body(carry, xs):
-        x, past, index = carry
+        x, past, number = carry
         (layer, cross) = xs
         found = []
 
-        def attention(q, k, v):
-            found.append(past.append(k, v, frame=start, layer=index))
-            return attend_cached(found[0], q, setting, layer=index)
+        def attention(query, key, value, context):
+            found.append(past.append(key, value, frame=start, layer=number))
+            where = dataclasses.replace(context, layer=run.start + number)
+            return run.setting.attend_cache(found[0], query, layer=number, context=where)
 
         x = run_block(x, layer, cross, attention)
-        return (x, dataclasses.replace(found[0], length=past.length), index + 1), None
+        return (x, dataclasses.replace(found[0], length=past.length), number + 1), None
 
     (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
     return x, past
@@ -279,9 +264,8 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     Raises:
         ValueError: If the cache does not roll, or slots would not stay in place.
     """
-    layout = cache.layouts[0]
-    rolls = layout.spec.total_key_frames - layout.sink_frames
-    if not layout.rolling or frames < 0 or frames % rolls:
+    rolls = cache.shape.frames - cache.shape.sink_frames
+    if not cache.shape.rolling or frames < 0 or frames % rolls:
         raise ValueError(f"frames={frames} is not a multiple of the {rolls} frames that a rolling cache rolls over.")
     width = axis_widths(head_dim)[0]
     cos, sin = axis_table(np.array([-frames]), width)
@@ -291,55 +275,22 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     def turn(keys):
         return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)
 
-    return dataclasses.replace(cache, keys=tuple(map(turn, cache.keys)), length=cache.length - frames)
-
-
-def attend_cached(
-    cache: MonarchKVCache,
-    query: Float[Array, "B N n d"],
-    setting: DenseAttention | MonarchAttention,
-    *,
-    layer: Int[Array, ""] | None = None,
-) -> Float[Array, "B N n d"]:
-    """Attention of the newest block's queries over one layer's cache.
-
-    Args:
-        cache: With the block written. A dense layer's has whole frames as tiles, so that it is in token order.
-        query: [B, F*h*w, heads, head_dim].
-        setting: The layer's attention.
-        layer: Which layer, if the cache is that of several.
-
-    Returns:
-        As `query`.
-    """
-    if isinstance(setting, MonarchAttention):
-        return cache.attend(query, num_iters=setting.num_iters, layer=layer, implementation=setting.implementation)
-    _, height, width = cache.spec.grid
-    return dense_attention(
-        query,
-        *cache.tokens(layer=layer),
-        valid_keys=cache.valid_frames * (height * width),
-        implementation=setting.implementation,
-    )
+    runs = tuple(map_keys(run, turn) for run in cache.runs)
+    return dataclasses.replace(cache, runs=runs, length=cache.length - frames)
 
 
 def check_cache(model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int]) -> None:
     """Raises ValueError unless the cache was made for this model's layers, batch and frame size."""
     runs = attention_runs(model.config.layer_attention)
-    layers = [stack.shape[0] for stack in cache.keys]
-    specs = [layout.spec for layout in cache.layouts]
-    tiles = [
-        (run.setting.tile, run.setting.blocks) if isinstance(run.setting, MonarchAttention) else (None, "fh,w")
-        for run in runs
-    ]
-    if layers != [run.stop - run.start for run in runs] or any(
-        (spec.tile_shape, spec.blocks) != (tile or (1, *spec.grid[1:]), blocks)
-        for spec, (tile, blocks) in zip(specs, tiles, strict=True)
+    expected = jax.eval_shape(lambda: tuple(empty_run(run, cache.shape) for run in runs))
+    if jax.tree.structure(expected) != jax.tree.structure(cache.runs) or any(
+        wanted.shape != found.shape
+        for wanted, found in zip(jax.tree.leaves(expected), jax.tree.leaves(cache.runs), strict=True)
     ):
         raise ValueError("cache was made for another attention than the model's; make a new one with init_cache.")
-    height, width = specs[0].grid[1:]
-    if (height, width) != grid[1:] or cache.keys[0].shape[1] != batch:
+    shape = cache.shape
+    if (shape.height, shape.width) != grid[1:] or shape.batch != batch:
         raise ValueError(
             f"latents of batch {batch} and {grid[1]}x{grid[2]} tokens do not fit the cache of batch "
-            f"{cache.keys[0].shape[1]} and {height}x{width} tokens."
+            f"{shape.batch} and {shape.height}x{shape.width} tokens."
         )

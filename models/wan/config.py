@@ -7,62 +7,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from monarch_jax.checks import one_of, positive, small, triple
-from monarch_jax.spec import MonarchSpec
+from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.registry import exact, kind_named
 from monarchrt.models.presets import from_preset
 
 MODEL_TYPES = ("t2v", "i2v")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-DENSE_IMPLEMENTATIONS = ("xla", "cudnn")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseAttention:
-    """Softmax attention over all tokens.
-
-    Attributes:
-        implementation: "xla", "cudnn" (half precision on an NVIDIA GPU only), or None: cuDNN where it can run.
-    """
-
-    implementation: str | None = None
-
-    def __post_init__(self):
-        if self.implementation is not None:
-            one_of("implementation", self.implementation, DENSE_IMPLEMENTATIONS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MonarchAttention:
-    """Tiled Monarch attention (MonarchRT paper, Section 4); has no parameters of its own.
-
-    Attributes:
-        tile: (n_f, n_h, n_w) in tokens, or None: one tile per frame, (1, h, w).
-        blocks: Which dimensions form the rows and columns of a tile, as `monarch_jax.MonarchSpec.blocks`.
-        num_iters: Refinement steps T.
-        implementation: Backend of `monarch_jax.monarch_attention`; None picks.
-        keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` one block's are kept at a time.
-    """
-
-    tile: tuple[int, int, int] | None = None
-    blocks: str = "fh,w"
-    num_iters: int = 1
-    implementation: str | None = None
-    keep_intermediates: bool = False
-
-    def __post_init__(self):
-        if self.tile is not None:
-            object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
-        # On a grid that the tile divides, so that what is wrong on any grid is found here.
-        MonarchSpec(grid=self.tile or (1, 1, 1), tile=self.tile, blocks=self.blocks, num_iters=self.num_iters)
-
-    def spec(self, grid: tuple[int, int, int], *, causal_block: int | None = None) -> MonarchSpec:
-        """The attention on `grid` (frames, rows, columns of tokens); raises ValueError if the tile does not fit."""
-        return MonarchSpec(
-            grid=grid, tile=self.tile, blocks=self.blocks, num_iters=self.num_iters, causal_block=causal_block
-        )
-
-
-type Attention = DenseAttention | MonarchAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +23,9 @@ class WanConfig:
     Example:
         >>> wan_config("wan2.1-t2v-1.3b").head_dim
         128
-        >>> wan_config("tiny", attention=MonarchAttention(tile=(3, 4, 4))).layer_attention[0].tile
-        (3, 4, 4)
+        >>> from monarchrt.models.attention.notation import parse
+        >>> print(wan_config("tiny", attention=parse("first_layers(1, dense, monarch)")).layer_attention[3])
+        monarch
 
     Attributes:
         dim: Width D of the residual stream.
@@ -89,7 +41,8 @@ class WanConfig:
         eps: Of every LayerNorm and RMSNorm.
         model_type: "t2v", or "i2v" (an image embedding and image keys and values in the cross-attention).
         image_dim: Width of the image encoder's output, for i2v.
-        attention: Self-attention of the layers: one setting for all, or one per layer.
+        attention: Self-attention of the layers, a kind of `monarchrt.models.attention`: one setting for all, or one per
+            layer.
         causal_block: Frames per block of a block-causal model; None is bidirectional.
         param_dtype: Dtype that parameters are created in.
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
@@ -114,7 +67,7 @@ class WanConfig:
     eps: float = 1e-6
     model_type: str = "t2v"
     image_dim: int = 1280
-    attention: DenseAttention | MonarchAttention | tuple[DenseAttention | MonarchAttention, ...] = DenseAttention()
+    attention: Attention | tuple[Attention, ...] = dataclasses.field(default_factory=exact)
     causal_block: int | None = None
     param_dtype: str = "float32"
     dtype: str = "float32"
@@ -153,23 +106,24 @@ class WanConfig:
             dtype = jnp.dtype(getattr(self, name)).name
             one_of(name, dtype, DTYPES)
             object.__setattr__(self, name, dtype)
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Raises ValueError unless each layer has a setting, which suits the causal blocks."""
+        settings = tuple(self.attention) if isinstance(self.attention, Sequence) else (self.attention,)
+        for setting in settings:
+            if not isinstance(setting, Attention):
+                raise ValueError(f"attention={setting!r} is not a kind of attention; see monarchrt.models.attention.")
+        per_layer = kind_named("per_layer")
         if isinstance(self.attention, Sequence):
-            object.__setattr__(self, "attention", tuple(self.attention))
-            if len(self.attention) != self.num_layers:
-                raise ValueError(
-                    f"attention has {len(self.attention)} settings for num_layers={self.num_layers}; "
-                    f"give one setting, or one per layer."
-                )
+            per_layer(settings=settings).check_layers(self.num_layers)  # type: ignore[call-arg]
+            object.__setattr__(self, "attention", settings)
+        else:
+            self.attention.check_layers(self.num_layers)
+            if isinstance(self.attention, per_layer):  # one form for what is equal
+                object.__setattr__(self, "attention", self.attention.parts())
         for setting in set(self.layer_attention):
-            if not isinstance(setting, DenseAttention | MonarchAttention):
-                raise ValueError(f"attention={setting!r} is neither a DenseAttention nor a MonarchAttention.")
-            if self.causal_block is not None and isinstance(setting, MonarchAttention):
-                n_f = setting.tile[0] if setting.tile else 1
-                if self.causal_block % n_f:
-                    raise ValueError(
-                        f"causal_block={self.causal_block} frames is not a multiple of the {n_f} frames of "
-                        f"tile={setting.tile}; a tile must lie in one block."
-                    )
+            setting.check(None, causal_block=self.causal_block)
 
     @property
     def head_dim(self) -> int:
@@ -182,11 +136,11 @@ class WanConfig:
         return math.prod(self.patch_size) * self.out_channels
 
     @property
-    def layer_attention(self) -> tuple[DenseAttention | MonarchAttention, ...]:
+    def layer_attention(self) -> tuple[Attention, ...]:
         """The attention setting of each layer."""
         if isinstance(self.attention, tuple):
-            return self.attention
-        return (self.attention,) * self.num_layers
+            return tuple(setting.for_layer(layer) for layer, setting in enumerate(self.attention))
+        return tuple(self.attention.for_layer(layer) for layer in range(self.num_layers))
 
     @property
     def precise_dtype(self) -> jnp.dtype:

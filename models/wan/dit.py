@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,9 +12,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from monarchrt.models.attention.base import Attention, Context, Number
 from monarchrt.models.sharding import split_batch
-from monarchrt.models.wan.attention import attend
-from monarchrt.models.wan.config import Attention, DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
     MLP,
     Head,
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
     time_projection: Array  # [B, T, 6, D]
 
 
-class Context(NamedTuple):
+class CrossInputs(NamedTuple):
     """What the cross-attention reads."""
 
     text: Array  # [B, text_len, D]
@@ -50,7 +50,8 @@ class Context(NamedTuple):
 class WanModel(nnx.Module):
     """Wan 2.1 DiT (Wan technical report, Section 4); `blocks` holds all layers, stacked on a leading axis and scanned.
 
-    Which attention the layers use is part of `config` and not of the parameters: `with_attention` swaps it.
+    Which attention the layers use is part of `config`; `with_attention` swaps it. A kind with parameters of its own has
+    them in the blocks, at `blocks.self_attn.kinds`.
 
     Example:
         >>> from monarchrt.models.wan import wan_config
@@ -84,6 +85,8 @@ class WanModel(nnx.Module):
 
         self.blocks = stack(rngs)
         self.head = Head(config, rngs=rngs)
+        if (modules := make_modules(config, rngs)) is not None:  # last, so that all else is the same for every kind
+            setattr(self.blocks.self_attn, PLACE, modules)
 
     def __call__(
         self,
@@ -91,6 +94,8 @@ class WanModel(nnx.Module):
         timesteps: Real[Array, "B"] | Real[Array, "B frames"],
         text: Float[Array, "B L E"],
         image: Float[Array, "B I G"] | None = None,
+        *,
+        step: Number = None,
     ) -> Float[Array, "B F H W C_out"]:
         """Predicts the flow, noise minus data.
 
@@ -100,6 +105,7 @@ class WanModel(nnx.Module):
             text: Output of the text encoder, at most `text_len` rows; shorter is padded with zero rows, which are
                 attended to.
             image: Output of the image encoder, for i2v.
+            step: Number of the call within a sampler, traced or not, for attention that depends on it.
 
         Returns:
             The flow, in float32 at least.
@@ -110,7 +116,7 @@ class WanModel(nnx.Module):
         grid = self.check_latents(latents, timesteps)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
-        x = self.run_blocks(tokens, self.embed_context(text, image), grid)
+        x = self.run_blocks(tokens, self.embed_context(text, image), grid, step=step)
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
     def check_latents(self, latents: Array, timesteps: Array) -> tuple[int, int, int]:
@@ -126,8 +132,7 @@ class WanModel(nnx.Module):
                 f"or ({batch}, {grid[0]}) for one per frame."
             )
         for setting in dict.fromkeys(config.layer_attention):
-            if isinstance(setting, MonarchAttention):
-                setting.spec(grid, causal_block=config.causal_block)
+            setting.check(grid, causal_block=config.causal_block)
         return grid
 
     def check_context(self, batch: int, text: Array, image: Array | None) -> None:
@@ -155,13 +160,21 @@ class WanModel(nnx.Module):
         projection = project(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
         return split_batch(Tokens(self.patch_embedding(latents), time, projection))
 
-    def embed_context(self, text: Array, image: Array | None = None) -> Context:
+    def embed_context(self, text: Array, image: Array | None = None) -> CrossInputs:
         """The text, zero-padded to `text_len` rows, and the image, at the model's width."""
         padded = jnp.pad(text, ((0, 0), (0, self.config.text_len - text.shape[1]), (0, 0)))
-        return split_batch(Context(self.text_embedding(padded), None if image is None else self.image_embedding(image)))
+        return split_batch(
+            CrossInputs(self.text_embedding(padded), None if image is None else self.image_embedding(image))
+        )
 
     def run_blocks(
-        self, tokens: Tokens, context: Context, grid: tuple[int, int, int], *, layers: int | None = None
+        self,
+        tokens: Tokens,
+        context: CrossInputs,
+        grid: tuple[int, int, int],
+        *,
+        layers: int | None = None,
+        step: Number = None,
     ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 
@@ -174,14 +187,20 @@ class WanModel(nnx.Module):
         for run in attention_runs(config.layer_attention[:layers]):
 
             def body(x, layer, setting=run.setting):
+                layer, number = layer
                 block = nnx.merge(graph, layer)
                 keys_values = block.cross_attn.keys_values(*context)
-                attention = partial(attend, grid=grid, setting=setting, causal_block=config.causal_block)
+
+                def attention(query, key, value, inputs):
+                    where = Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
+                    return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=where)
+
                 recompute = config.remat == "full"
                 x = block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute)
                 return split_batch(x), None
 
-            x, _ = jax.lax.scan(rematerialized(body, config), x, run.of(state, config.num_layers))
+            stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
+            x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
         return x
 
     def run_head(self, x: Array, time: Array) -> Array:
@@ -236,8 +255,13 @@ class WanModel(nnx.Module):
             patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c", h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw
         )
 
-    def with_attention(self, attention: Attention | tuple[Attention, ...]) -> "WanModel":
+    def with_attention(
+        self, attention: Attention | tuple[Attention, ...], *, rngs: nnx.Rngs | None = None
+    ) -> "WanModel":
         """The same arrays under another attention; nothing is trained or copied.
+
+        Parameters of a kind's own are kept where the new attention has that kind too, and in the same shapes. Those of
+        other kinds in it are initialised, and those of kinds that are not in it are left behind.
 
         Example:
             >>> from monarchrt.models.wan import MonarchAttention, wan_config
@@ -247,6 +271,7 @@ class WanModel(nnx.Module):
 
         Args:
             attention: One setting, or one per layer.
+            rngs: For what is initialised; None: seed 0.
 
         Returns:
             A new model; `self` keeps its setting.
@@ -254,13 +279,13 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: As `WanConfig`.
         """
-        return self.with_config(attention=attention)
+        return self.with_config(attention=attention, rngs=rngs)
 
-    def with_config(self, **changes) -> "WanModel":
-        """The same arrays under another `attention`, `causal_block` or `remat`.
+    def with_config(self, *, rngs: nnx.Rngs | None = None, **changes) -> "WanModel":
+        """The same arrays under another `attention` (see `with_attention`), `causal_block` or `remat`.
 
         Raises:
-            ValueError: If a change would need other parameters or other layers.
+            ValueError: If a change would need other layers.
         """
         allowed = ("attention", "causal_block", "remat")
         for name in changes:
@@ -270,13 +295,14 @@ class WanModel(nnx.Module):
         graph, state = nnx.split(self)
         model = nnx.merge(graph, state)
         model.config = config
+        with_modules(model, config, rngs)
         return model
 
 
 class AttentionRun(NamedTuple):
     """Layers start to stop, which follow each other and have the same attention."""
 
-    setting: DenseAttention | MonarchAttention
+    setting: Attention
     start: int
     stop: int
 
@@ -287,11 +313,12 @@ class AttentionRun(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[self.start : self.stop], stacked)
 
 
-def attention_runs(settings: Sequence[DenseAttention | MonarchAttention]) -> list[AttentionRun]:
+def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
     """Groups layers of equal attention that follow each other.
 
     Example:
-        >>> [(run.start, run.stop) for run in attention_runs([DenseAttention()] * 2 + [MonarchAttention()] * 3)]
+        >>> from monarchrt.models.attention.notation import parse
+        >>> [(run.start, run.stop) for run in attention_runs([parse("dense")] * 2 + [parse("monarch")] * 3)]
         [(0, 2), (2, 5)]
     """
     runs, start = [], 0

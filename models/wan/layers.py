@@ -10,13 +10,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarchrt.models.wan.attention import dense_attention
+from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
 
 xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
-type Attend = Callable[[Array, Array, Array], Array]
+type Attend = Callable[[Array, Array, Array, Callable[[], Array]], Array]
 type Modulation = Float[Array, "B T 1 D"]
 HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, where a block is recomputed in parts
 
@@ -125,7 +125,7 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values."""
         query = rearrange(self.norm_q(self.q(x)), "b f s (n d) -> b (f s) n d", n=self.num_heads)
-        out = [dense_attention(query, key, value) for key, value in keys_values]
+        out = [softmax_attention(query, key, value) for key, value in keys_values]
         return self.o(sum(out[1:], start=out[0]).reshape(x.shape))
 
 
@@ -173,7 +173,8 @@ class WanBlock(nnx.Module):
             time: Projected timestep embedding, T = F or 1.
             rope: Cosines and sines of the tokens.
             keys_values: Of the cross-attention, as its `keys_values` gives them.
-            attend: (query, key, value) -> output over the flattened tokens.
+            attend: (query, key, value, inputs) -> output over the flattened tokens; inputs() gives what the three are
+                projections of, [B, N, D].
             recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
                 `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
 
@@ -186,9 +187,12 @@ class WanBlock(nnx.Module):
         def project(x, shift, scale):
             return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope)
 
+        def inputs():
+            return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
+
         if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
             project = jax.checkpoint(project)
-        out = attend(*project(x, shift, scale)).reshape(x.shape)
+        out = attend(*project(x, shift, scale), inputs).reshape(x.shape)
         if groups > 1:
             return self.after_attention_by_groups(x, out, after, keys_values, groups)
         return self.after_attention(x, out, after, keys_values)

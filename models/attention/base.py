@@ -1,0 +1,385 @@
+"""What an attention kind is: a frozen dataclass that attends on a grid of tokens and over a cache of frames."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from monarch_jax import MonarchKVCache
+
+type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
+type Number = int | Int[Array, ""] | None  # known, traced, or not there
+HOW = {"how": True}  # metadata of a field that says how, not what, is computed: weights do not depend on it
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """What a kind is told of the network when it makes its parameters; `WanConfig` is one."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream, D."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, n."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, d."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation."""
+        ...
+
+    @property
+    def param_dtype(self) -> str:
+        """Of the parameters."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """Where in the network and in the generation an attention is called, and what is a kind's own there.
+
+    Attributes:
+        layer: Number of the layer, from 0; traced inside a scan over layers.
+        step: Call of the network within the sampler, from 0; the call that rewrites the cache comes after the last.
+            None outside of sampling, as in training.
+        block: Number of the block of frames in a roll-out, from 0. None where a whole clip is seen at once.
+        inputs: () -> what queries, keys and values are projections of, [B, N, D], for gates.
+        modules: Parameters of this layer by the name of the kind that made them.
+    """
+
+    layer: Number = None
+    step: Number = None
+    block: Number = None
+    inputs: Callable[[], Array] | None = None
+    modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def own(self, setting: "Attention") -> Any:
+        """The module that `setting.init` made for this layer.
+
+        Raises:
+            ValueError: If there is none, as in a model built for another attention.
+        """
+        if setting.name not in self.modules:
+            raise ValueError(f"{setting}: the model has no parameters of its own for it; use model.with_attention.")
+        return self.modules[setting.name]
+
+
+NOWHERE = Context()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a cache should hold; the fields are the arguments of `monarch_jax.MonarchKVCache.init`."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    heads: int
+    head_dim: int
+    layers: int | None = None
+    rolling: bool = False
+    sink_frames: int = 0
+    detach_past: bool = False
+    dtype: str = "bfloat16"
+
+    def fields(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+
+class Cache(Protocol):
+    """Keys and values of frames: a dataclass and a pytree whose arrays all have a leading axis of layers, if any has.
+
+    `monarch_jax.MonarchKVCache` is one; a kind that keeps more, such as pooled keys, brings its own. One that holds
+    rotated keys elsewhere than in `key` has a method `map_keys(function)` too.
+    """
+
+    length: Any
+    """int32 scalar, frames written so far. The same for all layers, it is kept once, and put in before each use."""
+
+    def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Self:
+        """With the tokens of a block of frames written at `frame`, in the given layer."""
+        ...
+
+
+def map_keys(cache: Any, function: Callable[[Array], Array]) -> Any:
+    """The cache with its keys passed through a function that keeps shapes, such as a rotation."""
+    if hasattr(cache, "map_keys"):
+        return cache.map_keys(function)
+    return dataclasses.replace(cache, key=function(cache.key))
+
+
+class Density(NamedTuple):
+    """How much of the attention map, N^2 entries for N tokens, there is.
+
+    Example:
+        >>> print(Density(asked=0.03, kept=0.017, visible=0.03))
+        1.7% of the map, 3.0% of what is visible
+
+    Attributes:
+        asked: Share that the setting names.
+        kept: Share of all N^2 entries that is computed or, for a structured map, stored.
+        visible: Share of the entries that are not masked: `kept`, unless attention is block-causal.
+    """
+
+    asked: float
+    kept: float
+    visible: float
+
+    def __str__(self) -> str:
+        text = f"{self.kept:.1%} of the map"
+        if abs(self.visible - self.kept) > 5e-4:
+            text += f", {self.visible:.1%} of what is visible"
+        if abs(self.asked - self.visible) > 5e-4:
+            text += f" (asked for: {self.asked:.1%})"
+        return text
+
+
+def visible_share(grid: Grid, causal_block: int | None) -> float:
+    """Share of the map that is not masked.
+
+    Example:
+        >>> round(visible_share((21, 30, 52), 3), 3)
+        0.571
+    """
+    if causal_block is None:
+        return 1.0
+    frames = grid[0]
+    return sum(min(frames, (frame // causal_block + 1) * causal_block) for frame in range(frames)) / frames**2
+
+
+def mean_density(parts: Iterable[tuple[float, Density]]) -> Density:
+    """The mean of densities by weight."""
+    parts = list(parts)
+    total = sum(weight for weight, _ in parts)
+    return Density(*(sum(weight * values[n] for weight, values in parts) / total for n in range(3)))
+
+
+def density_of_layers(
+    settings: Sequence["Attention"], grid: Grid, *, causal_block: int | None = None, steps: int | None = None
+) -> Density:
+    """Mean over the layers of a network; arguments as `Attention.density`."""
+    return mean_density((1, setting.density(grid, causal_block=causal_block, steps=steps)) for setting in settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(abc.ABC):
+    """A kind of self-attention and its settings. Subclasses are frozen, keyword-only dataclasses with a `name`.
+
+    Only `__call__`, `attend_cache` and `density` must be written; the rest has defaults for a kind that has no
+    parameters and reads keys in token order. `str(setting)` is its notation, see `monarchrt.models.attention.notation`.
+
+    Fields hold numbers, strings, bools, None, tuples of these, or other kinds; they should be checked in
+    `__post_init__`, as far as that is possible without a grid. A field with `metadata=HOW`, such as the name of a
+    backend, says how the same numbers are computed; it is not stored with weights.
+    """
+
+    name: ClassVar[str]
+    """In the registry and in the notation."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that the notation writes without their names, first."""
+
+    repeated: ClassVar[str | None] = None
+    """A field, a tuple of kinds, that the notation writes as all its positional arguments."""
+
+    def __str__(self) -> str:
+        from monarchrt.models.attention.notation import to_text
+
+        return to_text(self)
+
+    # Composition
+
+    def parts(self) -> tuple["Attention", ...]:
+        """The kinds that this one is made of; none unless it is a wrapper."""
+        return ()
+
+    def for_layer(self, layer: int) -> "Attention":
+        """The setting of one layer. Layers of equal settings that follow each other are one scan."""
+        return self
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError unless the setting suits a network of so many layers."""
+        for part in self.parts():
+            part.check_layers(num_layers)
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it must be told the block of frames, so that a whole clip needs `causal_block`."""
+        return any(part.by_blocks for part in self.parts())
+
+    # Without a cache
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """Raises ValueError unless the setting fits a grid, or some grid if it is None, and the causal blocks."""
+        for part in self.parts():
+            part.check(grid, causal_block=causal_block)
+
+    def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Parameters of one layer, `nnx.Param`s in a module, which come back as `context.own(self)`; None: it has none.
+
+        All layers have them, stacked like the block's other parameters. They live in the block, so the optimizer,
+        checkpoints, averages and exports hold them as they hold the others.
+        """
+        return None
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """Attention among all tokens of a grid, after the rotary embedding.
+
+        Args:
+            query: [B, F*h*w, heads, head_dim].
+            key: As `query`.
+            value: As `query`.
+            grid: (F, h, w) tokens.
+            causal_block: Frames per block: a block sees itself and earlier ones. None sees everything.
+            context: Where this is.
+
+        Returns:
+            As `query`, in its dtype.
+
+        Raises:
+            ValueError: If the setting does not fit the grid.
+        """
+
+    # Over a cache
+
+    def init_cache(self, shape: CacheShape) -> Any:
+        """An empty `Cache`; by default keys and values in token order."""
+        return MonarchKVCache.init(**shape.fields())
+
+    def reads(self, cache: Any) -> bool:
+        """Whether `attend_cache` takes a cache that another kind made; kinds in a schedule share one."""
+        return isinstance(cache, MonarchKVCache)
+
+    @abc.abstractmethod
+    def attend_cache(
+        self,
+        cache: Any,
+        query: Float[Array, "B N n d"],
+        *,
+        layer: Int[Array, ""] | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """Attention of the newest block's queries over one layer's cache, the block written.
+
+        Args:
+            cache: One that `init_cache` made, or that this kind `reads`.
+            query: [B, F*h*w, heads, head_dim].
+            layer: Which layer, if the cache is that of several.
+            context: Where this is.
+
+        Returns:
+            As `query`.
+        """
+
+    # What it costs
+
+    @abc.abstractmethod
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """How much of the attention map there is.
+
+        Args:
+            grid: (F, h, w) tokens.
+            causal_block: As in the call.
+            steps: Sampling steps to average over, for settings that depend on the step.
+
+        Returns:
+            The shares.
+
+        Raises:
+            ValueError: If the setting does not fit the grid.
+        """
+
+    def flops(self, grid: Grid, *, key_frames: int | None = None, heads: int, head_dim: int) -> int:
+        """Multiply-adds, counted as 2, in the matrix products of one forward, all keys visible.
+
+        Args:
+            grid: (F, h, w) of the queries.
+            key_frames: Frames of the keys; None: F.
+            heads: Attention heads.
+            head_dim: Channels of a head.
+
+        Returns:
+            The count for one sample; by default the product of dense attention with the density.
+        """
+        tokens = grid[0] * grid[1] * grid[2]
+        keys = (key_frames or grid[0]) * grid[1] * grid[2]
+        return round(4 * tokens * keys * head_dim * heads * self.density(grid).visible)
+
+    def attention_map(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B n N N"]:
+        """The map that the output is the product of with the values, in small cases and for pictures.
+
+        It is what comes out for values that are unit vectors, head_dim of them at a time.
+        """
+        batch, tokens, heads, width = query.shape
+        units = jnp.eye(tokens, -(-tokens // width) * width, dtype=query.dtype)
+        call = functools.partial(self, query, key, grid=grid, causal_block=causal_block, context=context)
+        columns = [
+            call(jnp.broadcast_to(units[:, None, at : at + width], (batch, tokens, heads, width)))
+            for at in range(0, tokens, width)
+        ]
+        return jnp.moveaxis(jnp.concatenate(columns, axis=-1)[..., :tokens], 2, 1)
+
+    # As data
+
+    def stored(self) -> "Attention":
+        """The setting as it is kept with weights: without what says how, not what, is computed."""
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("how"):
+                changes[field.name] = field.default
+            elif isinstance(value, Attention):
+                changes[field.name] = value.stored()
+            elif isinstance(value, tuple) and any(isinstance(item, Attention) for item in value):
+                changes[field.name] = tuple(item.stored() for item in value)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_old_json(cls, data: Any) -> "Attention | None":
+        """The setting in a form that files had before the notation, if it is one of this kind; else None."""
+        return None
+
+
+def leaves(setting: Attention) -> list[Attention]:
+    """The kinds that a setting is made of in the end, which attend themselves.
+
+    Example:
+        >>> from monarchrt.models.attention.notation import parse
+        >>> [leaf.name for leaf in leaves(parse("first_layers(2, dense, first_steps(1, dense, monarch))"))]
+        ['dense', 'dense', 'monarch']
+    """
+    parts = setting.parts()
+    return [leaf for part in parts for leaf in leaves(part)] if parts else [setting]

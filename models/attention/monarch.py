@@ -1,0 +1,142 @@
+"""Tiled Monarch attention, `monarch_jax.monarch_attention`."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from monarch_jax import MonarchKVCache, flops, monarch_attention
+from monarch_jax.checks import triple
+from monarch_jax.spec import MonarchSpec
+from monarch_jax.tiles import tokens_to_tiles
+from monarchrt.models.attention.base import (
+    HOW,
+    NOWHERE,
+    Attention,
+    CacheShape,
+    Context,
+    Density,
+    Grid,
+    visible_share,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonarchAttention(Attention):
+    """Tiled Monarch attention (MonarchRT paper, Section 4); has no parameters of its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> MonarchAttention(tile=(2, 2, 2))(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+        >>> print(MonarchAttention(tile=(3, 30, 52)).density((21, 30, 52), causal_block=3))
+        1.7% of the map, 3.0% of what is visible
+
+    Attributes:
+        tile: (n_f, n_h, n_w) in tokens, or None: one tile per frame, (1, h, w).
+        blocks: Which dimensions form the rows and columns of a tile, as `monarch_jax.MonarchSpec.blocks`.
+        num_iters: Refinement steps T.
+        implementation: Backend of `monarch_jax.monarch_attention`; None picks.
+        keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` one block's are kept at a time.
+    """
+
+    name = "monarch"
+    tile: tuple[int, int, int] | None = None
+    blocks: str = "fh,w"
+    num_iters: int = 1
+    implementation: str | None = dataclasses.field(default=None, metadata=HOW)
+    keep_intermediates: bool = dataclasses.field(default=False, metadata=HOW)
+
+    def __post_init__(self):
+        if self.tile is not None:
+            object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
+        if not isinstance(self.keep_intermediates, bool):
+            raise ValueError(f"keep_intermediates={self.keep_intermediates!r} is not True or False.")
+        # On a grid that the tile divides, so that what is wrong on any grid is found here.
+        self.spec(self.tile or (1, 1, 1))
+
+    def spec(self, grid: Grid, *, causal_block: int | None = None) -> MonarchSpec:
+        """The attention on `grid` (frames, rows, columns of tokens); raises ValueError if the tile does not fit."""
+        return MonarchSpec(
+            grid=grid, tile=self.tile, blocks=self.blocks, num_iters=self.num_iters, causal_block=causal_block
+        )
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """A tile must divide the grid and lie in one causal block."""
+        self.spec(grid or self.tile or (1, 1, 1), causal_block=causal_block)
+
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """See `Attention`."""
+        return monarch_attention(
+            query,
+            key,
+            value,
+            grid=grid,
+            tile=self.tile,
+            blocks=self.blocks,
+            num_iters=self.num_iters,
+            causal_block=causal_block,
+            keep_intermediates=self.keep_intermediates,
+            implementation=self.implementation,
+        )
+
+    def init_cache(self, shape: CacheShape) -> MonarchKVCache:
+        """Keys and values in tiled order, so that only a new block is rearranged."""
+        return MonarchKVCache.init(**shape.fields(), tile=self.tile, blocks=self.blocks)
+
+    def reads(self, cache: Any) -> bool:
+        """Caches of the same tile, and those whose groups of frames are whole numbers of this tile's."""
+        n_f = 1 if self.tile is None else self.tile[0]
+        return isinstance(cache, MonarchKVCache) and cache.spec.tile_shape[0] % n_f == 0
+
+    def attend_cache(
+        self,
+        cache: MonarchKVCache,
+        query: Float[Array, "B N n d"],
+        *,
+        layer: Int[Array, ""] | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """See `Attention`. A cache in the order of another tile is rearranged, a layer at a time, unless both agree."""
+        tile = self.tile or (1, *cache.spec.grid[1:])
+        if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):
+            cache, layer = _retiled(cache, tile, self.blocks, layer), None
+        return cache.attend(query, num_iters=self.num_iters, layer=layer, implementation=self.implementation)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Numbers stored for each entry of the map, 1/b1 + 1/b2 (paper, Section 4.2)."""
+        density = self.spec(grid, causal_block=causal_block).density
+        return Density(density, density * visible_share(grid, causal_block), density)
+
+    def flops(self, grid: Grid, *, key_frames: int | None = None, heads: int, head_dim: int) -> int:
+        """As `monarch_jax.flops`."""
+        spec = dataclasses.replace(self.spec(grid), key_frames=key_frames or grid[0])
+        return flops(spec, heads=heads, head_dim=head_dim)
+
+    @classmethod
+    def from_old_json(cls, data: Any) -> Attention | None:
+        """It was an object of three fields, without a name."""
+        if not isinstance(data, dict) or set(data) != {"tile", "blocks", "num_iters"}:
+            return None
+        tile = None if data["tile"] is None else tuple(data["tile"])
+        return cls(tile=tile, blocks=data["blocks"], num_iters=data["num_iters"])
+
+
+def _retiled(cache: MonarchKVCache, tile: Grid, blocks: str, layer: Array | None) -> MonarchKVCache:
+    """One layer's cache in the order of another tile; a reshape where both are in token order."""
+    _, height, width = cache.spec.grid
+    spec = MonarchSpec(grid=(tile[0], height, width), key_frames=cache.capacity, tile=tile, blocks=blocks)
+    frames = dataclasses.replace(spec, grid=(cache.capacity, height, width))
+    key, value = (tokens_to_tiles(x, frames) for x in cache.tokens(layer=layer))
+    # without what only the writer of the newest block knows, gradients are right and take all tiles
+    return dataclasses.replace(cache, key=key, value=value, spec=spec)

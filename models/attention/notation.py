@@ -1,0 +1,294 @@
+"""Settings as text, such as `monarch(tile=(3,30,52))`: parsed and printed here and nowhere else.
+
+    setting  = name | name(argument, ...)
+    argument = value | field=value
+    value    = a number, string, True, False, None, a tuple of these, a setting, or 3 * setting for three of them
+
+A word that is no kind stands for a string: `monarch(implementation=xla)`. The same text is what the command line takes
+and what config.json, checkpoints and videos hold. Reading it into a `Call` imports no JAX; building a setting of that
+imports its kind.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from monarchrt.models.attention.registry import SHORT, kind_named, names
+
+if TYPE_CHECKING:
+    from monarchrt.models.attention.base import Attention
+
+DEEPEST = 20  # settings in settings
+MOST = 1000  # settings that `3 * setting` may stand for
+EXAMPLE = "monarch(tile=(3,30,52))"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A setting that was read and not yet looked up.
+
+    Attributes:
+        name: Of the kind.
+        arguments: Values without a name.
+        fields: Values by name.
+    """
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+def parse(text: str) -> "Attention":
+    """The setting that a text describes.
+
+    Example:
+        >>> parse("first_layers(2, dense, monarch(tile=(3, 30, 52)))").after.tile
+        (3, 30, 52)
+
+    Args:
+        text: In the notation.
+
+    Returns:
+        The setting.
+
+    Raises:
+        ValueError: If it cannot be read, a kind or field is unknown, or a value is invalid; names what is wrong and
+            lists the kinds or the kind's fields.
+    """
+    try:
+        return _build(read(text))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith("attention=") else f"{_quoted(text)}: {message}") from error
+
+
+def to_text(setting: "Attention | Sequence[Attention]") -> str:
+    """The text of a setting, or of one setting per layer, on one line; fields that have their default are left out.
+
+    Example:
+        >>> to_text(parse("monarch( tile = [3, 30, 52], num_iters = 1 )"))
+        'monarch(tile=(3,30,52))'
+        >>> to_text([parse("dense")] * 3)
+        'per_layer(3 * dense)'
+    """
+    if isinstance(setting, Sequence):
+        return f"per_layer({_repeated(setting)})"
+    parts = [_printed(getattr(setting, name)) for name in setting.positional]
+    if setting.repeated:
+        parts.append(_repeated(getattr(setting, setting.repeated)))
+    for field in dataclasses.fields(setting):
+        value = getattr(setting, field.name)
+        if field.name not in (*setting.positional, setting.repeated) and value != field.default:
+            parts.append(f"{field.name}={_printed(value)}")
+    return f"{setting.name}({', '.join(parts)})" if parts else setting.name
+
+
+def from_json(data: Any, *, where: str) -> "Attention":
+    """A stored setting: its text, or what older files hold instead, one for all layers or a list of one for each.
+
+    Args:
+        data: The JSON value.
+        where: What it is from, for errors.
+
+    Returns:
+        The setting.
+
+    Raises:
+        ValueError: If it cannot be understood.
+    """
+    if isinstance(data, str):
+        try:
+            return parse(data)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if isinstance(data, list) and data:
+        return kind_named("per_layer")(settings=tuple(from_json(item, where=where) for item in data))  # type: ignore
+    for name in names():
+        if (setting := kind_named(name).from_old_json(data)) is not None:
+            return setting
+    raise ValueError(f"{where}: attention {data!r} cannot be read; write it as text, such as {EXAMPLE!r}.")
+
+
+def with_options(text: str, options: Mapping[str, Any]) -> str:
+    """A text with options of the command line put in, which are fields of the one kind that has a short form.
+
+    Example:
+        >>> with_options("monarch", {"tile": (3, 30, 52), "num_iters": 2})
+        'monarch(tile=(3,30,52), num_iters=2)'
+
+    Args:
+        text: In the notation.
+        options: Field to value, those that were given.
+
+    Returns:
+        The text, as it is if there are no options.
+
+    Raises:
+        ValueError: If the options do not go with the text, which should be the name of that kind alone.
+    """
+    if not options:
+        return text
+    if text.strip() != SHORT:
+        name, value = next(iter(options.items()))
+        raise ValueError(
+            f"{name} is {value!r} but attention is {text!r}; {name} needs attention {SHORT!r}, or is written in it, "
+            f"as in {EXAMPLE!r}"
+        )
+    return f"{SHORT}({', '.join(f'{name}={_printed(value)}' for name, value in options.items())})"
+
+
+def options_of(text: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """The inverse of `with_options`: the kind's name and its fields, if all are among those known; else the text.
+
+    Example:
+        >>> options_of("monarch(tile=(3,30,52))", ["tile"])
+        ('monarch', {'tile': (3, 30, 52)})
+        >>> options_of("first_layers(2, dense, monarch)", ["tile"])
+        ('first_layers(2, dense, monarch)', {})
+    """
+    call = read(text)
+    fields = dict(call.fields)
+    if call.name != SHORT or call.arguments or not set(fields) <= set(known):
+        return text, {}
+    return SHORT, fields
+
+
+def read(text: str) -> Call:
+    """The text as names and values; nothing is looked up or computed.
+
+    Raises:
+        ValueError: If it is not of the notation.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"attention={text!r} is empty; kinds: {', '.join(names())}; for example {EXAMPLE!r}.")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else "too long or not text"
+        raise ValueError(
+            f"{_quoted(text)} cannot be read ({reason}); write a kind with its fields, such as {EXAMPLE!r}."
+        ) from error
+    call = _value(tree, text, 0)
+    if not isinstance(call, Call):
+        raise ValueError(
+            f"{_quoted(text)} is not a kind of attention; kinds: {', '.join(names())}; for example {EXAMPLE!r}."
+        )
+    return call
+
+
+def _quoted(text: str) -> str:
+    """The text for a message, of a length that can be read."""
+    return f"attention={text if len(text) <= 160 else text[:150] + '...'!r}"
+
+
+def _value(node: ast.expr, text: str, depth: int) -> Any:
+    """A literal, a `Call`, or a tuple of these."""
+    if depth > DEEPEST:
+        raise ValueError(f"{_quoted(text)} is nested more than {DEEPEST} deep.")
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Name(id=name):
+            return Call(name)
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return tuple(_value(item, text, depth + 1) for item in items)
+        case ast.BinOp(left=ast.Constant(value=int() as count), op=ast.Mult(), right=item):
+            if not 0 < count <= MOST:
+                raise ValueError(f"{_quoted(text)}: {count} * ... is not from 1 to {MOST} settings.")
+            return Repeat(count, _value(item, text, depth + 1))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords):
+            fields = []
+            for keyword in keywords:
+                if keyword.arg is None or keyword.arg in dict(fields):
+                    raise ValueError(f"{_quoted(text)}: {keyword.arg or '**'} cannot be given there, or twice.")
+                fields.append((keyword.arg, _value(keyword.value, text, depth + 1)))
+            return Call(name, tuple(_value(item, text, depth + 1) for item in arguments), tuple(fields))
+    what = ast.get_source_segment(text.strip(), node) or type(node).__name__
+    raise ValueError(
+        f"{_quoted(text)}: {what[:60]!r} is not a number, a word, a tuple or a setting; for example {EXAMPLE!r}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """`3 * setting`."""
+
+    count: int
+    item: Any
+
+
+def _build(call: Call) -> "Attention":
+    kind = kind_named(call.name)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    given: dict[str, Any] = {}
+    arguments = [item for value in call.arguments for item in _unrolled(value)]
+    if kind.repeated:
+        given[kind.repeated] = tuple(_argument(value, True) for value in arguments)
+    else:
+        if len(arguments) > len(kind.positional):
+            takes = f"takes {', '.join(kind.positional)} in this order" if kind.positional else "takes fields by name"
+            raise ValueError(f"{call.name} {takes}, not {len(arguments)} values; {_described(kind)}.")
+        given |= dict(zip(kind.positional, arguments, strict=False))
+    for name, value in call.fields:
+        if name not in fields:
+            raise ValueError(f"{call.name} has no field {name!r}; {_described(kind)}.")
+        if name in given:
+            raise ValueError(f"{call.name}: {name} is given twice.")
+        given[name] = value
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{call.name} needs {', '.join(missing)}; {_described(kind)}.")
+    try:
+        return kind(**{name: _argument(value, _holds_kinds(fields[name])) for name, value in given.items()})
+    except TypeError as error:
+        raise ValueError(f"{call.name}: {error}") from error
+
+
+def _holds_kinds(field: dataclasses.Field) -> bool:
+    """Whether words in a field are kinds, by its annotation."""
+    return "Attention" in (field.type if isinstance(field.type, str) else repr(field.type))
+
+
+def _argument(value: Any, kinds: bool) -> Any:
+    """A value that was read as that of a field; a word is a kind where the field holds kinds, else a string."""
+    if isinstance(value, Call):
+        if kinds or value.arguments or value.fields:
+            return _build(value)
+        return value.name
+    if isinstance(value, Repeat):
+        raise ValueError(f"{value.count} * ... stands only where a kind takes any number of settings, as per_layer.")
+    if isinstance(value, tuple):
+        return tuple(_argument(item, kinds) for item in value)
+    return value
+
+
+def _unrolled(value: Any) -> list[Any]:
+    return [value.item] * value.count if isinstance(value, Repeat) else [value]
+
+
+def _described(kind: "type[Attention]") -> str:
+    """What the fields of a kind are called."""
+    listed = ", ".join(field.name for field in dataclasses.fields(kind))
+    return f"its fields: {listed}" if listed else "it has no fields"
+
+
+def _printed(value: Any) -> str:
+    if isinstance(value, tuple):
+        inside = ",".join(map(_printed, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else str(value)
+
+
+def _repeated(settings: Sequence["Attention"]) -> str:
+    """One setting per layer, equal ones that follow each other as one."""
+    groups = [(setting, len(list(group))) for setting, group in groupby(settings)]
+    return ", ".join(f"{count} * {setting}" if count > 1 else str(setting) for setting, count in groups)

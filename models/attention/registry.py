@@ -1,0 +1,72 @@
+"""The rows: every attention kind by its name. Nothing here imports JAX, so that help is quick."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monarchrt.models.attention.base import Attention
+
+_PACKAGE = "monarchrt.models.attention"
+_REGISTRY: dict[str, "str | type[Attention]"] = {
+    "dense": f"{_PACKAGE}.dense:DenseAttention",
+    "monarch": f"{_PACKAGE}.monarch:MonarchAttention",
+    "first_layers": f"{_PACKAGE}.schedule:FirstLayers",
+    "first_steps": f"{_PACKAGE}.schedule:FirstSteps",
+    "first_blocks": f"{_PACKAGE}.schedule:FirstBlocks",
+    "per_layer": f"{_PACKAGE}.schedule:PerLayer",
+}
+EXACT = "dense"  # what weights are for that say nothing, and what others are compared with
+SHORT = "monarch"  # whose fields are options of their own on the command line: --tile 3 30 52
+
+
+def register[Kind: type](kind: Kind) -> Kind:
+    """Adds a kind of one's own, for a program or a test; kinds of this package have a row above.
+
+    Args:
+        kind: A subclass of `Attention` with a name.
+
+    Returns:
+        The class, so that this serves as a decorator.
+
+    Raises:
+        ValueError: If the name is taken by another class, or cannot be written in the notation.
+    """
+    name = kind.name
+    if not name.isidentifier():
+        raise ValueError(f"name={name!r} cannot be written in the notation; use letters, digits and underscores.")
+    present = _REGISTRY.get(name)
+    own = f"{kind.__module__}:{kind.__qualname__}"
+    if present is not None and own not in (present, f"{kind_named(name).__module__}:{kind_named(name).__qualname__}"):
+        raise ValueError(f"name={name!r} is taken by {kind_named(name).__qualname__}; choose another.")
+    _REGISTRY[name] = kind
+    return kind
+
+
+def names() -> tuple[str, ...]:
+    """All kinds by name."""
+    return tuple(_REGISTRY)
+
+
+def kind_named(name: str) -> "type[Attention]":
+    """The class of a kind, imported when it is first asked for.
+
+    Example:
+        >>> kind_named("dense").__name__
+        'DenseAttention'
+
+    Raises:
+        ValueError: If there is none of that name; lists those that there are.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"{name!r} is not a kind of attention; kinds: {', '.join(names())}.")
+    row = _REGISTRY[name]
+    if isinstance(row, str):
+        module, _, attribute = row.partition(":")
+        row = getattr(importlib.import_module(module), attribute)
+        _REGISTRY[name] = row
+    return row
+
+
+def exact() -> "Attention":
+    """The setting that nothing is left out of."""
+    return kind_named(EXACT)()

@@ -1,0 +1,347 @@
+"""Kinds made of kinds: one for the first layers, sampling steps or blocks of frames and another after, or one a layer.
+
+What depends on the layer is settled when the network is built. What depends on the step or the block is one compiled
+program for all of them: both kinds are in it, over one cache, and the number picks (`lax.cond`).
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from monarch_jax.checks import index
+from monarchrt.models.attention.base import (
+    NOWHERE,
+    Attention,
+    CacheShape,
+    Context,
+    Density,
+    Grid,
+    Number,
+    mean_density,
+    visible_share,
+)
+
+
+def _require_kind(owner: str, name: str, value: Any) -> None:
+    if not isinstance(value, Attention):
+        raise ValueError(f"{owner}: {name}={value!r} is not a kind of attention, such as dense or a setting of one.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ByLayer(Attention):
+    """What is settled for each layer when the network is built."""
+
+    def _here(self, context: Context) -> Attention:
+        if not isinstance(context.layer, int):
+            raise ValueError(f"{self}: layer={context.layer} is not known; call self.for_layer(number) first.")
+        return self.for_layer(context.layer)
+
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """As the layer's own setting; its number must be known."""
+        here = self._here(context)
+        return here(query, key, value, grid=grid, causal_block=causal_block, context=context)
+
+    def init_cache(self, shape: CacheShape) -> Any:
+        """Layers have caches of their own: ValueError."""
+        raise ValueError(f"{self} has a cache for each layer's setting; take self.for_layer(number).")
+
+    def attend_cache(
+        self,
+        cache: Any,
+        query: Float[Array, "B N n d"],
+        *,
+        layer: Int[Array, ""] | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """As the layer's own setting; its number must be known."""
+        return self._here(context).attend_cache(cache, query, layer=layer, context=context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerLayer(_ByLayer):
+    """A setting for each layer: `per_layer(2 * dense, 28 * monarch)`.
+
+    Attributes:
+        settings: As many as the network has layers.
+    """
+
+    name = "per_layer"
+    repeated = "settings"
+    settings: tuple[Attention, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "settings", tuple(self.settings))
+        if not self.settings:
+            raise ValueError("per_layer: there are no settings; give one for each layer, such as 30 * dense.")
+        for setting in self.settings:
+            _require_kind(self.name, "a setting", setting)
+
+    def parts(self) -> tuple[Attention, ...]:
+        """The settings."""
+        return self.settings
+
+    def for_layer(self, layer: int) -> Attention:
+        """The setting of that number."""
+        return self.settings[layer].for_layer(layer)
+
+    def check_layers(self, num_layers: int) -> None:
+        """There must be one for each layer."""
+        if len(self.settings) != num_layers:
+            raise ValueError(
+                f"attention has {len(self.settings)} settings for num_layers={num_layers}; give one setting, or one "
+                f"per layer."
+            )
+        super().check_layers(num_layers)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """The mean over the layers."""
+        layers = [setting.for_layer(layer) for layer, setting in enumerate(self.settings)]
+        return mean_density((1, layer.density(grid, causal_block=causal_block, steps=steps)) for layer in layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstLayers(_ByLayer):
+    """One kind in the first layers, another in the rest: `first_layers(2, dense, monarch)`.
+
+    Attributes:
+        layers: How many, from 0.
+        first: Their kind.
+        after: The kind of the others.
+    """
+
+    name = "first_layers"
+    positional = ("layers", "first", "after")
+    layers: int
+    first: Attention
+    after: Attention
+
+    def __post_init__(self):
+        _check_two(self, "layers", self.layers)
+
+    def parts(self) -> tuple[Attention, ...]:
+        """Both."""
+        return self.first, self.after
+
+    def for_layer(self, layer: int) -> Attention:
+        """One of both."""
+        return (self.first if layer < self.layers else self.after).for_layer(layer)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Not more than there are."""
+        if self.layers > num_layers:
+            raise ValueError(f"{self}: layers={self.layers} is more than num_layers={num_layers}.")
+        super().check_layers(num_layers)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """That of `after`, since how many layers there are is not known here; a model's is the mean of its layers'."""
+        return self.after.density(grid, causal_block=causal_block, steps=steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OneThenOther(Attention):
+    """One kind while a number is small, another from there on, over one cache."""
+
+    first: Attention
+    after: Attention
+
+    @abc.abstractmethod
+    def _early(self, context: Context) -> bool | Array:
+        """Whether it is `first`'s turn, known or traced."""
+
+    def _pick(self, context: Context, call: Callable[[Attention], Array]) -> Array:
+        early = self._early(context)
+        if isinstance(early, bool):
+            return call(self.first if early else self.after)
+        return lax.cond(early, lambda: call(self.first), lambda: call(self.after))
+
+    def parts(self) -> tuple[Attention, ...]:
+        """Both."""
+        return self.first, self.after
+
+    def for_layer(self, layer: int) -> Attention:
+        """The same of both kinds' settings for the layer, or these if they are the same."""
+        first, after = self.first.for_layer(layer), self.after.for_layer(layer)
+        return first if first == after else dataclasses.replace(self, first=first, after=after)
+
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """As the kind whose turn it is."""
+        return self._pick(
+            context,
+            lambda kind: kind(query, key, value, grid=grid, causal_block=causal_block, context=context),
+        )
+
+    def init_cache(self, shape: CacheShape) -> Any:
+        """The cache of `after` if `first` reads it, or the other way round.
+
+        Raises:
+            ValueError: If neither reads the other's.
+        """
+        for owner, reader in ((self.after, self.first), (self.first, self.after)):
+            cache = owner.init_cache(shape)
+            if reader.reads(cache):
+                return cache
+        raise ValueError(
+            f"{self}: {self.first} and {self.after} cannot share a cache; of tiled kinds, the frames of one tile must "
+            f"be a multiple of the other's."
+        )
+
+    def reads(self, cache: Any) -> bool:
+        """What both read."""
+        return self.first.reads(cache) and self.after.reads(cache)
+
+    def attend_cache(
+        self,
+        cache: Any,
+        query: Float[Array, "B N n d"],
+        *,
+        layer: Int[Array, ""] | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """As the kind whose turn it is."""
+        return self._pick(context, lambda kind: kind.attend_cache(cache, query, layer=layer, context=context))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstSteps(_OneThenOther):
+    """One kind in the first sampling steps, another after: `first_steps(1, dense, monarch)`.
+
+    Where there are no steps, as in training, it is `after`.
+
+    Attributes:
+        steps: How many calls of the network, from 0, for each clip or block of frames.
+        first: Their kind.
+        after: The kind of the others, of the call that rewrites the cache, and of training.
+    """
+
+    name = "first_steps"
+    positional = ("steps", "first", "after")
+    steps: int
+
+    def __post_init__(self):
+        _check_two(self, "steps", self.steps)
+
+    def _early(self, context: Context) -> bool | Array:
+        return False if context.step is None else _less(context.step, self.steps)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """The mean over so many steps; of `after` alone if `steps` is None."""
+        first, after = (part.density(grid, causal_block=causal_block, steps=steps) for part in (self.first, self.after))
+        if steps is None:
+            return after
+        early = min(self.steps, steps)
+        return mean_density([(early, first), (steps - early, after)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstBlocks(_OneThenOther):
+    """One kind in the first blocks of frames, another after: `first_blocks(1, dense, monarch)`.
+
+    A whole clip with `causal_block` gets the same numbers as a roll-out block by block.
+
+    Attributes:
+        blocks: How many, from 0.
+        first: The kind of their queries.
+        after: The kind of the others' queries, to all blocks so far.
+    """
+
+    name = "first_blocks"
+    positional = ("blocks", "first", "after")
+    blocks: int
+
+    def __post_init__(self):
+        _check_two(self, "blocks", self.blocks)
+
+    @property
+    def by_blocks(self) -> bool:
+        """It must."""
+        return True
+
+    def _early(self, context: Context) -> bool | Array:
+        if context.block is None:
+            raise ValueError(
+                f"{self}: the number of the block is not known; generate block by block, or set causal_block for a "
+                f"whole clip."
+            )
+        return _less(context.block, self.blocks)
+
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """As the kind whose turn it is; a whole clip's first blocks by `first`, which see nothing after them."""
+        if causal_block is None or context.block is not None:
+            return super().__call__(query, key, value, grid=grid, causal_block=causal_block, context=context)
+        frames = min(self.blocks * causal_block, grid[0])
+        parts = []
+        if frames:
+            tokens = frames * grid[1] * grid[2]
+            early = (query[:, :tokens], key[:, :tokens], value[:, :tokens])
+            parts.append(self.first(*early, grid=(frames, *grid[1:]), causal_block=causal_block, context=context))
+        if frames < grid[0]:
+            out = self.after(query, key, value, grid=grid, causal_block=causal_block, context=context)
+            parts.append(out[:, frames * grid[1] * grid[2] :])
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """By frames, if `causal_block` says which are in the first blocks; else that of `after`."""
+        if causal_block is None:
+            return self.after.density(grid, steps=steps)
+        frames = min(self.blocks * causal_block, grid[0])
+
+        def parts(kind: Attention, count: int) -> tuple[float, Density]:
+            """Entries seen by the first `count` frames, in units of a pair of frames, and the kind's density there."""
+            part = (count, *grid[1:])
+            seen = visible_share(part, causal_block) * count**2
+            return seen, kind.density(part, causal_block=causal_block, steps=steps) if count else Density(0, 0, 0)
+
+        (all_seen, late), (early_seen, early), (_, apart) = (
+            parts(self.after, grid[0]),
+            parts(self.first, frames),
+            parts(self.after, frames),
+        )
+        asked, visible = ((all_seen * late[n] + early_seen * (early[n] - apart[n])) / all_seen for n in (0, 2))
+        return Density(asked, visible * visible_share(grid, causal_block), visible)
+
+
+def _less(number: Number, limit: int) -> bool | Array:
+    """Whether it is smaller: known or traced."""
+    return number < limit if isinstance(number, int) else jnp.asarray(number) < limit
+
+
+def _check_two(setting: Any, name: str, count: int) -> None:
+    """Raises ValueError unless the count is a whole number from 0 on and both kinds are kinds."""
+    count = int(index(name, count))
+    if count < 0:
+        raise ValueError(f"{setting.name}: {name}={count} must be at least 0.")
+    object.__setattr__(setting, name, count)
+    for part in ("first", "after"):
+        _require_kind(setting.name, part, getattr(setting, part))
