@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -111,7 +111,7 @@ class Cache(Protocol):
     length: Any
     """int32 scalar, frames written so far. The same for all layers, it is kept once, and put in before each use."""
 
-    def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Self:
+    def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Any:
         """With the tokens of a block of frames written at `frame`, in the given layer."""
         ...
 

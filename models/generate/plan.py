@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
 from monarchrt.models.sampling import Rollout, Windows
-from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.wan import Attention, DenseAttention, MonarchAttention, WanConfig
 
 LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
@@ -61,7 +61,7 @@ class Plan:
     config: GenerateConfig
     latents: tuple[int, int, int]
     settings: Rollout | Windows
-    attention: DenseAttention | MonarchAttention | tuple[DenseAttention | MonarchAttention, ...]
+    attention: Attention | tuple[Attention, ...]
     spatial: int
     temporal: int
 

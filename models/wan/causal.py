@@ -39,12 +39,12 @@ class WanCache:
     shape: CacheShape = dataclasses.field(metadata={"static": True})
 
     @property
-    def keys(self) -> tuple[Array, ...]:
+    def keys(self) -> tuple[Any, ...]:
         """Keys of each run in the order that its attention keeps them in, [layers, B, ...]."""
         return tuple(run.key for run in self.runs)
 
     @property
-    def values(self) -> tuple[Array, ...]:
+    def values(self) -> tuple[Any, ...]:
         """Values, as `keys`."""
         return tuple(run.value for run in self.runs)
 
@@ -174,7 +174,8 @@ def cached_forward(
         def run_block(x, layer, cross, attention):
             block_of_layer = nnx.merge(graph, layer)
 
-            def attend(query, key, value, inputs):
+            def attend(query, key, value):
+                inputs = partial(block_of_layer.attention_inputs, x, tokens.time_projection)
                 modules = modules_of(block_of_layer)
                 return attention(query, key, value, Context(step=step, block=block, inputs=inputs, modules=modules))
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -191,7 +192,8 @@ class WanModel(nnx.Module):
                 block = nnx.merge(graph, layer)
                 keys_values = block.cross_attn.keys_values(*context)
 
-                def attention(query, key, value, inputs):
+                def attention(query, key, value):
+                    inputs = partial(block.attention_inputs, x, tokens.time_projection)
                     where = Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
                     return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=where)
 

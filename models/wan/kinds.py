@@ -20,8 +20,8 @@ def modules_of(block: Any) -> dict[str, Any]:
     return {} if found is None else dict(found.items())
 
 
-def make_modules(config: WanConfig, rngs: nnx.Rngs) -> nnx.Dict | None:
-    """The modules of all kinds in the attention of `config`, layers stacked; None if no kind has parameters.
+def make_modules(config: WanConfig, rngs: nnx.Rngs) -> Any:
+    """An `nnx.Dict` of the modules of all kinds in the attention of `config`, layers stacked; None if there are none.
 
     A kind has one module, however many settings of it there are: `first_steps(1, kind(...), kind(...))` share theirs.
 
@@ -44,7 +44,7 @@ def make_modules(config: WanConfig, rngs: nnx.Rngs) -> nnx.Dict | None:
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs: nnx.Rngs) -> nnx.Dict:
+    def stack(rngs: nnx.Rngs) -> Any:
         return nnx.Dict({name: setting.init(config, rngs=rngs) for name, setting in owners.items()})
 
     return stack(rngs)

@@ -16,7 +16,7 @@ from monarchrt.models.wan.rope import rotate
 
 xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
-type Attend = Callable[[Array, Array, Array, Callable[[], Array]], Array]
+type Attend = Callable[[Array, Array, Array], Array]
 type Modulation = Float[Array, "B T 1 D"]
 HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, where a block is recomputed in parts
 
@@ -152,6 +152,11 @@ class WanBlock(nnx.Module):
         """norm(x) * (1 + scale) + shift, formed in float32 at least."""
         return (norm(x) * (1 + scale) + shift).astype(self.dtype)
 
+    def attention_inputs(self, x: Float[Array, "B F S D"], time: Float[Array, "B T 6 D"]) -> Float[Array, "B N D"]:
+        """What queries, keys and values are projections of, over the flattened tokens; for attention with a gate."""
+        shift, scale = self.modulations(time)[:2]
+        return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
+
     def gated(self, x: Array, y: Array, gate: Array) -> Array:
         """x + y * gate, formed in float32 at least."""
         return (x.astype(gate.dtype) + y.astype(gate.dtype) * gate).astype(self.dtype)
@@ -173,8 +178,7 @@ class WanBlock(nnx.Module):
             time: Projected timestep embedding, T = F or 1.
             rope: Cosines and sines of the tokens.
             keys_values: Of the cross-attention, as its `keys_values` gives them.
-            attend: (query, key, value, inputs) -> output over the flattened tokens; inputs() gives what the three are
-                projections of, [B, N, D].
+            attend: (query, key, value) -> output over the flattened tokens.
             recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
                 `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
 
@@ -187,12 +191,9 @@ class WanBlock(nnx.Module):
         def project(x, shift, scale):
             return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope)
 
-        def inputs():
-            return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
-
         if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
             project = jax.checkpoint(project)
-        out = attend(*project(x, shift, scale), inputs).reshape(x.shape)
+        out = attend(*project(x, shift, scale)).reshape(x.shape)
         if groups > 1:
             return self.after_attention_by_groups(x, out, after, keys_values, groups)
         return self.after_attention(x, out, after, keys_values)

@@ -330,15 +330,15 @@ class TestMonarchSettings:
         folder = save_checkpoint(wan.model(small, attention=self.TILED), tmp_path / "a")
         (folder / "config.json").unlink()
         assert load_checkpoint(folder / WEIGHTS, config=dataclasses.replace(small, attention=self.TILED))
-        with pytest.raises(ValueError, match="was trained with Monarch"):
+        with pytest.raises(ValueError, match="was trained with monarch"):
             load_checkpoint(folder / WEIGHTS, config=small)
 
     def test_mismatch(self, wan, small, tmp_path):
         save_checkpoint(wan.model(small, attention=self.TILED), tmp_path / "a")
         other = MonarchAttention(tile=(1, 4, 6))
         message = (
-            r"was trained with Monarch tile=\(3, 4, 6\) blocks='fh,w' num_iters=2; "
-            r"asked for is Monarch tile=\(1, 4, 6\) blocks='fh,w' num_iters=1\..*override"
+            r"was trained with monarch\(tile=\(3,4,6\), num_iters=2\); "
+            r"asked for is monarch\(tile=\(1,4,6\)\)\..*override"
         )
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path / "a", attention=other)

@@ -1,11 +1,14 @@
-"""`config.json` of the official and the diffusers format to and from `WanConfig`, and Monarch settings beside it."""
+"""`config.json` of the official and the diffusers format to and from `WanConfig`, and its attention beside it."""
 
 import json
 from typing import Any
 
+from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.notation import from_json, to_text
+from monarchrt.models.attention.registry import exact
 from monarchrt.models.checkpoints.tensor_files import TensorInfo
 from monarchrt.models.wan.checkpoints.mapping import Naming
-from monarchrt.models.wan.config import DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.wan.config import WanConfig
 
 OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")
 DIFFUSERS_CLASS = "WanTransformer3DModel"
@@ -134,18 +137,28 @@ def dump_json(data: dict[str, Any]) -> str:
 
 
 def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
-    """Monarch settings that the weights were trained with, or None for a plain dense, bidirectional model."""
-    layers = [_setting_to_json(setting) for setting in config.layer_attention]
-    if not any(layers) and config.causal_block is None:
+    """The attention that the weights are for; None if it is what files that say nothing are taken to be for."""
+    if config.causal_block is None and set(_layers(config)) == {exact()}:
         return None
-    shared = all(layer == layers[0] for layer in layers)
-    return {"attention": layers[0] if shared else layers, "causal_block": config.causal_block}
+    return {"attention": _stored_text(config), "causal_block": config.causal_block}
+
+
+def _layers(config: WanConfig) -> list[Attention]:
+    """The setting of each layer, as it is stored: without what says how it is computed."""
+    return [setting.stored() for setting in config.layer_attention]
+
+
+def _stored_text(config: WanConfig) -> str:
+    if isinstance(config.attention, Attention):
+        return to_text(config.attention.stored())
+    layers = _layers(config)
+    return to_text(layers[0] if len(set(layers)) == 1 else layers)
 
 
 def own_to_json(config: WanConfig, *, few_step: bool) -> dict[str, Any] | None:
     """What is stored beside the sizes: `attention_to_json`, and whether the weights are distilled for few steps."""
     own = attention_to_json(config)
-    return (own or {"attention": None, "causal_block": None}) | {"few_step": True} if few_step else own
+    return (own or {"attention": to_text(exact()), "causal_block": None}) | {"few_step": True} if few_step else own
 
 
 def few_step_from_json(data: dict[str, Any] | None) -> bool:
@@ -162,32 +175,14 @@ def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str,
     if data is None:
         return {}
     try:
-        stored = data["attention"]
-        if isinstance(stored, list):
-            attention: Any = tuple(_setting_from_json(layer) for layer in stored)
-        else:
-            attention = _setting_from_json(stored)
-        return {"attention": attention, "causal_block": data.get("causal_block")}
+        return {"attention": from_json(data["attention"], where=where), "causal_block": data.get("causal_block")}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: the entry {OWN_KEY!r} cannot be read: {data!r}.") from error
 
 
 def describe_attention(config: WanConfig) -> str:
-    """The attention in words: what travels with the weights."""
-
-    def words(setting: DenseAttention | MonarchAttention) -> str:
-        if isinstance(setting, DenseAttention):
-            return "dense"
-        return f"Monarch tile={setting.tile or '(1, h, w)'} blocks={setting.blocks!r} num_iters={setting.num_iters}"
-
-    runs: list[list[Any]] = []
-    for setting in map(words, config.layer_attention):
-        if runs and runs[-1][0] == setting:
-            runs[-1][1] += 1
-        else:
-            runs.append([setting, 1])
-    text = runs[0][0] if len(runs) == 1 else ", ".join(f"{count} x {setting}" for setting, count in runs)
-    return text + (f", causal_block={config.causal_block}" if config.causal_block else "")
+    """The attention in its notation: what travels with the weights."""
+    return _stored_text(config) + (f", causal_block={config.causal_block}" if config.causal_block else "")
 
 
 def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, num_heads: int | None) -> WanConfig:
@@ -237,24 +232,10 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
     )
 
 
-def _setting_to_json(setting: DenseAttention | MonarchAttention) -> dict[str, Any] | None:
-    if isinstance(setting, DenseAttention):
-        return None
-    tile = None if setting.tile is None else list(setting.tile)
-    return {"tile": tile, "blocks": setting.blocks, "num_iters": setting.num_iters}
-
-
-def _setting_from_json(data: dict[str, Any] | None) -> DenseAttention | MonarchAttention:
-    if data is None:
-        return DenseAttention()
-    tile = None if data["tile"] is None else tuple(data["tile"])
-    return MonarchAttention(tile=tile, blocks=data["blocks"], num_iters=data["num_iters"])
-
-
 def _missing(where: str, name: str):
     raise ValueError(f"{where} lacks {name!r}.")
 
 
 def same_attention(a: WanConfig, b: WanConfig) -> bool:
-    """Whether tile, blocks, T and causal blocks agree; backends may differ."""
-    return attention_to_json(a) == attention_to_json(b)
+    """Whether weights of one serve the other: all but how the attention is computed agrees."""
+    return (_layers(a), a.causal_block) == (_layers(b), b.causal_block)
