@@ -1,7 +1,16 @@
-"""Names of files that grow before they get their own."""
+"""Names of files: those that grow before they get their own, and those that nobody meant to be there."""
 
+import contextlib
+import fcntl
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+_PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
+# of systems and programs; compared in lower case
+_LITTER_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin")
+_LITTER_ENDINGS = (".part", ".partial", ".crdownload", ".download", ".opdownload", ".aria2", ".ytdl", ".tmp", "~")
 
 
 def unfinished(path: Path) -> Path:
@@ -13,3 +22,110 @@ def unfinished(path: Path) -> Path:
     """
     # with the process's number: two that write the same file would spoil each other's
     return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Path]:
+    """Makes `unfinished(path)` and keeps it locked inside the block, so that nobody takes it for an abandoned one.
+
+    What is left of it at the end is removed; move it to its name before. Parts of the same file that killed processes
+    left behind are removed first.
+
+    Args:
+        path: The file to be; its folder must exist.
+
+    Yields:
+        The file to write to.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    remove_abandoned(path.parent, name=path.name)
+    part = unfinished(path)
+    descriptor = os.open(part, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield part
+    finally:
+        os.close(descriptor)
+        part.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
+    """Removes files that a killed process left behind while they grew, `NAME.PROCESS.part`.
+
+    One is abandoned if no process of this machine has its number and nobody holds a lock on it: who writes one holds
+    it, also from another machine or container. A number that another process has by now keeps the file, and so does
+    a file system without locks.
+
+    Args:
+        folder: Where to look; one that is not there has none.
+        name: The finished file's name; None looks at all.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            match = _PART.fullmatch(path.name)
+            if match is None or name not in (None, match["name"]) or path.is_symlink() or not path.is_file():
+                continue
+            if not _runs(int(match["process"])) and _remove_unlocked(path):
+                removed.append(path)
+    return removed
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _remove_unlocked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def is_litter(path: Path) -> bool:
+    """Whether a file is none that a person put there: hidden, of the system, or an unfinished download.
+
+    macOS writes `._cat.mp4` beside cat.mp4 on disks that are not its own, and .DS_Store; Windows writes Thumbs.db and
+    desktop.ini, its editors ~$notes; browsers write cat.mp4.crdownload and cat.mp4.part.
+
+    Example:
+        >>> [is_litter(Path(name)) for name in ("clips/._cat.mp4", "cat.mp4.part", "Thumbs.db", "cat.mp4")]
+        [True, True, True, False]
+    """
+    name = path.name.lower()
+    return name.startswith((".", "~$")) or name in _LITTER_NAMES or name.endswith(_LITTER_ENDINGS)
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without litter.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        Files and folders.
+
+    Raises:
+        OSError: If it cannot be listed.
+    """
+    return sorted(path for path in folder.iterdir() if not is_litter(path))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.models.files import is_litter
 from monarchrt.train.config import TrainConfig, from_dict, to_dict
 from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
 
@@ -55,8 +56,8 @@ def claim_folder(config: TrainConfig) -> None:
     folder = config.run.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder {folder} is a file; give the path of a new or empty folder")
-    # what file browsers leave behind is nothing
-    names = {path.name for path in folder.iterdir()} - {".DS_Store", "desktop.ini"} if folder.is_dir() else set()
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = {path.name for path in entries if path.name == _UNFINISHED or not is_litter(path)}
     if not names:
         return
     if not names & _OF_A_RUN:

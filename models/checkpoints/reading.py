@@ -22,6 +22,7 @@ from monarchrt.models.checkpoints.tensor_files import (
     TensorInfo,
 )
 from monarchrt.models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.files import is_litter, listed
 
 type AnyArray = np.ndarray | Array
 type Layout = Literal["linear", "conv", "conv2d", "vector", "flat"]
@@ -131,11 +132,12 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
     Raises:
         ValueError: If there is none, or no telling which.
     """
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    present = listed(folder)
+    indices = [file for file in present if file.name.endswith(INDEX_SUFFIX)]
     if len(indices) == 1:
         return indices[0]
-    files = sorted(folder.glob("*.safetensors"))
-    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    files = [file for file in present if file.suffix == ".safetensors"]
+    pickles = [file for file in present if file.suffix in PICKLES]
     for found in (
         [file for file in files if file.stem in preferred],
         files,
@@ -176,7 +178,8 @@ def find_weights(
         return path
     if (path / folder).is_dir():
         path = path / folder
-    named = [file for suffix in (".pth", ".safetensors") for file in sorted(path.glob(pattern + suffix))]
+    suffixes = (".pth", ".safetensors")
+    named = [file for suffix in suffixes for file in sorted(path.glob(pattern + suffix)) if not is_litter(file)]
     return named[0] if len(named) == 1 else weights_file(path, preferred=preferred)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from monarchrt.models.checkpoints.json_files import MAX_BYTES, parse_json, read_json
 from monarchrt.models.errors import UserError, printable
-from monarchrt.models.files import unfinished
+from monarchrt.models.files import growing
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -251,16 +251,14 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: dict
         UserError: If it cannot be written.
     """
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-    growing = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in write_safetensors(growing, infos, arrays.__getitem__, metadata=metadata):
-            pass
-        os.replace(growing, path)
+        with growing(path) as part:
+            for _ in write_safetensors(part, infos, arrays.__getitem__, metadata=metadata):
+                pass
+            os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        growing.unlink(missing_ok=True)
 
 
 def split_shards(infos: dict[str, TensorInfo], max_bytes: int | None) -> list[list[str]]:

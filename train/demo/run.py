@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monarchrt.models.errors import NonFiniteError, UserError, user_input
+from monarchrt.models.files import listed
 from monarchrt.models.wan import MonarchAttention, WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import ClipWindows, open_source
@@ -79,7 +80,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
         raise UserError(f"folder {folder} is a file; give the path of a new folder")
     if (folder / CONFIG_NAME).exists():
         raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
-    if folder.exists() and any(folder.iterdir()) and not config.resume:
+    if folder.exists() and listed(folder) and not config.resume:
         raise UserError(f"folder {folder} exists already; give --resume to continue it, or another --folder")
     dense_config, monarch_config = dense_run(config), monarch_run(config)
     source, setting, grid = _prepare(dense_config, monarch_config)

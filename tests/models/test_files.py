@@ -1,0 +1,119 @@
+"""Files that grow, and files that nobody meant to be there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from monarchrt.models.checkpoints.reading import find_weights, weights_file
+from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.errors import UserError
+from monarchrt.models.files import growing, is_litter, listed, remove_abandoned, unfinished
+from monarchrt.train.config import DataConfig, RunConfig, TrainConfig
+from monarchrt.train.run_folder import claim_folder
+
+APPLE_DOUBLE = b"\0\5\26\7\0\2\0\0Mac OS X        " + bytes(4072)  # what macOS leaves on exFAT, SMB and NFS
+LITTER = [
+    "._cat.mp4",
+    ".DS_Store",
+    "Thumbs.db",
+    "THUMBS.DB",
+    "desktop.ini",
+    "~$cat.txt",
+    "cat.mp4.part",
+    "cat.mp4.1234.part",
+    "cat.mp4.crdownload",
+    "cat.safetensors.tmp",
+    "cat.txt~",
+    ".cat.txt.swp",
+]
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+class TestLitter:
+    @pytest.mark.parametrize("name", LITTER)
+    def test_is_told_by_its_name(self, name, tmp_path):
+        (tmp_path / name).write_bytes(APPLE_DOUBLE)
+        assert is_litter(tmp_path / name)
+        assert listed(tmp_path) == []
+
+    @pytest.mark.parametrize("name", ["cat.mp4", "_cat.mp4", "part.mp4", "a~b.txt", "Icon.png", "a.part.mp4"])
+    def test_other_names_stay(self, name):
+        assert not is_litter(Path(name))
+
+    def test_beside_weights(self, tmp_path):
+        """A disk that a Mac has written to has a `._` file beside each."""
+        for n in (1, 2):
+            write_arrays(tmp_path / f"model-{n}-of-2.safetensors", {f"t{n}": np.zeros(2, np.float32)}, metadata={})
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text("{}")
+        (tmp_path / f"._{index.name}").write_bytes(APPLE_DOUBLE)
+        assert weights_file(tmp_path, preferred=()) == index
+        index.unlink()
+        (tmp_path / "model-2-of-2.safetensors").unlink()
+        (tmp_path / "._model-1-of-2.safetensors").write_bytes(APPLE_DOUBLE)
+        assert weights_file(tmp_path, preferred=()).name == "model-1-of-2.safetensors"
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_beside_a_part_of_a_pipeline(self, tmp_path, suffix):
+        for name in ("Wan2.1_VAE", "._Wan2.1_VAE"):
+            (tmp_path / (name + suffix)).write_bytes(APPLE_DOUBLE)
+        found = find_weights(tmp_path, official="Wan2.1_VAE.pth", pattern="*VAE*", folder="vae")
+        assert found.name == "Wan2.1_VAE" + suffix
+
+    def test_a_folder_with_litter_alone_is_empty_for_a_run(self, tmp_path):
+        config = TrainConfig(data=DataConfig(video=Path("a.mp4")), run=RunConfig(folder=tmp_path))
+        for name in (".DS_Store", "._config.json", "Thumbs.db"):
+            (tmp_path / name).write_bytes(APPLE_DOUBLE)
+        claim_folder(config)
+        (tmp_path / "config.part").touch()
+        with pytest.raises(UserError, match="already holds a run"):
+            claim_folder(config)
+
+
+class TestAbandoned:
+    def test_what_a_killed_process_left_goes(self, tmp_path):
+        left = tmp_path / f"cat.mp4.{gone()}.part"
+        left.touch()
+        others = [tmp_path / f"dog.mp4.{gone()}.part", tmp_path / "cat.mp4.part", tmp_path / "cat.mp4.x.part"]
+        for other in others:
+            other.touch()
+        assert remove_abandoned(tmp_path, name="cat.mp4") == [left]
+        assert sorted(tmp_path.iterdir()) == sorted(others)
+        assert remove_abandoned(tmp_path) == others[:1]
+        assert remove_abandoned(tmp_path / "nowhere") == []
+
+    def test_one_of_a_running_process_stays(self, tmp_path):
+        parts = [tmp_path / f"cat.mp4.{number}.part" for number in (1, os.getppid(), os.getpid())]
+        for part in parts:
+            part.touch()
+        assert remove_abandoned(tmp_path) == []
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_one_that_another_machine_or_container_writes_stays(self, tmp_path, monkeypatch):
+        """Its number says nothing here; its lock does."""
+        number = gone()
+        monkeypatch.setattr(os, "getpid", lambda: number)
+        with growing(tmp_path / "cat.mp4") as part:
+            assert part == unfinished(tmp_path / "cat.mp4")
+            assert remove_abandoned(tmp_path) == []
+            assert part.exists()
+        assert not part.exists()
+
+    def test_a_link_stays(self, tmp_path):
+        (tmp_path / f"cat.mp4.{gone()}.part").symlink_to(tmp_path / "elsewhere")
+        assert remove_abandoned(tmp_path) == []
+
+    def test_writing_the_same_file_again_removes_it(self, tmp_path):
+        (tmp_path / f"a.safetensors.{gone()}.part").touch()
+        write_arrays(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)}, metadata={})
+        assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
