@@ -3,16 +3,17 @@
 A clip is a uint8 array [T, H, W, 3] of RGB frames.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import av
-import av.container
-import av.error
 import numpy as np
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.media.decoding import open_video
+from monarchrt.models.media.frames import Shown, at_rate, check_size
+from monarchrt.models.media.pictures import open_picture
 from monarchrt.models.media.writer import Mp4Writer
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
@@ -26,22 +27,29 @@ def read_clip(
     stride: int = 1,
     max_frames: int | None = None,
     min_frames: int = 1,
+    fps: float | int = 0,
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Reads a clip, upright, resized to cover `height x width` with its shape kept, then cropped in the middle.
+    """Reads a clip or a picture as a person sees it, resized to cover `height x width` and cropped in the middle.
+
+    Frames are upright, their pixels square, interlaced ones made whole, transparent parts white, HDR and wide gamuts
+    as an ordinary screen shows them; what cannot be read so is refused by name.
 
     Args:
-        path: A video file that FFmpeg can decode.
+        path: A video file that FFmpeg can decode, or a picture, still or animated.
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         stride: Take every `stride`-th frame, beginning with the first.
         max_frames: Stop after this many frames have been taken.
         min_frames: Fewest frames that will do.
+        fps: Frames per second to read at, by the file's timestamps; `stride` counts among those. 0 reads the frames
+            that are stored, whatever their times.
 
     Returns:
         RGB frames, uint8 [T, height, width, 3].
 
     Raises:
-        UserError: If the file is missing, empty, damaged or cut off, has no video track, or is too short.
+        UserError: If the file is missing, empty, damaged or cut off, has no video track, is too short, or is of a
+            kind that would not look as it should.
 
     Example:
         >>> read_clip("nowhere.mp4", height=64, width=64)  # doctest: +ELLIPSIS
@@ -50,6 +58,9 @@ def read_clip(
         monarchrt.models.errors.UserError: video nowhere.mp4 does not exist; give an .mp4 or .webm file with a ...
     """
     path = Path(path)
+    check_size(height, width)
+    if not 0 <= fps <= 1000:
+        raise UserError(f"fps is {fps}; it must lie in [0, 1000], for example 16, or 0 for the frames that are stored")
     if not path.exists():
         raise UserError(f"video {path} does not exist; give {_EXAMPLE}")
     if not path.is_file():
@@ -57,67 +68,30 @@ def read_clip(
     if path.stat().st_size == 0:
         raise UserError(f"video {path} is empty (0 bytes); give {_EXAMPLE}")
     frames: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-                maybe = "" if "audio" in kinds else " (it may be cut off)"
-                raise UserError(f"video {path} has no video track, only {', '.join(kinds)}{maybe}; give {_EXAMPLE}")
-            for index, frame in enumerate(_decode(container, path)):
-                if index % stride == 0:
-                    frames.append(_fit(frame, height, width))
-                if max_frames is not None and len(frames) == max_frames:
-                    break
-    except PermissionError as error:
-        raise UserError(f"video {path} may not be read: {error.strerror}") from error
-    except av.error.FFmpegError as error:
-        raise UserError(
-            f"video {path} is cut off, damaged or not a video ({error.strerror or error}) after "
-            f"{len(frames)} good frames; give {_EXAMPLE}"
-        ) from error
+    with contextlib.closing(_open(path, frames)) as stored:
+        for index, frame in enumerate(at_rate(stored, fps, path) if fps else stored):
+            if index % stride == 0:
+                frames.append(frame.fit(height, width))
+            if max_frames is not None and len(frames) == max_frames:
+                break
     if len(frames) < min_frames:
+        rate = f"{fps:g} frames per second and " if fps else ""
         raise UserError(
-            f"video {path} has {len(frames)} frames at stride {stride}, but at least {min_frames} are needed; "
+            f"video {path} has {len(frames)} frames at {rate}stride {stride}, but at least {min_frames} are needed; "
             f"use a longer video, a smaller stride or fewer frames"
         )
     return np.stack(frames)
 
 
-def _decode(container: "av.container.InputContainer", path: Path):
-    """Yields decoded frames; a file that ends before its own index says so is an error."""
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    packets, end = 0, None
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise UserError(f"video {path} is cut off or damaged: packet {packets} is incomplete; give a whole file")
-        if packet.size:
-            packets += 1
-            if packet.pts is not None:
-                last = packet.pts + (packet.duration or 0)
-                end = last if end is None else max(end, last)
-        yield from packet.decode()
-    # fewer packets than the index lists is fine if an edit list hides some, not if the end is missing
-    if stream.frames and packets < stream.frames and stream.duration and end is not None:
-        missing = (stream.start_time or 0) + stream.duration - end
-        if missing > 1.5 * stream.duration / stream.frames:
-            raise UserError(
-                f"video {path} is cut off: {packets} of the {stream.frames} frames it announces; give a whole file"
-            )
+def _open(path: Path, frames: Sequence[object]) -> Iterator[Shown]:
+    """The frames of a file of either kind; `frames` are those taken so far, for errors."""
+    picture = open_picture(path)
+    yield from open_video(path, frames) if picture is None else picture
 
 
-def _fit(frame: "av.VideoFrame", height: int, width: int) -> np.ndarray:
-    turns = round(frame.rotation / 90) % 4  # counterclockwise; a phone stores what it saw, and how it was held
-    if turns % 2:
-        height, width = width, height
-    scale = max(height / frame.height, width / frame.width)
-    scaled_h, scaled_w = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
-    picture = frame.reformat(width=scaled_w, height=scaled_h, format="rgb24", interpolation="AREA").to_ndarray()
-    top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
-    return np.rot90(picture[top : top + height, left : left + width], turns)
-
-
-def write_mp4(path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float = 12.0, quality: int = 16) -> Path:
+def write_mp4(
+    path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float | int = 12.0, quality: int = 16
+) -> Path:
     """Writes frames as H.264 in yuv420p, which every player shows.
 
     Odd sizes are padded by repeating the last row or column, since yuv420p needs even ones. The file appears under its

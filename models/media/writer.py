@@ -90,7 +90,7 @@ class Mp4Writer:
         self,
         path: Path | str,
         *,
-        fps: float = 12.0,
+        fps: float | int = 12.0,
         quality: int = 16,
         settings: dict[str, Any] | None = None,
         title: str | None = None,

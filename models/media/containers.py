@@ -1,0 +1,86 @@
+"""What a file's first bytes say: of which kind it is, and whether its end is missing."""
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+# first four letters of a kind of picture that is stored like a video
+_STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
+_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"udta", b"meta", b"sidx", b"styp",
+          b"mfra", b"pnot", b"prfl")  # fmt: skip
+_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
+
+
+def still_brand(path: Path) -> str | None:
+    """The brand of a HEIF picture (HEIC, AVIF) or a raw photo; None for anything else."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[8:12].decode().strip() if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS else None
+
+
+def missing_bytes(path: Path) -> int:
+    """How many bytes a file lacks of what it announces; 0 where it announces nothing.
+
+    MP4 and its relatives, Matroska and WebM, AVI and WebP say how long they are, as a cut-off download does not know.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[4:8] in _BOXES:
+            end = _last_box_end(file, size)
+        elif head[:4] == b"RIFF":
+            end = _last_riff_end(file, size)
+        elif head[:4] == _EBML.to_bytes(4):
+            end = _segment_end(file)
+        else:
+            end = 0
+    return max(0, end - size)
+
+
+def _last_box_end(file: BinaryIO, size: int) -> int:
+    """Of the top-level boxes of ISO/IEC 14496-12: four bytes size, four bytes type."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if length == 1:
+            length = int.from_bytes(file.read(8))
+        if length < 8 or kind not in _BOXES:  # 0: to the end of the file
+            return position
+        position += length
+    return position
+
+
+def _last_riff_end(file: BinaryIO, size: int) -> int:
+    """Of the parts of an AVI (more than one beyond 1 GB), or of a WebP."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        kind, length = struct.unpack("<4sI", file.read(8))
+        if kind != b"RIFF" or length in (0, 2**32 - 1):  # not known when it was written
+            return position
+        position += 8 + length
+    return position
+
+
+def _segment_end(file: BinaryIO) -> int:
+    """Of a Matroska file's segment; 0 if it does not say."""
+    file.seek(4)
+    header = _variable_integer(file)
+    if header is None:
+        return 0
+    file.seek(header, 1)
+    if int.from_bytes(file.read(4)) != _SEGMENT:
+        return 0
+    length = _variable_integer(file)
+    return 0 if length is None else file.tell() + length
+
+
+def _variable_integer(file: BinaryIO) -> int | None:
+    """As in EBML, RFC 8794: leading zeros say how long it is, all ones that it is unknown."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(length - 1)) - (1 << 7 * length)
+    return None if value == (1 << 7 * length) - 1 else value
