@@ -41,7 +41,7 @@ def open_video(path: Path, taken: Sequence[object]) -> Iterator[Shown]:
     try:
         if missing := missing_bytes(path):
             raise UserError(f"video {path} is cut off: {missing} bytes of it are missing; give a whole file")
-        with path.open("rb") as file, av.open(file, options=_OFFLINE) as container:
+        with path.open("rb") as file, av.open(file, "r", options=_OFFLINE) as container:
             yield from _shown(container, path)
     except PermissionError as error:
         raise UserError(f"video {path} may not be read: {error.strerror}") from error

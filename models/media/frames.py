@@ -109,7 +109,7 @@ def covering(
     Returns:
         Height and width to scale to and to crop to, both before it is made upright.
     """
-    target = wanted[::-1] if orientation.transposed else wanted
+    target = (wanted[1], wanted[0]) if orientation.transposed else wanted
     shape = stored[0], stored[1] * aspect
     scale = max(target[0] / shape[0], target[1] / shape[1])
     scaled = max(target[0], round(shape[0] * scale)), max(target[1], round(shape[1] * scale))

@@ -134,7 +134,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
 def _signalled(path: Path) -> Colours:
     """Transfer and primaries that an AVIF or a PNG names, which Pillow does not tell."""
     try:
-        with path.open("rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
             frame = next(container.decode(video=0))
             return Colours(frame.color_trc, frame.color_primaries)
     except (av.error.FFmpegError, StopIteration, IndexError):

@@ -4,7 +4,7 @@ A clip is a uint8 array [T, H, W, 3] of RGB frames.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def read_clip(
     return np.stack(frames)
 
 
-def _open(path: Path, frames: Sequence[object]) -> Iterator[Shown]:
+def _open(path: Path, frames: Sequence[object]) -> Generator[Shown]:
     """The frames of a file of either kind; `frames` are those taken so far, for errors."""
     picture = open_picture(path)
     yield from open_video(path, frames) if picture is None else picture
