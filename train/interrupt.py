@@ -2,9 +2,13 @@
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+
+RESENT_AFTER = 0.02  # seconds; a callback is over by then
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,6 +57,53 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """While active, SIGINT and SIGTERM raise `Interrupted` in the main thread, and that cannot get lost.
+
+    Python drops what is raised in callbacks of garbage collection (JAX has one) and in finalizers, where a signal may
+    just find the program: then it is sent again, until it is raised somewhere else.
+
+    Example:
+        >>> with stoppable():
+        ...     signal.raise_signal(signal.SIGTERM)
+        Traceback (most recent call last):
+        ...
+        monarchrt.train.interrupt.Interrupted: stopped
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main = threading.main_thread()
+    report = sys.unraisablehook
+    active = True
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped", code=128 + number)
+
+    def again(number: int) -> None:
+        time.sleep(RESENT_AFTER)
+        if active and main.ident is not None:
+            signal.pthread_kill(main.ident, number)
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            report(unraisable)
+            return
+        number = getattr(unraisable.exc_value, "code", 128 + signal.SIGINT) - 128
+        threading.Thread(target=again, args=(number,), name="signal", daemon=True).start()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        active = False
+        sys.unraisablehook = report
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

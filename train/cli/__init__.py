@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
-from monarchrt.train.interrupt import finish_first
+from monarchrt.train.cli.streams import to_nowhere, usable_streams
+from monarchrt.train.interrupt import finish_first, stoppable
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 
@@ -57,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for input that cannot be used, and for files that cannot be read or written; 130 (143) after
         Ctrl-C (SIGTERM), once the run has saved.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with usable_streams():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(given: list[str]) -> int:
     debug = bool(os.environ.get(DEBUG_VARIABLE))
     if given and given[0] == "--debug":
         debug, given = True, given[1:]
@@ -71,11 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not debug:
         _quiet_storage()
     try:
-        if name not in COMMANDS:
-            raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
-        with finish_first():
-            command = _load(name)
-        return command(rest) or 0
+        with stoppable():
+            return _run(name, rest)
     except UserError as error:
         if debug:
             raise
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_one_line(error) or "stopped", file=sys.stderr)
         return getattr(error, "code", 130)
     except BrokenPipeError:  # `monarchrt train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout.fileno())
         return 0
     except OSError as error:
         full = disk_full_reason(error) is not None
@@ -95,6 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = _one_line(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         print(f"error: {reason}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UserError(
+                f"argument '{shown}' is not UTF-8, which the libraries that read and write files here need; rename the "
+                f"file or folder"
+            ) from error
+    with finish_first():
+        command = _load(name)
+    return command(arguments) or 0
 
 
 def _quiet_storage() -> None:
