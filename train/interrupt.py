@@ -78,13 +78,15 @@ def stoppable() -> Iterator[None]:
         return
     main = threading.main_thread()
     report = sys.unraisablehook
-    active = True
+    active, reporting = True, False
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise Interrupted("stopped", code=128 + number)
 
     def again(number: int) -> None:
         time.sleep(RESENT_AFTER)
+        while reporting:
+            time.sleep(RESENT_AFTER)
         if active and main.ident is not None:
             signal.pthread_kill(main.ident, number)
 
@@ -92,8 +94,11 @@ def stoppable() -> Iterator[None]:
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             report(unraisable)
             return
+        nonlocal reporting
+        reporting = True  # what is raised in here would get lost, too
         number = getattr(unraisable.exc_value, "code", 128 + signal.SIGINT) - 128
         threading.Thread(target=again, args=(number,), name="signal", daemon=True).start()
+        reporting = False
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.unraisablehook = hook
