@@ -40,7 +40,9 @@ from monarch_jax.backends import IMPLEMENTATIONS
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
-from monarchrt.train.state import create_state, make_optimizer, split_model
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 
 CASES = ("forward 480p", "forward 720p", "forward 3 frames", "cached chunk", "training")
@@ -237,16 +239,16 @@ def training_step(config: WanConfig, clip: Clip) -> Timed:
     graph, params, fixed = split_model(nnx.merge(*built_like(config)))
     # the step overwrites its state; the parameters serve other cases too
     params = jax.tree.map(jnp.copy, params)
-    settings = OptimizerConfig(learning_rate=1e-6)
-    optimizer = make_optimizer(settings, steps=1000)
-    step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=settings, steps=1000)
-    state = create_state(params, fixed, optimizer, seed=0, ema=False)
+    training = make_training(OptimizerConfig(learning_rate=1e-6, ema_decay=None), updates=1000)
+    step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+    state = create_state({"student": create_role(params, fixed, training)}, seed=0)
     latents, _, text = example(config, clip.shape)
-    compiled, seconds = compile_timed(step, state, latents, text)
+    batches = {"student": Batch(latents, text)}
+    compiled, seconds = compile_timed(step, state, batches, due=("student",))
     held = [state]
 
     def call():
-        held[0], metrics = compiled(held[0], latents, text)
+        held[0], metrics = compiled(held[0], batches)
         return metrics
 
     # a product costs one more for each of its two inputs' gradients
@@ -287,10 +289,10 @@ def forward_flops(config: WanConfig, clip: Clip, frames: int, *, cached: bool = 
     return config.num_layers * (per_token * tokens + text + products)
 
 
-def compile_timed(function, *arguments) -> tuple[Any, float]:
+def compile_timed(function, *arguments, **static) -> tuple[Any, float]:
     """The compiled program and the seconds that tracing and compiling took."""
     start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
+    compiled = function.lower(*arguments, **static).compile()
     return compiled, time.perf_counter() - start
 
 

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from monarchrt.models.checkpoints.orbax_arrays import read_arrays
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.train.run_folder import CHECKPOINTS_NAME, SET_ASIDE_NAME
-from monarchrt.train.state import TrainState, checksums, from_arrays, to_arrays
+from monarchrt.train.state import TrainState, checksums, from_arrays, parameter_names, to_arrays
 
 FOLDER_NAME = CHECKPOINTS_NAME
 
@@ -32,10 +32,12 @@ class Checkpoints:
     Args:
         folder: The run folder; checkpoints go to its subfolder `checkpoints/`.
         keep: How many to keep, newest first.
+        exported: The role that other runs and commands take; stored with each checkpoint.
         read_only: Nothing in the folder is changed: another process may be writing to it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, read_only: bool = False):
+    def __init__(self, folder: Path, *, keep: int = 3, exported: str = "student", read_only: bool = False):
+        self._exported = exported
         self.path = (folder / FOLDER_NAME).absolute()
         self._set_aside = folder.absolute() / SET_ASIDE_NAME
         if read_only:
@@ -86,7 +88,7 @@ class Checkpoints:
             arrays = jax.tree.map(jnp.copy, arrays)
         sums = jax.device_get(checksums(arrays))
         contents = {name: {"shape": list(leaf.shape), "checksum": int(sums[name])} for name, leaf in arrays.items()}
-        about = {"step": step, "identity": identity, "arrays": contents}
+        about = {"step": step, "identity": identity, "exported": self._exported, "arrays": contents}
         with self._reporting():
             # the one before may still be on its way; look at the room that is left when it is there
             self._manager.wait_until_finished()
@@ -202,10 +204,10 @@ class Checkpoints:
         return None
 
     def restore_parameters(self, template: Any) -> Any:
-        """Reads only the parameters of the newest checkpoint: their moving average, if there is one.
+        """Reads only the exported network of the newest checkpoint, with the moving average of what there is one of.
 
         Args:
-            template: Parameters of the same structure, shapes and shardings.
+            template: Parameters of the same structure, shapes and shardings; which of them trained does not matter.
 
         Returns:
             Parameters.
@@ -214,24 +216,26 @@ class Checkpoints:
             UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
         """
         with self._newest() as step:
-            contents = self._about(step)["arrays"]
-            prefix = "ema" if any(name.startswith("ema.") for name in contents) else "params"
-            names = {f"{prefix}.{name}": leaf for name, leaf in _named_params(template).items()}
-            missing = sorted(set(names) - set(contents))
+            about = self._about(step)
+            stored = _network_names(about)
+            leaves, structure = jax.tree.flatten(template)
+            names = parameter_names(template)
+            missing = sorted(set(names) - set(stored))
             if missing:
                 raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
-            arrays = self._read(step, names, contents)
-        structure = jax.tree.structure(template)
-        return jax.tree.unflatten(structure, [arrays[name] for name in names])
+            wanted = {stored[name]: leaf for name, leaf in zip(names, leaves, strict=True)}
+            arrays = self._read(step, wanted, about["arrays"])
+        return jax.tree.unflatten(structure, [arrays[stored[name]] for name in names])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the newest checkpoint's arrays by name, such as `params.head.proj.kernel`.
+        """Shapes of the exported network's arrays in the newest checkpoint by name, such as `head.proj.kernel`.
 
         Raises:
             UserError: If there is no checkpoint, or it cannot be read.
         """
         with self._newest() as step:
-            return {name: tuple(array["shape"]) for name, array in self._about(step)["arrays"].items()}
+            about = self._about(step)
+            return {name: tuple(about["arrays"][stored]["shape"]) for name, stored in _network_names(about).items()}
 
     @contextlib.contextmanager
     def _newest(self) -> Iterator[int]:
@@ -254,7 +258,15 @@ class Checkpoints:
         return about
 
     def _arrays(self, step: int, template: TrainState, contents: dict[str, Any]) -> TrainState:
-        return from_arrays(template, self._read(step, to_arrays(template), contents))
+        leaves = to_arrays(template)
+        stored = _stored_names(leaves, contents)
+        arrays = self._read(step, {stored[name]: leaf for name, leaf in leaves.items()}, contents)
+        # one array may stand for several, and a step donates each
+        taken: set[str] = set()
+        for name, other in stored.items():
+            leaves[name] = jnp.copy(arrays[other]) if other in taken else arrays[other]
+            taken.add(other)
+        return from_arrays(template, leaves)
 
     def _read(self, step: int, names: dict[str, Any], contents: dict[str, Any]) -> dict[str, Any]:
         for name, leaf in names.items():
@@ -290,7 +302,35 @@ def _of_the_machine(error: Exception) -> bool:
     return str(error).startswith(("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"))
 
 
-def _named_params(params: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+_BEFORE_ROLES = {"params": "params", "frozen": "fixed", "optimizer": "optimizer", "average": "ema"}
+
+
+def _stored_names(names: Iterable[str], contents: Container[str]) -> dict[str, str]:
+    """What a checkpoint calls each array of a state: those written before there were roles hold one network.
+
+    Example:
+        >>> names = ["step", "roles.student.average.bias", "roles.student.updates"]
+        >>> _stored_names(names, {"step", "params.bias", "ema.bias"})
+        {'step': 'step', 'roles.student.average.bias': 'ema.bias', 'roles.student.updates': 'step'}
+    """
+    if any(name in contents for name in names if name.startswith("roles.")):
+        return {name: name for name in names}
+
+    def old(name: str) -> str:
+        if not name.startswith("roles."):
+            return name
+        part, dot, rest = name.split(".", 2)[2].partition(".")
+        return "step" if part == "updates" else f"{_BEFORE_ROLES[part]}{dot}{rest}"
+
+    return {name: old(name) for name in names}
+
+
+def _network_names(about: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint calls the arrays of its exported network, by their names in the network."""
+    role = f"roles.{about['exported']}." if "exported" in about else ""
+    parts = ("frozen", "params", "average") if role else ("fixed", "params", "ema")
+    names: dict[str, str] = {}
+    for part in parts:  # a later one stands for an earlier one
+        prefix = f"{role}{part}."
+        names |= {name.removeprefix(prefix): name for name in about["arrays"] if name.startswith(prefix)}
+    return names

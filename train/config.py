@@ -10,11 +10,14 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from monarchrt.models.errors import UserError
+from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
+from monarchrt.train.objectives.settings import FlowConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -151,38 +154,16 @@ class ModelConfig:
         return values
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The rectified-flow objective."""
-
-    shift: float = 5.0
-    """Timestep shift s: sigma = s*u / (1 + (s-1)*u). Larger means more training at high noise."""
-
-    weighting: Literal["gaussian", "uniform"] = "gaussian"
-    """Weight of a noise level in the loss: a bell around t = 500 with mean 1, or 1 everywhere."""
-
-    num_train_timesteps: int = 1000
-    """Number of noise levels; the network sees t = num_train_timesteps * sigma."""
-
-    frames_per_level: int | None = None
-    """Frames that share a noise level. Default: the whole window. 1 or more: each run of so many frames draws a level
-    of its own (diffusion forcing); 3 is what Self-Forcing trains causal models with."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        _require(
-            self.num_train_timesteps >= 2,
-            f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
-        )
-        _require(
-            self.frames_per_level is None or self.frames_per_level >= 1,
-            f"frames_per_level is {self.frames_per_level}; it must be at least 1, for example 3, or None",
-        )
+ObjectiveConfig = FlowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its learning rate over time, and the moving average of the parameters."""
+    """AdamW, its learning rate over time, what it trains, and the moving average of that."""
+
+    trainable: tuple[str, ...] = ("all",)
+    """Parameters to train: all, or patterns of their names, for example `--trainable "blocks.self_attn.*" "head.*"`;
+    the others stay as they are. Names are those of `monarchrt.train.state.parameter_names`."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -312,22 +293,136 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """A network beside the one that a run exports; its settings are those of a run with one network."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
+
+    init_from: Path | None = None
+    """Where its parameters come from: a run folder, whose exported network it takes, or a Wan checkpoint."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type of the network; of one that does not train, also of its parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Finetune, or train from scratch, a Wan-shaped video diffusion transformer on a clip."""
+    """Finetune, or train from scratch, a Wan-shaped video diffusion transformer on a clip.
+
+    Attributes:
+        data: What to train on.
+        model: The network that the run exports.
+        objective: Settings of the objective, whose class says which roles there are.
+        optimizer: Of the exported network.
+        run: The run; `init_from` and `precision` are the exported network's.
+        roles: The objective's other networks by role; those left out have its defaults.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveSettings = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    roles: Mapping[str, RoleConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        accumulation, batch = self.optimizer.accumulation, self.run.batch
+        further = self.objective.further
+        unknown = [name for name in self.roles if name not in further]
         _require(
-            batch % accumulation == 0,
-            f"accumulation is {accumulation}, which does not divide batch {batch}; "
-            f"it could be {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}",
+            not unknown,
+            f"roles has {', '.join(unknown)}, but objective {self.objective.name!r} has "
+            f"{', '.join(further) or 'no further ones'} beside {self.objective.exported}",
         )
+        roles = {name: self.roles.get(name) or role_defaults(self.objective, name) for name in further}
+        object.__setattr__(self, "roles", roles)
+        for name in further:
+            trains = self.objective.roles[name].trains
+            _require(
+                trains or roles[name].optimizer is None, f"{name}.optimizer is given, but the {name} does not train"
+            )
+        for name in self.objective.training:
+            accumulation, batch = self.trained(name).accumulation, self.run.batch
+            _require(
+                batch % accumulation == 0,
+                f"{self.option(name, 'accumulation')} is {accumulation}, which does not divide batch {batch}; "
+                f"it could be {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}",
+            )
+
+    def role(self, name: str) -> RoleConfig:
+        """The settings of any role's network."""
+        if name != self.objective.exported:
+            return self.roles[name]
+        run = self.run
+        return RoleConfig(model=self.model, optimizer=self.optimizer, init_from=run.init_from, precision=run.precision)
+
+    def trained(self, name: str) -> OptimizerConfig:
+        """The optimizer of a role that trains."""
+        return self.role(name).optimizer or OptimizerConfig()
+
+    def origin(self, name: str) -> Path | None:
+        """Where the parameters of a role come from: its own `init_from`, or that of the role it starts as."""
+        role = self.objective.roles[name]
+        own = self.role(name).init_from
+        return self.origin(role.starts_as) if own is None and role.starts_as is not None else own
+
+    def option(self, name: str, setting: str) -> str:
+        """How errors call a setting of a role: with the role, if there are several.
+
+        Example:
+            >>> TrainConfig().option("student", "learning_rate")
+            'learning_rate'
+        """
+        plain = name == self.objective.exported and len(self.objective.training) == 1
+        return setting if plain else f"{name}.{setting}"
+
+
+def train_defaults(objective: type[ObjectiveSettings]) -> TrainConfig:
+    """What the command line begins with for an objective: the defaults of all its roles."""
+    settings = objective()
+    exported = role_defaults(settings, settings.exported)
+    run = RunConfig(init_from=exported.init_from, precision=exported.precision)
+    return TrainConfig(
+        objective=settings, model=exported.model, optimizer=exported.optimizer or OptimizerConfig(), run=run
+    )
+
+
+def with_objective(config: TrainConfig, name: str) -> TrainConfig:
+    """A config with another objective, and its roles' defaults where the config has those of every run.
+
+    Raises:
+        UserError: If there is no objective of the name.
+    """
+    if name == config.objective.name:
+        return config
+    plain, fresh = TrainConfig(), train_defaults(settings_class(name))
+    kept = {
+        part: getattr(fresh if getattr(config, part) == getattr(plain, part) else config, part)
+        for part in ("data", "model", "optimizer", "run")
+    }
+    return TrainConfig(objective=fresh.objective, **kept)
+
+
+def role_defaults(objective: ObjectiveSettings, name: str) -> RoleConfig:
+    """The settings of a role that is given none.
+
+    Args:
+        objective: Settings of the objective, or their class.
+        name: Role.
+
+    Returns:
+        Its settings, with the role's own defaults; without an optimizer if it does not train.
+    """
+    role = objective.roles[name]
+    left = dict(role.defaults)
+
+    def take(kind: type) -> Any:
+        names = [item.name for item in dataclasses.fields(kind) if item.name in left]
+        return kind(**{name: left.pop(name) for name in names})
+
+    model, optimizer = take(ModelConfig), take(OptimizerConfig) if role.trains else None
+    return RoleConfig(model=model, optimizer=optimizer, **left)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -337,7 +432,17 @@ def to_dict(config: Any) -> dict[str, Any]:
         >>> to_dict(ModelConfig(tile=(1, 2, 4)))["tile"]
         [1, 2, 4]
     """
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    parts = {
+        name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in values.items()
+        if not (name == "roles" and not value)  # as it was before there were any
+    }
+    if isinstance(parts.get("roles"), Mapping):
+        parts["roles"] = {name: to_dict(role) for name, role in parts["roles"].items()}
+    if isinstance(config, ObjectiveSettings):
+        parts = {"name": config.name, **parts}
+    return json.loads(json.dumps(parts, default=str))
 
 
 def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
@@ -358,24 +463,38 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
         >>> config.run.steps, config.model.tile
         (5, (1, 2, 3))
     """
-    parts = {part.name: set(typing.get_type_hints(part.default_factory)) for part in dataclasses.fields(TrainConfig)}
-    found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    asked = values.get("objective")
+    name = asked.get("name", config.objective.name) if isinstance(asked, dict) else asked
+    if name is not None:
+        _require(isinstance(name, str), f"objective is {_shown(name)}; it must be a name, or a table with one")
+        config = with_objective(config, str(name))
+    if not isinstance(asked, dict):
+        values = {key: value for key, value in values.items() if key != "objective"}
+    merged = to_dict(config)
+    _put(values, merged, config.objective.exported, set())
+    return from_dict(TrainConfig, merged)
+
+
+def _put(values: dict[str, Any], target: dict[str, Any], exported: str, given: set[tuple[int, str]]) -> None:
+    """Changes settings in a table of what `to_dict` made, or in the tables in it."""
+    own = {name: part for name, part in target.items() if isinstance(part, dict) and name != "roles"}
+    tables = {exported: target, "roles": target.get("roles", {})} | target.get("roles", {}) | own
     for name, value in values.items():
-        if name in parts:
+        if name in tables:
             _require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table of settings")
-        owner = name if name in parts else next((part for part in parts if name in parts[part]), None)
+            _put(value, tables[name], exported, given)
+            continue
+        owner = next((part for part in (target, *own.values()) if name in part), None)
         if owner is None:
-            known = sorted(set().union(*parts.values()))
+            known = sorted({name for part in (target, *own.values()) for name in part} - {"roles", "name"})
             near = difflib.get_close_matches(name, known, n=3)
             raise UserError(
                 f"there is no setting {name}; "
                 + (f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}")
             )
-        for setting, given in value.items() if name in parts else [(name, value)]:
-            _require(setting not in found[owner], f"{setting} is given twice")
-            found[owner][setting] = given
-    merged = to_dict(config)
-    return from_dict(TrainConfig, {part: merged[part] | found[part] for part in parts})
+        _require((id(owner), name) not in given, f"{name} is given twice")
+        given.add((id(owner), name))
+        owner[name] = value
 
 
 def from_dict(kind: type, values: Any) -> Any:
@@ -396,11 +515,20 @@ def from_dict(kind: type, values: Any) -> Any:
         (1, 2, 3)
     """
     _require(isinstance(values, dict), f"{kind.__name__} is {_shown(values)}; it must be a table of settings")
-    hints = typing.get_type_hints(kind)
+    if kind is ObjectiveSettings:  # runs written before there were others have no name
+        kind = settings_class(str(values.get("name", FlowConfig.name)))
+        values = {name: value for name, value in values.items() if name != "name"}
+    hints = _fields(kind)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
     make: Any = kind
     return make(**{name: _revive(name, hints[name], value) for name, value in values.items()})
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    """Names and types of a dataclass's fields."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
 
 
 def _revive(name: str, hint: Any, value: Any) -> Any:
@@ -412,6 +540,9 @@ def _revive(name: str, hint: Any, value: Any) -> Any:
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
+    if typing.get_origin(hint) is Mapping:
+        _require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table")
+        return {key: _revive(key, typing.get_args(hint)[1], part) for key, part in value.items()}
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         _require(value in choices, f"{name} is {_shown(value)}; choose from {', '.join(map(str, choices))}")

@@ -1,62 +1,100 @@
 """The held-out loss: a number without chance, so that networks can be compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from monarchrt.train.config import ObjectiveConfig
-from monarchrt.train.data import Batch, Source, spread
-from monarchrt.train.objective import evaluation_indices, evaluation_levels, evaluation_noise
-from monarchrt.train.step import ErrorFn
+from monarchrt.train.data import Source
+from monarchrt.train.objectives.base import Objective
+from monarchrt.train.objectives.registry import ObjectiveSettings, make_objective
+from monarchrt.train.state import TrainState, split_model
+from monarchrt.train.step import ErrorFn, make_error_fn
 
 Place = Callable[[Any], Any]
 
 
-def held_out_loss(
+def held_out_losses(
     errors: ErrorFn,
-    params: Any,
-    fixed: Any,
+    state: TrainState,
     source: Source,
     *,
-    objective: ObjectiveConfig,
+    objective: Objective,
     windows: int = 4,
     timesteps: int = 8,
     batch: int = 4,
     place: Place = jax.device_put,
-) -> float:
-    """Measures the training objective on held-out examples at fixed noise levels with fixed noise.
+) -> dict[str, float]:
+    """Measures the objective on held-out examples with fixed draws.
 
-    The same examples, levels and noise are used for every network, step and run, so differences between two values
-    come from the networks alone.
+    The same examples and draws are used for every network, step and run, so differences between two values come from
+    the networks alone.
 
     Args:
         errors: From `monarchrt.train.step.make_error_fn`.
-        params: Parameters to evaluate.
-        fixed: The network's other variables.
+        state: Its evaluated parameters are measured.
         source: Its held-out part is used.
-        objective: The loss.
+        objective: Says which examples and draws, and with what weights.
         windows: Examples, spread over the held-out part.
         timesteps: Noise levels, spread evenly over the training distribution.
-        batch: Samples per call of the network.
+        batch: Samples per call of the networks.
         place: Moves a batch to the devices.
 
     Returns:
-        Mean over examples and levels of weight(t) * mean (v - (eps - x0))^2.
+        For each role that the objective measures, the mean of weight times error.
     """
-    levels = evaluation_levels(objective, timesteps)
-    indices = spread(source.held_out, windows)
-    pairs = [(index, level) for index in indices for level in range(timesteps)]
-    examples = {index: source.held_out_batch([index]) for index in indices}
-    total = 0.0
-    for start in range(0, len(pairs), batch):
-        chunk = pairs[start : start + batch]
-        full = chunk + [chunk[-1]] * (batch - len(chunk))  # one compiled shape
-        clean = Batch(*(np.concatenate(part) for part in zip(*(examples[index] for index, _ in full), strict=True)))
-        noise = np.stack([evaluation_noise(index, level, source.latent_shape) for index, level in full])
-        level = np.stack([evaluation_indices(objective, level, timesteps, clean.latents.shape[1]) for _, level in full])
-        per_sample = errors(params, fixed, *place((*clean, noise, levels.sigma[level])))
-        weighted = np.asarray(per_sample, np.float64) * levels.weight[level]
-        total += float(weighted.reshape(len(full), -1).mean(1)[: len(chunk)].sum())
-    return total / len(pairs)
+    networks = {name: (role.evaluated, role.frozen) for name, role in state.roles.items()}
+    return _measure(errors, networks, source, objective, windows, timesteps, batch, place)
+
+
+def held_out_loss(
+    model: nnx.Module,
+    source: Source,
+    *,
+    objective: ObjectiveSettings,
+    windows: int = 4,
+    timesteps: int = 8,
+    batch: int = 4,
+) -> float:
+    """The held-out loss of a network for an objective with one role, as training measures it.
+
+    Args:
+        model: The network.
+        source: Its held-out part is used.
+        objective: Settings of the objective.
+        windows: As `held_out_losses`.
+        timesteps: As `held_out_losses`.
+        batch: As `held_out_losses`.
+
+    Returns:
+        The mean of weight times error.
+    """
+    made, role = make_objective(objective), objective.exported
+    graph, params, frozen = split_model(model)
+    errors = make_error_fn(made, {role: graph})
+    parts = {role: (params, frozen)}
+    return _measure(errors, parts, source, made, windows, timesteps, batch, jax.device_put)[role]
+
+
+def _measure(
+    errors: ErrorFn,
+    networks: Mapping[str, tuple[Any, Any]],
+    source: Source,
+    objective: Objective,
+    windows: int,
+    timesteps: int,
+    batch: int,
+    place: Place,
+) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    count = 0
+    for part in objective.held_out(source, windows=windows, timesteps=timesteps, batch=batch):
+        for role, found in errors(networks, place(part.batch), place(part.draws)).items():
+            weighted = np.asarray(found, np.float64) * part.weight
+            # those after the first `count` only fill the batch up
+            means = weighted.reshape(len(weighted) if weighted.ndim else 1, -1).mean(1)
+            totals[role] = totals.get(role, 0.0) + float(means[: part.count].sum())
+        count += part.count
+    return {role: total / count for role, total in totals.items()}

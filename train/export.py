@@ -43,7 +43,7 @@ def find_run(path: Path) -> TrainConfig | None:
 
 
 def run_model(folder: Path, run: TrainConfig, *, precision: str = "fp32") -> "WanModel":
-    """The network of a run with the parameters of its newest checkpoint: their moving average, if there is one.
+    """The network that a run exports, as in its newest checkpoint: the moving average, if there is one.
 
     The folder is only read, so a run that is still going on is not disturbed.
 
@@ -68,10 +68,10 @@ def run_model(folder: Path, run: TrainConfig, *, precision: str = "fp32") -> "Wa
 
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(folder, read_only=True) as checkpoints:
-        kernel = checkpoints.shapes().get("params.patch_embedding.kernel", (None, None))
+        kernel = checkpoints.shapes().get("patch_embedding.kernel", (None, None))
         # the data's channels, which the preset does not tell
         settings = model_settings(run.model, channels=kernel[-2], precision=precision)
-        graph, params, fixed = split_model(nnx.eval_shape(lambda: WanModel(settings, rngs=nnx.Rngs(0))))
+        graph, params, others = split_model(nnx.eval_shape(lambda: WanModel(settings, rngs=nnx.Rngs(0))))
         template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params)
         params = checkpoints.restore_parameters(template)
-    return nnx.merge(graph, params, fixed)
+    return nnx.merge(graph, params, others)

@@ -1,7 +1,7 @@
 """What a run says of itself before it begins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,36 +12,57 @@ from monarchrt.train.state import TrainState
 
 
 def run_header(
-    config: TrainConfig, template: TrainState, *, latent_shape: Sequence[int], network: Any, devices: Sequence[Any]
+    config: TrainConfig,
+    template: TrainState,
+    *,
+    latent_shape: Sequence[int],
+    networks: Mapping[str, Any],
+    devices: Sequence[Any],
 ) -> list[str]:
-    """Sums up a run in three lines: network and attention, data and optimizer, devices and memory.
+    """Sums up a run: each network and its attention, data and optimizer, devices and memory.
 
     Args:
         config: The settings.
         template: Shapes and shardings of the state.
         latent_shape: Shape [F, h, w, C] of a sample.
-        network: The network's `WanConfig`; anything else leaves tokens and attention out.
+        networks: Each role's `WanConfig`; anything else leaves its tokens and attention out.
         devices: What the run works on.
 
     Returns:
         The lines.
     """
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template.params))
-    lines = [f"network: {_short(count)} parameters, computed in {config.run.precision}"]
-    if isinstance(network, WanConfig):
-        grid = network.token_grid(*latent_shape[:3])
-        size = " x ".join(map(str, grid))
-        lines[0] += f"; {math.prod(grid):,} tokens ({size}) a sample; {_attention(network, grid)}"
-    run, optimizer = config.run, config.optimizer
+    lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
+    run = config.run
     origin = "scratch" if run.init_from is None else run.init_from
+    optimizers = [_optimizer(config, role) for role in config.objective.training]
     lines.append(
-        f"run: {run.steps:,} steps of {run.batch} samples from {origin}, seed {run.seed}; AdamW at "
-        f"{optimizer.learning_rate:g}, {optimizer.schedule}; everything goes to {run.folder}"
+        f"run: {run.steps:,} steps of {run.batch} samples from {origin}, seed {run.seed}; {'; '.join(optimizers)}; "
+        f"everything goes to {run.folder}"
     )
     lines.append(
         f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} of each, activations come on top"
     )
     return lines
+
+
+def _network(config: TrainConfig, template: TrainState, role: str, latent_shape: Sequence[int], network: Any) -> str:
+    several, state = len(template.roles) > 1, template.roles[role]
+    trained, fixed = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x)) for x in (state.params, state.frozen))
+    line = f"{role if several else 'network'}: {_short(trained + fixed)} parameters"
+    if fixed:
+        line += f", {_short(trained)} of them trained" if trained else ", not trained"
+    line += f", computed in {config.role(role).precision}"
+    if not isinstance(network, WanConfig):
+        return line
+    grid = network.token_grid(*latent_shape[:3])
+    size = " x ".join(map(str, grid))
+    return f"{line}; {math.prod(grid):,} tokens ({size}) a sample; {_attention(network, grid)}"
+
+
+def _optimizer(config: TrainConfig, role: str) -> str:
+    settings = config.trained(role)
+    whose = f" for the {role}" if len(config.objective.training) > 1 else ""
+    return f"AdamW at {settings.learning_rate:g}, {settings.schedule}{whose}"
 
 
 def _attention(network: WanConfig, grid: tuple[int, int, int]) -> str:

@@ -6,43 +6,37 @@ Each step is a pure function of (state, step number, seed), so a run that goes o
 uninterrupted run bit for bit on the same machine.
 """
 
-import collections
 import contextlib
 import functools
-import shlex
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from monarchrt.models.errors import NonFiniteError, UserError, user_input
+from monarchrt.models.errors import UserError, user_input
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, Source, open_source
-from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import run_header
-from monarchrt.train.interrupt import Interrupted, StopRequest
+from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
+from monarchrt.train.interrupt import StopRequest
 from monarchrt.train.logs import Progress, RunLog
-from monarchrt.train.model import (
-    build_model,
-    check_pretrained,
-    check_same_network,
-    model_settings,
-    pretrained_parameters,
-)
+from monarchrt.train.model import model_settings
+from monarchrt.train.networks import Networks
+from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
-from monarchrt.train.sample import make_sampler, write_held_out_sample
+from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
 from monarchrt.train.sinks import check_sinks, open_sinks
-from monarchrt.train.state import TrainState, all_finite, create_state, make_optimizer, split_model
-from monarchrt.train.step import StepFn, make_error_fn, make_train_step
+from monarchrt.train.state import TrainState
+from monarchrt.train.step import make_error_fn, make_train_step
+from monarchrt.train.trainer import Batches, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +45,39 @@ class TrainResult:
 
     Attributes:
         state: The last state.
-        graph: Structure of the network; `model` puts it together with parameters.
-        held_out_loss: Held-out loss of the evaluated parameters (the moving average, if there is one).
+        graphs: Structure of each role's network.
+        held_out: Held-out losses by role, of the evaluated parameters (the moving average, if there is one).
+        exported: The role that `model` is of.
         folder: The run folder; `monarchrt.train.logs.read_log` reads its log.
     """
 
     state: TrainState
-    graph: nnx.GraphDef
-    held_out_loss: float
+    graphs: Mapping[str, nnx.GraphDef]
+    held_out: Mapping[str, float]
+    exported: str
     folder: Path
 
     @property
+    def held_out_loss(self) -> float:
+        """Held-out loss of the exported role; NaN if the objective does not measure it."""
+        return self.held_out.get(self.exported, math.nan)
+
+    @property
     def model(self) -> Any:
-        """The network with the evaluated parameters."""
-        return nnx.merge(self.graph, self.state.evaluated, self.state.fixed)
+        """The exported network with the evaluated parameters."""
+        return self.network(self.exported)
+
+    def network(self, role: str) -> Any:
+        """The network of a role with its evaluated parameters."""
+        state = self.state.roles[role]
+        return nnx.merge(self.graphs[role], state.evaluated, state.frozen)
 
 
 def train(
     config: TrainConfig,
     *,
     source: Source | None = None,
-    model: nnx.Module | None = None,
+    model: nnx.Module | Mapping[str, nnx.Module] | None = None,
     quiet: bool | None = None,
     after_step: Callable[[int, TrainState], None] | None = None,
 ) -> TrainResult:
@@ -80,8 +86,8 @@ def train(
     Args:
         config: All settings.
         source: Data to use instead of opening what the config names.
-        model: Network to start from instead of building what the config names; the config's model settings should
-            still describe it, since they are what a resume compares.
+        model: Network to start from instead of building what the config names, or networks by role; the config's
+            model settings should still describe it, since they are what a resume compares.
         quiet: Hide (True) or show (False) the progress bar; None shows it on a terminal.
         after_step: Called after each step with the step number, counted from 1, and the state, which must not be
             kept, as the next step overwrites it.
@@ -91,7 +97,7 @@ def train(
 
     Raises:
         UserError: If the settings, the data or the run folder cannot be used.
-        NonFiniteError: If the loss, the gradient or the parameters became NaN or infinite.
+        NonFiniteError: If the loss, the gradient or the parameters of a role became NaN or infinite.
         DiskFullError: If there was no room for the log or a checkpoint.
         Interrupted: If a signal asked to stop; the state has been saved.
     """
@@ -104,7 +110,12 @@ def train(
         if config.run.folder.is_dir():
             lock.take()
             claim_folder(config)  # while the data was read, another run may have come and gone
-        return _Run(config, source, model, quiet, opened).go(lock, after_step)
+        models = model if isinstance(model, Mapping) else {} if model is None else {config.objective.exported: model}
+        run = _Run(config, source, models, opened)
+        state, notes = run.begin()
+        lock.take()
+        claim_folder(config)  # likewise
+        return run.train(state, notes, quiet=quiet, after_step=after_step)
 
 
 def _close(
@@ -120,57 +131,53 @@ def _close(
 
 
 class _Run:
-    """One call of `train`; the order of the methods is the order in which they run."""
+    """One call of `train`; the order of the methods is the order in which they run.
+
+    The constructor checks all that can be checked before anything is computed or written.
+    """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        source: Source,
-        model: nnx.Module | None,
-        quiet: bool | None,
-        opened: contextlib.ExitStack,
+        self, config: TrainConfig, source: Source, models: Mapping[str, nnx.Module], opened: contextlib.ExitStack
     ):
-        self.config, self.source, self.quiet, self.opened = config, source, quiet, opened
+        self.config, self.source, self.opened = config, source, opened
         run = config.run
         found = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = self._open() if found else None
+        done = self.previous.steps() if self.previous else []
         if self.previous:
             self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
-            done = max(self.previous.steps(), default=0)
-            if done > run.steps:
-                raise UserError(f"steps is {run.steps}, but {run.folder} has {done} already; give {done} or more")
-        self.placement = Placement(batch=run.batch, accumulation=config.optimizer.accumulation, state=run.sharding)
-        self.model = model
-        self.build = functools.partial(
-            build_model, config.model, channels=source.latent_shape[-1], seed=run.seed, precision=run.precision
+            if done and done[-1] > run.steps:
+                raise UserError(
+                    f"steps is {run.steps}, but {run.folder} has {done[-1]} already; give {done[-1]} or more"
+                )
+        self.objective = make_objective(config.objective)
+        parts = math.lcm(*(config.trained(role).accumulation for role in config.objective.training))
+        self.placement = Placement(batch=run.batch, accumulation=parts, state=run.sharding)
+        self.networks = Networks(
+            config, self.objective, channels=source.latent_shape[-1], placement=self.placement, models=models
         )
-        if model is None:
-            model = nnx.eval_shape(self.build)
-        if run.init_from is not None and not (self.previous and self.previous.steps()):
-            self._check_origin(run.init_from, model)
-        self.graph, params, fixed = split_model(model)
-        self.optimizer = make_optimizer(config.optimizer, steps=run.steps)
-        self.template = self._template(params, fixed)
-        self.network = getattr(model, "config", None)
-        shardings = self.placement.shardings(self.template)
-        self.step_fn: StepFn = make_train_step(
-            self.graph,
-            self.optimizer,
-            objective=config.objective,
-            settings=config.optimizer,
-            steps=run.steps,
-            shardings=shardings,
-        )
+        self.networks.check_origins(resumed=bool(done))
+        self.batches = Batches(source, self.objective, run=run, placement=self.placement)
+        shardings = self.placement.shardings(self.networks.template)
+        graphs = self.networks.graphs
+        self.step_fn = make_train_step(self.objective, graphs, self.networks.trainings, shardings=shardings)
         self._check_step()
         _ = self.identity  # reads the data where it has to
-        self.error_fn = make_error_fn(self.graph, objective=config.objective, shardings=shardings)
-        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        self.held_out: float | None = None
-        self.samplers: dict[str, Callable[..., jax.Array]] = {}
+        self.measure = functools.partial(
+            held_out_losses,
+            make_error_fn(self.objective, graphs, shardings=shardings),
+            source=source,
+            objective=self.objective,
+            windows=run.eval_windows,
+            timesteps=run.eval_timesteps,
+            batch=run.batch,
+            place=self.placement.batch,
+        )
 
     def _open(self) -> Checkpoints:
         """The checkpoints, closed when the run ends, however it does."""
-        checkpoints = Checkpoints(self.config.run.folder, keep=self.config.run.keep)
+        config = self.config
+        checkpoints = Checkpoints(config.run.folder, keep=config.run.keep, exported=config.objective.exported)
         self.opened.push(functools.partial(_close, checkpoints))
         return checkpoints
 
@@ -179,220 +186,114 @@ class _Run:
         """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before."""
         return identity(self.config, fingerprint=self.source.fingerprint)
 
-    def _check_origin(self, origin: Path, model: Any) -> None:
-        """Looks whether the parameters to start from are of the network's sizes; reads none."""
-        if not (origin / FOLDER_NAME).is_dir():
-            check_pretrained(origin, model.config)
-            return
-        with Checkpoints(origin, read_only=True) as checkpoints:
-            checkpoints.check_newest(lambda saved, step: check_same_network(origin, saved, self.config.model))
-
-    def _template(self, params: Any, fixed: Any) -> TrainState:
-        """Shapes and places of the state."""
-        shapes = jax.eval_shape(self._create, params, fixed)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            self.placement.shardings(shapes),
-        )
-
-    def _create(self, params: Any, fixed: Any) -> TrainState:
-        config = self.config
-        average = config.optimizer.ema_decay is not None
-        return create_state(params, fixed, self.optimizer, seed=config.run.seed, ema=average)
-
     def _check_step(self) -> None:
-        """Traces a step: shapes, tiles and backends are checked before anything is computed or written."""
-        run = self.config.run
+        """Traces each kind of step: shapes, tiles and backends are checked before anything is computed or written."""
+        run, objective = self.config.run, self.objective
         if run.sample_every and not isinstance(self.source, ClipWindows):
             raise UserError(
                 f"sample_every is {run.sample_every}, but latents cannot be shown as pixels without their "
                 f"decoder; use sample_every 0, or a video"
             )
-        batch = self.source.train_batch(0, run.batch, run.seed)
-        with user_input():
-            jax.eval_shape(self.step_fn, self.template, *batch)
+        for roles in dict.fromkeys(objective.due(step) for step in range(1, run.steps + 1)):
+            if not roles or not set(roles) <= set(objective.settings.training):
+                raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
+            with user_input():
+                jax.eval_shape(
+                    functools.partial(self.step_fn, due=roles), self.networks.template, self.batches.host(1, roles)
+                )
 
-    def go(self, lock: FolderLock, after_step: Callable[[int, TrainState], None] | None) -> TrainResult:
-        config, run = self.config, self.config.run
-        checkpoints = self.previous
-        start, restored = 0, None
-        notes: list[str] = []
-        if checkpoints:
-            restored = checkpoints.restore(self.template, check=self._compare(notes), note=notes.append)
-            if restored is not None:
-                start = int(restored.step)
+    def begin(self) -> tuple[TrainState, list[str]]:
+        """The state to go on from, and what is to be said of it."""
+        run, notes, restored = self.config.run, [], None
+        if self.previous and self.previous.steps():
+            template = self.networks.frozen()
+            digests = self.networks.digests(template)
+            restored = self.previous.restore(template, check=self._compare(notes, digests), note=notes.append)
         if run.resume:
             notes.append(
-                f"resuming {run.folder} at step {start}"
+                f"resuming {run.folder} at step {int(restored.step)}"
                 if restored is not None
                 else f"nothing to resume in {run.folder}"
             )
-        self.state = self._start() if restored is None else restored
-        lock.take()
-        claim_folder(config)  # likewise
-        if checkpoints is None and (run.folder / FOLDER_NAME).exists():
+        return restored or self.networks.start(), notes
+
+    def _compare(
+        self, notes: list[str], digests: Mapping[str, str] | None = None
+    ) -> Callable[[dict[str, Any], int], None]:
+        def check(saved: dict[str, Any], step: int) -> None:
+            wanted = {**self.identity, **(digests or {})}
+            notes.extend(compare_identity(saved, wanted, step=step, folder=self.config.run.folder))
+
+        return check
+
+    def train(
+        self,
+        state: TrainState,
+        notes: list[str],
+        *,
+        quiet: bool | None,
+        after_step: Callable[[int, TrainState], None] | None,
+    ) -> TrainResult:
+        """Opens the run folder's files, and trains."""
+        config, run, start = self.config, self.config.run, int(state.step)
+        resumed = bool(self.previous and self.previous.steps())
+        if self.previous is None and (run.folder / FOLDER_NAME).exists():
             raise UserError(f"folder {run.folder} was begun by another run meanwhile; try again with --resume")
         write_config(config)
         if isinstance(self.source, LatentFolder):
             self.source.keep_digests()
-        self.checkpoints = checkpoints or self._open()
+        checkpoints = self.previous or self._open()
+        several = len(config.objective.roles) > 1
+        failure = Failure(config, checkpoints)
         with (
-            RunLog(
-                run.folder,
-                step=-1 if restored is None else start,
-                kept=self.checkpoints.kept,
-                sinks=open_sinks(config),
-            ) as self.log,
-            Progress(run.steps, start=start, quiet=self.quiet) as self.progress,
+            RunLog(run.folder, step=start if resumed else -1, kept=checkpoints.kept, sinks=open_sinks(config)) as log,
+            Progress(run.steps, start=start, quiet=quiet) as progress,
             StopRequest() as stop,
         ):
             for note in notes:
-                self.progress.note(note)
-            self.progress.header(self._header())
-            self.clock = time.monotonic()
-            if restored is None and run.init_from is not None:
-                self._measure(0)  # what the parameters are worth before any training
-            if restored is None:
+                progress.note(note)
+            progress.header(self._header())
+            metrics = MetricsLog(log, progress, every=run.log_every, total=run.steps, prefix=several, failure=failure)
+            evaluate = Evaluate(self.measure, log, progress, run=run, prefix=several)
+            save = Save(checkpoints, self.identity | self.networks.digests(state), run=run, failure=failure)
+            if not resumed:
+                if run.init_from is not None:
+                    evaluate(0, state)  # what the parameters are worth before any training
                 # a first checkpoint, so that there always is a good one and a full disk shows at once
-                self._save(0)
-                self.checkpoints.wait()
-            for step in range(start + 1, run.steps + 1):
-                self._step(step)
-                if after_step:
-                    after_step(step, self.state)
-                if stop.signal is not None:
-                    self._stop(step, stop.signal)
-            self._drain(0)
-            if self.held_out is None:
-                self.held_out = self._evaluate()
-            self.checkpoints.wait()
-        return TrainResult(state=self.state, graph=self.graph, held_out_loss=self.held_out, folder=run.folder)
-
-    def _compare(self, notes: list[str]) -> Callable[[dict[str, Any], int], None]:
-        def check(saved: dict[str, Any], step: int) -> None:
-            notes.extend(compare_identity(saved, self.identity, step=step, folder=self.config.run.folder))
-
-        return check
-
-    def _start(self) -> TrainState:
-        """The state at step 0, made where it lives: no device need hold the whole of it."""
-        places = self.placement.shardings(self.template)
-        make = functools.partial(jax.jit, out_shardings=places)
-        origin = self.config.run.init_from
-        if self.model is None and origin is None:
-            return make(lambda: self._create(*split_model(self.build())[1:]))()
-        params, fixed = self.template.params, self.template.fixed
-        if self.model is not None:
-            # a step overwrites its input; the caller keeps the model that was given
-            params, fixed = jax.tree.map(jnp.copy, split_model(self.model)[1:])
-        if origin is not None:
-            params = self._parameters_of(origin)
-        return make(self._create)(*jax.device_put((params, fixed), (places.params, places.fixed)))
-
-    def _parameters_of(self, origin: Path) -> Any:
-        if (origin / FOLDER_NAME).is_dir():
-            with Checkpoints(origin, read_only=True) as checkpoints:
-                return checkpoints.restore_parameters(self.template.params)
-        model: Any = nnx.merge(self.graph, self.template.params, self.template.fixed)
-        return pretrained_parameters(origin, model.config, sharding=lambda _, shape: self.placement.sharding(shape))
-
-    def _step(self, step: int) -> None:
-        run = self.config.run
-        batch = self.source.train_batch(step - 1, run.batch, run.seed)
-        self.state, metrics = self.step_fn(self.state, *self.placement.batch(batch))
-        self.pending.append((step, metrics))
-        last = step == run.steps
-        evaluate = step % run.eval_every == 0 or last
-        save = step % run.checkpoint_every == 0 or last
-        # the device works on this step while the one before is looked at
-        self._drain(0 if evaluate or save else 1)
-        if evaluate:
-            self._measure(step)
-        if run.sample_every and step % run.sample_every == 0:
-            self._sample(step)
-        # after everything that the log says about this step, so that a resume finds it there
-        if save:
-            self._save(step)
-
-    def _drain(self, leave: int) -> None:
-        """Logs the metrics of finished steps; stops the run at the first that are not finite."""
-        while len(self.pending) > leave:
-            step, metrics = self.pending.popleft()
-            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            finite = values.pop("finite")
-            now = time.monotonic()
-            if step % self.config.run.log_every == 0 or step == self.config.run.steps or not finite:
-                self.log.write(step, values | {"seconds": round(now - self.clock, 4)})
-            self.clock = now
-            self.progress.update(step, f"loss {values['loss']:.4f}")
-            if not finite:
-                which = "loss" if not np.isfinite(values["loss"]) else "gradient norm"
-                value = values["loss"] if which == "loss" else values["grad_norm"]
-                raise self._non_finite(f"{which} is {value}", step, values["learning_rate"])
-
-    def _non_finite(self, what: str, step: int, rate: float) -> NonFiniteError:
-        self.checkpoints.wait()
-        good = [saved for saved in self.checkpoints.steps() if saved < step]
-        kept = f"the checkpoint of step {good[-1]} is kept" if good else "there is no earlier checkpoint"
-        return NonFiniteError(
-            f"{what} at step {step} (learning_rate {rate:.3g}); {kept} in {self.checkpoints.path}",
-            advice="try a smaller --learning-rate, a longer --warmup or a smaller --clip-norm with --resume",
-            step=step,
+                save(0, state)
+                checkpoints.wait()
+            # saved after everything that the log says about a step, so that a resume finds it there
+            hooks: list[Hook] = [evaluate, *self._samples(), save]
+            trainer = Trainer(
+                state, self.step_fn, objective=self.objective, batches=self.batches, metrics=metrics, hooks=hooks,
+                save=save, run=run,
+            )  # fmt: skip
+            state = trainer.train(stop, after_step)
+            if evaluate.last is None:
+                evaluate.measured(state)
+            checkpoints.wait()
+        return TrainResult(
+            state=state,
+            graphs=self.networks.graphs,
+            held_out=evaluate.last or {},
+            exported=config.objective.exported,
+            folder=run.folder,
         )
+
+    def _samples(self) -> list[Sample]:
+        run, role = self.config.run, self.config.objective.exported
+        if not run.sample_every or not isinstance(self.source, ClipWindows):
+            return []
+        graph = self.networks.graphs[role]
+        samplers = {label: make_sampler(graph, sampler) for label, sampler in self.objective.samplers().items()}
+        return [Sample(samplers, self.source, role=role, folder=run.folder / "samples", every=run.sample_every)]
 
     def _header(self) -> list[str]:
         with user_input():
             return run_header(
                 self.config,
-                self.template,
+                self.networks.template,
                 latent_shape=self.source.latent_shape,
-                network=self.network,
+                networks=self.networks.configs,
                 devices=list(self.placement.mesh.devices.flat),
             )
-
-    def _measure(self, step: int) -> None:
-        """Evaluates and says so."""
-        self.held_out = self._evaluate()
-        self.log.write(step, {"held_out_loss": self.held_out})
-        self.progress.measured(step, f"held-out loss {self.held_out:.4f}")
-
-    def _evaluate(self) -> float:
-        run = self.config.run
-        return held_out_loss(
-            self.error_fn,
-            self.state.evaluated,
-            self.state.fixed,
-            self.source,
-            objective=self.config.objective,
-            windows=run.eval_windows,
-            timesteps=run.eval_timesteps,
-            batch=run.batch,
-            place=self.placement.batch,
-        )
-
-    def _sample(self, step: int) -> None:
-        source = self.source
-        if not isinstance(source, ClipWindows):
-            return  # refused by _check_step
-        if not self.samplers:
-            make = functools.partial(make_sampler, self.graph, objective=self.config.objective)
-            self.samplers = {"restored": make(start=0.6), "sampled": make(start=1.0)}
-        path = self.config.run.folder / "samples" / f"step_{step:06d}.mp4"
-        write_held_out_sample(path, self.samplers, self.state.evaluated, self.state.fixed, source)
-
-    def _save(self, step: int) -> None:
-        if not bool(all_finite((self.state.params, self.state.ema, self.state.optimizer))):
-            raise self._non_finite("a parameter is not finite", step, self.config.optimizer.learning_rate)
-        self.checkpoints.save(self.state, self.identity)
-
-    def _stop(self, step: int, number: int) -> None:
-        self._drain(0)
-        self._save(step)
-        self.checkpoints.wait()
-        folder = shlex.quote(str(self.config.run.folder))
-        raise Interrupted(
-            f"stopped at step {step} and saved; go on with --folder {folder} --resume",
-            code=128 + number,
-            step=step,
-        )

@@ -41,13 +41,16 @@ def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention
         )
 
 
-def model_settings(config: ModelConfig, *, channels: int | None = None, precision: str = "fp32") -> "WanConfig":
+def model_settings(
+    config: ModelConfig, *, channels: int | None = None, precision: str = "fp32", frozen: bool = False
+) -> "WanConfig":
     """The full settings of the network.
 
     Args:
         config: Preset, overrides and attention.
         channels: Latent channels of the data; None keeps the preset's.
         precision: "fp32" or "bf16", the compute type.
+        frozen: It will not train, so its parameters are of the compute type.
 
     Returns:
         The configuration.
@@ -64,18 +67,22 @@ def model_settings(config: ModelConfig, *, channels: int | None = None, precisio
             f"and remat; set those instead"
         )
     with user_input():
-        sizes = {} if channels is None else {"in_channels": channels, "out_channels": channels}
+        values: dict[str, Any] = {} if channels is None else {"in_channels": channels, "out_channels": channels}
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        if frozen and precision != "fp32":
+            values["param_dtype"] = dtype
         return wan_config(
             config.preset,
             attention=attention_setting(config),
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+            dtype=dtype,
             remat="full" if config.remat else "none",
-            **sizes,
-            **config.override_values(),
+            **values | config.override_values(),
         )
 
 
-def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str = "fp32") -> "WanModel":
+def build_model(
+    config: ModelConfig, *, channels: int, seed: int, precision: str = "fp32", frozen: bool = False
+) -> "WanModel":
     """Builds a model with random parameters.
 
     Args:
@@ -83,6 +90,7 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
         channels: Latent channels of the data.
         seed: Seed of the parameters.
         precision: "fp32" or "bf16", the compute type.
+        frozen: It will not train, so its parameters are of the compute type.
 
     Returns:
         A `monarchrt.models.wan.WanModel`.
@@ -94,7 +102,7 @@ def build_model(config: ModelConfig, *, channels: int, seed: int, precision: str
 
     from monarchrt.models.wan import WanModel
 
-    settings = model_settings(config, channels=channels, precision=precision)
+    settings = model_settings(config, channels=channels, precision=precision, frozen=frozen)
     # one compiled program: faster than op by op
     return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()
 

@@ -42,6 +42,10 @@ _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_ev
 _NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "learning_rate", "beta1", "beta2", "eps",
           "weight_decay", "clip_norm", "warmup", "schedule", "decay_steps", "accumulation", "ema_start"}  # fmt: skip
 
+# settings that came later, with what they were before
+_LATER = {"objective": "flow", "trainable": ["all"]}
+PARAMETERS = "parameters"  # of a role that does not train: a digest
+
 
 def claim_folder(config: TrainConfig) -> None:
     """Checks that a run may use its folder, and that nothing in it would be lost; touches nothing.
@@ -202,13 +206,20 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
         fingerprint: Content of the data, from the source.
 
     Returns:
-        Name -> value. Where the data lies is left out; what it is counts.
+        Name -> value, of networks beside the exported one as ROLE.name. Where the data lies is left out; what it is
+        counts.
     """
     flat: dict[str, Any] = {}
     for part in ("model", "data", "objective", "optimizer", "run"):
         flat |= {name: value for name, value in to_dict(getattr(config, part)).items() if name not in _FREE}
-    if config.optimizer.schedule != "constant" and config.optimizer.decay_steps is None:
-        flat["decay_steps"] = config.run.steps
+    flat["objective"] = flat.pop("name")
+    for role, values in to_dict(config).get("roles", {}).items():
+        values = {**values.pop("model"), **(values.pop("optimizer") or {}), **values}
+        flat |= {f"{role}.{name}": value for name, value in values.items() if name not in _FREE}
+    for role in config.objective.training:
+        settings = config.trained(role)
+        if settings.schedule != "constant" and settings.decay_steps is None:
+            flat["decay_steps" if role == config.objective.exported else f"{role}.decay_steps"] = config.run.steps
     return flat | {"data": fingerprint}
 
 
@@ -235,14 +246,23 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         monarchrt.models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has...
     """
     notes = []
+    saved = {name: value for name, value in _LATER.items() if name in wanted} | saved
     for name in dict.fromkeys([*saved, *wanted]):
         old, new = saved.get(name), wanted.get(name)
-        if name == "ema_decay" and (old is None) == (new is None):
+        role, dot, setting = name.rpartition(".")
+        if setting == "ema_decay" and (old is None) == (new is None):
             kind = "noted"
         else:
-            kind = "noted" if name in _NOTED else "fixed"
+            kind = "noted" if setting in _NOTED else "fixed"
         if old == new:
             continue
+        if dot and setting == PARAMETERS:
+            if new is None:  # they have not been read yet
+                continue
+            raise UserError(
+                f"cannot resume: the parameters of the {role} are not those that the run in {folder} began with; give "
+                f"--{role}.init-from what it was given then, or another --folder"
+            )
         if kind == "noted":
             notes.append(f"note: {name} changes from {old} to {new}")
             continue

@@ -1,6 +1,6 @@
 """Sampling: the learned flow followed from noise to data with Euler steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Float32
 
 from monarchrt.models.media.video import side_by_side, write_mp4
 from monarchrt.models.sampling import Schedule, euler, guided, sample, uniform_schedule
-from monarchrt.train.config import ObjectiveConfig
 from monarchrt.train.data import ClipWindows
-from monarchrt.train.objective import Velocity, add_noise, evaluation_noise
-from monarchrt.train.state import as_velocity
+from monarchrt.train.objectives.base import Sampler
+from monarchrt.train.objectives.flow import Velocity, add_noise, evaluation_noise
+from monarchrt.train.objectives.settings import FlowConfig
 
 
-def sampling_levels(config: ObjectiveConfig, *, steps: int, start: float = 1.0) -> Float32[np.ndarray, "steps_plus_1"]:
+def sampling_levels(config: FlowConfig, *, steps: int, start: float = 1.0) -> Float32[np.ndarray, "steps_plus_1"]:
     """Noise levels of a sampler: even in u, shifted like those of training, from `start` down to 0.
 
     Args:
@@ -30,7 +30,7 @@ def sampling_levels(config: ObjectiveConfig, *, steps: int, start: float = 1.0) 
         sigma, decreasing, float32 [steps + 1].
 
     Example:
-        >>> [round(float(sigma), 3) for sigma in sampling_levels(ObjectiveConfig(shift=5.0), steps=4)]
+        >>> [round(float(sigma), 3) for sigma in sampling_levels(FlowConfig(shift=5.0), steps=4)]
         [1.0, 0.938, 0.833, 0.625, 0.0]
     """
     return uniform_schedule(steps, config.shift, start=start).sigmas.astype(np.float32)
@@ -67,41 +67,45 @@ def euler_sample(
     return sample(guided(velocity, text), latents, euler(Schedule(sigmas, num_train_timesteps * sigmas[:-1])))
 
 
-def make_sampler(
-    graph: nnx.GraphDef, *, objective: ObjectiveConfig, steps: int = 20, start: float = 1.0
-) -> Callable[..., Array]:
-    """Makes a compiled sampler that starts from clean latents noised to level `start`.
+def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> Sampler:
+    """A sampler that starts from clean latents noised to level `start`.
 
     Args:
-        graph: Structure of the network.
-        objective: Shift and timestep scale.
+        config: Shift and timestep scale.
         steps: Euler steps.
         start: First noise level; at 1 nothing of the clean latents is left.
 
     Returns:
-        (params, fixed, latents, text, noise) -> sampled latents.
+        (network, latents, text, noise) -> sampled latents.
     """
-    levels = sampling_levels(objective, steps=steps, start=start)
+    levels = sampling_levels(config, steps=steps, start=start)
 
-    @jax.jit
-    def sampler(params: Any, fixed: Any, latents: Array, text: Array, noise: Array) -> Array:
+    def sampler(network: Velocity, latents: Array, text: Array, noise: Array) -> Array:
         first = jnp.full((latents.shape[0],), start, jnp.float32)
-        return euler_sample(
-            as_velocity(graph, params, fixed),
-            add_noise(latents, noise, first),
-            text,
-            levels=levels,
-            num_train_timesteps=objective.num_train_timesteps,
-        )
+        noised = add_noise(latents, noise, first)
+        return euler_sample(network, noised, text, levels=levels, num_train_timesteps=config.num_train_timesteps)
 
     return sampler
 
 
+def make_sampler(graph: nnx.GraphDef, sampler: Sampler) -> Callable[..., Array]:
+    """Compiles a sampler for a network that was split.
+
+    Args:
+        graph: Structure of the network.
+        sampler: What an objective's `samplers` holds.
+
+    Returns:
+        (params, frozen, latents, text, noise) -> sampled latents.
+    """
+    return jax.jit(lambda params, frozen, *arrays: sampler(nnx.merge(graph, params, frozen), *arrays))
+
+
 def write_held_out_sample(
     path: Path,
-    samplers: dict[str, Callable[..., Array]],
+    samplers: Mapping[str, Callable[..., Array]],
     params: Any,
-    fixed: Any,
+    frozen: Any,
     source: ClipWindows,
     *,
     index: int = 0,
@@ -113,7 +117,7 @@ def write_held_out_sample(
         path: The file.
         samplers: Label -> sampler, from `make_sampler`.
         params: Parameters.
-        fixed: The network's other variables.
+        frozen: The network's other variables.
         source: A clip; its transform turns latents into pixels.
         index: Held-out window.
         zoom: Enlarge each pixel.
@@ -125,6 +129,6 @@ def write_held_out_sample(
     noise = evaluation_noise(index, 0, latents.shape)
     clips = [source.held_out_window(index)]
     for sampler in samplers.values():
-        sampled = np.asarray(sampler(params, fixed, latents, text, noise), np.float32)
+        sampled = np.asarray(sampler(params, frozen, latents, text, noise), np.float32)
         clips.append(source.transform.decode(sampled[0]))
     return write_mp4(path, side_by_side(clips, labels=["clip", *samplers], zoom=zoom))

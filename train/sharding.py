@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.sharding import BATCH_AXIS
-from monarchrt.train.state import TrainState
 
 LONG = 64  # an axis that may be split; the layers, stacked along the first, are fewer
 
@@ -52,13 +51,17 @@ class Placement:
         self.mesh = Mesh(np.array(devices), (BATCH_AXIS,))
         self._split = state == "fsdp"
 
-    def shardings(self, state: TrainState) -> TrainState:
-        """The sharding of each array of a state."""
+    def shardings[Tree](self, state: Tree) -> Tree:
+        """The sharding of each array of a state, or of a part of one."""
         return jax.tree.map(lambda leaf: self.sharding(leaf.shape), state)
 
     def batch(self, batch: Any) -> Any:
-        """Splits every array's first axis over the devices."""
-        return jax.device_put(tuple(batch), NamedSharding(self.mesh, PartitionSpec(BATCH_AXIS)))
+        """Splits every array's first axis over the devices; scalars go to all."""
+
+        def place(leaf: Any) -> NamedSharding:
+            return NamedSharding(self.mesh, PartitionSpec(*(BATCH_AXIS,) * bool(np.ndim(leaf))))
+
+        return jax.device_put(batch, jax.tree.map(place, batch))
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of an array of the state."""

@@ -1,9 +1,10 @@
-"""What training carries from step to step, as one pytree."""
+"""What training carries from step to step, as one pytree: the networks by role, each with its optimizer and average."""
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,45 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Int, UInt32
 
+from monarchrt.models.errors import UserError
 from monarchrt.train.config import OptimizerConfig
-from monarchrt.train.objective import Velocity
 
 Params = nnx.State
 """Parameters as `flax.nnx.split` gives them."""
+
+Filter = Any
+"""Which variables of a network train, as `flax.nnx.split` takes it: a type, or a function of path and variable."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RoleState:
+    """One network.
+
+    Attributes:
+        params: What trains.
+        frozen: The network's other variables, which training leaves alone.
+        optimizer: Optax state; None if nothing trains.
+        average: Moving average of `params`, or None.
+        updates: Optimizer steps done, an int32 scalar; None if nothing trains.
+    """
+
+    # not typed as arrays: trees of shapes and of shardings have this structure too
+    params: Any
+    frozen: Any
+    optimizer: Any = None
+    average: Any = None
+    updates: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate and sample with: the moving average if there is one."""
+        return self.params if self.average is None else self.average
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step may change it; if not, it is no part of checkpoints."""
+        return self.updates is not None
 
 
 @jax.tree_util.register_dataclass
@@ -24,37 +59,64 @@ class TrainState:
     """Everything that a checkpoint holds and a step changes.
 
     Attributes:
-        step: Optimizer steps done, an int32 scalar.
-        params: Trainable parameters.
-        fixed: The network's other variables, which training leaves alone.
-        optimizer: Optax state.
-        ema: Moving average of the parameters, or None.
+        step: Steps done, an int32 scalar.
+        roles: The networks by role.
         rng: Random key of the run; step n uses `fold_in(rng, n)`.
     """
 
-    # not typed as arrays: trees of shapes and of shardings have this structure too
     step: Any
-    params: Any
-    fixed: Any
-    optimizer: Any
-    ema: Any
+    roles: dict[str, RoleState]
     rng: Any
 
-    @property
-    def evaluated(self) -> Any:
-        """The parameters to evaluate and sample with: the moving average if there is one."""
-        return self.params if self.ema is None else self.ema
+
+def trainable_filter(names: Sequence[str]) -> Filter:
+    """The variables that `OptimizerConfig.trainable` asks for: parameters of any kind, all or by pattern.
+
+    Example:
+        >>> graph, params, frozen = split_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable_filter(["bias"]))
+        >>> parameter_names(params), parameter_names(frozen)
+        (['bias'], ['kernel'])
+    """
+    if tuple(names) == ("all",):
+        return nnx.Param  # and its kinds, such as nnx.LoRAParam
+
+    def matches(path: tuple, variable: Any) -> bool:
+        name = ".".join(map(str, path))
+        return issubclass(getattr(variable, "type", type(variable)), nnx.Param) and any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in names
+        )
+
+    return matches
 
 
-def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-    """Splits a network into its structure, its parameters and its other variables."""
-    graph, params, fixed = nnx.split(model, nnx.Param, ...)
-    return graph, params, fixed
+def split_model(model: nnx.Module, trains: Filter = nnx.Param) -> tuple[nnx.GraphDef, Any, Any]:
+    """Splits a network into its structure, what trains, and its other variables."""
+    graph, params, frozen = nnx.split(model, trains, ...)
+    return graph, params, frozen
 
 
-def as_velocity(graph: nnx.GraphDef, params: Any, fixed: Any) -> Velocity:
-    """The flow prediction of a network that was split."""
-    model: Callable = nnx.merge(graph, params, fixed)  # type: ignore[assignment]
+def parameter_names(tree: Any) -> list[str]:
+    """Names of the arrays of a network, or of a part of one, such as `head.proj.kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [_name(path) for path, _ in leaves]
+
+
+def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: str) -> None:
+    """Looks whether what should train exists.
+
+    Raises:
+        UserError: If a pattern fits no parameter.
+    """
+    found, others = parameter_names(params), parameter_names(frozen)
+    for pattern in () if tuple(names) == ("all",) else names:
+        if not fnmatch.filter(found, pattern):
+            known = ", ".join(sorted({name.split(".")[0] for name in found + others}))
+            raise UserError(f"{option} is {pattern!r}, which fits no parameter; all, or patterns below {known}")
+
+
+def as_velocity(graph: nnx.GraphDef, params: Any, frozen: Any) -> Callable[..., Any]:
+    """A network that was split, as a function of latents, timesteps and text."""
+    model: Callable = nnx.merge(graph, params, frozen)  # type: ignore[assignment]
     return lambda latents, timesteps, text: model(latents, timesteps, text)
 
 
@@ -112,30 +174,53 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     return optax.chain(clip, adamw)
 
 
-def create_state(
-    params: Any, fixed: Any, optimizer: optax.GradientTransformation, *, seed: int, ema: bool
-) -> TrainState:
+class Training(NamedTuple):
+    """How a role trains: its optimizer, the learning rate of each of its updates, and the settings of both."""
+
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    settings: OptimizerConfig
+
+
+def make_training(config: OptimizerConfig, *, updates: int) -> Training:
+    """Puts together how a role trains.
+
+    Args:
+        config: The optimizer's settings.
+        updates: Of the whole run, for a decaying learning rate.
+    """
+    return Training(make_optimizer(config, steps=updates), learning_rate_schedule(config, steps=updates), config)
+
+
+def create_role(params: Any, frozen: Any, training: Training | None) -> RoleState:
+    """A network before the first step.
+
+    Args:
+        params: What trains.
+        frozen: The network's other variables.
+        training: How it trains; None if it does not.
+    """
+    if training is None:
+        return RoleState(params=params, frozen=frozen)
+    average = training.settings.ema_decay is not None
+    return RoleState(
+        params=params,
+        frozen=frozen,
+        optimizer=training.optimizer.init(params),
+        # a copy: the step donates its input, and one buffer cannot be donated twice
+        average=jax.tree.map(jnp.copy, params) if average else None,
+        updates=jnp.zeros((), jnp.int32),
+    )
+
+
+def create_state(roles: Mapping[str, RoleState], *, seed: int) -> TrainState:
     """The state before the first step.
 
     Args:
-        params: Trainable parameters.
-        fixed: The network's other variables.
-        optimizer: Its state is initialised here.
-        seed: Seed of the noise.
-        ema: Whether to keep a moving average.
-
-    Returns:
-        A state at step 0.
+        roles: From `create_role`.
+        seed: Seed of the draws.
     """
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        fixed=fixed,
-        optimizer=optimizer.init(params),
-        # a copy: the step donates its input, and one buffer cannot be donated twice
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
-        rng=jax.random.key(seed),
-    )
+    return TrainState(step=jnp.zeros((), jnp.int32), roles=dict(roles), rng=jax.random.key(seed))
 
 
 def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerConfig) -> Any:
@@ -147,21 +232,29 @@ def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerCon
 
 
 def to_arrays(state: TrainState) -> dict[str, Any]:
-    """Flattens a state to arrays under readable names, such as `params.head.proj.kernel`.
+    """Flattens a state to arrays under readable names, such as `roles.student.params.head.proj.kernel`.
 
-    The names are all that a checkpoint depends on, not the classes of Flax or Optax. Of a state of shapes, shapes.
+    The names are all that a checkpoint depends on, not the classes of Flax or Optax. Networks that do not train are
+    left out. Of a state of shapes, shapes.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state))
     return {_name(path): _key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
-    """Puts arrays from `to_arrays` back into a state of the same structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    """Puts arrays from `to_arrays` back into a state of the same structure; what does not train is the template's."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(_trained(template))
     values = [
         jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)] for path, leaf in leaves
     ]
-    return jax.tree_util.tree_unflatten(structure, values)
+    state = jax.tree_util.tree_unflatten(structure, values)
+    return TrainState(step=state.step, roles=template.roles | state.roles, rng=state.rng)
+
+
+def _trained(state: TrainState) -> TrainState:
+    return TrainState(
+        step=state.step, roles={name: role for name, role in state.roles.items() if role.trains}, rng=state.rng
+    )
 
 
 def _name(path: tuple) -> str:

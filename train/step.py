@@ -1,6 +1,6 @@
-"""The compiled functions of a run: one training step, and the error of the network on held-out data."""
+"""The compiled functions of a run: one training step, and the errors of the networks on held-out data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,89 +9,98 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
-from monarchrt.train.objective import draw_noise, flow_errors, flow_loss
-from monarchrt.train.state import TrainState, as_velocity, learning_rate_schedule, update_ema
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.base import Metrics, Objective
+from monarchrt.train.state import RoleState, Training, TrainState, update_ema
 
-Metrics = dict[str, jax.Array]
-StepFn = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
-ErrorFn = Callable[..., jax.Array]
+Graphs = Mapping[str, nnx.GraphDef]
+StepFn = Callable[..., tuple[TrainState, dict[str, Metrics]]]
+ErrorFn = Callable[..., Mapping[str, jax.Array]]
 
 
 def make_train_step(
-    graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    graphs: Graphs,
+    trainings: Mapping[str, Training],
     *,
-    objective: ObjectiveConfig,
-    settings: OptimizerConfig,
-    steps: int,
     shardings: TrainState | None = None,
 ) -> StepFn:
-    """Makes the compiled training step.
+    """Makes the compiled training step, a program for each set of roles that it updates.
 
     The step's randomness is a function of the run's key and the step number only. Its input state is donated.
 
     Args:
-        graph: Structure of the network, from `monarchrt.train.state.split_model`.
-        optimizer: From `monarchrt.train.state.make_optimizer`.
-        objective: The loss.
-        settings: Accumulation and moving average; the learning rate, for the metrics.
-        steps: Length of the run, for a decaying learning rate.
+        objective: Draws and losses.
+        graphs: Structure of each role's network, from `monarchrt.train.state.split_model`.
+        trainings: How each role that trains does so, from `monarchrt.train.state.make_training`.
         shardings: Where the new state lives, from `monarchrt.train.sharding.Placement`; None leaves it to the compiler.
 
     Returns:
-        (state, latents [B, F, h, w, C], text [B, L, D]) -> (state, metrics), where metrics are scalars: loss,
-        grad_norm (before clipping), learning_rate and finite (loss and gradient are).
+        (state, {role: batch}, due=(role, ...)) -> (state, {role: metrics}), where metrics are scalars: loss,
+        grad_norm (before clipping), learning_rate, finite (loss and gradient are), and what the objective adds.
     """
-    rate = learning_rate_schedule(settings, steps=steps)
 
-    def loss_and_grads(params: Any, fixed: Any, latents, text, level, noise):
-        def loss_of(params):
-            velocity = as_velocity(graph, params, fixed)
-            return flow_loss(velocity, latents, text, level=level, noise=noise, config=objective)
+    def update(role: str, roles: dict[str, RoleState], batch: Batch, draws: Any, done: Any) -> tuple[RoleState, Any]:
+        own, training = roles[role], trainings[role]
+        settings = training.settings
 
-        with use_abstract_mesh(_mesh(shardings)):
-            return jax.value_and_grad(loss_of)(params)
+        def loss_of(params: Any, batch: Batch, draws: Any) -> tuple[jax.Array, Metrics]:
+            networks = {
+                name: nnx.merge(graphs[name], params if name == role else other.params, other.frozen)
+                for name, other in roles.items()
+            }
+            return objective.loss(role, networks, Batch(*batch), draws)
 
-    def step_fn(state: TrainState, latents: jax.Array, text: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.rng, state.step)
-        batch = (latents, text, *draw_noise(key, latents.shape, objective))
+        def loss_and_grads(batch: Batch, draws: Any) -> Any:
+            with use_abstract_mesh(_mesh(shardings)):
+                return jax.value_and_grad(loss_of, has_aux=True)(own.params, batch, draws)
+
         if settings.accumulation == 1:
-            loss, grads = loss_and_grads(state.params, state.fixed, *batch)
+            (loss, extra), grads = loss_and_grads(batch, draws)
         else:
-            loss, grads = _accumulate(
-                lambda *part: loss_and_grads(state.params, state.fixed, *part), batch, settings.accumulation
-            )
+            (loss, extra), grads = _accumulate(loss_and_grads, (batch, draws), settings.accumulation)
         grad_norm = optax.tree.norm(grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        done = state.step + 1
-        metrics = {
+        changes, optimizer = training.optimizer.update(grads, own.optimizer, own.params)
+        params = optax.apply_updates(own.params, changes)
+        metrics = extra | {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(training.rate(own.updates), jnp.float32),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        new = TrainState(
-            step=done,
+        new = RoleState(
             params=params,
-            fixed=state.fixed,
-            optimizer=optimizer_state,
-            ema=update_ema(state.ema, params, done, settings),
-            rng=state.rng,
+            frozen=own.frozen,
+            optimizer=optimizer,
+            average=update_ema(own.average, params, done, settings),
+            updates=own.updates + 1,
         )
         return new, metrics
 
+    def step_fn(
+        state: TrainState, batches: Mapping[str, Batch], due: Sequence[str]
+    ) -> tuple[TrainState, dict[str, Metrics]]:
+        key = jax.random.fold_in(state.rng, state.step)
+        draws = objective.draws(key, Batch(*next(iter(batches.values()))))
+        done, roles, metrics = state.step + 1, dict(state.roles), {}
+        for role in due:
+            roles[role], metrics[role] = update(role, roles, batches[role], draws[role], done)
+        return TrainState(step=done, roles=roles, rng=state.rng), metrics
+
     # without shardings the compiler might move the state, and the next call would compile again
-    if shardings is None:
-        return jax.jit(step_fn, donate_argnums=0)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, None)}
+    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", **places)
 
 
-def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> tuple[jax.Array, Any]:
-    """Mean loss and gradient over `parts` equal slices of the batch, one after the other."""
+def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
+    """Mean loss, metrics and gradient over `parts` equal slices of the batch, one after the other."""
+
     # sample i goes to part i mod parts, so that a batch spread over devices stays spread
-    slices = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    def split(x: jax.Array) -> jax.Array:
+        shared = x.ndim == 0  # a scalar is the same for all parts
+        return jnp.broadcast_to(x, parts) if shared else x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    slices = jax.tree.map(split, batch)
     shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda x: x[0], slices))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -107,22 +116,22 @@ def _mesh(shardings: TrainState | None) -> AbstractMesh:
     return AbstractMesh((), ()) if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
 
-def make_error_fn(graph: nnx.GraphDef, *, objective: ObjectiveConfig, shardings: TrainState | None = None) -> ErrorFn:
-    """Makes the compiled error of the network at given noise.
+def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:
+    """Makes the compiled errors of the networks, with their evaluated parameters, at given draws.
 
     Args:
-        graph: Structure of the network.
-        objective: Sets the scale of the timesteps.
+        objective: Its `held_out_errors`.
+        graphs: Structure of each role's network.
         shardings: Where the state lives, as in `make_train_step`.
 
     Returns:
-        (params, fixed, latents, text, noise, sigma [B]) -> squared error of the flow of each sample, float32 [B].
+        ({role: (evaluated parameters, other variables)}, batch, draws) -> {role: errors}.
     """
 
     @jax.jit
-    def errors(params: Any, fixed: Any, latents, text, noise, sigma):
-        velocity = as_velocity(graph, params, fixed)
+    def errors(networks: Mapping[str, tuple[Any, Any]], batch: Batch, draws: Any) -> Mapping[str, jax.Array]:
+        merged = {name: nnx.merge(graphs[name], *parts) for name, parts in networks.items()}
         with use_abstract_mesh(_mesh(shardings)):
-            return flow_errors(velocity, latents, text, noise, sigma, num_train_timesteps=objective.num_train_timesteps)
+            return objective.held_out_errors(merged, Batch(*batch), draws)
 
     return errors

@@ -13,7 +13,9 @@ from flax import nnx
 from monarchrt.models.errors import UserError
 from monarchrt.train.checkpointing import Checkpoints
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
-from monarchrt.train.state import create_state, make_optimizer, split_model, to_arrays
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.state import create_role, create_state, make_training, split_model, to_arrays
 from monarchrt.train.step import make_train_step
 
 
@@ -27,16 +29,15 @@ class Network(nnx.Module):
 
 @pytest.fixture(scope="module")
 def training():
-    config = OptimizerConfig()
-    graph, params, fixed = split_model(Network(nnx.Rngs(0)))
-    optimizer = make_optimizer(config, steps=10)
-    step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=config, steps=10)
-    batch = jnp.ones((2, 1, 2, 2, 64)), jnp.zeros((2, 1, 1))
+    graph, params, frozen = split_model(Network(nnx.Rngs(0)))
+    training = make_training(OptimizerConfig(), updates=10)
+    step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+    batches = {"student": Batch(jnp.ones((2, 1, 2, 2, 64)), jnp.zeros((2, 1, 1)))}
 
     def fresh():
-        return create_state(jax.tree.map(jnp.copy, params), fixed, optimizer, seed=0, ema=True)
+        return create_state({"student": create_role(jax.tree.map(jnp.copy, params), frozen, training)}, seed=0)
 
-    return fresh, lambda state: step(state, *batch)[0]
+    return fresh, lambda state: step(state, batches, due=("student",))[0]
 
 
 def accept(identity, step):
@@ -106,7 +107,7 @@ def test_wrong_contents_are_noticed_even_if_they_can_be_read(training, two):
     # the description holds the checksums: a wrong one is what silently changed data looks like
     about = two / "checkpoints/2/about/metadata"
     content = json.loads(about.read_text())
-    content["arrays"]["params.proj.kernel"]["checksum"] ^= 1
+    content["arrays"]["roles.student.params.proj.kernel"]["checksum"] ^= 1
     about.write_text(json.dumps(content))
     notes = []
     restored = Checkpoints(two).restore(fresh(), check=accept, note=notes.append)
@@ -114,7 +115,7 @@ def test_wrong_contents_are_noticed_even_if_they_can_be_read(training, two):
     assert int(restored.step) == 1
     assert len(notes) == 1
     assert "step 2 is corrupt, going on from step 1" in notes[0]
-    assert "checksum of params.proj.kernel" in notes[0]
+    assert "checksum of roles.student.params.proj.kernel" in notes[0]
     assert (two / "unreadable_checkpoints/2/state").is_dir()
     assert Checkpoints(two).steps() == [1]
 
@@ -160,7 +161,7 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, mon
     with pytest.raises(UserError, match=r"step 2 .* could not be read, .* nothing was changed"):
         checkpoints.restore(fresh(), check=accept, note=pytest.fail)
     with pytest.raises(UserError, match=r"step 2 .* could not be read"):
-        checkpoints.restore_parameters(fresh().params)
+        checkpoints.restore_parameters(fresh().roles["student"].params)
     assert checkpoints.steps() == [1, 2]
     assert not (two / "unreadable_checkpoints").exists()
 
@@ -171,9 +172,12 @@ def test_none_can_be_read(training, two):
     for step in (1, 2):
         about = two / f"checkpoints/{step}/about/metadata"
         content = json.loads(about.read_text())
-        content["arrays"]["params.proj.kernel" if step == 2 else "params.proj.bias"]["checksum"] ^= 1
+        part = "kernel" if step == 2 else "bias"
+        content["arrays"][f"roles.student.params.proj.{part}"]["checksum"] ^= 1
         about.write_text(json.dumps(content))
-    message = r"steps 1, 2; the newest: ValueError: the checksum of params.proj.kernel is wrong\); start again"
+    message = (
+        r"steps 1, 2; the newest: ValueError: the checksum of roles.student.params.proj.kernel is wrong\); start again"
+    )
     with pytest.raises(UserError, match=message):
         Checkpoints(two).restore(fresh(), check=accept, note=lambda line: None)
     assert Checkpoints(two).steps() == [1, 2]
@@ -204,25 +208,27 @@ def test_a_refused_identity_is_an_error_not_a_fall_back(training, two):
 def test_parameters_of_another_run(training, two, tmp_path_factory):
     fresh, step = training
     state = step(step(fresh()))
-    params = Checkpoints(two).restore_parameters(fresh().params)
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.ema), strict=True):
+    params = Checkpoints(two).restore_parameters(fresh().roles["student"].params)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.roles["student"].average), strict=True):
         np.testing.assert_array_equal(one, other)
     _, larger, _ = split_model(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
     with pytest.raises(UserError, match="another model"):
         Checkpoints(two).restore_parameters(larger)
-    wider = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], 32)), fresh().params)
+    wider = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], 32)), fresh().roles["student"].params)
     with pytest.raises(UserError, match="has shape"):
         Checkpoints(two).restore_parameters(wider)
     with pytest.raises(UserError, match="no checkpoint"):
-        Checkpoints(tmp_path_factory.mktemp("empty")).restore_parameters(fresh().params)
+        Checkpoints(tmp_path_factory.mktemp("empty")).restore_parameters(fresh().roles["student"].params)
 
 
 def test_without_an_average_the_parameters_themselves_are_taken(training, tmp_path):
     fresh, step = training
-    state = dataclasses.replace(step(fresh()), ema=None)
+    state = step(fresh())
+    bare = dataclasses.replace(state.roles["student"], average=None)
+    state = dataclasses.replace(state, roles={"student": bare})
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, {})
     checkpoints.wait()
-    params = checkpoints.restore_parameters(fresh().params)
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+    params = checkpoints.restore_parameters(fresh().roles["student"].params)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.roles["student"].params), strict=True):
         np.testing.assert_array_equal(one, other)

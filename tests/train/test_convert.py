@@ -5,7 +5,6 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
@@ -16,13 +15,13 @@ from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
 from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
 from monarchrt.models.wan.checkpoints.mapping import checkpoint_shape, tensors
 from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
-from monarchrt.train import cli, loop
+from monarchrt.train import cli, networks
 from monarchrt.train.checkpointing import Checkpoints
 from monarchrt.train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.loop import train
 from monarchrt.train.model import build_model
 from monarchrt.train.run_folder import write_config
-from monarchrt.train.state import create_state, split_model
+from monarchrt.train.state import create_role, create_state, make_training, split_model
 from tests.clips import make_clip
 
 from .conftest import DATA
@@ -73,7 +72,8 @@ def test_a_run_on_latents_of_other_channels_becomes_a_model(tmp_path):
     write_config(settings)
     params, fixed = split_model(build_model(settings.model, channels=6, seed=0))[1:]
     with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(create_state(params, fixed, optax.identity(), seed=0, ema=False), {})
+        role = create_role(params, fixed, make_training(OptimizerConfig(), updates=1))
+        checkpoints.save(create_state({"student": role}, seed=0), {})
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "made")]) == 0
     model = load_checkpoint(tmp_path / "made")
     assert (model.config.in_channels, model.config.out_channels) == (6, 6)
@@ -139,7 +139,7 @@ def test_training_starts_from_a_checkpoint(tmp_path, capsys, monkeypatch):
         assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(model)))
         return model
 
-    monkeypatch.setattr(loop, "build_model", traced_only)
+    monkeypatch.setattr(networks, "build_model", traced_only)
     clip = make_clip(tmp_path / "clip.mp4")
     overrides = {"num_layers": 1, "dim": 24, "num_heads": 2, "ffn_dim": 48, "in_channels": 48, "out_channels": 48}
     config = wan_config("tiny", attention=MonarchAttention(tile=(3, 1, 2)), **overrides)

@@ -10,15 +10,14 @@ from flax import nnx
 
 from monarchrt.models.errors import DiskFullError, NonFiniteError, UserError
 from monarchrt.models.media.video import read_clip
-from monarchrt.train import loop
+from monarchrt.train import loop, networks
 from monarchrt.train.checkpointing import Checkpoints
 from monarchrt.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
-from monarchrt.train.state import create_state
-from monarchrt.train.step import make_error_fn
+from monarchrt.train.state import create_role
 
 from .conftest import history
 
@@ -49,13 +48,11 @@ def test_the_model_that_is_given_stays_as_it_is(source, tmp_path):
     result = train(settings(tmp_path / "run"), source=source, model=model, after_step=lambda n, state: seen.append(n))
     np.testing.assert_array_equal(model.proj.kernel[...], before)
     assert seen == [1, 2, 3, 4]
-    assert not np.array_equal(result.state.params["proj"]["kernel"][...], before)
+    assert not np.array_equal(result.state.roles["student"].params["proj"]["kernel"][...], before)
     # the result's model is the moving average
-    np.testing.assert_array_equal(result.model.proj.kernel[...], result.state.ema["proj"]["kernel"][...])
-    errors = make_error_fn(result.graph, objective=settings(tmp_path).objective)
-    again = held_out_loss(
-        errors, result.state.ema, result.state.fixed, source, objective=settings(tmp_path).objective, timesteps=2
-    )
+    average = result.state.roles["student"].average
+    np.testing.assert_array_equal(result.model.proj.kernel[...], average["proj"]["kernel"][...])
+    again = held_out_loss(result.model, source, objective=settings(tmp_path).objective, timesteps=2)
     assert again == pytest.approx(result.held_out_loss, rel=1e-6)
 
 
@@ -107,10 +104,10 @@ def test_the_state_is_made_where_it_lives(source, tmp_path, monkeypatch):
     def traced_only(params, fixed, *args, **kwargs):
         assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
         made.append(1)
-        return create_state(params, fixed, *args, **kwargs)
+        return create_role(params, fixed, *args, **kwargs)
 
     made = []
-    monkeypatch.setattr(loop, "create_state", traced_only)
+    monkeypatch.setattr(networks, "create_role", traced_only)
     train(settings(tmp_path / "run", steps=2), source=source, model=Network())
     assert len(made) == 2  # its shapes, and the state
     train(settings(tmp_path / "run", resume=True), source=source, model=Network())

@@ -7,7 +7,7 @@ import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import ObjectiveConfig
-from monarchrt.train.objective import (
+from monarchrt.train.objectives.flow import (
     add_noise,
     draw_noise,
     evaluation_indices,

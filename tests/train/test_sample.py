@@ -6,7 +6,7 @@ import pytest
 from monarchrt.models.media.video import read_clip
 from monarchrt.train.config import DataConfig, ObjectiveConfig
 from monarchrt.train.data import ClipWindows
-from monarchrt.train.sample import euler_sample, make_sampler, sampling_levels, write_held_out_sample
+from monarchrt.train.sample import euler_sample, flow_sampler, make_sampler, sampling_levels, write_held_out_sample
 from monarchrt.train.state import split_model
 
 from .test_state import Linear
@@ -72,7 +72,7 @@ def test_sample_of_a_held_out_window(tmp_path, clip):
             self.proj = nnx.Linear(48, 48, rngs=rngs)
 
     graph, params, fixed = split_model(Network(nnx.Rngs(0)))
-    samplers = {"a": make_sampler(graph, objective=ObjectiveConfig(), steps=2, start=0.5)}
+    samplers = {"a": make_sampler(graph, flow_sampler(ObjectiveConfig(), steps=2, start=0.5))}
     path = write_held_out_sample(tmp_path / "samples" / "a.mp4", samplers, params, fixed, source, zoom=2)
     frames = read_clip(path, height=18 + 32, width=64 + 4 + 64)
     assert frames.shape == (3, 50, 132, 3)

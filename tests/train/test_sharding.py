@@ -38,7 +38,9 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.sharding import Placement
-from monarchrt.train.state import checksums, create_state, make_optimizer, split_model
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.state import checksums, create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 class Network(nnx.Module):
     def __init__(self):
@@ -46,37 +48,41 @@ class Network(nnx.Module):
     def __call__(self, latents, timesteps, text):
         return self.proj(latents)
 def kinds(state):
-    kernel, bias = state.params["proj"]["kernel"][...], state.params["proj"]["bias"][...]
-    moment = state.optimizer[1][0].mu["proj"]["kernel"][...]
+    role = state.roles["student"]
+    kernel, bias = role.params["proj"]["kernel"][...], role.params["proj"]["bias"][...]
+    moment = role.optimizer[1][0].mu["proj"]["kernel"][...]
     return [x.addressable_shards[0].data.size / x.size for x in (kernel, moment, bias)]
 settings = OptimizerConfig(accumulation=2)
 graph, params, fixed = split_model(Network())
-optimizer = make_optimizer(settings, steps=5)
-options = dict(objective=ObjectiveConfig(), settings=settings, steps=5)
-batch = jax.random.normal(jax.random.key(1), (4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1))
+training = make_training(settings, updates=5)
+parts = make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}
+batch = Batch(jax.random.normal(jax.random.key(1), (4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1)))
+def create():
+    return create_state({"student": create_role(params, fixed, training)}, seed=0)
 def train(step, state, batch):
     losses = []
     for _ in range(3):
-        state, metrics = step(state, *batch)
-        losses.append(metrics["loss"])
-    assert bool(metrics["finite"])
+        state, metrics = step(state, {"student": batch}, due=("student",))
+        losses.append(metrics["student"]["loss"])
+    assert bool(metrics["student"]["finite"])
     return state, jnp.array(losses)
 initial = jax.tree.map(jnp.copy, params)  # a step's input state is donated
-start = jax.tree.map(jnp.copy, create_state(params, fixed, optimizer, seed=0, ema=True))
-one, expected = train(make_train_step(graph, optimizer, **options), start, batch)
+start = jax.tree.map(jnp.copy, create())
+one, expected = train(make_train_step(*parts), start, batch)
 placement = Placement(batch=4, accumulation=2, state="fsdp")
-state = create_state(params, fixed, optimizer, seed=0, ema=True)
+state = create()
 state = jax.device_put(state, placement.shardings(state))
-step = make_train_step(graph, optimizer, **options, shardings=placement.shardings(state))
+step = make_train_step(*parts, shardings=placement.shardings(state))
 print(len(jax.devices()), kinds(state))
 print(placement.sharding((30, 1536, 1536)).spec, placement.sharding((30, 1535, 1535)).spec)  # never the layers
 state, losses = train(step, state, placement.batch(batch))
 print(kinds(state), step._cache_size())
 wide = jax.device_put(jnp.ones((4, 256)), placement.sharding((4, 256)))  # split on its last axis
 print("all-gather" in checksums.lower({"wide": wide}).compile().as_text())
-pairs = zip(jax.tree.leaves((one.params, expected)), jax.tree.leaves((state.params, losses)), strict=True)
+first, last = one.roles["student"].params, state.roles["student"].params
+pairs = zip(jax.tree.leaves((first, expected)), jax.tree.leaves((last, losses)), strict=True)
 print(all(bool(jnp.allclose(x, y, rtol=1e-5, atol=1e-6)) for x, y in pairs))
-moved = zip(jax.tree.leaves(initial), jax.tree.leaves(state.params), strict=True)
+moved = zip(jax.tree.leaves(initial), jax.tree.leaves(last), strict=True)
 print(all(float(abs(x - y).max()) > 1e-5 for x, y in moved))
 """
     done = subprocess.run(
@@ -102,23 +108,27 @@ from flax import nnx
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.sharding import Placement
-from monarchrt.train.state import create_state, make_optimizer, split_model
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_error_fn, make_train_step
 config = wan_config("tiny", dim=192, ffn_dim=768, num_heads=4, num_layers=8, text_dim=64, text_len=8, remat="full")
 graph, params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))
-settings, objective = OptimizerConfig(), ObjectiveConfig()
-optimizer = make_optimizer(settings, steps=5)
+objective, graphs = make_objective(ObjectiveConfig()), {"student": graph}
+training = make_training(OptimizerConfig(), updates=5)
 placement = Placement(batch=8, state="fsdp")
-state = create_state(params, fixed, optimizer, seed=0, ema=True)
+state = create_state({"student": create_role(params, fixed, training)}, seed=0)
 shardings = placement.shardings(state)
 state = jax.device_put(state, shardings)
-latents, words = placement.batch((np.zeros((8, 5, 32, 32, 16), np.float32), np.zeros((8, 8, 64), np.float32)))
-step = make_train_step(graph, optimizer, objective=objective, settings=settings, steps=5, shardings=shardings)
-errors = make_error_fn(graph, objective=objective, shardings=shardings)
+latents, words = np.zeros((8, 5, 32, 32, 16), np.float32), np.zeros((8, 8, 64), np.float32)
+batch = placement.batch(Batch(latents, words))
+step = make_train_step(objective, graphs, {"student": training}, shardings=shardings)
+errors = make_error_fn(objective, graphs, shardings=shardings)
 sigma, = placement.batch((np.zeros((8, 5), np.float32),))
+role = state.roles["student"]
 lowered = (
-    step.lower(state, latents, words),
-    errors.lower(state.params, state.fixed, latents, words, latents, sigma),
+    step.lower(state, {"student": batch}, due=("student",)),
+    errors.lower({"student": (role.params, role.frozen)}, batch, (batch.latents, sigma)),
 )
 for text in (x.compile().as_text() for x in lowered):
     moved = re.findall(r"= \\S+\\[([\\d,]+)\\]\\S* (?:all-gather|all-reduce|all-to-all)\\(", text)

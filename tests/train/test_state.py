@@ -10,13 +10,16 @@ import pytest
 from flax import nnx
 
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.state import (
     all_finite,
     checksums,
+    create_role,
     create_state,
     from_arrays,
     learning_rate_schedule,
-    make_optimizer,
+    make_training,
     split_model,
     to_arrays,
     update_ema,
@@ -37,12 +40,20 @@ class Linear(nnx.Module):
 
 
 def setup(**settings):
-    config = OptimizerConfig(**settings)
-    graph, params, fixed = split_model(Linear(nnx.Rngs(0)))
-    optimizer = make_optimizer(config, steps=10)
-    state = create_state(params, fixed, optimizer, seed=3, ema=config.ema_decay is not None)
-    step = make_train_step(graph, optimizer, objective=ObjectiveConfig(), settings=config, steps=10)
+    graph, params, frozen = split_model(Linear(nnx.Rngs(0)))
+    training = make_training(OptimizerConfig(**settings), updates=10)
+    state = create_state({"student": create_role(params, frozen, training)}, seed=3)
+    step_fn = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+
+    def step(state, latents, text):
+        state, metrics = step_fn(state, {"student": Batch(latents, text)}, due=("student",))
+        return state, metrics["student"]
+
     return state, step
+
+
+def params_of(state):
+    return state.roles["student"].params
 
 
 def batch(seed=0):
@@ -56,10 +67,10 @@ def leaves(tree):
 
 def test_a_step_moves_the_parameters_and_counts():
     state, step = setup()
-    before = leaves(state.params)
+    before = leaves(params_of(state))
     state, metrics = step(state, *batch())
     assert int(state.step) == 1
-    assert all(not np.array_equal(old, new) for old, new in zip(before, leaves(state.params), strict=True))
+    assert all(not np.array_equal(old, new) for old, new in zip(before, leaves(params_of(state)), strict=True))
     assert bool(metrics["finite"])
     assert float(metrics["grad_norm"]) > 0
     assert float(metrics["learning_rate"]) == pytest.approx(1e-3)
@@ -90,7 +101,7 @@ def test_the_step_number_decides_the_noise():
     later = dataclasses.replace(state, step=state.step + 1)
     _, third = step(later, *batch())
     assert float(first["loss"]) != float(third["loss"])
-    for a, b in zip(leaves(one.params), leaves(again.params), strict=True):
+    for a, b in zip(leaves(params_of(one)), leaves(params_of(again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -102,7 +113,7 @@ def test_accumulation_is_the_same_step(parts):
     split, split_metrics = split_step(split, *batch())
     assert float(metrics["loss"]) == pytest.approx(float(split_metrics["loss"]), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(split_metrics["grad_norm"]), rel=1e-5)
-    for a, b in zip(leaves(whole.params), leaves(split.params), strict=True):
+    for a, b in zip(leaves(params_of(whole)), leaves(params_of(split)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
@@ -116,16 +127,17 @@ def test_the_average_is_a_copy_until_it_starts_and_then_decays():
 
 def test_evaluated_parameters():
     state, _ = setup()
-    assert state.evaluated is state.ema
+    role = state.roles["student"]
+    assert role.evaluated is role.average
     state, _ = setup(ema_decay=None)
-    assert state.evaluated is state.params
+    assert state.roles["student"].evaluated is params_of(state)
 
 
 def test_clipping_bounds_the_first_update_only_through_the_gradient():
     # AdamW's first update does not depend on the gradient's size, so look at what reaches it
     clipped, step = setup(clip_norm=1e-3, beta1=0.5)
     clipped, metrics = step(clipped, *batch())
-    moments = clipped.optimizer[1][0].mu
+    moments = clipped.roles["student"].optimizer[1][0].mu
     assert float(metrics["grad_norm"]) > 1e-3
     assert float(optax.tree.norm(moments)) == pytest.approx(0.5e-3, rel=1e-4)
 
@@ -134,12 +146,14 @@ def test_weight_decay_spares_biases():
     rate, decay = 1e-3, 0.5
     plain, step = setup(weight_decay=0.0, learning_rate=rate)
     decayed, decayed_step = setup(weight_decay=decay, learning_rate=rate)
-    kernel = np.array(plain.params["proj"]["kernel"][...])
+    kernel = np.array(params_of(plain)["proj"]["kernel"][...])
     plain, _ = step(plain, *batch())
     decayed, _ = decayed_step(decayed, *batch())
-    difference = np.array(plain.params["proj"]["kernel"][...]) - np.array(decayed.params["proj"]["kernel"][...])
+    difference = np.array(params_of(plain)["proj"]["kernel"][...]) - np.array(params_of(decayed)["proj"]["kernel"][...])
     np.testing.assert_allclose(difference, rate * decay * kernel, atol=1e-6)
-    np.testing.assert_allclose(plain.params["proj"]["bias"][...], decayed.params["proj"]["bias"][...], atol=1e-7)
+    np.testing.assert_allclose(
+        params_of(plain)["proj"]["bias"][...], params_of(decayed)["proj"]["bias"][...], atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)])
@@ -154,7 +168,7 @@ def test_a_state_survives_being_flattened_to_named_arrays():
     state, step = setup()
     state, _ = step(state, *batch())
     arrays = to_arrays(state)
-    assert {"step", "rng", "params.proj.kernel", "ema.proj.bias"} <= set(arrays)
+    assert {"step", "rng", "roles.student.params.proj.kernel", "roles.student.average.proj.bias"} <= set(arrays)
     copied = {name: jnp.copy(value) for name, value in arrays.items()}
     again = from_arrays(state, copied)
     assert jax.tree.structure(again) == jax.tree.structure(state)

@@ -121,16 +121,17 @@ def run_defaults(run: "TrainConfig") -> "Defaults":
     from monarchrt.models.generate.plan import Defaults
 
     causal = run.model.override_values().get("causal_block") is not None
-    forced = run.objective.frames_per_level is not None
+    trained = run.objective.generation
+    forced = trained.level_per_frame
     return Defaults(
         mode="autoregressive" if causal else "windows" if forced else "bidirectional",
         frames=4 * run.data.frames + 1 if forced and not causal else run.data.frames,
         height=run.data.height,
         width=run.data.width,
         fps=8.0,
-        sampler="euler",
-        steps=20,
-        shift=run.objective.shift,
+        sampler=trained.sampler,
+        steps=trained.steps,
+        shift=trained.shift,
         guidance=1.0,
         window=run.data.frames,
     )

@@ -20,12 +20,13 @@ from monarchrt.models.errors import UserError
 POSITIONAL = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
 
 
-def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:
+def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: bool = False, **options: Any) -> Config:
     """Parses options into a config dataclass, without prefixes: `--steps`, not `--run.steps`.
 
     Args:
         kind: The dataclass.
         arguments: The arguments of the subcommand.
+        prefixes: Its fields say themselves which have one, and are explained already.
         **options: Passed to `tyro.cli`.
 
     Returns:
@@ -36,10 +37,13 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], **options: Any) 
         SystemExit: After --help.
     """
     messages = io.StringIO()
-    _explain(kind)
+    parsed: Any = kind
+    if not prefixes:
+        explain(kind)
+        parsed = tyro.conf.OmitArgPrefixes[kind]
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=list(arguments), **options)
+            return tyro.cli(parsed, args=list(arguments), **options)
     except SystemExit as stop:
         # tyro wraps what a dataclass raises in a box of its own
         cause: BaseException | None = stop
@@ -72,16 +76,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(kind: type) -> None:
+def explain(kind: type) -> None:
     """Tells tyro how the help shows a dataclass's fields, its own fields being dataclasses or not.
 
     Without this, tyro keeps the line breaks of a field's docstring, and says `{None}|INT` and `(default: None)` where
     the docstring says what leaving the option out means.
     """
     texts = {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(kind).params}
+    fields = {item.name for item in dataclasses.fields(kind)}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if name not in fields:
+            continue
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            _explain(hint)
+            explain(hint)
         elif name in texts and typing.get_origin(hint) is not Annotated:
             settings: dict[str, Any] = {"help": " ".join(texts[name].split())}
             if getattr(kind, name, 0) is None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.cli.parsing import parse, read_settings
+from monarchrt.train.cli.parsing import read_settings
+from monarchrt.train.cli.roles import last_value, parse_roles
 from monarchrt.train.config import TrainConfig, replace_settings
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.run_folder import claim_folder, read_config
@@ -34,10 +35,10 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     with _of_the_file(path):
         asked = replace_settings(default, values)
     if "--resume" in given or asked.run.resume:
-        default = read_config(Path(_last_value(given, "--folder") or asked.run.folder)) or default
+        default = read_config(Path(last_value(given, "--folder") or asked.run.folder)) or default
     with _of_the_file(path):
         default = replace_settings(default, values)
-    return parse(TrainConfig, given, prog="monarchrt train", default=default, description=_TRAIN)
+    return parse_roles(given, prog="monarchrt train", default=default, description=_TRAIN)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -57,17 +58,6 @@ def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             raise UserError(f"config is given twice, as {path} and {value}; give one")
         path = Path(value)
     return rest, path
-
-
-def _last_value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
-    found = None
-    for position, word in enumerate(arguments):
-        if word == option and position + 1 < len(arguments):
-            found = arguments[position + 1]
-        elif word.startswith(f"{option}="):
-            found = word.partition("=")[2]
-    return found
 
 
 @contextlib.contextmanager

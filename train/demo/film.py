@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from monarchrt.models.media.video import side_by_side, write_mp4
 from monarchrt.models.wan import WanModel
 from monarchrt.train.config import ObjectiveConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
-from monarchrt.train.objective import evaluation_noise
+from monarchrt.train.objectives.flow import evaluation_noise
 from monarchrt.train.sample import sampling_levels
 from monarchrt.train.state import as_velocity, split_model
 
@@ -68,7 +68,8 @@ def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, 
     clips = [np.concatenate([source.held_out_window(index)[1:] for index in indices])]
     for model in models.values():
         graph, params, fixed = split_model(model)
-        sampled = make_continuation(graph, objective=config.objective)(params, fixed, latents, text, noise)
+        continuation = make_continuation(graph, objective=cast(ObjectiveConfig, config.objective))
+        sampled = continuation(params, fixed, latents, text, noise)
         frames = source.transform.decode(np.asarray(sampled, np.float32))  # [B, F, H, W, 3]
         clips.append(frames[:, 1:].reshape(-1, *frames.shape[2:]))
     return write_mp4(

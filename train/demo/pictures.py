@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from monarchrt.models.wan import MonarchAttention, WanModel
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.logs import read_log
-from monarchrt.train.objective import add_noise, evaluation_noise
+from monarchrt.train.objectives.flow import add_noise, evaluation_noise
+from monarchrt.train.objectives.settings import FlowConfig
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
@@ -86,7 +88,7 @@ def draw_attention(
     noise = jnp.asarray(evaluation_noise(0, 0, latents.shape))
     sigma = jnp.where(jnp.arange(latents.shape[1]) > 0, level, 0.0)[None]
     noisy = add_noise(latents, noise, sigma)
-    timesteps = sigma * config.objective.num_train_timesteps
+    timesteps = sigma * cast(FlowConfig, config.objective).num_train_timesteps
     maps = {label: attention_map(model, noisy, timesteps, text) for label, model in models.items()}
     first, second = list(maps.values())[:2]
     head = int(np.abs(first - second).sum((1, 2)).argmax())

@@ -25,8 +25,6 @@ from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
 from monarchrt.train.model import attention_setting, model_settings
 from monarchrt.train.run_folder import CONFIG_NAME
-from monarchrt.train.state import split_model
-from monarchrt.train.step import make_error_fn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +168,8 @@ def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, Mon
 
 def _loss(model: WanModel, source: ClipWindows, config: TrainConfig) -> float:
     """The held-out loss, as the training runs measure it."""
-    graph, params, fixed = split_model(model)
     return held_out_loss(
-        make_error_fn(graph, objective=config.objective),
-        params,
-        fixed,
+        model,
         source,
         objective=config.objective,
         windows=config.run.eval_windows,

@@ -1,0 +1,172 @@
+"""The options of `monarchrt train` for an objective: without prefix what there is once, `--ROLE.name` for the rest.
+
+Where one role trains, its options have no prefix, and may be given with one. Where several do, each has its own:
+`--student.learning-rate`, `--critic.learning-rate`.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli.parsing import explain, parse
+from monarchrt.train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RoleConfig,
+    RunConfig,
+    TrainConfig,
+    with_objective,
+)
+from monarchrt.train.objectives.registry import ObjectiveSettings, objective_names
+
+_OF_A_ROLE = ("init_from", "precision")  # settings of the run that are the exported network's
+_HELP = "What to train. Each objective has settings and roles of its own: `--objective NAME --help` shows them."
+
+
+def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: Any) -> TrainConfig:
+    """Parses the options of a training run.
+
+    Args:
+        arguments: The arguments of the subcommand; `--objective` among them decides which others there are.
+        default: Settings that are not given.
+        **options: Passed to `tyro.cli`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UserError: If an option does not exist, or a value cannot be read or is out of range.
+    """
+    asked = last_value(arguments, "--objective")
+    if asked is not None:
+        default = with_objective(default, asked)
+    settings = type(default.objective)
+    form = _form(settings)
+    parsed = parse(
+        form,
+        _short(arguments, settings),
+        prefixes=bool(settings().further),
+        default=_fill(form, default),
+        **options,
+    )
+    return _config(parsed)
+
+
+def last_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
+    found = None
+    for position, word in enumerate(arguments):
+        if word == option and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[str]:
+    """The arguments as the parser takes them: without the prefix of the only role that trains.
+
+    Raises:
+        UserError: If an option that several roles have is given without a role.
+    """
+    training, exported = settings().training, settings.exported
+    if len(training) == 1:
+        return [f"--{word.removeprefix(f'--{exported}.')}" if word.startswith(f"--{exported}.") else word
+                for word in arguments]  # fmt: skip
+    names = {item.name for kind in (ModelConfig, OptimizerConfig) for item in dataclasses.fields(kind)}
+    for word in arguments:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option[2:].removeprefix("no-").replace("-", "_") in names | set(_OF_A_ROLE):
+            given = [f"--{role}.{option[2:]}" for role in settings.roles]
+            raise UserError(f"{option} is an option of each role of {settings.name}; give {' or '.join(given)}")
+    return list(arguments)
+
+
+def _form(settings: type[ObjectiveSettings]) -> type:
+    """A dataclass with the options of an objective."""
+    for kind in (DataConfig, ModelConfig, OptimizerConfig, RunConfig, RoleConfig, settings):
+        explain(kind)
+    further, several = settings().further, len(settings().training) > 1
+    plain = tyro.conf.arg(name="") if further else None
+
+    def unnamed(kind: Any) -> Any:
+        return kind if plain is None else Annotated[kind, plain]
+
+    names = typing.cast(Any, Literal)[objective_names()]
+    fields: list[tuple[str, Any]] = [("chosen", Annotated[names, tyro.conf.arg(name="objective", help=_HELP)])]
+    fields.append(("data", unnamed(DataConfig)))
+    if several:
+        fields.append((settings.exported, _role_form(trains=True)))
+        run = _part("Run", RunConfig, without=_OF_A_ROLE)
+    else:
+        fields += [("model", unnamed(ModelConfig)), ("optimizer", unnamed(OptimizerConfig))]
+        run = RunConfig
+    fields += [("objective", unnamed(settings)), ("run", unnamed(run))]
+    fields += [(role, _role_form(trains=settings.roles[role].trains)) for role in further]
+    return dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
+
+
+def _role_form(*, trains: bool) -> Any:
+    """The options of one role; those of an optimizer only if it trains."""
+    nested: list[tuple[str, Any]] = [("model", Annotated[ModelConfig, tyro.conf.arg(name="")])]
+    if trains:
+        nested.append(("optimizer", Annotated[OptimizerConfig, tyro.conf.arg(name="")]))
+    return _part("Role", RoleConfig, without=("model", "optimizer"), more=nested)
+
+
+def _part(name: str, kind: type, *, without: Sequence[str], more: Sequence[tuple[str, Any]] = ()) -> type:
+    """A dataclass with some of the fields of another."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    kept = [(item.name, hints[item.name]) for item in dataclasses.fields(kind) if item.name not in without]
+    return dataclasses.make_dataclass(name, [*more, *kept], frozen=True, kw_only=True)
+
+
+def _fill(form: type, config: TrainConfig) -> Any:
+    """A form with the values of a config."""
+    exported = config.objective.exported
+    values: dict[str, Any] = {"chosen": config.objective.name}
+    for item in dataclasses.fields(form):
+        if item.name in config.roles or item.name == exported:
+            values[item.name] = _copy(item.type, config.role(item.name))
+        elif item.name == "run":
+            kind = typing.get_type_hints(form)["run"]
+            values["run"] = config.run if kind is RunConfig else _copy(kind, config.run)
+        elif item.name != "chosen":
+            values[item.name] = getattr(config, item.name)
+    return form(**values)
+
+
+def _copy(kind: Any, source: Any) -> Any:
+    return kind(**{item.name: getattr(source, item.name) for item in dataclasses.fields(kind)})
+
+
+def _config(parsed: Any) -> TrainConfig:
+    """The settings in a form."""
+    objective = parsed.objective
+    run = {item.name: getattr(parsed.run, item.name) for item in dataclasses.fields(parsed.run)}
+    exported = getattr(parsed, objective.exported, parsed)
+    if exported is not parsed:
+        run |= {name: getattr(exported, name) for name in _OF_A_ROLE}
+    roles = {
+        name: RoleConfig(
+            model=role.model,
+            optimizer=getattr(role, "optimizer", None),
+            init_from=role.init_from,
+            precision=role.precision,
+        )
+        for name in objective.further
+        if (role := getattr(parsed, name))
+    }
+    return TrainConfig(
+        data=parsed.data,
+        model=exported.model,
+        objective=objective,
+        optimizer=exported.optimizer,
+        run=RunConfig(**run),
+        roles=roles,
+    )

@@ -1,0 +1,225 @@
+"""The networks of a run by role: their structure, how they train, and where their parameters come from."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monarchrt.models.errors import UserError
+from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.model import (
+    build_model,
+    check_pretrained,
+    check_same_network,
+    model_settings,
+    pretrained_parameters,
+)
+from monarchrt.train.objectives.base import Objective
+from monarchrt.train.run_folder import PARAMETERS
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import (
+    Filter,
+    RoleState,
+    Training,
+    TrainState,
+    check_trainable,
+    checksums,
+    create_role,
+    create_state,
+    make_training,
+    parameter_names,
+    split_model,
+    trainable_filter,
+)
+
+
+class Networks:
+    """The networks of a run; made of shapes alone, so that what does not fit is found before anything is computed.
+
+    Attributes:
+        graphs: Structure of each network.
+        trainings: How each role that trains does so.
+        configs: Each network's own configuration, where it has one.
+        template: Shapes and places of the state at every step.
+
+    Args:
+        config: The settings.
+        objective: Says which roles there are.
+        channels: Latent channels of the data.
+        placement: Where arrays live.
+        models: Networks to start from instead of building what the config names.
+
+    Raises:
+        UserError: If a setting is invalid, or networks do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        *,
+        channels: int,
+        placement: Placement,
+        models: Mapping[str, nnx.Module],
+    ):
+        self._config, self._channels, self._placement, self._models = config, channels, placement, models
+        settings = objective.settings
+        steps = range(1, config.run.steps + 1)
+        updates = {name: sum(name in objective.due(step) for step in steps) for name in settings.training}
+        self.trainings: dict[str, Training] = {
+            name: make_training(config.trained(name), updates=updates[name]) for name in settings.training
+        }
+        self._abstract = {name: models.get(name) or nnx.eval_shape(self._build(name)) for name in settings.roles}
+        self.configs: dict[str, Any] = {name: getattr(model, "config", None) for name, model in self._abstract.items()}
+        self._check_texts()
+        parts = {name: split_model(model, self._trains(name)) for name, model in self._abstract.items()}
+        self.graphs = {name: graph for name, (graph, _, _) in parts.items()}
+        for name in self.trainings:
+            patterns = config.trained(name).trainable
+            check_trainable(patterns, *parts[name][1:], option=config.option(name, "trainable"))
+
+        def create(parts: Mapping[str, tuple[Any, Any]]) -> TrainState:
+            roles = {name: create_role(*part, self.trainings.get(name)) for name, part in parts.items()}
+            return create_state(roles, seed=config.run.seed)
+
+        shapes = jax.eval_shape(create, {name: (params, frozen) for name, (_, params, frozen) in parts.items()})
+        self.template: TrainState = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            placement.shardings(shapes),
+        )
+
+    def check_origins(self, *, resumed: bool) -> None:
+        """Looks whether the parameters to start from are there and of the networks' sizes; reads none.
+
+        Args:
+            resumed: Those that train come from a checkpoint of the run itself.
+
+        Raises:
+            UserError: If they are not.
+        """
+        for name, role in self._config.objective.roles.items():
+            origin = self._config.origin(name)
+            if resumed and role.trains:
+                continue
+            if origin is not None:
+                self._check_origin(origin, name)
+            elif not role.random and name not in self._models:
+                option = self._config.option(name, "init_from").replace("_", "-")
+                raise UserError(f"the {name} has no weights; give --{option}, a run folder or a Wan checkpoint")
+
+    def start(self) -> TrainState:
+        """The state at step 0, made where it lives: no device need hold the whole of it."""
+        seed = self._config.run.seed
+        places = self._placement.shardings(self.template)
+        bare = TrainState(step=places.step, roles={}, rng=places.rng)
+        rest = jax.jit(lambda: create_state({}, seed=seed), out_shardings=bare)()
+        return TrainState(step=rest.step, roles={name: self._role(name) for name in self.graphs}, rng=rest.rng)
+
+    def frozen(self) -> TrainState:
+        """The template, with the networks that do not train in it."""
+        made = {name: self._role(name) for name in self.graphs if name not in self.trainings}
+        template = self.template
+        return TrainState(step=template.step, roles=template.roles | made, rng=template.rng)
+
+    def digests(self, state: TrainState) -> dict[str, str]:
+        """A digest of each network that does not train and was read, for a resume to compare."""
+        return {
+            f"{name}.{PARAMETERS}": _digest(role.frozen)
+            for name, role in state.roles.items()
+            if not role.trains and (name in self._models or self._config.origin(name) is not None)
+        }
+
+    def _build(self, name: str) -> Callable[[], nnx.Module]:
+        objective, role = self._config.objective, self._config.role(name)
+        # the exported network is that of a run without others
+        order = (objective.exported, *objective.further).index(name)
+        return functools.partial(
+            build_model,
+            role.model,
+            channels=self._channels,
+            seed=(self._config.run.seed + order) % 2**32,
+            precision=role.precision,
+            frozen=name not in self.trainings,
+        )
+
+    def _trains(self, name: str) -> Filter:
+        if name not in self.trainings:
+            return lambda *_: False
+        return trainable_filter(self._config.trained(name).trainable)
+
+    def _check_texts(self) -> None:
+        exported = self._config.objective.exported
+        wanted = getattr(self.configs[exported], "text_dim", None)
+        for name, config in self.configs.items():
+            width = getattr(config, "text_dim", wanted)
+            if width != wanted:
+                raise UserError(
+                    f"the {name} takes text of width {width}, the {exported} of {wanted}; all networks of a run see "
+                    f"the same text, so give them presets of one width"
+                )
+
+    def _check_origin(self, origin: Path, name: str) -> None:
+        if not (origin / FOLDER_NAME).is_dir():
+            check_pretrained(origin, self.configs[name])
+            return
+        with Checkpoints(origin, read_only=True) as checkpoints:
+            model = self._config.role(name).model
+            checkpoints.check_newest(lambda saved, step: check_same_network(origin, saved, model))
+
+    def _role(self, name: str) -> RoleState:
+        """One network at step 0."""
+        places = self._placement.shardings(self.template.roles[name])
+        create = functools.partial(create_role, training=self.trainings.get(name))
+        trains, origin = self._trains(name), self._config.origin(name)
+        if origin is None and name not in self._models:
+            build = self._build(name)
+            return jax.jit(lambda: create(*split_model(build(), trains)[1:]), out_shardings=places)()
+        model: Any = self._models.get(name)
+        if origin is not None:
+            model = self._load(name, origin)
+        params, frozen = split_model(model, trains)[1:]
+        if origin is None:
+            # a step overwrites its input; the caller keeps the model that was given
+            params, frozen = jax.tree.map(jnp.copy, (params, frozen))
+        parts = jax.device_put((params, frozen), (places.params, places.frozen))
+        return jax.jit(create, out_shardings=places, donate_argnums=(0, 1))(*parts)
+
+    def _load(self, name: str, origin: Path) -> nnx.Module:
+        """A network with parameters that were read."""
+        graph, params, others = split_model(self._abstract[name])
+        if jax.tree.leaves(others) and name not in self._models:
+            others = split_model(self._build(name)())[2]
+
+        stored = None if name in self.trainings else self._stored_dtype(name)
+
+        def template(leaf: Any) -> jax.ShapeDtypeStruct:
+            dtype = leaf.dtype if stored is None else stored
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=self._placement.sharding(leaf.shape))
+
+        if (origin / FOLDER_NAME).is_dir():
+            with Checkpoints(origin, read_only=True) as checkpoints:
+                found = checkpoints.restore_parameters(jax.tree.map(template, params))
+            found = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), found, params)
+        else:
+            found = pretrained_parameters(
+                origin, self.configs[name], sharding=lambda _, shape: self._placement.sharding(shape)
+            )
+        return nnx.merge(graph, found, others)
+
+    def _stored_dtype(self, name: str) -> Any:
+        """What a run with the network's settings keeps its parameters in."""
+        return jnp.dtype(model_settings(self._config.role(name).model).param_dtype)
+
+
+def _digest(frozen: Any) -> str:
+    names = parameter_names(frozen)
+    sums = jax.device_get(checksums(dict(zip(names, jax.tree.leaves(frozen), strict=True))))
+    return hashlib.sha256(json.dumps({name: int(sums[name]) for name in sorted(names)}).encode()).hexdigest()[:16]

@@ -1,0 +1,7 @@
+"""What a run trains: an objective per file, with the roles of its networks, its draws and its losses.
+
+registry.py    what a role is, and the table of objectives
+settings.py    the settings of each objective, with its roles, and its row in the table; no JAX, so that help is quick
+base.py        what an objective does, for the trainer that knows none of them
+flow.py        rectified flow, also with a noise level per frame
+"""

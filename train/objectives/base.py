@@ -1,0 +1,120 @@
+"""What an objective does; the trainer knows nothing else of it.
+
+How a batch travels: source -> devices -> draws -> the loss of each role that is due, with its gradient -> an update of
+that role -> hooks. Settings and roles, which need no JAX, are declared in `monarchrt.train.objectives.settings`.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Key
+
+from monarchrt.train.data import Batch, Source, spread
+from monarchrt.train.objectives.registry import ObjectiveSettings
+
+Networks = Mapping[str, Any]
+"""The networks by role: modules, with the parameters of this step."""
+
+Metrics = dict[str, Array]
+"""Scalars by name."""
+
+Sampler = Callable[..., Array]
+"""(network, latents [B, F, h, w, C], text [B, L, D], noise like the latents) -> latents."""
+
+
+class HeldOut(NamedTuple):
+    """One call of a held-out evaluation.
+
+    Attributes:
+        batch: Examples.
+        draws: Their draws, fixed.
+        weight: Factor of each error, of the errors' shape.
+        count: How many examples count; those after them only fill the batch up.
+    """
+
+    batch: Batch
+    draws: Any
+    weight: np.ndarray
+    count: int
+
+
+class Objective(abc.ABC):
+    """Losses of the roles that train, from networks, a batch and draws.
+
+    Args:
+        settings: The settings, with the roles.
+
+    Whatever is random is a draw: a value that `draws` makes of a key and shapes, and an argument of `loss`, so that a
+    loss can be compared with another implementation draw for draw.
+    """
+
+    def __init__(self, settings: Any):
+        self.settings: ObjectiveSettings = settings
+
+    def due(self, step: int) -> tuple[str, ...]:
+        """The roles that a step, counted from 1, updates, in this order; a later one sees the earlier ones' update.
+
+        Each different answer is a compiled program of its own. Default: all that train.
+        """
+        return self.settings.training
+
+    @abc.abstractmethod
+    def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, Any]:
+        """What the losses of a step draw at random.
+
+        Args:
+            key: Of the step.
+            shapes: The batch as `jax.ShapeDtypeStruct`, or as arrays.
+
+        Returns:
+            For each role that trains, a tree of arrays: with the batch as first axis, which accumulation splits with
+            the batch, or scalars, which all parts share.
+        """
+
+    @abc.abstractmethod
+    def loss(self, role: str, networks: Networks, batch: Batch, draws: Any) -> tuple[Float32[Array, ""], Metrics]:
+        """The loss of a role, a mean over the batch, which is differentiated by that role's parameters alone.
+
+        Args:
+            role: One that trains.
+            networks: All networks.
+            batch: Examples.
+            draws: What `draws` made for the role.
+
+        Returns:
+            The loss and whatever else the log should show; scalars, averaged over the parts of an accumulation.
+        """
+
+    def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
+        """What to measure on held-out examples, the same at every step and for every run.
+
+        Default: as many draws of fixed keys as `timesteps` says, for batches of examples that are repeated until the
+        last is full.
+
+        Args:
+            source: Its held-out part is used.
+            windows: Examples, spread over the held-out part.
+            timesteps: Noise levels, or rounds of draws.
+            batch: Examples per call.
+
+        Yields:
+            The calls of `held_out_errors`.
+        """
+        indices = spread(source.held_out, windows)
+        calls = max(1, -(-len(indices) // batch))
+        for start in range(0, calls * batch, batch):
+            examples = source.held_out_batch([indices[n % len(indices)] for n in range(start, start + batch)])
+            for level in range(timesteps):
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(20), start), level)
+                yield HeldOut(examples, self.draws(key, examples), np.ones(()), 1)
+
+    def held_out_errors(self, networks: Networks, batch: Batch, draws: Any) -> Mapping[str, Array]:
+        """The errors of one call by role, compiled; averaged with the weights of `held_out`. Default: the losses."""
+        return {role: self.loss(role, networks, batch, draws[role])[0] for role in self.settings.training}
+
+    def samplers(self) -> Mapping[str, Sampler]:
+        """What to show of the exported role while training: label -> sampler. Default: nothing."""
+        return {}

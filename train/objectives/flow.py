@@ -1,0 +1,268 @@
+"""The rectified-flow objective of Wan 2.1's training and of Self-Forcing's diffusion trainer.
+
+A clean latent x0 and unit Gaussian noise eps are mixed at noise level sigma in (0, 1], x_t = (1 - sigma) x0 +
+sigma eps, and the network learns the flow v = eps - x0. Noise levels come from a grid of N = 1000 values u = j/N,
+shifted towards high noise, sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2); the
+network is told t = N sigma. The loss of a sample is weighted by a bell around t = N/2.
+
+A sample has one noise level, or one for each of its frames (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Key
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.sampling.schedules import shifted
+from monarchrt.train.data import Batch, Source, spread
+from monarchrt.train.objectives.base import HeldOut, Metrics, Networks, Objective, Sampler
+from monarchrt.train.objectives.settings import FlowConfig
+
+Velocity = Callable[[Array, Array, Array], Array]
+"""A flow prediction: (latents [B, F, h, w, C], timesteps [B] or [B, F], text [B, L, D]) -> v, like the latents."""
+
+
+class NoiseLevels(NamedTuple):
+    """The grid of noise levels, from low to high noise: sigma [N] and the loss weight [N], float32."""
+
+    sigma: Float32[np.ndarray, "n"]
+    weight: Float32[np.ndarray, "n"]
+
+
+def noise_levels(config: FlowConfig) -> NoiseLevels:
+    """Computes the grid of noise levels and their weights.
+
+    The Gaussian weight is exp(-2 ((t - N/2)/N)^2) over the shifted timesteps t, less its minimum, scaled to mean 1.
+
+    Args:
+        config: Shift, weighting and size of the grid.
+
+    Returns:
+        The levels u = 1/N ... 1 after the shift, and their weights.
+
+    Example:
+        >>> levels = noise_levels(FlowConfig(shift=5.0))
+        >>> [round(float(x), 4) for x in (1000 * levels.sigma[0], levels.weight[0], levels.weight.max())]
+        [4.9801, 0.0319, 2.0764]
+    """
+    count = config.num_train_timesteps
+    u = np.arange(1, count + 1) / count
+    sigma = shifted(u, config.shift)
+    weight = np.ones(count)
+    if config.weighting == "gaussian":
+        bell = np.exp(-2 * (sigma - 0.5) ** 2)
+        weight = bell - bell.min()
+        weight /= weight.mean()
+    return NoiseLevels(sigma.astype(np.float32), weight.astype(np.float32))
+
+
+def add_noise(
+    latents: Float[Array, "b f h w c"], noise: Float[Array, "b f h w c"], sigma: Float[Array, "b"] | Float[Array, "b f"]
+) -> Float[Array, "b f h w c"]:
+    """Mixes latents and noise: x_t = (1 - sigma) x0 + sigma eps, with one sigma for each sample or each frame.
+
+    Example:
+        >>> one = jnp.ones((1, 1, 1, 1, 1))
+        >>> float(add_noise(one, -one, jnp.array([0.25]))[0, 0, 0, 0, 0])
+        0.5
+    """
+    sigma = sigma.reshape(*sigma.shape, *[1] * (latents.ndim - sigma.ndim))
+    return (1 - sigma) * latents + sigma * noise
+
+
+def flow_errors(
+    velocity: Velocity,
+    latents: Float[Array, "b f h w c"],
+    text: Float[Array, "b l d"],
+    noise: Float[Array, "b f h w c"],
+    sigma: Float32[Array, "b"] | Float32[Array, "b f"],
+    *,
+    num_train_timesteps: int = 1000,
+) -> Float32[Array, "b"] | Float32[Array, "b f"]:
+    """Mean squared error of the flow prediction for each noise level, in float32 and not weighted.
+
+    Args:
+        velocity: The network.
+        latents: Clean latents x0.
+        text: Text embeddings.
+        noise: Unit Gaussian noise.
+        sigma: Noise level of each sample, or of each frame.
+        num_train_timesteps: The network is told t = num_train_timesteps * sigma.
+
+    Returns:
+        mean of (v - (eps - x0))^2 over what shares a sigma, float32, of sigma's shape.
+    """
+    predicted = velocity(add_noise(latents, noise, sigma), sigma * num_train_timesteps, text)
+    error = predicted.astype(jnp.float32) - (noise - latents).astype(jnp.float32)
+    return jnp.mean(jnp.square(error), axis=tuple(range(sigma.ndim, 5)))
+
+
+def level_shape(config: FlowConfig, batch: int, frames: int) -> tuple[int, ...]:
+    """Shape of the noise levels of a batch: (B,), or (B, runs of frames that share one).
+
+    Raises:
+        UserError: If `frames_per_level` does not divide the frames.
+    """
+    if config.frames_per_level is None:
+        return (batch,)
+    if frames % config.frames_per_level:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise UserError(
+            f"frames_per_level is {config.frames_per_level}, which does not divide the {frames} frames of a window; "
+            f"it could be {divisors}"
+        )
+    return (batch, frames // config.frames_per_level)
+
+
+def draw_noise(
+    key: Key[Array, ""], shape: tuple[int, ...], config: FlowConfig
+) -> tuple[Int[Array, "b"] | Int[Array, "b f"], Float32[Array, "b f h w c"]]:
+    """Draws what one training batch needs: an index into the grid of noise levels for each sample or frame, and noise.
+
+    Args:
+        key: Random key.
+        shape: Shape (B, F, h, w, C) of the latents.
+        config: The objective; indices are uniform on its grid.
+
+    Returns:
+        Indices [B], or [B, F] with `frames_per_level`, and unit Gaussian noise of the given shape.
+
+    Raises:
+        UserError: If `frames_per_level` does not divide the frames.
+    """
+    level_key, noise_key = jax.random.split(key)
+    level = jax.random.randint(level_key, level_shape(config, *shape[:2]), 0, config.num_train_timesteps)
+    if config.frames_per_level is not None:
+        level = jnp.repeat(level, config.frames_per_level, axis=1)
+    return level, jax.random.normal(noise_key, shape, jnp.float32)
+
+
+def flow_loss(
+    velocity: Velocity,
+    latents: Float[Array, "b f h w c"],
+    text: Float[Array, "b l d"],
+    *,
+    level: Int[Array, "b"] | Int[Array, "b f"],
+    noise: Float[Array, "b f h w c"],
+    config: FlowConfig,
+) -> Float32[Array, ""]:
+    """The training loss: weighted squared error of the predicted flow.
+
+    Args:
+        velocity: The network.
+        latents: Clean latents x0.
+        text: Text embeddings.
+        level: Index of each sample's or frame's noise level, from `draw_noise`.
+        noise: Unit Gaussian noise, from `draw_noise`.
+        config: The objective.
+
+    Returns:
+        Mean over the batch of weight(t) * mean (v - (eps - x0))^2, a float32 scalar.
+
+    Example:
+        >>> config = FlowConfig()
+        >>> level, noise = draw_noise(jax.random.key(0), (2, 1, 4, 4, 3), config)
+        >>> zeros = jnp.zeros(noise.shape)
+        >>> perfect = lambda latents, timesteps, text: noise
+        >>> float(flow_loss(perfect, zeros, jnp.zeros((2, 1, 1)), level=level, noise=noise, config=config))
+        0.0
+    """
+    levels = noise_levels(config)
+    errors = flow_errors(
+        velocity,
+        latents,
+        text,
+        noise,
+        jnp.asarray(levels.sigma)[level],
+        num_train_timesteps=config.num_train_timesteps,
+    )
+    return jnp.mean(jnp.asarray(levels.weight)[level] * errors)
+
+
+def evaluation_levels(config: FlowConfig, count: int) -> NoiseLevels:
+    """Picks `count` levels evenly from the grid (the middles of `count` equal parts), for a loss without chance.
+
+    Example:
+        >>> [round(float(s), 3) for s in evaluation_levels(FlowConfig(), 4).sigma]
+        [0.419, 0.751, 0.893, 0.972]
+    """
+    levels = noise_levels(config)
+    index = np.floor((np.arange(count) + 0.5) / count * config.num_train_timesteps).astype(int)
+    index = np.clip(index, 0, config.num_train_timesteps - 1)
+    return NoiseLevels(levels.sigma[index], levels.weight[index])
+
+
+def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) -> Int[np.ndarray, "*frames"]:
+    """Which of `count` evaluation levels a held-out example has in round `level`: one, or one for each frame.
+
+    With levels for runs of frames, run g takes level + g * (count // 2 + 1), so that neighbouring frames differ much
+    and over all rounds every run meets every level once.
+
+    Example:
+        >>> [evaluation_indices(FlowConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]
+        [[0, 3, 2], [1, 0, 3]]
+    """
+    runs = level_shape(config, 1, frames)[1:]
+    if not runs:
+        return np.array(level)
+    index = (level + np.arange(runs[0]) * (count // 2 + 1)) % count
+    return np.repeat(index, frames // runs[0])
+
+
+def evaluation_noise(index: int, level: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """The fixed noise for held-out example `index` at evaluation level `level`: the same for every model and run."""
+    return np.random.default_rng([20, index, level]).standard_normal(shape, np.float32)
+
+
+class FlowDraws(NamedTuple):
+    """What one batch draws: an index into the grid of noise levels for each sample or frame, and noise."""
+
+    level: Int[Array, "b"] | Int[Array, "b f"]
+    noise: Float32[Array, "b f h w c"]
+
+
+class FlowObjective(Objective):
+    """Rectified flow: one network learns eps - x0 at random noise levels."""
+
+    settings: FlowConfig
+
+    def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, FlowDraws]:
+        """A noise level for each sample or frame, and noise."""
+        return {"student": FlowDraws(*draw_noise(key, shapes.latents.shape, self.settings))}
+
+    def loss(self, role: str, networks: Networks, batch: Batch, draws: FlowDraws) -> tuple[Float32[Array, ""], Metrics]:
+        """Weighted squared error of the predicted flow."""
+        latents, text = map(jnp.asarray, batch)
+        level, noise = draws
+        return flow_loss(networks[role], latents, text, level=level, noise=noise, config=self.settings), {}
+
+    def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
+        """Each example at noise levels that are spread evenly over the training distribution, with noise of its own."""
+        levels = evaluation_levels(self.settings, timesteps)
+        indices = spread(source.held_out, windows)
+        pairs = [(index, level) for index in indices for level in range(timesteps)]
+        examples = {index: source.held_out_batch([index]) for index in indices}
+        for start in range(0, len(pairs), batch):
+            chunk = pairs[start : start + batch]
+            full = chunk + [chunk[-1]] * (batch - len(chunk))  # one compiled shape
+            clean = Batch(*(np.concatenate(part) for part in zip(*(examples[index] for index, _ in full), strict=True)))
+            noise = np.stack([evaluation_noise(index, level, source.latent_shape) for index, level in full])
+            frames = clean.latents.shape[1]
+            level = np.stack([evaluation_indices(self.settings, level, timesteps, frames) for _, level in full])
+            yield HeldOut(clean, (noise, levels.sigma[level]), levels.weight[level], len(chunk))
+
+    def held_out_errors(self, networks: Networks, batch: Batch, draws: Any) -> Mapping[str, Array]:
+        """Squared error of the flow at each noise level."""
+        latents, text = map(jnp.asarray, batch)
+        timesteps = self.settings.num_train_timesteps
+        return {"student": flow_errors(networks["student"], latents, text, *draws, num_train_timesteps=timesteps)}
+
+    def samplers(self) -> Mapping[str, Sampler]:
+        """A held-out window restored from noise level 0.6, and one made of pure noise."""
+        from monarchrt.train.sample import flow_sampler
+
+        return {"restored": flow_sampler(self.settings, start=0.6), "sampled": flow_sampler(self.settings, start=1.0)}

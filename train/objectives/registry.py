@@ -1,0 +1,139 @@
+"""What an objective declares without JAX: the roles of its networks, its settings, and its row in the table."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from monarchrt.models.errors import UserError
+
+if TYPE_CHECKING:
+    from monarchrt.train.objectives.base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One network of an objective.
+
+    Attributes:
+        trains: Whether it has an optimizer. A network that does not train is no part of the checkpoints: a resume
+            reads it from where it came from.
+        random: Whether it may start with random parameters; else `init_from` must say where they come from.
+        starts_as: Role whose `init_from` it takes where it is given none of its own.
+        own_batch: Whether its updates see a batch of their own instead of that of the objective's first role.
+        defaults: Settings that differ from those of a run with one network, by their short names.
+
+    Example:
+        >>> Role(defaults={"attention": "dense", "learning_rate": 1e-4}).trains
+        True
+    """
+
+    trains: bool = True
+    random: bool = True
+    starts_as: str | None = None
+    own_batch: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How `monarchrt generate` samples a trained network where nothing else is said.
+
+    Attributes:
+        shift: Of the noise levels.
+        level_per_frame: Whether it was trained with a level per frame, and can continue a video in windows.
+        sampler: As its option.
+        steps: Of the sampler.
+    """
+
+    shift: float = 5.0
+    level_per_frame: bool = False
+    sampler: str = "euler"
+    steps: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """Base of the settings of an objective: a frozen dataclass with a name and roles.
+
+    Attributes:
+        name: What `--objective` and config.json call it.
+        roles: Its networks, in the order in which one step updates them. The options of the first need no prefix
+            where no other role trains.
+        exported: The role that `generate`, `convert` and the finetuning of other runs take.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[Mapping[str, Role]] = {"student": Role()}
+    exported: ClassVar[str] = "student"
+
+    @property
+    def generation(self) -> Generation:
+        """How the exported network is to be sampled."""
+        return Generation()
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The roles that train."""
+        return tuple(name for name, role in self.roles.items() if role.trains)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The roles beside the exported one."""
+        return tuple(name for name in self.roles if name != self.exported)
+
+
+_SETTINGS: dict[str, type[ObjectiveSettings]] = {}
+_MAKERS: dict[str, "Callable[[Any], Objective] | str"] = {}
+
+
+def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Objective] | str") -> None:
+    """Adds an objective to the table.
+
+    Args:
+        settings: Its settings.
+        objective: Makes it of its settings: a class, or "module:Class", which is imported when a run needs it.
+
+    Raises:
+        ValueError: If another objective has the name, or the roles do not fit together.
+    """
+    name, roles = settings.name, settings.roles
+    if _SETTINGS.get(name, settings) is not settings:
+        raise ValueError(f"name {name!r} is taken by {_SETTINGS[name].__name__}; give the objective another")
+    if settings.exported not in roles or not roles[settings.exported].trains:
+        raise ValueError(f"exported is {settings.exported!r}; it must be a role of {name} that trains")
+    for role in roles.values():
+        if role.starts_as is not None and role.starts_as not in roles:
+            raise ValueError(f"starts_as is {role.starts_as!r}, which is no role of {name}: {', '.join(roles)}")
+    _SETTINGS[name], _MAKERS[name] = settings, objective
+
+
+def objective_names() -> tuple[str, ...]:
+    """The names in the table.
+
+    Example:
+        >>> from monarchrt.train.objectives import settings
+        >>> "flow" in objective_names()
+        True
+    """
+    return tuple(_SETTINGS)
+
+
+def settings_class(name: str) -> type[ObjectiveSettings]:
+    """The settings of an objective.
+
+    Raises:
+        UserError: If there is none of the name.
+    """
+    if name not in _SETTINGS:
+        raise UserError(f"objective is {name!r}; choose from {', '.join(_SETTINGS)}")
+    return _SETTINGS[name]
+
+
+def make_objective(settings: ObjectiveSettings) -> "Objective":
+    """The objective of these settings."""
+    maker = _MAKERS[settings.name]
+    if isinstance(maker, str):
+        module, _, name = maker.partition(":")
+        maker = getattr(importlib.import_module(module), name)
+    return maker(settings)

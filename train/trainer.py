@@ -1,0 +1,118 @@
+"""The loop: batches go through the step, hooks see what comes of it. It knows neither the objective nor the roles."""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+
+from monarchrt.train.config import RunConfig
+from monarchrt.train.data import Batch, Source
+from monarchrt.train.hooks import Hook, MetricsLog
+from monarchrt.train.interrupt import Interrupted, StopRequest
+from monarchrt.train.objectives.base import Objective
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import TrainState
+from monarchrt.train.step import StepFn
+
+
+class Batches:
+    """The batches of each step by role, on the devices.
+
+    Args:
+        source: The data.
+        objective: Says which roles see a batch of their own.
+        run: Samples per step, and the seed of their order.
+        placement: Where they go.
+    """
+
+    def __init__(self, source: Source, objective: Objective, *, run: RunConfig, placement: Placement):
+        self._source, self._run, self._placement = source, run, placement
+        settings = objective.settings
+        own = [name for name in settings.training if settings.roles[name].own_batch]
+        self._stream = {name: own.index(name) + 1 if name in own else 0 for name in settings.training}
+        self._streams = len(own) + 1
+
+    def host(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
+        """The batches of a step, counted from 1, before they are moved."""
+        return self._take(step, roles, lambda batch: batch)
+
+    def __call__(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
+        """The batches of a step, counted from 1."""
+        return self._take(step, roles, self._placement.batch)
+
+    def _take(self, step: int, roles: Sequence[str], place: Callable[[Batch], Batch]) -> Mapping[str, Batch]:
+        first = (step - 1) * self._streams
+        batches = {
+            stream: place(self._source.train_batch(first + stream, self._run.batch, self._run.seed))
+            for stream in sorted({self._stream[role] for role in roles})
+        }
+        return {role: batches[self._stream[role]] for role in roles}
+
+
+class Trainer:
+    """Trains from a state to the last step.
+
+    Args:
+        state: Where to begin.
+        step_fn: From `monarchrt.train.step.make_train_step`.
+        objective: Says which roles a step updates.
+        batches: What a step sees.
+        metrics: Takes what a step returns.
+        hooks: Called after the steps they are due at, in this order.
+        save: Called before a signal ends the run, with the step and the state; returns once it is safe on disk.
+        run: Number of steps, and the folder.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        step_fn: StepFn,
+        *,
+        objective: Objective,
+        batches: Batches,
+        metrics: MetricsLog,
+        hooks: Sequence[Hook],
+        save: Callable[[int, TrainState], None],
+        run: RunConfig,
+    ):
+        self.state = state
+        self._step_fn, self._objective, self._batches = step_fn, objective, batches
+        self._metrics, self._hooks, self._save, self._run = metrics, hooks, save, run
+
+    def train(self, stop: StopRequest, after_step: Callable[[int, TrainState], None] | None = None) -> TrainState:
+        """Trains until the last step of the run.
+
+        Args:
+            stop: Looked at after each step.
+            after_step: Called after each step with its number, counted from 1, and the state.
+
+        Returns:
+            The last state.
+
+        Raises:
+            NonFiniteError: If a role's loss, gradient or parameters became NaN or infinite.
+            DiskFullError: If there was no room for the log or a checkpoint.
+            Interrupted: If a signal asked to stop; the state has been saved.
+        """
+        for step in range(int(self.state.step) + 1, self._run.steps + 1):
+            roles = self._objective.due(step)
+            self.state, metrics = self._step_fn(self.state, self._batches(step, roles), due=roles)
+            self._metrics.add(step, metrics)
+            hooks = [hook for hook in self._hooks if hook.due(step)]
+            self._metrics.write(leave=0 if hooks else 1)
+            for hook in hooks:
+                hook(step, self.state)
+            if after_step:
+                after_step(step, self.state)
+            if stop.signal is not None:
+                self._stop(step, stop.signal)
+        self._metrics.write(leave=0)
+        return self.state
+
+    def _stop(self, step: int, number: int) -> None:
+        self._metrics.write(leave=0)
+        self._save(step, self.state)
+        folder = shlex.quote(str(self._run.folder))
+        raise Interrupted(
+            f"stopped at step {step} and saved; go on with --folder {folder} --resume",
+            code=128 + number,
+            step=step,
+        )
