@@ -106,10 +106,10 @@ def _check_same_settings(config: TrainConfig, found: TrainConfig | None) -> None
         return
     here, there = identity(config, fingerprint=""), identity(found, fingerprint="")
     for name, value in there.items():
-        if name not in _NOTED and value != here[name]:
+        if name.rpartition(".")[2] not in _NOTED and value != here.get(name):
             raise UserError(
                 f"folder {config.run.folder} holds the settings of another run, which had no checkpoint yet: {name} "
-                f"is {value} there and {here[name]} here; use that value, or give another --folder"
+                f"is {value} there and {here.get(name)} here; use that value, or give another --folder"
             )
 
 

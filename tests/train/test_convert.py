@@ -152,7 +152,9 @@ def test_training_starts_from_a_checkpoint(tmp_path, capsys, monkeypatch):
         run=RunConfig(folder=tmp_path / "run", steps=1, batch=2, eval_windows=1, init_from=tmp_path / "wan"),
     )
     result = train(settings, quiet=True)
-    for a, b in zip(jax.tree.leaves(result.state.params), jax.tree.leaves(nnx.state(model)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(result.state.roles["student"].params), jax.tree.leaves(nnx.state(model)), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6)
     folders = ["--folder", str(tmp_path / "other"), "--init-from", str(tmp_path / "wan")]
     assert cli.main(["train", "--video", str(clip), *DATA, *folders]) == 2

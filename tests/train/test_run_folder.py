@@ -173,7 +173,7 @@ class TestSettingsFile:
             ("a.toml", 'steps = "7"', "steps is '7'; it must be a whole number"),
             ("a.toml", "steps = 7\n[run]\nsteps = 8", "steps is given twice"),
             ("a.toml", "run = 7", "run is 7; it must be a table"),
-            ("a.toml", "[run]\nstep = 7", "RunConfig has no field step"),
+            ("a.toml", "[run]\nstep = 7", "there is no setting step; did you mean steps"),
             ("a.toml", "steps = 0", "steps is 0; it must be at least 1"),
         ],
     )
