@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from monarchrt.models.errors import UserError
+
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
 # of systems and programs; compared in lower case
 _LITTER_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin")
@@ -50,6 +52,32 @@ def growing(path: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, name: str) -> Iterator[None]:
+    """Keeps a folder to one process inside the block; the lock ends with the process, too.
+
+    Args:
+        folder: An existing folder.
+        name: What the error calls it.
+
+    Raises:
+        UserError: If another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{name} {folder} is being written to by another process; wait for it, or give another --{name}"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:

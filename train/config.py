@@ -19,6 +19,8 @@ from monarchrt.models.errors import UserError
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 
+LARGEST = 8192  # pixels, either way
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -30,8 +32,8 @@ class DataConfig:
     """What to train on: windows of one clip, or a folder of precomputed latents."""
 
     video: Path | None = None
-    """A video file. Its frames are read once, resized to cover height x width, cropped in the middle and cut into
-    windows."""
+    """A video file, or a folder of them. Frames are read once, resized to cover height x width, cropped in the middle
+    and cut into windows; of a folder, the last clips are held out whole."""
 
     latents: Path | None = None
     """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]."""
@@ -45,8 +47,12 @@ class DataConfig:
     width: int = 112
     """Width of a frame in pixels; a multiple of the patch."""
 
+    fps: float = 0.0
+    """Frames per second to read a video at, by its timestamps, such as 16. 0 takes the frames that are stored, whatever
+    their times."""
+
     stride: int = 1
-    """Take every n-th frame of the video."""
+    """Take every n-th of these frames."""
 
     patch: int = 8
     """Side of the pixel blocks that become one latent position with 3*patch*patch channels (an orthonormal cosine
@@ -57,7 +63,7 @@ class DataConfig:
     as natural images have it)."""
 
     held_out: float = 0.2
-    """Fraction of the frames (or of the latent files) at the end that is never trained on."""
+    """Fraction of the frames (or of the files of a folder) at the end that is never trained on."""
 
     gap: int = 4
     """Frames left out between the training part and the held-out part of a clip."""
@@ -72,6 +78,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
         _require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
+        _require(
+            self.fps == 0 or 0.1 <= self.fps <= 1000,
+            f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for the frames that are stored",
+        )
         _require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
         _require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
         _require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
@@ -79,12 +89,13 @@ class DataConfig:
         _require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
         for name in ("height", "width"):
             size = getattr(self, name)
+            _require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
             _require(
                 size >= self.patch and size % self.patch == 0,
                 f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
                 f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
             )
-        for name in ("frames", "height", "width", "stride", "patch", "whitening", "gap", "crop", "flip"):
+        for name in ("frames", "height", "width", "fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
             value = getattr(self, name)
             _require(
                 self.latents is None or self.video is not None or value == getattr(type(self), name),

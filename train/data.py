@@ -6,7 +6,7 @@ always the same for the same seed. There is no iterator, so the only thing a che
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,12 +15,15 @@ from jaxtyping import Float32, UInt8
 
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.files import listed
+from monarchrt.models.media.clips import VIDEOS
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.video import read_clip
 from monarchrt.train.config import DataConfig
 from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
+_WAN_CHANNELS = (16, 48)  # of the VAEs of versions 2.1 and 2.2
 
 
 class Batch(NamedTuple):
@@ -94,12 +97,13 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class ClipWindows:
-    """Windows of one clip held in memory, split by time into a training and a held-out part.
+    """Windows of clips held in memory; no frame is both in a window that is trained on and in one that is held out.
 
-    Frames [0, n_train) are trained on, then `gap` frames belong to neither, the rest is held out: no frame is in both.
+    One clip is split by time: frames [0, n_train) are trained on, then `gap` frames belong to neither, the rest is held
+    out. Of several, the last ones are held out whole; a window lies in one clip.
 
     Attributes:
-        frames: The whole clip, uint8 [T, H', W', 3].
+        frames: The whole clip, uint8 [T, H', W', 3]; several one after another.
         transform: Pixels to latents and back.
 
     Example:
@@ -118,14 +122,16 @@ class ClipWindows:
         *,
         text_shape: tuple[int, int] = (1, 1),
         name: str = "the clip",
+        lengths: Sequence[int] = (),
     ):
-        """Splits a clip.
+        """Splits a clip, or several.
 
         Args:
             frames: The clip at the size read, at least height x width.
             config: Window size, split and augmentation.
             text_shape: Shape (L, D) of the text embedding; it is zero, as there is no text encoder here.
             name: What errors call the clip.
+            lengths: Frames of each clip, where `frames` holds several.
 
         Raises:
             UserError: If either part is shorter than one window.
@@ -134,6 +140,17 @@ class ClipWindows:
         self.transform = PatchDCT(patch=config.patch, whitening=config.whitening)
         self._config = config
         self._text_shape = text_shape
+        self._lengths = tuple(lengths)
+        self.train_starts: Sequence[int]
+        self.held_out_starts: Sequence[int]
+        if len(lengths) > 1:
+            starts = [_starts(first, length, config.frames) for first, length in _placed(lengths)]
+            count = held_out_count(len(lengths), config.held_out)
+            self.train_starts = [start for clip in starts[:-count] for start in clip]
+            self.held_out_starts = [start for clip in starts[-count:] for start in clip]
+            if not self.train_starts or not self.held_out_starts:
+                raise UserError(f"{name} has clips of {min(lengths)} frames, fewer than one window of {config.frames}")
+            return
         total, window = len(frames), config.frames
         n_train = total - round(total * config.held_out)
         first_held_out = n_train + config.gap
@@ -161,8 +178,11 @@ class ClipWindows:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the decoded frames."""
-        return hashlib.sha256(np.ascontiguousarray(self.frames)).hexdigest()
+        """SHA-256 of the decoded frames, and of where clips end if there are several."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.frames))
+        if len(self._lengths) > 1:
+            digest.update(repr(self._lengths).encode())
+        return digest.hexdigest()
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
         """The windows of a step, counted from 0."""
@@ -219,7 +239,7 @@ class LatentFolder:
         self._digests = FileDigests(digests)
         if not folder.is_dir():
             raise UserError(f"latents {folder} is not a folder; give one with .safetensors files")
-        files = sorted(folder.glob("*.safetensors"))
+        files = [path for path in listed(folder) if path.suffix.lower() == ".safetensors"]
         if len(files) < 2:
             raise UserError(f"latents {folder} has {len(files)} .safetensors files; at least 2 are needed")
         shapes = {path: _latent_shapes(path) for path in files}
@@ -227,8 +247,9 @@ class LatentFolder:
         for path, shape in shapes.items():
             if shape != first:
                 raise UserError(f"latents {path} has shapes {shape}, but {files[0]} has {first}; all must agree")
+        _check_channels_last(files[0], first[0])
         self._latents, self._text = first
-        n_held_out = min(len(files) - 1, max(1, round(len(files) * config.held_out)))
+        n_held_out = held_out_count(len(files), config.held_out)
         self.train_files, self.held_out_files = files[:-n_held_out], files[-n_held_out:]
 
     @property
@@ -280,6 +301,25 @@ class LatentFolder:
         return Batch(np.stack(latents), np.stack(text))
 
 
+def held_out_count(count: int, share: float) -> int:
+    """How many of several files are held out: about this share, at least one, and not all.
+
+    Example:
+        >>> held_out_count(10, 0.25), held_out_count(2, 0.01)
+        (2, 1)
+    """
+    return min(count - 1, max(1, round(count * share)))
+
+
+def _placed(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First frame and length of clips that lie one after another."""
+    return zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True)
+
+
+def _starts(first: int, length: int, window: int) -> range:
+    return range(first, first + max(0, length - window + 1))
+
+
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Latents and text of a file, in float32; the safetensors library's own reader has no BF16."""
     with user_input():
@@ -292,6 +332,37 @@ def _check_finite(path: Path) -> None:
     for name, array in zip(_NAMES, _read(path), strict=True):
         if not np.isfinite(array).all():
             raise UserError(f"latents {path} has {name} that are NaN or infinite; make the file again")
+
+
+def _check_channels_last(path: Path, shape: tuple[int, ...]) -> None:
+    """Raises UserError for latents in PyTorch's order, [C, F, h, w] or [F, C, h, w]: width would pass for channels.
+
+    Those of Wan have 16 channels, 48 in version 2.2. Where the shape leaves it open, the numbers tell: neighbours along
+    a width are alike, neighbouring channels are not.
+    """
+    axes = [axis for axis in (0, 1) if shape[axis] in _WAN_CHANNELS]
+    if shape[3] in (*_WAN_CHANNELS, *(3 * patch**2 for patch in range(1, 17))):  # or of a patch transform
+        latents = _read(path)[0] if axes else np.zeros(())
+        axes = [axis for axis in axes if _likeness(latents, 3) > 0.5 > 2 * abs(_likeness(latents, axis))]
+    if not axes:
+        return
+    first = axes[0]
+    order = "C, F, h, w" if first == 0 else "F, C, h, w"
+    moved = "1, 2, 3, 0" if first == 0 else "0, 2, 3, 1"
+    raise UserError(
+        f"latents {path} has latents {shape}, which look like [{order}], PyTorch's order; they must be [F, h, w, C]: "
+        f"write latents.permute({moved}).contiguous()"
+    )
+
+
+def _likeness(array: np.ndarray, axis: int) -> float:
+    """Correlation of neighbours along an axis."""
+    array = np.moveaxis(array, axis, 0).astype(np.float64)
+    if len(array) < 2:
+        return 0.0
+    one, other = array[:-1] - array[:-1].mean(), array[1:] - array[1:].mean()
+    scale = np.sqrt(np.square(one).mean() * np.square(other).mean())
+    return float((one * other).mean() / scale) if np.isfinite(scale) and scale > 0 else 0.0
 
 
 def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -337,10 +408,28 @@ def open_source(
         raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
     if config.latents is not None:
         return LatentFolder(config.latents, config, digests=digests)
-    frames = read_clip(
-        Path(config.video or ""),
-        height=round(config.height * config.crop),
-        width=round(config.width * config.crop),
-        stride=config.stride,
-    )
-    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {config.video}")
+    video = Path(config.video or "")
+    files = _videos(video) if video.is_dir() else [video]
+    clips = [
+        read_clip(
+            file,
+            height=round(config.height * config.crop),
+            width=round(config.width * config.crop),
+            stride=config.stride,
+            fps=config.fps,
+            min_frames=config.frames if len(files) > 1 else 1,
+        )
+        for file in files
+    ]
+    frames = clips[0] if len(clips) == 1 else np.concatenate(clips)
+    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {video}", lengths=[*map(len, clips)])
+
+
+def _videos(folder: Path) -> list[Path]:
+    """The videos of a folder, by name, without litter."""
+    files = [path for path in listed(folder) if path.suffix.lower() in VIDEOS and not path.is_dir()]
+    if not files:
+        raise UserError(
+            f"video {folder} is a folder without videos ({', '.join(VIDEOS)}); give a video, or such a folder"
+        )
+    return files

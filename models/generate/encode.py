@@ -13,13 +13,15 @@ import numpy as np
 
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile, write_arrays
 from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.files import locked, remove_abandoned
 from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.media.clips import captioned
+from monarchrt.models.media.frames import LARGEST
 from monarchrt.models.media.writer import check_folder
 
 if TYPE_CHECKING:
+    from monarchrt.models.generate.decoders import WanDecoder
     from monarchrt.models.generate.load import Components
-
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class EncodeConfig:
     """Encode a folder of captioned clips once, so that training needs neither VAE nor text encoder in memory."""
 
     clips: Path = Path("clips")
-    """Folder of videos, each with its caption beside it: cat.mp4 and cat.txt."""
+    """Folder of videos, each with its caption beside it: cat.mp4 and cat.txt; pictures with --frames 1."""
 
     components: Path | None = None
     """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers."""
@@ -46,8 +48,12 @@ class EncodeConfig:
     width: int = 832
     """Pixels, a multiple of 16."""
 
+    fps: float = 16.0
+    """Frames per second to read at, by the timestamps of a clip; 16 is what Wan was trained on. 0 takes the frames that
+    are stored, whatever their times."""
+
     stride: int = 1
-    """Take every n-th frame."""
+    """Take every n-th of these frames."""
 
     rows: int = 512
     """Tokens of a text embedding; longer captions are cut."""
@@ -55,54 +61,25 @@ class EncodeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of both networks; auto is bf16 on a GPU."""
 
+    keep_going: bool = False
+    """Leave out clips that cannot be used, and list them at the end; else the first one ends it."""
+
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:
             near = max(1, 1 + 4 * round((self.frames - 1) / 4))
             raise UserError(f"frames is {self.frames}; it must be 1 + 4 k, for example {near}")
         for name in ("height", "width"):
             value = getattr(self, name)
-            if value < 16 or value % 16:
+            if value < 16 or value % 16 or value > LARGEST:
+                near = min(max(16, value // 16 * 16), LARGEST)
                 raise UserError(
-                    f"{name} is {value}; it must be a multiple of 16, for example {max(16, value // 16 * 16)}"
+                    f"{name} is {value}; it must be a multiple of 16, at most {LARGEST}, for example {near}"
                 )
+        if not (self.fps == 0 or 0.1 <= self.fps <= 1000):
+            raise UserError(f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for stored frames")
         for name in ("stride", "rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-
-
-def captioned(folder: Path) -> dict[Path, str]:
-    """The videos of a folder, by name, with their captions.
-
-    Args:
-        folder: With videos and a text file of the same name for each.
-
-    Returns:
-        Captions without surrounding space.
-
-    Raises:
-        UserError: If there is no video, two share a name, or a caption is missing, empty or not UTF-8.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"clips {folder} is not a folder; give one with videos and a caption for each, cat.mp4, cat.txt"
-        )
-    videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
-    if not videos:
-        raise UserError(f"clips {folder} has no videos ({', '.join(VIDEOS)})")
-    found: dict[Path, str] = {}
-    for video in videos:
-        if any(other.stem == video.stem for other in found):
-            raise UserError(f"clips {folder} has two videos named {video.stem}; their results would be one file")
-        caption = video.with_suffix(".txt")
-        if not caption.is_file():
-            raise UserError(f"clip {video} has no caption; write what it shows into {caption}")
-        try:
-            found[video] = caption.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"caption {caption} is not UTF-8 text: {error.reason}") from error
-        if not found[video]:
-            raise UserError(f"caption {caption} is empty; write what {video.name} shows into it")
-    return found
 
 
 def encode_clips(
@@ -118,21 +95,18 @@ def encode_clips(
         report: Takes lines for the person who waits.
 
     Returns:
-        The files of all clips, those that were there before included.
+        The files of all clips, those that were there before included, less those that were left out.
 
     Raises:
-        UserError: If captions, parts or frames are missing, or a file that is there already is of another caption or
-            size; files written so far stay.
+        UserError: If captions, parts or frames are missing, latents are NaN, another process writes to `out`, or a file
+            that is there already is of another caption or size; files written so far stay.
     """
     import jax
 
-    from monarchrt.models.generate.decoders import WanDecoder
     from monarchrt.models.generate.load import find_components
-    from monarchrt.models.media.video import read_clip
-    from monarchrt.models.umt5 import load_embeddings
-    from monarchrt.models.vae import load_vae
 
-    captions = captioned(config.clips)
+    left_out: list[str] = []
+    captions = captioned(config.clips, skip=left_out.append if config.keep_going else None)
     if config.components is None:
         raise UserError("no components were given; give --components, for example Wan-AI/Wan2.1-T2V-1.3B")
     if config.out.exists() and not config.out.is_dir():
@@ -144,29 +118,83 @@ def encode_clips(
             _check_kept(files[video], video, caption, config)
     if len(todo) < len(files):
         report(f"{len(files) - len(todo)} of {len(files)} clips are in {config.out} already")
-    if not todo:
-        return list(files.values())
-    parts = find_components(GenerateConfig(components=config.components), config.components)
-    check_folder("out", files[todo[0]])
-    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
-    dtype = "bfloat16" if half else "float32"
-    texts = _encode_captions([captions[video] for video in todo], config, parts, dtype=dtype, report=report)
+    if todo:
+        parts = find_components(GenerateConfig(components=config.components), config.components)
+        check_folder("out", files[todo[0]])
+        half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
+        dtype = "bfloat16" if half else "float32"
+        with locked(config.out, name="out"):
+            for folder in (config.out, _texts_folder(config)):
+                remove_abandoned(folder)
+            wanted = {video: captions[video] for video in todo if not files[video].exists()}
+            left_out += _encode(wanted, files, config, parts, dtype=dtype, report=report)
+    for line in left_out:
+        report(f"left out: {line}")
+    written = [file for file in files.values() if file.exists()]
+    if not written:
+        raise UserError(f"clips {config.clips} has none that could be encoded; {len(left_out)} were left out")
+    return written
+
+
+def _encode(
+    captions: dict[Path, str],
+    files: dict[Path, Path],
+    config: EncodeConfig,
+    parts: "Components",
+    *,
+    dtype: str,
+    report: Callable[[str], None],
+) -> list[str]:
+    """Writes the files of clips; says which were left out and why."""
+    from monarchrt.models.generate.decoders import WanDecoder
+    from monarchrt.models.umt5 import load_embeddings
+    from monarchrt.models.vae import load_vae
+
+    texts = _encode_captions(list(captions.values()), config, parts, dtype=dtype, report=report)
     with user_input():
         vae = WanDecoder(load_vae(parts.vae, dtype=dtype, param_dtype=dtype))
-    size = {"height": config.height, "width": config.width, "stride": config.stride}
-    for count, video in enumerate(todo, 1):
-        frames = read_clip(video, max_frames=config.frames, min_frames=config.frames, **size)
-        latents = np.asarray(vae.encode(frames[None])[0], np.float32)
-        caption = captions[video]
+    if config.fps:
+        report(f"clips are read at {config.fps:g} frames per second; --fps 0 takes the frames that are stored")
+    left_out: list[str] = []
+    for count, (video, caption) in enumerate(captions.items(), 1):
+        try:
+            latents = _latents(video, vae, config)
+        except UserError as error:
+            if not config.keep_going:
+                raise
+            left_out.append(str(error))
+            report(f"{count}/{len(captions)} {video} is left out")
+            continue
         text = load_embeddings(texts[caption], length=config.rows)[caption].astype(np.float32)
         metadata = {"caption": caption, "clip": video.name}
         write_arrays(files[video], {"latents": latents, "text": text}, metadata=metadata | _sizes(config))
-        report(f"{count}/{len(todo)} {files[video]}: latents {latents.shape}, text {text.shape}")
-    for path in texts.values():
-        path.unlink()
+        report(f"{count}/{len(captions)} {files[video]}: latents {latents.shape}, text {text.shape}")
+    for path in set(texts.values()):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # of other settings, stopped before
         _texts_folder(config).rmdir()
-    return list(files.values())
+    return left_out
+
+
+def _latents(video: Path, vae: "WanDecoder", config: EncodeConfig) -> np.ndarray:
+    """Latents of a clip, float32 [F, h, w, C]."""
+    from monarchrt.models.media.video import read_clip
+
+    frames = read_clip(
+        video,
+        height=config.height,
+        width=config.width,
+        fps=config.fps,
+        stride=config.stride,
+        max_frames=config.frames,
+        min_frames=config.frames,
+    )
+    latents = np.asarray(vae.encode(frames[None])[0], np.float32)
+    if not np.isfinite(latents).all():
+        raise UserError(
+            f"clip {video} gives latents that are NaN or infinite; check the VAE's weights, or use --precision fp32"
+        )
+    return latents
 
 
 def _texts_folder(config: EncodeConfig) -> Path:
@@ -194,13 +222,18 @@ def _encode_captions(
             todo, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows, dtype=dtype, report=report
         )
         for caption, embedding in encoded:
+            if not np.isfinite(np.asarray(embedding, np.float32)).all():
+                raise UserError(
+                    f"caption {caption[:60]!r} gives text embeddings that are NaN or infinite; check the text "
+                    f"encoder's weights, or use --precision fp32"
+                )
             save_embeddings(files[caption], {caption: embedding})
     return files
 
 
 def _sizes(config: EncodeConfig) -> dict[str, str]:
     """What a file's header says of how it was made."""
-    return {name: str(getattr(config, name)) for name in ("frames", "height", "width", "stride", "rows")}
+    return {name: f"{getattr(config, name):g}" for name in ("frames", "height", "width", "fps", "stride", "rows")}
 
 
 def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> None:
@@ -216,7 +249,9 @@ def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> 
     wanted = {"caption": caption, "clip": video.name} | _sizes(config)
     # a header without sizes is older than they are: the arrays tell all but the stride
     derived = {"frames": 1 + 4 * (frames - 1), "height": 8 * height, "width": 8 * width, "rows": rows}
-    found = wanted | {name: str(value) for name, value in derived.items()} | file.metadata
+    # one with sizes but no rate is of the frames that were stored
+    rate = {"fps": "0"} if "stride" in file.metadata else {}
+    found = wanted | {name: str(value) for name, value in derived.items()} | rate | file.metadata
     if other := [name for name in wanted if found[name] != wanted[name]]:
         differences = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in other)
         raise UserError(f"{path} is there already, of {differences}; delete it, or give another --out")

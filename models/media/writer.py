@@ -1,12 +1,17 @@
-"""Writing an mp4 frame by frame, with the settings that made it; what was written is kept if it must end early."""
+"""Writing videos frame by frame, with the settings that made them; what was written is kept if it must end early.
 
+The ending of the name says how: .mp4 for every player; .mkv, or a folder of PNG files, for exactly these frames.
+"""
+
+import contextlib
 import json
 import os
+import re
 import tempfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import av
 import av.error
@@ -16,7 +21,7 @@ from jaxtyping import UInt8
 
 from monarchrt.models.checkpoints.json_files import parse_json
 from monarchrt.models.errors import UserError, report_full_disk
-from monarchrt.models.files import unfinished
+from monarchrt.models.files import growing, is_litter, remove_abandoned, unfinished
 
 KEY = "monarchrt"  # in the JSON of the comment
 FREE = "free some space"  # what to do about a full disk
@@ -32,15 +37,51 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
     Raises:
         UserError: If it exists, or cannot be written, with the reason.
     """
+    names = _frame_names(path)
+    if names is not None:
+        _check_frames_writable(path, names, overwrite)
+        return
     if path.is_dir():
         raise UserError(f"out {path} is a folder; give the name of a file, for example {path / 'video.mp4'}")
-    if path.suffix.lower() != ".mp4":
-        raise UserError(f"out {path} does not end in .mp4, the only format there is; give {path.with_suffix('.mp4')}")
+    if path.suffix.lower() not in _WRITERS:
+        raise UserError(
+            f"out {path} does not end in .mp4, nor in .mkv for exact frames; give {path.with_suffix('.mp4')}, or for "
+            f"exact frames as PNG {path.with_suffix('')} or {path.with_suffix('') / '%05d.png'}"
+        )
     if path.exists() and not overwrite:
         raise UserError(f"out {path} exists already; give another --out, or --overwrite")
     check_folder("out", path)
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"out {path} exists and may not be written")
+
+
+def _check_frames_writable(path: Path, names: Path, overwrite: bool) -> None:
+    folder = names.parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out {path} cannot be written: {folder} is a file")
+    old = _frames_there(names)
+    if old and not overwrite:
+        raise UserError(f"out {path} exists already, with {len(old)} frames; give another --out, or --overwrite")
+    if path.is_dir() and any(entry not in old and not is_litter(entry) for entry in path.iterdir()):
+        raise UserError(
+            f"out {path} is a folder with other files; give a new one, or a file such as {path / 'video.mp4'}"
+        )
+    check_folder("out", folder / "00000.png")
+
+
+def _frame_names(path: Path) -> Path | None:
+    """Names of the PNG files of a video, with %05d for the number: of a folder, or as given; None for another kind."""
+    if re.fullmatch(r"[^%]*%(0\d)?d[^%]*\.png", path.name, re.IGNORECASE):
+        return path
+    return path / "%05d.png" if not path.suffix or (path.is_dir() and path.suffix.lower() not in _WRITERS) else None
+
+
+def _frames_there(names: Path) -> list[Path]:
+    """Frames of an earlier video of these names."""
+    head, _, tail = re.split(r"%(0\d)?d", names.name)
+    pattern = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
+    entries = sorted(names.parent.iterdir()) if names.parent.is_dir() else []
+    return [path for path in entries if pattern.fullmatch(path.name) and path.is_file()]
 
 
 def check_folder(name: str, path: Path) -> None:
@@ -52,6 +93,7 @@ def check_folder(name: str, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, name=path.name)
         # a new name, as another process may be writing there; as long as the one that the file will grow under
         with (
             report_full_disk(path, then=FREE),
@@ -60,6 +102,50 @@ def check_folder(name: str, path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} {path} cannot be written: {error.strerror or error}") from error
+
+
+@runtime_checkable
+class VideoWriter(Protocol):
+    """Takes frames as they come; a context manager, which completes what is written on leaving."""
+
+    path: Path
+    frames: int
+
+    def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
+        """Appends frames, all of one size."""
+        ...
+
+    def close(self) -> None:
+        """Completes the video."""
+        ...
+
+    def __enter__(self) -> "VideoWriter": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_writer(path: Path | str, **options: Any) -> VideoWriter:
+    """The writer for a name: .mp4, .mkv for exact frames, a folder or `frames/%05d.png` for exact frames as PNG.
+
+    Example:
+        >>> [type(open_writer(name)).__name__ for name in ("a.mp4", "a.mkv", "a", "a/%05d.png")]
+        ['Mp4Writer', 'MkvWriter', 'PngWriter', 'PngWriter']
+
+    Args:
+        path: The file or folder.
+        **options: As `Mp4Writer`.
+
+    Raises:
+        UserError: If the name is of none of them.
+    """
+    path = Path(path)
+    if _frame_names(path) is not None:
+        return PngWriter(path, **options)
+    if path.suffix.lower() not in _WRITERS:
+        raise UserError(f"out {path} does not end in .mp4 or .mkv; give {path.with_suffix('.mp4')}")
+    return _WRITERS[path.suffix.lower()](path, **options)
 
 
 class Mp4Writer:
@@ -79,12 +165,15 @@ class Mp4Writer:
     Args:
         path: The file; its folder is made if needed.
         fps: Frames per second.
-        quality: The encoder's CRF: 0 is lossless, 16 looks the same as the input, 30 is coarse.
+        quality: The encoder's CRF: 16 looks the same as the input, 30 is coarse; 0 loses nothing but the resolution of
+            colours, halved in yuv420p.
         settings: JSON values to store in the metadata, under `comment`.
         title: For the metadata.
         overwrite: Whether a file that has appeared under the name by the end is replaced; if not, this one gets another
             name.
     """
+
+    _format, _multiple = "mp4", 2
 
     def __init__(
         self,
@@ -103,6 +192,7 @@ class Mp4Writer:
         self._metadata = {} if settings is None else {"comment": json.dumps({KEY: settings}, ensure_ascii=False)}
         if title:
             self._metadata["title"] = title
+        self._growing = contextlib.ExitStack()
         self._container: Any = None
         self._stream: Any = None
 
@@ -112,7 +202,8 @@ class Mp4Writer:
         Raises:
             DiskFullError: If there is no room.
         """
-        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+        odd = frames.shape[1] % self._multiple, frames.shape[2] % self._multiple
+        frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         with report_full_disk(self.path, then=FREE):
             for picture in frames:
                 if self._container is None:
@@ -122,15 +213,23 @@ class Mp4Writer:
 
     def _open(self, height: int, width: int) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        container = av.open(str(unfinished(self.path)), "w", format="mp4")
+        part = self._growing.enter_context(growing(self.path))
+        # absolute: FFmpeg takes what is before a colon for a protocol
+        container = av.open(f"file:{part.absolute()}", "w", format=self._format)
         container.metadata.update(self._metadata)
-        self._stream = container.add_stream("libx264", rate=self._fps)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        # untagged, players take 720 rows and more for BT.709, and colours shift
-        self._stream.codec_context.colorspace = Colorspace.ITU601
-        self._stream.codec_context.color_range = ColorRange.MPEG
-        self._stream.options = {"crf": str(self._quality), "preset": "medium"}
+        self._stream = self._add_stream(container)
+        self._stream.width, self._stream.height = width, height
         return container
+
+    def _add_stream(self, container: Any) -> Any:
+        stream = container.add_stream("libx264", rate=self._fps)
+        stream.pix_fmt = "yuv420p"
+        # untagged, players take 720 rows and more for BT.709, and colours shift
+        stream.codec_context.colorspace = Colorspace.ITU601
+        stream.codec_context.color_range = ColorRange.MPEG
+        # one thread: with more, the same frames do not always give the same file, nor on another number of cores
+        stream.options = {"crf": str(self._quality), "preset": "medium", "threads": "1"}
+        return stream
 
     def close(self) -> None:
         """Completes the file.
@@ -151,6 +250,7 @@ class Mp4Writer:
                 try:
                     container.close()  # fails again on a full disk
                 finally:
+                    self._growing.close()
                     unfinished(self.path).unlink(missing_ok=True)
 
     def _take_name(self) -> None:
@@ -170,11 +270,97 @@ class Mp4Writer:
         self.close()
 
 
-def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings that `Mp4Writer` stored in a video.
+class MkvWriter(Mp4Writer):
+    """Writes FFV1 in Matroska: what is read back are exactly these frames. Otherwise as `Mp4Writer`, less `quality`."""
+
+    _format, _multiple = "matroska", 1
+
+    def _add_stream(self, container: Any) -> Any:
+        stream = container.add_stream("ffv1", rate=self._fps)
+        stream.pix_fmt = "bgr0"
+        stream.options = {"threads": "1"}
+        return stream
+
+
+class PngWriter:
+    """Writes a PNG file per frame, numbered from 0: into a folder, or as `frames/%05d.png` says. Frames are exact.
+
+    Each file appears when its frame comes, whole. The settings are in the first.
 
     Args:
-        path: The mp4.
+        path: The folder, or the names with `%05d` for the number.
+        fps: Not stored; so that it can stand for `Mp4Writer`.
+        quality: Not used.
+        settings: JSON values to store in the first file, under `comment`.
+        title: For the first file.
+        overwrite: Whether frames that are there already make way; if not, frames stop at the first that is.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        fps: float | int = 12.0,
+        quality: int = 16,
+        settings: dict[str, Any] | None = None,
+        title: str | None = None,
+        overwrite: bool = True,
+    ):
+        self.path, self.frames = Path(path), 0
+        names = _frame_names(self.path)
+        if names is None:
+            raise UserError(f"out {path} is no folder, nor names of PNG files such as frames/%05d.png")
+        self._names, self._overwrite = names, overwrite
+        self._texts = {} if settings is None else {"comment": json.dumps({KEY: settings}, ensure_ascii=False)}
+        if title:
+            self._texts["Title"] = title
+
+    def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
+        """Writes files.
+
+        Raises:
+            DiskFullError: If there is no room.
+            UserError: If a file is there by now that may not be replaced.
+        """
+        from PIL import Image, PngImagePlugin
+
+        with report_full_disk(self.path, then=FREE):
+            for picture in frames:
+                if self.frames == 0:
+                    self._names.parent.mkdir(parents=True, exist_ok=True)
+                    for old in _frames_there(self._names) if self._overwrite else ():
+                        old.unlink()
+                file = self._names.with_name(self._names.name % self.frames)
+                if file.exists():
+                    raise UserError(f"out {file} exists by now, of another process; {self.frames} frames are kept")
+                texts = PngImagePlugin.PngInfo()
+                for name, text in self._texts.items() if self.frames == 0 else ():
+                    texts.add_itxt(name, text)
+                with growing(file) as part:
+                    Image.fromarray(picture).save(part, format="PNG", pnginfo=texts, compress_level=3)
+                    part.replace(file)
+                self.frames += 1
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def __enter__(self) -> "PngWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_WRITERS = {".mp4": Mp4Writer, ".mkv": MkvWriter}
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The settings that a writer stored in a video.
+
+    Args:
+        path: The file; a folder of PNG files, or the first of them.
 
     Returns:
         JSON values.
@@ -183,12 +369,25 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         UserError: If the file cannot be read, or holds none.
     """
     path = Path(path)
+    names = _frame_names(path)
+    if names is not None and (frames := _frames_there(names)):
+        path = frames[0]
     if not path.is_file():
         raise UserError(f"video {path} does not exist; give an .mp4 made by monarchrt generate")
     try:
-        with av.open(str(path)) as container:
-            return dict(parse_json(container.metadata["comment"], "its comment")[KEY].items())
+        return dict(parse_json(_comment(path), "its comment")[KEY].items())
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"video {path} is damaged or not a video ({error.strerror or error})") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise UserError(f"video {path} holds no settings; it was not made by monarchrt generate") from error
+
+
+def _comment(path: Path) -> str:
+    if path.suffix.lower() == ".png":
+        from PIL import Image
+
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info["comment"]
+    with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
+        # Matroska writes names in capitals
+        return next(text for name, text in container.metadata.items() if name.lower() == "comment")

@@ -6,6 +6,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from einops import rearrange
 from safetensors.numpy import save_file
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
@@ -14,6 +15,7 @@ from monarchrt.train import data, digests
 from monarchrt.train.cli import main
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, example_order, open_source, spread
+from tests.clips import encode_video
 
 from .conftest import NETWORK, history
 
@@ -273,6 +275,99 @@ def test_bad_latent_folders(latents, tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="at least 2"):
         LatentFolder(latents, config())
+
+
+CHANNELS_FIRST = [(16, 5, 8, 13), (5, 16, 8, 13), (16, 5, 13, 60), (48, 5, 8, 14)]
+
+
+@pytest.mark.parametrize("shape", CHANNELS_FIRST)
+def test_latents_with_channels_first_are_refused(tmp_path, shape):
+    for index in range(2):
+        save_file({"latents": np.ones(shape), "text": np.ones((3, 8))}, tmp_path / f"{index}.safetensors")
+    with pytest.raises(UserError, match=r"0\.safetensors .*which look like \[(C, F|F, C), h, w\], PyTorch's order"):
+        LatentFolder(tmp_path, config())
+
+
+@pytest.mark.parametrize("order", ["f h w c", "c f h w", "f c h w"])
+@pytest.mark.parametrize(("frames", "width", "channels"), [(16, 16, 16), (16, 12, 16), (4, 16, 16), (16, 16, 48)])
+def test_where_the_shape_leaves_the_order_open_the_numbers_tell(tmp_path, order, frames, width, channels):
+    """Smooth along height and width, nothing in common between channels."""
+    y, x, c = np.mgrid[:9, :width, :channels]
+    phase = np.random.default_rng(0).uniform(0, 6, channels)
+    picture = np.sin(x / 4 + y / 5 + phase[c]) * (1 + c % 3)
+    latents = rearrange(np.stack([picture] * frames), f"f h w c -> {order}")
+    for index in range(2):
+        save_file(
+            {"latents": np.ascontiguousarray(latents), "text": np.ones((3, 8))}, tmp_path / f"{index}.safetensors"
+        )
+    if order == "f h w c":
+        assert LatentFolder(tmp_path, config()).latent_shape == (frames, 9, width, channels)
+    else:
+        with pytest.raises(UserError, match="PyTorch's order"):
+            LatentFolder(tmp_path, config())
+
+
+def test_litter_is_no_example(latents):
+    for name in ("._00.safetensors", ".DS_Store", "x.safetensors.crdownload", "Thumbs.db", "~$a.safetensors"):
+        (latents / name).write_bytes(b"\0\5\26\7")
+    source = LatentFolder(latents, config())
+    assert len(source.train_files + source.held_out_files) == 10
+
+
+class TestFolderOfVideos:
+    @pytest.fixture
+    def videos(self, tmp_path):
+        """Frames of the clip c of n are 100 c + k."""
+        for index, count in enumerate((5, 9, 7)):
+            frames = [np.full((16, 32, 3), 80 * index + 4 * k, np.uint8) for k in range(count)]
+            encode_video(tmp_path / f"{index}.MP4", frames, rate=12)
+        (tmp_path / "._0.MP4").write_bytes(b"\0\5\26\7")
+        (tmp_path / "notes.txt").write_text("notes")
+        return tmp_path
+
+    def test_whole_clips_are_held_out_and_no_window_crosses(self, videos):
+        options = config(video=videos, frames=3, height=16, width=32, patch=8, held_out=0.3)
+        source = open_source(options)
+        assert (list(source.train_starts), source.held_out) == ([0, 1, 2, *range(5, 12)], 5)
+        for start in source.train_starts:
+            window = source.frames[start : start + 3, 0, 0, 0].astype(int)
+            assert (np.abs(np.diff(window) - 4) <= 3).all()
+        assert abs(int(source.held_out_window(0)[0, 0, 0, 0]) - 160) <= 2
+        assert len(source.train_batch(0, 4, seed=0).latents) == 4
+
+    def test_the_fingerprint_knows_where_clips_end(self, videos):
+        frames = np.zeros((12, 16, 32, 3), np.uint8)
+        options = config(frames=3, height=16, width=32, gap=0)
+        prints = {ClipWindows(frames, options, lengths=lengths).fingerprint for lengths in ((6, 6), (5, 7), (12,))}
+        assert len(prints) == 3
+        assert ClipWindows(frames, options, lengths=(12,)).fingerprint == ClipWindows(frames, options).fingerprint
+
+    def test_one_clip_is_split_by_time(self, videos):
+        for name in ("0.MP4", "2.MP4"):
+            (videos / name).unlink()
+        options = {"frames": 2, "height": 16, "width": 32, "gap": 1}
+        one, folder = (
+            open_source(config(video=videos / "1.MP4", **options)),
+            open_source(config(video=videos, **options)),
+        )
+        assert (one.fingerprint, one.train_starts) == (folder.fingerprint, folder.train_starts)
+
+    def test_a_short_or_damaged_clip_is_named(self, videos):
+        with pytest.raises(UserError, match=r"0\.MP4 has 5 frames at stride 1, but at least 6 are needed"):
+            open_source(config(video=videos, frames=6))
+        (videos / "1.MP4").write_bytes(b"no video")
+        with pytest.raises(UserError, match=r"1\.MP4 is cut off, damaged or not a video"):
+            open_source(config(video=videos, frames=3))
+
+    def test_without_videos(self, tmp_path):
+        with pytest.raises(UserError, match=r"is a folder without videos \(\.mp4"):
+            open_source(config(video=tmp_path))
+
+    def test_a_rate(self, videos):
+        source = open_source(config(video=videos / "1.MP4", fps=6.0, frames=1, gap=0, height=16, width=32))
+        assert len(source.frames) == 5
+        with pytest.raises(UserError, match="fps is -1"):
+            config(fps=-1.0)
 
 
 def test_spread_has_no_repeats():

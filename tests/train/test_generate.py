@@ -333,7 +333,8 @@ class TestEncode:
         source = LatentFolder(out, DataConfig())
         assert (source.latent_shape, source.text_shape) == ((2, 4, 8, 16), (16, 32))
         batch = source.train_batch(0, batch=2, seed=0)
-        frames = np.stack([read_clip(clips / f"{n}.mp4", height=32, width=64, max_frames=5) for n in (0, 1)])
+        size = {"height": 32, "width": 64, "max_frames": 5}
+        frames = np.stack([read_clip(clips / f"{n}.mp4", fps=16, **size) for n in (0, 1)])
         expected = np.asarray(WanDecoder(load_vae(wan_folder / "vae")).encode(frames))
         order = [int(np.abs(expected - latents).mean((1, 2, 3, 4)).argmin()) for latents in batch.latents]
         assert sorted(order) == [0, 1]
@@ -372,7 +373,10 @@ class TestEncode:
         out = tmp_path / "latents"
         write_mp4(clips / "1.mp4", np.zeros((3, 32, 64, 3), np.uint8))
         assert self.encode(clips, out, "--components", wan_folder) == 2
-        assert "1.mp4 has 3 frames at stride 1, but at least 5 are needed" in capsys.readouterr().err
+        assert (
+            "1.mp4 has 4 frames at 16 frames per second and stride 1, but at least 5 are needed"
+            in capsys.readouterr().err
+        )
         assert [path.name for path in out.iterdir()] == ["0.safetensors"]
         before = (out / "0.safetensors").stat().st_mtime_ns
         write_mp4(clips / "1.mp4", np.zeros((5, 32, 64, 3), np.uint8))
@@ -381,7 +385,7 @@ class TestEncode:
         assert sorted(path.name for path in out.iterdir()) == [f"{n}.safetensors" for n in range(3)]
         assert (out / "0.safetensors").stat().st_mtime_ns == before
         header = SafetensorsFile(out / "0.safetensors").metadata
-        sizes = {"frames": "5", "height": "32", "width": "64", "stride": "1", "rows": "16"}
+        sizes = {"frames": "5", "height": "32", "width": "64", "fps": "16", "stride": "1", "rows": "16"}
         assert header == {"caption": "a cat", "clip": "0.mp4"} | sizes
 
     @pytest.mark.parametrize(
@@ -392,7 +396,9 @@ class TestEncode:
             ({}, ["--width", "48"], "of width '64' instead of '48'; delete it, or give another --out"),
             ({}, ["--height", "16", "--frames", "9"], "of frames '5' instead of '9', height '32' instead of '16'; "),
             ({}, ["--rows", "8"], "of rows '16' instead of '8'"),
-            ({"stride": "2"}, [], "of stride '2' instead of '1'"),
+            ({"stride": "2", "fps": "16"}, [], "of stride '2' instead of '1'"),
+            ({"stride": "1"}, [], "of fps '0' instead of '16'"),  # made before there was a rate
+            ({"stride": "1", "fps": "16"}, ["--fps", "24"], "of fps '16' instead of '24'"),
             ({"frames": "7"}, [], "of frames '7' instead of '5'"),  # of a VAE of another factor
             ({"latents": (2, 4, 8)}, [], "0.safetensors holds no latents and text of a clip; delete it"),
             ({"damage": True}, [], "0.safetensors is truncated: "),
@@ -452,6 +458,13 @@ class TestEncode:
             (lambda clips: None, ["--frames", "6"], "frames is 6; it must be 1 + 4 k, for example 5"),
             (lambda clips: None, ["--height", "40"], "height is 40; it must be a multiple of 16, for example 32"),
             (lambda clips: None, ["--stride", "0"], "stride is 0; it must be 1 or more"),
+            (
+                lambda clips: None,
+                ["--height", "1000000"],
+                "height is 1000000; it must be a multiple of 16, at most 8192",
+            ),
+            (lambda clips: None, ["--fps", "-1"], "fps is -1.0; it must lie in"),
+            (lambda clips: (clips / "3.txt").touch(), [], "3.txt has no clip; put 3.mp4 there"),
         ],
     )
     def test_bad_input(self, clips, tmp_path, capsys, change, arguments, message):
@@ -461,6 +474,47 @@ class TestEncode:
         assert message in error
         assert error.count("\n") == 1
         assert not (tmp_path / "latents").exists()
+
+    def test_keep_going_leaves_out_what_cannot_be_used(self, wan_folder, clips, tmp_path, capsys, monkeypatch):
+        """A damaged clip, one without a caption, one whose latents are NaN: they are listed, the rest is encoded."""
+        from monarchrt.models.generate.decoders import WanDecoder
+
+        encode = WanDecoder.encode
+        (clips / "1.mp4").write_bytes((clips / "1.mp4").read_bytes()[:-100])
+        write_mp4(clips / "3.mp4", np.full((6, 32, 64, 3), 255, np.uint8))
+        (clips / "3.txt").write_text("white")
+        (clips / "4.mp4").touch()
+        monkeypatch.setattr(
+            WanDecoder, "encode", lambda self, video: encode(self, video) * (np.nan if video.min() > 250 else 1)
+        )
+        out = tmp_path / "latents"
+        assert self.encode(clips, out, "--components", wan_folder) == 2
+        assert "4.mp4 has no caption" in capsys.readouterr().err
+        (clips / "1.txt").rename(clips / "aside")
+        (clips / "1.mp4").rename(clips / "1")
+        (clips / "4.mp4").unlink()
+        assert self.encode(clips, out, "--components", wan_folder) == 2
+        assert "3.mp4 gives latents that are NaN or infinite" in capsys.readouterr().err
+        assert not (out / "3.safetensors").exists()
+        (clips / "aside").rename(clips / "1.txt")
+        (clips / "1").rename(clips / "1.mp4")
+        (clips / "4.mp4").touch()
+        assert self.encode(clips, out, "--components", wan_folder, "--keep-going") == 0
+        error = capsys.readouterr().err
+        left_out = [line for line in error.splitlines() if line.startswith("left out: ")]
+        assert [next(n for n in "134" if f"{n}.mp4" in line) for line in left_out] == ["4", "1", "3"]
+        assert "2 clips are in" in error
+        assert sorted(path.name for path in out.iterdir()) == ["0.safetensors", "2.safetensors"]
+
+    def test_two_at_once_are_told_at_once(self, wan_folder, clips, tmp_path, capsys):
+        from monarchrt.models.files import locked
+
+        out = tmp_path / "latents"
+        out.mkdir()
+        with locked(out, name="out"):
+            assert self.encode(clips, out, "--components", wan_folder) == 2
+            assert "latents is being written to by another process; wait" in capsys.readouterr().err
+            assert not list(out.iterdir())
 
     def test_a_file_where_the_folder_should_be(self, clips, tmp_path, capsys):
         out = tmp_path / "latents"

@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from monarchrt.models.errors import DiskFullError, UserError
 from monarchrt.models.files import unfinished
 from monarchrt.models.media.metrics import fidelity
 from monarchrt.models.media.video import read_clip, write_mp4
-from monarchrt.models.media.writer import Mp4Writer, check_folder, check_writable, read_settings
+from monarchrt.models.media.writer import Mp4Writer, check_folder, check_writable, open_writer, read_settings
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
 
@@ -112,6 +113,88 @@ class TestWriter:
             read_settings(tmp_path / "broken.mp4")
         with pytest.raises(UserError, match="does not exist"):
             read_settings(tmp_path / "nowhere.mp4")
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name", ["10:30.mp4", "-x.mp4", "pipe:0.mp4", "file:a.mp4", "a%d.mp4", "a?b#c.mp4", "10:30.mkv"]
+    )
+    def test_any_name_is_written_and_read(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        check_writable(Path(name))
+        with open_writer(name, fps=8, settings={"seed": 3}) as writer:
+            writer.write(FRAMES)
+        assert os.listdir() == [name]
+        assert len(read_clip(name, height=32, width=48)) == 4
+        assert read_settings(name) == {"seed": 3}
+
+    @pytest.mark.parametrize("name", ["a.avi", "a.webm", "a.png", "a%d%d.png", "a%s.png"])
+    def test_what_has_no_writer(self, tmp_path, name):
+        with pytest.raises(UserError, match=r"does not end in \.mp4"):
+            check_writable(tmp_path / name)
+        with pytest.raises(UserError, match=r"does not end in \.mp4"):
+            open_writer(tmp_path / name)
+
+
+class TestSameFile:
+    def test_the_same_frames_give_the_same_file(self, tmp_path):
+        """On any number of cores: the encoder has one thread, and says so in the file."""
+        y, x = np.mgrid[:96, :160]
+        clip = np.stack([np.stack([(x + 3 * t) % 256, (y * x // 9 + t) % 256, (y - t) % 256], -1) for t in range(70)])
+        files = [write_mp4(tmp_path / f"{n}.mp4", clip.astype(np.uint8)).read_bytes() for n in range(3)]
+        assert files[0] == files[1] == files[2]
+        assert b" threads=1 " in files[0]
+
+
+class TestExact:
+    NOISE = np.random.default_rng(1).integers(0, 256, (7, 31, 45, 3), np.uint8)  # odd sizes
+
+    def test_matroska(self, tmp_path):
+        path = tmp_path / "a.mkv"
+        check_writable(path)
+        with open_writer(path, fps=12.0, settings={"seed": 3}, title="a cat") as writer:
+            writer.write(self.NOISE[:2])
+            writer.write(self.NOISE[2:])
+        np.testing.assert_array_equal(read_clip(path, height=31, width=45), self.NOISE)
+        assert (read_settings(path), writer.frames, os.listdir(tmp_path)) == ({"seed": 3}, 7, ["a.mkv"])
+        with pytest.raises(UserError, match="exists already"):
+            check_writable(path)
+
+    @pytest.mark.parametrize(("name", "files"), [("frames", "frames/{:05d}.png"), ("x/f:%03d.png", "x/f:{:03d}.png")])
+    def test_png(self, tmp_path, name, files):
+        check_writable(tmp_path / name)
+        with open_writer(tmp_path / name, settings={"seed": 3}) as writer:
+            writer.write(self.NOISE[:2])
+            writer.write(self.NOISE[2:])
+        for index, frame in enumerate(self.NOISE):
+            np.testing.assert_array_equal(read_clip(tmp_path / files.format(index), height=31, width=45)[0], frame)
+        assert (writer.frames, writer.path, len(list(tmp_path.rglob("*.*g")))) == (7, tmp_path / name, 7)
+        assert read_settings(tmp_path / name) == read_settings(tmp_path / files.format(0)) == {"seed": 3}
+        with pytest.raises(UserError, match="exists already, with 7 frames; give another --out, or --overwrite"):
+            check_writable(tmp_path / name)
+        check_writable(tmp_path / name, overwrite=True)
+        with open_writer(tmp_path / name) as writer:  # a shorter one leaves nothing of the longer
+            writer.write(self.NOISE[:3])
+        assert len(list(tmp_path.rglob("*.png"))) == 3
+
+    def test_other_files_stay(self, tmp_path):
+        (tmp_path / "mine.png").touch()
+        with pytest.raises(UserError, match="is a folder with other files"):
+            check_writable(tmp_path, overwrite=True)
+        check_writable(tmp_path / "%05d.png")
+        with open_writer(tmp_path / "%05d.png") as writer:
+            writer.write(self.NOISE[:1])
+        assert sorted(os.listdir(tmp_path)) == ["00000.png", "mine.png"]
+        with (
+            pytest.raises(UserError, match="exists by now"),
+            open_writer(tmp_path / "%05d.png", overwrite=False) as writer,
+        ):
+            writer.write(self.NOISE)
+
+    def test_quality_0_loses_only_resolution_of_colour(self, tmp_path):
+        grey = np.repeat(self.NOISE[:, :30, :44, :1], 3, -1)
+        path = write_mp4(tmp_path / "a.mp4", grey, quality=0)
+        assert np.abs(read_clip(path, height=30, width=44).astype(int) - grey).max() <= 2
 
 
 class TestWritable:

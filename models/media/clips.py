@@ -1,0 +1,122 @@
+"""A folder of clips, each with its caption beside it."""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.files import is_litter, listed
+
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".qt", ".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts",
+          ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".vob", ".mxf", ".dv", ".y4m")  # fmt: skip
+PICTURES = (".gif", ".apng", ".webp", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+
+
+def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dict[Path, str]:
+    """The clips of a folder, by name, with their captions.
+
+    Hidden files, those of systems and unfinished downloads (`is_litter`) are no clips.
+
+    Args:
+        folder: With videos or pictures and a text file of the same name for each; the case of endings, and how
+            accents are composed, do not matter.
+        skip: Called with what is wrong with a clip or a caption, which is then left out; None raises it.
+
+    Returns:
+        Captions without surrounding space.
+
+    Raises:
+        UserError: If there is no clip, two share a name, or a caption is missing, empty, not text, or of no clip.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"clips {folder} is not a folder; give one with videos and a caption for each, cat.mp4, cat.txt"
+        )
+
+    def refuse(message: str) -> None:
+        if skip is None:
+            raise UserError(message)
+        skip(message)
+
+    files = [path for path in listed(folder) if not path.is_dir()]
+    clips, captions = (_by_stem(files, endings) for endings in ((*VIDEOS, *PICTURES), (".txt",)))
+    if not clips:
+        raise UserError(f"clips {folder} has no videos ({', '.join(VIDEOS)}), no pictures; {_instead(folder, files)}")
+    found: dict[Path, str] = {}
+    for stem, same in clips.items():
+        texts = captions.get(stem, [])
+        if len(same) > 1:
+            names = " and ".join(path.name for path in same)
+            refuse(f"clips {folder} has two videos named {stem}, {names}; their results would be one file")
+        elif not texts:
+            refuse(f"clip {same[0]} has no caption; write what it shows into {same[0].with_suffix('.txt')}")
+        elif len(texts) > 1:
+            refuse(f"clip {same[0]} has two captions, {texts[0].name} and {texts[1].name}; leave one")
+        else:
+            try:
+                found[same[0]] = read_caption(texts[0], clip=same[0].name)
+            except UserError as error:
+                refuse(str(error))
+    for stem, texts in captions.items():
+        if stem not in clips:
+            refuse(f"caption {texts[0]} has no clip; {_other_than_clip(folder, stem)}")
+    return found
+
+
+def read_caption(path: Path, *, clip: str) -> str:
+    """The text of a caption: UTF-8, or UTF-16 with its mark, as Windows editors write it; lines end in any way.
+
+    Args:
+        path: The file.
+        clip: Name of what it is of, for errors.
+
+    Raises:
+        UserError: If it cannot be read, is empty, or is no text in these encodings.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"caption {path} cannot be read: {error.strerror or error}") from error
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"caption {path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    if "\0" in text or text.startswith("{\\rtf"):
+        raise UserError(f"caption {path} is not plain text; save it as plain text in UTF-8")
+    text = re.sub(r"\r\n?", "\n", text).strip()
+    if not text:
+        raise UserError(f"caption {path} is empty; write what {clip} shows into it")
+    return text
+
+
+def _by_stem(files: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Files of some endings by their names without them, as macOS and other systems may have written it."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in endings:
+            found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
+    return found
+
+
+def _other_than_clip(folder: Path, stem: str) -> str:
+    """What is there instead of the clip that a caption is of."""
+    for path in sorted(folder.iterdir()):
+        name = unicodedata.normalize("NFC", path.name)
+        if not name.startswith(f"{stem}.") or path.suffix.lower() == ".txt":
+            continue
+        if path.is_dir():
+            return f"{path.name} is a folder"
+        if is_litter(path):
+            return f"{path.name} is an unfinished download"
+        return f"{path.name} is none that is read; its ending would be one of {' '.join(VIDEOS + PICTURES)}"
+    return f"put {stem}.mp4 there, or the text elsewhere"
+
+
+def _instead(folder: Path, files: list[Path]) -> str:
+    inner = next((path for path in listed(folder) if path.is_dir() and _by_stem(listed(path), VIDEOS)), None)
+    if inner is not None:
+        return f"{inner} has; give that"
+    return f"it has {files[0].name}" if files else "it is empty"
