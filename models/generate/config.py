@@ -88,6 +88,10 @@ class GenerateConfig:
     condition_frames: int | None = None
     """Frames of a `condition` video to begin with. Default: the first block, 9 with Wan's VAE and blocks of 3."""
 
+    condition_fps: float | None = None
+    """Frames per second to read a `condition` video at, by its timestamps; 0 takes the frames that are stored. Default:
+    16 for Wan, 0 for a run."""
+
     mode: Mode = "auto"
     """autoregressive: block by block with a cache, for causal models; bidirectional: all frames at once; windows:
     clips that continue each other, for models trained with a noise level per frame. auto: what suits the checkpoint."""
@@ -143,7 +147,7 @@ class GenerateConfig:
     """Set of weights of a .pt file, for example generator_ema."""
 
     quality: int = 16
-    """The video encoder's CRF: 0 is lossless, 16 looks the same, 30 is coarse."""
+    """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
 
     compare_dense: bool = False
     """Also make the video with dense attention from the same noise, and write both side by side, with PSNR and
@@ -177,6 +181,10 @@ class GenerateConfig:
         for name in ("guidance", "linger"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, and finite")
+        _require(
+            not self.condition_fps or 0.1 <= self.condition_fps <= 1000,
+            f"condition_fps is {self.condition_fps}; it must lie in [0.1, 1000], for example 16, or be 0",
+        )
         _require(self.sink_frames >= 0, f"sink_frames is {self.sink_frames}; it must be at least 0")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
         _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")

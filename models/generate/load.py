@@ -20,6 +20,7 @@ from monarchrt.models.vae import load_vae
 if TYPE_CHECKING:
     from monarchrt.models.wan.checkpoints.source import Source
 
+WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
 # what each part is called in an official folder and in a diffusers folder
 PARTS = {
     "VAE": ("Wan2.1_VAE.pth", "vae"),
@@ -186,7 +187,15 @@ def condition_frames(plan: Plan) -> np.ndarray | None:
     if not Path(config.condition).is_file():
         raise UserError(f"condition {config.condition} is not a file; give an image or a video, or {NO_CONDITION!r}")
     wanted = config.condition_frames or 1 + (plan.first_block - 1) * plan.temporal
-    frames = read_clip(config.condition, height=config.height or 0, width=config.width or 0, max_frames=wanted)
+    rate = config.condition_fps
+    if rate is None:
+        rate = WAN_RATE if plan.temporal > 1 else 0.0
+    frames = read_clip(
+        config.condition, height=config.height or 0, width=config.width or 0, max_frames=wanted, fps=rate
+    )
+    if rate and len(frames) > 1:
+        advice = "--condition-fps 0 takes the frames that are stored"
+        print(f"{config.condition} is read at {rate:g} frames per second; {advice}", file=sys.stderr)
     if len(frames) < wanted and config.condition_frames is not None:
         raise UserError(f"condition {config.condition} has {len(frames)} frames, fewer than {wanted}")
     plan.begins_with(len(frames))

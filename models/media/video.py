@@ -101,7 +101,8 @@ def write_mp4(
         path: The file to write; its folder is made if needed.
         frames: RGB, uint8 [T, H, W, 3].
         fps: Frames per second.
-        quality: The encoder's CRF: 0 is lossless, 16 looks the same as the input, 30 is coarse.
+        quality: The encoder's CRF: 16 looks the same as the input, 30 is coarse; 0 loses nothing but the resolution of
+            colours, halved in yuv420p.
 
     Returns:
         The path.

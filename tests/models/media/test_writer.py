@@ -1,5 +1,9 @@
 import errno
 import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -134,6 +138,47 @@ class TestNames:
             check_writable(tmp_path / name)
         with pytest.raises(UserError, match=r"does not end in \.mp4"):
             open_writer(tmp_path / name)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from monarchrt.models.media.writer import open_writer
+writer = open_writer(sys.argv[1])
+for _ in range(30):
+    writer.write(np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+class TestKilled:
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+    def test_what_it_left_goes_when_the_file_is_to_be_written_again(self, tmp_path, name):
+        process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+        assert process.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        assert re.fullmatch(rf"{name}\.\d+\.part", left.name)
+        check_writable(tmp_path / f"other-{name}")
+        assert left.exists()  # another file's
+        check_writable(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_one_that_is_being_written_stays(self, tmp_path, monkeypatch):
+        """Also where its process, of another machine or container, has no number here."""
+        path, number = tmp_path / "a.mp4", subprocess.Popen([sys.executable, "-c", ""])
+        number.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: number.pid)
+            writer = Mp4Writer(path)
+            writer.write(FRAMES)
+        check_writable(path)
+        with Mp4Writer(path) as other:
+            other.write(FRAMES)
+        assert len(list(tmp_path.glob("*.part"))) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: number.pid)
+            writer.close()
+        assert os.listdir(tmp_path) == ["a.mp4"]
 
 
 class TestSameFile:
