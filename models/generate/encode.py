@@ -70,10 +70,11 @@ class EncodeConfig:
             raise UserError(f"frames is {self.frames}; it must be 1 + 4 k, for example {near}")
         for name in ("height", "width"):
             value = getattr(self, name)
-            if value < 16 or value % 16 or value > LARGEST:
-                near = min(max(16, value // 16 * 16), LARGEST)
+            if value > LARGEST:
+                raise UserError(f"{name} is {value}; it must be at most {LARGEST}, a multiple of 16, for example 480")
+            if value < 16 or value % 16:
                 raise UserError(
-                    f"{name} is {value}; it must be a multiple of 16, at most {LARGEST}, for example {near}"
+                    f"{name} is {value}; it must be a multiple of 16, for example {max(16, value // 16 * 16)}"
                 )
         if not (self.fps == 0 or 0.1 <= self.fps <= 1000):
             raise UserError(f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for stored frames")

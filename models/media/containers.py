@@ -8,6 +8,8 @@ from typing import BinaryIO
 _STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"udta", b"meta", b"sidx", b"styp",
           b"mfra", b"pnot", b"prfl")  # fmt: skip
+_ASF_HEADER = bytes.fromhex("3026b275")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
@@ -21,7 +23,8 @@ def still_brand(path: Path) -> str | None:
 def missing_bytes(path: Path) -> int:
     """How many bytes a file lacks of what it announces; 0 where it announces nothing.
 
-    MP4 and its relatives, Matroska and WebM, AVI and WebP say how long they are, as a cut-off download does not know.
+    MP4 and its relatives, Matroska and WebM, AVI, WebP and WMV say how long they are; MPEG transport streams have whole
+    packets.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -32,6 +35,10 @@ def missing_bytes(path: Path) -> int:
             end = _last_riff_end(file, size)
         elif head[:4] == _EBML.to_bytes(4):
             end = _segment_end(file)
+        elif head[:4] == _ASF_HEADER:
+            end = _asf_end(file)
+        elif packet := _transport_packet(file):
+            end = -(-size // packet) * packet
         else:
             end = 0
     return max(0, end - size)
@@ -61,6 +68,23 @@ def _last_riff_end(file: BinaryIO, size: int) -> int:
             return position
         position += 8 + length
     return position
+
+
+def _asf_end(file: BinaryIO) -> int:
+    """As the file properties of a WMV say; 0 if they are not there."""
+    file.seek(0)
+    _, found, rest = file.read(8192).partition(_ASF_PROPERTIES)
+    return int.from_bytes(rest[24:32], "little") if found and len(rest) >= 32 else 0
+
+
+def _transport_packet(file: BinaryIO) -> int:
+    """Bytes of a packet of an MPEG transport stream, 188, or 192 as camcorders write it; 0 if it is none."""
+    file.seek(0)
+    head = file.read(5 * 192)
+    for size, first in ((188, 0), (192, 4)):
+        if len(head) > 4 * size + first and all(head[first + n * size] == 0x47 for n in range(5)):
+            return size
+    return 0
 
 
 def _segment_end(file: BinaryIO) -> int:

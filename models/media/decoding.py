@@ -63,8 +63,13 @@ def _shown(container: "av.container.InputContainer", path: Path) -> Iterator[Sho
 
 
 def _video_stream(container: "av.container.InputContainer", path: Path) -> Any:
-    if container.format.name.endswith("_pipe") or container.format.name in ("image2", "hls", "dash", "concat"):
-        raise UserError(f"video {path} is of the kind {container.format.name}, which is not read; give {_EXAMPLE}")
+    kind = container.format.name
+    if kind.endswith("_pipe") or kind == "image2":
+        raise UserError(
+            f"picture {path} is cut off, damaged or of a kind that is not read ({kind}); save it as PNG or JPEG"
+        )
+    if kind in ("hls", "dash", "concat"):
+        raise UserError(f"video {path} is a list of other files ({kind}), which is not read; give {_EXAMPLE}")
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not moving:
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"}) or ["nothing"]

@@ -227,8 +227,8 @@ class Mp4Writer:
         # untagged, players take 720 rows and more for BT.709, and colours shift
         stream.codec_context.colorspace = Colorspace.ITU601
         stream.codec_context.color_range = ColorRange.MPEG
-        # one thread: with more, the same frames do not always give the same file, nor on another number of cores
-        stream.options = {"crf": str(self._quality), "preset": "medium", "threads": "1"}
+        # one thread, and no propagation along motion: else the same frames do not always give the same file
+        stream.options = {"crf": str(self._quality), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
         return stream
 
     def close(self) -> None:

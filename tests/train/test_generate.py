@@ -461,7 +461,7 @@ class TestEncode:
             (
                 lambda clips: None,
                 ["--height", "1000000"],
-                "height is 1000000; it must be a multiple of 16, at most 8192",
+                "height is 1000000; it must be at most 8192",
             ),
             (lambda clips: None, ["--fps", "-1"], "fps is -1.0; it must lie in"),
             (lambda clips: (clips / "3.txt").touch(), [], "3.txt has no clip; put 3.mp4 there"),

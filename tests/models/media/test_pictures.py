@@ -1,7 +1,9 @@
 """Pictures are read as a person sees them, or refused by name."""
 
 import io
+import shutil
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -154,6 +156,24 @@ def test_cut_off(tmp_path, ending, kept):
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(UserError, match=r"cut\.\w+ is cut off"):
         read(path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.png", b"\x89PNG\r\n\x1a\n\0\0\0"), ("a.svg", b"<svg xmlns='x'/>")])
+def test_what_is_no_whole_picture_of_a_known_kind(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is cut off, damaged or (not|of a kind)"):
+        read(tmp_path / name)
+
+
+@pytest.mark.skipif(shutil.which("avifenc") is None, reason="avifenc makes the picture")
+def test_a_picture_of_tiles_is_read_whole(tmp_path):
+    parts = []
+    for number, colour in enumerate("RGBW"):
+        parts.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(quarters(colour * 4, 256, 256)).save(parts[-1])
+    command = ["avifenc", "-s", "10", "--grid", "2x2", *parts, str(tmp_path / "grid.avif")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert order(read(tmp_path / "grid.avif", 128, 128)[0]) == "RGBW"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

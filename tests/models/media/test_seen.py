@@ -316,10 +316,10 @@ def test_webm_with_transparency_is_refused(tmp_path):
         read_clip(path, height=32, width=32)
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "webm", "avi"])
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "webm", "avi", "wmv", "ts", "m2ts"])
 @pytest.mark.parametrize("kept", [0.3, 0.7, 0.97])
 def test_cut_off_downloads(tmp_path, ending, kept):
-    codec = "libvpx-vp9" if ending == "webm" else "libx264"
+    codec = {"webm": "libvpx-vp9", "wmv": "wmv2"}.get(ending, "libx264")
     rng = np.random.default_rng(0)
     whole = encode_video(
         tmp_path / f"whole.{ending}", list(rng.integers(0, 255, (12, 64, 64, 3), np.uint8)), codec=codec
