@@ -23,6 +23,7 @@ from monarchrt.train.config import DataConfig
 from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
+_MOVING = (*VIDEOS, ".gif", ".apng", ".webp")
 _WAN_CHANNELS = (16, 48)  # of the VAEs of versions 2.1 and 2.2
 
 
@@ -427,9 +428,9 @@ def open_source(
 
 def _videos(folder: Path) -> list[Path]:
     """The videos of a folder, by name, without litter."""
-    files = [path for path in listed(folder) if path.suffix.lower() in VIDEOS and not path.is_dir()]
+    files = [path for path in listed(folder) if path.suffix.lower() in _MOVING and not path.is_dir()]
     if not files:
         raise UserError(
-            f"video {folder} is a folder without videos ({', '.join(VIDEOS)}); give a video, or such a folder"
+            f"video {folder} is a folder without videos ({', '.join(_MOVING)}); give a video, or such a folder"
         )
     return files

@@ -42,7 +42,8 @@ class GenerateConfig:
     """What the video shows. Not used by a run folder, which has no text encoder."""
 
     out: Path = Path("video.mp4")
-    """The video to write; these settings are stored in it."""
+    """The video to write; these settings are stored in it. An .mp4 for every player; for exactly the frames that were
+    made, an .mkv (FFV1), or PNG files: a folder, or names such as frames/%05d.png."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH", help_behavior_hint="")] = None
     """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""

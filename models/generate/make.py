@@ -22,8 +22,8 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Plan
 from monarchrt.models.generate.stream import LivePage, check_port
 from monarchrt.models.media.metrics import Fidelity, fidelity
-from monarchrt.models.media.video import side_by_side, write_mp4
-from monarchrt.models.media.writer import Mp4Writer, check_folder, check_writable
+from monarchrt.models.media.video import side_by_side, write_video
+from monarchrt.models.media.writer import check_folder, check_writable, open_writer
 from monarchrt.models.wan import DenseAttention
 
 
@@ -130,7 +130,7 @@ def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict
     config = plan.config
     reference = np.concatenate(list(_shown(parts, plan, "dense")))
     both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1)
-    path = write_mp4(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
+    path = write_video(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
     return {"fidelity": fidelity(video, reference), "comparison": path}
 
 
@@ -144,7 +144,7 @@ def _write(
     """Writes the file; on Ctrl-C with the frames so far."""
     config = plan.config
     begin, first = time.monotonic(), 0.0
-    writer = Mp4Writer(
+    writer = open_writer(
         config.out,
         fps=config.fps or 16.0,
         quality=config.quality,

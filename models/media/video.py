@@ -14,7 +14,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.media.decoding import open_video
 from monarchrt.models.media.frames import Shown, at_rate, check_size
 from monarchrt.models.media.pictures import open_picture
-from monarchrt.models.media.writer import Mp4Writer
+from monarchrt.models.media.writer import Mp4Writer, VideoWriter, open_writer
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
 
@@ -111,9 +111,34 @@ def write_mp4(
         UserError: If there are no frames.
         DiskFullError: If there is no room.
     """
+    return _written(Mp4Writer(path, fps=fps, quality=quality), frames)
+
+
+def write_video(
+    path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float | int = 12.0, quality: int = 16
+) -> Path:
+    """Writes frames as the ending says, see `open_writer`; otherwise as `write_mp4`.
+
+    Args:
+        path: The file or folder.
+        frames: RGB, uint8 [T, H, W, 3].
+        fps: Frames per second.
+        quality: Of an mp4.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: If there are no frames, or nothing is written under such a name.
+        DiskFullError: If there is no room.
+    """
+    return _written(open_writer(path, fps=fps, quality=quality), frames)
+
+
+def _written(writer: VideoWriter, frames: np.ndarray) -> Path:
     if len(frames) == 0:
-        raise UserError(f"frames is empty; {path} needs at least 1 frame")
-    with Mp4Writer(path, fps=fps, quality=quality) as writer:
+        raise UserError(f"frames is empty; {writer.path} needs at least 1 frame")
+    with writer:
         writer.write(frames)
     return writer.path
 

@@ -163,6 +163,20 @@ class TestMakeVideo:
         expected = np.concatenate(list(pipeline(TEXT, plan=made)))
         assert np.abs(read_clip(out, height=16, width=24).astype(int) - expected).mean() < 12
 
+    @pytest.mark.parametrize(
+        ("name", "frame"), [("a.mkv", None), ("frames", "{:05d}.png"), ("x%03d.png", "x{:03d}.png")]
+    )
+    def test_exact_frames(self, tiny, tmp_path, name, frame):
+        pipeline, plan = tiny
+        out = tmp_path / name
+        made = plan(out=out, seed=4)
+        assert make_video(pipeline, TEXT, plan=made).frames == 9
+        folder = out if out.is_dir() else tmp_path
+        files = [out] if frame is None else [folder / frame.format(index) for index in range(9)]
+        read = np.concatenate([read_clip(file, height=16, width=24) for file in files])
+        np.testing.assert_array_equal(read, np.concatenate(list(pipeline(TEXT, plan=made))))
+        assert read_settings(out)["seed"] == 4
+
     def test_zoom(self, tiny, tmp_path):
         pipeline, plan = tiny
         make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", zoom=3))
