@@ -60,7 +60,7 @@ def to_ordinary(rgb: Float32[np.ndarray, "h w 3"], colours: Colours) -> UInt8[np
     Example:
         >>> white = np.full((1, 1, 3), 0.58, np.float32)  # paper white
         >>> int(to_ordinary(white, Colours(transfer=PQ, primaries=BT2020))[0, 0, 0])
-        242
+        241
 
     Args:
         rgb: Values in [0, 1].
