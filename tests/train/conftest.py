@@ -103,3 +103,11 @@ def history(folder: Path) -> list[dict]:
     """The log of a run without the wall-clock times, exactly as written."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, byte for byte."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

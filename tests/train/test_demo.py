@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import shutil
 import signal
 
 import av
@@ -13,9 +14,11 @@ from PIL import Image
 from monarchrt.models.errors import NonFiniteError
 from monarchrt.models.media.video import write_mp4
 from monarchrt.train.cli import main
-from monarchrt.train.cli.parsing import parse
 from monarchrt.train.demo import DemoConfig, run, run_demo
+from monarchrt.train.demo.folder import read_settings
 from monarchrt.train.demo.run import DemoResult, _table
+
+from .conftest import contents, history
 
 SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
 
@@ -31,42 +34,66 @@ def clip(tmp_path_factory):
 
 
 def test_what_it_leaves(clip, tmp_path, capsys):
-    """A table, two pictures, a film with four columns, results; the folder is not run over."""
+    """A table, two pictures, a film of four panels, results; the folder is not run over."""
     folder = tmp_path / "demo"
     assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 0
     printed = capsys.readouterr().out
-    for words in ("70.8% sparse", "Monarch, untrained", "Monarch, finetuned", "comparison.mp4"):
+    for words in (
+        "70.8% sparse",
+        "dense, trained further",
+        "Monarch, untrained",
+        "Monarch, finetuned",
+        "comparison.mp4",
+    ):
         assert words in printed
     results = json.loads((folder / "results.json").read_text())
     assert results["sparsity"] == pytest.approx(1 - 1 / 8 - 1 / 6)
-    assert all(np.isfinite(results[name]) and results[name] > 0 for name in ("dense", "untrained", "finetuned"))
-    assert results["gap"] == pytest.approx(results["untrained"] - results["dense"])
+    losses = ("dense", "control", "untrained", "finetuned")
+    assert all(np.isfinite(results[name]) and results[name] > 0 for name in losses)
+    assert len({results[name] for name in losses}) == 4
+    assert results["gap"] == pytest.approx(results["untrained"] - results["control"])
+    assert results["closed"] is None or results["closed"] == pytest.approx(
+        (results["untrained"] - results["finetuned"]) / (results["untrained"] - results["control"])
+    )
+    # the runs after the dense one begin where it ended, with either attention, and differ in that alone
+    before, control, monarch = (history(folder / name) for name in ("dense", "control", "monarch"))
+    assert control[0] == {"step": 0, "held_out_loss": before[-1]["held_out_loss"]}
+    assert monarch[0] == {"step": 0, "held_out_loss": results["untrained"]}
+    there, here = (json.loads((folder / name / "config.json").read_text()) for name in ("control", "monarch"))
+    assert {key for part in there for key in there[part] if there[part][key] != here[part][key]} == {
+        "attention",
+        "tile",
+        "folder",
+    }
     for name in ("losses.png", "attention.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 600
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
     with av.open(str(folder / "comparison.mp4")) as film:
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    assert len(frames) >= 3
-    assert frames[0].shape[1] >= 4 * 10 * 24
+    assert len(frames) >= 3 + 12
+    assert frames[0].shape[1] >= 2 * 23 * 24  # two panels wide
+    assert frames[0].shape[0] >= 2 * 23 * 16
     assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 2
     assert f"error: folder {folder} exists already; give --resume" in capsys.readouterr().err
 
 
 def test_stopped_it_says_how_to_go_on(clip, tmp_path, capsys, monkeypatch):
-    """With the whole command, as a demo that goes on needs the same settings; not with that of the run inside."""
+    """With the command of the demo, not that of the run inside; the settings are those it was begun with."""
     folder = tmp_path / "my demo"
     stop = functools.partial(run.train, after_step=lambda *_: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(run, "train", stop)
     assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 143
-    said, _, command = capsys.readouterr().err.strip().partition("; go on with ")
+    said, _, command = capsys.readouterr().err.splitlines()[-1].partition("; go on with ")
     assert said == "stopped at step 1 and saved"
-    words = shlex.split(command)
-    assert words[:5] == ["monarchrt", "demo", "--folder", str(folder), "--resume"]
-    expected = DemoConfig(
-        video=clip, folder=folder, resume=True, steps=2, finetune_steps=2, height=16, width=24, tile=(2, 4, 6)
-    )
-    assert parse(DemoConfig, words[2:]) == expected
+    assert shlex.split(command) == ["monarchrt", "demo", "--folder", str(folder), "--resume"]
+    expected = DemoConfig(video=clip, folder=folder, steps=2, finetune_steps=2, height=16, width=24, tile=(2, 4, 6))
+    assert read_settings(folder) == expected
+    before = contents(folder)
+    for option, said in (("--seed=3", "seed is 3, but the demo in"), ("--steps=9", "steps is 9, but the demo in")):
+        assert main(["demo", "--folder", str(folder), "--resume", option]) == 2
+        assert f"cannot resume: {said} {folder} was begun with" in capsys.readouterr().err
+    assert contents(folder) == before
     for more in ([], ["--resume"]):
         assert main(["demo", "--folder", str(folder / "dense"), *more]) == 2
         assert "dense is that of a single run, not of a demo; give the folder above" in capsys.readouterr().err
@@ -90,7 +117,7 @@ def test_resumed_it_finds_the_same(clip, tmp_path):
     for more in ([], ["--resume"]):
         assert main([*arguments, *more]) == 0
         results = json.loads((tmp_path / "results.json").read_text())
-        losses.append([results[name] for name in ("dense", "untrained", "finetuned")])
+        losses.append([results[name] for name in ("dense", "control", "untrained", "finetuned")])
     assert losses[0] == losses[1]
 
 
@@ -110,21 +137,68 @@ def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_pat
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("untrained", "said"), [(1.2, "50%"), (1.0, "no gap"), (0.9, "no gap")])
+def half_deleted(folder):
+    """A demo that was done, with a run gone."""
+    for name in ("dense", "control", "monarch"):
+        (folder / name / "checkpoints/2").mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    (folder / "results.json").write_text("{}")
+    shutil.rmtree(folder / "dense")
+
+
+def a_log_alone(folder):
+    (folder / "dense").mkdir(parents=True)
+    (folder / "dense/log.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: None, "holds no demo to go on with"),
+        (lambda folder: folder.mkdir(), "holds no demo to go on with"),
+        (lambda folder: (folder / "photos").mkdir(parents=True), "holds other files, and no demo to go on with"),
+        (half_deleted, "holds the results of a demo whose run dense/ is gone; nothing was changed"),
+        (a_log_alone, "holds the log of a run up to step 7, and no checkpoint to go on from"),
+    ],
+)
+def test_resume_needs_a_demo_and_loses_nothing(make, said, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    make(folder)
+    before = contents(folder)
+    assert main(["demo", "--folder", str(folder), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("[" * 100_000, "is damaged"), ("\0", "is damaged"), ("[]", "is not that of a demo")]
+)
+def test_damaged_settings_are_one_line(text, said, tmp_path, capsys):
+    (tmp_path / "demo.json").write_text(text)
+    assert main(["demo", "--folder", str(tmp_path), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/demo.json {said}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("untrained", "said"), [(1.2, "50%"), (1.0, "none was lost"), (0.9, "none was lost")])
 def test_a_swap_that_costs_nothing_leaves_no_gap_to_close(untrained, said):
-    result = DemoResult(dense=1.0, untrained=untrained, finetuned=1.1, sparsity=0.9, seconds=1.0)
+    result = DemoResult(dense=1.1, control=1.0, untrained=untrained, finetuned=1.1, sparsity=0.9, seconds=1.0)
     assert [*_table(result).columns[-1].cells][-1] == said
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # three demos
 def test_finetuning_closes_the_gap_for_three_seeds(tmp_path):
-    """The swap costs at least five times what seeds differ by; finetuning wins back 80% of it on held-out windows."""
+    """The swap costs at least five times what seeds differ by; against dense attention after as many steps, finetuning
+    wins back 80% of it on held-out windows."""
     results = [run_demo(DemoConfig(folder=tmp_path / str(seed), seed=seed), quiet=True) for seed in range(3)]
-    dense = np.array([result.dense for result in results])
+    control = np.array([result.control for result in results])
     gaps = np.array([result.gap for result in results])
-    spread = dense.max() - dense.min()
+    spread = control.max() - control.min()
     assert all(result.sparsity >= 0.85 for result in results)
-    assert gaps.min() >= 5 * spread, f"gaps {gaps}, spread of the dense losses {spread}"
+    assert gaps.min() >= 5 * spread, f"gaps {gaps}, spread of the controls {spread}"
     closed = [result.closed for result in results]
     assert all(share is not None and share >= 0.8 for share in closed), closed

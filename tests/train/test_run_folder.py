@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,7 @@ from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.logs import RunLog, read_log
 from monarchrt.train.run_folder import claim_folder, read_config, write_config
 
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, byte for byte."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
+from .conftest import contents
 
 
 def empty_checkpoints(run):

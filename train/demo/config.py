@@ -1,4 +1,4 @@
-"""The demo's settings, and the two training runs they stand for. Nothing here imports JAX."""
+"""The demo's settings, and the three training runs they stand for. Nothing here imports JAX."""
 
 import dataclasses
 import importlib.resources
@@ -19,10 +19,10 @@ class DemoConfig:
     """Any video of at least 45 frames. Default: five seconds of Big Buck Bunny that come with the package."""
 
     folder: Path = Path("runs/demo")
-    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and both training runs."""
+    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and the three training runs."""
 
     resume: bool = False
-    """Continue a demo that was stopped."""
+    """Continue a demo that was stopped; settings that are not given are those it was begun with."""
 
     seed: int = 0
     """Seed of the initial parameters, the noise and the order of the data."""
@@ -31,7 +31,7 @@ class DemoConfig:
     """Training steps of the dense model."""
 
     finetune_steps: int = 250
-    """Steps of finetuning with Monarch attention."""
+    """Steps of finetuning with Monarch attention, and of training the dense model further, to compare with."""
 
     height: int = 32
     """Height of a frame in pixels, a multiple of 4; a token is 4 x 4 pixels."""
@@ -112,26 +112,34 @@ def dense_run(config: DemoConfig) -> TrainConfig:
     )
 
 
-def monarch_run(config: DemoConfig) -> TrainConfig:
-    """Finetuning of the dense model with Monarch attention.
+def further_runs(config: DemoConfig) -> tuple[TrainConfig, TrainConfig]:
+    """What follows the dense run: the dense model trained further, as a control, and finetuned with Monarch attention.
+
+    Both start from the dense model's average, see the same batches and noise, and differ in attention alone: what the
+    steps themselves bring is in both.
 
     Args:
         config: The demo's settings.
 
     Returns:
-        The settings of the run in `folder/monarch`, which starts from `folder/dense`.
+        The settings of the runs in `folder/control` and `folder/monarch`.
     """
     dense = dense_run(config)
-    return dataclasses.replace(
+    control = dataclasses.replace(
         dense,
-        model=dataclasses.replace(dense.model, attention="monarch", tile=config.tile),
         optimizer=dataclasses.replace(dense.optimizer, learning_rate=2e-3),
         run=dataclasses.replace(
             dense.run,
-            folder=config.folder / "monarch",
+            folder=config.folder / "control",
             init_from=dense.run.folder,
             steps=config.finetune_steps,
             eval_every=50,
             checkpoint_every=100,
         ),
     )
+    monarch = dataclasses.replace(
+        control,
+        model=dataclasses.replace(dense.model, attention="monarch", tile=config.tile),
+        run=dataclasses.replace(control.run, folder=config.folder / "monarch"),
+    )
+    return control, monarch

@@ -1,6 +1,6 @@
-"""The demo's film: each model continues the held-out clip, window by window, next to the clip itself."""
+"""The demo's film: each model continues the first frame of the held-out clip, next to the clip itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
 
-from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.models.media.video import write_mp4
 from monarchrt.models.wan import WanModel
 from monarchrt.train.config import ObjectiveConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
@@ -18,6 +19,9 @@ from monarchrt.train.sample import sampling_levels
 from monarchrt.train.state import as_velocity, split_model
 
 STEPS = 16  # Euler steps from noise to frames
+COLUMN = 560  # pixels of width that a frame is enlarged to, or a little less
+CAPTION, MARGIN = 34, 6  # pixels
+HOLD = 12  # frames for which the last picture stays
 
 
 def make_continuation(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> Callable[..., jax.Array]:
@@ -50,7 +54,10 @@ def make_continuation(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> Cal
 
 
 def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, config: TrainConfig) -> Path:
-    """Writes the held-out clip next to what each model makes of it: of each window it sees the first frame only.
+    """Writes the held-out clip and what each model makes of its first frame, in two rows, with how far each is off.
+
+    A model is given one frame; from then on it continues its own last frame, window by window, so that its errors add
+    up as they would in a long video.
 
     Args:
         path: The mp4.
@@ -62,16 +69,53 @@ def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, 
         The path.
     """
     new = source.latent_shape[0] - 1  # frames that a window adds
-    indices = list(range(0, source.held_out, new))
-    latents, text = source.held_out_batch(indices)
-    noise = np.stack([evaluation_noise(index, 0, source.latent_shape) for index in indices])
-    clips = [np.concatenate([source.held_out_window(index)[1:] for index in indices])]
-    for model in models.values():
-        graph, params, fixed = split_model(model)
-        continuation = make_continuation(graph, objective=cast(ObjectiveConfig, config.objective))
-        sampled = continuation(params, fixed, latents, text, noise)
-        frames = source.transform.decode(np.asarray(sampled, np.float32))  # [B, F, H, W, 3]
-        clips.append(frames[:, 1:].reshape(-1, *frames.shape[2:]))
-    return write_mp4(
-        path, side_by_side(clips, labels=["clip", *models], zoom=max(1, 320 // clips[0].shape[2])), fps=8.0
-    )
+    windows = [source.held_out_window(index) for index in range(0, source.held_out, new)]
+    clip = np.concatenate([windows[0][:1], *(window[1:] for window in windows)])
+    made = {label: continue_clip(model, source, config, frames=len(clip)) for label, model in models.items()}
+    zoom = max(1, COLUMN // clip.shape[2])
+    panels = [_panel(clip, "the clip itself, not trained on", zoom)]
+    for label, frames in made.items():
+        error = np.abs(frames.astype(float) - clip).mean((1, 2, 3))
+        panels.append(_panel(frames, [f"{label}: off by {value:.0f} of 255" for value in error], zoom))
+    panels += [np.full_like(panels[0], 255)] * (len(panels) % 2)
+    rows = [np.concatenate(panels[n : n + 2], axis=2) for n in range(0, len(panels), 2)]
+    film = np.concatenate(rows, axis=1)
+    return write_mp4(path, np.concatenate([film, *[film[-1:]] * HOLD]), fps=8.0)
+
+
+def continue_clip(model: WanModel, source: ClipWindows, config: TrainConfig, *, frames: int) -> np.ndarray:
+    """What a model makes of the first frame of the held-out clip.
+
+    Args:
+        model: A network trained with a noise level for each frame.
+        source: The clip.
+        config: Settings of the training run.
+        frames: How many to return, the given one among them.
+
+    Returns:
+        Frames, uint8 [frames, H, W, 3].
+    """
+    graph, params, fixed = split_model(model)
+    sample = make_continuation(graph, objective=cast(ObjectiveConfig, config.objective))
+    latents, text = source.held_out_batch([0])
+    window = np.asarray(latents)
+    made = [window[0, :1]]
+    while sum(map(len, made)) < frames:
+        noise = evaluation_noise(len(made), 0, source.latent_shape)[None]
+        window = np.asarray(sample(params, fixed, window, text, noise), np.float32)
+        made.append(window[0, 1:])
+        window = np.roll(window, 1, axis=1)  # the last frame comes first
+    return source.transform.decode(np.concatenate(made)[None, :frames])[0]
+
+
+def _panel(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np.ndarray:
+    """Frames enlarged smoothly, each with a caption above and a margin around, uint8 [T, H', W', 3]."""
+    height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
+    captions = [captions] * len(frames) if isinstance(captions, str) else captions
+    panels = []
+    for frame, caption in zip(frames, captions, strict=True):
+        panel = Image.new("RGB", (width + 2 * MARGIN, height + CAPTION + MARGIN), "white")
+        panel.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC), (MARGIN, CAPTION))
+        ImageDraw.Draw(panel).text((MARGIN, 6), caption, fill="black", font=ImageFont.load_default(18))
+        panels.append(np.asarray(panel))
+    return np.stack(panels)

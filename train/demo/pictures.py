@@ -1,8 +1,9 @@
 """The demo's pictures: losses over the steps, and attention maps."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,47 +22,58 @@ from monarchrt.train.objectives.settings import FlowConfig
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
 
-COLOURS = {"dense": "#4c72b0", "monarch": "#dd8452"}
+COLOURS = {"dense": "#4c72b0", "dense, trained further": "#55a868", "Monarch, finetuned": "#dd8452"}
+LOOK_FOR = (
+    "Top: a row for each token that asks, a column for each that is looked at; brighter is more. Look for the "
+    "column of frame 0: it is clean, so the noisy frames look there. Sharp, slanted dots mean that each token looks at "
+    "places of its own; haze and upright stripes, that all look at the same ones. Swapped in, Monarch attention blurs "
+    "the map; finetuning sharpens it. Bottom: where the one token marked + looks, in each frame."
+)
 
 
-def draw_losses(path: Path, dense: TrainConfig, monarch: TrainConfig, *, untrained: float) -> Path:
-    """Draws training and held-out losses of both runs one after the other.
+def draw_losses(path: Path, dense: TrainConfig, control: TrainConfig, monarch: TrainConfig) -> Path:
+    """Draws training and held-out losses: the dense run, then the two that go on from it.
 
     Args:
         path: The png.
         dense: Settings of the dense run.
-        monarch: Settings of the finetuning run.
-        untrained: Held-out loss between the two.
+        control: Settings of the run that trains it further.
+        monarch: Settings of the run that finetunes it with Monarch attention.
 
     Returns:
         The path.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    offset = 0
-    for label, config in (("dense", dense), ("monarch", monarch)):
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    bottom, level, untrained = np.inf, 0.0, 0.0
+    for (label, colour), config in zip(COLOURS.items(), (dense, control, monarch), strict=True):
         records = read_log(config.run.folder)
+        offset = 0 if config is dense else dense.run.steps
         steps, losses = _series(records, "loss")
-        window = max(1, len(losses) // 50)
+        window = max(1, len(losses) // 25)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(offset + steps[window - 1 :], smooth, color=COLOURS[label], alpha=0.45, lw=1)
+        bottom = min(bottom, np.min(smooth))
+        axes.plot(offset + steps[window - 1 :], smooth, color=colour, alpha=0.35, lw=1)
         at, held_out = _series(records, "held_out_loss")
-        if label == "monarch":
-            at, held_out = np.concatenate([[0], at]), np.concatenate([[untrained], held_out])
-        axes.plot(offset + at, held_out, "o-", color=COLOURS[label], label=f"{label}, held-out", ms=4)
-        if label == "dense":
+        axes.plot(offset + at, held_out, "o-", color=colour, label=f"{label}: {held_out[-1]:.3f}", ms=4)
+        if config is control:
             level = held_out[-1]
-            offset = config.run.steps
-            axes.axvline(offset, color="0.6", lw=1, ls=":")
-    axes.axhline(level, color=COLOURS["dense"], lw=1, ls="--", label="dense, final")
-    axes.set(xlabel="step", ylabel="flow-matching loss", title="faint: training loss, smoothed")
+        untrained = held_out[0]  # in the end, of the Monarch run at step 0
+    axes.axvline(dense.run.steps, color="0.6", lw=1, ls=":")
+    axes.axhline(level, color=COLOURS["dense, trained further"], lw=1, ls="--")
+    axes.set(xlabel="step", ylabel="flow-matching loss", title="dots: on the held-out clip; faint: while training")
     # the swap is what the picture is about; the first steps leave it at the top
-    bottom, height = min(level, np.min(smooth)), max(untrained - level, 0.05 * level)
+    bottom, height = min(level, bottom), max(untrained - level, 0.05 * level)
     axes.set_ylim(bottom - 0.5 * height, untrained + 2.5 * height)
-    note = "Monarch attention\nswapped in"
+    note = f"Monarch attention\nswapped in: {untrained:.3f}"
     axes.annotate(
-        note, (offset, untrained), (-12, 40), textcoords="offset points", ha="right", arrowprops={"arrowstyle": "->"}
+        note,
+        (dense.run.steps, untrained),
+        (-12, 40),
+        textcoords="offset points",
+        ha="right",
+        arrowprops={"arrowstyle": "->"},
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="held-out loss at the end")
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
@@ -70,9 +82,10 @@ def draw_losses(path: Path, dense: TrainConfig, monarch: TrainConfig, *, untrain
 def draw_attention(
     path: Path, models: Mapping[str, WanModel], source: ClipWindows, config: TrainConfig, *, level: float = 0.6
 ) -> Path:
-    """Draws the attention map of one head of the last layer, for each model, on one held-out window.
+    """Draws what one head of the last layer looks at, for each model, on one held-out window.
 
-    The head is the one whose map the swap changes most.
+    Above its whole map, below the row of one token, laid out as the frames are. The head, and the token of a noisy
+    frame, are those whose attention the swap changes most.
 
     Args:
         path: The png.
@@ -92,26 +105,50 @@ def draw_attention(
     maps = {label: attention_map(model, noisy, timesteps, text) for label, model in models.items()}
     first, second = list(maps.values())[:2]
     head = int(np.abs(first - second).sum((1, 2)).argmax())
-    tokens = latents.shape[2] * latents.shape[3]
-    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 5), layout="constrained")
-    peak = np.quantile(first[head], 0.999)
-    for axis, (label, attention) in zip(np.atleast_1d(axes), maps.items(), strict=True):
-        axis.imshow(np.sqrt(attention[head] / peak), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    grid = latents.shape[1:4]
+    tokens = grid[1] * grid[2]
+    token = tokens + int(np.abs(first - second)[head, tokens:].sum(1).argmax())
+    figure = plt.figure(figsize=(4.6 * len(maps), 8.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[4.6, 2.6])
+    _draw_maps(above, {label: attention[head] for label, attention in maps.items()}, tokens)
+    _draw_rows(below, {label: attention[head, token] for label, attention in maps.items()}, grid, token)
+    where = f"Layer {_last(models)}, head {head}; frame 0 is clean, the others are noisy; colours are of square roots."
+    figure.supxlabel(textwrap.fill(f"{LOOK_FOR} {where}", 60 * len(maps)), fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _draw_maps(figure: Any, maps: Mapping[str, np.ndarray], tokens: int) -> None:
+    """Whole maps [N, N], with lines between the frames."""
+    peak = np.quantile(next(iter(maps.values())), 0.999)
+    for axis, (label, attention) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        axis.imshow(np.sqrt(attention / peak), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(label)
-        edges = np.arange(0, attention.shape[1] + 1, tokens) - 0.5
+        edges = np.arange(0, len(attention) + 1, tokens) - 0.5
         axis.set_xticks(edges[:-1] + tokens / 2, [f"frame {n}" for n in range(len(edges) - 1)])
         axis.set_yticks(edges[:-1] + tokens / 2, [str(n) for n in range(len(edges) - 1)])
         axis.tick_params(length=0)
         for edge in edges[1:-1]:
             axis.axhline(edge, color="w", lw=0.4)
             axis.axvline(edge, color="w", lw=0.4)
-    figure.supxlabel(
-        f"key (frame 0 is clean, the others are noisy); layer {_last(models)}, head {head}; colour: square root"
-    )
-    figure.supylabel("query")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    figure.supylabel("token that asks")
+
+
+def _draw_rows(figure: Any, rows: Mapping[str, np.ndarray], grid: tuple[int, ...], token: int) -> None:
+    """One row [N] of each map as frames [F, h, w], in two lines, with a cross where the token itself is."""
+    frames, height, width = grid
+    columns = -(-frames // 2)
+    peak = np.quantile(next(iter(rows.values())), 0.99)
+    for part, row in zip(np.atleast_1d(figure.subfigures(1, len(rows))), rows.values(), strict=True):
+        axes = part.subplots(2, columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.axis("off")
+        for number, (axis, picture) in enumerate(zip(axes, row.reshape(frames, height, width), strict=False)):
+            axis.imshow(np.sqrt(picture / peak), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"frame {number}", fontsize=8)
+        frame, place = divmod(token, height * width)
+        axes[frame].plot(place % width, place // width, "+", color="cyan", ms=9, mew=2)
 
 
 def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray, text: jnp.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The demo, step by step: train dense, swap, measure, finetune, measure, draw."""
+"""The demo, step by step: train dense, train it further, swap, measure, finetune, measure, draw."""
 
 import contextlib
 import dataclasses
@@ -12,34 +12,35 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from monarchrt.models.errors import NonFiniteError, UserError, user_input
-from monarchrt.models.files import listed
+from monarchrt.models.errors import NonFiniteError, report_full_disk, user_input
 from monarchrt.models.wan import MonarchAttention, WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import ClipWindows, open_source
-from monarchrt.train.demo.config import DemoConfig, dense_run, monarch_run
+from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
 from monarchrt.train.demo.film import write_film
+from monarchrt.train.demo.folder import claim_demo, write_settings
 from monarchrt.train.demo.pictures import draw_attention, draw_losses
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
-from monarchrt.train.loop import train
+from monarchrt.train.loop import TrainResult, train
 from monarchrt.train.model import attention_setting, model_settings
-from monarchrt.train.run_folder import CONFIG_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """The three held-out losses and what they say.
+    """The four held-out losses and what they say.
 
     Attributes:
         dense: Of the dense model.
-        untrained: Of the same parameters with Monarch attention.
+        control: Of the dense model trained for the further steps that finetuning takes.
+        untrained: Of the dense model's parameters with Monarch attention.
         finetuned: After finetuning with Monarch attention.
         sparsity: Share of the attention map that Monarch does not store.
-        seconds: What the demo took, without set-up.
+        seconds: What this call of the demo took, without set-up.
     """
 
     dense: float
+    control: float
     untrained: float
     finetuned: float
     sparsity: float
@@ -47,8 +48,8 @@ class DemoResult:
 
     @property
     def gap(self) -> float:
-        """What the swap costs."""
-        return self.untrained - self.dense
+        """What the swap costs, against dense attention after as many steps."""
+        return self.untrained - self.control
 
     @property
     def closed(self) -> float | None:
@@ -74,14 +75,10 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     start = time.monotonic()
     console = Console(quiet=bool(quiet), highlight=False)
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"folder {folder} is a file; give the path of a new folder")
-    if (folder / CONFIG_NAME).exists():
-        raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
-    if folder.exists() and listed(folder) and not config.resume:
-        raise UserError(f"folder {folder} exists already; give --resume to continue it, or another --folder")
-    dense_config, monarch_config = dense_run(config), monarch_run(config)
+    claim_demo(config)
+    dense_config, (control_config, monarch_config) = dense_run(config), further_runs(config)
     source, setting, grid = _prepare(dense_config, monarch_config)
+    write_settings(config)
     sparsity = setting.spec(grid).sparsity
     frames, rows, columns = grid
     console.print(
@@ -89,35 +86,40 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
         f"Monarch tile {setting.tile}, {sparsity:.1%} sparse"
     )
 
-    console.print(f"\n1. train a dense model from scratch, {config.steps} steps")
-    with _in_terms_of_the_demo(config):
-        dense = train(dense_config, source=source, quiet=quiet)
-    console.print(f"   held-out loss {dense.held_out_loss:.4f}")
+    def trained(settings: TrainConfig) -> TrainResult:
+        with _in_terms_of_the_demo(config):
+            result = train(settings, source=source, quiet=quiet)
+        console.print(f"   held-out loss {result.held_out_loss:.4f}")
+        return result
 
-    console.print("\n2. swap Monarch attention in, train nothing")
+    console.print(f"\n1. train a dense model from scratch, {config.steps} steps")
+    dense = trained(dense_config)
+    console.print(f"\n2. train it further, {config.finetune_steps} steps, to compare with")
+    control = trained(control_config)
+    console.print("\n3. swap Monarch attention into the dense model, train nothing")
     swapped = dense.model.with_attention(setting)
     untrained = _loss(swapped, source, dense_config)
     console.print(f"   held-out loss {untrained:.4f}")
+    console.print(f"\n4. finetune it, {config.finetune_steps} steps like those of 2")
+    monarch = trained(monarch_config)
+    console.print()
 
-    console.print(f"\n3. finetune it, {config.finetune_steps} steps")
-    with _in_terms_of_the_demo(config):
-        monarch = train(monarch_config, source=source, quiet=quiet)
-    console.print(f"   held-out loss {monarch.held_out_loss:.4f}\n")
-
-    models = {"dense": dense.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
-    written = [
-        draw_losses(folder / "losses.png", dense_config, monarch_config, untrained=untrained),
-        draw_attention(folder / "attention.png", models, source, dense_config),
-        write_film(folder / "comparison.mp4", models, source, dense_config),
-    ]
     result = DemoResult(
         dense=dense.held_out_loss,
+        control=control.held_out_loss,
         untrained=untrained,
         finetuned=monarch.held_out_loss,
         sparsity=sparsity,
         seconds=round(time.monotonic() - start, 1),
     )
-    written.append(_write_results(folder / "results.json", config, result))
+    models = {"dense": control.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
+    maps = models | {"dense": dense.model}  # the swap's own parameters
+    written = [
+        draw_losses(folder / "losses.png", dense_config, control_config, monarch_config),
+        draw_attention(folder / "attention.png", maps, source, dense_config),
+        write_film(folder / "comparison.mp4", models, source, dense_config),
+        _write_results(folder / "results.json", config, result),
+    ]
     console.print(_table(result))
     console.print(f"\n{result.seconds:.0f} s; everything is in {folder}: {', '.join(path.name for path in written)}")
     return result
@@ -143,14 +145,8 @@ def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
 
 
 def _resume_command(config: DemoConfig) -> str:
-    """The command that goes on with a demo; unlike a run, it keeps no settings for that."""
-    words = ["monarchrt", "demo", "--folder", str(config.folder), "--resume"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("folder", "resume") and value != field.default:
-            parts = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name.replace('_', '-')}", *map(str, parts)]
-    return shlex.join(words)
+    """The command that goes on with a demo; its other settings are in the folder."""
+    return shlex.join(["monarchrt", "demo", "--folder", str(config.folder), "--resume"])
 
 
 def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, MonarchAttention, tuple[int, int, int]]:
@@ -180,15 +176,17 @@ def _loss(model: WanModel, source: ClipWindows, config: TrainConfig) -> float:
 
 def _write_results(path: Path, config: DemoConfig, result: DemoResult) -> Path:
     values = dataclasses.asdict(result) | {"gap": result.gap, "closed": result.closed, "config": to_dict(config)}
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    with report_full_disk(path):
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def _table(result: DemoResult) -> Table:
-    table = Table("attention", "map stored", "held-out loss", "gap closed")
-    table.add_row("dense", "100%", f"{result.dense:.4f}", "")
+    table = Table("attention", "map stored", "held-out loss", "loss won back")
     stored = f"{1 - result.sparsity:.1%}"
-    closed = "no gap" if result.closed is None else f"{result.closed:.0%}"
+    closed = "none was lost" if result.closed is None else f"{result.closed:.0%}"
+    table.add_row("dense", "100%", f"{result.dense:.4f}", "")
+    table.add_row("dense, trained further", "100%", f"{result.control:.4f}", "")
     table.add_row("Monarch, untrained", stored, f"{result.untrained:.4f}", "0%")
     table.add_row("Monarch, finetuned", stored, f"{result.finetuned:.4f}", closed)
     return table

@@ -1,0 +1,107 @@
+"""A demo's folder: what may be begun or gone on with there, and the settings it was begun with. No JAX here.
+
+demo.json                  the settings
+dense/ control/ monarch/   the run folders of the three trainings
+results.json, *.png, *.mp4 what the demo leaves at its end
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.models.files import is_litter
+from monarchrt.train.config import from_dict, to_dict
+from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
+from monarchrt.train.run_folder import CONFIG_NAME, claim_folder
+
+SETTINGS_NAME = "demo.json"
+# the runs build on each other, so none may change when some are done; the clip is compared by its content
+_FIXED = ("seed", "steps", "finetune_steps", "height", "width", "tile")
+
+
+def claim_demo(config: DemoConfig) -> None:
+    """Checks that a demo may use its folder, and that nothing in it would be lost; touches nothing.
+
+    Raises:
+        UserError: If the folder is none, or holds what the demo cannot go on with.
+    """
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"folder {folder} is a file; give the path of a new folder")
+    names = {path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_litter(path)}
+    if CONFIG_NAME in names:
+        raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
+    runs = {run.run.folder.name: run for run in (dense_run(config), *further_runs(config))}
+    known = names & {SETTINGS_NAME, *runs}
+    if config.resume and not known:
+        what = "other files, and no demo" if names else "no demo"
+        raise UserError(f"folder {folder} holds {what} to go on with; give that of one, or begin one without --resume")
+    if not config.resume and names:
+        advice = "give --resume to continue it, or another --folder" if known else "give another --folder"
+        raise UserError(f"folder {folder} exists already; {advice}")
+    for name, run in runs.items():
+        claim_folder(run)
+        if names & {"results.json", "comparison.mp4"} and not _has_checkpoint(run.run.folder):
+            # those of a demo from before there was a control are made again, with it
+            if name == "control":
+                continue
+            raise UserError(
+                f"folder {folder} holds the results of a demo whose run {name}/ is gone; nothing was changed: put it "
+                f"back, or give another --folder"
+            )
+    found = read_settings(folder)
+    for field in _FIXED if found is not None else ():
+        there, here = getattr(found, field), getattr(config, field)
+        if there != here:
+            raise UserError(
+                f"cannot resume: {field} is {here}, but the demo in {folder} was begun with {there}; use that value, "
+                f"or another --folder"
+            )
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def read_settings(folder: Path) -> DemoConfig | None:
+    """The settings that a demo was begun with; None if the folder has none.
+
+    Raises:
+        UserError: If they are damaged.
+    """
+    path = folder / SETTINGS_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); mend it, or remove it and give all settings") from error
+    try:
+        config = from_dict(DemoConfig, values)
+    except UserError as error:
+        raise UserError(f"{path} is not that of a demo: {error}") from error
+    return dataclasses.replace(config, folder=folder)
+
+
+def write_settings(config: DemoConfig) -> None:
+    """Makes the folder and writes the settings, at once or not at all.
+
+    Raises:
+        DiskFullError: If there is no room.
+        UserError: If the folder cannot be written to.
+    """
+    path = config.folder / SETTINGS_NAME
+    unfinished = path.with_suffix(".part")
+    try:
+        with report_full_disk(path):
+            config.folder.mkdir(parents=True, exist_ok=True)
+            fresh = to_dict(dataclasses.replace(config, resume=False))
+            unfinished.write_text(json.dumps(fresh, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"folder {config.folder} cannot be written to: {error.strerror}") from error
