@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from monarchrt.models.wan import MonarchAttention, WanConfig
+from monarchrt.models.attention.base import density_of_layers
+from monarchrt.models.wan import WanConfig
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.state import TrainState
 
@@ -32,6 +33,7 @@ def run_header(
         The lines.
     """
     lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
+    lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
     run = config.run
     origin = "scratch" if run.init_from is None else run.init_from
     optimizers = [_optimizer(config, role) for role in config.objective.training]
@@ -40,7 +42,7 @@ def run_header(
         f"everything goes to {run.folder}"
     )
     lines.append(
-        f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} of each, activations come on top"
+        f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} on each, activations come on top"
     )
     return lines
 
@@ -66,13 +68,23 @@ def _optimizer(config: TrainConfig, role: str) -> str:
 
 
 def _attention(network: WanConfig, grid: tuple[int, int, int]) -> str:
-    settings = network.layer_attention
-    stored = [1 - s.spec(grid).sparsity if isinstance(s, MonarchAttention) else 1.0 for s in settings]
-    if min(stored) == 1:
-        return "dense attention"
-    tiles = {s.tile or (1, *grid[1:]) for s in settings if isinstance(s, MonarchAttention)}
-    tile = " or ".join(" x ".join(map(str, tile)) for tile in sorted(tiles))
-    return f"Monarch attention, tile {tile}, {1 - sum(stored) / len(stored):.1%} sparse"
+    kinds = ", ".join(dict.fromkeys(map(str, network.layer_attention)))
+    stored = density_of_layers(network.layer_attention, grid, causal_block=network.causal_block).kept
+    return f"attention {kinds}" + (f", {1 - stored:.1%} sparse" if stored < 1 else "")
+
+
+def _narrow(network: Any) -> list[str]:
+    """A warning, if noise cannot pass through the network, which has to put it out again."""
+    if not isinstance(network, WanConfig):
+        return []
+    numbers = math.prod(network.patch_size) * network.out_channels
+    if numbers <= network.dim:
+        return []
+    return [
+        f"warning: a token holds {numbers} numbers and the network is {network.dim} wide: noise does not fit through, "
+        f"and the loss stays above about {1 - network.dim / numbers:.2f}; take a smaller --patch, or a larger dim with "
+        f"--overrides"
+    ]
 
 
 def _devices(devices: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.cli.parsing import explain, parse
+from monarchrt.train.cli.parsing import explain, last_value, parse
 from monarchrt.train.config import (
     DataConfig,
     ModelConfig,
@@ -55,17 +55,6 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
         **options,
     )
     return _config(parsed)
-
-
-def last_value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
-    found = None
-    for position, word in enumerate(arguments):
-        if word == option and position + 1 < len(arguments):
-            found = arguments[position + 1]
-        elif word.startswith(f"{option}="):
-            found = word.partition("=")[2]
-    return found
 
 
 def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[str]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.cli.parsing import read_settings
-from monarchrt.train.cli.roles import last_value, parse_roles
+from monarchrt.train.cli.parsing import last_value, read_settings
+from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.config import TrainConfig, replace_settings
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.run_folder import claim_folder, read_config
