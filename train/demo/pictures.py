@@ -140,7 +140,7 @@ def _draw_rows(figure: Any, rows: Mapping[str, np.ndarray], grid: tuple[int, ...
     frames, height, width = grid
     columns = -(-frames // 2)
     peak = np.quantile(next(iter(rows.values())), 0.99)
-    for part, row in zip(np.atleast_1d(figure.subfigures(1, len(rows))), rows.values(), strict=True):
+    for part, row in zip(figure.subfigures(1, len(rows), squeeze=False)[0], rows.values(), strict=True):
         axes = part.subplots(2, columns, squeeze=False).ravel()
         for axis in axes:
             axis.axis("off")
