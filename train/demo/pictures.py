@@ -109,7 +109,7 @@ def draw_attention(
     tokens = grid[1] * grid[2]
     token = tokens + int(np.abs(first - second)[head, tokens:].sum(1).argmax())
     figure = plt.figure(figsize=(4.6 * len(maps), 8.2), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[4.6, 2.6])
+    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=[4.6, 2.6]))
     _draw_maps(above, {label: attention[head] for label, attention in maps.items()}, tokens)
     _draw_rows(below, {label: attention[head, token] for label, attention in maps.items()}, grid, token)
     where = f"Layer {_last(models)}, head {head}; frame 0 is clean, the others are noisy; colours are of square roots."
