@@ -11,8 +11,28 @@ from monarchrt.models.errors import UserError
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
 # of systems and programs; compared in lower case
-_LITTER_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin")
-_LITTER_ENDINGS = (".part", ".partial", ".crdownload", ".download", ".opdownload", ".aria2", ".ytdl", ".tmp", "~")
+_LITTER_NAMES = (
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "__macosx",
+    "$recycle.bin",
+    "@eadir",
+    "lost+found",
+)
+_LITTER_ENDINGS = (
+    ".part",
+    ".partial",
+    ".crdownload",
+    ".download",
+    ".opdownload",
+    ".aria2",
+    ".ytdl",
+    ".tmp",
+    "~",
+    ":zone.identifier",
+)
 
 
 def unfinished(path: Path) -> Path:

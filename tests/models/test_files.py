@@ -29,6 +29,9 @@ LITTER = [
     "cat.safetensors.tmp",
     "cat.txt~",
     ".cat.txt.swp",
+    ".cat.mp4.icloud",
+    "cat.mp4:Zone.Identifier",
+    "lost+found",
 ]
 
 

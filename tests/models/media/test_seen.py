@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from av.sidedata.sidedata import Type as SideData
+from PIL import Image
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.colour import HLG, PQ, Colours, to_ordinary
@@ -314,6 +315,23 @@ def test_webm_with_transparency_is_refused(tmp_path):
     path = encode_video(tmp_path / "a.webm", [quarters()] * 2, codec="libvpx-vp9", prepare=prepare)
     with pytest.raises(UserError, match="transparency that is not read"):
         read_clip(path, height=32, width=32)
+
+
+@pytest.mark.parametrize("kind", ["video", "picture", "turned"])
+def test_scaling_averages(tmp_path, kind):
+    """A chess board of single pixels, at half the size, is grey; at a third, its squares of nine nearly are."""
+    board = (255 * (np.indices((96, 144)).sum(0) % 2)).astype(np.uint8)
+    board = np.repeat(board[..., None], 3, 2)
+    if kind == "picture":
+        path = tmp_path / "a.png"
+        Image.fromarray(board).save(path)
+    else:
+        turn = (lambda stream: stream.set_display_rotation(180)) if kind == "turned" else None
+        name, codec, pix = ("a.mov", "qtrle", "rgb24") if turn else ("a.mkv", "ffv1", "bgr0")
+        path = encode_video(tmp_path / name, [board] * 2, codec=codec, pix=pix, prepare=turn)
+    half, third = (read_clip(path, height=96 // n, width=144 // n)[0].astype(int) for n in (2, 3))
+    assert np.abs(half - 127.5).max() <= 2
+    assert np.abs(third - 127.5).max() <= 255 / 18 + 3
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "webm", "avi", "wmv", "ts", "m2ts"])
