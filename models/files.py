@@ -4,10 +4,11 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, report_full_disk
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
 # of systems and programs; compared in lower case
@@ -177,3 +178,30 @@ def listed(folder: Path) -> list[Path]:
         OSError: If it cannot be listed.
     """
     return sorted(path for path in folder.iterdir() if not is_litter(path))
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when the block ends well and is removed otherwise.
+
+    Raises:
+        ValueError: If `path` is a file or a folder with something in it, or no folder can be made there.
+        DiskFullError: If there was no room for what the block writes.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"path={str(path)!r} exists and is not an empty folder; name a new one.")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"path={str(path)!r} cannot be made: {error.strerror or error}.") from error
+    try:
+        with report_full_disk(path, then="free some space and try again"):
+            yield partial
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from monarchrt.models.checkpoints.json_files import read_json
+from monarchrt.models.checkpoints.recognize import SUPPORTED, foreign_start, shard_of
+from monarchrt.models.checkpoints.scaled import check_finite, widened
 from monarchrt.models.checkpoints.tensor_files import (
     INDEX_SUFFIX,
     SafetensorsFile,
@@ -22,6 +24,7 @@ from monarchrt.models.checkpoints.tensor_files import (
     TensorInfo,
 )
 from monarchrt.models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.errors import printable
 from monarchrt.models.files import is_litter, listed
 
 type AnyArray = np.ndarray | Array
@@ -30,6 +33,19 @@ type ParameterPath = tuple[str, ...]
 type Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding | None]
 type Progress = Callable[[str, int, int], None]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# of what may be there instead of weights that can be read, to be named
+OTHER_SUFFIXES = (
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".engine",
+    ".plan",
+    ".npz",
+    ".part",
+    ".incomplete",
+    ".crdownload",
+)
 
 
 @runtime_checkable
@@ -116,7 +132,7 @@ def some(items: list[str], count: int = 3) -> str:
         'a; b; c; and 1 more'
     """
     more = len(items) - count
-    return "; ".join(items[:count]) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join(map(printable, items[:count])) + (f"; and {more} more" if more > 0 else "")
 
 
 def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
@@ -132,12 +148,13 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
     Raises:
         ValueError: If there is none, or no telling which.
     """
-    present = listed(folder)
-    indices = [file for file in present if file.name.endswith(INDEX_SUFFIX)]
-    if len(indices) == 1:
-        return indices[0]
-    files = [file for file in present if file.suffix == ".safetensors"]
-    pickles = [file for file in present if file.suffix in PICKLES]
+    there = [file for file in listed(folder) if file.is_file()]
+    indices = [file for file in there if file.name.endswith(INDEX_SUFFIX)]
+    chosen = [file for file in indices if file.name.removesuffix(INDEX_SUFFIX) in preferred]
+    if len(indices) == 1 or len(chosen) == 1:
+        return (chosen or indices)[0]
+    files = [file for file in there if file.suffix in (".safetensors", ".sft")]
+    pickles = [file for file in there if file.suffix in PICKLES]
     for found in (
         [file for file in files if file.stem in preferred],
         files,
@@ -146,7 +163,12 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
     ):
         if len(found) == 1:
             return found[0]
-    named = ", ".join(file.name for file in files or pickles) or "nothing of the kind"
+    others = [] if files or pickles else [file for file in sorted(folder.iterdir()) if file.suffix in OTHER_SUFFIXES]
+    if others:
+        raise ValueError(f"{folder} holds {', '.join(printable(file.name) for file in others[:5])}; {SUPPORTED}.")
+    if files and all(shard_of(file) for file in files):
+        raise ValueError(f"{folder} lacks {shard_of(files[0])}, the index of its {len(files)} files; download it too.")
+    named = ", ".join(printable(file.name) for file in (files or pickles)[:9]) or "nothing of the kind"
     raise ValueError(
         f"{folder} should hold one safetensors file, an index of its shards, or one {'/'.join(PICKLES)} file; found "
         f"{named}."
@@ -192,7 +214,7 @@ def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()) -> TensorFile:
-    """Opens a weights file by its name: an index of shards, a torch pickle, or else safetensors.
+    """Opens a weights file by what is in it: an index of shards, a torch pickle, or else safetensors.
 
     Args:
         path: The file.
@@ -205,11 +227,32 @@ def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[st
     Raises:
         ValueError: If it cannot be read, or `weights` is given for a file with one set.
     """
-    if path.suffix in PICKLES:
+    try:
+        file = _open(path, weights, preference)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return widened(file)
+
+
+def _open(path: Path, weights: str | None, preference: tuple[str, ...]) -> TensorFile:
+    if path.name.endswith(INDEX_SUFFIX):
+        _one_set(path, weights)
+        return ShardedSafetensors(path)
+    if (what := foreign_start(path)) is not None:
+        raise ValueError(f"{path} is {what}." if ";" in what else f"{path} is {what}; {SUPPORTED}.")
+    if (index := shard_of(path)) is not None:
+        raise ValueError(f"{path} is one of several files of one model; give its folder, or the index {index} in it.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:2] == b"PK" or (path.suffix in PICKLES and start[8:] != b"{"):
         return TorchFile(path, weights=weights, preference=preference)
+    _one_set(path, weights)
+    return SafetensorsFile(path, quantized=True)
+
+
+def _one_set(path: Path, weights: str | None) -> None:
     if weights is not None:
         raise ValueError(f"weights={weights!r}: {path} holds one set of tensors; leave weights out.")
-    return ShardedSafetensors(path) if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile(path, quantized=True)
 
 
 class Problems(NamedTuple):
@@ -309,12 +352,16 @@ def parameter_shapes(model: nnx.Module) -> dict[ParameterPath, tuple[int, ...]]:
 def read_entries(
     file: TensorFile, entries: Iterable[Entry], naming: str, *, progress: Progress | None = None
 ) -> Iterator[tuple[Entry, AnyArray]]:
-    """Each tensor in our layout, read when its turn comes; `progress` hears name, bytes done and bytes in total."""
+    """Each tensor in our layout, read when its turn comes; `progress` hears name, bytes done and bytes in total.
+
+    Raises:
+        ValueError: If a tensor cannot be read, or has a number that is NaN or infinite.
+    """
     entries = list(entries)
     total, done = sum(file.infos[entry.names[naming]].nbytes for entry in entries), 0
     for entry in entries:
         name = entry.names[naming]
-        yield entry, to_ours(file.read(name), entry.layout)
+        yield entry, to_ours(check_finite(file.read(name), name, file.path), entry.layout)
         done += file.infos[name].nbytes
         if progress is not None:
             progress(name, done, total)

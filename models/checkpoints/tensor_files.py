@@ -53,7 +53,9 @@ class TensorInfo:
 class TensorFile(Protocol):
     """Named tensors that are read one at a time."""
 
+    path: Path
     infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, freshly read."""
@@ -170,6 +172,7 @@ class ShardedSafetensors:
     """
 
     def __init__(self, index: Path):
+        self.path = index
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError(f"{index} is not an index of safetensors shards.")

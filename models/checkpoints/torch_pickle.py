@@ -203,9 +203,11 @@ class TorchFile:
             data = read_entry(self.path, self._entries[f"{self._root}data/{tensor.storage.key}"])
         except ValueError as error:
             raise ValueError(f"{self.path}: {printable(name)} is damaged ({error}).") from error
-        flat = data.view(tensor.storage.dtype)[tensor.offset :]
-        strides = [step * flat.itemsize for step in tensor.strides]
-        return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+        dtype = tensor.storage.dtype
+        strides = [step * dtype.itemsize for step in tensor.strides]
+        array = np.ndarray(tensor.shape, dtype, data.data, tensor.offset * dtype.itemsize, strides)
+        array.setflags(write=False)
+        return array
 
 
 def _tensor_sets(content: Any) -> dict[str, dict[str, _Tensor]]:

@@ -4,12 +4,10 @@ before data is read."""
 import json
 import pickle
 import random
-import resource
 import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -288,7 +286,6 @@ def test_memory_stays_small(tmp_path):
 import resource, sys
 from pathlib import Path
 from monarchrt.models.checkpoints.reading import open_tensors
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
@@ -299,7 +296,6 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 raise SystemExit(f"{grown} kB" if grown > 50_000 else 0)
 """
-    assert resource.getrlimit(resource.RLIMIT_AS)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
 
@@ -342,8 +338,9 @@ def test_whatever_is_damaged_is_refused_or_read_rightly(tmp_path, kind):
         path.write_bytes(damaged(original, chance))
         try:
             file = opened(path)
-            for name in getattr(file, "infos", ()):
-                assert file.read(name).shape == file.infos[name].shape
+            if not isinstance(file, dict):
+                for name, info in file.infos.items():
+                    assert file.read(name).shape == info.shape
         except ValueError as error:
             refused += 1
             message = str(error)
@@ -351,4 +348,3 @@ def test_whatever_is_damaged_is_refused_or_read_rightly(tmp_path, kind):
             assert len(message) < 1000
             assert message.isprintable()
     assert refused > 100
-    assert zlib.crc32(original)

@@ -68,7 +68,7 @@ def test_config_json_of_orbax(wan, small, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("model.head.head.bias", (24,), "two tensors are head.head.bias"),
+        ("_orig_mod.head.head.bias", (24,), "two tensors are head.head.bias"),
         ("patch_embedding.weight", (48, 20), "not five axes"),
         ("blocks.999999999.x", (1,), "lacks 27 of"),
         ("blocks.foo.x", (1,), "lacks 27 of"),

@@ -36,6 +36,8 @@ class CheckpointInfo:
         unexpected: Tensors that the model has not.
         wrong_shape: Sentences about tensors of another shape.
         few_step: Whether the weights are distilled, to be sampled in few steps.
+        float8: Weights that are stored in float8 with scales, and without.
+        scheduler: The `scheduler_config.json` of its pipeline, in words, if there is one.
     """
 
     path: Path
@@ -54,6 +56,8 @@ class CheckpointInfo:
     unexpected: tuple[str, ...]
     wrong_shape: tuple[str, ...]
     few_step: bool = False
+    float8: tuple[int, int] = (0, 0)
+    scheduler: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -75,8 +79,14 @@ class CheckpointInfo:
             "dtype": ", ".join(f"{name} ({count} tensors)" for name, count in self.dtypes.items()),
             "tensors": f"{self.tensors} of {self.expected}",
         }
+        kinds = ("with scales, read as float32", "without scales, read as bfloat16")
+        for count, scales in zip(self.float8, kinds, strict=True):
+            if count:
+                report["dtype"] += f"; {count} are float8 {scales}"
+        if self.scheduler is not None:
+            report["scheduler"] = self.scheduler
         if self.sets != ("",):
-            report["sets"] = f"{', '.join(self.sets)}; used: {self.weights}"
+            report["sets"] = f"{some(list(map(repr, self.sets)), 9)}; used: {self.weights!r}"
         for name, items in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
@@ -134,6 +144,8 @@ def inspect_checkpoint(
         unexpected=tuple(unexpected),
         wrong_shape=tuple(wrong),
         few_step=source.few_step,
+        float8=(getattr(source.file, "scaled", 0), getattr(source.file, "plain", 0)),
+        scheduler=None if source.scheduler is None else str(source.scheduler),
     )
 
 

@@ -14,14 +14,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
 
-from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.checkpoints.orbax_arrays import open_arrays, result
 from monarchrt.models.checkpoints.reading import ParameterPath
 from monarchrt.models.checkpoints.tensor_files import TensorInfo
+from monarchrt.models.files import new_folder
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.mapping import checkpoint_shape, parameter_shapes, tensors, to_theirs
-from monarchrt.models.wan.checkpoints.save import new_folder
-from monarchrt.models.wan.checkpoints.source import Source
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
 
@@ -39,7 +37,7 @@ class OrbaxFile:
     """
 
     def __init__(self, path: Path, config: WanConfig):
-        self._path = path
+        self.path = path
         self._tensors = {tensor.official: tensor for tensor in tensors(config)}
         self._arrays = _open(path, parameter_shapes(config))
         self.infos = {
@@ -53,7 +51,7 @@ class OrbaxFile:
         tensor = self._tensors[name]
         array = self._arrays[tensor.path]
         wanted = array if tensor.layer is None else array[tensor.layer]
-        value = result(wanted.read(), self._path / FOLDER, ".".join(tensor.path))
+        value = result(wanted.read(), self.path / FOLDER, ".".join(tensor.path))
         return np.asarray(to_theirs(value, tensor.layout))
 
 
@@ -100,20 +98,3 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None, f
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / FOLDER).absolute(), args=ocp.args.StandardSave(state, save_args=chunks))
     return Path(path).expanduser()
-
-
-def open_orbax(path: Path) -> Source:
-    """The checkpoint that `save_orbax` wrote.
-
-    Raises:
-        ValueError: If its `config.json` is not ours.
-    """
-    config_path = path / "config.json"
-    data = read_json(config_path)
-    config, _ = settings.config_from_json(data, where=str(config_path))
-    extra = {name: data[name] for name in ("image_dim", "param_dtype") if name in data}
-    config = dataclasses.replace(config, **extra)
-    file = OrbaxFile(path, config)
-    names = {tensor.official: tensor.official for tensor in tensors(config)}
-    few_step = settings.few_step_from_json(data.get(settings.OWN_KEY))
-    return Source(path, "orbax", "official", config, config_path, names, file, few_step=few_step)

@@ -1,19 +1,17 @@
 """Model or opened checkpoint to files, one tensor at a time, complete or not at all."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from monarchrt.models.checkpoints.reading import Progress
 from monarchrt.models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
+from monarchrt.models.files import new_folder
 from monarchrt.models.wan.checkpoints import settings
-from monarchrt.models.wan.checkpoints.load import Progress
 from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
@@ -143,28 +141,6 @@ def write_folder(
             if progress is not None:
                 progress(name, done, total)
     return Path(path).expanduser()
-
-
-@contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when the block ends well and is removed otherwise.
-
-    Raises:
-        ValueError: If `path` is a file or a folder with something in it.
-    """
-    path = Path(path).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"path={str(path)!r} exists and is not an empty folder; name a new one.")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(format: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from monarchrt.models.attention.base import Attention
 from monarchrt.models.attention.notation import from_json, to_text
 from monarchrt.models.attention.registry import exact
+from monarchrt.models.checkpoints.recognize import SUPPORTED
 from monarchrt.models.checkpoints.tensor_files import TensorInfo
 from monarchrt.models.wan.checkpoints.mapping import Naming
 from monarchrt.models.wan.config import WanConfig
@@ -14,6 +15,16 @@ OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 OWN_KEY = "monarch"
 HEAD_DIM = 128  # of every released Wan model; heads cannot be told from the tensors
+MAX_SIZE = 2**20  # of any size in a config.json, and `MAX_LAYERS` of layers: what is made of them is held in memory
+MAX_LAYERS = 1000
+# model_type of official files that are other models
+OTHER_TYPES = {
+    "ti2v": "Wan 2.2 TI2V-5B",
+    "flf2v": "Wan 2.1 FLF2V (first and last frame)",
+    "vace": "Wan VACE",
+    "s2v": "Wan 2.2 S2V",
+    "animate": "Wan 2.2 Animate",
+}
 # our field: official name, diffusers name
 SIZES = {
     "eps": ("eps", "eps"),
@@ -41,6 +52,16 @@ FIXED = {
 }
 
 
+def describes_model(data: dict[str, Any]) -> bool:
+    """Whether a `config.json` says anything about a network: a class, or sizes under one of the two names.
+
+    Example:
+        >>> describes_model({}), describes_model({"_class_name": "WanModel"}), describes_model({"in_dim": 16})
+        (False, True, True)
+    """
+    return "_class_name" in data or "in_dim" in data or "num_attention_heads" in data or OWN_KEY in data
+
+
 def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Naming]:
     """The model of an official or a diffusers `config.json`.
 
@@ -58,14 +79,20 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
     naming: Naming
     if kind in OFFICIAL_CLASSES or (kind is None and "in_dim" in data):
         naming = "official"
-    elif kind == DIFFUSERS_CLASS:
+    elif kind == DIFFUSERS_CLASS or (kind is None and "num_attention_heads" in data):
         naming = "diffusers"
     else:
         expected = ", ".join((*OFFICIAL_CLASSES, DIFFUSERS_CLASS))
         raise ValueError(f"{where} describes a {kind!r}, not a Wan transformer ({expected}).")
+    if isinstance(data.get("model_type"), str) and data["model_type"] in OTHER_TYPES:
+        raise ValueError(f"{where} describes {OTHER_TYPES[data['model_type']]}; {SUPPORTED}.")
     for name, values in FIXED[naming].items():
         if name in data and data[name] not in values:
             raise ValueError(f"{where}: {name}={data[name]!r} is not supported; only {values[0]!r} is.")
+    for name, value in data.items():
+        limit = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{where}: {name}={str(value)[:20]} is larger than any model's; at most {limit}.")
     fields: dict[str, Any] = {}
     for field, names in SIZES.items():
         name = names[naming == "diffusers"]

@@ -2,37 +2,27 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.checkpoints.json_files import parse_json, read_json
-from monarchrt.models.checkpoints.reading import (
-    PICKLES,
-    Entry,
-    Problems,
-    find_problems,
-    match_names,
-    open_tensors,
-    some,
-    weights_file,
-)
+from monarchrt.models.checkpoints.names import strip_prefixes
+from monarchrt.models.checkpoints.reading import Entry, Problems, find_problems, match_names, open_tensors, some
+from monarchrt.models.checkpoints.recognize import LORA, OTHERS, QUANTIZED, RELATIVES, SUPPORTED, what_has
+from monarchrt.models.checkpoints.scaled import check_finite
 from monarchrt.models.checkpoints.tensor_files import TensorFile, TensorInfo
-from monarchrt.models.checkpoints.torch_pickle import TorchFile
 from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.locate import Format, Place, locate
 from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, parameter_shapes, tensors
 from monarchrt.models.wan.checkpoints.scheduler import SchedulerSettings, scheduler_settings
 from monarchrt.models.wan.config import WanConfig
 
-type Format = Literal["official", "diffusers", "torch", "orbax"]
-PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # Self-Forcing's files: the averaged generator is what it evaluates.
 PREFERENCE = ("generator_ema", "generator", "model")
 DISTILLED = "generator"  # what the names of Self-Forcing's sets of distilled weights begin with
-LORA = re.compile(r"lora_(A|B|up|down)\b|\.lora\.|_lora\.|\.alpha$|\.diff_b?$")
+ANCHORS = ("patch_embedding.weight",)  # in the official and in diffusers' format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +59,9 @@ class Source:
         return self.file.infos[self.names[tensor.name(self.naming)]]
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """A tensor in the checkpoint's own layout."""
-        return self.file.read(self.names[tensor.name(self.naming)])
+        """A tensor in the checkpoint's own layout; ValueError if it has a number that is NaN or infinite."""
+        name = self.names[tensor.name(self.naming)]
+        return check_finite(self.file.read(name), name, self.path)
 
     def entries(self) -> list[Entry]:
         """Every tensor of `config` under its name in the file, or the format's own if it is not there."""
@@ -91,12 +82,27 @@ class Source:
 
     def problems(self) -> Problems:
         """Names that are missing, names that are unexpected, and sentences about wrong tensors."""
-        return find_problems(self.file, self.entries(), parameter_shapes(self.config), naming=self.naming)
+        return find_problems(
+            self.file, self.entries(), parameter_shapes(self.config), naming=self.naming, ignore=self._elsewhere
+        )
+
+    @property
+    def _elsewhere(self) -> set[str]:
+        """Tensors of other parts of a pipeline in one file, which are left alone."""
+        return self.file.infos.keys() - self.names.values()
 
     def check(self) -> None:
         """Raises ValueError unless every tensor of `config` is there, in its shape, and no other."""
         shapes = parameter_shapes(self.config)
-        match_names(self.file, self.entries(), shapes, where=self.path, naming=self.naming, model="a Wan model")
+        match_names(
+            self.file,
+            self.entries(),
+            shapes,
+            where=self.path,
+            naming=self.naming,
+            model="a Wan model",
+            ignore=self._elsewhere,
+        )
 
 
 def open_source(
@@ -118,51 +124,49 @@ def open_source(
     Raises:
         ValueError: If there is nothing that can be read, with the reason.
     """
-    path = _locate(path, revision)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
-            path = folder = path / "transformer"
-        file_path, format_ = _weights_file(path)
-    else:
-        file_path, format_ = path, "torch" if path.suffix in PICKLES else "official"
-    if format_ == "orbax":
-        from monarchrt.models.wan.checkpoints.orbax import open_orbax
-
-        return open_orbax(path)
-    file = open_tensors(file_path, weights=weights, preference=PREFERENCE)
-    sets, chosen = (tuple(file.sets), file.weights) if isinstance(file, TorchFile) else (("",), "")
-    names = strip_prefixes(file.infos)
-    naming = _naming(path, names)
-    config_path = folder / "config.json"
+    place = locate(path, revision)
+    if place.format == "orbax":
+        return _open_orbax(place)
+    file = open_tensors(place.file, weights=weights, preference=PREFERENCE)
+    sets, chosen = tuple(getattr(file, "sets", ("",))), getattr(file, "weights", "")
+    names = strip_prefixes(file.infos, anchors=ANCHORS, where=place.path)
+    naming = _naming(place.path, names)
+    folder = place.file.parent
+    config_path, data = folder / "config.json", {}
     # A .pt file beside a config.json is not necessarily described by it.
-    if config_path.is_file() and (format_ != "torch" or path.is_dir()):
+    if config_path.is_file() and (place.format != "torch" or place.path.is_dir()):
         data = read_json(config_path)
+    if settings.describes_model(data):
         described, _ = settings.config_from_json(data, where=str(config_path))
         own = data.get(settings.OWN_KEY)
     else:
         config_path = None
-        header = getattr(file, "metadata", {}).get(settings.OWN_KEY)
+        header = file.metadata.get(settings.OWN_KEY)
         own = parse_json(header, "the file's header") if header else None
         described = _describe(names, file, naming, config, own)
-    few_step = chosen.startswith(DISTILLED) or settings.few_step_from_json(own)
-    if format_ == "official" and naming == "diffusers":
-        format_ = "diffusers"
-    return Source(path, format_, naming, described, config_path, names, file, chosen, sets, few_step)
+    if config is None:
+        _refuse_relative(place.path, described)
+    few_step = chosen.split(".")[-1].startswith(DISTILLED) or settings.few_step_from_json(own)
+    format_: Format = "diffusers" if (place.format, naming) == ("official", "diffusers") else place.format
+    return Source(place.path, format_, naming, described, config_path, names, file, chosen, sets, few_step)
 
 
-def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Bare name to name in the file; wrappers' prefixes are dropped wherever they stand."""
-    bare: dict[str, str] = {}
-    for name in names:
-        short = name
-        for wrapper in PREFIXES[1:]:
-            short = short.replace(wrapper, "")
-        short = short.removeprefix(PREFIXES[0])
-        if short in bare:
-            raise ValueError(f"two tensors are {short}: {bare[short]} and {name}; leave one of them in the file.")
-        bare[short] = name
-    return bare
+def _open_orbax(place: Place) -> Source:
+    """The checkpoint that `save_orbax` wrote."""
+    from monarchrt.models.wan.checkpoints.orbax import OrbaxFile
+
+    config_path = place.path / "config.json"
+    data = read_json(config_path)
+    config, _ = settings.config_from_json(data, where=str(config_path))
+    extra = {name: data[name] for name in ("image_dim", "param_dtype") if name in data}
+    try:
+        config = dataclasses.replace(config, **extra)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path}: {error}") from error
+    file = OrbaxFile(place.path, config)
+    names = {tensor.official: tensor.official for tensor in tensors(config)}
+    few_step = settings.few_step_from_json(data.get(settings.OWN_KEY))
+    return Source(place.path, "orbax", "official", config, config_path, names, file, few_step=few_step)
 
 
 def _describe(
@@ -182,35 +186,28 @@ def _describe(
 
 
 def _naming(path: Path, names: dict[str, str]) -> Naming:
-    if lora := [name for name in names if LORA.search(name)]:
-        raise ValueError(f"{path} is a LoRA or a patch for a model, not a model: it holds {some(lora, 2)}.")
-    if any(".attn1." in name or name.startswith("condition_embedder.") for name in names):
+    """Whose names a Wan transformer's tensors have; ValueError, which names what it is, for anything else."""
+    if (found := what_has(names, QUANTIZED, LORA, RELATIVES)) is not None:
+        what, examples = found
+        raise ValueError(f"{path} is {what}: it holds {some(examples, 2)}; {SUPPORTED}.")
+    if any(re.match(r"blocks\.\d+\.attn1\.|condition_embedder\.", name) for name in names):
         return "diffusers"
-    if any(".self_attn." in name for name in names):
+    if any(re.match(r"blocks\.\d+\.self_attn\.[qkvo]\.", name) for name in names):
         return "official"
-    raise ValueError(f"{path} is not a Wan transformer: it holds {some(list(names))}.")
+    found = what_has(names, OTHERS)
+    what = f"not a Wan transformer but {found[0]}" if found else "not a Wan transformer"
+    raise ValueError(f"{path} is {what}: it holds {some(found[1] if found else list(names))}; {SUPPORTED}.")
 
 
-def _weights_file(folder: Path) -> tuple[Path, Format]:
-    if (folder / ".metadata").is_file():
-        raise ValueError(
-            f"{folder} is a torch distributed checkpoint; make one file of it first: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
-        )
-    if (folder / "params").is_dir() and (folder / "config.json").is_file():
-        return folder, "orbax"
-    found = weights_file(folder, preferred=("diffusion_pytorch_model",))
-    return found, "torch" if found.suffix in PICKLES else "official"
-
-
-def _locate(path: str | Path, revision: str | None) -> Path:
-    """The path, or the local copy of a Hugging Face repository of that name."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if not names_repository(path):
-        raise ValueError(f"path={str(path)!r} does not exist.")
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
-    patterns += ["scheduler/scheduler_config.json"]
-    return fetch(str(path), patterns, revision=revision)
+def _refuse_relative(path: Path, config: WanConfig) -> None:
+    """Raises ValueError for models that have Wan 2.1's tensors and other channels."""
+    channels = config.in_channels, config.out_channels
+    what = None
+    if channels == (48, 48) and config.dim == 3072:
+        what = "Wan 2.2 TI2V-5B (48 channels, of another VAE)"
+    elif channels == (36, 16) and config.model_type == "t2v":
+        what = "one of the two networks of Wan 2.2 I2V-A14B (36 input channels, no image embedding)"
+    elif config.out_channels == 16 and config.in_channels != (36 if config.model_type == "i2v" else 16):
+        what = f"a Wan model with a control input, such as Fun Control ({config.in_channels} input channels)"
+    if what is not None:
+        raise ValueError(f"{path} is {what}; {SUPPORTED}.")
