@@ -30,9 +30,8 @@ $(VENV)/cuda: $(VENV)/test
 	$(BIN)/python -m pip install --quiet --editable '.[cuda,test]'
 	@touch $@
 
-# the test extra has JAX's CUDA plugin, whose search for a driver is a traceback where there is none
 demo: $(VENV)/base
-	JAX_PLATFORMS=$${JAX_PLATFORMS-$$(command -v nvidia-smi >/dev/null || echo cpu)} $(BIN)/monarchrt demo $(ARGS)
+	$(BIN)/monarchrt demo $(ARGS)
 
 test: $(VENV)/test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,5 +1,6 @@
 """Runs before anything is imported: shapes and dtypes in annotations are checked in every test."""
 
+import json
 import os
 import pathlib
 
@@ -21,31 +22,37 @@ PACKAGES = ("monarch_jax", "monarchrt")
 _hook = install_import_hook(PACKAGES, "beartype.beartype")
 
 
-# Files that take longest, first of all: with a file per process at a time, none is left to run alone at the end.
-LONGEST = (
-    "train/test_reliability.py",
-    "kernels/test_mosaic_backward.py",
-    "kernels/test_mosaic.py",
-    "kernels/test_triton.py",
-    "attention/test_definition.py",
-    "attention/test_backends.py",
-    "models/test_causal.py",
-    "models/test_wan.py",
-    "vae/test_vae.py",
-    "train/test_sharding.py",
-    "train/test_generate.py",
-    "train/test_demo.py",
-    "sampling/test_rollout.py",
-    "models/test_checkpoints.py",
-    "models/test_docstrings.py",
-    "generate/test_pipeline.py",
-)
+# Seconds that each file took when all of them last ran: the longest go first, so that with a file per process at a
+# time none is left to run alone at the end. The file is rewritten by `python -m pytest --remember`.
+DURATIONS = pathlib.Path(__file__).with_name("durations.json")
+_taken: dict[str, float] = {}
+
+
+def _name(path: pathlib.Path) -> str:
+    return os.path.relpath(path, DURATIONS.parent)
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts the tests by file, the longest files first."""
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+    """Sorts the tests by file, the longest files first; one that is not known yet counts as the longest."""
+    known = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -known.get(_name(item.path), float("inf")))
+
+
+def pytest_runtest_logreport(report):
+    """Adds up what each file takes, in all processes: their reports come to the first."""
+    name = report.nodeid.partition("::")[0].removeprefix(f"{DURATIONS.parent.name}/")
+    _taken[name] = _taken.get(name, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session):
+    """Writes what was measured, with --remember; of files that did not run, what is known stays."""
+    if session.config.getoption("--remember") and not os.environ.get("PYTEST_XDIST_WORKER"):
+        known = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+        found = {name: seconds for name, seconds in (known | _taken).items() if (DURATIONS.parent / name).exists()}
+        longest = dict(
+            sorted(((name, round(seconds)) for name, seconds in found.items()), key=lambda row: (-row[1], row[0]))
+        )
+        DURATIONS.write_text(json.dumps(longest, indent=0) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +81,8 @@ def compile_once(request, compiled):
 
 
 def pytest_addoption(parser):
-    """Adds --published."""
+    """Adds --published and --remember."""
+    parser.addoption("--remember", action="store_true", help="keep what each file took, for the order of the next run")
     parser.addoption("--published", help="a checkout of Infini-AI-Lab/MonarchRT to compare with")
 
 

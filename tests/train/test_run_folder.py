@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
 from monarchrt.train.cli.train import _parse_train
-from monarchrt.train.config import RunConfig, TrainConfig
+from monarchrt.train.config import RunConfig, TrainConfig, to_dict
+from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.logs import RunLog, read_log
 from monarchrt.train.run_folder import claim_folder, read_config, write_config
 
@@ -153,6 +155,13 @@ class TestSettingsFile:
         assert found is not None
         assert (config.data, config.model, config.run.steps) == (found.data, found.model, found.run.steps)
         assert config.run.folder == tmp_path
+
+    def test_small_are_the_settings_of_the_demo(self, tmp_path):
+        demo = to_dict(dense_run(DemoConfig(video=Path("a.mp4"), folder=tmp_path)))
+        options = ["--video", "a.mp4", "--attention", "dense", "--folder", str(tmp_path / "dense"), "--steps", "1000"]
+        ours = to_dict(_parse_train(["--config", "small", *options]))
+        often = {"eval_every": 100, "checkpoint_every": 100, "keep": 3}
+        assert ours == demo | {"run": demo["run"] | often}
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),

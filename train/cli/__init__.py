@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
+from monarchrt.train.cli.platform import leave_out_cuda
 from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
 
@@ -73,6 +74,7 @@ def _main(given: list[str]) -> int:
         print(f"monarchrt {importlib.import_module('monarch_jax').__version__}")
         return 0
     name, *rest = given
+    leave_out_cuda()
     if not debug:
         _quiet_storage()
     try:

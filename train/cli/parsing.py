@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.resources
 import io
 import json
 import re
@@ -68,14 +69,21 @@ def last_value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a file of settings, TOML or JSON by its ending.
+    """Reads a file of settings, TOML or JSON by its ending, or those that come with the package under a name.
 
     Raises:
         UserError: If it cannot be read or is neither.
+
+    Example:
+        >>> read_settings(Path("small"))["data"]["patch"]
+        4
     """
+    own = importlib.resources.files("monarchrt.train") / "settings" / f"{path}.json"
+    if path.suffix == "" and len(path.parts) == 1 and own.is_file():
+        return json.loads(own.read_text(encoding="utf-8"))
     readers = {".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
-        raise UserError(f"config {path} ends in neither .toml nor .json; give a file of one of these formats")
+        raise UserError(f"config {path} ends in neither .toml nor .json; give a file of one of these formats, or small")
     try:
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -14,14 +14,16 @@ from monarchrt.train.run_folder import claim_folder, read_config
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
 
-monarchrt train --video clip.mp4 --folder runs/dense --attention dense --steps 500
+monarchrt train --config small --video clip.mp4 --folder runs/dense --attention dense --steps 1000
 
-monarchrt train --video clip.mp4 --folder runs/monarch --init-from runs/dense --tile 1 4 7 --steps 200
+monarchrt train --config small --video clip.mp4 --folder runs/monarch --init-from runs/dense --tile 4 8 14 --steps 200 \\
+    --learning-rate 2e-3
 
 monarchrt train --folder runs/monarch --resume --steps 400
 
 monarchrt train --config settings.toml --folder runs/third: settings that are not given come from the file, TOML or
-JSON, under the names of the options, such as steps = 500, or as in the config.json of a run"""
+JSON, under the names of the options, such as steps = 500, or as in the config.json of a run; small stands for those
+of the demo, a network for a CPU"""
 
 
 def _parse_train(arguments: Sequence[str]) -> TrainConfig:

@@ -1,0 +1,40 @@
+"""Without an NVIDIA driver, JAX's CUDA plugin prints a traceback when it is installed; here it is left out. No JAX."""
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+VARIABLE = "JAX_PLATFORMS"
+_DRIVER = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg", "/dev/nvmap", "/dev/nvhost-gpu")  # WSL, Jetson
+_TPU = ("/dev/accel0", "/dev/vfio/0")
+
+
+def leave_out_cuda(environment: MutableMapping[str, str] = os.environ, *, root: Path = Path("/")) -> None:
+    """Sets JAX_PLATFORMS to cpu where the CUDA plugin is installed and cannot work, and nothing else than a CPU can.
+
+    What the user has set stays, and so does everything where there is a TPU or a plugin for another device.
+
+    Args:
+        environment: Changed before JAX is imported.
+        root: Where devices are looked for.
+    """
+    if VARIABLE in environment:
+        return
+    plugins = installed_plugins()
+    if not plugins or not all("cuda" in name for name in plugins):
+        return
+    if any((root / path.lstrip("/")).exists() for path in (*_DRIVER, *_TPU)):
+        return
+    if importlib.util.find_spec("libtpu") is None:
+        environment[VARIABLE] = "cpu"
+
+
+def installed_plugins() -> set[str]:
+    """Names of JAX's plugins for devices, as JAX finds them: modules below jax_plugins, and entry points."""
+    names = {point.name for point in importlib.metadata.entry_points(group="jax_plugins")}
+    found = importlib.util.find_spec("jax_plugins")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        names |= {path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("_")}
+    return names
