@@ -20,7 +20,15 @@ from typing import Any
 
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import is_litter
-from monarchrt.train.config import TrainConfig, from_dict, to_dict
+from monarchrt.train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
 
 CONFIG_NAME = "config.json"
@@ -223,6 +231,12 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
     return flat | {"data": fingerprint}
 
 
+def _defaults() -> dict[str, Any]:
+    """Settings by name with their defaults: what a checkpoint had that is older than the setting."""
+    parts = (DataConfig(), ModelConfig(), OptimizerConfig(), RunConfig())
+    return {name: value for part in parts for name, value in to_dict(part).items()}
+
+
 def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int, folder: Path) -> list[str]:
     """Checks that a checkpoint fits the run that wants to go on from it.
 
@@ -246,7 +260,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         monarchrt.models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has...
     """
     notes = []
-    saved = {name: value for name, value in _LATER.items() if name in wanted} | saved
+    saved = {name: value for name, value in (_defaults() | _LATER).items() if name in wanted} | saved
     for name in dict.fromkeys([*saved, *wanted]):
         old, new = saved.get(name), wanted.get(name)
         role, dot, setting = name.rpartition(".")

@@ -12,7 +12,7 @@ import pytest
 
 from monarchrt.models.media.video import read_clip
 from monarchrt.train.cli import main
-from monarchrt.train.interrupt import Interrupted, stoppable
+from monarchrt.train.interrupt import Interrupted, StopRequest, stoppable
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,3 +132,13 @@ def test_names_that_are_not_utf8(arguments, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: argument 'caf\\xe9")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_end_of_the_step(number):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(Interrupted, match="stopped without saving") as raised:
+            signal.raise_signal(number)
+    assert (raised.value.code, raised.value.step) == (128 + number, None)

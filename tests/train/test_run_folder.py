@@ -12,7 +12,7 @@ from monarchrt.train.cli.train import _parse_train
 from monarchrt.train.config import RunConfig, TrainConfig, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.logs import RunLog, read_log
-from monarchrt.train.run_folder import claim_folder, read_config, write_config
+from monarchrt.train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
 
 from .conftest import contents
 
@@ -136,6 +136,14 @@ def test_lines_that_a_resume_goes_back_before_are_kept(tmp_path):
     dropped = (tmp_path / "log_dropped.jsonl").read_bytes().splitlines()
     assert dropped[:3] == [b"\xff\xfe broken", b"[7]", b'{"step": 7, "lo']
     assert [json.loads(line)["step"] for line in dropped[3:]] == [5, 6]
+
+
+def test_a_checkpoint_from_before_there_was_a_setting_has_its_default(tmp_path):
+    now = identity(TrainConfig(), fingerprint="x")
+    before = {name: value for name, value in now.items() if name not in ("fps", "trainable", "flip")}
+    assert compare_identity(before, now, step=1, folder=tmp_path) == []
+    with pytest.raises(UserError, match=r"flip is True, but the checkpoint of step 1 in .* has False"):
+        compare_identity(before, now | {"flip": True}, step=1, folder=tmp_path)
 
 
 class TestSettingsFile:

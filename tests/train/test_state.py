@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -19,6 +20,7 @@ from monarchrt.train.state import (
     create_state,
     from_arrays,
     learning_rate_schedule,
+    make_optimizer,
     make_training,
     split_model,
     to_arrays,
@@ -140,6 +142,24 @@ def test_clipping_bounds_the_first_update_only_through_the_gradient():
     moments = clipped.roles["student"].optimizer[1][0].mu
     assert float(metrics["grad_norm"]) > 1e-3
     assert float(optax.tree.norm(moments)) == pytest.approx(0.5e-3, rel=1e-4)
+
+
+def test_weight_decay_is_on_matrices_alone():
+    """Of a Wan network; its norms and modulation tables have two axes and more, as layers are stacked."""
+    config = wan_config("tiny", num_layers=2, dim=24, num_heads=2, ffn_dim=48)
+    _, params, _ = split_model(WanModel(config, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(jnp.ones_like, params)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, learning_rate=0.1), steps=1)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="."): bool(jnp.any(leaf != 0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    spared = {name for name in moved if any(word in name for word in ("norm", "modulation", "bias"))}
+    assert any("norm_q" in name for name in spared)
+    assert any("modulation" in name for name in spared)
+    assert {name for name, decayed in moved.items() if not decayed} == spared
+    assert len(moved) > len(spared)
 
 
 def test_weight_decay_spares_biases():

@@ -16,8 +16,8 @@ _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarc
 
 monarchrt train --config small --video clip.mp4 --folder runs/dense --attention dense --steps 1000
 
-monarchrt train --config small --video clip.mp4 --folder runs/monarch --init-from runs/dense --tile 4 8 14 --steps 200 \\
-    --learning-rate 2e-3
+monarchrt train --config small --video clip.mp4 --folder runs/monarch --init-from runs/dense --tile 4 8 14 \\
+    --steps 200 --learning-rate 2e-3
 
 monarchrt train --folder runs/monarch --resume --steps 400
 
