@@ -11,8 +11,9 @@ from jax.core import Tracer
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import choose
-from monarch_jax.checks import array, index, positive
+from monarch_jax.checks import array, flag, index, positive
 from monarch_jax.contract import Problem
+from monarch_jax.partitioning import split_like, whole_tokens
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
@@ -83,15 +84,17 @@ def monarch_attention(
     """
     query, key, value = _arrays(query, key, value)
     spec = _check(query, key, value, grid, tile, blocks, num_iters, causal_block)
+    keep = flag("keep_intermediates", keep_intermediates)
     if kv_frames is not None:
         kv_frames = index("kv_frames", kv_frames)
         if not isinstance(kv_frames, Tracer):
             kept = _with_frames(spec, int(kv_frames))
             if isinstance(kv_frames, int):  # what is known when tracing costs nothing when running
                 spec, key, value, kv_frames = kept, key[:, : kept.key_tokens], value[:, : kept.key_tokens], None
-    q, k, v = (tokens_to_tiles(x, spec) for x in (query, key, value))
-    options = {"scale": scale, "keep": keep_intermediates, "implementation": implementation}
-    return tiles_to_tokens(attend_tiles(spec, q, k, v, kv_frames=kv_frames, **options), spec)
+    q, k, v = (tokens_to_tiles(x, spec) for x in whole_tokens(query, key, value))
+    options = {"scale": scale, "keep": keep, "implementation": implementation}
+    out = tiles_to_tokens(attend_tiles(spec, q, k, v, kv_frames=kv_frames, **options), spec)
+    return split_like(out, query)
 
 
 def monarch_attention_1d(
@@ -193,7 +196,7 @@ def monarch_factors(
     """
     query, key, _ = _arrays(query, key, key)
     spec = _check(query, key, key, grid, tile, blocks, num_iters, causal_block)
-    q, k = tokens_to_tiles(query, spec), tokens_to_tiles(key, spec)
+    q, k = (tokens_to_tiles(x, spec) for x in whole_tokens(query, key))
     problem = _problem(spec, query.shape[-1], scale, None)
     left, right = reference.factors(problem, q, k, visible_tiles(spec))
     entries = jnp.einsum("bhajick,bhackjl->bhaijckl", left, right)

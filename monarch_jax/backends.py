@@ -69,6 +69,13 @@ AUTOMATIC_ON = {7: ("xla",), 9: ("mosaic", "triton", "xla")}
 _ON_CUDA = frozenset({"mosaic", "triton"})  # None takes these on NVIDIA GPUs only; by name they lower anywhere
 
 
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError if it is neither None nor one of `IMPLEMENTATIONS`."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
+
+
 def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:
     """The backend for a call: the named one, or the first of `automatic()` that can serve it.
 
@@ -85,9 +92,7 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         ValueError: If the name is unknown.
         NotImplementedError: If the named backend, or none of the automatic ones, can serve the call; says why.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
+    check_name(implementation)
     reasons = []
     for name in automatic() if implementation is None else (implementation,):
         reason = None

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import attend_tiles
-from monarch_jax.checks import FLOATS, array, index, positive, triple
+from monarch_jax.checks import array, flag, float_dtype, index, positive, triple
+from monarch_jax.partitioning import on_mesh_of, split_like, whole_tokens
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
 
@@ -121,9 +122,8 @@ class MonarchKVCache:
         sizes = dict(batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim)
         batch, frames, height, width, heads, head_dim = (positive(name, size) for name, size in sizes.items())
         spec = MonarchSpec(grid=(n_f, height, width), key_frames=frames, tile=tile, blocks=blocks)
-        dtype = jnp.dtype(dtype)
-        if dtype.name not in FLOATS:
-            raise ValueError(f"dtype={dtype.name} is not one of {', '.join(FLOATS)}.")
+        dtype = float_dtype("dtype", dtype)
+        rolling, detach_past = flag("rolling", rolling), flag("detach_past", detach_past)
         sink_frames = int(index("sink_frames", sink_frames))
         if sink_frames % n_f or not 0 <= sink_frames < frames:
             raise ValueError(
@@ -210,6 +210,8 @@ class MonarchKVCache:
         zero = jnp.zeros((), jnp.int32)
 
         def write(buffer, tokens):
+            buffer = on_mesh_of(buffer, tokens)
+            (tokens,) = whole_tokens(tokens, tiles=buffer)
             tiles = tokens_to_tiles(tokens, block)
             tiles = jnp.where(misplaced, jnp.nan, tiles).astype(buffer.dtype)
             if self.detach_past:
@@ -238,7 +240,8 @@ class MonarchKVCache:
     ) -> Float[Array, "B N H D"]:
         """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
 
-        There should be a block: over an empty cache the result is NaN.
+        There should be a block: over an empty cache, or after a block that had no place, this raises outside of
+        `jax.jit`; inside, where it cannot be known, the result is NaN.
 
         Args:
             query: [B, n*h*w, H, D], the tokens of the newest n frames.
@@ -254,11 +257,13 @@ class MonarchKVCache:
             [B, n*h*w, H, D].
 
         Raises:
-            ValueError: If shapes, dtypes or arguments do not fit.
+            ValueError: If shapes, dtypes or arguments do not fit, or the cache is known to hold fewer frames.
             NotImplementedError: If the implementation asked for cannot serve this call.
         """
         query = array("query", query)
         block = self._block_spec(query, "query")
+        self._check_layer(layer)
+        self._check_filled(block.grid[0])
         if causal_block is not None and self.rolling:
             if positive("causal_block", causal_block) % block.grid[0]:
                 raise ValueError(
@@ -267,16 +272,19 @@ class MonarchKVCache:
                 )
             causal_block = None  # all that is kept comes before the block's end
         spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
+        key, value = (on_mesh_of(x, query) for x in self._of(layer))
+        (whole,) = whole_tokens(query, tiles=key)
         out = attend_tiles(
             spec,
-            tokens_to_tiles(query, spec),
-            *self._of(layer),
+            tokens_to_tiles(whole, spec),
+            key,
+            value,
             kv_frames=self.valid_frames,
             scale=scale,
             implementation=implementation,
             grad_tiles=self._grad_tiles(),
         )
-        return tiles_to_tokens(out, spec)
+        return split_like(tiles_to_tokens(out, spec), query)
 
     def tokens(
         self, *, layer: int | Int[Array, ""] | None = None
@@ -326,6 +334,16 @@ class MonarchKVCache:
                 f"frame={first}: the frames before it were evicted; {frames} frames can begin from frame "
                 f"{length - frames} to {length}, or at 0."
             )
+
+    def _check_filled(self, frames: int) -> None:
+        """That the cache holds the frames of the queries, as far as that is known: outside of a trace."""
+        length = _known(self.length)
+        if not isinstance(length, int) or length >= frames:
+            return
+        if length < 0:
+            raise ValueError("an earlier block had no place in the cache; begin again with append(..., frame=0).")
+        held = f"{length} of the {frames}" if length else f"none of the {frames}"
+        raise ValueError(f"query: the cache holds {held} frames that it has; append their keys and values first.")
 
     def _grad_tiles(self) -> int | None:
         """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -109,6 +110,59 @@ def array(name: str, value: object) -> jax.Array:
     if value.dtype.name not in FLOATS:
         raise ValueError(f"{name} has dtype {value.dtype.name}; it should be one of {', '.join(FLOATS)}.")
     return jnp.asarray(value)
+
+
+def flag(name: str, value: bool) -> bool:
+    """The value, if it is a bool: "no" would count as true.
+
+    Example:
+        >>> flag("rolling", "no")
+        Traceback (most recent call last):
+        ...
+        ValueError: rolling='no' is not True or False.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Returns:
+        The bool.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r} is not True or False.")
+    return bool(value)
+
+
+def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
+    """A dtype that attention computes with; float64 is float32 unless `jax_enable_x64` is set.
+
+    Example:
+        >>> float_dtype("dtype", "int8")
+        Traceback (most recent call last):
+        ...
+        ValueError: dtype='int8' is not one of bfloat16, float16, float32, float64.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: If it is none of `FLOATS`.
+    """
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOATS:
+        shown = repr(value) if dtype is None or isinstance(value, str) else dtype.name
+        raise ValueError(f"{name}={shown} is not one of {', '.join(FLOATS)}.")
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _integer(value: object) -> int | None:

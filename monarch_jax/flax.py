@@ -1,6 +1,7 @@
 """Flax: an `attention_fn` for the attention modules of NNX and Linen, and a self-attention module."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,8 +11,9 @@ from jax.typing import DTypeLike
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.attention import monarch_attention
+from monarch_jax.backends import check_name
 from monarch_jax.cache import MonarchKVCache
-from monarch_jax.checks import array, positive, triple
+from monarch_jax.checks import array, flag, float_dtype, positive, triple
 from monarch_jax.spec import MonarchSpec
 
 
@@ -51,6 +53,7 @@ def attention_fn(
         ValueError: If grid, tile, blocks or numbers do not fit.
     """
     MonarchSpec(grid=grid, tile=tile, blocks=blocks, num_iters=num_iters, causal_block=causal_block)
+    check_name(implementation)
     run = functools.partial(
         monarch_attention,
         grid=grid,
@@ -87,11 +90,14 @@ def attention_fn(
             raise ValueError(f"dropout_rate={dropout_rate}: attention weights are never formed; it should be 0.")
         query, key, value = array("query", query), array("key", key), array("value", value)
         if dtype is not None:
+            dtype = float_dtype("dtype", dtype)
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch = query.shape[:-3]
         if key.shape[:-3] != batch or value.shape[:-3] != batch:
             raise ValueError(f"query has shape {query.shape}, key {key.shape}, value {value.shape}: batch axes differ.")
-        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        if min(x.ndim for x in (query, key, value)) < 3:
+            raise ValueError(f"query has shape {query.shape}; it should be [..., tokens, heads, head_dim].")
+        q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
         out = run(q, k, v)
         return out.reshape(*batch, *out.shape[1:])
 
@@ -151,9 +157,16 @@ class MonarchSelfAttention(nnx.Module):
             num_iters=num_iters,
             causal_block=causal_block,
         )
-        if positive("features", features) % positive("num_heads", num_heads):
+        features, num_heads = positive("features", features), positive("num_heads", num_heads)
+        if features % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide features={features}.")
         head_dim = features // num_heads
+        qk_norm, use_bias = flag("qk_norm", qk_norm), flag("use_bias", use_bias)
+        dtype = None if dtype is None else float_dtype("dtype", dtype)
+        param_dtype = float_dtype("param_dtype", param_dtype)
+        check_name(implementation)
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs={rngs!r} is not flax.nnx.Rngs, such as nnx.Rngs(0).")
         general = functools.partial(
             nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -165,7 +178,8 @@ class MonarchSelfAttention(nnx.Module):
         self.tile = None if tile is None else spec.tile_shape
         self.blocks, self.num_iters = blocks, num_iters
         self.causal_block, self.implementation = causal_block, implementation
-        self.keep_intermediates = keep_intermediates
+        self.keep_intermediates = flag("keep_intermediates", keep_intermediates)
+        self.features = features
 
     def __call__(
         self,
@@ -224,6 +238,8 @@ class MonarchSelfAttention(nnx.Module):
         Raises:
             ValueError: If the block does not fit the cache, or the cache's tile or blocks are not the module's.
         """
+        if not isinstance(cache, MonarchKVCache):
+            raise ValueError(f"cache is a {type(cache).__name__}; it should be a MonarchKVCache.")
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (tile, self.blocks) != (cache.spec.tile_shape, cache.spec.blocks):
             raise ValueError(
@@ -238,6 +254,11 @@ class MonarchSelfAttention(nnx.Module):
         return self.out(out), cache
 
     def _project(self, x, rope):
+        x = array("x", x)
+        if x.ndim != 3 or x.shape[-1] != self.features:
+            raise ValueError(f"x has shape {x.shape}; it should be [batch, tokens, features={self.features}].")
+        if rope is not None and not callable(rope):
+            raise ValueError(f"rope={rope!r} is not a function of queries or keys [B, N, H, D].")
         query, key, value = (t.squeeze(-3) for t in jnp.split(self.qkv(x), 3, axis=-3))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

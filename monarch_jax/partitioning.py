@@ -6,6 +6,7 @@ each. Here it is told which axes are independent.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 # The axes of an array, a letter each. b: batch and h: heads, independent of each other and of all else. p: batch times
 # heads, of what only a kernel reads; a digit is an axis like no other. Every array but `visible` begins with b or p.
@@ -54,6 +55,48 @@ def vjp_anywhere(vjp: Callable[..., tuple]) -> Callable[..., tuple]:
         return _anywhere(fn, axes, (QUERIES, KEYS, KEYS))(r.q, r.k, r.v, r.out, r.lse, d_out, *kept, r.visible)
 
     return run
+
+
+def whole_tokens(*arrays: jax.Array, tiles: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Arrays [B, N, H, D] where types say how they are split: as the first along batch and heads, whole otherwise.
+
+    Tokens and heads' sizes are gathered: neither the reshape to tiles nor the products have a type for their parts.
+    Arrays of other meshes, whose axes the compiler deals with, are given back as they are.
+
+    Args:
+        arrays: [B, N, H, D] each.
+        tiles: [..., B, T, b1, b2, H, D], split as they should be; default: as the first of the arrays.
+
+    Returns:
+        The same values.
+    """
+    given = [jax.typeof(x).sharding for x in (arrays if tiles is None else (tiles, *arrays))]
+    explicit = [x for x in given if x.mesh.explicit_axes]
+    if not explicit:
+        return arrays
+    first = explicit[0]
+    if first is not given[0]:
+        batch = heads = None
+    elif tiles is None:
+        batch, _, heads, _ = first.spec
+    else:
+        batch, _, _, _, heads, _ = first.spec[-6:]
+    to = NamedSharding(first.mesh, PartitionSpec(batch, None, heads, None))
+    return tuple(jax.sharding.reshard(x, to) for x in arrays)
+
+
+def on_mesh_of(x: jax.Array, example: jax.Array) -> jax.Array:
+    """`x` on the explicit axes of the example's mesh, whole on each device, unless it is on a mesh's already."""
+    mesh = jax.typeof(example).sharding.mesh
+    if not mesh.explicit_axes or jax.typeof(x).sharding.mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_like(x: jax.Array, example: jax.Array) -> jax.Array:
+    """`x` split as `example` is, where types say so: the inverse of `whole_tokens`."""
+    to = jax.typeof(example).sharding
+    return jax.sharding.reshard(x, to) if to.mesh.explicit_axes else x
 
 
 def _flat(fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
@@ -104,10 +147,11 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
         rule, whole = sharding_rule(operands, outputs)
 
         def partition(mesh, arg_shapes, result_shape):
-            args, results = (tuple(x.sharding for x in shapes) for shapes in (arg_shapes, result_shape))
-            if isinstance(queries := args[0], NamedSharding):
-                heads = "h" not in whole
-                args, results = (_shardings(queries, arrays, heads=heads) for arrays in (operands, outputs))
+            given = arg_shapes[0].sharding
+            if mesh.empty:  # devices, but no names for their axes
+                mesh = Mesh(np.array(given._device_assignment), ("device",))
+            queries = named(mesh, given, len(inputs[0]))
+            args, results = (_shardings(queries, x, heads="h" not in whole) for x in (operands, outputs))
             return mesh, on_a_device, results, args
 
         def on_a_device(*parts):
@@ -119,10 +163,50 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
             arrays, constants = values[: len(inputs)], values[len(inputs) :]
             return tuple(jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*arrays))
 
-        split.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
+        # not decoded by JAX, which cannot where sizes do not divide
+        split.def_partition(partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole)
         return split(*arrays, *program.consts)
 
     return run
+
+
+def named(mesh: Mesh, sharding: Any, ndim: int) -> NamedSharding:
+    """The compiler's sharding in terms of a mesh, as far as whole axes of the mesh split an axis of the array.
+
+    Other splits, such as of 6 tiles over half of an axis of 4 devices, have no name and are left out: gathered.
+
+    Args:
+        mesh: Of the program.
+        sharding: What the compiler chose, a `GSPMDSharding`.
+        ndim: Axes of the array.
+
+    Returns:
+        The sharding by names.
+    """
+    chosen = sharding._to_xla_hlo_sharding(ndim)
+    spec: list[tuple[str, ...] | None] = [None] * ndim
+    if not chosen.is_replicated() and chosen.is_tiled():
+        places = np.asarray(chosen.tile_assignment_devices()).reshape(chosen.tile_assignment_dimensions())
+        for axis in range(ndim):
+            part = np.empty(mesh.size, int)  # of the array's axis, on each device
+            part[places] = np.arange(places.shape[axis]).reshape([-1 if n == axis else 1 for n in range(places.ndim)])
+            spec[axis] = _axes_that_split(mesh, part.reshape(mesh.devices.shape))
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _axes_that_split(mesh: Mesh, part: np.ndarray) -> tuple[str, ...] | None:
+    """Axes of the mesh, the slowest first, that count the parts on its devices; None where none do, or it is one."""
+    sizes, count = dict(mesh.shape), int(part.max()) + 1
+    for number in range(1, len(sizes) + 1):
+        for axes in itertools.permutations(sizes, number):
+            if count == 1 or math.prod(sizes[x] for x in axes) != count:
+                continue
+            index = np.zeros(part.shape, int)
+            for name in axes:
+                index = index * sizes[name] + np.indices(part.shape)[list(sizes).index(name)]
+            if (index == part).all():
+                return axes
+    return None
 
 
 def _shardings(queries: NamedSharding, arrays: tuple[Axes, ...], *, heads: bool = True) -> tuple[NamedSharding, ...]:

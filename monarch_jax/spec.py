@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from monarch_jax.checks import one_of, positive, triple
+from monarch_jax.checks import flag, one_of, positive, triple
 
 BLOCKS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
 AXES = ("frames", "height", "width")
@@ -198,7 +198,7 @@ def flops(
     Raises:
         ValueError: If `mode` is unknown or a size is not positive.
     """
-    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
+    per_head = _per_head(spec, batch, heads, head_dim)
     b1, b2 = spec.block_rows, spec.block_cols
     right, left = 2 * b1 * b2 * b2, 2 * b1 * b1 * b2  # one product of the R kind, one of the L kind
     extra = (spec.num_iters - 1) * (2 * right + 2 * left)
@@ -231,7 +231,7 @@ def dense_flops(spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1)
     Raises:
         ValueError: If a size is not positive.
     """
-    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
+    per_head = _per_head(spec, batch, heads, head_dim)
     return spec.tile_pairs * 4 * (spec.block_rows * spec.block_cols) ** 2 * per_head
 
 
@@ -259,12 +259,18 @@ def bytes_moved(
     Raises:
         ValueError: If a size is not positive.
     """
-    per_head = positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
+    per_head = _per_head(spec, batch, heads, head_dim)
     vector = per_head * positive("itemsize", itemsize)
     total = (2 * spec.query_tokens + 2 * spec.key_tokens) * vector
-    if spill:
+    if flag("spill", spill):
         total += 4 * spec.tile_pairs * spec.block_rows * spec.block_cols * vector
     return total
+
+
+def _per_head(spec: MonarchSpec, batch: int, heads: int, head_dim: int) -> int:
+    if not isinstance(spec, MonarchSpec):
+        raise ValueError(f"spec={spec!r} is not a MonarchSpec; make one, MonarchSpec(grid=(frames, height, width)).")
+    return positive("batch", batch) * positive("heads", heads) * positive("head_dim", head_dim)
 
 
 def _check_divides(tile: tuple[int, ...], axis: str, n: int, size: int, whose: str) -> None:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from monarch_jax._typing import Array, Float, Int
+from monarch_jax.checks import index
 from monarch_jax.spec import MonarchSpec
 
 
@@ -13,8 +14,14 @@ def _patterns(blocks: str) -> tuple[str, str]:
 
 
 def _sizes(spec: MonarchSpec) -> dict[str, int]:
+    if not isinstance(spec, MonarchSpec):
+        raise ValueError(f"spec={spec!r} is not a MonarchSpec; make one, MonarchSpec(grid=(frames, height, width)).")
     (_, height, width), (n_f, n_h, n_w) = spec.grid, spec.tile_shape
     return {"f": n_f, "h": n_h, "w": n_w, "th": height // n_h, "tw": width // n_w}
+
+
+def _shape(x: object) -> object:
+    return getattr(x, "shape", type(x).__name__)
 
 
 def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Array, "B T b1 b2 *rest"]:
@@ -31,9 +38,16 @@ def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Ar
 
     Returns:
         [B, tiles, b1, b2, ...], tiles ordered by (frame group, vertical, horizontal) position.
+
+    Raises:
+        ValueError: If the tokens are not whole tiles.
     """
+    sizes, (_, height, width) = _sizes(spec), spec.grid
+    step = sizes["f"] * height * width
+    if getattr(x, "ndim", 0) < 2 or x.shape[1] % step:
+        raise ValueError(f"x has shape {_shape(x)}; it should be [batch, n*{step}, ...], whole tiles of {spec.grid}.")
     tokens, tiles = _patterns(spec.blocks)
-    return rearrange(x, f"{tokens} -> {tiles}", **_sizes(spec))
+    return rearrange(x, f"{tokens} -> {tiles}", **sizes)
 
 
 def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Float[Array, "B N *rest"]:
@@ -51,9 +65,16 @@ def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Fl
 
     Returns:
         [B, F*h*w, ...].
+
+    Raises:
+        ValueError: If the tiles do not have the sizes of `spec`.
     """
+    sizes, group = _sizes(spec), spec.tiles_per_group
+    rows, cols = spec.block_rows, spec.block_cols
+    if getattr(x, "ndim", 0) < 4 or x.shape[1] % group or x.shape[2:4] != (rows, cols):
+        raise ValueError(f"x has shape {_shape(x)}; it should be [batch, n*{group}, {rows}, {cols}, ...].")
     tokens, tiles = _patterns(spec.blocks)
-    return rearrange(x, f"{tiles} -> {tokens}", **_sizes(spec))
+    return rearrange(x, f"{tiles} -> {tokens}", **sizes)
 
 
 def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = None) -> Int[Array, " A"]:
@@ -75,10 +96,20 @@ def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = No
 
     Returns:
         int32 [query tiles].
+
+    Raises:
+        ValueError: If kv_frames is not an integer, or known and not from 1 to F_k or no multiple of n_f.
     """
+    _sizes(spec)
     if kv_frames is None:
         return jnp.asarray(spec.visible_tiles(), jnp.int32)
     n_f, group = spec.tile_shape[0], spec.tiles_per_group
+    if isinstance(kv_frames := index("kv_frames", kv_frames), int):
+        total = spec.total_key_frames
+        if not 0 < kv_frames <= total or kv_frames % n_f:
+            raise ValueError(
+                f"kv_frames={kv_frames} is not a multiple of the tile's {n_f} frames from {n_f} to {total}."
+            )
     valid = jnp.asarray(kv_frames, jnp.int32)
     seen = jnp.full((spec.grid[0] // n_f,), valid // n_f, jnp.int32)
     if spec.causal_block is not None:

@@ -263,7 +263,7 @@ def test_a_layer_that_there_is_not(unchecked):
 
 def test_an_empty_cache_gives_nan():
     q, _, _ = blocks(1)[0]
-    assert np.isnan(empty().attend(q)).all()
+    assert np.isnan(jax.jit(lambda cache: cache.attend(q))(empty())).all()
 
 
 @pytest.mark.parametrize(
@@ -394,3 +394,37 @@ def test_which_layer():
         empty(layers=2).append(k, v, layer=1)
     with pytest.raises(ValueError, match="layer=0: the cache has no layers; leave layer out"):
         empty().attend(q, layer=0)
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_queries_without_keys_raise_where_that_is_known(layers):
+    """An empty cache, fewer frames than the queries have, or a block that had no place; NaN under `jax.jit`."""
+    q, k, v = blocks(1)[0]
+    which = {} if layers is None else {"layer": 0}
+    cache = empty(layers=layers)
+    with pytest.raises(ValueError, match="query: the cache holds none of the 3 frames that it has; append their keys"):
+        cache.attend(q, **which)
+    assert np.isnan(jax.jit(lambda cache: cache.attend(q, **which))(cache)).all()
+    third = q.shape[1] // 3
+    held = cache.append(k[:, :third], v[:, :third], frame=0, **which)
+    with pytest.raises(ValueError, match="query: the cache holds 1 of the 3 frames"):
+        held.attend(q, **which)
+    assert np.isfinite(held.attend(q[:, :third], **which)).all()
+    misplaced = jax.jit(lambda cache, frame: cache.append(k, v, frame=frame, **which))(cache, jnp.int32(7))
+    with pytest.raises(ValueError, match=r"an earlier block had no place in the cache; begin again"):
+        misplaced.attend(q, **which)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype="foo"), "dtype='foo' is not one of bfloat16"),
+        (dict(dtype=None), "dtype=None is not one of"),
+        (dict(dtype=jnp.int8), "dtype=int8 is not one of"),
+        (dict(rolling="no"), "rolling='no' is not True or False"),
+        (dict(detach_past=None), "detach_past=None is not True or False"),
+    ],
+)
+def test_bad_settings(unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        empty(**options)

@@ -50,6 +50,22 @@ def test_equals_pytorch(x64, name, implementation):
         assert np.abs(np.asarray(x) - y.detach().numpy()).max() <= 1e-9
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_the_guard_is_pytorchs_too(x64, monkeypatch, implementation):
+    """Sharp queries and three steps: some 1/c_R are beyond the guard's 1e4, as the output shows."""
+    options = dict(grid=(2, 3, 4), tile=(1, 3, 4), num_iters=3)
+    q, k, v, _ = inputs(3, (2, 3, 4), heads=2, dim=8, dtype=jnp.float64)
+    q = 30 * q
+    expected = torch_monarch(*(torch.tensor(np.asarray(x)) for x in (q, k, v)), **options).numpy()
+    assert np.abs(monarch_attention(q, k, v, implementation=implementation, **options) - expected).max() <= 1e-9
+    for guard in (1e3, 1e5):
+        monkeypatch.setattr("monarch_jax.reference.MAX_FACTOR", guard)
+        jax.clear_caches()
+        other = monarch_attention(q, k, v, implementation="reference", **options)
+        assert np.abs(other - expected).max() > 1e-6, "the guard does not count here"
+    jax.clear_caches()
+
+
 def dense(q, k, v, scale=None):
     """Softmax attention."""
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -155,3 +155,45 @@ def test_layers_in_nnx_scan_with_remat():
     assert error(nnx.jit(forward)(layers, x), expected) <= 1e-5
     grads = nnx.grad(lambda m: (forward(m, x) ** 2).sum())(layers)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype=int), "dtype=int64 is not one of bfloat16, float16, float32, float64"),
+        (dict(param_dtype="bar"), "param_dtype='bar' is not one of"),
+        (dict(rngs=None), r"rngs=None is not flax.nnx.Rngs, such as nnx.Rngs\(0\)"),
+        (dict(implementation="cuda"), "implementation='cuda' is not None or one of 'mosaic'"),
+        (dict(qk_norm="no"), "qk_norm='no' is not True or False"),
+        (dict(keep_intermediates=1), "keep_intermediates=1 is not True or False"),
+    ],
+)
+def test_bad_settings_of_modules(unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        MonarchSelfAttention(16, **(dict(num_heads=2, rngs=nnx.Rngs(0)) | options))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((1, 24, 15)), r"x has shape \(1, 24, 15\); it should be \[batch, tokens, features=16\]"),
+        (jnp.ones((24, 16)), r"x has shape \(24, 16\)"),
+        (jnp.ones((1, 24, 16), int), "x has dtype int32; it should be one of bfloat16"),
+        ([1.0], "x is a list; it should be an array of JAX or NumPy"),
+        (jnp.ones((0, 24, 16)), r"query has shape \(0, 24, 2, 8\)"),
+    ],
+)
+def test_bad_inputs_of_modules(unchecked, x, message):
+    layer = MonarchSelfAttention(16, num_heads=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        layer(x, grid=GRID)
+    with pytest.raises(ValueError, match="cache is a dict; it should be a MonarchKVCache"):
+        layer.extend(jnp.ones((1, 24, 16)), {})
+    with pytest.raises(ValueError, match="rope=3 is not a function"):
+        layer(jnp.ones((1, 24, 16)), grid=GRID, rope=3)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 2, 8), (1, 24, 2, 0), (0, 24, 2, 8), (24, 8)])
+def test_the_attention_fn_says_what_a_shape_should_be(unchecked, shape):
+    with pytest.raises(ValueError, match="query has"):
+        attention_fn(grid=GRID)(*[jnp.ones(shape)] * 3)

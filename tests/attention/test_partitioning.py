@@ -83,6 +83,96 @@ def test_devices_work_on_their_part(split, keep, axes, parts, gathers):
     assert done.stdout.strip().split("; ") == [*sorted({parts, "(4, 4)"}), str(gathers)]
 
 
+ANYHOW = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from monarch_jax import MonarchKVCache, backends, monarch_attention, xla
+from monarch_jax.contract import Backend, differentiable
+from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+kernel = differentiable(forward_anywhere(xla.forward), vjp_anywhere(xla.vjp))
+backends._REGISTRY["kernel"] = lambda: Backend("kernel", lambda problem, q, k: None, kernel)
+backends.IMPLEMENTATIONS = tuple(backends._REGISTRY)
+shape, grid, tile = eval(sys.argv[1])
+size = int(np.prod(shape))
+q, k, v = jax.random.normal(jax.random.key(0), (3, 8, grid[0] * grid[1] * grid[2], 8, 8))
+expected = None
+for implementation in ("xla", "kernel"):
+
+    def attend(q, k, v):
+        return monarch_attention(q, k, v, grid=grid, tile=tile, causal_block=tile[0], implementation=implementation)
+
+    def run(q, k, v):
+        one = attend(q, k, v)
+        grads = jax.grad(lambda *x: (x[0] * attend(*x)).sum(), (0, 1, 2))(q, k, v)
+        return one, *grads
+
+    def mapped(q, k, v):
+        found = jax.vmap(run, in_axes=2, out_axes=2)(*(x[:, :, :, None] for x in (q, k, v)))
+        return tuple(x[:, :, :, 0] for x in found)
+
+    if expected is None:
+        expected = jax.jit(run)(q, k, v)
+    for kind in AxisType.Auto, AxisType.Explicit:
+        mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], axis_types=(kind,) * len(shape))
+        specs = [P(None, "x"), P(None, None, None, "x"), P("x"), P(None, None, "x")]
+        if len(shape) > 1:
+            specs += [P("x", "y"), P(None, ("y", "x")), P(("x", "y")), P("y", None, "x"), P(None, "y", "x", None)]
+        for spec in specs:
+            sharding = NamedSharding(mesh, spec)
+            split = [jax.device_put(x, sharding) for x in (q, k, v)]
+            calls = [(jax.jit(run), split)]
+            if kind == AxisType.Auto:
+                calls.append((jax.jit(run, in_shardings=sharding), (q, k, v)))
+                if spec == P(None, "x"):
+                    calls.append((jax.jit(mapped), split))
+            else:
+                mixed = (split[0], k, jax.device_put(v, NamedSharding(mesh, P(None, None, "x"))))
+                calls.append((jax.jit(run), mixed))
+            for program, arrays in calls:
+                for found, right in zip(program(*arrays), expected, strict=True):
+                    np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-5, err_msg=f"{kind} {spec}")
+                if kind == AxisType.Explicit:
+                    assert jax.typeof(program(*arrays)[0]).sharding.spec == jax.typeof(arrays[0]).sharding.spec
+        options = dict(frames=grid[0], height=grid[1], width=grid[2], heads=8, head_dim=8, tile=tile, batch=8)
+        right = MonarchKVCache.init(**options, dtype=q.dtype).append(k, v).attend(q)
+        split = [jax.device_put(x, NamedSharding(mesh, P(None, "x"))) for x in (q, k, v)]
+
+        def cached(q, k, v):
+            return MonarchKVCache.init(**options, dtype=q.dtype).append(k, v).attend(q, implementation=implementation)
+
+        np.testing.assert_allclose(jax.jit(cached)(*split), right, rtol=2e-5, atol=2e-5)
+        with jax.set_mesh(mesh):
+            np.testing.assert_allclose(cached(*split), right, rtol=2e-5, atol=2e-5)
+            np.testing.assert_allclose(attend(*split), expected[0], rtol=2e-5, atol=2e-5)
+print("all right")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "tile"),
+    [
+        ((4,), (6, 4, 6), (1, 4, 6)),  # 6 tiles on 4 devices
+        pytest.param((4,), (6, 4, 6), (3, 4, 6), marks=pytest.mark.slow),  # 2
+        pytest.param((8,), (6, 4, 4), (1, 2, 4), marks=pytest.mark.slow),  # 12 on 8
+        ((2, 4), (2, 4, 5), (1, 2, 5)),
+        pytest.param((2, 2), (6, 4, 6), (1, 4, 3), marks=pytest.mark.slow),
+    ],
+)
+def test_right_however_a_users_arrays_are_split(shape, grid, tile):
+    """Along any axes, evenly into tiles or not: what is not split by batch or heads is gathered."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={np.prod(shape)}",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [sys.executable, "-c", ANYHOW, repr((shape, grid, tile))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "all right"
+
+
 @pytest.mark.parametrize("mapped", [(True, False, False), (True, True, False), (True, True, True), (False, True, True)])
 def test_rule_for_vmap(mapped):
     """The mapped axis joins the batch; where `visible` is mapped, one example runs after the other."""

@@ -18,6 +18,7 @@ from monarch_jax import (
     monarch_factors,
     sparsity,
 )
+from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
 from tests.attention.suite import inputs, value_and_grads
 
 GRID = (4, 6, 8)
@@ -155,7 +156,12 @@ def test_costs():
     assert (spec.block_rows, spec.block_cols, spec.query_tiles, spec.tile_pairs) == (b1, b2, 3, 9)
     forward = 9 * (6 * b1 * b2**2 + 4 * b1**2 * b2) * dim * 2
     assert flops(spec, heads=2, head_dim=dim) == forward
-    assert flops(spec, heads=2, head_dim=dim, mode="vjp") > 2 * forward
+    # products of R (scores, alpha, Y) and of L (scores, output): again but for the output, and two for each
+    right, left = 2 * b1 * b2**2, 2 * b1**2 * b2
+    assert flops(spec, heads=2, head_dim=dim, mode="vjp") == 9 * (9 * right + 5 * left) * dim * 2
+    more = MonarchSpec(grid=(6, 4, 5), tile=(2, 4, 5), num_iters=3)  # two steps more, of 2 R and 2 L
+    assert flops(more, heads=2, head_dim=dim) == 9 * (7 * right + 6 * left) * dim * 2
+    assert flops(more, heads=2, head_dim=dim, mode="vjp") == 9 * (21 * right + 17 * left) * dim * 2
     assert dense_flops(spec, heads=2, head_dim=dim, batch=3) == 4 * 120 * 120 * dim * 2 * 3
     moved = [bytes_moved(spec, heads=2, head_dim=dim, spill=spill) for spill in (False, True)]
     assert moved[1] - moved[0] == 8 * dim * 2 * 9 * b1 * b2
@@ -173,3 +179,22 @@ def test_bad_costs(unchecked):
             count(spec, heads=0, head_dim=1)
         with pytest.raises(ValueError, match="batch=-1 is not a positive integer"):
             count(spec, heads=1, head_dim=1, batch=-1)
+
+
+@pytest.mark.parametrize("count", [flops, dense_flops, bytes_moved])
+def test_costs_are_of_a_spec(unchecked, count):
+    with pytest.raises(ValueError, match=r"spec=\(6, 4, 5\) is not a MonarchSpec; make one"):
+        count((6, 4, 5), heads=1, head_dim=1)
+
+
+def test_tiles_of_other_shapes_are_refused(unchecked):
+    spec = MonarchSpec(grid=(2, 4, 6), tile=(2, 4, 6))
+    for x in (jnp.ones((1, 24, 2)), jnp.ones(48), [1]):
+        with pytest.raises(ValueError, match=r"x has shape .*; it should be \[batch, n\*48, ...\], whole tiles"):
+            tokens_to_tiles(x, spec)
+    for x in (jnp.ones((1, 48, 2)), jnp.ones((1, 1, 8, 5, 2)), None):
+        with pytest.raises(ValueError, match=r"x has shape .*; it should be \[batch, n\*1, 8, 6, ...\]"):
+            tiles_to_tokens(x, spec)
+    for frames in (0, -2, 1, 4, 2.0, True, "2"):
+        with pytest.raises(ValueError, match=f"kv_frames={frames!r} is not"):
+            visible_tiles(spec, frames)

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.contract import Problem
@@ -18,7 +20,9 @@ from monarchrt.pallas_kernels import tuning
 from monarchrt.pallas_kernels.config import (
     SHARED_MEMORY,
     ForwardConfig,
+    LeftBackwardConfig,
     LeftConfig,
+    RightBackwardConfig,
     backward_config,
     column_blocks,
     forward_config,
@@ -26,7 +30,11 @@ from monarchrt.pallas_kernels.config import (
     right_config,
 )
 from monarchrt.pallas_kernels.forward_sm90 import chunk_sizes, forward
+from monarchrt.pallas_kernels.left_backward_sm90 import left_backward_role
 from monarchrt.pallas_kernels.left_sm90 import left_role
+from monarchrt.pallas_kernels.query_sm90 import query_role
+from monarchrt.pallas_kernels.right_backward_sm90 import right_backward_role
+from monarchrt.pallas_kernels.right_sm90 import right_role
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
 
@@ -145,28 +153,32 @@ def test_chunks_bound_the_intermediates():
     assert chunk_sizes(1, 12, 21, pair, 2**40) == (12, 21)
 
 
-@pytest.mark.slow
+NUMBERS = [
+    ((1, 2, 5, 40, 1, 64), 2, None, {}),  # nothing is a multiple of 8
+    ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(chunk_bytes=2**14)),  # batch, heads, masks, one head and tile at a time
+    ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
+    ((1, 4, 2, 80, 1, 64), 1, None, {}),  # a whole block each and a shared one
+    ((1, 1, 70, 35, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
+    ((1, 2, 3, 70, 1, 64), 2, (1, 2), {}),  # two blocks of columns
+    ((1, 1, 3, 33, 1, 128), 2, None, {}),
+    ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(newest_first=True))),
+    ((1, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(alternate=True))),  # a warpgroup to each column
+    ((1, 2, 70, 9, 1, 64), 2, (1, 2), dict(left=dict(alternate=True, stages=2))),  # two to a column
+    ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(alternate=True, stages=2))),  # three
+    ((1, 3, 3, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(alternate=True))),  # a query tile that sees nothing
+    ((1, 2, 70, 9, 1, 64), 3, (1, 3), dict(left=dict(alternate=True, stages=2, key_block=128))),
+    ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(row_blocks=2, tail=8, alternate=True, stages=2))),
+    ((2, 2, 130, 4, 2, 64), 2, (1, 2), dict(left=dict(row_blocks=2, tail=8, stages=2, key_block=128))),
+    ((1, 3, 70, 9, 1, 128), 2, (1, 0, 2), dict(left=dict(row_blocks=1, tail=8, stages=2))),
+    ((1, 2, 80, 9, 1, 64), 2, (1, 2), dict(left=dict(row_blocks=1, tail=16, stages=2, key_block=128))),
+    ((1, 2, 70, 2, 1, 64), 2, (1, 2), dict(left=dict(columns=1, row_blocks=1, tail=8, stages=2))),
+]
+QUICK = (1, 17)  # one with masks and one with a tail run by default
+
+
 @pytest.mark.parametrize(
     ("shape", "key_tiles", "visible", "sizes"),
-    [
-        ((1, 2, 5, 40, 1, 64), 2, None, {}),  # nothing is a multiple of 8
-        ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(chunk_bytes=2**14)),  # batch, heads, masks, one head and tile at a time
-        ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
-        ((1, 4, 2, 80, 1, 64), 1, None, {}),  # a whole block each and a shared one
-        ((1, 1, 70, 35, 1, 64), 1, None, {}),  # two blocks of rows, more than one block of pairs
-        ((1, 2, 3, 70, 1, 64), 2, (1, 2), {}),  # two blocks of columns
-        ((1, 1, 3, 33, 1, 128), 2, None, {}),
-        ((2, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(newest_first=True))),
-        ((1, 2, 3, 9, 2, 64), 3, (1, 2), dict(left=dict(alternate=True))),  # a warpgroup to each column
-        ((1, 2, 70, 9, 1, 64), 2, (1, 2), dict(left=dict(alternate=True, stages=2))),  # two to a column
-        ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(alternate=True, stages=2))),  # three
-        ((1, 3, 3, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(alternate=True))),  # a query tile that sees nothing
-        ((1, 2, 70, 9, 1, 64), 3, (1, 3), dict(left=dict(alternate=True, stages=2, key_block=128))),
-        ((1, 1, 130, 35, 1, 64), 1, None, dict(left=dict(row_blocks=2, tail=8, alternate=True, stages=2))),
-        ((2, 2, 130, 4, 2, 64), 2, (1, 2), dict(left=dict(row_blocks=2, tail=8, stages=2, key_block=128))),
-        ((1, 3, 70, 9, 1, 128), 2, (1, 0, 2), dict(left=dict(row_blocks=1, tail=8, stages=2))),
-        ((1, 2, 80, 9, 1, 64), 2, (1, 2), dict(left=dict(row_blocks=1, tail=16, stages=2, key_block=128))),
-    ],
+    [pytest.param(*x, marks=[] if n in QUICK else pytest.mark.slow) for n, x in enumerate(NUMBERS)],
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
     """Against the XLA backend in float32; key tiles that no query sees hold NaN."""
@@ -281,3 +293,64 @@ def test_cache_with_a_traced_fill_lowers():
 
     x = tokens(1, 390, 2, 64)
     assert "mosaic_gpu" in lower(step, x, x, x, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def scratch_bytes(role, *, reductions: bool = True) -> int:
+    """What a block of a role takes, from its scratch alone: every array from a multiple of 1,024 bytes on; barriers."""
+    arrays, barriers = [role.reduction_bytes] * reductions, 0
+
+    def size(ref):
+        return math.prod(ref.inner_aval.shape) * ref.inner_aval.dtype.itemsize
+
+    for scratch in role.scratch:
+        if isinstance(scratch, plgpu.Barrier):
+            barriers += math.prod(scratch.num_barriers)
+        elif isinstance(scratch, plgpu.RefUnion):
+            (together,) = {sum(map(size, view)) for view in scratch.refs}  # views of the same bytes
+            arrays.append(together)
+        else:
+            arrays.append(size(scratch))
+    return sum(-(-n // 1024) * 1024 for n in arrays) + 8 * barriers
+
+
+LEFT_CONFIGS = [
+    {},
+    dict(stages=5, query_stages=3, key_block=128),
+    dict(columns=1, row_blocks=3, stages=4),
+    dict(columns=1, row_blocks=2, tail=8, key_block=128),
+    dict(columns=1, row_blocks=1, tail=16),
+]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("sizes", LEFT_CONFIGS, ids=str)
+def test_shared_memory_of_left_is_its_scratch(sizes, dim):
+    config = LeftConfig(**sizes)
+    q = jax.ShapeDtypeStruct((1, 2, config.row_blocks * 64 + config.tail, 9, 1, dim), jnp.bfloat16)
+    role = left_role(q, 2 * q.shape[2], scale=0.1, heads=1, tiles=2, masked=False, config=config)
+    assert scratch_bytes(role) == config.shared_memory(dim)
+
+
+@pytest.mark.parametrize(("rows", "cols", "dim"), [(30, 52, 128), (90, 52, 128), (135, 80, 128), (52, 30, 64)])
+def test_shared_memory_is_the_scratch(rows, cols, dim):
+    """Of the other kernels, with the sizes that are chosen and those that are not."""
+    q = jax.ShapeDtypeStruct((1, 3, rows, cols, 2, dim), jnp.bfloat16)
+    shapes = ((*q.shape[:5], dim // 64, 64), (1, 3 * rows, cols, 2, dim // 64, 64))
+    query, keys = (jax.ShapeDtypeStruct(x, q.dtype) for x in shapes)
+    options = dict(heads=2, tiles=3, masked=False)
+    right = right_config(cols, dim)
+    role = right_role(query, keys, scale=0.1, key_block=64, config=right, **options)
+    assert scratch_bytes(role) == right.shared_memory(cols, dim)
+    backward = backward_config(rows, cols, dim)
+    lefts = [backward.left]
+    if rows <= 96:
+        lefts.append(LeftBackwardConfig(columns=1, independent=True, stages=4))
+    for left in lefts:
+        role = left_backward_role(q, 3 * rows, scale=0.1, config=left, **options)
+        assert scratch_bytes(role) == left.shared_memory(rows, dim)
+    for config in (backward.keys, RightBackwardConfig(stages=2), RightBackwardConfig(independent=True, ring=6)):
+        role = right_backward_role(query, keys, scale=0.1, config=config, **options)
+        assert scratch_bytes(role) == config.shared_memory(cols, dim)
+    width = backward.left.width(rows)
+    role = query_role(query, keys, left_width=width, config=backward.query, **options)
+    assert scratch_bytes(role, reductions=False) == backward.query.shared_memory(cols, dim)  # it sums in no other way

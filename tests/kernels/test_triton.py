@@ -31,13 +31,13 @@ ROOT = Path(__file__).parents[2]
 INTERPRETED = (  # a process each: that takes seconds to start
     (
         "plain", "causal", "half", "newest tile", "two parts, apart", "two parts, keys first", "stream, causal",
-        "sharp, padded dim",
+        "sharp, padded dim", "split",
     ),
 )  # fmt: skip
 INTERPRETED_SLOWLY = (
     ("480p tile", "one pair at a time, a dominant row", "flat"),
     ("one query tile at a time", "stream", "stream, sharp", "two parts, newest tile"),
-    ("blocks of rows and columns", "keys first", "two parts"),
+    ("blocks of rows and columns", "keys first", "two parts", "more columns than alpha and Y have numbers"),
 )
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
@@ -548,3 +548,48 @@ class TestTunedOnACard:
         for x, y in zip(results[1:], results[:1] * 2, strict=True):
             assert error(x[0], y[0]) <= 5e-3
             assert error(x[1], y[1]) <= 1e-4
+
+
+def plan_of(*, b2, dim, grad_tiles=None, keys=64):
+    shape = plan.Shape(batch=1, query_tiles=2, key_tiles=3, b1=8, b2=b2, heads=1, dim=dim, itemsize=2)
+    one = config.Config(rows=16, keys=keys)
+    configs = config.Configs(**dict.fromkeys(config.KERNELS, one))
+    return {x.kernel: x.constants for x in plan.backward(shape, configs, "ieee", grad_tiles).launches}
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        (dict(b2=40, dim=16), False),  # dZ [b1*b2, b2] lies where alpha and Y lay, [b1*b2, 2*16]
+        (dict(b2=32, dim=16), True),
+        (dict(b2=40, dim=32), True),
+        (dict(b2=40, dim=32, keys=32), False),  # columns in two blocks
+        (dict(b2=32, dim=16, grad_tiles=1), False),  # only some key tiles have theirs
+    ],
+)
+def test_the_scores_gradient_is_kept_where_it_fits(options, saved):
+    launches = plan_of(**options)
+    assert launches["right_backward"]["SAVE_DZ"] is saved
+    assert launches["right_query"]["SAVED_DZ"] is saved
+
+
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize(
+    ("visible", "grad_tiles", "first"),
+    [((3, 3), 1, 2), ((1, 3), 2, 1), ((2, 2), 3, -1), ((9, 1), 1, 2), ((3, 3), 7, 0), ((1, 2), None, 0)],
+)
+def test_the_newest_tiles_are_the_last_that_are_seen(monkeypatch, visible, grad_tiles, first):
+    """`first_tile` of the backward pass, with 3 key tiles, as the kernels get it."""
+    from monarchrt.triton_kernels import launch, operation
+
+    given = {}
+
+    def run(todo, operands, scratch, results, start, *_):
+        given.update(operands)
+        return {name: jnp.zeros(x.shape, x.dtype) for name, x in results.items()}
+
+    monkeypatch.setattr(launch, "run", run)
+    q, k = jnp.zeros((1, 2, 8, 8, 1, 16)), jnp.zeros((1, 3, 8, 8, 1, 16))
+    rows = jnp.zeros(q.shape[:-1])
+    operation.backward(1.0, grad_tiles, q, k, k, q, rows, rows, jnp.array(visible, jnp.int32))
+    assert given["first_tile"].tolist() == [first]

@@ -84,6 +84,12 @@ CASES = {
     "blocks of rows and columns": Case(
         query_tiles=1, key_tiles=2, b1=17, b2=17, heads=1, configs=Config(rows=16, keys=16)
     ),
+    "split": Case(
+        query_tiles=3, key_tiles=2, b2=11, heads=1, configs={"right_forward": Config(rows=16, keys=16, split=2)}
+    ),
+    "more columns than alpha and Y have numbers": Case(
+        query_tiles=1, key_tiles=1, b1=4, b2=40, heads=1, configs=Config(rows=16, keys=64)
+    ),
     "keys first": Case(query_tiles=1, key_tiles=2, heads=1, transposed=True),
     "sharp, padded dim": Case(heads=1, dim=12, sharpness=10.0),
     "flat": Case(heads=1, sharpness=0.1),
