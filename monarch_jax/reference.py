@@ -1,7 +1,10 @@
 """The definition, in einsums, for any arguments: what every other implementation is tested against.
 
 Letters are the paper's (Sections 2.1, 4.2, A): a and c index query and key tiles, i and j the row and column of a
-query, k and l those of a key. Nothing here is fast or small.
+query, k and l those of a key. Nothing here is fast or small. In the paper's tiled updates (A.2) these are:
+
+    here    a           c           i    j    k    l    d    alpha    c_l    Y    z            scores
+    paper   (l1, j1)    (k1, i1)    l2   j2   k2   i2   v    alpha_L  c_L    Y    Z_R = beta_R / c_R    Z_L
 """
 
 import dataclasses
@@ -35,6 +38,7 @@ def factors(
             c_r = left.sum(4).transpose(0, 1, 2, 4, 5, 3)  # [b,h,a,c,k,j]
             factor = jnp.minimum(1 / (c_r + EPSILON), MAX_FACTOR)[..., None]
         z = problem.scale * _einsum(f"bhackjd,{letters}->bhackjl", alpha_r, k) * factor
+        # the update of R (paper, A.2)
         right, log_right = jax.nn.softmax(z, -1), jax.nn.log_softmax(z, -1)
         alpha = _einsum(f"bhackjl,{letters}->bhacjkd", right, k)
         c_l = (right * log_right).sum(-1)  # negative entropy, [b,h,a,c,k,j]
@@ -42,6 +46,7 @@ def factors(
         scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
         scores = jnp.where(seen[None, None, :, None, None, :, None], scores, -jnp.inf)
         flat = scores.reshape(*scores.shape[:-2], -1)
+        # the update of L (paper, A.2)
         left = jax.nn.softmax(flat, -1).reshape(scores.shape)
     return left, right
 

@@ -4,14 +4,22 @@ The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persiste
 compiled for CUDA on a machine without a card. Sizes measured on a card (`tuning`) come before those of `config`.
 """
 
-from monarchrt.pallas_kernels.config import MOST_COLUMNS, MOST_ROWS, right_config
+from typing import TYPE_CHECKING
+
+from monarch_jax.devices import cuda_capability
+from monarchrt.pallas_kernels.config import CAPABILITY, MOST_COLUMNS, MOST_ROWS, right_config
+
+if TYPE_CHECKING:
+    import jax
+
+    from monarch_jax.contract import Problem, Residuals
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
 
 
-def supports(problem, q, k) -> str | None:
-    """Why the kernels cannot serve a call, or None when they can.
+def supports(problem: "Problem", q: "jax.ShapeDtypeStruct", k: "jax.ShapeDtypeStruct") -> str | None:
+    """Why the kernels cannot serve a call where JAX runs by default, or None when they can; no GPU is taken for Hopper.
 
     Args:
         problem: `monarch_jax.contract.Problem`.
@@ -23,6 +31,9 @@ def supports(problem, q, k) -> str | None:
     """
     del k
     _, _, _, cols, _, dim = q.shape
+    capability = cuda_capability()
+    if capability is not None and int(capability) != CAPABILITY:
+        return f"the GPU has compute capability {capability}; the kernels are for Hopper's {CAPABILITY}.0 alone."
     if problem.num_iters != 1:
         return f"num_iters={problem.num_iters}; the kernels take one refinement step."
     if q.dtype.name not in DTYPES:
@@ -34,7 +45,9 @@ def supports(problem, q, k) -> str | None:
     return None
 
 
-def forward(problem, q, k, v, visible):
+def forward(
+    problem: "Problem", q: "jax.Array", k: "jax.Array", v: "jax.Array", visible: "jax.Array"
+) -> "tuple[jax.Array, jax.Array]":
     """The output and the log-sum-exp of L's scores for one refinement step (paper, Sections 2.1 and 4.2).
 
     Args:
@@ -53,7 +66,9 @@ def forward(problem, q, k, v, visible):
     return _forward(problem, q, k, v, visible, keep=False)[:2]
 
 
-def forward_keeping(problem, q, k, v, visible):
+def forward_keeping(
+    problem: "Problem", q: "jax.Array", k: "jax.Array", v: "jax.Array", visible: "jax.Array"
+) -> "tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]":
     """`forward`, and alpha, Y and c_L of all heads and query tiles for `vjp`, or None where `supports_vjp` objects.
 
     They are 4*D bytes for every pair of a query (a, j) and a key row (c, k) of a head: as much as a forward pass moves
@@ -90,7 +105,7 @@ def _forward(problem, q, k, v, visible, *, keep: bool):
         return run(q, k, v, visible.astype("int32"), **options)
 
 
-def supports_vjp(problem, q, k) -> str | None:
+def supports_vjp(problem: "Problem", q: "jax.ShapeDtypeStruct", k: "jax.ShapeDtypeStruct") -> str | None:
     """Why the kernels cannot compute the gradient of a call, or None when they can.
 
     Args:
@@ -111,7 +126,9 @@ def supports_vjp(problem, q, k) -> str | None:
     return None
 
 
-def vjp(problem, residuals, d_out):
+def vjp(
+    problem: "Problem", residuals: "Residuals", d_out: "jax.Array"
+) -> "tuple[jax.Array, jax.Array, jax.Array]":
     """Gradients for one refinement step; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
 
     Args:

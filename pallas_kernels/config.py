@@ -1,7 +1,8 @@
-"""Sizes of the Mosaic GPU kernels: what is tuned, what it costs in shared memory, and the choice per problem."""
+"""Sizes of the Mosaic GPU kernels on Hopper (sm_90a): what is tuned, its shared memory, and the choice per problem."""
 
 import dataclasses
 
+CAPABILITY = 9  # the major compute capability that all of this is for
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
 ROWS = 64  # rows of one warpgroup's matrix product
 SLAB = 64  # 16-bit elements of a 128-byte swizzled row

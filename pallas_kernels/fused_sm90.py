@@ -308,6 +308,7 @@ def _run(
                     end = jnp.where(columns < cols, s[:, width - 8 :], -1e30)
                     s = lax.concatenate([s[:, : width - 8], end], 1) if width > 8 else end
                 top = s.max(axis=1) * exponent
+                # the update of R (paper, A.2): softmax over l of s <Q, K>
                 p = jnp.exp2(s * exponent - lax.broadcast_in_dim(top, s.shape, [0]))
                 total = p.sum(axis=1)
                 inverse = 1.0 / total

@@ -80,6 +80,7 @@ def independent_role(
             bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
             lse = plgpu.load(stats_in.at[zero], layout=layout.reduce(0), optimized=False)
             x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
+            # L again (paper, A.2)
             p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
             delta = plgpu.load(stats_in.at[1 + zero], layout=layout.reduce(0), optimized=False)
             d_x = (p * (d_p * early - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
@@ -250,7 +251,7 @@ def independent_role(
     )
     return Role(
         run,
-        name="monarch_left_backward",
+        name="monarch_left_backward_independent",
         outputs=items.outputs(width),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB),

@@ -155,6 +155,7 @@ def left_backward_role(
                     bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
                     lse = plgpu.load(stats_in.at[here, 0, pl.ds(0, width)], layout=layout.reduce(0), optimized=False)
                     x_s = x_s * (scale * LOG2E) - lax.broadcast_in_dim(bias, x_s.shape, [0])
+                    # L again (paper, A.2)
                     p = jnp.exp2(x_s - lax.broadcast_in_dim(lse, x_s.shape, [1]))
                     low_p = p.astype(dtype)
                     if row_blocks > 1:  # several warpgroups have fewer registers: the rounded P waits for dP

@@ -140,6 +140,7 @@ def left_role(
                     s = s - lax.broadcast_in_dim(bias, s.shape, [1])
                     new_top = jnp.maximum(top, s.max(axis=1))
                     factor = jnp.exp2(top - new_top)
+                    # the update of L (paper, A.2): softmax over (c, k) of s <Q, alpha> - c_L
                     p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
                     total = total * factor + p.sum(axis=1)
                     acc = [x * lax.broadcast_in_dim(factor, x.shape, [0]) for x in acc]

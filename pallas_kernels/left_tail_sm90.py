@@ -77,6 +77,7 @@ def step(
     s = s - lax.broadcast_in_dim(c, s.shape, [0])
     new_top = jnp.maximum(top, s.max(axis=0))  # its barrier: every warp's products with the weights before are done
     factor = jnp.exp2(top - new_top)
+    # the update of L (paper, A.2): softmax over (c, k) of s <Q, alpha> - c_L
     p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1]))
     total = total * lax.broadcast_in_dim(factor, total.shape, [1]) + p
     acc = [x * lax.broadcast_in_dim(factor, x.shape, [1]) for x in acc]

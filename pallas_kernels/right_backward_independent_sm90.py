@@ -272,7 +272,7 @@ def independent_role(
     gradient = struct((batch, pairs, cols, heads, slabs, SLAB), dtype)
     return Role(
         run,
-        name="monarch_right_backward",
+        name="monarch_right_backward_independent",
         outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, split.used), dtype)),
         scratch=(
             shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),

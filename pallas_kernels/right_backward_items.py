@@ -41,6 +41,7 @@ def softmax(z, scale: float):
     """R and its logarithm in units of log 2, [64 j, W], from Q K^T, `NOWHERE` where no key is."""
     factor = scale * LOG2E
     top = z.max(axis=1) * factor
+    # R again (paper, A.2)
     r = jnp.exp2(z * factor - _wide(top, z))
     total = r.sum(axis=1)
     return r * _wide(1.0 / total, z), z * factor - _wide(top + jnp.log2(total), z)

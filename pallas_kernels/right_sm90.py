@@ -143,6 +143,7 @@ def right_role(
                 column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=row_layout)
                 s = jnp.where(column < cols, s, -1e30)
             top = s.max(axis=1)
+            # the update of R (paper, A.2): softmax over l of s <Q, K>
             p = jnp.exp2(s - lax.broadcast_in_dim(top, s.shape, [0]))
             total = p.sum(axis=1)
             inverse = 1.0 / total

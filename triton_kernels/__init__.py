@@ -5,11 +5,15 @@ and jax-triton are imported at the first call only.
 """
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from monarchrt.triton_kernels.config import Target, compile_for, target
+
+if TYPE_CHECKING:
+    from monarch_jax.contract import Problem, Residuals
 
 __all__ = ["Target", "compile_for", "forward", "supports", "target", "vjp"]
 
@@ -18,7 +22,7 @@ MAX_DIM = 128
 LEAST_BLOCK = 4
 
 
-def supports(problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
+def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
     """Why the kernels cannot serve a call, or None when they can; asks no device.
 
     Args:
@@ -46,7 +50,9 @@ def supports(problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str |
     return None
 
 
-def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(
+    problem: "Problem", q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """One refinement step: the output and the log-sum-exp of L's scores.
 
     Args:
@@ -64,7 +70,7 @@ def forward(problem, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     return operation.forward(float(problem.scale), q, k, v, visible)
 
 
-def vjp(problem, residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def vjp(problem: "Problem", residuals: "Residuals", d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
 
     Args:

@@ -14,7 +14,7 @@ def left_block(q_i, alpha, y, c_l, top, total, acc, scale, PRECISION: tl.constex
     x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
     new_top = tl.maximum(top, tl.max(x, 1))
     shrink = tl.exp2(top - new_top)
-    p = tl.exp2(x - new_top[:, None])
+    p = tl.exp2(x - new_top[:, None])  # the update of L (paper, A.2): softmax over (c, k)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(q_i.dtype), y, acc * shrink[:, None], input_precision=PRECISION)
     return new_top, total, acc
@@ -78,7 +78,7 @@ def left_gradients(
     """L and the gradient of its scores times `scale`, both [N, I] in q's dtype; shares of d_cl and e, float32 [N]."""
     if TRANSPOSED:  # scores [N, I]: few rows i
         x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
-        p = tl.exp2(x - lse_i[None, :])
+        p = tl.exp2(x - lse_i[None, :])  # L again (paper, A.2)
         d_p = tl.dot(y, g_i.T, input_precision=PRECISION)
         d_x = p * (d_p - delta_i[None, :])
         low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)
@@ -88,7 +88,7 @@ def left_gradients(
         return low_p, low_d_x, d_cl, e
     else:  # scores [I, N]
         x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
-        p = tl.exp2(x - lse_i[:, None])
+        p = tl.exp2(x - lse_i[:, None])  # L again (paper, A.2)
         d_p = tl.dot(g_i, y.T, input_precision=PRECISION)
         d_x = p * (d_p - delta_i[:, None])
         low_p, low_d_x = p.to(q_i.dtype), (d_x * scale).to(q_i.dtype)

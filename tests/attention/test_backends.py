@@ -230,3 +230,16 @@ def test_says_why_nothing_can_run(monkeypatch):
     monkeypatch.setattr(backends, "on_cuda", lambda: False)
     with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: it needs an NVIDIA"):
         choose(None, Problem(scale=1.0), x, x)
+
+
+@pytest.mark.parametrize(("capability", "served"), [("9.0", True), ("8.0", False), ("10.0", False), (None, True)])
+def test_mosaic_asks_for_hopper(monkeypatch, capability, served):
+    """By name, too; on a machine without a GPU it lowers for one."""
+    from monarchrt import pallas_kernels
+
+    if capability:
+        fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", capability)
+    tiles = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), jnp.bfloat16)
+    reason = pallas_kernels.supports(Problem(scale=1.0), tiles, tiles)
+    expected = f"the GPU has compute capability {capability}; the kernels are for Hopper's 9.0 alone."
+    assert reason == (None if served else expected)

@@ -106,6 +106,8 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
         "monarch_left": forward.left.shared_memory(dim),
         "monarch_left_backward": backward.left.shared_memory(rows, dim),
         "monarch_right_backward": backward.keys.shared_memory(cols, dim),
+        "monarch_left_backward_independent": backward.left.shared_memory(rows, dim),
+        "monarch_right_backward_independent": backward.keys.shared_memory(cols, dim),
         "monarch_query_backward": backward.query.shared_memory(cols, dim),
     }
     for path in sorted(folder.glob("*.ptxas")):
