@@ -3,7 +3,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gpu lint clean
+.PHONY: help demo test test-slow test-gpu lint mutants cluster clean
 
 help:
 	@echo "make demo       set up, then finetune a small video model on the bundled clip (about 10 minutes on 2 cores)"
@@ -11,6 +11,8 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU (installs the cuda extra)"
 	@echo "make lint       ruff and pyright"
+	@echo "make mutants    small faults, put in one at a time, must be noticed by the tests (an hour; ARGS names some)"
+	@echo "make cluster    the measurement of thread block clusters (needs nvcc and a Hopper GPU)"
 	@echo "make clean      remove .venv and caches"
 
 $(VENV)/python: .python-version
@@ -45,6 +47,14 @@ test-gpu: $(VENV)/cuda
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# some of minutes, all of them an hour on 2 cores; ARGS names some: make mutants ARGS="spec.py cache.py"
+mutants: $(VENV)/test
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.mutants $(ARGS)
+
+# how fast a cluster of blocks passes data on, for the notes in benchmarks/; needs CUDA's compiler and a Hopper GPU
+cluster:
+	nvcc -arch=sm_90a -O3 -o /tmp/cluster benchmarks/cluster.cu && /tmp/cluster
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
