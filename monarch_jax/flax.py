@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +254,7 @@ class MonarchSelfAttention(nnx.Module):
         )
         return self.out(out), cache
 
-    def _project(self, x, rope):
+    def _project(self, x, rope) -> tuple[Any, Any, Any]:
         x = array("x", x)
         if x.ndim != 3 or x.shape[-1] != self.features:
             raise ValueError(f"x has shape {x.shape}; it should be [batch, tokens, features={self.features}].")
