@@ -18,7 +18,9 @@ DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
 
 
-def supports(problem: "Problem", q: "jax.ShapeDtypeStruct", k: "jax.ShapeDtypeStruct") -> str | None:
+def supports(
+    problem: "Problem", q: "jax.ShapeDtypeStruct | jax.Array", k: "jax.ShapeDtypeStruct | jax.Array"
+) -> str | None:
     """Why the kernels cannot serve a call where JAX runs by default, or None when they can; no GPU is taken for Hopper.
 
     Args:
@@ -105,7 +107,9 @@ def _forward(problem, q, k, v, visible, *, keep: bool):
         return run(q, k, v, visible.astype("int32"), **options)
 
 
-def supports_vjp(problem: "Problem", q: "jax.ShapeDtypeStruct", k: "jax.ShapeDtypeStruct") -> str | None:
+def supports_vjp(
+    problem: "Problem", q: "jax.ShapeDtypeStruct | jax.Array", k: "jax.ShapeDtypeStruct | jax.Array"
+) -> str | None:
     """Why the kernels cannot compute the gradient of a call, or None when they can.
 
     Args:
@@ -126,9 +130,7 @@ def supports_vjp(problem: "Problem", q: "jax.ShapeDtypeStruct", k: "jax.ShapeDty
     return None
 
 
-def vjp(
-    problem: "Problem", residuals: "Residuals", d_out: "jax.Array"
-) -> "tuple[jax.Array, jax.Array, jax.Array]":
+def vjp(problem: "Problem", residuals: "Residuals", d_out: "jax.Array") -> "tuple[jax.Array, jax.Array, jax.Array]":
     """Gradients for one refinement step; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
 
     Args:
