@@ -78,7 +78,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         >>> read_settings(Path("small"))["data"]["patch"]
         4
     """
-    own = importlib.resources.files("monarchrt.train") / "settings" / f"{path}.json"
+    own = importlib.resources.files("monarchrt.train.cli") / f"{path}.json"
     if path.suffix == "" and len(path.parts) == 1 and own.is_file():
         return json.loads(own.read_text(encoding="utf-8"))
     readers = {".toml": tomllib.loads, ".json": json.loads}
