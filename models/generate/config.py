@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from monarchrt.models.errors import UserError
 
@@ -21,8 +19,15 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
-# how a file was made is no property of it
-NOT_STORED = ("out", "overwrite", "from_", "stream", "host", "port", "linger", "quiet")
+# how a file was made is no property of it, nor what else was made with it
+NOT_STORED = (
+    *("out", "overwrite", "stream", "host", "port", "linger", "quiet", "compare", "compare_dense"),
+    *("save_embeddings", "save_latents", "save_noise"),
+)
+# those of them that were stored once, and are passed over
+ONCE_STORED = ("compare_dense", "save_embeddings")
+# settings that name what is read: a stranger's video could name anything
+NAMES_FILES = ("checkpoint", "components", "embeddings", "condition", "noise")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,14 +50,11 @@ class GenerateConfig:
     """The video to write; these settings are stored in it. An .mp4 for every player; for exactly the frames that were
     made, an .mkv (FFV1), or PNG files: a folder, or names such as frames/%05d.png."""
 
-    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH", help_behavior_hint="")] = None
-    """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""
-
     overwrite: bool = False
-    """Replace `out` if it exists."""
+    """Replace files that exist: `out`, and whatever else is written."""
 
     negative_prompt: str | None = None
-    """What the video should not show, for samplers with guidance. Default, and if empty: Wan's own."""
+    """What the video should not show, for samplers with guidance; "" for an empty prompt. Default: Wan's own."""
 
     components: Path | None = None
     """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers, if they are not
@@ -97,15 +99,28 @@ class GenerateConfig:
     """autoregressive: block by block with a cache, for causal models; bidirectional: all frames at once; windows:
     clips that continue each other, for models trained with a noise level per frame. auto: what suits the checkpoint."""
 
+    noise: Path | None = None
+    """A file of noise to use instead of the seed's, of --save-noise or made elsewhere: safetensors with `noise`
+    [frames, height, width, channels] of the new latents and, for few-step, `fresh` [steps that add noise, frames,
+    height, width, channels]."""
+
+    save_noise: Path | None = None
+    """Write the noise there, for --noise or another implementation."""
+
+    save_latents: Path | None = None
+    """Write the finished latents there: safetensors with `latents` [frames, height, width, channels], float32."""
+
     sampler: SamplerName = "auto"
     """few-step for distilled models; unipc, dpm++ or euler follow the flow in many steps. auto: few-step for
     Self-Forcing's generators, converted ones included; euler for a run; unipc otherwise."""
 
-    steps: int | None = None
-    """Calls of the network per frame. Default: 4 for few-step, 50 otherwise; 20 for a run."""
+    steps: int | tuple[int, ...] | None = None
+    """Calls of the network per frame, or for few-step the list of its steps, such as 1000 757 522. Default: 4 for
+    few-step, 50 otherwise; 20 for a run."""
 
     shift: float | None = None
-    """Shift of the noise levels towards high noise. Default: 5, or the run's."""
+    """Shift of the noise levels towards high noise. Default: that of the pipeline's scheduler_config.json (diffusers)
+    or of the run, else 5."""
 
     guidance: float | None = None
     """Weight of classifier-free guidance. Default: 1 (none) for few-step and runs, 5 otherwise."""
@@ -125,6 +140,9 @@ class GenerateConfig:
 
     context: int = 1
     """In mode windows: finished latent frames that each window starts with."""
+
+    context_noise: float = 0.0
+    """Timestep, 0 to 1000, that the network is told of finished frames, as Self-Forcing's setting of this name."""
 
     attention: Literal["stored", "dense", "monarch"] = "stored"
     """Self-attention: the one stored with the weights (dense, if nothing is), dense, or Monarch with `tile`."""
@@ -151,8 +169,11 @@ class GenerateConfig:
     """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
 
     compare_dense: bool = False
-    """Also make the video with dense attention from the same noise, and write both side by side, with PSNR and
-    SSIM, to OUT-compare.mp4."""
+    """Also make the video with the same weights and dense attention, from the same noise, and write both side by side,
+    with PSNR and SSIM, to OUT-compare.mp4."""
+
+    compare: str | None = None
+    """Likewise with another checkpoint as it is, for example the dense one that was finetuned."""
 
     stream: bool = False
     """Show frames as they come on a page of this machine."""
@@ -170,7 +191,22 @@ class GenerateConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "steps", "window", "block", "condition_frames", "zoom"):
+        if isinstance(self.steps, list | tuple):
+            object.__setattr__(self, "steps", tuple(self.steps))
+            _require(
+                bool(self.steps), "steps is an empty list; give a number, or decreasing steps such as 1000 757 522"
+            )
+        else:
+            _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; it must be at least 1")
+        _require(
+            0 <= self.context_noise <= 1000,
+            f"context_noise is {self.context_noise}; it must lie in [0, 1000], 0 is clean",
+        )
+        _require(
+            not (self.compare_dense and self.compare),
+            f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
+        )
+        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in ("context", "num_iters"):
@@ -223,27 +259,33 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
     Raises:
         UserError: If they are of another version, or out of range.
     """
-    fields = {field.name for field in dataclasses.fields(GenerateConfig)}
+    fields = {field.name for field in dataclasses.fields(GenerateConfig)} - set(NOT_STORED)
+    values = {name: value for name, value in values.items() if name not in ONCE_STORED}
     unknown = sorted(set(values) - fields)
-    _require(not unknown, f"{source} was made by another version: it has the settings {', '.join(unknown)}")
+    _require(
+        not unknown,
+        f"{source} was made by another version: it has the settings {', '.join(ascii(name)[1:-1] for name in unknown)}",
+    )
     hints = get_type_hints(GenerateConfig)
     return GenerateConfig(**{name: _revived(name, hints[name], value, source) for name, value in values.items()})
 
 
 def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
     """A JSON value as a setting of this type."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, UnionType) else [hint]
-    if value is None and kinds != [hint]:
-        return None
-    kind = getattr(kinds[0], "__value__", kinds[0])
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in (getattr(kind, "__value__", kind) for kind in kinds):
+        if _fits(kind, value):
+            convert: Any = get_origin(kind) or kind
+            return convert(value) if convert in (Path, float, tuple) else value
+    raise UserError(f"{source} has {name}={value!a} in its settings, which is not one that monarchrt generate takes")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value is of this type."""
     if get_origin(kind) is Literal:
-        fits = value in get_args(kind)
-    elif get_origin(kind) is tuple:
-        fits = isinstance(value, list) and [type(part) for part in value] == list(get_args(kind))
-        kind = tuple
-    else:
-        stored = {Path: (str,), float: (float, int)}.get(kind, (kind,))
-        fits = type(value) in stored
-    _require(fits, f"{source} has {name}={value!r} in its settings, which is not one that monarchrt generate takes")
-    convert: Any = kind if kind in (Path, float, tuple) else None
-    return convert(value) if convert else value
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        wanted = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, list) else parts
+        return isinstance(value, list) and [type(part) for part in value] == list(wanted)
+    return type(value) in {Path: (str,), float: (float, int)}.get(kind, (kind,))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.vae import WanVAE
@@ -40,6 +40,10 @@ class FrameDecoder(Protocol):
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
         """The frames of the next latents, and the state after them; dispatched, not waited for."""
+        ...
+
+    def finite(self, state: Any) -> Bool[Array, ""]:
+        """Whether no pixel so far was NaN or infinite, by the state after `decode`: bytes cannot tell."""
         ...
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
@@ -86,25 +90,37 @@ class PatchDecoder:
         self._synthesis = jnp.asarray(transform.synthesis)
         self._decode = jax.jit(functools.partial(_decode_patches, patch=transform.patch))
 
-    def start(self, batch: int, height: int, width: int) -> None:
-        """Nothing is remembered."""
-        return
+    def start(self, batch: int, height: int, width: int) -> Bool[Array, ""]:
+        """Nothing is remembered, but whether all pixels were finite."""
+        return jnp.array(True)
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
         """It compiles in no time."""
 
-    def decode(self, latents: Float[Array, "B F h w C"], state: None) -> tuple[UInt8[Array, "B F H W 3"], None]:
+    def decode(
+        self, latents: Float[Array, "B F h w C"], state: Bool[Array, ""]
+    ) -> tuple[UInt8[Array, "B F H W 3"], Bool[Array, ""]]:
         """The frames."""
-        return self._decode(latents, self._synthesis), None
+        frames, finite = self._decode(latents, self._synthesis)
+        return frames, state & finite
+
+    def finite(self, state: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether no pixel so far was NaN or infinite."""
+        return state
 
     def encode(self, video: UInt8[np.ndarray, "B F H W 3"]) -> Float[Array, "B F h w C"]:
         """The latents."""
         return jnp.asarray(self._transform.encode(video))
 
 
-def _decode_patches(latents: Array, synthesis: Array, *, patch: int) -> Array:
+def _decode_patches(latents: Array, synthesis: Array, *, patch: int) -> tuple[Array, Array]:
     pixels = jnp.matmul(latents, synthesis, precision="highest")
-    return to_pixels(rearrange(pixels, "b f h w (py px c) -> b f (h py) (w px) c", py=patch, px=patch))
+    return _checked(rearrange(pixels, "b f h w (py px c) -> b f (h py) (w px) c", py=patch, px=patch))
+
+
+def _checked(video: Array) -> tuple[Array, Array]:
+    """Pixels as bytes, and whether they were finite."""
+    return to_pixels(video), jnp.isfinite(video).all()
 
 
 class WanDecoder:
@@ -137,8 +153,8 @@ class WanDecoder:
         self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
 
     def start(self, batch: int, height: int, width: int) -> Any:
-        """The decoder's cache, and whether the first latent is still to come."""
-        return self._start(self._state, batch, height * self.spatial, width * self.spatial), True
+        """The decoder's cache, whether the first latent is still to come, and whether all pixels were finite."""
+        return self._start(self._state, batch, height * self.spatial, width * self.spatial), True, jnp.array(True)
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
         """Compiles in the background, each program in a thread of its own; `decode` waits for the one it needs.
@@ -153,7 +169,7 @@ class WanDecoder:
         if not parts or video in self._prepared:
             return
         self._prepared.add(video)
-        cache, _ = jax.eval_shape(functools.partial(self.start, batch, height, width))
+        cache, *_ = jax.eval_shape(functools.partial(self.start, batch, height, width))
         before = jax.ShapeDtypeStruct((batch, 1, height * self.spatial, width * self.spatial, 3), jnp.uint8)
         calls: list[tuple[Any, int, tuple[Any, ...]]] = [(self._first, parts[0], (cache,))]
         if parts[0] > 1:
@@ -169,14 +185,19 @@ class WanDecoder:
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
         """The frames; two programs for the first block and one for the others."""
-        cache, first = state
+        cache, first, before = state
         if not first:
-            frames, cache = self._run(self._next, latents, cache)
-            return frames, (cache, False)
-        frames, cache = self._run(self._first, latents, cache)
+            (frames, finite), cache = self._run(self._next, latents, cache)
+            return frames, (cache, False, before & finite)
+        (frames, finite), cache = self._run(self._first, latents, cache)
         if latents.shape[1] > 1:
-            frames, cache = self._run(self._rest, latents, cache, frames)
-        return frames, (cache, False)
+            (frames, rest), cache = self._run(self._rest, latents, cache, frames)
+            finite = finite & rest
+        return frames, (cache, False, before & finite)
+
+    def finite(self, state: Any) -> Bool[Array, ""]:
+        """Whether no pixel so far was NaN or infinite."""
+        return state[2]
 
     def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
         if (job := self._compiling.get((function, latents.shape))) is not None:
@@ -198,17 +219,18 @@ def _start_vae(graph, state, batch, height, width):
 
 def _decode_first(graph, state, latents, cache):
     frames, cache = nnx.merge(graph, state).decode_first(latents[:, :1], cache)
-    return to_pixels(frames), cache
+    return _checked(frames), cache
 
 
 def _decode_rest(graph, state, latents, cache, before):
     frames, cache = nnx.merge(graph, state).decode_next(latents[:, 1:], cache)
-    return jnp.concatenate([before, to_pixels(frames)], axis=1), cache
+    pixels, finite = _checked(frames)
+    return (jnp.concatenate([before, pixels], axis=1), finite), cache
 
 
 def _decode_next(graph, state, latents, cache):
     frames, cache = nnx.merge(graph, state).decode_next(latents, cache)
-    return to_pixels(frames), cache
+    return _checked(frames), cache
 
 
 def _encode_video(graph, state, video):

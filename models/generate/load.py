@@ -1,8 +1,13 @@
 """Finding and loading the parts of a Wan checkpoint: network, VAE, text encoder and tokenizer."""
 
+import contextlib
+import dataclasses
+import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,10 +17,13 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
 from monarchrt.models.generate.pipeline import VideoPipeline
-from monarchrt.models.generate.plan import Defaults, Plan, make_plan
+from monarchrt.models.generate.plan import Defaults, Plan, check_tiles, make_plan
+from monarchrt.models.generate.tensors import read_noise
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.media.video import read_clip
+from monarchrt.models.sampling import Noise
 from monarchrt.models.vae import load_vae
+from monarchrt.models.wan import WanConfig, WanModel
 
 if TYPE_CHECKING:
     from monarchrt.models.wan.checkpoints.source import Source
@@ -99,11 +107,170 @@ def wan_defaults(source: "Source") -> Defaults:
         The defaults; distilled models are causal, though Self-Forcing's files do not say so.
     """
     if source.few_step:
-        return Defaults(mode="autoregressive", sampler="few-step")
-    return Defaults(mode="bidirectional" if source.config.causal_block is None else "autoregressive")
+        return Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True)
+    causal = source.config.causal_block is not None
+    own: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # of a scheduler that we have not, which the caller is told of
+        if (scheduler := source.scheduler) is not None:
+            own = {"sampler": scheduler.sampler, "shift": scheduler.shift, "shift_from": scheduler.path.name}
+    return Defaults(mode="autoregressive" if causal else "bidirectional", distilled=False, causal=causal, **own)
 
 
-def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """Everything that a video is made of.
+
+    Attributes:
+        plan: What to make.
+        pipeline: Network and decoder.
+        text: Embedding of the prompt.
+        negative: Of the negative prompt, with guidance.
+        initial: Latents that the video begins with.
+        noise: Instead of the seed's.
+        reference: Loads what `compare` names.
+    """
+
+    plan: Plan
+    pipeline: VideoPipeline
+    text: Any
+    negative: Any = None
+    initial: Any = None
+    noise: Noise | None = None
+    reference: Callable[[], VideoPipeline] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `pipeline` and of `make_video`."""
+        names = ("plan", "negative", "initial", "noise")
+        return {name: getattr(self, name) for name in names}
+
+
+@runtime_checkable
+class Opened(Protocol):
+    """A checkpoint that was found and looked through, and of which no weights have been read.
+
+    Attributes:
+        sizes: Of the network, with the attention that is stored.
+    """
+
+    sizes: WanConfig
+
+    def material(self, config: GenerateConfig) -> Material:
+        """Everything for a video; sizes and files are checked before any weights are read."""
+        ...
+
+    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+        """The network, with its own attention unless another is given."""
+        ...
+
+
+# who opens a checkpoint, asked in this order: a function from settings to what was opened, or None if it is not theirs
+OPENERS = {
+    "a run folder": "monarchrt.train.export:open_run",
+    "a Wan checkpoint": "monarchrt.models.generate.load:open_wan",
+}
+
+
+def open_checkpoint(config: GenerateConfig) -> Opened:
+    """Opens what `config.checkpoint` names.
+
+    Raises:
+        UserError: If it is nothing that can be generated with.
+    """
+    if config.checkpoint is None:
+        raise UserError("no checkpoint was given; give the path of one, or the name of a Hugging Face repository")
+    for place in OPENERS.values():
+        module, _, function = place.partition(":")
+        opened = getattr(importlib.import_module(module), function)(config)
+        if opened is not None:
+            return opened
+    raise UserError(f"checkpoint {config.checkpoint} is neither of {', '.join(OPENERS)}")
+
+
+def load_material(config: GenerateConfig) -> Material:
+    """Loads everything that a video is made of from paths: of a Wan checkpoint and its parts, or of a run folder.
+
+    Example:
+        >>> material = load_material(GenerateConfig(checkpoint="runs/demo/monarch", frames=13))  # doctest: +SKIP
+        >>> frames = material.pipeline(material.text, **material.options())  # doctest: +SKIP
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The material.
+
+    Raises:
+        UserError: If something is missing, or a setting does not fit; before any weights are read where possible.
+    """
+    opened = open_checkpoint(config)
+    if config.compare is None:
+        return opened.material(config)
+    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None)
+    try:
+        other = open_checkpoint(apart)
+    except UserError as error:
+        raise UserError(f"compare {config.compare}: {error}") from error
+    for name in ("patch_size", "in_channels", "out_channels", "text_dim", "text_len"):
+        ours, theirs = getattr(opened.sizes, name), getattr(other.sizes, name)
+        if ours != theirs:
+            raise UserError(
+                f"compare {config.compare} has {name} {theirs}, and checkpoint {config.checkpoint} has {ours}"
+            )
+    material = opened.material(config)
+    check_tiles(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
+    decoder = material.pipeline.decoder
+    return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder))
+
+
+def half_precision(config: GenerateConfig) -> str:
+    """The compute type."""
+    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
+    return "bfloat16" if half else "float32"
+
+
+@dataclass(frozen=True)
+class WanCheckpoint:
+    """A Wan checkpoint that was opened."""
+
+    source: "Source"
+
+    @property
+    def sizes(self) -> WanConfig:
+        """Of the network."""
+        return self.source.config
+
+    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+        """The network."""
+        from monarchrt.models.wan.checkpoints.load import read_model, resolve_config
+
+        dtype = half_precision(config)
+        with user_input():
+            self.source.check()
+            chosen = resolve_config(
+                self.source, None, attention=attention, dtype=dtype, param_dtype=dtype, override=True
+            )
+            return read_model(self.source, chosen)
+
+    def material(self, config: GenerateConfig) -> Material:
+        """Everything for a video."""
+        return load_wan(config, self)
+
+
+def open_wan(config: GenerateConfig) -> WanCheckpoint:
+    """Opens a Wan checkpoint in any format."""
+    from monarchrt.models.wan.checkpoints.source import open_source
+
+    with user_input():
+        return WanCheckpoint(open_source(config.checkpoint or "", weights=config.weights))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_wan(
+    config: GenerateConfig, opened: WanCheckpoint | None = None, *, report: Callable[[str], None] = _say
+) -> Material:
     """Loads a Wan checkpoint and its parts.
 
     Sizes, settings and the presence of every part are checked before any weights are read; the text encoder is let go
@@ -111,28 +278,32 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
 
     Args:
         config: The settings.
+        opened: The checkpoint, if it is open already.
+        report: Takes lines for the person who waits.
 
     Returns:
-        Plan, pipeline, embedding of the prompt, of the negative prompt or None, and latents to begin with or None.
+        The material.
 
     Raises:
         UserError: If something is missing or does not fit.
     """
-    from monarchrt.models.wan.checkpoints import load_checkpoint
-    from monarchrt.models.wan.checkpoints.source import open_source
-
-    with user_input():
-        source = open_source(config.checkpoint or "", weights=config.weights)
+    opened = opened or open_wan(config)
+    source = opened.source
     plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
     if config.prompt is None and config.embeddings is None:
         raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
     with user_input():
         source.check()
     components = find_components(config, source.path)
+    _tell_of_schedulers(source, report)
+    for note in plan.notes:
+        report(note)
+    given = 0
     if (frames := condition_frames(plan)) is not None:
-        print(f"begins with {len(frames)} frames of {config.condition}", file=sys.stderr)
-    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
-    dtype = "bfloat16" if half else "float32"
+        given = plan.begins_with(len(frames))
+        report(f"begins with {len(frames)} frames of {config.condition}")
+    noise = given_noise(plan, source.config.out_channels, given=given)
+    dtype = half_precision(config)
     text, negative = text_embeddings(
         plan.config,
         encoder=components.text_encoder,
@@ -141,21 +312,35 @@ def load_wan(config: GenerateConfig) -> tuple[Plan, VideoPipeline, Any, Any, Any
         width=source.config.text_dim,
         rows=source.config.text_len,
         dtype=dtype,
+        report=report,
     )
     with user_input():
         decoder = WanDecoder(load_vae(components.vae, dtype=dtype, param_dtype=dtype))
         _check_decoder(decoder, plan, source.config.out_channels)
         decoder.prepare(1, plan.parts, *plan.latents[1:])  # compiles while the network is read
-        model = load_checkpoint(
-            config.checkpoint or "",
-            attention=plan.attention,
-            dtype=dtype,
-            param_dtype=dtype,
-            weights=config.weights,
-            override=True,
-        )
+    model = opened.network(config, attention=plan.attention)
     initial = None if frames is None else decoder.encode(frames[None])
-    return plan, VideoPipeline(model, decoder), text, negative, initial
+    return Material(
+        plan=plan,
+        pipeline=VideoPipeline(model, decoder),
+        text=text,
+        negative=negative,
+        initial=initial,
+        noise=noise,
+    )
+
+
+def _tell_of_schedulers(source: "Source", report: Callable[[str], None]) -> None:
+    try:
+        _ = source.scheduler
+    except ValueError as error:
+        report(f"note: {error} Wan's own sampler and shift are used")
+
+
+def given_noise(plan: Plan, channels: int, *, given: int) -> Noise | None:
+    """The noise of `--noise`, for the latents after the `given` ones; None without it."""
+    path = plan.config.noise
+    return None if path is None else read_noise(path, plan, channels=channels, given=given)
 
 
 def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:

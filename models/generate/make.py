@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from monarchrt.models.errors import user_input
-from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import NAMES_FILES, GenerateConfig
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Plan
 from monarchrt.models.generate.stream import LivePage, check_port
+from monarchrt.models.generate.tensors import save_latents, save_noise, seed_noise
 from monarchrt.models.media.metrics import Fidelity, fidelity
 from monarchrt.models.media.video import side_by_side, write_video
 from monarchrt.models.media.writer import check_folder, check_writable, open_writer
+from monarchrt.models.sampling import Noise
 from monarchrt.models.wan import DenseAttention
 
 
@@ -36,7 +39,7 @@ class Result:
         frames: In it.
         seconds: From the first call to the last frame, compilation included.
         first_frame: Seconds until the first frames were there.
-        fidelity: To the dense model's video, if that was made.
+        fidelity: To the other video, of `compare` or `compare_dense`, if that was made.
         comparison: Both side by side.
     """
 
@@ -58,15 +61,53 @@ def comparison_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}-compare{out.suffix}")
 
 
-def check_outputs(config: GenerateConfig) -> None:
-    """Raises UserError unless everything that will be written can be; before any compute, and without JAX's help."""
-    check_writable(config.out, overwrite=config.overwrite)
-    if config.compare_dense:
-        check_writable(comparison_path(config.out), overwrite=config.overwrite)
-    if config.save_embeddings is not None:
-        check_folder("save_embeddings", config.save_embeddings)
+def check_outputs(config: GenerateConfig, *, also_read: Mapping[str, Path] | None = None) -> None:
+    """Raises UserError unless everything that will be written can be; before any compute, and without JAX's help.
+
+    Nothing that exists is replaced without `overwrite`; and no file is written twice, or read and written.
+
+    Args:
+        config: The settings.
+        also_read: What else is read, by the name of its setting.
+    """
+    outputs = {"out": config.out}
+    if config.compare_dense or config.compare:
+        outputs["the comparison"] = comparison_path(config.out)
+    tensors = {name: getattr(config, name) for name in ("save_embeddings", "save_noise", "save_latents")}
+    outputs |= {name: path for name, path in tensors.items() if path is not None}
+    read = {name: Path(value) for name in (*NAMES_FILES, "compare") if (value := getattr(config, name)) is not None}
+    inputs = {name: path for name, path in (read | dict(also_read or {})).items() if path.exists()}
+    _check_collisions(outputs, inputs)
+    for name, path in outputs.items():
+        if name in tensors:
+            _check_tensor_file(name, path, overwrite=config.overwrite)
+        else:
+            check_writable(path, overwrite=config.overwrite)
     if config.stream:
         check_port(config.host, config.port)
+
+
+def _check_collisions(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
+    seen: dict[Path, str] = {}
+    for name, path in outputs.items():
+        if (other := seen.setdefault(path.expanduser().resolve(), name)) != name:
+            raise UserError(f"{name} {path} is the file of {other}, too; give another name to one of them")
+        for source, given in inputs.items():
+            where = given.expanduser().resolve()
+            inside = given.is_dir() and path.exists() and where in path.expanduser().resolve().parents
+            if inside or (path.exists() and given.exists() and path.samefile(given)):
+                kind = "a file of" if inside else "the file of"
+                raise UserError(f"{name} {path} is {kind} {source} {given}, which is read; give another name")
+
+
+def _check_tensor_file(name: str, path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{name} {path} is a folder; give the name of a file, for example {path / 'a.safetensors'}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{name} {path} exists already; give another name, or --overwrite")
+    check_folder(name, path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{name} {path} exists and may not be written")
 
 
 def make_video(
@@ -76,6 +117,8 @@ def make_video(
     plan: Plan,
     negative: Float[Array, "1 M E"] | None = None,
     initial: Float[Array, "1 K h w C"] | None = None,
+    noise: Noise | None = None,
+    reference: Callable[[], VideoPipeline] | None = None,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Result:
     """Makes the video, and whatever else its settings ask for.
@@ -88,6 +131,8 @@ def make_video(
         plan: What to make and where to.
         negative: Embedding of the negative prompt.
         initial: Latents that the video begins with.
+        noise: Instead of the seed's.
+        reference: Loads what `compare` names.
         report: Takes lines for the person who waits.
 
     Returns:
@@ -98,8 +143,15 @@ def make_video(
         KeyboardInterrupt: If it was stopped; the message says what is kept.
     """
     config = plan.config
+    if config.save_noise is not None:
+        given = 0 if initial is None else initial.shape[1]
+        used = noise or seed_noise(plan, channels=pipeline.model.config.out_channels, given=given)
+        report(f"the noise is saved in {save_noise(config.save_noise, used)}")
+    latents: list[Any] | None = None if config.save_latents is None else []
+    options: dict[str, Any] = dict(plan=plan, negative=negative, initial=initial, noise=noise)
     with user_input():
-        parts = _traced(pipeline(text, plan=plan, negative=negative, initial=initial))
+        parts = _traced(pipeline(text, **options, keep=latents))
+    compares = config.compare_dense or reference is not None
     kept: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         page = None
@@ -110,14 +162,24 @@ def make_video(
             )
             stack.enter_context(page)
             report(f"frames are shown as they come at {page.url}")
-        result = _write(parts, plan, page, kept if config.compare_dense else None, report)
+        try:
+            result = _write(parts, plan, page, kept if compares else None)
+        finally:
+            if config.save_latents is not None and latents:  # of the frames so far
+                report(
+                    f"the latents are saved in {save_latents(config.save_latents, np.concatenate(latents, axis=1)[0])}"
+                )
         if page is not None:
             _let_watch(page, config.linger, report)
-    if not config.compare_dense:
+    if not compares:
         return result
-    report("the same with dense attention")
-    dense = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
-    parts = dense(text, plan=plan, negative=negative, initial=initial)
+    if reference is None:
+        report("the same weights with dense attention")
+        other = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
+    else:
+        report(f"the same by {config.compare}")
+        other = reference()
+    parts = other(text, **options)
     try:
         with _signals_stop():
             return dataclasses.replace(result, **_compare(parts, np.concatenate(kept), plan))
@@ -126,10 +188,12 @@ def make_video(
 
 
 def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict[str, Any]:
-    """Makes the dense video and writes both side by side: the fields of `Result` that say how they compare."""
+    """Makes the other video and writes both side by side: the fields of `Result` that say how they compare."""
     config = plan.config
-    reference = np.concatenate(list(_shown(parts, plan, "dense")))
-    both = side_by_side([reference, video], labels=["dense", "Monarch"], zoom=config.zoom or 1)
+    label = "dense" if config.compare is None else Path(config.compare).name
+    reference = np.concatenate(list(_shown(parts, plan, label)))
+    ours = "Monarch" if config.compare_dense else Path(config.checkpoint or "").name or "ours"
+    both = side_by_side([reference, video], labels=[label, ours], zoom=config.zoom or 1)
     path = write_video(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
     return {"fidelity": fidelity(video, reference), "comparison": path}
 
@@ -139,7 +203,6 @@ def _write(
     plan: Plan,
     page: LivePage | None,
     kept: list[np.ndarray] | None,
-    report: Callable[[str], None],
 ) -> Result:
     """Writes the file; on Ctrl-C with the frames so far."""
     config = plan.config

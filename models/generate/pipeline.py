@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.decoders import FrameDecoder
 from monarchrt.models.generate.plan import PIECE, Plan
-from monarchrt.models.sampling import Rollout, autoregressive, windows
+from monarchrt.models.sampling import Noise, Rollout, autoregressive, windows
 from monarchrt.models.wan import WanModel
 
 
@@ -51,12 +51,14 @@ class VideoPipeline:
         plan: Plan,
         negative: Float[Array, "1 M E"] | None = None,
         initial: Float[Array, "1 K h w C"] | None = None,
+        noise: Noise | None = None,
     ) -> Iterator[Float[Array, "1 F h w C"]]:
         """The latents of the video, part by part, each dispatched when it is asked for and not waited for."""
         frames, height, width = plan.latents
         common: dict[str, Any] = dict(
             frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
         )
+        common["noise"] = noise
         common["negative"] = negative if plan.guides else None
         if isinstance(plan.settings, Rollout):
             return autoregressive(self.model, text, rollout=plan.settings, **common)
@@ -69,6 +71,8 @@ class VideoPipeline:
         plan: Plan,
         negative: Float[Array, "1 M E"] | None = None,
         initial: Float[Array, "1 K h w C"] | None = None,
+        noise: Noise | None = None,
+        keep: list[Array] | None = None,
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         """Generates a video.
 
@@ -81,17 +85,19 @@ class VideoPipeline:
             plan: What to make.
             negative: Embedding of the negative prompt; used if the plan guides.
             initial: Latents that the video begins with.
+            noise: Of the new latents, instead of the seed's; `plan.noise` is that.
+            keep: Gets the latents, part by part, [1, F, h, w, C].
 
         Yields:
             Frames, RGB.
 
         Raises:
             ValueError: If shapes do not fit; before anything is computed.
-            UserError: If latents are NaN or infinite; the frames before them were handed out.
+            UserError: If latents or pixels are NaN or infinite; the frames before them were handed out.
         """
-        parts = self.latents(text, plan=plan, negative=negative, initial=initial)
+        parts = self.latents(text, plan=plan, negative=negative, initial=initial, noise=noise)
         self.decoder.prepare(1, plan.parts, *plan.latents[1:])
-        return self._decoded(parts, plan)
+        return self._decoded(parts if keep is None else _kept(parts, keep), plan)
 
     def _decoded(self, parts: Iterator[Array], plan: Plan) -> Iterator[np.ndarray]:
         state = self.decoder.start(1, *plan.latents[1:])
@@ -100,15 +106,26 @@ class VideoPipeline:
             frames, state = self.decoder.decode(latents, state)
             if waiting is not None:
                 yield _fetched(*waiting)
-            waiting = frames, jnp.isfinite(latents).all()
+            waiting = frames, jnp.isfinite(latents).all(), self.decoder.finite(state)
         if waiting is not None:
             yield _fetched(*waiting)
 
 
-def _fetched(frames: Array, finite: Array) -> np.ndarray:
+def _kept(parts: Iterator[Array], keep: list[Array]) -> Iterator[Array]:
+    for part in parts:
+        keep.append(part)
+        yield part
+
+
+def _fetched(frames: Array, finite: Array, decoded: Array) -> np.ndarray:
     if not finite:
         raise UserError(
             "the latents are NaN or infinite; check the checkpoint's weights, or compute with --precision fp32"
+        )
+    if not decoded:
+        raise UserError(
+            "the decoded frames are NaN or infinite, though the latents are not; check the weights of the VAE, or "
+            "compute with --precision fp32"
         )
     return np.asarray(frames)[0]
 

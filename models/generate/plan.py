@@ -31,6 +31,9 @@ class Defaults:
         shift: Of the noise levels.
         guidance: Of samplers that are not few-step.
         window: In mode windows.
+        shift_from: What said so of the shift, for the reader; None: nothing did.
+        distilled: Whether the network is one of few steps.
+        causal: Whether it was trained block by block.
     """
 
     mode: str
@@ -43,6 +46,9 @@ class Defaults:
     shift: float = 5.0
     guidance: float = 5.0
     window: int | None = None
+    shift_from: str | None = None
+    distilled: bool | None = None
+    causal: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class Plan:
         attention: Of the model, one for all layers or one per layer.
         spatial: Pixels per latent position.
         temporal: Frames per latent after the first.
+        notes: What the person who waits should know of these settings.
     """
 
     config: GenerateConfig
@@ -64,6 +71,7 @@ class Plan:
     attention: Attention | tuple[Attention, ...]
     spatial: int
     temporal: int
+    notes: tuple[str, ...] = ()
 
     @property
     def guides(self) -> bool:
@@ -146,6 +154,7 @@ def make_plan(
                 independent_first_frame=config.independent_first_frame,
                 window=config.window or _window(config, latents[0]),
                 sink_frames=config.sink_frames,
+                context_noise=config.context_noise,
             )
         else:
             settings = Windows(
@@ -155,6 +164,7 @@ def make_plan(
                 guidance=1.0 if config.guidance is None else config.guidance,
                 window=config.window if config.mode == "windows" else None,
                 context=config.context,
+                context_noise=config.context_noise,
             )
         attention = _attention(config, model)
     plan = Plan(
@@ -164,11 +174,32 @@ def make_plan(
         attention=attention,
         spatial=spatial,
         temporal=temporal,
+        notes=_notes(config, defaults, settings),
     )
     if config.compare_dense and not any(isinstance(layer, MonarchAttention) for layer in _layers(attention)):
         raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
-    _check_tiles(plan, model)
+    check_tiles(plan, model)
     return plan
+
+
+def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows) -> tuple[str, ...]:
+    """How it will be sampled; and what of it the checkpoint is not known to be made for."""
+    table = settings.table()
+    steps = f"{table.steps} steps" if isinstance(settings.steps, int) or settings.steps is None else settings.steps
+    said = f" (of {defaults.shift_from})" if defaults.shift_from and settings.shift == defaults.shift else ""
+    grid = "; noise levels on Wan's grid, from which diffusers' differs a little" if defaults.shift_from else ""
+    guidance = "no guidance" if settings.guidance == 1.0 else f"guidance {settings.guidance:g}"
+    notes = [f"sampler {config.sampler}: {steps}, shift {settings.shift:g}{said}, {guidance}{grid}"]
+    if config.sampler == "few-step" and defaults.distilled is False:
+        notes.append(
+            "note: nothing says that this checkpoint is distilled, and few steps of one that is not give a blur; "
+            "--sampler unipc or euler suit it"
+        )
+    if config.mode == "autoregressive" and defaults.causal is False:
+        notes.append(
+            "note: nothing says that this checkpoint was trained block by block; --mode bidirectional suits it"
+        )
+    return tuple(notes)
 
 
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> GenerateConfig:
@@ -176,7 +207,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
     mode = defaults.mode if config.mode == "auto" else config.mode
     if config.sampler != "auto":
         sampler = config.sampler
-    elif mode == defaults.mode:
+    elif mode == defaults.mode or (mode == "autoregressive" and defaults.distilled is False):
         sampler = defaults.sampler
     else:
         sampler = "few-step" if mode == "autoregressive" else "unipc"
@@ -261,7 +292,7 @@ def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tupl
 def _zoom(config: GenerateConfig) -> int:
     """How much the file's pixels are enlarged; the encoder must take the result."""
     height, width = config.height or 1, config.width or 1
-    across = width * (2 if config.compare_dense else 1)
+    across = width * (2 if config.compare_dense or config.compare else 1)
     zoom, largest = config.zoom or max(1, -(-SMALLEST_WIDTH // width)), LARGEST_SIDE // max(height, across)
     if not largest:
         raise UserError(f"height x width is {height} x {width}; the file takes at most {LARGEST_SIDE} pixels a side")
@@ -304,15 +335,35 @@ def _layers(attention):
     return attention if isinstance(attention, tuple) else (attention,)
 
 
-def _check_tiles(plan: Plan, model: WanConfig) -> None:
-    """Tiles must divide each block of tokens, the window and the sinks."""
+def check_tiles(plan: Plan, model: WanConfig) -> None:
+    """Raises UserError unless tiles divide each block of tokens, the window and the sinks; names sizes that they do."""
     settings = plan.settings
     if isinstance(settings, Rollout):
         counts = {settings.block, plan.first_block, settings.window or plan.latents[0]}
     else:
         counts = {settings.window or plan.latents[0]}
-    with user_input():
-        for setting in dict.fromkeys(_layers(plan.attention)):
-            if isinstance(setting, MonarchAttention):
-                for count in sorted(counts):
+    for setting in dict.fromkeys(_layers(plan.attention)):
+        if isinstance(setting, MonarchAttention):
+            for count in sorted(counts):
+                try:
                     setting.spec(model.token_grid(count, *plan.latents[1:]))
+                except (ValueError, NotImplementedError) as error:
+                    reason = " ".join(str(error).split()).rstrip(".")
+                    raise UserError(reason + _sizes_for(setting.tile, plan, model)) from error
+
+
+def _sizes_for(tile: tuple[int, int, int] | None, plan: Plan, model: WanConfig) -> str:
+    """What to give so that a tile divides the tokens."""
+    if tile is None:
+        return ""
+    advice = []
+    patch = model.patch_size
+    if isinstance(plan.settings, Windows) and plan.settings.window is None and plan.latents[0] % (tile[0] * patch[0]):
+        latents = max(1, plan.latents[0] // (tile[0] * patch[0])) * tile[0] * patch[0]
+        advice.append(f"--frames {1 + (latents - 1) * plan.temporal}")
+    for name, at in (("height", 1), ("width", 2)):
+        unit = tile[at] * patch[at] * plan.spatial
+        pixels = plan.latents[at] * plan.spatial
+        if pixels % unit:
+            advice.append(f"--{name} {max(1, pixels // unit) * unit}")
+    return f"; give {' '.join(advice)}, or another --tile" if advice else ""

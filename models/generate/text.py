@@ -41,11 +41,11 @@ def text_embeddings(
         [1, rows, width], zero past the prompt's end, and the same or None.
 
     Raises:
-        UserError: If a prompt is empty, the file lacks one, or an embedding is of another width.
+        UserError: If the prompt is empty, the file lacks one, or an embedding is of another width or not finite.
     """
     prompts = [config.prompt or ""]
     if guides:
-        prompts.append(config.negative_prompt or NEGATIVE_PROMPT)
+        prompts.append(NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt)
     if config.embeddings is not None:
         found = _read(config.embeddings, prompts, rows)
     elif encoder is None or tokenizer is None:
@@ -57,6 +57,9 @@ def text_embeddings(
             raise UserError(
                 f"the text embedding of {prompt[:40]!r} is {array.shape[-1]} wide; the network takes {width}"
             )
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            where = config.embeddings or encoder
+            raise UserError(f"the text embedding of {prompt[:40]!r} from {where} is NaN or infinite; check that file")
     if config.save_embeddings is not None:
         report(f"embeddings are saved in {save_embeddings(config.save_embeddings, found)}")
     batches = [jnp.asarray(array, jnp.float32)[None] for array in found.values()]
@@ -89,11 +92,14 @@ def encode_texts(
         UserError: If a text is empty, or the encoder cannot be read.
     """
     ours = Tokenizer.load(tokenizer)
-    ours(prompts, length=rows, warn=lambda line: None)  # an empty prompt is found before gigabytes are read
+    # an empty prompt is found before gigabytes are read; negative ones, which follow, may be empty
+    ours(prompts[:1], length=rows, warn=lambda line: None)
     with user_input():
         model = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
     yield from zip(
-        prompts, encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report), strict=True
+        prompts,
+        encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report, empty=True),
+        strict=True,
     )
 
 

@@ -30,6 +30,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     length: int = 512,
     warn: Callable[[str], None] = warnings.warn,
+    empty: bool = False,
 ) -> Iterator[np.ndarray]:
     """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan cuts and pads, which is the same).
 
@@ -41,6 +42,7 @@ def encode_prompts(
         tokenizer: Its tokenizer.
         length: Rows per prompt.
         warn: Called with a line for each prompt that is cut.
+        empty: Whether a prompt may be empty, as negative ones are.
 
     Yields:
         [length, D] in the encoder's compute dtype, for each prompt.
@@ -48,7 +50,7 @@ def encode_prompts(
     Raises:
         UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not; before the first is encoded.
     """
-    ids, mask = tokenizer(prompts, length=length, warn=warn)
+    ids, mask = tokenizer(prompts, length=length, warn=warn, empty=empty)
     if ids.max() >= encoder.config.vocab_size:
         raise UserError(
             f"the tokenizer gives id {ids.max()}; the encoder knows {encoder.config.vocab_size}: they do not belong "

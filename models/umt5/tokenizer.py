@@ -104,6 +104,7 @@ class Tokenizer:
         *,
         length: int = 512,
         warn: Callable[[str], None] = warnings.warn,
+        empty: bool = False,
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Cleans, tokenizes, appends the end token, and pads or cuts to `length`.
 
@@ -111,6 +112,7 @@ class Tokenizer:
             prompts: Texts.
             length: Ids per prompt, at least 2.
             warn: Called with a line for each prompt that is cut.
+            empty: Whether a prompt may be empty: the end token alone.
 
         Returns:
             Ids, and True where there is no padding.
@@ -126,7 +128,7 @@ class Tokenizer:
         mask = np.zeros((len(prompts), length), bool)
         for row, prompt in enumerate(prompts):
             text = clean_text(prompt)
-            if not text:
+            if not text and not empty:
                 raise UserError(f"prompt {prompt!r} is empty; say what the video shows, for example 'a cat on a wall'")
             tokens = list(self.inner.encode(text).ids)
             if tokens[-1:] == [self.end]:

@@ -86,7 +86,7 @@ class TestWan:
 
         # the same from the file's own settings, and from saved embeddings without the text encoder
         again = tmp_path / "again.mp4"
-        assert generate("--from", out, "--out", again, "--embeddings", saved, "--quiet") == 0
+        assert generate("--from", out, "--trust", "--out", again, "--embeddings", saved, "--quiet") == 0
         np.testing.assert_array_equal(read_clip(again, height=32, width=64), read_clip(out, height=32, width=64))
         assert read_settings(again)["seed"] == stored["seed"]
 
@@ -149,7 +149,7 @@ class TestWan:
         ([*CAT], "no checkpoint was given; give --checkpoint"),
         (["--checkpoint", "{wan}", *CAT, "--out", "{file}/below.mp4"], "cannot be written"),
         (["--checkpoint", "{wan}", *CAT, "--out", "{file}"], "exists already; give another --out, or --overwrite"),
-        (["--from", "{tiled}", "--attention", "dense"], "path='nowhere' does not exist"),
+        (["--from", "{tiled}", "--trust", "--attention", "dense"], "path='nowhere' does not exist"),
         (["--from", "{file}"], "holds no settings; it was not made by monarchrt generate"),
         (["--checkpoint", "{wan}", *CAT, "--embeddings", "{file}"], "is not a file of text embeddings"),
         (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--condition", "{file}"], "do not make whole blocks"),
@@ -261,7 +261,7 @@ class TestRun:
         one, other = tmp_path / "one.mp4", tmp_path / "other.mp4"
         arguments = ["--mode", "windows", "--frames", "3", "--steps", "1", "--guidance", "1", "--quiet"]
         assert generate("--checkpoint", baseline, *arguments, "--out", one) == 0
-        assert generate("--from", one, "--out", other, "--quiet") == 0
+        assert generate("--from", one, "--trust", "--out", other, "--quiet") == 0
         assert read_settings(one) == read_settings(other)
 
     def test_the_folder_above_the_runs(self, baseline, tmp_path, capsys):
@@ -296,11 +296,11 @@ def test_every_option_is_explained(capsys):
         generate("--help")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    from monarchrt.models.generate.config import GenerateConfig
+    from monarchrt.train.cli.generate import GenerateOptions
 
-    for name in GenerateConfig.__dataclass_fields__:
+    for name in GenerateOptions.__dataclass_fields__:
         assert f"--{name.strip('_').replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
-    assert "monarchrt generate --from cat.mp4" in text
+    assert "monarchrt generate --from cat.mp4 --trust" in text
 
 
 class TestEncode:

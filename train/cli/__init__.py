@@ -140,4 +140,5 @@ def _load(name: str) -> Callable[[list[str]], int | None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,22 +1,16 @@
 """`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import GenerateConfig, from_stored
-from monarchrt.train.cli.parsing import parse
-from monarchrt.train.export import find_run, run_model
+from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, GenerateConfig, from_stored
+from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
-
-if TYPE_CHECKING:
-    from monarchrt.models.generate.pipeline import VideoPipeline
-    from monarchrt.models.generate.plan import Defaults, Plan
-    from monarchrt.train.config import TrainConfig
 
 _GENERATE = """Make a video: frames are written, and shown with --stream, as they come.
 
@@ -26,51 +20,34 @@ monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B
 
 monarchrt generate --checkpoint runs/demo/monarch --out demo.mp4 --stream
 
-monarchrt generate --from cat.mp4 --out again.mp4"""
-# settings that a run folder has no use for, and why
-NOT_OF_RUNS = {
-    "components": "needs no other parts",
-    "weights": "has one set of weights",
-    "save_embeddings": "was trained without text",
-    "guidance": "was trained without text",
-}
-SEEN = 0  # held-out window whose first frames a run's video begins with
+monarchrt generate --from cat.mp4 --trust --out again.mp4"""
 
 
-class Material(NamedTuple):
-    """Everything that a video is made of."""
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(GenerateConfig):
+    """Make a video from a prompt, with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
 
-    plan: "Plan"
-    pipeline: "VideoPipeline"
-    text: Any
-    negative: Any
-    initial: Any
+    from_: Path | None = None
+    """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""
+
+    trust: bool = False
+    """With --from: also read the checkpoint and the other files that the video names; else they are to be given."""
 
 
 def generate_command(arguments: Sequence[str]) -> int:
     """`monarchrt generate`."""
-    given = _option(arguments, "--from")
-    default = GenerateConfig()
-    if given is not None:
-        source = Path(given)
-        from monarchrt.models.media.writer import read_settings
-
-        default = from_stored(read_settings(source), source=source)
-        if _option(arguments, "--attention") and not _option(arguments, "--tile"):  # another attention has its own
-            own = {name: getattr(GenerateConfig(), name) for name in ("tile", "blocks", "num_iters", "implementation")}
-            default = dataclasses.replace(default, attention="stored", **own)
-    config = parse(GenerateConfig, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
+    config, source = _parse(arguments)
     if config.checkpoint is None:
         raise UserError(
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
     with finish_first():
+        from monarchrt.models.generate.load import load_material
         from monarchrt.models.generate.make import check_outputs, make_video
 
-    check_outputs(config)
+    check_outputs(config, also_read={} if source is None else {"from": source})
     material = load_material(config)
-    plan, pipeline, text, negative, initial = material
-    result = make_video(pipeline, text, plan=plan, negative=negative, initial=initial)
+    result = make_video(material.pipeline, material.text, reference=material.reference, **material.options())
     rate = result.frames / result.seconds
     _say(
         f"{result.path}: {result.frames} frames in {result.seconds:.1f} s ({rate:.1f} frames/s), the first after "
@@ -78,115 +55,50 @@ def generate_command(arguments: Sequence[str]) -> int:
     )
     if result.fidelity is not None:
         psnr, ssim = result.fidelity
-        _say(f"{result.comparison}: next to dense attention; PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
+        numbers = f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
+        if config.compare is not None:
+            _say(f"{result.comparison}: next to {config.compare}; {numbers}")
+        else:
+            _say(
+                f"{result.comparison}: next to dense attention; {numbers}. Both are the same weights: if they were "
+                f"finetuned with Monarch attention, --compare CHECKPOINT says what it loses against a dense model"
+            )
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
+    """The settings, and the video that they are from."""
+    given = last_value(arguments, "--from")
+    default = GenerateOptions()
+    named: dict[str, Any] = {}
+    if given is not None:
+        from monarchrt.models.media.writer import read_settings
+
+        stored = from_stored(read_settings(Path(given)), source=Path(given))
+        named = {name: value for name in NAMES_FILES if (value := getattr(stored, name)) not in (None, NO_CONDITION)}
+        values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
+        if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own
+            own = ("tile", "blocks", "num_iters", "implementation")
+            values |= {name: getattr(default, name) for name in own} | {"attention": "stored"}
+        values |= dict.fromkeys(named)
+        default = GenerateOptions(**values)
+    options = parse(GenerateOptions, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
+    if options.trust and options.from_ is None:
+        raise UserError("trust goes with --from VIDEO.mp4; leave it out")
+    missing = {name: value for name, value in named.items() if getattr(options, name) is None}
+    if missing:
+        listed = ", ".join(f"{name} {str(value)!a}" for name, value in missing.items())
+        if not options.trust:
+            typed = ", ".join(f"--{name}" for name in missing)
+            raise UserError(
+                f"{given} names {listed}; what a video names is read only if you say so: add --trust if you trust it, "
+                f"or give {typed} yourself"
+            )
+        _say(f"as {given} says: {listed}")
+        options = dataclasses.replace(options, **missing)
+    config: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
+    return GenerateConfig(**config), options.from_
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def load_material(config: GenerateConfig) -> Material:
-    """Loads what the settings name: of a run folder, or of a Wan checkpoint.
-
-    Args:
-        config: The settings.
-
-    Returns:
-        Plan, pipeline, embeddings and the latents that the video begins with.
-
-    Raises:
-        UserError: If something is missing, or a setting does not fit; before any weights are read where possible.
-    """
-    path = Path(config.checkpoint or "")
-    run = find_run(path)
-    if run is not None:
-        return _load_run(config, path, run)
-    from monarchrt.models.generate.load import load_wan
-
-    return Material(*load_wan(config))
-
-
-def run_defaults(run: "TrainConfig") -> "Defaults":
-    """How a run's network is sampled where nothing else is said: as it was trained."""
-    from monarchrt.models.generate.plan import Defaults
-
-    causal = run.model.override_values().get("causal_block") is not None
-    trained = run.objective.generation
-    forced = trained.level_per_frame
-    return Defaults(
-        mode="autoregressive" if causal else "windows" if forced else "bidirectional",
-        frames=4 * run.data.frames + 1 if forced and not causal else run.data.frames,
-        height=run.data.height,
-        width=run.data.width,
-        fps=8.0,
-        sampler=trained.sampler,
-        steps=trained.steps,
-        shift=trained.shift,
-        guidance=1.0,
-        window=run.data.frames,
-    )
-
-
-def _load_run(config: GenerateConfig, path: Path, run: "TrainConfig") -> Material:
-    """A run folder: its network, its patch transform, an empty text, a held-out frame to begin with."""
-    import jax.numpy as jnp
-
-    from monarchrt.models.generate.decoders import PatchDecoder
-    from monarchrt.models.generate.pipeline import VideoPipeline
-    from monarchrt.models.generate.plan import make_plan
-    from monarchrt.models.media.latents import PatchDCT
-    from monarchrt.train.model import model_settings
-
-    if run.data.latents is not None:
-        raise UserError(
-            f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
-            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "
-            f"--components"
-        )
-    for name, why in NOT_OF_RUNS.items():
-        value = getattr(config, name)
-        if value is not None and not (name == "guidance" and value == 1.0):  # a stored plan says 1.0
-            raise UserError(f"{name} is {value}, but checkpoint {path} is a run folder, which {why}; leave it out")
-    decoder = PatchDecoder(PatchDCT(patch=run.data.patch, whitening=run.data.whitening))
-    precision = "bf16" if config.precision == "bf16" else "fp32"
-    wan = model_settings(run.model, channels=decoder.channels, precision=precision)
-    plan = make_plan(config, defaults=run_defaults(run), model=wan, spatial=decoder.spatial, temporal=decoder.temporal)
-    if config.prompt or config.negative_prompt or config.embeddings:
-        _say(f"note: {path} was trained without text; the prompt does nothing")
-    initial = _begin(plan, decoder, run)
-    model = run_model(path, run, precision=precision).with_attention(plan.attention)
-    text = jnp.zeros((1, 1, wan.text_dim))
-    return Material(plan, VideoPipeline(model, decoder), text, None, initial)
-
-
-def _begin(plan: "Plan", decoder: Any, run: "TrainConfig") -> Any:
-    """Latents that a run's video begins with: of `condition`, or of the run's own held-out clip."""
-    from monarchrt.models.generate.load import condition_latents
-    from monarchrt.train.data import ClipWindows, open_source
-
-    if plan.config.condition is not None:
-        return condition_latents(plan, decoder)
-    if plan.config.mode == "bidirectional":
-        return None
-    try:
-        source = open_source(run.data)
-    except UserError as error:
-        _say(f"note: the run's clip cannot be read ({error}); the video begins with noise")
-        return None
-    size = (plan.config.height, plan.config.width)
-    if not isinstance(source, ClipWindows) or size != (run.data.height, run.data.width):
-        return None
-    frames = source.held_out_window(SEEN)[: plan.first_block]
-    if len(frames) < plan.first_block or plan.first_block >= plan.latents[0]:
-        return None
-    return decoder.encode(frames[None])

@@ -101,7 +101,11 @@ def explain(kind: type) -> None:
     Without this, tyro keeps the line breaks of a field's docstring, and says `{None}|INT` and `(default: None)` where
     the docstring says what leaving the option out means.
     """
-    texts = {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(kind).params}
+    texts = {
+        text.arg_name: text.description or ""
+        for parent in reversed(kind.__mro__[:-1])
+        for text in docstring_parser.parse_from_object(parent).params
+    }
     fields = {item.name for item in dataclasses.fields(kind)}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if name not in fields:
@@ -110,6 +114,8 @@ def explain(kind: type) -> None:
             explain(hint)
         elif name in texts and typing.get_origin(hint) is not Annotated:
             settings: dict[str, Any] = {"help": " ".join(texts[name].split())}
+            if name.endswith("_"):  # a word of Python
+                settings["name"] = name.rstrip("_")
             if getattr(kind, name, 0) is None:
                 settings |= {"help_behavior_hint": "", "metavar": _placeholder(hint)}
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(**settings)]
@@ -117,10 +123,12 @@ def explain(kind: type) -> None:
 
 def _placeholder(hint: Any) -> str:
     """What stands for the value of an optional setting, as tyro writes it for one that is not: INT INT INT."""
-    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    kind = [part for part in typing.get_args(hint) if part is not types.NoneType][-1]
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+    if parts[1:] == (...,):
+        return f"{parts[0].__name__.upper()} [{parts[0].__name__.upper()} ...]"
     return " ".join(part.__name__.upper() for part in parts)
 
 

@@ -274,3 +274,24 @@ def test_nothing_is_compiled_after_the_second_block(tiny):
     with compiled() as programs:
         list(frames)
     assert not programs
+
+
+def test_frames_that_are_not_finite(tiny, tmp_path):
+    """Weights of a decoder that are NaN: the latents are numbers, and a file of them would be black."""
+    pipeline, plan = tiny
+    pipeline.decoder._synthesis = pipeline.decoder._synthesis.at[0, 0].set(jnp.nan)
+    with pytest.raises(UserError, match="the decoded frames are NaN or infinite, though the latents are not"):
+        make_video(pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixels_of_a_vae_that_are_not_finite():
+    vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
+    for part, bad in ((vae, False), (jax.tree.map(lambda x: x * jnp.nan, nnx.state(vae)), True)):
+        if bad:
+            nnx.update(vae, part)
+        decoder = WanDecoder(vae)
+        state = decoder.start(1, 2, 3)
+        for _ in range(2):
+            _, state = decoder.decode(jnp.zeros((1, 2, 2, 3, 16)), state)
+            assert bool(decoder.finite(state)) != bad
