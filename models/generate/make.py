@@ -57,7 +57,11 @@ def comparison_path(out: Path) -> Path:
     Example:
         >>> comparison_path(Path("cat.mp4")).name
         'cat-compare.mp4'
+        >>> comparison_path(Path("cat/%05d.png")).parent.name
+        'cat-compare'
     """
+    if "%" in out.stem and out.suffix.lower() == ".png":  # a file per frame: a folder of their own
+        return out.parent.with_name(f"{out.parent.name}-compare") / out.name
     return out.with_name(f"{out.stem}-compare{out.suffix}")
 
 
