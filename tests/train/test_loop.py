@@ -4,6 +4,7 @@ import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,11 +13,12 @@ from monarchrt.models.errors import DiskFullError, NonFiniteError, UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.train import loop, networks
 from monarchrt.train.checkpointing import Checkpoints
-from monarchrt.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
+from monarchrt.train.objectives.flow import draw_noise, flow_loss
 from monarchrt.train.state import create_role
 
 from .conftest import history
@@ -68,6 +70,33 @@ def test_a_second_run_from_python_repeats_the_first_and_resumes(source, tmp_path
     finished = train(settings(tmp_path / "two", resume=True), source=source, model=Network())
     assert finished.held_out_loss == result.held_out_loss
     assert history(tmp_path / "two") == history(tmp_path / "one")
+
+
+def test_each_step_reads_its_batch(source, tmp_path):
+    """Step n, counted from 1, trains on batch n - 1, also after a resume: no example is left out or seen twice."""
+    asked, first = [], []
+
+    class Spied:
+        latent_shape, held_out, fingerprint = source.latent_shape, source.held_out, source.fingerprint
+        held_out_batch = staticmethod(source.held_out_batch)
+
+        def train_batch(self, step, batch, seed):
+            asked.append(step)
+            return source.train_batch(step, batch, seed)
+
+    def read(step, state):
+        first.append(sorted(set(asked)))
+
+    train(settings(tmp_path / "run", steps=2), source=Spied(), model=Network(), after_step=read)
+    assert first == [[0], [0, 1]]
+    asked.clear()
+    train(settings(tmp_path / "run", steps=4, resume=True), source=Spied(), model=Network())
+    assert asked[-2:] == [2, 3]
+    # by its number: the loss of the first step, from the objective's definition
+    level, noise = draw_noise(jax.random.fold_in(jax.random.key(0), 0), (2, *source.latent_shape), ObjectiveConfig())
+    latents, text = map(jnp.asarray, source.train_batch(0, 2, 0))
+    loss = flow_loss(Network(), latents, text, level=level, noise=noise, config=ObjectiveConfig())
+    assert history(tmp_path / "run")[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import optax
 import pytest
 from flax import nnx
 
+from monarchrt.models.errors import UserError
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.state import (
     all_finite,
+    check_trainable,
     checksums,
     create_role,
     create_state,
@@ -22,8 +24,10 @@ from monarchrt.train.state import (
     learning_rate_schedule,
     make_optimizer,
     make_training,
+    parameter_names,
     split_model,
     to_arrays,
+    trainable_filter,
     update_ema,
 )  # fmt: skip
 from monarchrt.train.step import make_train_step
@@ -174,6 +178,30 @@ def test_weight_decay_spares_biases():
     np.testing.assert_allclose(
         params_of(plain)["proj"]["bias"][...], params_of(decayed)["proj"]["bias"][...], atol=1e-7
     )
+
+
+def test_only_what_trains_is_split_off():
+    """By what is asked for, not by the kind of variable alone: a LoRA parameter is a parameter."""
+
+    class Adapted(nnx.Module):
+        def __init__(self):
+            self.base = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+            self.lora = nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0))
+            self.count = nnx.BatchStat(jnp.zeros(()))
+
+    def names(*patterns):
+        _, params, frozen = split_model(Adapted(), trainable_filter(patterns))
+        assert sorted(parameter_names(params) + parameter_names(frozen)) == everything
+        return parameter_names(params)
+
+    everything = ["base.bias", "base.kernel", "count", "lora.lora_a", "lora.lora_b"]
+    assert names("all") == ["base.bias", "base.kernel", "lora.lora_a", "lora.lora_b"]
+    assert names("lora.*") == ["lora.lora_a", "lora.lora_b"]
+    assert names("*.bias", "lora.lora_b") == ["base.bias", "lora.lora_b"]
+    assert names("count") == []  # no parameter
+    _, params, frozen = split_model(Adapted(), trainable_filter(["head.*"]))
+    with pytest.raises(UserError, match=r"trainable is 'head.\*', which fits no parameter; .* base, count, lora"):
+        check_trainable(["head.*"], params, frozen, option="trainable")
 
 
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)])

@@ -71,7 +71,9 @@ def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[
     for word in arguments:
         option = word.partition("=")[0]
         if option.startswith("--") and option[2:].removeprefix("no-").replace("-", "_") in names | set(_OF_A_ROLE):
-            given = [f"--{role}.{option[2:]}" for role in settings.roles]
+            name = option[2:].removeprefix("no-").replace("-", "_")
+            every = name in _OF_A_ROLE or any(item.name == name for item in dataclasses.fields(ModelConfig))
+            given = [f"--{role}.{option[2:]}" for role in (settings.roles if every else training)]
             raise UserError(f"{option} is an option of each role of {settings.name}; give {' or '.join(given)}")
     return list(arguments)
 
