@@ -15,11 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from monarchrt.models.attention.notation import split_options, with_options
+from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 
 LARGEST = 8192  # pixels, either way
+
+# the options that are fields of the attention, and what they are
+_OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,8 +118,10 @@ class ModelConfig:
     overrides: tuple[str, ...] = ()
     """Fields of the preset to change: `--overrides num_layers=2 dim=96 patch_size=[1,2,2]`."""
 
-    attention: Literal["dense", "monarch"] = "monarch"
-    """Self-attention of every block: exact softmax attention, or tiled MonarchAttention."""
+    attention: str = SHORT
+    """Self-attention: a kind, such as dense (exact softmax attention) or monarch (tiled MonarchAttention), with its
+    fields, as in `monarch(tile=(3,30,52))`, or of several kinds: `first_layers(2, dense, monarch)`, and likewise
+    first_steps and first_blocks, and `per_layer(2 * dense, 28 * monarch)`."""
 
     tile: tuple[int, int, int] | None = None
     """Tile of MonarchAttention in tokens (frames, height, width), for example `--tile 1 4 7`. Each must divide the
@@ -137,14 +144,33 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
+        try:  # one form for what is equal
+            attention, options = split_options(self.attention, self.attention_options(), _OF_ATTENTION)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name, value in {"attention": attention, **options}.items():
+            object.__setattr__(self, name, value)
         _require(self.num_iters >= 1, f"num_iters is {self.num_iters}; it must be at least 1")
-        for name in ("tile", "blocks", "num_iters", "implementation", "keep_intermediates"):
-            value = getattr(self, name)
-            _require(
-                self.attention == "monarch" or value == getattr(type(self), name),
-                f"{name} is {value} but attention is {self.attention!r}; {name} needs attention 'monarch'",
-            )
         self.override_values()
+
+    def attention_options(self) -> dict[str, Any]:
+        """The options beside `attention` that are not left out."""
+        values = {name: getattr(self, name) for name in _OF_ATTENTION}
+        return {name: value for name, value in values.items() if value != getattr(type(self), name)}
+
+    def attention_text(self) -> str:
+        """The attention in its notation, options put in.
+
+        Example:
+            >>> ModelConfig(tile=(3, 30, 52)).attention_text()
+            'monarch(tile=(3,30,52))'
+        """
+        return with_options(self.attention, self.attention_options())
+
+    def stored(self) -> dict[str, Any]:
+        """JSON values by name, with the attention in its notation."""
+        plain = {name: getattr(type(self), name) for name in _OF_ATTENTION}
+        return to_dict(self) | plain | {"attention": self.attention_text()}
 
     def override_values(self) -> dict[str, Any]:
         """The overrides by name; values are read as JSON, or else taken as text.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from monarchrt.models.attention.base import density_of_layers
+from monarchrt.models.attention.notation import to_text
 from monarchrt.models.wan import WanConfig
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.state import TrainState
@@ -68,9 +69,10 @@ def _optimizer(config: TrainConfig, role: str) -> str:
 
 
 def _attention(network: WanConfig, grid: tuple[int, int, int]) -> str:
-    kinds = ", ".join(dict.fromkeys(map(str, network.layer_attention)))
-    stored = density_of_layers(network.layer_attention, grid, causal_block=network.causal_block).kept
-    return f"attention {kinds}" + (f", {1 - stored:.1%} sparse" if stored < 1 else "")
+    settings = network.layer_attention
+    density = density_of_layers(settings, grid, causal_block=network.causal_block)
+    text = to_text(settings[0] if len(set(settings)) == 1 else settings)
+    return f"attention {text}, {density}"
 
 
 def _narrow(network: Any) -> list[str]:

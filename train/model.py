@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.train.config import ModelConfig
 
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
     from flax import nnx
 
     from monarchrt.models.checkpoints.reading import Shardings
-    from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel
+    from monarchrt.models.wan import Attention, WanConfig, WanModel
 
 
-def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention":
+def attention_setting(config: ModelConfig) -> "Attention":
     """The self-attention that a config asks for.
 
     Args:
@@ -25,20 +26,10 @@ def attention_setting(config: ModelConfig) -> "DenseAttention | MonarchAttention
         A setting for `monarchrt.models.wan.WanConfig.attention`.
 
     Raises:
-        UserError: If the tile, the layout or the number of iterations is invalid.
+        UserError: If the kind or one of its fields is unknown, or a value is invalid.
     """
-    from monarchrt.models.wan import DenseAttention, MonarchAttention
-
-    if config.attention == "dense":
-        return DenseAttention()
     with user_input():
-        return MonarchAttention(
-            tile=config.tile,
-            blocks=config.blocks,
-            num_iters=config.num_iters,
-            implementation=config.implementation,
-            keep_intermediates=config.keep_intermediates,
-        )
+        return parse(config.attention_text())
 
 
 def model_settings(

@@ -18,6 +18,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import is_litter
 from monarchrt.train.config import (
@@ -175,11 +177,12 @@ def write_config(config: TrainConfig) -> None:
     path = folder / CONFIG_NAME
     # how it was called this time is no setting of the run
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    values = to_dict(fresh) | {"model": fresh.model.stored()}
     try:
         with report_full_disk(path):
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = folder / _UNFINISHED
-            unfinished.write_text(json.dumps(to_dict(fresh), indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
@@ -220,6 +223,7 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for part in ("model", "data", "objective", "optimizer", "run"):
         flat |= {name: value for name, value in to_dict(getattr(config, part)).items() if name not in _FREE}
+    flat |= _attention(config.model)
     flat["objective"] = flat.pop("name")
     for role, values in to_dict(config).get("roles", {}).items():
         values = {**values.pop("model"), **(values.pop("optimizer") or {}), **values}
@@ -229,6 +233,15 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
         if settings.schedule != "constant" and settings.decay_steps is None:
             flat["decay_steps" if role == config.objective.exported else f"{role}.decay_steps"] = config.run.steps
     return flat | {"data": fingerprint}
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    """What of an attention that the short form cannot say may change on resume, and what may not."""
+    if model.attention == SHORT:
+        return {}
+    setting = parse(model.attention)
+    how = str(setting) if setting != setting.stored() else None
+    return {"attention": str(setting.stored()), "implementation": how}
 
 
 def _defaults() -> dict[str, Any]:

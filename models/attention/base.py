@@ -149,6 +149,9 @@ class Density(NamedTuple):
         return text
 
 
+FULL = Density(1.0, 1.0, 1.0)
+
+
 def visible_share(grid: Grid, causal_block: int | None) -> float:
     """Share of the map that is not masked.
 
@@ -216,6 +219,11 @@ class Attention(abc.ABC):
         """Raises ValueError unless the setting suits a network of so many layers."""
         for part in self.parts():
             part.check_layers(num_layers)
+
+    @property
+    def unit(self) -> Grid | None:
+        """Tokens that must divide a grid, for advice; None if any grid will do, or if it cannot be told."""
+        return next((part.unit for part in self.parts() if part.unit is not None), None)
 
     @property
     def by_blocks(self) -> bool:

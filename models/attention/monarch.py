@@ -62,6 +62,11 @@ class MonarchAttention(Attention):
             grid=grid, tile=self.tile, blocks=self.blocks, num_iters=self.num_iters, causal_block=causal_block
         )
 
+    @property
+    def unit(self) -> Grid | None:
+        """The tile."""
+        return self.tile
+
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
         """A tile must divide the grid and lie in one causal block."""
         self.spec(grid or self.tile or (1, 1, 1), causal_block=causal_block)

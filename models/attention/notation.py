@@ -11,7 +11,7 @@ imports its kind.
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -119,40 +119,53 @@ def with_options(text: str, options: Mapping[str, Any]) -> str:
         'monarch(tile=(3,30,52), num_iters=2)'
 
     Args:
-        text: In the notation.
+        text: In the notation; with options, the name of that kind alone.
         options: Field to value, those that were given.
 
     Returns:
         The text, as it is if there are no options.
+    """
+    return f"{text}({', '.join(f'{name}={_printed(value)}' for name, value in options.items())})" if options else text
+
+
+def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
+    """The inverse of `with_options`: a text that the short form can say becomes that, with the options given beside it.
+
+    Example:
+        >>> known = {"tile": tuple, "num_iters": int}
+        >>> split_options("monarch(tile=(3,30,52))", {"num_iters": 2}, known)
+        ('monarch', {'tile': (3, 30, 52), 'num_iters': 2})
+        >>> split_options("first_layers(2, dense, monarch)", {}, known)
+        ('first_layers(2, dense, monarch)', {})
+
+    Args:
+        text: In the notation.
+        options: Field to value, those that were given.
+        known: All options that there are, and the type of each.
+
+    Returns:
+        The name of the kind that has a short form and its options, or the text and none.
 
     Raises:
-        ValueError: If the options do not go with the text, which should be the name of that kind alone.
+        ValueError: If the text cannot be read, or the options do not go with it.
     """
-    if not options:
-        return text
-    if text.strip() != SHORT:
+    call = read(text)
+    if call.name not in names():
+        raise ValueError(f"{_quoted(text)}: {call.name!r} is not a kind of attention; kinds: {', '.join(names())}.")
+    fields = {name: value.name if value == Call(getattr(value, "name", "")) else value for name, value in call.fields}
+    short = call.name == SHORT and not call.arguments
+    if short and all(type(value) is known.get(name) for name, value in fields.items()):
+        for name, value in fields.items():
+            if options.get(name, value) != value:
+                raise ValueError(f"{name} is {options[name]!r}, but attention is {text!r}; leave one of them out")
+        return SHORT, fields | dict(options)
+    if options:
         name, value = next(iter(options.items()))
         raise ValueError(
             f"{name} is {value!r} but attention is {text!r}; {name} needs attention {SHORT!r}, or is written in it, "
             f"as in {EXAMPLE!r}"
         )
-    return f"{SHORT}({', '.join(f'{name}={_printed(value)}' for name, value in options.items())})"
-
-
-def options_of(text: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
-    """The inverse of `with_options`: the kind's name and its fields, if all are among those known; else the text.
-
-    Example:
-        >>> options_of("monarch(tile=(3,30,52))", ["tile"])
-        ('monarch', {'tile': (3, 30, 52)})
-        >>> options_of("first_layers(2, dense, monarch)", ["tile"])
-        ('first_layers(2, dense, monarch)', {})
-    """
-    call = read(text)
-    fields = dict(call.fields)
-    if call.name != SHORT or call.arguments or not set(fields) <= set(known):
-        return text, {}
-    return SHORT, fields
+    return text, {}
 
 
 def read(text: str) -> Call:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from monarchrt.models.attention.notation import split_options, with_options
+from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
 
 type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
@@ -19,6 +21,9 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
+STORED = "stored"  # with the weights
+# the options that are fields of the attention, and what they are
+_OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str}
 # how a file was made is no property of it, nor what else was made with it
 NOT_STORED = (
     *("out", "overwrite", "stream", "host", "port", "linger", "quiet", "compare", "compare_dense"),
@@ -144,8 +149,10 @@ class GenerateConfig:
     context_noise: float = 0.0
     """Timestep, 0 to 1000, that the network is told of finished frames, as Self-Forcing's setting of this name."""
 
-    attention: Literal["stored", "dense", "monarch"] = "stored"
-    """Self-attention: the one stored with the weights (dense, if nothing is), dense, or Monarch with `tile`."""
+    attention: str = STORED
+    """Self-attention: stored, the one that the weights are for (dense, if nothing says so); or a kind, such as dense
+    or monarch, with its fields, as in `monarch(tile=(3,30,52))`, or of several: `first_steps(1, dense, monarch)`, and
+    likewise first_layers and first_blocks."""
 
     tile: tuple[int, int, int] | None = None
     """Tile of Monarch attention in tokens (frames, height, width); implies --attention monarch."""
@@ -226,14 +233,41 @@ class GenerateConfig:
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
         _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")
         _require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in [0, 65535]")
-        if self.tile is not None:
-            _require(self.attention != "dense", f"tile is {self.tile}, but attention is 'dense'; leave one of them out")
-            object.__setattr__(self, "tile", tuple(self.tile))
-            object.__setattr__(self, "attention", "monarch")
+        self._settle_attention()
         _require(
             self.prompt is None or bool(self.prompt.strip()),
             f"prompt is empty ({self.prompt!r}); say what the video shows, for example --prompt 'a cat on a wall'",
         )
+
+    def _settle_attention(self) -> None:
+        """One form for what is equal: the name of the kind and its options, if the short form can say it."""
+        if self.tile is not None:
+            fits = self.attention == STORED or self.attention.startswith(SHORT)
+            _require(fits, f"tile is {self.tile}, but attention is {self.attention!r}; leave one of them out")
+            object.__setattr__(self, "tile", tuple(self.tile))
+            object.__setattr__(self, "attention", SHORT if self.attention == STORED else self.attention)
+        if not self.attention.strip().startswith(SHORT):
+            return  # the plan says what goes with what
+        try:
+            attention, options = split_options(self.attention, self.attention_options(), _OF_ATTENTION)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name, value in {"attention": attention, **options}.items():
+            object.__setattr__(self, name, value)
+
+    def attention_options(self) -> dict[str, Any]:
+        """The options beside `attention` that are not left out."""
+        values = {name: getattr(self, name) for name in _OF_ATTENTION}
+        return {name: value for name, value in values.items() if value != getattr(type(self), name)}
+
+    def attention_text(self) -> str:
+        """The attention in its notation, options put in.
+
+        Example:
+            >>> GenerateConfig(tile=(3, 30, 52)).attention_text()
+            'monarch(tile=(3,30,52))'
+        """
+        return with_options(self.attention, self.attention_options())
 
     def stored(self) -> dict[str, Any]:
         """What goes into the video's metadata: JSON values by name.
@@ -243,6 +277,9 @@ class GenerateConfig:
             3
         """
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_STORED}
+        if self.attention == SHORT:
+            plain = {name: getattr(type(self), name) for name in _OF_ATTENTION}
+            values |= plain | {"attention": self.attention_text()}
         return json.loads(json.dumps(values, default=str))
 
 

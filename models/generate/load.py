@@ -17,7 +17,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
 from monarchrt.models.generate.pipeline import VideoPipeline
-from monarchrt.models.generate.plan import Defaults, Plan, check_tiles, make_plan
+from monarchrt.models.generate.plan import Defaults, Plan, check_attention, make_plan
 from monarchrt.models.generate.tensors import read_noise
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.media.video import read_clip
@@ -217,7 +217,7 @@ def load_material(config: GenerateConfig) -> Material:
                 f"compare {config.compare} has {name} {theirs}, and checkpoint {config.checkpoint} has {ours}"
             )
     material = opened.material(config)
-    check_tiles(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
+    check_attention(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
     decoder = material.pipeline.decoder
     return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder))
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from monarchrt.models.attention.registry import EXACT, exact
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import NAMES_FILES, GenerateConfig
 from monarchrt.models.generate.pipeline import VideoPipeline
@@ -27,7 +28,6 @@ from monarchrt.models.media.metrics import Fidelity, fidelity
 from monarchrt.models.media.video import side_by_side, write_video
 from monarchrt.models.media.writer import check_folder, check_writable, open_writer
 from monarchrt.models.sampling import Noise
-from monarchrt.models.wan import DenseAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +178,8 @@ def make_video(
     if not compares:
         return result
     if reference is None:
-        report("the same weights with dense attention")
-        other = VideoPipeline(pipeline.model.with_attention(DenseAttention()), pipeline.decoder)
+        report(f"the same weights with {EXACT} attention")
+        other = VideoPipeline(pipeline.model.with_attention(exact()), pipeline.decoder)
     else:
         report(f"the same by {config.compare}")
         other = reference()
@@ -194,9 +194,9 @@ def make_video(
 def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict[str, Any]:
     """Makes the other video and writes both side by side: the fields of `Result` that say how they compare."""
     config = plan.config
-    label = "dense" if config.compare is None else Path(config.compare).name
+    label = EXACT if config.compare is None else Path(config.compare).name
     reference = np.concatenate(list(_shown(parts, plan, label)))
-    ours = "Monarch" if config.compare_dense else Path(config.checkpoint or "").name or "ours"
+    ours = plan.kinds if config.compare_dense else Path(config.checkpoint or "").name or "ours"
     both = side_by_side([reference, video], labels=[label, ours], zoom=config.zoom or 1)
     path = write_video(comparison_path(config.out), both, fps=config.fps or 16.0, quality=config.quality)
     return {"fidelity": fidelity(video, reference), "comparison": path}

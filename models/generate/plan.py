@@ -3,10 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 
+from monarchrt.models.attention.base import FULL, Attention, Density, density_of_layers, leaves
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.attention.registry import EXACT, SHORT, exact
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
+from monarchrt.models.generate.config import NO_CONDITION, STORED, GenerateConfig
 from monarchrt.models.sampling import Rollout, Windows
-from monarchrt.models.wan import Attention, DenseAttention, MonarchAttention, WanConfig
+from monarchrt.models.wan import WanConfig
 
 LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
@@ -63,6 +66,7 @@ class Plan:
         spatial: Pixels per latent position.
         temporal: Frames per latent after the first.
         notes: What the person who waits should know of these settings.
+        density: Of the attention's maps, over all layers and steps.
     """
 
     config: GenerateConfig
@@ -72,6 +76,13 @@ class Plan:
     spatial: int
     temporal: int
     notes: tuple[str, ...] = ()
+    density: Density = FULL
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of the attention by name."""
+        settings = self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        return ", ".join(dict.fromkeys(leaf.name for setting in settings for leaf in leaves(setting)))
 
     @property
     def guides(self) -> bool:
@@ -176,10 +187,12 @@ def make_plan(
         temporal=temporal,
         notes=_notes(config, defaults, settings),
     )
-    if config.compare_dense and not any(isinstance(layer, MonarchAttention) for layer in _layers(attention)):
-        raise UserError("compare_dense compares Monarch with dense attention, but attention is dense; give a --tile")
-    check_tiles(plan, model)
-    return plan
+    density = check_attention(plan, model)
+    if config.compare_dense and set(_stored(attention)) == {exact()}:
+        raise UserError(
+            f"compare_dense compares another attention with {EXACT}, but attention is {EXACT}; give a --tile"
+        )
+    return dataclasses.replace(plan, density=density)
 
 
 def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows) -> tuple[str, ...]:
@@ -312,58 +325,61 @@ def _window(config: GenerateConfig, latents: int) -> int | None:
     return max(1, LONGEST_WITHOUT_WINDOW // block) * block
 
 
-def _attention(config: GenerateConfig, model: WanConfig):
-    if config.attention != "monarch":
-        default = GenerateConfig()
-        for name in ("blocks", "num_iters", "implementation"):
-            if (value := getattr(config, name)) != getattr(default, name):
-                raise UserError(
-                    f"{name} is {value!r}, which goes with --tile or --attention monarch; attention is "
-                    f"{config.attention!r}"
-                )
-    if config.attention == "dense":
-        return DenseAttention()
-    if config.attention == "stored":
-        return model.attention
-    return MonarchAttention(
-        tile=config.tile, blocks=config.blocks, num_iters=config.num_iters, implementation=config.implementation
-    )
+def _attention(config: GenerateConfig, model: WanConfig) -> Attention | tuple[Attention, ...]:
+    options = config.attention_options()
+    if config.attention != SHORT and options:
+        name, value = next(iter(options.items()))
+        raise UserError(
+            f"{name} is {value!r}, which goes with --tile or --attention {SHORT}; attention is {config.attention!r}"
+        )
+    return model.attention if config.attention == STORED else parse(config.attention_text())
 
 
-def _layers(attention):
-    """The settings of all layers, whether there is one for all or one for each."""
-    return attention if isinstance(attention, tuple) else (attention,)
+def _stored(attention: Attention | tuple[Attention, ...]) -> list[Attention]:
+    settings = attention if isinstance(attention, tuple) else (attention,)
+    return [leaf.stored() for setting in settings for leaf in leaves(setting)]
 
 
-def check_tiles(plan: Plan, model: WanConfig) -> None:
-    """Raises UserError unless tiles divide each block of tokens, the window and the sinks; names sizes that they do."""
+def check_attention(plan: Plan, model: WanConfig) -> Density:
+    """How dense the attention is, if it divides each block of tokens, the window and the sinks.
+
+    Raises:
+        UserError: If it does not; names sizes that it does divide.
+    """
     settings = plan.settings
-    if isinstance(settings, Rollout):
-        counts = {settings.block, plan.first_block, settings.window or plan.latents[0]}
-    else:
-        counts = {settings.window or plan.latents[0]}
-    for setting in dict.fromkeys(_layers(plan.attention)):
-        if isinstance(setting, MonarchAttention):
-            for count in sorted(counts):
-                try:
-                    setting.spec(model.token_grid(count, *plan.latents[1:]))
-                except (ValueError, NotImplementedError) as error:
-                    reason = " ".join(str(error).split()).rstrip(".")
-                    raise UserError(reason + _sizes_for(setting.tile, plan, model)) from error
+    whole = settings.window or plan.latents[0]
+    counts = {settings.block, plan.first_block, whole} if isinstance(settings, Rollout) else {whole}
+    with user_input():
+        layers = dataclasses.replace(model, attention=plan.attention).layer_attention
+    for setting in dict.fromkeys(layers):
+        if setting.by_blocks and not isinstance(settings, Rollout):
+            raise UserError(f"attention is {setting}, for mode autoregressive, but mode is {plan.config.mode}")
+        for count in sorted(counts):
+            try:
+                setting.check(model.token_grid(count, *plan.latents[1:]))
+            except (ValueError, NotImplementedError) as error:
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise UserError(reason + _sizes_for(setting, plan, model)) from error
+    block = settings.block if isinstance(settings, Rollout) else None
+    steps = settings.table().steps
+    with user_input():
+        grid = model.token_grid(whole, *plan.latents[1:])
+        return density_of_layers(layers, grid, causal_block=block, steps=steps)
 
 
-def _sizes_for(tile: tuple[int, int, int] | None, plan: Plan, model: WanConfig) -> str:
-    """What to give so that a tile divides the tokens."""
-    if tile is None:
+def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
+    """What to give so that an attention's unit divides the tokens."""
+    unit = setting.unit
+    if unit is None:
         return ""
     advice = []
     patch = model.patch_size
-    if isinstance(plan.settings, Windows) and plan.settings.window is None and plan.latents[0] % (tile[0] * patch[0]):
-        latents = max(1, plan.latents[0] // (tile[0] * patch[0])) * tile[0] * patch[0]
+    if isinstance(plan.settings, Windows) and plan.settings.window is None and plan.latents[0] % (unit[0] * patch[0]):
+        latents = max(1, plan.latents[0] // (unit[0] * patch[0])) * unit[0] * patch[0]
         advice.append(f"--frames {1 + (latents - 1) * plan.temporal}")
     for name, at in (("height", 1), ("width", 2)):
-        unit = tile[at] * patch[at] * plan.spatial
+        size = unit[at] * patch[at] * plan.spatial
         pixels = plan.latents[at] * plan.spatial
-        if pixels % unit:
-            advice.append(f"--{name} {max(1, pixels // unit) * unit}")
+        if pixels % size:
+            advice.append(f"--{name} {max(1, pixels // size) * size}")
     return f"; give {' '.join(advice)}, or another --tile" if advice else ""

@@ -130,8 +130,8 @@ def generate_window(
     flow = guided(model, text, negative, guidance=settings.guidance)
     table = settings.table()
     if given is None:
-        return sample(flow, jax.random.normal(start, shape), table, key=fresh)
-    return sample(flow, given.first, table, key=fresh, fresh=given.by_step(table))
+        return sample(flow, jax.random.normal(start, shape), table, key=fresh, numbered=True)
+    return sample(flow, given.first, table, key=fresh, fresh=given.by_step(table), numbered=True)
 
 
 def windows(

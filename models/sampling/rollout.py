@@ -150,7 +150,7 @@ def generate_block(
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         (state, cache), (row, number, given) = carry, xs
-        flow, cache = _flow(model, state.x, row.timesteps, cache, frame[1], rollout.guidance)
+        flow, cache = _flow(model, state.x, row.timesteps, cache, frame, number, rollout)
         return (solver_step(state, row, flow, draw(number) if draw else given), cache), None
 
     scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
@@ -164,15 +164,27 @@ def write_block(
 ) -> WanCache:
     """Puts finished latents, such as a given image or clip, into the cache at time 0. Arguments as `generate_block`."""
     model: Any = nnx.merge(graph, params)
-    return _flow(model, latents, jnp.float32(0), cache, frame[1], rollout.guidance)[1]
+    return _flow(model, latents, jnp.float32(0), cache, frame, rollout.table().steps, rollout)[1]
 
 
-def _flow(model: Any, x: Array, t: Array, cache: WanCache, frame: Array, guidance: float) -> tuple[Array, WanCache]:
+def _flow(
+    model: Any, x: Array, t: Array, cache: WanCache, frame: Array, step: int | Array, rollout: Rollout
+) -> tuple[Array, WanCache]:
     """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's."""
-    guides = cache.keys[0].shape[1] == 2 * x.shape[0]
+    guides = cache.shape.batch == 2 * x.shape[0]
     x = paired(x, x) if guides else x
-    flow, cache = cached_forward(model, x, jnp.broadcast_to(t, x.shape[:2]), cache, frame=frame, in_place=True)
-    return (unpair(flow, guidance) if guides else flow), cache
+    number = -(-frame[0] // rollout.block)  # also where the first frame is a block of its own
+    flow, cache = cached_forward(
+        model,
+        x,
+        jnp.broadcast_to(t, x.shape[:2]),
+        cache,
+        frame=frame[1],
+        step=step,
+        block=number,
+        in_place=True,
+    )
+    return (unpair(flow, rollout.guidance) if guides else flow), cache
 
 
 def block_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B F H W C"]:

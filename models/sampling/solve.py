@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Key
 
 from monarchrt.models.sampling.tables import SamplerTable
 
-type Flow = Callable[[Any, Array], Any]
-"""(latents, timestep as a float32 scalar) -> flow, noise minus data, of the latents' structure."""
+type Flow = Callable[..., Any]
+"""(latents, timestep as a float32 scalar) -> flow, noise minus data, of the latents' structure; those that are told may
+take the number of the step too."""
 
 
 class SolverState(NamedTuple):
@@ -70,7 +71,15 @@ def solver_step(state: SolverState, row: Rows, flow: Any, noise: Any = None) -> 
     return SolverState(following, corrected, predicted, data)
 
 
-def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] | None = None, fresh: Any = None) -> Any:
+def sample(
+    flow: Flow,
+    noise: Any,
+    table: SamplerTable,
+    *,
+    key: Key[Array, ""] | None = None,
+    fresh: Any = None,
+    numbered: bool = False,
+) -> Any:
     """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
 
     Example:
@@ -85,6 +94,7 @@ def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] |
         table: The sampler, for example `sampler_table("unipc", steps=50, shift=8.0)`.
         key: For the fresh noise of a stochastic sampler.
         fresh: That noise itself, of the structure of `noise` with the steps in front; instead of a key.
+        numbered: Whether the flow is told the number of the step too, as a third argument.
 
     Returns:
         Latents of the structure and dtype of `noise`.
@@ -98,7 +108,8 @@ def sample(flow: Flow, noise: Any, table: SamplerTable, *, key: Key[Array, ""] |
 
     def step(state: SolverState, xs: tuple) -> tuple[SolverState, None]:
         row, number, given = xs
-        return solver_step(state, row, flow(state.x, row.timesteps), draw(number) if draw else given), None
+        where = (number,) if numbered else ()
+        return solver_step(state, row, flow(state.x, row.timesteps, *where), draw(number) if draw else given), None
 
     return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps), fresh))[0].x
 
@@ -139,14 +150,15 @@ def guided(
         guidance: g; 1 is no guidance.
 
     Returns:
-        (latents, timestep) -> flow.
+        (latents, timestep) -> flow; the number of the step may follow, which the network is given as `step`.
     """
-    if negative is None or guidance == 1.0:
-        return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]), text)
-    both = paired(text, negative)
+    both = None if negative is None or guidance == 1.0 else paired(text, negative)
 
-    def flow(x: Array, t: Array) -> Array:
-        return unpair(model(paired(x, x), jnp.broadcast_to(t, (2 * x.shape[0],)), both), guidance)
+    def flow(x: Array, t: Array, number: Any = None) -> Array:
+        where = {} if number is None else {"step": number}
+        if both is None:
+            return model(x, jnp.broadcast_to(t, x.shape[:1]), text, **where)
+        return unpair(model(paired(x, x), jnp.broadcast_to(t, (2 * x.shape[0],)), both, **where), guidance)
 
     return flow
 
@@ -191,10 +203,10 @@ def keep_context(
         (latents of the new frames, timesteps [B], text) -> their flow.
     """
 
-    def continued(x: Array, t: Array, text: Any) -> Array:
+    def continued(x: Array, t: Array, text: Any, **where: Any) -> Array:
         first = jnp.tile(context, (x.shape[0] // context.shape[0], 1, 1, 1, 1))
         kept, new = first.shape[1], x.shape[:2]
         times = jnp.concatenate([jnp.full(first.shape[:2], timestep), jnp.broadcast_to(t[:, None], new)], axis=1)
-        return model(jnp.concatenate([first, x], axis=1), times, text)[:, kept:]
+        return model(jnp.concatenate([first, x], axis=1), times, text, **where)[:, kept:]
 
     return continued

@@ -358,7 +358,7 @@ def test_help_does_not_load_jax():
     [
         (["train", "--lerning-rate", "3"], ["--lerning-rate", "--learning-rate FLOAT"]),
         (["train", "--steps", "many"], ["--steps", "'many'"]),
-        (["train", "--attention", "sparse"], ["--attention", "'sparse'", "('dense', 'monarch')"]),
+        (["train", "--attention", "sparse"], ["attention=", "'sparse'", "kinds: dense, monarch"]),
         (["demo", "--sed", "1"], ["--sed", "--seed INT"]),
         (["train", "--tile", "1", "2"], ["--tile cannot be read", "expected argument count 3"]),
         (["convert", "from"], ["DST", "The folder to write"]),

@@ -87,7 +87,7 @@ def test_inspect(folder, capsys):
     for line in (
         "format      official",
         "model       t2v, dim 96, 2 layers, 4 heads, ffn 256, 16 -> 16 channels",
-        "attention   Monarch tile=(3, 4, 6) blocks='fh,w' num_iters=1",
+        "attention   monarch(tile=(3,4,6))",
         "dtype       float32 (69 tensors)",
         "missing     none",
     ):

@@ -83,7 +83,7 @@ def test_a_run_says_what_it_is_and_sends_its_numbers(arguments, baseline, wandb,
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("network: ")
     assert " parameters, computed in fp32; 24 tokens (3 x 2 x 4) a sample; " in said[0]
-    assert said[0].endswith("attention monarch(tile=(3,2,2)), 33.3% sparse")  # stored: 1/6 + 1/2
+    assert said[0].endswith("attention monarch(tile=(3,2,2)), 66.7% of the map")  # stored: 1/6 + 1/2
     # tokens of 2 x 2 positions of 48 channels
     assert said.pop(1).startswith("warning: a token holds 192 numbers and the network is 24 wide")
     assert said[1].startswith(f"run: 2 steps of 2 samples from {baseline}, seed 0; AdamW at 0.001, constant")

@@ -87,7 +87,7 @@ def test_what_is_left_of_a_run_is_not_run_over(baseline, arguments, tmp_path, ca
         ({"config.json": '{"run": {"steps": "many"}}'}, "steps is 'many'; it must be a whole number"),
         ({"config.json": '{"run": {"steps": 2.5}}'}, "steps is 2.5; it must be a whole number"),
         ({"config.json": '{"model": {"tile": [1, 2]}}'}, "tile is [1, 2]; it must have 3 entries"),
-        ({"config.json": '{"model": {"attention": "sparse"}}'}, "attention is 'sparse'; choose from dense, monarch"),
+        ({"config.json": '{"model": {"attention": "sparse"}}'}, "'sparse' is not a kind of attention; kinds: dense"),
         ({"config.json": '{"data": {"flip": 1}}'}, "flip is 1; it must be true or false"),
         ({"config.json": '{"optimizer": {"eps": 1' + "0" * 400 + "}}"}, "it must be a number"),
     ],

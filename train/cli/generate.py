@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monarchrt.models.attention.notation import to_text
+from monarchrt.models.attention.registry import EXACT, SHORT
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, GenerateConfig, from_stored
+from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, STORED, GenerateConfig, from_stored
 from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
 
@@ -47,6 +49,7 @@ def generate_command(arguments: Sequence[str]) -> int:
 
     check_outputs(config, also_read={} if source is None else {"from": source})
     material = load_material(config)
+    _say(f"attention: {to_text(material.plan.attention)}, {material.plan.density}")
     result = make_video(material.pipeline, material.text, reference=material.reference, **material.options())
     rate = result.frames / result.seconds
     _say(
@@ -60,7 +63,7 @@ def generate_command(arguments: Sequence[str]) -> int:
             _say(f"{result.comparison}: next to {config.compare}; {numbers}")
         else:
             _say(
-                f"{result.comparison}: next to dense attention; {numbers}. Both are the same weights: if they were "
+                f"{result.comparison}: next to {EXACT} attention; {numbers}. Both are the same weights: if they were "
                 f"finetuned with Monarch attention, --compare CHECKPOINT says what it loses against a dense model"
             )
     return 0

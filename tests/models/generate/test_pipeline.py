@@ -262,7 +262,7 @@ def test_settings_are_json(tmp_path):
     config = GenerateConfig(out=tmp_path / "a.mp4", embeddings=tmp_path / "e", tile=(1, 2, 3))
     stored = json.loads(json.dumps(config.stored()))
     assert "out" not in stored
-    assert stored["tile"] == [1, 2, 3]
+    assert (stored["attention"], stored["tile"]) == ("monarch(tile=(1,2,3))", None)
     assert set(stored) < {field.name for field in dataclasses.fields(GenerateConfig)}
 
 

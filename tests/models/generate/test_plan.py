@@ -110,8 +110,8 @@ class TestRefusals:
             (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with --tile"),
             (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
             (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
-            (dict(compare_dense=True), "compare_dense compares Monarch with dense .*; give a --tile"),
-            (dict(compare_dense=True, attention="dense"), "compare_dense compares Monarch with dense attention"),
+            (dict(compare_dense=True), "compare_dense compares another attention with dense, .*; give a --tile"),
+            (dict(compare_dense=True, attention="dense"), "compare_dense compares another attention with dense"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
             (
