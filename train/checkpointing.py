@@ -20,10 +20,12 @@ import orbax.checkpoint as ocp
 
 from monarchrt.models.checkpoints.orbax_arrays import read_arrays
 from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.models.wan.kinds import PLACE
 from monarchrt.train.run_folder import CHECKPOINTS_NAME, SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, checksums, from_arrays, parameter_names, to_arrays
 
 FOLDER_NAME = CHECKPOINTS_NAME
+_OWN = f"self_attn.{PLACE}."  # in the names of parameters that belong to a kind of attention
 
 
 class Checkpoints:
@@ -203,11 +205,13 @@ class Checkpoints:
             )
         return None
 
-    def restore_parameters(self, template: Any) -> Any:
+    def restore_parameters(self, template: Any, *, fresh: Callable[[], Any] | None = None) -> Any:
         """Reads only the exported network of the newest checkpoint, with the moving average of what there is one of.
 
         Args:
             template: Parameters of the same structure, shapes and shardings; which of them trained does not matter.
+            fresh: Makes parameters of the template's structure, of which those that belong to a kind of attention are
+                taken where the checkpoint has none of that shape.
 
         Returns:
             Parameters.
@@ -220,12 +224,19 @@ class Checkpoints:
             stored = _network_names(about)
             leaves, structure = jax.tree.flatten(template)
             names = parameter_names(template)
-            missing = sorted(set(names) - set(stored))
+            wanted, arrays = dict(zip(names, leaves, strict=True)), {}
+            if fresh is not None:
+                shapes = {name: tuple(about["arrays"][stored[name]]["shape"]) for name in names if name in stored}
+                own = {name for name in names if _OWN in name and shapes.get(name) != wanted[name].shape}
+                if own:
+                    made = dict(zip(names, jax.tree.leaves(fresh()), strict=True))
+                    arrays = {name: made[name] for name in own}
+            missing = sorted(set(names) - set(stored) - set(arrays))
             if missing:
                 raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
-            wanted = {stored[name]: leaf for name, leaf in zip(names, leaves, strict=True)}
-            arrays = self._read(step, wanted, about["arrays"])
-        return jax.tree.unflatten(structure, [arrays[stored[name]] for name in names])
+            read = self._read(step, {stored[n]: wanted[n] for n in names if n not in arrays}, about["arrays"])
+            arrays |= {name: read[stored[name]] for name in names if name not in arrays}
+        return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the exported network's arrays in the newest checkpoint by name, such as `head.proj.kernel`.

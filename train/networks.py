@@ -206,7 +206,9 @@ class Networks:
 
         if (origin / FOLDER_NAME).is_dir():
             with Checkpoints(origin, read_only=True) as checkpoints:
-                found = checkpoints.restore_parameters(jax.tree.map(template, params))
+                found = checkpoints.restore_parameters(
+                    jax.tree.map(template, params), fresh=lambda: split_model(self._build(name)())[1]
+                )
             found = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), found, params)
         else:
             found = pretrained_parameters(

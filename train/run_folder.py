@@ -178,6 +178,8 @@ def write_config(config: TrainConfig) -> None:
     # how it was called this time is no setting of the run
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     values = to_dict(fresh) | {"model": fresh.model.stored()}
+    for name, role in fresh.roles.items():
+        values["roles"][name]["model"] = role.model.stored()
     try:
         with report_full_disk(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +229,7 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
     flat["objective"] = flat.pop("name")
     for role, values in to_dict(config).get("roles", {}).items():
         values = {**values.pop("model"), **(values.pop("optimizer") or {}), **values}
+        values |= _attention(config.roles[role].model)
         flat |= {f"{role}.{name}": value for name, value in values.items() if name not in _FREE}
     for role in config.objective.training:
         settings = config.trained(role)

@@ -165,7 +165,7 @@ def visible_share(grid: Grid, causal_block: int | None) -> float:
     return sum(min(frames, (frame // causal_block + 1) * causal_block) for frame in range(frames)) / frames**2
 
 
-def mean_density(parts: Iterable[tuple[float, Density]]) -> Density:
+def mean_density(parts: Iterable[tuple[int | float, Density]]) -> Density:
     """The mean of densities by weight."""
     parts = list(parts)
     total = sum(weight for weight, _ in parts)

@@ -11,11 +11,13 @@ imports its kind.
 
 import ast
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from monarchrt.models.attention.registry import SHORT, kind_named, names
+from monarchrt.models.attention.registry import PER_LAYER, SHORT, kind_named, names
 
 if TYPE_CHECKING:
     from monarchrt.models.attention.base import Attention
@@ -74,7 +76,7 @@ def to_text(setting: "Attention | Sequence[Attention]") -> str:
         'per_layer(3 * dense)'
     """
     if isinstance(setting, Sequence):
-        return f"per_layer({_repeated(setting)})"
+        return f"{PER_LAYER}({_repeated(setting)})"
     parts = [_printed(getattr(setting, name)) for name in setting.positional]
     if setting.repeated:
         parts.append(_repeated(getattr(setting, setting.repeated)))
@@ -104,7 +106,7 @@ def from_json(data: Any, *, where: str) -> "Attention":
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if isinstance(data, list) and data:
-        return kind_named("per_layer")(settings=tuple(from_json(item, where=where) for item in data))  # type: ignore
+        return kind_named(PER_LAYER)(settings=tuple(from_json(item, where=where) for item in data))  # type: ignore
     for name in names():
         if (setting := kind_named(name).from_old_json(data)) is not None:
             return setting
@@ -240,7 +242,8 @@ def _build(call: Call) -> "Attention":
     given: dict[str, Any] = {}
     arguments = [item for value in call.arguments for item in _unrolled(value)]
     if kind.repeated:
-        given[kind.repeated] = tuple(_argument(value, True) for value in arguments)
+        if arguments or kind.repeated not in dict(call.fields):
+            given[kind.repeated] = tuple(arguments)
     else:
         if len(arguments) > len(kind.positional):
             takes = f"takes {', '.join(kind.positional)} in this order" if kind.positional else "takes fields by name"
@@ -259,15 +262,40 @@ def _build(call: Call) -> "Attention":
     ]
     if missing:
         raise ValueError(f"{call.name} needs {', '.join(missing)}; {_described(kind)}.")
-    try:
-        return kind(**{name: _argument(value, _holds_kinds(fields[name])) for name, value in given.items()})
-    except TypeError as error:
-        raise ValueError(f"{call.name}: {error}") from error
+    hints = typing.get_type_hints(kind)
+    values = {name: _argument(value, "Attention" in repr(hints[name])) for name, value in given.items()}
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            shown = str(value) if dataclasses.is_dataclass(value) else repr(value)
+            raise ValueError(f"{call.name}: {name}={shown} is not {_words(hints[name])}.")
+    return kind(**values)
 
 
-def _holds_kinds(field: dataclasses.Field) -> bool:
-    """Whether words in a field are kinds, by its annotation."""
-    return "Attention" in (field.type if isinstance(field.type, str) else repr(field.type))
+_NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "True or False", types.NoneType: "None"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotation of the few forms that fields have."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) is tuple:
+        if Ellipsis in parts:
+            return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _words(hint: Any) -> str:
+    """An annotation in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_words, parts))
+    if typing.get_origin(hint) is tuple:
+        return "a tuple of any length" if Ellipsis in parts else f"({', '.join(map(_words, parts))})"
+    return _NAMES.get(hint, "a kind of attention")
 
 
 def _argument(value: Any, kinds: bool) -> Any:

@@ -16,6 +16,7 @@ _REGISTRY: dict[str, "str | type[Attention]"] = {
     "per_layer": f"{_PACKAGE}.schedule:PerLayer",
 }
 EXACT = "dense"  # what weights are for that say nothing, and what others are compared with
+PER_LAYER = "per_layer"  # a setting for each layer
 SHORT = "monarch"  # whose fields are options of their own on the command line: --tile 3 30 52
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from monarch_jax.checks import one_of, positive, small, triple
 from monarchrt.models.attention.base import Attention
-from monarchrt.models.attention.registry import exact, kind_named
+from monarchrt.models.attention.registry import PER_LAYER, exact, kind_named
 from monarchrt.models.presets import from_preset
 
 MODEL_TYPES = ("t2v", "i2v")
@@ -114,7 +114,7 @@ class WanConfig:
         for setting in settings:
             if not isinstance(setting, Attention):
                 raise ValueError(f"attention={setting!r} is not a kind of attention; see monarchrt.models.attention.")
-        per_layer = kind_named("per_layer")
+        per_layer = kind_named(PER_LAYER)
         if isinstance(self.attention, Sequence):
             per_layer(settings=settings).check_layers(self.num_layers)  # type: ignore[call-arg]
             object.__setattr__(self, "attention", settings)

@@ -100,8 +100,10 @@ def with_modules(model: Any, config: WanConfig, rngs: nnx.Rngs | None) -> None:
     kept = {name: module for name, module in present.items() if name in fitting}
     if fitting != names:
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        fresh = nnx.eval_shape(lambda: make_modules(config, rngs)) if abstract else make_modules(config, rngs)
+        if abstract:
+            fresh = nnx.eval_shape(lambda: make_modules(config, nnx.Rngs(0)))
+        else:
+            fresh = make_modules(config, nnx.Rngs(0) if rngs is None else rngs)
         kept |= {name: module for name, module in (fresh or {}).items() if name not in fitting}
     if hasattr(attention, PLACE):
         delattr(attention, PLACE)

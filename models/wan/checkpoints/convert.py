@@ -6,13 +6,15 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from monarchrt.models.attention.base import Attention
 from monarchrt.models.checkpoints.reading import some
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
 from monarchrt.models.wan.checkpoints.mapping import Naming, tensors
 from monarchrt.models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
 from monarchrt.models.wan.checkpoints.source import open_source
-from monarchrt.models.wan.config import Attention, WanConfig
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.kinds import own_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,11 +198,11 @@ def convert_checkpoint(
     opened.check()
     chosen = resolve_config(opened, None, attention=attention, causal_block=causal_block, override=override)
     few_step = few_step or opened.few_step
-    if to == "orbax":
+    if to == "orbax" or own_shapes(chosen) != own_shapes(opened.config):
         if dtype is not None:
             chosen = dataclasses.replace(chosen, param_dtype=dtype)
         model = read_model(opened, chosen, progress=progress)
-        return save_checkpoint(model, destination, format=to, few_step=few_step)
+        return save_checkpoint(model, destination, format=to, max_shard_bytes=max_shard_bytes, few_step=few_step)
     naming: Naming = "official" if to == "official" else "diffusers"
     return write_folder(
         destination,

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from monarchrt.models.attention.base import Attention
 from monarchrt.models.checkpoints.reading import Progress, Shardings, fill_model, read_entries, stored_dtype
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.source import Source, open_source
-from monarchrt.models.wan.config import Attention, WanConfig
+from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
+from monarchrt.models.wan.kinds import own_shapes
 
 # Fields that change no tensor: what a caller may choose beside the checkpoint.
 POLICY = ("attention", "causal_block", "param_dtype", "dtype", "remat")
@@ -128,10 +130,17 @@ def read_model(
     sharding: jax.sharding.Sharding | Shardings | None = None,
     progress: Progress | None = None,
 ) -> WanModel:
-    """The model of `config` with the tensors of `source`, which has been checked."""
-    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    """The model of `config` with the tensors of `source`, which has been checked.
+
+    Where its attention has other parameters of its own than the stored one, `WanModel.with_attention` says which stay.
+    """
+    policy = {name: getattr(source.config, name) for name in ("attention", "causal_block")}
+    stored = dataclasses.replace(config, **policy)
+    as_stored = own_shapes(stored) != own_shapes(config)
+    model = nnx.eval_shape(lambda: WanModel(stored if as_stored else config, rngs=nnx.Rngs(0)))
     arrays = read_entries(source.file, source.entries(), source.naming, progress=progress)
-    return fill_model(model, arrays, dtype=jnp.dtype(config.param_dtype), sharding=sharding)
+    model = fill_model(model, arrays, dtype=jnp.dtype(config.param_dtype), sharding=sharding)
+    return model.with_config(attention=config.attention, causal_block=config.causal_block) if as_stored else model
 
 
 def _kind(config: WanConfig) -> str:

@@ -10,6 +10,7 @@ from monarchrt.models.checkpoints import reading
 from monarchrt.models.checkpoints.reading import AnyArray, Layout, to_ours
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
+from monarchrt.models.wan.kinds import own_shapes
 
 type Arrays = tuple[tuple[str, str, Layout], ...]
 type Naming = Literal["official", "diffusers"]
@@ -120,7 +121,17 @@ def tensors(config: WanConfig) -> list[Tensor]:
         for rule in BLOCK + BLOCK_I2V * i2v
         for leaf in rule.arrays
     ]
-    return outer + blocks
+    return outer + blocks + own_tensors(config)
+
+
+def own_tensors(config: WanConfig) -> list[Tensor]:
+    """Parameters of the attention's own: named by their path, and in the layout that we have them in."""
+    return [
+        Tensor(path, layer, f"blocks.{layer}.self_attn.{name}", f"blocks.{layer}.attn1.{name}", "vector")
+        for layer in range(config.num_layers)
+        for path in own_shapes(config)
+        for name in (".".join(path[2:]),)
+    ]
 
 
 def to_theirs(array: AnyArray, layout: Layout) -> AnyArray:
