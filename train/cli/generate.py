@@ -82,7 +82,9 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
         values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
         if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own
             own = ("tile", "blocks", "num_iters", "implementation")
-            values |= {name: getattr(default, name) for name in own} | {"attention": "stored"}
+            values |= {name: getattr(default, name) for name in own} | {"attention": STORED}
+        elif last_value(arguments, "--tile") and stored.attention != SHORT:
+            values["attention"] = STORED  # which the tile implies another than
         values |= dict.fromkeys(named)
         default = GenerateOptions(**values)
     options = parse(GenerateOptions, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
