@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from monarch_jax.contract import Backend, Problem, Residuals, differentiable
+from monarch_jax.contract import Backend, Problem, Residuals, Vjp, differentiable
 from monarch_jax.devices import cuda_capability, on_cuda
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
@@ -31,29 +31,30 @@ def _xla() -> Backend:
 def _triton() -> Backend:
     from monarchrt import triton_kernels
 
-    attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(triton_kernels.vjp))
+    attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(_first_vjp(triton_kernels)))
     return Backend("triton", triton_kernels.supports, attend)
 
 
 @functools.cache
 def _mosaic() -> Backend:
-    from monarchrt import pallas_kernels
+    from monarchrt import pallas_kernels, triton_kernels
 
     forward, keeping = map(forward_anywhere, (pallas_kernels.forward, pallas_kernels.forward_keeping))
-    attend = differentiable(forward, vjp_anywhere(_mosaic_vjp), keeping)
+    attend = differentiable(forward, vjp_anywhere(_first_vjp(pallas_kernels, triton_kernels)), keeping)
     return Backend("mosaic", pallas_kernels.supports, attend)
 
 
-def _mosaic_vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
-    """The gradient: the kernels' own, else Triton's where it is installed, else XLA's, all from the same residuals."""
-    from monarch_jax import xla
-    from monarchrt import pallas_kernels, triton_kernels
+def _first_vjp(*kernels) -> Vjp:
+    """The gradient by the first of these packages that can compute it, else XLA's, all from the same residuals."""
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (residuals.q, residuals.k)]
-    if pallas_kernels.supports_vjp(problem, *shapes) is None:
-        return pallas_kernels.vjp(problem, residuals, d_out)
-    vjp = xla.vjp if triton_kernels.supports(problem, *shapes) else triton_kernels.vjp
-    return vjp(problem, residuals, d_out)
+    def vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
+        from monarch_jax import xla
+
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (residuals.q, residuals.k)]
+        chosen = next((x for x in kernels if x.supports_vjp(problem, *shapes) is None), xla)
+        return chosen.vjp(problem, residuals, d_out)
+
+    return vjp
 
 
 _REGISTRY: dict[str, Callable[[], Backend]] = {

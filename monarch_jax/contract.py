@@ -72,7 +72,7 @@ class Backend:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the forward pass (T = 1) keeps for the backward pass; R and L are recomputed.
+    """What the forward pass keeps for the backward pass; R and L are recomputed.
 
     Attributes:
         q: [B, A, b1, b2, H, D].
@@ -80,7 +80,7 @@ class Residuals:
         v: [B, C, b1, b2, H, D].
         visible: int32 [A].
         out: [B, A, b1, b2, H, D].
-        lse: [B, A, b1, b2, H], log-sum-exp of the scores of L over all (c, k), in float32 or wider.
+        lse: [B, A, b1, b2, H], log-sum-exp of the last step's scores of L over all (c, k), in float32 or wider.
         kept: alpha, Y and c_L as the backend lays them out, or None: they are recomputed.
     """
 

@@ -51,7 +51,10 @@ def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
 def vjp(
     problem: Problem, residuals: Residuals, d_out: Float[Array, "B A b1 b2 H D"]
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B C b1 b2 H D"], Float[Array, "B C b1 b2 H D"]]:
-    """Gradients for T = 1: R, alpha, c_L, Y are recomputed chunk by chunk, dk and dv accumulate in float32."""
+    """Gradients: R, alpha, c_L, Y are recomputed chunk by chunk. With T = 1, dk and dv accumulate in float32."""
+    if problem.num_iters > 1:
+        r = residuals
+        return jax.vjp(lambda *x: attend(problem, *x, r.visible), r.q, r.k, r.v)[1](d_out)
     return _vjp(problem, _chunk_tiles(residuals.q, residuals.k), residuals, d_out)
 
 

@@ -15,7 +15,7 @@ from monarchrt.triton_kernels.config import Target, compile_for, target
 if TYPE_CHECKING:
     from monarch_jax.contract import Problem, Residuals
 
-__all__ = ["Target", "compile_for", "forward", "supports", "target", "vjp"]
+__all__ = ["Target", "compile_for", "forward", "supports", "supports_vjp", "target", "vjp"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_DIM = 128
@@ -36,8 +36,6 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing).replace('_', '-')} is not installed: pip install 'monarchrt[cuda]'."
-    if problem.num_iters != 1:
-        return f"num_iters={problem.num_iters}; the Triton kernels do one refinement step, use implementation='xla'."
     if q.dtype.name not in DTYPES:
         return f"dtype {q.dtype.name} is not one of {', '.join(DTYPES)}."
     b1, b2, dim = q.shape[2], q.shape[3], q.shape[5]
@@ -50,10 +48,17 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
     return None
 
 
+def supports_vjp(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
+    """Why the kernels cannot compute the gradient of a call, or None when they can; arguments as in `supports`."""
+    if problem.num_iters != 1:
+        return f"num_iters={problem.num_iters}; the Triton kernels have the gradient of one refinement step."
+    return supports(problem, q, k)
+
+
 def forward(
     problem: "Problem", q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One refinement step: the output and the log-sum-exp of L's scores.
+    """The output and the log-sum-exp of the last refinement step's scores of L.
 
     Args:
         problem: `monarch_jax.contract.Problem`.
@@ -67,7 +72,7 @@ def forward(
     """
     from monarchrt.triton_kernels import operation
 
-    return operation.forward(float(problem.scale), q, k, v, visible)
+    return operation.forward(float(problem.scale), q, k, v, visible, num_iters=problem.num_iters)
 
 
 def vjp(problem: "Problem", residuals: "Residuals", d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

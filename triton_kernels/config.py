@@ -71,7 +71,8 @@ class Configs:
     """One `Config` per kernel, the bytes of intermediates that may exist at a time, and how the forward pass goes.
 
     `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`, in the last of
-    which L runs alone, with `left_last` or as `left_forward` says.
+    which L runs alone, with `left_last` or as `left_forward` says. `left_refine` is for the L of refinement steps before
+    the last, else `left_forward` too.
     """
 
     right_forward: Config
@@ -82,6 +83,7 @@ class Configs:
     scratch_bytes: int = 800 * 2**20
     stream: Stream | None = None
     left_last: Config | None = None
+    left_refine: Config | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
 
 
 def _parsed(name: str, x):
-    if name in KERNELS or (name == "left_last" and x):
+    if name in KERNELS or (name in ("left_last", "left_refine") and x):
         return Config(**x)
     return Stream(**x) if name == "stream" and x else x
 

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import left, overlapped, right, streamed
+from monarchrt.triton_kernels import left, overlapped, refine, right, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
     "forward": overlapped.forward,
     "streamed": streamed.streamed,
     "right_forward": right.right_forward,
+    "left_refine": refine.left_refine,
+    "left_last": refine.left_last,
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,

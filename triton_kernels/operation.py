@@ -1,4 +1,4 @@
-"""Forward and backward of one refinement step on arrays of tiles: configs, plan, launch."""
+"""Forward and backward on arrays of tiles: configs, plan, launch."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,15 @@ from monarchrt.triton_kernels.config import configs, target
 from monarchrt.triton_kernels.plan import Shape
 
 
-def forward(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(
+    scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, *, num_iters: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """out [B, A, b1, b2, H, D] and lse float32 [B, A, b1, b2, H]; shapes as in `triton_kernels.forward`."""
     shape, where = _shape(q, k), target()
-    todo = plan.forward(shape, _configs(shape, where), _precision(q))
+    chosen, precision = _configs(shape, where), _precision(q)
+    todo = (
+        plan.forward(shape, chosen, precision) if num_iters == 1 else plan.refined(shape, chosen, precision, num_iters)
+    )
     results = {"out": q, "lse": jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)}
     operands = {"visible": _clip(visible, k), "q": q, "k": k, "v": v, "scale": scale}
     scratch = _scratch(shape, todo, q, backward=False)

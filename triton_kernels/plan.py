@@ -54,6 +54,7 @@ class Plan:
         steps: Operand `step` of each: (first pair, first query tile), in the forward pass as `overlapped.forward` says.
         launches: What every step runs.
         ends: What the first and the last step run instead, where that differs.
+        refined: Whether it is a forward pass of several refinement steps, chunk by chunk.
         pairs: (batch, head) pairs per step.
         tiles: Query tiles per step.
         stream: Set if the forward pass is one launch.
@@ -65,6 +66,7 @@ class Plan:
     tiles: int
     stream: Stream | None = None
     ends: tuple[tuple[Launch, ...], tuple[Launch, ...]] | None = None
+    refined: bool = False
 
     def launches_of(self, n: int) -> tuple[Launch, ...]:
         """What step n runs; the steps between the first and the last are alike."""
@@ -88,6 +90,8 @@ def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tup
         "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
         "stats": (plan.pairs, rows, shape.key_rows),
     }
+    if plan.refined:  # stats: log-sum-exp (unused) and c_L
+        return shapes | {"stats": (2, *shapes["stats"])}
     if not backward:  # slots that alternate; stats: log-sum-exp (unused) and c_L
         slots = min(2, len(plan.steps) - 1)
         return {"mid": (slots, *shapes["mid"]), "stats": (slots, 2, *shapes["stats"])}
@@ -126,6 +130,23 @@ def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
     left, last = configs.left_forward, configs.left_last or configs.left_forward
     ends = ((launch("right", left, right),), (launch("left", last, last),))
     return Plan(steps, (launch("both", left, right),), pairs, tiles, ends=ends)
+
+
+def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> Plan:
+    """The forward pass of several refinement steps: R and back to its next queries through L, then R and L as ever."""
+    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
+    common = _common(shape, pairs, tiles, precision)
+    right, refine, left = configs.right_forward, configs.left_refine or configs.left_forward, configs.left_last
+    left = left or configs.left_forward
+    launches = []
+    for n in range(num_iters):
+        last = n == num_iters - 1
+        launches.append(_right_forward(shape, right, common, again=n > 0, values=last))
+        if not last:
+            refine = dataclasses.replace(refine, more_rows=0)
+            launches.append(_left(shape, "left_refine", refine, common, ("mid", "lse"), blocks=False))
+    launches.append(_left(shape, "left_last", left, common, ("out", "lse"), blocks=True))
+    return Plan(steps, tuple(launches), pairs, tiles, refined=True)
 
 
 def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) -> Plan:
@@ -241,9 +262,12 @@ def _right(shape: Shape, config: Config, tiles: int) -> dict:
     return constants | {"AP": power_of_two(tiles), "STAGES": config.stages}
 
 
-def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) -> Launch:
+def _right_forward(
+    shape: Shape, config: Config, common: dict, *, save: bool = False, again: bool = False, values: bool = True
+) -> Launch:
     pairs, tiles = common["ZC"], common["AC"]
-    constants = common | _right(shape, config, tiles) | {"SPLIT": config.split, "SAVE": save}
+    flags = {"SPLIT": config.split, "SAVE": save, "AGAIN": again, "VALUES": values}
+    constants = common | _right(shape, config, tiles) | flags
     grid = (shape.key_rows, config.split, pairs)
     return Launch("right_forward", ("mid", "stats"), grid, constants, config.warps, config.stages, config.registers)
 
@@ -251,5 +275,5 @@ def _right_forward(shape: Shape, config: Config, common: dict, *, save: bool) ->
 def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
     constants = common | {"I": config.rows, "I2": config.more_rows, "N": config.keys, "STAGES": config.stages}
     constants["APART"] = 64 <= config.keys < 16 * config.warps  # products by warpgroups
-    grid = (common["AC"] * shape.b2, math.ceil(shape.b1 / config.rows) if blocks else 1, common["ZC"])
+    grid = (common["AC"] * shape.b2, _row_blocks(shape, config) if blocks else 1, common["ZC"])
     return Launch(kernel, writes, grid, constants, config.warps, config.stages, config.registers)

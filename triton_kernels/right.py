@@ -67,9 +67,13 @@ def right_rows(
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
     DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr = False, VALUES: tl.constexpr = True,
 ):  # fmt: skip
-    """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j)."""
+    """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j).
+
+    AGAIN, in a refinement step after the first, queries are alpha_R in `mid`, where alpha replaces them. Without VALUES
+    there is no Y.
+    """
     ck = item
     c = ck // B1
     zh = first_pair + z
@@ -103,7 +107,12 @@ def right_rows(
             r = block * M + tl.arange(0, M)
             a, j = r // B2, r % B2
             live = (r < R) & (a0 + a < A)
-            q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            out = wide(r, R * CK * 2 * D) * (CK * 2 * D)
+            if AGAIN:
+                live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
+                q_r = load_rows(mid, out, live, d, D)
+            else:
+                q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             if NL == 1:
                 alpha, y, top, total, entropy = right_block(
                     q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION
@@ -135,9 +144,9 @@ def right_rows(
                 alpha *= inverse[:, None]
                 y *= inverse[:, None]
             log_total = tl.log2(total)
-            out = wide(r, R * CK * 2 * D) * (CK * 2 * D)
             store_rows(mid, out, live, d, alpha, D)
-            store_rows(mid + D, out, live, d, y, D)
+            if VALUES:
+                store_rows(mid + D, out, live, d, y, D)
             row = wide(r, R * CK * 2 * D) * CK
             tl.store(stats + ZC * R * CK + row, (entropy - log_total) * LN_2, mask=live)
             if SAVE:
@@ -194,13 +203,13 @@ def right_forward(
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
     DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    AGAIN: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`right_rows` for one step. Grid (C*B1, SPLIT, ZC)."""
     right_rows(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.load(step), tl.load(step + 1),
         visible, q, k, v, mid, stats, scale,
-        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, L2, SPLIT, SAVE, PRECISION, STAGES,
+        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, L2, SPLIT, SAVE, PRECISION, STAGES, AGAIN, VALUES,
     )  # fmt: skip
 
 

@@ -157,6 +157,30 @@ class AttentionSuite:
         arrays = inputs(6, (4, 3, 5), dim=self.dims[0])
         self.compare(*arrays, grid=(4, 3, 5), tile=(2, 3, 5), num_iters=num_iters, bound=1e-5)
 
+    @pytest.mark.parametrize("num_iters", [2, pytest.param(3, marks=pytest.mark.slow)])
+    def test_more_steps_with_masks(self, num_iters):
+        """Two causal blocks of queries at the end of 9 valid frames in a buffer of 12, whose rest is NaN."""
+        grid, valid = (6, 5, 7), 9 * 35
+        q, k, v, g = inputs(21, grid, key_frames=12, dim=self.dims[0])
+        poisoned = [x.at[:, valid:].set(jnp.nan) for x in (k, v)]
+        options = dict(grid=grid, tile=(3, 5, 7), causal_block=3, num_iters=num_iters)
+        run = jax.jit(lambda n, *x: value_and_grads(*x, kv_frames=n, implementation=self.implementation, **options))
+        out, dq, dk, dv = run(jnp.int32(9), q, *poisoned, g)
+        expected = value_and_grads(q, k[:, :valid], v[:, :valid], g, implementation="reference", **options)
+        for name, x, y in zip(
+            ("out", "dq", "dk", "dv"), (out, dq, dk[:, :valid], dv[:, :valid]), expected, strict=True
+        ):
+            assert error(x, y) <= 1e-5, f"{name}: relative error {error(x, y):.2e}"
+        assert not np.asarray(dk[:, valid:]).any()
+        assert not np.asarray(dv[:, valid:]).any()
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_more_steps_in_low_precision(self, dtype):
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self.implementation} does not take {dtype}")
+        arrays = inputs(22, (4, 4, 8), dim=self.dims[0], dtype=jnp.dtype(dtype))
+        self.compare(*arrays, grid=(4, 4, 8), tile=(2, 4, 8), num_iters=2)
+
     @pytest.mark.parametrize("tile", [None, pytest.param((3, 4, 6), marks=pytest.mark.slow)])
     def test_fewer_queries_than_keys(self, tile):
         self.compare(*inputs(7, (3, 4, 6), key_frames=9, dim=self.dims[0]), grid=(3, 4, 6), tile=tile)

@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from monarch_jax import reference
 from monarch_jax.contract import Problem
-from monarchrt.triton_kernels import left, overlapped, plan, right, streamed
+from monarchrt.triton_kernels import left, overlapped, plan, refine, right, streamed
 from monarchrt.triton_kernels.config import KERNELS as NAMES
 from monarchrt.triton_kernels.config import Config, Stream, Target, heuristic
 
@@ -43,6 +43,8 @@ KERNELS = {
     "forward": overlapped.forward,
     "streamed": streamed.streamed,
     "right_forward": right.right_forward,
+    "left_refine": refine.left_refine,
+    "left_last": refine.left_last,
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,
@@ -69,6 +71,7 @@ class Case:
     transposed: bool | None = None
     stream: Stream | None = None
     scratch_bytes: int = 2**30
+    num_iters: int = 1
 
 
 PARTS = {name: Config(rows=16, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
@@ -105,6 +108,15 @@ CASES = {
     ),
     "two parts, apart": Case(query_tiles=1, key_tiles=2, b1=17, heads=1, configs=APART),
     "two parts, keys first": Case(query_tiles=1, key_tiles=1, b1=17, b2=17, heads=1, transposed=True, configs=PARTS),
+    "two steps": Case(batch=2, heads=1, num_iters=2),
+    "three steps, causal, chunks": Case(query_tiles=3, heads=1, visible=(1, 3, 2), num_iters=3, scratch_bytes=1),
+    "two steps, half, sharp": Case(heads=1, num_iters=2, half=True, sharpness=3.0),
+    "two steps, blocks of rows and columns": Case(
+        query_tiles=1, key_tiles=2, b1=17, b2=17, heads=1, num_iters=2, configs=Config(rows=16, keys=16)
+    ),
+    "two steps, a dominant row, two parts": Case(
+        query_tiles=1, key_tiles=2, b1=17, heads=1, num_iters=2, dominant=True, configs=PARTS
+    ),
     "two parts, newest tile": Case(b2=17, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
 }
 
@@ -150,7 +162,9 @@ def run_case(case: Case) -> dict[str, float]:
     if case.dominant:
         k[:, 0, 1] *= 8
     visible = np.array(case.visible or [case.key_tiles] * case.query_tiles, np.int32)
-    problem = Problem(scale=case.dim**-0.5, masked=case.visible is not None, grad_tiles=case.grad_tiles)
+    problem = Problem(
+        scale=case.dim**-0.5, masked=case.visible is not None, grad_tiles=case.grad_tiles, num_iters=case.num_iters
+    )
     wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, g)]
 
     @jax.jit  # one program: compiling it takes a second, operation by operation six
@@ -168,7 +182,13 @@ def run_case(case: Case) -> dict[str, float]:
     changes = case.configs if isinstance(case.configs, dict) else {}
     if isinstance(case.configs, Config):
         changes = dict.fromkeys(NAMES, case.configs)
-    configs = dataclasses.replace(configs, **changes, scratch_bytes=case.scratch_bytes, stream=case.stream)
+    configs = dataclasses.replace(
+        configs,
+        **changes,
+        left_refine=changes.get("left_forward"),
+        scratch_bytes=case.scratch_bytes,
+        stream=case.stream,
+    )
     if case.transposed is not None:
         back = dataclasses.replace(configs.left_backward, transposed=case.transposed)
         configs = dataclasses.replace(configs, left_backward=back)
@@ -177,13 +197,17 @@ def run_case(case: Case) -> dict[str, float]:
     k[:, last:], v[:, last:] = np.nan, np.nan  # what nobody sees may hold anything
     q, k, v, g = (torch.tensor(x) for x in (q, k, v, g))
     operands = {"visible": torch.tensor(visible), "q": q, "k": k, "v": v, "scale": problem.scale}
-    todo = plan.forward(shape, configs, "ieee")
+    more = case.num_iters > 1
+    todo = plan.refined(shape, configs, "ieee", case.num_iters) if more else plan.forward(shape, configs, "ieee")
     results = {"out": (q.shape, dtype), "lse": (q.shape[:-1], torch.float32)}
     kept, start = ("mid", "stats"), {}
     if todo.stream:
         results["counters"] = (plan.counters(shape, todo.stream), torch.int32)
         start["counters"] = torch.zeros(results["counters"][0], dtype=torch.int32)
     found = run_plan(todo, operands, scratch_of(shape, todo, dtype, False), results, start, kept)
+
+    if more:
+        return {"out": error(found["out"], expected["out"])}
 
     todo = plan.backward(shape, configs, "ieee", case.grad_tiles)
     key_dtype = torch.float32 if todo.summed else dtype

@@ -1,0 +1,118 @@
+"""Kernels of the refinement steps before the last: from L of one step to the queries of R in the next.
+
+The next step's queries are alpha_R[ck] = sum_i L[i, ck] Q_i times min(1 / (c_R + 1e-6), 1e4) with c_R = sum_i L[i, ck],
+one for every row (a, j) and key row ck. They take the place of alpha in `mid`; other scratch as in `right`. Nothing is
+quadratic in memory: L is made twice from alpha, once for its log-sum-exp, once for the sums over i.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
+import triton.language as tl
+
+from monarchrt.triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows, store_rows, tile_offset
+from monarchrt.triton_kernels.left import left_rows
+
+EPSILON = tl.constexpr(1e-6)  # guard on 1/c_R, which can underflow
+MAX_FACTOR = tl.constexpr(1e4)
+
+
+@kernel
+def weights(alpha, c_l, q_i, lse_i, scale, PRECISION: tl.constexpr):
+    """L of rows i for key rows [N, I] from lse_i (base 2), float32."""
+    x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
+    return tl.exp2(x - lse_i[None, :])
+
+
+@kernel
+def left_refine(
+    step, visible, q, mid, stats, lse, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Replaces alpha of one query column (a, j) in `mid` by the next step's queries. Grid (AC*B2, 1, ZC).
+
+    `lse`, as the last step's [B, A, b1, b2, H], is this step's meanwhile.
+    """
+    r = tl.program_id(0)
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a = tl.load(step + 1) + r // B2
+    j = r % B2
+    b, h = zh // H, zh % H
+    R: tl.constexpr = AC * B2
+    CK: tl.constexpr = C * B1
+    NI: tl.constexpr = (B1 + I - 1) // I
+    if (zh < Z) & (a < A):
+        d = tl.arange(0, DP)
+        query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
+        place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + j * H + h  # of [b, a, 0, j, h] in lse
+        row = (z.to(tl.int64) * R + r) * CK
+        mid += row * (2 * D)
+        stats += row + ZC * R * CK
+        end = tl.load(visible + a) * B1
+        for part in tl.static_range(NI):
+            i = part * I + tl.arange(0, I)
+            q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
+            top = tl.full([I], LOWEST, tl.float32)
+            total = tl.zeros([I], tl.float32)
+            for start in tl.range(0, end, N, num_stages=STAGES):
+                n = start + tl.arange(0, N)
+                seen = n < end
+                alpha = load_rows(mid, n * (2 * D), seen, d, D)
+                c_l = tl.load(stats + n, mask=seen, other=float("inf"))
+                x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+                new_top = tl.maximum(top, tl.max(x, 1))
+                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
+                top = new_top
+            tl.store(lse + place + i * (B2 * H), (top + tl.log2(total)) * LN_2, mask=i < B1)
+        tl.debug_barrier()
+        i = tl.arange(0, I)
+        q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
+        lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
+        blocks = (end + N - 1) // N
+        for block in tl.range(0, blocks, num_stages=STAGES):  # the last first: they are in the cache still
+            n = (blocks - 1 - block) * N + tl.arange(0, N)
+            seen = n < end
+            alpha = load_rows(mid, n * (2 * D), seen, d, D)
+            c_l = tl.load(stats + n, mask=seen, other=float("inf"))
+            p = weights(alpha, c_l, q_i, lse_i, scale, PRECISION)
+            c_r = tl.sum(p, 1)
+            for part in tl.static_range(1, NI):
+                i_n = part * I + tl.arange(0, I)
+                q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
+                lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
+                c_r += tl.sum(weights(alpha, c_l, q_n, lse_n, scale, PRECISION), 1)
+            # the factor goes to the weights, which are then near 1: in float16 small ones would lose their bits
+            factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
+            found = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
+            for part in tl.static_range(1, NI):
+                i_n = part * I + tl.arange(0, I)
+                q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
+                lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
+                p_n = weights(alpha, c_l, q_n, lse_n, scale, PRECISION) * factor[:, None]
+                found = tl.dot(p_n.to(q_n.dtype), q_n, found, input_precision=PRECISION)
+            store_rows(mid, n * (2 * D), seen, d, found, D)
+
+
+@kernel
+def left_last(
+    step, visible, q, mid, stats, out, lse, scale,
+    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`left_rows` of one query column (a, j): output and log-sum-exp. Grid (AC*B2, blocks of rows i, ZC)."""
+    R: tl.constexpr = AC * B2
+    r = tl.program_id(0)
+    z = tl.program_id(2)
+    zh = tl.load(step) + z
+    a = tl.load(step + 1) + r // B2
+    if (zh < Z) & (a < A):
+        left_rows(
+            z.to(tl.int64) * R + r, a, r % B2, zh, tl.program_id(1),
+            visible, q, mid, stats + ZC * R * (C * B1), out, lse, scale,
+            A, C, B1, B2, H, D, DP, I, I2, N, PRECISION, STAGES,
+        )  # fmt: skip
