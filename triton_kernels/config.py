@@ -11,6 +11,7 @@ import jax
 
 DEFAULT_CAPABILITY = 90
 KERNELS = ("right_forward", "left_forward", "left_backward", "right_backward", "right_query")
+OPTIONAL = ("left_last", "right_first", "right_again", "left_refine")  # as one of those, unless set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class Configs:
     """One `Config` per kernel, the bytes of intermediates that may exist at a time, and how the forward pass goes.
 
     `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`, in the last of
-    which L runs alone, with `left_last` or as `left_forward` says. `left_refine` is for the L of refinement steps before
-    the last, else `left_forward` too.
+    which L runs alone, with `left_last` or as `left_forward` says. Of several refinement steps, `right_first` is for R of
+    the first, `right_again` of the others, and `left_refine` for L of all but the last, where they are set.
     """
 
     right_forward: Config
@@ -83,6 +84,8 @@ class Configs:
     scratch_bytes: int = 800 * 2**20
     stream: Stream | None = None
     left_last: Config | None = None
+    right_first: Config | None = None
+    right_again: Config | None = None
     left_refine: Config | None = None
 
 
@@ -174,7 +177,7 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
 
 
 def _parsed(name: str, x):
-    if name in KERNELS or (name in ("left_last", "left_refine") and x):
+    if name in KERNELS or (name in OPTIONAL and x):
         return Config(**x)
     return Stream(**x) if name == "stream" and x else x
 

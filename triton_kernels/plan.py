@@ -136,16 +136,15 @@ def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> P
     """The forward pass of several refinement steps: R and back to its next queries through L, then R and L as ever."""
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
-    right, refine, left = configs.right_forward, configs.left_refine or configs.left_forward, configs.left_last
-    left = left or configs.left_forward
+    rights = (configs.right_first or configs.right_forward, configs.right_again or configs.right_forward)
+    refine = dataclasses.replace(configs.left_refine or configs.left_forward, more_rows=0)
     launches = []
-    for n in range(num_iters):
-        last = n == num_iters - 1
-        launches.append(_right_forward(shape, right, common, again=n > 0, values=last))
-        if not last:
-            refine = dataclasses.replace(refine, more_rows=0)
-            launches.append(_left(shape, "left_refine", refine, common, ("mid", "lse"), blocks=False))
-    launches.append(_left(shape, "left_last", left, common, ("out", "lse"), blocks=True))
+    for n in range(num_iters - 1):
+        launches.append(_right_forward(shape, rights[n > 0], common, again=n > 0, values=False))
+        launches.append(_left(shape, "left_refine", refine, common, ("mid", "lse"), blocks=False))
+    launches.append(_right_forward(shape, rights[1], common, again=True))
+    left = configs.left_last or configs.left_forward
+    launches.append(_left(shape, "left_last", left, common | {"I2": left.more_rows}, ("out", "lse"), blocks=True))
     return Plan(steps, tuple(launches), pairs, tiles, refined=True)
 
 
@@ -189,13 +188,14 @@ def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | N
     common = _common(shape, pairs, tiles, precision)
     launches = [_right_forward(shape, configs.right_forward, common, save=True)]
     left = configs.left_backward
+    apart = 64 <= left.keys < 16 * left.warps  # products by warpgroups
     if shape.b1 <= left.rows + left.more_rows:
-        flags = {"FUSED": True, "QUERY": True, "TRANSPOSED": left.transposed}
+        flags = {"FUSED": True, "QUERY": True, "TRANSPOSED": left.transposed, "I2": left.more_rows, "APART": apart}
         writes = ("mid", "stats", "dq_left")
         launches.append(_left(shape, "left_backward", left, common | flags, writes, blocks=False))
     else:
         left = dataclasses.replace(left, more_rows=0)
-        flags = {"FUSED": False, "QUERY": True, "TRANSPOSED": left.transposed}
+        flags = {"FUSED": False, "QUERY": True, "TRANSPOSED": left.transposed, "I2": 0, "APART": apart}
         launches.append(_left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True))
         flags["QUERY"] = False
         launches.append(_left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False))
@@ -273,7 +273,6 @@ def _right_forward(
 
 
 def _left(shape: Shape, kernel: str, config: Config, common: dict, writes: tuple[str, ...], *, blocks: bool) -> Launch:
-    constants = common | {"I": config.rows, "I2": config.more_rows, "N": config.keys, "STAGES": config.stages}
-    constants["APART"] = 64 <= config.keys < 16 * config.warps  # products by warpgroups
+    constants = common | {"I": config.rows, "N": config.keys, "STAGES": config.stages}
     grid = (common["AC"] * shape.b2, _row_blocks(shape, config) if blocks else 1, common["ZC"])
     return Launch(kernel, writes, grid, constants, config.warps, config.stages, config.registers)

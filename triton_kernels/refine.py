@@ -98,13 +98,16 @@ def left_refine(
 
 @kernel
 def left_last(
-    step, visible, q, mid, stats, out, lse, scale,
+    step, visible, q, mid, stats, lse, out, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`left_rows` of one query column (a, j): output and log-sum-exp. Grid (AC*B2, blocks of rows i, ZC)."""
+    """`left_rows` of one query column (a, j): output and log-sum-exp. Grid (AC*B2, blocks of rows i, ZC).
+
+    `lse` comes before `out`, since it is there before: of a kernel's arrays those that it creates must be the last.
+    """
     R: tl.constexpr = AC * B2
     r = tl.program_id(0)
     z = tl.program_id(2)

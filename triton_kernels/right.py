@@ -25,12 +25,10 @@ from monarchrt.triton_kernels.jit import (
 
 
 @kernel
-def right_block(
-    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """R of rows [M, D] over all columns of a key row, in parts of L and L2: alpha, Y, top, total, entropy.
+def right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr):
+    """R of rows [M, D] over all columns of a key row, in parts of L and L2: R of both, top, total, entropy.
 
-    Base 2: total = sum_l exp2(x_l - top); entropy = sum_l p_l (x_l - top).
+    Base 2: total = sum_l exp2(x_l - top); entropy = sum_l p_l (x_l - top). R is in the dtype of q.
     """
     x = tl.dot(q_r, k_0.T, input_precision=PRECISION) * (scale * LOG2_E)
     x = tl.where(live_0[None, :], x, LOWEST)
@@ -50,14 +48,31 @@ def right_block(
     p *= inverse[:, None]
     entropy = tl.sum(p * x, 1)
     low_p = p.to(q_r.dtype)
-    alpha = tl.dot(low_p, k_0, input_precision=PRECISION)
-    y = tl.dot(low_p, v_0, input_precision=PRECISION)
+    low_p_1 = low_p
     if L2:
         p_1 *= inverse[:, None]
         entropy += tl.sum(p_1 * x_1, 1)
         low_p_1 = p_1.to(q_r.dtype)
-        alpha = tl.dot(low_p_1, k_1, alpha, input_precision=PRECISION)
-        y = tl.dot(low_p_1, v_1, y, input_precision=PRECISION)
+    return low_p, low_p_1, top, total, entropy
+
+
+@kernel
+def right_sum(p, p_1, x_0, x_1, L2: tl.constexpr, PRECISION: tl.constexpr):
+    """alpha or Y [M, D]: R times keys or values, in parts of L and L2."""
+    found = tl.dot(p, x_0, input_precision=PRECISION)
+    if L2:
+        found = tl.dot(p_1, x_1, found, input_precision=PRECISION)
+    return found
+
+
+@kernel
+def right_block(
+    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """`right_softmax` with alpha and Y in place of R."""
+    p, p_1, top, total, entropy = right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2, PRECISION)
+    alpha = right_sum(p, p_1, k_0, k_1, L2, PRECISION)
+    y = right_sum(p, p_1, v_0, v_1, L2, PRECISION)
     return alpha, y, top, total, entropy
 
 
@@ -114,9 +129,11 @@ def right_rows(
             else:
                 q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             if NL == 1:
-                alpha, y, top, total, entropy = right_block(
-                    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2, PRECISION
-                )  # fmt: skip
+                p, p_1, top, total, entropy = right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2, PRECISION)
+                # alpha is stored before Y is made: both at once take too many registers
+                store_rows(mid, out, live, d, right_sum(p, p_1, k_0, k_1, L2, PRECISION), D)
+                if VALUES:
+                    store_rows(mid + D, out, live, d, right_sum(p, p_1, v_0, v_1, L2, PRECISION), D)
             else:
                 top = tl.full([M], LOWEST, tl.float32)
                 total = tl.zeros([M], tl.float32)
@@ -141,12 +158,10 @@ def right_rows(
                     top = new_top
                 inverse = 1.0 / total
                 entropy *= inverse
-                alpha *= inverse[:, None]
-                y *= inverse[:, None]
+                store_rows(mid, out, live, d, alpha * inverse[:, None], D)
+                if VALUES:
+                    store_rows(mid + D, out, live, d, y * inverse[:, None], D)
             log_total = tl.log2(total)
-            store_rows(mid, out, live, d, alpha, D)
-            if VALUES:
-                store_rows(mid + D, out, live, d, y, D)
             row = wide(r, R * CK * 2 * D) * CK
             tl.store(stats + ZC * R * CK + row, (entropy - log_total) * LN_2, mask=live)
             if SAVE:
