@@ -39,6 +39,7 @@ import monarch_jax
 from monarch_jax.backends import IMPLEMENTATIONS
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.config import REMAT
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -91,6 +92,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
             report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
+            report |= {"remat": args.remat}
             report |= {"repeats": args.repeats, "rows": results}
             (args.out / "model.json").write_text(json.dumps(report, indent=1))
 
@@ -106,6 +108,7 @@ def parse() -> argparse.Namespace:
         help="backend of the Monarch attention; default: the library's choice",
     )
     parser.add_argument("--keep-intermediates", action="store_true", help="of Monarch, for the backward pass")
+    parser.add_argument("--remat", choices=REMAT, default="full", help="what the training step recomputes per block")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -170,7 +173,8 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     config = dataclasses.replace(
         config, attention=setting(attention, config, clip, args.implementation, args.keep_intermediates)
     )
-    build = {"cached chunk": cached_chunk, "training": training_step}.get(case, forward)
+    training = functools.partial(training_step, remat=args.remat)
+    build = {"cached chunk": cached_chunk, "training": training}.get(case, forward)
     timed = build(config, clip)
     memory = timed.compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -233,9 +237,9 @@ def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
     )
 
 
-def training_step(config: WanConfig, clip: Clip) -> Timed:
+def training_step(config: WanConfig, clip: Clip, remat: str = "full") -> Timed:
     """Forward, backward and AdamW, as `monarchrt train` does them, with parameters and moments in bfloat16."""
-    config = dataclasses.replace(config, remat="full")
+    config = dataclasses.replace(config, remat=remat)
     graph, params, fixed = split_model(nnx.merge(*built_like(config)))
     # the step overwrites its state; the parameters serve other cases too
     params = jax.tree.map(jnp.copy, params)

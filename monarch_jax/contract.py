@@ -11,8 +11,11 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from monarch_jax._typing import Array, Bool, Float, Int
+
+SAVED = "monarch_attention"  # what `jax.checkpoint` policies call the output and its log-sum-exp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | N
 
     def fwd(problem, q, k, v, visible):
         out, lse, *kept = (keeping if problem.keep and keeping else forward)(problem, q, k, v, visible)
+        out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
         return out, Residuals(q, k, v, visible, out, lse, *kept)
 
     def bwd(problem, residuals, d_out):

@@ -72,8 +72,8 @@ class Configs:
     """One `Config` per kernel, the bytes of intermediates that may exist at a time, and how the forward pass goes.
 
     `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`, in the last of
-    which L runs alone, with `left_last` or as `left_forward` says. Of several refinement steps, `right_first` is for R of
-    the first, `right_again` of the others, and `left_refine` for L of all but the last, where they are set.
+    which L runs alone, with `left_last` or as `left_forward` says. Of several refinement steps, `right_first` is for R
+    of the first, `right_again` of the others, and `left_refine` for L of all but the last, where they are set.
     """
 
     right_forward: Config

@@ -25,6 +25,19 @@ def weights(alpha, c_l, q_i, lse_i, scale, PRECISION: tl.constexpr):
 
 
 @kernel
+def part_weights(
+    alpha, c_l, q, lse, query, place, part, scale,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`weights` of the block `part` of I rows of a query column, and its rows of q."""
+    i = part * I + tl.arange(0, I)
+    q_i = load_rows(q + query, i * (B2 * H * D), i < B1, tl.arange(0, DP), D)
+    lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
+    return weights(alpha, c_l, q_i, lse_i, scale, PRECISION), q_i
+
+
+@kernel
 def left_refine(
     step, visible, q, mid, stats, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -44,6 +57,7 @@ def left_refine(
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
     NI: tl.constexpr = (B1 + I - 1) // I
+    EARLY: tl.constexpr = (NI == 1) | (q.dtype.element_ty == tl.float16)
     if (zh < Z) & (a < A):
         d = tl.arange(0, DP)
         query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
@@ -79,20 +93,26 @@ def left_refine(
             c_l = tl.load(stats + n, mask=seen, other=float("inf"))
             p = weights(alpha, c_l, q_i, lse_i, scale, PRECISION)
             c_r = tl.sum(p, 1)
-            for part in tl.static_range(1, NI):
-                i_n = part * I + tl.arange(0, I)
-                q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
-                lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
-                c_r += tl.sum(weights(alpha, c_l, q_n, lse_n, scale, PRECISION), 1)
-            # the factor goes to the weights, which are then near 1: in float16 small ones would lose their bits
-            factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
-            found = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
-            for part in tl.static_range(1, NI):
-                i_n = part * I + tl.arange(0, I)
-                q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
-                lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
-                p_n = weights(alpha, c_l, q_n, lse_n, scale, PRECISION) * factor[:, None]
-                found = tl.dot(p_n.to(q_n.dtype), q_n, found, input_precision=PRECISION)
+            if EARLY:  # the factor goes to the weights: in float16 small ones would lose their bits
+                for part in tl.static_range(1, NI):
+                    p_n, _ = part_weights(alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION)
+                    c_r += tl.sum(p_n, 1)
+                factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
+                found = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
+                for part in tl.static_range(1, NI):
+                    p_n, q_n = part_weights(
+                        alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION
+                    )  # fmt: skip
+                    found = tl.dot((p_n * factor[:, None]).to(q_n.dtype), q_n, found, input_precision=PRECISION)
+            else:
+                found = tl.dot(p.to(q_i.dtype), q_i, input_precision=PRECISION)
+                for part in tl.static_range(1, NI):
+                    p_n, q_n = part_weights(
+                        alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION
+                    )  # fmt: skip
+                    c_r += tl.sum(p_n, 1)
+                    found = tl.dot(p_n.to(q_n.dtype), q_n, found, input_precision=PRECISION)
+                found *= tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)[:, None]
             store_rows(mid, n * (2 * D), seen, d, found, D)
 
 

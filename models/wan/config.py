@@ -12,7 +12,7 @@ from monarchrt.models.attention.registry import PER_LAYER, exact, kind_named
 from monarchrt.models.presets import from_preset
 
 MODEL_TYPES = ("t2v", "i2v")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "cheap")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -48,7 +48,8 @@ class WanConfig:
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
             head compute in float32 at least, whatever it is.
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
-            of frames; "dots", everything but the products with weights.
+            of frames; "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
+            and rotary embedding, since products with weights and the tiled attention are kept.
 
     Raises:
         ValueError: If a size or a name is invalid.

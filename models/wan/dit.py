@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from monarch_jax.contract import SAVED
 from monarchrt.models.attention.base import Attention, Context, Number
 from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.config import WanConfig
@@ -30,7 +31,14 @@ from monarchrt.models.wan.layers import (
 )
 from monarchrt.models.wan.rope import rope_table
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT_POLICIES = {
+    "full": None,
+    "dots": _DOTS,
+    "cheap": jax.checkpoint_policies.save_from_both_policies(
+        _DOTS, jax.checkpoint_policies.save_only_these_names(SAVED)
+    ),
+}
 
 
 class Tokens(NamedTuple):
