@@ -137,11 +137,14 @@ def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> P
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     rights = (configs.right_first or configs.right_forward, configs.right_again or configs.right_forward)
-    refine = dataclasses.replace(configs.left_refine or configs.left_forward, more_rows=0)
+    refine = configs.left_refine or configs.left_forward
+    if shape.b1 > refine.rows + refine.more_rows:
+        refine = dataclasses.replace(refine, more_rows=0)
+    refining = common | {"I2": refine.more_rows}
     launches = []
     for n in range(num_iters - 1):
         launches.append(_right_forward(shape, rights[n > 0], common, again=n > 0, values=False))
-        launches.append(_left(shape, "left_refine", refine, common, ("mid", "lse"), blocks=False))
+        launches.append(_left(shape, "left_refine", refine, refining, ("mid", "lse"), blocks=False))
     launches.append(_right_forward(shape, rights[1], common, again=True))
     left = configs.left_last or configs.left_forward
     launches.append(_left(shape, "left_last", left, common | {"I2": left.more_rows}, ("out", "lse"), blocks=True))

@@ -25,6 +25,14 @@ def weights(alpha, c_l, q_i, lse_i, scale, PRECISION: tl.constexpr):
 
 
 @kernel
+def add_scores(q_i, alpha, c_l, top, total, scale, PRECISION: tl.constexpr):
+    """One step of the log-sum-exp over key rows for rows i: the largest score (base 2) and the sum."""
+    x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
+    new_top = tl.maximum(top, tl.max(x, 1))
+    return new_top, total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
+
+
+@kernel
 def part_weights(
     alpha, c_l, q, lse, query, place, part, scale,
     B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -42,11 +50,13 @@ def left_refine(
     step, visible, q, mid, stats, lse, scale,
     A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Replaces alpha of one query column (a, j) in `mid` by the next step's queries. Grid (AC*B2, 1, ZC).
 
-    `lse`, as the last step's [B, A, b1, b2, H], is this step's meanwhile.
+    `lse`, as the last step's [B, A, b1, b2, H], is this step's meanwhile. With I2, for B1 <= I + I2, rows are one block
+    in two parts.
     """
     r = tl.program_id(0)
     z = tl.program_id(2)
@@ -56,7 +66,7 @@ def left_refine(
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    NI: tl.constexpr = (B1 + I - 1) // I
+    NI: tl.constexpr = 1 if I2 else (B1 + I - 1) // I
     EARLY: tl.constexpr = (NI == 1) | (q.dtype.element_ty == tl.float16)
     if (zh < Z) & (a < A):
         d = tl.arange(0, DP)
@@ -71,20 +81,30 @@ def left_refine(
             q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
             top = tl.full([I], LOWEST, tl.float32)
             total = tl.zeros([I], tl.float32)
+            if I2:
+                i_1 = I + tl.arange(0, I2)
+                q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
+                top_1 = tl.full([I2], LOWEST, tl.float32)
+                total_1 = tl.zeros([I2], tl.float32)
             for start in tl.range(0, end, N, num_stages=STAGES):
                 n = start + tl.arange(0, N)
                 seen = n < end
                 alpha = load_rows(mid, n * (2 * D), seen, d, D)
                 c_l = tl.load(stats + n, mask=seen, other=float("inf"))
-                x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
-                new_top = tl.maximum(top, tl.max(x, 1))
-                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
-                top = new_top
+                top, total = add_scores(q_i, alpha, c_l, top, total, scale, PRECISION)
+                if I2:
+                    top_1, total_1 = add_scores(q_1, alpha, c_l, top_1, total_1, scale, PRECISION)
             tl.store(lse + place + i * (B2 * H), (top + tl.log2(total)) * LN_2, mask=i < B1)
+            if I2:
+                tl.store(lse + place + i_1 * (B2 * H), (top_1 + tl.log2(total_1)) * LN_2, mask=i_1 < B1)
         tl.debug_barrier()
         i = tl.arange(0, I)
         q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
         lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
+        if I2:
+            i_1 = I + tl.arange(0, I2)
+            q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
+            lse_1 = tl.load(lse + place + i_1 * (B2 * H), mask=i_1 < B1, other=float("inf")) * LOG2_E
         blocks = (end + N - 1) // N
         for block in tl.range(0, blocks, num_stages=STAGES):  # the last first: they are in the cache still
             n = (blocks - 1 - block) * N + tl.arange(0, N)
@@ -93,12 +113,17 @@ def left_refine(
             c_l = tl.load(stats + n, mask=seen, other=float("inf"))
             p = weights(alpha, c_l, q_i, lse_i, scale, PRECISION)
             c_r = tl.sum(p, 1)
+            if I2:
+                p_1 = weights(alpha, c_l, q_1, lse_1, scale, PRECISION)
+                c_r += tl.sum(p_1, 1)
             if EARLY:  # the factor goes to the weights: in float16 small ones would lose their bits
                 for part in tl.static_range(1, NI):
                     p_n, _ = part_weights(alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION)
                     c_r += tl.sum(p_n, 1)
                 factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
                 found = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
+                if I2:
+                    found = tl.dot((p_1 * factor[:, None]).to(q_1.dtype), q_1, found, input_precision=PRECISION)
                 for part in tl.static_range(1, NI):
                     p_n, q_n = part_weights(
                         alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION

@@ -12,7 +12,7 @@ import pytest
 
 from monarch_jax import backends, monarch_attention
 from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, choose, on_cuda
-from monarch_jax.contract import Problem
+from monarch_jax.contract import SAVED, Problem
 from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads
 
 
@@ -244,3 +244,14 @@ def test_mosaic_asks_for_hopper(monkeypatch, capability, served):
     reason = pallas_kernels.supports(Problem(scale=1.0), tiles, tiles)
     expected = f"the GPU has compute capability {capability}; the kernels are for Hopper's 9.0 alone."
     assert reason == (None if served else expected)
+
+
+@pytest.mark.parametrize(("names", "runs"), [((), 2), ((SAVED,), 1)])
+def test_a_checkpoint_can_keep_the_attention(names, runs):
+    """Under its name: the forward pass then runs once, not once more in the backward pass."""
+    q, k, v, _ = inputs(0, (2, 3, 4))
+    attend = functools.partial(monarch_attention, grid=(2, 3, 4), implementation="xla")
+    kept = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+    run = jax.jit(jax.grad(lambda *x: jnp.sin(kept(*x)).sum()))
+    assert run.lower(q, k, v).as_text().count("call @_forward") == runs
+    np.testing.assert_allclose(run(q, k, v), jax.grad(lambda *x: jnp.sin(attend(*x)).sum())(q, k, v), atol=1e-5)

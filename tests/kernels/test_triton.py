@@ -129,6 +129,28 @@ def test_kernels_compile_ahead_of_time(capability):
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
 
 
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize("scratch", [1, 2**30])
+def test_arrays_that_a_kernel_creates_are_its_last(scratch):
+    """jax-triton hands out the buffers of what is there before those of what is not, whatever the parameters' order."""
+    from monarchrt.triton_kernels import launch
+
+    shape = plan.Shape(batch=1, query_tiles=3, key_tiles=3, b1=8, b2=8, heads=2, dim=64, itemsize=2)
+    chosen = dataclasses.replace(heuristic(Target(90), b1=8, b2=8, dim=64, itemsize=2), scratch_bytes=scratch)
+    todos = [plan.forward(shape, chosen, "ieee"), plan.backward(shape, chosen, "ieee", None)]
+    todos += [plan.refined(shape, chosen, "ieee", n) for n in (2, 3)]
+    for todo in todos:
+        written = {name for n in range(len(todo.steps)) for call in todo.launches_of(n) for name in call.writes}
+        there = set()
+        for n in range(min(2, len(todo.steps))):
+            for call in todo.launches_of(n):
+                arrays = [x for x in launch._parameters(call.kernel) if x != "scale"]
+                places = [arrays.index(x) for x in call.writes if x not in there]
+                assert not places or min(places) == len(arrays) - len(places), (call.kernel, call.writes)
+                assert set(arrays) & written <= there | set(call.writes), f"{call.kernel} reads what nobody wrote"
+                there |= set(call.writes)
+
+
 @missing("triton")
 def test_two_parts_of_rows_do_no_work_twice():
     """Back through L as an H200 runs it, with 128 + 16 rows and 8 warps."""

@@ -208,7 +208,7 @@ class TestLayers:
         assert size(3) == size(30)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("remat", ["full", "dots"])
+    @pytest.mark.parametrize("remat", ["full", "dots", "cheap"])
     def test_remat_changes_nothing(self, wan, remat):
         inputs = wan.sample(wan.SMALL)
         grads = {}
