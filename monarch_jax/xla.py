@@ -54,7 +54,7 @@ def vjp(
     """Gradients: R, alpha, c_L, Y are recomputed chunk by chunk. With T = 1, dk and dv accumulate in float32."""
     if problem.num_iters > 1:
         r = residuals
-        return jax.vjp(lambda *x: attend(problem, *x, r.visible), r.q, r.k, r.v)[1](d_out)
+        return jax.vjp(lambda q, k, v: attend(problem, q, k, v, r.visible), r.q, r.k, r.v)[1](d_out)
     return _vjp(problem, _chunk_tiles(residuals.q, residuals.k), residuals, d_out)
 
 

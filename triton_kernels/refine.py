@@ -66,7 +66,7 @@ def left_refine(
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    NI: tl.constexpr = 1 if I2 else (B1 + I - 1) // I
+    NI: tl.constexpr = (B1 + I + I2 - 1) // (I + I2)
     EARLY: tl.constexpr = (NI == 1) | (q.dtype.element_ty == tl.float16)
     if (zh < Z) & (a < A):
         d = tl.arange(0, DP)
