@@ -14,7 +14,15 @@ LEADING = re.compile(
     r"text_encoders|text_encoder|umt5xxl|umt5|t5|first_stage_model|vae)\.)+"
 )
 # of ComfyUI's files that hold a whole pipeline
-PARTS = ("text_encoders.", "cond_stage_model.", "conditioner.", "first_stage_model.", "vae.", "clip_vision.")
+PARTS = (
+    "model.diffusion_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.",
+    "first_stage_model.",
+    "vae.",
+    "clip_vision.",
+)
 PREFERENCE = ("generator_ema", "ema", "ema_model", "generator", "model")
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, DTypeLike
 
 from monarchrt.models.checkpoints.json_files import read_json
+from monarchrt.models.checkpoints.names import strip_prefixes
 from monarchrt.models.checkpoints.recognize import SUPPORTED, foreign_start, shard_of
 from monarchrt.models.checkpoints.scaled import check_finite, widened
 from monarchrt.models.checkpoints.tensor_files import (
@@ -203,6 +204,62 @@ def find_weights(
     suffixes = (".pth", ".safetensors")
     named = [file for suffix in suffixes for file in sorted(path.glob(pattern + suffix)) if not is_litter(file)]
     return named[0] if len(named) == 1 else weights_file(path, preferred=preferred)
+
+
+class BareFile:
+    """A file's tensors under their names without prefixes; those of other parts of a pipeline are left out.
+
+    Attributes:
+        path: The file.
+        infos: Shape and dtype by bare name.
+        metadata: The file's.
+    """
+
+    def __init__(self, file: TensorFile, *, anchors: tuple[str, ...]):
+        self._file, self.path, self.metadata = file, file.path, file.metadata
+        self._names = strip_prefixes(file.infos, anchors=anchors, where=file.path)
+        self.infos = {bare: file.infos[name] for bare, name in self._names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, freshly read."""
+        return self._file.read(self._names[name])
+
+
+def load_part[M: nnx.Module](
+    file: TensorFile,
+    entries: Iterable[Entry],
+    build: Callable[[], M],
+    *,
+    naming: str,
+    what: str,
+    dtype: DTypeLike,
+    sharding: jax.sharding.Sharding | Shardings | None,
+    progress: Progress | None,
+    ignore: Iterable[str] = (),
+) -> M:
+    """The model that `build` makes, with the parameters in a file, which has been looked at.
+
+    Args:
+        file: The tensors.
+        entries: The model's tensors.
+        build: Makes the model; it is only traced.
+        naming: Whose names the file has.
+        what: What the model is called, for messages.
+        dtype: Of the parameters.
+        sharding: As `fill_model`.
+        progress: As `read_entries`.
+        ignore: Names that may be there beside the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the file lacks a tensor or has others, or one is of another shape, damaged or not finite.
+    """
+    model, entries = nnx.eval_shape(build), list(entries)
+    match_names(file, entries, parameter_shapes(model), where=file.path, naming=naming, model=what, ignore=ignore)
+    arrays = read_entries(file, entries, naming, progress=progress)
+    return fill_model(model, arrays, dtype=jnp.dtype(dtype), sharding=sharding)
 
 
 def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:

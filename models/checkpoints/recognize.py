@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from monarchrt.models.errors import printable
+
 SUPPORTED = (
     "supported are Wan 2.1 text-to-video and image-to-video, and what is trained from them, as safetensors "
     "(official, diffusers' or ComfyUI's; fp8 too), torch .pt or Orbax"
@@ -57,6 +59,8 @@ RELATIVES: tuple[tuple[str, str], ...] = (
     (r"\.to_gate_compress\.", "a Wan model with the gates of video sparse attention (VSA)"),
 )
 OTHERS: tuple[tuple[str, str], ...] = (
+    (r"^blocks\.\d+\.(self_attn|attn1)\.|^condition_embedder\.", "a Wan transformer"),
+    (r"^encoder\.downsamples\.\d+\.downsamples\.|^decoder\.upsamples\.\d+\.upsamples\.", "the VAE of Wan 2.2 TI2V-5B"),
     (r"^(encoder\.downsamples|decoder\.upsamples|encoder\.conv1|decoder\.conv1)\.", "a Wan VAE"),
     (r"^(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_in|down|up|mid)\b", "an autoencoder (VAE)"),
     (r"^encoder\.block\.\d+\.layer\.|^shared\.weight$", "a T5 text encoder"),
@@ -102,6 +106,15 @@ def shard_of(path: Path) -> str | None:
     """The index that belongs to a file that is one of several; None if it is not."""
     found = _SHARD.search(path.name)
     return None if found is None or found[2] == "00001" else f"{path.name[: found.start()]}.safetensors.index.json"
+
+
+def refuse(names: Iterable[str], where: Path, wanted: str) -> ValueError:
+    """The error for a file that is not `wanted`, such as "a Wan VAE", which says what it is if that is known."""
+    names = list(names)
+    found = what_has(names, QUANTIZED, LORA, OTHERS)
+    what, examples = ("", names) if found is None else (f" but {found[0]}", found[1])
+    shown = "; ".join(printable(name, 80) for name in examples[:3]) + ("; ..." if len(examples) > 3 else "")
+    return ValueError(f"{where} is not {wanted}{what}: it holds {shown}.")
 
 
 def what_has(names: Iterable[str], *tables: tuple[tuple[str, str], ...]) -> tuple[str, list[str]] | None:

@@ -9,20 +9,19 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from monarchrt.models.checkpoints.reading import (
+    BareFile,
     Entry,
     Layout,
     Progress,
     Shardings,
-    fill_model,
     find_weights,
-    match_names,
+    load_part,
     open_tensors,
-    parameter_shapes,
-    read_entries,
     settings_beside,
     some,
     stored_dtype,
 )
+from monarchrt.models.checkpoints.recognize import refuse
 from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.umt5.config import UMT5Config
 from monarchrt.models.umt5.encoder import UMT5Encoder
@@ -49,6 +48,7 @@ BLOCK: Rows = (
     ("blocks.ffn.fc2.kernel", f"{P}.ffn.fc2.weight", f"{F}.DenseReluDense.wo.weight", "linear"),
 )
 TIED = "encoder.embed_tokens.weight"  # transformers may write the embedding under this name too, or only
+ANCHORS = ("token_embedding.weight", "encoder.final_layer_norm.weight")
 FIXED = {
     "model_type": "umt5",
     "feed_forward_proj": "gated-gelu",
@@ -118,7 +118,7 @@ def load_umt5(
     official = "models_t5_umt5-xxl-enc-bf16.pth"
     preferred = ("model", "pytorch_model")
     file_path = find_weights(path, official=official, pattern="models_t5*", folder="text_encoder", preferred=preferred)
-    file = open_tensors(file_path)
+    file = BareFile(open_tensors(file_path), anchors=ANCHORS)
     naming = _naming(file_path, file)
     config = config or _described(file_path, file, naming)
     _check_settings(file_path)
@@ -131,11 +131,17 @@ def load_umt5(
             entries[0] = Entry(entries[0].path, None, {"transformers": TIED}, "vector")
     if param_dtype is None:
         param_dtype = stored_dtype(file)
-    model = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
-    shapes = parameter_shapes(model)
-    match_names(file, entries, shapes, where=file_path, naming=naming, model="a umT5 encoder", ignore=ignore)
-    arrays = read_entries(file, entries, naming, progress=progress)
-    return fill_model(model, arrays, dtype=jnp.dtype(param_dtype), sharding=sharding)
+    return load_part(
+        file,
+        entries,
+        lambda: UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype),
+        naming=naming,
+        what="a umT5 encoder",
+        dtype=param_dtype,
+        sharding=sharding,
+        progress=progress,
+        ignore=ignore,
+    )
 
 
 def _naming(path: Path, file: TensorFile) -> str:
@@ -145,7 +151,7 @@ def _naming(path: Path, file: TensorFile) -> str:
         return "transformers"
     if any(".pos_embedding." in name for name in file.infos):
         return "official"
-    raise ValueError(f"{path} is not a umT5 encoder: it holds {some(list(file.infos))}.")
+    raise refuse(file.infos, path, "a umT5 encoder")
 
 
 def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:

@@ -11,20 +11,18 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from monarchrt.models.checkpoints.reading import (
+    BareFile,
     Entry,
     Layout,
     Progress,
     Shardings,
-    fill_model,
     find_weights,
-    match_names,
+    load_part,
     open_tensors,
-    parameter_shapes,
-    read_entries,
     settings_beside,
-    some,
     stored_dtype,
 )
+from monarchrt.models.checkpoints.recognize import refuse
 from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.vae.config import VAEConfig, vae_config
 from monarchrt.models.vae.vae import WanVAE
@@ -53,6 +51,7 @@ OUTER: Rows = (
     *((f"{half}.head.conv", f"{half}.head.2", f"{half}.conv_out", "conv") for half in ("encoder", "decoder")),
 )
 MIDDLE = (("0", "resnets.0", RESIDUAL), ("1", "attentions.0", ATTENTION), ("2", "resnets.1", RESIDUAL))
+ANCHORS = ("decoder.conv1.weight", "decoder.conv_in.weight")
 # Fields of diffusers' config.json that this architecture has one value of.
 FIXED = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3}
 FIELDS = {
@@ -159,24 +158,32 @@ def load_vae(
     file_path = find_weights(
         path, official="Wan2.1_VAE.pth", pattern="*VAE*", folder="vae", preferred=("diffusion_pytorch_model",)
     )
-    file = open_tensors(file_path)
+    file = BareFile(open_tensors(file_path), anchors=ANCHORS)
     naming = _naming(file_path, file)
     described = config or _described(file_path)
     entries = vae_entries(described)
     if param_dtype is None:
         param_dtype = stored_dtype(file)
-    model = nnx.eval_shape(lambda: WanVAE(described, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
-    match_names(file, entries, parameter_shapes(model), where=file_path, naming=naming, model="a Wan VAE")
-    arrays = read_entries(file, entries, naming, progress=progress)
-    return fill_model(model, arrays, dtype=jnp.dtype(param_dtype), sharding=sharding)
+    return load_part(
+        file,
+        entries,
+        lambda: WanVAE(described, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype),
+        naming=naming,
+        what="a Wan VAE",
+        dtype=param_dtype,
+        sharding=sharding,
+        progress=progress,
+    )
 
 
 def _naming(path: Path, file: TensorFile) -> str:
     if any(name.startswith("decoder.upsamples.") for name in file.infos):
+        if any(".upsamples.0.upsamples." in name for name in file.infos):
+            raise refuse(file.infos, path, "the VAE of Wan 2.1")
         return "official"
     if any(name.startswith("decoder.up_blocks.") for name in file.infos):
         return "diffusers"
-    raise ValueError(f"{path} is not a Wan VAE: it holds {some(list(file.infos))}.")
+    raise refuse(file.infos, path, "a Wan VAE")
 
 
 def _described(path: Path) -> VAEConfig:

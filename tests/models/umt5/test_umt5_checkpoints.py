@@ -152,3 +152,32 @@ def test_compute_dtype_is_half_by_default(torch_encoder, tmp_path):
     safetensors.numpy.save_file(numpy_tensors(), tmp_path / "model.safetensors")
     ids = jnp.ones((1, 3), jnp.int32)
     assert load_umt5(tmp_path)(ids, ids > 0).dtype == jnp.bfloat16
+
+
+def test_comfyui(encoder, torch_encoder, tmp_path):
+    """Float8 with scales, under the prefix that files of whole pipelines have, the tokenizer beside it."""
+    from safetensors.torch import save_file
+
+    torch = pytest.importorskip("torch")
+    prefix, tensors = "text_encoders.umt5xxl.transformer.", {}
+    for name, tensor in torch_tensors().items():
+        tensors[prefix + name] = tensor.contiguous().clone()
+        if tensor.ndim == 2 and ".SelfAttention." in name and "bias" not in name:
+            tensors[prefix + name] = (tensor / 2).to(torch.float8_e4m3fn)
+            tensors[f"{prefix}{name.removesuffix('weight')}scale_weight"] = torch.tensor(2.0)
+    tensors |= {
+        "text_encoders.umt5xxl.spiece_model": torch.zeros(9, dtype=torch.uint8),
+        "vae.conv1.bias": torch.ones(2),
+    }
+    tensors["text_encoders.umt5xxl.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = np.asarray(load_umt5(tmp_path / "x.safetensors").blocks.attn.q.kernel[...])[1]
+    exact = tensors[f"{prefix}encoder.block.1.layer.0.SelfAttention.q.weight"].float().numpy() * 2
+    np.testing.assert_array_equal(found, exact.T)
+
+
+def test_another_network(tmp_path):
+    tensors = {"blocks.0.self_attn.q.weight": np.zeros((2, 2), np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="is not a umT5 encoder but a Wan transformer: it holds"):
+        load_umt5(tmp_path / "x.safetensors")
