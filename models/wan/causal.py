@@ -106,14 +106,21 @@ def init_cache(
         dtype=config.dtype,
     )
     runs = tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
+    cross = cross_keys_values(model, text, image)
+    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+
+
+def cross_keys_values(
+    model: WanModel, text: Float[Array, "B L E"], image: Float[Array, "B I G"] | None = None
+) -> tuple[Any, ...]:
+    """What the cross-attention of every layer reads, `WanCache.cross`; differentiable by the model's parameters."""
     context = model.embed_context(text, image)
     graph, state = nnx.split(model.blocks)
 
-    def cross_keys_values(_, layer):
+    def of_layer(_, layer):
         return None, nnx.merge(graph, layer).cross_attn.keys_values(*context)
 
-    _, cross = jax.lax.scan(cross_keys_values, None, state)
-    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+    return jax.lax.scan(of_layer, None, state)[1]
 
 
 def empty_run(run: AttentionRun, shape: CacheShape) -> Any:

@@ -1,11 +1,14 @@
 """The settings of each objective, and its row in the table. Nothing here imports JAX, so that help is quick."""
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.objectives.registry import Generation, ObjectiveSettings, register
+from monarchrt.train.objectives.registry import Generation, ObjectiveSettings, Role, register
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,3 +53,105 @@ class FlowConfig(ObjectiveSettings):
 
 
 register(FlowConfig, "monarchrt.train.objectives.flow:FlowObjective")
+
+
+# learning rates, moments and average of Self-Forcing's training, 64 clips at a time
+_STUDENT = {"learning_rate": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_start": 200}
+_CRITIC = {"learning_rate": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_decay": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMDConfig(ObjectiveSettings):
+    """Distribution matching distillation: a student of few steps, a critic that follows it, a frozen teacher."""
+
+    name: ClassVar[str] = "dmd"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "student": Role(starts_as="teacher", defaults=_STUDENT),
+        "critic": Role(starts_as="teacher", own_batch=True, defaults=_CRITIC | {"attention": "dense"}),
+        "teacher": Role(trains=False, random=False, defaults={"attention": "dense"}),
+    }
+
+    student_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    """The student's steps: times before the shift, falling, from 1000."""
+
+    shift: float = 5.0
+    """Timestep shift of the student's steps and of the times that samples are compared at."""
+
+    guidance: float | None = None
+    """Weight w of the teacher's guidance, x_c + w (x_c - x_u). Default: 3 with `negative`; without it there is none."""
+
+    negative: Path | None = None
+    """File of the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
+
+    student_every: int = 5
+    """The student is updated at every so many steps, the critic at each."""
+
+    low: float = 0.02
+    """Least time that samples are compared at, as a share of 1000."""
+
+    high: float = 0.98
+    """Largest time that samples are compared at."""
+
+    conversion: Literal["clean", "grid", "published"] = "clean"
+    """Noise levels of these times: clean, t/1000; grid, the nearest of the shift-5 grid; published, as the published
+    code has it, which turns predictions into data with a grid of shift 8."""
+
+    def __post_init__(self) -> None:
+        steps = self.student_steps
+        falling = all(a > b for a, b in itertools.pairwise(steps))
+        _require(
+            bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
+            f"student_steps is {' '.join(map(str, steps)) or 'empty'}; give falling times from 1000 to 1, such as "
+            f"1000 750 500 250",
+        )
+        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        _require(
+            self.guidance is None or 0 <= self.guidance < math.inf,
+            f"guidance is {self.guidance}; it must be at least 0, for example 3.0",
+        )
+        _require(
+            not self.guidance or self.negative is not None,
+            f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
+            f"generate --save-embeddings writes it, or leave guidance out",
+        )
+        _require(self.student_every >= 1, f"student_every is {self.student_every}; it must be at least 1")
+        _require(
+            0 < self.low < self.high < 1,
+            f"low is {self.low} and high {self.high}; give 0 < low < high < 1, for example 0.02 and 0.98",
+        )
+
+    @property
+    def weight(self) -> float:
+        """Of the teacher's guidance; 0 is none."""
+        return (3.0 if self.guidance is None else self.guidance) if self.negative is not None else 0.0
+
+    @property
+    def generation(self) -> Generation:
+        """The student's steps."""
+        return Generation(shift=self.shift, sampler="few-step", steps=len(self.student_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfForcingConfig(DMDConfig):
+    """Self-Forcing: distribution matching of what a causal student makes block by block of its own earlier blocks."""
+
+    name: ClassVar[str] = "self-forcing"
+
+    block: int = 3
+    """Latent frames per block; the student's causal_block."""
+
+    context_sigma: float | None = None
+    """Noise level that finished blocks have in the cache. Default: the lowest of the grid, 0.00498 at shift 5, as
+    published; 0 is clean, as in generation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
+        _require(
+            self.context_sigma is None or 0 <= self.context_sigma < 1,
+            f"context_sigma is {self.context_sigma}; it must lie in [0, 1), for example 0",
+        )
+
+
+register(DMDConfig, "monarchrt.train.objectives.dmd:DMDObjective")
+register(SelfForcingConfig, "monarchrt.train.objectives.self_forcing:SelfForcingObjective")

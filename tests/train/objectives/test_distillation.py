@@ -1,0 +1,249 @@
+"""DMD and Self-Forcing: losses and gradients against plain forms written here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.errors import UserError
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.dmd import DMDObjective
+from monarchrt.train.objectives.scores import levels_of, matching_gradient, matching_loss
+from monarchrt.train.objectives.self_forcing import SelfForcingObjective
+from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
+
+STEPS = (1000, 600, 200)
+SHAPE = (1, 4, 4, 4, 4)  # B, F, H, W, C
+SIGMAS = [5 * u / (1 + 4 * u) for u in (1.0, 0.6, 0.2)]  # shift 5, by hand
+
+
+def network(seed, attention="dense", **changes):
+    config = wan_config(
+        "tiny", dim=24, num_heads=2, ffn_dim=32, num_layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=4,
+        attention=parse(attention), **changes,
+    )  # fmt: skip
+    model = WanModel(config, rngs=nnx.Rngs(seed))
+    # the head starts at zero, where no gradient would reach the rest
+    key = jax.random.key(seed + 100)
+    model.head.proj.kernel[...] = 0.2 * jax.random.normal(key, model.head.proj.kernel.shape)
+    return model
+
+
+def batch():
+    key = jax.random.key(5)
+    return Batch(np.zeros(SHAPE, np.float32), np.asarray(jax.random.normal(key, (1, 3, 8)), np.float32))
+
+
+def gradient(loss, model):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return jax.jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
+
+
+def gradients_at(loss, model, lasts):
+    """The same for each last step, of one compiled program: the step is traced."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    run = jax.jit(jax.value_and_grad(lambda params, last: loss(nnx.merge(graph, params, rest), last)))
+    return [run(params, jnp.int32(last)) for last in lasts]
+
+
+def assert_same(ours, theirs, tolerance):
+    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    whole = np.sqrt(sum(float(jnp.sum(b**2)) for _, b in pairs))
+    assert whole > 0
+    for a, b in pairs:
+        assert float(jnp.linalg.norm(a - b)) <= tolerance * (float(jnp.linalg.norm(b)) + 1e-3 * whole)
+
+
+def with_last(draws, last):
+    return draws._replace(last=last)
+
+
+def test_a_bidirectional_student_learns_by_its_last_step():
+    objective, student = DMDObjective(DMDConfig(student_steps=STEPS)), network(0)
+    draws = objective.draws(jax.random.key(1), batch())["student"].student
+    weights = jax.random.normal(jax.random.key(2), SHAPE)
+    text = jnp.asarray(batch().text)
+
+    def plain(model, last):
+        z = draws.noise
+        for n in range(last):
+            x = z - SIGMAS[n] * model(z, jnp.array([1000 * SIGMAS[n]]), text)
+            z = (1 - SIGMAS[n + 1]) * x + SIGMAS[n + 1] * draws.fresh[:, n]
+        z = jax.lax.stop_gradient(z)
+        return jnp.sum(weights * (z - SIGMAS[last] * model(z, jnp.array([1000 * SIGMAS[last]]), text)))
+
+    def ours(model, last):
+        return jnp.sum(weights * objective.samples(model, text, with_last(draws, last)))
+
+    for last, (value, grads) in enumerate(gradients_at(ours, student, range(3))):
+        expected = gradient(lambda model, last=last: plain(model, last), student)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        assert_same(grads, expected[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "lasts"),
+    [
+        ("dense", (0, 2)),
+        ("monarch(tile=(1,2,2))", (1,)),
+        pytest.param("monarch(tile=(2,2,2))", (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(1,1,2))", (0, 1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_a_roll_out_is_differentiated_by_its_last_steps(attention, lasts):
+    """Unrolled by hand, with the caches as constants."""
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
+    student = network(0, attention, causal_block=2)
+    draws = objective.draws(jax.random.key(1), batch())["student"].student
+    weights = jax.random.normal(jax.random.key(2), SHAPE)
+    text = jnp.asarray(batch().text)
+    lowest = 5 * 0.001 / (1 + 4 * 0.001)
+
+    def constant(tree, cache):
+        return dataclasses.replace(jax.tree.map(jax.lax.stop_gradient, tree), cross=cache.cross)
+
+    def plain(model, last):
+        model = model.with_config(causal_block=None)
+        cache = init_cache(model, text, frames=4, height=4, width=4, detach_past=True)
+        parts = []
+        for start in (0, 2):
+            frames = slice(start, start + 2)
+            z = draws.noise[:, frames]
+            for n in range(last):
+                flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * SIGMAS[n]), cache, frame=start)
+                cache = constant(written, cache)
+                z = (1 - SIGMAS[n + 1]) * (z - SIGMAS[n] * flow) + SIGMAS[n + 1] * draws.fresh[:, n, frames]
+            z = jax.lax.stop_gradient(z)
+            flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * SIGMAS[last]), cache, frame=start)
+            cache = constant(written, cache)
+            x = z - SIGMAS[last] * flow
+            parts.append(x)
+            kept = jax.lax.stop_gradient((1 - lowest) * x + lowest * draws.context[:, frames])
+            cache = constant(cached_forward(model, kept, jnp.zeros((1, 2)), cache, frame=start)[1], cache)
+        return jnp.sum(weights * jnp.concatenate(parts, axis=1))
+
+    def ours(model, last):
+        return jnp.sum(weights * objective.samples(model, text, with_last(draws, last)))
+
+    for last, (value, grads) in zip(lasts, gradients_at(ours, student, lasts), strict=True):
+        expected = gradient(lambda model, last=last: plain(model, last), student)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-4)
+        assert_same(grads, expected[1], 1e-4)
+
+
+def test_what_is_replayed_is_what_was_rolled_out():
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
+    student = network(0, causal_block=2)
+    draws = objective.draws(jax.random.key(3), batch())["student"].student
+    text = jnp.asarray(batch().text)
+    rolled = objective.roll_out(student, text, draws)
+    np.testing.assert_allclose(objective.replay(student, text, rolled, draws.last), rolled.x, atol=1e-5)
+
+
+def test_the_students_gradient_is_g_over_the_number_of_latents():
+    x, g = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+    np.testing.assert_allclose(jax.grad(matching_loss)(x, g), g / x.size, rtol=1e-4, atol=1e-7)  # x - (x - g) rounds
+    np.testing.assert_allclose(matching_loss(x, g), 0.5 * np.mean(np.square(g)), rtol=1e-5)
+
+
+def test_g_by_hand():
+    """With networks that are linear in what they see."""
+    x, noise = jax.random.normal(jax.random.key(0), (2, 2, *SHAPE[1:]))
+    text, negative = jnp.ones((2, 1, 1)), -jnp.ones((2, 1, 1))
+    levels = levels_of(jnp.array([100, 900]), shift=5.0)
+    g, metrics = matching_gradient(
+        x,
+        text,
+        negative,
+        critic=lambda x, t, text: 0.5 * x,
+        teacher=lambda x, t, text: 0.25 * x + text[:, :, :, None, None] * 0.1,
+        guidance=3.0,
+        levels=levels,
+        noise=noise,
+    )
+    for n, u in enumerate((0.1, 0.9)):
+        sigma = 5 * u / (1 + 4 * u)
+        mixed = (1 - sigma) * np.asarray(x[n]) + sigma * np.asarray(noise[n])
+        fake = mixed - sigma * 0.5 * mixed
+        conditional, unconditional = (mixed - sigma * (0.25 * mixed + sign * 0.1) for sign in (1, -1))
+        real = conditional + 3 * (conditional - unconditional)
+        np.testing.assert_allclose(g[n], (fake - real) / np.mean(np.abs(x[n] - real)), rtol=1e-3, atol=1e-4)
+    assert float(metrics["replaced"]) == 0
+
+
+def test_noise_levels_of_the_published_code():
+    """Mixed on a grid of shift 5, turned into data on one of shift 8 (nearest entries)."""
+    levels = levels_of(jnp.array([0, 250, 999]), shift=5.0, conversion="published")
+    np.testing.assert_allclose(levels.timesteps, [20.0, 625.0, 980.0], rtol=1e-6)
+    grids = {shift: [shift * n / (1000 + (shift - 1) * n) for n in range(1000, 0, -1)] for shift in (5, 8)}
+    for n, t in enumerate((20.0, 625.0, 980.0)):
+        for found, shift in ((levels.mixed[n], 5), (levels.converted[n], 8)):
+            assert float(found) == pytest.approx(min(grids[shift], key=lambda sigma: abs(1000 * sigma - t)), rel=1e-5)
+    clean = levels_of(jnp.array([250]), shift=5.0)
+    assert float(clean.mixed[0]) == float(clean.converted[0]) == 0.625
+
+
+@pytest.mark.parametrize("conversion", ["clean", "published"])
+def test_the_critics_loss_is_that_of_the_flow_of_the_students_samples(conversion):
+    objective = DMDObjective(DMDConfig(student_steps=STEPS, conversion=conversion))
+    student, critic = network(0), network(1)
+    draws = objective.draws(jax.random.key(1), batch())["critic"]
+    examples = batch()
+    text = jnp.asarray(examples.text)
+    networks = {"student": student, "critic": critic, "teacher": network(2)}
+    loss, metrics = objective.loss("critic", networks, examples, draws)
+    x = objective.samples(student, text, draws.student)
+    u = float(draws.scores.time[0]) / 1000
+    t = min(max(5000 * u / (1 + 4 * u), 20), 980)
+    grids = {shift: [shift * n / (1000 + (shift - 1) * n) for n in range(1000, 0, -1)] for shift in (5, 8)}
+    mixed, converted = (min(grids[s], key=lambda sigma: abs(1000 * sigma - t)) for s in (5, 8))
+    if conversion == "clean":
+        mixed = converted = t / 1000
+    noise = draws.scores.noise
+    flow = critic((1 - mixed) * x + mixed * noise, jnp.array([t]), text) * converted / mixed
+    np.testing.assert_allclose(loss, jnp.mean(jnp.square(flow - (noise - x))), rtol=1e-4)
+    bins = [float(value) for name, value in metrics.items() if name.startswith("loss_at_")]
+    assert np.nansum(bins) == pytest.approx(float(loss))
+    assert np.isnan(bins).sum() == 4
+    _, grads = gradient(
+        lambda model: objective.loss("critic", networks | {"student": model}, examples, draws)[0], student
+    )
+    assert all(not leaf.any() for leaf in jax.tree.leaves(grads)), "the student is not the critic's to move"
+
+
+def test_who_is_due_and_what_is_drawn():
+    objective = DMDObjective(DMDConfig(student_every=5))
+    assert [len(objective.due(step)) for step in range(1, 12)] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2]
+    draws = objective.draws(jax.random.key(0), batch())
+    assert not np.array_equal(draws["student"].student.noise, draws["critic"].student.noise)
+    lasts = [int(objective.draws(jax.random.key(n), batch())["student"].student.last) for n in range(60)]
+    assert set(lasts) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"student_steps": ()}, "student_steps is empty"),
+        ({"student_steps": (500, 750)}, "falling"),
+        ({"student_steps": (1001, 750)}, "falling"),
+        ({"guidance": 3.0}, "--negative"),
+        ({"low": 0.5, "high": 0.4}, "low is 0.5"),
+        ({"student_every": 0}, "student_every is 0"),
+    ],
+)
+def test_bad_settings(settings, word):
+    with pytest.raises(UserError, match=word):
+        DMDConfig(**settings)
+
+
+def test_frames_that_are_not_whole_blocks():
+    objective = SelfForcingObjective(SelfForcingConfig(block=3))
+    draws = objective.draws(jax.random.key(0), batch())["student"].student
+    with pytest.raises(UserError, match="frames is 4, not whole blocks of 3; give 3 or 6"):
+        objective.roll_out(network(0), jnp.asarray(batch().text), draws)

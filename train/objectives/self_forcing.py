@@ -1,0 +1,177 @@
+"""Self-Forcing (arXiv:2506.08009): distribution matching of clips that a causal student made block by block.
+
+The student sees its own earlier blocks, as in generation. Nothing is differentiated through what it reads from the
+cache, so the gradient of a roll-out is the sum over blocks of one step's gradient at the finished cache:
+
+    1. roll out without gradients: keep the input z of each block's last step, the clip x, and the cache;
+    2. compare x with the teacher: g;
+    3. for each block run that last step again, with its part of the cache, and differentiate <g, block>.
+
+Memory is that of one block, however long the clip. `monarchrt.train.objectives.scores` has the losses.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int, Key
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
+from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
+from monarchrt.train.objectives.base import Metrics
+from monarchrt.train.objectives.dmd import DMDDraws, DMDObjective
+from monarchrt.train.objectives.flow import add_noise
+from monarchrt.train.objectives.scores import detached, draw_scores, sample_metrics, to_data
+from monarchrt.train.objectives.settings import SelfForcingConfig
+
+
+class RolloutDraws(NamedTuple):
+    """What a roll-out is made of.
+
+    Attributes:
+        noise: What each frame starts from.
+        fresh: Noise of each further step.
+        context: Noise of the finished frames in the cache.
+        last: The step that every block stops at.
+    """
+
+    noise: Float32[Array, "b f h w c"]
+    fresh: Float32[Array, "b n f h w c"]
+    context: Float32[Array, "b f h w c"]
+    last: Int[Array, ""]
+
+
+class RolledOut(NamedTuple):
+    """A roll-out: the finished clip, the input of each block's last step, and the cache with all finished blocks."""
+
+    x: Float32[Array, "b f h w c"]
+    inputs: Float32[Array, "blocks b m h w c"]
+    cache: WanCache
+
+
+class SelfForcingObjective(DMDObjective):
+    """DMD of a causal student on its own roll-outs."""
+
+    settings: SelfForcingConfig
+
+    def _draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
+        first, fresh, context, last, scores = jax.random.split(key, 5)
+        steps = len(self.settings.student_steps)
+        student = RolloutDraws(
+            noise=jax.random.normal(first, shape, jnp.float32),
+            fresh=jax.random.normal(fresh, (shape[0], steps - 1, *shape[1:]), jnp.float32),
+            context=jax.random.normal(context, shape, jnp.float32),
+            last=jax.random.randint(last, (), 0, steps),
+        )
+        return DMDDraws(student, draw_scores(scores, shape))  # type: ignore[arg-type]
+
+    def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
+        """Clips of the student, differentiable by its parameters through each block's last step alone."""
+        rolled = self.roll_out(detached(student), text, draws)
+        return self.replay(student, text, rolled, draws.last)
+
+    def roll_out(self, student: Any, text: Array, draws: RolloutDraws) -> RolledOut:
+        """A clip block by block, each from noise through the student's steps up to the last that was drawn.
+
+        Args:
+            student: Causal Wan.
+            text: Embeddings.
+            draws: Noise and last step.
+
+        Returns:
+            The clip and what `replay` needs.
+
+        Raises:
+            UserError: If the frames are not whole blocks.
+        """
+        batch, frames, height, width, _ = draws.noise.shape
+        size = self._block(frames)
+        student = student.with_config(causal_block=None)  # blocks are seen one at a time
+        cache = init_cache(student, text, frames=frames, height=height, width=width, detach_past=True)
+        noise, context, fresh = (
+            in_blocks(x, size, axis) for x, axis in ((draws.noise, 1), (draws.context, 1), (draws.fresh, 2))
+        )
+
+        def block(cache: WanCache, xs: tuple) -> tuple[WanCache, tuple[Array, Array]]:
+            number, noise, context, fresh = xs
+            frame = number * size
+
+            def advance(index: Array, carry: tuple[Array, WanCache]) -> tuple[Array, WanCache]:
+                z, cache = carry
+                data, cache = self._denoise_block(student, z, cache, frame, number, index)
+                following = self._sigma(index + 1, batch)
+                return add_noise(data, lax.dynamic_index_in_dim(fresh, index, axis=1, keepdims=False), following), cache
+
+            z, cache = lax.fori_loop(0, draws.last, advance, (noise, cache))
+            data, cache = self._denoise_block(student, z, cache, frame, number, draws.last)
+            kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
+            _, cache = cached_forward(
+                student, kept, jnp.zeros((batch, size)), cache, frame=frame,
+                step=jnp.int32(len(self.settings.student_steps)), block=number,
+            )  # fmt: skip
+            return cache, (data, z)
+
+        numbers = jnp.arange(frames // size)
+        cache, (clip, inputs) = lax.scan(block, cache, (numbers, noise, context, fresh))
+        return RolledOut(from_blocks(clip), inputs, cache)
+
+    def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
+        """The same clip by the last steps alone, differentiable by the student's parameters, a block at a time."""
+        student = student.with_config(causal_block=None)
+        _, _, size = rolled.inputs.shape[:3]
+        inputs, past = lax.stop_gradient((rolled.inputs, rolled.cache))
+        # of the text, keys and values are made anew: they are no part of the past
+        cache = dataclasses.replace(past, cross=cross_keys_values(student, text))
+
+        @jax.checkpoint
+        def block(number: Array, z: Array) -> Array:
+            frame = number * size
+            own = dataclasses.replace(cache, length=frame)
+            return self._denoise_block(student, z, own, frame, number, last)[0]
+
+        _, clip = lax.scan(lambda _, xs: (None, block(*xs)), None, (jnp.arange(len(inputs)), inputs))
+        return from_blocks(clip)
+
+    def _denoise_block(
+        self, student: Any, z: Array, cache: WanCache, frame: Array, number: Array, index: Array
+    ) -> tuple[Array, WanCache]:
+        """The clean block that the student sees in z after the cached ones, at one of its steps."""
+        t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
+        flow, cache = cached_forward(student, z, jnp.full(z.shape[:2], t), cache, frame=frame, step=index, block=number)
+        return to_data(z, flow, self._sigma(index, z.shape[0])), cache
+
+    def _metrics(self, x: Array) -> Metrics:
+        return sample_metrics(x, block=self.settings.block)
+
+    @property
+    def _context_sigma(self) -> float:
+        given = self.settings.context_sigma
+        return shifted(1 / NUM_TRAIN_TIMESTEPS, self.settings.shift) if given is None else given
+
+    def _block(self, frames: int) -> int:
+        size = self.settings.block
+        if frames % size:
+            below, above = frames // size * size, (frames // size + 1) * size
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise UserError(f"frames is {frames}, not whole blocks of {size}; give {nearest}, or another block")
+        return size
+
+
+def in_blocks(x: Array, size: int, axis: int) -> Array:
+    """Frames cut into blocks, which become the first axis.
+
+    Example:
+        >>> in_blocks(jnp.zeros((2, 6, 4)), 3, 1).shape
+        (2, 2, 3, 4)
+    """
+    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def from_blocks(x: Array) -> Array:
+    """Blocks [blocks, B, frames, ...] put together to [B, all frames, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
