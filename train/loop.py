@@ -27,7 +27,7 @@ from monarchrt.train.header import run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
 from monarchrt.train.logs import Progress, RunLog
-from monarchrt.train.model import model_settings
+from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
@@ -156,6 +156,9 @@ class _Run:
         self.networks = Networks(
             config, self.objective, channels=source.latent_shape[-1], placement=self.placement, models=models
         )
+        for settings in self.networks.configs.values():
+            if settings is not None and isinstance(source, ClipWindows):
+                check_frame_size(config.data, settings)
         self.networks.check_origins(resumed=bool(done))
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         shardings = self.placement.shardings(self.networks.template)

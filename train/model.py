@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.train.config import ModelConfig
+from monarchrt.train.config import DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -96,6 +96,28 @@ def build_model(
     settings = model_settings(config, channels=channels, precision=precision, frozen=frozen)
     # one compiled program: faster than op by op
     return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()
+
+
+def check_frame_size(data: DataConfig, settings: "WanConfig") -> None:
+    """Looks whether frames of a video make whole tokens: two patches, of the pixels and of the network's latents.
+
+    Args:
+        data: Sizes of the frames and the patch of pixels.
+        settings: The network.
+
+    Raises:
+        UserError: If a size is not a multiple of both; names the nearest that are.
+    """
+    if data.latents is not None:  # taken as they are
+        return
+    for name, patch in zip(("height", "width"), settings.patch_size[1:], strict=True):
+        size, whole = getattr(data, name), data.patch * patch
+        if size % whole:
+            nearest = sorted({max(1, size // whole) * whole, (size // whole + 1) * whole})
+            raise UserError(
+                f"{name} is {size}, which is not a multiple of {whole}, the patch of {data.patch} pixels times the "
+                f"network's of {patch} latents; the nearest that are: {' and '.join(map(str, nearest))}"
+            )
 
 
 def check_pretrained(path: Path, settings: "WanConfig") -> None:

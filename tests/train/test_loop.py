@@ -225,3 +225,11 @@ def test_samples_are_written_for_clips_and_refused_for_latents(source, tmp_path)
     with pytest.raises(UserError, match="sample_every is 4"):
         train(settings(tmp_path / "other", sample_every=4), source=Latents(), model=Network())
     assert not (tmp_path / "other").exists()
+
+
+def test_frames_that_are_not_whole_tokens_are_refused_by_the_options_name(tmp_path, clip):
+    data = DataConfig(video=clip, frames=3, height=16, width=24, patch=8)
+    config = TrainConfig(data=data, run=RunConfig(folder=tmp_path / "run"))
+    with pytest.raises(UserError, match=r"width is 24, which is not a multiple of 16, .* the nearest that are: 16 and 32"):
+        train(config)
+    assert not (tmp_path / "run").exists()

@@ -148,7 +148,7 @@ def matching_gradient(
         "mean_abs_g": jnp.mean(jnp.abs(g)),
         "mean_abs_difference": jnp.mean(jnp.abs(fake - real)),
         "least_normalizer": jnp.min(normalizer),
-        "replaced": 1 - jnp.mean(finite),
+        "replaced": jnp.mean(~finite),
     }
 
 
