@@ -228,8 +228,8 @@ def test_samples_are_written_for_clips_and_refused_for_latents(source, tmp_path)
 
 
 def test_frames_that_are_not_whole_tokens_are_refused_by_the_options_name(tmp_path, clip):
-    data = DataConfig(video=clip, frames=3, height=16, width=24, patch=8)
+    data = DataConfig(video=clip, frames=3, height=16, width=24, patch=8, gap=1, held_out=0.3)
     config = TrainConfig(data=data, run=RunConfig(folder=tmp_path / "run"))
-    with pytest.raises(UserError, match=r"width is 24, which is not a multiple of 16, .* the nearest that are: 16 and 32"):
+    with pytest.raises(UserError, match=r"width is 24, .* not a multiple of 16, .* nearest that are: 16 and 32"):
         train(config)
     assert not (tmp_path / "run").exists()
