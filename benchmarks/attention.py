@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from monarch_jax import monarch_attention
-from monarch_jax.backends import IMPLEMENTATIONS
+from monarch_jax.backends import IMPLEMENTATIONS, choose
+from monarch_jax.contract import Problem
 from monarch_jax.spec import MonarchSpec, bytes_moved, flops
 
 MAX_ERROR = 1e-2  # relative Frobenius error that the gate allows in bfloat16
@@ -37,18 +38,28 @@ MAX_ERROR = 1e-2  # relative Frobenius error that the gate allows in bfloat16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: the clip's (frames, height, width) in latent tokens and the frames per tile."""
+    """One line of the table: the clip's (frames, height, width) in latent tokens and the frames per tile.
+
+    A tile has the grid's rows, divided by `height_parts`, and its columns. `num_iters` are refinement steps.
+    """
 
     name: str
     grid: tuple[int, int, int]
     tile_frames: int
+    height_parts: int = 1
+    num_iters: int = 1
     decode_frames: int = 3
     heads: int = 12
     head_dim: int = 128
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        return (self.tile_frames, *self.grid[1:])
+        return (self.tile_frames, self.grid[1] // self.height_parts, self.grid[2])
+
+    @property
+    def published(self) -> bool:
+        """Whether the published kernels, as `published.py` calls them, do the same: a step, tiles of whole frames."""
+        return self.height_parts == self.num_iters == 1
 
 
 ROWS = (
@@ -56,6 +67,9 @@ ROWS = (
     Row(name="480p (3h,w)", grid=(21, 30, 52), tile_frames=3),
     Row(name="720p (h,w)", grid=(21, 45, 80), tile_frames=1),
     Row(name="720p (3h,w)", grid=(21, 45, 80), tile_frames=3),
+    Row(name="480p (h/2,w)", grid=(21, 30, 52), tile_frames=1, height_parts=2),
+    Row(name="480p (h,w) T=2", grid=(21, 30, 52), tile_frames=1, num_iters=2),
+    Row(name="480p (3h,w) T=2", grid=(21, 30, 52), tile_frames=3, num_iters=2),
 )
 KEEPING = "+keep"  # ends the name of an implementation that is to keep intermediates
 SMALL = (Row(name="small (h,w)", grid=(6, 6, 8), tile_frames=1, heads=2, head_dim=16),)
@@ -76,7 +90,8 @@ def main() -> None:
     errors = {}
     for name in (*args.implementations, *(["published"] if args.published else [])):
         check, what = (published_errors, args.published) if name == "published" else (gate, name)
-        errors[name] = {row.name: attempt(check, row, what) or {} for row in rows}
+        able = [row for row in rows if serves(name, row)]
+        errors[name] = {row.name: attempt(check, row, what) or {} for row in able}
         for row, by_array in errors[name].items():
             found = "  ".join(f"{array} {x:.1e}" for array, x in by_array.items())
             print(f"{name:10s} {row:14s} {found}", flush=True)
@@ -98,14 +113,31 @@ def main() -> None:
         "rows": results,
     }
     for row in rows:
-        published = (attempt(published_times, row, args) if args.published else None) or {}
+        published = (attempt(published_times, row, args) if args.published and row.published else None) or {}
         for work in ("forward", "decode", "forward + backward"):
-            results.append(measure(row, work, timed, limits, published.get(work), dense=not args.small))
+            able = [name for name in timed if serves(name, row)]
+            results.append(measure(row, work, able, limits, published.get(work), dense=not args.small))
             print(line(results[-1]), flush=True)
             (args.out / "attention.json").write_text(json.dumps(report, indent=1))
     plot(results, device.device_kind, args.out / "attention.png")
     if failed:
         sys.exit(1)
+
+
+@functools.cache
+def serves(implementation: str, row: Row) -> bool:
+    """Whether an implementation, or "published", takes a row at all: some have one refinement step alone."""
+    if implementation == "published":
+        return row.published
+    spec = MonarchSpec(grid=row.grid, tile=row.tile)
+    shape = (1, spec.query_tiles, spec.block_rows, spec.block_cols, row.heads, row.head_dim)
+    tiles = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    try:
+        choose(implementation.removesuffix(KEEPING), Problem(scale=1.0, num_iters=row.num_iters), tiles, tiles)
+    except NotImplementedError as error:
+        print(f"{row.name}: {error}")
+        return False
+    return True
 
 
 def attempt(run, *args):
@@ -186,7 +218,8 @@ def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
 def attention(row: Row, frames: int, implementation: str):
     """The operation with `frames` query frames over the clip."""
     name = implementation.removesuffix(KEEPING)
-    options = {"grid": (frames, *row.grid[1:]), "tile": row.tile, "keep_intermediates": name != implementation}
+    options = {"grid": (frames, *row.grid[1:]), "tile": row.tile, "num_iters": row.num_iters}
+    options["keep_intermediates"] = name != implementation
     return lambda q, k, v: monarch_attention(q, k, v, implementation=name, **options)
 
 
@@ -218,10 +251,11 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
     q, k, v, g = inputs(row, row.grid[0])
     q, g = (x[:, : frames * row.grid[1] * row.grid[2]] for x in (q, g))
     arrays = (q, k, v, g) if work == "forward + backward" else (q, k, v)
-    spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], tile=row.tile)
+    spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], tile=row.tile, num_iters=row.num_iters)
     size = {"heads": row.heads, "head_dim": row.head_dim}
     arithmetic, plain = flops(spec, **size), bytes_moved(spec, **size)
-    moved = bytes_moved(spec, **size, spill=True)
+    # a further step writes and reads alpha and the next queries, as many bytes as alpha and Y
+    moved = plain + row.num_iters * (bytes_moved(spec, **size, spill=True) - plain)
     if work == "forward + backward":  # alpha, Y and their gradients pass through memory twice more
         arithmetic += flops(spec, mode="vjp", **size)
         moved, plain = moved + 2 * (moved - plain) + plain, 2 * plain
