@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.sampling import Schedule, euler, guided, sample, uniform_schedule
 from monarchrt.models.sampling.schedules import shifted
 from monarchrt.train.data import Batch, Source, spread
 from monarchrt.train.objectives.base import HeldOut, Metrics, Networks, Objective, Sampler
@@ -218,6 +219,76 @@ def evaluation_noise(index: int, level: int, shape: tuple[int, ...]) -> Float32[
     return np.random.default_rng([20, index, level]).standard_normal(shape, np.float32)
 
 
+def sampling_levels(config: FlowConfig, *, steps: int, start: float = 1.0) -> Float32[np.ndarray, "steps_plus_1"]:
+    """Noise levels of a sampler: even in u, shifted like those of training, from `start` down to 0.
+
+    Args:
+        config: Its shift is used.
+        steps: Euler steps.
+        start: First noise level sigma in (0, 1]; below 1 a noised clip is restored rather than a new one made.
+
+    Returns:
+        sigma, decreasing, float32 [steps + 1].
+
+    Example:
+        >>> [round(float(sigma), 3) for sigma in sampling_levels(FlowConfig(shift=5.0), steps=4)]
+        [1.0, 0.938, 0.833, 0.625, 0.0]
+    """
+    return uniform_schedule(steps, config.shift, start=start).sigmas.astype(np.float32)
+
+
+def euler_sample(
+    velocity: Velocity,
+    latents: Float[Array, "b f h w c"],
+    text: Float[Array, "b l d"],
+    *,
+    levels: Float[np.ndarray, "steps_plus_1"],
+    num_train_timesteps: int = 1000,
+) -> Float[Array, "b f h w c"]:
+    """Follows dx/dsigma = v from the first noise level to the last.
+
+    Args:
+        velocity: The network.
+        latents: x at the first level: unit Gaussian noise for sigma = 1, or a noised clip.
+        text: Text embeddings.
+        levels: Decreasing noise levels, from `sampling_levels`.
+        num_train_timesteps: The network is told t = num_train_timesteps * sigma.
+
+    Returns:
+        x at the last level.
+
+    Example:
+        >>> straight = lambda latents, timesteps, text: jnp.ones(latents.shape)
+        >>> x = jnp.full((1, 1, 1, 1, 1), 3.0)
+        >>> float(euler_sample(straight, x, jnp.zeros((1, 1, 1)), levels=np.array([1.0, 0.5, 0.0]))[0, 0, 0, 0, 0])
+        2.0
+    """
+
+    sigmas = np.asarray(levels, float)
+    return sample(guided(velocity, text), latents, euler(Schedule(sigmas, num_train_timesteps * sigmas[:-1])))
+
+
+def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> Sampler:
+    """A sampler that starts from clean latents noised to level `start`.
+
+    Args:
+        config: Shift and timestep scale.
+        steps: Euler steps.
+        start: First noise level; at 1 nothing of the clean latents is left.
+
+    Returns:
+        (network, latents, text, noise) -> sampled latents.
+    """
+    levels = sampling_levels(config, steps=steps, start=start)
+
+    def sampler(network: Velocity, latents: Array, text: Array, noise: Array) -> Array:
+        first = jnp.full((latents.shape[0],), start, jnp.float32)
+        noised = add_noise(latents, noise, first)
+        return euler_sample(network, noised, text, levels=levels, num_train_timesteps=config.num_train_timesteps)
+
+    return sampler
+
+
 class FlowDraws(NamedTuple):
     """What one batch draws: an index into the grid of noise levels for each sample or frame, and noise."""
 
@@ -263,6 +334,4 @@ class FlowObjective(Objective):
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A held-out window restored from noise level 0.6, and one made of pure noise."""
-        from monarchrt.train.sample import flow_sampler
-
         return {"restored": flow_sampler(self.settings, start=0.6), "sampled": flow_sampler(self.settings, start=1.0)}
