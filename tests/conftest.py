@@ -11,6 +11,7 @@ else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin may be installed, for compiling
     flags = "--xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", flags)  # tests compile far more than they run
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # no axis is added without a word, in processes neither
 os.environ.setdefault("PJRT_NPROC", "16")  # an interpreted GPU kernel stands still with fewer threads than it has
 
 import jax

@@ -1,6 +1,7 @@
 """The package as a whole: import directions, what an import needs, the wheel, the README's examples."""
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ import monarch_jax
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = {"train": 3, "models": 2, "monarch_jax": 1, "pallas_kernels": 0, "triton_kernels": 0}
 KERNELS = ("pallas_kernels", "triton_kernels")
+CAN_LOWER = all(importlib.util.find_spec(name) for name in ("triton", "jax_triton", "jax_cuda13_plugin"))
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -143,32 +145,87 @@ def source(tmp_path):
     return copy
 
 
-def test_the_wheel_works_beside_a_users_own_models_and_train(source, tmp_path):
-    """The wheel holds all packages with their data under two names; a user's folders do not disturb them."""
+USED = """
+import sys
+import models, train, pallas_kernels, triton_kernels
+import jax, jax.numpy as jnp, monarch_jax, monarchrt
+from flax import nnx
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.decoders import PatchDecoder
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, make_plan
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.checkpoints import save_checkpoint
+
+assert models.MINE and train.MINE and pallas_kernels.MINE and triton_kernels.MINE
+assert all(module.__file__.startswith(sys.argv[1]) for module in (models, monarch_jax, monarchrt))
+print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 4)).shape)
+
+for implementation in sys.argv[2:]:
+    def attend(q, k, v):
+        return monarch_jax.monarch_attention(q, k, v, grid=(1, 8, 8), implementation=implementation)
+
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    if implementation == "triton":
+        from monarchrt.triton_kernels import compile_for
+        with compile_for(90):
+            text = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    else:
+        text = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    print(implementation, "kernel" if f"{implementation}_" in text and "custom_call" in text else text[:2000])
+
+model = WanModel(wan_config("tiny", num_layers=1, in_channels=12, out_channels=12), rngs=nnx.Rngs(0))
+settings = GenerateConfig(frames=2, height=8, width=16, steps=1, sampler="euler", guidance=1.0)
+plan = make_plan(settings, defaults=Defaults(mode="bidirectional"), model=model.config, spatial=2, temporal=1)
+frames = VideoPipeline(model, PatchDecoder(PatchDCT(patch=2)))(jnp.zeros((1, 8, 32)), plan=plan)
+print([part.shape for part in frames])
+save_checkpoint(model, "saved")
+"""
+
+
+def test_the_wheel_works_in_a_folder_with_other_packages_of_the_same_names(source, tmp_path):
+    """Installed together with a `models`, a `train` and kernels of somebody else, of which none disturbs the other."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob(f"monarchrt-{monarch_jax.__version__}-*.whl")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(site)
+    names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if not name.startswith("monarchrt-")} == {"monarch_jax", "monarchrt"}
     files = {installed(path.relative_to(source)) for package in ORDER for path in (source / package).rglob("*.*")}
     assert files <= set(names), "modules, py.typed, tuned sizes, the page and the demo's clip"
-    project = tmp_path / "project"
-    for name in ("models", "train", "triton_kernels", "pallas_kernels"):
-        (project / name).mkdir(parents=True)
-        (project / name / "__init__.py").write_text("MINE = True\n")
-    code = """
-import models, train, monarch_jax, jax.numpy as jnp
-from monarchrt import triton_kernels
-from monarchrt.models.generate.pipeline import VideoPipeline
-assert models.MINE and train.MINE
-assert "site" in monarch_jax.__file__ and "site" in triton_kernels.__file__ and VideoPipeline
-print(monarch_jax.monarch_attention(*[jnp.ones((1, 12, 1, 4))] * 3, grid=(1, 3, 4)).shape)
-"""
-    run = python(code, cwd=project, PYTHONPATH=f"{project}{os.pathsep}{site}")
-    assert run.returncode == 0, run.stderr
+
+    site, project = tmp_path / "site", tmp_path / "project"
+    project.mkdir()
+    for name in ("models", "train", *KERNELS):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text("MINE = True\n")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(site)}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    lowered = ["mosaic", "triton"] if CAN_LOWER else []
+    printed = run("-c", USED, str(site), *lowered).splitlines()
+    assert printed == ["(1, 12, 1, 4)", *(f"{name} kernel" for name in lowered), "[(2, 8, 16, 3)]"]
+    assert run("-m", "monarchrt", "--version") == f"monarchrt {monarch_jax.__version__}\n"
+    assert "monarch(tile=" in run("-m", "monarchrt", "inspect", "saved")
 
 
 def test_the_source_distribution_holds_what_its_tests_need(source, tmp_path):

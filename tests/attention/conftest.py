@@ -17,12 +17,3 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks_are_explicit():
-    """No axis is added to an array without a word, as in programs that forbid it."""
-    import jax
-
-    with jax.numpy_rank_promotion("raise"):
-        yield

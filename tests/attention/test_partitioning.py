@@ -91,7 +91,6 @@ from monarch_jax import MonarchKVCache, backends, monarch_attention, xla
 from monarch_jax.contract import Backend, differentiable
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
 kernel = differentiable(forward_anywhere(xla.forward), vjp_anywhere(xla.vjp))
 backends._REGISTRY["kernel"] = lambda: Backend("kernel", lambda problem, q, k: None, kernel)
 backends.IMPLEMENTATIONS = tuple(backends._REGISTRY)

@@ -32,6 +32,41 @@ from monarchrt.models.wan.checkpoints.save import ModelFile
 from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OFFICIAL = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+OFFICIAL_OF_BLOCK = {
+    "modulation": "scale_shift_table",
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "norm3": "norm2",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
 
 
 def flat(model):
@@ -131,6 +166,25 @@ class TestOthersRead:
         arrays = {name: np.ascontiguousarray(array) for name, array in official_tensors(model).items()}
         safetensors.numpy.save_file(arrays, expected, metadata={"format": "pt"})
         assert path.read_bytes() == expected.read_bytes()
+
+    def test_official_names_are_the_released_ones(self, wan, small, tmp_path):
+        """What has which official name, by the name that diffusers gives it, whose numbers are compared elsewhere."""
+        model = wan.model(small, model_type="i2v", image_dim=16)
+        written = {
+            naming: safetensors.numpy.load_file(save_checkpoint(model, tmp_path / naming, format=naming) / WEIGHTS)
+            for naming in ("official", "diffusers")
+        }
+        names = OFFICIAL | {f"blocks.1.{ours}": f"blocks.1.{theirs}" for ours, theirs in OFFICIAL_OF_BLOCK.items()}
+        seen = set()
+        for official, diffusers in names.items():
+            for leaf in ("", ".weight", ".bias"):
+                if f"{diffusers}{leaf}" in written["diffusers"]:
+                    seen.add(f"{official}{leaf}")
+                    a, b = (written[k][f"{n}{leaf}"] for k, n in (("official", official), ("diffusers", diffusers)))
+                    np.testing.assert_array_equal(a, b, err_msg=official)
+        assert seen == {name for name in written["official"] if not name.startswith("blocks.0.")}
+        values = [array.tobytes() for name, array in written["official"].items()]
+        assert len(set(values)) == len(values), "an exchange of two would not be noticed"
 
     def test_official_config_is_the_released_one(self):
         text = dump_json(config_to_json(wan_config("wan2.1-t2v-1.3b"), "official"))

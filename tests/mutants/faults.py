@@ -35,6 +35,12 @@ UMT5 = ("tests/models/umt5/test_encoder.py",)
 SOLVERS = ("tests/models/sampling/test_solvers.py",)
 WAN = ("tests/models/test_wan.py",)
 STATE = ("tests/train/test_state.py",)
+OBJECTIVE = ("tests/train/test_objective.py",)
+SEEN = ("tests/models/media/test_seen.py",)
+WINDOWS = ("tests/models/sampling/test_windows.py",)
+RELATIVES = ("tests/models/test_relatives.py",)
+CHECKPOINTS = ("tests/models/test_checkpoints.py",)
+ARCHIVES = ("tests/models/test_hostile_archives.py",)
 
 FAULTS = (
     # the operation
@@ -80,7 +86,8 @@ FAULTS = (
         "monarch_jax/tiles.py",
         "block_end = (frame // spec.causal_block + 1)",
         "block_end = (frame // spec.causal_block + 2)",
-        CACHE,
+        DEFINITION,
+        "pytorch",
     ),
     Fault(
         "monarch_jax/cache.py",
@@ -94,6 +101,7 @@ FAULTS = (
         "sinks + (position - sinks) % (groups - sinks)",
         "(position - sinks) % (groups - sinks)",
         CACHE,
+        "rolling_window",
     ),
     Fault("monarch_jax/partitioning.py", "index = index * sizes[name] + ", "index = index + ", SPLIT, "however"),
     Fault(
@@ -101,6 +109,7 @@ FAULTS = (
         "PartitionSpec(batch, None, heads, None)",
         "PartitionSpec(None, None, None, None)",
         SPLIT,
+        "work_on_their_part",
     ),
     Fault("monarch_jax/devices.py", "found >= capability", "found > capability", BACKENDS, "compute_capability"),
     # Mosaic
@@ -131,8 +140,15 @@ FAULTS = (
         "mean = (r * d_r).sum(axis=1) * scale",
         "mean = (r * d_r).sum(axis=1)",
         MOSAIC_BACK,
+        "numbers_and_no_races",
     ),
-    Fault("pallas_kernels/left_backward_items.py", "lax.rem(x, self.tiles)\n", "lax.div(x, self.tiles)\n", MOSAIC_BACK),
+    Fault(
+        "pallas_kernels/left_backward_items.py",
+        "lax.rem(x, self.tiles)\n",
+        "lax.div(x, self.tiles)\n",
+        MOSAIC_BACK,
+        "numbers_and_no_races",
+    ),
     # Triton
     Fault(
         "triton_kernels/operation.py",
@@ -159,26 +175,122 @@ FAULTS = (
     ),
     Fault("triton_kernels/left.py", "d_cl = -tl.sum(d_x, 0)", "d_cl = tl.sum(d_x, 0)", TRITON, "interpreter_agrees"),
     # the networks
-    Fault("models/umt5/encoder.py", "/ math.log(config.max_distance / exact)", "/ math.log(config.max_distance)", UMT5),
+    Fault(
+        "models/umt5/encoder.py",
+        "/ math.log(config.max_distance / exact)",
+        "/ math.log(config.max_distance)",
+        UMT5,
+        "bucket",
+    ),
     Fault(
         "models/umt5/encoder.py",
         "jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps",
         "jnp.mean(precise**2, axis=-1, keepdims=True)",
         UMT5,
+        "parity",
     ),
     Fault(
         "models/wan/layers.py",
         "jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps",
         "jnp.mean(precise**2, axis=-1, keepdims=True)",
         WAN,
+        "test_t2v",
     ),
+    Fault(
+        "models/vae/vae.py",
+        "return jnp.clip(frames.astype(self.precise_dtype), -1, 1), cache",
+        "return frames.astype(self.precise_dtype), cache",
+        VAE,
+        "clipped",
+    ),
+    Fault("models/vae/layers.py", "x.shape[-1] ** 0.5", "x.shape[-1]", VAE, "test_encode"),
     # sampling and training
-    Fault("models/sampling/schedules.py", "shift * u / (1 + (shift - 1) * u)", "shift * u / (1 + shift * u)", SOLVERS),
+    Fault(
+        "models/sampling/schedules.py",
+        "shift * u / (1 + (shift - 1) * u)",
+        "shift * u / (1 + shift * u)",
+        SOLVERS,
+        "unipc_of_wan",
+    ),
     Fault(
         "models/sampling/tables.py",
         "orders = [2 if 0 < n < steps - 1 else 1 for n in range(steps)]",
         "orders = [2 if 0 < n else 1 for n in range(steps)]",
         SOLVERS,
+        "dpmpp_equals",
     ),
-    Fault("train/state.py", "        mask=kernels,\n", "", STATE),
+    Fault(
+        "models/sampling/solve.py",
+        "return unconditional + guidance * (conditional - unconditional)",
+        "return conditional + guidance * (conditional - unconditional)",
+        SOLVERS,
+        "guidance_is",
+    ),
+    Fault(
+        "models/sampling/bidirectional.py",
+        "past = part if context is None else jnp.concatenate([context, part], axis=1)",
+        "past = part",
+        WINDOWS,
+        "all_that_is_finished",
+    ),
+    Fault(
+        "models/sampling/bidirectional.py",
+        "given = None if noise is None else noise.part(used, new)",
+        "given = None if noise is None else noise.part(done, new)",
+        ("tests/models/sampling/test_noise.py",),
+        "noise_that_was_taken",
+    ),
+    Fault("train/state.py", "        mask=kernels,\n", "", STATE, "on_matrices_alone"),
+    Fault("train/state.py", "step <= config.ema_start", "step < config.ema_start", STATE, "average"),
+    Fault("train/step.py", "jax.random.fold_in(state.rng, state.step)", "state.rng", STATE, "step_number"),
+    Fault(
+        "train/objectives/flow.py",
+        "jnp.asarray(levels.weight)[level] * errors",
+        "errors",
+        OBJECTIVE,
+        "definition",
+    ),
+    # files: pictures and videos
+    Fault("models/media/frames.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),
+    Fault("models/media/decoding.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),
+    Fault("models/media/frames.py", "shape = stored[0], stored[1] * aspect", "shape = stored", SEEN, "not_square"),
+    Fault("models/media/frames.py", "begin = frame.time", "begin = 0.0", SEEN, "begins_with"),
+    Fault("models/media/frames.py", "frame.time - jitter:", "frame.time + 0.5 / fps:", SEEN, "rate_that_varies"),
+    Fault("models/media/colour.py", "_PAPER_WHITE = 203.0", "_PAPER_WHITE = 100.0", SEEN, "hdr"),
+    Fault("models/media/colour.py", "linear = linear @ _to_bt709(primaries).T", "pass", SEEN, "wide_gamuts"),
+    # files: checkpoints
+    Fault("models/checkpoints/names.py", "(?:_orig_mod|_fsdp", "(?:_fsdp", RELATIVES, "prefixes"),
+    Fault(
+        "models/checkpoints/names.py", '("generator_ema", "ema",', '("generator", "ema",', RELATIVES, "average_of_two"
+    ),
+    Fault("models/checkpoints/names.py", "elif short.startswith(others):", "elif False:", RELATIVES, "whole_pipeline"),
+    Fault(
+        "models/checkpoints/scaled.py",
+        "* scale.reshape(_rank(scale.shape, shape))",
+        "",
+        RELATIVES,
+        "with_scales",
+    ),
+    Fault(
+        "models/checkpoints/scaled.py",
+        "rows, blocks, weight[1] // blocks",
+        "rows, weight[1] // blocks, blocks",
+        RELATIVES,
+        "with_scales",
+    ),
+    Fault("models/checkpoints/scaled.py", "== mask).any()", "== mask).all()", RELATIVES, "numbers_that_are_none"),
+    Fault(
+        "models/checkpoints/torch_pickle.py",
+        "last >= storage.size",
+        "last > storage.size",
+        ARCHIVES,
+        "past_its_storage",
+    ),
+    Fault(
+        "models/wan/checkpoints/mapping.py",
+        '"image_embedding.norm1", "img_emb.proj.0"',
+        '"image_embedding.norm1", "img_emb.proj.4"',
+        CHECKPOINTS,
+        "official_names",
+    ),
 )

@@ -93,6 +93,28 @@ def test_windows_continue_each_other(tiny):
         context = expected[:, -1:]
 
 
+def test_context_is_taken_of_all_that_is_finished(tiny):
+    """Of two parts, where a window makes fewer frames than the next one starts with."""
+    model, text = tiny
+    settings = Windows(sampler="euler", steps=1, window=4, context=3, guidance=3.0)
+    parts = list(windows(model, text, frames=6, settings=settings, negative=-text, **SHAPE))
+    assert [part.shape[1] for part in parts] == [4, 1, 1]
+    done = parts[0]
+    for number, part in enumerate(parts[1:], start=1):
+        expected = euler(
+            model,
+            noise(number, (1, 1, H, W, 6)),
+            lambda t: jnp.asarray([[0, 0, 0, t]], jnp.float32),
+            text,
+            -text,
+            steps=1,
+            guidance=3.0,
+            context=done[:, -3:],
+        )
+        np.testing.assert_allclose(part, expected, atol=5e-4)
+        done = jnp.concatenate([done, expected], axis=1)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

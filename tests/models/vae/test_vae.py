@@ -60,6 +60,12 @@ class TestParity:
         assert (out.shape, out.dtype) == ((2, frames, 16, 24, 3), jnp.float32)
         np.testing.assert_allclose(out, expected, atol=1e-4)
 
+    def test_frames_are_clipped(self, vae):
+        """Some tenth of them lies outside [-1, 1]."""
+        frames = decode(vae, 3 * latents(3), chunk=2)
+        assert (float(frames.min()), float(frames.max())) == (-1, 1)
+        assert 0.01 < np.mean(np.abs(frames) == 1) < 0.99
+
     def test_parameters(self):
         model = nnx.eval_shape(lambda: WanVAE(vae_config("wan21"), rngs=nnx.Rngs(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 126_892_531
