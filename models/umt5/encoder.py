@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from monarchrt.models.broadcasting import along_last
 from monarchrt.models.umt5.config import UMT5Config
 
 
@@ -52,7 +53,7 @@ class RMSNorm(nnx.Module):
         """Normalises; keeps the dtype."""
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = precise * jax.lax.rsqrt(jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normed.astype(x.dtype) * along_last(self.scale[...].astype(x.dtype), x)
 
 
 def _linear(features: int, out: int, std: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -85,7 +86,7 @@ class SelfAttention(nnx.Module):
         )
         precise = jnp.promote_types(x.dtype, jnp.float32)
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=precise)
-        scores += rearrange(self.bias[...][buckets], "q k n -> n q k").astype(precise)
+        scores += rearrange(self.bias[...][buckets], "q k n -> 1 n q k").astype(precise)
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(precise).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return self.o(rearrange(jnp.einsum("bnqk,bknd->bqnd", weights, value), "b l n d -> b l (n d)"))

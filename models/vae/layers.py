@@ -13,6 +13,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from monarchrt.models.broadcasting import along_last
+
 type Video = Float[Array, "_ _ _ _ _"]  # [B, T, H, W, C]
 type Past = Any  # a pytree of arrays [B, frames, H, W, C]
 # (rows before, after), (columns before, after)
@@ -75,7 +77,8 @@ class Conv(nnx.Module):
         planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
         bias = self.bias[...].astype(self.dtype)
         if (*kernel.shape[:2], stride) == (1, 1, 1):
-            y = planes @ kernel[0, 0] + bias
+            y = planes @ kernel[0, 0]
+            y = y + along_last(bias, y)
         else:
             # Tensor cores take channels by eights: pixels get channels of zeros.
             spare, more = (-n % 8 if self.dtype.itemsize == 2 else 0 for n in kernel.shape[2:])
@@ -84,7 +87,7 @@ class Conv(nnx.Module):
             y = jax.lax.conv_general_dilated(
                 planes, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            y = (y + jnp.pad(bias, (0, more)))[..., : len(bias)]
+            y = (y + along_last(jnp.pad(bias, (0, more)), y))[..., : len(bias)]
         if added is not None:  # in these axes, or cuDNN would not do it with the convolution
             y = y + rearrange(added.astype(self.dtype), "b t h w c -> (b t) h w c")
         return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
@@ -120,7 +123,7 @@ class ChannelNorm(nnx.Module):
         precise = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
         # |x| is at least 1e-12
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
-        gamma = self.gamma[...].astype(precise.dtype) * x.shape[-1] ** 0.5
+        gamma = along_last(self.gamma[...].astype(precise.dtype) * x.shape[-1] ** 0.5, rows)
         rows = (precise * scale * gamma).astype(x.dtype)
         return (jax.nn.silu(rows) if silu else rows).reshape(x.shape)
 

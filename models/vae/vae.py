@@ -343,9 +343,10 @@ class WanVAE(nnx.Module):
 
     # Shared
 
-    def _statistics(self) -> tuple[Array, Array]:
-        mean, std = (jnp.asarray(x, self.precise_dtype) for x in (self.config.latents_mean, self.config.latents_std))
-        return mean, std
+    def _statistics(self) -> list[Array]:
+        """Mean and standard deviation of the latents' channels, [1, 1, 1, 1, C]."""
+        statistics = self.config.latents_mean, self.config.latents_std
+        return [jnp.asarray(x, self.precise_dtype).reshape(1, 1, 1, 1, -1) for x in statistics]
 
     def _check_latents(self, latents: Array) -> None:
         if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or 0 in latents.shape:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.softmax import softmax_attention
+from monarchrt.models.broadcasting import along_last
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
 
@@ -60,7 +61,7 @@ class RMSNorm(nnx.Module):
         """x / sqrt(mean(x^2) + eps) * scale, in the dtype of `x`."""
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = precise * jax.lax.rsqrt(jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normed.astype(x.dtype) * along_last(self.scale[...].astype(x.dtype), x)
 
 
 class MLP(nnx.Module):
@@ -145,7 +146,7 @@ class WanBlock(nnx.Module):
 
     def modulations(self, time: Float[Array, "B T 6 D"]) -> list[Float[Array, "B T 1 D"]]:
         """Shift, scale, gate of the self-attention, then of the feed-forward, broadcast over a frame's tokens."""
-        table = time + self.modulation[...].astype(time.dtype)
+        table = time + self.modulation[...].astype(time.dtype)[None]
         return [table[:, :, None, i] for i in range(6)]
 
     def modulated(self, norm, x: Array, shift: Array, scale: Array) -> Array:
@@ -274,7 +275,8 @@ class PatchEmbedding(nnx.Module):
         patches = rearrange(
             latents.astype(self.dtype), "b (f pt) (h ph) (w pw) c -> b f (h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw
         )
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+        tokens = patches @ kernel.reshape(-1, kernel.shape[-1])
+        return tokens + along_last(self.bias[...].astype(self.dtype), tokens)
 
 
 class ImageEmbedding(nnx.Module):
@@ -302,7 +304,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "B F S D"], time: Float[Array, "B T D"]) -> Float[Array, "B F S P"]:
         """Patches; `time` is the embedding before its projection, T = F or 1."""
-        table = time[:, :, None] + self.modulation[...].astype(time.dtype)
+        table = time[:, :, None] + self.modulation[...].astype(time.dtype)[None]
         shift, scale = table[:, :, None, 0], table[:, :, None, 1]
         return self.proj(self.norm(x) * (1 + scale) + shift)
 
@@ -337,8 +339,9 @@ def sinusoid(timesteps: Real[Array, "*batch"], width: int) -> Float[Array, "*bat
     rest = (exact - coarse).astype(np.float32)
     t = timesteps.astype(jnp.float32)[..., None]
     t1 = jax.lax.reduce_precision(t, exponent_bits=8, mantissa_bits=11)
+    coarse, rest, whole = (along_last(w, t) for w in (coarse, rest, exact.astype(np.float32)))
     large = t1 * coarse
-    small = t1 * rest + (t - t1) * exact.astype(np.float32)
+    small = t1 * rest + (t - t1) * whole
     cos = jnp.cos(large) * jnp.cos(small) - jnp.sin(large) * jnp.sin(small)
     sin = jnp.sin(large) * jnp.cos(small) + jnp.cos(large) * jnp.sin(small)
     return jnp.concatenate([cos, sin], axis=-1)
