@@ -5,8 +5,8 @@ import jax
 
 def on_cuda(*, capability: int | float = 0) -> bool:
     """Whether JAX runs on an NVIDIA GPU by default (`jax.default_device` counts), of at least a compute capability."""
-    found = cuda_capability()
-    return found is not None and found >= capability
+    present = cuda_capability()
+    return present is not None and present >= capability
 
 
 def cuda_capability() -> float | None:

@@ -34,8 +34,8 @@ def forward_anywhere(forward: Callable[..., tuple]) -> Callable[..., tuple]:
             shapes, structure = jax.tree.flatten(jax.eval_shape(functools.partial(forward, problem), *structs))
             kept = tuple(map(_kept, shapes[2:]))
         fn = _flat(functools.partial(forward, problem))
-        found = _anywhere(fn, (QUERIES, KEYS, KEYS, VISIBLE), (QUERIES, ROWS, *kept))(*arrays)
-        return found if structure is None else jax.tree.unflatten(structure, found)
+        results = _anywhere(fn, (QUERIES, KEYS, KEYS, VISIBLE), (QUERIES, ROWS, *kept))(*arrays)
+        return results if structure is None else jax.tree.unflatten(structure, results)
 
     return run
 
@@ -115,11 +115,11 @@ def _anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple
     def rule(size, in_batched, *args):
         spread = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(args, in_batched, strict=True)]
         if in_batched[-1]:  # a mapped `visible` has no place in the kernels: one example after the other
-            found = jax.lax.map(lambda xs: mapped(*xs), tuple(spread))
+            results = jax.lax.map(lambda xs: mapped(*xs), tuple(spread))
         else:
-            found = mapped(*(x.reshape(-1, *x.shape[2:]) for x in spread[:-1]), args[-1])
-            found = tuple(x.reshape(size, -1, *x.shape[1:]) for x in found)
-        return found, (True,) * len(outputs)
+            results = mapped(*(x.reshape(-1, *x.shape[2:]) for x in spread[:-1]), args[-1])
+            results = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
+        return results, (True,) * len(outputs)
 
     return mapped
 
@@ -211,8 +211,8 @@ def _axes_that_split(mesh: Mesh, part: np.ndarray) -> tuple[str, ...] | None:
 
 def _shardings(queries: NamedSharding, arrays: tuple[Axes, ...], *, heads: bool = True) -> tuple[NamedSharding, ...]:
     """Of each array, split as the queries are along the batch and, unless told not to, the heads."""
-    found = dict(zip(QUERIES, (*queries.spec, *(None,) * len(QUERIES)), strict=False))
-    names = {"b": found["b"], "p": found["b"], "h": found["h"] if heads else None}
+    axes = dict(zip(QUERIES, (*queries.spec, *(None,) * len(QUERIES)), strict=False))
+    names = {"b": axes["b"], "p": axes["b"], "h": axes["h"] if heads else None}
     return tuple(NamedSharding(queries.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
 
 

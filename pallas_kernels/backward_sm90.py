@@ -72,8 +72,8 @@ def backward(
 
     def body(n, carry):
         head, tile = jnp.array(places, jnp.int32)[n]
-        found = _chunk(call, d_out, stats, wanted, config, kept, head, tile)
-        return _add(carry, found, head, tile, summed)
+        gradients = _chunk(call, d_out, stats, wanted, config, kept, head, tile)
+        return _add(carry, gradients, head, tile, summed)
 
     zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
     start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
@@ -132,8 +132,8 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
     role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
     dq = dq.reshape(*dq.shape[:-1], slabs, SLAB)
-    (found,) = launch(role, (k, dz, dq, call.limits, start))
-    return found.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
+    (dq,) = launch(role, (k, dz, dq, call.limits, start))
+    return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 
 def _add(whole: Gradients, parts: Gradients, head, tile, summed: bool) -> Gradients:
@@ -141,9 +141,9 @@ def _add(whole: Gradients, parts: Gradients, head, tile, summed: bool) -> Gradie
     zero, head, tile = jnp.int32(0), jnp.int32(head), jnp.int32(tile)
     dq = lax.dynamic_update_slice(whole[0], parts[0], (zero, tile, zero, zero, head, zero))
     at = (zero, zero, zero, zero, head, zero)
-    found = [dq]
+    totals = [dq]
     for sums, part in zip(whole[1:], parts[1:], strict=True):
         if summed:
             part = lax.dynamic_slice(sums, at, part.shape) + part.astype(sums.dtype)
-        found.append(lax.dynamic_update_slice(sums, part, at))
-    return found[0], found[1], found[2]
+        totals.append(lax.dynamic_update_slice(sums, part, at))
+    return totals[0], totals[1], totals[2]

@@ -67,8 +67,8 @@ def _four(kind=None):
     return llvm.StructType.get_literal([kind or _i32()] * 4)
 
 
-def _unpack(found, count: int, kind=None):
-    return [llvm.extractvalue(kind or _i32(), found, [n]) for n in range(count)]
+def _unpack(struct, count: int, kind=None):
+    return [llvm.extractvalue(kind or _i32(), struct, [n]) for n in range(count)]
 
 
 def _add(*terms):
@@ -139,8 +139,8 @@ def _power(x):
 def _any(x):
     """Whether it holds in any lane."""
     vote = "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
-    found = _ptx(vote, _flag(x), constraints="=r,r", result=_i32())
-    return arith.cmpi(arith.CmpIPredicate.ne, found, _constant(0))
+    voted = _ptx(vote, _flag(x), constraints="=r,r", result=_i32())
+    return arith.cmpi(arith.CmpIPredicate.ne, voted, _constant(0))
 
 
 def _of_four(x):
@@ -320,9 +320,9 @@ def exchange(tile, at) -> None:
         base = _add(_address(tile), _scalar(at), _times(_part(thread, 6, 1), TILE_SLAB), _times(row, LINE))
         for g in range(2):
             places = [_add(base, _swizzled(_constant(4 * g + n), row)) for n in range(4)]
-            found = [_unpack(_ptx(_LOAD, x, constraints="=r,=r,=r,=r,r,~{memory}", result=_four()), 4) for x in places]
+            loaded = [_unpack(_ptx(_LOAD, x, constraints="=r,=r,=r,=r,r,~{memory}", result=_four()), 4) for x in places]
             for p, place in enumerate(places):
-                _ptx(_PUT, place, *(found[n][p] for n in range(4)), constraints="r,r,r,r,r,~{memory}")
+                _ptx(_PUT, place, *(loaded[n][p] for n in range(4)), constraints="r,r,r,r,r,~{memory}")
 
     run(tile, jnp.int32(at))
 
@@ -428,7 +428,7 @@ def softmax_step(scores, top, total, sums, dtype):
             scf.yield_([*new, *(arith.mulf(s, by[n % 2]) for n, s in enumerate(state[2:]))])
         with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]
             scf.yield_(state)
-        tops, totals, found = branch.results[:2], list(branch.results[2:4]), branch.results[4:]
+        tops, totals, scaled = branch.results[:2], list(branch.results[2:4]), branch.results[4:]
         narrow = ir.VectorType.get((2,), utils.dtype_to_ir_type(low))
         nothing = vector.broadcast(two, _float(0.0))
         weights: list = [None] * 8
@@ -443,7 +443,7 @@ def softmax_step(scores, top, total, sums, dtype):
         tops = [t if kind == f32 else vector.broadcast(kind, t) for kind, t in zip(kinds, tops, strict=True)]
         lead, _, *rest = scores.registers.shape
         shape = (lead, 4, *rest)
-        return _array(weights, scores, shape), _array(tops, top), _array(totals, total), _array(found, sums)
+        return _array(weights, scores, shape), _array(tops, top), _array(totals, total), _array(scaled, sums)
 
     return run(scores, top, total, sums)
 

@@ -8,13 +8,16 @@ Five warpgroups: 0 and 1 sum two columns each, whose rows i share the 64 of a pr
 turn; 4 loads. What a sum reads has two buffers; the blocks that write there wait until it has been given back.
 """
 
+import dataclasses
 import math
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels import cluster, shared
 from monarchrt.pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
 
 LOG2E = math.log2(math.e)
@@ -48,8 +51,6 @@ def fused(
     Returns:
         out [B, A, b1, b2, H, 128] and lse [B, A, b1, b2, H] in float32.
     """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     batch, tiles, rows, cols, heads, dim = q.shape
     slabs, half = dim // SLAB, ROWS // 2
     thin = (slabs, SLAB)
@@ -74,20 +75,21 @@ def fused(
     def plain(shape):
         return plgpu.SMEM((math.prod(shape) // 2,), jnp.int32)
 
+    sizes = _Sizes(
+        tiles=tiles,
+        rows=rows,
+        cols=cols,
+        heads=heads,
+        pairs=pairs,
+        items=count * heads,
+        clusters=clusters,
+        scale=scale,
+        masked=masked,
+        dtype=q.dtype,
+    )
+
     def monarch_fused(*refs):
-        _run(
-            *refs,
-            tiles=tiles,
-            rows=rows,
-            cols=cols,
-            heads=heads,
-            pairs=pairs,
-            items=count * heads,
-            clusters=clusters,
-            scale=scale,
-            masked=masked,
-            dtype=q.dtype,
-        )
+        _run(sizes, refs[:7], refs[7:])
 
     out, lse = plgpu.kernel(
         monarch_fused,
@@ -124,271 +126,298 @@ def fused(
     return shared.varying(out.reshape(q.shape), q, k), shared.varying(lse, q, k)
 
 
-def _run(
-    q_rows,
-    q_columns,
-    k,
-    v,
-    limits,
-    out,
-    lse,
-    smem,
-    alpha,
-    y_bytes,
-    small,
-    passed,
-    q_full,
-    q_free,
-    key_full,
-    key_free,
-    columns_full,
-    columns_free,
-    *,
-    tiles,
-    rows,
-    cols,
-    heads,
-    pairs,
-    items,
-    clusters,
-    scale,
-    masked,
-    dtype,
-):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Of the whole call: query tiles of a batch entry, rows and columns of a tile, heads, pairs; items; clusters."""
+
+    tiles: int
+    rows: int
+    cols: int
+    heads: int
+    pairs: int
+    items: int
+    clusters: int
+    scale: float
+    masked: bool
+    dtype: jnp.dtype
+
+    @property
+    def owners(self) -> int:
+        """Blocks of a cluster that have columns."""
+        return -(-self.cols // CLUSTER_COLUMNS)
+
+    @property
+    def width(self) -> int:
+        """Columns of keys in a product."""
+        return -(-self.cols // 8) * 8
+
+
+def _run(sizes: _Sizes, arrays, scratch):
     """What each warpgroup of each block does."""
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
+    work = _Block(sizes, arrays, scratch)
+    cluster.initialise(work.passed, [1] * (2 * STAGES) + [2 * sizes.owners] * (2 * STAGES))
+    pl.when(work.group == 0)(work.clear_keys)
+    cluster.synchronise()
+    pl.when(work.group < 2)(work.sum_up)
+    pl.when((work.group == 2) | (work.group == 3))(work.make)
+    pl.when(work.group == 4)(work.load)
+    cluster.synchronise()
 
-    from monarchrt.pallas_kernels import cluster
 
-    (columns_mma, q_mma, key_mma), (columns_in, q_in, key_in), (columns_bytes, _, key_words) = smem
-    alpha_mma, alpha_bytes = alpha
-    f32, layout = jnp.float32, plgpu.Layout.WGMMA
-    row_layout = layout.reduce(1)
-    group, block, unit = lax.axis_index("group"), lax.axis_index("block"), lax.axis_index("unit")
+class _Block:
+    """A block of a cluster: the arrays, its shared memory, and the cluster's turns, a query tile of a head each."""
+
     slabs, dim, half = 2, 2 * SLAB, ROWS // 2
-    owners = -(-cols // CLUSTER_COLUMNS)
-    width = -(-cols // 8) * 8
-    exponent = scale * LOG2E
-    rounds = lax.div(items - unit + clusters - 1, clusters)
-    alpha_bytes_per_step = CLUSTER * CLUSTER_COLUMNS * (2 * dim + 4)
-    y_bytes_per_step = CLUSTER * CLUSTER_COLUMNS * 2 * dim
 
-    def place(r):
+    def __init__(self, sizes: _Sizes, arrays, scratch):
+        self.sizes = sizes
+        self.q_rows, self.q_columns, self.k, self.v, self.limits, self.out, self.lse = arrays
+        smem, alpha, self.y_bytes, self.small, self.passed, *barriers = scratch
+        self.q_full, self.q_free, self.key_full, self.key_free, self.columns_full, self.columns_free = barriers
+        multiply, copy, plain = smem
+        self.columns_mma, self.q_mma, self.key_mma = multiply
+        self.columns_in, self.q_in, self.key_in = copy
+        self.columns_bytes, _, self.key_words = plain
+        self.alpha_mma, self.alpha_bytes = alpha
+        self.group, self.block, self.unit = (lax.axis_index(name) for name in ("group", "block", "unit"))
+        self.exponent = sizes.scale * LOG2E
+        self.rounds = lax.div(sizes.items - self.unit + sizes.clusters - 1, sizes.clusters)
+
+    def place(self, r):
         """Query tile of the whole batch, its batch entry, head, pairs seen and steps of the cluster's r-th item."""
-        item = unit + r * clusters  # clusters side by side read the same keys
+        tiles, heads = self.sizes.tiles, self.sizes.heads
+        item = self.unit + r * self.sizes.clusters  # clusters side by side read the same keys
         entry, tile, head = lax.div(item, tiles * heads), lax.rem(item, tiles), lax.rem(lax.div(item, tiles), heads)
-        limit = limits[tile] if masked else jnp.int32(pairs)
+        limit = self.limits[tile] if self.sizes.masked else jnp.int32(self.sizes.pairs)
         return entry * tiles + tile, entry, head, limit, lax.div(limit + CLUSTER_DEPTH - 1, CLUSTER_DEPTH)
 
-    def full(t):
+    def stage_of(self, t):
         """Stage of step t, counted over all items, and the parity of its being full."""
         return lax.rem(t, STAGES), lax.rem(lax.div(t, STAGES), 2)
 
-    cluster.initialise(passed, [1] * (2 * STAGES) + [2 * owners] * (2 * STAGES))
-
-    @pl.when(group == 0)
-    def _():  # what lies behind b2 columns is multiplied with zeros and must be finite; copies never reach it
+    def clear_keys(self):
+        """What lies behind b2 columns is multiplied with zeros and must be finite; copies never reach it."""
         zeros = plgpu.layout_cast(jnp.zeros((512,), jnp.int32), plgpu.Layout.WG_STRIDED((512,), 4))
-        for n in range(key_words.shape[0] // 512):
-            key_words[pl.ds(512 * n, 512)] = zeros
+        for n in range(self.key_words.shape[0] // 512):
+            self.key_words[pl.ds(512 * n, 512)] = zeros
         plgpu.commit_smem()
 
-    cluster.synchronise()
-
-    @pl.when(group < 2)
-    def _():
+    def sum_up(self):
+        """What the two warpgroups of the second stage do, in blocks that have columns: two columns each."""
         plgpu.set_max_registers(SUM_REGISTERS, action="increase")
 
-        @pl.when(block < owners)
+        @pl.when(self.block < self.sizes.owners)
         def _():
-            my_bytes = group * cluster.TILE_SLAB * slabs
-            my_lse = STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + group * ROWS
-            plgpu.barrier_arrive(columns_free)
+            my_bytes = self.group * cluster.TILE_SLAB * self.slabs
+            my_lse = STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + self.group * ROWS
+            plgpu.barrier_arrive(self.columns_free)
 
             def item(r, done):
-                tile, _entry, head, _limit, steps = place(r)
-                plgpu.barrier_wait(columns_full)
-                cluster.exchange(columns_bytes, my_bytes)
+                tile, _entry, head, _limit, steps = self.place(r)
+                plgpu.barrier_wait(self.columns_full)
+                cluster.exchange(self.columns_bytes, my_bytes)
                 plgpu.commit_smem()
-                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, f32), row_layout)
+                layout, f32 = plgpu.Layout.WGMMA, jnp.float32
+                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, f32), layout.reduce(1))
                 total = plgpu.layout_cast(jnp.zeros((ROWS, 8), f32), layout)
-                sums = plgpu.layout_cast(jnp.zeros((ROWS, dim), f32), layout)
-
-                def step(i, carry):
-                    top, total, sums = carry
-                    stage, parity = full(done + i)
-
-                    @pl.when(group == 0)
-                    def _():
-                        cluster.expect(passed, stage, alpha_bytes_per_step)
-                        cluster.expect(passed, STAGES + stage, y_bytes_per_step)
-
-                    cluster.wait(passed, stage, parity)
-
-                    def products(acc):
-                        for n in range(slabs):
-                            plgpu.wgmma(acc, columns_mma.at[group, n], alpha_mma.at[stage, group, n].transpose((1, 0)))
-                        return acc[...]
-
-                    s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, 2 * CLUSTER_DEPTH), f32))
-                    entropies = (stage * CLUSTER_COLUMNS + 2 * group) * cluster.COLUMN_BYTES
-                    s = cluster.logits(s, small, entropies, exponent)
-                    cluster.give_back(passed, 2 * STAGES + stage)
-                    weights, top, total, sums = cluster.softmax_step(s, top, total, sums, dtype)
-                    cluster.wait(passed, STAGES + stage, parity)
-                    at = stage * cluster.STAGE_BYTES + group * cluster.PAIR_BYTES
-                    sums = cluster.add_products(sums, weights, y_bytes, at)
-                    cluster.give_back(passed, 3 * STAGES + stage)
-                    return top, total, sums
-
-                top, total, sums = lax.fori_loop(0, steps, step, (top, total, sums))
+                sums = plgpu.layout_cast(jnp.zeros((ROWS, self.dim), f32), layout)
+                top, total, sums = lax.fori_loop(
+                    0, steps, lambda i, carry: self.sum_step(done + i, carry), (top, total, sums)
+                )
                 total = total.sum(axis=1)
-                found = sums * lax.broadcast_in_dim(1.0 / total, sums.shape, [0])
+                means = sums * lax.broadcast_in_dim(1.0 / total, sums.shape, [0])
                 plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
-                cluster.put(columns_bytes, my_bytes, found.astype(dtype))
-                small[pl.ds(my_lse, ROWS)] = (top + jnp.log2(total)) * (1 / LOG2E)
+                cluster.put(self.columns_bytes, my_bytes, means.astype(self.sizes.dtype))
+                self.small[pl.ds(my_lse, ROWS)] = (top + jnp.log2(total)) * (1 / LOG2E)
                 plgpu.commit_smem()
-                for n in range(2):
-                    j, part = block * CLUSTER_COLUMNS + 2 * group + n, pl.ds(half * n, half)
-
-                    @pl.when(j < cols)
-                    def _(j=j, part=part, n=n):
-                        for m in range(slabs):
-                            target = out.at[tile, pl.ds(tile * 0, half), j * heads + head, m]
-                            plgpu.copy_smem_to_gmem(columns_in.at[group, m, part], target)
-                        plgpu.copy_smem_to_gmem(small.at[pl.ds(my_lse + half * n, half)], lse.at[tile, head, j])
-
+                self.send_columns(tile, head, my_lse)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(columns_free)
+                plgpu.barrier_arrive(self.columns_free)
                 return done + steps
 
-            lax.fori_loop(0, rounds, item, jnp.int32(0))
+            lax.fori_loop(0, self.rounds, item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    @pl.when((group == 2) | (group == 3))
-    def _():
-        mine = group - 2
-        last = lax.fori_loop(0, rounds, lambda r, n: n + place(r)[-1], jnp.int32(0)) - 1
-        plgpu.barrier_arrive(q_free.at[mine])
+    def sum_step(self, t, carry):
+        """Adds the pairs of step t to the running softmax of two columns."""
+        sizes, group, passed = self.sizes, self.group, self.passed
+        top, total, sums = carry
+        stage, parity = self.stage_of(t)
+
+        @pl.when(group == 0)
+        def _():
+            cluster.expect(passed, stage, CLUSTER * CLUSTER_COLUMNS * (2 * self.dim + 4))
+            cluster.expect(passed, STAGES + stage, CLUSTER * CLUSTER_COLUMNS * 2 * self.dim)
+
+        cluster.wait(passed, stage, parity)
+
+        def products(acc):
+            for n in range(self.slabs):
+                alpha = self.alpha_mma.at[stage, group, n].transpose((1, 0))
+                plgpu.wgmma(acc, self.columns_mma.at[group, n], alpha)
+            return acc[...]
+
+        s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, 2 * CLUSTER_DEPTH), jnp.float32))
+        entropies = (stage * CLUSTER_COLUMNS + 2 * group) * cluster.COLUMN_BYTES
+        s = cluster.logits(s, self.small, entropies, self.exponent)
+        cluster.give_back(passed, 2 * STAGES + stage)
+        weights, top, total, sums = cluster.softmax_step(s, top, total, sums, sizes.dtype)
+        cluster.wait(passed, STAGES + stage, parity)
+        at = stage * cluster.STAGE_BYTES + group * cluster.PAIR_BYTES
+        sums = cluster.add_products(sums, weights, self.y_bytes, at)
+        cluster.give_back(passed, 3 * STAGES + stage)
+        return top, total, sums
+
+    def send_columns(self, tile, head, my_lse):
+        """Starts the copies of two columns' output and log-sum-exp."""
+        half = self.half
+        for n in range(2):
+            j, part = self.block * CLUSTER_COLUMNS + 2 * self.group + n, pl.ds(half * n, half)
+
+            @pl.when(j < self.sizes.cols)
+            def _(j=j, part=part, n=n):
+                for m in range(self.slabs):
+                    target = self.out.at[tile, pl.ds(tile * 0, half), j * self.sizes.heads + head, m]
+                    plgpu.copy_smem_to_gmem(self.columns_in.at[self.group, m, part], target)
+                plgpu.copy_smem_to_gmem(self.small.at[pl.ds(my_lse + half * n, half)], self.lse.at[tile, head, j])
+
+    def make(self):
+        """What the two warpgroups of the first stage do: alpha, c_L and Y of every other key row, to all blocks."""
+        mine = self.group - 2
+        last = lax.fori_loop(0, self.rounds, lambda r, n: n + self.place(r)[-1], jnp.int32(0)) - 1
+        plgpu.barrier_arrive(self.q_free.at[mine])
 
         # waiting for a barrier's phase is remembered by its parity: each of the two sees every filling of every slot
         @pl.when(mine == 0)
         def _():
-            plgpu.barrier_arrive(key_free.at[0])
-            plgpu.barrier_arrive(key_free.at[1])
+            plgpu.barrier_arrive(self.key_free.at[0])
+            plgpu.barrier_arrive(self.key_free.at[1])
 
         @pl.when(mine == 1)
         def _():
-            pl.when(last >= 0)(lambda: plgpu.barrier_wait(key_full.at[0]))
-            plgpu.barrier_arrive(key_free.at[2])
+            pl.when(last >= 0)(lambda: plgpu.barrier_wait(self.key_full.at[0]))
+            plgpu.barrier_arrive(self.key_free.at[2])
 
         def item(r, done):
-            *_, limit, steps = place(r)
+            *_, limit, steps = self.place(r)
             first = lax.rem(done + mine, 2)
 
-            def make(n, _):
+            def step(n, _):
                 i = first + 2 * n
-                t = done + i
-                stage, parity = full(t)
-                slot = lax.rem(t, KEY_SLOTS)
-                plgpu.barrier_wait(q_full.at[mine])
-                plgpu.barrier_wait(key_full.at[slot])
-
-                def products(acc):
-                    for n in range(slabs):
-                        keys = key_mma.at[slot, 0, n, pl.ds(0, width)]
-                        plgpu.wgmma(acc, q_mma.at[mine, n], keys.transpose((1, 0)))
-                    return acc[...]
-
-                s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, width), f32))
-                plgpu.barrier_arrive(q_free.at[mine])
-                if width != cols:
-                    columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 1, layout=layout) + (width - 8)
-                    end = jnp.where(columns < cols, s[:, width - 8 :], -1e30)
-                    s = lax.concatenate([s[:, : width - 8], end], 1) if width > 8 else end
-                top = s.max(axis=1) * exponent
-                # the update of R (paper, A.2): softmax over l of s <Q, K>
-                p = jnp.exp2(s * exponent - lax.broadcast_in_dim(top, s.shape, [0]))
-                total = p.sum(axis=1)
-                inverse = 1.0 / total
-                entropies = (p * s).sum(axis=1) * (inverse * exponent) - top - jnp.log2(total)
-                p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
-                if width != ROWS:
-                    p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, ROWS - width), dtype), layout)], 1)
-
-                def vectors(factor, n):
-                    def run(acc):
-                        plgpu.wgmma(acc, p, key_mma.at[slot, factor, n])
-                        return acc[...]
-
-                    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((ROWS, SLAB), f32)).astype(dtype)
-
-                def wait_free(which):
-                    pl.when(t >= STAGES)(lambda: cluster.wait(passed, which * STAGES + stage, 1 - parity))
-
-                hidden = jnp.where(i * CLUSTER_DEPTH + block < limit, f32(0), f32(jnp.inf))
-                for n in range(slabs):
-                    made = vectors(0, n)
-                    if n == 0:
-                        wait_free(2)
-                        cluster.send_entropies(passed, stage, small, block, owners, entropies + hidden, stage=stage)
-                    cluster.send(passed, stage, alpha_bytes, block, owners, made, stage=stage, slab=n)
-                for n in range(slabs):
-                    made = vectors(1, n)
-                    if n == 0:
-                        wait_free(3)
-                    else:  # before the slot can be filled twice more
-                        pl.when(t < last)(lambda: plgpu.barrier_wait(key_full.at[lax.rem(t + 1, KEY_SLOTS)]))
-                        plgpu.barrier_arrive(key_free.at[slot])
-                    cluster.send(passed, STAGES + stage, y_bytes, block, owners, made, stage=stage, slab=n)
+                self.make_step(i, done + i, mine, limit, last)
                 return ()
 
-            lax.fori_loop(0, lax.div(steps - first + 1, 2), make, ())
+            lax.fori_loop(0, lax.div(steps - first + 1, 2), step, ())
             return done + steps
 
-        lax.fori_loop(0, rounds, item, jnp.int32(0))
+        lax.fori_loop(0, self.rounds, item, jnp.int32(0))
 
-    @pl.when(group == 4)
-    def _():
+    def make_step(self, i, t, mine, limit, last):
+        """The block's key row of an item's step i, step t of all, with its query rows."""
+        passed, block, owners = self.passed, self.block, self.sizes.owners
+        stage, parity = self.stage_of(t)
+        slot = lax.rem(t, KEY_SLOTS)
+        plgpu.barrier_wait(self.q_full.at[mine])
+        plgpu.barrier_wait(self.key_full.at[slot])
+        p, entropies = self.probabilities(mine, slot)
+
+        def vectors(factor, n):
+            def run(acc):
+                plgpu.wgmma(acc, p, self.key_mma.at[slot, factor, n])
+                return acc[...]
+
+            made = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((ROWS, SLAB), jnp.float32))
+            return made.astype(self.sizes.dtype)
+
+        def wait_free(which):
+            pl.when(t >= STAGES)(lambda: cluster.wait(passed, which * STAGES + stage, 1 - parity))
+
+        hidden = jnp.where(i * CLUSTER_DEPTH + block < limit, jnp.float32(0), jnp.float32(jnp.inf))
+        for n in range(self.slabs):
+            made = vectors(0, n)
+            if n == 0:
+                wait_free(2)
+                cluster.send_entropies(passed, stage, self.small, block, owners, entropies + hidden, stage=stage)
+            cluster.send(passed, stage, self.alpha_bytes, block, owners, made, stage=stage, slab=n)
+        for n in range(self.slabs):
+            made = vectors(1, n)
+            if n == 0:
+                wait_free(3)
+            else:  # before the slot can be filled twice more
+                pl.when(t < last)(lambda: plgpu.barrier_wait(self.key_full.at[lax.rem(t + 1, KEY_SLOTS)]))
+                plgpu.barrier_arrive(self.key_free.at[slot])
+            cluster.send(passed, STAGES + stage, self.y_bytes, block, owners, made, stage=stage, slab=n)
+
+    def probabilities(self, mine, slot):
+        """R, [64 j, 64 l] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""
+        width, cols, dtype, exponent = self.sizes.width, self.sizes.cols, self.sizes.dtype, self.exponent
+        layout = plgpu.Layout.WGMMA
+
+        def products(acc):
+            for n in range(self.slabs):
+                keys = self.key_mma.at[slot, 0, n, pl.ds(0, width)]
+                plgpu.wgmma(acc, self.q_mma.at[mine, n], keys.transpose((1, 0)))
+            return acc[...]
+
+        s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
+        plgpu.barrier_arrive(self.q_free.at[mine])
+        if width != cols:
+            columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 1, layout=layout) + (width - 8)
+            end = jnp.where(columns < cols, s[:, width - 8 :], -1e30)
+            s = lax.concatenate([s[:, : width - 8], end], 1) if width > 8 else end
+        top = s.max(axis=1) * exponent
+        # the update of R (paper, A.2): softmax over l of s <Q, K>
+        p = jnp.exp2(s * exponent - lax.broadcast_in_dim(top, s.shape, [0]))
+        total = p.sum(axis=1)
+        inverse = 1.0 / total
+        entropies = (p * s).sum(axis=1) * (inverse * exponent) - top - jnp.log2(total)
+        p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
+        if width != ROWS:
+            p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, ROWS - width), dtype), layout)], 1)
+        return p, entropies
+
+    def load(self):
+        """What the loading warpgroup does: K, V and q of each step, and the columns' queries of an item."""
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
         def item(r, done):
-            tile, entry, head, limit, steps = place(r)
-            window = pl.ds(tile * 0, width)
-
-            def load_columns():
-                plgpu.barrier_wait(columns_free)
-                for n in range(CLUSTER_COLUMNS):
-                    j, part = block * CLUSTER_COLUMNS + n, pl.ds(half * (n % 2), half)
-                    for m in range(slabs):
-                        box = q_columns.at[tile, pl.ds(tile * 0, half), j * heads + head, m]
-                        plgpu.copy_gmem_to_smem(box, columns_in.at[n // 2, m, part], columns_full)
+            tile, entry, head, limit, steps = self.place(r)
+            window = pl.ds(tile * 0, self.sizes.width)
 
             def load(i, _):
                 t = done + i
                 slot, maker = lax.rem(t, KEY_SLOTS), lax.rem(t, 2)
-                pair = jnp.minimum(i * CLUSTER_DEPTH + block, limit - 1)
-                plgpu.barrier_wait(key_free.at[slot])
-                for n, source in enumerate((k, v)):
-                    for m in range(slabs):
-                        box = source.at[entry * pairs + pair, window, head, m]
-                        plgpu.copy_gmem_to_smem(box, key_in.at[slot, n, m, pl.ds(0, width)], key_full.at[slot])
-                plgpu.barrier_wait(q_free.at[maker])
-                box = q_rows.at[tile, lax.rem(pair, rows), pl.ds(tile * 0, ROWS), head]
-                plgpu.copy_gmem_to_smem(box, q_in.at[maker].transpose((1, 0, 2)), q_full.at[maker])
-                pl.when((i == 1) & (block < owners))(load_columns)  # first what makers wait for
+                pair = jnp.minimum(i * CLUSTER_DEPTH + self.block, limit - 1)
+                plgpu.barrier_wait(self.key_free.at[slot])
+                for n, source in enumerate((self.k, self.v)):
+                    for m in range(self.slabs):
+                        box = source.at[entry * self.sizes.pairs + pair, window, head, m]
+                        target = self.key_in.at[slot, n, m, pl.ds(0, self.sizes.width)]
+                        plgpu.copy_gmem_to_smem(box, target, self.key_full.at[slot])
+                plgpu.barrier_wait(self.q_free.at[maker])
+                box = self.q_rows.at[tile, lax.rem(pair, self.sizes.rows), pl.ds(tile * 0, ROWS), head]
+                plgpu.copy_gmem_to_smem(box, self.q_in.at[maker].transpose((1, 0, 2)), self.q_full.at[maker])
+                # first what makers wait for
+                pl.when((i == 1) & (self.block < self.sizes.owners))(lambda: self.load_columns(tile, head))
                 return ()
 
             lax.fori_loop(0, steps, load, ())
-            pl.when((steps < 2) & (block < owners))(load_columns)
+            pl.when((steps < 2) & (self.block < self.sizes.owners))(lambda: self.load_columns(tile, head))
             return done + steps
 
-        lax.fori_loop(0, rounds, item, jnp.int32(0))
+        lax.fori_loop(0, self.rounds, item, jnp.int32(0))
         for n in range(KEY_SLOTS):
-            plgpu.barrier_wait(key_free.at[n])
+            plgpu.barrier_wait(self.key_free.at[n])
         for n in range(2):
-            plgpu.barrier_wait(q_free.at[n])
-        pl.when(block < owners)(lambda: plgpu.barrier_wait(columns_free))
+            plgpu.barrier_wait(self.q_free.at[n])
+        pl.when(self.block < self.sizes.owners)(lambda: plgpu.barrier_wait(self.columns_free))
 
-    cluster.synchronise()
+    def load_columns(self, tile, head):
+        """Starts the copies of the queries of the block's columns."""
+        half = self.half
+        plgpu.barrier_wait(self.columns_free)
+        for n in range(CLUSTER_COLUMNS):
+            j, part = self.block * CLUSTER_COLUMNS + n, pl.ds(half * (n % 2), half)
+            for m in range(self.slabs):
+                box = self.q_columns.at[tile, pl.ds(tile * 0, half), j * self.sizes.heads + head, m]
+                plgpu.copy_gmem_to_smem(box, self.columns_in.at[n // 2, m, part], self.columns_full)

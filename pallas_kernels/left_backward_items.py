@@ -1,4 +1,4 @@
-"""Back through L: which query tile, head and columns an item is, where its intermediates lie, what it leaves."""
+"""Back through L, what both its kernels share: items, where they and their intermediates lie, L in registers."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, SLAB, column_blocks
+from monarchrt.pallas_kernels.config import ROWS, SLAB, ColumnBlocks, column_blocks
+from monarchrt.pallas_kernels.shared import LOG2E
 
 
 def load_in_order(steps, ahead: int, load, load_query):
@@ -27,6 +28,44 @@ def load_in_order(steps, ahead: int, load, load_query):
         return ()
 
     lax.fori_loop(0, steps + 1, turn, ())
+
+
+def seen_bias(ref, step, limit):
+    """c_L of the 64 pairs of a step, infinite for pairs that are not seen [64]."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    row = plgpu.Layout.WGMMA.reduce(1)
+    bias = plgpu.load(ref, layout=row, optimized=False)
+    pair = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row) + step * ROWS
+    return jnp.where(pair < limit, bias, jnp.inf)
+
+
+def probabilities(x, bias, lse, scale: float):
+    """P = exp(x - lse), [64 pairs, W], of the products of alpha with q, c_L [64] and the reference of lse [W]."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    lse = plgpu.load(lse, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    x = x * (scale * LOG2E) - lax.broadcast_in_dim(bias, x.shape, [0])
+    # L again (paper, A.2)
+    return jnp.exp2(x - lax.broadcast_in_dim(lse, x.shape, [1]))
+
+
+def scores_gradient(p, d_p, delta, early: float, dtype):
+    """P * (dP - delta), [64 pairs, W], with the first of `gradient_scales`, from the reference of delta [W]."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    delta = plgpu.load(delta, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return (p * (d_p * early - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
+
+
+def padded(x, depth: int):
+    """[64 pairs, W] with zeros up to the depth of the next products."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    if x.shape[1] == depth:
+        return x
+    zeros = jnp.zeros((ROWS, depth - x.shape[1]), x.dtype)
+    return lax.concatenate([x, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)], 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +100,11 @@ class Items:
         """All items."""
         return self.q.shape[0] * self.heads * self.tiles * self.groups
 
+    @property
+    def split(self) -> ColumnBlocks:
+        """Where the chunk's columns lie in what has 64 of them together."""
+        return column_blocks(self.q.shape[3], self.tiles, self.masked)
+
     def place(self, number, limits, tile0):
         """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
         item = self.count - 1 - number  # what was made last comes first: it may still be in the L2 cache
@@ -85,7 +129,7 @@ class Items:
         """Types of d_alpha, dY, d_c and the part of dq through L, of `rows` rows."""
         batch, _, _, cols, _, dim = self.q.shape
         struct, dtype, lanes = jax.ShapeDtypeStruct, self.q.dtype, batch * self.heads
-        split = column_blocks(cols, self.tiles, self.masked)
+        split = self.split
         gradient = struct((lanes * self.tiles, self.pairs, cols, dim // SLAB, SLAB), dtype)
         return (
             gradient,

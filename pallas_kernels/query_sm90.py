@@ -96,16 +96,6 @@ def query_role(
                 steps = jnp.maximum(steps, key_steps(first + g))
             return steps
 
-        def part(item, whole, packs):
-            """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
-            if full and tail:
-                pl.when(item < split.whole)(lambda: whole(lax.div(item, full), lax.rem(item, full) * ROWS))
-                pl.when(item >= split.whole)(lambda: packs((item - split.whole) * packed))
-            elif full:
-                whole(lax.div(item, full), lax.rem(item, full) * ROWS)
-            else:
-                packs(item * packed)
-
         @pl.when(group < groups)
         def _():
             plgpu.set_max_registers(config.registers[0], action="increase")
@@ -161,7 +151,7 @@ def query_role(
                     for n, x in enumerate(sums):
                         out_reg[group, n] = x.astype(dtype)
                     plgpu.commit_smem()
-                    part(item, store_whole, store_packs)
+                    shared.part(split, item, store_whole, store_packs)
 
                 return done + steps
 

@@ -1,40 +1,95 @@
-"""Back through R, for one item: where its 64 rows lie, R and its scores' gradient in registers."""
+"""Back through R, what both its kernels share: items and where they lie, R and its scores' gradient in registers."""
 
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, ColumnBlocks
+from monarchrt.pallas_kernels.config import ROWS, ColumnBlocks, column_blocks
 from monarchrt.pallas_kernels.shared import LOG2E
 
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 
 
-def part(split: ColumnBlocks, item, whole, packs):
-    """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
-    import jax.experimental.pallas as pl
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Items:
+    """The work of a kernel: 64 columns of a query tile, or the last ones of several, are an item of a key row.
 
-    if split.full and split.items > split.whole:
-        pl.when(item < split.whole)(lambda: whole(lax.div(item, split.full), lax.rem(item, split.full) * ROWS))
-        pl.when(item >= split.whole)(lambda: packs((item - split.whole) * split.packed))
-    elif split.full:
-        whole(lax.div(item, split.full), lax.rem(item, split.full) * ROWS)
-    else:
-        packs(item * split.packed)
+    Attributes:
+        q: [B, A, b1, b2, H, D/64, 64].
+        pairs: C*b1.
+        heads: Heads of the chunk.
+        tiles: Query tiles of the chunk.
+        masked: Whether limits may be below C*b1.
+        width: Keys of a key row in a product, b2 or more.
+    """
+
+    q: jax.ShapeDtypeStruct
+    pairs: int
+    heads: int
+    tiles: int
+    masked: bool
+    width: int
+
+    @functools.cached_property
+    def split(self) -> ColumnBlocks:
+        """Which columns an item has."""
+        return column_blocks(self.q.shape[3], self.tiles, self.masked)
+
+    @property
+    def packs(self) -> tuple[int, int] | None:
+        """How the 64 rows of a pack of last columns are split: tiles and rows of each; None without such."""
+        return (self.split.packed, self.split.tail_rows) if self.split.items > self.split.whole else None
+
+    @property
+    def units(self) -> int:
+        """Key rows of all heads and batch entries, with the items of each."""
+        return self.q.shape[0] * self.heads * self.pairs
+
+    def place(self, unit):
+        """Batch entry, head of the chunk and key row of a unit."""
+        pairs, heads = self.pairs, self.heads
+        return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
+
+    def real_columns(self, item):
+        """Which of an item's 64 rows are columns of the chunk's query tiles [64]."""
+        import jax.experimental.pallas.mosaic_gpu as plgpu
+
+        split, cols = self.split, self.q.shape[3]
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        in_whole = row < cols - lax.rem(item, max(split.full, 1)) * ROWS
+        if split.items == split.whole:
+            return in_whole
+        tile = (item - split.whole) * split.packed + lax.div(row, split.tail_rows)
+        in_packs = (lax.rem(row, split.tail_rows) < cols - split.full * ROWS) & (tile < self.tiles)
+        if not split.full:
+            return in_packs
+        return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
+
+    def entropy_gradient(self, ref, item):
+        """The gradient of c_L for an item's 64 rows [64]; 0 for those that are no columns, which hold anything."""
+        import jax.experimental.pallas.mosaic_gpu as plgpu
+
+        d_c = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return jnp.where(self.real_columns(item), d_c, 0.0)
+
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Types of dk, dv and s dZ."""
+        batch, _, _, cols, _, slabs, slab = self.q.shape
+        struct, split = jax.ShapeDtypeStruct, self.split
+        gradient = struct((batch, self.pairs, cols, self.heads, slabs, slab), self.q.dtype)
+        d_scores = struct((batch * self.heads, split.items, self.pairs, self.width, split.used), self.q.dtype)
+        return gradient, gradient, d_scores
 
 
-def real_columns(split: ColumnBlocks, cols: int, tiles: int, item):
-    """Which of an item's 64 rows are columns of the chunk's query tiles [64]."""
+def put(value, ref):
+    """Stores [64, W] turned, as [W, 64] in the tile's dtype."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-    in_whole = row < cols - lax.rem(item, max(split.full, 1)) * ROWS
-    if split.items == split.whole:
-        return in_whole
-    tile = (item - split.whole) * split.packed + lax.div(row, split.tail_rows)
-    in_packs = (lax.rem(row, split.tail_rows) < cols - split.full * ROWS) & (tile < tiles)
-    if not split.full:
-        return in_packs
-    return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
+    turned = plgpu.layout_cast(value.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    ref.transpose((1, 0))[...] = turned
 
 
 def softmax(z, scale: float):

@@ -8,20 +8,15 @@ held as [D, l], where b2 need only be a multiple of 8. Small b2: `right_backward
 """
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import (
-    COMPUTE_REGISTERS,
-    LOAD_REGISTERS,
-    ROWS,
-    SLAB,
-    RightBackwardConfig,
-    column_blocks,
-)
+from monarchrt.pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
 from monarchrt.pallas_kernels.right_backward_independent_sm90 import independent_role
-from monarchrt.pallas_kernels.right_backward_items import NOWHERE, part, real_columns, softmax, through_softmax
+from monarchrt.pallas_kernels.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
 from monarchrt.pallas_kernels.shared import Role
 
 
@@ -57,263 +52,30 @@ def right_backward_role(
     Returns:
         The role.
     """
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     if config.independent:
         return independent_role(q, k, scale=scale, heads=heads, tiles=tiles, masked=masked, config=config)
-    batch, _, rows, cols, _, slabs, _ = q.shape
-    pairs = k.shape[1]
-    groups, stages, width = config.warpgroups, config.stages, config.width(cols)
-    split = column_blocks(cols, tiles, masked)
-    full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
-    tail = items > split.whole
-    units = batch * heads * pairs
-    blocks = min(config.blocks, units)
-    steps = -(-items // groups)
-    dtype, f32 = q.dtype, jnp.float32
-    layout = plgpu.Layout.WGMMA
-    results = 2 * slabs // groups  # slabs of dk and dv per warpgroup: with D = 64 one has dk, the other dv
+    groups, stages, width = config.warpgroups, config.stages, config.width(q.shape[3])
+    items = Items(q=q, pairs=k.shape[1], heads=heads, tiles=tiles, masked=masked, width=width)
+    slabs = q.shape[5]
+    blocks = min(config.blocks, items.units)
 
     def run(block, inputs, outputs, scratch):
-        q, k, v, d_alpha, d_y, d_c, limits, start = inputs
-        dk, dv, dz = outputs
-        smem, c_in, key_full, key_free, full_barrier, free, made, used = scratch
-        views = shared.tile_views(smem)
-        rows_mma, key_mma, p_mma = views[0]
-        rows_in, key_in, p_out = views[1]
-        rows_packs = views[-1][0]
-        group = lax.axis_index("group")
-        head0, tile0, bound, wanted, wanted_end = (start[n] for n in range(5))
-        turns = lax.div(units - block + blocks - 1, blocks)
-
-        def place(t):
-            """Batch entry, head of the chunk and key row of a turn."""
-            unit = block + t * blocks
-            return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
-
-        def seen(pair, item):
-            """Whether the item exists and its query tile sees the pair."""
-            exists = item < items
-            if not masked:
-                return exists
-            tile = jnp.minimum(lax.div(item, full), tiles - 1)
-            return exists & (pair < limits[tile0 + tile])
-
-        def make(item, slot, first):
-            """R and s dZ of an item, [64 j, W], in the inputs' dtype; `first` is 0, the place of K."""
-
-            def scores(z_acc, d_r_acc):
-                for n in range(slabs):
-                    plgpu.wgmma(z_acc, rows_mma.at[slot, 0, n], key_mma.at[first, n].transpose((1, 0)))
-                for kind in range(2):
-                    for n in range(slabs):
-                        plgpu.wgmma(
-                            d_r_acc, rows_mma.at[slot, 1 + kind, n], key_mma.at[first + kind, n].transpose((1, 0))
-                        )
-                return z_acc[...], d_r_acc[...]
-
-            z, d_r = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((ROWS, width), f32)] * 2)
-            d_log = plgpu.load(c_in.at[slot], layout=layout.reduce(1), optimized=False)
-            d_log = jnp.where(real_columns(split, cols, tiles, item), d_log, 0.0)  # other rows hold anything
-            if width != cols:
-                column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=layout)
-                z = jnp.where(column < cols, z, NOWHERE)
-            return through_softmax(*softmax(z, scale), d_r, d_log, scale, dtype)
-
-        @pl.when(group < groups)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
-            plgpu.barrier_arrive(key_free)
-            plgpu.barrier_arrive(used)
-            for s in range(stages):
-                plgpu.barrier_arrive(free.at[s])
-
-            def unit(t, done):
-                entry, head, pair = place(t)
-                lane = entry * heads + head
-
-                def live(done):
-                    plgpu.barrier_wait(key_full)
-                    acc = [plgpu.layout_cast(jnp.zeros((SLAB, width), f32), layout) for _ in range(results)]
-
-                    def step(s, acc):
-                        mine = s * groups + group
-                        slots = [lax.rem(done + s * groups + g, stages) for g in range(groups)]
-                        exist = [seen(pair, s * groups + g) for g in range(groups)]
-                        my_slot = lax.rem(done + mine, stages)
-
-                        @pl.when(seen(pair, mine))
-                        def _():
-                            plgpu.barrier_wait(full_barrier.at[my_slot])
-                            r, d_z = make(mine, my_slot, shared.unhoisted(0, done + s))
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            plgpu.barrier_wait(used)
-                            for kind, value in enumerate((d_z, r)):
-                                turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
-                                p_mma.at[shared.unhoisted(group, done + s), kind].transpose((1, 0))[...] = turned
-                            plgpu.commit_smem()
-                            window = pl.ds(pair * 0, ROWS)  # past the end of the columns, so not static
-                            plgpu.copy_smem_to_gmem(p_out.at[group, 0], dz.at[lane, mine, pair, :, window])
-
-                        @pl.when(jnp.logical_not(seen(pair, mine)))
-                        def _():
-                            plgpu.barrier_wait(used)
-
-                        plgpu.barrier_arrive(made)
-                        plgpu.barrier_wait(made)
-                        for g in range(groups):
-
-                            @pl.when(exist[g] & (group != g))
-                            def _(g=g):
-                                plgpu.barrier_wait(full_barrier.at[slots[g]])
-
-                            acc = lax.fori_loop(
-                                0,
-                                (exist[g] & (pair >= wanted) & (pair < wanted_end)).astype(jnp.int32),
-                                lambda _, acc, g=g: add(acc, slots[g], shared.unhoisted(g, done + s)),
-                                acc,
-                            )
-                        plgpu.barrier_arrive(used)
-                        for g in range(groups):
-                            pl.when(exist[g])(lambda g=g: plgpu.barrier_arrive(free.at[slots[g]]))
-                        return acc
-
-                    acc = lax.fori_loop(0, steps, step, acc)
-                    plgpu.barrier_arrive(key_free)
-                    store(acc)
-
-                def store(acc):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_wait(used)
-                    for n, value in enumerate(acc):
-                        turned = plgpu.layout_cast(value.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                        p_mma.at[group, n].transpose((1, 0))[...] = turned
-                    plgpu.commit_smem()
-                    window = pl.ds(pair * 0, width)  # past the end of b2 columns, so the start must not be static
-                    if results == 2:
-                        for n, target in enumerate((dk, dv)):
-                            plgpu.copy_smem_to_gmem(p_out.at[group, n], target.at[entry, pair, window, head, group])
-                    else:
-                        for g, target in enumerate((dk, dv)):
-
-                            @pl.when(group == g)
-                            def _(g=g, target=target):
-                                plgpu.copy_smem_to_gmem(p_out.at[g, 0], target.at[entry, pair, window, head, 0])
-
-                    plgpu.barrier_arrive(used)
-
-                def dead():
-                    store([plgpu.layout_cast(jnp.zeros((SLAB, width), f32), layout) for _ in range(results)])
-
-                if masked:
-                    pl.when(pair < bound)(lambda: live(done))
-                    pl.when(pair >= bound)(dead)
-                else:
-                    live(done)
-                return done + steps * groups
-
-            def add(acc, slot, g):
-                """Adds an item's share to this warpgroup's slabs of dk and dv, [64 d, W] each."""
-
-                def product(acc, source, n, kind):
-                    left, right = rows_mma.at[slot, source, n], p_mma.at[g, kind]
-                    plgpu.wgmma(acc, left.transpose((1, 0)), right.transpose((1, 0)))
-
-                def both(accs):
-                    product(accs[0], 0, group, 0)
-                    product(accs[0], 1, group, 1)
-                    product(accs[1], 2, group, 1)
-
-                def one(source, acc):
-                    def run(accs):
-                        product(accs[0], source, 0, jnp.minimum(source, 1))
-
-                    return pl.run_state(run)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
-
-                if results == 2:
-                    return pl.run_state(both)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
-                return lax.fori_loop(2 * group, 2 + group, one, acc)
-
-            lax.fori_loop(0, turns, unit, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
-            plgpu.barrier_wait(used)
-
-        @pl.when(group == groups)
-        def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
-
-            def unit(t, done):
-                entry, head, pair = place(t)
-                lane = entry * heads + head
-
-                def live():
-                    plgpu.barrier_wait(key_free)
-                    window = pl.ds(pair * 0, width)
-                    for kind, source in enumerate((k, v)):
-                        box = source.at[entry, pair, window, head0 + head]
-                        plgpu.copy_gmem_to_smem(box, key_in.at[kind].transpose((1, 0, 2)), key_full)
-
-                    def item(i, _):
-                        slot, row = lax.rem(done + i, stages), lax.rem(pair, rows)
-
-                        def load_whole(tile, column):
-                            window = pl.ds(column, ROWS)
-                            boxes = (
-                                q.at[entry, tile0 + tile, row, window, head0 + head],
-                                d_alpha.at[lane, tile, pair, window],
-                                d_y.at[lane, tile, pair, window],
-                            )
-                            for n, box in enumerate(boxes):
-                                target = rows_in.at[slot, n].transpose((1, 0, 2))
-                                plgpu.copy_gmem_to_smem(box, target, full_barrier.at[slot])
-
-                        def load_packs(tile):
-                            window = pl.ds(full * ROWS + tile * 0, tail_rows)
-                            boxes = (
-                                q.at[entry, pl.ds(tile0 + tile, packed), row, window, head0 + head],
-                                d_alpha.at[lane, pl.ds(tile, packed), pair, window],
-                                d_y.at[lane, pl.ds(tile, packed), pair, window],
-                            )
-                            for n, box in enumerate(boxes):
-                                target = rows_packs.at[slot, n].transpose((1, 2, 0, 3))
-                                plgpu.copy_gmem_to_smem(box, target, full_barrier.at[slot])
-
-                        @pl.when(seen(pair, i))
-                        def _():
-                            plgpu.barrier_wait(free.at[slot])
-                            part(split, i, load_whole, load_packs)
-                            plgpu.copy_gmem_to_smem(d_c.at[lane, i, pair], c_in.at[slot], full_barrier.at[slot])
-
-                        return ()
-
-                    lax.fori_loop(0, items, item, ())
-
-                if masked:
-                    pl.when(pair < bound)(live)
-                else:
-                    live()
-                return done + steps * groups
-
-            lax.fori_loop(0, turns, unit, jnp.int32(0))
-            plgpu.barrier_wait(key_free)
-            for s in range(stages):
-                plgpu.barrier_wait(free.at[s])
+        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
+        pl.when(work.group < groups)(work.compute)
+        pl.when(work.group == groups)(work.load)
 
     shapes = (
         (stages, 3, slabs, ROWS, SLAB),  # q, d_alpha, dY
         (2, slabs, width, SLAB),  # K, V
         (groups, 2, width, ROWS),  # s dZ and R, keys before queries; dk and dv when they leave
     )
-    struct = jax.ShapeDtypeStruct
-    gradient = struct((batch, pairs, cols, heads, slabs, SLAB), dtype)
     return Role(
         run,
         name="monarch_right_backward",
-        outputs=(gradient, gradient, struct((batch * heads, items, pairs, width, split.used), dtype)),
+        outputs=items.outputs(),
         scratch=(
-            shared.tile_scratch(shapes, dtype, SLAB, (packed, tail_rows) if tail else None),
-            plgpu.SMEM((stages, ROWS), f32),
+            shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
+            plgpu.SMEM((stages, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
@@ -324,3 +86,249 @@ def right_backward_role(
         groups=groups,
         blocks=blocks,
     )
+
+
+class _Block:
+    """A persistent block: the arrays, its shared memory, and its turns, one key row of a head each."""
+
+    def __init__(self, items: Items, config: RightBackwardConfig, scale, blocks: int, block, inputs, outputs, scratch):
+        self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
+        self.groups, self.stages = config.warpgroups, config.stages
+        self.steps = -(-items.split.items // self.groups)
+        self.slabs = items.q.shape[5]
+        self.results = 2 * self.slabs // self.groups  # slabs of dk and dv per warpgroup: with D = 64 one has dk, one dv
+        self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, start = inputs
+        self.dk, self.dv, self.dz = outputs
+        smem, self.c_in, self.key_full, self.key_free, self.full, self.free, self.made, self.used = scratch
+        views = shared.tile_views(smem)
+        self.rows_mma, self.key_mma, self.p_mma = views[0]
+        self.rows_in, self.key_in, self.p_out = views[1]
+        self.rows_packs = views[-1][0]
+        self.group = lax.axis_index("group")
+        self.head0, self.tile0, self.bound, self.wanted, self.wanted_end = (start[n] for n in range(5))
+        self.turns = lax.div(items.units - block + blocks - 1, blocks)
+
+    def place(self, t):
+        """Batch entry, head of the chunk and key row of a turn."""
+        return self.items.place(self.block + t * self.blocks)
+
+    def seen(self, pair, item):
+        """Whether the item exists and its query tile sees the pair."""
+        exists = item < self.items.split.items
+        if not self.items.masked:
+            return exists
+        tile = jnp.minimum(lax.div(item, self.items.split.full), self.items.tiles - 1)
+        return exists & (pair < self.limits[self.tile0 + tile])
+
+    def compute(self):
+        """What a computing warpgroup does."""
+        groups = self.groups
+        plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+        plgpu.barrier_arrive(self.key_free)
+        plgpu.barrier_arrive(self.used)
+        for s in range(self.stages):
+            plgpu.barrier_arrive(self.free.at[s])
+
+        def turn(t, done):
+            where = entry, head, pair = self.place(t)
+            lane = entry * self.items.heads + head
+
+            def live(done):
+                plgpu.barrier_wait(self.key_full)
+                acc = lax.fori_loop(0, self.steps, lambda s, acc: self.step(s, acc, done, lane, pair), self.zeros())
+                plgpu.barrier_arrive(self.key_free)
+                self.store(acc, where)
+
+            if self.items.masked:
+                pl.when(pair < self.bound)(lambda: live(done))
+                pl.when(pair >= self.bound)(lambda: self.store(self.zeros(), where))
+            else:
+                live(done)
+            return done + self.steps * groups
+
+        lax.fori_loop(0, self.turns, turn, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_wait(self.used)
+
+    def zeros(self):
+        """This warpgroup's slabs of dk and dv, [64 d, W] each."""
+        shape = (SLAB, self.items.width)
+        return [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(self.results)]
+
+    def step(self, s, acc, done, lane, pair):
+        """An item for each warpgroup: makes its own R and s dZ, and adds the products with all of them to `acc`."""
+        groups, group, stages = self.groups, self.group, self.stages
+        mine = s * groups + group
+        slots = [lax.rem(done + s * groups + g, stages) for g in range(groups)]
+        exist = [self.seen(pair, s * groups + g) for g in range(groups)]
+        my_slot = lax.rem(done + mine, stages)
+
+        @pl.when(self.seen(pair, mine))
+        def _():
+            plgpu.barrier_wait(self.full.at[my_slot])
+            r, d_z = self.make(mine, my_slot, shared.unhoisted(0, done + s))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_wait(self.used)
+            for kind, value in enumerate((d_z, r)):
+                turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+                self.p_mma.at[shared.unhoisted(group, done + s), kind].transpose((1, 0))[...] = turned
+            plgpu.commit_smem()
+            window = pl.ds(pair * 0, ROWS)  # past the end of the columns, so not static
+            plgpu.copy_smem_to_gmem(self.p_out.at[group, 0], self.dz.at[lane, mine, pair, :, window])
+
+        @pl.when(jnp.logical_not(self.seen(pair, mine)))
+        def _():
+            plgpu.barrier_wait(self.used)
+
+        plgpu.barrier_arrive(self.made)
+        plgpu.barrier_wait(self.made)
+        for g in range(groups):
+
+            @pl.when(exist[g] & (group != g))
+            def _(g=g):
+                plgpu.barrier_wait(self.full.at[slots[g]])
+
+            acc = lax.fori_loop(
+                0,
+                (exist[g] & (pair >= self.wanted) & (pair < self.wanted_end)).astype(jnp.int32),
+                lambda _, acc, g=g: self.add(acc, slots[g], shared.unhoisted(g, done + s)),
+                acc,
+            )
+        plgpu.barrier_arrive(self.used)
+        for g in range(groups):
+            pl.when(exist[g])(lambda g=g: plgpu.barrier_arrive(self.free.at[slots[g]]))
+        return acc
+
+    def make(self, item, slot, first):
+        """R and s dZ of an item, [64 j, W], in the inputs' dtype; `first` is 0, the place of K."""
+        width, cols = self.items.width, self.items.q.shape[3]
+        rows, keys = self.rows_mma, self.key_mma
+
+        def scores(z_acc, d_r_acc):
+            for n in range(self.slabs):
+                plgpu.wgmma(z_acc, rows.at[slot, 0, n], keys.at[first, n].transpose((1, 0)))
+            for kind in range(2):
+                for n in range(self.slabs):
+                    plgpu.wgmma(d_r_acc, rows.at[slot, 1 + kind, n], keys.at[first + kind, n].transpose((1, 0)))
+            return z_acc[...], d_r_acc[...]
+
+        z, d_r = pl.run_scoped(scores, *[plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)] * 2)
+        d_log = self.items.entropy_gradient(self.c_in.at[slot], item)
+        if width != cols:
+            column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)
+            z = jnp.where(column < cols, z, NOWHERE)
+        return through_softmax(*softmax(z, self.scale), d_r, d_log, self.scale, self.items.q.dtype)
+
+    def add(self, acc, slot, g):
+        """Adds the share of warpgroup g's item to this warpgroup's slabs of dk and dv, [64 d, W] each."""
+
+        def product(acc, source, n, kind):
+            left, right = self.rows_mma.at[slot, source, n], self.p_mma.at[g, kind]
+            plgpu.wgmma(acc, left.transpose((1, 0)), right.transpose((1, 0)))
+
+        def both(accs):
+            product(accs[0], 0, self.group, 0)
+            product(accs[0], 1, self.group, 1)
+            product(accs[1], 2, self.group, 1)
+
+        def one(source, acc):
+            def run(accs):
+                product(accs[0], source, 0, jnp.minimum(source, 1))
+
+            return pl.run_state(run)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+
+        if self.results == 2:
+            return pl.run_state(both)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+        return lax.fori_loop(2 * self.group, 2 + self.group, one, acc)
+
+    def store(self, acc, where):
+        """Slabs of dk and dv leave from where R and s dZ lay."""
+        entry, head, pair = where
+        group = self.group
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_wait(self.used)
+        for n, value in enumerate(acc):
+            put(value, self.p_mma.at[group, n])
+        plgpu.commit_smem()
+        window = pl.ds(pair * 0, self.items.width)  # past the end of b2 columns, so the start must not be static
+        if self.results == 2:
+            for n, target in enumerate((self.dk, self.dv)):
+                plgpu.copy_smem_to_gmem(self.p_out.at[group, n], target.at[entry, pair, window, head, group])
+        else:
+            for g, target in enumerate((self.dk, self.dv)):
+
+                @pl.when(group == g)
+                def _(g=g, target=target):
+                    plgpu.copy_smem_to_gmem(self.p_out.at[g, 0], target.at[entry, pair, window, head, 0])
+
+        plgpu.barrier_arrive(self.used)
+
+    def load(self):
+        """What the loading warpgroup does: K and V of a turn, then q, d_alpha, dY and d_c of each item."""
+        groups, stages = self.groups, self.stages
+        plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+
+        def turn(t, done):
+            entry, head, pair = self.place(t)
+            lane = entry * self.items.heads + head
+
+            def live():
+                plgpu.barrier_wait(self.key_free)
+                window = pl.ds(pair * 0, self.items.width)
+                for kind, source in enumerate((self.k, self.v)):
+                    box = source.at[entry, pair, window, self.head0 + head]
+                    plgpu.copy_gmem_to_smem(box, self.key_in.at[kind].transpose((1, 0, 2)), self.key_full)
+
+                def item(i, _):
+                    slot, row = lax.rem(done + i, stages), lax.rem(pair, self.items.q.shape[2])
+
+                    @pl.when(self.seen(pair, i))
+                    def _():
+                        plgpu.barrier_wait(self.free.at[slot])
+                        self.load_item(i, slot, row, lane, (entry, head, pair))
+                        d_c = self.d_c.at[lane, i, pair]
+                        plgpu.copy_gmem_to_smem(d_c, self.c_in.at[slot], self.full.at[slot])
+
+                    return ()
+
+                lax.fori_loop(0, self.items.split.items, item, ())
+
+            if self.items.masked:
+                pl.when(pair < self.bound)(live)
+            else:
+                live()
+            return done + self.steps * groups
+
+        lax.fori_loop(0, self.turns, turn, jnp.int32(0))
+        plgpu.barrier_wait(self.key_free)
+        for s in range(stages):
+            plgpu.barrier_wait(self.free.at[s])
+
+    def load_item(self, item, slot, row, lane, where):
+        """Starts the copies of an item's q, d_alpha and dY."""
+        entry, head, pair = where
+        split = self.items.split
+
+        def whole(tile, column):
+            window = pl.ds(column, ROWS)
+            boxes = (
+                self.q.at[entry, self.tile0 + tile, row, window, self.head0 + head],
+                self.d_alpha.at[lane, tile, pair, window],
+                self.d_y.at[lane, tile, pair, window],
+            )
+            for n, box in enumerate(boxes):
+                target = self.rows_in.at[slot, n].transpose((1, 0, 2))
+                plgpu.copy_gmem_to_smem(box, target, self.full.at[slot])
+
+        def packs(tile):
+            window = pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
+            boxes = (
+                self.q.at[entry, pl.ds(self.tile0 + tile, split.packed), row, window, self.head0 + head],
+                self.d_alpha.at[lane, pl.ds(tile, split.packed), pair, window],
+                self.d_y.at[lane, pl.ds(tile, split.packed), pair, window],
+            )
+            for n, box in enumerate(boxes):
+                target = self.rows_packs.at[slot, n].transpose((1, 2, 0, 3))
+                plgpu.copy_gmem_to_smem(box, target, self.full.at[slot])
+
+        shared.part(split, item, whole, packs)

@@ -8,14 +8,24 @@ Shared tiles are kept as slabs of [rows, 64] elements: a TMA box of rows may the
 past its end (b2 = 52 or 45): rows outside are read as zeros and never written.
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, RightConfig, column_blocks
+from monarchrt.pallas_kernels.config import (
+    COMPUTE_REGISTERS,
+    LOAD_REGISTERS,
+    ROWS,
+    ColumnBlocks,
+    RightConfig,
+    column_blocks,
+)
 from monarchrt.pallas_kernels.shared import LOG2E, Role
 
 
@@ -51,222 +61,20 @@ def right_role(
     Returns:
         The role.
     """
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    batch, _, rows, cols, _, slabs, slab = q.shape
+    batch, _, _, cols, _, slabs, slab = q.shape
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
-    depth, width = config.depth(cols), config.width(cols)
-    split = column_blocks(cols, tiles, masked)
-    full, tail_rows, packed, items = split.full, split.tail_rows, split.packed, split.items
-    tail = items > split.whole
-    units = batch * heads * pairs
-    blocks = min(config.blocks, units)
-    dtype, f32 = q.dtype, jnp.float32
-    row_layout = plgpu.Layout.WGMMA
+    depth = config.depth(cols)
+    items = _Items(
+        q=q, pairs=pairs, scale=scale, heads=heads, tiles=tiles, key_block=key_block, masked=masked, config=config
+    )
+    split = items.split
+    blocks = min(config.blocks, items.units)
 
     def run(block, inputs, outputs, scratch):
-        q, k, v, limits, start = inputs
-        alpha, y, c = outputs
-        smem, key_full, key_free, q_full, q_free = scratch
-        views = shared.tile_views(smem)
-        q_mma, k_mma, v_mma, alpha_reg, y_reg = views[0]
-        q_in, k_in, v_in, alpha_out, y_out = views[1]
-        q_packs, _, _, alpha_packs, y_packs = views[-1]
-        group = lax.axis_index("group")
-        head0, tile0, bound = start[0], start[1], start[2]
-
-        # whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are
-        # split evenly, or go to the first blocks where masks make items differ anyway
-        turns, over = divmod(units, blocks)
-        share, more = divmod(over * items, blocks)
-        if masked:
-            more_turns = jnp.int32(block < over)
-        else:
-            first = block * share + jnp.minimum(block, more)
-            last = first + share + jnp.int32(block < more)
-            over_unit = lax.div(first, items)
-            more_turns = lax.div(last + items - 1, items) - over_unit
-
-        def span(t):
-            """Key row of a turn and the items of it that are this block's."""
-            if masked:
-                return block + t * blocks, jnp.int32(0), jnp.int32(items)
-            base = (over_unit + t - turns) * items
-            rest = t >= turns
-            low, high = jnp.maximum(first - base, 0), jnp.minimum(last - base, items)
-            unit = jnp.where(rest, turns * blocks + over_unit + t - turns, block + t * blocks)
-            return unit, jnp.where(rest, low, 0), jnp.where(rest, high, items)
-
-        def part(item, whole, packs):
-            """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
-            if full and tail:
-                pl.when(item < split.whole)(lambda: whole(lax.div(item, full), lax.rem(item, full) * ROWS))
-                pl.when(item >= split.whole)(lambda: packs((item - split.whole) * packed))
-            elif full:
-                whole(lax.div(item, full), lax.rem(item, full) * ROWS)
-            else:
-                packs(item * packed)
-
-        def place(unit):
-            """Batch entry, head of the chunk and key row of a unit."""
-            return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
-
-        def when_seen(pair, item, do):
-            """Runs `do` unless the query tile neither sees the pair nor reads it as padding."""
-            if masked:
-                limit = limits[tile0 + lax.div(item, full)]
-                pl.when(pair < lax.div(limit + key_block - 1, key_block) * key_block)(do)
-            else:
-                do()
-
-        def when_live(pair, do):
-            """Runs `do` unless no query tile needs the pair."""
-            if masked:
-                pl.when(pair < bound)(do)
-            else:
-                do()
-
-        def compute(item, pair, lane, slot, key_slot):
-            plgpu.barrier_wait(q_full.at[slot])
-
-            def scores(acc):
-                for n in range(slabs):
-                    b = k_mma.at[key_slot, n, pl.ds(0, width)].transpose((1, 0))
-                    plgpu.wgmma(acc, q_mma.at[slot, n], b)
-                return acc[...]
-
-            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, width), f32)) * (scale * LOG2E)
-            plgpu.barrier_arrive(q_free.at[slot])
-            if width != cols:
-                column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=row_layout)
-                s = jnp.where(column < cols, s, -1e30)
-            top = s.max(axis=1)
-            # the update of R (paper, A.2): softmax over l of s <Q, K>
-            p = jnp.exp2(s - lax.broadcast_in_dim(top, s.shape, [0]))
-            total = p.sum(axis=1)
-            inverse = 1.0 / total
-            entropy = (p * s).sum(axis=1) * inverse - top - jnp.log2(total)
-            p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
-            if width != depth:  # the products' depth; K and V are zeros there
-                p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), row_layout)], 1)
-
-            def product(*factors):
-                def multiply(*accs):
-                    for n, acc in enumerate(accs):
-                        plgpu.wgmma(acc, p, factors[n // slabs].at[key_slot, n % slabs])
-                    return tuple(acc[...] for acc in accs)
-
-                count = slabs * len(factors)
-                results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, slab), f32) for _ in range(count)])
-                if masked:  # keys that are not seen may hold anything; what is read as padding must be finite
-                    seen = pair < limits[tile0 + lax.div(item, full)]
-                    results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
-                return [x.astype(dtype) for x in results]
-
-            tiles_out = product(k_mma, v_mma) if config.together else product(k_mma) + product(v_mma)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            mine = shared.unhoisted(group, item)
-            for n in range(slabs):
-                alpha_reg[mine, n] = tiles_out[n]
-                y_reg[mine, n] = tiles_out[slabs + n]
-            plgpu.commit_smem()
-            c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
-
-            def store_whole(tile, column):
-                window = pl.ds(column, ROWS)
-                plgpu.copy_smem_to_gmem(alpha_out.at[group].transpose((1, 0, 2)), alpha.at[lane, tile, pair, window])
-                plgpu.copy_smem_to_gmem(y_out.at[group].transpose((1, 0, 2)), y.at[lane, tile, pair, window])
-
-            def store_packs(tile):
-                some, window = pl.ds(tile, packed), pl.ds(full * ROWS + tile * 0, tail_rows)
-                to_rows = (1, 2, 0, 3)
-                plgpu.copy_smem_to_gmem(alpha_packs.at[group].transpose(to_rows), alpha.at[lane, some, pair, window])
-                plgpu.copy_smem_to_gmem(y_packs.at[group].transpose(to_rows), y.at[lane, some, pair, window])
-
-            part(item, store_whole, store_packs)
-
-        @pl.when(group < groups)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
-            for s in range(key_stages):
-                plgpu.barrier_arrive(key_free.at[s])
-            for s in range(stages // groups):
-                plgpu.barrier_arrive(q_free.at[s * groups + group])
-
-            def unit(t, done):
-                unit, low, high = span(t)
-                entry, head, pair = place(unit)
-                key_slot = lax.rem(t, key_stages)
-                mine = low + lax.rem(group + groups - lax.rem(done, groups), groups)
-
-                def live():
-                    plgpu.barrier_wait(key_full.at[key_slot])
-
-                    def item(s, _):
-                        i = mine + s * groups
-                        slot = lax.rem(done + i - low, stages)
-                        work = functools.partial(
-                            compute, i, pair, entry * heads + head, slot, shared.unhoisted(key_slot, i)
-                        )
-                        when_seen(pair, i, work)
-                        return ()
-
-                    lax.fori_loop(0, lax.div(high - mine + groups - 1, groups), item, ())
-                    plgpu.barrier_arrive(key_free.at[key_slot])
-
-                when_live(pair, live)
-                return done + high - low
-
-            lax.fori_loop(0, turns + more_turns, unit, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == groups)
-        def _():
-            plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
-
-            def unit(t, done):
-                unit, low, high = span(t)
-                entry, head, pair = place(unit)
-                key_slot, lane = lax.rem(t, key_stages), head0 + head
-
-                def live():
-                    plgpu.barrier_wait(key_free.at[key_slot])
-                    window = pl.ds(key_slot * 0, depth)  # past the end of b2 columns, so the start must not be static
-                    for source, target in ((k, k_in), (v, v_in)):
-                        box = source.at[entry, pair, window, lane]
-                        plgpu.copy_gmem_to_smem(box, target.at[key_slot].transpose((1, 0, 2)), key_full.at[key_slot])
-
-                    def item(i, _):
-                        slot, row = lax.rem(done + i - low, stages), lax.rem(pair, rows)
-
-                        def load_whole(tile, column):
-                            box = q.at[entry, tile0 + tile, row, pl.ds(column, ROWS), lane]
-                            plgpu.copy_gmem_to_smem(box, q_in.at[slot].transpose((1, 0, 2)), q_full.at[slot])
-
-                        def load_packs(tile):
-                            some, window = pl.ds(tile0 + tile, packed), pl.ds(full * ROWS + tile * 0, tail_rows)
-                            box = q.at[entry, some, row, window, lane]
-                            plgpu.copy_gmem_to_smem(box, q_packs.at[slot].transpose((1, 2, 0, 3)), q_full.at[slot])
-
-                        def load():
-                            plgpu.barrier_wait(q_free.at[slot])
-                            part(i, load_whole, load_packs)
-
-                        when_seen(pair, i, load)
-                        return ()
-
-                    lax.fori_loop(low, high, item, ())
-
-                when_live(pair, live)
-                return done + high - low
-
-            lax.fori_loop(0, turns + more_turns, unit, jnp.int32(0))
-            for s in range(key_stages):
-                plgpu.barrier_wait(key_free.at[s])
-            for s in range(stages):
-                plgpu.barrier_wait(q_free.at[s])
+        work = _Block(items, blocks, block, inputs, outputs, scratch)
+        pl.when(work.group < groups)(work.compute)
+        pl.when(work.group == groups)(work.load)
 
     shapes = (
         (stages, slabs, ROWS, slab),
@@ -275,18 +83,19 @@ def right_role(
         (groups, slabs, ROWS, slab),
         (groups, slabs, ROWS, slab),
     )
+    packs = (split.packed, split.tail_rows) if split.items > split.whole else None
     struct = jax.ShapeDtypeStruct
     shape = (batch * heads, tiles, pairs, cols, slabs, slab)
     return Role(
         run,
         name="monarch_right",
         outputs=(
-            struct(shape, dtype),
-            struct(shape, dtype),
-            struct((batch * heads, items, ROWS, -(-pairs // key_block) * key_block), f32),
+            struct(shape, q.dtype),
+            struct(shape, q.dtype),
+            struct((batch * heads, split.items, ROWS, -(-pairs // key_block) * key_block), jnp.float32),
         ),
         scratch=(
-            shared.tile_scratch(shapes, dtype, slab, (packed, tail_rows) if tail else None),
+            shared.tile_scratch(shapes, q.dtype, slab, packs),
             plgpu.Barrier(num_arrivals=2, num_barriers=key_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
             plgpu.Barrier(num_barriers=stages),
@@ -295,3 +104,254 @@ def right_role(
         groups=groups,
         blocks=blocks,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Items:
+    """The work of the kernel: 64 columns of a query tile, or the last ones of several, are an item of a key row."""
+
+    q: jax.ShapeDtypeStruct
+    pairs: int
+    scale: float
+    heads: int
+    tiles: int
+    key_block: int
+    masked: bool
+    config: RightConfig
+
+    @functools.cached_property
+    def split(self) -> ColumnBlocks:
+        """Which columns an item has."""
+        return column_blocks(self.q.shape[3], self.tiles, self.masked)
+
+    @property
+    def units(self) -> int:
+        """Key rows of all heads and batch entries, with the items of each."""
+        return self.q.shape[0] * self.heads * self.pairs
+
+    def place(self, unit):
+        """Batch entry, head of the chunk and key row of a unit."""
+        pairs, heads = self.pairs, self.heads
+        return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
+
+
+class _Block:
+    """A persistent block: the arrays, its shared memory, and its turns, a key row of a head each.
+
+    Whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are split
+    evenly, or go to the first blocks where masks make items differ anyway.
+    """
+
+    def __init__(self, items: _Items, blocks: int, block, inputs, outputs, scratch):
+        self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
+        self.groups, self.stages = items.config.warpgroups, items.config.query_stages
+        self.slabs = items.q.shape[5]
+        cols = items.q.shape[3]
+        self.depth, self.width = items.config.depth(cols), items.config.width(cols)
+        self.q, self.k, self.v, self.limits, start = inputs
+        self.alpha, self.y, self.c = outputs
+        smem, self.key_full, self.key_free, self.q_full, self.q_free = scratch
+        views = shared.tile_views(smem)
+        self.q_mma, self.k_mma, self.v_mma, self.alpha_reg, self.y_reg = views[0]
+        self.q_in, self.k_in, self.v_in, self.alpha_out, self.y_out = views[1]
+        self.q_packs, _, _, self.alpha_packs, self.y_packs = views[-1]
+        self.group = lax.axis_index("group")
+        self.head0, self.tile0, self.bound = start[0], start[1], start[2]
+
+        count = items.split.items
+        self.turns, over = divmod(items.units, blocks)
+        share, more = divmod(over * count, blocks)
+        if items.masked:
+            self.more_turns = jnp.int32(block < over)
+        else:
+            self.first = block * share + jnp.minimum(block, more)
+            self.last = self.first + share + jnp.int32(block < more)
+            self.over_unit = lax.div(self.first, count)
+            self.more_turns = lax.div(self.last + count - 1, count) - self.over_unit
+
+    def span(self, t):
+        """Key row of a turn and the items of it that are this block's."""
+        block, blocks, turns, count = self.block, self.blocks, self.turns, self.items.split.items
+        if self.items.masked:
+            return block + t * blocks, jnp.int32(0), jnp.int32(count)
+        base = (self.over_unit + t - turns) * count
+        rest = t >= turns
+        low, high = jnp.maximum(self.first - base, 0), jnp.minimum(self.last - base, count)
+        unit = jnp.where(rest, turns * blocks + self.over_unit + t - turns, block + t * blocks)
+        return unit, jnp.where(rest, low, 0), jnp.where(rest, high, count)
+
+    def when_seen(self, pair, item, do):
+        """Runs `do` unless the query tile neither sees the pair nor reads it as padding."""
+        if self.items.masked:
+            key_block = self.items.key_block
+            limit = self.limits[self.tile0 + lax.div(item, self.items.split.full)]
+            pl.when(pair < lax.div(limit + key_block - 1, key_block) * key_block)(do)
+        else:
+            do()
+
+    def when_live(self, pair, do):
+        """Runs `do` unless no query tile needs the pair."""
+        if self.items.masked:
+            pl.when(pair < self.bound)(do)
+        else:
+            do()
+
+    def compute(self):
+        """What a computing warpgroup does."""
+        group, groups, key_stages = self.group, self.groups, self.config.key_stages
+        plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+        for s in range(key_stages):
+            plgpu.barrier_arrive(self.key_free.at[s])
+        for s in range(self.stages // groups):
+            plgpu.barrier_arrive(self.q_free.at[s * groups + group])
+
+        def turn(t, done):
+            unit, low, high = self.span(t)
+            entry, head, pair = self.items.place(unit)
+            key_slot = lax.rem(t, key_stages)
+            mine = low + lax.rem(group + groups - lax.rem(done, groups), groups)
+
+            def live():
+                plgpu.barrier_wait(self.key_full.at[key_slot])
+
+                def item(s, _):
+                    i = mine + s * groups
+                    slot = lax.rem(done + i - low, self.stages)
+                    lane = entry * self.items.heads + head
+                    key = shared.unhoisted(key_slot, i)
+                    self.when_seen(pair, i, lambda: self.item(i, pair, lane, slot, key))
+                    return ()
+
+                lax.fori_loop(0, lax.div(high - mine + groups - 1, groups), item, ())
+                plgpu.barrier_arrive(self.key_free.at[key_slot])
+
+            self.when_live(pair, live)
+            return done + high - low
+
+        lax.fori_loop(0, self.turns + self.more_turns, turn, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def item(self, item, pair, lane, slot, key_slot):
+        """alpha, Y and c_L of an item: R in registers, two products, and out through shared memory."""
+        config, split = self.config, self.items.split
+        p, entropy = self.probabilities(slot, key_slot)
+
+        def product(*factors):
+            def multiply(*accs):
+                for n, acc in enumerate(accs):
+                    plgpu.wgmma(acc, p, factors[n // self.slabs].at[key_slot, n % self.slabs])
+                return tuple(acc[...] for acc in accs)
+
+            count, slab = self.slabs * len(factors), self.items.q.shape[6]
+            types = [plgpu.WGMMAAccumulatorRef((ROWS, slab), jnp.float32) for _ in range(count)]
+            results = pl.run_scoped(multiply, *types)
+            if self.items.masked:  # keys that are not seen may hold anything; what is read as padding must be finite
+                seen = pair < self.limits[self.tile0 + lax.div(item, split.full)]
+                results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
+            return [x.astype(self.items.q.dtype) for x in results]
+
+        k, v = self.k_mma, self.v_mma
+        tiles_out = product(k, v) if config.together else product(k) + product(v)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        mine = shared.unhoisted(self.group, item)
+        for n in range(self.slabs):
+            self.alpha_reg[mine, n] = tiles_out[n]
+            self.y_reg[mine, n] = tiles_out[self.slabs + n]
+        plgpu.commit_smem()
+        self.c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
+        self.send(item, pair, lane)
+
+    def probabilities(self, slot, key_slot):
+        """R, [64 j, depth] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""
+        cols, width, depth, dtype = self.items.q.shape[3], self.width, self.depth, self.items.q.dtype
+        plgpu.barrier_wait(self.q_full.at[slot])
+
+        def scores(acc):
+            for n in range(self.slabs):
+                b = self.k_mma.at[key_slot, n, pl.ds(0, width)].transpose((1, 0))
+                plgpu.wgmma(acc, self.q_mma.at[slot, n], b)
+            return acc[...]
+
+        scale = self.items.scale * LOG2E
+        s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)) * scale
+        plgpu.barrier_arrive(self.q_free.at[slot])
+        if width != cols:
+            column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+            s = jnp.where(column < cols, s, -1e30)
+        top = s.max(axis=1)
+        # the update of R (paper, A.2): softmax over l of s <Q, K>
+        p = jnp.exp2(s - lax.broadcast_in_dim(top, s.shape, [0]))
+        total = p.sum(axis=1)
+        inverse = 1.0 / total
+        entropy = (p * s).sum(axis=1) * inverse - top - jnp.log2(total)
+        p = (p * lax.broadcast_in_dim(inverse, p.shape, [0])).astype(dtype)
+        if width != depth:  # the products' depth; K and V are zeros there
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS, depth - width), dtype), plgpu.Layout.WGMMA)
+            p = lax.concatenate([p, zeros], 1)
+        return p, entropy
+
+    def send(self, item, pair, lane):
+        """Starts the copies of an item's alpha and Y."""
+        group, split = self.group, self.items.split
+
+        def whole(tile, column):
+            window = pl.ds(column, ROWS)
+            for source, target in ((self.alpha_out, self.alpha), (self.y_out, self.y)):
+                plgpu.copy_smem_to_gmem(source.at[group].transpose((1, 0, 2)), target.at[lane, tile, pair, window])
+
+        def packs(tile):
+            some, window = pl.ds(tile, split.packed), pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
+            for source, target in ((self.alpha_packs, self.alpha), (self.y_packs, self.y)):
+                plgpu.copy_smem_to_gmem(source.at[group].transpose((1, 2, 0, 3)), target.at[lane, some, pair, window])
+
+        shared.part(split, item, whole, packs)
+
+    def load(self):
+        """What the loading warpgroup does: K and V of a turn, then q of each item."""
+        groups, stages, key_stages = self.groups, self.stages, self.config.key_stages
+        plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
+
+        def turn(t, done):
+            unit, low, high = self.span(t)
+            entry, head, pair = self.items.place(unit)
+            key_slot, lane = lax.rem(t, key_stages), self.head0 + head
+
+            def live():
+                plgpu.barrier_wait(self.key_free.at[key_slot])
+                window = pl.ds(key_slot * 0, self.depth)  # past the end of b2 columns, so the start must not be static
+                for source, target in ((self.k, self.k_in), (self.v, self.v_in)):
+                    box = source.at[entry, pair, window, lane]
+                    plgpu.copy_gmem_to_smem(box, target.at[key_slot].transpose((1, 0, 2)), self.key_full.at[key_slot])
+
+                def item(i, _):
+                    slot, row = lax.rem(done + i - low, stages), lax.rem(pair, self.items.q.shape[2])
+                    self.when_seen(pair, i, lambda: self.load_query(i, slot, entry, row, lane))
+                    return ()
+
+                lax.fori_loop(low, high, item, ())
+
+            self.when_live(pair, live)
+            return done + high - low
+
+        lax.fori_loop(0, self.turns + self.more_turns, turn, jnp.int32(0))
+        for s in range(key_stages):
+            plgpu.barrier_wait(self.key_free.at[s])
+        for s in range(stages):
+            plgpu.barrier_wait(self.q_free.at[s])
+
+    def load_query(self, item, slot, entry, row, lane):
+        """Starts the copy of an item's query rows."""
+        split, arrived = self.items.split, self.q_full.at[slot]
+
+        def whole(tile, column):
+            box = self.q.at[entry, self.tile0 + tile, row, pl.ds(column, ROWS), lane]
+            plgpu.copy_gmem_to_smem(box, self.q_in.at[slot].transpose((1, 0, 2)), arrived)
+
+        def packs(tile):
+            some = pl.ds(self.tile0 + tile, split.packed)
+            window = pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
+            box = self.q.at[entry, some, row, window, lane]
+            plgpu.copy_gmem_to_smem(box, self.q_packs.at[slot].transpose((1, 2, 0, 3)), arrived)
+
+        plgpu.barrier_wait(self.q_free.at[slot])
+        shared.part(split, item, whole, packs)

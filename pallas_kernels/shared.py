@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from monarchrt.pallas_kernels.config import REDUCTIONS
+from monarchrt.pallas_kernels.config import REDUCTIONS, ROWS, ColumnBlocks
 
 LOG2E = math.log2(math.e)
 
@@ -77,6 +77,20 @@ def gradient_scales(dtype, scale: float) -> tuple[float, float]:
     Before, it costs nothing; in float16 small gradients would lose digits. The first is not zero.
     """
     return (scale, 1.0) if dtype == jnp.bfloat16 and scale else (1.0, scale)
+
+
+def part(split: ColumnBlocks, item, whole, packs):
+    """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
+    from jax import lax
+    from jax.experimental import pallas as pl
+
+    if split.full and split.items > split.whole:
+        pl.when(item < split.whole)(lambda: whole(lax.div(item, split.full), lax.rem(item, split.full) * ROWS))
+        pl.when(item >= split.whole)(lambda: packs((item - split.whole) * split.packed))
+    elif split.full:
+        whole(lax.div(item, split.full), lax.rem(item, split.full) * ROWS)
+    else:
+        packs(item * split.packed)
 
 
 def unhoisted(index, turn):

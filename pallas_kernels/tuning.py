@@ -44,8 +44,8 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     """A configuration with changes, nested ones as dictionaries.
 
     Example:
-        >>> found = changed(forward_config(30, 52, 128), {"chunk_bytes": 2**20, "left": {"stages": 3}})
-        >>> found.chunk_bytes, found.left.stages, found.left.columns
+        >>> config = changed(forward_config(30, 52, 128), {"chunk_bytes": 2**20, "left": {"stages": 3}})
+        >>> config.chunk_bytes, config.left.stages, config.left.columns
         (1048576, 3, 2)
 
     Args:
@@ -72,8 +72,7 @@ def _choose(config, which: str, *keys: str):
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
     measured = _entries(kind)
     entries = (_entries(DEFAULT_KIND) or {}) if measured is None else measured
-    found = (entries[key][which] for key in keys if which in entries.get(key, {}))
-    changes = next(found, {})
+    changes = next((entries[key][which] for key in keys if which in entries.get(key, {})), {})
     if measured is None:  # a card with fewer multiprocessors may have no place for a cluster of 16 blocks
         changes = {name: change for name, change in changes.items() if name != "fused"}
     return changed(config, changes)

@@ -25,8 +25,8 @@ class Float8File:
         path: The file.
         infos: Shape and dtype by name, of what is read; scales are not among them.
         metadata: The file's.
-        sets: Likewise, and `weights`: which set of a `.pt` file this is.
-        weights: "" where there is one only.
+        sets: Sets of weights that a `.pt` file has.
+        weights: The set that this is; "" where there is one only.
         scaled: How many weights have scales, and `plain` how many have none.
         plain: Weights in float8 without a scale.
 

@@ -163,7 +163,7 @@ class WanDecoder:
             batch: Videos at once.
             parts: Latents of each call of `decode`, in order; empty if that is not known.
             height: Of the latents.
-            width: Likewise.
+            width: Of the latents.
         """
         video = (batch, tuple(parts), height, width)
         if not parts or video in self._prepared:

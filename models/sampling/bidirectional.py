@@ -111,7 +111,7 @@ def generate_window(
 
     Args:
         graph: Of `nnx.split(model)`.
-        params: Likewise.
+        params: Of `nnx.split(model)`.
         text: Embedding of the prompt.
         negative: Of the negative prompt, for guidance.
         context: Finished latents before the new frames.

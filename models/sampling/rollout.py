@@ -130,7 +130,7 @@ def generate_block(
 
     Args:
         graph: Of `nnx.split(model)`.
-        params: Likewise.
+        params: Of `nnx.split(model)`.
         cache: Of `start_cache`; it is donated.
         key: Of the whole video; a block's noise depends on it and `frame` only.
         frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.

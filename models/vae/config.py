@@ -31,8 +31,8 @@ class VAEConfig:
         z_dim: Channels of the latents.
         num_res_blocks: Residual blocks of each encoder level; the decoder has one more.
         temporal_downsample: Whether each halving also halves the frames, in the encoder's order.
-        latents_mean: Of each latent channel; latents are handed out as (mu - mean) / std.
-        latents_std: Likewise.
+        latents_mean: Mean of each latent channel; latents are handed out as (mu - mean) / std.
+        latents_std: Standard deviation of each latent channel.
 
     Raises:
         ValueError: If a size is invalid, or the tuples do not fit together.

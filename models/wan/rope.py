@@ -96,7 +96,7 @@ def rotate(
     Args:
         x: Queries or keys, [B, F, h*w, heads, head_dim].
         cos: [F, h*w, head_dim/2], of `rope_table`.
-        sin: Likewise.
+        sin: [F, h*w, head_dim/2], of `rope_table`.
 
     Returns:
         The rotated `x`.

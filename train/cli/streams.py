@@ -35,7 +35,7 @@ class Tolerant:
             return len(text)
 
     def flush(self) -> None:
-        """Likewise."""
+        """Hands on what was written, or does not."""
         try:
             self._stream.flush()
         except (OSError, ValueError):

@@ -176,7 +176,7 @@ def convert_checkpoint(
         dtype: Of the tensors written; None keeps the file's.
         config: Sizes that the source must have.
         attention: Self-attention to store with the weights; None keeps what is stored.
-        causal_block: Likewise.
+        causal_block: Latent frames per causal block to store; None keeps what is stored.
         weights: Which set of a `.pt` file.
         max_shard_bytes: Splits larger weights into numbered shards.
         override: Allows an attention other than the one stored with the weights.

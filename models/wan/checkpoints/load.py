@@ -54,7 +54,7 @@ def load_checkpoint(
         config: What the caller expects; its sizes must be the checkpoint's. Its policy fields (attention, dtypes,
             remat) are taken where the arguments below are None.
         attention: Self-attention to use; None takes what is stored with the weights, else dense.
-        causal_block: Likewise; None takes what is stored.
+        causal_block: Latent frames per causal block; None takes what is stored.
         param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
         dtype: Compute dtype; None is float32.
         remat: As `WanConfig.remat`.

@@ -111,8 +111,8 @@ def write_folder(
         read: Each tensor.
         dtype: Of what is written; None keeps it.
         max_shard_bytes: As `save_checkpoint`.
-        few_step: Likewise.
-        progress: Likewise.
+        few_step: As `save_checkpoint`.
+        progress: As `save_checkpoint`.
 
     Returns:
         The folder.
