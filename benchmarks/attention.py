@@ -93,12 +93,12 @@ def main() -> None:
         able = [row for row in rows if serves(name, row)]
         errors[name] = {row.name: attempt(check, row, what) or {} for row in able}
         for row, by_array in errors[name].items():
-            found = "  ".join(f"{array} {x:.1e}" for array, x in by_array.items())
-            print(f"{name:10s} {row:14s} {found}", flush=True)
+            listed = "  ".join(f"{array} {x:.1e}" for array, x in by_array.items())
+            print(f"{name:10s} {row:14s} {listed}", flush=True)
     failed = [
         name
         for name in args.implementations
-        if not all(found and all(x <= MAX_ERROR for x in found.values()) for found in errors[name].values())
+        if not all(by_array and all(x <= MAX_ERROR for x in by_array.values()) for by_array in errors[name].values())
     ]
     for name in failed:
         print(f"{name} failed or is above {MAX_ERROR:.0e} and is not timed.")
@@ -223,10 +223,10 @@ def attention(row: Row, frames: int, implementation: str):
     return lambda q, k, v: monarch_attention(q, k, v, implementation=name, **options)
 
 
-def relative_errors(found, reference) -> dict[str, float]:
+def relative_errors(results, reference) -> dict[str, float]:
     """Relative Frobenius error of each array."""
     names = ("out", "dq", "dk", "dv")
-    return {name: relative_error(x, y) for name, x, y in zip(names, found, reference, strict=True)}
+    return {name: relative_error(x, y) for name, x, y in zip(names, results, reference, strict=True)}
 
 
 def relative_error(x, y) -> float:
@@ -267,16 +267,16 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
         "sparsity": spec.sparsity,
         "implementations": {},
     }
-    if dense and (found := attempt(timed, dense_attention, arrays)):
-        result["dense_ms"], result["dense_bytes"] = found
+    if dense and (measured := attempt(timed, dense_attention, arrays)):
+        result["dense_ms"], result["dense_bytes"] = measured
     if published is not None:
         result["published_ms"], result["published_bytes"] = published["ms"], published["bytes"]
     for name in implementations:
         if name.endswith(KEEPING) and work != "forward + backward":
             continue  # the same
-        found = attempt(timed, attention(row, frames, name), arrays)
-        if found:
-            result["implementations"][name] = {"ms": found[0], "bytes": found[1]}
+        measured = attempt(timed, attention(row, frames, name), arrays)
+        if measured:
+            result["implementations"][name] = {"ms": measured[0], "bytes": measured[1]}
     return result
 
 
@@ -336,8 +336,8 @@ def published_errors(row: Row, path: Path) -> dict[str, float]:
         np.savez(file, **{name: np.asarray(x, np.float32) for name, x in zip(names, arrays, strict=True)})
         options = ("--arrays", str(file), "--tile", *map(str, row.tile))
         published_run(path, *options)
-        with np.load(file) as found:
-            return relative_errors([found[name] for name in ("out", "dq", "dk", "dv")], reference)
+        with np.load(file) as saved:
+            return relative_errors([saved[name] for name in ("out", "dq", "dk", "dv")], reference)
 
 
 def published_times(row: Row, args: argparse.Namespace) -> dict[str, dict]:
@@ -358,13 +358,13 @@ def line(result: dict) -> str:
     for name in ("dense", "published"):
         if f"{name}_ms" in result:
             text += f"  {name} {result[f'{name}_ms']:.3f} ms, {result[f'{name}_bytes'] / 1e9:.2f} GB"
-    for name, found in result["implementations"].items():
-        text += f"\n    {name:10s} {found['ms']:8.3f} ms, {found['bytes'] / 1e9:.2f} GB"
+    for name, measured in result["implementations"].items():
+        text += f"\n    {name:10s} {measured['ms']:8.3f} ms, {measured['bytes'] / 1e9:.2f} GB"
         for key in ("dense_ms", "published_ms"):
             if key in result:
-                text += f", {result[key] / found['ms']:.2f}x {key.removesuffix('_ms')}"
-        text += f", {result['floor_flops_ms'] / found['ms']:.0%} of the arithmetic floor"
-        text += f", {result['floor_bytes_ms'] / found['ms']:.0%} of the byte floor"
+                text += f", {result[key] / measured['ms']:.2f}x {key.removesuffix('_ms')}"
+        text += f", {result['floor_flops_ms'] / measured['ms']:.0%} of the arithmetic floor"
+        text += f", {result['floor_bytes_ms'] / measured['ms']:.0%} of the byte floor"
     return text
 
 
@@ -399,7 +399,7 @@ def plot(results: list[dict], device: str, path: Path) -> None:
     series: dict[str, list[float]] = {}
     for n, result in enumerate(results):
         values = {"dense cuDNN": result.get("dense_ms"), "published": result.get("published_ms")}
-        values |= {name: found["ms"] for name, found in result["implementations"].items()}
+        values |= {name: measured["ms"] for name, measured in result["implementations"].items()}
         values["floor"] = max(result["floor_flops_ms"], result["floor_bytes_ms"])
         for name, value in values.items():
             series.setdefault(name, [float("nan")] * len(results))[n] = float("nan") if value is None else value

@@ -105,9 +105,9 @@ def quick_bench(kernel):
         ms = start.elapsed_time(end) / 3
         if ms > 1.2 * best.get(tuning, float("inf")):
             return [ms] * len(quantiles)
-        found = triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)  # ms
-        best[tuning] = min(best.get(tuning, float("inf")), found[0])
-        return found
+        quantiles_ms = triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)  # ms
+        best[tuning] = min(best.get(tuning, float("inf")), quantiles_ms[0])
+        return quantiles_ms
 
     return bench
 
@@ -131,11 +131,11 @@ def store_configs(module, args):
     stored = json.loads(args.configs.read_text()) if args.configs.exists() else {}
     if config_key(args) in stored:
         return
-    found = {}
+    configs = {}
     for name, kernel in tuned_kernels(module).items():
         chosen = [config.all_kwargs() for config in kernel.cache.values()]
-        found[name] = [x for n, x in enumerate(chosen) if x not in chosen[:n]]
-    args.configs.write_text(json.dumps(stored | {config_key(args): found}, indent=1))
+        configs[name] = [x for n, x in enumerate(chosen) if x not in chosen[:n]]
+    args.configs.write_text(json.dumps(stored | {config_key(args): configs}, indent=1))
 
 
 def compare(module, file, tile):
@@ -147,8 +147,8 @@ def compare(module, file, tile):
         x.requires_grad_()
     out = module.monarch_attn(q, k, v, tile[0], 1, 1, *tile[1:])
     out.backward(g)
-    found = {"out": out, "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    np.savez(file, **arrays, **{name: x.detach().float().cpu().numpy() for name, x in found.items()})
+    results = {"out": out, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    np.savez(file, **arrays, **{name: x.detach().float().cpu().numpy() for name, x in results.items()})
 
 
 def times(module, args):

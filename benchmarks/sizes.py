@@ -40,18 +40,18 @@ def main() -> None:
         runs.append(None)
         try:
             run = jax.jit(call(args.work, config)).lower(*arrays).compile()
-            found = run(*arrays)
-            jax.block_until_ready(found)
+            out = run(*arrays)
+            jax.block_until_ready(out)
         except Exception as error:  # one change that does not fit the card must not cost the others
             if present is None:
                 raise
             results[-1]["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if present is None:
-            present = found
+            present = out
             if not all(jnp.isfinite(x).all() for x in present.values()):
                 sys.exit("error: the present sizes give results that are not finite")
-        differences = {name: relative_error(found[name], np.asarray(x, np.float64)) for name, x in present.items()}
+        differences = {name: relative_error(out[name], np.asarray(x, np.float64)) for name, x in present.items()}
         results[-1] |= {"differences": differences, "bytes": run.memory_analysis().temp_size_in_bytes}
         if all(x <= MAX_DIFFERENCE for x in differences.values()):  # NaN is not
             runs[-1] = run
@@ -124,8 +124,8 @@ def inputs(args: argparse.Namespace) -> tuple[jax.Array, ...]:
         return q[:, : row.decode_frames // row.tile_frames], k, v
     if args.work == "forward":
         return q, k, v
-    found = jax.jit(call("forward", tuning.forward(rows, cols, row.head_dim)))(q, k, v)
-    return q, k, v, found["out"], found["lse"], g
+    results = jax.jit(call("forward", tuning.forward(rows, cols, row.head_dim)))(q, k, v)
+    return q, k, v, results["out"], results["lse"], g
 
 
 def call(work: str, config):
@@ -140,8 +140,8 @@ def call(work: str, config):
         return {"out": out, "lse": lse}
 
     def backwards(q, k, v, out, lse, g):
-        found = backward(q, k, v, out=out, lse=lse, d_out=g, grad_tiles=None, **options(q, k))
-        return dict(zip(("dq", "dk", "dv"), found, strict=True))
+        gradients = backward(q, k, v, out=out, lse=lse, d_out=g, grad_tiles=None, **options(q, k))
+        return dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
     return backwards if work == "backward" else forwards
 
@@ -154,14 +154,14 @@ def rounds(runs: list, arrays: tuple[jax.Array, ...], count: int) -> list[float]
     calls = max(2, min(50, int(0.05 / (time.perf_counter() - start))))
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(count):
-        for run, found in zip(runs, times, strict=True):
+        for run, taken in zip(runs, times, strict=True):
             jax.block_until_ready(run(*arrays))
             start = time.perf_counter()
             for _ in range(calls):
                 out = run(*arrays)
             jax.block_until_ready(out)
-            found.append(1e3 * (time.perf_counter() - start) / calls)
-    return [statistics.median(found) for found in times]
+            taken.append(1e3 * (time.perf_counter() - start) / calls)
+    return [statistics.median(taken) for taken in times]
 
 
 if __name__ == "__main__":

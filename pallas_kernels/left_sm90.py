@@ -93,6 +93,7 @@ def left_role(
         ),
         groups=groups,
         blocks=blocks,
+        reduction_bytes=config.reduction_bytes,
     )
 
 

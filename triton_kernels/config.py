@@ -167,13 +167,13 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
     chosen = _CONFIGS.get()
     if chosen is not None:
         return chosen
-    found = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
+    best = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
     entries = [_read(user_file(where)), _shipped(where)]
     for entry in (False, True) if few else (False,):
         key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry)
         tuned = next((x[key] for x in entries if key in x), {})
-        found = dataclasses.replace(found, **{name: _parsed(name, x) for name, x in tuned.items()})
-    return found
+        best = dataclasses.replace(best, **{name: _parsed(name, x) for name, x in tuned.items()})
+    return best
 
 
 def _parsed(name: str, x):
@@ -183,13 +183,13 @@ def _parsed(name: str, x):
 
 
 def store(
-    where: Target, found: Configs, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False
+    where: Target, chosen: Configs, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False
 ) -> pathlib.Path:
     """Adds an entry to the user's file of a device.
 
     Args:
         where: The device.
-        found: Its configs for the shape.
+        chosen: Its configs for the shape.
         b1: Rows of a tile.
         b2: Columns of a tile.
         dim: Size of a head.
@@ -202,7 +202,7 @@ def store(
     path = user_file(where)
     path.parent.mkdir(parents=True, exist_ok=True)
     key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=few)
-    entries = _read(path) | {key: dataclasses.asdict(found)}
+    entries = _read(path) | {key: dataclasses.asdict(chosen)}
     fresh = path.with_suffix(".new")  # a reader sees the old file or the new one, never half of it
     fresh.write_text(json.dumps(entries, indent=1))
     fresh.replace(path)

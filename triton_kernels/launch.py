@@ -65,10 +65,10 @@ def run(
         return {name: arrays[name] for name in carried}
 
     if len(plan.steps) <= UNROLLED and set(kept) >= set(scratch):  # a step needs the one before: no more memory at once
-        found = start
+        state = start
         for n, step in enumerate(plan.steps):
-            found = body(jnp.asarray(step, jnp.int32), found, plan.launches_of(n))
-        return lax.optimization_barrier({name: found[name] for name in results})
+            state = body(jnp.asarray(step, jnp.int32), state, plan.launches_of(n))
+        return lax.optimization_barrier({name: state[name] for name in results})
     steps = jnp.asarray(plan.steps, jnp.int32)
     last = len(plan.steps) - 1
     first = body(steps[0], start, plan.launches_of(0))
@@ -79,10 +79,10 @@ def run(
         return body(step, state, plan.launches_of(kind))
 
     same = plan.launches_of(last) == plan.launches_of(1)
-    found = lax.fori_loop(1, last + 1 if same else last, turn, first)
+    state = lax.fori_loop(1, last + 1 if same else last, turn, first)
     if not same:
-        found = turn(last, found, last)
-    return lax.optimization_barrier({name: found[name] for name in results})
+        state = turn(last, state, last)
+    return lax.optimization_barrier({name: state[name] for name in results})
 
 
 def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:

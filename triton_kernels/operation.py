@@ -25,8 +25,8 @@ def forward(
         start = {"counters": jnp.zeros(plan.counters(shape, todo.stream), jnp.int32)}
         results["counters"] = start["counters"]
     kept = ("mid", "stats")
-    found = launch.run(todo, operands, scratch, _structs(results), start, kept, where.compute_capability)
-    return found["out"], found["lse"]
+    arrays = launch.run(todo, operands, scratch, _structs(results), start, kept, where.compute_capability)
+    return arrays["out"], arrays["lse"]
 
 
 def backward(
@@ -57,8 +57,8 @@ def backward(
     }
     results = _structs({"dq": q, "dk": key_grad, "dv": key_grad})
     scratch = _scratch(shape, todo, q, backward=True)
-    found = launch.run(todo, operands, scratch, results, start, (), where.compute_capability)
-    return found["dq"], found["dk"].astype(k.dtype), found["dv"].astype(k.dtype)
+    arrays = launch.run(todo, operands, scratch, results, start, (), where.compute_capability)
+    return arrays["dq"], arrays["dk"].astype(k.dtype), arrays["dv"].astype(k.dtype)
 
 
 def _shape(q: jax.Array, k: jax.Array) -> Shape:

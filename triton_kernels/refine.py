@@ -121,24 +121,24 @@ def left_refine(
                     p_n, _ = part_weights(alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION)
                     c_r += tl.sum(p_n, 1)
                 factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
-                found = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
+                vectors = tl.dot((p * factor[:, None]).to(q_i.dtype), q_i, input_precision=PRECISION)
                 if I2:
-                    found = tl.dot((p_1 * factor[:, None]).to(q_1.dtype), q_1, found, input_precision=PRECISION)
+                    vectors = tl.dot((p_1 * factor[:, None]).to(q_1.dtype), q_1, vectors, input_precision=PRECISION)
                 for part in tl.static_range(1, NI):
                     p_n, q_n = part_weights(
                         alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION
                     )  # fmt: skip
-                    found = tl.dot((p_n * factor[:, None]).to(q_n.dtype), q_n, found, input_precision=PRECISION)
+                    vectors = tl.dot((p_n * factor[:, None]).to(q_n.dtype), q_n, vectors, input_precision=PRECISION)
             else:
-                found = tl.dot(p.to(q_i.dtype), q_i, input_precision=PRECISION)
+                vectors = tl.dot(p.to(q_i.dtype), q_i, input_precision=PRECISION)
                 for part in tl.static_range(1, NI):
                     p_n, q_n = part_weights(
                         alpha, c_l, q, lse, query, place, part, scale, B1, B2, H, D, DP, I, PRECISION
                     )  # fmt: skip
                     c_r += tl.sum(p_n, 1)
-                    found = tl.dot(p_n.to(q_n.dtype), q_n, found, input_precision=PRECISION)
-                found *= tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)[:, None]
-            store_rows(mid, n * (2 * D), seen, d, found, D)
+                    vectors = tl.dot(p_n.to(q_n.dtype), q_n, vectors, input_precision=PRECISION)
+                vectors *= tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)[:, None]
+            store_rows(mid, n * (2 * D), seen, d, vectors, D)
 
 
 @kernel

@@ -59,10 +59,10 @@ def right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2: tl.constexpr, PRECIS
 @kernel
 def right_sum(p, p_1, x_0, x_1, L2: tl.constexpr, PRECISION: tl.constexpr):
     """alpha or Y [M, D]: R times keys or values, in parts of L and L2."""
-    found = tl.dot(p, x_0, input_precision=PRECISION)
+    vectors = tl.dot(p, x_0, input_precision=PRECISION)
     if L2:
-        found = tl.dot(p_1, x_1, found, input_precision=PRECISION)
-    return found
+        vectors = tl.dot(p_1, x_1, vectors, input_precision=PRECISION)
+    return vectors
 
 
 @kernel

@@ -194,12 +194,12 @@ def expected_results(arrays: list[jax.Array], configs: Configs, few: bool) -> di
     visible = jnp.full(q.shape[1], k.shape[1], jnp.int32)
     inputs = (q, k, v, visible)
     out, lse = compiled(arrays, configs, False)(*inputs)
-    found: dict[bool, tuple] = {False: (inputs, (out, lse))}
+    calls: dict[bool, tuple] = {False: (inputs, (out, lse))}
     if not few:
         delta = jnp.einsum("baijhd,baijhd->baijh", d_out, out, preferred_element_type=jnp.float32)
         inputs = (q, k, v, d_out, lse, delta, visible)
-        found[True] = (inputs, compiled(arrays, configs, True)(*inputs))
-    return found
+        calls[True] = (inputs, compiled(arrays, configs, True)(*inputs))
+    return calls
 
 
 def measured(
@@ -209,19 +209,19 @@ def measured(
     inputs, results = expected[backward]
     try:
         run = compiled(arrays, configs, backward)
-        found = jax.block_until_ready(run(*inputs))
+        out = jax.block_until_ready(run(*inputs))
     except Exception as error:  # too much shared memory or too many registers, said by compiler or driver
         if isinstance(error, TypeError | AttributeError | NameError):
             raise
         return float("inf")
-    if not all(agree(x, y) for x, y in zip(found, results, strict=True)):
+    if not all(agree(x, y) for x, y in zip(out, results, strict=True)):
         return float("inf")
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(CALLS):
-            found = run(*inputs)
-        jax.block_until_ready(found)
+            out = run(*inputs)
+        jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / CALLS)
     return statistics.median(times)
 

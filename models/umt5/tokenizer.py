@@ -54,12 +54,12 @@ class Tokenizer:
         self.inner = inner
         inner.no_padding()
         inner.no_truncation()
-        found = {token: inner.token_to_id(token) for token in (END, PAD)}
-        missing = [token for token, number in found.items() if number is None]
+        numbers = {token: inner.token_to_id(token) for token in (END, PAD)}
+        missing = [token for token, number in numbers.items() if number is None]
         if missing:
             raise UserError(f"{where} lacks the token {missing[0]}; it is not umT5's")
-        self.end: int = found[END]
-        self.pad: int = found[PAD]
+        self.end: int = numbers[END]
+        self.pad: int = numbers[PAD]
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":

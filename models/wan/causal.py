@@ -232,15 +232,15 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
     def body(carry, xs):
         x, past, number = carry
         (layer, cross) = xs
-        found = []
+        written = []
 
         def attention(query, key, value, context):
-            found.append(past.append(key, value, frame=start, layer=number))
+            written.append(past.append(key, value, frame=start, layer=number))
             where = dataclasses.replace(context, layer=run.start + number)
-            return run.setting.attend_cache(found[0], query, layer=number, context=where)
+            return run.setting.attend_cache(written[0], query, layer=number, context=where)
 
         x = run_block(x, layer, cross, attention)
-        return (x, dataclasses.replace(found[0], length=past.length), number + 1), None
+        return (x, dataclasses.replace(written[0], length=past.length), number + 1), None
 
     (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
     return x, past
@@ -292,8 +292,8 @@ def check_cache(model: WanModel, cache: WanCache, batch: int, grid: tuple[int, i
     runs = attention_runs(model.config.layer_attention)
     expected = jax.eval_shape(lambda: tuple(empty_run(run, cache.shape) for run in runs))
     if jax.tree.structure(expected) != jax.tree.structure(cache.runs) or any(
-        wanted.shape != found.shape
-        for wanted, found in zip(jax.tree.leaves(expected), jax.tree.leaves(cache.runs), strict=True)
+        wanted.shape != given.shape
+        for wanted, given in zip(jax.tree.leaves(expected), jax.tree.leaves(cache.runs), strict=True)
     ):
         raise ValueError("cache was made for another attention than the model's; make a new one with init_cache.")
     shape = cache.shape

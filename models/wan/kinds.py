@@ -16,8 +16,8 @@ type Path = tuple[str, ...]
 
 def modules_of(block: Any) -> dict[str, Any]:
     """The kinds' modules in a block, by name."""
-    found = getattr(block.self_attn, PLACE, None)
-    return {} if found is None else dict(found.items())
+    own = getattr(block.self_attn, PLACE, None)
+    return {} if own is None else dict(own.items())
 
 
 def make_modules(config: WanConfig, rngs: nnx.Rngs) -> Any:
