@@ -3,8 +3,8 @@
     python benchmarks/sizes.py --row "480p (3h,w)" --work forward --change '{"left": {"stages": 3}}'
     python benchmarks/sizes.py --row "720p (h,w)" --work backward --change '{"keys": {"ring": 8}}' '{"chunk_bytes": 8}'
 
-A change is JSON: fields of `pallas_kernels.config.ForwardConfig` (forward, decode) or `BackwardConfig` (backward) to
-values, as in pallas_kernels/tuned. Results are compared with those of the present sizes first; a change whose results
+A change is JSON: fields of `pallas_kernels.sm90.config.ForwardConfig` (forward, decode) or `BackwardConfig` (backward)
+to values, as in pallas_kernels/tuned. Results are compared with those of the present sizes first; a change whose results
 differ by more than rounding is not timed. Times are medians over rounds in which every change has its turn, so that a
 card whose clock drifts drifts for all. What wins goes into pallas_kernels/tuned/<device>.json. Writes sizes.json.
 """
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from attention import ROWS, Row, relative_error
 
-from monarchrt.pallas_kernels import tuning
-from monarchrt.pallas_kernels.backward_sm90 import backward
-from monarchrt.pallas_kernels.forward_sm90 import forward
+from monarchrt.pallas_kernels.sm90 import tuning
+from monarchrt.pallas_kernels.sm90.backward import backward
+from monarchrt.pallas_kernels.sm90.forward import forward
 
 WORK = ("forward", "decode", "backward")
 MAX_DIFFERENCE = 5e-3  # relative Frobenius norm: two roundings of the same sums in bfloat16

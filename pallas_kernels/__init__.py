@@ -7,7 +7,7 @@ compiled for CUDA on a machine without a card. Sizes measured on a card (`tuning
 from typing import TYPE_CHECKING
 
 from monarch_jax.devices import cuda_capability
-from monarchrt.pallas_kernels.config import CAPABILITY, MOST_COLUMNS, MOST_ROWS, right_config
+from monarchrt.pallas_kernels.sm90.config import CAPABILITY, MOST_COLUMNS, MOST_ROWS, right_config
 
 if TYPE_CHECKING:
     import jax
@@ -95,8 +95,8 @@ def forward_keeping(
 def _forward(problem, q, k, v, visible, *, keep: bool):
     import jax
 
-    from monarchrt.pallas_kernels import tuning
-    from monarchrt.pallas_kernels.forward_sm90 import forward as run
+    from monarchrt.pallas_kernels.sm90 import tuning
+    from monarchrt.pallas_kernels.sm90.forward import forward as run
 
     _, tiles, rows, cols, _, dim = q.shape
     config = tuning.forward(rows, cols, dim, few=tiles < k.shape[1])
@@ -146,8 +146,8 @@ def vjp(problem: "Problem", residuals: "Residuals", d_out: "jax.Array") -> "tupl
     """
     import jax
 
-    from monarchrt.pallas_kernels import tuning
-    from monarchrt.pallas_kernels.backward_sm90 import backward
+    from monarchrt.pallas_kernels.sm90 import tuning
+    from monarchrt.pallas_kernels.sm90.backward import backward
 
     r = residuals
     _, _, rows, cols, _, dim = r.q.shape

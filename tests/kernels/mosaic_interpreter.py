@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterprete
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 
-from monarchrt.pallas_kernels import shared
+from monarchrt.pallas_kernels.sm90 import shared
 
 
 def _allocate(interpreter, token, value, source):

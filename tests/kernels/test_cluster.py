@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from monarchrt.pallas_kernels import cluster
+from monarchrt.pallas_kernels.sm90 import cluster
 from tests.kernels.warpgroup import matrix, mlir, registers, run
 
 

@@ -27,7 +27,8 @@ def numbers(row):
 @pytest.mark.parametrize("row", rows("pallas_kernels", True), ids=str)
 def test_mosaic(monkeypatch, row):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from monarchrt.pallas_kernels import backward_sm90, forward_sm90, fused_sm90
+    from monarchrt.pallas_kernels.sm90 import backward, forward
+    from monarchrt.pallas_kernels.sm90 import fused as both_stages
 
     (b1, b2, dim), expected = numbers(row)
     ran = []
@@ -40,9 +41,9 @@ def test_mosaic(monkeypatch, row):
         ran.append("monarch_fused")
         return q, jnp.zeros(q.shape[:-1], jnp.float32)
 
-    monkeypatch.setattr(forward_sm90, "launch", launch)
-    monkeypatch.setattr(backward_sm90, "launch", launch)
-    monkeypatch.setattr(fused_sm90, "fused", fused)
+    monkeypatch.setattr(forward, "launch", launch)
+    monkeypatch.setattr(backward, "launch", launch)
+    monkeypatch.setattr(both_stages, "fused", fused)
     tiles = jax.ShapeDtypeStruct((1, 2, b1, b2, 2, dim), jnp.bfloat16)
     lse = jax.ShapeDtypeStruct(tiles.shape[:-1], jnp.float32)
     visible = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -81,7 +82,6 @@ def test_every_kernel_is_where_the_map_says(package, prefix):
 def test_the_updates_can_be_found():
     """`grep "A.2"` finds the update of L in the definition and wherever a kernel makes L."""
     names = ["monarch_jax/reference.py", "triton_kernels/left.py"]
-    names += [f"pallas_kernels/{x}_sm90.py" for x in ("left", "left_tail")]
-    names += ["pallas_kernels/left_backward_items.py"]
+    names += [f"pallas_kernels/sm90/{x}.py" for x in ("left", "left_tail", "left_backward_items")]
     for name in names:
         assert "L again (paper, A.2)" in (text := (ROOT / name).read_text()) or "update of L (paper, A.2)" in text

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.contract import Problem
 from monarchrt import pallas_kernels
-from monarchrt.pallas_kernels import tuning
-from monarchrt.pallas_kernels.config import (
+from monarchrt.pallas_kernels.sm90 import tuning
+from monarchrt.pallas_kernels.sm90.config import (
     SHARED_MEMORY,
     ForwardConfig,
     LeftBackwardConfig,
@@ -29,12 +29,12 @@ from monarchrt.pallas_kernels.config import (
     left_config,
     right_config,
 )
-from monarchrt.pallas_kernels.forward_sm90 import chunk_sizes, forward
-from monarchrt.pallas_kernels.left_backward_sm90 import left_backward_role
-from monarchrt.pallas_kernels.left_sm90 import left_role
-from monarchrt.pallas_kernels.query_sm90 import query_role
-from monarchrt.pallas_kernels.right_backward_sm90 import right_backward_role
-from monarchrt.pallas_kernels.right_sm90 import right_role
+from monarchrt.pallas_kernels.sm90.forward import chunk_sizes, forward
+from monarchrt.pallas_kernels.sm90.left import left_role
+from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
+from monarchrt.pallas_kernels.sm90.query import query_role
+from monarchrt.pallas_kernels.sm90.right import right_role
+from monarchrt.pallas_kernels.sm90.right_backward import right_backward_role
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
 

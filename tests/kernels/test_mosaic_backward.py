@@ -11,17 +11,17 @@ import pytest
 from monarch_jax import monarch_attention, xla
 from monarch_jax.contract import Problem, Residuals
 from monarchrt import pallas_kernels
-from monarchrt.pallas_kernels import tuning
-from monarchrt.pallas_kernels.backward_sm90 import backward
-from monarchrt.pallas_kernels.config import (
+from monarchrt.pallas_kernels.sm90 import tuning
+from monarchrt.pallas_kernels.sm90.backward import backward
+from monarchrt.pallas_kernels.sm90.config import (
     SHARED_MEMORY,
     LeftBackwardConfig,
     RightBackwardConfig,
     backward_config,
     forward_config,
 )
-from monarchrt.pallas_kernels.forward_sm90 import forward
-from monarchrt.pallas_kernels.shared import gradient_scales
+from monarchrt.pallas_kernels.sm90.forward import forward
+from monarchrt.pallas_kernels.sm90.shared import gradient_scales
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens

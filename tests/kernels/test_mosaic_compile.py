@@ -8,8 +8,8 @@ from importlib import metadata
 
 import pytest
 
-from monarchrt.pallas_kernels import tuning
-from monarchrt.pallas_kernels.config import SHARED_MEMORY
+from monarchrt.pallas_kernels.sm90 import tuning
+from monarchrt.pallas_kernels.sm90.config import SHARED_MEMORY
 
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 

@@ -10,10 +10,10 @@ import pytest
 from monarch_jax import MonarchKVCache, monarch_attention, xla
 from monarch_jax.contract import Problem, Residuals
 from monarchrt import pallas_kernels
-from monarchrt.pallas_kernels import tuning
-from monarchrt.pallas_kernels.backward_sm90 import backward
-from monarchrt.pallas_kernels.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
-from monarchrt.pallas_kernels.forward_sm90 import forward
+from monarchrt.pallas_kernels.sm90 import tuning
+from monarchrt.pallas_kernels.sm90.backward import backward
+from monarchrt.pallas_kernels.sm90.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
+from monarchrt.pallas_kernels.sm90.forward import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads, with_grads
 
 

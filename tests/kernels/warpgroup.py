@@ -1,4 +1,4 @@
-"""A warpgroup in NumPy, to run what `pallas_kernels.cluster` writes for registers; a value is one number per thread.
+"""A warpgroup in NumPy, to run what `sm90.cluster` writes for registers; a value is one number per thread.
 
 Stands in for the MLIR dialects: an operation computes at once. Both sides of a branch run, and its threads must agree.
 """
@@ -119,7 +119,7 @@ def _dtype(kind):
 
 
 def run(monkeypatch, cluster, step, *args):
-    """Calls a step of `pallas_kernels.cluster` on what `registers` gives and other arguments."""
+    """Calls a step of `pallas_kernels.sm90.cluster` on what `registers` gives and other arguments."""
     block = []
 
     @contextlib.contextmanager

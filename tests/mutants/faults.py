@@ -111,7 +111,7 @@ FAULTS = (
         SPLIT,
         "work_on_their_part",
     ),
-    Fault("monarch_jax/devices.py", "found >= capability", "found > capability", BACKENDS, "compute_capability"),
+    Fault("monarch_jax/devices.py", "present >= capability", "present > capability", BACKENDS, "compute_capability"),
     # Mosaic
     Fault(
         "pallas_kernels/__init__.py",
@@ -121,29 +121,29 @@ FAULTS = (
         "hopper",
     ),
     Fault(
-        "pallas_kernels/config.py",
+        "pallas_kernels/sm90/config.py",
         "            self.warpgroups * ROWS * 4,\n            barriers=2 * self.query_stages",
         "            barriers=2 * self.query_stages",
         MOSAIC,
         "shared_memory",
     ),
     Fault(
-        "pallas_kernels/config.py",
+        "pallas_kernels/sm90/config.py",
         "out = self.warpgroups * 2 * ROWS * dim * 2",
         "out = self.warpgroups * ROWS * dim * 2",
         MOSAIC,
         "shared_memory",
     ),
-    Fault("pallas_kernels/shared.py", "LOG2E = math.log2(math.e)", "LOG2E = 1.0", MOSAIC, "numbers_in"),
+    Fault("pallas_kernels/sm90/shared.py", "LOG2E = math.log2(math.e)", "LOG2E = 1.0", MOSAIC, "numbers_in"),
     Fault(
-        "pallas_kernels/right_backward_items.py",
+        "pallas_kernels/sm90/right_backward_items.py",
         "mean = (r * d_r).sum(axis=1) * scale",
         "mean = (r * d_r).sum(axis=1)",
         MOSAIC_BACK,
         "numbers_and_no_races",
     ),
     Fault(
-        "pallas_kernels/left_backward_items.py",
+        "pallas_kernels/sm90/left_backward_items.py",
         "lax.rem(x, self.tiles)\n",
         "lax.div(x, self.tiles)\n",
         MOSAIC_BACK,

@@ -1,7 +1,7 @@
 """The forward pass on Hopper: both stages for one chunk of heads and query tiles after another, or in one kernel.
 
 alpha, c_L and Y of one chunk are all that exists at a time: memory beyond inputs and outputs is bounded. Tiles of few
-rows can do without (`fused_sm90`).
+rows can do without (`fused`).
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import SLAB, ForwardConfig
-from monarchrt.pallas_kernels.left_sm90 import left_role
-from monarchrt.pallas_kernels.right_sm90 import right_role
-from monarchrt.pallas_kernels.shared import launch, varying
+from monarchrt.pallas_kernels.sm90.config import SLAB, ForwardConfig
+from monarchrt.pallas_kernels.sm90.left import left_role
+from monarchrt.pallas_kernels.sm90.right import right_role
+from monarchrt.pallas_kernels.sm90.shared import launch, varying
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
@@ -164,7 +164,7 @@ def forward(
     batch, tiles, rows, cols, heads, dim = q.shape
     limits = tiles_seen(visible, k.shape[1], masked) * rows
     if config.fused.clusters and config.fused.serves(rows, cols, dim) and not keep:
-        from monarchrt.pallas_kernels.fused_sm90 import fused
+        from monarchrt.pallas_kernels.sm90.fused import fused
 
         return *fused(q, k, v, limits, scale=scale, masked=masked, config=config.fused), None
     pair_bytes = 4 * k.shape[1] * rows * cols * dim

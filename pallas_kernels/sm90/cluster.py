@@ -1,6 +1,6 @@
 """What blocks of a cluster need in order to work together and Pallas has no words for, in PTX.
 
-Barriers that blocks share, stores into another block's memory, and steps of `fused_sm90` on registers. A barrier is 8
+Barriers that blocks share, stores into another block's memory, and steps of `fused` on registers. A barrier is 8
 bytes of an int32 reference. All but `initialise` and `synchronise` are called by whole warpgroups. Arrays in registers
 are laid out as `plgpu.Layout.WGMMA`: of every 8 x 8 block of its warp's rows a thread has columns 2p and 2p + 1 of row
 lane / 4, where p = lane % 4.
@@ -23,7 +23,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from monarchrt.pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
+from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
 
 wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
 

@@ -1,7 +1,7 @@
 """The backward pass on Hopper: for one chunk of heads and query tiles after another, four kernels.
 
-alpha, c_L and Y are made again (`right_sm90`), the output's gradient goes back through L (`left_backward_sm90`) and
-through R to keys and values (`right_backward_sm90`) and to queries (`query_sm90`). Every gradient is summed in one
+alpha, c_L and Y are made again (`right`), the output's gradient goes back through L (`left_backward`) and
+through R to keys and values (`right_backward`) and to queries (`query`). Every gradient is summed in one
 place in one order: no atomics, the same bits in every run. Memory beyond inputs and outputs is bounded.
 """
 
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
-from monarchrt.pallas_kernels.forward_sm90 import Arrays, Call, chunk_sizes, like, tiles_seen
-from monarchrt.pallas_kernels.left_backward_sm90 import left_backward_role
-from monarchrt.pallas_kernels.query_sm90 import query_role
-from monarchrt.pallas_kernels.right_backward_sm90 import right_backward_role
-from monarchrt.pallas_kernels.shared import LOG2E, gradient_scales, launch, varying
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
+from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, chunk_sizes, like, tiles_seen
+from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
+from monarchrt.pallas_kernels.sm90.query import query_role
+from monarchrt.pallas_kernels.sm90.right_backward import right_backward_role
+from monarchrt.pallas_kernels.sm90.shared import LOG2E, gradient_scales, launch, varying
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 

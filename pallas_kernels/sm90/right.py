@@ -17,8 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import (
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import (
     COMPUTE_REGISTERS,
     LOAD_REGISTERS,
     ROWS,
@@ -26,7 +26,7 @@ from monarchrt.pallas_kernels.config import (
     RightConfig,
     column_blocks,
 )
-from monarchrt.pallas_kernels.shared import LOG2E, Role
+from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
 
 
 def right_role(

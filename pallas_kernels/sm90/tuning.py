@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from monarchrt.pallas_kernels.config import BackwardConfig, ForwardConfig, backward_config, forward_config
+from monarchrt.pallas_kernels.sm90.config import BackwardConfig, ForwardConfig, backward_config, forward_config
 
-FOLDER = pathlib.Path(__file__).parent / "tuned"
+FOLDER = pathlib.Path(__file__).parents[1] / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many
 
 
@@ -49,7 +49,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
         (1048576, 3, 2)
 
     Args:
-        config: A dataclass of `pallas_kernels.config`.
+        config: A dataclass of `pallas_kernels.sm90.config`.
         changes: Fields to values; the changes of a field that is a dataclass are a dictionary.
 
     Returns:

@@ -13,10 +13,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig
-from monarchrt.pallas_kernels.left_backward_independent_sm90 import independent_role
-from monarchrt.pallas_kernels.left_backward_items import (
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftBackwardConfig
+from monarchrt.pallas_kernels.sm90.left_backward_independent import independent_role
+from monarchrt.pallas_kernels.sm90.left_backward_items import (
     Items,
     load_in_order,
     padded,
@@ -24,7 +24,7 @@ from monarchrt.pallas_kernels.left_backward_items import (
     scores_gradient,
     seen_bias,
 )
-from monarchrt.pallas_kernels.shared import Role
+from monarchrt.pallas_kernels.sm90.shared import Role
 
 
 def left_backward_role(

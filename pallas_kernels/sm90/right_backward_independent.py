@@ -1,4 +1,4 @@
-"""Back through R on Hopper, as `right_backward_sm90`, where one warpgroup's registers hold all of dK and dV (small b2).
+"""Back through R on Hopper, as `right_backward`, where one warpgroup's registers hold all of dK and dV (small b2).
 
 The two computing warpgroups share nothing but the loader, so that one's softmax and the other's products overlap.
 """
@@ -9,10 +9,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
-from monarchrt.pallas_kernels.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
-from monarchrt.pallas_kernels.shared import Role
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
+from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
+from monarchrt.pallas_kernels.sm90.shared import Role
 
 
 def independent_role(

@@ -17,8 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import cluster, shared
-from monarchrt.pallas_kernels.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
+from monarchrt.pallas_kernels.sm90 import cluster, shared
+from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
 
 LOG2E = math.log2(math.e)
 # registers for a thread of each kind; a launch has 96 for each of 640, and a block that asks for more waits for ever

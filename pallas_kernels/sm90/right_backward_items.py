@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, ColumnBlocks, column_blocks
-from monarchrt.pallas_kernels.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.config import ROWS, ColumnBlocks, column_blocks
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
 
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, SLAB, ColumnBlocks, column_blocks
-from monarchrt.pallas_kernels.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, ColumnBlocks, column_blocks
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
 
 
 def load_in_order(steps, ahead: int, load, load_query):

@@ -3,7 +3,7 @@
 For one query tile, head and column j this is attention from b1 rows i to the C*b1 pairs (c, k), one long axis with keys
 alpha[:, j], values Y[:, j] and the bias -c_L[:, j]. A persistent block streams them past the rows of one or more
 columns; every vector of alpha and Y is read once as long as its rows fit the block's warpgroups. A few rows more than
-a multiple of 64 are `left_tail_sm90.py`'s.
+a multiple of 64 are `left_tail.py`'s.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import left_tail_sm90, shared
-from monarchrt.pallas_kernels.config import ROWS, SLAB, LeftConfig, column_blocks
-from monarchrt.pallas_kernels.shared import LOG2E, Role
+from monarchrt.pallas_kernels.sm90 import left_tail, shared
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftConfig, column_blocks
+from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
 
 
 def left_role(
@@ -287,7 +287,7 @@ class _Block:
             def step(i, sums):
                 slot = lax.rem(done + i, config.stages)
                 plgpu.barrier_wait(self.alpha_full.at[slot])
-                sums = left_tail_sm90.step(
+                sums = left_tail.step(
                     sums,
                     lambda n: q_tail.at[q_slot, n],
                     lambda n: self.alpha_mma.at[slot, 0, n],
@@ -302,9 +302,9 @@ class _Block:
                 plgpu.barrier_arrive(self.y_free.at[slot])
                 return sums
 
-            sums = lax.fori_loop(0, steps, step, left_tail_sm90.start(config.tail, depth, self.slabs))
+            sums = lax.fori_loop(0, steps, step, left_tail.start(config.tail, depth, self.slabs))
             plgpu.commit_smem()  # every warp has read the query rows, which the output replaces
-            left_tail_sm90.finish(sums, q_tail.at[q_slot], self.lse_out.at[wide, pl.ds(0, config.tail)])
+            left_tail.finish(sums, q_tail.at[q_slot], self.lse_out.at[wide, pl.ds(0, config.tail)])
             plgpu.commit_smem()
             span = pl.ds(t * 0 + wide * ROWS, config.tail)  # past the end of b1 rows, so not static
             target = self.out.at[entry, tile, span, j * self.items.heads + head]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.config import ROWS, SLAB
-from monarchrt.pallas_kernels.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
 
 # arrays: greatest score of a row [rows], weights [pairs of a step, rows], slabs of the output [64 d, rows]
 Sums = tuple[Any, ...]

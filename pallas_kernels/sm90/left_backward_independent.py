@@ -1,4 +1,4 @@
-"""Back through L on Hopper, as `left_backward_sm90`, where one warpgroup's registers hold dQ of all rows i (b1 to 96).
+"""Back through L on Hopper, as `left_backward`, where one warpgroup's registers hold dQ of all rows i (b1 to 96).
 
 The two computing warpgroups take the steps of a column in turns and share nothing in them but Q and dO, so that one's
 softmax and the other's products overlap. Each has a dQ of its own, [D, i]; the one that ends first leaves it, rounded,
@@ -11,9 +11,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import ROWS, SLAB, LeftBackwardConfig
-from monarchrt.pallas_kernels.left_backward_items import (
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftBackwardConfig
+from monarchrt.pallas_kernels.sm90.left_backward_items import (
     Items,
     load_in_order,
     padded,
@@ -21,7 +21,7 @@ from monarchrt.pallas_kernels.left_backward_items import (
     scores_gradient,
     seen_bias,
 )
-from monarchrt.pallas_kernels.shared import Role
+from monarchrt.pallas_kernels.sm90.shared import Role
 
 
 def independent_role(

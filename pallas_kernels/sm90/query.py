@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import ROWS, SLAB, QueryConfig, column_blocks
-from monarchrt.pallas_kernels.shared import Role
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, QueryConfig, column_blocks
+from monarchrt.pallas_kernels.sm90.shared import Role
 
 
 def query_role(

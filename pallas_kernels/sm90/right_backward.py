@@ -1,10 +1,10 @@
-"""Back through R on Hopper: dk and dv, and the gradient of R's scores for `query_sm90`, with wgmma and TMA.
+"""Back through R on Hopper: dk and dv, and the gradient of R's scores for `query`, with wgmma and TMA.
 
 For one head and key row (c, k): with R = softmax(Z), Z = s Q[a,k] K^T, dR = d_alpha K^T + dY V^T + d_c log R and
 dZ = R * (dR - <R, dR>), these are dK = s dZ^T Q + R^T d_alpha and dV = R^T dY, summed over all query tiles a. A
 persistent block keeps K, V, dK and dV and runs through the query tiles, two blocks of 64 columns j at a time: each
 computing warpgroup makes R and dZ of one, stores them transposed, and adds both to its 64 elements of D of dK and dV,
-held as [D, l], where b2 need only be a multiple of 8. Small b2: `right_backward_independent_sm90`.
+held as [D, l], where b2 need only be a multiple of 8. Small b2: `right_backward_independent`.
 """
 
 import jax
@@ -13,11 +13,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels import shared
-from monarchrt.pallas_kernels.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
-from monarchrt.pallas_kernels.right_backward_independent_sm90 import independent_role
-from monarchrt.pallas_kernels.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
-from monarchrt.pallas_kernels.shared import Role
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
+from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
+from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
+from monarchrt.pallas_kernels.sm90.shared import Role
 
 
 def right_backward_role(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from monarchrt.pallas_kernels.config import REDUCTIONS, ROWS, ColumnBlocks
+from monarchrt.pallas_kernels.sm90.config import REDUCTIONS, ROWS, ColumnBlocks
 
 LOG2E = math.log2(math.e)
 
