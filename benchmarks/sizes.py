@@ -4,9 +4,10 @@
     python benchmarks/sizes.py --row "720p (h,w)" --work backward --change '{"keys": {"ring": 8}}' '{"chunk_bytes": 8}'
 
 A change is JSON: fields of `pallas_kernels.sm90.config.ForwardConfig` (forward, decode) or `BackwardConfig` (backward)
-to values, as in pallas_kernels/tuned. Results are compared with those of the present sizes first; a change whose results
-differ by more than rounding is not timed. Times are medians over rounds in which every change has its turn, so that a
-card whose clock drifts drifts for all. What wins goes into pallas_kernels/tuned/<device>.json. Writes sizes.json.
+to values, as in pallas_kernels/tuned. Results are compared with those of the present sizes first; a change whose
+results differ by more than rounding is not timed. Times are medians over rounds in which every change has its turn, so
+that a card whose clock drifts drifts for all. What wins goes into pallas_kernels/tuned/<device>.json. Writes
+sizes.json.
 """
 
 import argparse
