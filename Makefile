@@ -11,7 +11,7 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU (installs the cuda extra)"
 	@echo "make lint       ruff and pyright"
-	@echo "make mutants    small faults, put in one at a time, must be noticed by the tests (an hour; ARGS names some)"
+	@echo "make mutants    small faults, put in one at a time, must be noticed by the tests (some 20 minutes; ARGS names some)"
 	@echo "make cluster    the measurement of thread block clusters (needs nvcc and a Hopper GPU)"
 	@echo "make clean      remove .venv and caches"
 
@@ -48,7 +48,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# some of minutes, all of them an hour on 2 cores; ARGS names some: make mutants ARGS="spec.py cache.py"
+# all of them take some 20 minutes on 2 cores; ARGS names some: make mutants ARGS="spec.py cache.py"
 mutants: $(VENV)/test
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.mutants $(ARGS)
 
