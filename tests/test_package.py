@@ -225,7 +225,7 @@ def test_the_wheel_works_in_a_folder_with_other_packages_of_the_same_names(sourc
     printed = run("-c", USED, str(site), *lowered).splitlines()
     assert printed == ["(1, 12, 1, 4)", *(f"{name} kernel" for name in lowered), "[(2, 8, 16, 3)]"]
     assert run("-m", "monarchrt", "--version") == f"monarchrt {monarch_jax.__version__}\n"
-    assert "monarch(tile=" in run("-m", "monarchrt", "inspect", "saved")
+    assert "dim 96, 1 layers" in run("-m", "monarchrt", "inspect", "saved")
 
 
 def test_the_source_distribution_holds_what_its_tests_need(source, tmp_path):
