@@ -185,7 +185,7 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     q, k, v = tiles(0, shape, key_tiles)
     masked = visible is not None
     visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
-    seen = (jnp.arange(key_tiles) < visible.max())[:, None, None, None, None]
+    seen = (jnp.arange(key_tiles) < visible.max()).reshape(1, -1, 1, 1, 1, 1)
     k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
     _, _, rows, cols, _, dim = shape
     problem = Problem(scale=dim**-0.5, masked=masked)

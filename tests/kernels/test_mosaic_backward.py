@@ -60,7 +60,7 @@ def compare(
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     out, lse = xla.forward(problem, *wide, visible)
     expected = list(xla.vjp(problem, Residuals(*wide, visible, out, lse), g.astype(jnp.float32)))
-    axis = jnp.arange(key_tiles)[:, None, None, None, None]
+    axis = jnp.arange(key_tiles).reshape(1, -1, 1, 1, 1, 1)
     k, v = (jnp.where(axis < visible.max(), x, jnp.nan) for x in (k, v))
     if grad_tiles:
         expected[1:] = [jnp.where(axis >= visible.max() - grad_tiles, x, 0) for x in expected[1:]]

@@ -49,7 +49,7 @@ class Gate(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((sizes.num_heads,)))
 
     def __call__(self, x):
-        return (1 + self.linear(x)) * self.scale[...]
+        return (1 + self.linear(x)) * self.scale[...].reshape(1, 1, -1)
 
 
 @register
@@ -92,7 +92,7 @@ class Gated(Attention):
         dense = softmax_attention(query, *inner.tokens(layer=layer), valid_keys=tokens)
         pooled = cache.pooled if layer is None else cache.pooled[layer]
         there = jnp.arange(pooled.shape[1]) < valid
-        mean = jnp.where(there[:, None, None], pooled, 0).sum(1, keepdims=True) / valid
+        mean = jnp.where(there.reshape(1, -1, 1, 1), pooled, 0).sum(1, keepdims=True) / valid
         return self._out(dense, mean, context)
 
     def density(self, grid, *, causal_block=None, steps=None):
