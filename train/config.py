@@ -18,6 +18,7 @@ from typing import Any, Literal
 from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate.runs import GENERATION, override_values
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 
@@ -179,16 +180,7 @@ class ModelConfig:
             >>> ModelConfig(overrides=("dim=96", "remat=dots")).override_values()
             {'dim': 96, 'remat': 'dots'}
         """
-        values: dict[str, Any] = {}
-        for override in self.overrides:
-            name, equals, text = override.partition("=")
-            _require(bool(equals and name), f"overrides has {override!r}; write name=value, for example num_layers=2")
-            try:
-                value = json.loads(text)
-                values[name] = tuple(value) if isinstance(value, list) else value
-            except json.JSONDecodeError:
-                values[name] = text
-        return values
+        return override_values(self.overrides)
 
 
 ObjectiveConfig = FlowConfig
@@ -500,6 +492,7 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
         >>> config.run.steps, config.model.tile
         (5, (1, 2, 3))
     """
+    values = {name: value for name, value in values.items() if name != GENERATION}  # follows from the objective
     asked = values.get("objective")
     name = asked.get("name", config.objective.name) if isinstance(asked, dict) else asked
     if name is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate.runs import Generation
 
 if TYPE_CHECKING:
     from monarchrt.train.objectives.base import Objective
@@ -33,23 +34,6 @@ class Role:
     starts_as: str | None = None
     own_batch: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """How `monarchrt generate` samples a trained network where nothing else is said.
-
-    Attributes:
-        shift: Of the noise levels.
-        level_per_frame: Whether it was trained with a level per frame, and can continue a video in windows.
-        sampler: As its option.
-        steps: Of the sampler.
-    """
-
-    shift: float = 5.0
-    level_per_frame: bool = False
-    sampler: str = "euler"
-    steps: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
