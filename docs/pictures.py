@@ -1,5 +1,9 @@
-"""Draws the pictures of these pages from the library itself: `python docs/pictures.py` writes docs/assets/*.png."""
+"""Draws the pictures of these pages, docs/assets/*: `python docs/pictures.py`.
 
+With `--demo runs/demo`, the film of a finished `monarchrt demo` too, made smaller.
+"""
+
+import argparse
 from pathlib import Path
 
 import jax
@@ -99,7 +103,24 @@ def stages() -> None:
     plt.close(figure)
 
 
+def film(demo: Path) -> None:
+    """The demo's film: the clip, and how each model continues it."""
+    from PIL import Image
+
+    from monarchrt.models.media.video import read_clip
+
+    frames = [Image.fromarray(frame) for frame in read_clip(demo / "comparison.mp4", height=360, width=572)]
+    first, rest = frames[0], frames[1:]
+    options = {"duration": 125, "loop": 0, "quality": 60, "method": 6}
+    first.save(ASSETS / "demo.webp", save_all=True, append_images=rest, **options)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
+    asked = parser.parse_args()
     ASSETS.mkdir(exist_ok=True)
     for draw in (maps, tiles, stages):
         draw()
+    if asked.demo:
+        film(asked.demo)
