@@ -83,7 +83,8 @@ def levels_of(
 def nearest_level(timesteps: Float32[Array, "*n"], *, shift: float) -> Float32[Array, "*n"]:
     """The level of the grid u = 1, 0.999, ... 0.001, shifted, whose time is nearest; the higher of two as near."""
     grid = shifted(np.arange(NUM_TRAIN_TIMESTEPS, 0, -1) / NUM_TRAIN_TIMESTEPS, shift).astype(np.float32)
-    index = jnp.argmin(jnp.abs(jnp.asarray(grid * NUM_TRAIN_TIMESTEPS) - timesteps[..., None]), axis=-1)
+    times = jnp.asarray(grid * NUM_TRAIN_TIMESTEPS).reshape(*[1] * timesteps.ndim, -1)
+    index = jnp.argmin(jnp.abs(times - timesteps[..., None]), axis=-1)
     return jnp.asarray(grid)[index]
 
 
