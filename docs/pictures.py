@@ -25,7 +25,10 @@ def video_like(key: jax.Array, grid: tuple[int, int, int], *, width: int = 24) -
 
     That is equation 1 of the paper: a part that separates over the axes, and a sparse rest.
     """
-    axes = [np.exp(-np.subtract.outer(np.arange(n), np.arange(n)) ** 2 / reach) for n, reach in zip(grid, (4, 2, 3))]
+    axes = [
+        np.exp(-(np.subtract.outer(np.arange(n), np.arange(n)) ** 2) / reach)
+        for n, reach in zip(grid, (4, 2, 3), strict=True)
+    ]
     frames, rows, columns = (np.linalg.cholesky(a + 1e-3 * np.eye(len(a))) for a in axes)
     position = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 3)
     smooth = np.concatenate([frames[position[:, 0]], rows[position[:, 1]], columns[position[:, 2]]], axis=1)
@@ -82,7 +85,7 @@ def tiles() -> None:
 
 
 def stages() -> None:
-    """The two stages of one refinement step: from keys to alpha and Y along columns, from them to queries along rows."""
+    """The two stages of one refinement step: from keys to alpha and Y, from these to the output."""
     figure, axis = plt.subplots(figsize=(9, 1.9), constrained_layout=True)
     boxes = {
         "K, V\n[c, k, l]": (0, "#dbe4f3"),

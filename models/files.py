@@ -40,7 +40,7 @@ _LITTER_ENDINGS = (
 def unfinished(path: Path) -> Path:
     """Where this process writes a file until it is complete; what a killed process left behind ends in .part, too.
 
-    Example:
+    Examples:
         >>> unfinished(Path("cat.mp4")).name == f"cat.mp4.{os.getpid()}.part"
         True
     """
@@ -163,7 +163,7 @@ def is_litter(path: Path) -> bool:
     macOS writes `._cat.mp4` beside cat.mp4 on disks that are not its own, and .DS_Store; Windows writes Thumbs.db and
     desktop.ini, its editors ~$notes; browsers write cat.mp4.crdownload and cat.mp4.part.
 
-    Example:
+    Examples:
         >>> [is_litter(Path(name)) for name in ("clips/._cat.mp4", "cat.mp4.part", "Thumbs.db", "cat.mp4")]
         [True, True, True, False]
     """

@@ -281,7 +281,7 @@ _BEFORE_ROLES = {"params": "params", "frozen": "fixed", "optimizer": "optimizer"
 def _stored_names(names: Iterable[str], contents: Container[str]) -> dict[str, str]:
     """What a checkpoint calls each array of a state: those written before there were roles hold one network.
 
-    Example:
+    Examples:
         >>> names = ["step", "roles.student.average.bias", "roles.student.updates"]
         >>> _stored_names(names, {"step", "params.bias", "ema.bias"})
         {'step': 'step', 'roles.student.average.bias': 'ema.bias', 'roles.student.updates': 'step'}

@@ -162,7 +162,7 @@ class ModelConfig:
     def attention_text(self) -> str:
         """The attention in its notation, options put in.
 
-        Example:
+        Examples:
             >>> ModelConfig(tile=(3, 30, 52)).attention_text()
             'monarch(tile=(3,30,52))'
         """
@@ -176,7 +176,7 @@ class ModelConfig:
     def override_values(self) -> dict[str, Any]:
         """The overrides by name; values are read as JSON, or else taken as text.
 
-        Example:
+        Examples:
             >>> ModelConfig(overrides=("dim=96", "remat=dots")).override_values()
             {'dim': 96, 'remat': 'dots'}
         """
@@ -399,7 +399,7 @@ class TrainConfig:
     def option(self, name: str, setting: str) -> str:
         """How errors call a setting of a role: with the role, if there are several.
 
-        Example:
+        Examples:
             >>> TrainConfig().option("student", "learning_rate")
             'learning_rate'
         """
@@ -457,7 +457,7 @@ def role_defaults(objective: ObjectiveSettings, name: str) -> RoleConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns a config into plain JSON values: paths become strings, tuples lists.
 
-    Example:
+    Examples:
         >>> to_dict(ModelConfig(tile=(1, 2, 4)))["tile"]
         [1, 2, 4]
     """
@@ -487,7 +487,7 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
     Raises:
         UserError: If a setting is unknown or named twice, or a value is of another kind or out of range.
 
-    Example:
+    Examples:
         >>> config = replace_settings(TrainConfig(), {"steps": 5, "model": {"tile": [1, 2, 3]}})
         >>> config.run.steps, config.model.tile
         (5, (1, 2, 3))
@@ -540,7 +540,7 @@ def from_dict(kind: type, values: Any) -> Any:
     Raises:
         UserError: If a field is unknown, or a value is of another kind or out of range.
 
-    Example:
+    Examples:
         >>> from_dict(ModelConfig, {"tile": [1, 2, 3]}).tile
         (1, 2, 3)
     """

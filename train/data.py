@@ -77,7 +77,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
     Returns:
         For each position in the batch (index of the example, number of the draw since the start).
 
-    Example:
+    Examples:
         >>> sorted(index for index, _ in example_order(0, 4, seed=1, count=4))
         [0, 1, 2, 3]
     """
@@ -88,7 +88,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
 def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` different indices, spread evenly over 0...count-1.
 
-    Example:
+    Examples:
         >>> spread(9, 3)
         [0, 4, 8]
     """
@@ -105,7 +105,7 @@ class ClipWindows:
         frames: The whole clip, uint8 [T, H', W', 3]; several one after another.
         transform: Pixels to latents and back.
 
-    Example:
+    Examples:
         >>> config = DataConfig(frames=3, height=16, width=16, held_out=0.4, gap=1)
         >>> windows = ClipWindows(np.zeros((12, 16, 16, 3), np.uint8), config)
         >>> windows.train_starts, windows.held_out_starts

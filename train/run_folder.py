@@ -276,7 +276,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
     Raises:
         UserError: If model, attention, data, batch, seed or objective differ; names both values.
 
-    Example:
+    Examples:
         >>> saved, wanted = {"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}
         >>> compare_identity(saved, wanted, step=7, folder=Path("run"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):

@@ -71,7 +71,7 @@ class TrainState:
 def trainable_filter(names: Sequence[str]) -> Filter:
     """The variables that `OptimizerConfig.trainable` asks for: parameters of any kind, all or by pattern.
 
-    Example:
+    Examples:
         >>> graph, params, frozen = split_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable_filter(["bias"]))
         >>> parameter_names(params), parameter_names(frozen)
         (['bias'], ['kernel'])
@@ -129,7 +129,7 @@ def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Sche
     Returns:
         step -> learning rate.
 
-    Example:
+    Examples:
         >>> rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4), steps=10)
         >>> [float(rate(step)) for step in (0, 1, 3, 9)]
         [0.25, 0.5, 1.0, 1.0]

@@ -266,7 +266,7 @@ class GenerateConfig:
     def attention_text(self) -> str:
         """The attention in its notation, options put in.
 
-        Example:
+        Examples:
             >>> GenerateConfig(tile=(3, 30, 52)).attention_text()
             'monarch(tile=(3,30,52))'
         """
@@ -275,7 +275,7 @@ class GenerateConfig:
     def stored(self) -> dict[str, Any]:
         """What goes into the video's metadata: JSON values by name.
 
-        Example:
+        Examples:
             >>> GenerateConfig(prompt="a cat", seed=3).stored()["seed"]
             3
         """

@@ -140,7 +140,7 @@ def open_checkpoint(config: GenerateConfig) -> Opened:
 def load_material(config: GenerateConfig) -> Material:
     """Loads everything that a video is made of from paths: of a Wan checkpoint and its parts, or of a run folder.
 
-    Example:
+    Examples:
         >>> material = load_material(GenerateConfig(checkpoint="runs/demo/monarch", frames=13))  # doctest: +SKIP
         >>> frames = material.pipeline(material.text, **material.options())  # doctest: +SKIP
 

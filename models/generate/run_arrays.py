@@ -86,7 +86,7 @@ def read_checked(
 def network_names(about: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint calls the arrays of its exported network, by their names in the network.
 
-    Example:
+    Examples:
         >>> network_names({"exported": "student", "arrays": {"roles.student.params.bias": {}, "step": {}}})
         {'bias': 'roles.student.params.bias'}
 

@@ -100,7 +100,7 @@ class RunSettings(NamedTuple):
 def is_run(path: Path) -> bool:
     """Whether a path is a run folder that has been trained in.
 
-    Example:
+    Examples:
         >>> is_run(Path("nowhere"))
         False
     """
@@ -184,7 +184,7 @@ def read_run(path: Path) -> RunSettings:
 def override_values(overrides: Iterable[str]) -> dict[str, Any]:
     """Overrides of a preset by name; values are read as JSON, or else taken as text.
 
-    Example:
+    Examples:
         >>> override_values(["dim=96", "remat=dots"])
         {'dim': 96, 'remat': 'dots'}
 
@@ -221,7 +221,7 @@ def _table[T](kind: type[T], values: dict[str, Any], where: Path) -> T:
 def checkpoint_steps(path: Path) -> list[int]:
     """Steps of the complete checkpoints of a run folder, oldest first.
 
-    Example:
+    Examples:
         >>> checkpoint_steps(Path("nowhere"))
         []
     """

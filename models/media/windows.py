@@ -35,7 +35,7 @@ def window_starts(lengths: Sequence[int], *, window: int, held_out: float, gap: 
     One clip is split by time: `gap` frames between the parts belong to neither. Of several, the last ones are held out
     whole; a window lies in one clip.
 
-    Example:
+    Examples:
         >>> window_starts([12], window=3, held_out=0.4, gap=1)
         Starts(train=range(0, 5), held_out=range(8, 10))
 
@@ -59,7 +59,7 @@ def window_starts(lengths: Sequence[int], *, window: int, held_out: float, gap: 
 def held_out_count(count: int, share: float) -> int:
     """How many of several files are held out: about this share, at least one, and not all.
 
-    Example:
+    Examples:
         >>> held_out_count(10, 0.25), held_out_count(2, 0.01)
         (2, 1)
     """

@@ -24,7 +24,7 @@ class Role:
         own_batch: Whether its updates see a batch of their own instead of that of the objective's first role.
         defaults: Settings that differ from those of a run with one network, by their short names.
 
-    Example:
+    Examples:
         >>> Role(defaults={"attention": "dense", "learning_rate": 1e-4}).trains
         True
     """
@@ -95,7 +95,7 @@ def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Obje
 def objective_names() -> tuple[str, ...]:
     """The names in the table.
 
-    Example:
+    Examples:
         >>> from monarchrt.train.objectives import settings
         >>> "flow" in objective_names()
         True

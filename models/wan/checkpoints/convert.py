@@ -115,7 +115,7 @@ def inspect_checkpoint(
 ) -> CheckpointInfo:
     """Looks into a checkpoint without loading tensors.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from flax import nnx
         >>> from monarchrt.models.wan import WanModel, wan_config

@@ -41,7 +41,7 @@ def load_checkpoint(
     Tensors are read one at a time, cast and placed; stacked parameters are allocated once on their device and filled,
     so that the host holds no more than the model plus a tensor.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from monarchrt.models.wan import wan_config
         >>> from monarchrt.models.wan.checkpoints import save_checkpoint

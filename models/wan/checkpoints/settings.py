@@ -72,7 +72,7 @@ class Trained:
 def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | None:
     """What `own_to_json` stored of the training; None if nothing.
 
-    Example:
+    Examples:
         >>> trained_from_json({"trained": {"latents": [21, 60, 104], "shift": 5.0}}, where="config.json")
         Trained(latents=(21, 60, 104), shift=5.0, steps=None)
 
@@ -97,7 +97,7 @@ def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | N
 def describes_model(data: dict[str, Any]) -> bool:
     """Whether a `config.json` says anything about a network: a class, or sizes under one of the two names.
 
-    Example:
+    Examples:
         >>> describes_model({}), describes_model({"_class_name": "WanModel"}), describes_model({"in_dim": 16})
         (False, True, True)
     """
