@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -126,7 +127,7 @@ def map_keys(cache: Any, function: Callable[[Array], Array]) -> Any:
 class Density(NamedTuple):
     """How much of the attention map, N^2 entries for N tokens, there is.
 
-    Examples:
+    Example:
         >>> print(Density(asked=0.03, kept=0.017, visible=0.03))
         1.7% of the map, 3.0% of what is visible
 
@@ -134,6 +135,8 @@ class Density(NamedTuple):
         asked: Share that the setting names.
         kept: Share of all N^2 entries that is computed or, for a structured map, stored.
         visible: Share of the entries that are not masked: `kept`, unless attention is block-causal.
+
+    Shares that depend on the data are NaN.
     """
 
     asked: float
@@ -141,6 +144,8 @@ class Density(NamedTuple):
     visible: float
 
     def __str__(self) -> str:
+        if math.isnan(self.kept):
+            return "a part of the map that depends on the data"
         text = f"{self.kept:.1%} of the map"
         if abs(self.visible - self.kept) > 5e-4:
             text += f", {self.visible:.1%} of what is visible"
@@ -155,7 +160,7 @@ FULL = Density(1.0, 1.0, 1.0)
 def visible_share(grid: Grid, causal_block: int | None) -> float:
     """Share of the map that is not masked.
 
-    Examples:
+    Example:
         >>> round(visible_share((21, 30, 52), 3), 3)
         0.571
     """
@@ -214,6 +219,20 @@ class Attention(abc.ABC):
     def for_layer(self, layer: int) -> "Attention":
         """The setting of one layer. Layers of equal settings that follow each other are one scan."""
         return self
+
+    def for_frames(self, frames: int) -> "Attention":
+        """The setting for a call on the beginning of a clip of so many frames, where what it keeps depends on that."""
+        return self._with_parts(lambda part: part.for_frames(frames))
+
+    def _with_parts(self, change: "Callable[[Attention], Attention]", **changes: Any) -> "Attention":
+        """With every kind in a field changed, and other changes."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Attention):
+                changes[field.name] = change(value)
+            elif isinstance(value, tuple) and any(isinstance(item, Attention) for item in value):
+                changes[field.name] = tuple(change(item) for item in value)
+        return dataclasses.replace(self, **changes) if changes else self
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError unless the setting suits a network of so many layers."""
@@ -332,11 +351,13 @@ class Attention(abc.ABC):
             head_dim: Channels of a head.
 
         Returns:
-            The count for one sample; by default the product of dense attention with the density.
+            The count for one sample; by default the product of dense attention with the density, or dense attention's
+            if that depends on the data.
         """
         tokens = grid[0] * grid[1] * grid[2]
         keys = (key_frames or grid[0]) * grid[1] * grid[2]
-        return round(4 * tokens * keys * head_dim * heads * self.density(grid).visible)
+        share = self.density(grid).visible
+        return round(4 * tokens * keys * head_dim * heads * (1.0 if math.isnan(share) else share))
 
     def attention_map(
         self,
@@ -364,16 +385,8 @@ class Attention(abc.ABC):
 
     def stored(self) -> "Attention":
         """The setting as it is kept with weights: without what says how, not what, is computed."""
-        changes: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata.get("how"):
-                changes[field.name] = field.default
-            elif isinstance(value, Attention):
-                changes[field.name] = value.stored()
-            elif isinstance(value, tuple) and any(isinstance(item, Attention) for item in value):
-                changes[field.name] = tuple(item.stored() for item in value)
-        return dataclasses.replace(self, **changes)
+        how = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("how")}
+        return self._with_parts(lambda part: part.stored(), **how)
 
     @classmethod
     def from_old_json(cls, data: Any) -> "Attention | None":
@@ -384,7 +397,7 @@ class Attention(abc.ABC):
 def leaves(setting: Attention) -> list[Attention]:
     """The kinds that a setting is made of in the end, which attend themselves.
 
-    Examples:
+    Example:
         >>> from monarchrt.models.attention.notation import parse
         >>> [leaf.name for leaf in leaves(parse("first_layers(2, dense, first_steps(1, dense, monarch))"))]
         ['dense', 'dense', 'monarch']

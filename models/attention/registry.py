@@ -10,6 +10,13 @@ _PACKAGE = "monarchrt.models.attention"
 _REGISTRY: dict[str, "str | type[Attention]"] = {
     "dense": f"{_PACKAGE}.dense:DenseAttention",
     "monarch": f"{_PACKAGE}.monarch:MonarchAttention",
+    "top_k": f"{_PACKAGE}.top_k:TopKAttention",
+    "radial": f"{_PACKAGE}.radial:RadialAttention",
+    "svg": f"{_PACKAGE}.svg:SVGAttention",
+    "svg2": f"{_PACKAGE}.svg2:SVG2Attention",
+    "vsa": f"{_PACKAGE}.vsa:VSAttention",
+    "sla": f"{_PACKAGE}.sla:SLAttention",
+    "sliding_tile": f"{_PACKAGE}.sliding_tile:SlidingTileAttention",
     "first_layers": f"{_PACKAGE}.schedule:FirstLayers",
     "first_steps": f"{_PACKAGE}.schedule:FirstSteps",
     "first_blocks": f"{_PACKAGE}.schedule:FirstBlocks",
@@ -51,7 +58,7 @@ def names() -> tuple[str, ...]:
 def kind_named(name: str) -> "type[Attention]":
     """The class of a kind, imported when it is first asked for.
 
-    Examples:
+    Example:
         >>> kind_named("dense").__name__
         'DenseAttention'
 

@@ -305,7 +305,8 @@ class FirstBlocks(_OneThenOther):
         if frames:
             tokens = frames * grid[1] * grid[2]
             early = (query[:, :tokens], key[:, :tokens], value[:, :tokens])
-            parts.append(self.first(*early, grid=(frames, *grid[1:]), causal_block=causal_block, context=context))
+            first = self.first.for_frames(grid[0])
+            parts.append(first(*early, grid=(frames, *grid[1:]), causal_block=causal_block, context=context))
         if frames < grid[0]:
             out = self.after(query, key, value, grid=grid, causal_block=causal_block, context=context)
             parts.append(out[:, frames * grid[1] * grid[2] :])
@@ -321,7 +322,9 @@ class FirstBlocks(_OneThenOther):
             """Entries seen by the first `count` frames, in units of a pair of frames, and the kind's density there."""
             part = (count, *grid[1:])
             seen = visible_share(part, causal_block) * count**2
-            return seen, kind.density(part, causal_block=causal_block, steps=steps) if count else Density(0, 0, 0)
+            if not count:
+                return seen, Density(0, 0, 0)
+            return seen, kind.for_frames(grid[0]).density(part, causal_block=causal_block, steps=steps)
 
         (all_seen, late), (early_seen, early), (_, apart) = (
             parts(self.after, grid[0]),

@@ -172,9 +172,6 @@ class GenerateConfig:
     weights: str | None = None
     """Set of weights of a .pt file, for example generator_ema."""
 
-    num_heads: int | None = None
-    """Attention heads of the network, for files without config.json whose heads are not of 128 channels."""
-
     quality: int = 16
     """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
 
@@ -216,7 +213,7 @@ class GenerateConfig:
             not (self.compare_dense and self.compare),
             f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
         )
-        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom", "num_heads"):
+        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in ("context", "num_iters"):
@@ -266,7 +263,7 @@ class GenerateConfig:
     def attention_text(self) -> str:
         """The attention in its notation, options put in.
 
-        Examples:
+        Example:
             >>> GenerateConfig(tile=(3, 30, 52)).attention_text()
             'monarch(tile=(3,30,52))'
         """
@@ -275,7 +272,7 @@ class GenerateConfig:
     def stored(self) -> dict[str, Any]:
         """What goes into the video's metadata: JSON values by name.
 
-        Examples:
+        Example:
             >>> GenerateConfig(prompt="a cat", seed=3).stored()["seed"]
             3
         """
@@ -307,11 +304,11 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
         f"{source} was made by another version: it has the settings {', '.join(ascii(name)[1:-1] for name in unknown)}",
     )
     hints = get_type_hints(GenerateConfig)
-    return GenerateConfig(**{name: revived(name, hints[name], value, source) for name, value in values.items()})
+    return GenerateConfig(**{name: _revived(name, hints[name], value, source) for name, value in values.items()})
 
 
-def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
-    """A JSON value as a setting of this type; UserError, which names the file that it is from, if it is of another."""
+def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
+    """A JSON value as a setting of this type."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in (getattr(kind, "__value__", kind) for kind in kinds):
         if _fits(kind, value):

@@ -1,0 +1,334 @@
+"""The exact form that sparse kinds share: softmax attention under a mask that is made for a chunk of rows at a time.
+
+Memory is linear in the queries, forward and backward: a chunk's scores and mask are there while the chunk is computed.
+Nothing is skipped, so that this takes the time of dense attention wherever it runs; it is the definition.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from monarch_jax import MonarchKVCache
+from monarchrt.models.attention.base import NOWHERE, Attention, Context, Grid
+
+ROWS = 512  # queries whose scores are there at a time
+type Keep = Callable[[Int[Array, "C"], Float[Array, "B n C K"]], Bool[Array, "..."]]
+
+
+def masked_attention(
+    query: Float[Array, "B Q n d"],
+    key: Float[Array, "B K n d"],
+    value: Float[Array, "B K n e"],
+    *,
+    keep: Keep | None = None,
+    visible: Bool[Array, "K"] | None = None,
+    rows: int = ROWS,
+) -> Float[Array, "B Q n e"]:
+    """Softmax attention, scale d^-1/2, to the keys that a mask keeps; softmax in float32 at least.
+
+    Gradients are those of the masked softmax; the choice of keys has none.
+
+    Example:
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> before = lambda rows, scores: (rows[:, None] > jnp.arange(8)[None])[None, None]
+        >>> masked_attention(x, x, x, keep=before)[0, 0, 0]
+        Array([0., 0., 0., 0.], dtype=float32)
+
+    Args:
+        query: [B, queries, heads, head_dim].
+        key: [B, keys, heads, head_dim].
+        value: [B, keys, heads, any width].
+        keep: (numbers of C queries, their scaled scores [B, heads, C, keys]) -> which keys they keep, of four axes that
+            broadcast to the scores'. None keeps all.
+        visible: Which keys there are; None: all.
+        rows: Queries at a time.
+
+    Returns:
+        [B, queries, heads, width] in the queries' dtype; zero for a query that keeps no key.
+    """
+    batch, tokens, heads, width = query.shape
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    rows = min(rows, tokens)
+    chunks = -(-tokens // rows)
+    there = None if visible is None else visible[None, None, None]
+
+    @jax.checkpoint
+    def attend(numbers, part):
+        scores = jnp.einsum("bcnd,bknd->bnck", part, key, preferred_element_type=dtype) * width**-0.5
+        mask = None if keep is None else keep(numbers, lax.stop_gradient(scores))
+        if there is not None:
+            mask = there if mask is None else mask & there
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        top = lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row keeps nothing
+        total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [B, C, n, 1]
+        out = jnp.einsum("bnck,bknd->bcnd", weights.astype(value.dtype), value, preferred_element_type=dtype)
+        return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
+
+    # The last chunk is filled with the last query's number, and what comes of that is dropped.
+    numbers = jnp.minimum(jnp.arange(chunks * rows), tokens - 1).reshape(chunks, rows)
+    parts = jnp.pad(query, ((0, 0), (0, chunks * rows - tokens), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(parts.reshape(batch, chunks, rows, heads, width), 1, 0)
+    out = lax.map(lambda xs: attend(*xs), (numbers, parts))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * rows, heads, value.shape[-1])[:, :tokens]
+
+
+def largest(
+    scores: Float[Array, "*rows K"], count: int | Int[Array, ""], *, among: Bool[Array, "..."] | None = None
+) -> Bool[Array, "*rows K"]:
+    """Which are the `count` largest along the last axis: exactly so many; of equal ones the first.
+
+    The smallest that is chosen is found bit by bit in the ordered integers of float32, which takes 32 counts however
+    many are chosen.
+
+    Example:
+        >>> largest(jnp.array([[1.0, 3.0, 2.0, 2.0]]), 2)
+        Array([[False,  True,  True, False]], dtype=bool)
+
+    Args:
+        scores: [..., K], compared in float32.
+        count: How many, at most as there are.
+        among: Which may be chosen, of as many axes as the scores; None: all.
+
+    Returns:
+        The choice.
+    """
+    scores = scores.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.where(scores == 0.0, 0.0, scores), jnp.uint32)  # -0 is 0
+    sign = jnp.uint32(1 << 31)
+    image = jnp.where(bits >= sign, ~bits, bits | sign)  # in the order of the floats
+    if among is not None:
+        image = jnp.where(among, image, jnp.uint32(0))
+
+    def bit(at, least):
+        higher = least | (jnp.uint32(1 << 31) >> at.astype(jnp.uint32))
+        return jnp.where((image >= higher).sum(-1, keepdims=True) >= count, higher, least)
+
+    least = lax.fori_loop(0, 32, bit, jnp.zeros((*image.shape[:-1], 1), jnp.uint32))
+    above, equal = image > least, image == least
+    chosen = above | (equal & (jnp.cumsum(equal, -1) <= count - above.sum(-1, keepdims=True)))
+    return chosen if among is None else chosen & among
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the queries and keys of one call lie in the video. All queries of a call see the same keys.
+
+    Attributes:
+        grid: (F, h, w), frames of the whole clip, or that a cache holds, and tokens of one.
+        first: Frame of the first query, known or traced.
+        frames: Frames of the queries, which follow each other.
+        key_frames: [frames of the keys], the frame that lies there; negative where there is none.
+        seen: How many frames of keys there are, known or traced.
+    """
+
+    grid: Grid
+    first: int | Int[Array, ""]
+    frames: int
+    key_frames: Int[Array, "Fk"] | np.ndarray
+    seen: int | Int[Array, ""]
+
+    @property
+    def per_frame(self) -> int:
+        """Tokens of a frame."""
+        return self.grid[1] * self.grid[2]
+
+    def queries(self, rows: Int[Array, "C"]) -> tuple[Int[Array, "C"], Int[Array, "C"]]:
+        """Frame of each query, and its place y*w + x in the frame."""
+        return self.first + rows // self.per_frame, rows % self.per_frame
+
+    def keys(self) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
+        """The same of each key."""
+        frames = jnp.asarray(self.key_frames, jnp.int32)
+        places = jnp.arange(self.per_frame, dtype=jnp.int32)
+        return jnp.repeat(frames, self.per_frame), jnp.tile(places, frames.shape[0])
+
+    @property
+    def visible(self) -> Bool[Array, "K"] | None:
+        """Which keys there are; None: all."""
+        if isinstance(self.seen, int):
+            return None
+        return jnp.repeat(jnp.asarray(self.key_frames) >= 0, self.per_frame)
+
+    def by_seen(self, function: Callable[[int], int]) -> int | Int[Array, ""]:
+        """A whole number that depends on how many frames are seen, computed exactly for each that there can be."""
+        if isinstance(self.seen, int):
+            return function(self.seen)
+        return jnp.asarray([function(max(1, frames)) for frames in range(self.grid[0] + 1)], jnp.int32)[self.seen]
+
+
+def frames_of_slots(cache: MonarchKVCache) -> Int[Array, "F"]:
+    """The frame that lies in each slot of a cache; -1 where there is none."""
+    slots, sinks = jnp.arange(cache.capacity, dtype=jnp.int32), cache.sink_frames
+    frames = slots
+    if cache.rolling:
+        rolls = cache.capacity - sinks
+        newest = slots + (cache.length - 1 - slots) // rolls * rolls
+        frames = jnp.where(slots < sinks, slots, newest)
+    return jnp.where((frames >= slots) & (frames < cache.length), frames, -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedAttention(Attention):
+    """A kind that says in `attend` which keys the queries of one call keep, all of them seeing the same frames.
+
+    A whole clip that is block-causal is a call for each block, as over a cache, with the same numbers.
+    """
+
+    @abc.abstractmethod
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """Attention of one call's queries to its keys.
+
+        Args:
+            query: [B, Q, heads, head_dim].
+            key: [B, K, heads, head_dim].
+            value: [B, K, heads, any width].
+            places: Where they are.
+            context: Where this is; its inputs are those of the queries.
+
+        Returns:
+            [B, Q, heads, width].
+        """
+
+    def __call__(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        value: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """See `Attention`."""
+        return self._whole(query, key, value, grid, causal_block, context)
+
+    def _whole(self, query, key, value, grid: Grid, causal_block: int | None, context: Context) -> Array:
+        self.check(grid, causal_block=causal_block)
+        per_frame = grid[1] * grid[2]
+        if query.shape[1] != grid[0] * per_frame:
+            raise ValueError(f"query has {query.shape[1]} tokens; grid={grid} has {grid[0] * per_frame}.")
+        step = grid[0] if causal_block is None else causal_block
+        outputs = []
+        for start in range(0, grid[0], step):
+            end = min(start + step, grid[0])
+            rows, seen = slice(start * per_frame, end * per_frame), slice(0, end * per_frame)
+            places = Places(grid=grid, first=start, frames=end - start, key_frames=np.arange(end), seen=end)
+            here = context
+            if context.inputs is not None:
+                here = dataclasses.replace(context, inputs=_rows_of(context.inputs, rows))
+            outputs.append(self.attend(query[:, rows], key[:, seen], value[:, seen], places, here))
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+    def attend_cache(
+        self,
+        cache: Any,
+        query: Float[Array, "B N n d"],
+        *,
+        layer: Int[Array, ""] | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B N n d"]:
+        """See `Attention`. Tokens are put in order first, if the cache is that of a tiled kind."""
+        _, height, width = cache.spec.grid
+        grid = (cache.capacity, height, width)
+        frames = query.shape[1] // (height * width)
+        self.check(grid, causal_block=frames)
+        self.check_rolling(cache.rolling)
+        key, value = cache.tokens(layer=layer)
+        places = Places(
+            grid=grid,
+            first=cache.length - frames,
+            frames=frames,
+            key_frames=frames_of_slots(cache),
+            seen=cache.valid_frames,
+        )
+        out = self.attend(query, key, value, places, context)
+        return jnp.where(cache.length < 0, jnp.nan, out)  # a block that had no place
+
+    def init_cache(self, shape: Any) -> Any:
+        """Keys and values in token order."""
+        grid = (shape.frames, shape.height, shape.width)
+        self.check(grid)
+        self.check_rolling(shape.rolling)
+        return super().init_cache(shape)
+
+    def for_frames(self, frames: int) -> Attention:
+        """With the field `frames`, if there is one that is None."""
+        return dataclasses.replace(self, frames=frames) if getattr(self, "frames", 0) is None else self
+
+    def check_rolling(self, rolling: bool) -> None:
+        """Raises ValueError if the kind is not defined over a cache that forgets frames."""
+
+    def attention_map(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+        context: Context = NOWHERE,
+    ) -> Float[Array, "B n N N"]:
+        """The map: what comes out for values that are unit vectors."""
+        batch, tokens, heads, _ = query.shape
+        units = jnp.broadcast_to(jnp.eye(tokens, dtype=query.dtype)[None, :, None], (batch, tokens, heads, tokens))
+        return jnp.moveaxis(self._whole(query, key, units, grid, causal_block, context), 2, 1)
+
+
+def _rows_of(inputs: Callable[[], Array], rows: slice) -> Callable[[], Array]:
+    return lambda: inputs()[:, rows]
+
+
+def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
+    """How many frames each frame sees, [F].
+
+    Example:
+        >>> seen_frames(5, 2)
+        array([2, 2, 4, 4, 5])
+    """
+    step = frames if causal_block is None else causal_block
+    return np.minimum((np.arange(frames) // step + 1) * step, frames)
+
+
+# Checks of arguments, and shares that are counted in whole numbers
+
+
+def ceil_share(share: float, count: int) -> int:
+    """That share of a count, rounded up, with the share as the decimal number that it is written as.
+
+    Example:
+        >>> ceil_share(0.15, 1260), math.ceil((1 - 0.85) * 1260)
+        (189, 190)
+    """
+    return math.ceil(Fraction(str(share)) * count)
+
+
+def check_share(kind: str, name: str, value: Any) -> float:
+    """The value as a float; raises ValueError unless it is above 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not 0 < value <= 1:
+        raise ValueError(f"{kind}: {name}={value!r} is not a number above 0 and at most 1, such as 0.15.")
+    return float(value)
+
+
+def check_frames(kind: str, frames: int | None, grid: Grid) -> int:
+    """Frames that a mask is made for: those given, or the grid's; raises ValueError if these are more."""
+    if frames is not None and grid[0] > frames:
+        raise ValueError(f"{kind}: frames={frames} is less than the {grid[0]} of the grid {grid}; leave frames out.")
+    return frames or grid[0]
+
+
+def dividing(sizes: Sequence[int]) -> str:
+    """What divides each size, for messages: `1, 3 frames; 1, 2, 4 rows; 1, 2, 3, 6 columns`."""
+    parts = []
+    for size, name in zip(sizes, ("frames", "rows", "columns"), strict=False):
+        parts.append(", ".join(str(n) for n in range(1, size + 1) if size % n == 0) + f" {name}")
+    return "; ".join(parts)

@@ -1,0 +1,258 @@
+"""Radial attention: a band in every pair of frames that narrows with their distance."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from monarch_jax.checks import one_of, positive
+from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    check_frames,
+    check_share,
+    masked_attention,
+    seen_frames,
+)
+
+RULES = ("general", "published")
+STEPS = 20  # of the bisection for the decay
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RadialAttention(MaskedAttention):
+    """Tokens see a band around their place in other frames, which halves as the distance doubles (Radial, 2025).
+
+    With d the distance of two frames and L the power of two above a frame's tokens, the band reaches
+    decay * L / 2^bit_length(d) tokens to both sides. Where that is less than a block, the band stays a block wide and
+    only every so many distances are kept. All see the first frame. The band is rounded to blocks of tokens.
+
+    rule="published" is the rule as published, with blocks of 128 that run on across frames: frames at distance 0 and 1
+    are dense and the narrowing stops at a block whatever the decay, so that it keeps 33.8% or more at 480p.
+    rule="general" is dense at distance 0 alone, thins out distances by the decay too, and has blocks that begin anew in
+    each frame; it reaches 9.3% at 480p and 720p.
+
+    Block-causal, the mask is that of the whole clip and the causal one. There are no parameters.
+
+    Example:
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> RadialAttention(decay=0.5, block=2)(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+        >>> print(RadialAttention(decay=0.1).density((21, 30, 52)))
+        14.9% of the map
+
+    Attributes:
+        keep: Share of the map of the whole clip that is asked for; bisection finds a decay that keeps no more.
+        decay: Instead of `keep`: factor of the width. Neither: `keep=0.15`, or `decay=0.2` for the published rule.
+        rule: "general" or "published".
+        block: Tokens of a block; None: 60, which divides a frame of 480p and of 720p, or 128 for the published rule.
+        frames: Frames of the clip that `keep` and the published blocks are for; None: the grid's, or the cache's.
+    """
+
+    name = "radial"
+    keep: float | int | None = None
+    decay: float | int | None = None
+    rule: str = "general"
+    block: int | None = None
+    frames: int | None = None
+
+    def __post_init__(self):
+        one_of("rule", self.rule, RULES)
+        if self.keep is not None and self.decay is not None:
+            raise ValueError(f"radial: keep={self.keep} and decay={self.decay} are both given; leave one out.")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+        if self.decay is not None:
+            decay = self.decay
+            if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
+                raise ValueError(f"radial: decay={decay!r} is not a number from 0 on, such as 0.1.")
+            object.__setattr__(self, "decay", float(decay))
+        for name in ("block", "frames"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, positive(name, getattr(self, name)))
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.block or (128 if self.rule == "published" else 60)
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """What is asked for must be within reach."""
+        if grid is not None:
+            self.decay_for(grid)
+
+    def check_rolling(self, rolling: bool) -> None:
+        """Published blocks lie on the tokens of a clip from its beginning."""
+        if rolling and self.rule == "published":
+            raise ValueError(
+                "radial: rule='published' has blocks across frames, which end with the clip; a rolling cache needs "
+                "rule='general'."
+            )
+
+    def decay_for(self, grid: Grid) -> float:
+        """The decay on a grid.
+
+        Example:
+            >>> round(RadialAttention(keep=0.15).decay_for((21, 30, 52)), 2)
+            0.1
+
+        Raises:
+            ValueError: If no decay keeps as little as was asked for; names the least there is.
+        """
+        if self.decay is not None:
+            check_frames(self.name, self.frames, grid)
+            return self.decay
+        if self.keep is None and self.rule == "published":
+            check_frames(self.name, self.frames, grid)
+            return 0.2
+        frames = check_frames(self.name, self.frames, grid)
+        return _decay(self.rule, self.block_size, self.keep or 0.15, frames, grid[1] * grid[2])
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`."""
+        frames = check_frames(self.name, self.frames, places.grid)
+        decay, block = self.decay_for(places.grid), self.block_size
+        key_frame, key_place = places.keys()
+        blocks = jnp.asarray(_blocks(self.rule, block, decay, frames, places.per_frame))
+
+        def published(rows):
+            frame, place = places.queries(rows)
+            mine, theirs = ((f * places.per_frame + p) // block for f, p in ((frame, place), (key_frame, key_place)))
+            return blocks[mine[:, None], theirs[None]]
+
+        def general(rows):
+            frame, place = places.queries(rows)
+            distance = jnp.minimum(jnp.abs(frame[:, None] - key_frame[None]), frames - 1)  # sinks may be further
+            near = blocks[distance, place[:, None] // block, key_place[None] // block]
+            return near | (key_frame == 0)[None]
+
+        mask = published if self.rule == "published" else general
+        return masked_attention(
+            query, key, value, keep=lambda rows, scores: mask(rows)[None, None], visible=places.visible
+        )
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Exact; of a part of the clip, if `frames` are more than the grid's."""
+        frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
+        pairs = _kept(self.rule, self.block_size, self.decay_for(grid), frames, per_frame)[: grid[0], : grid[0]]
+        seen = seen_frames(grid[0], causal_block)
+        kept = int(pairs[np.arange(grid[0]) < seen[:, None]].sum()) / per_frame**2
+        asked = self.keep
+        if asked is None:
+            asked = kept / int(seen.sum()) if self.decay is not None or self.rule == "published" else 0.15
+        return Density(asked, kept / grid[0] ** 2, kept / int(seen.sum()))
+
+
+def _width(distance: int, *, decay: float, per_frame: int, block: int, general: bool) -> float | None:
+    """Half of the band's width at a distance of frames; None: nothing is kept."""
+    if distance <= (0 if general else 1):
+        return float(per_frame)
+    length = 2.0 ** (per_frame.bit_length() - distance.bit_length())
+    split = length * decay if general else length
+    if split * (distance + 1) <= block or (split < block and distance % int(block / split)):
+        return None  # not one of every int(block / split) distances
+    return max(float(block), length * decay)
+
+
+def _near_blocks(width: float, rows: np.ndarray, columns: np.ndarray, per_frame: int, full: int | None) -> np.ndarray:
+    """Which pairs of blocks a band of one frame by another keeps.
+
+    A pair is kept if more than 60% of its columns with an entry have one in more than a third of the rows.
+
+    Args:
+        width: Places at most this far apart are in the band.
+        rows: [R + 1], where blocks of rows begin and end, 0 and `per_frame` or beyond included.
+        columns: [C + 1], likewise.
+        per_frame: Tokens of a frame.
+        full: Rows that a block counts as having; None: those that it has.
+
+    Returns:
+        [R, C].
+    """
+    reach, column = int(min(width, per_frame)), np.arange(per_frame)
+    starts, ends = np.maximum(rows[:-1], 0), np.minimum(rows[1:], per_frame)
+    low, high = np.maximum(starts[:, None], column - reach), np.minimum(ends[:, None] - 1, column + reach)
+    count = np.maximum(high - low + 1, 0)
+    sizes = (ends - starts if full is None else np.full(len(starts), full))[:, None]
+    edges = np.clip(columns, 0, per_frame)
+
+    def by_block(flags: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([np.zeros((len(starts), 1), np.int64), flags.cumsum(1)], 1)
+        return sums[:, edges[1:]] - sums[:, edges[:-1]]
+
+    return 5 * by_block(3 * count > sizes) > 3 * by_block(count > 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
+    """Published: [blocks, blocks] of the clip. General: [distance of frames, blocks, blocks] of a frame."""
+    width = functools.partial(_width, decay=decay, per_frame=per_frame, block=block, general=rule == "general")
+    if rule == "general":
+        count = -(-per_frame // block)
+        edges = np.minimum(np.arange(count + 1) * block, per_frame)
+        kept = np.zeros((frames, count, count), bool)
+        for distance in range(frames):
+            if (reach := width(distance)) is not None:
+                kept[distance] = True if distance == 0 else _near_blocks(reach, edges, edges, per_frame, None)
+        return kept
+    count, each = -(-frames * per_frame // block), -(-per_frame // block)
+    kept = np.zeros((count + 1, count + 1), bool)  # a frame's blocks may end past the clip's
+    near = functools.lru_cache(lambda reach, row, column: _pair(reach, row, column, block, per_frame))
+    for query in range(frames):
+        for key in range(frames):
+            reach = float(per_frame) if key == 0 else width(abs(query - key))
+            if reach is not None:
+                rows, columns = query * per_frame, key * per_frame
+                part = near(reach, rows % block, columns % block)
+                kept[rows // block : rows // block + each, columns // block : columns // block + each] |= part
+    return kept[:count, :count]
+
+
+def _pair(reach: float, row: int, column: int, block: int, per_frame: int) -> np.ndarray:
+    """Blocks of a pair of frames that begin `row` and `column` tokens into a block."""
+    steps = np.arange(-(-per_frame // block) + 1) * block
+    return _near_blocks(reach, steps - row, steps - column, per_frame, block)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
+    """Entries that are kept of each pair of frames, [F, F]."""
+    blocks = _blocks(rule, block, decay, frames, per_frame)
+    if rule == "general":
+        sizes = np.diff(np.minimum(np.arange(blocks.shape[1] + 1) * block, per_frame))
+        by_distance = np.einsum("dij,i,j->d", blocks.astype(np.int64), sizes, sizes)
+        pairs = by_distance[np.abs(np.arange(frames)[:, None] - np.arange(frames))]
+        pairs[:, 0] = per_frame**2
+        return pairs
+    # tokens of each block in each frame
+    edges = np.arange(blocks.shape[0] + 1) * block
+    starts = np.arange(frames)[:, None] * per_frame
+    shared = np.minimum(edges[None, 1:], starts + per_frame) - np.maximum(edges[None, :-1], starts)
+    shared = np.maximum(shared, 0)
+    return shared @ blocks.astype(np.int64) @ shared.T
+
+
+@functools.lru_cache(maxsize=64)
+def _decay(rule: str, block: int, keep: float, frames: int, per_frame: int) -> float:
+    """A decay that keeps no more than is asked for, next to one that keeps more."""
+
+    def kept(decay: float) -> float:
+        return int(_kept(rule, block, decay, frames, per_frame).sum()) / (frames * per_frame) ** 2
+
+    low, high = 0.0, 2.0 ** (frames.bit_length() + 1)
+    least, most = kept(low), kept(high)
+    if keep < least:
+        other = "" if rule == "general" else ", or rule='general', which keeps less"
+        raise ValueError(
+            f"radial: keep={keep} is out of reach on {frames} frames of {per_frame} tokens; the least is {least:.4f}"
+            f"{other}."
+        )
+    if keep >= most:
+        return high
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) <= keep else (low, middle)
+    return low

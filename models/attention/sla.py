@@ -1,0 +1,128 @@
+"""Sparse-linear attention (SLA): softmax over the blocks that matter most, and linear attention for all."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from monarch_jax.checks import flag, positive
+from monarchrt.models.attention.base import Context, Density, Grid, Sizes
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    check_share,
+    largest,
+    masked_attention,
+    seen_frames,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLAttention(MaskedAttention):
+    """Trainable sparse attention with a linear branch, out = sparse + proj(linear) (SLA, 2025).
+
+    Sparse: blocks of consecutive queries attend to the k blocks of keys with the largest products of means, of equal
+    ones the first. Linear: with phi the softmax over channels, phi(q) (phi(k)^T v) / (1e-5 + phi(q) . sum phi(k)), over
+    all keys. proj is a linear layer of a head's channels, the same for all heads and zero at the start, so that a model
+    begins as `linear=False` is, training-free. Gradients are exact; the choice of blocks has none.
+
+    k is the share of the blocks that are seen, rounded down as published. Block-causal, blocks of queries begin with
+    their block of frames, and the last block of keys holds what is there so far.
+
+    Example:
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> SLAttention(keep=0.5, block=2, linear=False)(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+
+    Attributes:
+        keep: Share of the blocks of keys, above 0 and at most 1.
+        block: Tokens of a block.
+        linear: Whether there is the linear branch and its projection, head_dim x head_dim and a bias per layer.
+    """
+
+    name = "sla"
+    keep: float | int = 0.1
+    block: int = 64
+    linear: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+        object.__setattr__(self, "block", positive("block", self.block))
+        flag("linear", self.linear)
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """At least one block must be kept."""
+        if grid is None:
+            return
+        blocks = self._blocks(min(causal_block or grid[0], grid[0]) * grid[1] * grid[2])
+        if not self.blocks_kept(blocks):
+            raise ValueError(f"sla: keep={self.keep} of {blocks} blocks is none; the least is {1 / blocks:.4f}.")
+
+    def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The projection: [head_dim, head_dim] and a bias, zeros."""
+        if not self.linear:
+            return None
+        zeros = nnx.initializers.zeros_init()
+        dtypes: dict[str, Any] = {"dtype": jnp.dtype(sizes.dtype), "param_dtype": jnp.dtype(sizes.param_dtype)}
+        return nnx.Linear(sizes.head_dim, sizes.head_dim, kernel_init=zeros, bias_init=zeros, **dtypes, rngs=rngs)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block)
+
+    def blocks_kept(self, seen: int) -> int:
+        """How many of those seen a block attends to."""
+        return math.floor(Fraction(str(self.keep)) * seen)
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`. Values of another width than the queries get the sparse branch alone, as for a map."""
+        visible = places.visible
+        there = jnp.ones(key.shape[1], bool) if visible is None else visible
+        queries, _ = self._means(query, jnp.ones(query.shape[1], bool))
+        keys, filled = self._means(key, there)
+        scores = jnp.einsum("bcnd,bknd->bnck", queries, keys, precision=lax.Precision.HIGHEST)
+        count = places.by_seen(lambda frames: self.blocks_kept(self._blocks(frames * places.per_frame)))
+        chosen = largest(lax.stop_gradient(scores), count, among=filled[None, None, None])
+        of_key = jnp.arange(key.shape[1]) // self.block
+        out = masked_attention(
+            query,
+            key,
+            value,
+            keep=lambda rows, scores: chosen[:, :, rows // self.block][..., of_key],
+            visible=visible,
+        )
+        if not self.linear or value.shape[-1] != query.shape[-1]:
+            return out
+        linear = context.own(self)(self._linear(query, key, value, there).astype(out.dtype))
+        return out + linear.astype(out.dtype)
+
+    def _means(self, tokens: Float[Array, "B N n d"], there: Bool[Array, "N"]) -> tuple[Array, Bool[Array, "C"]]:
+        """Of each block, in float32 at least, and which blocks hold any token."""
+        blocks = self._blocks(tokens.shape[1])
+        rest = blocks * self.block - tokens.shape[1]
+        dtype = jnp.promote_types(tokens.dtype, jnp.float32)
+        x = jnp.where(there[None, :, None, None], tokens.astype(dtype), 0.0)
+        x = jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))).reshape(x.shape[0], blocks, self.block, *x.shape[2:]).sum(2)
+        count = jnp.pad(there, (0, rest)).reshape(blocks, self.block).sum(-1)
+        return x / jnp.maximum(count, 1)[None, :, None, None], count > 0
+
+    def _linear(self, query: Array, key: Array, value: Array, there: Bool[Array, "K"]) -> Float[Array, "B Q n d"]:
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        query, key = (jax.nn.softmax(x.astype(dtype), axis=-1) for x in (query, key))
+        key = jnp.where(there[None, :, None, None], key, 0.0)
+        total = jnp.einsum("bknd,bkne->bnde", key, value.astype(dtype))
+        norm = 1e-5 + jnp.einsum("bqnd,bnd->bqn", query, key.sum(1))
+        return jnp.einsum("bqnd,bnde->bqne", query, total) / norm[..., None]
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Of the sparse branch, as if all blocks were as large; exact where they are."""
+        self.check(grid, causal_block=causal_block)
+        seen = seen_frames(grid[0], causal_block)
+        blocks = [self._blocks(int(frames) * grid[1] * grid[2]) for frames in seen]
+        kept = sum(self.blocks_kept(count) / count * int(frames) for count, frames in zip(blocks, seen, strict=True))
+        return Density(self.keep, kept / grid[0] ** 2, kept / int(seen.sum()))

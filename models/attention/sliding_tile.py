@@ -1,0 +1,126 @@
+"""Sliding tile attention (STA): every tile of tokens sees the tiles of a window around it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from monarch_jax.checks import positive, triple
+from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    check_frames,
+    dividing,
+    masked_attention,
+    seen_frames,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlidingTileAttention(MaskedAttention):
+    """Tokens of a tile see those of all tiles in a window around theirs (STA, 2025).
+
+    At the borders the window is moved inwards, not cut off. An even side counts as the next odd one, as published.
+    Block-causal, the mask is that of the whole clip and the causal one. There are no parameters; published as
+    training-free or finetuned, with windows that were searched per head.
+
+    Example:
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> SlidingTileAttention(tile=(1, 1, 1), window=(1, 1, 1))(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+        >>> print(SlidingTileAttention(tile=(3, 5, 4), window=(3, 3, 9)).density((21, 30, 52)))
+        14.8% of the map
+
+    Attributes:
+        tile: (n_f, n_h, n_w) tokens.
+        window: (frames, rows, columns) of the window in tiles, for all heads or a tuple of one for each.
+        frames: Frames of the clip whose end moves the window; None: the grid's, or what a cache holds.
+    """
+
+    name = "sliding_tile"
+    tile: tuple[int, int, int] = (3, 5, 4)
+    window: tuple[int, int, int] | tuple[tuple[int, int, int], ...] = (3, 3, 9)
+    frames: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
+        window: Any = self.window
+        if isinstance(window, tuple | list) and window and all(isinstance(item, tuple | list) for item in window):
+            window = tuple(triple("window", item, "(frames, rows, columns) in tiles") for item in window)
+        else:
+            window = triple("window", window, "(frames, rows, columns) in tiles")
+        object.__setattr__(self, "window", window)
+        if self.frames is not None:
+            object.__setattr__(self, "frames", positive("frames", self.frames))
+
+    def _windows(self) -> tuple[tuple[int, int, int], ...]:
+        """One for all heads, or one for each."""
+        return self.window if isinstance(self.window[0], tuple) else (self.window,)  # type: ignore[return-value]
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """Tiles must divide the grid."""
+        if grid is None:
+            return
+        grid = (check_frames(self.name, self.frames, grid), *grid[1:])
+        if any(size % side for size, side in zip(grid, self.tile, strict=True)):
+            raise ValueError(
+                f"sliding_tile: tile={self.tile} does not divide the grid {grid}; these do: {dividing(grid)}."
+            )
+
+    def check_rolling(self, rolling: bool) -> None:
+        """Where frames are forgotten there is no last tile."""
+        if rolling:
+            raise ValueError(
+                "sliding_tile: a rolling cache has no end that the window could be moved in from; generate what fits "
+                "the cache."
+            )
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`."""
+        windows, heads = self._windows(), query.shape[2]
+        if len(windows) not in (1, heads):
+            raise ValueError(f"sliding_tile: {len(windows)} windows are not one, or one for each of {heads} heads.")
+        grid = (check_frames(self.name, self.frames, places.grid), *places.grid[1:])
+        tiles = [size // side for size, side in zip(grid, self.tile, strict=True)]
+
+        def tile_of(frame, place):
+            at = (frame, place // grid[2], place % grid[2])
+            return [number // side for number, side in zip(at, self.tile, strict=True)]
+
+        key_tiles = tile_of(*places.keys())
+        halves = np.array(windows) // 2  # [1 or n, 3]
+
+        def keep(rows, scores):
+            mask = jnp.ones((1, 1, 1, 1), bool)
+            for axis, mine in enumerate(tile_of(*places.queries(rows))):
+                half = jnp.asarray(halves[:, axis])[:, None]
+                centre = jnp.minimum(jnp.maximum(mine[None], half), tiles[axis] - 1 - half)  # [1 or n, C]
+                near = jnp.abs(centre[:, :, None] - key_tiles[axis][None, None]) <= half[:, :, None]
+                mask &= near[None]
+            return mask
+
+        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Exact; the mean over the heads' windows."""
+        self.check(grid, causal_block=causal_block)
+        frames = check_frames(self.name, self.frames, grid)
+        seen = seen_frames(grid[0], causal_block)
+        total = 0
+        for window in self._windows():
+            near = []
+            for size, side, length in zip((frames, *grid[1:]), self.tile, window, strict=True):
+                count, half = size // side, length // 2
+                centre = np.minimum(np.maximum(np.arange(count), half), count - 1 - half)
+                near.append(np.abs(centre[:, None] - np.arange(count)) <= half)
+            pairs = near[0].repeat(self.tile[0], 0).repeat(self.tile[0], 1)[: grid[0], : grid[0]]
+            pairs = pairs & (np.arange(grid[0]) < seen[:, None])
+            total += int(pairs.sum()) * math.prod(int(axis.sum()) for axis in near[1:])
+        tiles = math.prod((size // side) ** 2 for size, side in zip(grid[1:], self.tile[1:], strict=True))
+        total /= len(self._windows()) * tiles
+        kept, visible = total / grid[0] ** 2, total / int(seen.sum())
+        return Density(visible, kept, visible)

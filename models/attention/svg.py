@@ -1,0 +1,195 @@
+"""Sparse VideoGen (SVG): a band and a sink, in token order or position by position, whichever suits the head."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from monarch_jax.checks import index, positive
+from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    check_frames,
+    check_share,
+    masked_attention,
+    seen_frames,
+)
+
+type Order = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in the order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SVGAttention(MaskedAttention):
+    """A band around the diagonal and a sink of one frame's length, in one of two token orders per head (SVG, 2025).
+
+    Spatial heads have the tokens in order, so that the band is the neighbouring frames and the sink the first frame.
+    Temporal heads have them position by position, p*F + f: the band is what was and will be near this place, and the
+    sink the first T/F places of all frames. Each call finds the order of each head and sample: for some rows it
+    compares the output of dense attention with those under two coarse masks, and takes the nearer one. The choice has
+    no gradient.
+
+    Published as training-free; `keep=0.15` is its argument `--sparsity 0.15`, which names what the band keeps. The sink
+    comes on top: really 19.3% at 480p, which `density` says. Its authors call 0.2 to 0.25 the least for Wan.
+
+    Block-causal, the mask is that of the whole clip and the causal one, rows are drawn from the newest block, and
+    `density` is the mean of both orders.
+
+    Example:
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> SVGAttention(keep=0.3, block=2)(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+        >>> print(SVGAttention(keep=0.15).density((21, 30, 52)))
+        19.3% of the map (asked for: 15.0%)
+
+    Attributes:
+        keep: Share of the map in the band, above 0 and at most 1.
+        rows: Numbers of the rows that are compared; or how many are drawn, with replacement, the same in every call.
+        seed: Of the draw.
+        drawn_from: Rows are drawn among so many of the first.
+        block: Tokens that the band is rounded up to, and sides of the blocks of the coarse masks.
+        frames: Frames of the clip that the orders and the width are made for; None: the grid's, or what a cache holds.
+    """
+
+    name = "svg"
+    keep: float | int = 0.25
+    rows: int | tuple[int, ...] = 64
+    seed: int = 0
+    drawn_from: int = 10_000
+    block: int = 128
+    frames: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+        if isinstance(self.rows, tuple | list):
+            rows = tuple(int(index("rows", row)) for row in self.rows)
+            if not rows or min(rows) < 0:
+                raise ValueError(f"svg: rows={self.rows} are not numbers of rows from 0 on, or how many to draw.")
+            object.__setattr__(self, "rows", rows)
+        else:
+            object.__setattr__(self, "rows", positive("rows", self.rows))
+        object.__setattr__(self, "seed", int(index("seed", self.seed)))
+        for name in ("drawn_from", "block"):
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
+        if self.frames is not None:
+            object.__setattr__(self, "frames", positive("frames", self.frames))
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """Rows must be in every block; the clip must not outgrow `frames`."""
+        if grid is None:
+            return
+        check_frames(self.name, self.frames, grid)
+        least = grid[0] if causal_block is None else (grid[0] % causal_block or min(causal_block, grid[0]))
+        tokens = least * grid[1] * grid[2]
+        if isinstance(self.rows, tuple) and max(self.rows) >= tokens:
+            raise ValueError(
+                f"svg: rows={self.rows} has one past the {tokens} queries of a call; use 0 to {tokens - 1}."
+            )
+
+    def half_width(self, grid: Grid) -> int:
+        """W: pairs of tokens at most this far apart in their order are in the band.
+
+        Example:
+            >>> SVGAttention(keep=0.15).half_width((21, 30, 52))
+            2560
+        """
+        tokens = check_frames(self.name, self.frames, grid) * grid[1] * grid[2]
+        rest = (1 - Fraction(str(self.keep))) * tokens**2  # of the map, outside of the band
+
+        def reaches(blocks: int) -> bool:
+            """Whether that many blocks are at least N*(1 - sqrt(1 - keep)) tokens."""
+            outside = tokens - blocks * self.block
+            return outside <= 0 or outside**2 <= rest
+
+        blocks = max(0, math.ceil(tokens * (1 - math.sqrt(1 - self.keep)) / self.block) - 1)
+        while not reaches(blocks):
+            blocks += 1
+        return blocks * self.block
+
+    def _orders(self, grid: Grid) -> tuple[Order, Order]:
+        """Numbers of tokens in the spatial and in the temporal order."""
+        frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
+        return (lambda frame, place: frame * per_frame + place), (lambda frame, place: place * frames + frame)
+
+    def _profile_rows(self, tokens: int) -> Int[Array, "R"]:
+        if isinstance(self.rows, tuple):
+            return jnp.asarray(self.rows, jnp.int32)
+        among = min(tokens, self.drawn_from)
+        return jax.random.randint(jax.random.key(self.seed), (self.rows,), 0, among, jnp.int32)
+
+    def temporal_heads(self, query: Array, key: Array, value: Array, places: Places) -> Bool[Array, "B n"]:
+        """Which heads are nearer to dense attention under the temporal profile mask than under the spatial one.
+
+        Arguments are as in `MaskedAttention.attend`. The masks keep pairs of blocks closer than two frames, and the
+        keys of the first frame.
+        """
+        rows = self._profile_rows(query.shape[1])
+        query = query[:, rows]
+        reach = 2 * places.per_frame // self.block
+        query_at, key_at = places.queries(rows), places.keys()
+
+        def output(order: Order | None) -> Array:
+            keep = None
+            if order is not None:
+                mine, theirs = order(*query_at), order(*key_at)
+                near = jnp.abs(mine[:, None] // self.block - theirs[None] // self.block) < reach
+                mask = near | (theirs < places.per_frame)[None]
+                keep = lambda numbers, scores: mask[numbers][None, None]  # noqa: E731
+            out = masked_attention(query, key, value, keep=keep, visible=places.visible)
+            return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+
+        dense = output(None)
+        errors = [jnp.square(output(order) - dense).mean((1, 3)) for order in self._orders(places.grid)]
+        return errors[1] < errors[0]  # ties are spatial
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`."""
+        fixed = tuple(lax.stop_gradient(x) for x in (query, key, value))
+        temporal = self.temporal_heads(fixed[0], fixed[1], fixed[2], places)[:, :, None, None]
+        width, sink, key_at = self.half_width(places.grid), places.per_frame, places.keys()
+
+        def band(order: Order, rows: Array) -> Bool[Array, "1 1 C K"]:
+            mine, theirs = order(*places.queries(rows)), order(*key_at)
+            return ((jnp.abs(mine[:, None] - theirs[None]) <= width) | (theirs < sink)[None])[None, None]
+
+        def keep(rows, scores):
+            by_frame, by_place = (band(order, rows) for order in self._orders(places.grid))
+            return (temporal & by_place) | (~temporal & by_frame)
+
+        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+
+    def kept_by_order(self, grid: Grid, *, causal_block: int | None = None) -> tuple[float, float]:
+        """Shares of all N^2 entries that spatial and temporal heads keep, counted exactly."""
+        frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
+        tokens, width = grid[0] * per_frame, self.half_width(grid)
+        frame, place = np.divmod(np.arange(tokens, dtype=np.int64), per_frame)
+        seen = seen_frames(grid[0], causal_block)[frame]
+
+        def spatial(number: np.ndarray) -> np.ndarray:
+            """How many visible keys come before a number."""
+            return np.clip(number, 0, seen * per_frame)
+
+        def temporal(number: np.ndarray) -> np.ndarray:
+            number = np.clip(number, 0, frames * per_frame)
+            return number // frames * seen + np.minimum(number % frames, seen)
+
+        shares = []
+        for before, order in zip((spatial, temporal), self._orders(grid), strict=True):
+            mine = order(frame, place)
+            low, high = np.maximum(mine - width, per_frame), np.maximum(mine + width + 1, per_frame)
+            kept = before(np.full_like(mine, per_frame)) + before(high) - before(low)
+            shares.append(int(kept.sum()) / tokens**2)
+        return shares[0], shares[1]
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Exact for one order; which one a head takes matters only where attention is block-causal: there, the mean."""
+        self.check(grid, causal_block=causal_block)
+        kept = sum(self.kept_by_order(grid, causal_block=causal_block)) / 2
+        return Density(self.keep, kept, kept / (float(seen_frames(grid[0], causal_block).sum()) / grid[0] ** 2))

@@ -1,0 +1,256 @@
+"""SVG2: clusters of queries attend to the clusters of keys that make up most of the softmax, by their centroids."""
+
+import dataclasses
+import functools
+import math
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from monarch_jax.checks import index, positive
+from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.masked import MaskedAttention, Places, check_share, masked_attention
+
+TOLERANCE = 1e-4  # k-means stops when no centroid moves further
+ROWS = 2048  # tokens whose distances to all centroids are there at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SVG2Attention(MaskedAttention):
+    """Semantic clusters (Sparse VideoGen 2, 2025): k-means of queries and keys, and a map of clusters by top-p.
+
+    For each head, with n_j keys in cluster j, p_ij is the softmax of centroids' scores with weights n_j. A cluster of
+    queries keeps the largest until they sum to `top_p`, the one that crosses it included, and `min_keep` of all
+    clusters in any case. Queries attend to all keys of the clusters that theirs keeps. Neither k-means nor the map has
+    a gradient.
+
+    How much is kept depends on the data: `density` cannot say (its shares are NaN), `measure` does for given queries
+    and keys. Published for whole clips, where later sampling steps start from the centroids of the step before and
+    iterate twice; here each call starts anew. Block-causal, each block clusters its queries and all keys that it sees.
+
+    Example:
+        >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+        >>> SVG2Attention(query_clusters=2, key_clusters=4)(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+
+    Attributes:
+        query_clusters: Clusters of the queries of a call, at most as many as it has.
+        key_clusters: Clusters of the keys, likewise; some may stay empty.
+        top_p: Share of the softmax to reach, above 0 and at most 1.
+        min_keep: Least share of the key clusters that is kept, from 0 to 1, counted in clusters, rounded down.
+        iterations: Most rounds of k-means.
+        seed: Of the tokens, drawn with replacement, that centroids begin at; the same in every call.
+    """
+
+    name = "svg2"
+    query_clusters: int = 200
+    key_clusters: int = 1000
+    top_p: float | int = 0.9
+    min_keep: float | int = 0.1
+    iterations: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("query_clusters", "key_clusters", "iterations"):
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
+        object.__setattr__(self, "top_p", check_share(self.name, "top_p", self.top_p))
+        if self.min_keep != 0 or isinstance(self.min_keep, bool):
+            check_share(self.name, "min_keep", self.min_keep)
+        object.__setattr__(self, "min_keep", float(self.min_keep))
+        object.__setattr__(self, "seed", int(index("seed", self.seed)))
+
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """There must be as many tokens as clusters."""
+        if grid is None:
+            return
+        first = min(causal_block or grid[0], grid[0])
+        last = first if causal_block is None else (grid[0] % causal_block or first)
+        for name, frames in (("query_clusters", min(first, last)), ("key_clusters", first)):
+            tokens, clusters = frames * grid[1] * grid[2], getattr(self, name)
+            if clusters > tokens:
+                raise ValueError(f"svg2: {name}={clusters} is more than the tokens of a call; use at most {tokens}.")
+
+    def clusters(
+        self, query: Array, key: Array, places: Places
+    ) -> tuple[Int[Array, "B n Q"], Int[Array, "B n K"], Bool[Array, "B n QC KC"]]:
+        """Labels of queries and keys, and which clusters of queries keep which of keys; as `MaskedAttention.attend`."""
+        query, key = (jnp.moveaxis(lax.stop_gradient(x), 2, 1) for x in (query, key))
+        query_start, key_start = jax.random.split(jax.random.key(self.seed))
+        visible = places.visible
+        queries, keys = query.shape[2], key.shape[2]
+        slots = jnp.arange(keys)
+        if visible is not None:
+            slots = jnp.argsort(~visible)  # those that there are come first, in order
+        seen = places.seen * places.per_frame
+
+        def draw(start: Array, clusters: int, count: Any) -> Int[Array, "clusters"]:
+            uniform = jax.random.uniform(start, (clusters,))
+            return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
+
+        run = functools.partial(kmeans, iterations=self.iterations)
+        of_query = run(query, query[:, :, draw(query_start, self.query_clusters, queries)], jnp.ones(queries, bool))
+        first = key[:, :, slots[draw(key_start, self.key_clusters, seen)]]
+        of_key = run(key, first, jnp.ones(keys, bool) if visible is None else visible)
+        kept = cluster_map(of_query.centroids, of_key.centroids, of_key.sizes, top_p=self.top_p, min_keep=self.min_keep)
+        return of_query.labels, of_key.labels, kept
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`."""
+        of_query, of_key, kept = self.clusters(query, key, places)
+
+        def keep(rows, scores):
+            of_rows = jnp.take_along_axis(kept, of_query[:, :, rows][..., None], axis=2)  # [B, n, C, KC]
+            return jnp.take_along_axis(of_rows, of_key[:, :, None], axis=3)
+
+        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+
+    def measure(
+        self,
+        query: Float[Array, "B N n d"],
+        key: Float[Array, "B N n d"],
+        *,
+        grid: Grid,
+        causal_block: int | None = None,
+    ) -> Density:
+        """What is kept of the map of given queries and keys, the mean over samples and heads.
+
+        Example:
+            >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+            >>> SVG2Attention(query_clusters=2, key_clusters=4, top_p=1.0).measure(x, x, grid=(2, 2, 2)).kept
+            1.0
+        """
+        per_frame, step = grid[1] * grid[2], causal_block or grid[0]
+        self.check(grid, causal_block=causal_block)
+        kept = seen = 0.0
+        for start in range(0, grid[0], step):
+            end = min(start + step, grid[0])
+            places = Places(grid=grid, first=start, frames=end - start, key_frames=jnp.arange(end), seen=end)
+            part, keys = query[:, start * per_frame : end * per_frame], key[:, : end * per_frame]
+            of_query, of_key, blocks = self.clusters(part, keys, places)
+            sizes = (
+                jax.nn.one_hot(labels, count).sum(2)
+                for labels, count in ((of_query, self.query_clusters), (of_key, self.key_clusters))
+            )
+            kept += float(jnp.einsum("bnij,bni,bnj->bn", blocks.astype(jnp.float32), *sizes).mean())
+            seen += (end - start) * end * per_frame**2
+        return Density(self.top_p, kept / (grid[0] * per_frame) ** 2, kept / seen)
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """NaN: it depends on the data."""
+        self.check(grid, causal_block=causal_block)
+        return Density(math.nan, math.nan, math.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """What k-means found.
+
+    Attributes:
+        labels: [B, n, N], of the centroids before the last update.
+        centroids: [B, n, C, d] in float32, after the last update, unless they had converged before it.
+        sizes: int32 [B, n, C], how many tokens have each label.
+    """
+
+    labels: Any
+    centroids: Any
+    sizes: Any
+
+
+def kmeans(
+    tokens: Float[Array, "B n N d"], centroids: Float[Array, "B n C d"], there: Bool[Array, "N"], *, iterations: int
+) -> Clusters:
+    """Euclidean k-means in each head, until no centroid of a sample moves by 1e-4, or so many rounds.
+
+    A cluster without members keeps its centroid. Memory is linear in the tokens.
+
+    Example:
+        >>> x = jnp.array([0.0, 1.0, 10.0, 11.0]).reshape(1, 1, 4, 1)
+        >>> found = kmeans(x, x[:, :, :2], jnp.ones(4, bool), iterations=10)
+        >>> found.labels[0, 0], found.centroids.ravel()
+        (Array([0, 0, 1, 1], dtype=int32), Array([ 0.5, 10.5], dtype=float32))
+
+    Args:
+        tokens: [B, heads, N, d].
+        centroids: [B, heads, C, d] to begin with.
+        there: Which tokens there are.
+        iterations: At least 1.
+
+    Returns:
+        Labels, centroids and sizes.
+    """
+    count, rows = tokens.shape[2], min(ROWS, tokens.shape[2])
+    chunks = -(-count // rows)
+    clusters = centroids.shape[2]
+    weight = there.astype(jnp.float32)
+
+    def nearest(x: Float[Array, "n N d"], centres: Float[Array, "n C d"]) -> Int[Array, "n N"]:
+        norms = jnp.square(centres).sum(-1)[:, None]
+
+        def of_rows(part):
+            products = jnp.einsum("nrd,ncd->nrc", part, centres, precision=lax.Precision.HIGHEST)
+            squares = jnp.square(part).sum(-1, keepdims=True) + norms - 2.0 * products
+            return jnp.maximum(squares, 0.0).argmin(-1).astype(jnp.int32)
+
+        parts = jnp.pad(x, ((0, 0), (0, chunks * rows - count), (0, 0)))
+        labels = lax.map(of_rows, jnp.moveaxis(parts.reshape(x.shape[0], chunks, rows, -1), 1, 0))
+        return jnp.moveaxis(labels, 0, 1).reshape(x.shape[0], -1)[:, :count]
+
+    def sums(x: Float[Array, "N d"], labels: Int[Array, "N"]) -> tuple[Array, Array]:
+        add = functools.partial(jax.ops.segment_sum, segment_ids=labels, num_segments=clusters)
+        return add(jnp.where(there[:, None], x, 0.0)), add(weight)
+
+    def of_sample(x: Float[Array, "n N d"], start: Float[Array, "n C d"]):
+        def go_on(state):
+            return (state[0] < iterations) & ~state[1]
+
+        def once(state):
+            number, _, centres, _, _ = state
+            labels = nearest(x, centres)
+            total, sizes = jax.vmap(sums)(x, labels)
+            filled = (sizes > 0.0)[..., None]
+            moved = jnp.where(filled, total / jnp.maximum(sizes, 1.0)[..., None], centres)
+            done = jnp.linalg.norm(moved - centres, axis=-1).max() < TOLERANCE
+            return number + 1, done, jnp.where(done, centres, moved), labels, sizes
+
+        heads = x.shape[0]
+        none = jnp.zeros((heads, count), jnp.int32), jnp.zeros((heads, clusters))
+        _, _, centres, labels, sizes = lax.while_loop(go_on, once, (0, jnp.array(False), start, *none))
+        return Clusters(labels, centres, sizes.astype(jnp.int32))
+
+    return jax.vmap(of_sample)(tokens.astype(jnp.float32), centroids.astype(jnp.float32))
+
+
+def cluster_map(
+    query: Float[Array, "B n QC d"],
+    key: Float[Array, "B n KC d"],
+    sizes: Int[Array, "B n KC"],
+    *,
+    top_p: float,
+    min_keep: float,
+) -> Bool[Array, "B n QC KC"]:
+    """Which clusters of keys each cluster of queries keeps.
+
+    Args:
+        query: Centroids of queries.
+        key: Centroids of keys.
+        sizes: Keys in each cluster; an empty one has no weight.
+        top_p: Clusters are kept while those larger sum to no more.
+        min_keep: Share of the clusters that is kept in any case.
+
+    Returns:
+        [B, heads, clusters of queries, clusters of keys].
+    """
+    scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, precision=lax.Precision.HIGHEST) * query.shape[-1] ** -0.5
+    weights = sizes[:, :, None].astype(jnp.float32) * jnp.exp(scores - scores.max(-1, keepdims=True))
+    shares = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-12)
+    order = jnp.argsort(-shares, axis=-1)  # stable
+    reached = jnp.cumsum(jnp.take_along_axis(shares, order, -1), -1)
+    before = jnp.concatenate([jnp.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
+    least = math.floor(Fraction(str(min_keep)) * key.shape[2])
+    kept = (before <= top_p) | (jnp.arange(key.shape[2]) < least)[None, None, None]
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)

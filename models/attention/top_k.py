@@ -1,0 +1,59 @@
+"""Exact top-k: every query attends to the keys of its largest scores, the paper's oracle."""
+
+import dataclasses
+
+from jaxtyping import Array
+
+from monarchrt.models.attention.base import Context, Density, Grid, visible_share
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    ceil_share,
+    check_share,
+    largest,
+    masked_attention,
+    seen_frames,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopKAttention(MaskedAttention):
+    """Softmax over the k largest scores of each query and head (MonarchRT paper, Section 2.2: "oracle top-k").
+
+    k is the share of the keys that the query sees, rounded up; of equal scores the first are taken, so that there are
+    exactly k. All scores are computed: this says what a choice of keys can give, not how fast. The choice has no
+    gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> TopKAttention(keep=0.25)(x, x, x, grid=(2, 2, 2)).shape
+        (1, 8, 2, 4)
+        >>> print(TopKAttention(keep=0.15).density((21, 30, 52), causal_block=3))
+        8.6% of the map, 15.0% of what is visible
+
+    Attributes:
+        keep: Share of the visible keys that are kept, above 0 and at most 1.
+    """
+
+    name = "top_k"
+    keep: float | int = 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+
+    def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
+        """See `MaskedAttention`."""
+        visible = places.visible
+        among = None if visible is None else visible[None, None, None]
+        count = places.by_seen(lambda frames: ceil_share(self.keep, frames * places.per_frame))
+        return masked_attention(
+            query, key, value, keep=lambda rows, scores: largest(scores, count, among=among), visible=visible
+        )
+
+    def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
+        """Exact."""
+        per_frame = grid[1] * grid[2]
+        kept = sum(ceil_share(self.keep, int(seen) * per_frame) for seen in seen_frames(grid[0], causal_block))
+        kept /= grid[0] ** 2 * per_frame
+        return Density(self.keep, kept, kept / visible_share(grid, causal_block))
