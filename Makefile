@@ -3,7 +3,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gpu lint mutants cluster clean
+.PHONY: help demo docs test test-slow test-gpu lint mutants cluster clean
 
 help:
 	@echo "make demo       set up, then finetune a small video model on the bundled clip (about 10 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make mutants    small faults, put in one at a time, must be noticed by the tests (some 20 minutes; ARGS names some)"
 	@echo "make cluster    the measurement of thread block clusters (needs nvcc and a Hopper GPU)"
+	@echo "make docs       build the documentation into site/; fails on a dead link or a warning"
 	@echo "make clean      remove .venv and caches"
 
 $(VENV)/python: .python-version
@@ -56,5 +57,12 @@ mutants: $(VENV)/test
 cluster:
 	nvcc -arch=sm_90a -O3 -o /tmp/cluster benchmarks/cluster.cu && /tmp/cluster
 
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ from jaxtyping import Array, Shaped
 def along_last[Vector: (Array, np.ndarray)](vector: Vector, like: Shaped[Array, "*batch _"]) -> Vector:
     """A vector with as many axes as another array, all but the last of size 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> along_last(jnp.ones(3), jnp.ones((2, 5, 3))).shape
         (1, 1, 3)

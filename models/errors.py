@@ -13,7 +13,7 @@ from pathlib import Path
 class UserError(ValueError):
     """The request cannot be done as asked; the message names what was wrong and what would be right.
 
-    Example:
+    Examples:
         >>> raise UserError("frames is 0; it must be at least 1")
         Traceback (most recent call last):
         ...
@@ -24,7 +24,7 @@ class UserError(ValueError):
 def printable(text: str, limit: int = 200) -> str:
     """A text out of a file for a message: on one line, without what steers a terminal, and not for ever.
 
-    Example:
+    Examples:
         >>> printable("blocks.0\\x1b[2J\\n")
         'blocks.0\\\\x1b[2J\\\\n'
 
@@ -81,7 +81,7 @@ def disk_full_reason(error: BaseException) -> str | None:
     Returns:
         The reason in words, or None if the error means something else.
 
-    Example:
+    Examples:
         >>> disk_full_reason(OSError(28, "No space left on device"))
         'the disk is full'
         >>> disk_full_reason(ValueError("unrelated")) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from monarchrt.models.errors import UserError, report_full_disk
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
+_PARTIAL = re.compile(r"(?P<name>.+)\.partial-(?P<process>[1-9]\d{0,8})", re.DOTALL)
 # of systems and programs; compared in lower case
 _LITTER_NAMES = (
     "thumbs.db",
@@ -39,7 +40,7 @@ _LITTER_ENDINGS = (
 def unfinished(path: Path) -> Path:
     """Where this process writes a file until it is complete; what a killed process left behind ends in .part, too.
 
-    Example:
+    Examples:
         >>> unfinished(Path("cat.mp4")).name == f"cat.mp4.{os.getpid()}.part"
         True
     """
@@ -102,7 +103,7 @@ def locked(folder: Path, *, name: str) -> Iterator[None]:
 
 
 def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
-    """Removes files that a killed process left behind while they grew, `NAME.PROCESS.part`.
+    """Removes what a killed process left behind: files that grew, `NAME.PROCESS.part`, folders `NAME.partial-PROCESS`.
 
     One is abandoned if no process of this machine has its number and nobody holds a lock on it: who writes one holds
     it, also from another machine or container. A number that another process has by now keeps the file, and so does
@@ -110,7 +111,7 @@ def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
 
     Args:
         folder: Where to look; one that is not there has none.
-        name: The finished file's name; None looks at all.
+        name: The name of the finished file or folder; None looks at all.
 
     Returns:
         What was removed.
@@ -118,8 +119,10 @@ def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
     removed = []
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
-            match = _PART.fullmatch(path.name)
-            if match is None or name not in (None, match["name"]) or path.is_symlink() or not path.is_file():
+            match = _PART.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)
+            if match is None or name not in (None, match["name"]) or path.is_symlink():
+                continue
+            if path.is_dir() != (match.re is _PARTIAL) or not (path.is_dir() or path.is_file()):
                 continue
             if not _runs(int(match["process"])) and _remove_unlocked(path):
                 removed.append(path)
@@ -138,12 +141,15 @@ def _runs(process: int) -> bool:
 
 def _remove_unlocked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError:
         return False
     finally:
@@ -157,12 +163,13 @@ def is_litter(path: Path) -> bool:
     macOS writes `._cat.mp4` beside cat.mp4 on disks that are not its own, and .DS_Store; Windows writes Thumbs.db and
     desktop.ini, its editors ~$notes; browsers write cat.mp4.crdownload and cat.mp4.part.
 
-    Example:
+    Examples:
         >>> [is_litter(Path(name)) for name in ("clips/._cat.mp4", "cat.mp4.part", "Thumbs.db", "cat.mp4")]
         [True, True, True, False]
     """
     name = path.name.lower()
-    return name.startswith((".", "~$")) or name in _LITTER_NAMES or name.endswith(_LITTER_ENDINGS)
+    own = _PARTIAL.fullmatch(name) is not None
+    return own or name.startswith((".", "~$")) or name in _LITTER_NAMES or name.endswith(_LITTER_ENDINGS)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -184,6 +191,9 @@ def listed(folder: Path) -> list[Path]:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes its name only when the block ends well and is removed otherwise.
 
+    What killed processes left of the same folder is removed first; this one is locked while it is filled, so that
+    nobody takes it for abandoned.
+
     Raises:
         ValueError: If `path` is a file or a folder with something in it, or no folder can be made there.
         DiskFullError: If there was no room for what the block writes.
@@ -192,16 +202,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"path={str(path)!r} exists and is not an empty folder; name a new one.")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    remove_abandoned(path.parent, name=path.name)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        descriptor = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"path={str(path)!r} cannot be made: {error.strerror or error}.") from error
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with report_full_disk(path, then="free some space and try again"):
             yield partial
             if path.exists():
                 path.rmdir()
             partial.rename(path)
     finally:
+        os.close(descriptor)
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from monarch_jax.checks import one_of, suggestion
 def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
     """A configuration by name, with fields replaced.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.vae.config import VAEConfig
         >>> from_preset({"small": VAEConfig(dim=8)}, "small", {"num_res_blocks": 4}).num_res_blocks
         4

@@ -13,7 +13,7 @@ def split_batch[Tree](tree: Tree) -> Tree:
     nothing unless a mesh with that axis is set (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) and divides the
     array's first axis.
 
-    Example:
+    Examples:
         >>> split_batch(jax.numpy.ones((2, 3))).shape
         (2, 3)
     """

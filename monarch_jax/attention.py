@@ -44,7 +44,7 @@ def monarch_attention(
     memory is linear in the number of frames in both directions. `tile=(1, 1, 1)` is dense softmax attention,
     `tile=grid` the untiled MonarchAttention.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4 * 6 * 8, 3, 16))  # [B, F*h*w, H, D] each
         >>> monarch_attention(q, k, v, grid=(4, 6, 8), tile=(2, 6, 8)).shape
@@ -113,7 +113,7 @@ def monarch_attention_1d(
     when b1*b2 divides it, tiles are runs of b1*b2 tokens. On a video's tokens, block sizes that cut across
     (F, h, w) give the misaligned factorization of the paper's Figure 7.
 
-    Example:
+    Examples:
         >>> import jax
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 24, 2, 16))
         >>> monarch_attention_1d(q, k, v, block_sizes=(4, 6)).shape
@@ -171,7 +171,7 @@ def monarch_factors(
 
     The map has B*H*N_q*N_k entries: a few thousand tokens at most.
 
-    Example:
+    Examples:
         >>> import jax
         >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 24, 2, 16))
         >>> attention = monarch_factors(q, k, grid=(2, 3, 4)).attention

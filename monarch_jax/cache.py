@@ -45,7 +45,7 @@ class MonarchKVCache:
     step does). With `rolling`, frames past the capacity overwrite the oldest ones except the first `sink_frames`; the
     order of slots does not matter to the attention, so nothing is ever shifted. Keys carry their absolute RoPE.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> cache = MonarchKVCache.init(batch=1, frames=6, height=4, width=5, heads=2, head_dim=8, dtype=jnp.float32)
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 3 * 4 * 5, 2, 8))  # a block of 3 frames

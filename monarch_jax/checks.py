@@ -15,7 +15,7 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")
 def positive(name: str, value: int) -> int:
     """The value as an int.
 
-    Example:
+    Examples:
         >>> positive("heads", 0)
         Traceback (most recent call last):
         ...
@@ -40,7 +40,7 @@ def positive(name: str, value: int) -> int:
 def small(name: str, value: float) -> None:
     """Checks a number such as a norm's epsilon.
 
-    Example:
+    Examples:
         >>> small("eps", float("nan"))
         Traceback (most recent call last):
         ...
@@ -60,7 +60,7 @@ def small(name: str, value: float) -> None:
 def index(name: str, value: int | jax.Array) -> int | jax.Array:
     """An integer that may be traced.
 
-    Example:
+    Examples:
         >>> index("frame", 2.5)
         Traceback (most recent call last):
         ...
@@ -89,7 +89,7 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
 def array(name: str, value: object) -> jax.Array:
     """An array as JAX computes with it: NumPy's float64 is float32 unless `jax_enable_x64` is set.
 
-    Example:
+    Examples:
         >>> array("query", [1.0, 2.0])
         Traceback (most recent call last):
         ...
@@ -115,7 +115,7 @@ def array(name: str, value: object) -> jax.Array:
 def flag(name: str, value: bool) -> bool:
     """The value, if it is a bool: "no" would count as true.
 
-    Example:
+    Examples:
         >>> flag("rolling", "no")
         Traceback (most recent call last):
         ...
@@ -139,7 +139,7 @@ def flag(name: str, value: bool) -> bool:
 def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     """A dtype that attention computes with; float64 is float32 unless `jax_enable_x64` is set.
 
-    Example:
+    Examples:
         >>> float_dtype("dtype", "int8")
         Traceback (most recent call last):
         ...
@@ -175,7 +175,7 @@ def _integer(value: object) -> int | None:
 def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
     """Three positive ints.
 
-    Example:
+    Examples:
         >>> triple("tile", [1, 30, 52], "(n_f, n_h, n_w)")
         (1, 30, 52)
 
@@ -202,7 +202,7 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     """The value, if it is a choice.
 
-    Example:
+    Examples:
         >>> one_of("remat", "ful", ("none", "full"))
         Traceback (most recent call last):
         ...
@@ -228,7 +228,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
 def suggestion(value: object, choices: Iterable[str]) -> str:
     """The closest choice, if one is close, and all of them.
 
-    Example:
+    Examples:
         >>> suggestion("w,hf", ("fh,w", "w,fh"))
         "did you mean 'w,fh'? Choices: 'fh,w', 'w,fh'."
     """

@@ -147,7 +147,7 @@ def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def visibility(visible: Int[Array, " A"], tiles: int) -> Bool[Array, "A C"]:
     """Which of so many key tiles each query tile sees.
 
-    Example:
+    Examples:
         >>> visibility(jnp.array([1, 3]), 3).astype(int).tolist()
         [[1, 0, 0], [1, 1, 1]]
 

@@ -29,7 +29,7 @@ def attention_fn(
 ) -> Callable[..., jax.Array]:
     """Monarch attention as the `attention_fn` of `nnx.MultiHeadAttention` or Linen's `MultiHeadDotProductAttention`.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> attend = attention_fn(grid=(2, 4, 6))
         >>> layer = nnx.MultiHeadAttention(
@@ -108,7 +108,7 @@ def attention_fn(
 class MonarchSelfAttention(nnx.Module):
     """Multi-head self-attention over video tokens with a tiled Monarch map.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> layer = MonarchSelfAttention(32, num_heads=4, tile=(2, 4, 6), rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((1, 4 * 4 * 6, 32)), grid=(4, 4, 6)).shape

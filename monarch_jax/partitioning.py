@@ -221,7 +221,7 @@ def sharding_rule(inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> tuple[
 
     Along a product of batch and heads only the batch may be: parts along both would not lie side by side.
 
-    Example:
+    Examples:
         >>> sharding_rule(("bad", "bch", "a"), ("bah",))
         ('b a d, b c h, a -> b a h', ('a', 'd', 'c'))
         >>> sharding_rule(("bah", "p1"), ("p1",))

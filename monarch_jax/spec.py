@@ -18,7 +18,7 @@ class MonarchSpec:
     tokens form a matrix of `block_rows` x `block_cols`, and each pair of a query tile and a key tile is one Monarch
     matrix with those block sizes.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(21, 30, 52), tile=(3, 30, 52))
         >>> spec.block_rows, spec.block_cols, spec.query_tiles, round(spec.sparsity, 3)
         (90, 52, 7, 0.97)
@@ -152,7 +152,7 @@ class MonarchSpec:
 def sparsity(*, grid: tuple[int, int, int], tile: tuple[int, int, int] | None = None, blocks: str = "fh,w") -> float:
     """Share of the attention map that tiled Monarch does not store, 1 - 1/b1 - 1/b2 (paper, Section 4.2).
 
-    Example:
+    Examples:
         >>> round(sparsity(grid=(21, 30, 52)), 3), round(sparsity(grid=(21, 45, 80), tile=(3, 45, 80)), 3)
         (0.947, 0.98)
 
@@ -179,7 +179,7 @@ def flops(
     L, output (each 2*b1^2*b2*D). Each further step repeats all but Y and the output and adds alpha_R. The vjp (T = 1)
     recomputes R, alpha, Y and L and has two products for every one of the forward.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(21, 30, 52))
         >>> monarch, dense = (count(spec, heads=12, head_dim=128) for count in (flops, dense_flops))
         >>> f"{monarch / 1e12:.2f} TFLOP against {dense / 1e12:.2f}"
@@ -215,7 +215,7 @@ def flops(
 def dense_flops(spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1) -> int:
     """Multiply-adds, counted as 2, of dense attention forward over the same pairs of tiles: 4*N_q*N_k*D.
 
-    Example:
+    Examples:
         >>> dense_flops(MonarchSpec(grid=(1, 2, 2)), heads=1, head_dim=8)
         512
 
@@ -240,7 +240,7 @@ def bytes_moved(
 ) -> int:
     """Bytes that the forward pass (T = 1) must move through device memory: q, k, v read once, the output written once.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(21, 30, 52))
         >>> [f"{bytes_moved(spec, heads=12, head_dim=128, spill=x) / 1e9:.1f} GB" for x in (False, True)]
         ['0.4 GB', '8.9 GB']

@@ -27,7 +27,7 @@ def _shape(x: object) -> object:
 def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Array, "B T b1 b2 *rest"]:
     """Tokens in (frame, height, width) order to tiles of rows and columns; frames of `x` are free.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(2, 4, 6), tile=(1, 2, 6))
         >>> tokens_to_tiles(jnp.zeros((1, 48, 3, 8)), spec).shape
         (1, 4, 2, 6, 3, 8)
@@ -53,7 +53,7 @@ def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Ar
 def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Float[Array, "B N *rest"]:
     """The inverse of `tokens_to_tiles`.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(2, 4, 6), tile=(2, 2, 3), blocks="w,fh")
         >>> x = jnp.arange(48.0).reshape(1, 48, 1, 1)
         >>> bool((tiles_to_tokens(tokens_to_tiles(x, spec), spec) == x).all())
@@ -83,7 +83,7 @@ def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = No
     Key tiles are ordered by time first, so what a block-causal mask and a partly filled cache leave visible is
     always a prefix. A tile counts as valid when all of its frames are.
 
-    Example:
+    Examples:
         >>> spec = MonarchSpec(grid=(6, 2, 2), causal_block=3)
         >>> visible_tiles(spec).tolist()
         [3, 3, 3, 6, 6, 6]

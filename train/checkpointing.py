@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from monarchrt.models.checkpoints.orbax_arrays import read_arrays
+from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import UserError, report_full_disk
+from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, reading_newest, stored_network
+from monarchrt.models.generate.runs import CHECKPOINTS_NAME
 from monarchrt.models.wan.kinds import PLACE
-from monarchrt.train.run_folder import CHECKPOINTS_NAME, SET_ASIDE_NAME
-from monarchrt.train.state import TrainState, checksums, from_arrays, parameter_names, to_arrays
+from monarchrt.train.run_folder import SET_ASIDE_NAME
+from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
 
 FOLDER_NAME = CHECKPOINTS_NAME
 _OWN = f"self_attn.{PLACE}."  # in the names of parameters that belong to a kind of attention
@@ -186,7 +188,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax raises whatever its storage layer raised
                 reason = " ".join(str(error).split())[:160]
-                if _of_the_machine(error):
+                if of_the_machine(error):
                     raise UserError(
                         f"the checkpoint of step {step} in {self.path} could not be read, which need not be its own "
                         f"fault ({type(error).__name__}: {reason}); nothing was changed, so try again with --resume"
@@ -219,48 +221,21 @@ class Checkpoints:
         Raises:
             UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
         """
-        with self._newest() as step:
-            about = self._about(step)
-            stored = _network_names(about)
+        with reading_newest(self.path.parent) as step:
+            stored = stored_network(self.path.parent, step)
             leaves, structure = jax.tree.flatten(template)
             names = parameter_names(template)
             wanted, arrays = dict(zip(names, leaves, strict=True)), {}
             if fresh is not None:
-                shapes = {name: tuple(about["arrays"][stored[name]]["shape"]) for name in names if name in stored}
-                own = {name for name in names if _OWN in name and shapes.get(name) != wanted[name].shape}
+                own = {name for name in names if _OWN in name and stored.shapes.get(name) != wanted[name].shape}
                 if own:
                     made = dict(zip(names, jax.tree.leaves(fresh()), strict=True))
                     arrays = {name: made[name] for name in own}
-            missing = sorted(set(names) - set(stored) - set(arrays))
+            missing = sorted(set(names) - set(stored.names) - set(arrays))
             if missing:
                 raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
-            read = self._read(step, {stored[n]: wanted[n] for n in names if n not in arrays}, about["arrays"])
-            arrays |= {name: read[stored[name]] for name in names if name not in arrays}
+            arrays |= stored.read({name: _target(wanted[name]) for name in names if name not in arrays})
         return jax.tree.unflatten(structure, [arrays[name] for name in names])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the exported network's arrays in the newest checkpoint by name, such as `head.proj.kernel`.
-
-        Raises:
-            UserError: If there is no checkpoint, or it cannot be read.
-        """
-        with self._newest() as step:
-            about = self._about(step)
-            return {name: tuple(about["arrays"][stored]["shape"]) for name, stored in _network_names(about).items()}
-
-    @contextlib.contextmanager
-    def _newest(self) -> Iterator[int]:
-        complete = self.steps()
-        if not complete:
-            raise UserError(f"{self.path} has no checkpoint to start from; give the folder of a finished run")
-        try:
-            yield complete[-1]
-        except UserError:
-            raise
-        except Exception as error:  # Orbax raises whatever its storage layer raised
-            reason = " ".join(str(error).split())[:160]
-            state = "could not be read" if _of_the_machine(error) else "is corrupt"
-            raise UserError(f"the checkpoint of step {complete[-1]} in {self.path} {state} ({reason})") from error
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -285,15 +260,8 @@ class Checkpoints:
                 raise ValueError(f"it has no {name}")
             if (shape := tuple(contents[name]["shape"])) != leaf.shape:
                 raise UserError(f"{name} in the checkpoint of step {step} has shape {shape}, not {leaf.shape}")
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in names.items()
-        }
-        arrays = read_arrays(self.path / str(step) / "state", target)
-        found = jax.device_get(checksums(arrays))
-        for name in target:
-            if int(found[name]) != contents[name]["checksum"]:
-                raise ValueError(f"the checksum of {name} is wrong")
-        return arrays
+        target = {name: _target(leaf) for name, leaf in names.items()}
+        return read_checked(self.path / str(step) / "state", target, contents)
 
     def _move_aside(self, step: int) -> None:
         self._set_aside.mkdir(exist_ok=True)
@@ -303,14 +271,8 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _of_the_machine(error: Exception) -> bool:
-    """Whether an error of reading says nothing of the file: no memory, no permission, a disk that does not answer."""
-    if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-    # TensorStore's errors are ValueErrors that begin with the name of a status
-    return str(error).startswith(("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"))
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 _BEFORE_ROLES = {"params": "params", "frozen": "fixed", "optimizer": "optimizer", "average": "ema"}
@@ -319,7 +281,7 @@ _BEFORE_ROLES = {"params": "params", "frozen": "fixed", "optimizer": "optimizer"
 def _stored_names(names: Iterable[str], contents: Container[str]) -> dict[str, str]:
     """What a checkpoint calls each array of a state: those written before there were roles hold one network.
 
-    Example:
+    Examples:
         >>> names = ["step", "roles.student.average.bias", "roles.student.updates"]
         >>> _stored_names(names, {"step", "params.bias", "ema.bias"})
         {'step': 'step', 'roles.student.average.bias': 'ema.bias', 'roles.student.updates': 'step'}
@@ -334,14 +296,3 @@ def _stored_names(names: Iterable[str], contents: Container[str]) -> dict[str, s
         return "step" if part == "updates" else f"{_BEFORE_ROLES[part]}{dot}{rest}"
 
     return {name: old(name) for name in names}
-
-
-def _network_names(about: dict[str, Any]) -> dict[str, str]:
-    """What a checkpoint calls the arrays of its exported network, by their names in the network."""
-    role = f"roles.{about['exported']}." if "exported" in about else ""
-    parts = ("frozen", "params", "average") if role else ("fixed", "params", "ema")
-    names: dict[str, str] = {}
-    for part in parts:  # a later one stands for an earlier one
-        prefix = f"{role}{part}."
-        names |= {name.removeprefix(prefix): name for name in about["arrays"] if name.startswith(prefix)}
-    return names

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate.runs import GENERATION, override_values
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 
@@ -161,7 +162,7 @@ class ModelConfig:
     def attention_text(self) -> str:
         """The attention in its notation, options put in.
 
-        Example:
+        Examples:
             >>> ModelConfig(tile=(3, 30, 52)).attention_text()
             'monarch(tile=(3,30,52))'
         """
@@ -175,20 +176,11 @@ class ModelConfig:
     def override_values(self) -> dict[str, Any]:
         """The overrides by name; values are read as JSON, or else taken as text.
 
-        Example:
+        Examples:
             >>> ModelConfig(overrides=("dim=96", "remat=dots")).override_values()
             {'dim': 96, 'remat': 'dots'}
         """
-        values: dict[str, Any] = {}
-        for override in self.overrides:
-            name, equals, text = override.partition("=")
-            _require(bool(equals and name), f"overrides has {override!r}; write name=value, for example num_layers=2")
-            try:
-                value = json.loads(text)
-                values[name] = tuple(value) if isinstance(value, list) else value
-            except json.JSONDecodeError:
-                values[name] = text
-        return values
+        return override_values(self.overrides)
 
 
 ObjectiveConfig = FlowConfig
@@ -407,7 +399,7 @@ class TrainConfig:
     def option(self, name: str, setting: str) -> str:
         """How errors call a setting of a role: with the role, if there are several.
 
-        Example:
+        Examples:
             >>> TrainConfig().option("student", "learning_rate")
             'learning_rate'
         """
@@ -465,7 +457,7 @@ def role_defaults(objective: ObjectiveSettings, name: str) -> RoleConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns a config into plain JSON values: paths become strings, tuples lists.
 
-    Example:
+    Examples:
         >>> to_dict(ModelConfig(tile=(1, 2, 4)))["tile"]
         [1, 2, 4]
     """
@@ -495,11 +487,12 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
     Raises:
         UserError: If a setting is unknown or named twice, or a value is of another kind or out of range.
 
-    Example:
+    Examples:
         >>> config = replace_settings(TrainConfig(), {"steps": 5, "model": {"tile": [1, 2, 3]}})
         >>> config.run.steps, config.model.tile
         (5, (1, 2, 3))
     """
+    values = {name: value for name, value in values.items() if name != GENERATION}  # follows from the objective
     asked = values.get("objective")
     name = asked.get("name", config.objective.name) if isinstance(asked, dict) else asked
     if name is not None:
@@ -547,7 +540,7 @@ def from_dict(kind: type, values: Any) -> Any:
     Raises:
         UserError: If a field is unknown, or a value is of another kind or out of range.
 
-    Example:
+    Examples:
         >>> from_dict(ModelConfig, {"tile": [1, 2, 3]}).tile
         (1, 2, 3)
     """

@@ -6,7 +6,7 @@ always the same for the same seed. There is no iterator, so the only thing a che
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,14 +16,12 @@ from jaxtyping import Float32, UInt8
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.files import listed
-from monarchrt.models.media.clips import VIDEOS
 from monarchrt.models.media.latents import PatchDCT
-from monarchrt.models.media.video import read_clip
+from monarchrt.models.media.windows import cut, held_out_count, read_videos, window_starts
 from monarchrt.train.config import DataConfig
 from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
-_MOVING = (*VIDEOS, ".gif", ".apng", ".webp")
 _WAN_CHANNELS = (16, 48)  # of the VAEs of versions 2.1 and 2.2
 
 
@@ -79,7 +77,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
     Returns:
         For each position in the batch (index of the example, number of the draw since the start).
 
-    Example:
+    Examples:
         >>> sorted(index for index, _ in example_order(0, 4, seed=1, count=4))
         [0, 1, 2, 3]
     """
@@ -90,7 +88,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
 def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` different indices, spread evenly over 0...count-1.
 
-    Example:
+    Examples:
         >>> spread(9, 3)
         [0, 4, 8]
     """
@@ -107,7 +105,7 @@ class ClipWindows:
         frames: The whole clip, uint8 [T, H', W', 3]; several one after another.
         transform: Pixels to latents and back.
 
-    Example:
+    Examples:
         >>> config = DataConfig(frames=3, height=16, width=16, held_out=0.4, gap=1)
         >>> windows = ClipWindows(np.zeros((12, 16, 16, 3), np.uint8), config)
         >>> windows.train_starts, windows.held_out_starts
@@ -142,29 +140,22 @@ class ClipWindows:
         self._config = config
         self._text_shape = text_shape
         self._lengths = tuple(lengths)
-        self.train_starts: Sequence[int]
-        self.held_out_starts: Sequence[int]
-        if len(lengths) > 1:
-            starts = [_starts(first, length, config.frames) for first, length in _placed(lengths)]
-            count = held_out_count(len(lengths), config.held_out)
-            self.train_starts = [start for clip in starts[:-count] for start in clip]
-            self.held_out_starts = [start for clip in starts[-count:] for start in clip]
-            if not self.train_starts or not self.held_out_starts:
-                raise UserError(f"{name} has clips of {min(lengths)} frames, fewer than one window of {config.frames}")
-            return
         total, window = len(frames), config.frames
+        self.train_starts, self.held_out_starts = window_starts(
+            self._lengths or (total,), window=window, held_out=config.held_out, gap=config.gap
+        )
+        if self.train_starts and self.held_out_starts:
+            return
+        if len(lengths) > 1:
+            raise UserError(f"{name} has clips of {min(lengths)} frames, fewer than one window of {window}")
         n_train = total - round(total * config.held_out)
-        first_held_out = n_train + config.gap
-        self.train_starts = range(0, n_train - window + 1)
-        self.held_out_starts = range(first_held_out, total - window + 1)
-        if not self.train_starts or not self.held_out_starts:
-            part = "training" if not self.train_starts else "held-out"
-            have = n_train if not self.train_starts else max(0, total - first_held_out)
-            raise UserError(
-                f"{name} has {total} frames at stride {config.stride}; with held_out {config.held_out} and gap "
-                f"{config.gap} the {part} part has {have}, fewer than one window of frames {window}; use a longer "
-                f"video, fewer frames, a smaller gap or another held_out"
-            )
+        part = "training" if not self.train_starts else "held-out"
+        have = n_train if not self.train_starts else max(0, total - n_train - config.gap)
+        raise UserError(
+            f"{name} has {total} frames at stride {config.stride}; with held_out {config.held_out} and gap "
+            f"{config.gap} the {part} part has {have}, fewer than one window of frames {window}; use a longer "
+            f"video, fewer frames, a smaller gap or another held_out"
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -200,8 +191,9 @@ class ClipWindows:
 
     def _window(self, start: int, corner: tuple[int, int] | None = None) -> np.ndarray:
         config = self._config
-        free = self.frames.shape[1] - config.height, self.frames.shape[2] - config.width
-        top, left = corner if corner else (free[0] // 2, free[1] // 2)
+        if corner is None:
+            return cut(self.frames, start, window=config.frames, height=config.height, width=config.width)
+        top, left = corner
         return self.frames[start : start + config.frames, top : top + config.height, left : left + config.width]
 
     def _augment(self, start: int, draw: int, seed: int) -> np.ndarray:
@@ -302,25 +294,6 @@ class LatentFolder:
         return Batch(np.stack(latents), np.stack(text))
 
 
-def held_out_count(count: int, share: float) -> int:
-    """How many of several files are held out: about this share, at least one, and not all.
-
-    Example:
-        >>> held_out_count(10, 0.25), held_out_count(2, 0.01)
-        (2, 1)
-    """
-    return min(count - 1, max(1, round(count * share)))
-
-
-def _placed(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First frame and length of clips that lie one after another."""
-    return zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True)
-
-
-def _starts(first: int, length: int, window: int) -> range:
-    return range(first, first + max(0, length - window + 1))
-
-
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Latents and text of a file, in float32; the safetensors library's own reader has no BF16."""
     with user_input():
@@ -410,27 +383,12 @@ def open_source(
     if config.latents is not None:
         return LatentFolder(config.latents, config, digests=digests)
     video = Path(config.video or "")
-    files = _videos(video) if video.is_dir() else [video]
-    clips = [
-        read_clip(
-            file,
-            height=round(config.height * config.crop),
-            width=round(config.width * config.crop),
-            stride=config.stride,
-            fps=config.fps,
-            min_frames=config.frames if len(files) > 1 else 1,
-        )
-        for file in files
-    ]
-    frames = clips[0] if len(clips) == 1 else np.concatenate(clips)
-    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {video}", lengths=[*map(len, clips)])
-
-
-def _videos(folder: Path) -> list[Path]:
-    """The videos of a folder, by name, without litter."""
-    files = [path for path in listed(folder) if path.suffix.lower() in _MOVING and not path.is_dir()]
-    if not files:
-        raise UserError(
-            f"video {folder} is a folder without videos ({', '.join(_MOVING)}); give a video, or such a folder"
-        )
-    return files
+    frames, lengths = read_videos(
+        video,
+        height=round(config.height * config.crop),
+        width=round(config.width * config.crop),
+        stride=config.stride,
+        fps=config.fps,
+        window=config.frames,
+    )
+    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {video}", lengths=lengths)

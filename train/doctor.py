@@ -184,7 +184,7 @@ def choice(case: Case) -> Choice:
     Raises:
         ValueError: If the tile does not fit the grid.
 
-    Example:
+    Examples:
         >>> choice(Case(grid=(2, 4, 6), tile=(1, 4, 6), heads=1, head_dim=16)).reasons["xla"] is None
         True
     """
@@ -247,7 +247,7 @@ def speed(case: Case, *, seconds: float = 3.0) -> Speed:
 def expected(card: str, case: Case) -> float | None:
     """Milliseconds that a case took on a card of that name, of `speeds.json`; None where nothing is stored.
 
-    Example:
+    Examples:
         >>> expected("NVIDIA H200", Case(grid=(21, 30, 52), tile=(1, 30, 52)))
         2.12
     """

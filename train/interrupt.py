@@ -30,7 +30,7 @@ class StopRequest:
 
     Signals reach the main thread only; elsewhere this does nothing.
 
-    Example:
+    Examples:
         >>> with StopRequest() as stop:
         ...     signal.raise_signal(signal.SIGINT)
         ...     stop.signal
@@ -66,7 +66,7 @@ def stoppable() -> Iterator[None]:
     Python drops what is raised in callbacks of garbage collection (JAX has one) and in finalizers, where a signal may
     just find the program: then it is sent again, until it is raised somewhere else.
 
-    Example:
+    Examples:
         >>> with stoppable():
         ...     signal.raise_signal(signal.SIGTERM)
         Traceback (most recent call last):

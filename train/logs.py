@@ -58,7 +58,7 @@ class RunLog:
     none, and left out of TensorBoard. Lines are flushed one by one, so that a killed run has them all. On resume, what
     lies after the checkpoint's step first goes to `log_dropped.jsonl`, so that every step is in the log once.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> with RunLog(folder, step=0) as log:

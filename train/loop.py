@@ -242,7 +242,7 @@ class _Run:
         resumed = bool(self.previous and self.previous.steps())
         if self.previous is None and (run.folder / FOLDER_NAME).exists():
             raise UserError(f"folder {run.folder} was begun by another run meanwhile; try again with --resume")
-        write_config(config)
+        write_config(config, latents=self.source.latent_shape[:3])
         if isinstance(self.source, LatentFolder):
             self.source.keep_digests()
         checkpoints = self.previous or self._open()

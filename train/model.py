@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from monarchrt.models.checkpoints.reading import Shardings
     from monarchrt.models.wan import Attention, WanConfig, WanModel
+    from monarchrt.models.wan.checkpoints.source import Source
 
 
 def attention_setting(config: ModelConfig) -> "Attention":
@@ -120,12 +121,15 @@ def check_frame_size(data: DataConfig, settings: "WanConfig") -> None:
             )
 
 
-def check_pretrained(path: Path, settings: "WanConfig") -> None:
+def check_pretrained(path: Path, settings: "WanConfig") -> "Source":
     """Looks whether a Wan checkpoint is of the network's sizes, before anything is computed; reads no tensors.
 
     Args:
         path: As `pretrained_parameters`.
         settings: The network.
+
+    Returns:
+        The opened checkpoint, for `pretrained_parameters`.
 
     Raises:
         UserError: If the checkpoint cannot be read or is of another network; names the preset that would fit.
@@ -141,6 +145,7 @@ def check_pretrained(path: Path, settings: "WanConfig") -> None:
         source.check()
     except ValueError as error:
         raise UserError(_not_ours(path, error) + hint) from error
+    return source
 
 
 def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConfig) -> None:
@@ -192,7 +197,9 @@ def _not_ours(path: Path, error: ValueError) -> str:
     return f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
 
 
-def pretrained_parameters(path: Path, settings: "WanConfig", *, sharding: "Shardings | None" = None) -> "nnx.State":
+def pretrained_parameters(
+    path: Path, settings: "WanConfig", *, source: "Source | None" = None, sharding: "Shardings | None" = None
+) -> "nnx.State":
     """Reads the parameters of a Wan checkpoint of any format.
 
     The attention that is stored with the weights may differ: finetuning is how weights come to another.
@@ -200,6 +207,7 @@ def pretrained_parameters(path: Path, settings: "WanConfig", *, sharding: "Shard
     Args:
         path: A folder or file, or the name of a Hugging Face repository.
         settings: The network that they are for; its sizes must be the checkpoint's.
+        source: The checkpoint, if it is open already.
         sharding: Where each goes, by path and shape.
 
     Returns:
@@ -210,10 +218,11 @@ def pretrained_parameters(path: Path, settings: "WanConfig", *, sharding: "Shard
     """
     from flax import nnx
 
-    from monarchrt.models.wan.checkpoints import load_checkpoint
+    from monarchrt.models.wan.checkpoints import load_source, open_source
 
     try:
-        model = load_checkpoint(path, config=settings, sharding=sharding, override=True)
+        source = source or open_source(path, config=settings)
+        model = load_source(source, config=settings, sharding=sharding, override=True)
     except ValueError as error:
         raise UserError(_not_ours(path, error)) from error
     return nnx.state(model, nnx.Param)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import UserError
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
@@ -30,7 +31,6 @@ from monarchrt.train.state import (
     Training,
     TrainState,
     check_trainable,
-    checksums,
     create_role,
     create_state,
     make_training,
@@ -70,6 +70,7 @@ class Networks:
         models: Mapping[str, nnx.Module],
     ):
         self._config, self._channels, self._placement, self._models = config, channels, placement, models
+        self._sources: dict[str, Any] = {}  # checkpoints that were opened and looked through
         settings = objective.settings
         steps = range(1, config.run.steps + 1)
         updates = {name: sum(name in objective.due(step) for step in steps) for name in settings.training}
@@ -168,7 +169,7 @@ class Networks:
 
     def _check_origin(self, origin: Path, name: str) -> None:
         if not (origin / FOLDER_NAME).is_dir():
-            check_pretrained(origin, self.configs[name])
+            self._sources[name] = check_pretrained(origin, self.configs[name])
             return
         with Checkpoints(origin, read_only=True) as checkpoints:
             model = self._config.role(name).model
@@ -212,7 +213,10 @@ class Networks:
             found = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), found, params)
         else:
             found = pretrained_parameters(
-                origin, self.configs[name], sharding=lambda _, shape: self._placement.sharding(shape)
+                origin,
+                self.configs[name],
+                source=self._sources.pop(name, None),
+                sharding=lambda _, shape: self._placement.sharding(shape),
             )
         return nnx.merge(graph, found, others)
 

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import is_litter
+from monarchrt.models.generate.runs import CHECKPOINTS_NAME, CONFIG_NAME, GENERATION
 from monarchrt.train.config import (
     DataConfig,
     ModelConfig,
@@ -33,9 +35,7 @@ from monarchrt.train.config import (
 )
 from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
 
-CONFIG_NAME = "config.json"
 DIGESTS_NAME = "data.json"
-CHECKPOINTS_NAME = "checkpoints"
 SET_ASIDE_NAME = "unreadable_checkpoints"
 SAMPLES_NAME = "samples"
 _UNFINISHED = "config.part"
@@ -166,8 +166,12 @@ class FolderLock:
             os.close(self._descriptor)
 
 
-def write_config(config: TrainConfig) -> None:
+def write_config(config: TrainConfig, *, latents: Sequence[int] | None = None) -> None:
     """Makes the run folder and writes config.json, at once or not at all.
+
+    Args:
+        config: The settings.
+        latents: Shape (F, h, w) of the latents that it trains on, for what samples its network.
 
     Raises:
         DiskFullError: If there is no room.
@@ -178,6 +182,8 @@ def write_config(config: TrainConfig) -> None:
     # how it was called this time is no setting of the run
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     values = to_dict(fresh) | {"model": fresh.model.stored()}
+    generation = config.objective.generation
+    values[GENERATION] = dataclasses.asdict(generation) | {"latents": None if latents is None else list(latents)}
     for name, role in fresh.roles.items():
         values["roles"][name]["model"] = role.model.stored()
     try:
@@ -205,6 +211,8 @@ def read_config(folder: Path) -> TrainConfig | None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # no JSON or text, numbers of thousands of digits, a million brackets
         raise UserError(f"{path} is damaged ({error}); mend it or give another run folder") from error
+    if isinstance(values, dict):
+        values.pop(GENERATION, None)  # follows from the objective
     try:
         return from_dict(TrainConfig, values)
     except UserError as error:
@@ -268,7 +276,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
     Raises:
         UserError: If model, attention, data, batch, seed or objective differ; names both values.
 
-    Example:
+    Examples:
         >>> saved, wanted = {"tile": [1, 2, 2]}, {"tile": [1, 4, 4]}
         >>> compare_identity(saved, wanted, step=7, folder=Path("run"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):

@@ -28,7 +28,7 @@ class Placement:
     Raises:
         UserError: If the devices do not divide a part of the batch.
 
-    Example:
+    Examples:
         >>> placement = Placement(batch=4, devices=jax.local_devices()[:1])
         >>> placement.batch((np.zeros((4, 2)),))[0].shape
         (4, 2)

@@ -1,7 +1,6 @@
 """What training carries from step to step, as one pytree: the networks by role, each with its optimizer and average."""
 
 import fnmatch
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Int
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import OptimizerConfig
@@ -72,7 +71,7 @@ class TrainState:
 def trainable_filter(names: Sequence[str]) -> Filter:
     """The variables that `OptimizerConfig.trainable` asks for: parameters of any kind, all or by pattern.
 
-    Example:
+    Examples:
         >>> graph, params, frozen = split_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable_filter(["bias"]))
         >>> parameter_names(params), parameter_names(frozen)
         (['bias'], ['kernel'])
@@ -130,7 +129,7 @@ def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Sche
     Returns:
         step -> learning rate.
 
-    Example:
+    Examples:
         >>> rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4), steps=10)
         >>> [float(rate(step)) for step in (0, 1, 3, 9)]
         [0.25, 0.5, 1.0, 1.0]
@@ -278,26 +277,3 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether every floating-point number in the tree is finite."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats])) if floats else jnp.array(True)
-
-
-@jax.jit
-def checksums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    """A 32-bit checksum of each array's bits, computed where the array lives.
-
-    Sums the words, each multiplied with an odd number that depends on its place, modulo 2**32: the order of summation
-    does not matter, so the checksum is the same on every device and under every sharding.
-    """
-    return {name: _checksum(array) for name, array in arrays.items()}
-
-
-def _checksum(array: Array) -> Array:
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    width = array.dtype.itemsize * 8
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
-    # counted axis by axis: a flat view of an array that is split would be gathered on every device first
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)

@@ -107,7 +107,7 @@ def compile_for(compute_capability: int, device_kind: str | None = None):
 
     Without it the first local GPU counts, and on a machine without one compute capability 90 (Hopper).
 
-    Example:
+    Examples:
         >>> with compile_for(80):
         ...     target().compute_capability
         80

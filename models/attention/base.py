@@ -127,7 +127,7 @@ def map_keys(cache: Any, function: Callable[[Array], Array]) -> Any:
 class Density(NamedTuple):
     """How much of the attention map, N^2 entries for N tokens, there is.
 
-    Example:
+    Examples:
         >>> print(Density(asked=0.03, kept=0.017, visible=0.03))
         1.7% of the map, 3.0% of what is visible
 
@@ -160,7 +160,7 @@ FULL = Density(1.0, 1.0, 1.0)
 def visible_share(grid: Grid, causal_block: int | None) -> float:
     """Share of the map that is not masked.
 
-    Example:
+    Examples:
         >>> round(visible_share((21, 30, 52), 3), 3)
         0.571
     """
@@ -397,7 +397,7 @@ class Attention(abc.ABC):
 def leaves(setting: Attention) -> list[Attention]:
     """The kinds that a setting is made of in the end, which attend themselves.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.attention.notation import parse
         >>> [leaf.name for leaf in leaves(parse("first_layers(2, dense, first_steps(1, dense, monarch))"))]
         ['dense', 'dense', 'monarch']

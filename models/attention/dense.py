@@ -16,7 +16,7 @@ from monarchrt.models.attention.softmax import IMPLEMENTATIONS, softmax_attentio
 class DenseAttention(Attention):
     """Softmax attention over all tokens.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> DenseAttention()(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)

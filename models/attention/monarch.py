@@ -25,7 +25,7 @@ from monarchrt.models.attention.base import (
 class MonarchAttention(Attention):
     """Tiled Monarch attention (MonarchRT paper, Section 4); has no parameters of its own.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> MonarchAttention(tile=(2, 2, 2))(x, x, x, grid=(2, 2, 2)).shape

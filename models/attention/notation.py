@@ -45,7 +45,7 @@ class Call:
 def parse(text: str) -> "Attention":
     """The setting that a text describes.
 
-    Example:
+    Examples:
         >>> parse("first_layers(2, dense, monarch(tile=(3, 30, 52)))").after.tile
         (3, 30, 52)
 
@@ -69,7 +69,7 @@ def parse(text: str) -> "Attention":
 def to_text(setting: "Attention | Sequence[Attention]") -> str:
     """The text of a setting, or of one setting per layer, on one line; fields that have their default are left out.
 
-    Example:
+    Examples:
         >>> to_text(parse("monarch( tile = [3, 30, 52], num_iters = 1 )"))
         'monarch(tile=(3,30,52))'
         >>> to_text([parse("dense")] * 3)
@@ -116,7 +116,7 @@ def from_json(data: Any, *, where: str) -> "Attention":
 def with_options(text: str, options: Mapping[str, Any]) -> str:
     """A text with options of the command line put in, which are fields of the one kind that has a short form.
 
-    Example:
+    Examples:
         >>> with_options("monarch", {"tile": (3, 30, 52), "num_iters": 2})
         'monarch(tile=(3,30,52), num_iters=2)'
 
@@ -133,7 +133,7 @@ def with_options(text: str, options: Mapping[str, Any]) -> str:
 def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
     """The inverse of `with_options`: a text that the short form can say becomes that, with the options given beside it.
 
-    Example:
+    Examples:
         >>> known = {"tile": tuple, "num_iters": int}
         >>> split_options("monarch(tile=(3,30,52))", {"num_iters": 2}, known)
         ('monarch', {'tile': (3, 30, 52), 'num_iters': 2})

@@ -58,7 +58,7 @@ def names() -> tuple[str, ...]:
 def kind_named(name: str) -> "type[Attention]":
     """The class of a kind, imported when it is first asked for.
 
-    Example:
+    Examples:
         >>> kind_named("dense").__name__
         'DenseAttention'
 

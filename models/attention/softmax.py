@@ -19,7 +19,7 @@ def softmax_attention(
 ) -> Float[Array, "B Q n d"]:
     """Softmax attention without a mask, scale d^-1/2, float32 softmax.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> softmax_attention(x, x, x).shape
         (1, 8, 2, 4)

@@ -10,7 +10,7 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def names_repository(path: str | Path) -> bool:
     """Whether this is no path here, but may be a repository `owner/name`.
 
-    Example:
+    Examples:
         >>> names_repository("Wan-AI/Wan2.1-T2V-1.3B"), names_repository("/no/such/folder")
         (True, False)
     """

@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
     """The object in a text.
 
-    Example:
+    Examples:
         >>> parse_json('{"shift": 3.0}', "scheduler_config.json")
         {'shift': 3.0}
         >>> parse_json('{"a": 1, "a": 2}', "config.json")

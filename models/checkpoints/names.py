@@ -29,7 +29,7 @@ PREFERENCE = ("generator_ema", "ema", "ema_model", "generator", "model")
 def strip_prefixes(names: Iterable[str], *, anchors: tuple[str, ...], where: Path) -> dict[str, str]:
     """Bare name to name in the file.
 
-    Example:
+    Examples:
         >>> strip_prefixes(["module.model._orig_mod.a.w"], anchors=("a.w",), where=Path("x.pt"))
         {'a.w': 'module.model._orig_mod.a.w'}
 

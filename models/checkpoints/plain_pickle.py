@@ -30,7 +30,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read_pickle(data: bytes, *, build: dict[tuple[str, str], Any], storage: Callable[..., Any]) -> Any:
     """What a pickle holds.
 
-    Example:
+    Examples:
         >>> import pickle
         >>> read_pickle(pickle.dumps({"a": [1, None]}), build={}, storage=print)
         {'a': [1, None]}

@@ -89,7 +89,7 @@ class Entry:
 def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
     """A checkpoint's array in our layout; a view of a NumPy array.
 
-    Example:
+    Examples:
         >>> to_ours(np.zeros((5, 4, 3, 2, 1)), "conv").shape, to_ours(np.zeros((5, 1, 1)), "flat").shape
         ((3, 2, 1, 4, 5), (5,))
 
@@ -128,7 +128,7 @@ def is_float(info: TensorInfo) -> bool:
 def some(items: list[str], count: int = 3) -> str:
     """The first few, and how many more.
 
-    Example:
+    Examples:
         >>> some(["a", "b", "c", "d"])
         'a; b; c; and 1 more'
     """

@@ -120,7 +120,7 @@ def refuse(names: Iterable[str], where: Path, wanted: str) -> ValueError:
 def what_has(names: Iterable[str], *tables: tuple[tuple[str, str], ...]) -> tuple[str, list[str]] | None:
     """The first row of the tables that some of the names match, and those names.
 
-    Example:
+    Examples:
         >>> what_has(["vace_blocks.0.before_proj.weight"], RELATIVES)
         ('Wan VACE', ['vace_blocks.0.before_proj.weight'])
     """

@@ -108,7 +108,7 @@ def widened(file: TensorFile) -> TensorFile:
 def finite(array: np.ndarray) -> bool:
     """Whether no number is NaN or infinite; a few tenths of a nanosecond each, in the cache.
 
-    Example:
+    Examples:
         >>> finite(np.ones(3, np.float16)), finite(np.array([1, np.inf], ml_dtypes.bfloat16))
         (True, False)
     """

@@ -157,7 +157,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
 def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Raises ValueError for shapes that no array can have: over 8 axes, or sizes beyond 2^60 bytes.
 
-    Example:
+    Examples:
         >>> check_shape((1536, 16, 1, 2, 2), np.dtype("float32"))
     """
     if len(shape) > 8 or math.prod(max(n, 1) for n in shape) * dtype.itemsize > 2**60:

@@ -172,6 +172,9 @@ class GenerateConfig:
     weights: str | None = None
     """Set of weights of a .pt file, for example generator_ema."""
 
+    num_heads: int | None = None
+    """Attention heads of the network, for files without config.json whose heads are not of 128 channels."""
+
     quality: int = 16
     """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
 
@@ -213,7 +216,7 @@ class GenerateConfig:
             not (self.compare_dense and self.compare),
             f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
         )
-        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom"):
+        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom", "num_heads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in ("context", "num_iters"):
@@ -263,7 +266,7 @@ class GenerateConfig:
     def attention_text(self) -> str:
         """The attention in its notation, options put in.
 
-        Example:
+        Examples:
             >>> GenerateConfig(tile=(3, 30, 52)).attention_text()
             'monarch(tile=(3,30,52))'
         """
@@ -272,7 +275,7 @@ class GenerateConfig:
     def stored(self) -> dict[str, Any]:
         """What goes into the video's metadata: JSON values by name.
 
-        Example:
+        Examples:
             >>> GenerateConfig(prompt="a cat", seed=3).stored()["seed"]
             3
         """
@@ -304,11 +307,11 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
         f"{source} was made by another version: it has the settings {', '.join(ascii(name)[1:-1] for name in unknown)}",
     )
     hints = get_type_hints(GenerateConfig)
-    return GenerateConfig(**{name: _revived(name, hints[name], value, source) for name, value in values.items()})
+    return GenerateConfig(**{name: revived(name, hints[name], value, source) for name, value in values.items()})
 
 
-def _revived(name: str, hint: Any, value: Any, source: Path) -> Any:
-    """A JSON value as a setting of this type."""
+def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
+    """A JSON value as a setting of this type; UserError, which names the file that it is from, if it is of another."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in (getattr(kind, "__value__", kind) for kind in kinds):
         if _fits(kind, value):

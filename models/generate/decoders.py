@@ -54,7 +54,7 @@ class FrameDecoder(Protocol):
 def frames_of(decoder: FrameDecoder, latents: int) -> int:
     """Frames that so many latents make.
 
-    Example:
+    Examples:
         >>> frames_of(PatchDecoder(PatchDCT(patch=4)), 7)
         7
     """
@@ -70,7 +70,7 @@ def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
 class PatchDecoder:
     """The inverse of a fixed patch transform: each latent frame is one frame.
 
-    Example:
+    Examples:
         >>> dct = PatchDCT(patch=4, whitening=1.0)
         >>> decoder = PatchDecoder(dct)
         >>> video = np.full((1, 2, 8, 8, 3), 77, np.uint8)
@@ -126,7 +126,7 @@ def _checked(video: Array) -> tuple[Array, Array]:
 class WanDecoder:
     """Wan's VAE, streaming: the first latent is one frame, each further one is four.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.vae import vae_config
         >>> decoder = WanDecoder(WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0)))
         >>> state = decoder.start(1, 2, 3)

@@ -2,33 +2,29 @@
 
 import contextlib
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 
 from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
+from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
+from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
-from monarchrt.models.generate.plan import Defaults, Plan, check_attention, make_plan
-from monarchrt.models.generate.tensors import read_noise
+from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, check_attention, make_plan
+from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
-from monarchrt.models.media.video import read_clip
-from monarchrt.models.sampling import Noise
 from monarchrt.models.vae import load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
 if TYPE_CHECKING:
     from monarchrt.models.wan.checkpoints.source import Source
 
-WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
 # what each part is called in an official folder and in a diffusers folder
 PARTS = {
     "VAE": ("Wan2.1_VAE.pth", "vae"),
@@ -106,68 +102,28 @@ def wan_defaults(source: "Source") -> Defaults:
     Returns:
         The defaults; distilled models are causal, though Self-Forcing's files do not say so.
     """
+    own = _as_trained(source)
     if source.few_step:
-        return Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True)
+        return Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True, **own)
     causal = source.config.causal_block is not None
-    own: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # of a scheduler that we have not, which the caller is told of
         if (scheduler := source.scheduler) is not None:
-            own = {"sampler": scheduler.sampler, "shift": scheduler.shift, "shift_from": scheduler.path.name}
+            own = {"sampler": scheduler.sampler, "shift": scheduler.shift, "shift_from": scheduler.path.name} | own
     return Defaults(mode="autoregressive" if causal else "bidirectional", distilled=False, causal=causal, **own)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """Everything that a video is made of.
-
-    Attributes:
-        plan: What to make.
-        pipeline: Network and decoder.
-        text: Embedding of the prompt.
-        negative: Of the negative prompt, with guidance.
-        initial: Latents that the video begins with.
-        noise: Instead of the seed's.
-        reference: Loads what `compare` names.
-    """
-
-    plan: Plan
-    pipeline: VideoPipeline
-    text: Any
-    negative: Any = None
-    initial: Any = None
-    noise: Noise | None = None
-    reference: Callable[[], VideoPipeline] | None = None
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `pipeline` and of `make_video`."""
-        names = ("plan", "negative", "initial", "noise")
-        return {name: getattr(self, name) for name in names}
-
-
-@runtime_checkable
-class Opened(Protocol):
-    """A checkpoint that was found and looked through, and of which no weights have been read.
-
-    Attributes:
-        sizes: Of the network, with the attention that is stored.
-    """
-
-    sizes: WanConfig
-
-    def material(self, config: GenerateConfig) -> Material:
-        """Everything for a video; sizes and files are checked before any weights are read."""
-        ...
-
-    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
-        """The network, with its own attention unless another is given."""
-        ...
-
-
-# who opens a checkpoint, asked in this order: a function from settings to what was opened, or None if it is not theirs
-OPENERS = {
-    "a run folder": "monarchrt.train.export:open_run",
-    "a Wan checkpoint": "monarchrt.models.generate.load:open_wan",
-}
+def _as_trained(source: "Source") -> dict[str, Any]:
+    """The defaults that are stored with the weights: the size of what they were trained on, and the noise levels."""
+    trained = source.trained
+    if trained is None:
+        return {}
+    own: dict[str, Any] = {}
+    if trained.latents is not None:
+        frames, height, width = trained.latents
+        own = {"frames": 1 + (frames - 1) * TEMPORAL, "height": height * SPATIAL, "width": width * SPATIAL}
+    if trained.shift is not None:
+        own |= {"shift": trained.shift, "shift_from": "the run that it was trained in"}
+    return own | ({} if trained.steps is None else {"steps": trained.steps})
 
 
 def open_checkpoint(config: GenerateConfig) -> Opened:
@@ -178,18 +134,13 @@ def open_checkpoint(config: GenerateConfig) -> Opened:
     """
     if config.checkpoint is None:
         raise UserError("no checkpoint was given; give the path of one, or the name of a Hugging Face repository")
-    for place in OPENERS.values():
-        module, _, function = place.partition(":")
-        opened = getattr(importlib.import_module(module), function)(config)
-        if opened is not None:
-            return opened
-    raise UserError(f"checkpoint {config.checkpoint} is neither of {', '.join(OPENERS)}")
+    return open_run(config) or open_wan(config)
 
 
 def load_material(config: GenerateConfig) -> Material:
     """Loads everything that a video is made of from paths: of a Wan checkpoint and its parts, or of a run folder.
 
-    Example:
+    Examples:
         >>> material = load_material(GenerateConfig(checkpoint="runs/demo/monarch", frames=13))  # doctest: +SKIP
         >>> frames = material.pipeline(material.text, **material.options())  # doctest: +SKIP
 
@@ -205,7 +156,7 @@ def load_material(config: GenerateConfig) -> Material:
     opened = open_checkpoint(config)
     if config.compare is None:
         return opened.material(config)
-    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None)
+    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, num_heads=None)
     try:
         other = open_checkpoint(apart)
     except UserError as error:
@@ -241,15 +192,11 @@ class WanCheckpoint:
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""
-        from monarchrt.models.wan.checkpoints.load import read_model, resolve_config
+        from monarchrt.models.wan.checkpoints.load import load_source
 
         dtype = half_precision(config)
         with user_input():
-            self.source.check()
-            chosen = resolve_config(
-                self.source, None, attention=attention, dtype=dtype, param_dtype=dtype, override=True
-            )
-            return read_model(self.source, chosen)
+            return load_source(self.source, attention=attention, dtype=dtype, param_dtype=dtype, override=True)
 
     def material(self, config: GenerateConfig) -> Material:
         """Everything for a video."""
@@ -261,7 +208,7 @@ def open_wan(config: GenerateConfig) -> WanCheckpoint:
     from monarchrt.models.wan.checkpoints.source import open_source
 
     with user_input():
-        return WanCheckpoint(open_source(config.checkpoint or "", weights=config.weights))
+        return WanCheckpoint(open_source(config.checkpoint or "", weights=config.weights, num_heads=config.num_heads))
 
 
 def _say(line: str) -> None:
@@ -337,12 +284,6 @@ def _tell_of_schedulers(source: "Source", report: Callable[[str], None]) -> None
         report(f"note: {error} Wan's own sampler and shift are used")
 
 
-def given_noise(plan: Plan, channels: int, *, given: int) -> Noise | None:
-    """The noise of `--noise`, for the latents after the `given` ones; None without it."""
-    path = plan.config.noise
-    return None if path is None else read_noise(path, plan, channels=channels, given=given)
-
-
 def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:
     found = decoder.channels, decoder.spatial, decoder.temporal
     if found != (channels, plan.spatial, plan.temporal):
@@ -350,38 +291,3 @@ def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:
             f"the VAE has {found[0]} channels and makes {found[1]} pixels and {found[2]} frames of a latent; the "
             f"network needs {channels}, {plan.spatial} and {plan.temporal}"
         )
-
-
-def condition_latents(plan: Plan, decoder: FrameDecoder) -> Any:
-    """Latents of the image or clip that the video begins with; None if there is none.
-
-    Raises:
-        UserError: If it cannot be read, or its frames do not make whole blocks.
-    """
-    frames = condition_frames(plan)
-    return None if frames is None else decoder.encode(frames[None])
-
-
-def condition_frames(plan: Plan) -> np.ndarray | None:
-    """Frames of the image or clip, at the video's size, uint8 [T, H, W, 3]."""
-    config = plan.config
-    if config.condition is None or config.condition.lower() == NO_CONDITION:
-        return None
-    if config.mode == "bidirectional":
-        raise UserError("condition needs --mode autoregressive or windows; a whole clip at once begins with nothing")
-    if not Path(config.condition).is_file():
-        raise UserError(f"condition {config.condition} is not a file; give an image or a video, or {NO_CONDITION!r}")
-    wanted = config.condition_frames or 1 + (plan.first_block - 1) * plan.temporal
-    rate = config.condition_fps
-    if rate is None:
-        rate = WAN_RATE if plan.temporal > 1 else 0.0
-    frames = read_clip(
-        config.condition, height=config.height or 0, width=config.width or 0, max_frames=wanted, fps=rate
-    )
-    if rate and len(frames) > 1:
-        advice = "--condition-fps 0 takes the frames that are stored"
-        print(f"{config.condition} is read at {rate:g} frames per second; {advice}", file=sys.stderr)
-    if len(frames) < wanted and config.condition_frames is not None:
-        raise UserError(f"condition {config.condition} has {len(frames)} frames, fewer than {wanted}")
-    plan.begins_with(len(frames))
-    return frames

@@ -54,7 +54,7 @@ class Result:
 def comparison_path(out: Path) -> Path:
     """Where the side-by-side video goes.
 
-    Example:
+    Examples:
         >>> comparison_path(Path("cat.mp4")).name
         'cat-compare.mp4'
         >>> comparison_path(Path("cat/%05d.png")).parent.name

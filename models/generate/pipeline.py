@@ -18,7 +18,7 @@ from monarchrt.models.wan import WanModel
 class VideoPipeline:
     """A network and a decoder that make videos by a plan.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from monarchrt.models.generate.config import GenerateConfig

@@ -1,6 +1,7 @@
 """From settings to a plan: every default filled in, every size checked, before any weights are read."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from monarchrt.models.attention.base import FULL, Attention, Density, density_of_layers, leaves
@@ -15,6 +16,7 @@ LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
 LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
 BLOCK = 3  # latent frames, of Self-Forcing
+SPATIAL, TEMPORAL = 8, 4  # pixels and frames per latent of Wan's VAE
 USED_IN = {"window": ("autoregressive", "windows"), "sink_frames": ("autoregressive",), "context": ("windows",)}
 PIECE = 3  # latent frames that a clip made at once is decoded in
 
@@ -134,7 +136,7 @@ class Plan:
 
 
 def make_plan(
-    config: GenerateConfig, *, defaults: Defaults, model: WanConfig, spatial: int = 8, temporal: int = 4
+    config: GenerateConfig, *, defaults: Defaults, model: WanConfig, spatial: int = SPATIAL, temporal: int = TEMPORAL
 ) -> Plan:
     """Fills in what was not said and checks what was.
 
@@ -151,7 +153,7 @@ def make_plan(
     Raises:
         UserError: If a size, a number of frames, a tile or a setting does not fit; the message names one that does.
     """
-    config = _complete(config, defaults, model)
+    config = _complete(config, defaults, model, temporal)
     _check_model(model)
     latents = (_latent_frames(config, temporal), *_latent_size(config, model, spatial))
     with user_input():
@@ -215,7 +217,7 @@ def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windo
     return tuple(notes)
 
 
-def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> GenerateConfig:
+def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:
     """With the checkpoint's defaults."""
     mode = defaults.mode if config.mode == "auto" else config.mode
     if config.sampler != "auto":
@@ -242,7 +244,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
         "fps": defaults.fps,
         "shift": defaults.shift,
         "guidance": 1.0 if few else defaults.guidance,
-        "steps": 4 if few else defaults.steps or 50,
+        "steps": (defaults.steps if few == (defaults.sampler == "few-step") else None) or (4 if few else 50),
     } | {name: value for name, value in given.items() if value is not None}
     window = config.window
     if mode == "windows" and window is None:
@@ -252,8 +254,20 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig) -> G
     trained = model.causal_block
     if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
         raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
-    block = config.block or trained or BLOCK
-    return dataclasses.replace(config, mode=mode, sampler=sampler, window=window, block=block, **filled)
+    block = config.block or trained or (BLOCK if mode == defaults.mode else _block(config, model))
+    complete = dataclasses.replace(config, mode=mode, sampler=sampler, window=window, block=block, **filled)
+    if mode != defaults.mode and config.frames is None:  # the checkpoint's choice is for its own mode
+        complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
+    return complete
+
+
+def _block(config: GenerateConfig, model: WanConfig) -> int:
+    """Latent frames per block of a model that was not trained on any: those of Self-Forcing, in whole tiles."""
+    with user_input():
+        settings = _attention(config, model)
+    parts = [leaf for setting in (settings if isinstance(settings, tuple) else (settings,)) for leaf in leaves(setting)]
+    frames = math.lcm(*(part.unit[0] for part in parts if part.unit is not None)) * model.patch_size[0]
+    return BLOCK if not BLOCK % frames else frames
 
 
 def _check_model(model: WanConfig) -> None:
@@ -267,6 +281,20 @@ def _check_model(model: WanConfig) -> None:
 
 def _latent_frames(config: GenerateConfig, temporal: int) -> int:
     """Latent frames of the video; they must make whole blocks."""
+    frames, nearest = config.frames or 1, _nearest(config, temporal)
+    if frames not in nearest:
+        rules = [f"be 1 + {temporal} k"] if temporal > 1 else []
+        if config.mode == "autoregressive":
+            first = "after the first one " if config.independent_first_frame else ""
+            rules.append(f"make {first}whole blocks of {config.block or BLOCK} latent frames")
+        raise UserError(
+            f"frames is {frames}; it must {' and '.join(rules)}; the nearest: {' or '.join(map(str, nearest))}"
+        )
+    return 1 + (frames - 1) // temporal
+
+
+def _nearest(config: GenerateConfig, temporal: int) -> list[int]:
+    """Numbers of frames that make whole latents and blocks: the setting itself, or those below and above it."""
     first, block = (1 if config.independent_first_frame else 0), config.block or BLOCK
     blocked = config.mode == "autoregressive"
 
@@ -278,15 +306,9 @@ def _latent_frames(config: GenerateConfig, temporal: int) -> int:
         return not blocked or (latents > first and (latents - first) % block == 0)
 
     frames = config.frames or 1
-    if not whole(frames):
-        below = next((n for n in range(frames, 0, -1) if whole(n)), None)
-        above = next(n for n in range(frames, frames + 4 * temporal * block + 2) if whole(n))
-        nearest = f"{below} or {above}" if below else f"{above}"
-        rules = [f"be 1 + {temporal} k"] if temporal > 1 else []
-        if blocked:
-            rules.append(f"make {'after the first one ' if first else ''}whole blocks of {block} latent frames")
-        raise UserError(f"frames is {frames}; it must {' and '.join(rules)}; the nearest: {nearest}")
-    return 1 + (frames - 1) // temporal
+    below = next((n for n in range(frames, 0, -1) if whole(n)), None)
+    above = next(n for n in range(frames, frames + 4 * temporal * block + 2) if whole(n))
+    return [n for n in dict.fromkeys((below, above)) if n is not None]
 
 
 def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tuple[int, int]:
@@ -377,6 +399,10 @@ def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
     if isinstance(plan.settings, Windows) and plan.settings.window is None and plan.latents[0] % (unit[0] * patch[0]):
         latents = max(1, plan.latents[0] // (unit[0] * patch[0])) * unit[0] * patch[0]
         advice.append(f"--frames {1 + (latents - 1) * plan.temporal}")
+    if isinstance(plan.settings, Rollout) and plan.settings.block % (frames := unit[0] * patch[0]):
+        first = 1 if plan.settings.independent_first_frame else 0
+        count = max(1, (plan.latents[0] - first) // frames) * frames + first
+        advice.append(f"--block {frames} --frames {1 + (count - 1) * plan.temporal}")
     for name, at in (("height", 1), ("width", 2)):
         size = unit[at] * patch[at] * plan.spatial
         pixels = plan.latents[at] * plan.spatial

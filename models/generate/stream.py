@@ -69,7 +69,7 @@ def _refused(host: str, port: int, error: OSError) -> UserError:
 def own_host(named: str | None, host: str) -> bool:
     """Whether a request's Host header names this page: no name that another could have pointed at this machine.
 
-    Example:
+    Examples:
         >>> own_host("localhost:8765", "127.0.0.1"), own_host("rebound.example:8765", "127.0.0.1")
         (True, False)
 
@@ -88,7 +88,7 @@ def own_host(named: str | None, host: str) -> bool:
 def own_origin(origin: str | None, named: str | None) -> bool:
     """Whether a request comes from the page itself, or from no page at all.
 
-    Example:
+    Examples:
         >>> own_origin("http://127.0.0.1:8765", "127.0.0.1:8765"), own_origin("https://a.example", "127.0.0.1:8765")
         (True, False)
 
@@ -136,7 +136,7 @@ class _Watcher(NamedTuple):
 class LivePage:
     """Serves the page while open.
 
-    Example:
+    Examples:
         >>> import urllib.request
         >>> with LivePage(port=0, fps=8.0, title="a cat") as page:
         ...     page.show(np.zeros((2, 16, 16, 3), np.uint8))

@@ -57,7 +57,7 @@ def to_ordinary(rgb: Float32[np.ndarray, "h w 3"], colours: Colours) -> UInt8[np
     compressed towards the screen's white, all three channels alike. HLG is that of a screen of 1000 cd/m2. Colours
     outside the screen's gamut are clipped.
 
-    Example:
+    Examples:
         >>> white = np.full((1, 1, 3), 0.58, np.float32)  # paper white
         >>> int(to_ordinary(white, Colours(transfer=PQ, primaries=BT2020))[0, 0, 0])
         241

@@ -18,7 +18,7 @@ _LONGEST_HOLD = 10_000  # frames
 class Orientation(NamedTuple):
     """How a stored picture becomes upright: rows and columns exchanged first, then mirrored.
 
-    Example:
+    Examples:
         >>> picture = np.array([[1, 2], [3, 4]])
         >>> Orientation(transposed=True, across=True).apply(picture).tolist()  # a quarter turn clockwise
         [[3, 1], [4, 2]]
@@ -96,7 +96,7 @@ def covering(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """How a stored picture is scaled to cover the wanted size with its shape kept, and cropped in the middle.
 
-    Example:
+    Examples:
         >>> covering((288, 360), (288, 512), orientation=Orientation(), aspect=64 / 45)  # television of 16:9
         ((288, 512), (288, 512))
 
@@ -134,7 +134,7 @@ def fit_rgb(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UIn
 def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
     """What is seen of a transparent picture on a white page; colours under transparent parts do not show.
 
-    Example:
+    Examples:
         >>> on_white(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)).tolist()
         [[[255, 255, 255], [9, 9, 9]]]
     """

@@ -57,7 +57,7 @@ class PatchDCT:
         patch: Side of a pixel block; 4 and 8 are usual.
         whitening: 0 keeps the transform orthonormal, 1 gives channels of about unit variance.
 
-    Example:
+    Examples:
         >>> dct = PatchDCT(patch=4)
         >>> video = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
         >>> dct.encode(video).shape

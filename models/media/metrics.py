@@ -19,7 +19,7 @@ def fidelity(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "
     SSIM with the Gaussian window of Wang et al. 2004 (sigma 1.5), as scikit-image computes it; frames below 11 pixels
     use the largest window that fits.
 
-    Example:
+    Examples:
         >>> clip = np.arange(2 * 16 * 16 * 3, dtype=np.uint8).reshape(2, 16, 16, 3)
         >>> fidelity(clip, clip)
         Fidelity(psnr=inf, ssim=1.0)

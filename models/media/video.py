@@ -51,7 +51,7 @@ def read_clip(
         UserError: If the file is missing, empty, damaged or cut off, has no video track, is too short, or is of a
             kind that would not look as it should.
 
-    Example:
+    Examples:
         >>> read_clip("nowhere.mp4", height=64, width=64)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
@@ -164,7 +164,7 @@ def side_by_side(
     Raises:
         UserError: If the shapes differ or the number of labels does not match.
 
-    Example:
+    Examples:
         >>> a = np.zeros((2, 4, 6, 3), np.uint8)
         >>> side_by_side([a, a], zoom=2, margin=4).shape
         (2, 8, 28, 3)

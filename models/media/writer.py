@@ -129,7 +129,7 @@ class VideoWriter(Protocol):
 def open_writer(path: Path | str, **options: Any) -> VideoWriter:
     """The writer for a name: .mp4, .mkv for exact frames, a folder or `frames/%05d.png` for exact frames as PNG.
 
-    Example:
+    Examples:
         >>> [type(open_writer(name)).__name__ for name in ("a.mp4", "a.mkv", "a", "a/%05d.png")]
         ['Mp4Writer', 'MkvWriter', 'PngWriter', 'PngWriter']
 
@@ -154,7 +154,7 @@ class Mp4Writer:
     As a context manager, it completes the file on leaving, also when Ctrl-C or an error ends it early: the frames so
     far are kept. Without any frame there is no file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "clip.mp4"
         >>> with Mp4Writer(path, fps=8.0, settings={"seed": 3}) as writer:

@@ -55,7 +55,7 @@ class Windows:
     def new_frames(self, frames: int, *, given: int = 0) -> list[int]:
         """Latent frames that each window denoises; the last may make more than are wanted.
 
-        Example:
+        Examples:
             >>> Windows(window=3).new_frames(6), Windows(window=3).new_frames(6, given=1)
             ([3, 2, 2], [2, 2, 2])
 
@@ -72,7 +72,7 @@ class Windows:
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
         """The noise that `windows` draws of a key, to take it elsewhere.
 
-        Example:
+        Examples:
             >>> noise = Windows(window=3).noise(jax.random.key(0), (1, 6, 4, 8, 16))
             >>> noise.first.shape, noise.fresh
             ((1, 7, 4, 8, 16), None)
@@ -149,7 +149,7 @@ def windows(
 ) -> Iterator[Float[Array, "B F H W C"]]:
     """Generates latents window by window; without `settings.window`, the whole clip at once.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
         >>> settings = Windows(sampler="euler", steps=2, window=3)

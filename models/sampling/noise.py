@@ -23,7 +23,7 @@ class Noise(NamedTuple):
     def check(self, table: SamplerTable, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless this is the noise of frames of this shape and sampler.
 
-        Example:
+        Examples:
             >>> from monarchrt.models.sampling import sampler_table
             >>> Noise(jnp.zeros((1, 3, 4, 8, 16))).check(sampler_table("euler"), (1, 6, 4, 8, 16))  # doctest: +ELLIPSIS
             Traceback (most recent call last):

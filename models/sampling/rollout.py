@@ -69,7 +69,7 @@ class Rollout:
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
         """The noise that `autoregressive` draws of a key, to take it elsewhere.
 
-        Example:
+        Examples:
             >>> noise = Rollout().noise(jax.random.key(0), (1, 6, 4, 8, 16), given=3)
             >>> noise.first.shape, noise.fresh.shape
             ((1, 3, 4, 8, 16), (3, 1, 3, 4, 8, 16))
@@ -95,7 +95,7 @@ class Rollout:
     def blocks(self, frames: int) -> list[int]:
         """Sizes of the blocks that make `frames` latent frames.
 
-        Example:
+        Examples:
             >>> Rollout().blocks(9), Rollout(independent_first_frame=True).blocks(7)
             ([3, 3, 3], [1, 3, 3])
 
@@ -230,7 +230,7 @@ def autoregressive(
 ) -> Iterator[Float[Array, "B F H W C"]]:
     """Generates latents block by block; each is handed out as soon as it is under way (asynchronous dispatch).
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1, causal_block=3), rngs=nnx.Rngs(0))
         >>> blocks = autoregressive(

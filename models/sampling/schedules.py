@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 def shifted[U: (float, Float64[np.ndarray, "*n"])](u: U, shift: float) -> U:
     """Noise levels u in [0, 1] moved towards 1 by `shift`: sigma = s u / (1 + (s - 1) u). 1/s moves them back.
 
-    Example:
+    Examples:
         >>> shifted(np.array([0.0, 0.5, 1.0]), 5.0).round(4).tolist()
         [0.0, 0.8333, 1.0]
     """
@@ -50,7 +50,7 @@ def _ending_in_data(sigmas: np.ndarray) -> np.ndarray:
 def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> Schedule:
     """Levels even in u down to 0, shifted; the network is told 1000 sigma.
 
-    Example:
+    Examples:
         >>> uniform_schedule(4, 5.0).timesteps.round(1).tolist()
         [1000.0, 937.5, 833.3, 625.0]
         >>> uniform_schedule(2, 5.0, start=0.5).sigmas.round(4).tolist()
@@ -80,7 +80,7 @@ def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
 
     Wan cuts what float64 gives, so a level that is 600 on paper and 599.9999999999999 in float64 becomes 599.
 
-    Example:
+    Examples:
         >>> truncated_schedule(4, 5.0).timesteps.tolist()
         [1000.0, 937.0, 833.0, 625.0]
     """
@@ -91,7 +91,7 @@ def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
 def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
     """The grid of Wan 2.1's UniPC: even in u from 0.999 down, shifted; times are cut to whole numbers, levels are not.
 
-    Example:
+    Examples:
         >>> unipc_schedule(50, 8.0).timesteps[:4].tolist()
         [999.0, 997.0, 994.0, 991.0]
 
@@ -117,7 +117,7 @@ def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float
     `steps` are indices into the shifted training grid sigma_j, u = 1 - j/1000, counted from its end: 750 is entry
     1000 - 750.
 
-    Example:
+    Examples:
         >>> few_step_schedule().timesteps.round(4).tolist()
         [1000.0, 937.5, 833.3333, 625.0]
 

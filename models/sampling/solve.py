@@ -82,7 +82,7 @@ def sample(
 ) -> Any:
     """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.sampling import sampler_table
         >>> to_three = lambda x, t: jax.tree.map(lambda x: (x - 3.0) / (t / 1000), x)  # the flow if all data is 3
         >>> float(sample(to_three, jnp.array(0.7), sampler_table("euler", steps=5)))
@@ -137,7 +137,7 @@ def guided(
 
     v = v_negative + g (v_text - v_negative) (Ho and Salimans 2022, arXiv:2207.12598), both in one batch of 2B.
 
-    Example:
+    Examples:
         >>> model = lambda x, t, text: text[..., None] + 0 * x
         >>> flow = guided(model, jnp.full((1, 1, 1), 2.0), jnp.ones((1, 1, 1)), guidance=5.0)
         >>> float(flow(jnp.zeros((1, 1, 1, 1)), jnp.float32(0))[0, 0, 0, 0])
@@ -166,7 +166,7 @@ def guided(
 def paired(text: Array, negative: Array) -> Array:
     """Both in one batch, conditional first; embeddings of unequal length are padded with zero rows, as the model does.
 
-    Example:
+    Examples:
         >>> paired(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3))).shape
         (2, 4, 3)
     """
@@ -188,7 +188,7 @@ def keep_context(
 
     The context is shown clean (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 
-    Example:
+    Examples:
         >>> model = lambda x, t, text: x * t[:, :, None, None, None]
         >>> continued = keep_context(model, jnp.ones((1, 1, 2, 2, 3)))
         >>> continued(jnp.ones((1, 3, 2, 2, 3)), jnp.array([7.0]), None).shape

@@ -69,7 +69,7 @@ class SamplerTable(NamedTuple):
     def check(self) -> None:
         """Raises ValueError unless the columns are of one length and finite, and there are steps.
 
-        Example:
+        Examples:
             >>> euler(uniform_schedule(2))._replace(sigmas=np.ones(3)).check()  # doctest: +ELLIPSIS
             Traceback (most recent call last):
             ...
@@ -89,7 +89,7 @@ class SamplerTable(NamedTuple):
     def with_rewrite(self, timestep: float = 0.0) -> "SamplerTable":
         """Followed by a call on the finished latents at `timestep`, which changes nothing: it rewrites a cache.
 
-        Example:
+        Examples:
             >>> few_step(few_step_schedule()).with_rewrite().timesteps.round(1).tolist()
             [1000.0, 937.5, 833.3, 625.0, 0.0]
         """
@@ -124,7 +124,7 @@ def _multistep(sigmas: np.ndarray, n: int, order: int) -> tuple[float, float, fl
 def euler(schedule: Schedule) -> SamplerTable:
     """Euler steps along the flow, x + (sigma_{n+1} - sigma_n) v.
 
-    Example:
+    Examples:
         >>> euler(uniform_schedule(2, 1.0)).predict.tolist()
         [[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
@@ -137,7 +137,7 @@ def dpmpp_2m(schedule: Schedule) -> SamplerTable:
 
     The first step and the last, to sigma = 0, are of order 1.
 
-    Example:
+    Examples:
         >>> dpmpp_2m(uniform_schedule(4, 1.0)).predict[[0, 3]].tolist()
         [[0.75, 0.25, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
@@ -149,7 +149,7 @@ def dpmpp_2m(schedule: Schedule) -> SamplerTable:
 def unipc(schedule: Schedule) -> SamplerTable:
     """UniPC of order 2 with B(h) = e^h - 1, data prediction, and the corrector (Zhao et al. 2023, arXiv:2302.04867).
 
-    Example:
+    Examples:
         >>> table = unipc(unipc_schedule(4, 5.0))
         >>> table.correct[0].tolist(), table.predict[-1].tolist()
         ([1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
@@ -199,7 +199,7 @@ def few_step(schedule: Schedule) -> SamplerTable:
 
     Self-Forcing (arXiv:2506.08009), algorithm 1; consistency models (arXiv:2303.01469), algorithm 1.
 
-    Example:
+    Examples:
         >>> few_step(few_step_schedule()).predict.round(4)[:2].tolist()
         [[0.0, 0.0625, 0.0, 0.9375], [0.0, 0.1667, 0.0, 0.8333]]
     """
@@ -211,7 +211,7 @@ def sampler_table(
 ) -> SamplerTable:
     """A sampler by name, on the schedule that Wan uses it with.
 
-    Example:
+    Examples:
         >>> sampler_table("few-step").steps, sampler_table("unipc", steps=20).steps
         (4, 20)
         >>> sampler_table("few-step", steps=(1000, 757, 522)).timesteps.round(1).tolist()

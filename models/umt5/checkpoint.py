@@ -60,7 +60,7 @@ FIXED = {
 def umt5_entries(config: UMT5Config) -> list[Entry]:
     """Every tensor of an encoder's checkpoint, with its official and its transformers name.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.umt5 import umt5_config
         >>> len(umt5_entries(umt5_config("xxl")))
         242
@@ -96,7 +96,7 @@ def load_umt5(
 ) -> UMT5Encoder:
     """Loads an encoder, one tensor at a time; its sizes are those of the tensors.
 
-    Example:
+    Examples:
         >>> encoder = load_umt5("Wan2.1-T2V-1.3B", param_dtype="bfloat16")  # doctest: +SKIP
 
     Args:

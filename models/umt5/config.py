@@ -1,6 +1,7 @@
 """What a umT5 encoder is: its sizes, and the presets."""
 
 import dataclasses
+from typing import Any
 
 from monarch_jax.checks import positive, small
 from monarchrt.models.presets import from_preset
@@ -10,7 +11,7 @@ from monarchrt.models.presets import from_preset
 class UMT5Config:
     """Sizes of a umT5 encoder (Chung et al. 2023, arXiv:2304.09151; the T5 v1.1 layer with a bias table per layer).
 
-    Example:
+    Examples:
         >>> umt5_config("xxl").num_heads
         64
 
@@ -60,10 +61,10 @@ PRESETS: dict[str, UMT5Config] = {
 }
 
 
-def umt5_config(name: str, /, **overrides) -> UMT5Config:
+def umt5_config(name: str, /, **overrides: Any) -> UMT5Config:
     """A preset by name, with fields replaced.
 
-    Example:
+    Examples:
         >>> umt5_config("tiny", dim=48).dim
         48
 

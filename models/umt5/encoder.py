@@ -19,7 +19,7 @@ def relative_buckets(config: UMT5Config, length: int) -> Int[np.ndarray, "query 
     Half of the buckets are for keys after the query. Of each half, the first half are single distances, the others
     grow logarithmically up to `max_distance`, and the last holds all that is farther.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.umt5 import umt5_config
         >>> relative_buckets(umt5_config("tiny"), 9)[0].tolist()
         [0, 17, 18, 19, 20, 21, 22, 23, 24]
@@ -127,7 +127,7 @@ class Block(nnx.Module):
 class UMT5Encoder(nnx.Module):
     """umT5 encoder, the text encoder of Wan 2.1; `blocks` holds all layers, stacked on a leading axis and scanned.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.umt5 import umt5_config
         >>> encoder = UMT5Encoder(umt5_config("tiny"), rngs=nnx.Rngs(0))
         >>> ids = jnp.array([[5, 7, 1, 0]], jnp.int32)

@@ -64,7 +64,7 @@ def encode_prompts(
 def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarray]) -> Path:
     """Writes embeddings of prompts to a safetensors file, without their zero rows at the end.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = save_embeddings(tempfile.mkdtemp() + "/text.safetensors", {"a cat": np.ones((5, 4), np.float32)})
         >>> {prompt: array.shape for prompt, array in load_embeddings(path, length=8).items()}

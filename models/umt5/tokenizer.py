@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -18,7 +19,7 @@ SUBFOLDERS = ("tokenizer", "google/umt5-xxl")
 def clean_text(text: str) -> str:
     """Wan's cleaning: broken Unicode mended, HTML entities resolved twice, runs of white space made one space.
 
-    Example:
+    Examples:
         >>> clean_text("  a &amp;amp; b \\n caf\\u00c3\\u00a9 ")
         'a & b caf\\xe9'
 
@@ -41,7 +42,7 @@ def clean_text(text: str) -> str:
 class Tokenizer:
     """The tokenizer of a `tokenizer.json`.
 
-    Example:
+    Examples:
         >>> tokenizer = Tokenizer.load("Wan2.1-T2V-1.3B/google/umt5-xxl")  # doctest: +SKIP
         >>> ids, mask = tokenizer(["a cat on a wall"])  # doctest: +SKIP
 
@@ -50,7 +51,7 @@ class Tokenizer:
         where: Its file, for messages.
     """
 
-    def __init__(self, inner, *, where: str = "the tokenizer"):
+    def __init__(self, inner: Any, *, where: str = "the tokenizer"):
         self.inner = inner
         inner.no_padding()
         inner.no_truncation()

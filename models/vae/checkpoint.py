@@ -68,7 +68,7 @@ FIELDS = {
 def vae_entries(config: VAEConfig) -> list[Entry]:
     """Every tensor of an autoencoder's checkpoint, with its official and its diffusers name.
 
-    Example:
+    Examples:
         >>> entries = vae_entries(VAEConfig())
         >>> len(entries), entries[0].names
         (194, {'official': 'conv1.weight', 'diffusers': 'quant_conv.weight'})
@@ -137,7 +137,7 @@ def load_vae(
 ) -> WanVAE:
     """Loads an autoencoder, one tensor at a time.
 
-    Example:
+    Examples:
         >>> vae = load_vae("Wan2.1-T2V-1.3B", dtype="bfloat16")  # doctest: +SKIP
 
     Args:
@@ -197,7 +197,7 @@ def _described(path: Path) -> VAEConfig:
 def config_from_diffusers(settings: dict[str, Any], *, where: str = "config.json") -> VAEConfig:
     """The configuration that diffusers' `config.json` of an `AutoencoderKLWan` describes.
 
-    Example:
+    Examples:
         >>> config_from_diffusers({"base_dim": 8, "num_res_blocks": 1}).widths
         (8, 16, 32, 32)
 

@@ -1,6 +1,7 @@
 """What a Wan VAE is: widths, which levels change the resolution in time, and the statistics of its latents."""
 
 import dataclasses
+from typing import Any
 
 from monarch_jax.checks import positive
 from monarchrt.models.presets import from_preset
@@ -20,7 +21,7 @@ WAN21_STD = (
 class VAEConfig:
     """Sizes of a causal video autoencoder (Wan technical report, Section 4.1).
 
-    Example:
+    Examples:
         >>> config = vae_config("wan21")
         >>> config.spatial_factor, config.temporal_factor, config.latent_shape(81, 480, 832)
         (8, 4, (21, 60, 104, 16))
@@ -109,10 +110,10 @@ PRESETS: dict[str, VAEConfig] = {
 }
 
 
-def vae_config(name: str, /, **overrides) -> VAEConfig:
+def vae_config(name: str, /, **overrides: Any) -> VAEConfig:
     """A preset by name, with fields replaced.
 
-    Example:
+    Examples:
         >>> vae_config("tiny", dim=4).widths
         (4, 8, 16, 16)
 

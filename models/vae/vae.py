@@ -136,7 +136,7 @@ def _middle(features: int, **options):
 class WanVAE(nnx.Module):
     """Causal video autoencoder of Wan 2.1 (Wan technical report, Section 4.1).
 
-    Example:
+    Examples:
         >>> from monarchrt.models.vae import vae_config
         >>> vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
         >>> video = jnp.zeros((1, 5, 16, 24, 3))

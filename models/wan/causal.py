@@ -63,7 +63,7 @@ def init_cache(
 ) -> WanCache:
     """Caches for a new video: the cross-attention's filled from the text, the self-attention's empty.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
         >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8)
@@ -253,7 +253,7 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     Only differences of positions matter to attention, so the cached keys are turned back by `frames` positions, each
     in its slot; what follows is as before, with every frame index less by `frames`.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import WanModel, wan_config
         >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
         >>> cache = init_cache(model, jnp.zeros((1, 5, 32)), frames=6, height=4, width=8, rolling=True)

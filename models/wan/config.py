@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class WanConfig:
     """Sizes and policy of a Wan 2.1 DiT (Wan technical report, Section 4; the released `config.json` files).
 
-    Example:
+    Examples:
         >>> wan_config("wan2.1-t2v-1.3b").head_dim
         128
         >>> from monarchrt.models.attention.notation import parse
@@ -176,10 +177,10 @@ PRESETS: dict[str, WanConfig] = {
 }
 
 
-def wan_config(name: str, /, **overrides) -> WanConfig:
+def wan_config(name: str, /, **overrides: Any) -> WanConfig:
     """A preset by name, with fields replaced.
 
-    Example:
+    Examples:
         >>> wan_config("wan2.1-t2v-1.3b", dtype="bfloat16", remat="full").num_layers
         30
 

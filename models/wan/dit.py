@@ -62,7 +62,7 @@ class WanModel(nnx.Module):
     Which attention the layers use is part of `config`; `with_attention` swaps it. A kind with parameters of its own has
     them in the blocks, at `blocks.self_attn.kinds`.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> model = WanModel(wan_config("tiny", in_channels=4, out_channels=4), rngs=nnx.Rngs(0))
         >>> flow = model(jnp.zeros((1, 3, 4, 8, 4)), jnp.array([500.0]), jnp.zeros((1, 5, 32)))
@@ -273,7 +273,7 @@ class WanModel(nnx.Module):
         Parameters of a kind's own are kept where the new attention has that kind too, and in the same shapes. Those of
         other kinds in it are initialised, and those of kinds that are not in it are left behind.
 
-        Example:
+        Examples:
             >>> from monarchrt.models.wan import MonarchAttention, wan_config
             >>> dense = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
             >>> dense.with_attention(MonarchAttention(tile=(3, 2, 4))).config.attention.tile
@@ -326,7 +326,7 @@ class AttentionRun(NamedTuple):
 def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
     """Groups layers of equal attention that follow each other.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.attention.notation import parse
         >>> [(run.start, run.stop) for run in attention_runs([parse("dense")] * 2 + [parse("monarch")] * 3)]
         [(0, 2), (2, 5)]
@@ -349,7 +349,7 @@ def rematerialized(body, config: WanConfig):
 def count_parameters(model: WanModel | WanConfig) -> int:
     """Number of parameters, without allocating any for a configuration.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> count_parameters(wan_config("wan2.1-t2v-1.3b"))
         1418996800

@@ -246,7 +246,7 @@ class WanBlock(nnx.Module):
 def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:
     """Groups of frames, as few as keep a group's hidden layer within `HIDDEN_BYTES`, or one for each frame.
 
-    Example:
+    Examples:
         >>> frame_groups((1, 21, 30 * 52, 1536), 8960, jnp.dtype("bfloat16"))
         7
         >>> frame_groups((1, 3, 30 * 52, 1536), 8960, jnp.dtype("bfloat16"))
@@ -321,7 +321,7 @@ def sinusoid(timesteps: Real[Array, "*batch"], width: int) -> Float[Array, "*bat
     Wan forms the angles, up to 1000, in float64. Here t = t1 + t2 and w = w1 + w2 with 12-bit t1 and w1, so that t1*w1
     is exact in float32 and the rest, small, is added through the addition theorem: right to about 1e-7.
 
-    Example:
+    Examples:
         >>> [round(float(x), 6) for x in sinusoid(jnp.array([1000.0]), 256)[0, :2]]
         [0.562379, 0.789615]
 

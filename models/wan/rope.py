@@ -12,7 +12,7 @@ THETA = 10000.0
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head that encode time, height and width.
 
-    Example:
+    Examples:
         >>> axis_widths(128)
         (44, 42, 42)
     """
@@ -41,7 +41,7 @@ def rope_table(
 
     Each axis has its own ladder over its own channels; only the per-axis tables become constants of the program.
 
-    Example:
+    Examples:
         >>> cos, sin = rope_table((3, 2, 4), 24, start_frame=6)
         >>> cos.shape
         (3, 8, 12)
@@ -87,7 +87,7 @@ def rotate(
 ) -> Float[Array, "B F S n d"]:
     """Rotates adjacent channel pairs (2m, 2m+1) by angle m, in float32 at least; returns the dtype of `x`.
 
-    Example:
+    Examples:
         >>> cos, sin = rope_table((1, 1, 2), 12)
         >>> x = jnp.ones((1, 1, 2, 1, 12))
         >>> bool(jnp.allclose(rotate(x, cos, sin)[0, 0, 0], x[0, 0, 0]))  # position 0 is not rotated

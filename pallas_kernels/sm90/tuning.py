@@ -17,7 +17,7 @@ DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors
 def shape_key(rows: int, cols: int, dim: int, *, few: bool = False) -> str:
     """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache.
 
-    Example:
+    Examples:
         >>> shape_key(30, 52, 128, few=True)
         'b1=30 b2=52 dim=128 few'
     """
@@ -43,7 +43,7 @@ def backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
 def changed(config: Any, changes: dict[str, Any]) -> Any:
     """A configuration with changes, nested ones as dictionaries.
 
-    Example:
+    Examples:
         >>> config = changed(forward_config(30, 52, 128), {"chunk_bytes": 2**20, "left": {"stages": 3}})
         >>> config.chunk_bytes, config.left.stages, config.left.columns
         (1048576, 3, 2)

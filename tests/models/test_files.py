@@ -11,7 +11,7 @@ import pytest
 from monarchrt.models.checkpoints.reading import find_weights, weights_file
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import UserError
-from monarchrt.models.files import growing, is_litter, listed, remove_abandoned, unfinished
+from monarchrt.models.files import growing, is_litter, listed, new_folder, remove_abandoned, unfinished
 from monarchrt.train.config import DataConfig, RunConfig, TrainConfig
 from monarchrt.train.run_folder import claim_folder
 
@@ -120,3 +120,53 @@ class TestAbandoned:
         (tmp_path / f"a.safetensors.{gone()}.part").touch()
         write_arrays(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)}, metadata={})
         assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+class TestFolders:
+    """`NAME.partial-PROCESS`, as a conversion grows."""
+
+    def test_what_a_killed_process_left_goes_when_the_same_folder_is_made_again(self, tmp_path):
+        left, other = tmp_path / f"made.partial-{gone()}", tmp_path / f"another.partial-{gone()}"
+        for folder in (left, other):
+            folder.mkdir()
+            (folder / "weights").write_bytes(bytes(9))
+        assert is_litter(left)
+        with new_folder(tmp_path / "made") as folder:
+            assert not left.exists()
+            (folder / "weights").write_bytes(b"x")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "made"])
+        assert remove_abandoned(tmp_path) == [other]
+
+    def test_one_of_a_running_process_or_of_another_machine_stays(self, tmp_path, monkeypatch):
+        running = tmp_path / f"made.partial-{os.getppid()}"
+        running.mkdir()
+        (tmp_path / f"made.partial-{gone()}").write_bytes(b"a file")
+        number = gone()
+        monkeypatch.setattr(os, "getpid", lambda: number)
+        with new_folder(tmp_path / "made") as folder:
+            assert folder.name == f"made.partial-{number}"
+            assert remove_abandoned(tmp_path) == []
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_a_link_is_not_followed(self, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / f"made.partial-{gone()}").symlink_to(tmp_path / "mine")
+        assert remove_abandoned(tmp_path) == []
+
+    def test_a_killed_conversion(self, tmp_path):
+        """SIGKILL in the middle, and again: the second leaves nothing but the folder."""
+        program = (
+            "import os, pathlib, signal, sys\n"
+            "from monarchrt.models.files import new_folder\n"
+            "with new_folder(sys.argv[1]) as folder:\n"
+            "    (folder / 'weights').write_bytes(bytes(99))\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        root = str(Path(__file__).parents[2])
+        environ = os.environ | {"PYTHONPATH": root}
+        killed = subprocess.run([sys.executable, "-c", program, tmp_path / "made"], env=environ, check=False)
+        assert killed.returncode == -9
+        assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["made.partial"]
+        with new_folder(tmp_path / "made") as folder:
+            (folder / "weights").touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["made"]

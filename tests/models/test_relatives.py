@@ -9,10 +9,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from monarchrt.models.checkpoints.names import strip_prefixes
 from monarchrt.models.checkpoints.reading import weights_file
 from monarchrt.models.errors import UserError
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.checkpoints import convert_checkpoint, inspect_checkpoint, load_checkpoint, save_checkpoint
+from monarchrt.models.wan.checkpoints.source import ANCHORS
 from monarchrt.train.model import check_pretrained
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,23 +52,35 @@ def assert_same(found, model):
         np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
 
 
+PREFIXES = (
+    *("model.", "model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "module.model._orig_mod."),
+    *("module.module.", "_fsdp_wrapped_module.model._fsdp_wrapped_module.", "ema.", "generator.model."),
+    *("generator_ema.", "pipe.dit.", "whatever.it.is."),
+)
+QUICK = {
+    ("model.diffusion_model.", "official"),
+    ("_fsdp_wrapped_module.model._fsdp_wrapped_module.", "diffusers"),
+    ("whatever.it.is.", "official"),
+}
+
+
 @pytest.mark.parametrize("naming", ["official", "diffusers"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_under_a_prefix(saved, tmp_path, prefix, naming):
+    """Every tensor is found under its own name; nothing is read."""
+    tensors = safetensors.numpy.load_file(saved[naming] / WEIGHTS)
+    path = write(tmp_path / "x.safetensors", {prefix + name: array[:0] for name, array in tensors.items()})
+    with safetensors.safe_open(path, "numpy") as file:
+        found = strip_prefixes(file.keys(), anchors=ANCHORS, where=path)
+    assert found == {name: prefix + name for name in tensors}
+
+
 @pytest.mark.parametrize(
-    "prefix",
+    ("prefix", "naming"),
     [
-        "model.",
-        "model.diffusion_model.",
-        "diffusion_model.",
-        "module.",
-        "_orig_mod.",
-        "module.model._orig_mod.",
-        "module.module.",
-        "_fsdp_wrapped_module.model._fsdp_wrapped_module.",
-        "ema.",
-        "generator.model.",
-        "generator_ema.",
-        "pipe.dit.",
-        "whatever.it.is.",
+        pytest.param(prefix, naming, marks=[] if (prefix, naming) in QUICK else pytest.mark.slow)
+        for prefix in PREFIXES
+        for naming in ("official", "diffusers")
     ],
 )
 def test_prefixes(saved, model, tmp_path, prefix, naming):
@@ -212,8 +226,18 @@ class TestFloat8:
             load_checkpoint(self.write(tmp_path / "x.safetensors", tensors | {name: value}))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
+FEW = {(np.float32, "nan"), (ml_dtypes.bfloat16, "inf"), (np.float16, "-inf")}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        pytest.param(dtype, float(value), marks=[] if (dtype, value) in FEW else pytest.mark.slow)
+        for dtype in FLOATS
+        for value in ("nan", "inf", "-inf")
+    ],
+)
 def test_numbers_that_are_none(official, tmp_path, dtype, value):
     tensors = {name: array.astype(dtype) for name, array in official.items()}
     tensors["blocks.1.ffn.2.weight"][5, 7] = value

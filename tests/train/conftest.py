@@ -99,6 +99,54 @@ def baseline(shared, run, arguments) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """A diffusers pipeline folder with network, VAE, text encoder and tokenizer; random weights."""
+    from flax import nnx
+
+    from monarchrt.models.wan import WanModel, wan_config
+    from monarchrt.models.wan.checkpoints import save_checkpoint
+
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("wan") / "tiny"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    model = WanModel(wan_config("tiny", num_layers=1, text_len=16), rngs=nnx.Rngs(0))
+    kernel = model.head.proj.kernel
+    kernel[...] = 0.1 * nnx.Rngs(1).normal(kernel.shape)
+    save_checkpoint(model, folder / "transformer", format="diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).save_pretrained(folder / "text_encoder")
+    words = ["<pad>", "</s>", "<unk>", "a", "cat", "on", "wall", "dog"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def causal_folder(wan_folder, tmp_path_factory):
+    """The same parts beside a causal network with a Monarch tile."""
+    from flax import nnx
+
+    from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
+    from monarchrt.models.wan.checkpoints import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("causal") / "self-forcing"
+    attention = MonarchAttention(tile=(1, 2, 4))
+    config = wan_config("tiny", num_layers=1, text_len=16, causal_block=3, attention=attention)
+    model = WanModel(config, rngs=nnx.Rngs(0))
+    model.head.proj.kernel[...] = 0.1 * nnx.Rngs(1).normal(model.head.proj.kernel.shape)
+    return save_checkpoint(model, folder, few_step=True)
+
+
 def history(folder: Path) -> list[dict]:
     """The log of a run without the wall-clock times, exactly as written."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

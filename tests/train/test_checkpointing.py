@@ -156,7 +156,7 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(training, two, mon
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("monarchrt.train.checkpointing.read_arrays", fail)
+    monkeypatch.setattr("monarchrt.models.generate.run_arrays.read_arrays", fail)
     checkpoints = Checkpoints(two)
     with pytest.raises(UserError, match=r"step 2 .* could not be read, .* nothing was changed"):
         checkpoints.restore(fresh(), check=accept, note=pytest.fail)

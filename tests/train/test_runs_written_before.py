@@ -51,11 +51,12 @@ def test_it_resumes(old):
 
 def test_every_array_is_taken_as_it_is(old):
     """Parameters, averages, moments, step and key; the number of updates is that of steps."""
+    from monarchrt.models.checkpoints.checksums import checksums
     from monarchrt.train.config import TrainConfig
     from monarchrt.train.networks import Networks
     from monarchrt.train.objectives.registry import make_objective
     from monarchrt.train.sharding import Placement
-    from monarchrt.train.state import checksums, to_arrays
+    from monarchrt.train.state import to_arrays
 
     config = find_run(old / "run")
     assert isinstance(config, TrainConfig)

@@ -40,7 +40,7 @@ from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
-from monarchrt.train.state import checksums, create_role, create_state, make_training, split_model
+from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 class Network(nnx.Module):
     def __init__(self):

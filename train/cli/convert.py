@@ -4,12 +4,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.runs import RunSettings, find_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
-from monarchrt.train.config import TrainConfig
-from monarchrt.train.export import find_run, run_model
 
 if TYPE_CHECKING:
     from monarchrt.models.wan.checkpoints import ConvertOptions
@@ -36,21 +35,28 @@ def convert_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _convert_run(options: "ConvertOptions", run: TrainConfig) -> Path:
+def refuse_of_a_run(path: str, options: Any) -> None:
+    """Raises UserError for options that say something of a file which a run folder knows itself."""
+    for name in ("weights", "revision", "num_heads", "head_dim"):
+        if getattr(options, name) is not None:
+            raise UserError(f"{name} is {getattr(options, name)!r}, but {path} is a run folder; leave it out")
+
+
+def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
     """Writes the network of a run folder, in float32 unless another dtype is asked for."""
+    from monarchrt.models.generate.run_arrays import run_network, trained_as
     from monarchrt.models.wan.checkpoints import save_checkpoint
 
-    for name in ("weights", "revision"):
-        if getattr(options, name) is not None:
-            raise UserError(f"{name} is {getattr(options, name)!r}, but {options.src} is a run folder; leave it out")
-    model = run_model(Path(options.src), run)
+    refuse_of_a_run(options.src, options)
+    model = run_network(run)
     return save_checkpoint(
         model,
         options.dst,
         format=options.to,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_bytes,
-        few_step=options.few_step,
+        few_step=options.few_step or run.generation.sampler == "few-step",
+        trained=trained_as(run),
     )
 
 

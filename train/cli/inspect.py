@@ -1,18 +1,22 @@
-"""`monarchrt inspect`: what a Wan checkpoint holds, and whether it is complete."""
+"""`monarchrt inspect`: what a Wan checkpoint or a run folder holds, and whether it can be used."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.errors import user_input
+from monarchrt.models.generate.runs import find_run, is_begun
+from monarchrt.train.cli.convert import refuse_of_a_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
-from monarchrt.train.export import find_run
 
 _INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
 
+Of a run folder of `monarchrt train`: its newest checkpoint, losses, settings, and what can be made of it.
+
 Leaves with exit code 2 if it could not be loaded.
 
-monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B"""
+monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B
+
+monarchrt inspect runs/demo/monarch"""
 
 
 def inspect_command(arguments: Sequence[str]) -> int:
@@ -20,11 +24,15 @@ def inspect_command(arguments: Sequence[str]) -> int:
     from monarchrt.models.wan.checkpoints import InspectOptions
 
     options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=POSITIONAL)
-    if find_run(Path(options.path)) is not None:
-        raise UserError(
-            f"{options.path} is a run folder of `monarchrt train`; `monarchrt convert {shlex.quote(options.path)} NEW` "
-            f"makes a model of it"
-        )
+    path = Path(options.path)
+    if is_begun(path):
+        from monarchrt.train.summary import run_summary
+
+        refuse_of_a_run(options.path, options)
+        summary = run_summary(path)
+        print("\n".join(summary.lines))
+        return 0 if summary.usable else 2
+    find_run(path)  # a folder of runs is named
     with user_input():
         info = options.run()
     print("\n".join(info.lines()))

@@ -74,7 +74,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If it cannot be read or is neither.
 
-    Example:
+    Examples:
         >>> read_settings(Path("small"))["data"]["patch"]
         4
     """

@@ -10,7 +10,7 @@ from typing import Any
 class Tolerant:
     """A text stream whose lines are lost, without an error, once its reader is gone or its disk is full.
 
-    Example:
+    Examples:
         >>> import io
         >>> stream = Tolerant(io.StringIO())
         >>> print("a line", file=stream)

@@ -45,7 +45,7 @@ def noise_levels(config: FlowConfig) -> NoiseLevels:
     Returns:
         The levels u = 1/N ... 1 after the shift, and their weights.
 
-    Example:
+    Examples:
         >>> levels = noise_levels(FlowConfig(shift=5.0))
         >>> [round(float(x), 4) for x in (1000 * levels.sigma[0], levels.weight[0], levels.weight.max())]
         [4.9801, 0.0319, 2.0764]
@@ -66,7 +66,7 @@ def add_noise(
 ) -> Float[Array, "b f h w c"]:
     """Mixes latents and noise: x_t = (1 - sigma) x0 + sigma eps, with one sigma for each sample or each frame.
 
-    Example:
+    Examples:
         >>> one = jnp.ones((1, 1, 1, 1, 1))
         >>> float(add_noise(one, -one, jnp.array([0.25]))[0, 0, 0, 0, 0])
         0.5
@@ -164,7 +164,7 @@ def flow_loss(
     Returns:
         Mean over the batch of weight(t) * mean (v - (eps - x0))^2, a float32 scalar.
 
-    Example:
+    Examples:
         >>> config = FlowConfig()
         >>> level, noise = draw_noise(jax.random.key(0), (2, 1, 4, 4, 3), config)
         >>> zeros = jnp.zeros(noise.shape)
@@ -187,7 +187,7 @@ def flow_loss(
 def evaluation_levels(config: FlowConfig, count: int) -> NoiseLevels:
     """Picks `count` levels evenly from the grid (the middles of `count` equal parts), for a loss without chance.
 
-    Example:
+    Examples:
         >>> [round(float(s), 3) for s in evaluation_levels(FlowConfig(), 4).sigma]
         [0.419, 0.751, 0.893, 0.972]
     """
@@ -203,7 +203,7 @@ def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) 
     With levels for runs of frames, run g takes level + g * (count // 2 + 1), so that neighbouring frames differ much
     and over all rounds every run meets every level once.
 
-    Example:
+    Examples:
         >>> [evaluation_indices(FlowConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]
         [[0, 3, 2], [1, 0, 3]]
     """
@@ -230,7 +230,7 @@ def sampling_levels(config: FlowConfig, *, steps: int, start: float = 1.0) -> Fl
     Returns:
         sigma, decreasing, float32 [steps + 1].
 
-    Example:
+    Examples:
         >>> [round(float(sigma), 3) for sigma in sampling_levels(FlowConfig(shift=5.0), steps=4)]
         [1.0, 0.938, 0.833, 0.625, 0.0]
     """
@@ -257,7 +257,7 @@ def euler_sample(
     Returns:
         x at the last level.
 
-    Example:
+    Examples:
         >>> straight = lambda latents, timesteps, text: jnp.ones(latents.shape)
         >>> x = jnp.full((1, 1, 1, 1, 1), 3.0)
         >>> float(euler_sample(straight, x, jnp.zeros((1, 1, 1)), levels=np.array([1.0, 0.5, 0.0]))[0, 0, 0, 0, 0])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate.runs import Generation
 
 if TYPE_CHECKING:
     from monarchrt.train.objectives.base import Objective
@@ -23,7 +24,7 @@ class Role:
         own_batch: Whether its updates see a batch of their own instead of that of the objective's first role.
         defaults: Settings that differ from those of a run with one network, by their short names.
 
-    Example:
+    Examples:
         >>> Role(defaults={"attention": "dense", "learning_rate": 1e-4}).trains
         True
     """
@@ -33,23 +34,6 @@ class Role:
     starts_as: str | None = None
     own_batch: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """How `monarchrt generate` samples a trained network where nothing else is said.
-
-    Attributes:
-        shift: Of the noise levels.
-        level_per_frame: Whether it was trained with a level per frame, and can continue a video in windows.
-        sampler: As its option.
-        steps: Of the sampler.
-    """
-
-    shift: float = 5.0
-    level_per_frame: bool = False
-    sampler: str = "euler"
-    steps: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +95,7 @@ def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Obje
 def objective_names() -> tuple[str, ...]:
     """The names in the table.
 
-    Example:
+    Examples:
         >>> from monarchrt.train.objectives import settings
         >>> "flow" in objective_names()
         True

@@ -66,7 +66,7 @@ def levels_of(
     Returns:
         The levels, float32.
 
-    Example:
+    Examples:
         >>> levels = levels_of(jnp.array([0, 500]), shift=5.0)
         >>> levels.timesteps.round(1).tolist()
         [20.0, 833.299988]
@@ -83,7 +83,8 @@ def levels_of(
 def nearest_level(timesteps: Float32[Array, "*n"], *, shift: float) -> Float32[Array, "*n"]:
     """The level of the grid u = 1, 0.999, ... 0.001, shifted, whose time is nearest; the higher of two as near."""
     grid = shifted(np.arange(NUM_TRAIN_TIMESTEPS, 0, -1) / NUM_TRAIN_TIMESTEPS, shift).astype(np.float32)
-    index = jnp.argmin(jnp.abs(jnp.asarray(grid * NUM_TRAIN_TIMESTEPS) - timesteps[..., None]), axis=-1)
+    times = jnp.asarray(grid * NUM_TRAIN_TIMESTEPS).reshape(*[1] * timesteps.ndim, -1)
+    index = jnp.argmin(jnp.abs(times - timesteps[..., None]), axis=-1)
     return jnp.asarray(grid)[index]
 
 
@@ -155,7 +156,7 @@ def matching_gradient(
 def matching_loss(x: Float[Array, "b f h w c"], g: Float[Array, "b f h w c"]) -> Float32[Array, ""]:
     """Half the mean of g^2, whose gradient with respect to x is g / numel.
 
-    Example:
+    Examples:
         >>> x, g = jnp.ones((1, 1, 1, 1, 4)), jnp.full((1, 1, 1, 1, 4), 2.0)
         >>> float(matching_loss(x, g)), jax.grad(matching_loss)(x, g).ravel().tolist()
         (2.0, [0.5, 0.5, 0.5, 0.5])

@@ -163,7 +163,7 @@ class SelfForcingObjective(DMDObjective):
 def in_blocks(x: Array, size: int, axis: int) -> Array:
     """Frames cut into blocks, which become the first axis.
 
-    Example:
+    Examples:
         >>> in_blocks(jnp.zeros((2, 6, 4)), 3, 1).shape
         (2, 2, 3, 4)
     """

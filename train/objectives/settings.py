@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from monarchrt.models.attention.registry import EXACT
 from monarchrt.models.errors import UserError
 from monarchrt.train.objectives.registry import Generation, ObjectiveSettings, Role, register
 
@@ -67,8 +68,8 @@ class DMDConfig(ObjectiveSettings):
     name: ClassVar[str] = "dmd"
     roles: ClassVar[Mapping[str, Role]] = {
         "student": Role(starts_as="teacher", defaults=_STUDENT),
-        "critic": Role(starts_as="teacher", own_batch=True, defaults=_CRITIC | {"attention": "dense"}),
-        "teacher": Role(trains=False, random=False, defaults={"attention": "dense"}),
+        "critic": Role(starts_as="teacher", own_batch=True, defaults=_CRITIC | {"attention": EXACT}),
+        "teacher": Role(trains=False, random=False, defaults={"attention": EXACT}),
     }
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)

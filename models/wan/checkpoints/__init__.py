@@ -8,8 +8,9 @@ from monarchrt.models.wan.checkpoints.convert import (
     convert_checkpoint,
     inspect_checkpoint,
 )
-from monarchrt.models.wan.checkpoints.load import load_checkpoint
+from monarchrt.models.wan.checkpoints.load import load_checkpoint, load_source
 from monarchrt.models.wan.checkpoints.save import save_checkpoint
+from monarchrt.models.wan.checkpoints.source import open_source
 
 __all__ = [
     "CheckpointInfo",
@@ -19,5 +20,7 @@ __all__ = [
     "convert_checkpoint",
     "inspect_checkpoint",
     "load_checkpoint",
+    "load_source",
+    "open_source",
     "save_checkpoint",
 ]

@@ -38,6 +38,7 @@ class CheckpointInfo:
         unexpected: Tensors that the model has not.
         wrong_shape: Sentences about tensors of another shape.
         few_step: Whether the weights are distilled, to be sampled in few steps.
+        trained: How they were trained, if that is stored.
         float8: Weights that are stored in float8 with scales, and without.
         scheduler: The `scheduler_config.json` of its pipeline, in words, if there is one.
     """
@@ -58,6 +59,7 @@ class CheckpointInfo:
     unexpected: tuple[str, ...]
     wrong_shape: tuple[str, ...]
     few_step: bool = False
+    trained: settings.Trained | None = None
     float8: tuple[int, int] = (0, 0)
     scheduler: str | None = None
 
@@ -74,7 +76,9 @@ class CheckpointInfo:
             "format": f"{self.format}, {self.naming} names" if self.format == "torch" else self.format,
             "model": f"{c.model_type}, dim {c.dim}, {c.num_layers} layers, {c.num_heads} heads, ffn {c.ffn_dim}, "
             f"{c.in_channels} -> {c.out_channels} channels",
-            "sizes from": "the tensors" if self.config_path is None else str(self.config_path),
+            "sizes from": "the tensors, which do not tell the heads (--num-heads, --head-dim)"
+            if self.config_path is None
+            else str(self.config_path),
             "attention": self.attention,
             "sampling": "few-step" if self.few_step else "many steps",
             "parameters": f"{self.parameters:,}",
@@ -85,6 +89,8 @@ class CheckpointInfo:
         for count, scales in zip(self.float8, kinds, strict=True):
             if count:
                 report["dtype"] += f"; {count} are float8 {scales}"
+        if self.trained is not None and self.trained.latents is not None:
+            report["trained on"] = f"{' x '.join(map(str, self.trained.latents))} latents"
         if self.scheduler is not None:
             report["scheduler"] = self.scheduler
         if self.sets != ("",):
@@ -99,11 +105,17 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(
-    path: str | Path, *, config: WanConfig | None = None, weights: str | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    config: WanConfig | None = None,
+    weights: str | None = None,
+    revision: str | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> CheckpointInfo:
     """Looks into a checkpoint without loading tensors.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from flax import nnx
         >>> from monarchrt.models.wan import WanModel, wan_config
@@ -119,6 +131,8 @@ def inspect_checkpoint(
         config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
         weights: Which set of a `.pt` file.
         revision: Of a Hugging Face repository.
+        num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
+        head_dim: Channels of a head, likewise.
 
     Returns:
         What it holds, incomplete checkpoints included.
@@ -126,7 +140,9 @@ def inspect_checkpoint(
     Raises:
         ValueError: If it cannot be read at all.
     """
-    source = open_source(path, config=config, weights=weights, revision=revision)
+    source = open_source(
+        path, config=config, weights=weights, revision=revision, num_heads=num_heads, head_dim=head_dim
+    )
     missing, unexpected, wrong = source.problems()
     infos = source.file.infos.values()
     return CheckpointInfo(
@@ -146,6 +162,7 @@ def inspect_checkpoint(
         unexpected=tuple(unexpected),
         wrong_shape=tuple(wrong),
         few_step=source.few_step,
+        trained=source.trained,
         float8=(getattr(source.file, "scaled", 0), getattr(source.file, "plain", 0)),
         scheduler=None if source.scheduler is None else str(source.scheduler),
     )
@@ -166,6 +183,8 @@ def convert_checkpoint(
     few_step: bool = False,
     progress: Progress | None = None,
     revision: str | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> Path:
     """Writes a checkpoint in another format. Between official and diffusers every bit of every tensor is kept.
 
@@ -184,6 +203,8 @@ def convert_checkpoint(
             of Self-Forcing.
         progress: Called with name, bytes done and bytes in total after each tensor.
         revision: Of a Hugging Face repository.
+        num_heads: As `inspect_checkpoint`.
+        head_dim: As `inspect_checkpoint`.
 
     Returns:
         The folder.
@@ -192,7 +213,9 @@ def convert_checkpoint(
         ValueError: If the source cannot be read or is incomplete, or the destination is not empty.
     """
     check_target(to)
-    opened = open_source(source, config=config, weights=weights, revision=revision)
+    opened = open_source(
+        source, config=config, weights=weights, revision=revision, num_heads=num_heads, head_dim=head_dim
+    )
     if config is not None:
         check_sizes(opened, config)
     opened.check()
@@ -202,7 +225,14 @@ def convert_checkpoint(
         if dtype is not None:
             chosen = dataclasses.replace(chosen, param_dtype=dtype)
         model = read_model(opened, chosen, progress=progress)
-        return save_checkpoint(model, destination, format=to, max_shard_bytes=max_shard_bytes, few_step=few_step)
+        return save_checkpoint(
+            model,
+            destination,
+            format=to,
+            max_shard_bytes=max_shard_bytes,
+            few_step=few_step,
+            trained=opened.trained,
+        )
     naming: Naming = "official" if to == "official" else "diffusers"
     return write_folder(
         destination,
@@ -213,6 +243,7 @@ def convert_checkpoint(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         few_step=few_step,
+        trained=opened.trained,
         progress=progress,
     )
 
@@ -230,6 +261,8 @@ class ConvertOptions:
         max_shard_gb: Split larger weights into numbered files of at most this many GB (10^9 bytes).
         few_step: Store that the model is distilled for few steps; of Self-Forcing's .pt files it is known.
         revision: Of a Hugging Face repository.
+        num_heads: Attention heads, for files without config.json whose heads are not of 128 channels.
+        head_dim: Channels of a head, likewise.
     """
 
     src: str
@@ -240,6 +273,8 @@ class ConvertOptions:
     max_shard_gb: float | None = None
     few_step: bool = False
     revision: str | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
 
     @property
     def max_shard_bytes(self) -> int | None:
@@ -266,6 +301,8 @@ class ConvertOptions:
             few_step=self.few_step,
             progress=progress,
             revision=self.revision,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
         )
 
 
@@ -277,12 +314,22 @@ class InspectOptions:
         path: A folder or file with weights, or a Hugging Face repository owner/name.
         weights: Which set of a .pt file: generator_ema, generator, critic or model.
         revision: Of a Hugging Face repository.
+        num_heads: Attention heads, for files without config.json whose heads are not of 128 channels.
+        head_dim: Channels of a head, likewise.
     """
 
     path: str
     weights: str | None = None
     revision: str | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
 
     def run(self) -> CheckpointInfo:
         """Inspects; see `inspect_checkpoint`."""
-        return inspect_checkpoint(self.path, weights=self.weights, revision=self.revision)
+        return inspect_checkpoint(
+            self.path,
+            weights=self.weights,
+            revision=self.revision,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )

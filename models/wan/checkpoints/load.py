@@ -33,13 +33,15 @@ def load_checkpoint(
     override: bool = False,
     progress: Progress | None = None,
     revision: str | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> WanModel:
     """Loads a model from any supported format.
 
     Tensors are read one at a time, cast and placed; stacked parameters are allocated once on their device and filled,
     so that the host holds no more than the model plus a tensor.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from monarchrt.models.wan import wan_config
         >>> from monarchrt.models.wan.checkpoints import save_checkpoint
@@ -64,6 +66,8 @@ def load_checkpoint(
         override: Allows an attention other than the one stored with the weights.
         progress: Called with name, bytes done and bytes in total after each tensor.
         revision: Of a Hugging Face repository.
+        num_heads: As `inspect_checkpoint`.
+        head_dim: As `inspect_checkpoint`.
 
     Returns:
         The model.
@@ -72,7 +76,56 @@ def load_checkpoint(
         ValueError: If the checkpoint cannot be read, lacks tensors, does not fit `config`, or was trained with another
             attention.
     """
-    source = open_source(path, config=config, weights=weights, revision=revision)
+    source = open_source(
+        path, config=config, weights=weights, revision=revision, num_heads=num_heads, head_dim=head_dim
+    )
+    return load_source(
+        source,
+        config=config,
+        attention=attention,
+        causal_block=causal_block,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        remat=remat,
+        sharding=sharding,
+        override=override,
+        progress=progress,
+    )
+
+
+def load_source(
+    source: Source,
+    *,
+    config: WanConfig | None = None,
+    attention: Attention | tuple[Attention, ...] | None = None,
+    causal_block: int | None = None,
+    param_dtype: str | None = None,
+    dtype: str | None = None,
+    remat: str | None = None,
+    sharding: jax.sharding.Sharding | Shardings | None = None,
+    override: bool = False,
+    progress: Progress | None = None,
+) -> WanModel:
+    """Loads a model from a checkpoint that is open: what `load_checkpoint` does after it has opened one.
+
+    Args:
+        source: Of `monarchrt.models.wan.checkpoints.source.open_source`.
+        config: As `load_checkpoint`, and so are all others.
+        attention: Self-attention to use.
+        causal_block: Frames per block.
+        param_dtype: Dtype of the parameters.
+        dtype: Compute dtype.
+        remat: As `WanConfig.remat`.
+        sharding: Where parameters go.
+        override: Allows an attention other than the one stored with the weights.
+        progress: Called after each tensor.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the checkpoint lacks tensors, does not fit `config`, or was trained with another attention.
+    """
     if config is not None:
         check_sizes(source, config)
     source.check()

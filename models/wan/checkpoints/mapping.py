@@ -102,7 +102,7 @@ class Tensor:
 def tensors(config: WanConfig) -> list[Tensor]:
     """Every tensor of a checkpoint of `config`, in the order of the official files' modules.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> len(tensors(wan_config("wan2.1-t2v-1.3b"))), len(tensors(wan_config("wan2.1-i2v-14b")))
         (825, 1303)
@@ -142,7 +142,7 @@ def to_theirs(array: AnyArray, layout: Layout) -> AnyArray:
 def checkpoint_shape(config: WanConfig, tensor: Tensor) -> tuple[int, ...]:
     """Shape of a tensor in a checkpoint of `config`.
 
-    Example:
+    Examples:
         >>> from monarchrt.models.wan import wan_config
         >>> config = wan_config("wan2.1-t2v-1.3b")
         >>> checkpoint_shape(config, tensors(config)[0])

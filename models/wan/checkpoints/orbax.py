@@ -69,7 +69,14 @@ def _open(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[Para
     return arrays
 
 
-def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None, few_step: bool = False) -> Path:
+def save_orbax(
+    model: WanModel,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    few_step: bool = False,
+    trained: settings.Trained | None = None,
+) -> Path:
     """Writes a model, its sizes and its Monarch settings; needs memory for a copy of its largest parameter.
 
     Args:
@@ -77,6 +84,7 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None, f
         path: A folder that does not exist yet, or is empty.
         dtype: Of the parameters; None keeps theirs.
         few_step: As `save_checkpoint`.
+        trained: As `save_checkpoint`.
 
     Returns:
         The folder.
@@ -88,7 +96,7 @@ def save_orbax(model: WanModel, path: str | Path, *, dtype: str | None = None, f
     config = dataclasses.replace(model.config, param_dtype=kept)
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(kept)), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     with new_folder(path) as folder:
-        data = settings.config_to_json(config, "official", few_step=few_step)
+        data = settings.config_to_json(config, "official", few_step=few_step, trained=trained)
         data |= {"image_dim": config.image_dim, "param_dtype": kept}
         (folder / "config.json").write_text(settings.dump_json(data))
         chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)

@@ -50,6 +50,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     few_step: bool = False,
+    trained: settings.Trained | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a model, with its Monarch settings, in the official, the diffusers or the orbax format.
@@ -61,6 +62,7 @@ def save_checkpoint(
         dtype: Of the tensors; None keeps the parameters'.
         max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
         few_step: Stores that the weights are distilled, so that `monarchrt generate` samples them in few steps.
+        trained: Stores how they were trained, whose sizes `monarchrt generate` takes where none are given.
         progress: Called with name, bytes done and bytes in total after each tensor.
 
     Returns:
@@ -73,7 +75,7 @@ def save_checkpoint(
     if format == "orbax":
         from monarchrt.models.wan.checkpoints.orbax import save_orbax
 
-        return save_orbax(model, path, dtype=dtype, few_step=few_step)
+        return save_orbax(model, path, dtype=dtype, few_step=few_step, trained=trained)
     naming: Naming = "official" if format == "official" else "diffusers"
     file = ModelFile(model)
     return write_folder(
@@ -85,6 +87,7 @@ def save_checkpoint(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         few_step=few_step,
+        trained=trained,
         progress=progress,
     )
 
@@ -99,6 +102,7 @@ def write_folder(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     few_step: bool = False,
+    trained: settings.Trained | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes `config.json` and the weights of a model whose tensors, in torch's layout, `read` gives.
@@ -112,6 +116,7 @@ def write_folder(
         dtype: Of what is written; None keeps it.
         max_shard_bytes: As `save_checkpoint`.
         few_step: As `save_checkpoint`.
+        trained: As `save_checkpoint`.
         progress: As `save_checkpoint`.
 
     Returns:
@@ -123,11 +128,12 @@ def write_folder(
     cast = None if dtype is None else _float_dtype(dtype)
     by_name = {tensor.name(naming): tensor for tensor in tensors(config)}
     infos = {name: TensorInfo(info(t).shape, cast or info(t).dtype) for name, t in by_name.items()}
-    own = settings.own_to_json(config, few_step=few_step)
+    own = settings.own_to_json(config, few_step=few_step, trained=trained)
     metadata = {"format": "pt"} | ({settings.OWN_KEY: json.dumps(own)} if own else {})
     total, done = total_bytes(infos.values()), 0
     with new_folder(path) as folder:
-        text = settings.dump_json(settings.config_to_json(config, naming, few_step=few_step))
+        data = settings.config_to_json(config, naming, few_step=few_step, trained=trained)
+        text = settings.dump_json(data)
         (folder / "config.json").write_text(text)
         for name, size in write_sharded(
             folder,

@@ -43,7 +43,7 @@ class SchedulerSettings:
 def scheduler_settings(folder: str | Path) -> SchedulerSettings | None:
     """Reads `scheduler_config.json` of a pipeline in diffusers' format.
 
-    Example:
+    Examples:
         >>> scheduler_settings("/no/such/folder") is None
         True
 

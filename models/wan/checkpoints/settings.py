@@ -1,6 +1,8 @@
 """`config.json` of the official and the diffusers format to and from `WanConfig`, and its attention beside it."""
 
+import dataclasses
 import json
+import math
 from typing import Any
 
 from monarchrt.models.attention.base import Attention
@@ -52,10 +54,50 @@ FIXED = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How weights were trained, as far as it matters for sampling them; stored beside them.
+
+    Attributes:
+        latents: Shape (F, h, w) of a sample.
+        shift: Of the noise levels.
+        steps: Of a model of few steps.
+    """
+
+    latents: tuple[int, int, int] | None = None
+    shift: float | None = None
+    steps: int | None = None
+
+
+def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | None:
+    """What `own_to_json` stored of the training; None if nothing.
+
+    Examples:
+        >>> trained_from_json({"trained": {"latents": [21, 60, 104], "shift": 5.0}}, where="config.json")
+        Trained(latents=(21, 60, 104), shift=5.0, steps=None)
+
+    Raises:
+        ValueError: If it cannot be understood.
+    """
+    stored = None if data is None else data.get("trained")
+    if stored is None:
+        return None
+    known = stored if isinstance(stored, dict) else {"": stored}
+    latents, shift, steps = known.get("latents"), known.get("shift"), known.get("steps")
+    whole = latents is None or (
+        isinstance(latents, list) and len(latents) == 3 and all(type(n) is int and 0 < n <= MAX_SIZE for n in latents)
+    )
+    number = shift is None or (type(shift) in (int, float) and 0 < shift < math.inf)
+    count = steps is None or (type(steps) is int and 0 < steps <= 1000)
+    if not (whole and number and count and isinstance(stored, dict)):
+        raise ValueError(f"{where}: the entry 'trained' of {OWN_KEY!r} cannot be read: {stored!r:.100}.")
+    return Trained(latents=None if latents is None else tuple(latents), shift=shift, steps=steps)
+
+
 def describes_model(data: dict[str, Any]) -> bool:
     """Whether a `config.json` says anything about a network: a class, or sizes under one of the two names.
 
-    Example:
+    Examples:
         >>> describes_model({}), describes_model({"_class_name": "WanModel"}), describes_model({"in_dim": 16})
         (False, True, True)
     """
@@ -120,13 +162,16 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
         raise ValueError(f"{where}: {error}") from error
 
 
-def config_to_json(config: WanConfig, naming: Naming, *, few_step: bool = False) -> dict[str, Any]:
+def config_to_json(
+    config: WanConfig, naming: Naming, *, few_step: bool = False, trained: Trained | None = None
+) -> dict[str, Any]:
     """What `config_from_json` reads; the official form is that of the released files, byte for byte when dumped.
 
     Args:
         config: The model.
         naming: Which format.
         few_step: Whether the weights are distilled.
+        trained: How they were trained.
 
     Returns:
         The content of `config.json`.
@@ -154,7 +199,7 @@ def config_to_json(config: WanConfig, naming: Naming, *, few_step: bool = False)
             "rope_max_seq_len": 1024,
         }
         data = {"_class_name": DIFFUSERS_CLASS, "_diffusers_version": "0.33.0", **dict(sorted(written.items()))}
-    own = own_to_json(config, few_step=few_step)
+    own = own_to_json(config, few_step=few_step, trained=trained)
     return data | ({OWN_KEY: own} if own else {})
 
 
@@ -182,10 +227,14 @@ def _stored_text(config: WanConfig) -> str:
     return to_text(layers[0] if len(set(layers)) == 1 else layers)
 
 
-def own_to_json(config: WanConfig, *, few_step: bool) -> dict[str, Any] | None:
-    """What is stored beside the sizes: `attention_to_json`, and whether the weights are distilled for few steps."""
+def own_to_json(config: WanConfig, *, few_step: bool, trained: Trained | None = None) -> dict[str, Any] | None:
+    """What is stored beside the sizes: `attention_to_json`, whether the weights are of few steps, how they trained."""
     own = attention_to_json(config)
-    return (own or {"attention": to_text(exact()), "causal_block": None}) | {"few_step": True} if few_step else own
+    more: dict[str, Any] = {"few_step": True} if few_step else {}
+    known = {} if trained is None else {k: v for k, v in dataclasses.asdict(trained).items() if v is not None}
+    if known:
+        more["trained"] = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+    return (own or {"attention": to_text(exact()), "causal_block": None}) | more if more else own
 
 
 def few_step_from_json(data: dict[str, Any] | None) -> bool:
@@ -218,7 +267,7 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
     Args:
         infos: Shape and dtype by official name.
         names: Official name to name in the file, for errors.
-        num_heads: Heads if they are not of 128 channels.
+        num_heads: Heads; None: they are of 128 channels.
 
     Returns:
         The configuration; `eps` and `text_len` are the released models'.
@@ -238,7 +287,7 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(
             f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
-            f"pass config."
+            f"give num_heads (--num-heads) or head_dim (--head-dim)."
         )
     # as many as there are: a number that is left out is then a missing or an unexpected tensor
     layers = len({name.split(".")[1] for name in infos if name.startswith("blocks.")})

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Source:
         sets: All sets of a `.pt` file.
         few_step: Whether the weights are distilled, to be sampled in few steps: Self-Forcing's generators, and what was
             made of them.
+        trained: How they were trained, if that is stored with them.
     """
 
     path: Path
@@ -53,6 +54,8 @@ class Source:
     weights: str = ""
     sets: tuple[str, ...] = ("",)
     few_step: bool = False
+    trained: settings.Trained | None = None
+    _checked: list[bool] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     def info(self, tensor: Tensor) -> TensorInfo:
         """Shape and dtype of a tensor that is there."""
@@ -92,7 +95,9 @@ class Source:
         return self.file.infos.keys() - self.names.values()
 
     def check(self) -> None:
-        """Raises ValueError unless every tensor of `config` is there, in its shape, and no other."""
+        """Raises ValueError unless every tensor of `config` is there, in its shape, and no other; looks once."""
+        if self._checked:
+            return
         shapes = parameter_shapes(self.config)
         match_names(
             self.file,
@@ -103,10 +108,17 @@ class Source:
             model="a Wan model",
             ignore=self._elsewhere,
         )
+        self._checked.append(True)
 
 
 def open_source(
-    path: str | Path, *, config: WanConfig | None = None, weights: str | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    config: WanConfig | None = None,
+    weights: str | None = None,
+    revision: str | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> Source:
     """Opens a checkpoint of any supported format, without reading tensors.
 
@@ -117,16 +129,19 @@ def open_source(
         weights: Set of tensors of a `.pt` file: "generator_ema", "generator", "critic", "model". None takes the first
             of the first two and the last that is there.
         revision: Of a Hugging Face repository.
+        num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
+        head_dim: Channels of a head, likewise.
 
     Returns:
         The opened checkpoint.
 
     Raises:
-        ValueError: If there is nothing that can be read, with the reason.
+        ValueError: If there is nothing that can be read, with the reason, or the heads are others than it says.
     """
+    heads = Heads(num_heads, head_dim)
     place = locate(path, revision)
     if place.format == "orbax":
-        return _open_orbax(place)
+        return heads.checked(_open_orbax(place))
     file = open_tensors(place.file, weights=weights, preference=PREFERENCE)
     sets, chosen = tuple(getattr(file, "sets", ("",))), getattr(file, "weights", "")
     names = strip_prefixes(file.infos, anchors=ANCHORS, where=place.path)
@@ -143,12 +158,48 @@ def open_source(
         config_path = None
         header = file.metadata.get(settings.OWN_KEY)
         own = parse_json(header, "the file's header") if header else None
-        described = _describe(names, file, naming, config, own)
+        described = _describe(names, file, naming, config, own, heads)
     if config is None:
         _refuse_relative(place.path, described)
     few_step = chosen.split(".")[-1].startswith(DISTILLED) or settings.few_step_from_json(own)
+    trained = settings.trained_from_json(own, where=str(config_path or "the file's header"))
     format_: Format = "diffusers" if (place.format, naming) == ("official", "diffusers") else place.format
-    return Source(place.path, format_, naming, described, config_path, names, file, chosen, sets, few_step)
+    return heads.checked(
+        Source(place.path, format_, naming, described, config_path, names, file, chosen, sets, few_step, trained)
+    )
+
+
+class Heads(NamedTuple):
+    """What a caller says of the attention heads, which tensors do not tell; None: nothing."""
+
+    number: int | None = None
+    channels: int | None = None
+
+    def of(self, dim: int, config: WanConfig | None) -> int | None:
+        """Their number in a network of width `dim`; None if nothing is said."""
+        numbers = [n for n in range(1, dim // 6 + 1) if not dim % n and not dim // n % 2]
+        sizes = [dim // n for n in reversed(numbers)]
+        for name, value, good in (("num_heads", self.number, numbers), ("head_dim", self.channels, sizes)):
+            if value is not None and value not in good:
+                shown = ", ".join(map(str, good[:12])) + (", ..." if len(good) > 12 else "")
+                raise ValueError(f"{name}={value} does not fit the network's width {dim}; choices: {shown}.")
+        if self.number is None and self.channels is not None:
+            return dim // self.channels
+        return config.num_heads if self.number is None and config is not None else self.number
+
+    def checked(self, source: Source) -> Source:
+        """The source, if its heads are those."""
+        found = source.config
+        for name, value, there in (
+            ("num_heads", self.number, found.num_heads),
+            ("head_dim", self.channels, found.head_dim),
+        ):
+            if value is not None and value != there:
+                raise ValueError(
+                    f"{name}={value}: {source.path} has {found.num_heads} heads of {found.head_dim} channels; "
+                    f"leave {name} out."
+                )
+        return source
 
 
 def _open_orbax(place: Place) -> Source:
@@ -165,12 +216,18 @@ def _open_orbax(place: Place) -> Source:
         raise ValueError(f"{config_path}: {error}") from error
     file = OrbaxFile(place.path, config)
     names = {tensor.official: tensor.official for tensor in tensors(config)}
-    few_step = settings.few_step_from_json(data.get(settings.OWN_KEY))
-    return Source(place.path, "orbax", "official", config, config_path, names, file, few_step=few_step)
+    own = data.get(settings.OWN_KEY)
+    few_step, trained = settings.few_step_from_json(own), settings.trained_from_json(own, where=str(config_path))
+    return Source(place.path, "orbax", "official", config, config_path, names, file, few_step=few_step, trained=trained)
 
 
 def _describe(
-    names: dict[str, str], file: TensorFile, naming: Naming, config: WanConfig | None, own: dict[str, Any] | None
+    names: dict[str, str],
+    file: TensorFile,
+    naming: Naming,
+    config: WanConfig | None,
+    own: dict[str, Any] | None,
+    heads: Heads,
 ) -> WanConfig:
     """The configuration read off the tensors' shapes."""
     official = names
@@ -179,7 +236,9 @@ def _describe(
         both = WanConfig(dim=6, ffn_dim=1, num_heads=1, num_layers=layers, model_type="i2v")
         official = {t.official: names[t.diffusers] for t in tensors(both) if t.diffusers in names}
     infos = {name: file.infos[stored] for name, stored in official.items()}
-    described = settings.config_from_shapes(infos, official, num_heads=config.num_heads if config else None)
+    patch = infos.get("patch_embedding.weight")
+    number = heads.of(patch.shape[0], config) if patch is not None and patch.shape else None
+    described = settings.config_from_shapes(infos, official, num_heads=number)
     stored = settings.attention_from_json(own, where="the file's header")
     kept = {} if config is None else {"text_len": config.text_len, "eps": config.eps}
     return dataclasses.replace(described, **kept, **stored)

@@ -206,7 +206,7 @@ class TestStrangers:
         monkeypatch.setattr("monarchrt.models.generate.stream.GRACE", 2.0)
         noise = np.random.default_rng(0).integers(0, 255, (120, 240, 320, 3), np.uint8)
         with contextlib.ExitStack() as stack:
-            with LivePage(port=0, fps=1000.0) as page:
+            with LivePage(port=0, fps=100.0) as page:
                 stalled = [stack.enter_context(self.websocket(page)) for _ in range(10)]
                 stack.enter_context(socket.create_connection(stalled[0].getpeername()))
                 page.show(noise)

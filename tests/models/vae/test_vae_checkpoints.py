@@ -139,3 +139,39 @@ class TestErrors:
         (tmp_path / "config.json").write_text(json.dumps(settings))
         assert load_vae(tmp_path).config == SMALL
         assert VAEConfig() != SMALL
+
+
+class TestPrefixes:
+    """ComfyUI's and trainers' files, as of the network."""
+
+    @pytest.mark.parametrize("prefix", ["vae.", "first_stage_model.", "module.", "_orig_mod.", "whatever.it.is."])
+    def test_one_prefix(self, vae, official, tmp_path, prefix):
+        arrays = {prefix + name: tensor.numpy() for name, tensor in official.items()}
+        safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
+        assert_same(load_vae(tmp_path / "x.safetensors", config=SMALL), vae)
+
+    def test_a_whole_pipeline(self, vae, official, tmp_path):
+        arrays = {f"vae.{name}": tensor.numpy() for name, tensor in official.items()}
+        arrays |= {
+            "model.diffusion_model.patch_embedding.weight": np.zeros((8, 16, 1, 2, 2), np.float32),
+            "text_encoders.umt5xxl.transformer.shared.weight": np.zeros((4, 4), np.float32),
+        }
+        safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
+        assert_same(load_vae(tmp_path / "x.safetensors", config=SMALL), vae)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["blocks.0.self_attn.q.weight"], "is not a Wan VAE but a Wan transformer: it holds blocks.0"),
+            (["encoder.block.0.layer.0.SelfAttention.q.weight"], "is not a Wan VAE but a T5 text encoder"),
+            (["decoder.up.0.block.0.conv1.weight"], "is not a Wan VAE but an autoencoder"),
+            (
+                ["decoder.upsamples.0.upsamples.0.residual.0.gamma", "decoder.conv1.weight"],
+                "is not the VAE of Wan 2.1 but the VAE of Wan 2.2 TI2V-5B",
+            ),
+        ],
+    )
+    def test_other_networks_are_named(self, tmp_path, names, message):
+        safetensors.numpy.save_file({name: np.zeros((2, 2), np.float32) for name in names}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_vae(tmp_path / "x.safetensors")

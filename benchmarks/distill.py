@@ -1,0 +1,190 @@
+"""Times Self-Forcing distillation at true size: the student's update and the critic's, with dense and Monarch students.
+
+    python benchmarks/distill.py                      # Wan 1.3B student, critic and teacher, 81 frames of 480p
+    python benchmarks/distill.py --small              # a tiny network; runs anywhere
+
+Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
+recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the
+third of four, the mean). Numbers are checked first: the clip that is differentiated is the clip that was rolled out,
+and the kernels' clip is XLA's. Writes distill.json.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from monarchrt.models.attention.notation import parse as attention_of
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.train.config import OptimizerConfig
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.self_forcing import SelfForcingObjective
+from monarchrt.train.objectives.settings import SelfForcingConfig
+from monarchrt.train.state import create_role, create_state, make_training, split_model
+from monarchrt.train.step import make_train_step
+
+ATTENTION = {"dense": "dense", "monarch 95%": "monarch", "monarch 97%": "monarch(tile=(3,{rows},{columns}))"}
+MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
+GUIDED = 8  # rows of the negative prompt
+
+
+class Fixed(SelfForcingObjective):
+    """The objective with a last step that is given, and a guided teacher."""
+
+    def __init__(self, settings: SelfForcingConfig, last: int, text_dim: int):
+        super().__init__(settings)
+        self.last = last
+        self.negative = np.full((GUIDED, text_dim), 0.1, np.float32)
+
+    def _draw(self, key, shape):
+        draws = super()._draw(key, shape)
+        return draws._replace(student=draws.student._replace(last=jnp.int32(self.last)))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["dense", "monarch 97%"])
+    parser.add_argument("--last", type=int, default=2, help="the step, from 0, that every block stops at")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--small", action="store_true", help="a tiny network and clip")
+    args = parser.parse_args()
+    if args.repeats < 1 or not 0 <= args.last <= 3:
+        parser.error("--repeats must be at least 1 and --last one of 0 to 3")
+    if not args.small and jax.default_backend() == "cpu":
+        parser.error("there is no GPU, and a CPU would take hours; --small runs anywhere")
+    return args
+
+
+def shape_of(small: bool) -> tuple[int, ...]:
+    """Latents of one clip, [B, F, H, W, C]."""
+    return (1, 6, 8, 16, 16) if small else (1, 21, 60, 104, 16)
+
+
+def network(name: str, args: argparse.Namespace, *, trains: bool, **changes) -> WanModel:
+    """A network with random weights, of the attention of that name."""
+    _, _, height, width, _ = shape_of(args.small)
+    text = ATTENTION[name].format(rows=height // 2, columns=width // 2)
+    config = wan_config(
+        "tiny" if args.small else "wan2.1-t2v-1.3b",
+        dtype="bfloat16",
+        param_dtype="float32" if trains else "bfloat16",
+        remat="full",
+        attention=attention_of(text),
+        **changes,
+    )
+    return nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))()
+
+
+def check(args: argparse.Namespace) -> float:
+    """Largest relative error of two clips that should be the rolled-out one, of a shallow network."""
+    changes: dict[str, Any] = {"num_layers": 2, "causal_block": 3}
+    model = network("monarch 95%", args, trains=True, **changes)
+    kernel = model.head.proj.kernel  # starts at zero, which would make all clips equal
+    kernel[...] = 0.02 * jax.random.normal(jax.random.key(1), kernel.shape)
+    objective = Fixed(SelfForcingConfig(), 2, model.config.text_dim)
+    shape = (1, 6, 16, 16, 16)
+    draws = objective._draw(jax.random.key(2), shape).student
+    text = jax.random.normal(jax.random.key(3), (1, 8, model.config.text_dim))
+
+    @nnx.jit
+    def clips(model):
+        rolled = objective.roll_out(model, text, draws)
+        return rolled.x, objective.replay(model, text, rolled, draws.last)
+
+    rolled, replayed = clips(model)
+    reference, _ = clips(model.with_attention(attention_of("monarch(implementation=xla)")))
+    scale = jnp.linalg.norm(reference - draws.noise)
+    return max(float(jnp.linalg.norm(other - rolled) / scale) for other in (replayed, reference))
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times both updates with one kind of student."""
+    student = network(name, args, trains=True, causal_block=3)
+    networks = {
+        "student": student,
+        "critic": network("dense", args, trains=True),
+        "teacher": network("dense", args, trains=False),
+    }
+    trainings = {
+        "student": make_training(OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999), updates=1000),
+        "critic": make_training(
+            OptimizerConfig(learning_rate=4e-7, beta1=0.0, beta2=0.999, ema_decay=None), updates=1000
+        ),
+    }
+    parts = {role: split_model(model) for role, model in networks.items()}
+    roles = {
+        role: create_role(params, frozen, trainings[role])
+        if role in trainings
+        else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
+        for role, (_, params, frozen) in parts.items()
+    }
+    state = create_state(roles, seed=0)
+    objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
+    step = make_train_step(objective, {role: part[0] for role, part in parts.items()}, trainings)
+    shape = shape_of(args.small)
+    text = jax.random.normal(jax.random.key(1), (1, student.config.text_len, student.config.text_dim), jnp.bfloat16)
+    batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
+    rows = []
+    for role in ("student", "critic"):
+        start = time.perf_counter()
+        compiled = step.lower(state, {role: batch}, due=(role,)).compile()
+        compiling = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        seconds = []
+        for _ in range(args.repeats + 1):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state, {role: batch}))
+            seconds.append(time.perf_counter() - start)
+        row = {
+            "update": role,
+            "attention": name,
+            "last": args.last,
+            "seconds": statistics.median(seconds[1:]),
+            "memory_gb": (needed - memory.alias_size_in_bytes) / 1e9,
+            "state_gb": memory.argument_size_in_bytes / 1e9,
+            "compile_seconds": compiling,
+            "finite": bool(metrics[role]["finite"]),
+        }
+        print(
+            f"{role:8s} {name:12s} {row['seconds']:6.2f} s  {row['memory_gb']:5.1f} GB, of which the state "
+            f"{row['state_gb']:.1f}  compiled in {compiling:.0f} s",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Checks, measures, writes."""
+    args = parse()
+    error = check(args)
+    print(f"clips agree to {error:.1e}", flush=True)
+    if not error <= MAX_ERROR:
+        raise SystemExit(f"clips that should be equal are off by {error:.1e}, more than {MAX_ERROR:.0e}")
+    report: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "error": error,
+        "rows": [],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.attention:
+        report["rows"] += measure(name, args)
+        (args.out / "distill.json").write_text(json.dumps(report, indent=1) + "\n")
+    pairs = {name: sum(row["seconds"] for row in report["rows"] if row["attention"] == name) for name in args.attention}
+    for name, seconds in pairs.items():
+        print(f"one update of each, {name}: {seconds:.2f} s ({pairs[args.attention[0]] / seconds:.2f}x)")
+
+
+if __name__ == "__main__":
+    main()

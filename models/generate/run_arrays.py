@@ -1,0 +1,224 @@
+"""The network in a run folder of `monarchrt train`: of its newest checkpoint, the role that the run exports."""
+
+import contextlib
+import errno
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.checkpoints.checksums import checksums
+from monarchrt.models.checkpoints.json_files import read_json
+from monarchrt.models.checkpoints.orbax_arrays import read_arrays
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
+from monarchrt.models.errors import UserError, printable, user_input
+from monarchrt.models.files import listed
+from monarchrt.models.generate.runs import CHECKPOINTS_NAME, RunSettings, checkpoint_steps
+from monarchrt.models.wan import WanConfig, WanModel, wan_config
+from monarchrt.models.wan.checkpoints.settings import Trained
+
+
+class StoredNetwork(NamedTuple):
+    """The exported network of a checkpoint: the moving average of what there is one of.
+
+    Attributes:
+        step: Of the checkpoint.
+        folder: Of its arrays.
+        names: Name in the network, such as `head.proj.kernel`, to name in the checkpoint.
+        contents: Shape and checksum by name in the checkpoint.
+    """
+
+    step: int
+    folder: Path
+    names: dict[str, str]
+    contents: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name in the network."""
+        return {name: tuple(self.contents[stored]["shape"]) for name, stored in self.names.items()}
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Arrays by name in the network, read and checked.
+
+        Raises:
+            UserError: If it has no such array, or one of another shape.
+            ValueError: If one is damaged.
+        """
+        for name, leaf in wanted.items():
+            if name not in self.names:
+                raise UserError(f"the checkpoint of step {self.step} has no {name}; it is of another model")
+            if self.shapes[name] != leaf.shape:
+                raise UserError(
+                    f"{name} in the checkpoint of step {self.step} has shape {self.shapes[name]}, not {leaf.shape}"
+                )
+        arrays = read_checked(self.folder, {self.names[name]: leaf for name, leaf in wanted.items()}, self.contents)
+        return {name: arrays[self.names[name]] for name in wanted}
+
+
+def read_checked(
+    folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], contents: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Arrays of a checkpoint by the names that it has for them.
+
+    Args:
+        folder: Of its arrays.
+        wanted: As `monarchrt.models.checkpoints.orbax_arrays.read_arrays`.
+        contents: What it says of each array.
+
+    Returns:
+        The arrays.
+
+    Raises:
+        ValueError: If one cannot be read, or its checksum is wrong.
+    """
+    arrays = read_arrays(folder, wanted)
+    found = jax.device_get(checksums(arrays))
+    for name in wanted:
+        if int(found[name]) != contents[name]["checksum"]:
+            raise ValueError(f"the checksum of {name} is wrong")
+    return arrays
+
+
+def network_names(about: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint calls the arrays of its exported network, by their names in the network.
+
+    Examples:
+        >>> network_names({"exported": "student", "arrays": {"roles.student.params.bias": {}, "step": {}}})
+        {'bias': 'roles.student.params.bias'}
+
+    Args:
+        about: What a checkpoint says of itself; one written before there were roles holds one network.
+
+    Returns:
+        The names.
+    """
+    role = f"roles.{about['exported']}." if "exported" in about else ""
+    parts = ("frozen", "params", "average") if role else ("fixed", "params", "ema")
+    names: dict[str, str] = {}
+    for part in parts:  # a later one stands for an earlier one
+        prefix = f"{role}{part}."
+        names |= {name.removeprefix(prefix): name for name in about["arrays"] if name.startswith(prefix)}
+    return names
+
+
+def stored_network(folder: Path, step: int) -> StoredNetwork:
+    """The exported network of one checkpoint of a run folder; reads no arrays.
+
+    Raises:
+        ValueError: If what it says of itself is damaged.
+    """
+    place = folder / CHECKPOINTS_NAME / str(step)
+    about = read_json(place / "about" / "metadata")
+    arrays = about.get("arrays")
+    whole = isinstance(arrays, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("checksum"), int)
+        and isinstance(entry.get("shape"), list)
+        and all(isinstance(size, int) for size in entry["shape"])
+        for entry in arrays.values()
+    )
+    if "identity" not in about or not whole or not (names := network_names(about)):
+        raise ValueError("the description is incomplete")
+    return StoredNetwork(step, place / "state", names, about["arrays"])
+
+
+@contextlib.contextmanager
+def reading_newest(folder: Path) -> Iterator[int]:
+    """The step of the newest checkpoint; what goes wrong in the block is said of it.
+
+    Raises:
+        UserError: If there is no checkpoint, or it cannot be read.
+    """
+    path = folder / CHECKPOINTS_NAME
+    complete = checkpoint_steps(folder)
+    if not complete:
+        raise UserError(f"{path} has no checkpoint to start from; give the folder of a finished run")
+    try:
+        yield complete[-1]
+    except UserError:
+        raise
+    except Exception as error:  # tensorstore raises whatever its storage layer raised
+        reason = printable(" ".join(str(error).split()), 160)
+        state = "could not be read" if of_the_machine(error) else "is corrupt"
+        raise UserError(f"the checkpoint of step {complete[-1]} in {path} {state} ({reason})") from error
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error of reading says nothing of the file: no memory, no permission, a disk that does not answer."""
+    if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    # TensorStore's errors are ValueErrors that begin with the name of a status
+    return str(error).startswith(("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"))
+
+
+def run_config(run: RunSettings, *, channels: int, dtype: str = "float32") -> WanConfig:
+    """The network of a run.
+
+    Args:
+        run: Its settings.
+        channels: Latent channels of its data, which the preset does not tell.
+        dtype: Compute type.
+
+    Returns:
+        The configuration, with the attention that it was trained with.
+
+    Raises:
+        UserError: If a setting is unknown here, or not valid.
+    """
+    with user_input():
+        values: dict[str, Any] = {"in_channels": channels, "out_channels": channels} | run.overrides
+        return wan_config(run.preset, **values | {"attention": parse(run.attention), "dtype": dtype})
+
+
+def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
+    """The network that a run exports, as in its newest checkpoint: the moving average, if there is one.
+
+    Args:
+        run: Its settings.
+        dtype: Compute type; parameters are float32.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: If there is no checkpoint, it cannot be read, or it is of another network.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with reading_newest(run.path) as step:
+        stored = stored_network(run.path, step)
+        kernel = stored.shapes.get("patch_embedding.kernel", ())
+        if len(kernel) < 2:
+            raise UserError(f"the checkpoint of step {step} in {run.path} is not of a Wan model")
+        config = run_config(run, channels=kernel[-2], dtype=dtype)
+        graph, params, others = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))), nnx.Param, ...)
+        flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+        wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in flat.items()}
+        arrays = stored.read(wanted)
+    filled = jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in flat])
+    return nnx.merge(graph, filled, others)
+
+
+def trained_as(run: RunSettings) -> Trained:
+    """How a run's network was trained, for `monarchrt.models.wan.checkpoints.save_checkpoint`."""
+    made, data = run.generation, run.data
+    latents = made.latents
+    if latents is None and data.latents is None:
+        latents = (data.frames, data.height // data.patch, data.width // data.patch)
+    if latents is None:  # a run from before this was stored: its files say it, if they are still there
+        latents = _shape_of_latents(run)
+    return Trained(latents=latents, shift=made.shift, steps=made.steps if made.sampler == "few-step" else None)
+
+
+def _shape_of_latents(run: RunSettings) -> tuple[int, int, int] | None:
+    folder = run.data.latents
+    files = [] if folder is None or not folder.is_dir() else [p for p in listed(folder) if p.suffix == ".safetensors"]
+    with contextlib.suppress(ValueError, OSError, IndexError, KeyError):
+        frames, height, width, _ = SafetensorsFile(files[0], only=("latents",)).infos["latents"].shape
+        return frames, height, width
+    return None

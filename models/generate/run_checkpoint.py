@@ -1,0 +1,162 @@
+"""A run folder of `monarchrt train` as something to generate with. The folder is only read."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
+from monarchrt.models.generate.material import Material, condition_latents, given_noise
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, Plan, make_plan
+from monarchrt.models.generate.run_arrays import run_config, run_network
+from monarchrt.models.generate.runs import RunSettings, find_run
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.media.windows import cut, read_videos, window_starts
+from monarchrt.models.wan import WanConfig, WanModel
+
+# settings that a run folder has no use for, and why
+NOT_OF_RUNS = {
+    "components": "needs no other parts",
+    "weights": "has one set of weights",
+    "num_heads": "knows its heads",
+    "save_embeddings": "was trained without text",
+    "guidance": "was trained without text",
+}
+SEEN = 0  # held-out window whose first frames a run's video begins with
+RATE = 8.0  # frames per second
+
+
+def run_defaults(run: RunSettings, network: WanConfig) -> Defaults:
+    """How a run's network is sampled where nothing else is said: as it was trained."""
+    trained, data, causal = run.generation, run.data, network.causal_block is not None
+    forced = trained.level_per_frame
+    return Defaults(
+        mode="autoregressive" if causal else "windows" if forced else "bidirectional",
+        frames=4 * data.frames + 1 if forced and not causal else data.frames,
+        height=data.height,
+        width=data.width,
+        fps=RATE,
+        sampler=trained.sampler,
+        steps=trained.steps,
+        shift=trained.shift,
+        guidance=1.0,
+        window=data.frames,
+        distilled=trained.sampler == "few-step",
+        causal=causal,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A run folder as something to generate with: `monarchrt.models.generate.material.Opened`."""
+
+    run: RunSettings
+
+    @property
+    def sizes(self) -> WanConfig:
+        """Of the network."""
+        return run_config(self.run, channels=self._decoder().channels)
+
+    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+        """The network."""
+        model = run_network(self.run, dtype="bfloat16" if config.precision == "bf16" else "float32")
+        return model if attention is None else model.with_attention(attention)
+
+    def material(self, config: GenerateConfig, *, report: Callable[[str], None] = _say) -> Material:
+        """The network, its patch transform, an empty text, a held-out frame to begin with."""
+        path = self.run.path
+        for name, why in NOT_OF_RUNS.items():
+            value = getattr(config, name)
+            if value is not None and not (name == "guidance" and value == 1.0):  # a stored plan says 1.0
+                raise UserError(f"{name} is {value}, but checkpoint {path} is a run folder, which {why}; leave it out")
+        decoder, sizes = self._decoder(), self.sizes
+        defaults = run_defaults(self.run, sizes)
+        plan = make_plan(config, defaults=defaults, model=sizes, spatial=decoder.spatial, temporal=decoder.temporal)
+        for note in plan.notes:
+            report(note)
+        if config.prompt or config.negative_prompt or config.embeddings:
+            report(f"note: {path} was trained without text; the prompt does nothing")
+        initial = _begin(plan, decoder, self.run, report)
+        noise = given_noise(plan, decoder.channels, given=0 if initial is None else initial.shape[1])
+        return Material(
+            plan=plan,
+            pipeline=VideoPipeline(self.network(config, attention=plan.attention), decoder),
+            text=jnp.zeros((1, 1, sizes.text_dim)),
+            initial=initial,
+            noise=noise,
+        )
+
+    def _decoder(self) -> PatchDecoder:
+        with user_input():
+            return PatchDecoder(PatchDCT(patch=self.run.data.patch, whitening=self.run.data.whitening))
+
+
+def open_run(config: GenerateConfig) -> RunCheckpoint | None:
+    """Opens a run folder; None if it is none.
+
+    Raises:
+        UserError: If it is a folder of runs, damaged, or a run on latents, of which `convert` makes a model.
+    """
+    path = Path(config.checkpoint or "")
+    run = find_run(path)
+    if run is None:
+        return None
+    if run.data.latents is not None:
+        raise UserError(
+            f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
+            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "
+            f"--components"
+        )
+    return RunCheckpoint(run)
+
+
+def _begin(plan: Plan, decoder: FrameDecoder, run: RunSettings, report: Callable[[str], None]) -> Any:
+    """Latents that a run's video begins with: of `condition`, or of the run's own held-out clip."""
+    if plan.config.condition is not None:
+        return condition_latents(plan, decoder)
+    size = (plan.config.height, plan.config.width)
+    if plan.config.mode == "bidirectional" or size != (run.data.height, run.data.width):
+        return None
+    if plan.first_block > run.data.frames or plan.first_block >= plan.latents[0]:
+        return None
+    try:
+        frames = held_out_window(run)[: plan.first_block]
+    except UserError as error:
+        report(f"note: the run's clip cannot be read ({error}); the video begins with noise")
+        return None
+    return decoder.encode(frames[None])
+
+
+def held_out_window(run: RunSettings, index: int = SEEN) -> np.ndarray:
+    """A window that the run did not train on, uint8 [F, H, W, 3].
+
+    Raises:
+        UserError: If its video cannot be read, or is shorter now than it was.
+    """
+    data = run.data
+    if data.video is None:
+        raise UserError("it names no video")
+    frames, lengths = read_videos(
+        data.video,
+        height=round(data.height * data.crop),
+        width=round(data.width * data.crop),
+        stride=data.stride,
+        fps=data.fps,
+        window=data.frames,
+    )
+    starts = window_starts(lengths, window=data.frames, held_out=data.held_out, gap=data.gap).held_out
+    if len(starts) <= index:
+        raise UserError(f"video {data.video} has {sum(lengths)} frames, and none are left to hold out")
+    return cut(frames, starts[index], window=data.frames, height=data.height, width=data.width)

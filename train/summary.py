@@ -1,0 +1,229 @@
+"""What a run folder holds, in lines: `monarchrt inspect RUN`. Nothing in the folder is changed."""
+
+import dataclasses
+import math
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from monarchrt.models.attention.base import density_of_layers
+from monarchrt.models.attention.notation import to_text
+from monarchrt.models.checkpoints.orbax_arrays import open_arrays
+from monarchrt.models.errors import UserError, printable
+from monarchrt.models.generate.run_arrays import StoredNetwork, run_config, stored_network
+from monarchrt.models.generate.run_checkpoint import run_defaults
+from monarchrt.models.generate.runs import CHECKPOINTS_NAME, CONFIG_NAME, RunSettings, checkpoint_steps, read_run
+from monarchrt.models.wan import WanConfig
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.data import LatentFolder
+from monarchrt.train.logs import LOG_NAME, read_log
+from monarchrt.train.run_folder import SET_ASIDE_NAME, read_config
+
+READ_AT_MOST = 2**31  # bytes of a network whose numbers are read, so that the command stays quick
+SHORT = 160  # characters of a reason
+
+
+class Summary(NamedTuple):
+    """A report on a run folder.
+
+    Attributes:
+        lines: A line for each fact.
+        usable: Whether `generate` or `convert` can take the newest checkpoint.
+    """
+
+    lines: list[str]
+    usable: bool
+
+
+class _Newest(NamedTuple):
+    """The newest checkpoint that can be read, and what is wrong with those after it by their steps."""
+
+    network: StoredNetwork | None
+    read: bool
+    wrong: dict[int, str]
+
+
+def run_summary(folder: Path) -> Summary:
+    """Sums up a run folder: how far it came, how good it is, what it trains, and what can be made of it.
+
+    Args:
+        folder: A run folder, whole or not.
+
+    Returns:
+        The report; what is damaged or not there is a line of it.
+    """
+    settings, config, said = _settings(folder)
+    newest = _newest(folder)
+    report = {"path": str(folder), "format": "a run folder of monarchrt train", "settings": said}
+    report["checkpoint"] = _checkpoint(folder, newest)
+    report |= _log(folder)
+    network = None
+    if settings is not None:
+        network, wrong = _network(settings, newest.network)
+        report |= {"model": wrong} if network is None else {"model": _model(network), **_attention(network, settings)}
+    if newest.network is not None:
+        report["parameters"] = f"{sum(math.prod(shape) for shape in newest.network.shapes.values()):,}"
+    if config is not None:
+        report |= _training(config)
+    usable = network is not None and newest.network is not None and not newest.wrong
+    if usable and settings is not None and network is not None:
+        report |= _uses(folder, settings, network, newest.network)
+    else:
+        report["taken by"] = "neither generate nor convert, which take the newest checkpoint and its settings"
+    return Summary([f"{name:<12}{value}" for name, value in report.items()], usable)
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join(str(error).split()).rstrip("."), SHORT)
+
+
+def _settings(folder: Path) -> tuple[RunSettings | None, TrainConfig | None, str]:
+    """What config.json says of the network and of the training, as far as it can be read; and in words."""
+    if not (folder / CONFIG_NAME).is_file():
+        return None, None, f"{CONFIG_NAME} is not there"
+    found: list[Any] = []
+    for read in (read_run, read_config):
+        try:
+            found.append(read(folder))
+        except UserError as error:
+            return (found[0] if found else None), None, _reason(error)
+    return found[0], found[1], CONFIG_NAME
+
+
+def _newest(folder: Path) -> _Newest:
+    wrong: dict[int, str] = {}
+    for step in reversed(checkpoint_steps(folder)):
+        try:
+            network = stored_network(folder, step)
+            stores = open_arrays(network.folder, network.names.values())
+            small = sum(store.size * store.dtype.numpy_dtype.itemsize for store in stores.values()) <= READ_AT_MOST
+            if small:
+                shapes = {
+                    name: jax.ShapeDtypeStruct(network.shapes[name], stores[stored].dtype.numpy_dtype)
+                    for name, stored in network.names.items()
+                }
+                network.read(shapes)
+        except Exception as error:  # tensorstore raises whatever its storage layer raised
+            wrong[step] = _reason(error)
+            continue
+        return _Newest(network, small, wrong)
+    return _Newest(None, False, wrong)
+
+
+def _checkpoint(folder: Path, newest: _Newest) -> str:
+    steps = checkpoint_steps(folder)
+    parts = []
+    if newest.network is None:
+        parts.append("none can be read" if steps else "none")
+    else:
+        how = "all its numbers are sound" if newest.read else "its numbers were not read"
+        parts.append(f"step {newest.network.step}, {how}")
+        if older := [step for step in steps if step < newest.network.step]:
+            parts.append(f"before it {', '.join(map(str, reversed(older)))}")
+    parts += [f"that of step {step} cannot be read ({reason})" for step, reason in newest.wrong.items()]
+    path = folder / CHECKPOINTS_NAME
+    if not path.is_dir():
+        parts.append(f"there is no {CHECKPOINTS_NAME}/")
+    elif leftover := len(list(path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))):
+        parts.append(f"{leftover} being written, or left by a process that was killed")
+    if (aside := folder / SET_ASIDE_NAME).is_dir() and (count := len(list(aside.iterdir()))):
+        parts.append(f"{count} in {SET_ASIDE_NAME}/")
+    return "; ".join(parts)
+
+
+def _log(folder: Path) -> dict[str, str]:
+    if not (folder / LOG_NAME).is_file():
+        return {"log": f"{LOG_NAME} is not there"}
+    try:
+        records = read_log(folder)
+    except OSError as error:
+        return {"log": f"{LOG_NAME} cannot be read ({error.strerror})"}
+    if not records:
+        return {"log": "no step yet"}
+    lines = {"log": f"up to step {max(record['step'] for record in records)}"}
+    losses = [(record, name) for record in records for name in record if name.endswith("held_out_loss")]
+    for name in dict.fromkeys(name for _, name in losses):
+        values = [(record["step"], record[name]) for record, there in losses if there == name]
+        values = [(step, value) for step, value in values if isinstance(value, int | float)]
+        if values:
+            step, last = values[-1]
+            first = f"; {values[0][1]:.4f} at step {values[0][0]}" if len(values) > 1 else ""
+            role = name.removesuffix("held_out_loss").rstrip("/")
+            label = f"{role} loss" if role else "held-out"
+            lines[label] = f"{last:.4f} at step {step}{first}"
+    return lines
+
+
+def _network(settings: RunSettings, stored: StoredNetwork | None) -> tuple[WanConfig | None, str]:
+    """The network's sizes, or why they cannot be told."""
+    kernel = () if stored is None else stored.shapes.get("patch_embedding.kernel", ())
+    patch = settings.data.patch
+    channels = kernel[-2] if len(kernel) > 1 else None if settings.data.latents else 3 * patch * patch
+    try:
+        if channels is None:
+            return run_config(settings, channels=16), ""
+        return run_config(settings, channels=channels), ""
+    except ValueError as error:
+        return None, _reason(error)
+
+
+def _model(network: WanConfig) -> str:
+    return (
+        f"dim {network.dim}, {network.num_layers} layers, {network.num_heads} heads, ffn {network.ffn_dim}, "
+        f"{network.in_channels} channels"
+    )
+
+
+def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
+    """The attention, how much of its map it keeps, and the tokens of a sample."""
+    layers = network.layer_attention
+    text = to_text(layers[0] if len(set(layers)) == 1 else layers)
+    data = settings.data
+    try:
+        if data.latents is None:
+            shape = (data.frames, data.height // data.patch, data.width // data.patch)
+        else:
+            shape = LatentFolder(data.latents, TrainConfig().data).latent_shape[:3]
+        grid = network.token_grid(*shape)
+        density = density_of_layers(layers, grid, causal_block=network.causal_block)
+    except (ValueError, NotImplementedError) as error:
+        return {"attention": f"{text}; how dense it is cannot be told ({_reason(error)})"}
+    tokens = f"{math.prod(grid):,} tokens a sample, {' x '.join(map(str, grid))}"
+    return {"attention": f"{text}, {density}", "data": f"{data.video or data.latents or 'unknown'}; {tokens}"}
+
+
+def _training(config: TrainConfig) -> dict[str, str]:
+    objective, run = config.objective, config.run
+    lines = {"objective": f"{objective.name}; exported: {objective.exported}"}
+    if fields := [f"{item.name} {getattr(objective, item.name)}" for item in dataclasses.fields(objective)]:
+        lines["objective"] += f"; {', '.join(fields)}"
+    for name, role in objective.roles.items():
+        origin = config.origin(name) or "random parameters"
+        if not role.trains:
+            lines[name] = f"does not train; from {origin}"
+            continue
+        made = config.trained(name)
+        average = "no average" if made.ema_decay is None else f"average {made.ema_decay:g}"
+        lines[name] = f"from {origin}; AdamW at {made.learning_rate:g}, {made.schedule}, {average}"
+        if tuple(made.trainable) != ("all",):
+            lines[name] += f"; trains {' '.join(made.trainable)}"
+    lines["run"] = f"{run.steps} steps of {run.batch} samples, seed {run.seed}, {run.precision}"
+    return lines
+
+
+def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: StoredNetwork | None) -> dict[str, str]:
+    """The commands that take the run, and what they make of it."""
+    path = shlex.quote(str(folder))
+    averaged = stored is not None and any(
+        ".average." in name or name.startswith("ema.") for name in stored.names.values()
+    )
+    what = "the moving average of its weights" if averaged else "its weights"
+    lines = {"convert": f"monarchrt convert {path} NEW    makes a model of {what}"}
+    if settings.data.latents is not None:
+        return lines | {"generate": "needs a model that convert made, and --components for VAE and text encoder"}
+    defaults = run_defaults(settings, network)
+    sampled = f"{defaults.frames} frames of {defaults.height} x {defaults.width}, {defaults.mode}, {defaults.sampler}"
+    return lines | {"generate": f"monarchrt generate --checkpoint {path}    makes {sampled}"}
