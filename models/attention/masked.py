@@ -37,7 +37,7 @@ def masked_attention(
 
     Gradients are those of the masked softmax; the choice of keys has none.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> before = lambda rows, scores: (rows[:, None] > jnp.arange(8)[None])[None, None]
         >>> masked_attention(x, x, x, keep=before)[0, 0, 0]
@@ -91,7 +91,7 @@ def largest(
     The smallest that is chosen is found bit by bit in the ordered integers of float32, which takes 32 counts however
     many are chosen.
 
-    Example:
+    Examples:
         >>> largest(jnp.array([[1.0, 3.0, 2.0, 2.0]]), 2)
         Array([[False,  True,  True, False]], dtype=bool)
 
@@ -291,7 +291,7 @@ def _rows_of(inputs: Callable[[], Array], rows: slice) -> Callable[[], Array]:
 def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
     """How many frames each frame sees, [F].
 
-    Example:
+    Examples:
         >>> seen_frames(5, 2)
         array([2, 2, 4, 4, 5])
     """
@@ -305,7 +305,7 @@ def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
 def ceil_share(share: float, count: int) -> int:
     """That share of a count, rounded up, with the share as the decimal number that it is written as.
 
-    Example:
+    Examples:
         >>> ceil_share(0.15, 1260), math.ceil((1 - 0.85) * 1260)
         (189, 190)
     """

@@ -37,7 +37,7 @@ class RadialAttention(MaskedAttention):
 
     Block-causal, the mask is that of the whole clip and the causal one. There are no parameters.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> RadialAttention(decay=0.5, block=2)(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)
@@ -95,7 +95,7 @@ class RadialAttention(MaskedAttention):
     def decay_for(self, grid: Grid) -> float:
         """The decay on a grid.
 
-        Example:
+        Examples:
             >>> round(RadialAttention(keep=0.15).decay_for((21, 30, 52)), 2)
             0.1
 

@@ -35,7 +35,7 @@ class SLAttention(MaskedAttention):
     k is the share of the blocks that are seen, rounded down as published. Block-causal, blocks of queries begin with
     their block of frames, and the last block of keys holds what is there so far.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> SLAttention(keep=0.5, block=2, linear=False)(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)

@@ -28,7 +28,7 @@ class SlidingTileAttention(MaskedAttention):
     Block-causal, the mask is that of the whole clip and the causal one. There are no parameters; published as
     training-free or finetuned, with windows that were searched per head.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> SlidingTileAttention(tile=(1, 1, 1), window=(1, 1, 1))(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)

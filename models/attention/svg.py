@@ -42,7 +42,7 @@ class SVGAttention(MaskedAttention):
     Block-causal, the mask is that of the whole clip and the causal one, rows are drawn from the newest block, and
     `density` is the mean of both orders.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> SVGAttention(keep=0.3, block=2)(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)
@@ -96,7 +96,7 @@ class SVGAttention(MaskedAttention):
     def half_width(self, grid: Grid) -> int:
         """W: pairs of tokens at most this far apart in their order are in the band.
 
-        Example:
+        Examples:
             >>> SVGAttention(keep=0.15).half_width((21, 30, 52))
             2560
         """

@@ -32,7 +32,7 @@ class SVG2Attention(MaskedAttention):
     and keys. Published for whole clips, where later sampling steps start from the centroids of the step before and
     iterate twice; here each call starts anew. Block-causal, each block clusters its queries and all keys that it sees.
 
-    Example:
+    Examples:
         >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
         >>> SVG2Attention(query_clusters=2, key_clusters=4)(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)
@@ -118,7 +118,7 @@ class SVG2Attention(MaskedAttention):
     ) -> Density:
         """What is kept of the map of given queries and keys, the mean over samples and heads.
 
-        Example:
+        Examples:
             >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
             >>> SVG2Attention(query_clusters=2, key_clusters=4, top_p=1.0).measure(x, x, grid=(2, 2, 2)).kept
             1.0
@@ -168,7 +168,7 @@ def kmeans(
 
     A cluster without members keeps its centroid. Memory is linear in the tokens.
 
-    Example:
+    Examples:
         >>> x = jnp.array([0.0, 1.0, 10.0, 11.0]).reshape(1, 1, 4, 1)
         >>> found = kmeans(x, x[:, :, :2], jnp.ones(4, bool), iterations=10)
         >>> found.labels[0, 0], found.centroids.ravel()

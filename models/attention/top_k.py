@@ -24,7 +24,7 @@ class TopKAttention(MaskedAttention):
     exactly k. All scores are computed: this says what a choice of keys can give, not how fast. The choice has no
     gradient.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> TopKAttention(keep=0.25)(x, x, x, grid=(2, 2, 2)).shape

@@ -36,7 +36,7 @@ class VSAttention(MaskedAttention):
     k is the share of the cubes that are seen, rounded up. Cubes at the end of an axis may hold fewer tokens.
     Block-causal, cubes lie in one block of frames, and a cube chooses among those that its block sees.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
         >>> VSAttention(keep=0.5, cube=(1, 2, 1), gate=False)(x, x, x, grid=(2, 2, 2)).shape
         (1, 8, 2, 4)
