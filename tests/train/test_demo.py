@@ -62,7 +62,6 @@ def test_what_it_leaves(clip, tmp_path, capsys):
     there, here = (json.loads((folder / name / "config.json").read_text()) for name in ("control", "monarch"))
     assert {key for part in there for key in there[part] if there[part][key] != here[part][key]} == {
         "attention",
-        "tile",
         "folder",
     }
     for name in ("losses.png", "attention.png"):

@@ -36,6 +36,7 @@ def test_fsdp_splits_the_large_arrays_and_trains_as_one_device_does(environment)
     program = """
 import jax, jax.numpy as jnp
 from flax import nnx
+from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.data import Batch
