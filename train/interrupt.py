@@ -67,11 +67,12 @@ def stoppable() -> Iterator[None]:
     just find the program: then it is sent again, until it is raised somewhere else.
 
     Examples:
-        >>> with stoppable():
-        ...     signal.raise_signal(signal.SIGTERM)
-        Traceback (most recent call last):
-        ...
-        monarchrt.train.interrupt.Interrupted: stopped
+        >>> try:
+        ...     with stoppable():
+        ...         signal.raise_signal(signal.SIGTERM)
+        ... except Interrupted as error:
+        ...     print(error)
+        stopped
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from monarchrt.models.checkpoints.checksums import checksums as checksums  # where it was before
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import OptimizerConfig
 

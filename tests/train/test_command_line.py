@@ -311,7 +311,7 @@ class Module:
     [
         ("monarchrt.train.cli.train", ["train"]),
         ("monarchrt.train.loop", ["train", "--video", "a.mp4", "--folder", "no/such/folder"]),
-        ("monarchrt.train.demo", ["demo"]),
+        ("monarchrt.train.demo.run", ["demo", "--folder", "no/such/folder"]),
         ("monarchrt.models.generate.make", ["generate", "--checkpoint", "no/such/checkpoint"]),
     ],
 )

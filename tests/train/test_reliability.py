@@ -237,7 +237,7 @@ def test_resume_with_another_clip_is_refused_and_the_same_clip_elsewhere_is_not(
         (["--preset", "tyny"], ["preset", "'tyny'", "'tiny'"]),
         (["--blocks", "hf,w"], ["blocks", "hf,w", "fh,w"]),
         (["--width", "30"], ["width is 30", "patch 4"]),
-        (["--height", "20"], ["height", "5", "patch"]),  # latents of 5 rows, patches of 2
+        (["--height", "20"], ["height is 20", "multiple of 8", "16 and 24"]),
         (["--video", "missing.mp4"], ["missing.mp4", "does not exist"]),
         (["--frames", "20"], ["frames", "20"]),
         (["--accumulation", "3"], ["accumulation is 3", "batch 2"]),

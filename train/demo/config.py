@@ -1,7 +1,6 @@
 """The demo's settings, and the three training runs they stand for. Nothing here imports JAX."""
 
 import dataclasses
-import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class DemoConfig:
     @property
     def clip(self) -> Path:
         """The video to use."""
-        return self.video or Path(str(importlib.resources.files(__package__) / "assets" / "big_buck_bunny.mp4"))
+        return self.video or Path(__file__).parent / "assets" / "big_buck_bunny.mp4"
 
 
 def dense_run(config: DemoConfig) -> TrainConfig:
