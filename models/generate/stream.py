@@ -102,6 +102,26 @@ def own_origin(origin: str | None, named: str | None) -> bool:
     return scheme in ("http", "https") and rest == (named or "").lower()
 
 
+def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> int:
+    """The index of the frame that a browser gets next: the one after what it has, unless it is too far behind.
+
+    Examples:
+        >>> next_frame(7, made=100, kept=100, played=20, fps=16.0)  # 13 frames behind: less than 5 seconds
+        7
+        >>> next_frame(7, made=100, kept=100, played=95, fps=16.0), next_frame(7, made=100, kept=10, played=8, fps=16.0)
+        (15, 90)
+
+    Args:
+        sent: Frames that it was sent or that it missed.
+        made: Frames that there are; more than `sent`.
+        kept: The newest of them, which are still there.
+        played: Frames that would be over at the speed of play.
+        fps: The speed of play.
+    """
+    oldest = max(sent, made - kept)
+    return max(oldest, min(played - int(PATIENCE * fps), made - 1))  # the last is missed by none
+
+
 def _is_address(name: str) -> bool:
     try:
         return bool(ipaddress.ip_address(name))
@@ -353,10 +373,9 @@ class LivePage:
         first = sent = self._made - len(self._frames)
         begin = time.monotonic()
         while not browser.closed:
-            sent = max(sent, self._made - len(self._frames))  # what is not kept any more is skipped
             if sent < self._made:
-                played = first + int((time.monotonic() - begin - PATIENCE) * self._hello["fps"])
-                sent = max(sent, min(played, self._made - 1))  # and what is long past at the speed of play
+                played = first + int((time.monotonic() - begin) * self._hello["fps"])
+                sent = next_frame(sent, made=self._made, kept=len(self._frames), played=played, fps=self._hello["fps"])
                 await asyncio.wait_for(browser.send_bytes(self._frames[sent - self._made]), PATIENCE)
                 sent += 1
             elif self._ended is not None:
