@@ -55,8 +55,8 @@ def test_other_ways_to_write_it(text, same):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is empty; kinds: dense, monarch, first_layers"),
-        ("sparse", "'sparse' is not a kind of attention; kinds: dense, monarch, first_layers"),
+        ("", "is empty; kinds: dense, monarch, "),
+        ("sparse", "'sparse' is not a kind of attention; kinds: dense, monarch, "),
         ("first_layers(2, dense, monrach)", "'monrach' is not a kind of attention; kinds: dense"),
         ("3", "is not a kind of attention"),
         ("dense, monarch", "is not a kind of attention"),
