@@ -1,74 +1,35 @@
 """DMD and Self-Forcing: losses and gradients against plain forms written here."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError
-from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
-from monarchrt.train.data import Batch
 from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.scores import levels_of, matching_gradient, matching_loss
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
 
+from .networks import Small, assert_same, batch, gradient, wan
+
 STEPS = (1000, 600, 200)
-SHAPE = (1, 4, 4, 4, 4)  # B, F, H, W, C
+SHAPE = (1, 4, 4, 4, 2)  # B, F, H, W, C
 SIGMAS = [5 * u / (1 + 4 * u) for u in (1.0, 0.6, 0.2)]  # shift 5, by hand
 
 
-def network(seed, attention="dense", **changes):
-    config = wan_config(
-        "tiny", dim=24, num_heads=2, ffn_dim=32, num_layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=4,
-        attention=parse(attention), **changes,
-    )  # fmt: skip
-    model = WanModel(config, rngs=nnx.Rngs(seed))
-    # the head starts at zero, where no gradient would reach the rest
-    key = jax.random.key(seed + 100)
-    model.head.proj.kernel[...] = 0.2 * jax.random.normal(key, model.head.proj.kernel.shape)
-    return model
-
-
-def batch():
-    key = jax.random.key(5)
-    return Batch(np.zeros(SHAPE, np.float32), np.asarray(jax.random.normal(key, (1, 3, 8)), np.float32))
-
-
-def gradient(loss, model):
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return jax.jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
-
-
-def gradients_at(loss, model, lasts):
-    """The same for each last step, of one compiled program: the step is traced."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    run = jax.jit(jax.value_and_grad(lambda params, last: loss(nnx.merge(graph, params, rest), last)))
-    return [run(params, jnp.int32(last)) for last in lasts]
-
-
-def assert_same(ours, theirs, tolerance):
-    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
-    whole = np.sqrt(sum(float(jnp.sum(b**2)) for _, b in pairs))
-    assert whole > 0
-    for a, b in pairs:
-        assert float(jnp.linalg.norm(a - b)) <= tolerance * (float(jnp.linalg.norm(b)) + 1e-3 * whole)
-
-
-def with_last(draws, last):
-    return draws._replace(last=last)
+def draws_of(objective):
+    return objective.draws(jax.random.key(1), batch(SHAPE))["student"].student
 
 
 def test_a_bidirectional_student_learns_by_its_last_step():
-    objective, student = DMDObjective(DMDConfig(student_steps=STEPS)), network(0)
-    draws = objective.draws(jax.random.key(1), batch())["student"].student
-    weights = jax.random.normal(jax.random.key(2), SHAPE)
-    text = jnp.asarray(batch().text)
+    objective, student = DMDObjective(DMDConfig(student_steps=STEPS)), Small(0)
+    draws, weights = draws_of(objective), jax.random.normal(jax.random.key(2), SHAPE)
+    text = jnp.asarray(batch(SHAPE).text)
 
     def plain(model, last):
         z = draws.noise
@@ -79,34 +40,37 @@ def test_a_bidirectional_student_learns_by_its_last_step():
         return jnp.sum(weights * (z - SIGMAS[last] * model(z, jnp.array([1000 * SIGMAS[last]]), text)))
 
     def ours(model, last):
-        return jnp.sum(weights * objective.samples(model, text, with_last(draws, last)))
+        return jnp.sum(weights * objective.samples(model, text, draws._replace(last=last)))
 
-    for last, (value, grads) in enumerate(gradients_at(ours, student, range(3))):
-        expected = gradient(lambda model, last=last: plain(model, last), student)
+    ours = gradient(ours, student)
+    for last in range(3):
+        (value, grads), expected = ours(jnp.int32(last)), gradient(partial(plain, last=last), student)()
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         assert_same(grads, expected[1], 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("attention", "lasts"),
+    ("attention", "layers", "lasts"),
     [
-        ("dense", (0, 2)),
-        ("monarch(tile=(1,2,2))", (1,)),
-        pytest.param("monarch(tile=(2,2,2))", (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(1,1,2))", (0, 1, 2), marks=pytest.mark.slow),
+        ("monarch(tile=(1,2,2))", 1, (1,)),
+        pytest.param("dense", 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(1,2,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(2,2,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(1,1,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
     ],
 )
-def test_a_roll_out_is_differentiated_by_its_last_steps(attention, lasts):
-    """Unrolled by hand, with the caches as constants."""
+def test_a_roll_out_is_differentiated_by_its_last_steps(attention, layers, lasts):
+    """Unrolled by hand, with the caches as constants; and what is replayed is what was rolled out."""
     objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
-    student = network(0, attention, causal_block=2)
-    draws = objective.draws(jax.random.key(1), batch())["student"].student
-    weights = jax.random.normal(jax.random.key(2), SHAPE)
-    text = jnp.asarray(batch().text)
+    student = wan(0, attention, num_layers=layers, causal_block=2)
+    draws, weights = draws_of(objective), jax.random.normal(jax.random.key(2), SHAPE)
+    text = jnp.asarray(batch(SHAPE).text)
     lowest = 5 * 0.001 / (1 + 4 * 0.001)
 
-    def constant(tree, cache):
-        return dataclasses.replace(jax.tree.map(jax.lax.stop_gradient, tree), cross=cache.cross)
+    @jax.jit  # a program, and one for its gradient, for all calls
+    def forward(model, z, sigma, cache, start):
+        flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * sigma), cache, frame=start)
+        return flow, dataclasses.replace(jax.tree.map(jax.lax.stop_gradient, written), cross=cache.cross)
 
     def plain(model, last):
         model = model.with_config(causal_block=None)
@@ -116,34 +80,26 @@ def test_a_roll_out_is_differentiated_by_its_last_steps(attention, lasts):
             frames = slice(start, start + 2)
             z = draws.noise[:, frames]
             for n in range(last):
-                flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * SIGMAS[n]), cache, frame=start)
-                cache = constant(written, cache)
+                flow, cache = forward(model, z, SIGMAS[n], cache, start)
                 z = (1 - SIGMAS[n + 1]) * (z - SIGMAS[n] * flow) + SIGMAS[n + 1] * draws.fresh[:, n, frames]
             z = jax.lax.stop_gradient(z)
-            flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * SIGMAS[last]), cache, frame=start)
-            cache = constant(written, cache)
+            flow, cache = forward(model, z, SIGMAS[last], cache, start)
             x = z - SIGMAS[last] * flow
             parts.append(x)
             kept = jax.lax.stop_gradient((1 - lowest) * x + lowest * draws.context[:, frames])
-            cache = constant(cached_forward(model, kept, jnp.zeros((1, 2)), cache, frame=start)[1], cache)
+            cache = forward(model, kept, 0.0, cache, start)[1]
         return jnp.sum(weights * jnp.concatenate(parts, axis=1))
 
     def ours(model, last):
-        return jnp.sum(weights * objective.samples(model, text, with_last(draws, last)))
+        rolled = objective.roll_out(model, text, draws._replace(last=last))
+        return jnp.sum(weights * objective.replay(model, text, rolled, last)), rolled.x
 
-    for last, (value, grads) in zip(lasts, gradients_at(ours, student, lasts), strict=True):
-        expected = gradient(lambda model, last=last: plain(model, last), student)
+    ours = gradient(ours, student, has_aux=True)
+    for last in lasts:
+        ((value, x), grads), expected = ours(jnp.int32(last)), gradient(partial(plain, last=last), student)()
         np.testing.assert_allclose(value, expected[0], rtol=1e-4)
+        np.testing.assert_allclose(jnp.sum(weights * x), value, rtol=1e-4)
         assert_same(grads, expected[1], 1e-4)
-
-
-def test_what_is_replayed_is_what_was_rolled_out():
-    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
-    student = network(0, causal_block=2)
-    draws = objective.draws(jax.random.key(3), batch())["student"].student
-    text = jnp.asarray(batch().text)
-    rolled = objective.roll_out(student, text, draws)
-    np.testing.assert_allclose(objective.replay(student, text, rolled, draws.last), rolled.x, atol=1e-5)
 
 
 def test_the_students_gradient_is_g_over_the_number_of_latents():
@@ -192,11 +148,11 @@ def test_noise_levels_of_the_published_code():
 @pytest.mark.parametrize("conversion", ["clean", "published"])
 def test_the_critics_loss_is_that_of_the_flow_of_the_students_samples(conversion):
     objective = DMDObjective(DMDConfig(student_steps=STEPS, conversion=conversion))
-    student, critic = network(0), network(1)
-    draws = objective.draws(jax.random.key(1), batch())["critic"]
-    examples = batch()
+    student, critic = Small(0), Small(1)
+    draws = objective.draws(jax.random.key(1), batch(SHAPE))["critic"]
+    examples = batch(SHAPE)
     text = jnp.asarray(examples.text)
-    networks = {"student": student, "critic": critic, "teacher": network(2)}
+    networks = {"student": student, "critic": critic, "teacher": Small(2)}
     loss, metrics = objective.loss("critic", networks, examples, draws)
     x = objective.samples(student, text, draws.student)
     u = float(draws.scores.time[0]) / 1000
@@ -213,16 +169,16 @@ def test_the_critics_loss_is_that_of_the_flow_of_the_students_samples(conversion
     assert np.isnan(bins).sum() == 4
     _, grads = gradient(
         lambda model: objective.loss("critic", networks | {"student": model}, examples, draws)[0], student
-    )
+    )()
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads)), "the student is not the critic's to move"
 
 
 def test_who_is_due_and_what_is_drawn():
     objective = DMDObjective(DMDConfig(student_every=5))
     assert [len(objective.due(step)) for step in range(1, 12)] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2]
-    draws = objective.draws(jax.random.key(0), batch())
+    draws = objective.draws(jax.random.key(0), batch(SHAPE))
     assert not np.array_equal(draws["student"].student.noise, draws["critic"].student.noise)
-    lasts = [int(objective.draws(jax.random.key(n), batch())["student"].student.last) for n in range(60)]
+    lasts = [int(objective.draws(jax.random.key(n), batch(SHAPE))["student"].student.last) for n in range(60)]
     assert set(lasts) == {0, 1, 2, 3}
 
 
@@ -244,6 +200,6 @@ def test_bad_settings(settings, word):
 
 def test_frames_that_are_not_whole_blocks():
     objective = SelfForcingObjective(SelfForcingConfig(block=3))
-    draws = objective.draws(jax.random.key(0), batch())["student"].student
+    draws = objective.draws(jax.random.key(0), batch(SHAPE))["student"].student
     with pytest.raises(UserError, match="frames is 4, not whole blocks of 3; give 3 or 6"):
-        objective.roll_out(network(0), jnp.asarray(batch().text), draws)
+        objective.roll_out(Small(0), jnp.asarray(batch(SHAPE).text), draws)
