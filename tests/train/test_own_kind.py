@@ -89,6 +89,7 @@ class TestTraining:
         assert cli.main([*command, "--attention", "gated(strength=3.0)"]) == 2
         assert "attention is gated(strength=3.0), but the checkpoint of step 4" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_a_dense_model_is_finetuned_with_it_and_back(self, run, clip, tmp_path):
         """Parameters of its own begin fresh where the origin has none, and are left behind where the run has none."""
         assert train(clip, tmp_path / "dense", "--attention", "dense", "--steps", "2") == 0

@@ -75,6 +75,7 @@ def test_every_array_is_taken_as_it_is(old):
     assert int(state.roles["student"].updates) == 2
 
 
+@pytest.mark.slow
 def test_it_is_exported_and_finetuned_from(old, capsys):
     run = find_run(old / "run")
     assert run is not None

@@ -61,7 +61,11 @@ def test_videos(old):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("dense", "dense"), ("monarch", "monarch(tile=(2,2,4), implementation='xla')")]
+    ("name", "text"),
+    [
+        pytest.param("dense", "dense", marks=pytest.mark.slow),
+        ("monarch", "monarch(tile=(2,2,4), implementation='xla')"),
+    ],
 )
 def test_runs_are_resumed(old, monkeypatch, name, text):
     monkeypatch.chdir(old)
