@@ -255,8 +255,11 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
         raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
     block = config.block or trained or (BLOCK if mode == defaults.mode else _block(config, model))
-    complete = dataclasses.replace(config, mode=mode, sampler=sampler, window=window, block=block, **filled)
-    if mode != defaults.mode and config.frames is None:  # the checkpoint's choice is for its own mode
+    alone = mode == "autoregressive" and (config.independent_first_frame or model.independent_first_frame)
+    complete = dataclasses.replace(
+        config, mode=mode, sampler=sampler, window=window, block=block, independent_first_frame=alone, **filled
+    )
+    if (alone or mode != defaults.mode) and config.frames is None:  # the checkpoint's choice is for its own mode
         complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
     return complete
 

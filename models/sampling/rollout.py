@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.sampling.noise import Noise, joined
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
@@ -102,16 +103,7 @@ class Rollout:
         Raises:
             ValueError: If they do not make whole blocks.
         """
-        first = [1] if self.independent_first_frame else []
-        rest, over = divmod(frames - len(first), self.block)
-        if frames < 1 or over or rest < 0:
-            at = [len(first) + max(1 - len(first), rest + up) * self.block for up in (0, 1)]
-            form = f"1 + {self.block} k" if first else f"{self.block} k"
-            raise ValueError(
-                f"frames={frames} latent frames are not {form}, whole blocks; the nearest that are: "
-                f"{' or '.join(map(str, dict.fromkeys(at)))}."
-            )
-        return first + [self.block] * rest
+        return block_sizes(frames, self.block, independent_first_frame=self.independent_first_frame)
 
 
 @partial(jax.jit, static_argnames=("graph", "rollout", "shape"), donate_argnames="cache")

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from monarch_jax.checks import one_of, positive, small, triple
+from monarch_jax.checks import flag, one_of, positive, small, triple
 from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.attention.registry import PER_LAYER, exact, kind_named
 from monarchrt.models.presets import from_preset
 
@@ -45,6 +46,7 @@ class WanConfig:
         attention: Self-attention of the layers, a kind of `monarchrt.models.attention`: one setting for all, or one per
             layer.
         causal_block: Frames per block of a block-causal model; None is bidirectional.
+        independent_first_frame: Whether the first frame of a block-causal model's clips is a block of its own.
         param_dtype: Dtype that parameters are created in.
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
             head compute in float32 at least, whatever it is.
@@ -71,6 +73,7 @@ class WanConfig:
     image_dim: int = 1280
     attention: Attention | tuple[Attention, ...] = dataclasses.field(default_factory=exact)
     causal_block: int | None = None
+    independent_first_frame: bool = False
     param_dtype: str = "float32"
     dtype: str = "float32"
     remat: str = "none"
@@ -91,6 +94,7 @@ class WanConfig:
             positive(name, getattr(self, name))
         if self.causal_block is not None:
             positive("causal_block", self.causal_block)
+        flag("independent_first_frame", self.independent_first_frame)
         object.__setattr__(self, "patch_size", triple("patch_size", self.patch_size, "(frames, rows, columns)"))
         small("eps", self.eps)
         if self.dim % self.num_heads:
@@ -148,6 +152,20 @@ class WanConfig:
     def precise_dtype(self) -> jnp.dtype:
         """Dtype of what must not be rounded to half precision: float32, or float64 in a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
+
+    def block_sizes(self, frames: int) -> list[int]:
+        """Frames of tokens of each block that a clip is seen in, one block where the model is not causal.
+
+        Examples:
+            >>> wan_config("tiny", causal_block=3, independent_first_frame=True).block_sizes(7)
+            [1, 3, 3]
+
+        Raises:
+            ValueError: If they do not make whole blocks.
+        """
+        if self.causal_block is None:
+            return [frames]
+        return block_sizes(frames, self.causal_block, independent_first_frame=self.independent_first_frame)
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens (F, h, w) of latents of the given size.

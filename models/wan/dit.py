@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from monarch_jax.contract import SAVED
-from monarchrt.models.attention.base import Attention, Context, Number
+from monarchrt.models.attention.base import Attention, Context, Grid, Number
+from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
@@ -203,7 +204,7 @@ class WanModel(nnx.Module):
                 def attention(query, key, value):
                     inputs = partial(block.attention_inputs, x, tokens.time_projection)
                     where = Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
-                    return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=where)
+                    return attend_clip(config, setting, query, key, value, grid=grid, context=where)
 
                 recompute = config.remat == "full"
                 x = block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute)
@@ -292,12 +293,12 @@ class WanModel(nnx.Module):
         return self.with_config(attention=attention, rngs=rngs)
 
     def with_config(self, *, rngs: nnx.Rngs | None = None, **changes) -> "WanModel":
-        """The same arrays under another `attention` (see `with_attention`), `causal_block` or `remat`.
+        """The same arrays under another `attention` (see `with_attention`), other causal blocks or `remat`.
 
         Raises:
             ValueError: If a change would need other layers.
         """
-        allowed = ("attention", "causal_block", "remat")
+        allowed = ("attention", "causal_block", "independent_first_frame", "remat")
         for name in changes:
             if name not in allowed:
                 raise ValueError(f"{name!r} cannot be changed on a built model; these can: {', '.join(allowed)}.")
@@ -337,6 +338,16 @@ def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
         runs.append(AttentionRun(setting, start, stop))
         start = stop
     return runs
+
+
+def attend_clip(
+    config: WanConfig, setting: Attention, query: Array, key: Array, value: Array, *, grid: Grid, context: Context
+) -> Array:
+    """Self-attention of a whole clip, in the causal blocks of the model if it has any."""
+    if config.causal_block is None or not config.independent_first_frame:
+        return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=context)
+    sizes = config.block_sizes(grid[0])
+    return attend_blocks(setting, query, key, value, past=(key, value), grid=grid, sizes=sizes, context=context)
 
 
 def rematerialized(body, config: WanConfig):

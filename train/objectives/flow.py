@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.attention.blocks import block_sizes
+from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling import Schedule, euler, guided, sample, uniform_schedule
 from monarchrt.models.sampling.schedules import shifted
 from monarchrt.train.data import Batch, Source, spread
@@ -102,21 +103,39 @@ def flow_errors(
     return jnp.mean(jnp.square(error), axis=tuple(range(sigma.ndim, 5)))
 
 
-def level_shape(config: FlowConfig, batch: int, frames: int) -> tuple[int, ...]:
-    """Shape of the noise levels of a batch: (B,), or (B, runs of frames that share one).
+def level_runs(config: FlowConfig, frames: int) -> list[int] | None:
+    """How many frames share each noise level of a sample, one run after the other; None: all.
+
+    Examples:
+        >>> level_runs(FlowConfig(frames_per_level=3, independent_first_frame=True), 7)
+        [1, 3, 3]
 
     Raises:
-        UserError: If `frames_per_level` does not divide the frames.
+        UserError: If the frames are not whole runs.
     """
-    if config.frames_per_level is None:
-        return (batch,)
-    if frames % config.frames_per_level:
+    run = config.frames_per_level
+    if run is None:
+        return None
+    if config.independent_first_frame:
+        with user_input():
+            return block_sizes(frames, run, independent_first_frame=True)
+    if frames % run:
         divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
         raise UserError(
-            f"frames_per_level is {config.frames_per_level}, which does not divide the {frames} frames of a window; "
-            f"it could be {divisors}"
+            f"frames_per_level is {run}, which does not divide the {frames} frames of a window; it could be {divisors}"
         )
-    return (batch, frames // config.frames_per_level)
+    return block_sizes(frames, run)
+
+
+def level_shape(config: FlowConfig, batch: int, frames: int) -> tuple[int, ...]:
+    """Shape of the noise levels of a batch: (B,), or (B, runs of frames that share one)."""
+    runs = level_runs(config, frames)
+    return (batch,) if runs is None else (batch, len(runs))
+
+
+def over_runs[Level: (Array, np.ndarray)](level: Level, runs: list[int] | None) -> Level:
+    """A number for each run on the last axis, repeated for its frames."""
+    return level if runs is None else level[..., np.repeat(np.arange(len(runs)), runs)]
 
 
 def draw_noise(
@@ -133,12 +152,12 @@ def draw_noise(
         Indices [B], or [B, F] with `frames_per_level`, and unit Gaussian noise of the given shape.
 
     Raises:
-        UserError: If `frames_per_level` does not divide the frames.
+        UserError: If the frames are not whole runs of `frames_per_level`.
     """
     level_key, noise_key = jax.random.split(key)
-    level = jax.random.randint(level_key, level_shape(config, *shape[:2]), 0, config.num_train_timesteps)
-    if config.frames_per_level is not None:
-        level = jnp.repeat(level, config.frames_per_level, axis=1)
+    runs = level_runs(config, shape[1])
+    wanted = level_shape(config, *shape[:2])
+    level = over_runs(jax.random.randint(level_key, wanted, 0, config.num_train_timesteps), runs)
     return level, jax.random.normal(noise_key, shape, jnp.float32)
 
 
@@ -207,11 +226,10 @@ def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) 
         >>> [evaluation_indices(FlowConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]
         [[0, 3, 2], [1, 0, 3]]
     """
-    runs = level_shape(config, 1, frames)[1:]
-    if not runs:
+    runs = level_runs(config, frames)
+    if runs is None:
         return np.array(level)
-    index = (level + np.arange(runs[0]) * (count // 2 + 1)) % count
-    return np.repeat(index, frames // runs[0])
+    return over_runs((level + np.arange(len(runs)) * (count // 2 + 1)) % count, runs)
 
 
 def evaluation_noise(index: int, level: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
@@ -289,6 +307,20 @@ def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> 
     return sampler
 
 
+def check_first_frame(config: Any, independent: bool) -> None:
+    """Looks whether a causal network cuts off the first frame as the objective does.
+
+    Raises:
+        UserError: If not.
+    """
+    own = config.independent_first_frame
+    if own != independent:
+        raise UserError(
+            f"independent_first_frame is {independent}, but the network's is {own}; give --overrides "
+            f"causal_block={config.causal_block} independent_first_frame={str(independent).lower()}"
+        )
+
+
 class FlowDraws(NamedTuple):
     """What one batch draws: an index into the grid of noise levels for each sample or frame, and noise."""
 
@@ -305,11 +337,28 @@ class FlowObjective(Objective):
         """A noise level for each sample or frame, and noise."""
         return {"student": FlowDraws(*draw_noise(key, shapes.latents.shape, self.settings))}
 
-    def loss(self, role: str, networks: Networks, batch: Batch, draws: FlowDraws) -> tuple[Float32[Array, ""], Metrics]:
+    def loss(self, role: str, networks: Networks, batch: Batch, draws: Any) -> tuple[Float32[Array, ""], Metrics]:
         """Weighted squared error of the predicted flow."""
         latents, text = map(jnp.asarray, batch)
-        level, noise = draws
-        return flow_loss(networks[role], latents, text, level=level, noise=noise, config=self.settings), {}
+        velocity = self.velocity(networks[role], latents, draws)
+        level, noise = draws[:2]
+        return flow_loss(velocity, latents, text, level=level, noise=noise, config=self.settings), {}
+
+    def velocity(self, network: Any, latents: Array, draws: Any) -> Velocity:
+        """The network's flow prediction for a batch.
+
+        Args:
+            network: What trains.
+            latents: Clean latents of the batch.
+            draws: Of the batch; None: as in an evaluation.
+
+        Raises:
+            UserError: If a causal network has other blocks than the runs that share a level.
+        """
+        config = getattr(network, "config", None)
+        if getattr(config, "causal_block", None) is not None:
+            check_first_frame(config, self.settings.independent_first_frame)
+        return network
 
     def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
         """Each example at noise levels that are spread evenly over the training distribution, with noise of its own."""
@@ -330,7 +379,8 @@ class FlowObjective(Objective):
         """Squared error of the flow at each noise level."""
         latents, text = map(jnp.asarray, batch)
         timesteps = self.settings.num_train_timesteps
-        return {"student": flow_errors(networks["student"], latents, text, *draws, num_train_timesteps=timesteps)}
+        velocity = self.velocity(networks["student"], latents, None)
+        return {"student": flow_errors(velocity, latents, text, *draws, num_train_timesteps=timesteps)}
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A held-out window restored from noise level 0.6, and one made of pure noise."""

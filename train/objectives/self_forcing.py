@@ -11,6 +11,7 @@ Memory is that of one block, however long the clip. `monarchrt.train.objectives.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.attention.blocks import block_sizes, over_blocks
+from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
 from monarchrt.train.objectives.base import Metrics
 from monarchrt.train.objectives.dmd import DMDDraws, DMDObjective
-from monarchrt.train.objectives.flow import add_noise
+from monarchrt.train.objectives.flow import add_noise, check_first_frame
 from monarchrt.train.objectives.scores import detached, draw_scores, sample_metrics, to_data
 from monarchrt.train.objectives.settings import SelfForcingConfig
 
@@ -48,7 +50,7 @@ class RolledOut(NamedTuple):
     """A roll-out: the finished clip, the input of each block's last step, and the cache with all finished blocks."""
 
     x: Float32[Array, "b f h w c"]
-    inputs: Float32[Array, "blocks b m h w c"]
+    inputs: Float32[Array, "b f h w c"]
     cache: WanCache
 
 
@@ -88,16 +90,13 @@ class SelfForcingObjective(DMDObjective):
             UserError: If the frames are not whole blocks.
         """
         batch, frames, height, width, _ = draws.noise.shape
-        size = self._block(frames)
+        sizes = self.block_sizes(student, frames)
         student = student.with_config(causal_block=None)  # blocks are seen one at a time
         cache = init_cache(student, text, frames=frames, height=height, width=width, detach_past=True)
-        noise, context, fresh = (
-            in_blocks(x, size, axis) for x, axis in ((draws.noise, 1), (draws.context, 1), (draws.fresh, 2))
-        )
 
-        def block(cache: WanCache, xs: tuple) -> tuple[WanCache, tuple[Array, Array]]:
-            number, noise, context, fresh = xs
-            frame = number * size
+        def block(cache: WanCache, number: Array, frame: Array, size: int) -> tuple[WanCache, tuple[Array, Array]]:
+            noise, context = (lax.dynamic_slice_in_dim(x, frame, size, 1) for x in (draws.noise, draws.context))
+            fresh = lax.dynamic_slice_in_dim(draws.fresh, frame, size, 2)
 
             def advance(index: Array, carry: tuple[Array, WanCache]) -> tuple[Array, WanCache]:
                 z, cache = carry
@@ -114,26 +113,23 @@ class SelfForcingObjective(DMDObjective):
             )  # fmt: skip
             return cache, (data, z)
 
-        numbers = jnp.arange(frames // size)
-        cache, (clip, inputs) = lax.scan(block, cache, (numbers, noise, context, fresh))
-        return RolledOut(from_blocks(clip), inputs, cache)
+        cache, (clip, inputs) = over_blocks(block, cache, sizes)
+        return RolledOut(clip, inputs, cache)
 
     def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
         """The same clip by the last steps alone, differentiable by the student's parameters, a block at a time."""
+        sizes = self.block_sizes(student, rolled.inputs.shape[1])
         student = student.with_config(causal_block=None)
-        _, _, size = rolled.inputs.shape[:3]
         inputs, past = lax.stop_gradient((rolled.inputs, rolled.cache))
         # of the text, keys and values are made anew: they are no part of the past
         cache = dataclasses.replace(past, cross=cross_keys_values(student, text))
 
-        @jax.checkpoint
-        def block(number: Array, z: Array) -> Array:
-            frame = number * size
-            own = dataclasses.replace(cache, length=frame)
+        @partial(jax.checkpoint, static_argnums=2)
+        def block(number: Array, frame: Array, size: int) -> Array:
+            z, own = lax.dynamic_slice_in_dim(inputs, frame, size, 1), dataclasses.replace(cache, length=frame)
             return self._denoise_block(student, z, own, frame, number, last)[0]
 
-        _, clip = lax.scan(lambda _, xs: (None, block(*xs)), None, (jnp.arange(len(inputs)), inputs))
-        return from_blocks(clip)
+        return over_blocks(lambda _, *place: (None, block(*place)), None, sizes)[1]
 
     def _denoise_block(
         self, student: Any, z: Array, cache: WanCache, frame: Array, number: Array, index: Array
@@ -151,27 +147,18 @@ class SelfForcingObjective(DMDObjective):
         given = self.settings.context_sigma
         return shifted(1 / NUM_TRAIN_TIMESTEPS, self.settings.shift) if given is None else given
 
-    def _block(self, frames: int) -> int:
-        size = self.settings.block
-        if frames % size:
-            below, above = frames // size * size, (frames // size + 1) * size
-            nearest = f"{below} or {above}" if below else f"{above}"
-            raise UserError(f"frames is {frames}, not whole blocks of {size}; give {nearest}, or another block")
-        return size
+    def block_sizes(self, student: Any, frames: int) -> list[int]:
+        """Frames of each block of a clip.
 
-
-def in_blocks(x: Array, size: int, axis: int) -> Array:
-    """Frames cut into blocks, which become the first axis.
-
-    Examples:
-        >>> in_blocks(jnp.zeros((2, 6, 4)), 3, 1).shape
-        (2, 2, 3, 4)
-    """
-    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-
-def from_blocks(x: Array) -> Array:
-    """Blocks [blocks, B, frames, ...] put together to [B, all frames, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+        Raises:
+            UserError: If they are not whole blocks, or the student's are others.
+        """
+        settings, config = self.settings, student.config
+        if config.causal_block != settings.block:
+            raise UserError(
+                f"block is {settings.block}, but the student's causal_block is {config.causal_block}; give "
+                f"--student.overrides causal_block={settings.block}, or another block"
+            )
+        check_first_frame(config, settings.independent_first_frame)
+        with user_input():
+            return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)

@@ -36,6 +36,10 @@ class FlowConfig(ObjectiveSettings):
     """Frames that share a noise level. Default: the whole window. 1 or more: each run of so many frames draws a level
     of its own (diffusion forcing); 3 is what Self-Forcing trains causal models with."""
 
+    independent_first_frame: bool = False
+    """Whether the first frame has a level of its own and the runs are counted after it: windows of 1 + 3 k frames. A
+    causal network cuts its blocks alike: `--overrides causal_block=3 independent_first_frame=true`."""
+
     def __post_init__(self) -> None:
         _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
         _require(
@@ -46,6 +50,10 @@ class FlowConfig(ObjectiveSettings):
             self.frames_per_level is None or self.frames_per_level >= 1,
             f"frames_per_level is {self.frames_per_level}; it must be at least 1, for example 3, or None",
         )
+        _require(
+            not self.independent_first_frame or self.frames_per_level is not None,
+            "independent_first_frame is true, but all frames share a level; give frames_per_level, for example 3",
+        )
 
     @property
     def generation(self) -> Generation:
@@ -54,6 +62,31 @@ class FlowConfig(ObjectiveSettings):
 
 
 register(FlowConfig, "monarchrt.train.objectives.flow:FlowObjective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherForcingConfig(FlowConfig):
+    """Teacher forcing: the flow of noisy blocks that see the clean blocks before them, for a causal student."""
+
+    name: ClassVar[str] = "teacher-forcing"
+
+    frames_per_level: int | None = 3
+    """Latent frames per block, which share a noise level; the network's causal_block."""
+
+    context_sigma: float = 0.0
+    """Largest noise level of the clean blocks that later ones see, drawn for each block between 0 and this, and told to
+    the network. 0 leaves them clean."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.frames_per_level is not None, "frames_per_level is None; give the frames per block, such as 3")
+        _require(
+            0 <= self.context_sigma < 1,
+            f"context_sigma is {self.context_sigma}; it must lie in [0, 1), for example 0.1, or 0 for clean",
+        )
+
+
+register(TeacherForcingConfig, "monarchrt.train.objectives.teacher_forcing:TeacherForcingObjective")
 
 
 # learning rates, moments and average of Self-Forcing's training, 64 clips at a time
@@ -140,6 +173,9 @@ class SelfForcingConfig(DMDConfig):
 
     block: int = 3
     """Latent frames per block; the student's causal_block."""
+
+    independent_first_frame: bool = False
+    """Whether the first frame is a block of its own: clips of 1 + 3 k frames. The student's, likewise."""
 
     context_sigma: float | None = None
     """Noise level that finished blocks have in the cache. Default: the lowest of the grid, 0.00498 at shift 5, as

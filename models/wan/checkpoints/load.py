@@ -16,7 +16,7 @@ from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.kinds import own_shapes
 
 # Fields that change no tensor: what a caller may choose beside the checkpoint.
-POLICY = ("attention", "causal_block", "param_dtype", "dtype", "remat")
+POLICY = ("attention", "causal_block", "independent_first_frame", "param_dtype", "dtype", "remat")
 
 
 def load_checkpoint(
@@ -187,8 +187,7 @@ def read_model(
 
     Where its attention has other parameters of its own than the stored one, `WanModel.with_attention` says which stay.
     """
-    policy = {name: getattr(source.config, name) for name in ("attention", "causal_block")}
-    stored = dataclasses.replace(config, **policy)
+    stored = dataclasses.replace(config, attention=source.config.attention, causal_block=source.config.causal_block)
     as_stored = own_shapes(stored) != own_shapes(config)
     model = nnx.eval_shape(lambda: WanModel(stored if as_stored else config, rngs=nnx.Rngs(0)))
     arrays = read_entries(source.file, source.entries(), source.naming, progress=progress)

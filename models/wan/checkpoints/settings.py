@@ -212,7 +212,8 @@ def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
     """The attention that the weights are for; None if it is what files that say nothing are taken to be for."""
     if config.causal_block is None and set(_layers(config)) == {exact()}:
         return None
-    return {"attention": _stored_text(config), "causal_block": config.causal_block}
+    first = {"independent_first_frame": True} if config.causal_block and config.independent_first_frame else {}
+    return {"attention": _stored_text(config), "causal_block": config.causal_block} | first
 
 
 def _layers(config: WanConfig) -> list[Attention]:
@@ -243,7 +244,7 @@ def few_step_from_json(data: dict[str, Any] | None) -> bool:
 
 
 def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:
-    """Fields `attention` and `causal_block` of `WanConfig`, {} if nothing is stored.
+    """Fields `attention`, `causal_block` and `independent_first_frame` of `WanConfig`, {} if nothing is stored.
 
     Raises:
         ValueError: If the stored settings cannot be understood.
@@ -251,14 +252,19 @@ def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str,
     if data is None:
         return {}
     try:
-        return {"attention": from_json(data["attention"], where=where), "causal_block": data.get("causal_block")}
+        first = {"independent_first_frame": True} if data.get("independent_first_frame") is True else {}
+        attention = from_json(data["attention"], where=where)
+        return {"attention": attention, "causal_block": data.get("causal_block")} | first
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: the entry {OWN_KEY!r} cannot be read: {data!r}.") from error
 
 
 def describe_attention(config: WanConfig) -> str:
     """The attention in its notation: what travels with the weights."""
-    return _stored_text(config) + (f", causal_block={config.causal_block}" if config.causal_block else "")
+    if not config.causal_block:
+        return _stored_text(config)
+    first = " after the first frame" if config.independent_first_frame else ""
+    return f"{_stored_text(config)}, causal_block={config.causal_block}{first}"
 
 
 def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, num_heads: int | None) -> WanConfig:
@@ -314,4 +320,5 @@ def _missing(where: str, name: str):
 
 def same_attention(a: WanConfig, b: WanConfig) -> bool:
     """Whether weights of one serve the other: all but how the attention is computed agrees."""
-    return (_layers(a), a.causal_block) == (_layers(b), b.causal_block)
+    blocks = ((x.causal_block, x.independent_first_frame and x.causal_block is not None) for x in (a, b))
+    return _layers(a) == _layers(b) and next(blocks) == next(blocks)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.wan.causal import cached_forward, init_cache
@@ -50,34 +51,38 @@ def test_a_bidirectional_student_learns_by_its_last_step():
 
 
 @pytest.mark.parametrize(
-    ("attention", "layers", "lasts"),
+    ("attention", "blocks", "layers", "lasts"),
     [
-        ("monarch(tile=(1,2,2))", 1, (1,)),
-        pytest.param("dense", 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(1,2,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(2,2,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(1,1,2))", 2, (0, 1, 2), marks=pytest.mark.slow),
+        ("monarch(tile=(1,2,2))", (2, 2), 1, (1,)),
+        pytest.param("dense", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("dense", (1, 3), 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(1,2,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(2,2,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param("monarch(tile=(1,1,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
     ],
 )
-def test_a_roll_out_is_differentiated_by_its_last_steps(attention, layers, lasts):
+def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layers, lasts):
     """Unrolled by hand, with the caches as constants; and what is replayed is what was rolled out."""
-    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
-    student = wan(0, attention, num_layers=layers, causal_block=2)
+    first = blocks[0] != blocks[1]
+    objective = SelfForcingObjective(
+        SelfForcingConfig(student_steps=STEPS, block=blocks[1], independent_first_frame=first)
+    )
+    student = wan(0, attention, num_layers=layers, causal_block=blocks[1], independent_first_frame=first)
     draws, weights = draws_of(objective), jax.random.normal(jax.random.key(2), SHAPE)
     text = jnp.asarray(batch(SHAPE).text)
     lowest = 5 * 0.001 / (1 + 4 * 0.001)
 
     @jax.jit  # a program, and one for its gradient, for all calls
     def forward(model, z, sigma, cache, start):
-        flow, written = cached_forward(model, z, jnp.full((1, 2), 1000 * sigma), cache, frame=start)
+        flow, written = cached_forward(model, z, jnp.full(z.shape[:2], 1000 * sigma), cache, frame=start)
         return flow, dataclasses.replace(jax.tree.map(jax.lax.stop_gradient, written), cross=cache.cross)
 
     def plain(model, last):
         model = model.with_config(causal_block=None)
         cache = init_cache(model, text, frames=4, height=4, width=4, detach_past=True)
         parts = []
-        for start in (0, 2):
-            frames = slice(start, start + 2)
+        for start, size in zip((0, blocks[0]), blocks, strict=True):
+            frames = slice(start, start + size)
             z = draws.noise[:, frames]
             for n in range(last):
                 flow, cache = forward(model, z, SIGMAS[n], cache, start)
@@ -198,8 +203,17 @@ def test_bad_settings(settings, word):
         DMDConfig(**settings)
 
 
-def test_frames_that_are_not_whole_blocks():
-    objective = SelfForcingObjective(SelfForcingConfig(block=3))
-    draws = objective.draws(jax.random.key(0), batch(SHAPE))["student"].student
-    with pytest.raises(UserError, match="frames is 4, not whole blocks of 3; give 3 or 6"):
-        objective.roll_out(Small(0), jnp.asarray(batch(SHAPE).text), draws)
+@pytest.mark.parametrize(
+    ("block", "network", "frames", "word"),
+    [
+        (3, {"causal_block": 3}, 4, "frames=4 latent frames are not 3 k, whole blocks; the nearest that are: 3 or 6"),
+        (3, {"causal_block": 2}, 6, "give --student.overrides causal_block=3"),
+        (3, {}, 6, "causal_block is None"),
+        (3, {"causal_block": 3, "independent_first_frame": True}, 6, "the network's is True"),
+    ],
+)
+def test_blocks_that_do_not_fit(block, network, frames, word):
+    objective, examples = SelfForcingObjective(SelfForcingConfig(block=block)), batch((1, frames, 4, 4, 2))
+    draws = objective.draws(jax.random.key(0), examples)["student"].student
+    with pytest.raises(UserError, match=word):
+        objective.roll_out(nnx.eval_shape(lambda: wan(0, **network)), jnp.asarray(examples.text), draws)
