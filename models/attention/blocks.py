@@ -90,11 +90,12 @@ def attend_blocks(
     """
     frames, height, width = grid
     per_frame, (batch, _, heads, head_dim) = height * width, query.shape
-    sizes_of = dict(batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim)
-    layers = dataclasses.replace(
-        setting.init_cache(CacheShape(layers=1, dtype=query.dtype.name, **sizes_of)), length=None
-    )  # of one layer, as a loop over layers has it
-    empty = dataclasses.replace(jax.tree.map(lambda leaf: leaf[0], layers), length=jnp.int32(0))
+    shape = CacheShape(
+        batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim, layers=1,
+        dtype=query.dtype.name,
+    )  # fmt: skip
+    layers = dataclasses.replace(setting.init_cache(shape), length=None)
+    empty = dataclasses.replace(jax.tree.map(lambda leaf: leaf[0], layers), length=jnp.int32(0))  # as in a loop
     filled = dataclasses.replace(empty.append(*past, frame=0), length=None)
     whole = None if context.inputs is None else context.inputs()
 
