@@ -198,3 +198,23 @@ def test_tiles_of_other_shapes_are_refused(unchecked):
     for frames in (0, -2, 1, 4, 2.0, True, "2"):
         with pytest.raises(ValueError, match=f"kv_frames={frames!r} is not"):
             visible_tiles(spec, frames)
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 4])
+@pytest.mark.parametrize("tied", [1, 2])
+def test_what_is_seen_of_a_filled_cache_frame_by_frame(block, tied):
+    """The same known and traced: a key frame is seen if it is there and its block is not after the query's."""
+    if block is not None and block % tied:
+        return
+    frames, capacity = 4, 12
+    spec = MonarchSpec(
+        grid=(frames, 2, 6), tile=(tied, 2, 3), key_frames=capacity, causal_block=block
+    )  # 2 tiles in a frame
+    traced = jax.jit(lambda filled: visible_tiles(spec, filled))
+    for filled in range(frames, capacity + 1, tied):
+        seen = []
+        for query in range(filled - frames, filled, tied):
+            keys = [key for key in range(filled) if block is None or key // block <= query // block]
+            seen += 2 * [2 * len(keys) // tied]
+        assert visible_tiles(spec, filled).tolist() == seen
+        assert traced(jnp.int32(filled)).tolist() == seen

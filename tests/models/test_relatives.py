@@ -92,7 +92,7 @@ def test_prefixes(saved, model, tmp_path, prefix, naming):
 def test_wrappers_inside_names(official, model, tmp_path):
     def wrapped(name):
         for part in ("blocks.0.", "blocks.1.", "self_attn.", "ffn."):
-            name = name.replace(part, f"{part}_checkpoint_wrapped_module._fsdp_wrapped_module.")
+            name = name.replace(part, f"{part}_checkpoint_wrapped_module._orig_mod._fsdp_wrapped_module.")
         return f"model._fsdp_wrapped_module.{name}"
 
     path = write(tmp_path / "x.safetensors", {wrapped(name): array for name, array in official.items()})

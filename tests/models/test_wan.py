@@ -110,6 +110,22 @@ class TestDiffusers:
 
 
 class TestNumbers:
+    def test_small_numbers_are_normalised_as_in_torch(self):
+        """Of the size of a thousandth, so that what is added to their mean square counts."""
+        functional = pytest.importorskip("torch").nn.functional
+        config = wan_config("tiny", model_type="i2v", in_channels=36, image_dim=24)
+        rng = np.random.default_rng(0)
+        x = 1e-3 * rng.standard_normal((5, config.dim)).astype(np.float32)
+        to_torch = functional.torch.from_numpy
+        expected = functional.rms_norm(to_torch(x), (config.dim,), eps=1e-6)
+        norm = layers.RMSNorm(config, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
+        block = layers.WanBlock(config, rngs=nnx.Rngs(0))
+        image = layers.ImageEmbedding(config, rngs=nnx.Rngs(0))
+        for norm, eps in ((block.norm1, 1e-6), (block.norm2, 1e-6), (block.norm3, 1e-6), (image.norm2, 1e-5)):
+            expected = functional.layer_norm(to_torch(x), (config.dim,), eps=eps)
+            np.testing.assert_allclose(norm(x), expected, rtol=1e-3, atol=1e-4)
+
     def test_what_is_float32_is_not_rounded_on_a_gpu(self, wan):
         """By default a GPU multiplies float32 with ten bits (TF32)."""
         config = dataclasses.replace(wan.SMALL, dtype="bfloat16")

@@ -86,8 +86,8 @@ FAULTS = (
         "monarch_jax/tiles.py",
         "block_end = (frame // spec.causal_block + 1)",
         "block_end = (frame // spec.causal_block + 2)",
-        DEFINITION,
-        "pytorch",
+        SPEC,
+        "frame_by_frame",
     ),
     Fault(
         "monarch_jax/cache.py",
@@ -103,13 +103,15 @@ FAULTS = (
         CACHE,
         "rolling_window",
     ),
-    Fault("monarch_jax/partitioning.py", "index = index * sizes[name] + ", "index = index + ", SPLIT, "however"),
+    Fault(
+        "monarch_jax/partitioning.py", "index = index * sizes[name] + ", "index = index + ", SPLIT, "work_on_their_part"
+    ),
     Fault(
         "monarch_jax/partitioning.py",
         "PartitionSpec(batch, None, heads, None)",
         "PartitionSpec(None, None, None, None)",
         SPLIT,
-        "work_on_their_part",
+        "however",
     ),
     Fault("monarch_jax/devices.py", "present >= capability", "present > capability", BACKENDS, "compute_capability"),
     # Mosaic
@@ -187,14 +189,14 @@ FAULTS = (
         "jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps",
         "jnp.mean(precise**2, axis=-1, keepdims=True)",
         UMT5,
-        "parity",
+        "small_numbers",
     ),
     Fault(
         "models/wan/layers.py",
         "jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps",
         "jnp.mean(precise**2, axis=-1, keepdims=True)",
         WAN,
-        "test_t2v",
+        "small_numbers",
     ),
     Fault(
         "models/vae/vae.py",
@@ -259,7 +261,7 @@ FAULTS = (
     Fault("models/media/colour.py", "_PAPER_WHITE = 203.0", "_PAPER_WHITE = 100.0", SEEN, "hdr"),
     Fault("models/media/colour.py", "linear = linear @ _to_bt709(primaries).T", "pass", SEEN, "wide_gamuts"),
     # files: checkpoints
-    Fault("models/checkpoints/names.py", "(?:_orig_mod|_fsdp", "(?:_fsdp", RELATIVES, "prefixes"),
+    Fault("models/checkpoints/names.py", "(?:_orig_mod|_fsdp", "(?:_fsdp", RELATIVES, "wrappers"),
     Fault(
         "models/checkpoints/names.py", '("generator_ema", "ema",', '("generator", "ema",', RELATIVES, "average_of_two"
     ),

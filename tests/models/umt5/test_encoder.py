@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.umt5 import UMT5Config, UMT5Encoder, umt5_config
-from monarchrt.models.umt5.encoder import relative_buckets
+from monarchrt.models.umt5.encoder import RMSNorm, relative_buckets
 from tests.models.umt5.conftest import SMALL
 
 encode = nnx.jit(lambda encoder, ids, mask: encoder(ids, mask))
@@ -69,6 +69,15 @@ def test_every_layer_has_its_own_bias(encoder):
         bias = changed.blocks.attn.bias
         bias[...] = bias[...].at[layer, 17].add(1.0)
         assert np.abs(encode(changed, ids, mask)[0] - before[0]).max() > 1e-3
+
+
+def test_small_numbers_are_normalised_as_in_torch():
+    """Of the size of a thousandth, so that what is added to their mean square counts."""
+    functional = pytest.importorskip("torch").nn.functional
+    x = 1e-3 * np.random.default_rng(0).standard_normal((5, SMALL.dim)).astype(np.float32)
+    expected = functional.rms_norm(functional.torch.from_numpy(x), (SMALL.dim,), eps=1e-6)
+    norm = RMSNorm(SMALL, param_dtype="float32", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
 
 
 def test_size():
