@@ -235,7 +235,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            array, info = np.ascontiguousarray(read(name)), infos[name]
+            array, info = np.asarray(read(name), order="C"), infos[name]
             if (array.shape, array.dtype) != (info.shape, info.dtype):
                 raise ValueError(f"{name}: {array.dtype}{array.shape} is not the announced {info.dtype}{info.shape}.")
             file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,184 @@
+"""LoRAs merged into weights: W' = W + s (alpha / r) B A, in float32, rounded once; nothing is changed in place."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from monarchrt.models.checkpoints.reading import to_ours
+from monarchrt.models.checkpoints.tensor_files import TensorFile
+from monarchrt.models.lora.reading import LoRA, open_lora
+from monarchrt.models.wan.checkpoints import settings
+from monarchrt.models.wan.checkpoints.mapping import tensors
+from monarchrt.models.wan.checkpoints.source import Source
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.dit import WanModel
+
+
+class Scaled(NamedTuple):
+    """A LoRA and the strength s that it is merged with."""
+
+    lora: LoRA
+    scale: float = 1.0
+
+
+def parse_scaled(text: str) -> tuple[str, float]:
+    """A path and a strength, from `FILE` or `FILE:SCALE`; a file whose name ends like that is taken for what it is.
+
+    Examples:
+        >>> parse_scaled("styles/ink.safetensors:0.8"), parse_scaled("ink.safetensors")
+        (('styles/ink.safetensors', 0.8), ('ink.safetensors', 1.0))
+
+    Raises:
+        ValueError: If there is no file, or the strength is not finite.
+    """
+    path, colon, number = text.rpartition(":")
+    if colon and not Path(text).expanduser().exists():
+        try:
+            scale = float(number)
+        except ValueError:
+            return text, 1.0
+        if not path or not np.isfinite(scale):
+            raise ValueError(f"lora {text!r} has no file or no finite strength; write FILE or FILE:0.8.")
+        return path, scale
+    return text, 1.0
+
+
+def open_loras(texts: Iterable[str], *, warn: Callable[[str], None] = lambda line: None) -> tuple[Scaled, ...]:
+    """Opens what `FILE` and `FILE:SCALE` name, as `open_lora`."""
+    return tuple(Scaled(open_lora(path, warn=warn), scale) for path, scale in map(parse_scaled, texts))
+
+
+def merge_arrays(weight: np.ndarray, name: str, loras: Sequence[Scaled]) -> np.ndarray:
+    """One tensor of a checkpoint, in its layout, with what LoRAs change of it.
+
+    Args:
+        weight: The tensor; it is not changed.
+        name: Wan's own name of it.
+        loras: With their strengths.
+
+    Returns:
+        A new array in float32; the tensor itself if no LoRA changes it.
+    """
+    changing = [(lora, scale) for lora, scale in loras if name in lora.changes]
+    if not changing:
+        return weight
+    merged = weight.astype(np.float32)  # a copy
+    for lora, scale in changing:
+        merged += np.float32(scale) * lora.delta(name)
+    return merged
+
+
+class MergedFile:
+    """A checkpoint's tensors with LoRAs merged.
+
+    What a LoRA changes is read in float32; `infos` has the dtype of the file, which it is to be kept in.
+
+    Args:
+        file: The tensors.
+        names: Wan's own name of each tensor by its name in the file.
+        loras: That fit.
+    """
+
+    def __init__(self, file: TensorFile, names: dict[str, str], loras: Sequence[Scaled]):
+        self._file, self._names, self._loras = file, names, tuple(loras)
+        self.path, self.infos, self.metadata = file.path, file.infos, file.metadata
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, freshly read."""
+        array = self._file.read(name)
+        return merge_arrays(array, self._names[name], self._loras) if name in self._names else array
+
+
+def with_loras(source: Source, loras: Sequence[Scaled]) -> Source:
+    """An opened checkpoint as if it had been written with LoRAs merged.
+
+    Where a LoRA of `monarchrt train` says which attention and sampler it was trained for, that counts; of several, the
+    last one's.
+
+    Args:
+        source: Which is left as it is.
+        loras: With their strengths.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: If one is for another model; says for which, and which is loaded.
+    """
+    if not loras:
+        return source
+    for lora, _ in loras:
+        lora.check(source.config)
+    stored = {t.name(source.naming): t.official for t in tensors(source.config)}
+    names = {file_name: stored[name] for name, file_name in source.names.items() if name in stored}
+    config, few_step, trained = _as_trained(source.config, source.few_step, source.trained, loras)
+    return dataclasses.replace(
+        source,
+        file=MergedFile(source.file, names, loras),
+        config=config,
+        few_step=few_step,
+        trained=trained,
+        _checked=[],
+    )
+
+
+def _as_trained(
+    config: WanConfig, few_step: bool, trained: settings.Trained | None, loras: Sequence[Scaled]
+) -> tuple[WanConfig, bool, settings.Trained | None]:
+    """What the LoRAs say of attention and sampling, or else what is given."""
+    for lora, _ in loras:
+        if lora.settings:
+            where = f"the header of {lora.path}"
+            stored = settings.attention_from_json(lora.settings, where=where)
+            config = dataclasses.replace(config, **stored)
+            few_step = settings.few_step_from_json(lora.settings)
+            trained = settings.trained_from_json(lora.settings, where=where) or trained
+    return config, few_step, trained
+
+
+def merged(model: WanModel, loras: Sequence[Scaled]) -> WanModel:
+    """A model with LoRAs merged into its weights.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
+        >>> merged(model, []) is model
+        True
+
+    Args:
+        model: Which is left as it is.
+        loras: With their strengths.
+
+    Returns:
+        A new model, of the same dtypes and attention.
+
+    Raises:
+        ValueError: If one is for another model.
+    """
+    if not loras:
+        return model
+    for lora, _ in loras:
+        lora.check(model.config)
+    changed = {name for lora, _ in loras for name in lora.changes}
+    graph, state = nnx.split(model)
+    values = dict(nnx.to_flat_state(state))
+    paths = {tuple(map(str, path)): path for path in values}
+    fresh: dict[Any, np.ndarray] = {}
+    for tensor in tensors(model.config):
+        if tensor.official not in changed:
+            continue
+        path = paths[tensor.path]
+        if path not in fresh:
+            fresh[path] = np.array(values[path][...], np.float32)
+        part = fresh[path] if tensor.layer is None else fresh[path][tensor.layer]
+        for lora, scale in loras:
+            if tensor.official in lora.changes:
+                part += np.float32(scale) * np.asarray(to_ours(lora.delta(tensor.official), tensor.layout))
+    for path, array in fresh.items():
+        values[path] = values[path].replace(jnp.asarray(array, values[path][...].dtype))
+    return nnx.merge(graph, nnx.from_flat_state(list(values.items())))

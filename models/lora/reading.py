@@ -1,0 +1,341 @@
+"""Files of LoRAs: what each changes of a Wan transformer, and by how much. Tensors are read when they are asked for."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from monarchrt.models.checkpoints.json_files import parse_json, read_json
+from monarchrt.models.checkpoints.reading import open_tensors, some, weights_file
+from monarchrt.models.checkpoints.recognize import what_has
+from monarchrt.models.checkpoints.scaled import check_finite
+from monarchrt.models.checkpoints.tensor_files import TensorFile
+from monarchrt.models.errors import printable
+from monarchrt.models.lora.names import UNSUPPORTED, Key, LoRAFormat, family, is_lora, read_names, write_name
+from monarchrt.models.wan.checkpoints.mapping import BLOCK, BLOCK_I2V, OUTER, OUTER_I2V, checkpoint_shape, tensors
+from monarchrt.models.wan.checkpoints.settings import OWN_KEY
+from monarchrt.models.wan.config import WanConfig
+
+HEADER = "lora_adapter_metadata"  # diffusers' entry in a header: JSON of what PEFT was told
+BESIDE = "adapter_config.json"  # PEFT's own file of it
+RANK = "lora_rank"  # of ours in a header
+NAMES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B", 3072: "Wan 2.2 5B"}  # by the width
+_PREFERRED = ("pytorch_lora_weights", "adapter_model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """How one tensor changes: by scale * up @ down, by a whole difference, or both. Names are those in the file.
+
+    Attributes:
+        down: Matrix [r, in], of a convolution [r, in, t, h, w].
+        up: Matrix [out, r], of a convolution with axes of size 1.
+        scale: alpha / r, with which the product counts, and a bias of `up`.
+        whole: Difference of the tensor's shape.
+        bias: Bias of `up`, which changes that of the layer.
+        shape: Of the tensor, as a checkpoint has it.
+    """
+
+    down: str | None = None
+    up: str | None = None
+    scale: float = 1.0
+    whole: str | None = None
+    bias: str | None = None
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A file of changes of a Wan transformer's weights.
+
+    Attributes:
+        path: The file.
+        format: Whose names it has.
+        changes: By Wan's own name of the tensor, such as `blocks.0.self_attn.q.weight`.
+        ranks: Of each layer that a pair of matrices changes, by its name.
+        alphas: Likewise; the rank where the file has none.
+        said: Where alpha is from: "tensors", "header", "adapter_config.json", or "" if the file has none.
+        settings: What `monarchrt` stored of how it was trained; {} elsewhere.
+        file: The tensors.
+    """
+
+    path: Path
+    format: LoRAFormat
+    changes: dict[str, Change]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    said: str
+    settings: dict[str, Any]
+    file: TensorFile = dataclasses.field(repr=False, compare=False)
+
+    def delta(self, name: str) -> Float32[np.ndarray, "*shape"]:
+        """The difference of a tensor of a checkpoint, in its layout; read anew at each call.
+
+        Raises:
+            ValueError: If a number of it is NaN or infinite.
+        """
+        change = self.changes[name]
+        total = np.zeros(change.shape, np.float32)
+        if change.down is not None and change.up is not None:
+            down, up = self._read(change.down), self._read(change.up)
+            total += np.float32(change.scale) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(
+                change.shape
+            )
+        if change.bias is not None:
+            total += np.float32(change.scale) * self._read(change.bias).reshape(change.shape)
+        if change.whole is not None:
+            total += self._read(change.whole).reshape(change.shape)
+        return total
+
+    def _read(self, name: str) -> np.ndarray:
+        return check_finite(self.file.read(name), name, self.path).astype(np.float32)
+
+    @functools.cached_property
+    def width(self) -> int | None:
+        """Width of the transformer that it is for, if a tensor tells."""
+        for name, change in self.changes.items():
+            if re.search(r"(self_attn|cross_attn)\.[qo]\.weight$|ffn\.0\.weight$|time_projection", name):
+                return change.shape[-1]
+            if re.search(r"modulation$|norm_[qk]\.weight$|norm3\.|ffn\.2\.(weight|bias)$|_attn\.\w\.bias$", name):
+                return change.shape[-1] if name.endswith(("modulation", "bias")) else change.shape[0]
+        return None
+
+    @functools.cached_property
+    def blocks(self) -> int:
+        """One more than the number of the last block that it changes."""
+        return 1 + max((int(name.split(".")[1]) for name in self.changes if name.startswith("blocks.")), default=-1)
+
+    @property
+    def is_i2v(self) -> bool:
+        """Whether it changes what only image-to-video transformers have."""
+        return any(re.search(r"_img\b|^img_emb\.", name) for name in self.changes)
+
+    @property
+    def model(self) -> str:
+        """The transformer that it is for, in words."""
+        width = [] if self.width is None else [f"width {self.width}"]
+        kind = [*width, f"{self.blocks} blocks" if self.blocks else "", "image-to-video" if self.is_i2v else ""]
+        return f"{NAMES.get(self.width or 0, 'a Wan transformer')} ({', '.join(filter(None, kind))})"
+
+    def check(self, config: WanConfig) -> None:
+        """Looks whether it is for a transformer.
+
+        Raises:
+            ValueError: If it changes a tensor that the transformer has not, or one of another shape.
+        """
+        shapes = {tensor.official: checkpoint_shape(config, tensor) for tensor in tensors(config)}
+        lacking = [name for name in self.changes if name not in shapes]
+        other = [name for name, change in self.changes.items() if change.shape != shapes.get(name, change.shape)]
+        if not lacking and not other:
+            return
+        if other:
+            name = other[0]
+            why = f"{name} is {list(shapes[name])}, and the file changes {list(self.changes[name].shape)}"
+        else:
+            why = f"it has no {some(lacking, 2)}"
+        raise ValueError(f"{self.path} is a LoRA for {self.model}, but {describe(config)} is loaded: {why}.")
+
+
+def describe(config: WanConfig) -> str:
+    """A transformer in words.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> describe(wan_config("wan2.1-t2v-1.3b"))
+        'Wan 2.1 1.3B (width 1536, 30 blocks, text-to-video)'
+    """
+    kind = {"t2v": "text-to-video", "i2v": "image-to-video"}[config.model_type]
+    name = NAMES.get(config.dim, "a Wan transformer")
+    return f"{name} (width {config.dim}, {config.num_layers} blocks, {kind})"
+
+
+def lora_file(path: Path) -> Path | None:
+    """The file of a LoRA that a path names, itself or the only one in a folder; None if it holds none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if path.is_dir():
+        if not (path / BESIDE).is_file() and not any((path / f"{stem}.safetensors").is_file() for stem in _PREFERRED):
+            return None
+        path = weights_file(path, preferred=_PREFERRED)
+    return path if path.is_file() and is_lora(open_tensors(path).infos) else None
+
+
+def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: None) -> LoRA:
+    """Opens a LoRA of a Wan transformer in any of the three formats; only names, shapes and alphas are read.
+
+    Args:
+        path: A file, or a folder with one.
+        warn: Called with a line if the file does not say its alpha, which is then the rank.
+
+    Returns:
+        The LoRA.
+
+    Raises:
+        ValueError: If it cannot be read, is none or one for another family of models, holds a tensor that is no part of
+            one, or half of a pair.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"lora {str(path)!r} does not exist; give a .safetensors file.")
+    found = weights_file(path, preferred=_PREFERRED) if path.is_dir() else path
+    file = open_tensors(found)
+    if (other := family(file.infos)) is not None:
+        raise ValueError(f"{found} is for {other}, not for Wan 2.1: it holds {some(list(file.infos), 1)}.")
+    if not is_lora(file.infos):
+        raise ValueError(f"{found} is no LoRA: it holds {some(list(file.infos), 2)}.")
+    if (kind := what_has(file.infos, UNSUPPORTED)) is not None:
+        raise ValueError(f"{found} holds {kind[0]}, which are not supported: {some(kind[1], 2)}.")
+    names = read_names(file.infos)
+    if names.unknown:
+        raise ValueError(
+            f"{found} holds {len(names.unknown)} of {len(file.infos)} tensors that change nothing of a Wan "
+            f"transformer: {some(names.unknown)}."
+        )
+    return _assemble(found, file, names.keys, names.format, warn)
+
+
+def _assemble(
+    path: Path, file: TensorFile, keys: dict[str, Key], format: LoRAFormat, warn: Callable[[str], None]
+) -> LoRA:
+    """The changes, each tensor of the file in its place."""
+    modules: dict[str, dict[str, str]] = {}
+    for name, key in keys.items():
+        parts = modules.setdefault(key.module, {})
+        if key.part in parts:
+            raise ValueError(f"{path}: {printable(parts[key.part])} and {printable(name)} are the same part of a LoRA.")
+        parts[key.part] = name
+    stored = _Stored.of(path, file)
+    changes: dict[str, Change] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    silent = False
+    for module, parts in modules.items():
+        lacks = [part for part in ("down", "up") if part not in parts]
+        if len(lacks) == 1 or (len(lacks) == 2 and parts.keys() & {"alpha", "up_bias"}):
+            raise ValueError(
+                f"{path} lacks the {lacks[0]} matrix of {module}, of which it has {printable(min(parts.values()))}."
+            )
+        scale = 1.0
+        if not lacks:
+            rank = _rank(path, file, parts)
+            alpha = _alpha(path, file, parts["alpha"]) if "alpha" in parts else stored.alpha(module)
+            silent |= alpha is None
+            ranks[module], alphas[module] = rank, float(rank) if alpha is None else alpha
+            scale = alphas[module] / (math.sqrt(rank) if stored.rslora and "alpha" not in parts else rank)
+        _add(changes, path, file, module, parts, scale)
+    said = "tensors" if any("alpha" in parts for parts in modules.values()) else stored.where
+    if silent:
+        warn(f"note: {path} does not say its alpha; it is taken to be the rank, so that the LoRA counts in full")
+        said = ""
+    own = parse_json(file.metadata[OWN_KEY], "the file's header") if OWN_KEY in file.metadata else {}
+    return LoRA(
+        path=path, format=format, changes=changes, ranks=ranks, alphas=alphas, said=said, settings=own, file=file
+    )  # fmt: skip
+
+
+def _add(
+    changes: dict[str, Change], path: Path, file: TensorFile, module: str, parts: dict[str, str], scale: float
+) -> None:
+    """Puts the changes of one module under the names of its tensors."""
+    leaves = _leaves(module)
+    weight = module if "" in leaves else f"{module}.weight"
+    if "down" in parts:
+        if "linear" not in leaves.values() and "conv" not in leaves.values():
+            raise ValueError(f"{path}: {printable(parts['down'])} is a matrix, but {module} has none.")
+        down, up = file.infos[parts["down"]].shape, file.infos[parts["up"]].shape
+        changes[weight] = Change(down=parts["down"], up=parts["up"], scale=scale, shape=(up[0], *down[1:]))
+    if "diff" in parts:
+        shape = file.infos[parts["diff"]].shape
+        before = changes.get(weight, Change(shape=shape))
+        if before.shape != shape:
+            raise ValueError(
+                f"{path}: {printable(parts['diff'])} is {list(shape)}, its matrices give {list(before.shape)}."
+            )
+        changes[weight] = dataclasses.replace(before, whole=parts["diff"])
+    for part, field in (("diff_b", "whole"), ("up_bias", "bias")):
+        if part not in parts:
+            continue
+        if "bias" not in leaves:
+            raise ValueError(f"{path}: {printable(parts[part])} changes a bias, but {module} has none.")
+        shape = file.infos[parts[part]].shape
+        before = changes.get(f"{module}.bias", Change(shape=shape, scale=scale))
+        changes[f"{module}.bias"] = dataclasses.replace(before, **{field: parts[part]})
+
+
+@functools.cache
+def _rules() -> dict[str, dict[str, str]]:
+    """Layout of each array by its name in the module, by Wan's own name of the module."""
+    return {
+        rule.official: {theirs: layout for _, theirs, layout in rule.arrays}
+        for rule in (*OUTER, *OUTER_I2V, *BLOCK, *BLOCK_I2V)
+    }
+
+
+def _leaves(module: str) -> dict[str, str]:
+    return _rules()[re.sub(r"^blocks\.\d+\.", "blocks.{i}.", module)]
+
+
+def _rank(path: Path, file: TensorFile, parts: dict[str, str]) -> int:
+    """The rank of a pair of matrices; ValueError if they are none."""
+    down, up = file.infos[parts["down"]].shape, file.infos[parts["up"]].shape
+    whole = len(down) in (2, 5) and len(up) == len(down) and math.prod(up[2:]) == 1 and down[0] == up[1] > 0
+    if not whole:
+        raise ValueError(
+            f"{path}: {printable(parts['down'])} is {list(down)} and {printable(parts['up'])} {list(up)}; they must be "
+            f"[rank, in] and [out, rank]."
+        )
+    return down[0]
+
+
+def _alpha(path: Path, file: TensorFile, name: str) -> float:
+    if math.prod(file.infos[name].shape) != 1:
+        raise ValueError(f"{path}: {printable(name)} is {list(file.infos[name].shape)}, not one number.")
+    return float(check_finite(file.read(name), name, path).reshape(()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """What a header, or PEFT's file beside, says of alpha."""
+
+    where: str = ""
+    value: float | None = None
+    patterns: dict[str, float] = dataclasses.field(default_factory=dict)
+    rslora: bool = False
+
+    @classmethod
+    def of(cls, path: Path, file: TensorFile) -> "_Stored":
+        if HEADER in file.metadata:
+            data, where = parse_json(file.metadata[HEADER], f"{HEADER} in the header of {path}"), "header"
+            # parts of a pipeline are told by prefixes
+            data = {name.removeprefix("transformer."): value for name, value in data.items()}
+        elif path.name.startswith("adapter_model") and (path.parent / BESIDE).is_file():
+            data, where = read_json(path.parent / BESIDE), BESIDE
+        else:
+            return cls()
+        if data.get("use_dora"):
+            raise ValueError(f"{path} holds DoRA (use_dora), which is not supported.")
+        patterns = data.get("alpha_pattern") or {}
+        value = data.get("lora_alpha")
+        numbers = [value, *patterns.values()] if isinstance(patterns, dict) else [patterns]
+        if not all(n is None or (type(n) in (int, float) and math.isfinite(n)) for n in numbers):
+            raise ValueError(f"{path}: its {where} says of alpha what is no number: {json.dumps(numbers)[:80]}.")
+        known = {name: float(number) for name, number in patterns.items() if number is not None}
+        alpha = None if value is None else float(value)
+        return cls("" if alpha is None else where, alpha, known, bool(data.get("use_rslora")))
+
+    def alpha(self, module: str) -> float | None:
+        """Alpha of a layer; None if nothing is said."""
+        theirs = write_name(module, "", "diffusers").removeprefix("transformer.")
+        for pattern, value in self.patterns.items():
+            if any(re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", name) for name in (theirs, module)):
+                return value
+        return self.value
