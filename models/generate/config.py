@@ -21,6 +21,7 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
+NO_LORA = (NO_CONDITION,)  # although a video names some
 STORED = "stored"  # with the weights
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str}
@@ -32,7 +33,7 @@ NOT_STORED = (
 # those of them that were stored once, and are passed over
 ONCE_STORED = ("compare_dense", "save_embeddings")
 # settings that name what is read: a stranger's video could name anything
-NAMES_FILES = ("checkpoint", "components", "embeddings", "condition", "noise")
+NAMES_FILES = ("checkpoint", "lora", "components", "embeddings", "condition", "noise")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -47,6 +48,10 @@ class GenerateConfig:
     checkpoint: str | None = None
     """A run folder of train or demo; or a Wan model: an official or diffusers folder, a file such as Self-Forcing's
     .pt, a folder of `monarchrt convert`, or the name of a Hugging Face repository."""
+
+    lora: tuple[str, ...] = ()
+    """LoRAs to merge into the network, FILE or FILE:SCALE, such as `style.safetensors:0.8`, in the format of diffusers,
+    ComfyUI or Musubi; or a run folder that trained one. `none`: none of those that a video of --from names."""
 
     prompt: str | None = None
     """What the video shows. Not used by a run folder, which has no text encoder."""
@@ -201,6 +206,7 @@ class GenerateConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", tuple(self.lora))
         if isinstance(self.steps, list | tuple):
             object.__setattr__(self, "steps", tuple(self.steps))
             _require(

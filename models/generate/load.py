@@ -14,11 +14,13 @@ from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
+from monarchrt.models.generate.loras import given_loras
 from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, check_attention, make_plan
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
+from monarchrt.models.lora.merging import with_loras
 from monarchrt.models.vae import load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
@@ -156,7 +158,7 @@ def load_material(config: GenerateConfig) -> Material:
     opened = open_checkpoint(config)
     if config.compare is None:
         return opened.material(config)
-    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, num_heads=None)
+    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, num_heads=None, lora=())
     try:
         other = open_checkpoint(apart)
     except UserError as error:
@@ -181,7 +183,7 @@ def half_precision(config: GenerateConfig) -> str:
 
 @dataclass(frozen=True)
 class WanCheckpoint:
-    """A Wan checkpoint that was opened."""
+    """A Wan checkpoint that was opened, LoRAs merged."""
 
     source: "Source"
 
@@ -203,16 +205,17 @@ class WanCheckpoint:
         return load_wan(config, self)
 
 
-def open_wan(config: GenerateConfig) -> WanCheckpoint:
-    """Opens a Wan checkpoint in any format."""
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def open_wan(config: GenerateConfig, *, report: Callable[[str], None] = _say) -> WanCheckpoint:
+    """Opens a Wan checkpoint in any format, and the LoRAs that are merged into it."""
     from monarchrt.models.wan.checkpoints.source import open_source
 
     with user_input():
-        return WanCheckpoint(open_source(config.checkpoint or "", weights=config.weights, num_heads=config.num_heads))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+        source = open_source(config.checkpoint or "", weights=config.weights, num_heads=config.num_heads)
+        return WanCheckpoint(with_loras(source, given_loras(config, report=report)))
 
 
 def load_wan(

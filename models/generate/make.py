@@ -24,6 +24,7 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Plan
 from monarchrt.models.generate.stream import LivePage, check_port
 from monarchrt.models.generate.tensors import save_latents, save_noise, seed_noise
+from monarchrt.models.lora.merging import parse_scaled
 from monarchrt.models.media.metrics import Fidelity, fidelity
 from monarchrt.models.media.video import side_by_side, write_video
 from monarchrt.models.media.writer import check_folder, check_writable, open_writer
@@ -79,7 +80,9 @@ def check_outputs(config: GenerateConfig, *, also_read: Mapping[str, Path] | Non
         outputs["the comparison"] = comparison_path(config.out)
     tensors = {name: getattr(config, name) for name in ("save_embeddings", "save_noise", "save_latents")}
     outputs |= {name: path for name, path in tensors.items() if path is not None}
-    read = {name: Path(value) for name in (*NAMES_FILES, "compare") if (value := getattr(config, name)) is not None}
+    named = {name: getattr(config, name) for name in (*NAMES_FILES, "compare") if name != "lora"}
+    read = {name: Path(value) for name, value in named.items() if value is not None}
+    read |= {f"lora {text}": Path(parse_scaled(text)[0]) for text in config.lora}
     inputs = {name: path for name, path in (read | dict(also_read or {})).items() if path.exists()}
     _check_collisions(outputs, inputs)
     for name, path in outputs.items():

@@ -1,5 +1,6 @@
 """A run folder of `monarchrt train` as something to generate with. The folder is only read."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,14 +14,17 @@ import numpy as np
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
+from monarchrt.models.generate.loras import given_loras
 from monarchrt.models.generate.material import Material, condition_latents, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.run_arrays import run_config, run_network
-from monarchrt.models.generate.runs import RunSettings, find_run
+from monarchrt.models.generate.runs import Generation, RunSettings, find_run
+from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, read_videos, window_starts
 from monarchrt.models.wan import WanConfig, WanModel
+from monarchrt.models.wan.checkpoints.settings import few_step_from_json, trained_from_json
 
 # settings that a run folder has no use for, and why
 NOT_OF_RUNS = {
@@ -63,15 +67,24 @@ class RunCheckpoint:
     """A run folder as something to generate with: `monarchrt.models.generate.material.Opened`."""
 
     run: RunSettings
+    loras: tuple[Scaled, ...] = ()
 
     @property
     def sizes(self) -> WanConfig:
         """Of the network."""
-        return run_config(self.run, channels=self._decoder().channels)
+        config = run_config(self.run, channels=self._decoder().channels)
+        with user_input():
+            return as_trained(AsTrained(config), self.loras).config
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""
         model = run_network(self.run, dtype="bfloat16" if config.precision == "bf16" else "float32")
+        if self.loras:
+            with user_input():
+                sizes = self.sizes
+                model = merged(model, self.loras).with_config(
+                    attention=sizes.attention, causal_block=sizes.causal_block
+                )
         return model if attention is None else model.with_attention(attention)
 
     def material(self, config: GenerateConfig, *, report: Callable[[str], None] = _say) -> Material:
@@ -82,6 +95,9 @@ class RunCheckpoint:
             if value is not None and not (name == "guidance" and value == 1.0):  # a stored plan says 1.0
                 raise UserError(f"{name} is {value}, but checkpoint {path} is a run folder, which {why}; leave it out")
         decoder, sizes = self._decoder(), self.sizes
+        with user_input():
+            for lora, _ in self.loras:
+                lora.check(sizes)
         defaults = run_defaults(self.run, sizes)
         plan = make_plan(config, defaults=defaults, model=sizes, spatial=decoder.spatial, temporal=decoder.temporal)
         for note in plan.notes:
@@ -119,7 +135,20 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
             f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "
             f"--components"
         )
-    return RunCheckpoint(run)
+    with user_input():
+        loras = given_loras(config, report=_say)
+        said = [lora.settings for lora, _ in loras if lora.settings]
+        return RunCheckpoint(run._replace(generation=_sampled(run, said[-1])) if said else run, loras)
+
+
+def _sampled(run: RunSettings, said: dict[str, Any]) -> Generation:
+    """How a run's network is sampled with a LoRA that says how it was trained."""
+    trained, few_step = trained_from_json(said, where="a LoRA's header"), few_step_from_json(said)
+    known = {} if trained is None else {"shift": trained.shift, "steps": trained.steps}
+    sampler = "few-step" if few_step else Generation.sampler
+    return dataclasses.replace(
+        run.generation, sampler=sampler, **{name: value for name, value in known.items() if value is not None}
+    )
 
 
 def _begin(plan: Plan, decoder: FrameDecoder, run: RunSettings, report: Callable[[str], None]) -> Any:

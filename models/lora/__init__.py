@@ -4,6 +4,7 @@ names.py      what the three formats call tensors: diffusers (PEFT), ComfyUI (Wa
 reading.py    a file to the change of each tensor of a checkpoint
 merging.py    changes into an opened checkpoint or a model
 writing.py    to a file of any of the formats
+report.py     what a file is, in lines
 layers.py     layers with a pair of matrices that trains, and a model with such layers
 """
 

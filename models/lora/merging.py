@@ -116,29 +116,35 @@ def with_loras(source: Source, loras: Sequence[Scaled]) -> Source:
         lora.check(source.config)
     stored = {t.name(source.naming): t.official for t in tensors(source.config)}
     names = {file_name: stored[name] for name, file_name in source.names.items() if name in stored}
-    config, few_step, trained = _as_trained(source.config, source.few_step, source.trained, loras)
-    return dataclasses.replace(
-        source,
-        file=MergedFile(source.file, names, loras),
-        config=config,
-        few_step=few_step,
-        trained=trained,
-        _checked=[],
-    )
+    said = as_trained(AsTrained(source.config, source.few_step, source.trained), loras)
+    file = MergedFile(source.file, names, loras)
+    return dataclasses.replace(source, file=file, **said._asdict(), _checked=[])
 
 
-def _as_trained(
-    config: WanConfig, few_step: bool, trained: settings.Trained | None, loras: Sequence[Scaled]
-) -> tuple[WanConfig, bool, settings.Trained | None]:
-    """What the LoRAs say of attention and sampling, or else what is given."""
+class AsTrained(NamedTuple):
+    """The attention that weights are for and how they are sampled."""
+
+    config: WanConfig
+    few_step: bool = False
+    trained: settings.Trained | None = None
+
+
+def as_trained(before: AsTrained, loras: Sequence[Scaled]) -> AsTrained:
+    """What LoRAs of `monarchrt train` say of attention and sampling, the last of them; else what there was before.
+
+    Raises:
+        ValueError: If what one says cannot be understood.
+    """
     for lora, _ in loras:
         if lora.settings:
             where = f"the header of {lora.path}"
             stored = settings.attention_from_json(lora.settings, where=where)
-            config = dataclasses.replace(config, **stored)
-            few_step = settings.few_step_from_json(lora.settings)
-            trained = settings.trained_from_json(lora.settings, where=where) or trained
-    return config, few_step, trained
+            before = AsTrained(
+                dataclasses.replace(before.config, **stored),
+                settings.few_step_from_json(lora.settings),
+                settings.trained_from_json(lora.settings, where=where) or before.trained,
+            )
+    return before
 
 
 def merged(model: WanModel, loras: Sequence[Scaled]) -> WanModel:

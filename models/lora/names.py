@@ -24,18 +24,15 @@ PREFIXES: dict[str, str] = {"diffusers": "transformer.", "comfyui": "diffusion_m
 _DOTTED = re.compile(r"(?:(?:base_model|pipe|model|diffusion_model|transformer|dit|unet|module)\.)+")
 _FLAT = re.compile(r"(?:lora_unet|lora_transformer|lora_dit|lycoris(?:_unet)?)_")
 # how keys end, and which part of a change that is; `.default` and the like are names of adapters in PEFT
-_PARTS: tuple[tuple[re.Pattern, Part], ...] = tuple(
-    (re.compile(pattern), part)
-    for pattern, part in (
-        (r"(?:\.lora_(?:A|down)|[._]lora\.down)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$", "down"),
-        (r"(?:\.lora_(?:B|up)|[._]lora\.up)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$", "up"),
-        (r"\.lora_(?:B|up)(?:\.\w+)?\.bias$", "up_bias"),
-        (r"\.alpha$", "alpha"),
-        (r"\.(?:diff|w_norm)$", "diff"),
-        (r"\.(?:diff_b|b_norm)$", "diff_b"),
-        (r"\.diff_m$", "diff_m"),
-    )
-)
+_PARTS: dict[Part, re.Pattern[str]] = {
+    "down": re.compile(r"(?:\.lora_(?:A|down)|[._]lora\.down)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$"),
+    "up": re.compile(r"(?:\.lora_(?:B|up)|[._]lora\.up)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$"),
+    "up_bias": re.compile(r"\.lora_(?:B|up)(?:\.\w+)?\.bias$"),
+    "alpha": re.compile(r"\.alpha$"),
+    "diff": re.compile(r"\.(?:diff|w_norm)$"),
+    "diff_b": re.compile(r"\.(?:diff_b|b_norm)$"),
+    "diff_m": re.compile(r"\.diff_m$"),
+}
 # what changes weights in a way that is not a sum, or not of two matrices
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.lokr_\w+$", "LoKr (Kronecker products)"),
@@ -152,7 +149,7 @@ def write_name(module: str, ending: str, format: str) -> str:
 
 def _split(name: str) -> tuple[str, Part | None]:
     """The name without its ending, and what that says."""
-    for pattern, part in _PARTS:
+    for part, pattern in _PARTS.items():
         if (match := pattern.search(name)) is not None:
             return name[: match.start()], part
     return name, None

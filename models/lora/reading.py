@@ -124,6 +124,17 @@ class LoRA:
         kind = [*width, f"{self.blocks} blocks" if self.blocks else "", "image-to-video" if self.is_i2v else ""]
         return f"{NAMES.get(self.width or 0, 'a Wan transformer')} ({', '.join(filter(None, kind))})"
 
+    @property
+    def summary(self) -> str:
+        """Rank, alpha and layers, in words: `rank 32, alpha 16, 300 layers`."""
+        return ", ".join(filter(None, (_numbers("rank", self.ranks), _numbers("alpha", self.alphas), self._layers)))
+
+    @property
+    def _layers(self) -> str:
+        whole = len(self.changes) - len(self.ranks)
+        layers = f"{len(self.ranks)} layers" if self.ranks else ""
+        return ", ".join(filter(None, (layers, f"{whole} tensors with differences of their own" if whole else "")))
+
     def check(self, config: WanConfig) -> None:
         """Looks whether it is for a transformer.
 
@@ -143,6 +154,12 @@ class LoRA:
         raise ValueError(f"{self.path} is a LoRA for {self.model}, but {describe(config)} is loaded: {why}.")
 
 
+def _numbers(what: str, values: dict[str, Any]) -> str:
+    """The values of all layers: `rank 4`, `rank 4 to 64`."""
+    found = sorted(set(values.values()))
+    return f"{what} {' to '.join(f'{n:g}' for n in dict.fromkeys((found[0], found[-1])))}" if found else ""
+
+
 def describe(config: WanConfig) -> str:
     """A transformer in words.
 
@@ -157,16 +174,18 @@ def describe(config: WanConfig) -> str:
 
 
 def lora_file(path: Path) -> Path | None:
-    """The file of a LoRA that a path names, itself or the only one in a folder; None if it holds none.
+    """The file of a LoRA that a path names, itself or the one in a folder of a LoRA; None if it is something else.
 
-    Raises:
-        ValueError: If it cannot be read.
+    What cannot be read is something else, too.
     """
+    path = path.expanduser()
     if path.is_dir():
-        if not (path / BESIDE).is_file() and not any((path / f"{stem}.safetensors").is_file() for stem in _PREFERRED):
-            return None
-        path = weights_file(path, preferred=_PREFERRED)
-    return path if path.is_file() and is_lora(open_tensors(path).infos) else None
+        stem = next((stem for stem in _PREFERRED if (path / f"{stem}.safetensors").is_file()), None)
+        path = path / f"{stem}.safetensors"
+    try:
+        return path if path.is_file() and is_lora(open_tensors(path).infos) else None
+    except ValueError:
+        return None
 
 
 def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: None) -> LoRA:

@@ -35,10 +35,11 @@ def error(capsys):
 
 
 class TestSettingsOfAFile:
-    @pytest.mark.parametrize("name", ["checkpoint", "components", "embeddings", "condition", "noise"])
+    @pytest.mark.parametrize("name", ["checkpoint", "lora", "components", "embeddings", "condition", "noise"])
     def test_what_it_names_is_read_only_if_confirmed(self, baseline, tmp_path, error, name):
         given = {"checkpoint": str(baseline)} if name != "checkpoint" else {}
-        video = stored(tmp_path / "video.mp4", **given, **{name: "someone/else"})
+        value = ["someone/else"] if name == "lora" else "someone/else"
+        video = stored(tmp_path / "video.mp4", **given, **{name: value})
         typed = ["--checkpoint", baseline] if name != "checkpoint" else []
         assert generate("--from", video, *typed, "--out", tmp_path / "a.mp4") == 2
         said = error()

@@ -20,19 +20,66 @@ monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b-diffusers --to diffusers
 
 monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat16
 
-monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `monarchrt train`"""
+monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `monarchrt train`
+
+monarchrt convert Wan2.1-T2V-1.3B wan-ink --lora ink.safetensors:0.8      merged
+
+monarchrt convert ink.safetensors ink-diffusers.safetensors --to diffusers      a LoRA under other names"""
+_OF_LORAS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"}
 
 
 def convert_command(arguments: Sequence[str]) -> int:
     """`monarchrt convert SRC DST --to {official,diffusers,orbax}`."""
+    from monarchrt.models.lora.merging import open_loras, with_loras
+    from monarchrt.models.lora.reading import lora_file
     from monarchrt.models.wan.checkpoints import ConvertOptions
 
     options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=POSITIONAL)
     run = find_run(Path(options.src))
     with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
-        folder = options.run(progress) if run is None else _convert_run(options, run)
-    print(folder)
+        if run is not None:
+            written = _convert_run(options, run)
+        elif (file := lora_file(Path(options.src))) is not None:
+            written = _convert_lora(options, file)
+        else:
+            _check_model_format(options)
+            loras = open_loras(options.lora, warn=_say)
+            written = options.run(progress, adapt=lambda source: with_loras(source, loras))
+    print(written)
     return 0
+
+
+def _check_model_format(options: "ConvertOptions") -> None:
+    if options.to == "musubi":
+        raise UserError(f"to is 'musubi', a format of LoRAs, but {options.src} is a model; give official or diffusers")
+
+
+def _convert_lora(options: "ConvertOptions", file: Path) -> Path:
+    """Writes a LoRA under the names of another format."""
+    from monarchrt.models.lora.reading import open_lora
+    from monarchrt.models.lora.writing import rewrite_lora
+
+    refuse_of_a_lora(options.src, options)
+    if options.lora:
+        raise UserError(f"lora is {' '.join(options.lora)}, but {file} is a LoRA itself; give a model to merge it into")
+    if options.to not in _OF_LORAS:
+        raise UserError(f"to is {options.to!r}, but {file} is a LoRA; choose from {', '.join(_OF_LORAS)}")
+    return rewrite_lora(
+        open_lora(file, warn=_say), options.dst, format=_OF_LORAS[options.to], dtype=options.dtype
+    )  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def refuse_of_a_lora(path: str, options: Any) -> None:
+    """Raises UserError for options that say something of a model's file, which a LoRA's has not."""
+    for name in ("weights", "revision", "num_heads", "head_dim", "max_shard_gb"):
+        if getattr(options, name, None) is not None:
+            raise UserError(f"{name} is {getattr(options, name)!r}, but {path} is a LoRA; leave it out")
+    if getattr(options, "few_step", False):
+        raise UserError(f"few_step was given, but {path} is a LoRA; leave it out")
 
 
 def refuse_of_a_run(path: str, options: Any) -> None:
@@ -45,18 +92,24 @@ def refuse_of_a_run(path: str, options: Any) -> None:
 def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
     """Writes the network of a run folder, in float32 unless another dtype is asked for."""
     from monarchrt.models.generate.run_arrays import run_network, trained_as
+    from monarchrt.models.lora.merging import AsTrained, as_trained, merged, open_loras
     from monarchrt.models.wan.checkpoints import save_checkpoint
 
     refuse_of_a_run(options.src, options)
-    model = run_network(run)
+    _check_model_format(options)
+    loras = open_loras(options.lora, warn=_say)
+    model = merged(run_network(run), loras)
+    said = as_trained(AsTrained(model.config, run.generation.sampler == "few-step", trained_as(run)), loras)
+    if loras:
+        model = model.with_config(attention=said.config.attention, causal_block=said.config.causal_block)
     return save_checkpoint(
         model,
         options.dst,
         format=options.to,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_bytes,
-        few_step=options.few_step or run.generation.sampler == "few-step",
-        trained=trained_as(run),
+        few_step=options.few_step or said.few_step,
+        trained=said.trained,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.attention.registry import EXACT, SHORT
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, STORED, GenerateConfig, from_stored
+from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, NO_LORA, STORED, GenerateConfig, from_stored
 from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
 
@@ -19,6 +19,8 @@ _GENERATE = """Make a video: frames are written, and shown with --stream, as the
 monarchrt generate --checkpoint Wan2.1-T2V-1.3B --prompt "a cat on a wall" --out cat.mp4
 
 monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --prompt "a cat" --tile 3 30 52
+
+monarchrt generate --checkpoint Wan2.1-T2V-1.3B --lora style.safetensors:0.8 fast.safetensors --prompt "a cat"
 
 monarchrt generate --checkpoint runs/demo/monarch --out demo.mp4 --stream
 
@@ -78,21 +80,22 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
         from monarchrt.models.media.writer import read_settings
 
         stored = from_stored(read_settings(Path(given)), source=Path(given))
-        named = {name: value for name in NAMES_FILES if (value := getattr(stored, name)) not in (None, NO_CONDITION)}
+        left_out = (None, NO_CONDITION, (), NO_LORA)
+        named = {name: value for name in NAMES_FILES if (value := getattr(stored, name)) not in left_out}
         values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
         if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own
             own = ("tile", "blocks", "num_iters", "implementation")
             values |= {name: getattr(default, name) for name in own} | {"attention": STORED}
         elif last_value(arguments, "--tile") and stored.attention != SHORT:
             values["attention"] = STORED  # which the tile implies another than
-        values |= dict.fromkeys(named)
+        values |= {name: getattr(default, name) for name in named}
         default = GenerateOptions(**values)
     options = parse(GenerateOptions, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
     if options.trust and options.from_ is None:
         raise UserError("trust goes with --from VIDEO.mp4; leave it out")
-    missing = {name: value for name, value in named.items() if getattr(options, name) is None}
+    missing = {name: value for name, value in named.items() if getattr(options, name) in (None, ())}
     if missing:
-        listed = ", ".join(f"{name} {str(value)!a}" for name, value in missing.items())
+        listed = ", ".join(f"{name} {_written(value)!a}" for name, value in missing.items())
         if not options.trust:
             typed = ", ".join(f"--{name}" for name in missing)
             raise UserError(
@@ -103,6 +106,11 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
         options = dataclasses.replace(options, **missing)
     config: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
     return GenerateConfig(**config), options.from_
+
+
+def _written(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _say(line: str) -> None:

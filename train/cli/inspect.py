@@ -1,14 +1,16 @@
-"""`monarchrt inspect`: what a Wan checkpoint or a run folder holds, and whether it can be used."""
+"""`monarchrt inspect`: what a Wan checkpoint, a LoRA or a run folder holds, and whether it can be used."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from monarchrt.models.errors import user_input
 from monarchrt.models.generate.runs import find_run, is_begun
-from monarchrt.train.cli.convert import refuse_of_a_run
+from monarchrt.train.cli.convert import refuse_of_a_lora, refuse_of_a_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
 
 _INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
+
+Of a LoRA: its format, the model that it is for, rank, alpha and layers.
 
 Of a run folder of `monarchrt train`: its newest checkpoint, losses, settings, and what can be made of it.
 
@@ -21,6 +23,8 @@ monarchrt inspect runs/demo/monarch"""
 
 def inspect_command(arguments: Sequence[str]) -> int:
     """`monarchrt inspect PATH`."""
+    from monarchrt.models.lora.reading import lora_file, open_lora
+    from monarchrt.models.lora.report import report
     from monarchrt.models.wan.checkpoints import InspectOptions
 
     options = parse(InspectOptions, arguments, prog="monarchrt inspect", description=_INSPECT, config=POSITIONAL)
@@ -34,6 +38,10 @@ def inspect_command(arguments: Sequence[str]) -> int:
         return 0 if summary.usable else 2
     find_run(path)  # a folder of runs is named
     with user_input():
+        if (file := lora_file(path)) is not None:
+            refuse_of_a_lora(options.path, options)
+            print("\n".join(report(open_lora(file))))
+            return 0
         info = options.run()
     print("\n".join(info.lines()))
     return 0 if info.complete else 2

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
 from monarchrt.models.wan.checkpoints.mapping import Naming, tensors
 from monarchrt.models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
-from monarchrt.models.wan.checkpoints.source import open_source
+from monarchrt.models.wan.checkpoints.source import Source, open_source
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import own_shapes
 
@@ -218,6 +219,54 @@ def convert_checkpoint(
     )
     if config is not None:
         check_sizes(opened, config)
+    return convert_source(
+        opened,
+        destination,
+        to=to,
+        dtype=dtype,
+        attention=attention,
+        causal_block=causal_block,
+        max_shard_bytes=max_shard_bytes,
+        override=override,
+        few_step=few_step,
+        progress=progress,
+    )
+
+
+def convert_source(
+    opened: Source,
+    destination: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    attention: Attention | tuple[Attention, ...] | None = None,
+    causal_block: int | None = None,
+    max_shard_bytes: int | None = None,
+    override: bool = False,
+    few_step: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a checkpoint that is open in another format: what `convert_checkpoint` does after it has opened one.
+
+    Args:
+        opened: Of `monarchrt.models.wan.checkpoints.source.open_source`.
+        destination: As `convert_checkpoint`, and so are all others.
+        to: Format.
+        dtype: Of the tensors written.
+        attention: Self-attention to store.
+        causal_block: Frames per block to store.
+        max_shard_bytes: Of a file.
+        override: Allows another attention.
+        few_step: Stores that the weights are distilled.
+        progress: Called after each tensor.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the source is incomplete, or the destination is not empty.
+    """
+    check_target(to)
     opened.check()
     chosen = resolve_config(opened, None, attention=attention, causal_block=causal_block, override=override)
     few_step = few_step or opened.few_step
@@ -255,7 +304,8 @@ class ConvertOptions:
     Attributes:
         src: A folder or file with weights, or a Hugging Face repository owner/name.
         dst: The folder to write; it must not exist yet, or be empty.
-        to: Format: official, diffusers or orbax.
+        to: Format: official, diffusers or orbax; of a LoRA official (ComfyUI's), diffusers or musubi.
+        lora: LoRAs to merge into it, FILE or FILE:SCALE, as `monarchrt generate` takes them.
         dtype: float32, bfloat16 or float16; left out, the file's own.
         weights: Which set of a .pt file: generator_ema, generator, critic or model.
         max_shard_gb: Split larger weights into numbered files of at most this many GB (10^9 bytes).
@@ -267,7 +317,8 @@ class ConvertOptions:
 
     src: str
     dst: Path
-    to: Literal["official", "diffusers", "orbax"] = "official"
+    to: Literal["official", "diffusers", "orbax", "musubi"] = "official"
+    lora: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     weights: str | None = None
     max_shard_gb: float | None = None
@@ -289,20 +340,30 @@ class ConvertOptions:
             raise ValueError(f"max_shard_gb={self.max_shard_gb} must be positive and finite, for example 5.")
         return int(self.max_shard_gb * 1e9)
 
-    def run(self, progress: Progress | None = None) -> Path:
-        """Converts; see `convert_checkpoint`."""
-        return convert_checkpoint(
-            self.src,
+    def run(
+        self, progress: Progress | None = None, *, adapt: Callable[[Source], Source] = lambda source: source
+    ) -> Path:
+        """Converts; see `convert_checkpoint`.
+
+        Args:
+            progress: Called after each tensor.
+            adapt: Changes the checkpoint once it is open.
+
+        Returns:
+            What was written.
+        """
+        check_target(self.to)
+        opened = open_source(
+            self.src, weights=self.weights, revision=self.revision, num_heads=self.num_heads, head_dim=self.head_dim
+        )
+        return convert_source(
+            adapt(opened),
             self.dst,
             to=self.to,
             dtype=self.dtype,
-            weights=self.weights,
             max_shard_bytes=self.max_shard_bytes,
             few_step=self.few_step,
             progress=progress,
-            revision=self.revision,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
         )
 
 
