@@ -8,6 +8,7 @@ complete, so that a process killed while saving leaves the one before as the new
 import contextlib
 import errno
 import itertools
+import shlex
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
@@ -231,6 +232,11 @@ class Checkpoints:
                 if own:
                     made = dict(zip(names, jax.tree.leaves(fresh()), strict=True))
                     arrays = {name: made[name] for name in own}
+            if any(name.endswith(".lora_a") for name in stored.names):
+                raise UserError(
+                    f"{self.path.parent} trained a LoRA, which is no network by itself; merge it into the one that it "
+                    f"was trained on first: monarchrt convert NETWORK NEW --lora {shlex.quote(str(self.path.parent))}"
+                )
             missing = sorted(set(names) - set(stored.names) - set(arrays))
             if missing:
                 raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")

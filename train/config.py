@@ -19,6 +19,7 @@ from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.runs import GENERATION, override_values
+from monarchrt.train.lora_settings import LoRASettings
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 
@@ -187,7 +188,7 @@ ObjectiveConfig = FlowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(LoRASettings):
     """AdamW, its learning rate over time, what it trains, and the moving average of that."""
 
     trainable: tuple[str, ...] = ("all",)
@@ -231,22 +232,20 @@ class OptimizerConfig:
     """Step at which the average starts, as a copy of the parameters."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"{name} is {beta}; it must lie in [0, 1)")
-        _require(
-            0 <= self.weight_decay < math.inf, f"weight_decay is {self.weight_decay}; it must be at least 0, and finite"
-        )
+        decay = self.weight_decay
+        _require(0 <= decay < math.inf, f"weight_decay is {decay}; it must be at least 0, and finite")
         _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
         _require(self.warmup >= 0, f"warmup is {self.warmup}; it must be at least 0")
         _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; it must be at least 1")
-        _require(
-            self.ema_decay is None or 0 <= self.ema_decay < 1,
-            f"ema_decay is {self.ema_decay}; it must lie in [0, 1) or be None",
-        )
+        average = self.ema_decay
+        _require(average is None or 0 <= average < 1, f"ema_decay is {average}; it must lie in [0, 1) or be None")
         _require(self.ema_start >= 0, f"ema_start is {self.ema_start}; it must be at least 0")
         _require(
             self.decay_steps is None or self.decay_steps > self.warmup,

@@ -1,5 +1,6 @@
 """The networks of a run by role: their structure, how they train, and where their parameters come from."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from monarchrt.models.checkpoints.checksums import checksums
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.lora.layers import LAYERS, Adapter, with_adapter
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.model import (
@@ -77,7 +79,8 @@ class Networks:
         self.trainings: dict[str, Training] = {
             name: make_training(config.trained(name), updates=updates[name]) for name in settings.training
         }
-        self._abstract = {name: models.get(name) or nnx.eval_shape(self._build(name)) for name in settings.roles}
+        self._bases = {name: models.get(name) or nnx.eval_shape(self._build(name)) for name in settings.roles}
+        self._abstract = {name: self._adapted(name, model) for name, model in self._bases.items()}
         self.configs: dict[str, Any] = {name: getattr(model, "config", None) for name, model in self._abstract.items()}
         self._check_texts()
         parts = {name: split_model(model, self._trains(name)) for name, model in self._abstract.items()}
@@ -108,13 +111,14 @@ class Networks:
         """
         for name, role in self._config.objective.roles.items():
             origin = self._config.origin(name)
-            if resumed and role.trains:
+            if resumed and self._keeps_frozen(name):
                 continue
             if origin is not None:
                 self._check_origin(origin, name)
-            elif not role.random and name not in self._models:
+            elif name not in self._models and not (role.random and self._keeps_frozen(name)):
                 option = self._config.option(name, "init_from").replace("_", "-")
-                raise UserError(f"the {name} has no weights; give --{option}, a run folder or a Wan checkpoint")
+                lacks = "no weights" if not role.random else "no weights that a LoRA could change"
+                raise UserError(f"the {name} has {lacks}; give --{option}, a run folder or a Wan checkpoint")
 
     def start(self) -> TrainState:
         """The state at step 0, made where it lives: no device need hold the whole of it."""
@@ -125,36 +129,64 @@ class Networks:
         return TrainState(step=rest.step, roles={name: self._role(name) for name in self.graphs}, rng=rest.rng)
 
     def frozen(self) -> TrainState:
-        """The template, with the networks that do not train in it."""
-        made = {name: self._role(name) for name in self.graphs if name not in self.trainings}
+        """The template, with what checkpoints do not hold in it: networks that do not train, and those under LoRAs."""
         template = self.template
-        return TrainState(step=template.step, roles=template.roles | made, rng=template.rng)
+        roles = {
+            name: role if role.keeps_frozen else dataclasses.replace(role, frozen=self._role(name).frozen)
+            for name, role in template.roles.items()
+        }
+        return TrainState(step=template.step, roles=roles, rng=template.rng)
 
     def digests(self, state: TrainState) -> dict[str, str]:
-        """A digest of each network that does not train and was read, for a resume to compare."""
+        """A digest of each network that checkpoints do not hold and that was read, for a resume to compare."""
         return {
             f"{name}.{PARAMETERS}": _digest(role.frozen)
             for name, role in state.roles.items()
-            if not role.trains and (name in self._models or self._config.origin(name) is not None)
+            if not role.keeps_frozen and (name in self._models or self._config.origin(name) is not None)
         }
 
+    def _keeps_frozen(self, name: str) -> bool:
+        """Whether all of a network is in the checkpoints: it trains, whole or in part, and not by a LoRA."""
+        return name in self.trainings and self._config.trained(name).lora_rank is None
+
+    def _adapted(self, name: str, model: Any) -> Any:
+        """A network, with the layers of its LoRA if it trains one."""
+        if name not in self.trainings or (rank := self._config.trained(name).lora_rank) is None:
+            return model
+        settings = self._config.trained(name)
+        adapter = Adapter(rank=rank, alpha=settings.lora_alpha, layers=settings.lora_layers or LAYERS)
+        seed = (self._seed(name) + 2**31) % 2**32  # not that of the network's own
+
+        def adapt(model: Any) -> Any:
+            return with_adapter(model, adapter, rngs=nnx.Rngs(seed))
+
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+        with user_input():
+            return nnx.eval_shape(adapt, model) if abstract else adapt(model)
+
     def _build(self, name: str) -> Callable[[], nnx.Module]:
-        objective, role = self._config.objective, self._config.role(name)
-        # the exported network is that of a run without others
-        order = (objective.exported, *objective.further).index(name)
+        """Makes a network as it is without a LoRA."""
+        role = self._config.role(name)
         return functools.partial(
             build_model,
             role.model,
             channels=self._channels,
-            seed=(self._config.run.seed + order) % 2**32,
+            seed=self._seed(name),
             precision=role.precision,
-            frozen=name not in self.trainings,
+            frozen=not self._keeps_frozen(name),
         )
+
+    def _seed(self, name: str) -> int:
+        objective = self._config.objective
+        # the exported network is that of a run without others
+        order = (objective.exported, *objective.further).index(name)
+        return (self._config.run.seed + order) % 2**32
 
     def _trains(self, name: str) -> Filter:
         if name not in self.trainings:
             return lambda *_: False
-        return trainable_filter(self._config.trained(name).trainable)
+        settings = self._config.trained(name)
+        return trainable_filter(settings.trainable, nnx.Param if settings.lora_rank is None else nnx.LoRAParam)
 
     def _check_texts(self) -> None:
         exported = self._config.objective.exported
@@ -181,12 +213,12 @@ class Networks:
         create = functools.partial(create_role, training=self.trainings.get(name))
         trains, origin = self._trains(name), self._config.origin(name)
         if origin is None and name not in self._models:
-            build = self._build(name)
+            build = self._build(name)  # never under a LoRA
             return jax.jit(lambda: create(*split_model(build(), trains)[1:]), out_shardings=places)()
         model: Any = self._models.get(name)
         if origin is not None:
             model = self._load(name, origin)
-        params, frozen = split_model(model, trains)[1:]
+        params, frozen = split_model(self._adapted(name, model), trains)[1:]
         if origin is None:
             # a step overwrites its input; the caller keeps the model that was given
             params, frozen = jax.tree.map(jnp.copy, (params, frozen))
@@ -194,12 +226,12 @@ class Networks:
         return jax.jit(create, out_shardings=places, donate_argnums=(0, 1))(*parts)
 
     def _load(self, name: str, origin: Path) -> nnx.Module:
-        """A network with parameters that were read."""
-        graph, params, others = split_model(self._abstract[name])
+        """A network with parameters that were read, without a LoRA."""
+        graph, params, others = split_model(self._bases[name])
         if jax.tree.leaves(others) and name not in self._models:
             others = split_model(self._build(name)())[2]
 
-        stored = None if name in self.trainings else self._stored_dtype(name)
+        stored = None if self._keeps_frozen(name) else self._stored_dtype(name)
 
         def template(leaf: Any) -> jax.ShapeDtypeStruct:
             dtype = leaf.dtype if stored is None else stored

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ class RoleState:
         optimizer: Optax state; None if nothing trains.
         average: Moving average of `params`, or None.
         updates: Optimizer steps done, an int32 scalar; None if nothing trains.
+        keeps_frozen: Whether `frozen` is part of checkpoints; if not, a resume reads it again from where it came from.
     """
 
     # not typed as arrays: trees of shapes and of shardings have this structure too
@@ -41,6 +42,7 @@ class RoleState:
     optimizer: Any = None
     average: Any = None
     updates: Any = None
+    keeps_frozen: bool = field(default=True, metadata={"static": True})
 
     @property
     def evaluated(self) -> Any:
@@ -69,20 +71,24 @@ class TrainState:
     rng: Any
 
 
-def trainable_filter(names: Sequence[str]) -> Filter:
-    """The variables that `OptimizerConfig.trainable` asks for: parameters of any kind, all or by pattern.
+def trainable_filter(names: Sequence[str], kind: type = nnx.Param) -> Filter:
+    """The variables that `OptimizerConfig.trainable` asks for: parameters of a kind, all or by pattern.
 
     Examples:
         >>> graph, params, frozen = split_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable_filter(["bias"]))
         >>> parameter_names(params), parameter_names(frozen)
         (['bias'], ['kernel'])
+
+    Args:
+        names: "all", or patterns.
+        kind: Of parameters, such as `nnx.LoRAParam`: of a LoRA, whatever else there is.
     """
     if tuple(names) == ("all",):
-        return nnx.Param  # and its kinds, such as nnx.LoRAParam
+        return kind  # and its kinds, of nnx.Param also nnx.LoRAParam
 
     def matches(path: tuple, variable: Any) -> bool:
         name = ".".join(map(str, path))
-        return issubclass(getattr(variable, "type", type(variable)), nnx.Param) and any(
+        return issubclass(getattr(variable, "type", type(variable)), kind) and any(
             fnmatch.fnmatchcase(name, pattern) for pattern in names
         )
 
@@ -149,7 +155,7 @@ def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Sche
 
 
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; weight decay on kernels only.
+    """AdamW after clipping by the global norm; weight decay on kernels, and the matrices of a LoRA, only.
 
     Args:
         config: The optimizer's settings.
@@ -160,7 +166,10 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     """
 
     def kernels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+        def is_matrix(path: tuple, _: Any) -> bool:
+            return any(part in jax.tree_util.keystr(path) for part in ("kernel", "lora_a", "lora_b"))
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
 
     adamw = optax.adamw(
         learning_rate_schedule(config, steps=steps),
@@ -197,11 +206,11 @@ def create_role(params: Any, frozen: Any, training: Training | None) -> RoleStat
 
     Args:
         params: What trains.
-        frozen: The network's other variables.
+        frozen: The network's other variables; of a LoRA, they are no part of checkpoints.
         training: How it trains; None if it does not.
     """
     if training is None:
-        return RoleState(params=params, frozen=frozen)
+        return RoleState(params=params, frozen=frozen, keeps_frozen=False)
     average = training.settings.ema_decay is not None
     return RoleState(
         params=params,
@@ -210,6 +219,7 @@ def create_role(params: Any, frozen: Any, training: Training | None) -> RoleStat
         # a copy: the step donates its input, and one buffer cannot be donated twice
         average=jax.tree.map(jnp.copy, params) if average else None,
         updates=jnp.zeros((), jnp.int32),
+        keeps_frozen=training.settings.lora_rank is None,
     )
 
 
@@ -235,26 +245,34 @@ def to_arrays(state: TrainState) -> dict[str, Any]:
     """Flattens a state to arrays under readable names, such as `roles.student.params.head.proj.kernel`.
 
     The names are all that a checkpoint depends on, not the classes of Flax or Optax. Networks that do not train are
-    left out. Of a state of shapes, shapes.
+    left out, and what a LoRA goes with. Of a state of shapes, shapes.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state))
     return {_name(path): _key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
-    """Puts arrays from `to_arrays` back into a state of the same structure; what does not train is the template's."""
+    """Puts arrays from `to_arrays` back into a state of the same structure; what is not kept is the template's."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(_trained(template))
     values = [
         jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)] for path, leaf in leaves
     ]
     state = jax.tree_util.tree_unflatten(structure, values)
-    return TrainState(step=state.step, roles=template.roles | state.roles, rng=state.rng)
+    roles = {
+        name: role if role.keeps_frozen else replace(role, frozen=template.roles[name].frozen)
+        for name, role in state.roles.items()
+    }
+    return TrainState(step=state.step, roles=template.roles | roles, rng=state.rng)
 
 
 def _trained(state: TrainState) -> TrainState:
-    return TrainState(
-        step=state.step, roles={name: role for name, role in state.roles.items() if role.trains}, rng=state.rng
-    )
+    """What of a state is kept in checkpoints."""
+    roles = {
+        name: role if role.keeps_frozen else replace(role, frozen=None)
+        for name, role in state.roles.items()
+        if role.trains
+    }
+    return TrainState(step=state.step, roles=roles, rng=state.rng)
 
 
 def _name(path: tuple) -> str:

@@ -1,6 +1,7 @@
 """The compiled functions of a run: one training step, and the errors of the networks on held-out data."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -68,9 +69,9 @@ def make_train_step(
             "learning_rate": jnp.asarray(training.rate(own.updates), jnp.float32),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        new = RoleState(
+        new = replace(
+            own,
             params=params,
-            frozen=own.frozen,
             optimizer=optimizer,
             average=update_ema(own.average, params, done, settings),
             updates=own.updates + 1,

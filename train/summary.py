@@ -208,6 +208,9 @@ def _training(config: TrainConfig) -> dict[str, str]:
         made = config.trained(name)
         average = "no average" if made.ema_decay is None else f"average {made.ema_decay:g}"
         lines[name] = f"from {origin}; AdamW at {made.learning_rate:g}, {made.schedule}, {average}"
+        if made.lora_rank is not None:
+            alpha = made.lora_rank if made.lora_alpha is None else made.lora_alpha
+            lines[name] += f"; trains a LoRA of rank {made.lora_rank}, alpha {alpha:g}"
         if tuple(made.trainable) != ("all",):
             lines[name] += f"; trains {' '.join(made.trainable)}"
     lines["run"] = f"{run.steps} steps of {run.batch} samples, seed {run.seed}, {run.precision}"
@@ -221,6 +224,12 @@ def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: Store
         ".average." in name or name.startswith("ema.") for name in stored.names.values()
     )
     what = "the moving average of its weights" if averaged else "its weights"
+    if settings.lora:
+        what = "the moving average of its matrices" if averaged else "its matrices"
+        return {
+            "convert": f"monarchrt convert {path} NEW.safetensors    writes the LoRA, {what}; --to names the format",
+            "generate": f"monarchrt generate --checkpoint NETWORK --lora {path}    with the one that it was trained on",
+        }
     lines = {"convert": f"monarchrt convert {path} NEW    makes a model of {what}"}
     if settings.data.latents is not None:
         return lines | {"generate": "needs a model that convert made, and --components for VAE and text encoder"}

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from monarchrt.models.attention.notation import parse
@@ -189,6 +192,11 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
     Raises:
         UserError: If there is no checkpoint, it cannot be read, or it is of another network.
     """
+    if run.lora:
+        raise UserError(
+            f"{run.path} trained a LoRA, which is no network by itself; give the one that it was trained on, and "
+            f"--lora {shlex.quote(str(run.path))}"
+        )
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with reading_newest(run.path) as step:
         stored = stored_network(run.path, step)
@@ -202,6 +210,21 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
         arrays = stored.read(wanted)
     filled = jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in flat])
     return nnx.merge(graph, filled, others)
+
+
+def run_arrays(run: RunSettings) -> dict[str, np.ndarray]:
+    """All arrays of what a run exports, as in its newest checkpoint, by name in the network: of a LoRA, its matrices.
+
+    Raises:
+        UserError: If there is no checkpoint, or it cannot be read.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with reading_newest(run.path) as step:
+        stored = stored_network(run.path, step)
+        wanted = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for name, shape in stored.shapes.items()
+        }
+        return {name: np.asarray(array) for name, array in stored.read(wanted).items()}
 
 
 def trained_as(run: RunSettings) -> Trained:

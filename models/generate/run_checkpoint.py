@@ -129,6 +129,11 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
     run = find_run(path)
     if run is None:
         return None
+    if run.lora:
+        raise UserError(
+            f"checkpoint {path} is a run that trained a LoRA; give the network that it was trained on as --checkpoint, "
+            f"and --lora {shlex.quote(str(path))}"
+        )
     if run.data.latents is not None:
         raise UserError(
             f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "

@@ -87,6 +87,8 @@ class RunSettings(NamedTuple):
         attention: In its notation.
         data: What it trained on.
         generation: How it is sampled.
+        lora: Whether its checkpoints hold a LoRA of the network, and not the network.
+        lora_alpha: Of the LoRA; None: the rank.
     """
 
     path: Path
@@ -95,6 +97,8 @@ class RunSettings(NamedTuple):
     attention: str
     data: RunData
     generation: Generation
+    lora: bool = False
+    lora_alpha: float | None = None
 
 
 def is_run(path: Path) -> bool:
@@ -160,7 +164,7 @@ def read_run(path: Path) -> RunSettings:
         values = read_json(where)
     except ValueError as error:
         raise UserError(f"{where} is damaged ({error}); mend it or give another run folder") from error
-    tables = {name: values.get(name, {}) for name in ("data", "model", "objective", GENERATION)}
+    tables = {name: values.get(name, {}) for name in ("data", "model", "objective", "optimizer", GENERATION)}
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UserError(f"{where} is not that of a run: {name} is {table!a:.60}; it must be a table of settings")
@@ -169,6 +173,9 @@ def read_run(path: Path) -> RunSettings:
     attention, overrides = model.get("attention", SHORT), model.get("overrides", [])
     if not isinstance(attention, str) or not isinstance(overrides, list) or not isinstance(model.get("preset"), str):
         raise UserError(f"{where} is not that of a run: its model has no preset, overrides and attention")
+    alpha = tables["optimizer"].get("lora_alpha")
+    if type(alpha) not in (int, float, type(None)):
+        raise UserError(f"{where} is not that of a run: its lora_alpha is {alpha!a:.60}")
     beside = {name: model.get(name, plain) for name, plain in _BESIDE.items()}
     beside = {name: tuple(x) if isinstance(x, list) else x for name, x in beside.items() if x != _BESIDE[name]}
     return RunSettings(
@@ -178,6 +185,8 @@ def read_run(path: Path) -> RunSettings:
         attention=with_options(attention, beside),
         data=_table(RunData, tables["data"], where),
         generation=_table(Generation, given, where),
+        lora=tables["optimizer"].get("lora_rank") is not None,
+        lora_alpha=None if alpha is None else float(alpha),
     )
 
 

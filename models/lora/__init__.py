@@ -8,8 +8,8 @@ report.py     what a file is, in lines
 layers.py     layers with a pair of matrices that trains, and a model with such layers
 """
 
-from monarchrt.models.lora.merging import Scaled, merged, open_loras, with_loras
+from monarchrt.models.lora.merging import Scaled, merged, with_loras
 from monarchrt.models.lora.reading import LoRA, open_lora
 from monarchrt.models.lora.writing import Factors, write_lora
 
-__all__ = ["Factors", "LoRA", "Scaled", "merged", "open_lora", "open_loras", "with_loras", "write_lora"]
+__all__ = ["Factors", "LoRA", "Scaled", "merged", "open_lora", "with_loras", "write_lora"]

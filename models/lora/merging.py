@@ -1,7 +1,7 @@
 """LoRAs merged into weights: W' = W + s (alpha / r) B A, in float32, rounded once; nothing is changed in place."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from flax import nnx
 
 from monarchrt.models.checkpoints.reading import to_ours
 from monarchrt.models.checkpoints.tensor_files import TensorFile
-from monarchrt.models.lora.reading import LoRA, open_lora
+from monarchrt.models.lora.reading import LoRA
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.mapping import tensors
 from monarchrt.models.wan.checkpoints.source import Source
@@ -46,11 +46,6 @@ def parse_scaled(text: str) -> tuple[str, float]:
             raise ValueError(f"lora {text!r} has no file or no finite strength; write FILE or FILE:0.8.")
         return path, scale
     return text, 1.0
-
-
-def open_loras(texts: Iterable[str], *, warn: Callable[[str], None] = lambda line: None) -> tuple[Scaled, ...]:
-    """Opens what `FILE` and `FILE:SCALE` name, as `open_lora`."""
-    return tuple(Scaled(open_lora(path, warn=warn), scale) for path, scale in map(parse_scaled, texts))
 
 
 def merge_arrays(weight: np.ndarray, name: str, loras: Sequence[Scaled]) -> np.ndarray:

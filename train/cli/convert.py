@@ -11,6 +11,7 @@ from monarchrt.models.generate.runs import RunSettings, find_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
 
 if TYPE_CHECKING:
+    from monarchrt.models.lora import LoRA
     from monarchrt.models.wan.checkpoints import ConvertOptions
     from monarchrt.models.wan.checkpoints.load import Progress
 
@@ -30,7 +31,8 @@ _OF_LORAS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"
 
 def convert_command(arguments: Sequence[str]) -> int:
     """`monarchrt convert SRC DST --to {official,diffusers,orbax}`."""
-    from monarchrt.models.lora.merging import open_loras, with_loras
+    from monarchrt.models.generate.loras import open_loras
+    from monarchrt.models.lora.merging import with_loras
     from monarchrt.models.lora.reading import lora_file
     from monarchrt.models.wan.checkpoints import ConvertOptions
 
@@ -38,12 +40,12 @@ def convert_command(arguments: Sequence[str]) -> int:
     run = find_run(Path(options.src))
     with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
         if run is not None:
-            written = _convert_run(options, run)
+            written = (_convert_run_of_a_lora if run.lora else _convert_run)(options, run)
         elif (file := lora_file(Path(options.src))) is not None:
             written = _convert_lora(options, file)
         else:
             _check_model_format(options)
-            loras = open_loras(options.lora, warn=_say)
+            loras = open_loras(options.lora, report=_say)
             written = options.run(progress, adapt=lambda source: with_loras(source, loras))
     print(written)
     return 0
@@ -57,16 +59,29 @@ def _check_model_format(options: "ConvertOptions") -> None:
 def _convert_lora(options: "ConvertOptions", file: Path) -> Path:
     """Writes a LoRA under the names of another format."""
     from monarchrt.models.lora.reading import open_lora
-    from monarchrt.models.lora.writing import rewrite_lora
 
     refuse_of_a_lora(options.src, options)
+    return _write_lora(options, open_lora(file, warn=_say))
+
+
+def _convert_run_of_a_lora(options: "ConvertOptions", run: RunSettings) -> Path:
+    """Writes the LoRA that a run trained."""
+    from monarchrt.models.generate.loras import run_lora
+
+    refuse_of_a_lora(options.src, options)
+    return _write_lora(options, run_lora(run))
+
+
+def _write_lora(options: "ConvertOptions", lora: "LoRA") -> Path:
+    from monarchrt.models.lora.writing import rewrite_lora
+
     if options.lora:
-        raise UserError(f"lora is {' '.join(options.lora)}, but {file} is a LoRA itself; give a model to merge it into")
+        raise UserError(
+            f"lora is {' '.join(options.lora)}, but {lora.path} is a LoRA itself; give a model to merge both into"
+        )
     if options.to not in _OF_LORAS:
-        raise UserError(f"to is {options.to!r}, but {file} is a LoRA; choose from {', '.join(_OF_LORAS)}")
-    return rewrite_lora(
-        open_lora(file, warn=_say), options.dst, format=_OF_LORAS[options.to], dtype=options.dtype
-    )  # fmt: skip
+        raise UserError(f"to is {options.to!r}, but {lora.path} is a LoRA; choose from {', '.join(_OF_LORAS)}")
+    return rewrite_lora(lora, options.dst, format=_OF_LORAS[options.to], dtype=options.dtype)
 
 
 def _say(line: str) -> None:
@@ -91,13 +106,14 @@ def refuse_of_a_run(path: str, options: Any) -> None:
 
 def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
     """Writes the network of a run folder, in float32 unless another dtype is asked for."""
+    from monarchrt.models.generate.loras import open_loras
     from monarchrt.models.generate.run_arrays import run_network, trained_as
-    from monarchrt.models.lora.merging import AsTrained, as_trained, merged, open_loras
+    from monarchrt.models.lora.merging import AsTrained, as_trained, merged
     from monarchrt.models.wan.checkpoints import save_checkpoint
 
     refuse_of_a_run(options.src, options)
     _check_model_format(options)
-    loras = open_loras(options.lora, warn=_say)
+    loras = open_loras(options.lora, report=_say)
     model = merged(run_network(run), loras)
     said = as_trained(AsTrained(model.config, run.generation.sampler == "few-step", trained_as(run)), loras)
     if loras:

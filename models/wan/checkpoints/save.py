@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from monarchrt.models.checkpoints.reading import Progress
+from monarchrt.models.checkpoints.reading import Progress, some
 from monarchrt.models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
 from monarchrt.models.files import new_folder
 from monarchrt.models.wan.checkpoints import settings
@@ -30,6 +30,12 @@ class ModelFile:
     def __init__(self, model: WanModel):
         self._values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
         self._tensors = {tensor.official: tensor for tensor in tensors(model.config)}
+        known = {tensor.path for tensor in self._tensors.values()}
+        if more := [".".join(map(str, path)) for path in self._values if tuple(map(str, path)) not in known]:
+            raise ValueError(
+                f"model has parameters that a checkpoint has no names for: {some(more)}; those of a LoRA are merged by "
+                f"monarchrt.models.lora.layers.folded."
+            )
         self.infos = {
             name: TensorInfo(checkpoint_shape(model.config, tensor), np.dtype(self._values[tensor.path].dtype))
             for name, tensor in self._tensors.items()

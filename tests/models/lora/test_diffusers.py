@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.lora import merged, open_lora, open_loras
+from monarchrt.models.generate.loras import open_loras
+from monarchrt.models.lora import merged, open_lora
 from monarchrt.models.lora.writing import rewrite_lora
 
 torch = pytest.importorskip("torch")
@@ -14,6 +15,10 @@ pytest.importorskip("peft")
 loaders = pytest.importorskip("diffusers.loaders").WanLoraLoaderMixin
 
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
+
+
+def opened(texts):
+    return open_loras(texts, report=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def test_outputs(pair, small, loras, tmp_path, format):
     theirs, ours, inputs = pair
     file = loras.save(tmp_path / f"{format}.safetensors", *loras.FORMATS[format](loras.factors(small)))
     wanted = outputs_of_theirs(theirs, inputs, file, 0.7)
-    found = np.asarray(forward(merged(ours, open_loras([f"{file}:0.7"])), *inputs))
+    found = np.asarray(forward(merged(ours, opened([f"{file}:0.7"])), *inputs))
     without = outputs_of_theirs(theirs, inputs)
     assert np.abs(wanted - without).max() > 0.1 * without.std()  # it does something
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, wanted.std()))
@@ -65,5 +70,5 @@ def test_layers_outside_of_blocks_and_differences(pair, small, loras, tmp_path):
         tensors[f"diffusion_model.{name}.diff_b"] = rng.standard_normal(n_out).astype(np.float32)
     file = loras.save(tmp_path / "a.safetensors", tensors)
     wanted = outputs_of_theirs(theirs, inputs, file)
-    found = np.asarray(forward(merged(ours, open_loras([str(file)])), *inputs))
+    found = np.asarray(forward(merged(ours, opened([str(file)])), *inputs))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, wanted.std()))

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.lora import merged, open_lora, open_loras, with_loras
+from monarchrt.models.generate.loras import open_loras
+from monarchrt.models.lora import merged, open_lora, with_loras
 from monarchrt.models.lora.merging import merge_arrays, parse_scaled
 from monarchrt.models.lora.writing import Factors, rewrite_lora, write_lora
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import load_source, open_source, save_checkpoint
 
 Q = "blocks.1.self_attn.q"
+
+
+def opened(texts):
+    return open_loras(texts, report=pytest.fail)
 
 
 def flat(model):
@@ -125,7 +130,7 @@ def test_whole_differences(loras, factors, wan, small, tmp_path):
     lora = open_lora(file)
     assert lora.changes.keys() == {official for official, _ in names.values()} | {f"{Q}.weight"}
     before = wan.model(small)
-    found, base = flat(merged(before, open_loras([f"{file}:-0.5"]))), flat(before)
+    found, base = flat(merged(before, opened([f"{file}:-0.5"]))), flat(before)
     changed = {name for name in base if not np.array_equal(base[name], found[name])}
     assert changed == {
         *("blocks.modulation", "head.modulation", "blocks.norm3.scale", "blocks.norm3.bias", "head.proj.kernel"),
@@ -159,10 +164,10 @@ class TestMerging:
         names = [
             loras.save(tmp_path / f"{i}.safetensors", *loras.as_musubi(loras.factors(small, seed=i))) for i in (1, 2)
         ]
-        opened = open_loras([f"{names[0]}:0.3", f"{names[1]}:-1.5"])
-        found = flat(merged(model, opened))
+        given = opened([f"{names[0]}:0.3", f"{names[1]}:-1.5"])
+        found = flat(merged(model, given))
         for _ in range(2):  # loading again gives the same
-            loaded = flat(load_source(with_loras(source, opened), param_dtype=dtype))
+            loaded = flat(load_source(with_loras(source, given), param_dtype=dtype))
             assert all(np.array_equal(loaded[name], found[name]) for name in found)
         name = "blocks.self_attn.q.kernel"
         wanted = before[name][1].astype(np.float32)
@@ -175,12 +180,12 @@ class TestMerging:
         assert all(np.array_equal(array, before[name]) for name, array in flat(load_source(source)).items())
 
     def test_array_is_left_as_it_is(self, loras, factors, tmp_path):
-        opened = open_loras([str(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(factors)))])
+        given = opened([str(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(factors)))])
         weight = np.ones((48, 48), np.float32)
-        once, twice = (merge_arrays(weight, f"{Q}.weight", opened) for _ in range(2))
+        once, twice = (merge_arrays(weight, f"{Q}.weight", given) for _ in range(2))
         assert (weight == 1).all()
         np.testing.assert_array_equal(once, twice)
-        assert merge_arrays(weight, "blocks.0.norm3.weight", opened) is weight
+        assert merge_arrays(weight, "blocks.0.norm3.weight", given) is weight
 
 
 def drop(tensors, name):

@@ -1,0 +1,216 @@
+"""Layers with a pair of matrices beside their own, y = x W + b + (alpha / r) x A B, of which only the pair is to train.
+
+A file has A as [r, in] and B as [out, r]; here they are [in, r] and [r, out], as kernels are, stacked over the blocks.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from monarchrt.models.lora.writing import Factors
+from monarchrt.models.wan.checkpoints.mapping import tensors
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.dit import WanModel
+from monarchrt.models.wan.kinds import own_shapes
+
+LAYERS = ("self_attn", "cross_attn", "ffn")  # what all trainers adapt
+DOWN, UP = "lora_a", "lora_b"  # names of the parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The size of a LoRA.
+
+    Attributes:
+        rank: r.
+        alpha: Of its strength, alpha / r; None: r.
+        layers: As `layer_names`.
+    """
+
+    rank: int
+    alpha: float | None = None
+    layers: tuple[str, ...] = LAYERS
+
+    @property
+    def strength(self) -> float:
+        """Alpha."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+class LoRALinear(nnx.Linear):
+    """A dense layer with a pair of matrices.
+
+    Examples:
+        >>> layer = LoRALinear(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rank=2, alpha=1.0, rngs=nnx.Rngs(1))
+        >>> layer.lora_a.shape, layer.lora_b.shape, layer(jnp.ones((5, 4))).shape
+        ((4, 2), (2, 3), (5, 3))
+
+    Args:
+        linear: The layer, whose parameters it shares; of layers that are stacked, stacked.
+        rank: r.
+        alpha: Of the strength alpha / r.
+        rngs: Its `params` stream draws A, uniform within 1/sqrt(in), as PEFT does; B is zero.
+    """
+
+    def __init__(self, linear: nnx.Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
+        for name, value in vars(linear).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        self.rank, self.alpha = rank, alpha
+        *stack, features, out = linear.kernel.shape
+        bound = features**-0.5
+        down = jax.random.uniform(rngs.params(), (*stack, features, rank), jnp.float32, -bound, bound)
+        self.lora_a = nnx.LoRAParam(down)
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, out), jnp.float32))
+
+    def __call__(self, inputs: Float[Array, "*batch I"], **options: Any) -> Float[Array, "*batch O"]:
+        """x W + b + (alpha / r) x A B, computed in the layer's dtype."""
+        out = super().__call__(inputs, **options)
+        x, down, up = (array.astype(out.dtype) for array in (inputs, self.lora_a[...], self.lora_b[...]))
+        change = jnp.matmul(jnp.matmul(x, down, precision=self.precision), up, precision=self.precision)
+        return out + change * (self.alpha / self.rank)
+
+
+def layer_names(config: WanConfig, wanted: Sequence[str] = LAYERS) -> dict[str, list[str]]:
+    """The dense layers of a network that are wanted.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> sorted(layer_names(wan_config("tiny", num_layers=1), ["ffn", "head"]))
+        ['blocks.ffn.fc1', 'blocks.ffn.fc2', 'head.proj']
+
+    Args:
+        config: The network.
+        wanted: Parts of names between dots, such as `self_attn`, `q` or `ffn.fc1`, or patterns of whole names.
+
+    Returns:
+        Wan's own names of each layer, one of each block, by ours.
+
+    Raises:
+        ValueError: If one fits no layer; names those that there are.
+    """
+    layers: dict[str, list[str]] = {}
+    for tensor in tensors(config):
+        if tensor.layout == "linear":
+            layers.setdefault(".".join(tensor.path[:-1]), []).append(tensor.official.removesuffix(".weight"))
+
+    def fits(name: str, part: str) -> bool:
+        return f".{part}." in f".{name}." or fnmatch.fnmatchcase(name, part)
+
+    for part in wanted:
+        if not any(fits(name, part) for name in layers):
+            raise ValueError(f"lora_layers has {part!r}, which fits no layer; there are {', '.join(layers)}.")
+    return {name: official for name, official in layers.items() if any(fits(name, part) for part in wanted)}
+
+
+def with_adapter(model: WanModel, adapter: Adapter, *, rngs: nnx.Rngs) -> WanModel:
+    """The same arrays with a pair of matrices beside each layer that is to have one; its output is the same at first.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
+        >>> adapted = with_adapter(model, Adapter(rank=4, layers=("q",)), rngs=nnx.Rngs(1))
+        >>> adapted.blocks.self_attn.q.lora_a.shape
+        (4, 96, 4)
+
+    Args:
+        model: Which is left as it is.
+        adapter: Rank, alpha and layers.
+        rngs: Draws A.
+
+    Returns:
+        A new model; the parameters of the pairs are `nnx.LoRAParam`, in float32.
+
+    Raises:
+        ValueError: If layers do not exist, or the rank is larger than one of them.
+    """
+    if own := own_shapes(model.config):
+        raise ValueError(
+            f"lora_rank is {adapter.rank}, but attention {next(iter(own))[3]} has parameters of its own, which no file "
+            f"of a LoRA holds; train the network itself, or with another attention."
+        )
+    graph, state = nnx.split(model)
+    adapted = nnx.merge(graph, state)
+    for name in layer_names(model.config, adapter.layers):
+        *parents, leaf = name.split(".")
+        owner: Any = adapted
+        for parent in parents:
+            owner = getattr(owner, parent)
+        linear = getattr(owner, leaf)
+        smaller = min(linear.in_features, linear.out_features)
+        if adapter.rank > smaller:
+            raise ValueError(f"lora_rank is {adapter.rank}, larger than {name} of {smaller}; give {smaller} or less.")
+        setattr(owner, leaf, LoRALinear(linear, rank=adapter.rank, alpha=adapter.strength, rngs=rngs))
+    return adapted
+
+
+def folded(model: WanModel) -> WanModel:
+    """A model with its pairs of matrices merged into its layers, which are plain ones again.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny"), rngs=nnx.Rngs(0))
+        >>> adapted = with_adapter(model, Adapter(rank=4), rngs=nnx.Rngs(1))
+        >>> hasattr(folded(adapted).blocks.self_attn.q, "lora_a")
+        False
+
+    Args:
+        model: Which is left as it is.
+
+    Returns:
+        A new model; W + (alpha / r) A B is formed in float32, and rounded to the type of W.
+    """
+    plain = nnx.eval_shape(lambda: WanModel(model.config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(plain)
+    values = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
+    filled = []
+    for path, leaf in nnx.to_flat_state(state):
+        value = values[tuple(map(str, path))][...]
+        owner: Any = model
+        for name in path[:-1]:
+            owner = getattr(owner, str(name))
+        if isinstance(owner, LoRALinear) and path[-1] == "kernel":
+            pair = jnp.matmul(owner.lora_a[...], owner.lora_b[...], precision="highest")
+            value = (value.astype(jnp.float32) + pair * (owner.alpha / owner.rank)).astype(value.dtype)
+        filled.append((path, leaf.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def factors_of(arrays: dict[str, np.ndarray], config: WanConfig, *, alpha: float | None) -> dict[str, Factors]:
+    """The matrices of each layer by Wan's own name, as files have them.
+
+    Args:
+        arrays: Parameters by name, such as `blocks.self_attn.q.lora_a`, layers stacked; others are passed over.
+        config: The network.
+        alpha: Of all layers; None: their rank.
+
+    Returns:
+        The matrices.
+
+    Raises:
+        ValueError: If one of a pair is missing.
+    """
+    factors: dict[str, Factors] = {}
+    for name, officials in layer_names(config, ["*"]).items():
+        down, up = arrays.get(f"{name}.{DOWN}"), arrays.get(f"{name}.{UP}")
+        if down is None and up is None:
+            continue
+        if down is None or up is None:
+            raise ValueError(f"{name} has {UP if down is None else DOWN} alone, half of a pair.")
+        stacked = np.ndim(down) == 3
+        for layer, official in enumerate(officials):
+            a, b = (x[layer] if stacked else x for x in (down, up))
+            rank = a.shape[-1]
+            factors[official] = Factors(
+                np.ascontiguousarray(np.asarray(a, np.float32).T),
+                np.ascontiguousarray(np.asarray(b, np.float32).T),
+                float(rank if alpha is None else alpha),
+            )
+    return factors
