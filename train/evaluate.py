@@ -45,7 +45,7 @@ def held_out_losses(
     Returns:
         For each role that the objective measures, the mean of weight times error.
     """
-    networks = {name: (role.evaluated, role.frozen) for name, role in state.roles.items()}
+    networks = {name: (role.evaluated, state.frozen(name)) for name, role in state.roles.items()}
     return _measure(errors, networks, source, objective, windows, timesteps, batch, place)
 
 

@@ -10,7 +10,7 @@ from monarchrt.models.attention.base import density_of_layers
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.wan import WanConfig
 from monarchrt.train.config import TrainConfig
-from monarchrt.train.state import TrainState
+from monarchrt.train.state import SameAs, TrainState
 
 
 def run_header(
@@ -50,11 +50,14 @@ def run_header(
 
 def _network(config: TrainConfig, template: TrainState, role: str, latent_shape: Sequence[int], network: Any) -> str:
     several, state = len(template.roles) > 1, template.roles[role]
-    trained, fixed = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x)) for x in (state.params, state.frozen))
+    parts = (state.params, template.frozen(role))
+    trained, fixed = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x)) for x in parts)
     line = f"{role if several else 'network'}: {_short(trained + fixed)} parameters"
     if fixed:
         line += f", {_short(trained)} of them trained" if trained else ", not trained"
     line += f", computed in {config.role(role).precision}"
+    if isinstance(state.frozen, SameAs):
+        line += f", on those of the {state.frozen.role}"
     if not isinstance(network, WanConfig):
         return line
     grid = network.token_grid(*latent_shape[:3])

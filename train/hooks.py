@@ -19,7 +19,7 @@ from monarchrt.train.data import ClipWindows
 from monarchrt.train.logs import Progress, RunLog
 from monarchrt.train.objectives.base import Metrics
 from monarchrt.train.sample import write_held_out_sample
-from monarchrt.train.state import RoleState, TrainState, all_finite
+from monarchrt.train.state import TrainState, all_finite
 
 
 @runtime_checkable
@@ -192,9 +192,9 @@ class Sample:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Writes one."""
-        role = state.roles[self._role]
+        parts = state.roles[self._role].evaluated, state.frozen(self._role)
         path = self._folder / f"step_{step:06d}.mp4"
-        write_held_out_sample(path, self._samplers, role.evaluated, role.frozen, self._source)
+        write_held_out_sample(path, self._samplers, *parts, self._source)
 
 
 class Save:
@@ -222,10 +222,7 @@ class Save:
         """
         for name, role in state.roles.items():
             # what does not train stays as it was at step 0
-            if (role.trains or step == 0) and not bool(all_finite(_numbers(role))):
+            numbers = (role.params, role.average, role.optimizer) if role.trains and step else role
+            if (role.trains or step == 0) and not bool(all_finite(numbers)):
                 raise self._failure.of_parameters(name, step)
         self._checkpoints.save(state, self._identity)
-
-
-def _numbers(role: RoleState) -> Any:
-    return (role.params, role.average, role.optimizer) if role.trains else role.frozen

@@ -69,8 +69,7 @@ class TrainResult:
 
     def network(self, role: str) -> Any:
         """The network of a role with its evaluated parameters."""
-        state = self.state.roles[role]
-        return nnx.merge(self.graphs[role], state.evaluated, state.frozen)
+        return nnx.merge(self.graphs[role], self.state.roles[role].evaluated, self.state.frozen(role))
 
 
 def train(

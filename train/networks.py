@@ -30,6 +30,7 @@ from monarchrt.train.sharding import Placement
 from monarchrt.train.state import (
     Filter,
     RoleState,
+    SameAs,
     Training,
     TrainState,
     check_trainable,
@@ -87,10 +88,15 @@ class Networks:
         self.graphs = {name: graph for name, (graph, _, _) in parts.items()}
         for name in self.trainings:
             patterns = config.trained(name).trainable
-            check_trainable(patterns, *parts[name][1:], option=config.option(name, "trainable"))
+            what = "parameter" if self._keeps_frozen(name) else "parameter of the LoRA, which is all that trains"
+            check_trainable(patterns, *parts[name][1:], option=config.option(name, "trainable"), what=what)
+        self._owners = self._find_owners()
 
         def create(parts: Mapping[str, tuple[Any, Any]]) -> TrainState:
-            roles = {name: create_role(*part, self.trainings.get(name)) for name, part in parts.items()}
+            roles = {
+                name: create_role(params, self._shared(name, frozen), self.trainings.get(name))
+                for name, (params, frozen) in parts.items()
+            }
             return create_state(roles, seed=config.run.seed)
 
         shapes = jax.eval_shape(create, {name: (params, frozen) for name, (_, params, frozen) in parts.items()})
@@ -126,13 +132,18 @@ class Networks:
         places = self._placement.shardings(self.template)
         bare = TrainState(step=places.step, roles={}, rng=places.rng)
         rest = jax.jit(lambda: create_state({}, seed=seed), out_shardings=bare)()
-        return TrainState(step=rest.step, roles={name: self._role(name) for name in self.graphs}, rng=rest.rng)
+        made: dict[str, RoleState] = {}
+        for name in sorted(self.graphs, key=lambda name: name in self._owners):  # those that share come last
+            made[name] = self._role(name, made)
+        return TrainState(step=rest.step, roles={name: made[name] for name in self.graphs}, rng=rest.rng)
 
     def frozen(self) -> TrainState:
         """The template, with what checkpoints do not hold in it: networks that do not train, and those under LoRAs."""
         template = self.template
         roles = {
-            name: role if role.keeps_frozen else dataclasses.replace(role, frozen=self._role(name).frozen)
+            name: role
+            if role.keeps_frozen or name in self._owners
+            else dataclasses.replace(role, frozen=self._role(name, {}).frozen)
             for name, role in template.roles.items()
         }
         return TrainState(step=template.step, roles=roles, rng=template.rng)
@@ -142,8 +153,29 @@ class Networks:
         return {
             f"{name}.{PARAMETERS}": _digest(role.frozen)
             for name, role in state.roles.items()
-            if not role.keeps_frozen and (name in self._models or self._config.origin(name) is not None)
+            if not role.keeps_frozen
+            and name not in self._owners
+            and (name in self._models or self._config.origin(name) is not None)
         }
+
+    def _find_owners(self) -> dict[str, str]:
+        """Roles whose frozen variables are those of another, which holds them: same origin, shapes and types."""
+        owners: dict[str, str] = {}
+        held: dict[Any, str] = {}
+        for name, model in self._bases.items():
+            origin = self._config.origin(name)
+            if origin is None or name in self._models or self._keeps_frozen(name):
+                continue
+            state = nnx.state(model)
+            weights = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+            owner = held.setdefault((origin, *parameter_names(state), *weights), name)
+            if owner != name:
+                owners[name] = owner
+        return owners
+
+    def _shared(self, name: str, frozen: Any) -> Any:
+        """The frozen variables of a role, or whose they are."""
+        return SameAs(self._owners[name]) if name in self._owners else frozen
 
     def _keeps_frozen(self, name: str) -> bool:
         """Whether all of a network is in the checkpoints: it trains, whole or in part, and not by a LoRA."""
@@ -207,8 +239,8 @@ class Networks:
             model = self._config.role(name).model
             checkpoints.check_newest(lambda saved, step: check_same_network(origin, saved, model))
 
-    def _role(self, name: str) -> RoleState:
-        """One network at step 0."""
+    def _role(self, name: str, made: Mapping[str, RoleState]) -> RoleState:
+        """One network at step 0; `made` has the one whose variables it shares."""
         places = self._placement.shardings(self.template.roles[name])
         create = functools.partial(create_role, training=self.trainings.get(name))
         trains, origin = self._trains(name), self._config.origin(name)
@@ -216,9 +248,12 @@ class Networks:
             build = self._build(name)  # never under a LoRA
             return jax.jit(lambda: create(*split_model(build(), trains)[1:]), out_shardings=places)()
         model: Any = self._models.get(name)
-        if origin is not None:
+        if name in self._owners:
+            model = nnx.merge(split_model(self._bases[name])[0], made[self._owners[name]].frozen)
+        elif origin is not None:
             model = self._load(name, origin)
         params, frozen = split_model(self._adapted(name, model), trains)[1:]
+        frozen = self._shared(name, frozen)
         if origin is None:
             # a step overwrites its input; the caller keeps the model that was given
             params, frozen = jax.tree.map(jnp.copy, (params, frozen))

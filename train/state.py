@@ -22,6 +22,14 @@ Filter = Any
 """Which variables of a network train, as `flax.nnx.split` takes it: a type, or a function of path and variable."""
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SameAs:
+    """Stands for the frozen variables of another role, which are held once."""
+
+    role: str
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RoleState:
@@ -29,7 +37,7 @@ class RoleState:
 
     Attributes:
         params: What trains.
-        frozen: The network's other variables, which training leaves alone.
+        frozen: The network's other variables, which training leaves alone; or `SameAs`.
         optimizer: Optax state; None if nothing trains.
         average: Moving average of `params`, or None.
         updates: Optimizer steps done, an int32 scalar; None if nothing trains.
@@ -70,6 +78,16 @@ class TrainState:
     roles: dict[str, RoleState]
     rng: Any
 
+    def frozen(self, name: str) -> Any:
+        """The frozen variables of a role, its own or those of another."""
+        return frozen_of(self.roles, name)
+
+
+def frozen_of(roles: Mapping[str, RoleState], name: str) -> Any:
+    """The frozen variables of a role, its own or those of another."""
+    frozen = roles[name].frozen
+    return roles[frozen.role].frozen if isinstance(frozen, SameAs) else frozen
+
 
 def trainable_filter(names: Sequence[str], kind: type = nnx.Param) -> Filter:
     """The variables that `OptimizerConfig.trainable` asks for: parameters of a kind, all or by pattern.
@@ -107,17 +125,17 @@ def parameter_names(tree: Any) -> list[str]:
     return [_name(path) for path, _ in leaves]
 
 
-def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: str) -> None:
+def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: str, what: str = "parameter") -> None:
     """Looks whether what should train exists.
 
     Raises:
-        UserError: If a pattern fits no parameter.
+        UserError: If a pattern fits no parameter, or whatever else `what` calls what could train.
     """
     found, others = parameter_names(params), parameter_names(frozen)
     for pattern in () if tuple(names) == ("all",) else names:
         if not fnmatch.filter(found, pattern):
             known = ", ".join(sorted({name.split(".")[0] for name in found + others}))
-            raise UserError(f"{option} is {pattern!r}, which fits no parameter; all, or patterns below {known}")
+            raise UserError(f"{option} is {pattern!r}, which fits no {what}; all, or patterns below {known}")
 
 
 def as_velocity(graph: nnx.GraphDef, params: Any, frozen: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Objective
-from monarchrt.train.state import RoleState, Training, TrainState, update_ema
+from monarchrt.train.state import RoleState, Training, TrainState, frozen_of, update_ema
 
 Graphs = Mapping[str, nnx.GraphDef]
 StepFn = Callable[..., tuple[TrainState, dict[str, Metrics]]]
@@ -47,7 +47,7 @@ def make_train_step(
 
         def loss_of(params: Any, batch: Batch, draws: Any) -> tuple[jax.Array, Metrics]:
             networks = {
-                name: nnx.merge(graphs[name], params if name == role else other.params, other.frozen)
+                name: nnx.merge(graphs[name], params if name == role else other.params, frozen_of(roles, name))
                 for name, other in roles.items()
             }
             return objective.loss(role, networks, Batch(*batch), draws)

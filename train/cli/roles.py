@@ -5,6 +5,7 @@ Where one role trains, its options have no prefix, and may be given with one. Wh
 """
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -42,6 +43,8 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
     Raises:
         UserError: If an option does not exist, or a value cannot be read or is out of range.
     """
+    # `--student.lora.rank` is another spelling of `--student.lora-rank`
+    arguments = [re.sub(r"^(--(?:\w+\.)?lora)\.", r"\1-", word) for word in arguments]
     asked = last_value(arguments, "--objective")
     if asked is not None:
         default = with_objective(default, asked)
