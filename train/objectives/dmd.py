@@ -140,15 +140,15 @@ class DMDObjective(Objective):
         """A clip made of pure noise in the student's steps."""
 
         def sampled(network: Any, latents: Array, text: Array, noise: Array) -> Array:
-            count = len(self.settings.student_steps)
-            # fixed noise of every step, rolled along the frames and channels from that of the first
-            fresh = [jnp.roll(noise, (n + 1, n + 1), axis=(1, -1)) for n in range(count - 1)]
-            draws = StudentDraws(
-                noise, jnp.stack(fresh, axis=1) if fresh else noise[:, None][:, :0], jnp.int32(count - 1)
-            )
-            return self.samples(detached(network), text, draws)
+            return self.samples(detached(network), text, self._fixed_draws(noise))
 
         return {"sampled": sampled}
+
+    def _fixed_draws(self, noise: Array) -> Any:
+        """All steps, with noise that follows from the first: rolled along the frames and channels."""
+        count = len(self.settings.student_steps)
+        rolled = [jnp.roll(noise, (n, n), axis=(1, -1)) for n in range(count)]
+        return StudentDraws(noise, jnp.stack(rolled, axis=1)[:, 1:], jnp.int32(count - 1))
 
     def _metrics(self, x: Array) -> Metrics:
         return sample_metrics(x)

@@ -70,6 +70,11 @@ class SelfForcingObjective(DMDObjective):
         )
         return DMDDraws(student, draw_scores(scores, shape))  # type: ignore[arg-type]
 
+    def _fixed_draws(self, noise: Array) -> RolloutDraws:
+        """All steps, with noise that follows from the first; that of the context is too little to show."""
+        first, fresh, last = super()._fixed_draws(noise)
+        return RolloutDraws(first, fresh, jnp.zeros_like(noise), last)
+
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
         """Clips of the student, differentiable by its parameters through each block's last step alone."""
         rolled = self.roll_out(detached(student), text, draws)

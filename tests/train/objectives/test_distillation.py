@@ -107,6 +107,17 @@ def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layer
         assert_same(grads, expected[1], 1e-4)
 
 
+def test_what_is_shown_while_training_is_a_roll_out_of_all_steps():
+    """Its noise of every step follows from the first."""
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=(1000, 500), block=2))
+    student, text = wan(0, "dense", num_layers=1, causal_block=2), jnp.asarray(batch(SHAPE).text)
+    noise = jax.random.normal(jax.random.key(3), SHAPE)
+    shown = jax.jit(objective.samplers()["sampled"])(student, jnp.zeros(SHAPE), text, noise)
+    fresh = jnp.roll(noise, (1, 1), axis=(1, -1))[:, None]
+    draws = draws_of(objective)._replace(noise=noise, fresh=fresh, context=jnp.zeros(SHAPE), last=jnp.int32(1))
+    np.testing.assert_allclose(shown, objective.roll_out(student, text, draws).x, rtol=1e-4, atol=1e-5)
+
+
 def test_the_students_gradient_is_g_over_the_number_of_latents():
     x, g = jax.random.normal(jax.random.key(0), (2, *SHAPE))
     np.testing.assert_allclose(jax.grad(matching_loss)(x, g), g / x.size, rtol=1e-4, atol=1e-7)  # x - (x - g) rounds
