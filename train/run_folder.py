@@ -34,6 +34,7 @@ from monarchrt.train.config import (
     to_dict,
 )
 from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
+from monarchrt.train.objectives.registry import settings_class
 
 DIGESTS_NAME = "data.json"
 SET_ASIDE_NAME = "unreadable_checkpoints"
@@ -255,10 +256,10 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
     return {"attention": str(setting.stored()), "implementation": how}
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(objective: str) -> dict[str, Any]:
     """Settings by name with their defaults: what a checkpoint had that is older than the setting."""
-    parts = (DataConfig(), ModelConfig(), OptimizerConfig(), RunConfig())
-    return {name: value for part in parts for name, value in to_dict(part).items()}
+    parts = (DataConfig(), ModelConfig(), OptimizerConfig(), RunConfig(), settings_class(objective)())
+    return {name: value for part in parts for name, value in to_dict(part).items()} | _LATER
 
 
 def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int, folder: Path) -> list[str]:
@@ -284,7 +285,9 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         monarchrt.models.errors.UserError: cannot resume: tile is [1, 4, 4], but the checkpoint of step 7 in run has...
     """
     notes = []
-    saved = {name: value for name, value in (_defaults() | _LATER).items() if name in wanted} | saved
+    defaults = _defaults(wanted.get("objective", _LATER["objective"]))
+    older = {name: defaults[setting] for name in wanted if (setting := name.rpartition(".")[2]) in defaults}
+    saved = older | saved
     for name in dict.fromkeys([*saved, *wanted]):
         old, new = saved.get(name), wanted.get(name)
         role, dot, setting = name.rpartition(".")
