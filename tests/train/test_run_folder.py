@@ -1,5 +1,6 @@
 """No start loses what a folder holds: without what it needs to go on, a run is refused and nothing is touched."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from monarchrt.train.cli.train import _parse_train
 from monarchrt.train.config import RunConfig, TrainConfig, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.logs import RunLog, read_log
+from monarchrt.train.objectives.registry import objective_names, settings_class
 from monarchrt.train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
 
 from .conftest import contents
@@ -144,6 +146,16 @@ def test_a_checkpoint_from_before_there_was_a_setting_has_its_default(tmp_path):
     assert compare_identity(before, now, step=1, folder=tmp_path) == []
     with pytest.raises(UserError, match=r"flip is True, but the checkpoint of step 1 in .* has False"):
         compare_identity(before, now | {"flip": True}, step=1, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_so_has_every_setting_of_objectives_and_roles(name, tmp_path):
+    now = identity(TrainConfig(objective=settings_class(name)()), fingerprint="x")
+    fields = {field.name for field in dataclasses.fields(settings_class(name))} & now.keys()
+    assert fields
+    of_roles = {key for key in now if key.endswith((".lora_rank", ".lora_alpha", ".trainable"))}
+    before = {key: value for key, value in now.items() if key not in fields | of_roles}
+    assert compare_identity(before, now, step=1, folder=tmp_path) == []
 
 
 class TestSettingsFile:
