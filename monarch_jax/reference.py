@@ -8,6 +8,7 @@ query, k and l those of a key. Nothing here is fast or small. In the paper's til
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ class MonarchFactors:
     attention: jax.Array
 
 
-def _alpha_shape(q: jax.Array, seen: jax.Array) -> tuple[int, ...]:
+def _alpha_shape(q: jax.Array, seen: jax.Array) -> tuple[Any, ...]:
+    """The shape [B, H, A, C, b1, b2, D]; B may be symbolic, in an export."""
     batch, tiles, rows, cols, heads, dim = q.shape
     return (batch, heads, tiles, seen.shape[1], rows, cols, dim)
 
