@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "write a Wan checkpoint in another format",
     "doctor": "what runs on this machine, why, and how fast",
     "tune": "find the fastest settings of the Triton kernels on this GPU",
+    "completion": "what bash, zsh and fish need to complete commands and options",
 }
 
 
@@ -114,7 +115,7 @@ def _run(name: str, arguments: list[str]) -> int:
                 f"file or folder"
             ) from error
     with finish_first():
-        command = _load(name)
+        command = load(name)
     return command(arguments) or 0
 
 
@@ -135,7 +136,8 @@ def _quiet_storage() -> None:
     sys.unraisablehook = hook
 
 
-def _load(name: str) -> Callable[[list[str]], int | None]:
+def load(name: str) -> Callable[[list[str]], int | None]:
+    """The function of a command, one of COMMANDS, imported now: it takes the arguments after the command's name."""
     return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name}_command")
 
 
