@@ -13,7 +13,7 @@ from monarchrt.train.cli import COMMANDS, completion
 def lines(tmp_path_factory):
     """The file of the bash lines, with the options of two commands only: those of others take a second to list."""
     path = tmp_path_factory.mktemp("shell") / "lines"
-    options = {name: () for name in COMMANDS} | {name: completion.command_options(name) for name in ("inspect", "tune")}
+    options = dict.fromkeys(COMMANDS, ()) | {name: completion.command_options(name) for name in ("inspect", "tune")}
     path.write_text(completion._SCRIPTS["bash"](options))
     return path
 
