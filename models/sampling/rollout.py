@@ -4,13 +4,15 @@ A block is denoised and its keys and values are then rewritten from the finished
 compiled program, the same for every block: a scan over the sampler's rows and one more, with the cache donated.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -20,7 +22,14 @@ from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.wan import WanModel
-from monarchrt.models.wan.causal import WanCache, cached_forward, init_cache, rebase_cache
+from monarchrt.models.wan.causal import (
+    WanCache,
+    cached_forward,
+    cross_keys_values,
+    init_cache,
+    rebase_cache,
+    turn_cache,
+)
 from monarchrt.models.wan.rope import MAX_POSITIONS
 
 
@@ -152,11 +161,27 @@ def generate_block(
 
 @partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache")
 def write_block(
-    graph: nnx.GraphDef, params: Any, cache: WanCache, latents: Float[Array, "B F H W C"], frame: Array, *, rollout
+    graph: nnx.GraphDef,
+    params: Any,
+    cache: WanCache,
+    latents: Float[Array, "B F H W C"],
+    frame: Array,
+    timestep: float = 0.0,
+    *,
+    rollout: Rollout,
 ) -> WanCache:
-    """Puts finished latents, such as a given image or clip, into the cache at time 0. Arguments as `generate_block`."""
+    """Puts finished latents, such as a given image or clip, into the cache. Arguments as `generate_block`.
+
+    The network is told `timestep`: 0 of what is given, and of its own blocks the `context_noise`.
+    """
     model: Any = nnx.merge(graph, params)
-    return _flow(model, latents, jnp.float32(0), cache, frame, rollout.table().steps, rollout)[1]
+    return _flow(model, latents, jnp.float32(timestep), cache, frame, rollout.table().steps, rollout)[1]
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Array, "B L E"]) -> WanCache:
+    """Another text for the blocks that follow; `text` as in `start_cache`, of as many rows."""
+    return dataclasses.replace(cache, cross=cross_keys_values(nnx.merge(graph, params), text))
 
 
 def _flow(
@@ -250,35 +275,218 @@ def autoregressive(
     Raises:
         ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
     """
-    config = model.config
-    if config.patch_size[0] != 1 or config.in_channels != config.out_channels:
-        raise ValueError(
-            f"model has patch_size={config.patch_size}, {config.in_channels} input and {config.out_channels} output "
-            f"channels; this sampler needs a text-to-video model with patches of one frame."
-        )
-    if frames is None and rollout.window is None:
-        raise ValueError("frames=None, without end, needs a window, for example Rollout(window=21, sink_frames=3).")
+    video = LiveRollout(
+        model, text, frames=frames, height=height, width=width, key=key, rollout=rollout, negative=negative
+    )
+    given = 0 if initial is None else initial.shape[1]
     if initial is not None:
-        given = (text.shape[0], height, width, config.out_channels)
-        if (initial.shape[0], *initial.shape[2:]) != given:
-            raise ValueError(f"initial has shape {initial.shape}; batch, height, width and channels should be {given}.")
-        rollout.blocks(initial.shape[1])
-    if frames is not None:
-        rollout.blocks(frames)
+        expected = (*video.shape[:1], given, *video.shape[1:])
+        if initial.shape != expected:
+            raise ValueError(
+                f"initial has shape {initial.shape}; batch, height, width and channels should be {video.shape}."
+            )
+        rollout.blocks(given)
     if noise is not None:
         if frames is None:
             raise ValueError("noise is given, but frames=None is without end; give the number of frames.")
-        new = max(0, frames - (0 if initial is None else initial.shape[1]))
-        noise.check(rollout.table(), (text.shape[0], new, height, width, config.out_channels))
-    model = model.with_config(causal_block=None)  # blocks are seen one at a time
-    for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
-        check_size(model, (text.shape[0], size, height, width, config.in_channels))
-    context = text if negative is None or rollout.guidance == 1.0 else paired(text, negative)
-    begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
-    graph, params = nnx.split(model)
-    jax.eval_shape(partial(begin, graph), params, context)  # what does not fit is found here
-    shape = (text.shape[0], frames, height, width, config.out_channels)
-    return _blocks(model, partial(begin, graph, params, context), shape, key, rollout, initial, noise)
+        noise.check(rollout.table(), (video.shape[0], max(0, frames - given), *video.shape[1:]))
+    return _blocks(video, initial, noise)
+
+
+def _blocks(video: "LiveRollout", initial: Array | None, noise: Noise | None) -> Iterator[Array]:
+    given = 0 if initial is None else initial.shape[1]
+    while count := video.next_count:
+        frame = video.frame
+        if initial is not None and frame < given:
+            latents = jnp.asarray(initial[:, frame : frame + count], jnp.float32)
+            video.write(latents)
+        else:
+            latents = video.generate(None if noise is None else noise.part(frame - given, count))
+        yield latents
+
+
+class LiveRollout:
+    """A video in the making, a block at a call, of which the text and the past may be changed in between.
+
+    Calls dispatch and do not wait. A block takes one program, the same for all videos of equal sizes and settings; a
+    new text, rewriting the past and counting anew take one more each.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1, causal_block=3), rngs=nnx.Rngs(0))
+        >>> video = LiveRollout(
+        ...     model, jnp.zeros((1, 8, 32)), height=4, width=8, key=jax.random.key(0), rollout=Rollout(window=6)
+        ... )
+        >>> past = {video.frame: video.generate() for _ in range(3)}
+        >>> video.set_text(jnp.ones((1, 8, 32)))
+        >>> video.past_of(video.frame)  # what the next block will see: the window less the block itself
+        [6]
+        >>> video.recache(video.frame, past)  # as the new text has it
+        >>> video.generate().shape, video.frame
+        ((1, 3, 4, 8, 16), 12)
+
+    Args:
+        model: A causal model, trained on blocks of `rollout.block` frames.
+        text: Embedding of the prompt.
+        height: Of the latents.
+        width: Of the latents.
+        key: Of all noise. The first blocks do not depend on how many follow.
+        rollout: Settings.
+        frames: Latent frames in all, given ones included; None, with a window: without end.
+        negative: Embedding of the negative prompt, for guidance.
+
+    Attributes:
+        frame: Index of the next block's first frame.
+        key: As given; another one is for the blocks that follow.
+        shape: Of a frame's latents with the batch, (B, H, W, C).
+
+    Raises:
+        ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
+    """
+
+    def __init__(
+        self,
+        model: WanModel,
+        text: Float[Array, "B L E"],
+        *,
+        height: int,
+        width: int,
+        key: Key[Array, ""],
+        rollout: Rollout,
+        frames: int | None = None,
+        negative: Float[Array, "B M E"] | None = None,
+    ):
+        config = model.config
+        if config.patch_size[0] != 1 or config.in_channels != config.out_channels:
+            raise ValueError(
+                f"model has patch_size={config.patch_size}, {config.in_channels} input and {config.out_channels} "
+                f"output channels; this sampler needs a text-to-video model with patches of one frame."
+            )
+        if frames is None and rollout.window is None:
+            raise ValueError("frames=None, without end, needs a window, for example Rollout(window=21, sink_frames=3).")
+        if frames is not None:
+            rollout.blocks(frames)
+        model = model.with_config(causal_block=None)  # blocks are seen one at a time
+        for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
+            check_size(model, (text.shape[0], size, height, width, config.in_channels))
+        self.frame, self.key, self.shape = 0, key, (text.shape[0], height, width, config.out_channels)
+        self._rollout, self._frames, self._head_dim = rollout, frames, config.head_dim
+        self._graph, self._params = nnx.split(model)
+        self._text = self._context(text, negative)
+        self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
+        jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)  # what does not fit is found here
+        self._cache: WanCache | None = None
+        self._begun = False  # and if there is no cache then, a call failed that it was donated to
+        self._base = 0  # the absolute frame that the cache calls 0
+        self._given = 0  # leading frames that were written, not generated
+
+    @property
+    def next_count(self) -> int:
+        """Frames of the next block; 0 after the last."""
+        rollout = self._rollout
+        if self._frames is not None and self.frame >= self._frames:
+            return 0
+        return 1 if rollout.independent_first_frame and not self.frame else rollout.block
+
+    def generate(self, noise: Noise | None = None) -> Float[Array, "B F H W C"]:
+        """Makes the next block.
+
+        Args:
+            noise: The block's, instead of what the key gives; what is None of it is drawn.
+
+        Returns:
+            Its latents, float32.
+        """
+        shape = (self.shape[0], self.next_count, *self.shape[1:])
+        latents, self._cache = generate_block(
+            self._graph, self._params, self._room(), self.key, self._where(), noise, rollout=self._rollout, shape=shape
+        )
+        self.frame += shape[1]
+        return latents
+
+    def write(self, latents: Float[Array, "B F H W C"]) -> None:
+        """Takes given latents, such as an image's or a clip's, as the next block."""
+        self._write(latents, 0.0)
+        self._given = self.frame
+
+    def set_text(self, text: Float[Array, "B L E"], negative: Float[Array, "B M E"] | None = None) -> None:
+        """Takes another text for the blocks that follow, of as many rows as the first one.
+
+        Raises:
+            ValueError: If it has another shape, with which another program would have to be compiled.
+        """
+        context = self._context(text, negative)
+        if context.shape != self._text.shape:
+            raise ValueError(f"text has shape {context.shape}; the video began with {self._text.shape}.")
+        self._text = context
+        if self._cache is not None:
+            self._cache = write_text(self._graph, self._params, self._cache, context)
+
+    def past_of(self, frame: int) -> list[int]:
+        """First frames of the blocks that the block at `frame` can see, sinks and window, in order."""
+        return self._past(frame)[0]
+
+    def recache(self, frame: int, past: Mapping[int, Float[Array, "B F H W C"]]) -> None:
+        """Goes on at `frame`, earlier or the same, with keys and values recomputed from finished latents and the text.
+
+        Positions are as they were; the network sees of the past what is within reach now, and of the frames before
+        that nothing, not even through others.
+
+        Args:
+            frame: First frame of a block.
+            past: Latents of at least the blocks of `past_of`, by first frame.
+        """
+        starts, sinks, base = self._past(frame)
+        self._cache, self._begun = (self._cache, self._begun) if starts else (None, False)
+        self.frame, self._base = 0, 0
+        for number, start in enumerate(starts):
+            if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
+                self._cache = turn_cache(self._cache, frames=base, head_dim=self._head_dim)
+            self.frame, self._base = start, base if number >= sinks else 0
+            self._write(jnp.asarray(past[start]), 0.0 if start < self._given else self._rollout.context_noise)
+        self.frame, self._base = frame, base
+
+    def _past(self, frame: int) -> tuple[list[int], int, int]:
+        """The blocks that are within reach, how many of them are sinks apart, and what is 0 in the cache then."""
+        rollout = self._rollout
+        first = 1 if rollout.independent_first_frame else rollout.block
+        starts = [0, *range(first, frame, rollout.block)] if frame else []
+        end = frame + (rollout.block if frame else first)
+        if rollout.window is None or end <= rollout.window:
+            return starts, 0, 0
+        oldest = max(start for start in starts if start <= end - (rollout.window - rollout.sink_frames))
+        sinks = [start for start in starts if start < rollout.sink_frames]
+        if sinks and oldest <= sinks[-1] + rollout.block:
+            return starts, 0, 0
+        return sinks + [start for start in starts if start >= oldest], len(sinks), oldest - rollout.sink_frames
+
+    def _context(self, text: Array, negative: Array | None) -> Array:
+        return text if negative is None or self._rollout.guidance == 1.0 else paired(text, negative)
+
+    def _write(self, latents: Array, timestep: float) -> None:
+        self._cache = write_block(
+            self._graph, self._params, self._room(), latents, self._where(), timestep, rollout=self._rollout
+        )
+        self.frame += latents.shape[1]
+
+    def _room(self) -> WanCache:
+        """The cache, made if there is none yet, and counted anew if the rotary table would end."""
+        window = self._rollout.window
+        cache, self._cache = self._cache, None  # it is donated
+        if cache is None:
+            if self._begun:
+                raise RuntimeError("the video cannot go on: its cache was lost when a block failed")
+            cache, self._begun = self._begin(self._graph, self._params, self._text), True
+        if window is not None and self.frame - self._base + self.next_count > MAX_POSITIONS:
+            rolls = window - self._rollout.sink_frames
+            back = (self.frame - self._base - window) // rolls * rolls
+            cache = rebase_cache(cache, frames=back, head_dim=self._head_dim)
+            self._base += back
+        return cache
+
+    def _where(self) -> Array:
+        """Where the next block is: absolute and in the cache."""
+        return jnp.asarray(np.array([self.frame, self.frame - self._base], np.int32))
 
 
 def check_sampler(settings: Any) -> None:
@@ -300,36 +508,3 @@ def check_size(model: WanModel, shape: tuple[int, ...]) -> None:
         return latents
 
     jax.eval_shape(check, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32))
-
-
-def _blocks(model, begin, shape, key, rollout, initial, noise) -> Iterator[Array]:
-    graph, params = nnx.split(model)
-    cache = begin()
-    frame, base = 0, 0  # the block's first frame, and the absolute frame that the cache calls 0
-    given = 0 if initial is None else initial.shape[1]
-    for count in _sizes(rollout, shape[1]):
-        if rollout.window is not None and frame - base + count > MAX_POSITIONS:
-            rolls = rollout.window - rollout.sink_frames
-            back = (frame - base - rollout.window) // rolls * rolls
-            cache = rebase_cache(cache, frames=back, head_dim=model.config.head_dim)
-            base += back
-        where = jnp.asarray([frame, frame - base], jnp.int32)
-        if initial is not None and frame < given:
-            latents = jnp.asarray(initial[:, frame : frame + count], jnp.float32)
-            cache = write_block(graph, params, cache, latents, where, rollout=rollout)
-        else:
-            block = shape[0], count, *shape[2:]
-            part = None if noise is None else noise.part(frame - given, count)
-            latents, cache = generate_block(graph, params, cache, key, where, part, rollout=rollout, shape=block)
-        yield latents
-        frame += count
-
-
-def _sizes(rollout: Rollout, frames: int | None) -> Iterator[int]:
-    if frames is not None:
-        yield from rollout.blocks(frames)
-        return
-    if rollout.independent_first_frame:
-        yield 1
-    while True:
-        yield rollout.block

@@ -246,12 +246,11 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
     return x, past
 
 
-@partial(jax.jit, static_argnames=("frames", "head_dim"), donate_argnames="cache")
 def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     """Counts the frames of a rolling cache from `frames` later on, so that a video can outgrow the rotary table.
 
     Only differences of positions matter to attention, so the cached keys are turned back by `frames` positions, each
-    in its slot; what follows is as before, with every frame index less by `frames`.
+    in its slot; what follows is as before, with every frame index less by `frames`. One program serves all `frames`.
 
     Examples:
         >>> from monarchrt.models.wan import WanModel, wan_config
@@ -275,10 +274,34 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     rolls = cache.shape.frames - cache.shape.sink_frames
     if not cache.shape.rolling or frames < 0 or frames % rolls:
         raise ValueError(f"frames={frames} is not a multiple of the {rolls} frames that a rolling cache rolls over.")
+    return _turned(cache, *_turn(-frames, head_dim), frames)
+
+
+def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
+    """Moves all cached frames `frames` positions into the past, as if so many had been there since.
+
+    Args:
+        cache: It is donated.
+        frames: Positions.
+        head_dim: The model's.
+
+    Returns:
+        The cache; slots and length are as they were.
+    """
+    return _turned(cache, *_turn(-frames, head_dim), 0)
+
+
+def _turn(frames: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine that move a key by so many frames, [1, 1, head_dim/2] float32 on the host."""
     width = axis_widths(head_dim)[0]
-    cos, sin = axis_table(np.array([-frames]), width)
+    cos, sin = axis_table(np.array([frames]), width)
     rest = ((0, 0), (0, head_dim // 2 - width // 2))
-    cos, sin = jnp.asarray(np.pad(cos, rest, constant_values=1.0))[None], jnp.asarray(np.pad(sin, rest))[None]
+    return np.pad(cos, rest, constant_values=1.0)[None], np.pad(sin, rest)[None]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | int) -> WanCache:
+    """The cache with its keys rotated, and its length less by `frames`."""
 
     def turn(keys):
         return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)
