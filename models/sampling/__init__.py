@@ -6,7 +6,7 @@ carries out any of them.
 
 from monarchrt.models.sampling.bidirectional import Windows, windows
 from monarchrt.models.sampling.noise import Noise
-from monarchrt.models.sampling.rollout import Rollout, autoregressive
+from monarchrt.models.sampling.rollout import LiveRollout, Rollout, autoregressive
 from monarchrt.models.sampling.schedules import (
     Schedule,
     few_step_schedule,
@@ -20,6 +20,7 @@ from monarchrt.models.sampling.tables import SAMPLERS, SamplerTable, dpmpp_2m, e
 
 __all__ = [
     "SAMPLERS",
+    "LiveRollout",
     "Noise",
     "Rollout",
     "SamplerTable",

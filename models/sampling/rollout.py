@@ -166,7 +166,7 @@ def write_block(
     cache: WanCache,
     latents: Float[Array, "B F H W C"],
     frame: Array,
-    timestep: float = 0.0,
+    timestep: Array | float = 0.0,
     *,
     rollout: Rollout,
 ) -> WanCache:
@@ -426,7 +426,7 @@ class LiveRollout:
         """First frames of the blocks that the block at `frame` can see, sinks and window, in order."""
         return self._past(frame)[0]
 
-    def recache(self, frame: int, past: Mapping[int, Float[Array, "B F H W C"]]) -> None:
+    def recache(self, frame: int, past: Mapping[int, Float[Array | np.ndarray, "B F H W C"]]) -> None:
         """Goes on at `frame`, earlier or the same, with keys and values recomputed from finished latents and the text.
 
         Positions are as they were; the network sees of the past what is within reach now, and of the frames before
@@ -434,10 +434,16 @@ class LiveRollout:
 
         Args:
             frame: First frame of a block.
-            past: Latents of at least the blocks of `past_of`, by first frame.
+            past: Latents of at least the blocks of `past_of`, by first frame; on the host or a device.
+
+        Raises:
+            ValueError: If no block begins there, or the past lacks one.
         """
         starts, sinks, base = self._past(frame)
-        self._cache, self._begun = (self._cache, self._begun) if starts else (None, False)
+        if missing := [start for start in starts if start not in past]:
+            raise ValueError(f"past lacks the blocks at frames {missing}; the block at frame={frame} sees {starts}.")
+        if not starts or self._cache is None:  # from the beginning; or a block failed, and its cache was lost
+            self._cache, self._begun = None, False
         self.frame, self._base = 0, 0
         for number, start in enumerate(starts):
             if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
@@ -450,6 +456,10 @@ class LiveRollout:
         """The blocks that are within reach, how many of them are sinks apart, and what is 0 in the cache then."""
         rollout = self._rollout
         first = 1 if rollout.independent_first_frame else rollout.block
+        if frame < 0 or (frame and (frame < first or (frame - first) % rollout.block)):
+            raise ValueError(
+                f"frame={frame} is not the first of a block; blocks begin at 0 and {first} + {rollout.block} k."
+            )
         starts = [0, *range(first, frame, rollout.block)] if frame else []
         end = frame + (rollout.block if frame else first)
         if rollout.window is None or end <= rollout.window:
