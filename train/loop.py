@@ -21,7 +21,7 @@ from flax import nnx
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
-from monarchrt.train.data import ClipWindows, LatentFolder, Source, open_source
+from monarchrt.train.data import ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
@@ -104,7 +104,8 @@ def train(
     check_sinks(config)
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
-        source = open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
+        objective = make_objective(config.objective)
+        source = objective.open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
     with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
         if config.run.folder.is_dir():
             lock.take()

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "the whole story in miniature on a CPU: dense, Monarch, finetuned",
     "generate": "make a video from a prompt, or with a run's network",
     "encode": "clips and captions to the latents that finetuning takes",
+    "pairs": "states of a teacher's solver, to distil a student on",
     "inspect": "what a Wan checkpoint holds, and whether it is complete",
     "convert": "write a Wan checkpoint in another format",
     "doctor": "what runs on this machine, why, and how fast",

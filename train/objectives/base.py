@@ -6,13 +6,15 @@ that role -> hooks. Settings and roles, which need no JAX, are declared in `mona
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float32, Key
 
-from monarchrt.train.data import Batch, Source, spread
+from monarchrt.train.config import DataConfig
+from monarchrt.train.data import Batch, Source, open_source, spread
 from monarchrt.train.objectives.registry import ObjectiveSettings
 
 Networks = Mapping[str, Any]
@@ -53,6 +55,12 @@ class Objective(abc.ABC):
 
     def __init__(self, settings: Any):
         self.settings: ObjectiveSettings = settings
+
+    def open_source(
+        self, config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
+    ) -> Source:
+        """The data that a config names; arguments as `monarchrt.train.data.open_source`, which is the default."""
+        return open_source(config, text_shape=text_shape, digests=digests)
 
     def due(self, step: int) -> tuple[str, ...]:
         """The roles that a step, counted from 1, updates, in this order; a later one sees the earlier ones' update.

@@ -14,13 +14,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
-from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import NEGATIVE_PROMPT
 from monarchrt.models.sampling.schedules import Schedule, few_step_schedule
-from monarchrt.models.umt5 import load_embeddings
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
 from monarchrt.train.objectives.flow import add_noise
+from monarchrt.train.objectives.negative import negative_embedding
 from monarchrt.train.objectives.scores import (
     Levels,
     ScoreDraws,
@@ -69,12 +67,7 @@ class DMDObjective(Objective):
             UserError: If the file cannot be read, or it is not clear which of its embeddings it is.
         """
         path = self.settings.negative
-        if path is None or not self.settings.weight:
-            return None
-        found = load_embeddings(path)
-        if len(found) > 1 and NEGATIVE_PROMPT not in found:
-            raise UserError(f"negative {path} has {len(found)} embeddings; give a file of the negative prompt alone")
-        return np.asarray(found.get(NEGATIVE_PROMPT, next(iter(found.values()))), np.float32)
+        return None if path is None or not self.settings.weight else negative_embedding(path)
 
     def due(self, step: int) -> tuple[str, ...]:
         """The critic at every step, the student at every `student_every`-th, from the first on."""

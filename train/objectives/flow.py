@@ -307,17 +307,27 @@ def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> 
     return sampler
 
 
-def check_first_frame(config: Any, independent: bool) -> None:
-    """Looks whether a causal network cuts off the first frame as the objective does.
+def check_blocks(config: Any, block: int | None, *, independent: bool, name: str, options: str = "") -> None:
+    """Looks whether a network sees clips in the blocks that an objective trains it on.
+
+    Args:
+        config: The network's.
+        block: Frames per block; None: it sees whole clips.
+        independent: Whether the first frame is a block of its own.
+        name: Of the objective's setting.
+        options: What the network's options begin with, such as "student.".
 
     Raises:
-        UserError: If not.
+        UserError: If not; says what to give.
     """
-    own = config.independent_first_frame
-    if own != independent:
+    own = config.causal_block
+    if own != block:
+        other = f"--{options}overrides causal_block={block}, or another" if block else f"--{name} {own}, or no causal"
+        raise UserError(f"{name} is {block}, but the network's causal_block is {own}; give {other} {name}")
+    if block is not None and config.independent_first_frame != independent:
         raise UserError(
-            f"independent_first_frame is {independent}, but the network's is {own}; give --overrides "
-            f"causal_block={config.causal_block} independent_first_frame={str(independent).lower()}"
+            f"independent_first_frame is {independent}, but the network's is {config.independent_first_frame}; give "
+            f"--{options}overrides causal_block={own} independent_first_frame={str(independent).lower()}"
         )
 
 
@@ -356,8 +366,9 @@ class FlowObjective(Objective):
             UserError: If a causal network has other blocks than the runs that share a level.
         """
         config = getattr(network, "config", None)
-        if getattr(config, "causal_block", None) is not None:
-            check_first_frame(config, self.settings.independent_first_frame)
+        block = getattr(config, "causal_block", None)
+        if block is not None and config.independent_first_frame != self.settings.independent_first_frame:
+            check_blocks(config, block, independent=self.settings.independent_first_frame, name="frames_per_level")
         return network
 
     def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:

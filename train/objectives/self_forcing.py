@@ -20,12 +20,12 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
 from monarchrt.models.attention.blocks import block_sizes, over_blocks
-from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.errors import user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
 from monarchrt.train.objectives.base import Metrics
 from monarchrt.train.objectives.dmd import DMDDraws, DMDObjective
-from monarchrt.train.objectives.flow import add_noise, check_first_frame
+from monarchrt.train.objectives.flow import add_noise, check_blocks
 from monarchrt.train.objectives.scores import detached, draw_scores, sample_metrics, to_data
 from monarchrt.train.objectives.settings import SelfForcingConfig
 
@@ -158,12 +158,13 @@ class SelfForcingObjective(DMDObjective):
         Raises:
             UserError: If they are not whole blocks, or the student's are others.
         """
-        settings, config = self.settings, student.config
-        if config.causal_block != settings.block:
-            raise UserError(
-                f"block is {settings.block}, but the student's causal_block is {config.causal_block}; give "
-                f"--student.overrides causal_block={settings.block}, or another block"
-            )
-        check_first_frame(config, settings.independent_first_frame)
+        settings = self.settings
+        check_blocks(
+            student.config,
+            settings.block,
+            independent=settings.independent_first_frame,
+            name="block",
+            options="student.",
+        )
         with user_input():
             return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)

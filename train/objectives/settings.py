@@ -17,6 +17,15 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _check_steps(steps: tuple[int, ...]) -> None:
+    falling = all(a > b for a, b in itertools.pairwise(steps))
+    _require(
+        bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
+        f"student_steps is {' '.join(map(str, steps)) or 'empty'}; give falling times from 1000 to 1, such as "
+        f"1000 750 500 250",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(ObjectiveSettings):
     """The rectified-flow objective."""
@@ -89,6 +98,44 @@ class TeacherForcingConfig(FlowConfig):
 register(TeacherForcingConfig, "monarchrt.train.objectives.teacher_forcing:TeacherForcingObjective")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ODEConfig(ObjectiveSettings):
+    """ODE regression: a student of few steps learns where the teacher's solver ends, from the states it passes."""
+
+    name: ClassVar[str] = "ode"
+    roles: ClassVar[Mapping[str, Role]] = {"student": Role(defaults={"learning_rate": 2e-6, "beta2": 0.999})}
+
+    student_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    """The student's steps, those of the pairs: times before the shift, falling, from 1000."""
+
+    shift: float = 5.0
+    """Timestep shift of the student's steps; that of the pairs."""
+
+    block: int | None = None
+    """Latent frames per block of a causal student, each from a state of its own; the network's causal_block. Default: a
+    bidirectional student, with one state for the whole clip."""
+
+    independent_first_frame: bool = False
+    """Whether the first frame of a causal student's clips is a block of its own. The network's, likewise."""
+
+    def __post_init__(self) -> None:
+        _check_steps(self.student_steps)
+        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        _require(self.block is None or self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
+        _require(
+            not self.independent_first_frame or self.block is not None,
+            "independent_first_frame is true, but there are no blocks; give block, for example 3",
+        )
+
+    @property
+    def generation(self) -> Generation:
+        """The student's steps."""
+        return Generation(shift=self.shift, sampler="few-step", steps=len(self.student_steps))
+
+
+register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
+
+
 # learning rates, moments and average of Self-Forcing's training, 64 clips at a time
 _STUDENT = {"learning_rate": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_start": 200}
 _CRITIC = {"learning_rate": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_decay": None}
@@ -131,13 +178,7 @@ class DMDConfig(ObjectiveSettings):
     code has it, which turns predictions into data with a grid of shift 8."""
 
     def __post_init__(self) -> None:
-        steps = self.student_steps
-        falling = all(a > b for a, b in itertools.pairwise(steps))
-        _require(
-            bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
-            f"student_steps is {' '.join(map(str, steps)) or 'empty'}; give falling times from 1000 to 1, such as "
-            f"1000 750 500 250",
-        )
+        _check_steps(self.student_steps)
         _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
         _require(
             self.guidance is None or 0 <= self.guidance < math.inf,

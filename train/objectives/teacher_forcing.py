@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Key
 
-from monarchrt.models.errors import UserError
 from monarchrt.models.wan.teacher_forced import teacher_forced
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Sampler
@@ -25,7 +24,7 @@ from monarchrt.train.objectives.flow import (
     FlowObjective,
     Velocity,
     add_noise,
-    check_first_frame,
+    check_blocks,
     draw_noise,
     euler_sample,
     level_runs,
@@ -72,7 +71,9 @@ class TeacherForcingObjective(FlowObjective):
         Raises:
             UserError: If the network is not causal or has other blocks.
         """
-        self.check_blocks(network.config)
+        settings = self.settings
+        independent = settings.independent_first_frame
+        check_blocks(network.config, settings.frames_per_level, independent=independent, name="frames_per_level")
         times = self.settings.num_train_timesteps
         clean, told = latents, None
         if draws is not None and self.settings.context_sigma:
@@ -82,20 +83,6 @@ class TeacherForcingObjective(FlowObjective):
             return teacher_forced(network, noisy, timesteps, clean, text, clean_timesteps=told)
 
         return velocity
-
-    def check_blocks(self, config: Any) -> None:
-        """Looks whether the network's blocks are the objective's.
-
-        Raises:
-            UserError: If not; says what to give.
-        """
-        block, own = self.settings.frames_per_level, config.causal_block
-        if own != block:
-            raise UserError(
-                f"frames_per_level is {block}, but the network's causal_block is {own}; give --overrides "
-                f"causal_block={block}, or another frames_per_level"
-            )
-        check_first_frame(config, self.settings.independent_first_frame)
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A held-out window whose blocks are each made of pure noise after the true blocks before them."""

@@ -1,0 +1,21 @@
+"""`monarchrt pairs`: what a teacher's solver passes through, to train a student of few steps on."""
+
+import sys
+from collections.abc import Sequence
+
+from monarchrt.train.cli.parsing import parse
+
+_PAIRS = """Follow a teacher from noise to data and keep its states at a student's steps, for
+`monarchrt train --objective ode --latents PAIRS`.
+
+monarchrt pairs --checkpoint Wan-AI/Wan2.1-T2V-1.3B --latents LATENTS --negative negative.safetensors --out pairs"""
+
+
+def pairs_command(arguments: Sequence[str]) -> int:
+    """`monarchrt pairs --checkpoint TEACHER --latents FOLDER --out FOLDER`."""
+    from monarchrt.train.pairs import PairsConfig, make_pairs
+
+    options = parse(PairsConfig, arguments, prog="monarchrt pairs", description=_PAIRS)
+    files = make_pairs(options)
+    print(f"{len(files)} examples are in {options.out}", file=sys.stderr)
+    return 0

@@ -1,0 +1,22 @@
+"""The embedding of the negative prompt, for a teacher that is guided."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import NEGATIVE_PROMPT
+from monarchrt.models.umt5 import load_embeddings
+
+
+def negative_embedding(path: Path) -> Float32[np.ndarray, "m d"]:
+    """Reads it from a file of embeddings: that of Wan's negative prompt, or the only one.
+
+    Raises:
+        UserError: If the file cannot be read, or it is not clear which of its embeddings it is.
+    """
+    found = load_embeddings(path)
+    if len(found) > 1 and NEGATIVE_PROMPT not in found:
+        raise UserError(f"negative {path} has {len(found)} embeddings; give a file of the negative prompt alone")
+    return np.asarray(found.get(NEGATIVE_PROMPT, next(iter(found.values()))), np.float32)

@@ -1,0 +1,130 @@
+"""Files of what a teacher's solver passes through from noise to data: `monarchrt pairs` writes, training reads them.
+
+An example is a .safetensors file with `states` [n, F, h, w, C], falling in noise, `latents` [F, h, w, C], where the
+trajectory ends, and `text` [L, D]; its header says how it was made. It serves as a file of latents, too.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.train.config import DataConfig
+from monarchrt.train.data import Batch, LatentFolder
+
+FORMAT = "monarchrt pairs"
+TOLERANCE = 2e-3  # between a state's noise level and the one that a student is told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """How pairs were made: the header of their files.
+
+    Attributes:
+        sigmas: Noise level of each state.
+        shift: Of the solver's levels.
+        steps: Of the solver.
+        solver: Its name.
+        guidance: Of the teacher, v_negative + g (v_text - v_negative); 1 is none.
+        teacher: Its checkpoint.
+        seed: Of the noise.
+    """
+
+    sigmas: tuple[float, ...]
+    shift: float
+    steps: int
+    solver: str
+    guidance: float
+    teacher: str
+    seed: int
+
+    def to_header(self) -> dict[str, str]:
+        """For a file."""
+        return {"format": FORMAT, "made": json.dumps(dataclasses.asdict(self))}
+
+    @classmethod
+    def of_header(cls, path: Path, header: Mapping[str, str]) -> "Made":
+        """Of a file.
+
+        Raises:
+            UserError: If it does not hold pairs.
+        """
+        if header.get("format") != FORMAT:
+            raise UserError(f"latents {path} has no states of a solver; make pairs with `monarchrt pairs`")
+        try:
+            values = json.loads(header["made"])
+            return cls(**values | {"sigmas": tuple(map(float, values["sigmas"]))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"latents {path} does not say how its states were made; make it again") from error
+
+
+class PairFolder(LatentFolder):
+    """A folder of pairs. The latents of an example are its states and its end, one after the other: [(n + 1) F, ...].
+
+    Args:
+        folder: Where the files are.
+        config: Its `held_out` sets the split.
+        digests: As `LatentFolder`.
+    """
+
+    def __init__(self, folder: Path | str, config: DataConfig, *, digests: Path | None = None):
+        super().__init__(folder, config, digests=digests)
+        files = self.train_files + self.held_out_files
+        found = {path: _header(path) for path in files}
+        self.made, self.states = found[files[0]]
+        for path, (made, states) in found.items():
+            if dataclasses.replace(made, seed=self.made.seed) != self.made or states != self.states:
+                raise UserError(f"latents {path} was made otherwise than {files[0]}: {made}, {self.made}")
+
+    def check(self, sigmas: Sequence[float], shift: float) -> None:
+        """Looks whether the states are at the noise levels that a student is told.
+
+        Args:
+            sigmas: Of the student's steps.
+            shift: That they are of, for the message.
+
+        Raises:
+            UserError: If not; says what to give.
+        """
+        made = self.made
+        if len(sigmas) == len(made.sigmas) and np.allclose(sigmas, made.sigmas, rtol=0, atol=TOLERANCE):
+            return
+        theirs, ours = (" ".join(f"{sigma:.4g}" for sigma in levels) for levels in (made.sigmas, sigmas))
+        hint = f"; give --shift {made.shift:g}" if made.shift != shift else "; give the --student-steps of the pairs"
+        raise UserError(
+            f"the pairs were made at shift {made.shift:g}, with states at the noise levels {theirs}, but the student's "
+            f"steps at shift {shift:g} are at {ours}{hint}, or make other pairs"
+        )
+
+    def _load(self, paths: Iterable[Path]) -> Batch:
+        latents, text = zip(*map(_read, paths), strict=True)
+        return Batch(np.stack(latents), np.stack(text))
+
+
+def _header(path: Path) -> tuple[Made, tuple[int, ...]]:
+    with user_input():
+        file = SafetensorsFile(path, only=("latents", "states"))
+    made = Made.of_header(path, file.metadata)
+    if "states" not in file.infos:
+        raise UserError(f"latents {path} has no tensor 'states'; make it again with `monarchrt pairs`")
+    shape = tuple(file.infos["states"].shape)
+    if shape != (len(made.sigmas), *file.infos["latents"].shape):
+        raise UserError(f"latents {path} has states of shape {shape}, which do not go with its latents; make it again")
+    return made, shape
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """States and end, along the frames, and text; float32."""
+    with user_input():
+        file = SafetensorsFile(path)
+        parts: dict[str, Any] = {name: file.read(name).astype(np.float32) for name in ("states", "latents", "text")}
+    trajectory = np.concatenate([*parts["states"], parts["latents"]])
+    if not np.isfinite(trajectory).all():
+        raise UserError(f"latents {path} has states that are NaN or infinite; make it again")
+    return trajectory, parts["text"]
