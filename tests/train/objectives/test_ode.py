@@ -83,7 +83,7 @@ def test_what_was_stopped_goes_on(pairs, settings):
     make_pairs(settings, report=lines.append)
     assert "2 of 3 examples are in" in lines[0]
     assert {path: path.read_bytes() for path in before} == before
-    with pytest.raises(UserError, match=r"is there already, made with shift 5.0 \(now 8.0\)"):
+    with pytest.raises(UserError, match=r"is there already, made with .*shift 5.0 \(now 8.0\); give another --out"):
         make_pairs(dataclasses.replace(settings, shift=8.0, count=1))
 
 
