@@ -367,7 +367,11 @@ class FlowObjective(Objective):
         """
         config = getattr(network, "config", None)
         block = getattr(config, "causal_block", None)
-        if block is not None and config.independent_first_frame != self.settings.independent_first_frame:
+        if (
+            config is not None
+            and block is not None
+            and config.independent_first_frame != self.settings.independent_first_frame
+        ):
             check_blocks(config, block, independent=self.settings.independent_first_frame, name="frames_per_level")
         return network
 
