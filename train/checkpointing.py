@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import UserError, report_full_disk
-from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, reading_newest, stored_network
+from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, read_newest, stored_network
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME
 from monarchrt.models.wan.kinds import PLACE
 from monarchrt.train.run_folder import SET_ASIDE_NAME
@@ -209,7 +209,7 @@ class Checkpoints:
         return None
 
     def restore_parameters(self, template: Any, *, fresh: Callable[[], Any] | None = None) -> Any:
-        """Reads only the exported network of the newest checkpoint, with the moving average of what there is one of.
+        """Reads only the exported network: the newest that can be read, the moving average of what there is one of.
 
         Args:
             template: Parameters of the same structure, shapes and shardings; which of them trained does not matter.
@@ -222,7 +222,8 @@ class Checkpoints:
         Raises:
             UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
         """
-        with reading_newest(self.path.parent) as step:
+
+        def read(step: int) -> Any:
             stored = stored_network(self.path.parent, step)
             leaves, structure = jax.tree.flatten(template)
             names = parameter_names(template)
@@ -241,7 +242,9 @@ class Checkpoints:
             if missing:
                 raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
             arrays |= stored.read({name: _target(wanted[name]) for name in names if name not in arrays})
-        return jax.tree.unflatten(structure, [arrays[name] for name in names])
+            return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+        return read_newest(self.path.parent, read)
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]

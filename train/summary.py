@@ -31,7 +31,7 @@ class Summary(NamedTuple):
 
     Attributes:
         lines: A line for each fact.
-        usable: Whether `generate` or `convert` can take the newest checkpoint.
+        usable: Whether `generate` or `convert` can take a checkpoint: the newest that can be read.
     """
 
     lines: list[str]
@@ -68,11 +68,13 @@ def run_summary(folder: Path) -> Summary:
         report["parameters"] = f"{sum(math.prod(shape) for shape in newest.network.shapes.values()):,}"
     if config is not None:
         report |= _training(config)
-    usable = network is not None and newest.network is not None and not newest.wrong
+    usable = network is not None and newest.network is not None
     if usable and settings is not None and network is not None:
         report |= _uses(folder, settings, network, newest.network)
     else:
-        report["taken by"] = "neither generate nor convert, which take the newest checkpoint and its settings"
+        report["taken by"] = (
+            "neither generate nor convert, which take the newest checkpoint that can be read, and its settings"
+        )
     return Summary([f"{name:<12}{value}" for name, value in report.items()], usable)
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import shlex
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,25 +130,46 @@ def stored_network(folder: Path, step: int) -> StoredNetwork:
     return StoredNetwork(step, place / "state", names, about["arrays"])
 
 
-@contextlib.contextmanager
-def reading_newest(folder: Path) -> Iterator[int]:
-    """The step of the newest checkpoint; what goes wrong in the block is said of it.
+def read_newest[T](
+    folder: Path,
+    read: Callable[[int], T],
+    *,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> T:
+    """What the newest checkpoint of a run folder gives; where it is damaged, the newest before it, and a line says so.
+
+    Args:
+        folder: Run folder.
+        read: Called with a step; raises UserError for what another checkpoint would not mend.
+        report: Takes the line.
+
+    Returns:
+        What `read` returned.
 
     Raises:
-        UserError: If there is no checkpoint, or it cannot be read.
+        UserError: If there is no checkpoint, or none can be read.
     """
     path = folder / CHECKPOINTS_NAME
     complete = checkpoint_steps(folder)
     if not complete:
         raise UserError(f"{path} has no checkpoint to start from; give the folder of a finished run")
-    try:
-        yield complete[-1]
-    except UserError:
-        raise
-    except Exception as error:  # tensorstore raises whatever its storage layer raised
-        reason = printable(" ".join(str(error).split()), 160)
-        state = "could not be read" if of_the_machine(error) else "is corrupt"
-        raise UserError(f"the checkpoint of step {complete[-1]} in {path} {state} ({reason})") from error
+    wrong: list[str] = []
+    for step in reversed(complete):
+        try:
+            found = read(step)
+        except UserError:
+            raise
+        except Exception as error:  # tensorstore raises whatever its storage layer raised
+            reason = printable(" ".join(str(error).split()), 160)
+            if of_the_machine(error):
+                raise UserError(f"the checkpoint of step {step} in {path} could not be read ({reason})") from error
+            wrong.append(f"the checkpoint of step {step} in {path} is corrupt ({reason})")
+            continue
+        if wrong:
+            report(f"warning: {wrong[0]}; that of step {step} is taken instead")
+        return found
+    others = f"; nor can those of steps {', '.join(map(str, complete[:-1]))} be read" if len(wrong) > 1 else ""
+    raise UserError(wrong[0] + others)
 
 
 def of_the_machine(error: Exception) -> bool:
@@ -180,7 +202,7 @@ def run_config(run: RunSettings, *, channels: int, dtype: str = "float32") -> Wa
 
 
 def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
-    """The network that a run exports, as in its newest checkpoint: the moving average, if there is one.
+    """The network that a run exports, of the newest checkpoint that can be read: the moving average, if there is one.
 
     Args:
         run: Its settings.
@@ -198,7 +220,8 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
             f"--lora {shlex.quote(str(run.path))}"
         )
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with reading_newest(run.path) as step:
+
+    def read(step: int) -> WanModel:
         stored = stored_network(run.path, step)
         kernel = stored.shapes.get("patch_embedding.kernel", ())
         if len(kernel) < 2:
@@ -208,23 +231,28 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
         flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
         wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in flat.items()}
         arrays = stored.read(wanted)
-    filled = jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in flat])
-    return nnx.merge(graph, filled, others)
+        filled = jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in flat])
+        return nnx.merge(graph, filled, others)
+
+    return read_newest(run.path, read)
 
 
 def run_arrays(run: RunSettings) -> dict[str, np.ndarray]:
-    """All arrays of what a run exports, as in its newest checkpoint, by name in the network: of a LoRA, its matrices.
+    """All arrays of what a run exports, of the newest checkpoint that can be read, by name: of a LoRA, its matrices.
 
     Raises:
         UserError: If there is no checkpoint, or it cannot be read.
     """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with reading_newest(run.path) as step:
+
+    def read(step: int) -> dict[str, np.ndarray]:
         stored = stored_network(run.path, step)
         wanted = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for name, shape in stored.shapes.items()
         }
         return {name: np.asarray(array) for name, array in stored.read(wanted).items()}
+
+    return read_newest(run.path, read)
 
 
 def trained_as(run: RunSettings) -> Trained:

@@ -63,6 +63,24 @@ def test_a_run_becomes_a_model(baseline, tmp_path, capsys):
     assert f"holds runs; give one of them: {run}" in capsys.readouterr().err
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged(baseline, tmp_path, capsys):
+    """The one before is taken, as if it were the newest, and that is said."""
+    damaged, older = tmp_path / "damaged", tmp_path / "older"
+    for run in (damaged, older):
+        shutil.copytree(baseline, run)
+    data = max((damaged / "checkpoints/30/state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    shutil.rmtree(older / "checkpoints/30")
+    assert cli.main(["convert", str(damaged), str(tmp_path / "one")]) == 0
+    assert "the checkpoint of step 30" in (said := capsys.readouterr().err)
+    assert "that of step 28 is taken instead" in said
+    assert cli.main(["convert", str(older), str(tmp_path / "other")]) == 0
+    assert "instead" not in capsys.readouterr().err
+    pairs = zip(*(jax.tree.leaves(nnx.state(load_checkpoint(tmp_path / x))) for x in ("one", "other")), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+    assert (damaged / "checkpoints/30").is_dir()
+
+
 def test_a_run_on_latents_of_other_channels_becomes_a_model(tmp_path):
     settings = TrainConfig(
         data=DataConfig(latents=tmp_path / "moved"),
