@@ -30,7 +30,7 @@ def find_run(path: Path) -> TrainConfig | None:
 
 
 def run_model(folder: Path, run: TrainConfig | None = None, *, precision: str = "fp32") -> "WanModel":
-    """The network that a run exports, as in its newest checkpoint: the moving average, if there is one.
+    """The network that a run exports, of the newest checkpoint that can be read: the moving average, if there is one.
 
     The folder is only read, so a run that is still going on is not disturbed.
 

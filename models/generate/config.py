@@ -180,6 +180,9 @@ class GenerateConfig:
     num_heads: int | None = None
     """Attention heads of the network, for files without config.json whose heads are not of 128 channels."""
 
+    head_dim: int | None = None
+    """Channels of a head, likewise."""
+
     quality: int = 16
     """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
 
@@ -222,7 +225,8 @@ class GenerateConfig:
             not (self.compare_dense and self.compare),
             f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
         )
-        for name in ("frames", "height", "width", "window", "block", "condition_frames", "zoom", "num_heads"):
+        sizes = ("frames", "height", "width", "window", "block", "condition_frames", "zoom", "num_heads", "head_dim")
+        for name in sizes:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in ("context", "num_iters"):

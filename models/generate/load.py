@@ -158,7 +158,9 @@ def load_material(config: GenerateConfig) -> Material:
     opened = open_checkpoint(config)
     if config.compare is None:
         return opened.material(config)
-    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, num_heads=None, lora=())
+    apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, lora=())
+    if not Path(config.compare).is_file():  # a folder says its heads
+        apart = dataclasses.replace(apart, num_heads=None, head_dim=None)
     try:
         other = open_checkpoint(apart)
     except UserError as error:
@@ -214,7 +216,9 @@ def open_wan(config: GenerateConfig, *, report: Callable[[str], None] = _say) ->
     from monarchrt.models.wan.checkpoints.source import open_source
 
     with user_input():
-        source = open_source(config.checkpoint or "", weights=config.weights, num_heads=config.num_heads)
+        source = open_source(
+            config.checkpoint or "", weights=config.weights, num_heads=config.num_heads, head_dim=config.head_dim
+        )
         return WanCheckpoint(with_loras(source, given_loras(config, report=report)))
 
 

@@ -74,7 +74,7 @@ class Arrays:
 
 
 def run_lora(run: RunSettings) -> LoRA:
-    """The LoRA that a run trained, as in its newest checkpoint: the moving average, if there is one.
+    """The LoRA that a run trained, of the newest checkpoint that can be read: the moving average, if there is one.
 
     Args:
         run: Its settings.

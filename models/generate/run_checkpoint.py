@@ -31,6 +31,7 @@ NOT_OF_RUNS = {
     "components": "needs no other parts",
     "weights": "has one set of weights",
     "num_heads": "knows its heads",
+    "head_dim": "knows its heads",
     "save_embeddings": "was trained without text",
     "guidance": "was trained without text",
 }

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.models.generate.load import find_components, wan_defaults
+from monarchrt.models.generate.load import find_components, load_material, open_checkpoint, wan_defaults
 from monarchrt.models.generate.plan import make_plan
 from monarchrt.models.sampling import Rollout, Windows
 from monarchrt.models.wan import WanModel, wan_config
@@ -145,3 +146,20 @@ def test_causal_is_block_by_block_and_distilled_is_few_step(tmp_path, format, bl
     model = WanModel(wan_config("tiny", num_layers=1, causal_block=block), rngs=nnx.Rngs(0))
     source = open_source(save_checkpoint(model, tmp_path / "made", format=format, few_step=few_step))
     assert make_plan(GenerateConfig(), defaults=wan_defaults(source), model=source.config).settings == settings
+
+
+def test_heads_that_a_file_does_not_tell(tmp_path):
+    """Either option says them, to the file that is compared with, too; a folder knows its own."""
+    model = WanModel(wan_config("tiny", dim=24, num_heads=2, ffn_dim=16, num_layers=1, text_len=512), rngs=nnx.Rngs(0))
+    folder = save_checkpoint(model, tmp_path / "folder", format="official")
+    weights = next(folder.glob("*.safetensors"))
+    tensors = load_file(weights)
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors, bare)  # without the header that says them
+    with pytest.raises(UserError, match=r"\(--num-heads\) or head_dim \(--head-dim\)"):
+        open_checkpoint(config(checkpoint=str(bare)))
+    for heads in ({"num_heads": 2}, {"head_dim": 12}):
+        assert open_checkpoint(config(checkpoint=str(bare), **heads)).sizes.num_heads == 2
+        for other in (bare, folder):
+            with pytest.raises(UserError, match="checkpoint lacks: VAE"):  # found out after all networks were opened
+                load_material(config(checkpoint=str(bare), compare=str(other), frames=5, height=32, width=32, **heads))
