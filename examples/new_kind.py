@@ -36,13 +36,13 @@ class NearFrames(base.Attention):
     def init(self, sizes, *, rngs):
         return Gain(sizes.num_heads, rngs=rngs)
 
-    def __call__(self, query, key, value, *, grid, causal_block=None, context=base.NOWHERE):
-        frame = jnp.arange(query.shape[1]) // (grid[1] * grid[2])
+    def attend_clip(self, query, key, value, clip):
+        frame = jnp.arange(query.shape[1]) // clip.per_frame
         seen = jnp.abs(frame[:, None] - frame) <= self.reach
-        if causal_block is not None:
-            seen &= frame // causal_block <= (frame // causal_block)[:, None]
+        if clip.causal_block is not None:
+            seen &= frame // clip.causal_block <= (frame // clip.causal_block)[:, None]
         out = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
-        return out * (1 + context.own(self).gain[...])
+        return out * (1 + clip.context.own(self).gain[...])
 
     def attend_cache(self, cache, query, *, layer=None, context=base.NOWHERE):
         _, height, width = cache.spec.grid

@@ -15,6 +15,8 @@ from monarch_jax import MonarchKVCache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 type Number = int | Int[Array, ""] | None  # known, traced, or not there
+type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
+type Layer = Int[Array, ""] | None  # which of a cache of several
 HOW = {"how": True}  # metadata of a field that says how, not what, is computed: weights do not depend on it
 
 
@@ -79,6 +81,47 @@ class Context:
 
 
 NOWHERE = Context()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What a call without a cache is about, the arguments of `Attention.__call__` as a kind gets them.
+
+    Attributes:
+        grid: (F, h, w) tokens.
+        causal_block: Frames per block: a block sees itself and earlier ones. None sees everything.
+        context: Where this is.
+    """
+
+    grid: Grid
+    causal_block: int | None = None
+    context: Context = NOWHERE
+
+    def fields(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {"grid": self.grid, "causal_block": self.causal_block, "context": self.context}
+
+    @property
+    def per_frame(self) -> int:
+        """Tokens of a frame."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole clip, N."""
+        return self.grid[0] * self.per_frame
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Where each causal block begins and ends, in frames; what it sees ends with it.
+
+        Examples:
+            >>> Clip(grid=(5, 1, 1), causal_block=2).blocks, Clip(grid=(5, 1, 1)).blocks
+            ([(0, 2), (2, 4), (4, 5)], [(0, 5)])
+        """
+        frames = self.grid[0]
+        step = self.causal_block or frames
+        return [(start, min(start + step, frames)) for start in range(0, frames, step)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,8 +231,9 @@ def density_of_layers(
 class Attention(abc.ABC):
     """A kind of self-attention and its settings. Subclasses are frozen, keyword-only dataclasses with a `name`.
 
-    Only `__call__`, `attend_cache` and `density` must be written; the rest has defaults for a kind that has no
-    parameters and reads keys in token order. `str(setting)` is its notation, see `monarchrt.models.attention.notation`.
+    Only `attend_clip`, `attend_cache` and `density` must be written; the rest has defaults for a kind that has no
+    parameters and reads keys in token order. `attend_clip` gets what `__call__` has checked. `str(setting)` is its
+    notation, see `monarchrt.models.attention.notation`.
 
     Fields hold numbers, strings, bools, None, tuples of these, or other kinds; they should be checked in
     `__post_init__`, as far as that is possible without a grid. A field with `metadata=HOW`, such as the name of a
@@ -209,6 +253,11 @@ class Attention(abc.ABC):
         from monarchrt.models.attention.notation import to_text
 
         return to_text(self)
+
+    def _set(self, **values: Any) -> None:
+        """Fields in their normal form, for `__post_init__`."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     # Composition
 
@@ -264,17 +313,16 @@ class Attention(abc.ABC):
         """
         return None
 
-    @abc.abstractmethod
     def __call__(
         self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
+        query: Tokens,
+        key: Tokens,
+        value: Tokens,
         *,
         grid: Grid,
         causal_block: int | None = None,
         context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    ) -> Tokens:
         """Attention among all tokens of a grid, after the rotary embedding.
 
         Args:
@@ -289,8 +337,29 @@ class Attention(abc.ABC):
             As `query`, in its dtype.
 
         Raises:
-            ValueError: If the setting does not fit the grid.
+            ValueError: If the setting, or the tokens, do not fit the grid.
         """
+        if causal_block is not None and causal_block < 1:
+            raise ValueError(f"causal_block={causal_block} must be at least 1, or None for attention to all frames.")
+        clip = Clip(grid=grid, causal_block=causal_block, context=context)
+        if query.shape[1] != clip.tokens:
+            raise ValueError(f"query has {query.shape[1]} tokens; grid={grid} has {clip.tokens}.")
+        self.check(grid, causal_block=causal_block)
+        return self.attend_clip(query, key, value, clip)
+
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
+        """What a kind does in a call; grid and causal block were checked.
+
+        Args:
+            query: [B, F*h*w, heads, head_dim].
+            key: As `query`.
+            value: As `query`.
+            clip: Grid, causal block and context.
+
+        Returns:
+            As `query`, in its dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attend_clip, which a kind must have.")
 
     # Over a cache
 
@@ -303,14 +372,7 @@ class Attention(abc.ABC):
         return isinstance(cache, MonarchKVCache)
 
     @abc.abstractmethod
-    def attend_cache(
-        self,
-        cache: Any,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """Attention of the newest block's queries over one layer's cache, the block written.
 
         Args:
@@ -361,8 +423,8 @@ class Attention(abc.ABC):
 
     def attention_map(
         self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
+        query: Tokens,
+        key: Tokens,
         *,
         grid: Grid,
         causal_block: int | None = None,
@@ -392,6 +454,19 @@ class Attention(abc.ABC):
     def from_old_json(cls, data: Any) -> "Attention | None":
         """The setting in a form that files had before the notation, if it is one of this kind; else None."""
         return None
+
+
+def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts at zero, [inputs, outputs] and a bias: with it a kind begins as without.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> bool(zero_linear(2, 3, wan_config("tiny"), rngs=nnx.Rngs(0))(jnp.ones((1, 2))).any())
+        False
+    """
+    zeros = nnx.initializers.zeros_init()
+    dtypes: dict[str, Any] = {"dtype": jnp.dtype(sizes.dtype), "param_dtype": jnp.dtype(sizes.param_dtype)}
+    return nnx.Linear(inputs, outputs, kernel_init=zeros, bias_init=zeros, **dtypes, rngs=rngs)
 
 
 def leaves(setting: Attention) -> list[Attention]:

@@ -5,10 +5,20 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from monarch_jax.checks import one_of
-from monarchrt.models.attention.base import HOW, NOWHERE, Attention, Context, Density, Grid, visible_share
+from monarchrt.models.attention.base import (
+    HOW,
+    NOWHERE,
+    Attention,
+    Clip,
+    Context,
+    Density,
+    Grid,
+    Layer,
+    Tokens,
+    visible_share,
+)
 from monarchrt.models.attention.softmax import IMPLEMENTATIONS, softmax_attention
 
 
@@ -32,40 +42,17 @@ class DenseAttention(Attention):
         if self.implementation is not None:
             one_of("implementation", self.implementation, IMPLEMENTATIONS)
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """See `Attention`; also ValueError if cuDNN is asked for where it cannot run."""
-        if causal_block is None or causal_block >= grid[0]:
-            return softmax_attention(query, key, value, implementation=self.implementation)
         # One call per block on the keys it sees: no mask, and nothing computed only to be masked.
-        block = causal_block * grid[1] * grid[2]
-        outputs = [
-            softmax_attention(
-                query[:, start : start + block],
-                key[:, : start + block],
-                value[:, : start + block],
-                implementation=self.implementation,
-            )
-            for start in range(0, query.shape[1], block)
-        ]
-        return jnp.concatenate(outputs, axis=1)
+        outputs = []
+        for start, end in clip.blocks:
+            rows, seen = slice(start * clip.per_frame, end * clip.per_frame), slice(end * clip.per_frame)
+            block = (query[:, rows], key[:, seen], value[:, seen])
+            outputs.append(softmax_attention(*block, implementation=self.implementation))
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
-    def attend_cache(
-        self,
-        cache: Any,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """See `Attention`. The order of keys is of no matter, so that a cache in any tiled order is read as it lies."""
         key, value = cache.key, cache.value
         if layer is not None:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax import MonarchKVCache
-from monarchrt.models.attention.base import NOWHERE, Attention, Context, Grid
+from monarchrt.models.attention.base import NOWHERE, Attention, Clip, Context, Grid, Layer, Tokens
 
 ROWS = 512  # queries whose scores are there at a time
 type Keep = Callable[[Int[Array, "C"], Float[Array, "B n C K"]], Bool[Array, "..."]]
@@ -200,44 +200,23 @@ class MaskedAttention(Attention):
             [B, Q, heads, width].
         """
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """See `Attention`."""
-        return self._whole(query, key, value, grid, causal_block, context)
+        return self._by_block(query, key, value, clip)
 
-    def _whole(self, query, key, value, grid: Grid, causal_block: int | None, context: Context) -> Array:
-        self.check(grid, causal_block=causal_block)
-        per_frame = grid[1] * grid[2]
-        if query.shape[1] != grid[0] * per_frame:
-            raise ValueError(f"query has {query.shape[1]} tokens; grid={grid} has {grid[0] * per_frame}.")
-        step = grid[0] if causal_block is None else causal_block
+    def _by_block(self, query: Array, key: Array, value: Array, clip: Clip) -> Array:
+        """The same for values of any width."""
         outputs = []
-        for start in range(0, grid[0], step):
-            end = min(start + step, grid[0])
-            rows, seen = slice(start * per_frame, end * per_frame), slice(0, end * per_frame)
-            places = Places(grid=grid, first=start, frames=end - start, key_frames=np.arange(end), seen=end)
-            here = context
-            if context.inputs is not None:
-                here = dataclasses.replace(context, inputs=_rows_of(context.inputs, rows))
+        for start, end in clip.blocks:
+            rows, seen = slice(start * clip.per_frame, end * clip.per_frame), slice(end * clip.per_frame)
+            places = Places(grid=clip.grid, first=start, frames=end - start, key_frames=np.arange(end), seen=end)
+            here = clip.context
+            if here.inputs is not None:
+                here = dataclasses.replace(here, inputs=_rows_of(here.inputs, rows))
             outputs.append(self.attend(query[:, rows], key[:, seen], value[:, seen], places, here))
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
-    def attend_cache(
-        self,
-        cache: Any,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """See `Attention`. Tokens are put in order first, if the cache is that of a tiled kind."""
         _, height, width = cache.spec.grid
         grid = (cache.capacity, height, width)
@@ -271,8 +250,8 @@ class MaskedAttention(Attention):
 
     def attention_map(
         self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
+        query: Tokens,
+        key: Tokens,
         *,
         grid: Grid,
         causal_block: int | None = None,
@@ -281,7 +260,9 @@ class MaskedAttention(Attention):
         """The map: what comes out for values that are unit vectors."""
         batch, tokens, heads, _ = query.shape
         units = jnp.broadcast_to(jnp.eye(tokens, dtype=query.dtype)[None, :, None], (batch, tokens, heads, tokens))
-        return jnp.moveaxis(self._whole(query, key, units, grid, causal_block, context), 2, 1)
+        self.check(grid, causal_block=causal_block)
+        clip = Clip(grid=grid, causal_block=causal_block, context=context)
+        return jnp.moveaxis(self._by_block(query, key, units, clip), 2, 1)
 
 
 def _rows_of(inputs: Callable[[], Array], rows: slice) -> Callable[[], Array]:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from monarch_jax import MonarchKVCache, flops, monarch_attention
 from monarch_jax.checks import triple
@@ -14,9 +14,12 @@ from monarchrt.models.attention.base import (
     NOWHERE,
     Attention,
     CacheShape,
+    Clip,
     Context,
     Density,
     Grid,
+    Layer,
+    Tokens,
     visible_share,
 )
 
@@ -50,7 +53,7 @@ class MonarchAttention(Attention):
 
     def __post_init__(self):
         if self.tile is not None:
-            object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
+            self._set(tile=triple("tile", self.tile, "(n_f, n_h, n_w)"))
         if not isinstance(self.keep_intermediates, bool):
             raise ValueError(f"keep_intermediates={self.keep_intermediates!r} is not True or False.")
         # On a grid that the tile divides, so that what is wrong on any grid is found here.
@@ -71,26 +74,17 @@ class MonarchAttention(Attention):
         """A tile must divide the grid and lie in one causal block."""
         self.spec(grid or self.tile or (1, 1, 1), causal_block=causal_block)
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """See `Attention`."""
         return monarch_attention(
             query,
             key,
             value,
-            grid=grid,
+            grid=clip.grid,
             tile=self.tile,
             blocks=self.blocks,
             num_iters=self.num_iters,
-            causal_block=causal_block,
+            causal_block=clip.causal_block,
             keep_intermediates=self.keep_intermediates,
             implementation=self.implementation,
         )
@@ -104,14 +98,7 @@ class MonarchAttention(Attention):
         n_f = 1 if self.tile is None else self.tile[0]
         return isinstance(cache, MonarchKVCache) and cache.spec.tile_shape[0] % n_f == 0
 
-    def attend_cache(
-        self,
-        cache: MonarchKVCache,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """See `Attention`. A cache in the order of another tile is rearranged, a layer at a time, unless both agree."""
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):

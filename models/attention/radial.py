@@ -64,15 +64,15 @@ class RadialAttention(MaskedAttention):
         if self.keep is not None and self.decay is not None:
             raise ValueError(f"radial: keep={self.keep} and decay={self.decay} are both given; leave one out.")
         if self.keep is not None:
-            object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+            self._set(keep=check_share(self.name, "keep", self.keep))
         if self.decay is not None:
             decay = self.decay
             if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
                 raise ValueError(f"radial: decay={decay!r} is not a number from 0 on, such as 0.1.")
-            object.__setattr__(self, "decay", float(decay))
+            self._set(decay=float(decay))
         for name in ("block", "frames"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, positive(name, getattr(self, name)))
+                self._set(**{name: positive(name, getattr(self, name))})
 
     @property
     def block_size(self) -> int:

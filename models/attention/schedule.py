@@ -11,17 +11,20 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from monarch_jax.checks import index
 from monarchrt.models.attention.base import (
     NOWHERE,
     Attention,
     CacheShape,
+    Clip,
     Context,
     Density,
     Grid,
+    Layer,
     Number,
+    Tokens,
     mean_density,
     visible_share,
 )
@@ -41,32 +44,15 @@ class _ByLayer(Attention):
             raise ValueError(f"{self}: layer={context.layer} is not known; call self.for_layer(number) first.")
         return self.for_layer(context.layer)
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """As the layer's own setting; its number must be known."""
-        here = self._here(context)
-        return here(query, key, value, grid=grid, causal_block=causal_block, context=context)
+        return self._here(clip.context)(query, key, value, **clip.fields())
 
     def init_cache(self, shape: CacheShape) -> Any:
         """Layers have caches of their own: ValueError."""
         raise ValueError(f"{self} has a cache for each layer's setting; take self.for_layer(number).")
 
-    def attend_cache(
-        self,
-        cache: Any,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """As the layer's own setting; its number must be known."""
         return self._here(context).attend_cache(cache, query, layer=layer, context=context)
 
@@ -84,7 +70,7 @@ class PerLayer(_ByLayer):
     settings: tuple[Attention, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "settings", tuple(self.settings))
+        self._set(settings=tuple(self.settings))
         if not self.settings:
             raise ValueError("per_layer: there are no settings; give one for each layer, such as 30 * dense.")
         for setting in self.settings:
@@ -177,21 +163,9 @@ class _OneThenOther(Attention):
         first, after = self.first.for_layer(layer), self.after.for_layer(layer)
         return first if first == after else dataclasses.replace(self, first=first, after=after)
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """As the kind whose turn it is."""
-        return self._pick(
-            context,
-            lambda kind: kind(query, key, value, grid=grid, causal_block=causal_block, context=context),
-        )
+        return self._pick(clip.context, lambda kind: kind(query, key, value, **clip.fields()))
 
     def init_cache(self, shape: CacheShape) -> Any:
         """The cache of `after` if `first` reads it, or the other way round.
@@ -212,14 +186,7 @@ class _OneThenOther(Attention):
         """What both read."""
         return self.first.reads(cache) and self.after.reads(cache)
 
-    def attend_cache(
-        self,
-        cache: Any,
-        query: Float[Array, "B N n d"],
-        *,
-        layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """As the kind whose turn it is."""
         return self._pick(context, lambda kind: kind.attend_cache(cache, query, layer=layer, context=context))
 
@@ -287,29 +254,18 @@ class FirstBlocks(_OneThenOther):
             )
         return _less(context.block, self.blocks)
 
-    def __call__(
-        self,
-        query: Float[Array, "B N n d"],
-        key: Float[Array, "B N n d"],
-        value: Float[Array, "B N n d"],
-        *,
-        grid: Grid,
-        causal_block: int | None = None,
-        context: Context = NOWHERE,
-    ) -> Float[Array, "B N n d"]:
+    def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """As the kind whose turn it is; a whole clip's first blocks by `first`, which see nothing after them."""
-        if causal_block is None or context.block is not None:
-            return super().__call__(query, key, value, grid=grid, causal_block=causal_block, context=context)
-        frames = min(self.blocks * causal_block, grid[0])
-        parts = []
+        if clip.causal_block is None or clip.context.block is not None:
+            return super().attend_clip(query, key, value, clip)
+        frames = min(self.blocks * clip.causal_block, clip.grid[0])
+        tokens, parts = frames * clip.per_frame, []
         if frames:
-            tokens = frames * grid[1] * grid[2]
             early = (query[:, :tokens], key[:, :tokens], value[:, :tokens])
-            first = self.first.for_frames(grid[0])
-            parts.append(first(*early, grid=(frames, *grid[1:]), causal_block=causal_block, context=context))
-        if frames < grid[0]:
-            out = self.after(query, key, value, grid=grid, causal_block=causal_block, context=context)
-            parts.append(out[:, frames * grid[1] * grid[2] :])
+            part = dataclasses.replace(clip, grid=(frames, *clip.grid[1:]))
+            parts.append(self.first.for_frames(clip.grid[0])(*early, **part.fields()))
+        if frames < clip.grid[0]:
+            parts.append(self.after(query, key, value, **clip.fields())[:, tokens:])
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
@@ -345,6 +301,6 @@ def _check_two(setting: Any, name: str, count: int) -> None:
     count = int(index(name, count))
     if count < 0:
         raise ValueError(f"{setting.name}: {name}={count} must be at least 0.")
-    object.__setattr__(setting, name, count)
+    setting._set(**{name: count})
     for part in ("first", "after"):
         _require_kind(setting.name, part, getattr(setting, part))

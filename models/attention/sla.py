@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from monarch_jax.checks import flag, positive
-from monarchrt.models.attention.base import Context, Density, Grid, Sizes
+from monarchrt.models.attention.base import Context, Density, Grid, Sizes, zero_linear
 from monarchrt.models.attention.masked import (
     MaskedAttention,
     Places,
@@ -52,8 +51,8 @@ class SLAttention(MaskedAttention):
     linear: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
-        object.__setattr__(self, "block", positive("block", self.block))
+        self._set(keep=check_share(self.name, "keep", self.keep))
+        self._set(block=positive("block", self.block))
         flag("linear", self.linear)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
@@ -68,9 +67,7 @@ class SLAttention(MaskedAttention):
         """The projection: [head_dim, head_dim] and a bias, zeros."""
         if not self.linear:
             return None
-        zeros = nnx.initializers.zeros_init()
-        dtypes: dict[str, Any] = {"dtype": jnp.dtype(sizes.dtype), "param_dtype": jnp.dtype(sizes.param_dtype)}
-        return nnx.Linear(sizes.head_dim, sizes.head_dim, kernel_init=zeros, bias_init=zeros, **dtypes, rngs=rngs)
+        return zero_linear(sizes.head_dim, sizes.head_dim, sizes, rngs=rngs)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)

@@ -47,15 +47,15 @@ class SlidingTileAttention(MaskedAttention):
     frames: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "tile", triple("tile", self.tile, "(n_f, n_h, n_w)"))
+        self._set(tile=triple("tile", self.tile, "(n_f, n_h, n_w)"))
         window: Any = self.window
         if isinstance(window, tuple | list) and window and all(isinstance(item, tuple | list) for item in window):
             window = tuple(triple("window", item, "(frames, rows, columns) in tiles") for item in window)
         else:
             window = triple("window", window, "(frames, rows, columns) in tiles")
-        object.__setattr__(self, "window", window)
+        self._set(window=window)
         if self.frames is not None:
-            object.__setattr__(self, "frames", positive("frames", self.frames))
+            self._set(frames=positive("frames", self.frames))
 
     def _windows(self) -> tuple[tuple[int, int, int], ...]:
         """One for all heads, or one for each."""

@@ -67,19 +67,19 @@ class SVGAttention(MaskedAttention):
     frames: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+        self._set(keep=check_share(self.name, "keep", self.keep))
         if isinstance(self.rows, tuple | list):
             rows = tuple(int(index("rows", row)) for row in self.rows)
             if not rows or min(rows) < 0:
                 raise ValueError(f"svg: rows={self.rows} are not numbers of rows from 0 on, or how many to draw.")
-            object.__setattr__(self, "rows", rows)
+            self._set(rows=rows)
         else:
-            object.__setattr__(self, "rows", positive("rows", self.rows))
-        object.__setattr__(self, "seed", int(index("seed", self.seed)))
+            self._set(rows=positive("rows", self.rows))
+        self._set(seed=int(index("seed", self.seed)))
         for name in ("drawn_from", "block"):
-            object.__setattr__(self, name, positive(name, getattr(self, name)))
+            self._set(**{name: positive(name, getattr(self, name))})
         if self.frames is not None:
-            object.__setattr__(self, "frames", positive("frames", self.frames))
+            self._set(frames=positive("frames", self.frames))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
         """Rows must be in every block; the clip must not outgrow `frames`."""

@@ -56,12 +56,12 @@ class SVG2Attention(MaskedAttention):
 
     def __post_init__(self):
         for name in ("query_clusters", "key_clusters", "iterations"):
-            object.__setattr__(self, name, positive(name, getattr(self, name)))
-        object.__setattr__(self, "top_p", check_share(self.name, "top_p", self.top_p))
+            self._set(**{name: positive(name, getattr(self, name))})
+        self._set(top_p=check_share(self.name, "top_p", self.top_p))
         if self.min_keep != 0 or isinstance(self.min_keep, bool):
             check_share(self.name, "min_keep", self.min_keep)
-        object.__setattr__(self, "min_keep", float(self.min_keep))
-        object.__setattr__(self, "seed", int(index("seed", self.seed)))
+        self._set(min_keep=float(self.min_keep))
+        self._set(seed=int(index("seed", self.seed)))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
         """There must be as many tokens as clusters."""

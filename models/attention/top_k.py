@@ -40,7 +40,7 @@ class TopKAttention(MaskedAttention):
     keep: float | int = 0.1
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
+        self._set(keep=check_share(self.name, "keep", self.keep))
 
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from monarch_jax import MonarchKVCache
 from monarch_jax.checks import flag, triple
-from monarchrt.models.attention.base import Attention, CacheShape, Context, Density, Grid, Sizes
+from monarchrt.models.attention.base import Attention, CacheShape, Context, Density, Grid, Sizes, zero_linear
 from monarchrt.models.attention.masked import (
     MaskedAttention,
     Places,
@@ -55,8 +55,8 @@ class VSAttention(MaskedAttention):
     gate: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", check_share(self.name, "keep", self.keep))
-        object.__setattr__(self, "cube", triple("cube", self.cube, "(n_f, n_h, n_w)"))
+        self._set(keep=check_share(self.name, "keep", self.keep))
+        self._set(cube=triple("cube", self.cube, "(n_f, n_h, n_w)"))
         flag("gate", self.gate)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
@@ -74,10 +74,7 @@ class VSAttention(MaskedAttention):
         """The gate: [dim, dim] and a bias, zeros."""
         if not self.gate:
             return None
-        zeros = nnx.initializers.zeros_init()
-        dtypes: dict[str, Any] = {"dtype": jnp.dtype(sizes.dtype), "param_dtype": jnp.dtype(sizes.param_dtype)}
-        width = sizes.num_heads * sizes.head_dim
-        return nnx.Linear(sizes.dim, width, kernel_init=zeros, bias_init=zeros, **dtypes, rngs=rngs)
+        return zero_linear(sizes.dim, sizes.num_heads * sizes.head_dim, sizes, rngs=rngs)
 
     def cubes(self, grid: Grid) -> tuple[int, int, int]:
         """How many cubes there are along each axis."""

@@ -65,15 +65,16 @@ class Gated(Attention):
         gate = context.own(self)(context.inputs())
         return dense + (self.strength * gate[..., None] * mean).astype(dense.dtype)
 
-    def __call__(self, query, key, value, *, grid, causal_block=None, context=NOWHERE):
-        frames, tokens = grid[0], grid[1] * grid[2]
-        ends = [frames if causal_block is None else (i // causal_block + 1) * causal_block for i in range(frames)]
+    def attend_clip(self, query, key, value, clip):
+        (frames, height, width), block = clip.grid, clip.causal_block
+        tokens = height * width
+        ends = [frames if block is None else (i // block + 1) * block for i in range(frames)]
         dense, means = [], []
         for frame, end in enumerate(ends):
             rows = slice(frame * tokens, (frame + 1) * tokens)
             dense.append(softmax_attention(query[:, rows], key[:, : end * tokens], value[:, : end * tokens]))
             means.append(jnp.broadcast_to(value[:, : end * tokens].mean(1, keepdims=True), dense[-1].shape))
-        return self._out(jnp.concatenate(dense, 1), jnp.concatenate(means, 1), context)
+        return self._out(jnp.concatenate(dense, 1), jnp.concatenate(means, 1), clip.context)
 
     def init_cache(self, shape):
         inner = MonarchKVCache.init(**shape.fields())
