@@ -342,8 +342,9 @@ class Attention(abc.ABC):
         if causal_block is not None and causal_block < 1:
             raise ValueError(f"causal_block={causal_block} must be at least 1, or None for attention to all frames.")
         clip = Clip(grid=grid, causal_block=causal_block, context=context)
-        if query.shape[1] != clip.tokens:
-            raise ValueError(f"query has {query.shape[1]} tokens; grid={grid} has {clip.tokens}.")
+        for name, tokens in {"query": query, "key": key, "value": value}.items():
+            if tokens.shape[1] != clip.tokens:
+                raise ValueError(f"{name} has {tokens.shape[1]} tokens; grid={grid} has {clip.tokens}.")
         self.check(grid, causal_block=causal_block)
         return self.attend_clip(query, key, value, clip)
 
