@@ -102,12 +102,14 @@ def wan_defaults(source: "Source") -> Defaults:
         source: The opened checkpoint.
 
     Returns:
-        The defaults; distilled models are causal, though Self-Forcing's files do not say so.
+        The defaults; distilled models are causal where nothing says of how they were trained, as Self-Forcing's are.
     """
     own = _as_trained(source)
-    if source.few_step:
-        return Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True, **own)
     causal = source.config.causal_block is not None
+    if source.few_step:
+        causal = causal or source.trained is None or source.trained.steps is None
+        mode = "autoregressive" if causal else "bidirectional"
+        return Defaults(mode=mode, sampler="few-step", distilled=True, causal=causal, **own)
     with contextlib.suppress(ValueError):  # of a scheduler that we have not, which the caller is told of
         if (scheduler := source.scheduler) is not None:
             own = {"sampler": scheduler.sampler, "shift": scheduler.shift, "shift_from": scheduler.path.name} | own

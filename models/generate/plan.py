@@ -32,7 +32,7 @@ class Defaults:
         width: In pixels.
         fps: Frames per second.
         sampler: In this mode.
-        steps: Calls of the network; None: the sampler's own number.
+        steps: Calls of the network, or of few-step their list; None: the sampler's own number.
         shift: Of the noise levels.
         guidance: Of samplers that are not few-step.
         window: In mode windows.
@@ -47,7 +47,7 @@ class Defaults:
     width: int = 832
     fps: float = 16.0
     sampler: str = "unipc"
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     shift: float = 5.0
     guidance: float = 5.0
     window: int | None = None
@@ -200,11 +200,11 @@ def make_plan(
 def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows) -> tuple[str, ...]:
     """How it will be sampled; and what of it the checkpoint is not known to be made for."""
     table = settings.table()
-    steps = f"{table.steps} steps" if isinstance(settings.steps, int) or settings.steps is None else settings.steps
+    listed = f" ({' '.join(map(str, settings.steps))})" if isinstance(settings.steps, tuple) else ""
     said = f" (of {defaults.shift_from})" if defaults.shift_from and settings.shift == defaults.shift else ""
     grid = "; noise levels on Wan's grid, from which diffusers' differs a little" if defaults.shift_from else ""
     guidance = "no guidance" if settings.guidance == 1.0 else f"guidance {settings.guidance:g}"
-    notes = [f"sampler {config.sampler}: {steps}, shift {settings.shift:g}{said}, {guidance}{grid}"]
+    notes = [f"sampler {config.sampler}: {table.steps} steps{listed}, shift {settings.shift:g}{said}, {guidance}{grid}"]
     if config.sampler == "few-step" and defaults.distilled is False:
         notes.append(
             "note: nothing says that this checkpoint is distilled, and few steps of one that is not give a blur; "

@@ -33,14 +33,14 @@ class Generation:
         shift: Of the noise levels.
         level_per_frame: Whether it was trained with a level per frame, and can continue a video in windows.
         sampler: As its option.
-        steps: Of the sampler.
+        steps: Of the sampler: how many, or of few-step the list that it was distilled at, such as (1000, 757, 522).
         latents: Shape (F, h, w) of a sample that it was trained on; None: files written before do not say.
     """
 
     shift: float = 5.0
     level_per_frame: bool = False
     sampler: str = "euler"
-    steps: int = 20
+    steps: int | tuple[int, ...] = 20
     latents: tuple[int, int, int] | None = None
 
 
@@ -169,7 +169,7 @@ def read_run(path: Path) -> RunSettings:
         if not isinstance(table, dict):
             raise UserError(f"{where} is not that of a run: {name} is {table!a:.60}; it must be a table of settings")
     model, objective = tables["model"], tables["objective"]
-    given = tables[GENERATION] if GENERATION in values else _of_the_flow(objective)
+    given = _with_list(tables[GENERATION], objective) if GENERATION in values else _of_the_flow(objective)
     attention, overrides = model.get("attention", SHORT), model.get("overrides", [])
     if not isinstance(attention, str) or not isinstance(overrides, list) or not isinstance(model.get("preset"), str):
         raise UserError(f"{where} is not that of a run: its model has no preset, overrides and attention")
@@ -217,6 +217,13 @@ def _of_the_flow(objective: dict[str, Any]) -> dict[str, Any]:
     """How the network of a run is sampled that does not say so: there was no objective but the flow's then."""
     shift = {"shift": objective["shift"]} if "shift" in objective else {}
     return shift | {"level_per_frame": objective.get("frames_per_level") is not None}
+
+
+def _with_list(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
+    """With the list of a student's steps, of which runs written before say only how many there are."""
+    steps = objective.get("student_steps")
+    same = isinstance(steps, list) and generation.get("sampler") == "few-step" and generation.get("steps") == len(steps)
+    return generation | ({"steps": steps} if same else {})
 
 
 def _table[T](kind: type[T], values: dict[str, Any], where: Path) -> T:

@@ -40,7 +40,8 @@ def report(lora: LoRA) -> list[str]:
         stored = settings.attention_from_json(lora.settings, where=f"the header of {lora.path}")
         attention = stored.get("attention")
         lines["attention"] = to_text(attention) if attention is not None else "not said"
-        lines["sampling"] = "few-step" if settings.few_step_from_json(lora.settings) else "many steps"
+        trained = settings.trained_from_json(lora.settings, where=f"the header of {lora.path}")
+        lines["sampling"] = settings.describe_sampling(settings.few_step_from_json(lora.settings), trained)
     return [f"{name:<12}{value}" for name, value in lines.items()]
 
 

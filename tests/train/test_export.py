@@ -141,7 +141,8 @@ def test_what_is_stored_is_checked(trained_on_latents, tmp_path):
     made = tmp_path / "made"
     assert main(["convert", str(trained_on_latents), str(made)]) == 0
     values = json.loads((made / "config.json").read_text())
-    for wrong in (3, {"latents": [1, 2]}, {"latents": [0, 2, 3]}, {"shift": -1}, {"shift": "5"}, {"steps": 10**9}):
+    sizes = ({"latents": [1, 2]}, {"latents": [0, 2, 3]})
+    for wrong in (3, *sizes, {"shift": -1}, {"shift": "5"}, {"steps": [1, 2]}, {"steps": 10**9}):
         values["monarch"]["trained"] = wrong
         (made / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=r"config.json: the entry 'trained' of 'monarch' cannot be read"):

@@ -176,7 +176,7 @@ def test_sampling_that_does_not_suit_the_checkpoint_is_said(baseline, tmp_path, 
     few = ["--sampler", "few-step", "--steps", "1000", "500", "--out", tmp_path / "a.mp4"]
     assert generate("--checkpoint", baseline, *QUICK[:4], "--zoom", "1", *few) == 0
     said = capsys.readouterr().err
-    assert "sampler few-step: (1000, 500), shift" in said
+    assert "sampler few-step: 2 steps (1000 500), shift" in said
     assert "note: nothing says that this checkpoint is distilled" in said
 
 

@@ -130,7 +130,7 @@ class ODEConfig(ObjectiveSettings):
     @property
     def generation(self) -> Generation:
         """The student's steps."""
-        return Generation(shift=self.shift, sampler="few-step", steps=len(self.student_steps))
+        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
@@ -203,7 +203,7 @@ class DMDConfig(ObjectiveSettings):
     @property
     def generation(self) -> Generation:
         """The student's steps."""
-        return Generation(shift=self.shift, sampler="few-step", steps=len(self.student_steps))
+        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class CheckpointInfo:
             if self.config_path is None
             else str(self.config_path),
             "attention": self.attention,
-            "sampling": "few-step" if self.few_step else "many steps",
+            "sampling": settings.describe_sampling(self.few_step, self.trained),
             "parameters": f"{self.parameters:,}",
             "dtype": ", ".join(f"{name} ({count} tensors)" for name, count in self.dtypes.items()),
             "tensors": f"{self.tensors} of {self.expected}",

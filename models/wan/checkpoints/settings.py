@@ -61,12 +61,12 @@ class Trained:
     Attributes:
         latents: Shape (F, h, w) of a sample.
         shift: Of the noise levels.
-        steps: Of a model of few steps.
+        steps: Of a model of few steps: their list, such as (1000, 757, 522), or as written before how many even ones.
     """
 
     latents: tuple[int, int, int] | None = None
     shift: float | None = None
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
 
 
 def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | None:
@@ -88,10 +88,21 @@ def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | N
         isinstance(latents, list) and len(latents) == 3 and all(type(n) is int and 0 < n <= MAX_SIZE for n in latents)
     )
     number = shift is None or (type(shift) in (int, float) and 0 < shift < math.inf)
-    count = steps is None or (type(steps) is int and 0 < steps <= 1000)
+    count = steps is None or (type(steps) is int and 0 < steps <= 1000) or _falling(steps)
     if not (whole and number and count and isinstance(stored, dict)):
         raise ValueError(f"{where}: the entry 'trained' of {OWN_KEY!r} cannot be read: {stored!r:.100}.")
-    return Trained(latents=None if latents is None else tuple(latents), shift=shift, steps=steps)
+    return Trained(
+        latents=None if latents is None else tuple(latents),
+        shift=shift,
+        steps=tuple(steps) if isinstance(steps, list) else steps,
+    )
+
+
+def _falling(steps: object) -> bool:
+    """Whether a JSON value is a list of a student's steps, from at most 1000 down to at least 1."""
+    if not isinstance(steps, list) or not steps or any(type(step) is not int for step in steps):
+        return False
+    return steps == sorted(set(steps), reverse=True) and steps[0] <= 1000 and steps[-1] > 0
 
 
 def describes_model(data: dict[str, Any]) -> bool:
@@ -241,6 +252,18 @@ def own_to_json(config: WanConfig, *, few_step: bool, trained: Trained | None = 
 def few_step_from_json(data: dict[str, Any] | None) -> bool:
     """Whether `own_to_json` stored that the weights are distilled; a dictionary that `attention_from_json` took."""
     return data is not None and data.get("few_step") is True
+
+
+def describe_sampling(few_step: bool, trained: Trained | None) -> str:
+    """How weights are to be sampled, and the steps of a model of few.
+
+    Examples:
+        >>> describe_sampling(True, Trained(steps=(1000, 757, 522)))
+        'few-step, 1000 757 522'
+    """
+    steps = None if trained is None else trained.steps
+    listed = f", {' '.join(map(str, steps))}" if isinstance(steps, tuple) else ""
+    return f"few-step{listed}" if few_step else "many steps"
 
 
 def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:
