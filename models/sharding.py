@@ -1,30 +1,195 @@
-"""What several devices ask of a network: that its activations stay split along the batch, whatever its weights are."""
+"""Where arrays live on a mesh of devices: logical axes of parameters and activations, and one table of rules.
+
+The axes of the mesh are those of `monarchrt.models.mesh`. A network names what its axes are (`constrain`); `RULES` says
+which axes of the mesh split them. Without a mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing is done.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
-BATCH_AXIS = "data"  # of the mesh
+from monarchrt.models.mesh import AXES, MeshShape
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("heads",),  # of a frame, outside of attention
+    "heads": ("heads",),  # inside
+    "weights": ("fsdp",),
+}
+ANY = "any"  # an axis that the compiler splits as it likes
+BATCH_AXIS = "data"
+WHOLE_WEIGHTS = "whole_weights"  # name of gathered weights, which are no residuals
+LONG = 64  # numbers along each axis of a matrix that is worth a collective
+type Logical = str | None
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a shape; neighbours along heads, which exchange most, are neighbours among the devices.
+
+    Args:
+        shape: Devices along each axis.
+        devices: As many; None takes all of all processes.
+    """
+    found = np.array(jax.devices() if devices is None else list(devices))
+    return Mesh(found.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str, ...]:
+    """Axes of the mesh that split a logical axis: as many of its rule's, in order, as divide it."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    found: tuple[str, ...] = ()
+    for axis in RULES.get(name or "", ()):
+        if types.get(axis) is not AxisType.Auto:
+            continue
+        if size % math.prod(mesh.shape[x] for x in (*found, axis)) == 0:
+            found = (*found, axis)
+    return tuple(axis for axis in found if mesh.shape[axis] > 1)
+
+
+def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], logical: Sequence[Logical]) -> PartitionSpec:
+    """How an array of logical axes is split; those that the rules do not name are whole."""
+    entries: list[Any] = []
+    for size, name in zip(shape, logical, strict=True):
+        axes = mesh_axes(mesh, name, size)
+        entries.append(PartitionSpec.UNCONSTRAINED if name == ANY else axes or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
+    """Splits an array over the mesh that is set, by its logical axes; leaves it alone if there is none.
+
+    Examples:
+        >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
+        (2, 3)
+    """
+    mesh = get_abstract_mesh()
+    if not _auto(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(mesh, x.shape, logical))
 
 
 def split_batch[Tree](tree: Tree) -> Tree:
-    """Keeps the first axis of each array split over the mesh axis "data".
+    """Keeps the first axis of each array split along the batch, whatever the weights are.
 
-    Without it the compiler may gather activations rather than weights that are split along the same mesh axis. Does
-    nothing unless a mesh with that axis is set (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) and divides the
-    array's first axis.
+    Without it the compiler may gather activations rather than weights that are split along the same mesh axis.
 
     Examples:
         >>> split_batch(jax.numpy.ones((2, 3))).shape
         (2, 3)
     """
+    return jax.tree.map(lambda x: constrain(x, "batch", *(ANY,) * (x.ndim - 1)), tree)
+
+
+def parts(name: Logical, size: int) -> int:
+    """Parts that a logical axis of this size is split in, on the mesh that is set; 1 without one."""
     mesh = get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(BATCH_AXIS) is not AxisType.Auto:
-        return tree
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, name, size)) if _auto(mesh) else 1
 
-    def split(x):
-        if x.shape[0] % mesh.shape[BATCH_AXIS]:
+
+def weight_axes(shape: Sequence[int]) -> tuple[Logical, ...]:
+    """Logical axes of a parameter, by its shape: the longest axis of a matrix is "weights"; vectors and tables have none.
+
+    The first axis of three or more is never it, for layers are stacked there.
+
+    Examples:
+        >>> weight_axes((30, 1536, 8960)), weight_axes((30, 6, 1536)), weight_axes((30, 1536))
+        ((None, None, 'weights'), (None, None, None), (None, None))
+    """
+    axes = _long_axes(shape)
+    return tuple("weights" if axes and axis == axes[0] else None for axis in range(len(shape)))
+
+
+def weight_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> PartitionSpec:
+    """How a parameter, or what the optimizer keeps of it, is split.
+
+    Where its longest axis cannot be split evenly, a shorter one is.
+    """
+    for axis in _long_axes(shape):
+        if found := mesh_axes(mesh, "weights", shape[axis]):
+            return PartitionSpec(*(None,) * axis, found if len(found) > 1 else found[0])
+    return PartitionSpec()
+
+
+def _long_axes(shape: Sequence[int]) -> list[int]:
+    """Axes of a matrix that may be split, the longest first; none unless there are two, the layers not counted."""
+    first = int(len(shape) > 2)
+    axes = [axis for axis in range(first, len(shape)) if shape[axis] >= LONG]
+    return sorted(axes, key=lambda axis: -shape[axis]) if len(axes) > 1 else []
+
+
+def weight_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """`weight_spec` on the devices of a mesh."""
+    return NamedSharding(mesh, weight_spec(mesh, shape))
+
+
+def whole[Tree](weights: Tree, *, dtype: Any = None) -> Tree:
+    """Parameters gathered where this is called, once, so that no loop inside gathers them again.
+
+    Their gradients come back split, summed over the devices. Nothing is done without a mesh that splits weights.
+
+    Args:
+        weights: A tree of parameters, or a module.
+        dtype: What they are computed in: it is what travels. Values are then rounded to it; their dtype stays.
+    """
+    if not splits_weights():
+        return weights
+    if isinstance(weights, nnx.Module):
+        graph, state = nnx.split(weights)
+        return nnx.merge(graph, whole(state, dtype=dtype))  # type: ignore[return-value]
+
+    def one(x: jax.Array) -> jax.Array:
+        if not any(weight_spec(get_abstract_mesh(), x.shape)):
             return x
-        rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXIS, *rest))
+        narrow = None if dtype is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize else jnp.dtype(dtype)
+        return checkpoint_name(_gathered(x, narrow), WHOLE_WEIGHTS)
 
-    return jax.tree.map(split, tree)
+    return jax.tree.map(one, weights)
+
+
+def splits_weights() -> bool:
+    """Whether the mesh that is set splits weights."""
+    mesh = get_abstract_mesh()
+    return _auto(mesh) and any(mesh.shape.get(axis, 1) > 1 for axis in RULES["weights"])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, narrow: Any) -> jax.Array:
+    split = weight_spec(get_abstract_mesh(), x.shape)
+    sent = x if narrow is None else jax.lax.with_sharding_constraint(x.astype(narrow), split)
+    return jax.lax.with_sharding_constraint(sent, PartitionSpec(*(None,) * x.ndim)).astype(x.dtype)
+
+
+def _gathered_fwd(x: jax.Array, narrow: Any) -> tuple[jax.Array, None]:
+    return _gathered(x, narrow), None
+
+
+def _gathered_bwd(narrow: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # the transpose of the gather: each device keeps its part of the sum
+    return (jax.lax.with_sharding_constraint(gradient, weight_spec(get_abstract_mesh(), gradient.shape)),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def no_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint` that keeps all residuals but gathered weights and what is only another form of them.
+
+    Without it a pass would hold the weights of all layers whole.
+    """
+    if primitive.name == "name":
+        return params["name"] != WHOLE_WEIGHTS
+    return primitive.name not in ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")
+
+
+def _auto(mesh: Any) -> bool:
+    """Whether there is a mesh whose axes the compiler deals with."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return any(types.get(axis) is AxisType.Auto for axis in AXES)

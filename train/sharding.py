@@ -1,6 +1,5 @@
-"""Where a run's arrays live: the batch split over the devices, the state copied to all of them or split as well."""
+"""Where a run's arrays live: the batch split over a mesh of devices, the state copied to all of them or split as well."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,25 +7,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from monarchrt.models.errors import UserError
-from monarchrt.models.sharding import BATCH_AXIS
-
-LONG = 64  # an axis that may be split; the layers, stacked along the first, are fewer
+from monarchrt.models.mesh import MeshShape, mesh_shape
+from monarchrt.models.sharding import make_mesh, partition, weight_sharding
 
 
 class Placement:
-    """Data parallelism over the local devices, along one mesh axis, "data".
+    """A mesh of devices, and where on it a batch and a state live.
 
     Args:
-        batch: Samples per step; the devices must divide it.
+        batch: Samples per step; the devices along data and fsdp must divide it.
         accumulation: Parts that the batch is processed in.
-        state: "replicated": every device holds the whole state. "fsdp": each array is split along its longest axis
-            that the devices divide, and gathered by the compiler where it is needed, layer by layer; arrays without a
-            long one are copied.
+        mesh: Axes and their devices, as `monarchrt.models.mesh.MeshShape` reads them; None is the short form `state`.
+        state: Without `mesh`: all devices along "data", each with the whole state ("replicated"), or along "fsdp",
+            where matrices are split and gathered layer by layer, once in a pass.
         devices: Devices to use; None takes all.
 
     Raises:
-        UserError: If the devices do not divide a part of the batch.
+        UserError: If the mesh is not of as many devices, or does not divide a part of the batch.
 
     Examples:
         >>> placement = Placement(batch=4, devices=jax.local_devices()[:1])
@@ -39,17 +36,14 @@ class Placement:
         *,
         batch: int,
         accumulation: int = 1,
+        mesh: str | None = None,
         state: Literal["replicated", "fsdp"] = "replicated",
         devices: Sequence[Any] | None = None,
     ):
-        devices = list(devices) if devices is not None else jax.local_devices()
-        if batch % (len(devices) * accumulation):
-            raise UserError(
-                f"batch is {batch}, which {len(devices)} devices times accumulation {accumulation} do not divide; "
-                f"use a multiple of {len(devices) * accumulation}"
-            )
-        self.mesh = Mesh(np.array(devices), (BATCH_AXIS,))
-        self._split = state == "fsdp"
+        devices = list(devices) if devices is not None else jax.devices()
+        self.shape: MeshShape = mesh_shape(mesh, devices=len(devices), sharding=state)
+        self.shape.check_batch(batch, accumulation=accumulation)
+        self.mesh: Mesh = make_mesh(self.shape, devices)
 
     def shardings[Tree](self, state: Tree) -> Tree:
         """The sharding of each array of a state, or of a part of one."""
@@ -59,16 +53,16 @@ class Placement:
         """Splits every array's first axis over the devices; scalars go to all."""
 
         def place(leaf: Any) -> NamedSharding:
-            return NamedSharding(self.mesh, PartitionSpec(*(BATCH_AXIS,) * bool(np.ndim(leaf))))
+            shape = np.shape(leaf)
+            logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
+            return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
 
         return jax.device_put(batch, jax.tree.map(place, batch))
 
+    def everywhere(self) -> NamedSharding:
+        """Of an array that every device has whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of an array of the state."""
-        count = self.mesh.size
-        axes = [axis for axis, size in enumerate(shape) if size >= max(count, LONG) and size % count == 0]
-        # arrays of a few numbers are not worth a collective
-        if not self._split or not axes or math.prod(shape) < 128 * count:
-            return NamedSharding(self.mesh, PartitionSpec())
-        longest = max(axes, key=lambda axis: shape[axis])
-        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, BATCH_AXIS))
+        return weight_sharding(self.mesh, shape)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
-from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized
+from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, split_tokens, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 
@@ -118,7 +118,7 @@ def cross_keys_values(
     graph, state = nnx.split(model.blocks)
 
     def of_layer(_, layer):
-        return None, nnx.merge(graph, layer).cross_attn.keys_values(*context)
+        return None, nnx.merge(graph, whole_layer(layer, model.config)).cross_attn.keys_values(*context)
 
     return jax.lax.scan(of_layer, None, state)[1]
 
@@ -179,7 +179,7 @@ def cached_forward(
         layers, cross = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
 
         def run_block(x, layer, cross, attention):
-            block_of_layer = nnx.merge(graph, layer)
+            block_of_layer = nnx.merge(graph, whole_layer(layer, config))
 
             def attend(query, key, value):
                 inputs = partial(block_of_layer.attention_inputs, x, tokens.time_projection)
@@ -187,7 +187,7 @@ def cached_forward(
                 return attention(query, key, value, Context(step=step, block=block, inputs=inputs, modules=modules))
 
             recompute = config.remat == "full"
-            return block_of_layer(x, tokens.time_projection, rope, cross, attend, recompute=recompute)
+            return split_tokens(block_of_layer(x, tokens.time_projection, rope, cross, attend, recompute=recompute))
 
         x, past = through(run_block, x, (layers, cross), past, run, start, config)
         written.append(dataclasses.replace(past, length=None))

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Real
 from monarch_jax.contract import SAVED
 from monarchrt.models.attention.base import Attention, Context, Grid, Number
 from monarchrt.models.attention.blocks import attend_blocks
-from monarchrt.models.sharding import split_batch
+from monarchrt.models.sharding import constrain, no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
@@ -164,18 +164,22 @@ class WanModel(nnx.Module):
         """Tokens and the timestep embedding."""
         config = self.config
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
-        time = self.time_embedding(sinusoid(per_frame, config.freq_dim))
+        time = whole(self.time_embedding)(sinusoid(per_frame, config.freq_dim))
+
+        def project(time):
+            return whole(self.time_projection)(jax.nn.silu(time))
+
         # recomputed, or else its float32 weights are kept from the forward to the backward pass
-        project = self.time_projection if config.remat == "none" else jax.checkpoint(self.time_projection)
-        projection = project(jax.nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
-        return split_batch(Tokens(self.patch_embedding(latents), time, projection))
+        project = project if config.remat == "none" else jax.checkpoint(project)
+        projection = project(time).reshape(*time.shape[:2], 6, config.dim)
+        x = whole(self.patch_embedding, dtype=config.dtype)(latents)
+        return Tokens(split_tokens(x), *split_batch((time, projection)))
 
     def embed_context(self, text: Array, image: Array | None = None) -> CrossInputs:
         """The text, zero-padded to `text_len` rows, and the image, at the model's width."""
         padded = jnp.pad(text, ((0, 0), (0, self.config.text_len - text.shape[1]), (0, 0)))
-        return split_batch(
-            CrossInputs(self.text_embedding(padded), None if image is None else self.image_embedding(image))
-        )
+        text = whole(self.text_embedding, dtype=self.config.dtype)(padded)
+        return split_batch(CrossInputs(text, None if image is None else whole(self.image_embedding)(image)))
 
     def run_blocks(
         self,
@@ -198,7 +202,7 @@ class WanModel(nnx.Module):
 
             def body(x, layer, setting=run.setting):
                 layer, number = layer
-                block = nnx.merge(graph, layer)
+                block = nnx.merge(graph, whole_layer(layer, config))
                 keys_values = block.cross_attn.keys_values(*context)
 
                 def attention(query, key, value):
@@ -208,7 +212,7 @@ class WanModel(nnx.Module):
 
                 recompute = config.remat == "full"
                 x = block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute)
-                return split_batch(x), None
+                return split_tokens(x), None
 
             stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
             x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
@@ -216,9 +220,10 @@ class WanModel(nnx.Module):
 
     def run_head(self, x: Array, time: Array) -> Array:
         """The head; with `remat` the gradients of its parameters come before those of the blocks."""
+        head = whole(self.head)
         if self.config.remat == "none":
-            return self.head(x, time)
-        graph, state = nnx.split(self.head)
+            return head(x, time)
+        graph, state = nnx.split(head)
         # a barrier in the backward pass too, where it holds back the gradient of x until all others are there
         state, x, time = jax.lax.optimization_barrier((state, x, time))
         return nnx.merge(graph, state)(x, time)
@@ -350,28 +355,23 @@ def attend_clip(
     return attend_blocks(setting, query, key, value, past=(key, value), grid=grid, sizes=sizes, context=context)
 
 
+def split_tokens(x: Array) -> Array:
+    """The residual stream, [B, F, h*w, D], split along the batch and the tokens of a frame where a mesh says so."""
+    return constrain(x, "batch", None, "tokens", None)
+
+
+def whole_layer(layer: Any, config: WanConfig) -> Any:
+    """The parameters of a layer, gathered where the mesh splits them: at the entry of the block, before its loops."""
+    own = [(path, leaf) for path, leaf in nnx.to_flat_state(layer)]
+    made = [PLACE in path for path, _ in own]  # kinds may compute theirs in another dtype
+    return nnx.from_flat_state([
+        (path, whole(leaf, dtype=None if kind else config.dtype)) for (path, leaf), kind in zip(own, made, strict=True)
+    ])
+
+
 def rematerialized(body, config: WanConfig):
     """The body of a scan over layers, recomputed in the backward pass as `config.remat` says."""
     if config.remat == "none":
-        return body
+        # of gathered weights nothing is kept for the backward pass, which gathers them again
+        return jax.checkpoint(body, policy=no_whole_weights, prevent_cse=False) if splits_weights() else body
     return jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-
-
-def count_parameters(model: WanModel | WanConfig) -> int:
-    """Number of parameters, without allocating any for a configuration.
-
-    Examples:
-        >>> from monarchrt.models.wan import wan_config
-        >>> count_parameters(wan_config("wan2.1-t2v-1.3b"))
-        1418996800
-
-    Args:
-        model: A model or a configuration.
-
-    Returns:
-        The count.
-    """
-    if isinstance(model, WanConfig):
-        config = model
-        model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.broadcasting import along_last
+from monarchrt.models.sharding import constrain, parts
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
 
@@ -92,12 +93,24 @@ class SelfAttention(nnx.Module):
     def qkv(
         self, x: Float[Array, "B F S D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
-        """Rotated queries and keys, and values, over the flattened tokens."""
+        """Rotated queries and keys, and values, over the flattened tokens: on a mesh, of the heads that a device has."""
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
-        merge = partial(rearrange, pattern="b f s n d -> b (f s) n d")
         query = rotate(split(self.norm_q(self.q(x))), *rope)
         key = rotate(split(self.norm_k(self.k(x))), *rope)
-        return merge(query), merge(key), merge(split(self.v(x)))
+        return tokens_to_heads(query), tokens_to_heads(key), tokens_to_heads(split(self.v(x)))
+
+
+def tokens_to_heads(x: Float[Array, "B F S n d"]) -> Float[Array, "B N n d"]:
+    """Tokens in one axis; on a mesh, split along the heads instead of a frame's tokens (an exchange, as in Ulysses)."""
+    x = constrain(constrain(x, "batch", None, "tokens", None, None), "batch", None, None, "heads", None)
+    return rearrange(x, "b f s n d -> b (f s) n d")
+
+
+def heads_to_tokens(x: Float[Array, "B N n d"], frames: int) -> Float[Array, "B F S D"]:
+    """The way back, by frame and at the width of the residual stream."""
+    x = rearrange(x, "b (f s) n d -> b f s n d", f=frames)
+    x = constrain(constrain(x, "batch", None, None, "heads", None), "batch", None, "tokens", None, None)
+    return rearrange(x, "b f s n d -> b f s (n d)")
 
 
 class CrossAttention(nnx.Module):
@@ -125,9 +138,11 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values."""
-        query = rearrange(self.norm_q(self.q(x)), "b f s (n d) -> b (f s) n d", n=self.num_heads)
+        # tokens in an order whose parts are those of a mesh's devices; each attends for itself
+        order = "b (f s) n d" if parts("tokens", x.shape[2]) == 1 else "b (s f) n d"
+        query = rearrange(self.norm_q(self.q(x)), f"b f s (n d) -> {order}", n=self.num_heads)
         out = [softmax_attention(query, key, value) for key, value in keys_values]
-        return self.o(sum(out[1:], start=out[0]).reshape(x.shape))
+        return self.o(rearrange(sum(out[1:], start=out[0]), f"{order} -> b f s (n d)", f=x.shape[1]))
 
 
 class WanBlock(nnx.Module):
@@ -194,7 +209,7 @@ class WanBlock(nnx.Module):
 
         if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
             project = jax.checkpoint(project)
-        out = attend(*project(x, shift, scale)).reshape(x.shape)
+        out = heads_to_tokens(attend(*project(x, shift, scale)), x.shape[1])
         if groups > 1:
             return self.after_attention_by_groups(x, out, after, keys_values, groups)
         return self.after_attention(x, out, after, keys_values)
@@ -253,6 +268,7 @@ def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:
         1
     """
     batch, frames, tokens, _ = shape
+    batch, tokens = batch // parts("batch", batch), tokens // parts("tokens", tokens)  # of one device
     size = batch * frames * tokens * hidden * dtype.itemsize
     return next((n for n in range(1, frames) if frames % n == 0 and size <= n * HIDDEN_BYTES), frames)
 
