@@ -95,7 +95,7 @@ def parts(name: Logical, size: int) -> int:
 
 
 def weight_axes(shape: Sequence[int]) -> tuple[Logical, ...]:
-    """Logical axes of a parameter, by its shape: the longest axis of a matrix is "weights"; vectors and tables have none.
+    """Logical axes of a parameter, by its shape: the longest axis of a matrix is "weights"; vectors have none.
 
     The first axis of three or more is never it, for layers are stacked there.
 

@@ -1,4 +1,4 @@
-"""Where a run's arrays live: the batch split over a mesh of devices, the state copied to all of them or split as well."""
+"""Where a run's arrays live: the batch split over a mesh of devices, the state copied to all or split as well."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

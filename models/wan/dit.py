@@ -375,3 +375,23 @@ def rematerialized(body, config: WanConfig):
         # of gathered weights nothing is kept for the backward pass, which gathers them again
         return jax.checkpoint(body, policy=no_whole_weights, prevent_cse=False) if splits_weights() else body
     return jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+
+def count_parameters(model: WanModel | WanConfig) -> int:
+    """Number of parameters, without allocating any for a configuration.
+
+    Examples:
+        >>> from monarchrt.models.wan import wan_config
+        >>> count_parameters(wan_config("wan2.1-t2v-1.3b"))
+        1418996800
+
+    Args:
+        model: A model or a configuration.
+
+    Returns:
+        The count.
+    """
+    if isinstance(model, WanConfig):
+        config = model
+        model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -93,7 +93,7 @@ class SelfAttention(nnx.Module):
     def qkv(
         self, x: Float[Array, "B F S D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
-        """Rotated queries and keys, and values, over the flattened tokens: on a mesh, of the heads that a device has."""
+        """Rotated queries and keys, and values, over the flattened tokens; on a mesh, split along the heads."""
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
         query = rotate(split(self.norm_q(self.q(x))), *rope)
         key = rotate(split(self.norm_k(self.k(x))), *rope)
