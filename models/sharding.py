@@ -6,7 +6,7 @@ which axes of the mesh split them. Without a mesh (`jax.set_mesh`, `jax.sharding
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,6 +154,48 @@ def whole[Tree](weights: Tree, *, dtype: Any = None) -> Tree:
     return jax.tree.map(one, weights)
 
 
+def on_each_device(
+    fn: Callable[..., jax.Array],
+    weights: Any,
+    arrays: Sequence[Any],
+    logical: Sequence[tuple[Logical, ...]],
+) -> jax.Array:
+    """fn(weights, *arrays) on every device's part, where parts are independent of each other: without collectives.
+
+    The gradients of the weights are summed over the devices once, after all of `fn`: a loop in it, whose parts the
+    compiler would else sum one by one, sums none.
+
+    Args:
+        fn: Gives an array that is split as the first of `arrays`.
+        weights: A tree of arrays that are whole on every device.
+        arrays: Trees of arrays.
+        logical: The logical axes of the arrays of each of them.
+
+    Returns:
+        The array.
+    """
+    mesh = get_abstract_mesh()
+    if not _auto(mesh):
+        return fn(weights, *arrays)
+    specs = [
+        jax.tree.map(lambda x, names=names: partition(mesh, x.shape, names), tree)
+        for tree, names in zip(arrays, logical, strict=True)
+    ]
+    axes = tuple(axis for entry in specs[0] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+    if not axes:
+        return fn(weights, *arrays)
+
+    def vary(x: jax.Array) -> jax.Array:  # where it is not split, its gradient is summed here
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    def run(*given: Any) -> jax.Array:
+        return fn(*jax.tree.map(vary, given))
+
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), weights)
+    return jax.shard_map(run, mesh=mesh, in_specs=(everywhere, *specs), out_specs=specs[0])(weights, *arrays)
+
+
 def splits_weights() -> bool:
     """Whether the mesh that is set splits weights."""
     mesh = get_abstract_mesh()
@@ -186,6 +228,10 @@ def no_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     """
     if primitive.name == "name":
         return params["name"] != WHOLE_WEIGHTS
+    if primitive.name == "custom_vjp_call":
+        return any(no_whole_weights(step.primitive, **step.params) for step in params["call_jaxpr"].eqns)
+    if primitive.name == "sharding_constraint":  # to be whole on every device, as only weights are
+        return not params["sharding"].is_fully_replicated
     return primitive.name not in ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")
 
 

@@ -364,9 +364,12 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
     """The parameters of a layer, gathered where the mesh splits them: at the entry of the block, before its loops."""
     own = [(path, leaf) for path, leaf in nnx.to_flat_state(layer)]
     made = [PLACE in path for path, _ in own]  # kinds may compute theirs in another dtype
-    return nnx.from_flat_state([
-        (path, whole(leaf, dtype=None if kind else config.dtype)) for (path, leaf), kind in zip(own, made, strict=True)
-    ])
+    return nnx.from_flat_state(
+        [
+            (path, whole(leaf, dtype=None if kind else config.dtype))
+            for (path, leaf), kind in zip(own, made, strict=True)
+        ]
+    )
 
 
 def rematerialized(body, config: WanConfig):

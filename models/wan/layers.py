@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.broadcasting import along_last
-from monarchrt.models.sharding import constrain, parts
+from monarchrt.models.sharding import constrain, on_each_device, parts
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
 
@@ -244,18 +244,26 @@ class WanBlock(nnx.Module):
         Nothing is recomputed twice: where the whole block is recomputed, its output is not needed.
         """
 
-        def split(array):  # [B, F, ...] to [groups, B, F/groups, ...]
-            return jnp.moveaxis(array.reshape(array.shape[0], groups, -1, *array.shape[2:]), 1, 0)
-
+        graph, weights = nnx.split(self)
         per_frame = modulations[0].shape[1] > 1
 
-        @jax.checkpoint
-        def part(inputs):
-            x, out, *own = inputs
-            return self.after_attention(x, out, own if per_frame else modulations, keys_values)
+        def run(weights, x, out, modulations, keys_values):
+            block = nnx.merge(graph, weights)
 
-        parts = jax.lax.map(part, tuple(map(split, (x, out, *modulations) if per_frame else (x, out))))
-        return jnp.moveaxis(parts, 0, 1).reshape(x.shape)
+            def split(array):  # [B, F, ...] to [groups, B, F/groups, ...]
+                return jnp.moveaxis(array.reshape(array.shape[0], groups, -1, *array.shape[2:]), 1, 0)
+
+            @jax.checkpoint
+            def part(inputs):
+                x, out, *own = inputs
+                return block.after_attention(x, out, own if per_frame else modulations, keys_values)
+
+            parts = jax.lax.map(part, tuple(map(split, (x, out, *modulations) if per_frame else (x, out))))
+            return jnp.moveaxis(parts, 0, 1).reshape(x.shape)
+
+        tokens, of_batch = ("batch", None, "tokens", None), ("batch", None, None, None)
+        arrays = (x, out, tuple(modulations), keys_values)
+        return on_each_device(run, weights, arrays, (tokens, tokens, of_batch, of_batch))
 
 
 def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:

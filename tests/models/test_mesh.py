@@ -1,0 +1,96 @@
+"""The notation of meshes, what it refuses, and what the rules make of it."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
+from monarchrt.models.sharding import partition, weight_spec
+
+
+def abstract(**sizes: int) -> AbstractMesh:
+    shape = MeshShape(**sizes)
+    return AbstractMesh(shape.sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "sizes"),
+    [
+        ("data=2,fsdp=4,heads=2", 16, (2, 4, 2)),
+        ("heads=2, fsdp = 4", 8, (1, 4, 2)),  # in any order
+        ("heads=3,data=-1", 12, (4, 1, 3)),
+        ("data=1", 1, (1, 1, 1)),
+    ],
+)
+def test_notation(text, devices, sizes):
+    shape = MeshShape.parse(text, devices=devices)
+    assert shape.sizes() == sizes
+    assert MeshShape.parse(str(shape), devices=devices) == shape
+
+
+def test_short_forms():
+    assert mesh_shape(None, devices=4) == MeshShape(data=4)
+    assert mesh_shape(None, devices=4, sharding="fsdp") == MeshShape(fsdp=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=2", "mesh is data=2, which takes 2 devices, and there are 4; it could be data=4"),
+        ("data=2,heads=4", "which takes 8 devices, and there are 4; it could be data=4, heads=4 or data=2,heads=2"),
+        ("heads=3,data=-1", "takes a multiple of 3 devices, and there are 4; it could be"),
+        ("data=-1,fsdp=-1", "only one axis may be -1"),
+        ("data=2,rows=2", "which has an axis 'rows'; there are data"),
+        ("data=2,data=2", "which has data twice; give it once"),
+        ("data=0,fsdp=4", "it must be axes with their devices, for example data=2,fsdp=4"),
+        ("data=-2", "it must be axes"),
+        ("data=2.5", "it must be axes"),
+        ("data", "it must be axes"),
+        ("", "it must be axes"),
+        ("data=4,", "it must be axes"),
+        ("=4", "which has an axis ''"),
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(UserError) as error:
+        MeshShape.parse(text, devices=4)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_heads_must_divide():
+    MeshShape(heads=6).check_heads(12)
+    with pytest.raises(UserError, match="5 does not divide; heads could be 1 or 2 or 3 or 4 or 6 or 12"):
+        MeshShape(heads=5).check_heads(12)
+
+
+def test_batch_must_divide():
+    MeshShape(data=2, fsdp=2, heads=3).check_batch(8, accumulation=2)
+    with pytest.raises(UserError, match=r"batch is 6, which mesh data=2,heads=2 times accumulation 2 does not divide"):
+        MeshShape(data=2, heads=2).check_batch(6, accumulation=2)
+    with pytest.raises(UserError, match="batch is 2, which 4 devices do not divide; use a multiple of 4"):
+        MeshShape(fsdp=4).check_batch(2)
+
+
+def test_rules():
+    """A logical axis is split by as many of its mesh axes as divide it; small arrays of the state are whole."""
+    mesh = abstract(data=2, fsdp=4, heads=3)
+    tokens = ("batch", None, "tokens", None)
+    assert partition(mesh, (8, 5, 12, 96), tokens) == PartitionSpec(("data", "fsdp"), None, ("heads",), None)
+    assert partition(mesh, (2, 5, 11, 96), tokens) == PartitionSpec(("data",), None, None, None)
+    assert partition(mesh, (1, 5, 11, 96), tokens) == PartitionSpec(None, None, None, None)
+    assert weight_spec(mesh, (30, 1536, 8960)) == PartitionSpec(None, None, "fsdp")
+    assert weight_spec(mesh, (30, 1536, 8961)) == PartitionSpec(None, "fsdp")
+    assert weight_spec(abstract(fsdp=40), (40, 7, 7)) == PartitionSpec()  # never the layers
+    for shape in ((), (1536,), (30, 1536), (30, 6, 1536), (1, 2, 1536)):
+        assert weight_spec(mesh, shape) == PartitionSpec(), shape
+
+
+def test_nothing_is_split_without_a_mesh():
+    from monarchrt.models.sharding import constrain, on_each_device, whole
+
+    x = jax.numpy.ones((2, 3, 4, 5))
+    assert constrain(x, "batch", None, "tokens", None) is x
+    assert whole(x) is x
+    assert on_each_device(lambda weights, x: x * weights, 2.0, (x,), (("batch", None, "tokens", None),)).sum() == 240
