@@ -114,7 +114,7 @@ def weight_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> PartitionSpe
     """
     for axis in _long_axes(shape):
         if found := mesh_axes(mesh, "weights", shape[axis]):
-            return PartitionSpec(*(None,) * axis, found if len(found) > 1 else found[0])
+            return PartitionSpec(*(None,) * axis, found)
     return PartitionSpec()
 
 
