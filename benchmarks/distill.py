@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_settings import CHECKED, EXACT, name_or_notation, setting
 from flax import nnx
 
-from monarchrt.models.attention.notation import parse as attention_of
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
@@ -30,7 +30,6 @@ from monarchrt.train.objectives.settings import SelfForcingConfig
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 
-ATTENTION = {"dense": "dense", "monarch 95%": "monarch", "monarch 97%": "monarch(tile=(3,{rows},{columns}))"}
 MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
 GUIDED = 8  # rows of the negative prompt
 
@@ -51,7 +50,7 @@ class Fixed(SelfForcingObjective):
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["dense", "monarch 97%"])
+    parser.add_argument("--attention", nargs="+", type=name_or_notation, default=["dense", "monarch 97%"])
     parser.add_argument("--last", type=int, default=2, help="the step, from 0, that every block stops at")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -72,13 +71,12 @@ def shape_of(small: bool) -> tuple[int, ...]:
 def network(name: str, args: argparse.Namespace, *, trains: bool, **changes) -> WanModel:
     """A network with random weights, of the attention of that name."""
     _, _, height, width, _ = shape_of(args.small)
-    text = ATTENTION[name].format(rows=height // 2, columns=width // 2)
     config = wan_config(
         "tiny" if args.small else "wan2.1-t2v-1.3b",
         dtype="bfloat16",
         param_dtype="float32" if trains else "bfloat16",
         remat="full",
-        attention=attention_of(text),
+        attention=setting(name, height // 2, width // 2),
         **changes,
     )
     return nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))()
@@ -87,7 +85,7 @@ def network(name: str, args: argparse.Namespace, *, trains: bool, **changes) -> 
 def check(args: argparse.Namespace) -> float:
     """Largest relative error of two clips that should be the rolled-out one, of a shallow network."""
     changes: dict[str, Any] = {"num_layers": 2, "causal_block": 3}
-    model = network("monarch 95%", args, trains=True, **changes)
+    model = network(CHECKED, args, trains=True, **changes)
     kernel = model.head.proj.kernel  # starts at zero, which would make all clips equal
     kernel[...] = 0.02 * jax.random.normal(jax.random.key(1), kernel.shape)
     objective = Fixed(SelfForcingConfig(), 2, model.config.text_dim)
@@ -100,8 +98,9 @@ def check(args: argparse.Namespace) -> float:
         rolled = objective.roll_out(model, text, draws)
         return rolled.x, objective.replay(model, text, rolled, draws.last)
 
-    rolled, replayed = clips(model)
-    reference, _ = clips(model.with_attention(attention_of("monarch(implementation=xla)")))
+    rows, columns = shape[2] // 2, shape[3] // 2
+    rolled, replayed = clips(model.with_attention(setting(CHECKED, rows, columns)))
+    reference, _ = clips(model.with_attention(setting(CHECKED, rows, columns, implementation="xla")))
     scale = jnp.linalg.norm(reference - draws.noise)
     return max(float(jnp.linalg.norm(other - rolled) / scale) for other in (replayed, reference))
 
@@ -111,8 +110,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     student = network(name, args, trains=True, causal_block=3)
     networks = {
         "student": student,
-        "critic": network("dense", args, trains=True),
-        "teacher": network("dense", args, trains=False),
+        "critic": network(EXACT, args, trains=True),
+        "teacher": network(EXACT, args, trains=False),
     }
     trainings = {
         "student": make_training(OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999), updates=1000),

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_settings import CHECKED, NAMED, name_or_notation, setting
 from flax import nnx
 
 from monarch_jax.backends import IMPLEMENTATIONS
@@ -44,7 +45,6 @@ from monarchrt.models.umt5 import UMT5Encoder, umt5_config
 from monarchrt.models.vae import WanVAE, vae_config
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 
-ATTENTION = ("dense", "monarch 95%", "monarch 97%")
 MAX_ERROR = 3e-2  # relative, bfloat16 over all steps of the small check
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -79,7 +79,7 @@ def main() -> None:
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
     error = check(args)
-    print(f"Monarch by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
+    print(f"{CHECKED} by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
     if not error <= MAX_ERROR:
         sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
     report: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(sizes)}
@@ -104,11 +104,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
+    parser.add_argument("--attention", nargs="+", type=name_or_notation, default=tuple(NAMED))
     parser.add_argument(
         "--implementation",
         choices=IMPLEMENTATIONS,
-        help="backend of the Monarch attention; default: the library's choice",
+        help="backend of the named settings that have several; default: the library's choice",
     )
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
     parser.add_argument("--repeats", type=int, default=5)
@@ -134,15 +134,14 @@ def built[Module](make: Callable[[], Module]) -> Module:
 
 def plan_of(attention: str, config: WanConfig, sizes: Sizes, implementation: str | None) -> Plan:
     """What `monarchrt generate` would make."""
-    given: dict[str, Any] = dict(frames=sizes.frames, height=sizes.height, width=sizes.width)
-    if attention == "dense":
-        given["attention"] = "dense"
-    else:
-        rows, columns = sizes.height // 16, sizes.width // 16
-        tile = (1 if attention == "monarch 95%" else 3, rows, columns)
-        given |= dict(tile=tile, implementation=implementation)
-    defaults = Defaults(mode="autoregressive", sampler="few-step")
-    return make_plan(GenerateConfig(**given), defaults=defaults, model=config)
+    frame = sizes.height // 16, sizes.width // 16
+    given = GenerateConfig(
+        frames=sizes.frames,
+        height=sizes.height,
+        width=sizes.width,
+        attention=str(setting(attention, *frame, implementation=implementation)),
+    )
+    return make_plan(given, defaults=Defaults(mode="autoregressive", sampler="few-step"), model=config)
 
 
 def check(args: argparse.Namespace) -> float:
@@ -161,7 +160,7 @@ def check(args: argparse.Namespace) -> float:
     text = jnp.zeros((1, base.text_len, base.text_dim))
     outputs = []
     for implementation in (args.implementation, "xla"):
-        plan = plan_of("monarch 95%", base, sizes, implementation)
+        plan = plan_of(CHECKED, base, sizes, implementation)
         latents = VideoPipeline(model.with_attention(plan.attention), None).latents(text, plan=plan)  # type: ignore[arg-type]
         outputs.append(np.concatenate([np.asarray(part, np.float64) for part in latents]))
     return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
@@ -273,12 +272,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Dense over Monarch."""
-    dense = next((row for row in rows if row["attention"] == "dense"), None)
-    for row in rows:
-        if dense is not None and row is not dense:
-            ratios = (dense[part] / row[part] for part in ("transformer", "end_to_end"))
-            print("{}: transformer {:.2f}x, end to end {:.2f}x of dense".format(row["attention"], *ratios))
+    """The first over each of the others."""
+    first, *others = rows
+    for row in others:
+        transformer, whole = (first[part] / row[part] for part in ("transformer", "end_to_end"))
+        print(f"{row['attention']}: transformer {transformer:.2f}x, end to end {whole:.2f}x of {first['attention']}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times the Wan 2.1 1.3B transformer at its true size with random weights: dense attention against tiled Monarch.
 
     python benchmarks/model.py                                  # every case, on one GPU
-    python benchmarks/model.py --cases training --attention dense "monarch 97%"
+    python benchmarks/model.py --cases training --attention dense "monarch 97%" "vsa(keep=0.1)"
     python benchmarks/model.py --profile                        # and where the time of each case goes
     python benchmarks/model.py --small                          # a tiny network; runs without a GPU
 
@@ -33,11 +33,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_settings import CHECKED, NAMED, name_or_notation, setting
 from flax import nnx
 
-import monarch_jax
 from monarch_jax.backends import IMPLEMENTATIONS
-from monarchrt.models.wan import DenseAttention, MonarchAttention, WanConfig, WanModel, wan_config
+from monarchrt.models.attention.registry import exact
+from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.models.wan.config import REMAT
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
@@ -47,7 +48,6 @@ from monarchrt.train.state import create_role, create_state, make_training, spli
 from monarchrt.train.step import make_train_step
 
 CASES = ("forward 480p", "forward 720p", "forward 3 frames", "cached chunk", "training")
-ATTENTION = ("dense", "monarch 95%", "monarch 97%")
 MAX_ERROR = 3e-2  # relative, bfloat16 through all layers of the small check
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     peak = product_rate(args.small)
     print(f"{device.device_kind}, jax {jax.__version__}; a large product runs at {peak / 1e12:.0f} TFLOP/s")
     error = check(args)
-    print(f"Monarch by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
+    print(f"{CHECKED} by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
     if not error <= MAX_ERROR:
         sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
     results: list[dict[str, Any]] = []
@@ -101,13 +101,13 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION)
+    parser.add_argument("--attention", nargs="+", type=name_or_notation, default=tuple(NAMED))
     parser.add_argument(
         "--implementation",
         choices=IMPLEMENTATIONS,
-        help="backend of the Monarch attention; default: the library's choice",
+        help="backend of the named settings that have several; default: the library's choice",
     )
-    parser.add_argument("--keep-intermediates", action="store_true", help="of Monarch, for the backward pass")
+    parser.add_argument("--keep-intermediates", action="store_true", help="of those settings, for the backward pass")
     parser.add_argument("--remat", choices=REMAT, default="full", help="what the training step recomputes per block")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
@@ -119,15 +119,6 @@ def parse() -> argparse.Namespace:
     if not args.small and jax.default_backend() == "cpu":
         parser.error("there is no GPU, and a CPU would take hours; --small runs anywhere")
     return args
-
-
-def setting(attention: str, config: WanConfig, clip: Clip, implementation: str | None, keep: bool = False):
-    """The self-attention that a name stands for, on this clip."""
-    if attention == "dense":
-        return DenseAttention()
-    _, rows, columns = config.token_grid(*clip.shape)
-    tile = (1 if attention == "monarch 95%" else 3, rows, columns)
-    return MonarchAttention(tile=tile, implementation=implementation, keep_intermediates=keep)
 
 
 def configuration(args: argparse.Namespace, **changes) -> WanConfig:
@@ -159,9 +150,10 @@ def check(args: argparse.Namespace) -> float:
     clip = Clip(frames=3, height=16, width=16)
     x = jax.random.normal(jax.random.key(2), (1, *clip.shape, config.in_channels), jnp.bfloat16)
     text = jax.random.normal(jax.random.key(3), (1, config.text_len, config.text_dim), jnp.bfloat16)
+    _, *frame = config.token_grid(*clip.shape)
     outputs = []
     for implementation in (args.implementation, "xla"):
-        swapped = model.with_attention(setting("monarch 95%", config, clip, implementation))
+        swapped = model.with_attention(setting(CHECKED, *frame, implementation=implementation))
         outputs.append(np.asarray(nnx.jit(swapped)(x, jnp.array([500.0]), text), np.float64))
     return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
 
@@ -170,9 +162,9 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     """Times one case."""
     clip = clip_of(case, args.small)
     config = configuration(args)
-    config = dataclasses.replace(
-        config, attention=setting(attention, config, clip, args.implementation, args.keep_intermediates)
-    )
+    _, *frame = config.token_grid(*clip.shape)
+    how = {"implementation": args.implementation, "keep": args.keep_intermediates}
+    config = dataclasses.replace(config, attention=setting(attention, *frame, **how))
     training = functools.partial(training_step, remat=args.remat)
     build = {"cached chunk": cached_chunk, "training": training}.get(case, forward)
     timed = build(config, clip)
@@ -266,7 +258,7 @@ def training_step(config: WanConfig, clip: Clip, remat: str = "full") -> Timed:
 
 def built_like(config: WanConfig) -> tuple[Any, Any]:
     """The cached arrays, under this configuration's attention."""
-    plain = dataclasses.replace(config, attention=DenseAttention(), remat="none")
+    plain = dataclasses.replace(config, attention=exact(), remat="none")
     model = nnx.merge(*built(plain)).with_config(attention=config.attention, remat=config.remat)
     return nnx.split(model)
 
@@ -285,12 +277,9 @@ def forward_flops(config: WanConfig, clip: Clip, frames: int, *, cached: bool = 
     # q, k, v, o and the cross-attention's q and o, then the feed-forward; text keys and values once per layer
     per_token = 2 * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * config.text_len * dim
     text = 0 if cached else config.text_len * 4 * dim * dim
-    attention = config.layer_attention[0]
-    monarch = attention if isinstance(attention, MonarchAttention) else MonarchAttention()
-    spec = dataclasses.replace(monarch.spec(grid), key_frames=clip.frames if cached else None)
-    count = monarch_jax.flops if monarch is attention else monarch_jax.dense_flops
-    products = count(spec, heads=config.num_heads, head_dim=config.head_dim)
-    return config.num_layers * (per_token * tokens + text + products)
+    sizes = {"heads": config.num_heads, "head_dim": config.head_dim, "key_frames": clip.frames if cached else None}
+    attention = sum(layer.flops(grid, **sizes) for layer in config.layer_attention)
+    return config.num_layers * (per_token * tokens + text) + attention
 
 
 def compile_timed(function, *arguments, **static) -> tuple[Any, float]:

@@ -56,6 +56,9 @@ def run(monkeypatch, tmp_path):
         ),
         ("generate", [], "there is no GPU"),
         ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
+        ("generate", ["--tiny", "--attention", "dens"], "'dens' is not a kind of attention; kinds: dense, monarch"),
+        ("model", ["--small", "--attention", "top_k(keep=2)"], "top_k: keep=2"),
+        ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
     ],
 )
 def test_options_that_cannot_be_used_end_in_one_line(run, capsys, tmp_path, name, options, said):

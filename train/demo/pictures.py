@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
 
-from monarch_jax import monarch_factors
-from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.models.wan import WanModel
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.logs import read_log
@@ -159,13 +157,7 @@ def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray,
     @nnx.jit
     def draw(model, latents, timesteps, text):
         query, key, _, grid = model.attention_inputs(latents, timesteps, text, layer=layer)
-        if not isinstance(setting, MonarchAttention):
-            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-            return jax.nn.softmax(scores, -1)[0]
-        factors = monarch_factors(
-            query, key, grid=grid, tile=setting.tile, blocks=setting.blocks, num_iters=setting.num_iters
-        )
-        return factors.attention[0]
+        return setting.attention_map(query, key, grid=grid)[0]
 
     return np.asarray(draw(model, latents[:1], timesteps[:1], text[:1]))
 

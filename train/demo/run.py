@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monarchrt.models.errors import NonFiniteError, report_full_disk, user_input
-from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.models.wan import Attention, WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import ClipWindows, open_source
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
@@ -79,11 +79,11 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     dense_config, (control_config, monarch_config) = dense_run(config), further_runs(config)
     source, setting, grid = _prepare(dense_config, monarch_config)
     write_settings(config)
-    sparsity = setting.spec(grid).sparsity
+    sparsity = 1 - setting.density(grid).kept
     frames, rows, columns = grid
     console.print(
         f"clip {config.clip.name}: {len(source.frames)} frames in windows of {frames}, {rows} x {columns} tokens each; "
-        f"Monarch tile {setting.tile}, {sparsity:.1%} sparse"
+        f"Monarch tile {config.tile}, {sparsity:.1%} sparse"
     )
 
     def trained(settings: TrainConfig) -> TrainResult:
@@ -149,16 +149,16 @@ def _resume_command(config: DemoConfig) -> str:
     return shlex.join(["monarchrt", "demo", "--folder", str(config.folder), "--resume"])
 
 
-def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, MonarchAttention, tuple[int, int, int]]:
-    """The data, the Monarch setting and the grid of tokens; a tile that does not fit is found here."""
+def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, Attention, tuple[int, int, int]]:
+    """The data, the attention to swap in and the grid of tokens; a tile that does not fit is found here."""
     wan = model_settings(dense.model)
     source = open_source(dense.data, text_shape=(1, wan.text_dim))
     setting = attention_setting(monarch.model)
-    if not isinstance(source, ClipWindows) or not isinstance(setting, MonarchAttention):
-        raise TypeError("the demo works on a clip, with Monarch attention")
+    if not isinstance(source, ClipWindows):
+        raise TypeError("the demo works on a clip")
     with user_input():
         grid = wan.token_grid(*source.latent_shape[:3])
-        setting.spec(grid)
+        setting.check(grid)
     return source, setting, grid
 
 

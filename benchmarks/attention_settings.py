@@ -1,0 +1,52 @@
+"""The attention settings that benchmarks compare: their short names, and the notation that each stands for.
+
+What is not a short name is taken as notation, so that any kind can be timed: `--attention dense 'top_k(keep=0.1)'`.
+The benchmarks themselves know no kind; they use a setting's own grid check, count of arithmetic and JSON.
+"""
+
+import argparse
+
+from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.notation import parse
+
+# how: what --implementation and --keep-intermediates add, which change the program and not the numbers
+NAMED = {
+    "dense": "dense",
+    "monarch 95%": "monarch(tile=(1,{rows},{columns}){how})",
+    "monarch 97%": "monarch(tile=(3,{rows},{columns}){how})",
+}
+EXACT = "dense"  # what critics and teachers have
+CHECKED = "monarch 95%"  # whose numbers are compared with those of XLA before anything is timed
+
+
+def setting(name: str, rows: int, columns: int, *, implementation: str | None = None, keep: bool = False) -> Attention:
+    """The setting of that name.
+
+    Args:
+        name: A key of `NAMED`, or notation.
+        rows: Rows of tokens of a frame.
+        columns: Columns of tokens of a frame.
+        implementation: Backend of a named setting that has a choice of them; None leaves it to the library.
+        keep: Whether such a setting keeps intermediates for the backward pass.
+
+    Returns:
+        The setting.
+
+    Raises:
+        ValueError: If it is neither a name nor notation.
+    """
+    if name not in NAMED:
+        return parse(name)
+    how = f",implementation={implementation}" if implementation else ""
+    how += ",keep_intermediates=True" if keep else ""
+    return parse(NAMED[name].format(rows=rows, columns=columns, how=how))
+
+
+def name_or_notation(text: str) -> str:
+    """The type of an option of argparse."""
+    if text not in NAMED:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{str(error).rstrip('.')}; or a name: {', '.join(NAMED)}") from None
+    return text
