@@ -23,6 +23,7 @@ NEGATIVE_PROMPT = (
 NO_CONDITION = "none"
 NO_LORA = (NO_CONDITION,)  # although a video names some
 STORED = "stored"  # with the weights
+EXACT_DECODER, TINY_DECODER = DECODERS = ("exact", "tiny")
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str}
 # how a file was made is no property of it, nor what else was made with it
@@ -33,7 +34,7 @@ NOT_STORED = (
 # those of them that were stored once, and are passed over
 ONCE_STORED = ("compare_dense", "save_embeddings")
 # settings that name what is read: a stranger's video could name anything
-NAMES_FILES = ("checkpoint", "lora", "components", "embeddings", "condition", "noise")
+NAMES_FILES = ("checkpoint", "lora", "components", "decoder", "embeddings", "condition", "noise")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -69,6 +70,10 @@ class GenerateConfig:
     components: Path | None = None
     """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers, if they are not
     beside the checkpoint."""
+
+    decoder: str | None = None
+    """Latents to frames: exact, Wan's VAE; tiny, the small autoencoder `taew2_1` (.pth or .safetensors, beside the
+    checkpoint or in --components), which is quicker and less sharp; or the file of one such. Default: exact."""
 
     embeddings: Path | None = None
     """A file of text embeddings, saved with --save-embeddings: no text encoder is loaded."""

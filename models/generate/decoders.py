@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
 from monarchrt.models.media.latents import PatchDCT
-from monarchrt.models.vae import WanVAE
+from monarchrt.models.vae import TinyVAE, WanVAE
 
 
 @runtime_checkable
@@ -123,7 +123,41 @@ def _checked(video: Array) -> tuple[Array, Array]:
     return to_pixels(video), jnp.isfinite(video).all()
 
 
-class WanDecoder:
+class _Compiled:
+    """Programs of an autoencoder that are compiled before they are needed; `self._graph` and `self._state` are its."""
+
+    channels: int
+    _graph: Any
+    _state: Any
+
+    def __init__(self) -> None:
+        self._compiling: dict[tuple[Any, tuple[int, ...]], Future[Any]] = {}
+        self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
+
+    def _new(self, video: tuple[int, tuple[int, ...], int, int]) -> bool:
+        """Whether a video, (batch, parts, height, width), is to be compiled for, and was not before."""
+        if not video[1] or video in self._prepared:
+            return False
+        self._prepared.add(video)
+        return True
+
+    def _compile(self, calls: Sequence[tuple[Any, int, tuple[Any, ...]]], batch: int, height: int, width: int) -> None:
+        """Compiles functions for so many latents and other arguments, each in a thread of its own."""
+        pool = ThreadPoolExecutor(len(calls), "compile")
+        for function, part, others in calls:
+            latents = jax.ShapeDtypeStruct((batch, part, height, width, self.channels), jnp.float32)
+            if (function, latents.shape) not in self._compiling:
+                job = pool.submit(_compile, function, self._graph, self._state, latents, *others)
+                self._compiling[function, latents.shape] = job
+        pool.shutdown(wait=False)
+
+    def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
+        if (job := self._compiling.get((function, latents.shape))) is not None:
+            job.result()  # JAX finds it again by itself; asking for it meanwhile would compile it twice
+        return function(self._graph, self._state, latents, *others)
+
+
+class WanDecoder(_Compiled):
     """Wan's VAE, streaming: the first latent is one frame, each further one is four.
 
     Examples:
@@ -141,6 +175,7 @@ class WanDecoder:
     """
 
     def __init__(self, vae: WanVAE):
+        super().__init__()
         config = vae.config
         self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
         self._graph, self._state = nnx.split(vae)
@@ -149,8 +184,6 @@ class WanDecoder:
             jax.jit(function, static_argnums=0)
             for function in (_decode_first, _decode_rest, _decode_next, _encode_video)
         )
-        self._compiling: dict[tuple[Any, tuple[int, ...]], Future[Any]] = {}
-        self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
 
     def start(self, batch: int, height: int, width: int) -> Any:
         """The decoder's cache, whether the first latent is still to come, and whether all pixels were finite."""
@@ -165,23 +198,15 @@ class WanDecoder:
             height: Of the latents.
             width: Of the latents.
         """
-        video = (batch, tuple(parts), height, width)
-        if not parts or video in self._prepared:
+        if not self._new((batch, tuple(parts), height, width)):
             return
-        self._prepared.add(video)
         cache, *_ = jax.eval_shape(functools.partial(self.start, batch, height, width))
         before = jax.ShapeDtypeStruct((batch, 1, height * self.spatial, width * self.spatial, 3), jnp.uint8)
         calls: list[tuple[Any, int, tuple[Any, ...]]] = [(self._first, parts[0], (cache,))]
         if parts[0] > 1:
             calls.append((self._rest, parts[0], (cache, before)))
         calls += [(self._next, part, (cache,)) for part in dict.fromkeys(parts[1:])]
-        pool = ThreadPoolExecutor(len(calls), "compile")
-        for function, part, others in calls:
-            latents = jax.ShapeDtypeStruct((batch, part, height, width, self.channels), jnp.float32)
-            if (function, latents.shape) not in self._compiling:
-                job = pool.submit(_compile, function, self._graph, self._state, latents, *others)
-                self._compiling[function, latents.shape] = job
-        pool.shutdown(wait=False)
+        self._compile(calls, batch, height, width)
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
         """The frames; two programs for the first block and one for the others."""
@@ -199,14 +224,71 @@ class WanDecoder:
         """Whether no pixel so far was NaN or infinite."""
         return state[2]
 
-    def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
-        if (job := self._compiling.get((function, latents.shape))) is not None:
-            job.result()  # JAX finds it again by itself; asking for it meanwhile would compile it twice
-        return function(self._graph, self._state, latents, *others)
+    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """The latents, normalised."""
+        return self._encode(self._graph, self._state, jnp.asarray(video))
+
+
+class TinyDecoder(_Compiled):
+    """The tiny autoencoder, streaming.
+
+    Examples:
+        >>> from monarchrt.models.vae.tiny import TinyVAEConfig
+        >>> config = TinyVAEConfig(encoder=4, decoder=(8, 4, 4, 4), blocks=1)
+        >>> decoder = TinyDecoder(TinyVAE(config, rngs=nnx.Rngs(0)))
+        >>> frames, _ = decoder.decode(jnp.zeros((1, 3, 2, 3, 16)), decoder.start(1, 2, 3))
+        >>> frames.shape
+        (1, 9, 16, 24, 3)
+
+    Args:
+        vae: The autoencoder.
+    """
+
+    def __init__(self, vae: TinyVAE):
+        super().__init__()
+        config = vae.config
+        self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
+        self._graph, self._state = nnx.split(vae)
+        self._start = vae.decoder_pasts
+        self._first, self._next = (
+            jax.jit(functools.partial(_decode_tiny, dropped=dropped), static_argnums=0)
+            for dropped in (self.temporal - 1, 0)
+        )
+        self._encode = jax.jit(_encode_video, static_argnums=0)
+
+    def start(self, batch: int, height: int, width: int) -> Any:
+        """What is remembered, whether the first latent is still to come, and whether all pixels were finite."""
+        return self._start(batch, height, width), True, jnp.array(True)
+
+    def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
+        """Compiles in the background; arguments as `WanDecoder.prepare`."""
+        if not self._new((batch, tuple(parts), height, width)):
+            return
+        pasts, *_ = jax.eval_shape(functools.partial(self.start, batch, height, width))
+        calls = [
+            (self._first, parts[0], (pasts,)),
+            *((self._next, part, (pasts,)) for part in dict.fromkeys(parts[1:])),
+        ]
+        self._compile(calls, batch, height, width)
+
+    def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
+        """The frames."""
+        pasts, first, before = state
+        (frames, finite), pasts = self._run(self._first if first else self._next, latents, pasts)
+        return frames, (pasts, False, before & finite)
+
+    def finite(self, state: Any) -> Bool[Array, ""]:
+        """Whether no pixel so far was NaN or infinite."""
+        return state[2]
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
         """The latents, normalised."""
         return self._encode(self._graph, self._state, jnp.asarray(video))
+
+
+def _decode_tiny(graph, state, latents, pasts, *, dropped):
+    frames, pasts = nnx.merge(graph, state).decode_next(latents, pasts)
+    return _checked(frames[:, dropped:]), pasts
 
 
 def _compile(function: Any, *arguments: Any) -> None:

@@ -12,8 +12,8 @@ import jax
 
 from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.models.generate.decoders import FrameDecoder, WanDecoder
+from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
+from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
 from monarchrt.models.generate.loras import given_loras
 from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
@@ -21,7 +21,7 @@ from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, ch
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.lora.merging import with_loras
-from monarchrt.models.vae import load_vae
+from monarchrt.models.vae import TINY_FILES, load_tiny_vae, load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 # what each part is called in an official folder and in a diffusers folder
 PARTS = {
     "VAE": ("Wan2.1_VAE.pth", "vae"),
+    "tiny decoder": TINY_FILES,
     "text encoder": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
     "tokenizer": ("google/umt5-xxl", "tokenizer"),
 }
 
 
 class Components(NamedTuple):
-    """Where the parts beside the network are; None if not needed."""
+    """Where the parts beside the network are; None if not needed. `vae` is whatever decodes."""
 
     vae: Path
     text_encoder: Path | None
@@ -62,7 +63,9 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     folders = [apart] if apart is not None and apart.is_dir() else []
     folders += [beside, beside.parent] if beside.name == "transformer" else [beside]
-    needed = ["VAE"] if config.embeddings is not None else list(PARTS)
+    decoder, given = _decoder(config)
+    texts = [] if config.embeddings is not None else ["text encoder", "tokenizer"]
+    needed = [*([] if given else [decoder]), *texts]
     found: dict[str, Path] = {}
     if apart is not None and names_repository(apart):
         found = _fetched(str(apart), needed)
@@ -75,11 +78,29 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
         looked = "; ".join(f"{part} ({' or '.join(PARTS[part])})" for part in missing)
         named = [name for name in (apart, config.checkpoint) if name is not None and names_repository(name)]
         where = " and ".join(map(str, dict.fromkeys((*named, *folders))))
-        saved = "" if missing == ["VAE"] else ", or the text with --embeddings"
+        saved = "" if missing == [decoder] else ", or the text with --embeddings"
         raise UserError(
             f"checkpoint lacks: {looked}; looked in {where}; give the folder that has them with --components{saved}"
         )
-    return Components(found["VAE"], found.get("text encoder"), found.get("tokenizer"))
+    return Components(given or found[decoder], found.get("text encoder"), found.get("tokenizer"))
+
+
+def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
+    """The part that decodes, and the file that was given of it."""
+    name = config.decoder or EXACT_DECODER
+    if name in DECODERS:
+        return ("VAE" if name == EXACT_DECODER else "tiny decoder"), None
+    if not Path(name).exists():
+        raise UserError(f"decoder is {name}, which is no file; give {' or '.join(DECODERS)}, or the file of a tiny one")
+    return "tiny decoder", Path(name)
+
+
+def load_decoder(config: GenerateConfig, path: Path) -> FrameDecoder:
+    """What turns latents into frames, of the file that `find_components` found."""
+    dtype = half_precision(config)
+    if _decoder(config)[0] == "VAE":
+        return WanDecoder(load_vae(path, dtype=dtype, param_dtype=dtype))
+    return TinyDecoder(load_tiny_vae(path, dtype=dtype, param_dtype=dtype))
 
 
 def _parts_in(folders: list[Path], parts: list[str]) -> dict[str, Path]:
@@ -271,7 +292,7 @@ def load_wan(
         report=report,
     )
     with user_input():
-        decoder = WanDecoder(load_vae(components.vae, dtype=dtype, param_dtype=dtype))
+        decoder = load_decoder(config, components.vae)
         _check_decoder(decoder, plan, source.config.out_channels)
         decoder.prepare(1, plan.parts, *plan.latents[1:])  # compiles while the network is read
     model = opened.network(config, attention=plan.attention)
@@ -297,6 +318,6 @@ def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:
     found = decoder.channels, decoder.spatial, decoder.temporal
     if found != (channels, plan.spatial, plan.temporal):
         raise UserError(
-            f"the VAE has {found[0]} channels and makes {found[1]} pixels and {found[2]} frames of a latent; the "
+            f"the decoder has {found[0]} channels and makes {found[1]} pixels and {found[2]} frames of a latent; the "
             f"network needs {channels}, {plan.spatial} and {plan.temporal}"
         )

@@ -29,6 +29,7 @@ from monarchrt.models.wan.checkpoints.settings import few_step_from_json, traine
 # settings that a run folder has no use for, and why
 NOT_OF_RUNS = {
     "components": "needs no other parts",
+    "decoder": "has its own",
     "weights": "has one set of weights",
     "num_heads": "knows its heads",
     "head_dim": "knows its heads",

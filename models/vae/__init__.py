@@ -1,7 +1,19 @@
-"""The Wan 2.1 video autoencoder in Flax NNX: whole clips, and streaming in both directions."""
+"""The Wan 2.1 video autoencoder in Flax NNX, and a tiny one of its latents: whole clips, and streaming both ways."""
 
 from monarchrt.models.vae.checkpoint import load_vae
 from monarchrt.models.vae.config import PRESETS, VAEConfig, vae_config
+from monarchrt.models.vae.tiny import TinyVAE, TinyVAEConfig
+from monarchrt.models.vae.tiny_checkpoint import TINY_FILES, load_tiny_vae
 from monarchrt.models.vae.vae import WanVAE
 
-__all__ = ["PRESETS", "VAEConfig", "WanVAE", "load_vae", "vae_config"]
+__all__ = [
+    "PRESETS",
+    "TINY_FILES",
+    "TinyVAE",
+    "TinyVAEConfig",
+    "VAEConfig",
+    "WanVAE",
+    "load_tiny_vae",
+    "load_vae",
+    "vae_config",
+]

@@ -35,6 +35,7 @@ class Conv(nnx.Module):
         kernel: Size in time, rows, columns.
         strides: (time, rows and columns).
         padding: Of rows and columns; None keeps their number.
+        use_bias: Whether it has a bias.
         dtype: Of the computation.
         param_dtype: Of the parameters.
         rngs: Stream `params`.
@@ -48,6 +49,7 @@ class Conv(nnx.Module):
         *,
         strides: tuple[int, int] = (1, 1),
         padding: Padding | None = None,
+        use_bias: bool = True,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -56,7 +58,7 @@ class Conv(nnx.Module):
         rows, columns = kernel[1] // 2, kernel[2] // 2
         self.padding = padding or ((rows, rows), (columns, columns))
         self.kernel = nnx.Param(TORCH_INIT(rngs.params(), (*kernel, features, out), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype)) if use_bias else None
 
     @property
     def past_frames(self) -> int:
@@ -75,7 +77,7 @@ class Conv(nnx.Module):
         kernel, stride = self.kernel[...].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
         planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
-        bias = self.bias[...].astype(self.dtype)
+        bias = jnp.zeros(kernel.shape[-1], self.dtype) if self.bias is None else self.bias[...].astype(self.dtype)
         if (*kernel.shape[:2], stride) == (1, 1, 1):
             y = planes @ kernel[0, 0]
             y = y + along_last(bias, y)

@@ -9,15 +9,18 @@ import av
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from PIL import Image
 
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import read_settings
+from monarchrt.models.vae import TinyVAEConfig
 from monarchrt.train.cli import main
 
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
 CAT = ["--prompt", "a cat on a wall"]
 FLOW = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+TINY = TinyVAEConfig(encoder=4, decoder=(8, 6, 4, 4))
 RUN = ["--mode", "windows", "--zoom", "1", "--steps", "1", "--quiet"]
 
 
@@ -166,3 +169,56 @@ def test_the_same_file_twice(baseline, tmp_path):
     shutil.copy(one, tmp_path / "moved.mp4")
     assert generate("--from", tmp_path / "moved.mp4", "--trust", "--out", tmp_path / "third.mp4", "--seed", "1") == 0
     assert (tmp_path / "third.mp4").read_bytes() != one.read_bytes()
+
+
+class TestTinyDecoder:
+    """`--decoder`: the tiny autoencoder beside the checkpoint, or a file."""
+
+    @pytest.fixture
+    def folder(self, wan_folder, tmp_path):
+        from monarchrt.models.vae import TinyVAE
+        from monarchrt.models.vae.tiny_checkpoint import tiny_entries
+
+        for part in wan_folder.iterdir():
+            (tmp_path / part.name).symlink_to(part)
+        state = dict(nnx.to_flat_state(nnx.state(TinyVAE(TINY, rngs=nnx.Rngs(0)), nnx.Param)))
+        arrays = {tuple(map(str, path)): np.asarray(leaf[...]) for path, leaf in state.items()}
+        torch_order = {entry.names["official"]: arrays[entry.path] for entry in tiny_entries()}
+        tensors = {
+            name: np.ascontiguousarray(array[0].transpose(3, 2, 0, 1)) if array.ndim == 5 else array
+            for name, array in torch_order.items()
+        }
+        safetensors.numpy.save_file(tensors, tmp_path / "taew2_1.safetensors")
+        return tmp_path
+
+    @pytest.mark.slow
+    def test_a_video_and_its_stream(self, folder, said):
+        common = ["--checkpoint", folder, *CAT, *SMALL, "--frames", "9", "--save-latents"]
+        tiny = ["--decoder", "tiny", "--stream", "--port", "0", "--linger", "0"]
+        assert generate(*common, folder / "l1", *tiny, "--out", folder / "a.mkv") == 0
+        assert "frames are shown as they come at http://127.0.0.1:" in said()
+        assert generate(*common, folder / "l2", "--out", folder / "b.mkv") == 0
+        by_name = ["--decoder", folder / "taew2_1.safetensors", "--out", folder / "c.mkv"]
+        assert generate(*common, folder / "l3", *by_name) == 0
+        a, b, c = (read_clip(folder / name, height=32, width=64) for name in ("a.mkv", "b.mkv", "c.mkv"))
+        assert a.shape == b.shape == (9, 32, 64, 3)
+        np.testing.assert_array_equal(a, c)
+        assert (a != b).any()
+        one, other = (safetensors.numpy.load_file(folder / name)["latents"] for name in ("l1", "l2"))
+        np.testing.assert_array_equal(one, other)  # it decodes, and no more
+        assert read_settings(folder / "a.mkv")["decoder"] == "tiny"
+        common = ["--from", folder / "c.mkv", "--quiet", "--out", folder / "d.mkv"]
+        said()
+        assert generate(*common) == 2
+        assert "decoder" in said()  # which the video names, and is not read unless it is trusted
+        assert generate(*common, "--trust") == 0
+        np.testing.assert_array_equal(read_clip(folder / "d.mkv", height=32, width=64), a)
+
+    def test_bad_input(self, wan_folder, baseline, tmp_path, said):
+        common = ["--checkpoint", wan_folder, *CAT, "--out", tmp_path / "a.mp4", "--decoder"]
+        assert generate(*common, "tiny") == 2
+        assert "lacks: tiny decoder (taew2_1.safetensors or taew2_1.pth)" in said()
+        assert generate(*common, "small") == 2
+        assert "decoder is small, which is no file; give exact or tiny, or the file of a tiny one" in said()
+        assert generate("--checkpoint", baseline, "--decoder", "tiny", "--out", tmp_path / "a.mp4") == 2
+        assert "which has its own; leave it out" in said()

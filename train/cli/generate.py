@@ -10,7 +10,15 @@ from typing import Any
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.attention.registry import EXACT, SHORT
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import NAMES_FILES, NO_CONDITION, NO_LORA, STORED, GenerateConfig, from_stored
+from monarchrt.models.generate.config import (
+    DECODERS,
+    NAMES_FILES,
+    NO_CONDITION,
+    NO_LORA,
+    STORED,
+    GenerateConfig,
+    from_stored,
+)
 from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
 
@@ -80,7 +88,7 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
         from monarchrt.models.media.writer import read_settings
 
         stored = from_stored(read_settings(Path(given)), source=Path(given))
-        left_out = (None, NO_CONDITION, (), NO_LORA)
+        left_out = (None, NO_CONDITION, (), NO_LORA, *DECODERS)
         named = {name: value for name in NAMES_FILES if (value := getattr(stored, name)) not in left_out}
         values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
         if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own

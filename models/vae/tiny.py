@@ -1,0 +1,227 @@
+"""The tiny autoencoder for Wan 2.1's latents (TAEHV, "taew2_1"): a twentieth of the exact one's cost, and less sharp.
+
+Convolutions over single frames, and blocks that also see their own input of the frame before: that is all that is
+remembered, in a pytree that goes in and comes out. So a clip may come in pieces, and the result is the same. Latents
+are the exact autoencoder's normalised ones. As there, the first latent frame stands for one frame, and every further
+one for 4: the decoder makes 4 of every latent, of which the first 3 of all are let go.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from monarchrt.models.vae.layers import Conv, Past, Video
+
+RGB = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyVAEConfig:
+    """Sizes of a tiny autoencoder; the defaults are those for Wan 2.1.
+
+    Attributes:
+        z_dim: Channels of the latents.
+        encoder: Channels of the encoder.
+        decoder: Channels of the decoder's three levels, and of its last convolution's input.
+        downsample: Frames that each level of the encoder makes one of.
+        upsample: Frames that each level of the decoder makes of one.
+        blocks: Blocks per level.
+    """
+
+    z_dim: int = 16
+    encoder: int = 64
+    decoder: tuple[int, ...] = (256, 128, 64, 64)
+    downsample: tuple[int, ...] = (2, 2, 1)
+    upsample: tuple[int, ...] = (1, 2, 2)
+    blocks: int = 3
+
+    def __post_init__(self):
+        levels = {len(self.decoder) - 1, len(self.downsample), len(self.upsample)}
+        if len(levels) != 1 or math.prod(self.downsample) != math.prod(self.upsample):
+            raise ValueError(
+                f"decoder={self.decoder}, downsample={self.downsample} and upsample={self.upsample} do not go "
+                f"together; they need as many levels, with one width more, and as many frames per latent."
+            )
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame."""
+        return math.prod(self.upsample)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, in height and in width."""
+        return 2 ** len(self.upsample)
+
+
+class MemoryBlock(nnx.Module):
+    """Three convolutions over a frame beside the frame before, and the frame itself added."""
+
+    def __init__(self, features: int, **options: Any):
+        self.conv1 = Conv(2 * features, features, (1, 3, 3), **options)
+        self.conv2 = Conv(features, features, (1, 3, 3), **options)
+        self.conv3 = Conv(features, features, (1, 3, 3), **options)
+
+    def __call__(self, x: Video, past: Past) -> tuple[Video, Past]:
+        """The next frames, and the newest input."""
+        before = jnp.concatenate([past, x[:, :-1]], axis=1)
+        y = jax.nn.relu(self.conv1(jnp.concatenate([x, before], axis=-1)))
+        return jax.nn.relu(self.conv3(jax.nn.relu(self.conv2(y))) + x), x[:, -1:]
+
+
+class _Level(nnx.Module):
+    """Blocks of equal size, one after another."""
+
+    def __init__(self, features: int, blocks: int, **options: Any):
+        self.blocks = nnx.List([MemoryBlock(features, **options) for _ in range(blocks)])
+
+    def run(self, x: Video, pasts: tuple[Past, ...]) -> tuple[Video, tuple[Past, ...]]:
+        """The next frames, and the new pasts."""
+        after = []
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x, past = block(x, past)
+            after.append(past)
+        return x, tuple(after)
+
+
+class DownLevel(_Level):
+    """Fewer frames, a quarter of the pixels, blocks."""
+
+    def __init__(self, features: int, *, frames: int, blocks: int, **options: Any):
+        self.frames = frames
+        self.pool = Conv(frames * features, features, (1, 1, 1), use_bias=False, **options)
+        self.shrink = Conv(features, features, (1, 3, 3), strides=(1, 2), use_bias=False, **options)
+        super().__init__(features, blocks, **options)
+
+    def __call__(self, x: Video, pasts: tuple[Past, ...]) -> tuple[Video, tuple[Past, ...]]:
+        """The next frames, and the new pasts."""
+        batch, count, height, width, features = x.shape
+        x = x.reshape(batch, count // self.frames, self.frames, height, width, features)
+        x = jnp.moveaxis(x, 2, 4).reshape(batch, -1, height, width, self.frames * features)
+        return self.run(self.shrink(self.pool(x)), pasts)
+
+
+class UpLevel(_Level):
+    """Blocks, four times the pixels, more frames."""
+
+    def __init__(self, features: int, out: int, *, frames: int, blocks: int, **options: Any):
+        super().__init__(features, blocks, **options)
+        self.frames = frames
+        self.grow = Conv(features, frames * features, (1, 1, 1), use_bias=False, **options)
+        self.out = Conv(features, out, (1, 3, 3), use_bias=False, **options)
+
+    def __call__(self, x: Video, pasts: tuple[Past, ...]) -> tuple[Video, tuple[Past, ...]]:
+        """The next frames, and the new pasts."""
+        x, after = self.run(x, pasts)
+        batch, count, height, width, features = x.shape
+        x = self.grow(x).reshape(batch, count, height, width, self.frames, features)  # before it is enlarged: cheaper
+        x = jnp.moveaxis(x, 4, 2).reshape(batch, count * self.frames, height, width, features)
+        return self.out(x.repeat(2, axis=2).repeat(2, axis=3)), after
+
+
+class TinyVAE(nnx.Module):
+    """A tiny autoencoder: video to latents and back, whole or as a stream.
+
+    Examples:
+        >>> config = TinyVAEConfig(encoder=4, decoder=(8, 4, 4, 4), blocks=1)
+        >>> vae = TinyVAE(config, rngs=nnx.Rngs(0))
+        >>> latents = vae.encode(jnp.zeros((1, 5, 16, 24, 3)))
+        >>> latents.shape, vae.decode(latents).shape
+        ((1, 2, 2, 3, 16), (1, 5, 16, 24, 3))
+        >>> first, pasts = vae.decode_next(latents[:, :1], vae.decoder_pasts(1, 2, 3))
+        >>> first[:, 3:].shape, vae.decode_next(latents[:, 1:], pasts)[0].shape
+        ((1, 1, 16, 24, 3), (1, 4, 16, 24, 3))
+
+    Args:
+        config: Sizes.
+        dtype: Compute dtype.
+        param_dtype: Of the parameters; None: `dtype`.
+        rngs: Stream `params`.
+    """
+
+    def __init__(
+        self,
+        config: TinyVAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+    ):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype or dtype, rngs=rngs)
+        width = config.encoder
+        self.conv_in = Conv(RGB, width, (1, 3, 3), **options)
+        self.down = nnx.List(
+            [DownLevel(width, frames=frames, blocks=config.blocks, **options) for frames in config.downsample]
+        )
+        self.to_latents = Conv(width, config.z_dim, (1, 3, 3), **options)
+        self.from_latents = Conv(config.z_dim, config.decoder[0], (1, 3, 3), **options)
+        sizes = zip(config.decoder, config.decoder[1:], config.upsample, strict=False)
+        self.up = nnx.List(
+            [UpLevel(features, out, frames=frames, blocks=config.blocks, **options) for features, out, frames in sizes]
+        )
+        self.conv_out = Conv(config.decoder[-1], RGB, (1, 3, 3), **options)
+
+    def encoder_pasts(self, batch: int, height: int, width: int) -> Past:
+        """What the encoder remembers at a clip's beginning; sizes of the pixels."""
+        features, levels = self.config.encoder, range(1, len(self.down) + 1)
+        return self._pasts(batch, [(height >> level, width >> level, features) for level in levels])
+
+    def decoder_pasts(self, batch: int, height: int, width: int) -> Past:
+        """What the decoder remembers at a clip's beginning; sizes of the latents."""
+        sizes = enumerate(self.config.decoder[:-1])
+        return self._pasts(batch, [(height << level, width << level, features) for level, features in sizes])
+
+    def _pasts(self, batch: int, levels: list[tuple[int, ...]]) -> Past:
+        empty = lambda size: jnp.zeros((batch, 1, *size), self.dtype)  # noqa: E731
+        return tuple(tuple(empty(size) for _ in range(self.config.blocks)) for size in levels)
+
+    def encode_next(self, video: Float[Array, "B T H W 3"], pasts: Past) -> tuple[Float[Array, "B F h w C"], Past]:
+        """Latents of the next frames, 4 of which make one, and what is remembered; pixels lie in [-1, 1]."""
+        x, after = jax.nn.relu(self.conv_in((video + 1) / 2)), []
+        for level, past in zip(self.down, pasts, strict=True):
+            x, past = level(x, past)
+            after.append(past)
+        return self.to_latents(x).astype(jnp.float32), tuple(after)
+
+    def decode_next(self, latents: Float[Array, "B F h w C"], pasts: Past) -> tuple[Float[Array, "B T H W 3"], Past]:
+        """Frames of the next latents, 4 of each, and what is remembered; not clipped, [-1, 1] is what can be shown.
+
+        Of a clip's first latent, only the last frame is one.
+        """
+        x, after = jax.nn.relu(self.from_latents(3 * jnp.tanh(latents.astype(jnp.float32) / 3))), []
+        for level, past in zip(self.up, pasts, strict=True):
+            x, past = level(x, past)
+            after.append(past)
+        return 2 * self.conv_out(jax.nn.relu(x)).astype(jnp.float32) - 1, tuple(after)
+
+    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """Latents of a whole clip.
+
+        Args:
+            video: Pixels in [-1, 1]; the last frame is repeated until the frames make whole latents.
+
+        Returns:
+            Latents, normalised: 1 + k of 1 + 4 k frames.
+
+        Raises:
+            ValueError: If the size does not make whole latents.
+        """
+        batch, frames, height, width, _ = video.shape
+        factor = self.config.spatial_factor
+        if height % factor or width % factor:
+            raise ValueError(f"video of {height}x{width} pixels does not make whole latents, which are {factor} wide.")
+        more = -frames % self.config.temporal_factor
+        video = jnp.concatenate([video, *[video[:, -1:]] * more], axis=1)
+        return self.encode_next(video, self.encoder_pasts(batch, height, width))[0]
+
+    def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
+        """Frames of a whole clip, T = 1 + 4 (F - 1), in [-1, 1]."""
+        batch, _, height, width, _ = latents.shape
+        frames, _ = self.decode_next(latents, self.decoder_pasts(batch, height, width))
+        return jnp.clip(frames[:, self.config.temporal_factor - 1 :], -1, 1)
