@@ -10,6 +10,7 @@ from jaxtyping import DTypeLike
 from monarchrt.models.checkpoints.reading import (
     BareFile,
     Entry,
+    Layout,
     Progress,
     load_part,
     open_tensors,
@@ -34,10 +35,11 @@ def tiny_entries() -> list[Entry]:
         >>> len(entries), entries[0].names["official"]
         (128, 'encoder.0.weight')
     """
+    leaves: tuple[tuple[str, str, Layout], ...] = (("kernel", "weight", "conv2d"), ("bias", "bias", "vector"))
     return [
         Entry((*ours.split("."), leaf), None, {"official": f"{theirs}.{name}"}, layout)
         for ours, theirs, biased in _layers()
-        for leaf, name, layout in (("kernel", "weight", "conv2d"), ("bias", "bias", "vector"))[: 1 + biased]
+        for leaf, name, layout in leaves[: 1 + biased]
     ]
 
 
