@@ -39,7 +39,7 @@ OBJECTIVE = ("tests/train/test_objective.py",)
 SEEN = ("tests/models/media/test_seen.py",)
 WINDOWS = ("tests/models/sampling/test_windows.py",)
 RELATIVES = ("tests/models/test_relatives.py",)
-CHECKPOINTS = ("tests/models/test_checkpoints.py",)
+CHECKPOINTS = ("tests/models/test_checkpoints.py", "tests/models/test_torch_checkpoints.py")
 ARCHIVES = ("tests/models/test_hostile_archives.py",)
 
 FAULTS = (
