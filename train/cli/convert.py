@@ -23,6 +23,8 @@ monarchrt convert self_forcing_dmd.pt self-forcing --to official --dtype bfloat1
 
 monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `monarchrt train`
 
+monarchrt convert runs/few student.pt --to torch      for Self-Forcing's code
+
 monarchrt convert Wan2.1-T2V-1.3B wan-ink --lora ink.safetensors:0.8      merged
 
 monarchrt convert ink.safetensors ink-diffusers.safetensors --to diffusers      a LoRA under other names"""
@@ -30,7 +32,7 @@ _OF_LORAS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"
 
 
 def convert_command(arguments: Sequence[str]) -> int:
-    """`monarchrt convert SRC DST --to {official,diffusers,orbax}`."""
+    """`monarchrt convert SRC DST --to {official,diffusers,orbax,torch}`."""
     from monarchrt.models.generate.loras import open_loras
     from monarchrt.models.lora.merging import with_loras
     from monarchrt.models.lora.reading import lora_file
@@ -47,11 +49,18 @@ def convert_command(arguments: Sequence[str]) -> int:
             _check_model_format(options)
             loras = open_loras(options.lora, report=_say)
             written = options.run(progress, adapt=lambda source: with_loras(source, loras))
+    if options.to == "torch":
+        _say(f"note: {written} holds no settings: attention, blocks, shift and steps are to be given when it is used")
     print(written)
     return 0
 
 
 def _check_model_format(options: "ConvertOptions") -> None:
+    suffix = options.dst.suffix.lower()
+    if options.to == "torch" and suffix not in (".pt", ".pth"):
+        raise UserError(f"to is 'torch', which is a file, but dst is {options.dst}; give one that ends in .pt")
+    if options.to != "torch" and suffix in (".pt", ".pth"):
+        raise UserError(f"dst is {options.dst}, but to is {options.to!r}, which is a folder; give --to torch")
     if options.to == "musubi":
         raise UserError(f"to is 'musubi', a format of LoRAs, but {options.src} is a model; give official or diffusers")
 

@@ -11,8 +11,8 @@ from monarchrt.models.attention.base import Attention
 from monarchrt.models.checkpoints.reading import some
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.load import Progress, check_sizes, read_model, resolve_config
-from monarchrt.models.wan.checkpoints.mapping import Naming, tensors
-from monarchrt.models.wan.checkpoints.save import check_target, save_checkpoint, write_folder
+from monarchrt.models.wan.checkpoints.mapping import tensors
+from monarchrt.models.wan.checkpoints.save import check_target, save_checkpoint, write_tensors
 from monarchrt.models.wan.checkpoints.source import Source, open_source
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import own_shapes
@@ -191,8 +191,8 @@ def convert_checkpoint(
 
     Args:
         source: As `inspect_checkpoint`.
-        destination: A folder that does not exist yet, or is empty.
-        to: "official", "diffusers" or "orbax".
+        destination: A folder that does not exist yet, or is empty; for torch a file.
+        to: "official", "diffusers", "orbax" or "torch".
         dtype: Of the tensors written; None keeps the file's.
         config: Sizes that the source must have.
         attention: Self-attention to store with the weights; None keeps what is stored.
@@ -261,7 +261,7 @@ def convert_source(
         progress: Called after each tensor.
 
     Returns:
-        The folder.
+        The folder, or the file.
 
     Raises:
         ValueError: If the source is incomplete, or the destination is not empty.
@@ -282,11 +282,10 @@ def convert_source(
             few_step=few_step,
             trained=opened.trained,
         )
-    naming: Naming = "official" if to == "official" else "diffusers"
-    return write_folder(
+    return write_tensors(
         destination,
         chosen,
-        naming,
+        to,
         info=opened.info,
         read=opened.read,
         dtype=dtype,
@@ -303,8 +302,9 @@ class ConvertOptions:
 
     Attributes:
         src: A folder or file with weights, or a Hugging Face repository owner/name.
-        dst: The folder to write; it must not exist yet, or be empty.
-        to: Format: official, diffusers or orbax; of a LoRA official (ComfyUI's), diffusers or musubi.
+        dst: The folder to write; it must not exist yet, or be empty. For torch a file, such as student.pt.
+        to: Format: official, diffusers, orbax or torch (a .pt file with the names of Self-Forcing's, which holds no
+            settings); of a LoRA official (ComfyUI's), diffusers or musubi.
         lora: LoRAs to merge into it, FILE or FILE:SCALE, as `monarchrt generate` takes them.
         dtype: float32, bfloat16 or float16; left out, the file's own.
         weights: Which set of a .pt file: generator_ema, generator, critic or model.
@@ -317,7 +317,7 @@ class ConvertOptions:
 
     src: str
     dst: Path
-    to: Literal["official", "diffusers", "orbax", "musubi"] = "official"
+    to: Literal["official", "diffusers", "orbax", "torch", "musubi"] = "official"
     lora: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     weights: str | None = None

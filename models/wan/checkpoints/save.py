@@ -10,6 +10,7 @@ from flax import nnx
 
 from monarchrt.models.checkpoints.reading import Progress, some
 from monarchrt.models.checkpoints.tensor_files import TensorInfo, total_bytes, write_sharded
+from monarchrt.models.checkpoints.torch_writing import write_torch
 from monarchrt.models.files import new_folder
 from monarchrt.models.wan.checkpoints import settings
 from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, checkpoint_shape, tensors, to_theirs
@@ -17,7 +18,7 @@ from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
 
 STEM = "diffusion_pytorch_model"
-TARGETS = ("official", "diffusers", "orbax")
+TARGETS = ("official", "diffusers", "orbax", "torch")
 
 
 class ModelFile:
@@ -63,8 +64,9 @@ def save_checkpoint(
 
     Args:
         model: The model.
-        path: A folder that does not exist yet, or is empty.
-        format: "official", "diffusers" (the `transformer` folder of a pipeline) or "orbax".
+        path: A folder that does not exist yet, or is empty; in the torch format a file.
+        format: "official", "diffusers" (the `transformer` folder of a pipeline), "orbax", or "torch", a `.pt` file as
+            Self-Forcing has them, which holds no settings.
         dtype: Of the tensors; None keeps the parameters'.
         max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
         few_step: Stores that the weights are distilled, so that `monarchrt generate` samples them in few steps.
@@ -82,12 +84,11 @@ def save_checkpoint(
         from monarchrt.models.wan.checkpoints.orbax import save_orbax
 
         return save_orbax(model, path, dtype=dtype, few_step=few_step, trained=trained)
-    naming: Naming = "official" if format == "official" else "diffusers"
     file = ModelFile(model)
-    return write_folder(
+    return write_tensors(
         path,
         model.config,
-        naming,
+        format,
         info=lambda tensor: file.infos[tensor.official],
         read=lambda tensor: file.read(tensor.official),
         dtype=dtype,
@@ -98,10 +99,10 @@ def save_checkpoint(
     )
 
 
-def write_folder(
+def write_tensors(
     path: str | Path,
     config: WanConfig,
-    naming: Naming,
+    format: str,
     *,
     info: Callable[[Tensor], TensorInfo],
     read: Callable[[Tensor], np.ndarray],
@@ -111,12 +112,12 @@ def write_folder(
     trained: settings.Trained | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes `config.json` and the weights of a model whose tensors, in torch's layout, `read` gives.
+    """Writes the weights of a model whose tensors, in torch's layout, `read` gives, and but for torch `config.json`.
 
     Args:
-        path: A folder that does not exist yet, or is empty.
+        path: As `save_checkpoint`.
         config: The model.
-        naming: Names of the tensors.
+        format: "official", "diffusers" or "torch".
         info: Shape and dtype of each.
         read: Each tensor.
         dtype: Of what is written; None keeps it.
@@ -129,9 +130,15 @@ def write_folder(
         The folder.
 
     Raises:
-        ValueError: If the folder is not empty or the dtype is not a float.
+        ValueError: If the folder is not empty or the dtype is not a float; a file is there already, or its model could
+            not be told of its tensors.
     """
     cast = None if dtype is None else _float_dtype(dtype)
+    if format == "torch":
+        return _write_file(
+            Path(path).expanduser(), config, info=info, read=read, cast=cast, few_step=few_step, progress=progress
+        )
+    naming: Naming = "official" if format == "official" else "diffusers"
     by_name = {tensor.name(naming): tensor for tensor in tensors(config)}
     infos = {name: TensorInfo(info(t).shape, cast or info(t).dtype) for name, t in by_name.items()}
     own = settings.own_to_json(config, few_step=few_step, trained=trained)
@@ -153,6 +160,35 @@ def write_folder(
             if progress is not None:
                 progress(name, done, total)
     return Path(path).expanduser()
+
+
+def _write_file(
+    path: Path,
+    config: WanConfig,
+    *,
+    info: Callable[[Tensor], TensorInfo],
+    read: Callable[[Tensor], np.ndarray],
+    cast: np.dtype | None,
+    few_step: bool,
+    progress: Progress | None,
+) -> Path:
+    """Writes a `.pt` file with the names of Self-Forcing's: of a model of few steps as its averaged generator."""
+    if path.exists():
+        raise ValueError(f"path={str(path)!r} exists; name a new file.")
+    if config.head_dim != settings.HEAD_DIM:
+        raise ValueError(
+            f"format='torch' holds no config.json, so that heads of {config.head_dim} channels could not be told: the "
+            f"released models' have {settings.HEAD_DIM}; use 'official'."
+        )
+    by_name = {f"model.{tensor.official}": tensor for tensor in tensors(config)}
+    infos = {name: TensorInfo(info(t).shape, cast or info(t).dtype) for name, t in by_name.items()}
+    total, done = total_bytes(infos.values()), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, size in write_torch(path, "generator_ema" if few_step else "model", infos, lambda n: read(by_name[n])):
+        done += size
+        if progress is not None:
+            progress(name, done, total)
+    return path
 
 
 def check_target(format: str) -> None:

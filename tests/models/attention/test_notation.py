@@ -143,9 +143,7 @@ class TestShortForm:
         }
         with pytest.raises(ValueError, match=r"num_iters is 3, but attention is .*leave one of them out"):
             split_options("monarch(num_iters=2)", {"num_iters": 3}, KNOWN)
-        with pytest.raises(
-            ValueError, match="num_iters is 3 but attention is 'dense'; num_iters needs att"
-        ):
+        with pytest.raises(ValueError, match="num_iters is 3 but attention is 'dense'; num_iters needs att"):
             split_options("dense", {"num_iters": 3}, KNOWN)
 
 
