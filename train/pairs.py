@@ -137,7 +137,12 @@ class PairsConfig:
 
 
 def trajectory(
-    flow: "Flow", noise: "Float[Array, 'b f h w c']", table: "SamplerTable", *, stored: tuple[int, ...]
+    flow: "Flow",
+    noise: "Float[Array, 'b f h w c']",
+    table: "SamplerTable",
+    *,
+    stored: tuple[int, ...],
+    numbered: bool = False,
 ) -> "tuple[Float[Array, 'n b f h w c'], Float[Array, 'b f h w c']]":
     """States of a solver at some of its steps, and where it ends.
 
@@ -155,6 +160,7 @@ def trajectory(
         noise: Where it begins.
         table: A solver that adds no noise.
         stored: Numbers of steps, whose states are those before them.
+        numbered: Whether the flow is told the number of the step too, as a third argument.
 
     Returns:
         The states, and the end.
@@ -171,7 +177,8 @@ def trajectory(
         (state, kept), (row, number) = carry, xs
         here = (places == number).reshape(-1, *[1] * noise.ndim)
         kept = jnp.where(here, state.x[None], kept)
-        return (solver_step(state, row, flow(state.x, row.timesteps)), kept), None
+        where = (number,) if numbered else ()
+        return (solver_step(state, row, flow(state.x, row.timesteps, *where)), kept), None
 
     begin = (SolverState.init(noise), kept)
     (state, kept), _ = jax.lax.scan(step, begin, (rows(table), jnp.arange(table.steps)))
@@ -242,7 +249,7 @@ def make_pairs(
         noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
         against = None if negative is None else jnp.broadcast_to(negative, (len(text), *negative.shape))
         flow = guided(nnx.merge(graph, params), text, against, guidance=config.weight)
-        return trajectory(flow, noise, table, stored=config.stored())
+        return trajectory(flow, noise, table, stored=config.stored(), numbered=True)
 
     with locked(config.out, name="out"):
         remove_abandoned(config.out)

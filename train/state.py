@@ -139,9 +139,8 @@ def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: s
 
 
 def as_velocity(graph: nnx.GraphDef, params: Any, frozen: Any) -> Callable[..., Any]:
-    """A network that was split, as a function of latents, timesteps and text."""
-    model: Callable = nnx.merge(graph, params, frozen)  # type: ignore[assignment]
-    return lambda latents, timesteps, text: model(latents, timesteps, text)
+    """A network that was split, to be called with latents, timesteps and text."""
+    return nnx.merge(graph, params, frozen)  # type: ignore[return-value]
 
 
 def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

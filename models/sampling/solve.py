@@ -1,5 +1,6 @@
 """Carrying out a sampler: pure functions over pytrees of latents, for use under `jit`."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,17 +151,40 @@ def guided(
         guidance: g; 1 is no guidance.
 
     Returns:
-        (latents, timestep) -> flow; the number of the step may follow, which the network is given as `step`.
+        (latents, timestep) -> flow; the number of the step may follow, which the network is told as in `flow_at`.
     """
     both = None if negative is None or guidance == 1.0 else paired(text, negative)
 
     def flow(x: Array, t: Array, number: Any = None) -> Array:
-        where = {} if number is None else {"step": number}
         if both is None:
-            return model(x, jnp.broadcast_to(t, x.shape[:1]), text, **where)
-        return unpair(model(paired(x, x), jnp.broadcast_to(t, (2 * x.shape[0],)), both, **where), guidance)
+            return flow_at(model, x, jnp.broadcast_to(t, x.shape[:1]), text, step=number)
+        pair = flow_at(model, paired(x, x), jnp.broadcast_to(t, (2 * x.shape[0],)), both, step=number)
+        return unpair(pair, guidance)
 
     return flow
+
+
+def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array, *, step: Any) -> Array:
+    """The flow of a network at a step of a sampler, whose number attention may depend on.
+
+    Examples:
+        >>> flow_at(lambda x, t, text, step=None: x + step, 1.0, 500.0, None, step=2)
+        3.0
+        >>> flow_at(lambda x, t, text: x, 1.0, 500.0, None, step=2)
+        1.0
+
+    Args:
+        model: (latents, timesteps, text) -> flow, told the number as `step` if it has such an argument.
+        x: Latents, [B, ...].
+        timesteps: [B], or [B, frames].
+        text: Embedding of the prompt.
+        step: Number of the call within the sampler, from 0, traced or not; None: there is no sampler.
+
+    Returns:
+        The flow.
+    """
+    told = step is not None and "step" in inspect.signature(model).parameters
+    return model(x, timesteps, text, **({"step": step} if told else {}))
 
 
 def paired(text: Array, negative: Array) -> Array:
@@ -200,13 +224,13 @@ def keep_context(
         timestep: What the network is told of the context.
 
     Returns:
-        (latents of the new frames, timesteps [B], text) -> their flow.
+        (latents of the new frames, timesteps [B], text, step=None) -> their flow.
     """
 
-    def continued(x: Array, t: Array, text: Any, **where: Any) -> Array:
+    def continued(x: Array, t: Array, text: Any, *, step: Any = None) -> Array:
         first = jnp.tile(context, (x.shape[0] // context.shape[0], 1, 1, 1, 1))
         kept, new = first.shape[1], x.shape[:2]
         times = jnp.concatenate([jnp.full(first.shape[:2], timestep), jnp.broadcast_to(t[:, None], new)], axis=1)
-        return model(jnp.concatenate([first, x], axis=1), times, text, **where)[:, kept:]
+        return flow_at(model, jnp.concatenate([first, x], axis=1), times, text, step=step)[:, kept:]
 
     return continued

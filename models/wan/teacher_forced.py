@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarchrt.models.attention.base import Context
+from monarchrt.models.attention.base import Context, Number
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, rematerialized
@@ -24,6 +24,7 @@ def teacher_forced(
     text: Float[Array, "B L E"],
     *,
     clean_timesteps: Real[Array, "B"] | Real[Array, "B frames"] | None = None,
+    step: Number = None,
 ) -> Float[Array, "B F H W C_out"]:
     """Predicts the flow of each noisy block that sees the clean blocks before it, all blocks at once.
 
@@ -46,6 +47,8 @@ def teacher_forced(
         clean: The latents that later blocks see.
         text: Output of the text encoder, as in the model's call.
         clean_timesteps: What the model is told of the clean half; None: 0, which is clean.
+        step: Number of the noisy half's call within a sampler, traced or not, for attention that depends on it; the
+            clean half is after all steps, as the blocks of a cache are.
 
     Returns:
         The flow of the noisy half, in float32 at least.
@@ -71,7 +74,7 @@ def teacher_forced(
         for latents, times in ((clean, clean_timesteps), (noisy, timesteps))
     ]
     tokens = split_batch(jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *halves))
-    x = _run_halves(model, tokens, model.embed_context(text), grid, sizes)
+    x = _run_halves(model, tokens, model.embed_context(text), grid, sizes, step)
     return model.unpatchify(model.run_head(x, halves[1].time), grid)
 
 
@@ -81,7 +84,9 @@ def _per_frame(timesteps: Array, grid: tuple[int, int, int]) -> Array:
     return jnp.broadcast_to(timesteps[:, None], (timesteps.shape[0], grid[0]))
 
 
-def _run_halves(model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, int, int], sizes: list[int]) -> Array:
+def _run_halves(
+    model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, int, int], sizes: list[int], step: Number
+) -> Array:
     """All layers over [clean; noisy] frames; the noisy half of the residual stream."""
     config, frames = model.config, grid[0]
     cos, sin = (jnp.concatenate([table, table]) for table in rope_table(grid, config.head_dim))
@@ -93,14 +98,14 @@ def _run_halves(model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, 
             layer, number = layer
             block = nnx.merge(graph, layer)
 
-            def where(half: slice) -> Context:
+            def where(half: slice, step: Number = None) -> Context:
                 inputs = partial(block.attention_inputs, x[:, half], tokens.time_projection[:, half])
-                return Context(layer=number, inputs=inputs, modules=modules_of(block))
+                return Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
 
             def attention(query, key, value):
                 clean, noisy = zip(*(jnp.split(a, 2, axis=1) for a in (query, key, value)), strict=True)
                 seen = attend_clip(config, setting, *clean, grid=grid, context=where(slice(0, frames)))
-                context = where(slice(frames, None))
+                context = where(slice(frames, None), step)
                 sees = attend_blocks(setting, *noisy, past=clean[1:], grid=grid, sizes=sizes, context=context)
                 return jnp.concatenate([seen, sees], axis=1)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
 from monarchrt.models.media.video import write_mp4
+from monarchrt.models.sampling.solve import flow_at
 from monarchrt.models.wan import WanModel
 from monarchrt.train.config import ObjectiveConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
@@ -44,11 +45,12 @@ def make_continuation(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> Cal
         mask = new[None, :, None, None, None]
 
         def step(x, pair):
-            sigma, following = pair
+            sigma, following, number = pair
             timesteps = jnp.broadcast_to(new * sigma * objective.num_train_timesteps, (batch, frames))
-            return x + mask * (following - sigma) * velocity(x, timesteps, text), None
+            return x + mask * (following - sigma) * flow_at(velocity, x, timesteps, text, step=number), None
 
-        return jax.lax.scan(step, jnp.where(mask, noise, latents), (levels[:-1], levels[1:]))[0]
+        rows = levels[:-1], levels[1:], jnp.arange(STEPS)
+        return jax.lax.scan(step, jnp.where(mask, noise, latents), rows)[0]
 
     return sample
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
 from monarchrt.models.sampling.schedules import Schedule, few_step_schedule
+from monarchrt.models.sampling.solve import flow_at
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
 from monarchrt.train.objectives.flow import add_noise
@@ -154,7 +155,7 @@ class DMDObjective(Objective):
         """The clean clip that the student sees in z, at one of its steps."""
         batch = z.shape[:1]
         t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
-        return to_data(z, student(z, jnp.full(batch, t), text), self._sigma(index, z.shape[0]))
+        return to_data(z, flow_at(student, z, jnp.full(batch, t), text, step=index), self._sigma(index, z.shape[0]))
 
     def _levels(self, draws: ScoreDraws) -> Levels:
         settings = self.settings

@@ -266,7 +266,7 @@ def euler_sample(
     """Follows dx/dsigma = v from the first noise level to the last.
 
     Args:
-        velocity: The network.
+        velocity: The network, which is told the number of the step as `step` if its call has such an argument.
         latents: x at the first level: unit Gaussian noise for sigma = 1, or a noised clip.
         text: Text embeddings.
         levels: Decreasing noise levels, from `sampling_levels`.
@@ -283,7 +283,8 @@ def euler_sample(
     """
 
     sigmas = np.asarray(levels, float)
-    return sample(guided(velocity, text), latents, euler(Schedule(sigmas, num_train_timesteps * sigmas[:-1])))
+    table = euler(Schedule(sigmas, num_train_timesteps * sigmas[:-1]))
+    return sample(guided(velocity, text), latents, table, numbered=True)
 
 
 def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> Sampler:

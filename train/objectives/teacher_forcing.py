@@ -79,8 +79,8 @@ class TeacherForcingObjective(FlowObjective):
         if draws is not None and self.settings.context_sigma:
             clean, told = add_noise(latents, draws.context_noise, draws.context), draws.context * times
 
-        def velocity(noisy: Array, timesteps: Array, text: Array) -> Array:
-            return teacher_forced(network, noisy, timesteps, clean, text, clean_timesteps=told)
+        def velocity(noisy: Array, timesteps: Array, text: Array, *, step: Any = None) -> Array:
+            return teacher_forced(network, noisy, timesteps, clean, text, clean_timesteps=told, step=step)
 
         return velocity
 
