@@ -246,7 +246,11 @@ def open_wan(config: GenerateConfig, *, report: Callable[[str], None] = _say) ->
 
 
 def load_wan(
-    config: GenerateConfig, opened: WanCheckpoint | None = None, *, report: Callable[[str], None] = _say
+    config: GenerateConfig,
+    opened: WanCheckpoint | None = None,
+    *,
+    texts: bool = True,
+    report: Callable[[str], None] = _say,
 ) -> Material:
     """Loads a Wan checkpoint and its parts.
 
@@ -256,6 +260,7 @@ def load_wan(
     Args:
         config: The settings.
         opened: The checkpoint, if it is open already.
+        texts: Whether there is a prompt, to be encoded now; else the material's text is None.
         report: Takes lines for the person who waits.
 
     Returns:
@@ -267,7 +272,7 @@ def load_wan(
     opened = opened or open_wan(config)
     source = opened.source
     plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
-    if config.prompt is None and config.embeddings is None:
+    if texts and config.prompt is None and config.embeddings is None:
         raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
     with user_input():
         source.check()
@@ -281,16 +286,18 @@ def load_wan(
         report(f"begins with {len(frames)} frames of {config.condition}")
     noise = given_noise(plan, source.config.out_channels, given=given)
     dtype = half_precision(config)
-    text, negative = text_embeddings(
-        plan.config,
-        encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        guides=plan.guides,
-        width=source.config.text_dim,
-        rows=source.config.text_len,
-        dtype=dtype,
-        report=report,
-    )
+    text = negative = None
+    if texts:
+        text, negative = text_embeddings(
+            plan.config,
+            encoder=components.text_encoder,
+            tokenizer=components.tokenizer,
+            guides=plan.guides,
+            width=source.config.text_dim,
+            rows=source.config.text_len,
+            dtype=dtype,
+            report=report,
+        )
     with user_input():
         decoder = load_decoder(config, components.vae)
         _check_decoder(decoder, plan, source.config.out_channels)

@@ -49,10 +49,10 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise _refused(host, port, error) from error
+        raise refused(host, port, error) from error
 
 
-def _refused(host: str, port: int, error: OSError) -> UserError:
+def refused(host: str, port: int, error: OSError) -> UserError:
     """What is wrong, and with which of the two."""
     name = isinstance(error, socket.gaierror)
     # the text of other errors repeats the address, as Python writes it
@@ -80,8 +80,8 @@ def own_host(named: str | None, host: str) -> bool:
     with contextlib.suppress(ValueError):
         name = urlsplit(f"//{named or ''}").hostname or ""
         local = {"localhost", "127.0.0.1", "::1", host.lower()} - {""}
-        beyond = not _loopback(host)
-        return name in local or _loopback(name) or (beyond and (_is_address(name) or name in _machine_names()))
+        beyond = not is_loopback(host)
+        return name in local or is_loopback(name) or (beyond and (_is_address(name) or name in _machine_names()))
     return False
 
 
@@ -129,7 +129,8 @@ def _is_address(name: str) -> bool:
         return False
 
 
-def _loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether only this machine can reach a name or address."""
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
 
@@ -247,7 +248,7 @@ class LivePage:
             asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
         except OSError as error:
             self._stop()
-            raise _refused(self._host, self._port, error) from error
+            raise refused(self._host, self._port, error) from error
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """The text's embeddings: from the encoder, which is let go of again, or from a file."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,65 @@ def encode_texts(
         encode_prompts(prompts, encoder=model, tokenizer=ours, length=rows, warn=report, empty=True),
         strict=True,
     )
+
+
+class TextEncoder:
+    """Prompts to embeddings, with the encoder in memory for as long as this lives.
+
+    Args:
+        encoder: Weights of the text encoder.
+        tokenizer: Its folder.
+        rows: Tokens at most; longer texts are cut, and `report` says so.
+        dtype: That the encoder computes in.
+        report: Takes lines.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+
+    def __init__(
+        self,
+        encoder: Path,
+        tokenizer: Path,
+        *,
+        rows: int,
+        dtype: str = "bfloat16",
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ):
+        self._tokenizer, self._rows, self._report = Tokenizer.load(tokenizer), rows, report
+        with user_input():
+            self._encoder = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
+
+    def __call__(self, prompts: Sequence[str]) -> list[Float[Array, "1 L E"]]:
+        """An embedding for each, float32, zero past the text's end."""
+        found = encode_prompts(
+            prompts, encoder=self._encoder, tokenizer=self._tokenizer, length=self._rows, warn=self._report, empty=True
+        )
+        return [jnp.asarray(array, jnp.float32)[None] for array in found]
+
+
+class StoredTexts:
+    """The embeddings of a file; other prompts cannot be encoded."""
+
+    def __init__(self, path: Path, *, rows: int):
+        self._path, self._stored = path, load_embeddings(path, length=rows)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those that it has."""
+        return list(self._stored)
+
+    def __call__(self, prompts: Sequence[str]) -> list[Float[Array, "1 L E"]]:
+        """An embedding for each, float32, zero past the text's end.
+
+        Raises:
+            UserError: If the file lacks one; names some that it has.
+        """
+        for prompt in prompts:
+            if prompt not in self._stored:
+                known = ", ".join(repr(name[:40]) for name in list(self._stored)[:8])
+                raise UserError(f"embeddings {self._path} has no {prompt[:40]!r}; it has {known}")
+        return [jnp.asarray(self._stored[prompt], jnp.float32)[None] for prompt in prompts]
 
 
 def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
 from monarchrt.train.cli.platform import leave_out_cuda
+from monarchrt.train.cli.programs import OFF_VARIABLE, keep_programs
 from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "train": "train or finetune a video model on a clip; resume a run",
     "demo": "the whole story in miniature on a CPU: dense, Monarch, finetuned",
     "generate": "make a video from a prompt, or with a run's network",
+    "serve": "videos whose prompt changes while they are made, for browsers and programs",
     "encode": "clips and captions to the latents that finetuning takes",
     "pairs": "states of a teacher's solver, to distil a student on",
     "inspect": "what a Wan checkpoint holds, and whether it is complete",
@@ -46,7 +48,8 @@ def usage() -> str:
             *lines,
             "",
             "`monarchrt COMMAND --help` lists a command's options. Bad input ends in one line, `error: ...`, and exit",
-            f"code 2; --debug, or {DEBUG_VARIABLE}=1, shows the traceback as well.",
+            f"code 2; --debug, or {DEBUG_VARIABLE}=1, shows the traceback as well. Compiled programs are kept in",
+            f"~/.cache/monarchrt/programs, so that the next run begins at once; {OFF_VARIABLE}=1 keeps none.",
         ]
     )
 
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for input that cannot be used, and for files that cannot be read or written; 130 (143) after
         Ctrl-C (SIGTERM), once the run has saved.
     """
+    if arguments is None:  # a process of its own, not a caller's
+        keep_programs()
     with usable_streams():
         return _main(list(sys.argv[1:] if arguments is None else arguments))
 

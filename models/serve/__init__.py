@@ -1,0 +1,22 @@
+"""Sessions: videos whose prompt changes while they are made, for several clients with one loaded model."""
+
+from monarchrt.models.serve.engine import Engine
+from monarchrt.models.serve.messages import MESSAGES, Refusal, parse_message
+from monarchrt.models.serve.outbox import Outbox
+from monarchrt.models.serve.server import Address, Server, run_server
+from monarchrt.models.serve.session import Limits, Session
+from monarchrt.models.serve.sessions import Sessions
+
+__all__ = [
+    "MESSAGES",
+    "Address",
+    "Engine",
+    "Limits",
+    "Outbox",
+    "Refusal",
+    "Server",
+    "Session",
+    "Sessions",
+    "parse_message",
+    "run_server",
+]

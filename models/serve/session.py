@@ -1,0 +1,392 @@
+"""One client's video: a turn makes one block, or does what the client asked for; no network, no threads, any clock."""
+
+import dataclasses
+import io
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.writer import Mp4Writer
+from monarchrt.models.sampling import LiveRollout
+from monarchrt.models.serve.engine import Engine, blended
+from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusal, Resume, Save, Seek, Start, Step, Stop
+from monarchrt.models.serve.outbox import Outbox
+
+MOST_COMMANDS = 16  # of a session that wait for its turn
+AT_ONCE = float("-inf")
+AHEAD = 2.0  # seconds that a paced video is made before it is played
+WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
+
+type Texts = tuple[Array, Array | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What clients may ask for.
+
+    Attributes:
+        sessions: That make videos at once; each holds a cache of keys and values.
+        waiting: That wait for one of these to end.
+        seconds: Of video in a session.
+        idle: Seconds without a message after which a session ends.
+        prompt: Characters of a prompt.
+        message: Bytes of a message.
+        kept: Blocks of latents that are kept of each, to go back to and to save.
+        frames: That wait for a client to read them.
+        videos: Saved ones that can be fetched; the oldest goes.
+    """
+
+    sessions: int = 4
+    waiting: int = 16
+    seconds: float = 600.0
+    idle: float = 300.0
+    prompt: int = 4000
+    message: int = 65536
+    kept: int = 120
+    frames: int = 96
+    videos: int = 16
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = 0 if field.name == "waiting" else 1
+            if not getattr(self, field.name) >= least:
+                raise UserError(f"{field.name} is {getattr(self, field.name)}; it must be at least {least}")
+
+
+@dataclass
+class Observed:
+    """Takes what there is to measure; replaced by a server that shows it."""
+
+    def block(self, seconds: float, frames: int) -> None:
+        """A block was made."""
+
+    def dropped(self, frames: int) -> None:
+        """Frames were not sent."""
+
+    def ended(self, reason: str) -> None:
+        """A session is over."""
+
+
+def jpeg(frame: UInt8[np.ndarray, "H W 3"], *, quality: int = 88) -> bytes:
+    """A frame as JPEG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+class Session:
+    """A video in the making, and what its client may do to it.
+
+    Args:
+        engine: What all sessions share.
+        start: The client's first message.
+        outbox: Takes what it is told.
+        limits: What it may ask for.
+        clock: Seconds; it never goes back.
+        folder: Where videos are saved; None: they cannot be.
+        observed: Takes measurements.
+        encoded: `map`, or that of a pool of threads, in which frames are encoded.
+
+    Attributes:
+        ended: Why it is over; None while it is not.
+        block: The next one's number.
+
+    Raises:
+        Refusal: If what it asks for would need another program, or more than the limits.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        start: Start,
+        outbox: Outbox,
+        *,
+        limits: Limits,
+        clock: Callable[[], float],
+        folder: Path | None = None,
+        observed: Observed | None = None,
+        encoded: Callable[..., Iterable[bytes]] = map,
+    ):
+        self._engine, self._start, self.outbox, self._limits, self._clock = engine, start, outbox, limits, clock
+        self._folder, self._observed, self._encoded = folder, observed or Observed(), encoded
+        self.name, self.ended, self.block = secrets.token_hex(4), None, 0
+        self._last, self._why_last = self._check(start)
+        self._commands: deque[Message] = deque()
+        self.heard = clock()
+        self._playing, self._steps, self._drops = not start.paused, 0, 0
+        self._video: LiveRollout | None = None
+        self._decoder: Any = None
+        self._past: dict[int, np.ndarray] = {}  # latents on the host, by block
+        self._texts: Texts | None = None
+        self._blend: Iterator[tuple[Texts, bool]] | None = None
+        self._mixed = -1  # the block that the text was last changed for
+        self._saving: Iterator[None] | None = None
+        self._begin, self._shown = clock(), 0  # when a paced video's frame 0 was due, less the ones before a pause
+        self.saved: list[Path] = []
+        self._left: str | None = None
+
+    def _check(self, start: Start) -> tuple[int, str]:
+        """The block after the last, and why it is."""
+        engine = self._engine
+        served = dict(
+            height=engine.size[0],
+            width=engine.size[1],
+            window=engine.window,
+            sink_frames=engine.rollout.sink_frames,
+        )
+        for name, value in served.items():
+            wanted = getattr(start, name)
+            if wanted not in (None, value):
+                raise Refusal(
+                    f"start: {name} is {wanted}, which would need another program; this server makes {name} {value}",
+                    code="other_program",
+                    id=start.id,
+                )
+        most = int(self._limits.seconds * engine.fps)
+        if start.frames is not None:
+            if start.frames > most:
+                raise Refusal(
+                    f"start: frames is {start.frames}; a session makes at most {most}", code="too_long", id=start.id
+                )
+            try:
+                return engine.blocks(start.frames), "finished"
+            except UserError as error:
+                raise Refusal(f"start: {error}", id=start.id) from error
+        blocks = 1
+        while engine.frames(blocks + 1) <= most:
+            blocks += 1
+        return blocks, "longest"
+
+    # What the client says, in any thread
+
+    def tell(self, message: Message) -> None:
+        """Takes a message; it is done at the session's next turn.
+
+        Raises:
+            Refusal: If it begins again, or too many wait already.
+        """
+        self.heard = self._clock()
+        if isinstance(message, Ping):
+            self.outbox.event("pong", id=message.id)
+        elif isinstance(message, Start):
+            raise Refusal("start: this session has begun; stop it, or open another", code="begun", id=message.id)
+        elif len(self._commands) >= MOST_COMMANDS and not isinstance(message, Stop):
+            raise Refusal(f"{message.type}: {MOST_COMMANDS} messages wait already", code="busy", id=message.id)
+        else:
+            self._commands.append(message)
+
+    def due(self) -> float | None:
+        """When it wants its next turn, perhaps long ago; None if it is over."""
+        if self.ended is not None:
+            return None
+        if self._left or self._commands or self._saving is not None or self._steps:
+            return AT_ONCE
+        idle = self.heard + self._limits.idle
+        if not self._playing:
+            return idle
+        paced = self._begin + self._shown / self._engine.fps - AHEAD
+        return min(idle, paced if self._start.pace else AT_ONCE)
+
+    def leave(self, reason: str) -> None:
+        """The client is gone: it ends at its next turn."""
+        self._left = reason
+
+    def welcome(self) -> None:
+        """Says that it has a place."""
+        engine, self.heard = self._engine, self._clock()
+        frames = None if self._start.frames is None else engine.frames(self._last)
+        self.outbox.event(
+            "started", id=self._start.id, session=self.name, fps=engine.fps, frames=frames, playing=self._playing
+        )
+
+    def give_up_waiting(self) -> None:
+        """Ends it if the client has gone, or stopped it, before it had a place."""
+        if self._left is not None or any(isinstance(message, Stop) for message in self._commands):
+            self.end(self._left or "stopped")
+
+    # Turns, in the one thread that computes
+
+    def turn(self) -> None:
+        """Does what was asked for, then makes a block if one is due. What goes wrong ends this session, no more."""
+        try:
+            if self._left is not None:
+                self.end(self._left)
+            while self._commands and self.ended is None:
+                self._do(self._commands.popleft())
+            if self.ended is not None:
+                return
+            if self._clock() - self.heard >= self._limits.idle:
+                self.end("idle", message=f"nothing was heard for {self._limits.idle:.0f} s")
+            elif self._saving is not None:
+                if next(self._saving, self) is self:
+                    self._saving = None
+            elif self._playing or self._steps:
+                self._make_block()
+        except UserError as error:
+            self.end("error", message=" ".join(str(error).split()))
+        except Exception as error:
+            self.end("error", message=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def end(self, reason: str, *, message: str | None = None) -> None:
+        """Ends it, and lets its memory go."""
+        if self.ended is not None:
+            return
+        self.ended = reason
+        self._video = self._decoder = self._texts = self._blend = self._saving = None
+        self._past.clear()
+        self._observed.ended(reason)
+        self.outbox.event("ended", reason=reason, message=message, blocks=self.block)
+
+    def _do(self, message: Message) -> None:
+        try:
+            if isinstance(message, Prompt):
+                self._change_prompt(message)
+            elif isinstance(message, Seek):
+                self._seek(message)
+            elif isinstance(message, Save):
+                self._begin_saving(message)
+            elif isinstance(message, Stop):
+                self.end("stopped")
+            elif isinstance(message, Step):
+                self._playing, self._steps = False, self._steps + message.blocks
+                self.outbox.event("stepping", id=message.id, block=self.block, blocks=self._steps)
+            elif isinstance(message, Pause | Resume):
+                self._playing, self._steps = isinstance(message, Resume), 0
+                if self._playing:
+                    self._begin, self._shown = self._clock() + AHEAD, 0
+                self.outbox.event("resumed" if self._playing else "paused", id=message.id, block=self.block)
+        except Refusal as refusal:
+            self.outbox.event("error", id=message.id, code=refusal.code, message=str(refusal))
+
+    def _begun(self) -> LiveRollout:
+        if self._video is None:
+            self._texts = self._engine.embed(self._start.prompt, self._start.negative)
+            self._video = self._engine.video(self._texts, self._start.seed)
+            self._decoder = self._engine.start_decoder()
+            self._begin = self._clock()
+        return self._video
+
+    def _change_prompt(self, message: Prompt) -> None:
+        video, steps = self._begun(), message.blend + 1
+        assert self._texts is not None
+        old, new = self._texts, self._engine.embed(message.prompt, message.negative)
+        shares = [n / steps for n in range(1, steps + 1)]
+        self._blend = iter([(new if share == 1 else blended(old, new, share), message.recache) for share in shares])
+        self._mix(video)
+        self.outbox.event(
+            "prompt",
+            id=message.id,
+            prompt=message.prompt,
+            block=self.block,
+            frame=self._engine.frames(self.block),
+            recache=message.recache,
+            blend=message.blend,
+        )
+
+    def _mix(self, video: LiveRollout) -> None:
+        """The text of the next block, if one is on its way to another."""
+        if self._blend is None or (following := next(self._blend, None)) is None:
+            self._blend = None
+            return
+        (self._texts, recache), self._mixed = following, self.block
+        video.set_text(*self._texts)
+        if recache:
+            video.recache(video.frame, self._latents())
+
+    def _latents(self) -> dict[int, np.ndarray]:
+        return {self._engine.first_latent(block): latents for block, latents in self._past.items()}
+
+    def _make_block(self) -> None:
+        video, began = self._begun(), self._clock()
+        if self._mixed != self.block:
+            self._mix(video)
+        latents = video.generate()
+        frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
+        if not finite:
+            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or --precision fp32")
+        block, first = self.block, self._engine.frames(self.block)
+        self._past[block] = np.asarray(latents)
+        self._forget()
+        pictures = np.asarray(frames)[0]
+        seconds = self._clock() - began
+        self.block += 1
+        self._steps, self._shown = max(0, self._steps - 1), self._shown + len(pictures)
+        waiting = len(self.outbox)
+        self.outbox.event(
+            "block", block=block, frame=first, frames=len(pictures), ms=round(1000 * seconds, 1), waiting=waiting
+        )
+        for index, picture in enumerate(self._encoded(jpeg, pictures)):
+            self.outbox.frame(first + index, block, picture)
+        self._observed.block(seconds, len(pictures))
+        dropped, self._drops = self.outbox.dropped - self._drops, self.outbox.dropped
+        self._observed.dropped(dropped)
+        if self.block >= self._last:
+            longest = f"a session's video has at most {self._limits.seconds:.0f} s"
+            self.end(self._why_last, message=longest if self._why_last == "longest" else None)
+
+    def _forget(self) -> None:
+        """Lets go of the oldest block that neither attention's sinks nor its window need."""
+        sinks = self._engine.rollout.sink_frames
+        window = -(-self._engine.window // self._engine.rollout.block) + 1
+        if len(self._past) > max(self._limits.kept, window + sinks):
+            del self._past[next(block for block in self._past if self._engine.first_latent(block) >= sinks)]
+
+    def _kept(self) -> list[int]:
+        """The blocks without a gap up to the newest."""
+        first = self.block
+        while first - 1 in self._past:
+            first -= 1
+        return list(range(first, self.block))
+
+    def _seek(self, message: Seek) -> None:
+        video, kept = self._begun(), self._kept()
+        frame = self._engine.first_latent(message.block)
+        have = self._latents()
+        if message.block > self.block or any(start not in have for start in video.past_of(frame)):
+            last = f"; blocks {kept[0]} to {kept[-1]} are kept" if kept else "; none is made yet"
+            raise Refusal(f"seek: block is {message.block}, which cannot be gone back to{last}", code="not_kept")
+        video.recache(frame, have)
+        for block in [block for block in self._past if block >= message.block]:
+            del self._past[block]
+        self.block = message.block
+        self._decoder = self._engine.start_decoder()
+        for block in [block for block in range(self.block - WARMED, self.block) if block in self._past]:
+            *_, self._decoder = self._engine.decode(self._past[block], self._decoder)
+        self._begin, self._shown = self._clock() + AHEAD, 0
+        self.outbox.clear_frames()
+        self.outbox.event("sought", id=message.id, block=self.block, frame=self._engine.frames(self.block))
+
+    def _begin_saving(self, message: Save) -> None:
+        if self._folder is None or self._saving is not None or not (kept := self._kept()):
+            why = "is not on" if self._folder is None else "has nothing" if self._saving is None else "is under way"
+            raise Refusal(f"save: saving {why}", code="cannot_save")
+        self._saving = self._save(message, kept, self._folder / f"{secrets.token_urlsafe(12)}.mp4")
+
+    def _save(self, message: Save, blocks: list[int], path: Path) -> Iterator[None]:
+        """Decodes the kept blocks again, one a turn."""
+        state = self._engine.start_decoder()
+        kept = {block: self._past[block] for block in blocks}
+        with Mp4Writer(path, fps=self._engine.fps, title=self._start.prompt[:200]) as writer:
+            for latents in kept.values():
+                frames, _, state = self._engine.decode(latents, state)
+                writer.write(np.asarray(jax.device_get(frames))[0])
+                yield
+        self.saved.append(path)
+        self.outbox.event(
+            "saved",
+            id=message.id,
+            url=f"/video/{path.name}",
+            frames=writer.frames,
+            block=blocks[0],
+            bytes=path.stat().st_size,
+        )

@@ -1,0 +1,177 @@
+"""Which session is next: turns by block, a queue for who comes when all places are taken, and limits."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from monarchrt.models.serve.engine import Engine
+from monarchrt.models.serve.messages import Message, Refusal, Start
+from monarchrt.models.serve.outbox import Outbox
+from monarchrt.models.serve.session import Limits, Observed, Session
+
+
+class Sessions:
+    """The sessions of an engine. `open`, `tell` and `close` may be called in any thread; `turn` in one.
+
+    Examples:
+        >>> sessions = Sessions(engine, limits=Limits())  # doctest: +SKIP
+        >>> outbox = Outbox(frames=96)  # doctest: +SKIP
+        >>> session = sessions.open(Start(prompt="a cat"), outbox)  # doctest: +SKIP
+        >>> while sessions.turn():  # doctest: +SKIP
+        ...     print(outbox.take())
+
+    Args:
+        engine: What makes videos.
+        limits: For clients.
+        clock: Seconds; it never goes back.
+        folder: Where videos are saved.
+        observed: Takes measurements.
+        encoded: `map`, or that of a pool of threads.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        folder: Path | None = None,
+        observed: Observed | None = None,
+        encoded: Callable[..., Iterable[bytes]] = map,
+    ):
+        self.engine, self.limits = engine, limits
+        self._clock, self._folder, self._observed, self._encoded = clock, folder, observed or Observed(), encoded
+        self._active: list[Session] = []
+        self._waiting: list[Session] = []
+        self._videos: list[Path] = []
+        self._changed = threading.Condition()
+        self._closing: str | None = None
+
+    @property
+    def active(self) -> int:
+        """Sessions that have a place."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that wait for one."""
+        return len(self._waiting)
+
+    @property
+    def frames_waiting(self) -> int:
+        """Frames that clients have not read yet."""
+        return sum(len(session.outbox) for session in list(self._active))
+
+    def open(self, start: Start, outbox: Outbox) -> Session:
+        """A new session; it begins, or waits for a place.
+
+        Raises:
+            Refusal: If there is no place to wait, or what it asks for cannot be made.
+        """
+        with self._changed:
+            if self._closing is not None:
+                raise Refusal(f"start: the server is closing ({self._closing})", code="closing", id=start.id)
+            if len(self._active) >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
+                raise Refusal(
+                    f"start: {len(self._active)} sessions are on and {len(self._waiting)} wait; try again later",
+                    code="full",
+                    id=start.id,
+                )
+            session = Session(
+                self.engine,
+                start,
+                outbox,
+                limits=self.limits,
+                clock=self._clock,
+                folder=self._folder,
+                observed=self._observed,
+                encoded=self._encoded,
+            )
+            self._waiting.append(session)
+            self._seat()
+            if session in self._waiting:
+                outbox.event("queued", id=start.id, session=session.name, position=len(self._waiting))
+            self._changed.notify_all()
+        return session
+
+    def tell(self, session: Session, message: Message) -> None:
+        """Takes a session's message.
+
+        Raises:
+            Refusal: If it cannot be taken now.
+        """
+        with self._changed:
+            session.tell(message)
+            self._changed.notify_all()
+
+    def close(self, session: Session, reason: str) -> None:
+        """Ends a session, of which the client is gone; at once, or after the block in the making."""
+        with self._changed:
+            session.leave(reason)
+            self._changed.notify_all()
+
+    def turn(self) -> bool:
+        """The turn of the session that is due and had none for the longest time; False if none is due."""
+        with self._changed:
+            self._seat()
+            now = self._clock()
+            due = [session for session in self._active if (at := session.due()) is not None and at <= now]
+            if not due:
+                return False
+            session = due[0]
+            self._active.remove(session)  # to the end
+            self._active.append(session)
+        session.turn()
+        with self._changed:
+            self._keep_videos(session)
+            self._seat()
+        return True
+
+    def run(self) -> None:
+        """Takes turns until `shut`; in a thread of its own."""
+        while self._closing is None:
+            if not self.turn():
+                with self._changed:
+                    self._changed.wait(timeout=self._until_due())
+        with self._changed:
+            for session in [*self._active, *self._waiting]:
+                session.end(self._closing)
+            self._active, self._waiting = [], []
+
+    def shut(self, reason: str) -> None:
+        """Ends all, after the block in the making."""
+        with self._changed:
+            self._closing = self._closing or reason
+            self._changed.notify_all()
+
+    def _until_due(self) -> float:
+        times = [at for session in self._active if (at := session.due()) is not None]
+        return 0.0 if self._closing else min(max(0.0, min(times, default=1.0) - self._clock()), 1.0)
+
+    def _seat(self) -> None:
+        """Lets those go that are over, and gives places to the ones that wait, telling all of their new positions."""
+        before = list(self._waiting)
+        self._active = [session for session in self._active if session.ended is None]
+        for session in list(self._waiting):
+            session.give_up_waiting()
+        self._waiting = [session for session in self._waiting if session.ended is None]
+        while self._waiting and len(self._active) < self.limits.sessions:
+            session = self._waiting.pop(0)
+            session.welcome()
+            self._active.append(session)
+        for position, session in enumerate(self._waiting, 1):
+            if session in before and before.index(session) != position - 1:
+                session.outbox.event("queued", session=session.name, position=position)
+
+    def _keep_videos(self, session: Session) -> None:
+        """Remembers what was saved; the oldest go."""
+        self._videos += session.saved
+        session.saved.clear()
+        while len(self._videos) > self.limits.videos:
+            self._videos.pop(0).unlink(missing_ok=True)
+
+    def video(self, name: str) -> Path | None:
+        """The file of a saved video; None if there is none of this name."""
+        with self._changed:
+            return next((path for path in self._videos if path.name == name), None)

@@ -1,0 +1,317 @@
+"""Sessions without a network: what a client asks for is what is made, when it is due, and no more."""
+
+import jax
+import numpy as np
+import pytest
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.video import read_clip
+from monarchrt.models.sampling.rollout import generate_block
+from monarchrt.models.serve import Limits, Outbox, Refusal
+from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
+
+FREE = dict(pace=False)
+
+
+def start(prompt="a cat", **more):
+    return Start(prompt=prompt, **FREE | more)
+
+
+def pictures(frames):
+    return np.stack([np.frombuffer(picture, np.uint8).reshape(8, 16, 3) for *_, picture in frames]).astype(int)
+
+
+def types(events):
+    return [event["type"] for event in events]
+
+
+def of(events, type):
+    return [event for event in events if event["type"] == type]
+
+
+def test_a_video_from_start_to_end(stage, client, engine):
+    """The frames are those of the pipeline's own video."""
+    events, frames = client(stage(), start(seed=3, frames=9)).run()
+    assert types(events) == ["started", "block", "block", "block", "ended"]
+    assert events[0]["frames"] == 9
+    assert events[-1] == {"type": "ended", "reason": "finished", "blocks": 3}
+    assert [(index, block) for index, block, _ in frames] == [(n, n // 3) for n in range(9)]
+    video, state, expected = engine.video(engine.embed("a cat", None), 3), engine.start_decoder(), []
+    for _ in range(3):
+        decoded, _, state = engine.decode(video.generate(), state)
+        expected.append(decoded[0])
+    np.testing.assert_array_equal(pictures(frames), np.concatenate(expected))
+
+
+def test_another_prompt_says_where_it_applies(stage, client):
+    _, before = client(stage(), start(frames=15)).run()
+    changed = client(stage(), start(frames=15))
+    changed.run(turns=2)
+    changed.tell(Prompt(prompt="a dog", id="p1"))
+    events, frames = changed.run()
+    told = of(events, "prompt")[0]
+    assert told == {
+        "type": "prompt", "id": "p1", "prompt": "a dog", "block": 2, "frame": 6, "recache": True, "blend": 0
+    }  # fmt: skip
+    assert types(events)[0] == "prompt"
+    difference = np.abs(pictures(frames) - pictures(before)[6:]).mean(axis=(1, 2, 3))
+    assert difference.min() > 3
+
+
+@pytest.mark.parametrize("recache", [True, False])
+def test_a_blend_goes_over_in_steps(stage, client, engine, recache):
+    """Each block has its own text, the last the new one; compared with the roll-out by hand."""
+    session = client(stage(), start(seed=1, frames=15))
+    session.run(turns=1)
+    session.tell(Prompt(prompt="a dog", blend=2, recache=recache))
+    _, frames = session.run()
+    old, new = engine.embed("a cat", None)[0], engine.embed("a dog", None)[0]
+    video, state, past, expected = engine.video((old, None), 1), engine.start_decoder(), {}, []
+    for block in range(5):
+        if 1 <= block <= 3:
+            video.set_text(old + (block / 3) * (new - old))
+            if recache:
+                video.recache(video.frame, past)
+        past[3 * block] = video.generate()
+        decoded, _, state = engine.decode(past[3 * block], state)
+        expected.append(decoded[0])
+    np.testing.assert_allclose(pictures(frames), np.concatenate(expected[1:]), atol=1)
+
+
+def test_pause_step_and_resume(stage, client):
+    session = client(stage(), start(paused=True))
+    events, frames = session.run()
+    assert (types(events), frames) == (["started"], [])
+    session.tell(Step(blocks=2))
+    events, frames = session.run()
+    assert types(events) == ["stepping", "block", "block"]
+    session.tell(Prompt(prompt="a dog"))  # is told at once, also while nothing is made
+    assert of(session.run()[0], "prompt")[0]["block"] == 2
+    session.tell(Resume(id="r"))
+    events, _ = session.run(turns=2)
+    assert events[0] == {"type": "resumed", "id": "r", "block": 2}
+    session.tell(Pause())
+    events, frames = session.run()
+    assert types(events) == ["paused"]
+    session.tell(Ping(id="x"))
+    session.tell(Stop())
+    assert session.run()[0] == [
+        {"type": "pong", "id": "x"},
+        {"type": "ended", "reason": "stopped", "blocks": session.session.block},
+    ]
+
+
+def test_going_back(stage, client):
+    """The same blocks come again; and after another prompt others."""
+    session = client(stage(), start(frames=30))
+    _, first = session.run(turns=3)
+    session.tell(Seek(block=1, id="s"))
+    events, again = session.run(turns=2)
+    assert events[0] == {"type": "sought", "id": "s", "block": 1, "frame": 3}
+    assert [block for _, block, _ in again] == [1] * 3 + [2] * 3
+    np.testing.assert_allclose(pictures(again), pictures(first)[3:], atol=1)
+    session.tell(Seek(block=7))
+    events, _ = session.run(turns=1)
+    assert "block is 7, which cannot be gone back to; blocks 0 to 2 are kept" in of(events, "error")[0]["message"]
+    session.tell(Seek(block=0))
+    assert session.run(turns=1)[0][0]["frame"] == 0
+
+
+def test_what_is_kept_is_bounded(stage, client):
+    session = client(stage(kept=1, seconds=10.0), start())
+    session.run(turns=20)
+    assert len(session.session._past) == 1 + 3 + 2  # the sinks' block besides those of the window, with room
+    session.tell(Seek(block=4))
+    assert "cannot be gone back to; blocks 1" in of(session.run(turns=1)[0], "error")[0]["message"]
+    session.tell(Seek(block=19))
+    assert of(session.run(turns=1)[0], "sought")
+
+
+def test_saving(stage, client, tmp_path):
+    """One block a turn, so that others are not kept waiting."""
+    sessions = stage(videos=1)
+    session = client(sessions, start(paused=True))
+    session.tell(Save())
+    assert of(session.run()[0], "error")[0]["message"] == "save: saving has nothing"
+    session.tell(Step(blocks=3))
+    session.run()
+    for number in range(2):
+        session.tell(Save(id="v"))
+        events, _ = session.run(turns=1)
+        assert events == []
+        (saved,) = session.run()[0]
+        assert (saved["type"], saved["frames"], saved["block"], saved["id"]) == ("saved", 9, 0, "v")
+        path = sessions.video(saved["url"].removeprefix("/video/"))
+        assert len(read_clip(path, height=8, width=16)) == 9
+        assert len(list(tmp_path.iterdir())) == 1, number
+    assert sessions.video("other.mp4") is None
+
+
+def test_turns_go_round(stage, client):
+    sessions = stage()
+    one, other = (client(sessions, start(name, frames=12)) for name in ("a cat", "a dog"))
+    for _ in range(4):
+        sessions.turn()
+    assert one.session.block == other.session.block == 2
+
+
+def test_a_queue_with_positions(stage, client):
+    sessions = stage(sessions=1, waiting=2)
+    first, second, third = (client(sessions, start(frames=3)) for _ in range(3))
+    assert [types(x.run(turns=0)[0]) for x in (first, second, third)] == [["started"], ["queued"], ["queued"]]
+    with pytest.raises(Refusal, match="1 sessions are on and 2 wait; try again later"):
+        client(sessions, start())
+    sessions.close(second.session, "disconnected")
+    sessions.turn()
+    assert types(third.run(turns=0)[0]) == ["queued", "started"]  # the first is over, and the second is gone
+    assert second.run(turns=0)[0] == [{"type": "ended", "reason": "disconnected", "blocks": 0}]
+    assert types(third.run()[0]) == ["block", "ended"]
+    assert (sessions.active, sessions.waiting) == (0, 0)
+
+
+def test_positions_move_up(stage, client):
+    sessions = stage(sessions=1, waiting=3)
+    _, second, third = (client(sessions, start(frames=3)) for _ in range(3))
+    third.run(turns=0)
+    second.tell(Stop())
+    sessions.turn()
+    events = third.run(turns=0)[0]
+    assert types(events) in (["started"], ["queued", "started"])
+
+
+def test_a_paced_video_is_made_as_it_is_played(stage, client, clock):
+    session = client(stage(), start(pace=True))
+    session.run()
+    made = session.session.block
+    assert (made - 1) * 3 / 30 <= 2.0 < (made + 1) * 3 / 30  # two seconds ahead
+    assert session.session.due() > clock.now
+    clock.now += 1.0
+    session.run()
+    assert session.session.block - made in (9, 10, 11)
+
+
+def test_a_client_that_says_nothing(stage, client, clock):
+    session = client(stage(idle=60.0), start(paused=True))
+    clock.now = 59.0
+    assert session.run()[0][-1]["type"] == "started"
+    session.tell(Ping())
+    clock.now = 118.0
+    session.run()
+    assert session.session.ended is None
+    clock.now = 119.5
+    assert session.run()[0] == [
+        {"type": "ended", "reason": "idle", "message": "nothing was heard for 60 s", "blocks": 0}
+    ]
+
+
+def test_the_longest_video(stage, client):
+    events, frames = client(stage(seconds=1.0), start()).run()
+    assert len(frames) == 30
+    assert events[-1]["reason"] == "longest"
+    assert events[-1]["message"] == "a session's video has at most 1 s"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(height=16), "height is 16, which would need another program; this server makes height 8"),
+        (dict(width=8), "width is 8, which would need another program; this server makes width 16"),
+        (dict(window=9), "window is 9, which would need"),
+        (dict(sink_frames=0), "sink_frames is 0, which would need another program; this server makes sink_frames 3"),
+        (dict(frames=10), "frames is 10, which do not make whole blocks; 9 or 12 do"),
+        (dict(frames=10**9), "frames is 1000000000; a session makes at most 18000"),
+    ],
+)
+def test_what_cannot_be_made(stage, client, more, message):
+    with pytest.raises(Refusal, match=message):
+        client(stage(), start(**more))
+    assert client(stage(), start(height=8, width=16, window=6, sink_frames=3)).session.ended is None
+
+
+def test_not_a_number_ends_the_session_and_no_other(stage, client, engine, monkeypatch):
+    sessions = stage()
+    bad, good = client(sessions, start("nan", frames=6)), client(sessions, start(frames=6))
+    embed = engine.embed
+    broken = lambda prompt, negative: (embed(prompt, negative)[0] * (np.nan if prompt == "nan" else 1), None)  # noqa: E731
+    monkeypatch.setattr(engine, "embed", broken)
+    events, frames = bad.run()
+    assert events[-1]["reason"] == "error"
+    assert "NaN or infinite" in events[-1]["message"]
+    assert not frames
+    assert types(good.run()[0])[-3:] == ["block", "block", "ended"]
+    after = client(sessions, start(frames=3))
+    assert after.run()[0][-1]["reason"] == "finished"
+
+
+def test_an_error_that_nobody_thought_of(stage, client, engine, monkeypatch):
+    session = client(stage(), start())
+    monkeypatch.setattr(engine, "decode", lambda *_: 1 // 0)
+    events, _ = session.run()
+    assert events[-1]["message"].startswith("ZeroDivisionError: ")
+
+
+def test_too_many_commands_wait(stage, client):
+    session = client(stage(), start(paused=True))
+    for _ in range(16):
+        session.tell(Pause())
+    with pytest.raises(Refusal, match="pause: 16 messages wait already"):
+        session.tell(Pause())
+    with pytest.raises(Refusal, match="start: this session has begun"):
+        session.tell(start())
+    session.tell(Stop())
+    assert session.run()[0][-1]["reason"] == "stopped"
+
+
+def test_nothing_is_compiled_by_sessions(stage, client):
+    """Two at once with prompts, seeds, seeks and blends of their own."""
+    count, programs = generate_block._cache_size(), []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        sessions = stage()
+        one, other = (client(sessions, start(name, seed=seed)) for name, seed in (("a bird", 8), ("a fish", 9)))
+        for _ in range(10):
+            sessions.turn()
+        one.tell(Prompt(prompt="a fox", blend=1))
+        other.tell(Seek(block=2))
+        for _ in range(6):
+            sessions.turn()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert one.session.ended is other.session.ended is None
+    assert programs == []
+    assert generate_block._cache_size() == count
+
+
+class TestOutbox:
+    def test_the_oldest_frames_go(self):
+        box = Outbox(frames=3)
+        box.event("a")
+        for index in range(5):
+            box.frame(index, 0, b"x")
+            box.event("b", n=index, nothing=None)
+        assert len(box) == 3
+        assert box.take() == {"type": "dropped", "frames": 2, "total": 2}
+        left = [box.take() for _ in range(9)]
+        assert left[:3] == [{"type": "a"}, {"type": "b", "n": 0}, {"type": "b", "n": 1}]
+        assert [item[:4] for item in left if isinstance(item, bytes)] == [n.to_bytes(4, "big") for n in (2, 3, 4)]
+        assert box.take() is None
+
+    def test_events_are_bounded_too(self):
+        box = Outbox(frames=1)
+        for index in range(3000):
+            box.event("e", n=index)
+        items = list(iter(box.take, None))
+        assert len(items) == 512
+        assert items[-1]["n"] == 2999
+
+
+def test_bad_limits():
+    with pytest.raises(UserError, match="sessions is 0; it must be at least 1"):
+        Limits(sessions=0)
+    with pytest.raises(UserError, match="idle is nan; it must be at least 1"):
+        Limits(idle=float("nan"))

@@ -1,0 +1,137 @@
+"""`monarchrt serve`: the command, from a checkpoint to a client."""
+
+import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+
+from monarchrt.train.cli import main, programs
+
+SMALL = ["--height", "32", "--width", "64", "--steps", "2"]
+
+
+def serve(*arguments):
+    return main(["serve", *map(str, arguments)])
+
+
+async def watch(url, prompts):
+    """Frames of two blocks and of one with another prompt, and the events."""
+    events, frames = [], 0
+    async with aiohttp.ClientSession() as http, http.ws_connect(f"{url}session") as ws:
+        await ws.receive()
+        await ws.send_json({"type": "start", "prompt": prompts[0], "pace": False})
+        async for message in ws:
+            if message.type is aiohttp.WSMsgType.BINARY:
+                frames += 1
+                continue
+            events.append(message.json())
+            if (events[-1]["type"], events[-1].get("block")) == ("block", 1):
+                await ws.send_json({"type": "prompt", "prompt": prompts[1]})
+            if events[-1]["type"] == "prompt":
+                await ws.send_json({"type": "stop"})
+            if events[-1]["type"] == "ended":
+                return events, frames
+    raise AssertionError(f"closed after {events}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "wan"])
+def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_path):
+    checkpoint = ["--checkpoint", baseline, "--steps", "1"]
+    if kind == "wan":
+        checkpoint = ["--checkpoint", causal_folder, "--components", wan_folder, *SMALL, "--window", "6"]
+    command = [sys.executable, "-m", "monarchrt", "serve", *map(str, checkpoint), "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"ready after [\d.]+ s at (http://127\.0\.0\.1:\d+/)$", line.strip()):
+                break
+        else:
+            raise AssertionError("".join(said))
+        events, frames = asyncio.run(asyncio.wait_for(watch(found[1], ["a cat", "a dog"]), 120))
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 0, rest
+    assert rest == "stopped; all sessions are ended\n"
+    changed = next(event for event in events if event["type"] == "prompt")
+    assert changed["block"] >= 2
+    assert frames >= changed["frame"] - 3
+    assert events[-1]["reason"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"),
+        (["--host", "0.0.0.0"], "host 0.0.0.0 can be reached from other machines; give a --token that clients"),
+        (["--token", "short"], "token has 5 characters; give at least 16"),
+        (["--certificate", "none.pem"], "certificate none.pem is not a file"),
+        (["--sessions", "0"], "sessions is 0; it must be at least 1"),
+        (["--seconds", "nan"], "seconds is nan; it must be at least 1"),
+        (["--port", "70000"], "port is 70000; it must lie in [0, 65535]"),
+        (["--prompt", "a cat"], "--prompt"),
+        (["--decoder", "tiny"], "which has its own; leave it out"),
+    ],
+)
+def test_bad_input_ends_in_one_line(baseline, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert serve(*(["--checkpoint", baseline, *arguments] if arguments else [])) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken(baseline, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert serve("--checkpoint", baseline, "--port", port) == 2
+    assert f"port {port} of 127.0.0.1 cannot be listened on" in capsys.readouterr().err
+
+
+class TestPrograms:
+    """Where compiled programs are kept."""
+
+    def test_in_the_users_cache_folder(self, tmp_path):
+        environment = {"XDG_CACHE_HOME": str(tmp_path)}
+        programs.keep_programs(environment)
+        assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "monarchrt" / "programs")
+        assert (tmp_path / "monarchrt" / "programs").is_dir()
+        assert programs.programs_folder({}).parts[-3:] == (".cache", "monarchrt", "programs")
+
+    def test_not_where_the_user_says_otherwise(self, tmp_path):
+        for said in ({"JAX_COMPILATION_CACHE_DIR": ""}, {"MONARCHRT_NO_PROGRAM_CACHE": "1"}):
+            environment = {"XDG_CACHE_HOME": str(tmp_path)} | said
+            programs.keep_programs(environment)
+            assert environment == {"XDG_CACHE_HOME": str(tmp_path)} | said
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+        programs.keep_programs(environment)
+        assert environment == {"XDG_CACHE_HOME": str(tmp_path / "file")}
+
+    @pytest.mark.slow
+    def test_a_second_process_compiles_nothing(self, tmp_path, environment):
+        """The command's own process is told, JAX keeps its programs there, and reads them."""
+        script = (
+            "from monarchrt.train.cli import programs; programs.keep_programs(); import jax, jax.numpy as jnp\n"
+            "heard = []\n"
+            "jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))\n"
+            "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+            "jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(3))\n"
+            "print(heard.count('/jax/compilation_cache/cache_hits'))"
+        )
+        own = {k: v for k, v in environment.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        hits = [
+            int(subprocess.run([sys.executable, "-c", script], env=own | {"XDG_CACHE_HOME": str(tmp_path)},
+                               capture_output=True, text=True, check=True).stdout)
+            for _ in range(2)
+        ]  # fmt: skip
+        assert hits[0] == 0 < hits[1]

@@ -1,0 +1,123 @@
+"""`monarchrt serve`: sessions for browsers and programs, with one loaded model."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.interrupt import finish_first
+
+_SERVE = """Serve sessions: videos that are watched while they are made, and whose prompt may change meanwhile.
+
+monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --tile 3 30 52 --decoder tiny
+
+monarchrt serve --checkpoint runs/demo/monarch
+
+monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --host 0.0.0.0 --token "$TOKEN" \\
+    --certificate cert.pem --key key.pem"""
+
+type _Unused[T] = Annotated[T, tyro.conf.Suppress]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(GenerateConfig):
+    """Serve sessions of a Wan 2.1 checkpoint or a run; docs/serve.md has the protocol."""
+
+    port: int = 8766
+    """Port; 0 takes a free one."""
+
+    token: str | None = None
+    """What clients must have, 16 characters or more: needed beyond this machine."""
+
+    certificate: Path | None = None
+    """PEM file of a certificate, for https."""
+
+    key: Path | None = None
+    """PEM file of the certificate's key, if it is in another file."""
+
+    sessions: int = 4
+    """Sessions that make videos at once; each holds a cache of keys and values."""
+
+    waiting: int = 16
+    """Sessions that wait for a place."""
+
+    seconds: float = 600.0
+    """Longest video of a session."""
+
+    idle: float = 300.0
+    """Seconds without a message after which a session ends."""
+
+    kept: int = 120
+    """Blocks of latents that are kept of each session, to go back to and to save."""
+
+    # what a session says itself, or what is of one video
+    prompt: _Unused[str | None] = None
+    out: _Unused[Path] = Path("video.mp4")
+    overwrite: _Unused[bool] = False
+    save_embeddings: _Unused[Path | None] = None
+    zoom: _Unused[int | None] = None
+    seed: _Unused[int] = 0
+    condition: _Unused[str | None] = None
+    condition_frames: _Unused[int | None] = None
+    condition_fps: _Unused[float | None] = None
+    mode: _Unused[str] = "auto"
+    noise: _Unused[Path | None] = None
+    save_noise: _Unused[Path | None] = None
+    save_latents: _Unused[Path | None] = None
+    context: _Unused[int] = 1
+    quality: _Unused[int] = 16
+    compare_dense: _Unused[bool] = False
+    compare: _Unused[str | None] = None
+    stream: _Unused[bool] = False
+    linger: _Unused[float] = 60.0
+    quiet: _Unused[bool] = False
+
+
+def serve_command(arguments: Sequence[str]) -> int:
+    """`monarchrt serve`."""
+    options = parse(ServeOptions, arguments, prog="monarchrt serve", description=_SERVE)
+    if options.checkpoint is None:
+        raise UserError(
+            "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
+        )
+    with finish_first():
+        from monarchrt.models.generate.stream import check_port
+        from monarchrt.models.serve.load import load_engine
+        from monarchrt.models.serve.server import Address, Server, run_server
+        from monarchrt.models.serve.session import Limits
+
+    def of(kind: Any) -> Any:
+        names = {field.name for field in dataclasses.fields(kind)} & {
+            field.name for field in dataclasses.fields(options)
+        }
+        return kind(**{name: getattr(options, name) for name in names})
+
+    # all that needs no weights is checked first
+    address = of(Address)
+    address.context()
+    limits = Limits(**{name: getattr(options, name) for name in ("sessions", "waiting", "seconds", "idle", "kept")})
+    check_port(address.host, address.port)
+    begin = time.monotonic()
+    engine = load_engine(of(GenerateConfig), report=_say)
+    _say("compiling")
+    engine.warm_up()
+    server = Server(engine, address=address, limits=limits, title=Path(options.checkpoint).name)
+    server.listening = lambda: _say(
+        f"ready after {time.monotonic() - begin:.1f} s at {server.url}"
+        + ("?token=..., with the token of --token" if address.token else "")
+    )
+    run_server(server)
+    _say("stopped; all sessions are ended")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
