@@ -174,4 +174,5 @@ class Sessions:
     def video(self, name: str) -> Path | None:
         """The file of a saved video; None if there is none of this name."""
         with self._changed:
-            return next((path for path in self._videos if path.name == name), None)
+            fresh = [path for session in self._active for path in session.saved]
+            return next((path for path in [*self._videos, *fresh] if path.name == name), None)

@@ -66,7 +66,7 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
         ([], "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"),
         (["--host", "0.0.0.0"], "host 0.0.0.0 can be reached from other machines; give a --token that clients"),
@@ -79,9 +79,9 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
         (["--decoder", "tiny"], "which has its own; leave it out"),
     ],
 )
-def test_bad_input_ends_in_one_line(baseline, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(baseline, options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert serve(*(["--checkpoint", baseline, *arguments] if arguments else [])) == 2
+    assert serve(*(["--checkpoint", baseline, *options] if options else [])) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.config import GenerateConfig, Mode
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.interrupt import finish_first
 
@@ -23,8 +23,6 @@ monarchrt serve --checkpoint runs/demo/monarch
 
 monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --host 0.0.0.0 --token "$TOKEN" \\
     --certificate cert.pem --key key.pem"""
-
-type _Unused[T] = Annotated[T, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +57,27 @@ class ServeOptions(GenerateConfig):
     """Blocks of latents that are kept of each session, to go back to and to save."""
 
     # what a session says itself, or what is of one video
-    prompt: _Unused[str | None] = None
-    out: _Unused[Path] = Path("video.mp4")
-    overwrite: _Unused[bool] = False
-    save_embeddings: _Unused[Path | None] = None
-    zoom: _Unused[int | None] = None
-    seed: _Unused[int] = 0
-    condition: _Unused[str | None] = None
-    condition_frames: _Unused[int | None] = None
-    condition_fps: _Unused[float | None] = None
-    mode: _Unused[str] = "auto"
-    noise: _Unused[Path | None] = None
-    save_noise: _Unused[Path | None] = None
-    save_latents: _Unused[Path | None] = None
-    context: _Unused[int] = 1
-    quality: _Unused[int] = 16
-    compare_dense: _Unused[bool] = False
-    compare: _Unused[str | None] = None
-    stream: _Unused[bool] = False
-    linger: _Unused[float] = 60.0
-    quiet: _Unused[bool] = False
+    prompt: Annotated[str | None, tyro.conf.Suppress] = None
+    out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
+    overwrite: Annotated[bool, tyro.conf.Suppress] = False
+    save_embeddings: Annotated[Path | None, tyro.conf.Suppress] = None
+    frames: Annotated[int | None, tyro.conf.Suppress] = None
+    zoom: Annotated[int | None, tyro.conf.Suppress] = None
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    condition: Annotated[str | None, tyro.conf.Suppress] = None
+    condition_frames: Annotated[int | None, tyro.conf.Suppress] = None
+    condition_fps: Annotated[float | None, tyro.conf.Suppress] = None
+    mode: Annotated[Mode, tyro.conf.Suppress] = "auto"
+    noise: Annotated[Path | None, tyro.conf.Suppress] = None
+    save_noise: Annotated[Path | None, tyro.conf.Suppress] = None
+    save_latents: Annotated[Path | None, tyro.conf.Suppress] = None
+    context: Annotated[int, tyro.conf.Suppress] = 1
+    quality: Annotated[int, tyro.conf.Suppress] = 16
+    compare_dense: Annotated[bool, tyro.conf.Suppress] = False
+    compare: Annotated[str | None, tyro.conf.Suppress] = None
+    stream: Annotated[bool, tyro.conf.Suppress] = False
+    linger: Annotated[float, tyro.conf.Suppress] = 60.0
+    quiet: Annotated[bool, tyro.conf.Suppress] = False
 
 
 def serve_command(arguments: Sequence[str]) -> int:

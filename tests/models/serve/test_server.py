@@ -140,7 +140,7 @@ def test_many_come_and_go(engine):
     """Their sessions end, in whatever state they were."""
 
     async def talk(client, server):
-        for number in range(30):
+        for number in range(9):
             async with client.ws_connect("/session") as ws:
                 if number % 3:
                     await ws.receive_json()
@@ -158,6 +158,7 @@ def test_many_come_and_go(engine):
     against(engine, talk)
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading(engine, monkeypatch):
     """Frames are dropped, generation goes on, and in the end it is let go."""
     monkeypatch.setattr("monarchrt.models.serve.server.PATIENCE", 0.5)
