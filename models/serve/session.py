@@ -22,7 +22,7 @@ from monarchrt.models.serve.outbox import Outbox
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
 AT_ONCE = float("-inf")
-AHEAD = 2.0  # seconds that a paced video is made before it is played
+AHEAD = 1.0  # seconds that a paced video is made before it is played
 WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
 
 type Texts = tuple[Array, Array | None]

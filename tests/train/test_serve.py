@@ -1,6 +1,7 @@
 """`monarchrt serve`: the command, from a checkpoint to a client."""
 
 import asyncio
+import json
 import re
 import signal
 import socket
@@ -92,6 +93,31 @@ def test_a_port_that_is_taken(baseline, capsys):
         port = other.getsockname()[1]
         assert serve("--checkpoint", baseline, "--port", port) == 2
     assert f"port {port} of 127.0.0.1 cannot be listened on" in capsys.readouterr().err
+
+
+class TestBench:
+    @pytest.mark.slow
+    def test_a_run(self, baseline, capsys):
+        assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["steady"]["compiled"] == 0
+        assert found["cold"]["load"] > 0
+        assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4"]) == 0
+        assert "blocks in time, stood still" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([], "what to time is 'missing'; there is: monarchrt bench generate"),
+            (["train"], "what to time is 'train'; there is: monarchrt bench generate"),
+            (["generate"], "no checkpoint was given; give --checkpoint"),
+            (["generate", "--count", "1"], "count is 1; it must be at least 4"),
+            (["generate", "--rate", "nan"], "rate is nan; it must lie in [0.1, 1000]"),
+        ],
+    )
+    def test_bad_input(self, options, message, capsys):
+        assert main(["bench", *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 class TestPrograms:

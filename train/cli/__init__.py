@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": "the whole story in miniature on a CPU: dense, Monarch, finetuned",
     "generate": "make a video from a prompt, or with a run's network",
     "serve": "videos whose prompt changes while they are made, for browsers and programs",
+    "bench": "how fast a checkpoint makes videos: `bench generate`, cold and steady, by stage",
     "encode": "clips and captions to the latents that finetuning takes",
     "pairs": "states of a teacher's solver, to distil a student on",
     "inspect": "what a Wan checkpoint holds, and whether it is complete",

@@ -26,7 +26,34 @@ monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(GenerateConfig):
+class VideoOptions(GenerateConfig):
+    """The options of a generation that are not of one video, nor of a session."""
+
+    prompt: Annotated[str | None, tyro.conf.Suppress] = None
+    out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
+    overwrite: Annotated[bool, tyro.conf.Suppress] = False
+    save_embeddings: Annotated[Path | None, tyro.conf.Suppress] = None
+    frames: Annotated[int | None, tyro.conf.Suppress] = None
+    zoom: Annotated[int | None, tyro.conf.Suppress] = None
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    condition: Annotated[str | None, tyro.conf.Suppress] = None
+    condition_frames: Annotated[int | None, tyro.conf.Suppress] = None
+    condition_fps: Annotated[float | None, tyro.conf.Suppress] = None
+    mode: Annotated[Mode, tyro.conf.Suppress] = "auto"
+    noise: Annotated[Path | None, tyro.conf.Suppress] = None
+    save_noise: Annotated[Path | None, tyro.conf.Suppress] = None
+    save_latents: Annotated[Path | None, tyro.conf.Suppress] = None
+    context: Annotated[int, tyro.conf.Suppress] = 1
+    quality: Annotated[int, tyro.conf.Suppress] = 16
+    compare_dense: Annotated[bool, tyro.conf.Suppress] = False
+    compare: Annotated[str | None, tyro.conf.Suppress] = None
+    stream: Annotated[bool, tyro.conf.Suppress] = False
+    linger: Annotated[float, tyro.conf.Suppress] = 60.0
+    quiet: Annotated[bool, tyro.conf.Suppress] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(VideoOptions):
     """Serve sessions of a Wan 2.1 checkpoint or a run; docs/serve.md has the protocol."""
 
     port: int = 8766
@@ -55,29 +82,6 @@ class ServeOptions(GenerateConfig):
 
     kept: int = 120
     """Blocks of latents that are kept of each session, to go back to and to save."""
-
-    # what a session says itself, or what is of one video
-    prompt: Annotated[str | None, tyro.conf.Suppress] = None
-    out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
-    overwrite: Annotated[bool, tyro.conf.Suppress] = False
-    save_embeddings: Annotated[Path | None, tyro.conf.Suppress] = None
-    frames: Annotated[int | None, tyro.conf.Suppress] = None
-    zoom: Annotated[int | None, tyro.conf.Suppress] = None
-    seed: Annotated[int, tyro.conf.Suppress] = 0
-    condition: Annotated[str | None, tyro.conf.Suppress] = None
-    condition_frames: Annotated[int | None, tyro.conf.Suppress] = None
-    condition_fps: Annotated[float | None, tyro.conf.Suppress] = None
-    mode: Annotated[Mode, tyro.conf.Suppress] = "auto"
-    noise: Annotated[Path | None, tyro.conf.Suppress] = None
-    save_noise: Annotated[Path | None, tyro.conf.Suppress] = None
-    save_latents: Annotated[Path | None, tyro.conf.Suppress] = None
-    context: Annotated[int, tyro.conf.Suppress] = 1
-    quality: Annotated[int, tyro.conf.Suppress] = 16
-    compare_dense: Annotated[bool, tyro.conf.Suppress] = False
-    compare: Annotated[str | None, tyro.conf.Suppress] = None
-    stream: Annotated[bool, tyro.conf.Suppress] = False
-    linger: Annotated[float, tyro.conf.Suppress] = 60.0
-    quiet: Annotated[bool, tyro.conf.Suppress] = False
 
 
 def serve_command(arguments: Sequence[str]) -> int:

@@ -183,7 +183,7 @@ def test_a_paced_video_is_made_as_it_is_played(stage, client, clock):
     session = client(stage(), start(pace=True))
     session.run()
     made = session.session.block
-    assert (made - 1) * 3 / 30 <= 2.0 < (made + 1) * 3 / 30  # two seconds ahead
+    assert (made - 1) * 3 / 30 <= 1.0 < (made + 1) * 3 / 30  # a second ahead
     assert session.session.due() > clock.now
     clock.now += 1.0
     session.run()

@@ -1,0 +1,201 @@
+"""How fast videos are made: cold and steady, by stage, and whether play would stand still."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from monarchrt.models.serve.engine import Engine
+
+SHARES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How blocks come, seen by who plays them.
+
+    Attributes:
+        first: Seconds to the first block.
+        gap_ms: Milliseconds between blocks, by percentile.
+        deadlines_met: Share of the blocks after the first that were there when their first frame was due.
+        underruns: How often play stood still.
+        stood: Seconds that it stood still for.
+    """
+
+    first: float
+    gap_ms: dict[str, float]
+    deadlines_met: float
+    underruns: int
+    stood: float
+
+
+def percentiles(values: Sequence[float], *, scale: float = 1000.0) -> dict[str, float]:
+    """The 50th, 90th and 99th percentile, of seconds in milliseconds.
+
+    Examples:
+        >>> percentiles([0.1, 0.2, 0.3])
+        {'p50': 200.0, 'p90': 280.0, 'p99': 298.0}
+    """
+    return {f"p{share}": round(scale * float(np.percentile(values, share)), 3) for share in SHARES}
+
+
+def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> Cadence:
+    """What play at a frame rate would see: it begins with the first block, and stands still for one that is late.
+
+    Examples:
+        >>> seen = cadence([1.0, 1.4, 2.9], [8, 8, 8], fps=16.0)
+        >>> seen.first, seen.deadlines_met, seen.underruns, round(seen.stood, 3)
+        (1.0, 0.5, 1, 0.9)
+
+    Args:
+        arrivals: Seconds from the request to each block.
+        frames: Frames of each.
+        fps: Of play.
+
+    Returns:
+        What is seen.
+    """
+    due, late = arrivals[0], []
+    for arrival, before in zip(arrivals[1:], frames, strict=False):
+        due += before / fps
+        if arrival > due:
+            late.append(arrival - due)
+            due = arrival
+    return Cadence(
+        first=arrivals[0],
+        gap_ms=percentiles(np.diff(arrivals).tolist()),
+        deadlines_met=1 - len(late) / (len(arrivals) - 1),
+        underruns=len(late),
+        stood=sum(late),
+    )
+
+
+def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str = "a cat on a wall") -> dict[str, Any]:
+    """Makes three videos: one that compiles, one block after another as a stream, and one a stage at a time.
+
+    Args:
+        engine: What makes them; nothing need be compiled.
+        blocks: Of each of the two that are timed, 3 or more.
+        fps: Of play.
+        prompt: Encoded once.
+
+    Returns:
+        JSON values, by name; seconds unless the name says ms.
+    """
+    begin = time.perf_counter()
+    texts = engine.embed(prompt, None)
+    jax.block_until_ready(texts)
+    text = time.perf_counter() - begin
+    cold, _, _ = _stream(engine, texts, 3)
+    arrivals, frames, compiled = _stream(engine, texts, blocks)
+    steady = np.diff(arrivals)[1:]  # the second block has the decoder's second program, and is still the start
+    network, decoder = _stages(engine, texts, blocks)
+    whole = _seconds(lambda: engine.embed(prompt, None))
+    seen = cadence(arrivals, frames, fps=fps)
+    return machine() | {
+        "attention": str(engine.pipeline.model.config.attention),
+        "height": engine.size[0],
+        "width": engine.size[1],
+        "window": engine.window,
+        "blocks": blocks,
+        "frames": sum(frames),
+        "cold": {"text": text, "first_frames": text + cold[0]},
+        "steady": {
+            "first_frames": arrivals[0] + whole,
+            "block_ms": percentiles(steady.tolist()),
+            "p99_over_p50": float(np.percentile(steady, 99) / np.percentile(steady, 50)),
+            "network_ms": percentiles(network),
+            "decoder_ms": percentiles(decoder),
+            "frames_per_second": sum(frames) / arrivals[-1],
+            "compiled": compiled,
+        },
+        "cadence": {"fps": fps, "first": seen.first, "gap_ms": seen.gap_ms, "deadlines_met": seen.deadlines_met}
+        | {"underruns": seen.underruns, "stood": seen.stood},
+        "memory": memory(),
+    }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[int], int]:
+    """Seconds until each block's frames are on the host, how many they are, and programs compiled on the way.
+
+    As in generation, a block is under way before the one before is waited for.
+    """
+    programs: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        begin, arrivals, frames, waiting = time.perf_counter(), [], [], []
+        video, state = engine.video(texts, 0), engine.start_decoder()
+        for _ in range(blocks):
+            shown, _, state = engine.decode(video.generate(), state)
+            waiting.append(shown)
+            if len(waiting) > 1:
+                frames.append(np.asarray(waiting.pop(0)).shape[1])
+                arrivals.append(time.perf_counter() - begin)
+        frames.append(np.asarray(waiting.pop(0)).shape[1])
+        arrivals.append(time.perf_counter() - begin)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return arrivals, frames, len(programs)
+
+
+def _stages(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[float]]:
+    """Seconds of each block's latents, and of its frames, one waited for before the other; without the first two."""
+    video, state, network, decoder = engine.video(texts, 1), engine.start_decoder(), [], []
+    for _ in range(blocks):
+        begin = time.perf_counter()
+        latents = jax.block_until_ready(video.generate())
+        between = time.perf_counter()
+        shown, _, state = engine.decode(latents, state)
+        np.asarray(shown)
+        network.append(between - begin)
+        decoder.append(time.perf_counter() - between)
+    return network[2:] or network, decoder[2:] or decoder
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on: card, driver, versions, and the commit of a checkout."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    device = jax.devices()[0]
+    folder = Path(__file__).parent
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _said("git", "-C", str(folder), "rev-parse", "HEAD"),
+    }
+
+
+def _said(*command: str) -> str | None:
+    """The first line of a program's output; None if there is no such program, or it fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if run.returncode else next(iter(run.stdout.splitlines()), None)
+
+
+def memory() -> dict[str, int]:
+    """Bytes on the first device, now and at most, where it says so."""
+    stats = jax.devices()[0].memory_stats() or {}
+    names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
+    return {name: int(stats[theirs]) for name, theirs in names.items() if theirs in stats}

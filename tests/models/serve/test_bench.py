@@ -1,0 +1,34 @@
+"""What `monarchrt bench generate` says of the time, by hand-made arrivals and of a tiny engine."""
+
+import json
+
+import pytest
+
+from monarchrt.models.serve.bench import cadence, measure, percentiles
+
+
+def test_play_that_never_waits():
+    seen = cadence([0.5, 0.9, 1.4, 1.9], [12, 12, 12, 12], fps=16.0)  # a block is 0.75 s of play
+    assert (seen.first, seen.deadlines_met, seen.underruns, seen.stood) == (0.5, 1.0, 0, 0)
+    assert seen.gap_ms["p50"] == 500.0
+
+
+def test_play_that_stands_still():
+    """Due at 1.5, 2.5 and, after standing still for 0.7 s, at 4.2: the last comes in time again."""
+    seen = cadence([0.5, 1.0, 3.2, 4.1], [16, 16, 16, 16], fps=16.0)
+    assert (seen.deadlines_met, seen.underruns) == (pytest.approx(2 / 3), 1)
+    assert seen.stood == pytest.approx(0.7)
+
+
+def test_percentiles():
+    assert percentiles([0.001 * n for n in range(1, 102)]) == {"p50": 51.0, "p90": 91.0, "p99": 100.0}
+
+
+def test_an_engine(engine):
+    found = measure(engine, blocks=6, fps=8.0)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["height"], found["width"], found["blocks"], found["frames"]) == (8, 16, 6, 18)
+    assert found["steady"]["compiled"] == 0
+    assert set(found["steady"]["network_ms"]) == {"p50", "p90", "p99"}
+    assert found["cadence"]["fps"] == 8.0
+    assert found["versions"]["jax"]

@@ -1,0 +1,92 @@
+"""`monarchrt bench generate`: how fast a checkpoint makes videos on this machine, as people who report it need it."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.serve import VideoOptions
+from monarchrt.train.interrupt import finish_first
+
+_BENCH = """Time videos, block by block: cold and steady, percentiles, stages, and whether play would stand still.
+
+monarchrt bench generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --tile 3 30 52 --json"""
+LEAST = 4  # blocks, for anything to be steady
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(VideoOptions):
+    """Time a Wan 2.1 checkpoint or a run."""
+
+    count: int = 28
+    """Blocks of each video that is timed; percentiles want many."""
+
+    rate: float = 16.0
+    """Frames per second of play that blocks should come for."""
+
+    json: bool = False
+    """Print JSON, and nothing else, to the standard output."""
+
+    host: Annotated[str, tyro.conf.Suppress] = "127.0.0.1"
+    port: Annotated[int, tyro.conf.Suppress] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < LEAST:
+            raise UserError(f"count is {self.count}; it must be at least {LEAST}")
+        if not 0.1 <= self.rate <= 1000:
+            raise UserError(f"rate is {self.rate}; it must lie in [0.1, 1000]")
+
+
+def bench_command(arguments: Sequence[str]) -> int:
+    """`monarchrt bench`."""
+    given = list(arguments)
+    if given[:1] == ["generate"]:
+        given = given[1:]
+    elif not {"-h", "--help"} & set(given):
+        raise UserError(f"what to time is {given[0] if given else 'missing'!r}; there is: monarchrt bench generate")
+    options = parse(BenchOptions, given, prog="monarchrt bench generate", description=_BENCH)
+    if options.checkpoint is None:
+        raise UserError(
+            "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
+        )
+    with finish_first():
+        from monarchrt.models.serve.bench import measure
+        from monarchrt.models.serve.load import load_engine
+
+    config = GenerateConfig(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
+    )
+    begin = time.monotonic()
+    engine = load_engine(config, report=lambda line: print(line, file=sys.stderr))
+    loaded = time.monotonic() - begin
+    found = measure(engine, blocks=options.count, fps=options.rate)
+    found["cold"] = {"load": loaded} | found["cold"]
+    print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    cold, steady, cadence = found["cold"], found["steady"], found["cadence"]
+
+    def shares(values: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+
+    return [
+        f"{found['device']}, jax {found['versions']['jax']}; {found['height']}x{found['width']}, {found['attention']}",
+        f"cold      loaded in {cold['load']:.1f} s, first frames {cold['first_frames']:.2f} s later",
+        f"steady    first frames after {steady['first_frames']:.3f} s, {steady['frames_per_second']:.1f} frames/s",
+        f"block     {shares(steady['block_ms'])} ms; p99/p50 {steady['p99_over_p50']:.2f}",
+        f"network   {shares(steady['network_ms'])} ms",
+        f"decoder   {shares(steady['decoder_ms'])} ms",
+        f"play      at {cadence['fps']:g} frames/s: {cadence['deadlines_met']:.0%} of blocks in time, stood still "
+        f"{cadence['underruns']} times, {cadence['stood']:.2f} s",
+    ]
