@@ -41,10 +41,24 @@ class DemoConfig:
     tile: tuple[int, int, int] = (4, 8, 14)
     """Tile of MonarchAttention in tokens (frames, height, width); a window has 4 frames."""
 
+    distill: bool = False
+    """Instead of the finetuning: distil the dense model into Monarch students of four steps, by DMD and, causal, by
+    Self-Forcing, and compare their clips with the dense model's of many steps. distillation.json, distillation.png,
+    students.mp4; about 20 minutes on 2 CPU cores."""
+
+    distill_steps: int = 300
+    """With distill: steps of each distillation; every second one updates the student, each the critic."""
+
+    clips: int = 64
+    """With distill: clips that are made with each network to compare them."""
+
     def __post_init__(self) -> None:
-        for name in ("steps", "finetune_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("steps", 1), ("finetune_steps", 1), ("distill_steps", 1), ("clips", 8)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("distill_steps", "clips"):
+            if not self.distill and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{name} is {getattr(self, name)}, which is of the distillation; give --distill too")
         dense_run(self)  # the other settings are checked there
 
     @property

@@ -75,10 +75,10 @@ def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, 
     clip = np.concatenate([windows[0][:1], *(window[1:] for window in windows)])
     made = {label: continue_clip(model, source, config, frames=len(clip)) for label, model in models.items()}
     zoom = max(1, COLUMN // clip.shape[2])
-    panels = [_panel(clip, "the clip itself, not trained on", zoom)]
+    panels = [labelled(clip, "the clip itself, not trained on", zoom)]
     for label, frames in made.items():
         error = np.abs(frames.astype(float) - clip).mean((1, 2, 3))
-        panels.append(_panel(frames, [f"{label}: off by {value:.0f} of 255" for value in error], zoom))
+        panels.append(labelled(frames, [f"{label}: off by {value:.0f} of 255" for value in error], zoom))
     panels += [np.full_like(panels[0], 255)] * (len(panels) % 2)
     rows = [np.concatenate(panels[n : n + 2], axis=2) for n in range(0, len(panels), 2)]
     film = np.concatenate(rows, axis=1)
@@ -110,8 +110,14 @@ def continue_clip(model: WanModel, source: ClipWindows, config: TrainConfig, *, 
     return source.transform.decode(np.concatenate(made)[None, :frames])[0]
 
 
-def _panel(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np.ndarray:
-    """Frames enlarged smoothly, each with a caption above and a margin around, uint8 [T, H', W', 3]."""
+def labelled(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np.ndarray:
+    """Frames enlarged smoothly, each with a caption above and a margin around, uint8 [T, H', W', 3].
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        captions: One for all, or one for each.
+        zoom: Factor.
+    """
     height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
     captions = [captions] * len(frames) if isinstance(captions, str) else captions
     panels = []

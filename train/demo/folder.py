@@ -1,8 +1,8 @@
 """A demo's folder: what may be begun or gone on with there, and the settings it was begun with. No JAX here.
 
 demo.json                  the settings
-dense/ control/ monarch/   the run folders of the three trainings
-results.json, *.png, *.mp4 what the demo leaves at its end
+dense/ control/ monarch/   the run folders of the three trainings; with --distill those of `few_steps.distillations`
+*.json, *.png, *.mp4       what the demo leaves at its end
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import is_litter
 from monarchrt.train.config import from_dict, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
+from monarchrt.train.demo.few_steps import distillations
 from monarchrt.train.run_folder import CONFIG_NAME, claim_folder
 
 SETTINGS_NAME = "demo.json"
 # the runs build on each other, so none may change when some are done; the clip is compared by its content
-_FIXED = ("seed", "steps", "finetune_steps", "height", "width", "tile")
+_FIXED = ("seed", "steps", "finetune_steps", "height", "width", "tile", "distill", "distill_steps", "clips")
 
 
 def claim_demo(config: DemoConfig) -> None:
@@ -33,7 +34,8 @@ def claim_demo(config: DemoConfig) -> None:
     names = {path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_litter(path)}
     if CONFIG_NAME in names:
         raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
-    runs = {run.run.folder.name: run for run in (dense_run(config), *further_runs(config))}
+    further = distillations(config).values() if config.distill else further_runs(config)
+    runs = {run.run.folder.name: run for run in (dense_run(config), *further)}
     known = names & {SETTINGS_NAME, *runs}
     if config.resume and not known:
         what = "other files, and no demo" if names else "no demo"
@@ -43,7 +45,7 @@ def claim_demo(config: DemoConfig) -> None:
         raise UserError(f"folder {folder} exists already; {advice}")
     for name, run in runs.items():
         claim_folder(run)
-        if names & {"results.json", "comparison.mp4"} and not _has_checkpoint(run.run.folder):
+        if names & {"results.json", "comparison.mp4", "distillation.json"} and not _has_checkpoint(run.run.folder):
             # those of a demo from before there was a control are made again, with it
             if name == "control":
                 continue

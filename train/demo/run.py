@@ -17,6 +17,8 @@ from monarchrt.models.wan import Attention, WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import ClipWindows, open_source
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
+from monarchrt.train.demo.distil import run_distillation
+from monarchrt.train.demo.few_steps import distillations
 from monarchrt.train.demo.film import write_film
 from monarchrt.train.demo.folder import claim_demo, write_settings
 from monarchrt.train.demo.pictures import draw_attention, draw_losses
@@ -57,7 +59,7 @@ class DemoResult:
         return (self.untrained - self.finetuned) / self.gap if self.gap > 0 else None
 
 
-def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
+def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | None:
     """Runs the demo and leaves its folder.
 
     Args:
@@ -65,7 +67,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
         quiet: Hide (True) or show (False) the progress bars; None shows them on a terminal.
 
     Returns:
-        The losses.
+        The losses; None with `distill`, whose measures are in distillation.json.
 
     Raises:
         UserError: If the video, a setting or the folder cannot be used.
@@ -77,6 +79,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     folder = config.folder
     claim_demo(config)
     dense_config, (control_config, monarch_config) = dense_run(config), further_runs(config)
+    students = distillations(config)
     source, setting, grid = _prepare(dense_config, monarch_config)
     write_settings(config)
     sparsity = 1 - setting.density(grid).kept
@@ -89,11 +92,15 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult:
     def trained(settings: TrainConfig) -> TrainResult:
         with _in_terms_of_the_demo(config):
             result = train(settings, source=source, quiet=quiet)
-        console.print(f"   held-out loss {result.held_out_loss:.4f}")
+        if settings.objective.name == dense_config.objective.name:  # of others the loss says nothing
+            console.print(f"   held-out loss {result.held_out_loss:.4f}")
         return result
 
     console.print(f"\n1. train a dense model from scratch, {config.steps} steps")
     dense = trained(dense_config)
+    if config.distill:
+        run_distillation(config, students, dense.model, source, trained, console, begun=start)
+        return None
     console.print(f"\n2. train it further, {config.finetune_steps} steps, to compare with")
     control = trained(control_config)
     console.print("\n3. swap Monarch attention into the dense model, train nothing")

@@ -1,0 +1,108 @@
+"""`monarchrt demo --distill`: how its clips are compared, what it says of them, and, slowly, the whole of it."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from monarchrt.train.cli import main
+from monarchrt.train.demo.config import DemoConfig
+from monarchrt.train.demo.distances import energy_distance
+from monarchrt.train.demo.distil import Row, verdicts
+from monarchrt.train.demo.few_steps import distillations
+from monarchrt.train.run_folder import identity
+
+from .conftest import contents
+
+SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
+FEW = ("--distill", "--distill-steps", "3", "--clips", "8")
+
+
+def row(distance, drift=0.0):
+    return Row(label="", steps=4, stored=1.0, distance=distance, to_clip=0.0, frames=[0.0, drift], motion=1.0)
+
+
+class TestEnergyDistance:
+    def test_of_two_small_sets_by_hand(self):
+        """Points 0, 2 and 1, 5 on a line: 2 * (1 + 5 + 1 + 3) / 4 - 2 - 4, over 4."""
+        assert energy_distance(np.array([[0.0], [2.0]]), np.array([[1.0], [5.0]])) == pytest.approx(-1 / 4)
+
+    def test_it_is_zero_for_one_distribution_and_grows_with_what_differs(self):
+        rng = np.random.default_rng(0)
+        one, other = rng.standard_normal((2, 64, 2, 3, 4))
+        same = energy_distance(one, other)
+        blurred = [energy_distance(factor * one, other) for factor in (0.9, 0.5)]
+        moved = [energy_distance(one + by, other) for by in (0.5, 1.0)]
+        assert abs(same) < 0.02
+        assert same < blurred[0] < blurred[1]
+        assert same < moved[0] < moved[1]
+
+
+def test_what_is_said_follows_the_numbers():
+    """Each claim beside its control; one that does not hold is said not to."""
+    rows = {"dense-euler": row(0.4), "dense": row(0.3), "swapped": row(0.5), "dmd": row(0.2), "dmd-dense": row(0.19),
+            "causal": row(0.6, 0.3), "self-forcing": row(0.7, -0.1)}  # fmt: skip
+    said = verdicts(rows)
+    assert [line.partition(":")[0] for line in said] == ["holds", "holds", "holds", "does not hold", "holds"]
+    assert "(0.2000 against 0.3000)" in said[0]
+    assert "(0.7000 against 0.6000)" in said[3]
+
+
+def test_the_dense_student_differs_in_attention_alone(tmp_path):
+    runs = distillations(DemoConfig(folder=tmp_path, distill=True))
+    one, other = (identity(runs[name], fingerprint="") for name in ("dmd", "dmd-dense"))
+    assert {name for name in one if one[name] != other.get(name)} == {"attention", "tile"}
+    assert runs["self-forcing"].run.init_from == runs["causal"].run.folder
+    assert runs["self-forcing"].origin("teacher") == runs["dmd"].origin("teacher") == tmp_path / "dense"
+    assert all(run.role("teacher").model.attention == "dense" for name, run in runs.items() if name != "causal")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--clips", "9"), "clips is 9, which is of the distillation; give --distill too"),
+        (("--distill-steps", "9"), "distill_steps is 9, which is of the distillation; give --distill too"),
+        (("--distill", "--distill-steps", "0"), "distill_steps is 0; it must be at least 1"),
+        (("--distill", "--clips", "2"), "clips is 2; it must be at least 8"),
+    ],
+)
+def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--folder", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_it_leaves(tmp_path, capsys):
+    """All runs, a table, a picture, a film, numbers; gone on with, nothing is made otherwise; it does not become the
+    other demo."""
+    folder = tmp_path / "demo"
+    arguments = ["demo", "--folder", str(folder), *SMALL, *FEW]
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "self-forcing" in printed.lower()
+    assert "hold" in printed
+    values = json.loads((folder / "distillation.json").read_text())
+    names = ["teacher", "dense-euler", "dense", "swapped", "dmd", "dmd-dense", "causal", "self-forcing"]
+    assert list(values["networks"]) == names
+    for network in values["networks"].values():
+        assert np.isfinite([network["distance"], network["to_clip"], network["drift"], network["motion"]]).all()
+        assert len(network["frames"]) == 4
+    assert len({network["distance"] for network in values["networks"].values()}) == len(names)
+    assert len(values["claims"]) == 5
+    with av.open(str(folder / "students.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) >= 8 * 4
+    assert (folder / "distillation.png").stat().st_size > 10_000
+    logs = {path: path.read_bytes() for path in folder.rglob("log.jsonl")}
+    assert {path.parent.name for path in logs} == {"dense", "dmd", "dmd-dense", "causal", "self-forcing"}
+    assert main(["demo", "--folder", str(folder), "--resume"]) == 0
+    assert json.loads((folder / "distillation.json").read_text())["networks"] == values["networks"]
+    assert {path: path.read_bytes() for path in folder.rglob("log.jsonl")} == logs
+    before = contents(folder)
+    assert main(["demo", "--folder", str(folder), "--resume", "--no-distill"]) == 2
+    assert main(["demo", "--folder", str(folder), "--resume", "--clips", "9"]) == 2
+    assert "clips is 9, but the demo in" in capsys.readouterr().err
+    assert contents(folder) == before

@@ -1,0 +1,292 @@
+"""`monarchrt demo --distill`: a dense teacher of many steps beside Monarch students of four steps.
+
+What is claimed is measured on clips, made of noise that no training saw: how far their distribution is from that of the
+teacher's own clips of many steps, which is no training loss. Beside every student stands the same network in as many
+steps without distillation.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from monarchrt.models.errors import report_full_disk
+from monarchrt.models.media.video import write_mp4
+from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.train.config import TrainConfig, to_dict
+from monarchrt.train.data import Batch, ClipWindows
+from monarchrt.train.demo.config import DemoConfig
+from monarchrt.train.demo.distances import energy_distance
+from monarchrt.train.demo.few_steps import SHIFT
+from monarchrt.train.demo.film import COLUMN, HOLD, labelled
+from monarchrt.train.logs import read_log
+from monarchrt.train.loop import TrainResult
+from monarchrt.train.objectives.dmd import DMDObjective
+from monarchrt.train.objectives.flow import euler_sample, sampling_levels
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
+
+matplotlib.use("Agg")  # pictures go to files; no display is needed
+import matplotlib.pyplot as plt
+
+STEPS = 24  # of the teacher's clips
+SHOWN = 8  # clips in the film
+
+type Sampling = Callable[[Any, jax.Array, Batch], jax.Array]
+"""(network, key, examples of whose shape and text) -> clips."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network, sampled in one way.
+
+    Attributes:
+        label: What it is.
+        steps: Calls of the network for a clip, or for a block.
+        stored: Share of the attention map that is stored.
+        distance: Energy distance of its clips to the teacher's.
+        to_clip: Energy distance to the held-out windows of the video.
+        frames: The first, of each frame of a clip by itself.
+        motion: Mean |difference of neighbouring frames|, over the teacher's.
+    """
+
+    label: str
+    steps: int
+    stored: float
+    distance: float
+    to_clip: float
+    frames: list[float]
+    motion: float
+
+    @property
+    def drift(self) -> float:
+        """How much further off the last frame is than the first."""
+        return self.frames[-1] - self.frames[0]
+
+
+def many_steps(steps: int) -> Sampling:
+    """Euler's method."""
+    levels = sampling_levels(FlowConfig(shift=SHIFT), steps=steps)
+    return lambda network, key, like: euler_sample(
+        network, jax.random.normal(key, like.latents.shape), jnp.asarray(like.text), levels=levels
+    )
+
+
+def few_steps(config: TrainConfig) -> Sampling:
+    """All steps of a student, as it is trained to make clips."""
+    objective = make_objective(config.objective)
+    if not isinstance(objective, DMDObjective):
+        raise TypeError(f"{config.objective.name} has no few steps")
+
+    def sample(network: Any, key: jax.Array, like: Batch) -> jax.Array:
+        draws = objective.draws(key, like)["student"].student
+        last = jnp.int32(len(objective.settings.student_steps) - 1)
+        return objective.samples(network, jnp.asarray(like.text), draws._replace(last=last))
+
+    return sample
+
+
+def make_clips(network: nnx.Module, sampling: Sampling, like: Batch, *, count: int, seed: int) -> np.ndarray:
+    """Clips [count, F, h, w, C], a batch at a time; the same noise for the same seed."""
+    graph, params = nnx.split(network)
+    run = jax.jit(lambda params, key, text: sampling(nnx.merge(graph, params), key, like._replace(text=text)))
+    keys = jax.random.split(jax.random.key(seed), -(-count // len(like.text)))
+    return np.concatenate([np.asarray(run(params, key, like.text)) for key in keys])[:count]
+
+
+class Measured:
+    """Clips of several networks, and how far they are from the teacher's.
+
+    Args:
+        teacher: The dense network of many steps.
+        source: The clip.
+        count: Clips of each network.
+        seed: Of their noise.
+    """
+
+    def __init__(self, teacher: nnx.Module, source: ClipWindows, *, count: int, seed: int):
+        self._source, self._count, self._seed = source, count, seed
+        self._like = source.held_out_batch([n % source.held_out for n in range(8)])
+        self._reference = make_clips(teacher, many_steps(STEPS), self._like, count=count, seed=seed + 1)
+        self._held_out = np.asarray(source.held_out_batch(list(range(source.held_out))).latents, np.float32)
+        self.rows: dict[str, Row] = {}
+        self.clips: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, label: str, network: Any, sampling: Sampling, *, steps: int, stored: float) -> Row:
+        """Makes clips of a network and measures them."""
+        clips = make_clips(network, sampling, self._like, count=self._count, seed=self._seed)
+        there = self._reference
+        motion = lambda x: float(np.abs(np.diff(x, axis=1)).mean())  # noqa: E731
+        row = Row(
+            label=label,
+            steps=steps,
+            stored=stored,
+            distance=energy_distance(clips, there),
+            to_clip=energy_distance(clips, self._held_out),
+            frames=[energy_distance(clips[:, n], there[:, n]) for n in range(clips.shape[1])],
+            motion=motion(clips) / motion(there),
+        )
+        self.rows[name], self.clips[name] = row, clips[:SHOWN]
+        return row
+
+    def film(self, path: Path) -> Path:
+        """Writes the first clips of all networks, one after the other, side by side."""
+        zoom = max(1, COLUMN // 2 // (self._like.latents.shape[3] * self._source.transform.patch))
+        panels = []
+        for name, clips in self.clips.items():
+            frames = self._source.transform.decode(clips.reshape(1, -1, *clips.shape[2:]))[0]
+            panels.append(labelled(frames, self.rows[name].label, zoom))
+        panels += [np.full_like(panels[0], 255)] * (-len(panels) % 2)
+        rows = [np.concatenate(panels[n : n + 2], axis=2) for n in range(0, len(panels), 2)]
+        film = np.concatenate(rows, axis=1)
+        return write_mp4(path, np.concatenate([film, *[film[-1:]] * HOLD]), fps=4.0)
+
+
+def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainConfig]) -> Path:
+    """Draws the measure of every network, and what the trainings logged: the critic's loss, and how far apart critic
+    and teacher are on the student's clips."""
+    figure, (bars, critic, apart) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    names = list(rows)[::-1]
+    bars.barh([rows[name].label for name in names], [rows[name].distance for name in names], color="#4c72b0")
+    bars.set(title="distance to the teacher's clips, less is better", xlabel="energy distance")
+    for name, config in runs.items():
+        records = read_log(config.run.folder)
+        for axes, key in ((critic, "critic/loss"), (apart, "student/mean_abs_difference")):
+            found = [(record["step"], record[key]) for record in records if key in record]
+            if found:
+                steps, values = (np.array(column, float) for column in zip(*found, strict=True))
+                window = max(1, len(values) // 25)
+                smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+                axes.plot(steps[window - 1 :], smooth, label=name)
+    critic.set(title="loss of the critic", xlabel="step")
+    apart.set(title="mean |x_f - x_r|: critic against teacher", xlabel="step")
+    apart.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def run_distillation(
+    config: DemoConfig,
+    runs: Mapping[str, TrainConfig],
+    dense: WanModel,
+    source: ClipWindows,
+    trained: Callable[[TrainConfig], TrainResult],
+    console: Console,
+    *,
+    begun: float,
+) -> dict[str, Row]:
+    """What follows the dense run: trains the students, measures them beside what they are compared with, writes it.
+
+    Args:
+        config: The demo's settings.
+        runs: Of `distillations`.
+        dense: The teacher.
+        source: The clip.
+        trained: Trains a run.
+        console: Takes what the person who waits should see.
+        begun: Of the whole demo, `time.monotonic()`.
+
+    Returns:
+        What was measured, by network.
+    """
+    students: dict[str, TrainResult] = {}
+    told = {
+        "dmd": "distil it into four steps with Monarch attention (DMD)",
+        "dmd-dense": "the same with dense attention, to compare with",
+        "causal": "finetune the dense model to see earlier frames only, with Monarch attention",
+        "self-forcing": "distil that into four steps, on clips that it makes frame by frame (Self-Forcing)",
+    }
+    for number, (name, settings) in enumerate(runs.items(), 2):
+        console.print(f"\n{number}. {told[name]}, {settings.run.steps} steps")
+        students[name] = trained(settings)
+    console.print(f"\n{len(runs) + 2}. make {config.clips} clips with each, and compare them with the teacher's")
+    measured = Measured(dense, source, count=config.clips, seed=config.seed + 1000)
+    grid = dense.config.token_grid(*source.latent_shape[:3])
+
+    def stored(model: WanModel) -> float:
+        setting = model.config.layer_attention[0]
+        return 1 - setting.spec(grid).sparsity if isinstance(setting, MonarchAttention) else 1.0
+
+    def add(name: str, label: str, network: WanModel, sampling: Sampling, steps: int) -> None:
+        row = measured.add(name, label, network, sampling, steps=steps, stored=stored(network))
+        console.print(f"   {label}: {row.distance:.4f}")
+
+    swapped = dense.with_attention(students["dmd"].model.config.attention)
+    add("teacher", "teacher, dense, other noise", dense, many_steps(STEPS), STEPS)
+    add("dense-euler", "teacher, dense, not distilled, Euler", dense, many_steps(4), 4)
+    add("dense", "teacher, dense, not distilled", dense, few_steps(runs["dmd"]), 4)
+    add("swapped", "Monarch, not distilled", swapped, few_steps(runs["dmd"]), 4)
+    add("dmd", "Monarch, DMD", students["dmd"].model, few_steps(runs["dmd"]), 4)
+    add("dmd-dense", "dense, DMD", students["dmd-dense"].model, few_steps(runs["dmd-dense"]), 4)
+    add("causal", "causal Monarch, not distilled", students["causal"].model, few_steps(runs["self-forcing"]), 4)
+    add(
+        "self-forcing",
+        "causal Monarch, Self-Forcing",
+        students["self-forcing"].model,
+        few_steps(runs["self-forcing"]),
+        4,
+    )
+    rows = measured.rows
+    written = [
+        measured.film(config.folder / "students.mp4"),
+        draw_curves(config.folder / "distillation.png", rows, runs),
+        _write(config.folder / "distillation.json", config, rows, seconds=time.monotonic() - begun),
+    ]
+    console.print(table(rows))
+    for line in verdicts(rows):
+        console.print(line)
+    names = ", ".join(path.name for path in written)
+    console.print(f"\n{time.monotonic() - begun:.0f} s; everything is in {config.folder}: {names}")
+    return rows
+
+
+def verdicts(rows: Mapping[str, Row]) -> list[str]:
+    """Which of the claims the measured distances bear out, one a line."""
+    best = min(rows[name].distance for name in ("dense-euler", "dense"))
+    claims = (
+        ("DMD: the Monarch student is nearer to the teacher than the dense teacher itself in 4 steps",
+         rows["dmd"].distance, best),
+        ("DMD: it is nearer than the same network in 4 steps without distillation",
+         rows["dmd"].distance, rows["swapped"].distance),
+        ("DMD: it is as near as the dense student, or within a half of its distance",
+         rows["dmd"].distance, 1.5 * rows["dmd-dense"].distance),
+        ("Self-Forcing: the causal Monarch student is nearer than without distillation",
+         rows["self-forcing"].distance, rows["causal"].distance),
+        ("Self-Forcing: it drifts less over the frames than without distillation",
+         abs(rows["self-forcing"].drift), abs(rows["causal"].drift)),
+    )  # fmt: skip
+    return [f"{'holds' if a < b else 'does not hold'}: {claim} ({a:.4f} against {b:.4f})" for claim, a, b in claims]
+
+
+def table(rows: Mapping[str, Row]) -> Table:
+    """The rows for a terminal."""
+    shown = Table("network", "steps", "map stored", "distance to teacher", "to the held-out clip", "drift", "motion")
+    for row in rows.values():
+        shown.add_row(
+            row.label, str(row.steps), f"{row.stored:.0%}", f"{row.distance:.4f}", f"{row.to_clip:.4f}",
+            f"{row.drift:+.4f}", f"{row.motion:.2f}",
+        )  # fmt: skip
+    return shown
+
+
+def _write(path: Path, config: DemoConfig, rows: Mapping[str, Row], *, seconds: float) -> Path:
+    values = {
+        "networks": {name: dataclasses.asdict(row) | {"drift": row.drift} for name, row in rows.items()},
+        "claims": verdicts(rows),
+        "seconds": round(seconds, 1),
+        "config": to_dict(config),
+    }
+    with report_full_disk(path):
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path
