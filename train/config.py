@@ -19,11 +19,10 @@ from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.runs import GENERATION, override_values
+from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.lora_settings import LoRASettings
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
-
-LARGEST = 8192  # pixels, either way
 
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
@@ -32,82 +31,6 @@ _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train on: windows of one clip, or a folder of precomputed latents."""
-
-    video: Path | None = None
-    """A video file, or a folder of them. Frames are read once, resized to cover height x width, cropped in the middle
-    and cut into windows; of a folder, the last clips are held out whole."""
-
-    latents: Path | None = None
-    """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]."""
-
-    frames: int = 9
-    """Frames in one training window."""
-
-    height: int = 64
-    """Height of a frame in pixels; a multiple of the patch."""
-
-    width: int = 112
-    """Width of a frame in pixels; a multiple of the patch."""
-
-    fps: float = 0.0
-    """Frames per second to read a video at, by its timestamps, such as 16. 0 takes the frames that are stored, whatever
-    their times."""
-
-    stride: int = 1
-    """Take every n-th of these frames."""
-
-    patch: int = 8
-    """Side of the pixel blocks that become one latent position with 3*patch*patch channels (an orthonormal cosine
-    transform; there is no VAE)."""
-
-    whitening: float = 0.5
-    """From 0 (latents as the orthonormal transform gives them) to 1 (every channel scaled to about unit variance,
-    as natural images have it)."""
-
-    held_out: float = 0.2
-    """Fraction of the frames (or of the files of a folder) at the end that is never trained on."""
-
-    gap: int = 4
-    """Frames left out between the training part and the held-out part of a clip."""
-
-    crop: float = 1.0
-    """Read the video this much larger than height x width and train on random crops of it; 1 turns it off.
-    Held-out windows are always cropped in the middle."""
-
-    flip: bool = False
-    """Mirror half of the training windows left to right."""
-
-    def __post_init__(self) -> None:
-        _require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
-        _require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
-        _require(
-            self.fps == 0 or 0.1 <= self.fps <= 1000,
-            f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for the frames that are stored",
-        )
-        _require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
-        _require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
-        _require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
-        _require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
-        _require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            _require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
-            _require(
-                size >= self.patch and size % self.patch == 0,
-                f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
-                f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
-            )
-        for name in ("frames", "height", "width", "fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
-            value = getattr(self, name)
-            _require(
-                self.latents is None or self.video is not None or value == getattr(type(self), name),
-                f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.files import listed
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, held_out_count, read_videos, window_starts
-from monarchrt.train.config import DataConfig
+from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
@@ -317,7 +317,7 @@ def _check_channels_last(path: Path, shape: tuple[int, ...]) -> None:
     axes = [axis for axis in (0, 1) if shape[axis] in _WAN_CHANNELS]
     if shape[3] in (*_WAN_CHANNELS, *(3 * patch**2 for patch in range(1, 17))):  # or of a patch transform
         latents = _read(path)[0] if axes else np.zeros(())
-        axes = [axis for axis in axes if _likeness(latents, 3) > 0.5 > 2 * abs(_likeness(latents, axis))]
+        axes = [axis for axis in axes if likeness(latents, 3) > 0.5 > 2 * abs(likeness(latents, axis))]
     if not axes:
         return
     first = axes[0]
@@ -329,8 +329,13 @@ def _check_channels_last(path: Path, shape: tuple[int, ...]) -> None:
     )
 
 
-def _likeness(array: np.ndarray, axis: int) -> float:
-    """Correlation of neighbours along an axis."""
+def likeness(array: np.ndarray, axis: int) -> float:
+    """Correlation of neighbours along an axis.
+
+    Examples:
+        >>> likeness(np.arange(6.0).reshape(2, 3), 1)
+        1.0
+    """
     array = np.moveaxis(array, axis, 0).astype(np.float64)
     if len(array) < 2:
         return 0.0
@@ -361,13 +366,11 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return latents, text
 
 
-def open_source(
-    config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
-) -> ClipWindows | LatentFolder:
+def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None) -> Source:
     """Opens the data that a config names.
 
     Args:
-        config: Exactly one of `video` and `latents` must be set.
+        config: Exactly one of `video`, `latents` and `prompts` must be set.
         text_shape: Shape (L, D) of the zero text embedding that goes with a video.
         digests: As `LatentFolder`.
 
@@ -375,12 +378,20 @@ def open_source(
         A source.
 
     Raises:
-        UserError: If neither or both are set, or the data cannot be used.
+        UserError: If none or several are set, or the data cannot be used.
     """
+    if config.prompts is not None:
+        from monarchrt.train.texts import PromptFile
+
+        return PromptFile(config)
     if (config.video is None) == (config.latents is None):
         given = "neither was" if config.video is None else "both were"
         raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
     if config.latents is not None:
+        from monarchrt.train.latent_lmdb import LatentLMDB, shards
+
+        if shards(config.latents):
+            return LatentLMDB(config.latents, config)
         return LatentFolder(config.latents, config, digests=digests)
     video = Path(config.video or "")
     frames, lengths = read_videos(

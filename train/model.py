@@ -109,7 +109,7 @@ def check_frame_size(data: DataConfig, settings: "WanConfig") -> None:
     Raises:
         UserError: If a size is not a multiple of both; names the nearest that are.
     """
-    if data.latents is not None:  # taken as they are
+    if data.precomputed is not None:  # taken as they are
         return
     for name, patch in zip(("height", "width"), settings.patch_size[1:], strict=True):
         size, whole = getattr(data, name), data.patch * patch

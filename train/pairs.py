@@ -309,7 +309,7 @@ def _examples(config: PairsConfig, opened: Any) -> tuple[Size, list[np.ndarray]]
         found = load_embeddings(config.embeddings, length=opened.sizes.text_len)
         size = 1 + (config.frames - 1) // 4, config.height // 8, config.width // 8
         return size, [np.asarray(text, np.float32) for text in found.values()]
-    if run is None or run.data.latents is not None or run.generation.latents is None:
+    if run is None or run.data.precomputed is not None or run.generation.latents is None:
         raise UserError("no texts were given; give --latents FOLDER, or --embeddings FILE of generate")
     return run.generation.latents, [np.zeros((1, opened.sizes.text_dim), np.float32)]
 

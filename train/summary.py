@@ -163,7 +163,7 @@ def _network(settings: RunSettings, stored: StoredNetwork | None) -> tuple[WanCo
     """The network's sizes, or why they cannot be told."""
     kernel = () if stored is None else stored.shapes.get("patch_embedding.kernel", ())
     patch = settings.data.patch
-    channels = kernel[-2] if len(kernel) > 1 else None if settings.data.latents else 3 * patch * patch
+    channels = kernel[-2] if len(kernel) > 1 else None if settings.data.precomputed else 3 * patch * patch
     try:
         if channels is None:
             return run_config(settings, channels=16), ""
@@ -185,7 +185,9 @@ def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
     text = to_text(layers[0] if len(set(layers)) == 1 else layers)
     data = settings.data
     try:
-        if data.latents is None:
+        if settings.generation.latents is not None:
+            shape = settings.generation.latents
+        elif data.latents is None:
             shape = (data.frames, data.height // data.patch, data.width // data.patch)
         else:
             shape = LatentFolder(data.latents, TrainConfig().data).latent_shape[:3]
@@ -194,7 +196,7 @@ def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
     except (ValueError, NotImplementedError) as error:
         return {"attention": f"{text}; how dense it is cannot be told ({_reason(error)})"}
     tokens = f"{math.prod(grid):,} tokens a sample, {' x '.join(map(str, grid))}"
-    return {"attention": f"{text}, {density}", "data": f"{data.video or data.latents or 'unknown'}; {tokens}"}
+    return {"attention": f"{text}, {density}", "data": f"{data.video or data.precomputed or 'unknown'}; {tokens}"}
 
 
 def _training(config: TrainConfig) -> dict[str, str]:
@@ -233,7 +235,7 @@ def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: Store
             "generate": f"monarchrt generate --checkpoint NETWORK --lora {path}    with the one that it was trained on",
         }
     lines = {"convert": f"monarchrt convert {path} NEW    makes a model of {what}"}
-    if settings.data.latents is not None:
+    if settings.data.precomputed is not None:
         return lines | {"generate": "needs a model that convert made, and --components for VAE and text encoder"}
     defaults = run_defaults(settings, network)
     sampled = f"{defaults.frames} frames of {defaults.height} x {defaults.width}, {defaults.mode}, {defaults.sampler}"

@@ -1,8 +1,6 @@
 """Clips and their captions to latents and text embeddings, as finetuning takes them."""
 
 import contextlib
-import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,29 +205,14 @@ def _encode_captions(
     captions: list[str], config: EncodeConfig, parts: "Components", *, dtype: str, report: Callable[[str], None]
 ) -> dict[str, Path]:
     """A file with the embedding of each caption; those that an earlier start left are kept."""
-    from monarchrt.models.generate.text import encode_texts
-    from monarchrt.models.umt5 import save_embeddings
+    from monarchrt.models.generate.text import encode_once
 
     if parts.text_encoder is None or parts.tokenizer is None:
         raise UserError(f"components {config.components} has no text encoder or tokenizer")
-    made_by = [str(parts.text_encoder.absolute()), str(parts.tokenizer.absolute()), config.rows, dtype]
-    folder, files = _texts_folder(config), {}
-    for caption in captions:
-        key = hashlib.sha256(json.dumps([caption, *made_by]).encode()).hexdigest()
-        files[caption] = folder / f"{key}.safetensors"
-    todo = [caption for caption, file in files.items() if not file.exists()]
-    if todo:
-        encoded = encode_texts(
-            todo, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows, dtype=dtype, report=report
-        )
-        for caption, embedding in encoded:
-            if not np.isfinite(np.asarray(embedding, np.float32)).all():
-                raise UserError(
-                    f"caption {caption[:60]!r} gives text embeddings that are NaN or infinite; check the text "
-                    f"encoder's weights, or use --precision fp32"
-                )
-            save_embeddings(files[caption], {caption: embedding})
-    return files
+    return encode_once(
+        captions, _texts_folder(config), encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows,
+        dtype=dtype, report=report,
+    )  # fmt: skip
 
 
 def _sizes(config: EncodeConfig) -> dict[str, str]:

@@ -259,7 +259,7 @@ def trained_as(run: RunSettings) -> Trained:
     """How a run's network was trained, for `monarchrt.models.wan.checkpoints.save_checkpoint`."""
     made, data = run.generation, run.data
     latents = made.latents
-    if latents is None and data.latents is None:
+    if latents is None and data.precomputed is None:
         latents = (data.frames, data.height // data.patch, data.width // data.patch)
     if latents is None:  # a run from before this was stored: its files say it, if they are still there
         latents = _shape_of_latents(run)

@@ -136,7 +136,7 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
             f"checkpoint {path} is a run that trained a LoRA; give the network that it was trained on as --checkpoint, "
             f"and --lora {shlex.quote(str(path))}"
         )
-    if run.data.latents is not None:
+    if run.data.precomputed is not None:
         raise UserError(
             f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
             f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "

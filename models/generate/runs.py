@@ -51,6 +51,7 @@ class RunData:
     Attributes:
         video: A file, or a folder of them.
         latents: A folder.
+        prompts: A file of texts, without clips.
         frames: Of a window.
         height: In pixels.
         width: In pixels.
@@ -65,6 +66,7 @@ class RunData:
 
     video: Path | None = None
     latents: Path | None = None
+    prompts: Path | None = None
     frames: int = 9
     height: int = 64
     width: int = 112
@@ -75,6 +77,11 @@ class RunData:
     held_out: float = 0.2
     gap: int = 4
     crop: float = 1.0
+
+    @property
+    def precomputed(self) -> Path | None:
+        """What is not pixels: latents, or prompts of clips that a network is yet to make."""
+        return self.latents or self.prompts
 
 
 class RunSettings(NamedTuple):

@@ -1,5 +1,7 @@
 """The text's embeddings: from the encoder, which is let go of again, or from a file."""
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -160,6 +162,51 @@ class StoredTexts:
                 known = ", ".join(repr(name[:40]) for name in list(self._stored)[:8])
                 raise UserError(f"embeddings {self._path} has no {prompt[:40]!r}; it has {known}")
         return [jnp.asarray(self._stored[prompt], jnp.float32)[None] for prompt in prompts]
+
+
+def encode_once(
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    encoder: Path,
+    tokenizer: Path,
+    rows: int,
+    dtype: str,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> dict[str, Path]:
+    """A file with the embedding of each text; those that an earlier start left are kept.
+
+    Args:
+        texts: What to encode.
+        folder: Of the files, whose names follow from text, encoder, rows and dtype.
+        encoder: As `encode_texts`.
+        tokenizer: As there.
+        rows: As there.
+        dtype: As there.
+        report: As there.
+
+    Returns:
+        Files of `load_embeddings` by text.
+
+    Raises:
+        UserError: If an embedding is NaN or infinite, or the encoder cannot be read.
+    """
+    made_by = [str(encoder.absolute()), str(tokenizer.absolute()), rows, dtype]
+    files = {}
+    for text in texts:
+        key = hashlib.sha256(json.dumps([text, *made_by]).encode()).hexdigest()
+        files[text] = folder / f"{key}.safetensors"
+    todo = [text for text, file in files.items() if not file.exists()]
+    if todo:
+        encoded = encode_texts(todo, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report)
+        for text, embedding in encoded:
+            if not np.isfinite(np.asarray(embedding, np.float32)).all():
+                raise UserError(
+                    f"caption {text[:60]!r} gives text embeddings that are NaN or infinite; check the text encoder's "
+                    f"weights, or use --precision fp32"
+                )
+            save_embeddings(files[text], {text: embedding})
+    return files
 
 
 def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def train_command(arguments: Sequence[str]) -> int:
     """`monarchrt train`."""
     config = _parse_train(arguments)
     claim_folder(config)  # before JAX is loaded
-    if config.data.video is None and config.data.latents is None:
+    if config.data.video is None and config.data.precomputed is None:
         if config.run.resume and read_config(config.run.folder) is None:
             raise UserError(
                 f"folder {config.run.folder} holds no run to resume; give that of one, or begin one there with "

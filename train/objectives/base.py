@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Key
 
+from monarchrt.models.errors import UserError
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import Batch, Source, open_source, spread
 from monarchrt.train.objectives.registry import ObjectiveSettings
@@ -59,7 +60,16 @@ class Objective(abc.ABC):
     def open_source(
         self, config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
     ) -> Source:
-        """The data that a config names; arguments as `monarchrt.train.data.open_source`, which is the default."""
+        """The data that a config names; arguments as `monarchrt.train.data.open_source`, which is the default.
+
+        Raises:
+            UserError: If it cannot be used, or there are prompts alone and the objective needs clips.
+        """
+        if config.prompts is not None and self.settings.needs_clips:
+            raise UserError(
+                f"prompts {config.prompts} are texts without clips, which objective {self.settings.name} learns from; "
+                f"give --latents or --video, or --objective dmd or self-forcing"
+            )
         return open_source(config, text_shape=text_shape, digests=digests)
 
     def due(self, step: int) -> tuple[str, ...]:

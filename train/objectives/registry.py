@@ -45,11 +45,13 @@ class ObjectiveSettings:
         roles: Its networks, in the order in which one step updates them. The options of the first need no prefix
             where no other role trains.
         exported: The role that `generate`, `convert` and the finetuning of other runs take.
+        needs_clips: Whether it learns from clips; else prompts are enough.
     """
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, Role]] = {"student": Role()}
     exported: ClassVar[str] = "student"
+    needs_clips: ClassVar[bool] = True
 
     @property
     def generation(self) -> Generation:

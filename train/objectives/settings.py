@@ -146,6 +146,7 @@ class DMDConfig(ObjectiveSettings):
     """Distribution matching distillation: a student of few steps, a critic that follows it, a frozen teacher."""
 
     name: ClassVar[str] = "dmd"
+    needs_clips: ClassVar[bool] = False
     roles: ClassVar[Mapping[str, Role]] = {
         "student": Role(starts_as="teacher", defaults=_STUDENT),
         "critic": Role(starts_as="teacher", own_batch=True, defaults=_CRITIC | {"attention": EXACT}),

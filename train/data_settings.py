@@ -1,0 +1,133 @@
+"""What a run trains on: its settings. Nothing here imports JAX."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from monarchrt.models.errors import UserError
+
+LARGEST = 8192  # pixels, either way
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on: windows of one clip, or a folder of precomputed latents."""
+
+    video: Path | None = None
+    """A video file, or a folder of them. Frames are read once, resized to cover height x width, cropped in the middle
+    and cut into windows; of a folder, the last clips are held out whole."""
+
+    latents: Path | None = None
+    """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]; or
+    an LMDB of Self-Forcing's, its folder, its file, or the folder of its parts, with `components`."""
+
+    prompts: Path | None = None
+    """Instead of either, for dmd and self-forcing, which need no clips: a text file with a prompt on each line. frames,
+    height and width are then those of a video, 1 + 4 k and multiples of 16, such as 81 480 832."""
+
+    components: Path | None = None
+    """With prompts, or latents in an LMDB, whose captions are texts: folder or Hugging Face repository with VAE, text
+    encoder and tokenizer. Texts are encoded once, before the run begins."""
+
+    text_cache: Path | None = None
+    """Folder for the embeddings of these texts. Default: beside their file, under its name with .texts at the end."""
+
+    rows: int = 512
+    """Tokens of such an embedding; longer texts are cut."""
+
+    frames: int = 9
+    """Frames in one training window."""
+
+    height: int = 64
+    """Height of a frame in pixels; a multiple of the patch."""
+
+    width: int = 112
+    """Width of a frame in pixels; a multiple of the patch."""
+
+    fps: float = 0.0
+    """Frames per second to read a video at, by its timestamps, such as 16. 0 takes the frames that are stored, whatever
+    their times."""
+
+    stride: int = 1
+    """Take every n-th of these frames."""
+
+    patch: int = 8
+    """Side of the pixel blocks that become one latent position with 3*patch*patch channels (an orthonormal cosine
+    transform; there is no VAE)."""
+
+    whitening: float = 0.5
+    """From 0 (latents as the orthonormal transform gives them) to 1 (every channel scaled to about unit variance,
+    as natural images have it)."""
+
+    held_out: float = 0.2
+    """Fraction of the frames (or of the files of a folder) at the end that is never trained on."""
+
+    gap: int = 4
+    """Frames left out between the training part and the held-out part of a clip."""
+
+    crop: float = 1.0
+    """Read the video this much larger than height x width and train on random crops of it; 1 turns it off.
+    Held-out windows are always cropped in the middle."""
+
+    flip: bool = False
+    """Mirror half of the training windows left to right."""
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
+        _require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
+        _require(
+            self.fps == 0 or 0.1 <= self.fps <= 1000,
+            f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for the frames that are stored",
+        )
+        _require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
+        _require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
+        _require(self.rows >= 1, f"rows is {self.rows}; it must be at least 1, for example 512")
+        _require(
+            self.prompts is None or (self.video is None and self.latents is None),
+            f"both prompts and {'video' if self.video is not None else 'latents'} were given; give one",
+        )
+        if self.prompts is not None:
+            near = (1 + 4 * max(0, round((self.frames - 1) / 4)), *(16 * max(1, round(n / 16)) for n in self.size))
+            _require(
+                (self.frames, *self.size) == near,
+                f"frames, height and width are {self.frames}, {self.height} and {self.width}; with prompts they must "
+                f"be 1 + 4 k and multiples of 16, for example {' '.join(map(str, near))}",
+            )
+        for name in ("components", "text_cache", "rows"):
+            _require(
+                self.prompts is not None
+                or self.latents is not None
+                or getattr(self, name) == getattr(type(self), name),
+                f"{name} is {getattr(self, name)}, which is of texts, but a video has none here; leave it out",
+            )
+        _require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
+        _require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
+        _require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            _require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
+            _require(
+                size >= self.patch and size % self.patch == 0,
+                f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
+                f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
+            )
+        for name in ("frames", "height", "width", "fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
+            value = getattr(self, name)
+            _require(
+                self.latents is None or self.video is not None or value == getattr(type(self), name),
+                f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return self.height, self.width
+
+    @property
+    def precomputed(self) -> Path | None:
+        """What is not pixels: latents, or prompts of clips that a network is yet to make."""
+        return self.latents or self.prompts

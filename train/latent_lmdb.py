@@ -1,0 +1,176 @@
+"""Self-Forcing's LMDB of latents and captions as a source.
+
+Keys are `latents_shape`, numbers with spaces between, and for each row i `latents_{i}_data`, float16 [F, C, h, w] in C
+order, and `prompts_{i}_data`, UTF-8. Rows may have an axis of states before that, whose last is the clean clip. There
+may be several, shards, one in each folder inside a folder.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.windows import held_out_count
+from monarchrt.train.data import Batch, example_order, likeness
+from monarchrt.train.data_settings import DataConfig
+from monarchrt.train.texts import CHANNELS, Embeddings
+
+_FILE = "data.mdb"
+_PEEK = 4096  # bytes of a row that its fingerprint reads at either end
+
+
+def shards(path: Path) -> list[Path]:
+    """The LMDBs at a path, [] if it is none: a file .mdb, a folder with data.mdb, a folder of such folders.
+
+    Examples:
+        >>> shards(Path("nowhere"))
+        []
+    """
+    if path.is_file():
+        return [path] if path.suffix == ".mdb" else []
+    if (path / _FILE).is_file():
+        return [path]
+    return sorted(child for child in path.iterdir() if (child / _FILE).is_file()) if path.is_dir() else []
+
+
+class LatentLMDB:
+    """Latents of an LMDB, turned to [F, h, w, C], with embeddings of their captions.
+
+    Args:
+        path: Of `shards`.
+        config: `held_out` sets the split; `components` and what follows are of the captions.
+
+    Raises:
+        UserError: If it cannot be opened, a row is missing or of another size, or the channels are not the second axis.
+    """
+
+    def __init__(self, path: Path, config: DataConfig):
+        self._path = path
+        self._shards = [_Shard(shard) for shard in shards(path)]
+        first = self._shards[0]
+        for shard in self._shards:
+            if shard.row != first.row:
+                raise UserError(f"latents {shard.path} has rows {shard.row}, but {first.path} has {first.row}")
+        self._rows = [(shard, number) for shard in self._shards for number in range(shard.count)]
+        if len(self._rows) < 2:
+            raise UserError(f"latents {path} has {len(self._rows)} rows; at least 2 are needed")
+        _check_channels(path, first.latents(0))
+        count = held_out_count(len(self._rows), config.held_out)
+        self.train_rows, self.held_out_rows = self._rows[:-count], self._rows[-count:]
+        self._captions = {row: row[0].caption(row[1]) for row in self._rows}
+        self._embeddings = Embeddings(list(self._captions.values()), config, beside=path)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape (F, h, w, C) of one example."""
+        frames, channels, height, width = self._shards[0].row[-4:]
+        return (frames, height, width, channels)
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out examples, the last rows."""
+        return len(self.held_out_rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all captions and of either end of every row, as whole rows are hundreds of GB."""
+        digest = hashlib.sha256(repr(self._shards[0].row).encode())
+        for shard, number in self._rows:
+            digest.update(self._captions[shard, number].encode())
+            digest.update(shard.ends(number))
+        return digest.hexdigest()
+
+    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
+        """The examples of a step, counted from 0."""
+        order = example_order(step, batch, seed, len(self.train_rows))
+        return self._load([self.train_rows[index] for index, _ in order])
+
+    def held_out_batch(self, indices: Sequence[int]) -> Batch:
+        """Held-out examples."""
+        return self._load([self.held_out_rows[index] for index in indices])
+
+    def _load(self, rows: Sequence[tuple["_Shard", int]]) -> Batch:
+        latents = np.stack([shard.latents(number) for shard, number in rows]).astype(np.float32)
+        if not np.isfinite(latents).all():
+            bad = next(number for shard, number in rows if not np.isfinite(shard.latents(number)).all())
+            raise UserError(f"latents {self._path} has NaN or infinite numbers in row {bad}; make it again")
+        text = self._embeddings.of([self._captions[row] for row in rows])
+        return Batch(np.ascontiguousarray(np.moveaxis(latents, 2, -1)), text)
+
+
+class _Shard:
+    """One LMDB, open for reading."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            import lmdb
+        except ImportError as error:
+            raise UserError(f"latents {path} is an LMDB, which needs a library: pip install lmdb") from error
+        try:
+            self._file = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir())
+        except lmdb.Error as error:
+            raise UserError(f"latents {path} cannot be opened as an LMDB: {error}") from error
+        shape = self._get("latents_shape")
+        try:
+            self.count, *row = map(int, bytes(shape).decode().split())
+        except ValueError as error:
+            raise UserError(f"latents {path} has no shape in latents_shape: {bytes(shape)[:60]!r}") from error
+        self.row = tuple(row)
+        if len(row) not in (4, 5) or min(self.count, *row) < 1:
+            raise UserError(
+                f"latents {path} has rows of shape {self.row}; they must be [F, C, h, w], or states of that, as "
+                f"Self-Forcing's are"
+            )
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _get(self, key: str) -> Any:
+        with self._file.begin(buffers=False) as transaction:
+            found = transaction.get(key.encode())
+        if found is None:
+            raise UserError(f"latents {self.path} has no {key}; it is no LMDB of latents of Self-Forcing's, or cut off")
+        return found
+
+    def _row(self, number: int) -> bytes:
+        data, expected = self._get(f"latents_{number}_data"), 2 * int(np.prod(self.row))
+        if len(data) != expected:
+            raise UserError(
+                f"latents {self.path} has {len(data)} bytes in row {number}; float16 of {self.row} are {expected}"
+            )
+        return data
+
+    def latents(self, number: int) -> np.ndarray:
+        """The clean clip of a row, float16 [F, C, h, w]."""
+        array = np.frombuffer(self._row(number), np.float16).reshape(self.row)
+        return array[-1] if array.ndim == 5 else array
+
+    def ends(self, number: int) -> bytes:
+        """The first and last bytes of a row."""
+        data = self._row(number)
+        return data[:_PEEK] + data[-_PEEK:]
+
+    def caption(self, number: int) -> str:
+        """The caption of a row."""
+        data = bytes(self._get(f"prompts_{number}_data"))
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"latents {self.path} has a caption in row {number} that is not UTF-8") from error
+
+
+def _check_channels(path: Path, row: np.ndarray) -> None:
+    """Raises UserError unless the second axis is that of the channels."""
+    frames, channels, *size = row.shape
+    alike = [likeness(row.astype(np.float32), axis) for axis in range(4)]
+    # neighbours along a height or width are alike, neighbouring channels are not
+    turned = channels != CHANNELS and CHANNELS in (frames, *size)
+    if turned or alike[1] > 0.5 > 2 * max(abs(alike[2]), abs(alike[3])):
+        raise UserError(
+            f"latents {path} has clips {row.shape}, which are not [F, C, h, w] with {CHANNELS} channels; write them in "
+            f"that order, as Self-Forcing's are"
+        )

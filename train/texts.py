@@ -1,0 +1,142 @@
+"""Texts of a run: a file of prompts as a source, and embeddings that are made once and kept in files."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.windows import held_out_count
+from monarchrt.train.data import Batch, example_order
+from monarchrt.train.data_settings import DataConfig
+
+CHANNELS = 16  # of latents of Wan 2.1's VAE
+TEMPORAL, SPATIAL = 4, 8  # frames of a latent frame after the first, pixels of a latent, either way
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        UserError: If it cannot be read, is not UTF-8, or has none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompts {path} cannot be read: {error.strerror or error}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"prompts {path} is not UTF-8: line {line} has the byte 0x{data[error.start]:02x}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"prompts {path} is empty; give a text file with a prompt on each line")
+    bad = next((n for n, line in enumerate(lines, 1) if "\0" in line), None)
+    if bad is not None:
+        raise UserError(f"prompts {path} is no text file: line {bad} has a NUL")
+    return prompts
+
+
+class Embeddings:
+    """Embeddings of texts, each in a file of its own, made before they are needed.
+
+    Args:
+        texts: All texts.
+        config: Says where the encoder is, where files go, and how many rows an embedding has.
+        beside: What the texts are from; the files go beside it where nothing else is said.
+        report: Takes lines for the person who waits.
+
+    Raises:
+        UserError: If there is no encoder.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        config: DataConfig,
+        *,
+        beside: Path,
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ):
+        import jax
+
+        from monarchrt.models.generate.config import GenerateConfig
+        from monarchrt.models.generate.load import find_components
+        from monarchrt.models.generate.text import encode_once
+
+        if config.components is None:
+            raise UserError(
+                f"{beside} has texts to encode, but there is no text encoder; give --components, for example "
+                f"Wan-AI/Wan2.1-T2V-1.3B"
+            )
+        parts = find_components(GenerateConfig(components=config.components), config.components)
+        if parts.text_encoder is None or parts.tokenizer is None:
+            raise UserError(f"components {config.components} has no text encoder or tokenizer")
+        folder = config.text_cache or beside.with_name(f"{beside.name}.texts")
+        different = list(dict.fromkeys(texts))
+        report(f"{len(different)} texts of {beside}; their embeddings are in {folder}, those that are not yet are made")
+        self._rows = config.rows
+        self._files = encode_once(
+            different, folder, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows,
+            dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
+        )  # fmt: skip
+
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings [n, rows, D], float32, zero past each text's end."""
+        from monarchrt.models.umt5 import load_embeddings
+
+        found = (load_embeddings(self._files[text], length=self._rows)[text] for text in texts)
+        return np.stack([np.asarray(array, np.float32) for array in found])
+
+
+class PromptFile:
+    """Prompts without clips: latents are zero, of the shape that a network is to make.
+
+    Args:
+        config: `prompts`, the size of a video, `held_out`.
+
+    Raises:
+        UserError: If the file cannot be used, or has fewer than two different prompts.
+    """
+
+    def __init__(self, config: DataConfig):
+        path = config.prompts or Path()
+        self._prompts = read_prompts(path)
+        if len(set(self._prompts)) < 2:
+            raise UserError(f"prompts {path} has one prompt; at least 2 are needed, as some are held out")
+        self._shape = (1 + (config.frames - 1) // TEMPORAL, config.height // SPATIAL, config.width // SPATIAL, CHANNELS)
+        self._rows = config.rows
+        count = held_out_count(len(self._prompts), config.held_out)
+        self.train_prompts, self.held_out_prompts = self._prompts[:-count], self._prompts[-count:]
+        self._embeddings = Embeddings(self._prompts, config, beside=path)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape (F, h, w, C) of a clip."""
+        return self._shape
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out prompts, the last of the file."""
+        return len(self.held_out_prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts, in their order, and of the shape."""
+        return hashlib.sha256(repr((self._prompts, self._shape, self._rows)).encode()).hexdigest()
+
+    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
+        """The prompts of a step, counted from 0."""
+        order = example_order(step, batch, seed, len(self.train_prompts))
+        return self._load([self.train_prompts[index] for index, _ in order])
+
+    def held_out_batch(self, indices: Sequence[int]) -> Batch:
+        """Held-out prompts."""
+        return self._load([self.held_out_prompts[index] for index in indices])
+
+    def _load(self, prompts: list[str]) -> Batch:
+        return Batch(np.zeros((len(prompts), *self._shape), np.float32), self._embeddings.of(prompts))
