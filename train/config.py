@@ -23,6 +23,7 @@ from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.lora_settings import LoRASettings
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
+from monarchrt.train.run_settings import RunConfig
 
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
@@ -174,73 +175,6 @@ class OptimizerConfig(LoRASettings):
             self.decay_steps is None or self.decay_steps > self.warmup,
             f"decay_steps is {self.decay_steps}; it must be larger than warmup ({self.warmup})",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where the run lives, how long it is, and what it writes."""
-
-    folder: Path = Path("runs/train")
-    """Run folder: config.json, log.jsonl, tensorboard/, checkpoints/, samples/."""
-
-    resume: bool = False
-    """Continue from the newest readable checkpoint of the folder. Settings that are not given come from its
-    config.json; model, tile and data must be the checkpoint's."""
-
-    init_from: Path | None = None
-    """Start from the parameters of another run folder (their moving average, if it has one), for example to
-    finetune a dense model with MonarchAttention; or from a Wan checkpoint, as `monarchrt inspect` takes it."""
-
-    steps: int = 200
-    """Optimizer steps in all."""
-
-    batch: int = 4
-    """Windows per step."""
-
-    seed: int = 0
-    """Seed of the initial parameters, the noise and the order of the data."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute type of the network; parameters, optimizer, softmax and loss stay in fp32."""
-
-    sharding: Literal["replicated", "fsdp"] = "replicated"
-    """With several devices, each takes an equal part of the batch, and holds the whole state (replicated) or a part of
-    it (fsdp)."""
-
-    log_every: int = 1
-    """Write loss, gradient norm and learning rate every this many steps."""
-
-    eval_every: int = 50
-    """Measure the held-out loss every this many steps, and at the end."""
-
-    eval_windows: int = 4
-    """Held-out windows to measure on, spread over the held-out part."""
-
-    eval_timesteps: int = 8
-    """Noise levels to measure at, spread evenly over the training distribution."""
-
-    sample_every: int = 0
-    """Every this many steps, write an mp4 of a held-out window, of what the network restores from it at noise level
-    0.6, and of what it makes from pure noise. 0: never."""
-
-    checkpoint_every: int = 50
-    """Save a checkpoint every this many steps, and at the end."""
-
-    keep: int = 3
-    """Checkpoints to keep, newest first."""
-
-    wandb: str | None = None
-    """Also log to this project of Weights & Biases (`pip install wandb`; with WANDB_MODE=offline its files stay in
-    the run folder). log.jsonl and TensorBoard are always written."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "eval_every", "eval_windows", "eval_timesteps", "keep"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
-        _require(self.checkpoint_every >= 1, f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
-        _require(self.sample_every >= 0, f"sample_every is {self.sample_every}; it must be at least 0")
-        _require(self.wandb is None or bool(self.wandb.strip()), "wandb is empty; give the name of a project")
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,13 +152,16 @@ class _Run:
                 )
         self.objective = make_objective(config.objective)
         parts = math.lcm(*(config.trained(role).accumulation for role in config.objective.training))
-        self.placement = Placement(batch=run.batch, accumulation=parts, state=run.sharding)
+        self.placement = Placement(batch=run.batch, accumulation=parts, mesh=run.mesh, state=run.sharding)
         self.networks = Networks(
             config, self.objective, channels=source.latent_shape[-1], placement=self.placement, models=models
         )
-        for settings in self.networks.configs.values():
+        for role, settings in self.networks.configs.items():
             if settings is not None and isinstance(source, ClipWindows):
                 check_frame_size(config.data, settings)
+            if (heads := getattr(settings, "num_heads", None)) is not None:
+                whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
+                self.placement.shape.check_heads(heads, whose=whose)
         self.networks.check_origins(resumed=bool(done))
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         shardings = self.placement.shardings(self.networks.template)
@@ -288,7 +291,10 @@ class _Run:
         if not run.sample_every or not isinstance(self.source, ClipWindows):
             return []
         graph = self.networks.graphs[role]
-        samplers = {label: make_sampler(graph, sampler) for label, sampler in self.objective.samplers().items()}
+        samplers = {
+            label: make_sampler(graph, sampler, mesh=self.placement.mesh)
+            for label, sampler in self.objective.samplers().items()
+        }
         return [Sample(samplers, self.source, role=role, folder=run.folder / "samples", every=run.sample_every)]
 
     def _header(self) -> list[str]:

@@ -51,7 +51,7 @@ _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_ev
          "sample_every", "checkpoint_every", "wandb", "video", "latents", "prompts", "components",
          "text_cache"}  # fmt: skip
 # may change on resume; the change is noted, as losses will differ from those of the uninterrupted run
-_NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "learning_rate", "beta1", "beta2", "eps",
+_NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "mesh", "learning_rate", "beta1", "beta2", "eps",
           "weight_decay", "clip_norm", "warmup", "schedule", "decay_steps", "accumulation", "ema_start"}  # fmt: skip
 
 # settings that came later, with what they were before

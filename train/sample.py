@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array
 
 from monarchrt.models.media.video import side_by_side, write_mp4
@@ -17,17 +18,23 @@ from monarchrt.train.objectives.flow import euler_sample, evaluation_noise, flow
 __all__ = ["euler_sample", "flow_sampler", "make_sampler", "sampling_levels", "write_held_out_sample"]
 
 
-def make_sampler(graph: nnx.GraphDef, sampler: Sampler) -> Callable[..., Array]:
+def make_sampler(graph: nnx.GraphDef, sampler: Sampler, *, mesh: Mesh | None = None) -> Callable[..., Array]:
     """Compiles a sampler for a network that was split.
 
     Args:
         graph: Structure of the network.
         sampler: What an objective's `samplers` holds.
+        mesh: Of the devices that share the work; what is sampled is then on all of them.
 
     Returns:
         (params, frozen, latents, text, noise) -> sampled latents.
     """
-    return jax.jit(lambda params, frozen, *arrays: sampler(nnx.merge(graph, params, frozen), *arrays))
+
+    def sample(params: Any, frozen: Any, *arrays: Any) -> Array:
+        with use_abstract_mesh(AbstractMesh((), ()) if mesh is None else mesh.abstract_mesh):
+            return sampler(nnx.merge(graph, params, frozen), *arrays)
+
+    return jax.jit(sample, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def write_held_out_sample(

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
+from monarchrt.models.mesh import MeshShape
 
 type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
 type SamplerName = Literal["auto", "few-step", "unipc", "dpm++", "euler"]
@@ -29,7 +30,7 @@ _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation
 # how a file was made is no property of it, nor what else was made with it
 NOT_STORED = (
     *("out", "overwrite", "stream", "host", "port", "linger", "quiet", "compare", "compare_dense"),
-    *("save_embeddings", "save_latents", "save_noise"),
+    *("save_embeddings", "save_latents", "save_noise", "mesh", "decoder_device"),
 )
 # those of them that were stored once, and are passed over
 ONCE_STORED = ("compare_dense", "save_embeddings")
@@ -179,6 +180,14 @@ class GenerateConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type. auto: bf16 for Wan on a GPU, fp32 otherwise."""
 
+    mesh: str | None = None
+    """Share the network among several devices: `heads=4` splits each block of frames (heads inside of attention, tokens
+    outside), `fsdp=2` splits the weights where they are too large for one device. Default: the first device."""
+
+    decoder_device: int | None = None
+    """Device that decodes, counted from 0, so that a block is decoded while the network makes the next one; it is then
+    none of the mesh. Default: the network's first device."""
+
     weights: str | None = None
     """Set of weights of a .pt file, for example generator_ema."""
 
@@ -246,6 +255,12 @@ class GenerateConfig:
         _require(
             not self.condition_fps or 0.1 <= self.condition_fps <= 1000,
             f"condition_fps is {self.condition_fps}; it must lie in [0.1, 1000], for example 16, or be 0",
+        )
+        if self.mesh is not None:
+            MeshShape.parse(self.mesh)
+        _require(
+            self.decoder_device is None or self.decoder_device >= 0,
+            f"decoder_device is {self.decoder_device}; it must be at least 0",
         )
         _require(self.sink_frames >= 0, f"sink_frames is {self.sink_frames}; it must be at least 0")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")

@@ -80,14 +80,15 @@ class PatchDecoder:
 
     Args:
         transform: The transform that the model was trained with.
+        device: Where it works; None: where the latents are.
     """
 
     temporal = 1
 
-    def __init__(self, transform: PatchDCT):
-        self._transform = transform
+    def __init__(self, transform: PatchDCT, *, device: Any = None):
+        self._transform, self._device = transform, device
         self.channels, self.spatial = transform.channels, transform.patch
-        self._synthesis = jnp.asarray(transform.synthesis)
+        self._synthesis = jax.device_put(jnp.asarray(transform.synthesis), device)
         self._decode = jax.jit(functools.partial(_decode_patches, patch=transform.patch))
 
     def start(self, batch: int, height: int, width: int) -> Bool[Array, ""]:
@@ -101,6 +102,8 @@ class PatchDecoder:
         self, latents: Float[Array, "B F h w C"], state: Bool[Array, ""]
     ) -> tuple[UInt8[Array, "B F H W 3"], Bool[Array, ""]]:
         """The frames."""
+        if self._device is not None:
+            latents = jax.device_put(latents, self._device)
         frames, finite = self._decode(latents, self._synthesis)
         return frames, state & finite
 
@@ -130,9 +133,15 @@ class _Compiled:
     _graph: Any
     _state: Any
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any = None) -> None:
+        self._place = None if device is None else jax.sharding.SingleDeviceSharding(device)
         self._compiling: dict[tuple[Any, tuple[int, ...]], Future[Any]] = {}
         self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
+
+    def _placed(self, vae: nnx.Module) -> tuple[Any, Any]:
+        """Structure and parameters, these on the device that is asked for."""
+        graph, state = nnx.split(vae)
+        return graph, state if self._place is None else jax.device_put(state, self._place)
 
     def _new(self, video: tuple[int, tuple[int, ...], int, int]) -> bool:
         """Whether a video, (batch, parts, height, width), is to be compiled for, and was not before."""
@@ -145,13 +154,16 @@ class _Compiled:
         """Compiles functions for so many latents and other arguments, each in a thread of its own."""
         pool = ThreadPoolExecutor(len(calls), "compile")
         for function, part, others in calls:
-            latents = jax.ShapeDtypeStruct((batch, part, height, width, self.channels), jnp.float32)
+            shape = batch, part, height, width, self.channels
+            latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._place)
             if (function, latents.shape) not in self._compiling:
                 job = pool.submit(_compile, function, self._graph, self._state, latents, *others)
                 self._compiling[function, latents.shape] = job
         pool.shutdown(wait=False)
 
     def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
+        if self._place is not None:  # from another device: copied while both go on
+            latents = jax.device_put(latents, self._place)
         if (job := self._compiling.get((function, latents.shape))) is not None:
             job.result()  # JAX finds it again by itself; asking for it meanwhile would compile it twice
         return function(self._graph, self._state, latents, *others)
@@ -172,13 +184,14 @@ class WanDecoder(_Compiled):
 
     Args:
         vae: The autoencoder.
+        device: Where it works; None: where the latents are.
     """
 
-    def __init__(self, vae: WanVAE):
-        super().__init__()
+    def __init__(self, vae: WanVAE, *, device: Any = None):
+        super().__init__(device)
         config = vae.config
         self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
-        self._graph, self._state = nnx.split(vae)
+        self._graph, self._state = self._placed(vae)
         self._start = functools.partial(jax.jit(_start_vae, static_argnums=(0, 2, 3, 4)), self._graph)
         self._first, self._rest, self._next, self._encode = (
             jax.jit(function, static_argnums=0)
@@ -242,13 +255,14 @@ class TinyDecoder(_Compiled):
 
     Args:
         vae: The autoencoder.
+        device: Where it works; None: where the latents are.
     """
 
-    def __init__(self, vae: TinyVAE):
-        super().__init__()
+    def __init__(self, vae: TinyVAE, *, device: Any = None):
+        super().__init__(device)
         config = vae.config
         self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
-        self._graph, self._state = nnx.split(vae)
+        self._graph, self._state = self._placed(vae)
         self._start = vae.decoder_pasts
         self._first, self._next = (
             jax.jit(functools.partial(_decode_tiny, dropped=dropped), static_argnums=0)

@@ -17,6 +17,7 @@ from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDec
 from monarchrt.models.generate.loras import given_loras
 from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, check_attention, make_plan
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
@@ -95,12 +96,12 @@ def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
     return "tiny decoder", Path(name)
 
 
-def load_decoder(config: GenerateConfig, path: Path) -> FrameDecoder:
+def load_decoder(config: GenerateConfig, path: Path, *, device: Any = None) -> FrameDecoder:
     """What turns latents into frames, of the file that `find_components` found."""
     dtype = half_precision(config)
     if _decoder(config)[0] == "VAE":
-        return WanDecoder(load_vae(path, dtype=dtype, param_dtype=dtype))
-    return TinyDecoder(load_tiny_vae(path, dtype=dtype, param_dtype=dtype))
+        return WanDecoder(load_vae(path, dtype=dtype, param_dtype=dtype), device=device)
+    return TinyDecoder(load_tiny_vae(path, dtype=dtype, param_dtype=dtype), device=device)
 
 
 def _parts_in(folders: list[Path], parts: list[str]) -> dict[str, Path]:
@@ -197,7 +198,9 @@ def load_material(config: GenerateConfig) -> Material:
     material = opened.material(config)
     check_attention(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
     decoder = material.pipeline.decoder
-    return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder))
+    find_places(apart, heads=other.sizes.num_heads)  # what does not fit is found here
+    mesh = material.pipeline.mesh
+    return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder, mesh=mesh))
 
 
 def half_precision(config: GenerateConfig) -> str:
@@ -222,8 +225,17 @@ class WanCheckpoint:
         from monarchrt.models.wan.checkpoints.load import load_source
 
         dtype = half_precision(config)
+        where = find_places(config, heads=self.sizes.num_heads)
         with user_input():
-            return load_source(self.source, attention=attention, dtype=dtype, param_dtype=dtype, override=True)
+            model = load_source(
+                self.source,
+                attention=attention,
+                dtype=dtype,
+                param_dtype=dtype,
+                sharding=where.weights,
+                override=True,
+            )
+        return where.moved(model)
 
     def material(self, config: GenerateConfig) -> Material:
         """Everything for a video."""
@@ -272,6 +284,7 @@ def load_wan(
     opened = opened or open_wan(config)
     source = opened.source
     plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
+    where = find_places(config, heads=source.config.num_heads)
     if texts and config.prompt is None and config.embeddings is None:
         raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
     with user_input():
@@ -299,14 +312,14 @@ def load_wan(
             report=report,
         )
     with user_input():
-        decoder = load_decoder(config, components.vae)
+        decoder = load_decoder(config, components.vae, device=where.decoder)
         _check_decoder(decoder, plan, source.config.out_channels)
         decoder.prepare(1, plan.parts, *plan.latents[1:])  # compiles while the network is read
     model = opened.network(config, attention=plan.attention)
     initial = None if frames is None else decoder.encode(frames[None])
     return Material(
         plan=plan,
-        pipeline=VideoPipeline(model, decoder),
+        pipeline=VideoPipeline(model, decoder, mesh=where.mesh),
         text=text,
         negative=negative,
         initial=initial,

@@ -182,7 +182,7 @@ def make_video(
         return result
     if reference is None:
         report(f"the same weights with {EXACT} attention")
-        other = VideoPipeline(pipeline.model.with_attention(exact()), pipeline.decoder)
+        other = VideoPipeline(pipeline.model.with_attention(exact()), pipeline.decoder, mesh=pipeline.mesh)
     else:
         report(f"the same by {config.compare}")
         other = reference()

@@ -1,11 +1,13 @@
 """The pipeline: embeddings to frames, handed out as they come."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from monarchrt.models.errors import UserError
@@ -39,10 +41,11 @@ class VideoPipeline:
     Args:
         model: The network; its attention is used as it is.
         decoder: Latents to frames.
+        mesh: The devices that share the network's work; its parameters must be on it.
     """
 
-    def __init__(self, model: WanModel, decoder: FrameDecoder):
-        self.model, self.decoder = model, decoder
+    def __init__(self, model: WanModel, decoder: FrameDecoder, *, mesh: Mesh | None = None):
+        self.model, self.decoder, self.mesh = model, decoder, mesh
 
     def latents(
         self,
@@ -55,14 +58,25 @@ class VideoPipeline:
     ) -> Iterator[Float[Array, "1 F h w C"]]:
         """The latents of the video, part by part, each dispatched when it is asked for and not waited for."""
         frames, height, width = plan.latents
+        if initial is not None:
+            initial = jax.device_get(initial)  # it may be where the decoder is
         common: dict[str, Any] = dict(
             frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
         )
         common["noise"] = noise
         common["negative"] = negative if plan.guides else None
         if isinstance(plan.settings, Rollout):
-            return autoregressive(self.model, text, rollout=plan.settings, **common)
-        return _pieces(windows(self.model, text, settings=plan.settings, **common))
+            return self._on_mesh(autoregressive(self.model, text, rollout=plan.settings, **common))
+        return _pieces(self._on_mesh(windows(self.model, text, settings=plan.settings, **common)))
+
+    def _on_mesh(self, parts: Iterator[Array]) -> Iterator[Array]:
+        """The same, each part dispatched to the mesh; between them, it is not set."""
+        while True:
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
 from monarchrt.models.generate.loras import given_loras
 from monarchrt.models.generate.material import Material, condition_latents, given_noise
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.run_arrays import run_config, run_network
 from monarchrt.models.generate.runs import Generation, RunSettings, find_run
@@ -87,7 +88,8 @@ class RunCheckpoint:
                 model = merged(model, self.loras).with_config(
                     attention=sizes.attention, causal_block=sizes.causal_block
                 )
-        return model if attention is None else model.with_attention(attention)
+        where = find_places(config, heads=model.config.num_heads)
+        return where.moved(model if attention is None else model.with_attention(attention))
 
     def material(self, config: GenerateConfig, *, report: Callable[[str], None] = _say) -> Material:
         """The network, its patch transform, an empty text, a held-out frame to begin with."""
@@ -96,7 +98,9 @@ class RunCheckpoint:
             value = getattr(config, name)
             if value is not None and not (name == "guidance" and value == 1.0):  # a stored plan says 1.0
                 raise UserError(f"{name} is {value}, but checkpoint {path} is a run folder, which {why}; leave it out")
-        decoder, sizes = self._decoder(), self.sizes
+        sizes = self.sizes
+        where = find_places(config, heads=sizes.num_heads)
+        decoder = self._decoder(where.decoder)
         with user_input():
             for lora, _ in self.loras:
                 lora.check(sizes)
@@ -110,15 +114,16 @@ class RunCheckpoint:
         noise = given_noise(plan, decoder.channels, given=0 if initial is None else initial.shape[1])
         return Material(
             plan=plan,
-            pipeline=VideoPipeline(self.network(config, attention=plan.attention), decoder),
+            pipeline=VideoPipeline(self.network(config, attention=plan.attention), decoder, mesh=where.mesh),
             text=jnp.zeros((1, 1, sizes.text_dim)),
             initial=initial,
             noise=noise,
         )
 
-    def _decoder(self) -> PatchDecoder:
+    def _decoder(self, device: Any = None) -> PatchDecoder:
         with user_input():
-            return PatchDecoder(PatchDCT(patch=self.run.data.patch, whitening=self.run.data.whitening))
+            transform = PatchDCT(patch=self.run.data.patch, whitening=self.run.data.whitening)
+            return PatchDecoder(transform, device=device)
 
 
 def open_run(config: GenerateConfig) -> RunCheckpoint | None:

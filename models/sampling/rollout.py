@@ -21,6 +21,7 @@ from monarchrt.models.sampling.noise import Noise, joined
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
+from monarchrt.models.sharding import constrain
 from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import (
     WanCache,
@@ -156,7 +157,7 @@ def generate_block(
 
     scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
     (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)
-    return state.x, cache
+    return constrain(state.x, "batch", *(None,) * (len(shape) - 1)), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache")

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
+from monarchrt.models.sharding import constrain
 from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, split_tokens, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
@@ -106,8 +107,19 @@ def init_cache(
         dtype=config.dtype,
     )
     runs = tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
-    cross = cross_keys_values(model, text, image)
+    runs, cross = split_heads(runs, config.num_heads), cross_keys_values(model, text, image)
     return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+
+
+def split_heads[Tree](caches: Tree, heads: int) -> Tree:
+    """Keeps keys and values, [layers, B, ..., heads, head_dim], on the devices of their heads, where a mesh says so."""
+
+    def split(x: Array) -> Array:
+        if x.ndim < 4 or x.shape[-2] != heads:
+            return x
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 4), "heads", None)
+
+    return jax.tree.map(split, caches)
 
 
 def cross_keys_values(
@@ -193,7 +205,8 @@ def cached_forward(
         written.append(dataclasses.replace(past, length=None))
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
-    return flow, dataclasses.replace(cache, runs=tuple(written), length=length)
+    runs = split_heads(tuple(written), config.num_heads)
+    return flow, dataclasses.replace(cache, runs=runs, length=length)
 
 
 def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:

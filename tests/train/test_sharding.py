@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from monarchrt.models.errors import UserError
+from monarchrt.train.run_settings import RunConfig
 from monarchrt.train.sharding import Placement
 
 from .conftest import history
@@ -30,6 +31,54 @@ def test_two_devices_train_as_one_does(baseline, arguments, run, tmp_path, shard
     assert two == pytest.approx(one, rel=1e-4)
     expected = next(record["held_out_loss"] for record in history(baseline) if "held_out_loss" in record)
     assert history(folder)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(baseline, arguments, run, tmp_path):
+    """Trained, evaluated and sampled on four devices; then on one; then on two. As the baseline, which has one."""
+    folder = tmp_path / "run"
+    command = [*arguments, "--folder", folder, "--sample-every", "2"]
+    four, two = (
+        {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"} for count in (4, 2)
+    )
+    for steps, mesh, devices in ((2, "data=2,heads=2", four), (4, "data=1", {}), (6, "heads=2", two)):
+        code, stderr = run([*command, "--steps", steps, "--mesh", mesh, *["--resume"] * (steps > 2)], **devices)
+        assert code == 0, stderr
+        assert (folder / "samples" / f"step_{steps:06d}.mp4").stat().st_size
+    one, found = ([record["loss"] for record in history(path) if "loss" in record][:6] for path in (baseline, folder))
+    assert found == pytest.approx(one, rel=1e-4)
+    expected = next(record["held_out_loss"] for record in history(baseline) if "held_out_loss" in record)
+    assert history(folder)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-4)
+    # a run that is split by a mesh can go on without one, and by its short form
+    code, stderr = run([*command, "--steps", 7, "--resume", "--sharding", "fsdp"], **two)
+    assert code == 0, stderr
+    assert "mesh changes from heads=2 to None" in stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": "data=2,rows=2"}, "mesh is 'data=2,rows=2', which has an axis 'rows'"),
+        (
+            {"mesh": "data=2", "sharding": "fsdp"},
+            "sharding is fsdp, but mesh data=2 says it too; leave one of them out",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig(**settings)
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_divide(environment, arguments, run, tmp_path):
+    """The network's heads are known before anything is compiled or written."""
+    three = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=3"}
+    code, stderr = run([*arguments, "--folder", tmp_path / "run", "--mesh", "heads=3"], **three)
+    assert code == 2
+    assert "mesh is heads=3, but the network has 2 attention heads, which heads=3 does not divide" in stderr
+    assert "heads could be 1 or 2" in stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_fsdp_splits_the_large_arrays_and_trains_as_one_device_does(environment):
@@ -121,7 +170,7 @@ config = wan_config(
     attention=parse(attention),
 )
 graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
-training = make_training(OptimizerConfig(learning_rate=1e-2), updates=5)
+training = make_training(OptimizerConfig(learning_rate=1e-2, eps=1e-3), updates=5)
 numbers = np.random.default_rng(0).normal(size=(2, 8192)).astype(np.float32)
 batch = Batch(numbers[0].reshape(4, 2, 8, 8, 16), numbers[1, :2048].reshape(4, 8, 64))
 @jax.jit

@@ -1,6 +1,7 @@
 """`monarchrt train`: train or finetune a network, or go on with a run."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli.parsing import last_value, read_settings
 from monarchrt.train.cli.roles import parse_roles
-from monarchrt.train.config import TrainConfig, replace_settings
+from monarchrt.train.config import RunConfig, TrainConfig, replace_settings
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.run_folder import claim_folder, read_config
 
@@ -38,9 +39,19 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
         asked = replace_settings(default, values)
     if "--resume" in given or asked.run.resume:
         default = read_config(Path(last_value(given, "--folder") or asked.run.folder)) or default
+        default = _placed_anew(default, asked, given)
     with _of_the_file(path):
         default = replace_settings(default, values)
     return parse_roles(given, prog="monarchrt train", default=default, description=_TRAIN)
+
+
+def _placed_anew(stored: TrainConfig, asked: TrainConfig, given: Sequence[str]) -> TrainConfig:
+    """The settings of a folder without those on devices, mesh and sharding, if one of them is given now."""
+    plain = RunConfig()
+    anew = (asked.run.mesh, asked.run.sharding) != (plain.mesh, plain.sharding)
+    if not anew and last_value(given, "--mesh") is None and last_value(given, "--sharding") is None:
+        return stored
+    return dataclasses.replace(stored, run=dataclasses.replace(stored.run, mesh=plain.mesh, sharding=plain.sharding))
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

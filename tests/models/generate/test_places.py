@@ -1,0 +1,158 @@
+"""A video on several devices: a mesh for the network, a device of its own for the decoder."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.places import find_places
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.collectives import collectives
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.decoders import PatchDecoder, WanDecoder
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.places import find_places
+from monarchrt.models.generate.plan import Defaults, make_plan
+from monarchrt.models.media.latents import PatchDCT
+from monarchrt.models.sampling.rollout import generate_block, start_cache
+from monarchrt.models.vae import WanVAE, vae_config
+from monarchrt.models.wan import WanModel, wan_config
+mode, attention, *asked = sys.argv[1:]
+vae = mode.endswith("+vae")
+mode = mode.removesuffix("+vae")
+config = wan_config("tiny", dim=96, ffn_dim=192, num_heads=4, num_layers=2, in_channels=16 if vae else 12,
+                    out_channels=16 if vae else 12, attention=parse(attention))
+model = WanModel(config, rngs=nnx.Rngs(0))
+graph, params = nnx.split(model)
+params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+model = nnx.merge(graph, params)
+text = jnp.ones((1, 3, config.text_dim))
+def video(**places):
+    size = dict(height=64, width=128, frames=21) if vae else dict(height=16, width=32, frames=6)
+    settings = GenerateConfig(seed=1, steps=2, quiet=True, zoom=1, **size, **places)
+    scale = dict(spatial=8, temporal=4) if vae else dict(spatial=2, temporal=1)
+    defaults = Defaults(mode=mode, sampler="euler", guidance=1.0)
+    plan = make_plan(settings, defaults=defaults, model=model.config, **scale)
+    where = find_places(settings, heads=4)
+    decoder = (
+        WanDecoder(WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0)), device=where.decoder)
+        if vae else PatchDecoder(PatchDCT(patch=2), device=where.decoder)
+    )
+    pipeline = VideoPipeline(where.moved(model), decoder, mesh=where.mesh)
+    kept = []
+    frames = np.concatenate(list(pipeline(text, plan=plan, keep=kept)))
+    return frames, np.concatenate([np.asarray(part) for part in kept], axis=1), where, plan
+right, latents, _, plan = video()
+for options in asked:
+    places = {name: int(value) if value.isdigit() else value
+              for name, _, value in (word.partition(":") for word in options.split("/"))}
+    frames, found, where, _ = video(**places)
+    np.testing.assert_allclose(found, latents, atol=2e-4, rtol=1e-3)
+    assert np.abs(frames.astype(int) - right).max() <= 1
+    if where.mesh is None:
+        continue
+    if mode == "autoregressive":  # caches live where their heads are, and never move
+        with jax.set_mesh(where.mesh):
+            graph, params = nnx.split(where.moved(model))
+            rollout, (count, height, width) = plan.settings, plan.latents
+            cache = start_cache(graph, params, text, frames=count, height=height, width=width, rollout=rollout)
+            parts = [x.addressable_shards[0].data.shape[-2] for x in jax.tree.leaves(cache.runs)]
+            assert parts and set(parts) == {4 // where.mesh.shape["heads"]}, parts
+            lowered = generate_block.lower(
+                graph, params, cache, jax.random.key(0), jnp.zeros(2, jnp.int32), None, rollout=rollout,
+                shape=(1, rollout.block, height, width, config.out_channels),
+            )
+            program = lowered.compile()
+        block = (height // 2) * (width // 2) * rollout.block * config.dim * 4  # bytes of the tokens of a block
+        for item in collectives(program.as_text()):
+            assert item.bytes <= block or where.mesh.shape["fsdp"] > 1, item
+        assert program.memory_analysis().alias_size_in_bytes > 0  # the cache is written in place
+    print(options, "right", flush=True)
+print("all right")
+"""
+
+
+def on_devices(*arguments: str, count: int = 4) -> None:
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "all right"
+
+
+def test_blocks_by_heads_and_a_decoder_of_its_own():
+    on_devices("autoregressive", "dense", "mesh:heads=2/decoder_device:2", count=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "attention"),
+    [
+        ("autoregressive", "monarch(tile=(1,4,8))"),
+        ("autoregressive", "first_steps(1, dense, monarch)"),
+        ("bidirectional", "monarch(tile=(3,4,8))"),
+        ("autoregressive+vae", "dense"),
+    ],
+)
+def test_every_way_to_share_the_work(mode, attention):
+    on_devices(
+        mode,
+        attention,
+        "mesh:heads=4",
+        "mesh:fsdp=2,heads=2",
+        "mesh:fsdp=4",
+        "decoder_device:1",
+        "decoder_device:0",
+    )
+
+
+def test_one_device_is_left_alone():
+    places = find_places(GenerateConfig(), heads=12)
+    assert places.mesh is None
+    assert places.decoder is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": "heads=2"}, "mesh is heads=2, which takes 2 devices, and there is 1; it could be data=1"),
+        ({"decoder_device": 3}, "decoder_device is 3, and there is 1 device, counted from 0; leave it out"),
+    ],
+)
+def test_devices_that_are_not_there(settings, message):
+    assert len(jax.devices()) == 1
+    with pytest.raises(UserError) as error:
+        find_places(GenerateConfig(**settings), heads=12)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": "rows=2"}, "mesh is 'rows=2', which has an axis 'rows'"),
+        ({"decoder_device": -1}, "decoder_device is -1; it must be at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerateConfig(**settings)
+
+
+@pytest.mark.parametrize("shape", ["data=2,heads=2", "data=4"])
+def test_one_video_is_no_batch(shape):
+    from monarchrt.models.mesh import MeshShape
+
+    with pytest.raises(UserError, match=r"one video is made at a time, which data=\d cannot split; use heads"):
+        MeshShape.parse(shape, devices=4).check_one_clip()
