@@ -58,8 +58,8 @@ class VideoPipeline:
     ) -> Iterator[Float[Array, "1 F h w C"]]:
         """The latents of the video, part by part, each dispatched when it is asked for and not waited for."""
         frames, height, width = plan.latents
-        if initial is not None:
-            initial = jax.device_get(initial)  # it may be where the decoder is
+        if initial is not None:  # it may be where the decoder is
+            initial = jnp.asarray(jax.device_get(initial))
         common: dict[str, Any] = dict(
             frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
         )
