@@ -27,6 +27,9 @@ def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Eng
     Raises:
         UserError: If something is missing, or a setting does not fit.
     """
+    for name in ("mesh", "decoder_device"):
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"{name} is {value}, but sessions are made on one device; leave it out")
     config = dataclasses.replace(config, mode="autoregressive")
     opened = open_checkpoint(config)
     if isinstance(opened, WanCheckpoint):
