@@ -73,7 +73,7 @@ def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> 
         gap_ms=percentiles(np.diff(arrivals).tolist()),
         deadlines_met=1 - len(late) / (len(arrivals) - 1),
         underruns=len(late),
-        stood=sum(late),
+        stood=float(sum(late)),
     )
 
 

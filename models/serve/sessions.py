@@ -51,12 +51,12 @@ class Sessions:
     @property
     def active(self) -> int:
         """Sessions that have a place."""
-        return len(self._active)
+        return sum(session.ended is None for session in list(self._active))
 
     @property
     def waiting(self) -> int:
         """Sessions that wait for one."""
-        return len(self._waiting)
+        return sum(session.ended is None for session in list(self._waiting))
 
     @property
     def frames_waiting(self) -> int:

@@ -11,7 +11,7 @@ from monarchrt import models
 MODULES = [module.name for module in pkgutil.walk_packages(models.__path__, "monarchrt.models.")]
 
 
-SLOW = ("monarchrt.models.generate.decoders", "monarchrt.models.vae.vae")  # the VAE is compiled
+SLOW = ("monarchrt.models.generate.decoders", "monarchrt.models.vae.tiny", "monarchrt.models.vae.vae")  # VAEs
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODULES])

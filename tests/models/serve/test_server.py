@@ -151,9 +151,8 @@ def test_many_come_and_go(engine):
             await ws.receive_json()
             await ws.send_json({"type": "start", "prompt": "a cat", "frames": 3})
             assert (await until(ws, "ended"))[0][-1]["reason"] == "finished"
-        while server.sessions.active or server.sessions.waiting:
-            await asyncio.sleep(0.01)
-        assert not server._sockets
+        while server.sessions.active or server.sessions.waiting or server._sockets:
+            await asyncio.sleep(0.01)  # or the time is up
 
     against(engine, talk)
 
