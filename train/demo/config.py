@@ -44,7 +44,7 @@ class DemoConfig:
     distill: bool = False
     """Instead of the finetuning: distil the dense model into Monarch students of four steps, by DMD and, causal, by
     Self-Forcing, and compare their clips with the dense model's of many steps. distillation.json, distillation.png,
-    students.mp4; about 20 minutes on 2 CPU cores."""
+    students.mp4; an estimated 20 minutes on 2 idle CPU cores."""
 
     distill_steps: int = 300
     """With distill: steps of each distillation; every second one updates the student, each the critic."""
