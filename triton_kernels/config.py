@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -102,7 +104,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("triton_
 
 
 @contextlib.contextmanager
-def compile_for(compute_capability: int, device_kind: str | None = None):
+def compile_for(compute_capability: int, device_kind: str | None = None) -> Iterator[None]:
     """Traces for a given GPU instead of the local one, so that no device is needed.
 
     Without it the first local GPU counts, and on a machine without one compute capability 90 (Hopper).
@@ -143,7 +145,7 @@ def shape_key(*, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -
 
 
 @contextlib.contextmanager
-def use(configs: Configs):
+def use(configs: Configs) -> Iterator[None]:
     """Traces with these configs whatever the device and the shape; for tuning and tests.
 
     Args:
@@ -176,7 +178,7 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
     return best
 
 
-def _parsed(name: str, x):
+def _parsed(name: str, x: Any) -> Any:
     if name in KERNELS or (name in OPTIONAL and x):
         return Config(**x)
     return Stream(**x) if name == "stream" and x else x

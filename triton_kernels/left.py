@@ -1,7 +1,7 @@
 """Kernels of the factor L: for a query column (a, j), softmax over all key rows ck = (c, k); scratch as in `right`."""
 
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
@@ -9,7 +9,10 @@ from monarchrt.triton_kernels.jit import LN_2, LOG2_E, LOWEST, kernel, load_rows
 
 
 @kernel
-def left_block(q_i, alpha, y, c_l, top, total, acc, scale, PRECISION: tl.constexpr):
+def left_block(
+    q_i: tl.tensor, alpha: tl.tensor, y: tl.tensor, c_l: tl.tensor, top: tl.tensor, total: tl.tensor, acc: tl.tensor,
+    scale: tl.tensor, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """One step of the softmax over key rows for rows i: its largest score (base 2), sum and weighted sum of Y."""
     x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
     new_top = tl.maximum(top, tl.max(x, 1))
@@ -22,11 +25,12 @@ def left_block(q_i, alpha, y, c_l, top, total, acc, scale, PRECISION: tl.constex
 
 @kernel
 def left_rows(
-    row, a, j, zh, block, visible, q, mid, c_l, out, lse, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, made=None, COUNT: tl.constexpr = 0,
-):  # fmt: skip
+    row: tl.tensor, a: tl.tensor, j: tl.tensor, zh: tl.tensor, block: tl.tensor, visible: tl.tensor, q: tl.tensor,
+    mid: tl.tensor, c_l: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, I: tl.constexpr,
+    I2: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, made: tl.tensor = None,
+    COUNT: tl.constexpr = 0,
+) -> None:  # fmt: skip
     """Output and log-sum-exp of block `block` of I + I2 rows i of one query column (a, j).
 
     Its alpha and Y are `mid[row]` of [rows, C*B1, 2, D], its c_L is `c_l[row]` of [rows, C*B1]. With COUNT they are
@@ -73,8 +77,9 @@ def left_rows(
 
 @kernel
 def left_gradients(
-    q_i, g_i, lse_i, delta_i, alpha, y, c_l, scale, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+    q_i: tl.tensor, g_i: tl.tensor, lse_i: tl.tensor, delta_i: tl.tensor, alpha: tl.tensor, y: tl.tensor,
+    c_l: tl.tensor, scale: tl.tensor, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """L and the gradient of its scores times `scale`, both [N, I] in q's dtype; shares of d_cl and e, float32 [N]."""
     if TRANSPOSED:  # scores [N, I]: few rows i
         x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
@@ -99,7 +104,9 @@ def left_gradients(
 
 
 @kernel
-def add_dot(a, b, acc, nothing, APART: tl.constexpr, PRECISION: tl.constexpr):
+def add_dot(
+    a: tl.tensor, b: tl.tensor, acc: tl.tensor, nothing: tl.tensor, APART: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """acc + a b, where `acc` is a product too.
 
     Of products by warpgroups in a chain the compiler lays all warps along the rows of the first. With more warps than
@@ -113,13 +120,12 @@ def add_dot(a, b, acc, nothing, APART: tl.constexpr, PRECISION: tl.constexpr):
 
 @kernel
 def left_backward(
-    step, visible, q, d_out, lse, delta, mid, stats, dq_left, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr, QUERY: tl.constexpr,
-    TRANSPOSED: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor,
+    mid: tl.tensor, stats: tl.tensor, dq_left: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr,
+    Z: tl.constexpr, DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, FUSED: tl.constexpr,
+    QUERY: tl.constexpr, TRANSPOSED: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """Back through L for one query column (a, j). Grid (AC*B2, blocks of i if QUERY, ZC).
 
     Replaces alpha and Y in `mid` by their gradients, c_L in `stats` by its gradient and writes there

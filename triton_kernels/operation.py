@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from monarchrt.triton_kernels import launch, plan
-from monarchrt.triton_kernels.config import configs, target
+from monarchrt.triton_kernels.config import Configs, Target, configs, target
 from monarchrt.triton_kernels.plan import Shape
 
 
@@ -30,7 +30,15 @@ def forward(
 
 
 def backward(
-    scale: float, grad_tiles: int | None, q, k, v, d_out, lse, delta, visible
+    scale: float,
+    grad_tiles: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    visible: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv; lse and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
     shape, where = _shape(q, k), target()
@@ -75,7 +83,7 @@ def _shape(q: jax.Array, k: jax.Array) -> Shape:
     )
 
 
-def _configs(shape: Shape, where):
+def _configs(shape: Shape, where: Target) -> Configs:
     few = shape.query_tiles < shape.key_tiles
     return configs(where, b1=shape.b1, b2=shape.b2, dim=shape.dim, itemsize=shape.itemsize, few=few)
 

@@ -13,11 +13,12 @@ from monarchrt.triton_kernels.right import right_rows
 
 @kernel
 def right_item(
-    item, step, visible, q, k, v, mid, stats, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    item: tl.tensor, step: tl.tensor, visible: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor,
+    stats: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
+    DP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """R of one key row and share of the rows of the step's chunk."""
     SLOT: tl.constexpr = ZC * AC * B2 * C * B1
     slot = tl.load(step + 4).to(tl.int64)
@@ -30,11 +31,12 @@ def right_item(
 
 @kernel
 def left_item(
-    item, step, visible, q, mid, stats, out, lse, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
-    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    item: tl.tensor, step: tl.tensor, visible: tl.tensor, q: tl.tensor, mid: tl.tensor, stats: tl.tensor,
+    out: tl.tensor, lse: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr,
+    B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    DP: tl.constexpr, PRECISION: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """L of one block of rows of one query column of the chunk before."""
     NI: tl.constexpr = (B1 + I + I2 - 1) // (I + I2)
     SLOT: tl.constexpr = ZC * AC * B2 * C * B1
@@ -55,12 +57,13 @@ def left_item(
 
 @kernel
 def forward(
-    step, visible, q, k, v, mid, stats, out, lse, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, RIGHT_STAGES: tl.constexpr,
-    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr, WORK: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor, stats: tl.tensor,
+    out: tl.tensor, lse: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr,
+    B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    AP: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
+    SPLIT: tl.constexpr, RIGHT_STAGES: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
+    LEFT_STAGES: tl.constexpr, WORK: tl.constexpr,
+) -> None:  # fmt: skip
     """One step. `step` is (pair, tile) of the chunk for R, (pair, tile) of the one for L, slot that R writes.
 
     A first pair of Z means nothing to do. Grid (C*B1*SPLIT*ZC + AC*B2*blocks of i*ZC), of which WORK "right" and "left"

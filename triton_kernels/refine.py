@@ -18,14 +18,19 @@ MAX_FACTOR = tl.constexpr(1e4)
 
 
 @kernel
-def weights(alpha, c_l, q_i, lse_i, scale, PRECISION: tl.constexpr):
+def weights(
+    alpha: tl.tensor, c_l: tl.tensor, q_i: tl.tensor, lse_i: tl.tensor, scale: tl.tensor, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """L of rows i for key rows [N, I] from lse_i (base 2), float32."""
     x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
     return tl.exp2(x - lse_i[None, :])
 
 
 @kernel
-def add_scores(q_i, alpha, c_l, top, total, scale, PRECISION: tl.constexpr):
+def add_scores(
+    q_i: tl.tensor, alpha: tl.tensor, c_l: tl.tensor, top: tl.tensor, total: tl.tensor, scale: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """One step of the log-sum-exp over key rows for rows i: the largest score (base 2) and the sum."""
     x = tl.dot(q_i, alpha.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[None, :]
     new_top = tl.maximum(top, tl.max(x, 1))
@@ -34,10 +39,10 @@ def add_scores(q_i, alpha, c_l, top, total, scale, PRECISION: tl.constexpr):
 
 @kernel
 def part_weights(
-    alpha, c_l, q, lse, query, place, part, scale,
-    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    alpha: tl.tensor, c_l: tl.tensor, q: tl.tensor, lse: tl.tensor, query: tl.tensor, place: tl.tensor,
+    part: tl.tensor, scale: tl.tensor, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, I: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """`weights` of the block `part` of I rows of a query column, and its rows of q."""
     i = part * I + tl.arange(0, I)
     q_i = load_rows(q + query, i * (B2 * H * D), i < B1, tl.arange(0, DP), D)
@@ -47,12 +52,11 @@ def part_weights(
 
 @kernel
 def left_refine(
-    step, visible, q, mid, stats, lse, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, mid: tl.tensor, stats: tl.tensor, lse: tl.tensor,
+    scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr, I: tl.constexpr,
+    I2: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """Replaces alpha of one query column (a, j) in `mid` by the next step's queries. Grid (AC*B2, 1, ZC).
 
     `lse`, as the last step's [B, A, b1, b2, H], is this step's meanwhile. With I2, for B1 <= I + I2, rows are one block
@@ -143,12 +147,11 @@ def left_refine(
 
 @kernel
 def left_last(
-    step, visible, q, mid, stats, lse, out, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
-    DP: tl.constexpr, I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, mid: tl.tensor, stats: tl.tensor, lse: tl.tensor,
+    out: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr,
+    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """`left_rows` of one query column (a, j): output and log-sum-exp. Grid (AC*B2, blocks of rows i, ZC).
 
     `lse` comes before `out`, since it is there before: of a kernel's arrays those that it creates must be the last.

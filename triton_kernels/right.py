@@ -7,7 +7,7 @@ ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later th
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
 import triton.language as tl
 
@@ -25,7 +25,10 @@ from monarchrt.triton_kernels.jit import (
 
 
 @kernel
-def right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr):
+def right_softmax(
+    q_r: tl.tensor, k_0: tl.tensor, live_0: tl.tensor, k_1: tl.tensor, live_1: tl.tensor, scale: tl.tensor,
+    L2: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """R of rows [M, D] over all columns of a key row, in parts of L and L2: R of both, top, total, entropy.
 
     Base 2: total = sum_l exp2(x_l - top); entropy = sum_l p_l (x_l - top). R is in the dtype of q.
@@ -57,7 +60,9 @@ def right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2: tl.constexpr, PRECIS
 
 
 @kernel
-def right_sum(p, p_1, x_0, x_1, L2: tl.constexpr, PRECISION: tl.constexpr):
+def right_sum(
+    p: tl.tensor, p_1: tl.tensor, x_0: tl.tensor, x_1: tl.tensor, L2: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """alpha or Y [M, D]: R times keys or values, in parts of L and L2."""
     vectors = tl.dot(p, x_0, input_precision=PRECISION)
     if L2:
@@ -67,8 +72,9 @@ def right_sum(p, p_1, x_0, x_1, L2: tl.constexpr, PRECISION: tl.constexpr):
 
 @kernel
 def right_block(
-    q_r, k_0, v_0, live_0, k_1, v_1, live_1, scale, L2: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+    q_r: tl.tensor, k_0: tl.tensor, v_0: tl.tensor, live_0: tl.tensor, k_1: tl.tensor, v_1: tl.tensor,
+    live_1: tl.tensor, scale: tl.tensor, L2: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """`right_softmax` with alpha and Y in place of R."""
     p, p_1, top, total, entropy = right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2, PRECISION)
     alpha = right_sum(p, p_1, k_0, k_1, L2, PRECISION)
@@ -78,12 +84,13 @@ def right_block(
 
 @kernel
 def right_rows(
-    item, part, z, first_pair, a0, visible, q, k, v, mid, stats, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr = False, VALUES: tl.constexpr = True,
-):  # fmt: skip
+    item: tl.tensor, part: tl.tensor, z: tl.tensor, first_pair: tl.tensor, a0: tl.tensor, visible: tl.tensor,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor, stats: tl.tensor, scale: tl.tensor, A: tl.constexpr,
+    C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr,
+    AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr,
+    L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    AGAIN: tl.constexpr = False, VALUES: tl.constexpr = True,
+) -> None:  # fmt: skip
     """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j).
 
     AGAIN, in a refinement step after the first, queries are alpha_R in `mid`, where alpha replaces them. Without VALUES
@@ -170,12 +177,12 @@ def right_rows(
 
 @kernel
 def right_keys(
-    k_row, first_c, zh, r0, block, visible, q, k, v, mid, c_l, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    RC: tl.constexpr, TILES: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    k_row: tl.tensor, first_c: tl.tensor, zh: tl.tensor, r0: tl.tensor, block: tl.tensor, visible: tl.tensor,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor, c_l: tl.tensor, scale: tl.tensor, A: tl.constexpr,
+    C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, RC: tl.constexpr,
+    TILES: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """alpha, Y and c_L of M rows r0 + block*M + m in row k, looping over TILES key tiles from `first_c`.
 
     Rows r = a*B2 + j count all query tiles; `mid` [RC, C*B1, 2, D] and `c_l` [RC, C*B1] are those of RC rows from r0.
@@ -214,12 +221,12 @@ def right_keys(
 
 @kernel
 def right_forward(
-    step, visible, q, k, v, mid, stats, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
-    AGAIN: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor, stats: tl.tensor,
+    scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr,
+    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr, AGAIN: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """`right_rows` for one step. Grid (C*B1, SPLIT, ZC)."""
     right_rows(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.load(step), tl.load(step + 1),
@@ -230,8 +237,10 @@ def right_forward(
 
 @kernel
 def right_gradients(
-    k_l, v_l, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_l, dv_l, scale, PRECISION: tl.constexpr
-):  # fmt: skip
+    k_l: tl.tensor, v_l: tl.tensor, q_r: tl.tensor, d_alpha: tl.tensor, d_y: tl.tensor, lse: tl.tensor,
+    d_cl: tl.tensor, e: tl.tensor, live: tl.tensor, dk_l: tl.tensor, dv_l: tl.tensor, scale: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Adds the rows' share to dk and dv [L, D]; the gradient of R's scores [L, M] in q's dtype."""
     log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
     d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
@@ -248,7 +257,10 @@ def right_gradients(
 
 
 @kernel
-def store_sum(pointer, offsets, live, d, x, D: tl.constexpr, ACCUMULATE: tl.constexpr):
+def store_sum(
+    pointer: tl.tensor, offsets: tl.tensor, live: tl.tensor, d: tl.tensor, x: tl.tensor, D: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+) -> None:  # fmt: skip
     """Stores rows, with ACCUMULATE added to what is there."""
     if ACCUMULATE:
         x += load_rows(pointer, offsets, live, d, D)
@@ -257,12 +269,12 @@ def store_sum(pointer, offsets, live, d, x, D: tl.constexpr, ACCUMULATE: tl.cons
 
 @kernel
 def right_backward(
-    step, visible, first_tile, q, k, v, mid, stats, dk, dv, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, ACCUMULATE: tl.constexpr,
-    SAVE_DZ: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    step: tl.tensor, visible: tl.tensor, first_tile: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor,
+    mid: tl.tensor, stats: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr,
+    Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """dk and dv of L + L2 columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
 
     Key tiles start at `first_tile`. With SAVE_DZ the gradient of R's scores overwrites the gradients of alpha and Y in
@@ -330,8 +342,9 @@ def right_backward(
 
 @kernel
 def query_gradients(
-    q_r, k_l, v_l, live_l, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION: tl.constexpr
-):  # fmt: skip
+    q_r: tl.tensor, k_l: tl.tensor, v_l: tl.tensor, live_l: tl.tensor, d_alpha: tl.tensor, d_y: tl.tensor,
+    lse: tl.tensor, d_cl: tl.tensor, e: tl.tensor, dq_r: tl.tensor, scale: tl.tensor, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Adds to dq [M, D] the part through R of L columns, the gradient of R's scores computed again."""
     log_p = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None]
     log_p = tl.where(live_l[None, :], tl.maximum(log_p, LOWEST), LOWEST)
@@ -344,12 +357,12 @@ def query_gradients(
 
 @kernel
 def right_query(
-    step, visible, q, k, v, mid, stats, dq_left, dq, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SAVED_DZ: tl.constexpr,
+    step: tl.tensor, visible: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor, mid: tl.tensor, stats: tl.tensor,
+    dq_left: tl.tensor, dq: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr,
+    B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
+    AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SAVED_DZ: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dq of M rows (a, j) in row k: the part through R, summed over key tiles, plus `dq_left`. Grid (blocks, B1, ZC).
 
     With SAVED_DZ the gradient of R's scores is read from `mid`; otherwise it is computed again.

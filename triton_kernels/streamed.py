@@ -18,13 +18,13 @@ from monarchrt.triton_kernels.right import right_keys
 
 @kernel
 def streamed(
-    visible, q, k, v, counters, mid, stats, out, lse, scale,
-    A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    Z: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
-    RC: tl.constexpr, TILES: tl.constexpr, LAG: tl.constexpr, SLOTS: tl.constexpr,
-    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, RIGHT_STAGES: tl.constexpr,
-    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, LEFT_STAGES: tl.constexpr,
-):  # fmt: skip
+    visible: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor, counters: tl.tensor, mid: tl.tensor,
+    stats: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr,
+    PRECISION: tl.constexpr, RC: tl.constexpr, TILES: tl.constexpr, LAG: tl.constexpr, SLOTS: tl.constexpr,
+    M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, RIGHT_STAGES: tl.constexpr, I: tl.constexpr, I2: tl.constexpr,
+    N: tl.constexpr, LEFT_STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (all items). Segment n has the items of R of chunk n and of L of chunk n - LAG, where there are such.
 
     Chunk n is rows (a, j) from (n % NC) * RC on, of pair n // NC; its alpha, Y and c_L are in slot n % SLOTS of
