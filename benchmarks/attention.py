@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the published kernels run on the same card
 
@@ -252,7 +253,7 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
     q, g = (x[:, : frames * row.grid[1] * row.grid[2]] for x in (q, g))
     arrays = (q, k, v, g) if work == "forward + backward" else (q, k, v)
     spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], tile=row.tile, num_iters=row.num_iters)
-    size = {"heads": row.heads, "head_dim": row.head_dim}
+    size: dict[str, Any] = {"heads": row.heads, "head_dim": row.head_dim}
     arithmetic, plain = flops(spec, **size), bytes_moved(spec, **size)
     # a further step writes and reads alpha and the next queries, as many bytes as alpha and Y
     moved = plain + row.num_iters * (bytes_moved(spec, **size, spill=True) - plain)
@@ -303,7 +304,7 @@ def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
             out = compiled(*arrays)
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / calls)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return statistics.median(times), memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
@@ -333,11 +334,12 @@ def published_errors(row: Row, path: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         names = ("q", "k", "v", "g")
         file = Path(folder) / "arrays.npz"
-        np.savez(file, **{name: np.asarray(x, np.float32) for name, x in zip(names, arrays, strict=True)})
+        saved: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in zip(names, arrays, strict=True)}
+        np.savez(file, **saved)
         options = ("--arrays", str(file), "--tile", *map(str, row.tile))
         published_run(path, *options)
-        with np.load(file) as saved:
-            return relative_errors([saved[name] for name in ("out", "dq", "dk", "dv")], reference)
+        with np.load(file) as results:
+            return relative_errors([results[name] for name in ("out", "dq", "dk", "dv")], reference)
 
 
 def published_times(row: Row, args: argparse.Namespace) -> dict[str, dict]:

@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from flax import nnx
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
-from monarchrt.train.objectives.self_forcing import SelfForcingObjective
+from monarchrt.train.objectives.self_forcing import RolloutDraws, SelfForcingObjective
 from monarchrt.train.objectives.settings import SelfForcingConfig
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
@@ -90,7 +90,7 @@ def check(args: argparse.Namespace) -> float:
     kernel[...] = 0.02 * jax.random.normal(jax.random.key(1), kernel.shape)
     objective = Fixed(SelfForcingConfig(), 2, model.config.text_dim)
     shape = (1, 6, 16, 16, 16)
-    draws = objective._draw(jax.random.key(2), shape).student
+    draws = cast(RolloutDraws, objective._draw(jax.random.key(2), shape).student)
     text = jax.random.normal(jax.random.key(3), (1, 8, model.config.text_dim))
 
     @nnx.jit

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import triton
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location("published_monarch_attn", path)
+    spec: Any = importlib.util.spec_from_file_location("published_monarch_attn", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -105,7 +106,7 @@ def quick_bench(kernel):
         ms = start.elapsed_time(end) / 3
         if ms > 1.2 * best.get(tuning, float("inf")):
             return [ms] * len(quantiles)
-        quantiles_ms = triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)  # ms
+        quantiles_ms: Any = triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)  # ms
         best[tuning] = min(best.get(tuning, float("inf")), quantiles_ms[0])
         return quantiles_ms
 
@@ -204,7 +205,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     published = load(arguments.path)
     if arguments.share:
-        keep_configs(published, slice(*arguments.share[:1], None, arguments.share[1]))
+        keep_configs(published, slice(arguments.share[0], None, arguments.share[1]))
     elif arguments.configs:
         take_configs(published, arguments)
     for tuned in tuned_kernels(published).values():

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def main() -> None:
             if not all(jnp.isfinite(x).all() for x in present.values()):
                 sys.exit("error: the present sizes give results that are not finite")
         differences = {name: relative_error(out[name], np.asarray(x, np.float64)) for name, x in present.items()}
-        results[-1] |= {"differences": differences, "bytes": run.memory_analysis().temp_size_in_bytes}
+        results[-1] |= {"differences": differences, "bytes": temporaries(run)}
         if all(x <= MAX_DIFFERENCE for x in differences.values()):  # NaN is not
             runs[-1] = run
     times = rounds([run for run in runs if run], arrays, args.rounds)
@@ -127,6 +128,11 @@ def inputs(args: argparse.Namespace) -> tuple[jax.Array, ...]:
         return q, k, v
     results = jax.jit(call("forward", tuning.forward(rows, cols, row.head_dim)))(q, k, v)
     return q, k, v, results["out"], results["lse"], g
+
+
+def temporaries(program: Any) -> int:
+    """Bytes that a compiled program needs beside its arguments and results."""
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def call(work: str, config):

@@ -6,6 +6,8 @@ The function takes queries, keys and values [batch, tokens, heads, head_dim] who
 column, after the rotary embedding, and the grid of those tokens. Nothing else of a model needs to know of it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
@@ -69,7 +71,12 @@ def main() -> None:
 
     model = LinenBlock()
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    loss, grads = jax.jit(jax.value_and_grad(lambda variables: jnp.mean(model.apply(variables, x) ** 2)))(variables)
+
+    def mean_square(variables):
+        out: Any = model.apply(variables, x)
+        return jnp.mean(out**2)
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_square))(variables)
     size = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
     print(f"Linen: loss {loss:.3f}, gradient {size:.3f}")
 

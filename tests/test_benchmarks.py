@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)  # as for a script: one benchmark may import another
 
     def call(name, *options, **replaced):
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        spec: Any = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from monarchrt.models.attention.base import NOWHERE, Attention, Context
+from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.notation import parse
 
 GRID = (4, 4, 6)
@@ -57,8 +58,8 @@ def test_a_causal_block_without_a_frame(kind, block):
 
 
 def test_a_kind_without_its_own_part_says_so():
-    class Unfinished(type(parse("dense"))):
-        attend_clip = type(parse("dense")).__base__.attend_clip
+    class Unfinished(DenseAttention):
+        attend_clip = Attention.attend_clip
 
     with pytest.raises(NotImplementedError, match="Unfinished has no attend_clip"):
         Unfinished()(*[jnp.zeros((1, 96, 2, 8))] * 3, grid=GRID, context=NOWHERE)

@@ -71,10 +71,13 @@ def test_runs_are_resumed(old, monkeypatch, name, text):
     monkeypatch.chdir(old)
     folder = old / f"run-{name}"
     config = read_config(folder)
+    assert config is not None
     assert str(attention_setting(config.model)) == text
     assert cli.main(["train", "--folder", str(folder), "--resume", "--steps", "3"]) == 0
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 3
     written = json.loads((folder / "config.json").read_text())["model"]
     assert (written["attention"], written["tile"]) == (text, None)
-    assert read_config(folder).model == config.model
+    again = read_config(folder)
+    assert again is not None
+    assert again.model == config.model

@@ -1,5 +1,7 @@
 """Teacher forcing: loss and gradient against the mask over [clean; noisy] in float64 PyTorch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def test_a_block_sees_what_the_cache_has_in_generation(attention):
         cache = init_cache(alone, text, frames=4, height=4, width=4)
         flows = []
         for number, start in enumerate((0, 2)):
-            where = dict(frame=start, block=number)
+            where: Any = dict(frame=start, block=number)
             flow, _ = cached_forward(alone, noisy[:, start : start + 2], times[:, start : start + 2], cache, **where)
             _, cache = cached_forward(alone, clean[:, start : start + 2], jnp.zeros((2, 2)), cache, **where)
             flows.append(flow)
