@@ -12,6 +12,13 @@ from monarchrt.models.errors import UserError, report_full_disk
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
 _PARTIAL = re.compile(r"(?P<name>.+)\.partial-(?P<process>[1-9]\d{0,8})", re.DOTALL)
+_MARKS = {
+    b"\xef\xbb\xbf": "utf-8",
+    b"\xff\xfe\0\0": "utf-32-le",  # begins as UTF-16 does
+    b"\0\0\xfe\xff": "utf-32-be",
+    b"\xff\xfe": "utf-16-le",
+    b"\xfe\xff": "utf-16-be",
+}
 # of systems and programs; compared in lower case
 _LITTER_NAMES = (
     "thumbs.db",
@@ -155,6 +162,67 @@ def _remove_unlocked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def decoded(content: bytes, *, name: str) -> str:
+    """Text that a person wrote: UTF-8, or UTF-16 or UTF-32 with their mark, as Windows editors write them.
+
+    Examples:
+        >>> decoded("a cat".encode("utf-16"), name="caption cat.txt")
+        'a cat'
+        >>> decoded("a café".encode("cp1252"), name="caption cat.txt")
+        Traceback (most recent call last):
+        ...
+        monarchrt.models.errors.UserError: caption cat.txt is not UTF-8 (byte 6 is 0xe9), probably cp1252; save it as \
+UTF-8, for example with iconv -f CP1252 -t UTF-8
+
+    Args:
+        content: Of the file.
+        name: What it is, for errors.
+
+    Returns:
+        The text, without a mark.
+
+    Raises:
+        UserError: If it is in another encoding; names the one that it is probably in.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    wrong = "ends within a character"
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if encoding == "utf-8":
+            wrong = f"byte {error.start + 1} is 0x{content[error.start]:02x}"
+    else:
+        if "\0" not in text:
+            return text
+        wrong = "it has bytes of 0"
+    likely = _likely_encoding(content) if encoding == "utf-8" else ()
+    raise UserError(
+        f"{name} is not {encoding.upper()} ({wrong})"
+        + (f", probably {' or '.join(likely)}" if likely else "")
+        + "; save it as UTF-8"
+        + (f", for example with iconv -f {likely[0].upper().replace('16-', '16')} -t UTF-8" if likely else "")
+    )
+
+
+def _likely_encoding(content: bytes) -> tuple[str, ...]:
+    """The encodings that text without a mark, which is not UTF-8, is probably in; none if nothing speaks for one."""
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    if 0 in content:
+        utf16 = "utf-16-be" if even > odd else "utf-16-le"
+        return (utf16,) if min(even, odd) == 0 and len(content) % 2 == 0 and _is_text(content, utf16) else ()
+    beyond = sum(byte >= 0x80 for byte in content)
+    likely = ("cp1252",) if 4 * beyond <= len(content) else ("gb18030", "shift_jis", "euc_kr", "cp1251")
+    return tuple(encoding for encoding in likely if _is_text(content, encoding))
+
+
+def _is_text(content: bytes, encoding: str) -> bool:
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter in "\n\r\t" for letter in text)
 
 
 def is_litter(path: Path) -> bool:

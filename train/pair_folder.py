@@ -60,7 +60,7 @@ class Made:
         try:
             values = json.loads(header["made"])
             return cls(**values | {"sigmas": tuple(map(float, values["sigmas"]))})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"latents {path} does not say how its states were made; make it again") from error
 
 

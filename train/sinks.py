@@ -127,7 +127,7 @@ def _identifier(path: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))["id"]
         if isinstance(found, str) and found:
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # none yet, or none that can be used
     new = uuid.uuid4().hex[:8]
     with report_full_disk(path):

@@ -215,7 +215,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             value = json.loads(text)
             values[name] = tuple(value) if isinstance(value, list) else value
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # a text
             values[name] = text
     return values
 

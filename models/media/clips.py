@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.files import is_litter, listed
+from monarchrt.models.files import decoded, is_litter, listed
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".qt", ".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts",
           ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".vob", ".mxf", ".dv", ".y4m")  # fmt: skip
 PICTURES = (".gif", ".apng", ".webp", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 
 
 def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dict[Path, str]:
@@ -66,7 +65,7 @@ def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dic
 
 
 def read_caption(path: Path, *, clip: str) -> str:
-    """The text of a caption: UTF-8, or UTF-16 with its mark, as Windows editors write it; lines end in any way.
+    """The text of a caption: UTF-8, or UTF-16 or UTF-32 with its mark; lines end in any way.
 
     Args:
         path: The file.
@@ -79,12 +78,8 @@ def read_caption(path: Path, *, clip: str) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"caption {path} cannot be read: {error.strerror or error}") from error
-    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"caption {path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
-    if "\0" in text or text.startswith("{\\rtf"):
+    text = decoded(content, name=f"caption {path}")
+    if text.startswith("{\\rtf"):
         raise UserError(f"caption {path} is not plain text; save it as plain text in UTF-8")
     text = re.sub(r"\r\n?", "\n", text).strip()
     if not text:

@@ -412,7 +412,7 @@ class TestEncode:
         [
             (lambda clips: (clips / "1.txt").unlink(), [], "1.mp4 has no caption; write what it shows into"),
             (lambda clips: (clips / "1.txt").write_text(" \n"), [], "1.txt is empty; write what 1.mp4 shows"),
-            (lambda clips: (clips / "1.txt").write_bytes(b"\xff\xfe\xfa"), [], "1.txt is not UTF-8 text"),
+            (lambda clips: (clips / "1.txt").write_bytes(b"\xff\xfe\xfa"), [], "1.txt is not UTF-16-LE"),
             (lambda clips: (clips / "1.webm").touch(), [], "two videos named 1"),
             (lambda clips: [path.unlink() for path in clips.glob("*.mp4")], [], "has no videos (.mp4, .webm"),
             (lambda clips: None, [], "no components were given; give --components"),

@@ -140,6 +140,13 @@ def test_a_sink_that_fails_is_told_once_and_the_log_goes_on(wandb, tmp_path, cap
     assert json.loads((tmp_path / "wandb.json").read_text())["id"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b'{"id": 3}', b"[" * 100_000])
+def test_a_damaged_file_of_the_id_makes_a_new_one(wandb, tmp_path, content):
+    (tmp_path / "wandb.json").write_bytes(content)
+    sinks.open_sinks(TrainConfig(run=RunConfig(folder=tmp_path, wandb="films")))
+    assert wandb.calls[0][3] == json.loads((tmp_path / "wandb.json").read_text())["id"]
+
+
 def test_a_run_that_fails_is_sent_as_failed(wandb, tmp_path):
     made = sinks.open_sinks(TrainConfig(run=RunConfig(folder=tmp_path, wandb="films")))
     with pytest.raises(KeyError), RunLog(tmp_path, step=-1, sinks=made):

@@ -191,6 +191,7 @@ class TestSettingsFile:
             ("a.toml", "steps = ", "is no TOML"),
             ("a.json", "[" * 100_000, "is no JSON"),
             ("a.json", "[]", "holds no settings by name"),
+            ("a.toml", 'folder = "café"'.encode("cp1252"), "is not UTF-8 (byte 14 is 0xe9), probably cp1252; save it as"),
             ("a.toml", "step = 7", "there is no setting step; did you mean steps"),
             ("a.toml", 'steps = "7"', "steps is '7'; it must be a whole number"),
             ("a.toml", "steps = 7\n[run]\nsteps = 8", "steps is given twice"),
@@ -202,7 +203,7 @@ class TestSettingsFile:
     def test_what_is_wrong_in_it_names_the_file(self, tmp_path, capsys, name, text, said):
         path = tmp_path / name
         if text is not None:
-            path.write_text(text)
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
         assert main(["train", "--config", str(path)]) == 2
         error = capsys.readouterr().err
         assert str(path) in error

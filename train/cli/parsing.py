@@ -17,6 +17,7 @@ import docstring_parser
 import tyro
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import decoded
 
 POSITIONAL = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
 
@@ -85,9 +86,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if path.suffix not in readers:
         raise UserError(f"config {path} ends in neither .toml nor .json; give a file of one of these formats, or small")
     try:
-        values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+        values = readers[path.suffix](decoded(path.read_bytes(), name=f"config {path}"))
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"config {path} is no {path.suffix[1:].upper()}: {_one_line(str(error))}") from error
     if not isinstance(values, dict):

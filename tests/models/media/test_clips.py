@@ -77,6 +77,8 @@ def test_accents_of_a_mac(tmp_path):
         "\ufeff eine Kätzin\nspielt \n\n".encode(),
         "\ufeffeine Kätzin\r\nspielt".encode("utf-16-le"),
         "\ufeffeine Kätzin\nspielt".encode("utf-16-be"),
+        "\ufeffeine Kätzin\nspielt".encode("utf-32-le"),
+        "\ufeffeine Kätzin\nspielt".encode("utf-32-be"),
     ],
 )
 def test_encodings(tmp_path, content):
@@ -88,12 +90,15 @@ def test_encodings(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("eine Kätzin".encode("latin-1"), r"a\.txt is not UTF-8 text: .*; save it as UTF-8"),
+        ("eine Kätzin".encode("latin-1"), r"not UTF-8 \(byte 7 is 0xe4\), probably cp1252; .*iconv -f CP1252 -t"),
+        ("一只猫在墙上".encode("gb18030"), "a.txt is not UTF-8 .*, probably gb18030 or .*; save it as UTF-8"),
         (b"", r"a\.txt is empty; write what a\.mp4 shows"),
         ("\ufeff \r\n".encode(), r"a\.txt is empty"),
         ("\ufeff".encode("utf-16-le"), r"a\.txt is empty"),
-        ("a cat".encode("utf-16-le"), "not plain text"),  # without its mark
-        (b"\0\5\26\7\0\2\0\0", "not plain text"),
+        ("a cat".encode("utf-16-le"), "probably utf-16-le; .*iconv -f UTF-16LE"),  # without its mark
+        ("a cat".encode("utf-16-be"), "probably utf-16-be; "),
+        ("\ufeffa cat".encode("utf-16-le")[:-1], r"is not UTF-16-LE \(ends within a character\); save it as UTF-8"),
+        (b"\0\5\26\7\0\2\0\0", r"not UTF-8 \(it has bytes of 0\); save"),
         (b"{\\rtf1\\ansi a cat}", "not plain text"),
     ],
 )
