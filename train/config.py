@@ -19,6 +19,7 @@ from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.runs import GENERATION, override_values
+from monarchrt.train.bounds import check_bounds
 from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.lora_settings import LoRASettings
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
@@ -166,11 +167,9 @@ class OptimizerConfig(LoRASettings):
         decay = self.weight_decay
         _require(0 <= decay < math.inf, f"weight_decay is {decay}; it must be at least 0, and finite")
         _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
-        _require(self.warmup >= 0, f"warmup is {self.warmup}; it must be at least 0")
-        _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; it must be at least 1")
+        check_bounds(self)
         average = self.ema_decay
         _require(average is None or 0 <= average < 1, f"ema_decay is {average}; it must lie in [0, 1) or be None")
-        _require(self.ema_start >= 0, f"ema_start is {self.ema_start}; it must be at least 0")
         _require(
             self.decay_steps is None or self.decay_steps > self.warmup,
             f"decay_steps is {self.decay_steps}; it must be larger than warmup ({self.warmup})",

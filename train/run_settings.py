@@ -6,6 +6,7 @@ from typing import Literal
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import MeshShape
+from monarchrt.train.bounds import check_bounds
 
 
 def require(condition: bool, message: str) -> None:
@@ -77,11 +78,7 @@ class RunConfig:
     the run folder). log.jsonl and TensorBoard are always written."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "eval_every", "eval_windows", "eval_timesteps", "keep"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1")
-        require(self.checkpoint_every >= 1, f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
-        require(self.sample_every >= 0, f"sample_every is {self.sample_every}; it must be at least 0")
+        check_bounds(self)
         require(self.wandb is None or bool(self.wandb.strip()), "wandb is empty; give the name of a project")
         if self.mesh is not None:
             MeshShape.parse(self.mesh)

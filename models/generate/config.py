@@ -22,6 +22,7 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
+MOST_FRAMES, MOST_STEPS = 1_000_000, 10_000
 NO_LORA = (NO_CONDITION,)  # although a video names some
 STORED = "stored"  # with the weights
 EXACT_DECODER, TINY_DECODER = DECODERS = ("exact", "tiny")
@@ -36,6 +37,11 @@ NOT_STORED = (
 ONCE_STORED = ("compare_dense", "save_embeddings")
 # settings that name what is read: a stranger's video could name anything
 NAMES_FILES = ("checkpoint", "lora", "components", "decoder", "embeddings", "condition", "noise")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _require(condition: bool, message: str) -> None:
@@ -243,6 +249,16 @@ class GenerateConfig:
         for name in sizes:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        # far beyond use, and short of what would fill the memory before it fails
+        _require(
+            self.frames is None or self.frames <= MOST_FRAMES,
+            f"frames is {_short(self.frames)}; it must be at most {MOST_FRAMES}",
+        )
+        calls = () if self.steps is None else self.steps if isinstance(self.steps, tuple) else (self.steps,)
+        _require(
+            all(step <= MOST_STEPS for step in calls) and len(calls) <= MOST_STEPS,
+            f"steps is {_short(self.steps)}; it must be at most {MOST_STEPS}",
+        )
         for name in ("context", "num_iters"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("fps", "shift"):

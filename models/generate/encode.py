@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from monarchrt.models.generate.load import Components
 
 
+MOST_ROWS = 100_000  # tokens of a text, far beyond use
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """Encode a folder of captioned clips once, so that training needs neither VAE nor text encoder in memory."""
@@ -79,6 +82,8 @@ class EncodeConfig:
         for name in ("stride", "rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.rows > MOST_ROWS:
+            raise UserError(f"rows is {self.rows}; it must be at most {MOST_ROWS}, 512 for Wan")
 
 
 def encode_clips(

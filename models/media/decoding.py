@@ -22,6 +22,9 @@ from monarchrt.models.media.frames import Orientation, Shown, covering, cropped,
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
 _OFFLINE = {"protocol_whitelist": "none"}  # a playlist opens no other files
+_START = (b"\0\0\0\1", b"\0\0\1")
+# streams in no container, which FFmpeg finds anywhere in a file, and how one begins that is nothing else
+_BARE = {"mjpeg": (b"\xff\xd8",)} | dict.fromkeys(("h264", "hevc", "vvc", "m4v", "mpegvideo"), _START)
 _LARGEST = 2**28  # pixels of a scaled frame
 _MATRICES = (1, 4, 5, 6, 7, 9)  # that FFmpeg converts; numbers of ITU-T H.273
 
@@ -68,6 +71,13 @@ def _video_stream(container: "av.container.InputContainer", path: Path) -> Any:
         raise UserError(
             f"picture {path} is cut off, damaged or of a kind that is not read ({kind}); save it as PNG or JPEG"
         )
+    if beginnings := _BARE.get(kind):
+        with path.open("rb") as file:
+            if not file.read(4).startswith(beginnings):
+                raise UserError(
+                    f"video {path} is no video, but has pictures somewhere in it ({kind}), as documents and raw photos "
+                    f"have; give {_EXAMPLE}"
+                )
     if kind in ("hls", "dash", "concat"):
         raise UserError(f"video {path} is a list of other files ({kind}), which is not read; give {_EXAMPLE}")
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]

@@ -418,6 +418,7 @@ class TestEncode:
             (lambda clips: None, [], "no components were given; give --components"),
             (lambda clips: None, ["--components", "{clips}"], "checkpoint lacks: VAE"),
             (lambda clips: None, ["--frames", "6"], "frames is 6; it must be 1 + 4 k, for example 5"),
+            (lambda clips: None, ["--rows", "100000000000"], "rows is 100000000000; it must be at most 100000"),
             (lambda clips: None, ["--height", "40"], "height is 40; it must be a multiple of 16, for example 32"),
             (lambda clips: None, ["--stride", "0"], "stride is 0; it must be 1 or more"),
             (

@@ -191,13 +191,17 @@ class TestSettingsFile:
             ("a.toml", "steps = ", "is no TOML"),
             ("a.json", "[" * 100_000, "is no JSON"),
             ("a.json", "[]", "holds no settings by name"),
-            ("a.toml", 'folder = "café"'.encode("cp1252"), "is not UTF-8 (byte 14 is 0xe9), probably cp1252; save it as"),
+            ("a.toml", 'folder = "café"'.encode("cp1252"), "is not UTF-8 (byte 14 is 0xe9), probably cp1252; "),
             ("a.toml", "step = 7", "there is no setting step; did you mean steps"),
             ("a.toml", 'steps = "7"', "steps is '7'; it must be a whole number"),
             ("a.toml", "steps = 7\n[run]\nsteps = 8", "steps is given twice"),
             ("a.toml", "run = 7", "run is 7; it must be a table"),
             ("a.toml", "[run]\nstep = 7", "there is no setting step; did you mean steps"),
             ("a.toml", "steps = 0", "steps is 0; it must be at least 1"),
+            ("a.json", f'{{"steps": {10**40}}}', "steps is a number of more than 30 digits; it must be"),
+            ("a.toml", "batch = 10000000000", "batch is 10000000000; it must be at most 100000"),
+            ("a.toml", "warmup = 10000000000", "warmup is 10000000000; it must be at most 1000000000"),
+            ("a.toml", "eval_timesteps = 1_000_000_000_000", "eval_timesteps is 1000000000000; it must be at most"),
         ],
     )
     def test_what_is_wrong_in_it_names_the_file(self, tmp_path, capsys, name, text, said):

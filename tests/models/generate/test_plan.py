@@ -144,6 +144,9 @@ class TestRefusals:
         [
             (dict(prompt="  "), "prompt is empty"),
             (dict(frames=0), "frames is 0; it must be at least 1"),
+            (dict(frames=10**12), "frames is 1000000000000; it must be at most 1000000"),
+            (dict(steps=10**15), "steps is 1000000000000000; it must be at most 10000"),
+            (dict(steps=(10**400,)), "it must be at most 10000"),
             (dict(fps=0.0), r"fps is 0\.0; it must be positive"),
             (dict(seed=-1), "seed is -1"),
             (dict(quality=60), "quality is 60"),

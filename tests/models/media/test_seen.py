@@ -364,3 +364,20 @@ def test_sizes_that_are_none_do_not_blame_the_clip(clip, height, width, message)
     with pytest.raises(UserError, match=message) as caught:
         read_clip(clip, height=height, width=width)
     assert str(clip) not in str(caught.value)
+
+
+def test_a_preview_in_another_file_is_no_video(tmp_path):
+    """FFmpeg finds a JPEG, or a stream without a container, anywhere in a file: a raw photo, a document."""
+    Image.fromarray(quarters()).save(tmp_path / "a.jpg", quality=95)
+    picture = (tmp_path / "a.jpg").read_bytes()
+    bare = encode_video(tmp_path / "a.h264", [quarters()] * 3).read_bytes()
+    assert order(read_clip(tmp_path / "a.h264", height=96, width=128)[0]) == "RGBW"
+    (tmp_path / "a.mjpg").write_bytes(2 * picture)
+    assert order(read_clip(tmp_path / "a.mjpg", height=96, width=128)[0]) == "RGBW"
+    heads = {"raf": b"FUJIFILMCCD-RAW 0201", "pdf": b"%PDF-1.4\n", "docx": b"PK\3\4", "bin": b"junk"}
+    for ending, head in heads.items():
+        for inside in (picture, bare):
+            path = tmp_path / f"b.{ending}"
+            path.write_bytes(head + bytes(120) + inside + bytes(3000))
+            with pytest.raises(UserError, match=r"is no video, but has pictures somewhere|damaged or not a video"):
+                read_clip(path, height=96, width=128)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from monarchrt.models.errors import UserError
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.train.objectives.dmd import DMDObjective
-from monarchrt.train.objectives.scores import levels_of, matching_gradient, matching_loss
+from monarchrt.train.objectives.scores import draw_scores, levels_of, matching_gradient, matching_loss, sample_metrics
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
 
@@ -228,3 +229,57 @@ def test_blocks_that_do_not_fit(block, network, frames, word):
     draws = objective.draws(jax.random.key(0), examples)["student"].student
     with pytest.raises(UserError, match=word):
         objective.roll_out(nnx.eval_shape(lambda: wan(0, **network)), jnp.asarray(examples.text), draws)
+
+
+def test_levels_on_the_grid_are_of_shift_5_whatever_the_times_are_of():
+    """Its least level is that of 0.001, not 0."""
+    levels = levels_of(jnp.array([0, 999]), shift=3.0, low=0.0, high=1.0, conversion="grid")
+    np.testing.assert_allclose(levels.mixed, [5 * n / (1000 + 4 * n) for n in (1, 998)], rtol=1e-6)
+    np.testing.assert_allclose(levels.converted, levels.mixed)
+
+
+def test_what_is_not_finite_in_g_is_nothing():
+    """A teacher that agrees with the sample to the last bit leaves nothing to divide by."""
+    nothing = jnp.zeros(SHAPE)
+    levels = levels_of(jnp.array([500]), shift=5.0)
+    networks = {"critic": lambda x, t, text: x, "teacher": lambda x, t, text: x}
+    g, metrics = matching_gradient(
+        nothing, jnp.ones((1, 1, 1)), None, **networks, guidance=0.0, levels=levels, noise=nothing
+    )
+    assert not np.asarray(g).any()
+    assert float(metrics["replaced"]) == 1
+
+
+def test_what_collapses_show():
+    """Four frames that spread further from frame to frame, one latent in eight far below zero."""
+    x = jnp.array([-1.0, 1.0])[None, None, None, None] * jnp.array([1.0, 2.0, 3.0, 5.0])[None, :, None, None, None]
+    shown = {name: float(value) for name, value in sample_metrics(x).items()}
+    assert shown["drift"] == pytest.approx(5 - 1)
+    assert shown["motion"] == pytest.approx(4 / 3)
+    assert shown["saturated"] == pytest.approx(2 / 8)
+    assert float(sample_metrics(-jnp.abs(x))["saturated"]) == pytest.approx(2 / 8)
+
+
+def test_all_times_and_all_last_steps_are_drawn():
+    time = np.asarray(draw_scores(jax.random.key(0), (2000, 1, 1, 1, 1)).time)
+    assert 0 <= time.min() < 20
+    assert 980 <= time.max() < 1000
+    rolled = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS))
+    draws = [rolled.draws(jax.random.key(n), batch(SHAPE))["student"].student.last for n in range(40)]
+    assert set(map(int, draws)) == {0, 1, 2}
+
+
+def test_settings_of_the_published_training():
+    """Self-Forcing's; a guidance of 0 is none, and a noise level of the past that is given is taken."""
+    roles = DMDConfig.roles
+    student, critic = (dict(roles[name].defaults) for name in ("student", "critic"))
+    assert (student["learning_rate"], critic["learning_rate"]) == (2e-6, 4e-7)
+    for defaults in (student, critic):
+        assert (defaults["beta1"], defaults["beta2"], defaults["weight_decay"]) == (0.0, 0.999, 0.01)
+    assert student["ema_start"] == 200
+    assert critic["ema_decay"] is None
+    assert [roles[name].own_batch for name in ("student", "critic")] == [False, True]
+    negative = Path("negative.safetensors")
+    assert [DMDConfig(negative=negative, guidance=w).weight for w in (None, 0.0, 2.0)] == [3.0, 0.0, 2.0]
+    assert SelfForcingObjective(SelfForcingConfig(context_sigma=0.25))._context_sigma == 0.25
+    assert SelfForcingObjective(SelfForcingConfig(shift=3.0))._context_sigma == pytest.approx(3 / 1002)
