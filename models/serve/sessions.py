@@ -72,6 +72,7 @@ class Sessions:
         with self._changed:
             if self._closing is not None:
                 raise Refusal(f"start: the server is closing ({self._closing})", code="closing", id=start.id)
+            self._seat()  # those that have just ended make room
             if len(self._active) >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
                 raise Refusal(
                     f"start: {len(self._active)} sessions are on and {len(self._waiting)} wait; try again later",
