@@ -17,7 +17,7 @@ from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.files import listed
 from monarchrt.models.media.latents import PatchDCT
-from monarchrt.models.media.windows import cut, held_out_count, read_videos, window_starts
+from monarchrt.models.media.windows import cut, held_out_count, window_starts
 from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.digests import FileDigests
 
@@ -364,42 +364,3 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not set(kinds) <= {"F64", "F32", "F16", "BF16"}:
         raise UserError(f"latents {path} has dtypes {' and '.join(kinds)}; they must be floats, for example F32")
     return latents, text
-
-
-def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None) -> Source:
-    """Opens the data that a config names.
-
-    Args:
-        config: Exactly one of `video`, `latents` and `prompts` must be set.
-        text_shape: Shape (L, D) of the zero text embedding that goes with a video.
-        digests: As `LatentFolder`.
-
-    Returns:
-        A source.
-
-    Raises:
-        UserError: If none or several are set, or the data cannot be used.
-    """
-    if config.prompts is not None:
-        from monarchrt.train.texts import PromptFile
-
-        return PromptFile(config)
-    if (config.video is None) == (config.latents is None):
-        given = "neither was" if config.video is None else "both were"
-        raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
-    if config.latents is not None:
-        from monarchrt.train.latent_lmdb import LatentLMDB, shards
-
-        if shards(config.latents):
-            return LatentLMDB(config.latents, config)
-        return LatentFolder(config.latents, config, digests=digests)
-    video = Path(config.video or "")
-    frames, lengths = read_videos(
-        video,
-        height=round(config.height * config.crop),
-        width=round(config.width * config.crop),
-        stride=config.stride,
-        fps=config.fps,
-        window=config.frames,
-    )
-    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {video}", lengths=lengths)

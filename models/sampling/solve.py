@@ -168,10 +168,11 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
     """The flow of a network at a step of a sampler, whose number attention may depend on.
 
     Examples:
-        >>> flow_at(lambda x, t, text, step=None: x + step, 1.0, 500.0, None, step=2)
-        3.0
-        >>> flow_at(lambda x, t, text: x, 1.0, 500.0, None, step=2)
-        1.0
+        >>> x, t, text = jnp.ones((1, 1)), jnp.full(1, 500.0), jnp.zeros((1, 2, 3))
+        >>> flow_at(lambda x, t, text, step=None: x + step, x, t, text, step=2)
+        Array([[3.]], dtype=float32)
+        >>> flow_at(lambda x, t, text: x, x, t, text, step=2)
+        Array([[1.]], dtype=float32)
 
     Args:
         model: (latents, timesteps, text) -> flow, told the number as `step` if it has such an argument.
@@ -215,7 +216,7 @@ def keep_context(
     Examples:
         >>> model = lambda x, t, text: x * t[:, :, None, None, None]
         >>> continued = keep_context(model, jnp.ones((1, 1, 2, 2, 3)))
-        >>> continued(jnp.ones((1, 3, 2, 2, 3)), jnp.array([7.0]), None).shape
+        >>> continued(jnp.ones((1, 3, 2, 2, 3)), jnp.array([7.0]), jnp.zeros((1, 2, 3))).shape
         (1, 3, 2, 2, 3)
 
     Args:

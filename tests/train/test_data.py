@@ -14,7 +14,8 @@ from monarchrt.models.errors import UserError
 from monarchrt.train import data, digests
 from monarchrt.train.cli import main
 from monarchrt.train.config import DataConfig
-from monarchrt.train.data import ClipWindows, LatentFolder, example_order, open_source, spread
+from monarchrt.train.data import ClipWindows, LatentFolder, example_order, spread
+from monarchrt.train.sources import open_source
 from tests.clips import encode_video
 
 from .conftest import NETWORK, history

@@ -17,9 +17,10 @@ from monarchrt.models.generate.runs import find_run, read_run
 from monarchrt.models.wan.checkpoints import inspect_checkpoint
 from monarchrt.train.cli import main
 from monarchrt.train.config import DataConfig
-from monarchrt.train.data import ClipWindows, open_source
+from monarchrt.train.data import ClipWindows
 from monarchrt.train.export import run_model
 from monarchrt.train.run_folder import read_config
+from monarchrt.train.sources import open_source
 
 from .test_runs_written_before import WRITTEN
 

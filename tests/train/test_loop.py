@@ -18,6 +18,7 @@ from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
+from monarchrt.train.objectives import base
 from monarchrt.train.objectives.flow import draw_noise, flow_loss
 from monarchrt.train.state import create_role
 
@@ -112,7 +113,8 @@ def test_a_run_that_came_and_went_while_another_started(source, tmp_path, monkey
     folder = tmp_path / "run"
     if where == "open_source":
         folder.mkdir()
-    real, left = getattr(loop, where), []
+    module = base if where == "open_source" else loop
+    real, left = getattr(module, where), []
 
     def after_the_other(*args, **kwargs):
         monkeypatch.undo()
@@ -120,7 +122,7 @@ def test_a_run_that_came_and_went_while_another_started(source, tmp_path, monkey
         left.append(((folder / "config.json").read_text(), history(folder)))
         return source if where == "open_source" else real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, where, after_the_other)
+    monkeypatch.setattr(module, where, after_the_other)
     with pytest.raises(UserError, match=message):
         train(settings(folder, resume=resume), source=None if where == "open_source" else source, model=Network())
     assert left == [((folder / "config.json").read_text(), history(folder))]

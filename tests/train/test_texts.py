@@ -11,11 +11,11 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.umt5 import load_embeddings
 from monarchrt.train.cli import main
 from monarchrt.train.config import DataConfig, TrainConfig
-from monarchrt.train.data import open_source
 from monarchrt.train.latent_lmdb import LatentLMDB
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.settings import DMDConfig, FlowConfig, SelfForcingConfig
 from monarchrt.train.run_folder import identity
+from monarchrt.train.sources import open_source
 from monarchrt.train.texts import PromptFile, read_prompts
 
 lmdb = pytest.importorskip("lmdb")

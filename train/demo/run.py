@@ -15,7 +15,7 @@ from rich.table import Table
 from monarchrt.models.errors import NonFiniteError, report_full_disk, user_input
 from monarchrt.models.wan import Attention, WanModel
 from monarchrt.train.config import TrainConfig, to_dict
-from monarchrt.train.data import ClipWindows, open_source
+from monarchrt.train.data import ClipWindows
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
 from monarchrt.train.demo.distil import run_distillation
 from monarchrt.train.demo.few_steps import distillations
@@ -26,6 +26,7 @@ from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import TrainResult, train
 from monarchrt.train.model import attention_setting, model_settings
+from monarchrt.train.sources import open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float32, Key
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import DataConfig
-from monarchrt.train.data import Batch, Source, open_source, spread
+from monarchrt.train.data import Batch, Source, spread
 from monarchrt.train.objectives.registry import ObjectiveSettings
+from monarchrt.train.sources import open_source
 
 Networks = Mapping[str, Any]
 """The networks by role: modules, with the parameters of this step."""
@@ -60,7 +61,7 @@ class Objective(abc.ABC):
     def open_source(
         self, config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
     ) -> Source:
-        """The data that a config names; arguments as `monarchrt.train.data.open_source`, which is the default.
+        """The data that a config names; arguments as `monarchrt.train.sources.open_source`, which is the default.
 
         Raises:
             UserError: If it cannot be used, or there are prompts alone and the objective needs clips.

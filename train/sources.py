@@ -1,0 +1,45 @@
+"""From the settings of the data to the source they name, of the kinds there are."""
+
+from pathlib import Path
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.windows import read_videos
+from monarchrt.train.data import ClipWindows, LatentFolder, Source
+from monarchrt.train.data_settings import DataConfig
+from monarchrt.train.latent_lmdb import LatentLMDB, shards
+from monarchrt.train.texts import PromptFile
+
+
+def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None) -> Source:
+    """Opens the data that a config names.
+
+    Args:
+        config: Exactly one of `video`, `latents` and `prompts` must be set.
+        text_shape: Shape (L, D) of the zero text embedding that goes with a video.
+        digests: As `LatentFolder`.
+
+    Returns:
+        A source.
+
+    Raises:
+        UserError: If none or several are set, or the data cannot be used.
+    """
+    if config.prompts is not None:
+        return PromptFile(config)
+    if (config.video is None) == (config.latents is None):
+        given = "neither was" if config.video is None else "both were"
+        raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
+    if config.latents is not None:
+        if shards(config.latents):
+            return LatentLMDB(config.latents, config)
+        return LatentFolder(config.latents, config, digests=digests)
+    video = Path(config.video or "")
+    frames, lengths = read_videos(
+        video,
+        height=round(config.height * config.crop),
+        width=round(config.width * config.crop),
+        stride=config.stride,
+        fps=config.fps,
+        window=config.frames,
+    )
+    return ClipWindows(frames, config, text_shape=text_shape, name=f"video {video}", lengths=lengths)
