@@ -23,6 +23,8 @@ DATA = {  # programs that choose settings by notation, or say in a label what wa
     "benchmarks/distill.py",
     "train/cli/doctor.py",
     "train/demo/config.py",
+    "train/demo/distil.py",
+    "train/demo/few_steps.py",
     "train/demo/pictures.py",
     "train/demo/run.py",
 }
