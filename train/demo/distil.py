@@ -22,7 +22,7 @@ from rich.table import Table
 
 from monarchrt.models.errors import report_full_disk
 from monarchrt.models.media.video import write_mp4
-from monarchrt.models.wan import MonarchAttention, WanModel
+from monarchrt.models.wan import WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import Batch, ClipWindows
 from monarchrt.train.demo.config import DemoConfig
@@ -215,8 +215,7 @@ def run_distillation(
     grid = dense.config.token_grid(*source.latent_shape[:3])
 
     def stored(model: WanModel) -> float:
-        setting = model.config.layer_attention[0]
-        return 1 - setting.spec(grid).sparsity if isinstance(setting, MonarchAttention) else 1.0
+        return model.config.layer_attention[0].density(grid).kept
 
     def add(name: str, label: str, network: WanModel, sampling: Sampling, steps: int) -> None:
         row = measured.add(name, label, network, sampling, steps=steps, stored=stored(network))
