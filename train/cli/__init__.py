@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": "what a Wan checkpoint holds, and whether it is complete",
     "convert": "write a Wan checkpoint in another format",
     "doctor": "what runs on this machine, why, and how fast",
+    "study": "attention maps against density, and which tile suits a checkpoint",
     "tune": "find the fastest settings of the Triton kernels on this GPU",
     "completion": "what bash, zsh and fish need to complete commands and options",
 }

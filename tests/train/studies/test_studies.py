@@ -1,0 +1,193 @@
+"""Studies: the approximations against forms of their own, and the three commands on a run of seconds."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from monarch_jax import MonarchSpec
+from monarchrt.train.cli import main
+from monarchrt.train.studies.approximations import (
+    TOP_K,
+    dense_map,
+    error_of,
+    low_rank,
+    misaligned,
+    monarch_projection,
+    share_for_mass,
+    tile_order,
+    tiles_of,
+)
+from monarchrt.train.studies.maps import _factored, equation_1
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return equation_1((2, 4, 3), seed=3)
+
+
+@pytest.fixture(scope="module")
+def attention(scores):
+    return dense_map(scores.query, scores.key, scale=1.0)
+
+
+def test_readings_of_top_k(attention):
+    """Against loops: entries of rows, rows that sum to 1, and entries of the whole map."""
+    kept, renormalised, whole = (reading(attention, 0.2) for reading in TOP_K.values())
+    count = 5  # of 24, rounded up
+    for row in range(24):
+        largest = sorted(attention[row], reverse=True)[:count]
+        assert sorted(kept[row][kept[row] > 0], reverse=True) == pytest.approx(largest)
+    np.testing.assert_allclose(renormalised.sum(1), 1, rtol=1e-6)
+    assert (whole > 0).sum() == 116
+    assert whole[whole > 0].min() >= attention[whole == 0].max()
+    assert error_of(whole, attention).mse <= error_of(kept, attention).mse < error_of(renormalised, attention).mse
+
+
+def test_low_rank_is_the_best_of_its_numbers(attention):
+    made = low_rank(np.linalg.svd(attention), 0.3)
+    assert np.linalg.matrix_rank(made, tol=1e-5) == 3
+    values = torch.linalg.svdvals(torch.as_tensor(attention, dtype=torch.float64)).numpy()
+    assert error_of(made, attention).mse == pytest.approx((values[3:] ** 2).sum() / 24**2, rel=1e-4)
+    assert low_rank(np.linalg.svd(attention), 0.05) is None
+
+
+@pytest.mark.parametrize(("tile", "blocks"), [((2, 4, 3), "fh,w"), ((1, 2, 3), "h,fw"), ((2, 2, 1), "hw,f")])
+def test_projection(scores, attention, tile, blocks):
+    """The best rank 1 of every slice, slice by slice in PyTorch; never further off than factors of as many numbers."""
+    spec = MonarchSpec(grid=(2, 4, 3), tile=tile, blocks=blocks)
+    made = monarch_projection(attention, spec)
+    letters = dict(zip("fhw", range(3), strict=True))
+    place = np.stack(np.meshgrid(*map(np.arange, (2, 4, 3)), indexing="ij"), -1).reshape(-1, 3)
+
+    def numbers(dims):
+        inside = place % np.array(tile)
+        out = 0
+        for letter in dims:
+            out = out * tile[letters[letter]] + inside[:, letters[letter]]
+        return out
+
+    rows, columns = map(numbers, blocks.split(","))
+    of_tile = np.ravel_multi_index(tuple((place // np.array(tile)).T), np.array((2, 4, 3)) // np.array(tile))
+    expected = np.zeros_like(attention)
+    for query_tile, key_tile in itertools.product(range(of_tile.max() + 1), repeat=2):
+        for j, k in itertools.product(range(columns.max() + 1), range(rows.max() + 1)):
+            i = np.flatnonzero((of_tile == query_tile) & (columns == j))
+            other = np.flatnonzero((of_tile == key_tile) & (rows == k))
+            part = torch.as_tensor(attention[np.ix_(i, other)], dtype=torch.float64)
+            left, values, right = torch.linalg.svd(part)
+            expected[np.ix_(i, other)] = (values[0] * torch.outer(left[:, 0], right[0])).numpy()
+    np.testing.assert_allclose(made, expected, atol=1e-6)
+    if blocks == "fh,w":
+        factors = _factored(scores, spec.grid, tile, 2)
+        assert error_of(made, attention).mse <= error_of(factors, attention).mse
+    assert sorted(tile_order(spec).ravel()) == list(range(24))
+
+
+def test_aligned_blocks_keep_what_separates_and_others_do_not():
+    """Paper, Section 4.1: without semantic entries and noise, an aligned map is exact."""
+    scores = equation_1((2, 4, 3), pairs=0, noise=0.0)
+    attention = dense_map(scores.query, scores.key, scale=1.0)
+    for tile in tiles_of((2, 4, 3)):
+        assert (
+            error_of(monarch_projection(attention, MonarchSpec(grid=(2, 4, 3), tile=tile)), attention).relative < 1e-5
+        )
+    assert misaligned((2, 4, 3)) == [(12, 2), (6, 4), (4, 6), (3, 8)]
+    for rows, columns in misaligned((2, 4, 3)):
+        made = monarch_projection(attention, MonarchSpec(grid=(1, rows, columns)))
+        assert error_of(made, attention).relative > 0.05
+
+
+def test_share_for_mass():
+    draw = np.random.default_rng(0)
+    query, key = draw.standard_normal((2, 40, 8)).astype(np.float32)
+    attention = torch.softmax(torch.as_tensor(query @ key.T / 8**0.5, dtype=torch.float64), 1)
+    total = [int((torch.sort(row, descending=True).values.cumsum(0) < 0.8).sum()) + 1 for row in attention]
+    assert share_for_mass(query, key, 0.8, rows=7) == pytest.approx(np.mean(total) / 40)
+    assert share_for_mass(query, key, 1.0) == 1.0
+
+
+class TestCommands:
+    """On a run of one layer and 96 tokens."""
+
+    def test_map(self, baseline, tmp_path, capsys):
+        options = ["--levels", "0.5", "--grid", "2", "2", "3", "--crop", "1", "4", "4", "--steps", "1"]
+        command = ["study", "map", "--checkpoint", str(baseline), "--out", str(tmp_path), "--heads", "1", *options]
+        assert main(command) == 0
+        assert "top-k, rows renormalised" in capsys.readouterr().out
+        result = json.loads((tmp_path / "map.json").read_text())
+        assert [item["name"] for item in result["maps"]] == ["equation 1", "layer 0, head 1, sigma 0.5, example 0"]
+        methods = {point["method"] for point in result["means"]}
+        assert {*TOP_K, "low rank", "Monarch, T=1", "tiled Monarch, projection"} <= methods
+        assert all(np.isfinite(point["mse"]) for point in result["points"])
+        with Image.open(tmp_path / "map.png") as picture:
+            assert picture.width > 600
+        assert main(command) == 2
+        assert f"error: out {tmp_path} has map.json already; give another --out, or --ov" in capsys.readouterr().err
+
+    def test_mass(self, baseline, tmp_path, capsys):
+        command = ["study", "mass", "--checkpoint", str(baseline), "--out", str(tmp_path), "--sample-steps", "2"]
+        assert main(command) == 0
+        assert "layer 0, head 0" in capsys.readouterr().out
+        result = json.loads((tmp_path / "mass.json").read_text())
+        assert all(0 < share <= 1 for values in result["shares"].values() for share in values)
+
+    def test_tiles(self, baseline, tmp_path, capsys):
+        options = ["--levels", "0.5", "--tiles", "3,4,8", "1,4,8", "--videos", "1", "--sample-steps", "2"]
+        assert main(["study", "tiles", "--checkpoint", str(baseline), "--out", str(tmp_path), *options]) == 0
+        assert f"monarchrt generate --checkpoint {baseline} --tile 3 4 8" in capsys.readouterr().err
+        first, second = json.loads((tmp_path / "tiles.json").read_text())["points"]
+        assert (first["label"], second["label"]) == ("3,4,8", "1,4,8")
+        assert first["time"] < second["time"] < 1
+        assert first["density"] == pytest.approx(1 / 12 + 1 / 8)
+        assert first["error"] > 0
+        assert first["psnr"] > 5
+        with Image.open(tmp_path / "tiles.png") as picture:
+            assert picture.width > 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", None),
+        ("shape", "study 'shape' is unknown; choose from map, mass, tiles"),
+        ("map --layers 0", "layers, heads and crop are of captured maps; give --checkpoint too"),
+        ("map --densities 0 0.1", "densities has 0; each must be above 0 and at most 1"),
+        ("map --grid 21 30 52", "give --crop"),
+        ("map --levels 1.5", "levels has 1.5"),
+        ("map --windows 0", "windows is 0; it must be at least 1"),
+        ("tiles", "no checkpoint was given; give a run folder"),
+        ("mass --mass 2", "mass has 2; each must be above 0 and at most 1"),
+        ("mass --checkpoint nowhere", "nowhere"),
+    ],
+)
+def test_bad_input(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *arguments.split()]) == 2
+    if says is not None:
+        error = capsys.readouterr().err
+        assert says in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("map --layers 3", "layers has 3, but the network has 1 layers; use 0 to 0"),
+        ("map --heads 7", "heads has 7, but the network has 2 heads; use 0 to 1"),
+        ("map --crop 4 4 8", "crop is (4, 4, 8), but an example has 3 frames of tokens (grid (3, 4, 8))"),
+        ("map --windows 99", "examples are held out; use at most"),
+        ("tiles --tiles 2,4,8", "2"),
+        ("tiles --tiles 3x4x8", "tiles has '3x4x8'; write frames,rows,columns, such as 3,30,52"),
+        ("tiles --layouts wh,f", "layouts has 'wh,f'; choose from"),
+        ("tiles --most 0.01", "no tile of the tokens (3, 4, 8) stores so little"),
+        ("mass --step 99 --sample-steps 2", "step is 99, but the sampler has 2 steps; use 0 to 1"),
+        ("map --latents nowhere", "latents nowhere is not a folder"),
+    ],
+)
+def test_bad_input_for_a_checkpoint(arguments, says, baseline, tmp_path, capsys):
+    assert main(["study", *arguments.split(), "--checkpoint", str(baseline), "--out", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,105 @@
+"""`monarchrt study map`, `mass` and `tiles`: what attention maps look like, and which tile suits a checkpoint."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.interrupt import finish_first
+from monarchrt.train.studies.config import MapConfig, MassConfig, TilesConfig
+
+_USAGE = """usage: monarchrt study {map,mass,tiles} ...
+
+  map    error of the attention map against density: top-k, low rank, Monarch by tile and refinement steps
+  mass   share of the keys that reach 95% of the attention, by block of the roll-out
+  tiles  which tile should I use? error of outputs and videos against time, and the command that uses the choice
+
+`monarchrt study map --help` lists its options; likewise the others."""
+
+_MAP = """Error of the attention map against density, on maps of the paper's equation 1 and of a checkpoint.
+
+monarchrt study map --checkpoint runs/demo/dense --out study
+
+monarchrt study map --checkpoint Wan2.1-T2V-1.3B --latents latents --layers 10 20 --heads 0 5 --crop 3 30 52"""
+_MASS = """Share of the keys that reach a share of the attention, by block of the roll-out, while a video is made.
+
+monarchrt study mass --checkpoint runs/demo/dense --out study"""
+_TILES = """Error of the layers' outputs and of a sampled video against time, per tile and layout.
+
+monarchrt study tiles --checkpoint runs/demo/dense --steps 1 2 --out study"""
+
+
+def study_command(arguments: Sequence[str]) -> int:
+    """`monarchrt study KIND`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    kind, *rest = arguments
+    if kind not in _KINDS:
+        raise UserError(f"study {kind!r} is unknown; choose from {', '.join(_KINDS)}")
+    config_class, description, run = _KINDS[kind]
+    config = parse(config_class, rest, prog=f"monarchrt study {kind}", description=description)
+    run(config)
+    return 0
+
+
+def _map(config: MapConfig) -> None:
+    with finish_first():
+        from monarchrt.train.studies.maps import FILES, study_map, table
+
+    result = study_map(config)
+    _print(["method", "nearest to 10%", "error"], table(result))
+    _say(f"{config.out}: {', '.join(FILES)}")
+
+
+def _mass(config: MassConfig) -> None:
+    with finish_first():
+        from monarchrt.train.studies.mass import FILES, study_mass
+
+    result = study_mass(config)
+    rows = [(label, *(f"{value:.1%}" for value in values)) for label, values in result["shares"].items()]
+    blocks = [f"block {n}" for n in range(len(result["mean"]))]
+    _print([f"keys for {config.mass:.0%}", *blocks], [*rows, ("mean", *(f"{x:.1%}" for x in result["mean"]))])
+    _say(f"{config.out}: {', '.join(FILES)}")
+
+
+def _tiles(config: TilesConfig) -> None:
+    with finish_first():
+        from monarchrt.train.studies.tiles import FILES, study_tiles
+
+    result = study_tiles(config)
+    rows = []
+    for point in result["points"]:
+        psnr = "" if point.get("psnr") is None else f"{point['psnr']:.1f} dB"
+        mark = "*" if point["front"] else ""
+        shown = (mark, point["label"], f"{point['density']:.1%}", f"{point['time']:.3g}", f"{point['error']:.3f}", psnr)
+        rows.append(shown)
+    _print(["", "tile", "density", "time", "error", "video"], rows)
+    _say(f"time: {result['unit']}; * none is both faster and nearer to dense attention, and these make videos so:")
+    for point in result["points"]:
+        if point["front"]:
+            _say(f"  {point['command']}")
+    _say(f"{config.out}: {', '.join(FILES)}")
+
+
+def _print(titles: list[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+_KINDS: dict[str, tuple[type, str, Callable[[Any], None]]] = {
+    "map": (MapConfig, _MAP, _map),
+    "mass": (MassConfig, _MASS, _mass),
+    "tiles": (TilesConfig, _TILES, _tiles),
+}

@@ -1,0 +1,170 @@
+"""The settings of `monarchrt study`. Nothing here imports JAX, so that help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from monarchrt.models.errors import UserError
+
+
+def check_numbers(name: str, values: tuple[float, ...], low: float, high: float, example: str) -> None:
+    """Raises UserError unless there are values, each above `low` and at most `high`."""
+    if not values:
+        raise UserError(f"{name} is empty; give one or more, such as {example}")
+    for value in values:
+        if not low < value <= high:
+            raise UserError(f"{name} has {value:g}; each must be above {low:g} and at most {high:g}, such as {example}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Study:
+    """What every study is of."""
+
+    checkpoint: str | None = None
+    """A run folder of train or demo; or a Wan checkpoint, with --latents."""
+
+    video: Path | None = None
+    """For a run folder: a clip instead of its own."""
+
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers. Default: the first, the middle and the last."""
+
+    heads: tuple[int, ...] = ()
+    """Numbers of the heads. Default: all."""
+
+    out: Path = Path("study")
+    """Folder of the results: a picture and a JSON file."""
+
+    overwrite: bool = False
+    """Replace the results of an earlier study there."""
+
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examples(_Study):
+    """Which examples a network is shown."""
+
+    latents: Path | None = None
+    """A folder of `monarchrt encode`, whose held-out examples are taken; needed for Wan checkpoints."""
+
+    levels: tuple[float, ...] = (0.3, 0.6, 0.9)
+    """Noise levels sigma, above 0 and at most 1."""
+
+    windows: int = 1
+    """Held-out examples, spread over all."""
+
+    def __post_init__(self) -> None:
+        check_numbers("levels", self.levels, 0, 1, "0.3 0.9")
+        if self.windows < 1:
+            raise UserError(f"windows is {self.windows}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Videos(_Study):
+    """How a video is made."""
+
+    frames: int | None = None
+    """Frames of the video that is made. Default: as `monarchrt generate`."""
+
+    sample_steps: int | None = None
+    """Steps of its sampler. Default: as `monarchrt generate`."""
+
+    prompt: str | None = None
+    """As `monarchrt generate`."""
+
+    components: Path | None = None
+    """As `monarchrt generate`."""
+
+    embeddings: Path | None = None
+    """As `monarchrt generate`."""
+
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapConfig(_Examples):
+    """Error of the attention map against density (paper, Figure 1a), on maps of equation 1 and of a checkpoint."""
+
+    densities: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+    """Densities of top-k and low rank. Monarch has those of its tiles."""
+
+    steps: tuple[int, ...] = (1, 2, 3)
+    """Refinement steps T of Monarch."""
+
+    grid: tuple[int, int, int] = (4, 6, 10)
+    """Frames, rows and columns of tokens of the maps of equation 1."""
+
+    crop: tuple[int, int, int] | None = None
+    """Take the first frames, rows and columns of tokens of the captured queries and keys: maps have N^2 entries.
+    Default: all."""
+
+    seed: int = 0
+    """Of the maps of equation 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("densities", self.densities, 0, 1, "0.05 0.1 0.2")
+        for name in ("grid", "crop"):
+            value = getattr(self, name)
+            if value is not None and min(value) < 1:
+                raise UserError(f"{name} is {value}; frames, rows and columns must be at least 1")
+        if not self.steps or min(self.steps) < 1:
+            raise UserError(f"steps is {self.steps}; give one or more from 1 on, such as 1 2 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassConfig(_Videos):
+    """Share of the keys that reach a share of the attention, by block of the roll-out (paper, Figure 4a)."""
+
+    mass: float = 0.95
+    """Share of the attention to reach, p."""
+
+    step: int = 0
+    """Call of the network within the sampler, from 0."""
+
+    mode: Literal["auto", "autoregressive", "bidirectional", "windows"] = "auto"
+    """As `monarchrt generate`."""
+
+    def __post_init__(self) -> None:
+        check_numbers("mass", (self.mass,), 0, 1, "0.95")
+        if self.step < 0:
+            raise UserError(f"step is {self.step}; it must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesConfig(_Examples, _Videos):
+    """Which tile should I use? Error of the layers' outputs and of a video against time, per tile and layout."""
+
+    tiles: tuple[str, ...] = ()
+    """Tiles to try, such as 1,30,52 3,30,52. Default: all that divide the tokens and store at most `most`."""
+
+    layouts: tuple[str, ...] = ("fh,w",)
+    """Layouts of the blocks to try; `all` for the six."""
+
+    steps: tuple[int, ...] = (1,)
+    """Refinement steps T to try."""
+
+    most: float = 0.5
+    """Largest density of the tiles that are tried."""
+
+    time: Literal["auto", "measured", "estimated"] = "auto"
+    """measured: milliseconds of one layer on this machine; estimated: its arithmetic over dense attention's. auto:
+    measured on a GPU, estimated elsewhere."""
+
+    repeats: int = 5
+    """Runs that a measured time is the median of."""
+
+    videos: int = 3
+    """Videos that are made, with the settings on the Pareto front, spread over it; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("most", (self.most,), 0, 1, "0.2")
+        if not self.steps or min(self.steps) < 1:
+            raise UserError(f"steps is {self.steps}; give one or more from 1 on, such as 1 2")
+        for name, least in (("repeats", 1), ("videos", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -1,0 +1,87 @@
+"""`monarchrt study mass`: how many keys make up most of the attention, by block of the roll-out (paper, Figure 4a)."""
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from monarchrt.models.attention.capture import Captured, capture
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.load import load_material
+from monarchrt.models.generate.material import Material
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.train.studies import pictures
+from monarchrt.train.studies.approximations import share_for_mass
+from monarchrt.train.studies.config import MassConfig, TilesConfig
+from monarchrt.train.studies.maps import choose
+from monarchrt.train.studies.results import claim_results, progress, write_json
+
+FILES = ("mass.json", "mass.png")
+
+
+def study_mass(config: MassConfig) -> dict[str, Any]:
+    """Makes a video and writes what share of the keys reaches `mass` of the attention, by head and block.
+
+    A block is one of a roll-out; in mode windows, a window.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        What the JSON holds: `shares`, label -> share by block, and `mean` over the heads.
+
+    Raises:
+        UserError: If a setting cannot be used.
+    """
+    claim_results(config.out, FILES, overwrite=config.overwrite)
+    material = video_material(config, mode=config.mode)
+    sizes = material.pipeline.model.config
+    layers = choose("layers", config.layers, sizes.num_layers) or (0, sizes.num_layers // 2, sizes.num_layers - 1)
+    heads = choose("heads", config.heads, sizes.num_heads) or tuple(range(sizes.num_heads))
+    steps = material.plan.settings.table().steps
+    if config.step >= steps:
+        raise UserError(f"step is {config.step}, but the sampler has {steps} steps; use 0 to {steps - 1}")
+    with progress("latent frames", material.plan.latents[0], quiet=config.quiet) as advance:
+        with capture(material.pipeline.model, layers=layers, steps=(config.step,), heads=heads) as (model, calls):
+            options = {"negative": material.negative, "initial": material.initial, "noise": material.noise}
+            with user_input():
+                pipeline = VideoPipeline(model, material.pipeline.decoder)
+                for part in pipeline.latents(material.text, plan=material.plan, **options):
+                    advance(part.shape[1])
+        shares = by_block(calls, config.mass)
+    mean = [float(np.mean(values)) for values in zip(*shares.values(), strict=True)]
+    result = {
+        "checkpoint": config.checkpoint, "mass": config.mass, "step": config.step, "mean": mean, "shares": shares,
+    }  # fmt: skip
+    write_json(config.out / FILES[0], result)
+    pictures.draw_mass(config.out / FILES[1], shares, mass=config.mass)
+    return result
+
+
+def by_block(calls: list[Captured], mass: float) -> dict[str, list[float]]:
+    """Share of the keys by layer, head and block; where a call has no block, it is the number of the call."""
+    shares: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    for call in calls:
+        for place, head in enumerate(call.heads):
+            label = f"layer {call.layer}, head {head}"
+            block = len(shares[label]) if call.block is None else call.block
+            shares[label][block] = share_for_mass(call.query[0, :, place], call.key[0, :, place], mass)
+    return {label: [values[block] for block in sorted(values)] for label, values in sorted(shares.items())}
+
+
+def video_material(config: MassConfig | TilesConfig, *, mode: Any = "auto") -> Material:
+    """What a study's video is made of, as `monarchrt generate` would make it."""
+    return load_material(
+        GenerateConfig(
+            checkpoint=config.checkpoint,
+            condition=None if config.video is None else str(config.video),
+            frames=config.frames,
+            steps=config.sample_steps,
+            prompt=config.prompt,
+            components=config.components,
+            embeddings=config.embeddings,
+            seed=config.seed,
+            mode=mode,
+        )
+    )

@@ -1,0 +1,104 @@
+"""Pictures of the studies."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # pictures go to files; no display is needed
+import matplotlib.pyplot as plt
+
+MARKS = "osD^vPX<>*"
+
+
+def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
+    """Error of the map against density: a panel for each set of points, a line for each method.
+
+    Args:
+        path: The png.
+        panels: Title -> `monarchrt.train.studies.maps.Point`s.
+
+    Returns:
+        The path.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.5 * len(panels) + 2.5, 5), layout="constrained", squeeze=False
+    )
+    methods = list(dict.fromkeys(point.method for points in panels.values() for point in points))
+    looks = {name: (f"C{n % 10}", MARKS[n % len(MARKS)]) for n, name in enumerate(methods)}
+    for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
+        for name in methods:
+            of_method = sorted((point for point in points if point.method == name), key=lambda point: point.density)
+            if not of_method:
+                continue
+            colour, mark = looks[name]
+            density = [100 * point.density for point in of_method]
+            error = [max(point.error.relative, 1e-7) for point in of_method]
+            line = "none" if "tiled" in name or "misaligned" in name else "-"
+            axis.plot(density, error, marker=mark, ls=line, color=colour, ms=4, lw=1, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="density, % of the map's entries", title=title)
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylabel("relative error of the map, ||A' - A|| / ||A||")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return _saved(figure, path)
+
+
+def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, mass: float) -> Path:
+    """Share of the keys that reach a share of the attention, by block: a line for each head.
+
+    Args:
+        path: The png.
+        shares: Label -> share by block.
+        mass: p.
+
+    Returns:
+        The path.
+    """
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for (label, values), mark in zip(shares.items(), itertools.cycle(MARKS), strict=False):
+        axis.plot(np.arange(len(values)), [100 * value for value in values], marker=mark, ms=4, lw=1, label=label)
+    axis.set(xlabel="block of the roll-out", ylabel=f"% of keys for {mass:.0%} of the attention", ylim=(0, 100))
+    axis.grid(alpha=0.3)
+    if len(shares) <= 24:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    return _saved(figure, path)
+
+
+def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, unit: str) -> Path:
+    """Error of the layers' outputs against time, with the Pareto front; videos' PSNR beside it where there are any.
+
+    Args:
+        path: The png.
+        points: `setting`, `time`, `error`, `front`, and perhaps `psnr`.
+        unit: Of the time.
+
+    Returns:
+        The path.
+    """
+    videos = [point for point in points if point.get("psnr") is not None]
+    figure, axes = plt.subplots(
+        1, 2 if videos else 1, figsize=(14 if videos else 8, 5), layout="constrained", squeeze=False
+    )
+    front = sorted((point for point in points if point["front"]), key=lambda point: point["time"])
+    panels = [("error", points, front, "relative error of the layers' outputs")]
+    if videos:
+        panels.append(("psnr", videos, [], "PSNR of the video to dense attention's, dB"))
+    for axis, (name, shown, line, label) in zip(axes[0], panels, strict=True):
+        axis.plot([p["time"] for p in shown], [p[name] for p in shown], "o", color="0.6", ms=4)
+        if line:
+            axis.plot([p["time"] for p in line], [p[name] for p in line], "o-", color="C3", ms=5, label="Pareto front")
+            axis.legend()
+        for point in line or shown:
+            axis.annotate(point["label"], (point["time"], point[name]), (4, 3), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=unit, ylabel=label)
+        axis.grid(alpha=0.3)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,211 @@
+"""`monarchrt study tiles`: which tile should I use? Error of outputs and of a video against time."""
+
+import shlex
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from monarch_jax import BLOCKS
+from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.capture import capture
+from monarchrt.models.attention.monarch import MonarchAttention
+from monarchrt.models.attention.registry import exact
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.material import Material
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.media.metrics import fidelity
+from monarchrt.train.evaluation.subject import Subject, check_example, noisy_example, open_subject, probed_call
+from monarchrt.train.studies import pictures
+from monarchrt.train.studies.approximations import tiles_of
+from monarchrt.train.studies.config import TilesConfig
+from monarchrt.train.studies.maps import choose, chosen_layers
+from monarchrt.train.studies.mass import video_material
+from monarchrt.train.studies.results import claim_results, progress, write_json
+
+FILES = ("tiles.json", "tiles.png")
+
+
+def study_tiles(config: TilesConfig) -> dict[str, Any]:
+    """Measures tiles and layouts on a checkpoint's own queries, keys and values, and writes table and picture.
+
+    The error is that of one layer at a time with dense attention before it: ||out - dense|| / ||dense||, mean over
+    layers, examples and noise levels. The videos show what is left of it at the end.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        What the JSON holds: `points` by time, each with `setting`, `density`, `error`, `time`, `front` (whether none is
+        both faster and nearer), `command`, and for some `psnr` and `latent_error` of a video.
+
+    Raises:
+        UserError: If a setting cannot be used.
+    """
+    claim_results(config.out, FILES, overwrite=config.overwrite)
+    subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
+    settings = candidates(config, subject)
+    heads = choose("heads", config.heads, subject.model.config.num_heads) or None
+    calls = []
+    for index in check_example(subject, config.windows):
+        for level in config.levels:
+            dense = subject.model.with_attention(exact())
+            with capture(dense, layers=chosen_layers(subject, config.layers), heads=heads) as (model, found):
+                probed_call(model)(model, *noisy_example(subject, index, level))
+            calls += found
+    query, key, value = (jnp.concatenate([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
+    causal, grid = subject.model.config.causal_block, subject.grid
+    measured = config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
+    options = {"grid": grid, "causal_block": causal}
+    points: list[dict[str, Any]] = []
+    with progress("tiles", len(settings) + 1, quiet=config.quiet) as advance:
+        target = np.asarray(_attend(exact(), query, key, value, **options), np.float64)
+        of_dense = _time(exact(), query, key, value, config, measured, options)
+        advance()
+        for setting in settings:
+            advance(0, str(setting))
+            out = np.asarray(_attend(setting, query, key, value, **options), np.float64)
+            axes = (1, 2, 3)
+            errors = np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes))
+            seconds = _time(setting, query, key, value, config, measured, options)
+            density = setting.density(grid, causal_block=causal)
+            points.append(
+                {
+                    "setting": str(setting),
+                    "label": _label(setting),
+                    "density": density.visible,
+                    "error": float(errors.mean()),
+                    "time": seconds if measured else seconds / of_dense,
+                    "command": command(config, setting),
+                }
+            )
+            advance()
+    points.sort(key=lambda point: (point["time"], point["error"]))
+    mark_front(points)
+    if config.videos:
+        _add_videos(points, config, subject)
+    unit = "milliseconds of a layer, measured" if measured else "arithmetic over dense attention's"
+    result = {
+        "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "dense": of_dense if measured else 1.0,
+        "examples": len(calls), "points": points,
+    }  # fmt: skip
+    write_json(config.out / FILES[0], result)
+    pictures.draw_front(config.out / FILES[1], points, unit=unit)
+    return result
+
+
+def candidates(config: TilesConfig, subject: Subject) -> list[MonarchAttention]:
+    """The settings that are tried.
+
+    Raises:
+        UserError: If a tile or a layout is none, does not divide the tokens, or nothing is left.
+    """
+    grid, causal = subject.grid, subject.model.config.causal_block
+    layouts = BLOCKS if "all" in config.layouts else config.layouts
+    for layout in layouts:
+        if layout not in BLOCKS:
+            raise UserError(f"layouts has {layout!r}; choose from {', '.join(BLOCKS)}, or all")
+    tiles = [_tile(text) for text in config.tiles] or list(tiles_of(grid, causal_block=causal))
+    found = []
+    with user_input():
+        for tile in tiles:
+            for layout in layouts:
+                for steps in config.steps:
+                    setting = MonarchAttention(tile=tile, blocks=layout, num_iters=steps)
+                    setting.check(grid, causal_block=causal)
+                    if config.tiles or setting.density(grid, causal_block=causal).visible <= config.most:
+                        found.append(setting)
+    if not found:
+        raise UserError(
+            f"most is {config.most:g}, and no tile of the tokens {grid} stores so little; give a larger one"
+        )
+    return found
+
+
+def _tile(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UserError(f"tiles has {text!r}; write frames,rows,columns, such as 3,30,52")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _label(setting: MonarchAttention) -> str:
+    text = ",".join(map(str, setting.tile or ()))
+    text += "" if setting.blocks == "fh,w" else f" {setting.blocks}"
+    return text + ("" if setting.num_iters == 1 else f" T={setting.num_iters}")
+
+
+def _attend(setting: Attention, query: Array, key: Array, value: Array, **options: Any) -> Float[Array, "B N n d"]:
+    return jax.jit(lambda *tensors: setting(*tensors, **options))(query, key, value)
+
+
+def _time(setting: Attention, query, key, value, config: TilesConfig, measured: bool, options: dict) -> float:
+    """Milliseconds of one call for one sample, or its arithmetic."""
+    if not measured:
+        return float(setting.flops(options["grid"], heads=query.shape[2], head_dim=query.shape[3]))
+    one = (query[:1], key[:1], value[:1])
+    call = jax.jit(lambda *tensors: setting(*tensors, **options))
+    call(*one).block_until_ready()
+    taken = []
+    for _ in range(config.repeats):
+        begin = time.perf_counter()
+        call(*one).block_until_ready()
+        taken.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(taken)
+
+
+def mark_front(points: list[dict[str, Any]]) -> None:
+    """Says of each point, sorted by time, whether none that takes at most as long has a smaller error, in `front`.
+
+    Examples:
+        >>> points = [{"time": 1, "error": 3}, {"time": 2, "error": 4}, {"time": 3, "error": 1}]
+        >>> mark_front(points)
+        >>> [point["front"] for point in points]
+        [True, False, True]
+    """
+    best = float("inf")
+    for point in points:
+        point["front"] = point["error"] < best
+        best = min(best, point["error"])
+
+
+def command(config: TilesConfig, setting: MonarchAttention) -> str:
+    """The command line that makes a video with a setting."""
+    words = ["monarchrt", "generate", "--checkpoint", str(config.checkpoint), "--tile", *map(str, setting.tile or ())]
+    words += [] if setting.blocks == "fh,w" else ["--blocks", setting.blocks]
+    words += [] if setting.num_iters == 1 else ["--num-iters", str(setting.num_iters)]
+    words += [] if config.prompt is None else ["--prompt", config.prompt]
+    return shlex.join(words)
+
+
+def _add_videos(points: list[dict[str, Any]], config: TilesConfig, subject: Subject) -> None:
+    """Makes videos with settings on the front, spread over it, and compares them with dense attention's."""
+    front = [point for point in points if point["front"]]
+    places = sorted({round(float(x)) for x in np.linspace(0, len(front) - 1, min(config.videos, len(front)))})
+    material = video_material(config)
+    with progress("videos", len(places) + 1, quiet=config.quiet) as advance:
+        reference, expected = _video(material, exact())
+        advance()
+        for point in (front[place] for place in places):
+            advance(0, point["label"])
+            setting = next(s for s in candidates(config, subject) if str(s) == point["setting"])
+            try:
+                frames, latents = _video(material, setting)
+            except ValueError as error:  # the video's blocks may be smaller than the examples
+                point["no_video"] = " ".join(str(error).split())
+            else:
+                point["psnr"] = fidelity(frames, reference).psnr
+                point["latent_error"] = float(np.linalg.norm(latents - expected) / np.linalg.norm(expected))
+            advance()
+
+
+def _video(material: Material, setting: Attention) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and latents."""
+    kept: list[Any] = []
+    pipeline = VideoPipeline(material.pipeline.model.with_attention(setting), material.pipeline.decoder)
+    frames = list(pipeline(material.text, **material.options(), keep=kept))
+    return np.concatenate(frames), np.concatenate([np.asarray(part) for part in kept], axis=1)
