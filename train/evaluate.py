@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float64
 
 from monarchrt.train.data import Source
 from monarchrt.train.objectives.base import Objective
@@ -46,7 +47,8 @@ def held_out_losses(
         For each role that the objective measures, the mean of weight times error.
     """
     networks = {name: (role.evaluated, state.frozen(name)) for name, role in state.roles.items()}
-    return _measure(errors, networks, source, objective, windows, timesteps, batch, place)
+    terms = _measure(errors, networks, source, objective, windows, timesteps, batch, place)
+    return {role: float(found.mean()) for role, found in terms.items()}
 
 
 def held_out_loss(
@@ -71,6 +73,24 @@ def held_out_loss(
     Returns:
         The mean of weight times error.
     """
+    options = {"objective": objective, "windows": windows, "timesteps": timesteps, "batch": batch}
+    return float(held_out_terms(model, source, **options).mean())
+
+
+def held_out_terms(
+    model: nnx.Module,
+    source: Source,
+    *,
+    objective: ObjectiveSettings,
+    windows: int = 4,
+    timesteps: int = 8,
+    batch: int = 4,
+) -> Float64[np.ndarray, "n"]:
+    """What the held-out loss is the mean of: weight times error of each example at each of its draws.
+
+    Those of two networks are of the same examples, noise levels and noise, in the same order, so that they can be
+    compared in pairs. Arguments are as in `held_out_loss`.
+    """
     made, role = make_objective(objective), objective.exported
     graph, params, frozen = split_model(model)
     errors = make_error_fn(made, {role: graph})
@@ -87,14 +107,13 @@ def _measure(
     timesteps: int,
     batch: int,
     place: Place,
-) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    count = 0
+) -> dict[str, np.ndarray]:
+    """Weight times error of each example, by role."""
+    terms: dict[str, list[np.ndarray]] = {}
     for part in objective.held_out(source, windows=windows, timesteps=timesteps, batch=batch):
         for role, found in errors(networks, place(part.batch), place(part.draws)).items():
             weighted = np.asarray(found, np.float64) * part.weight
             # those after the first `count` only fill the batch up
             means = weighted.reshape(len(weighted) if weighted.ndim else 1, -1).mean(1)
-            totals[role] = totals.get(role, 0.0) + float(means[: part.count].sum())
-        count += part.count
-    return {role: total / count for role, total in totals.items()}
+            terms.setdefault(role, []).append(means[: part.count])
+    return {role: np.concatenate(found) for role, found in terms.items()}

@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "how fast a checkpoint makes videos: `bench generate`, cold and steady, by stage",
     "encode": "clips and captions to the latents that finetuning takes",
     "pairs": "states of a teacher's solver, to distil a student on",
+    "evaluate": "attention settings under the same weights: losses and videos; VBench",
     "inspect": "what a Wan checkpoint holds, and whether it is complete",
     "convert": "write a Wan checkpoint in another format",
     "doctor": "what runs on this machine, why, and how fast",

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from monarch_jax import MonarchSpec
 
 type Grid = tuple[int, int, int]
-type Map = Float[np.ndarray, "N N"]
+type Map = Float[np.ndarray, "N K"]
 
 
 class Error(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Literal
 from monarchrt.models.errors import UserError
 
 
-def check_numbers(name: str, values: tuple[float, ...], low: float, high: float, example: str) -> None:
+def check_numbers(name: str, values: tuple[float, ...], low: int, high: int, example: str) -> None:
     """Raises UserError unless there are values, each above `low` and at most `high`."""
     if not values:
         raise UserError(f"{name} is empty; give one or more, such as {example}")

@@ -183,7 +183,9 @@ def chosen_layers(subject: Subject, layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(choose("layers", layers, count) or (0, count // 2, count - 1)))
 
 
-def _cropped(grid: tuple[int, int, int], wanted: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _cropped(
+    grid: tuple[int, int, int], wanted: tuple[int, int, int] | None, *, option: str = "crop"
+) -> tuple[int, int, int]:
     """The part of the grid whose maps are studied."""
     if wanted is not None:
         for name, size, there in zip(("frames", "rows", "columns"), wanted, grid, strict=True):
@@ -193,8 +195,8 @@ def _cropped(grid: tuple[int, int, int], wanted: tuple[int, int, int] | None) ->
     tokens = part[0] * part[1] * part[2]
     if tokens > LARGEST:
         raise UserError(
-            f"a map of {tokens} tokens {part} has {tokens**2 / 1e9:.1f} thousand million entries; give --crop, at most "
-            f"{LARGEST} tokens, such as --crop {max(1, LARGEST // (part[1] * part[2]))} {part[1]} {part[2]}"
+            f"a map of {tokens} tokens {part} has {tokens**2 / 1e9:.1f} thousand million entries; give --{option}, at most "
+            f"{LARGEST} tokens, such as --{option} {max(1, LARGEST // (part[1] * part[2]))} {part[1]} {part[2]}"
         )
     return part
 
@@ -220,9 +222,9 @@ def study_map(config: MapConfig) -> dict[str, Any]:
     given = (config.video, config.latents, config.crop, *config.layers, *config.heads)
     if config.checkpoint is None and any(value is not None for value in given):
         raise UserError("video, latents, layers, heads and crop are of captured maps; give --checkpoint too")
+    _cropped(config.grid, None, option="grid")
     claim_results(config.out, FILES, overwrite=config.overwrite)
     studied = [equation_1(config.grid, seed=config.seed)]
-    _cropped(config.grid, None)
     if config.checkpoint is not None:
         subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
         studied += captured_scores(subject, config)

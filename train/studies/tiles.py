@@ -3,7 +3,7 @@
 import shlex
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from monarch_jax import BLOCKS
 from monarchrt.models.attention.base import Attention
 from monarchrt.models.attention.capture import capture
-from monarchrt.models.attention.monarch import MonarchAttention
-from monarchrt.models.attention.registry import exact
+from monarchrt.models.attention.notation import parse, with_options
+from monarchrt.models.attention.registry import SHORT, exact
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
@@ -28,6 +28,32 @@ from monarchrt.train.studies.mass import video_material
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
 FILES = ("tiles.json", "tiles.png")
+PLAIN = BLOCKS[0]  # the layout where nothing is said
+
+
+class Choice(NamedTuple):
+    """What may be chosen of tiled Monarch attention.
+
+    Attributes:
+        tile: (n_f, n_h, n_w) in tokens.
+        blocks: Layout.
+        steps: Refinement steps T.
+    """
+
+    tile: tuple[int, int, int]
+    blocks: str
+    steps: int
+
+    @property
+    def setting(self) -> Attention:
+        """The attention."""
+        return parse(with_options(SHORT, {"tile": self.tile, "blocks": self.blocks, "num_iters": self.steps}))
+
+    @property
+    def label(self) -> str:
+        """In a few characters."""
+        text = ",".join(map(str, self.tile)) + ("" if self.blocks == PLAIN else f" {self.blocks}")
+        return text + ("" if self.steps == 1 else f" T={self.steps}")
 
 
 def study_tiles(config: TilesConfig) -> dict[str, Any]:
@@ -48,7 +74,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     """
     claim_results(config.out, FILES, overwrite=config.overwrite)
     subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
-    settings = candidates(config, subject)
+    choices = candidates(config, subject)
     heads = choose("heads", config.heads, subject.model.config.num_heads) or None
     calls = []
     for index in check_example(subject, config.windows):
@@ -62,12 +88,13 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     measured = config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
     options = {"grid": grid, "causal_block": causal}
     points: list[dict[str, Any]] = []
-    with progress("tiles", len(settings) + 1, quiet=config.quiet) as advance:
+    with progress("tiles", len(choices) + 1, quiet=config.quiet) as advance:
         target = np.asarray(_attend(exact(), query, key, value, **options), np.float64)
         of_dense = _time(exact(), query, key, value, config, measured, options)
         advance()
-        for setting in settings:
-            advance(0, str(setting))
+        for choice in choices:
+            setting = choice.setting
+            advance(0, choice.label)
             out = np.asarray(_attend(setting, query, key, value, **options), np.float64)
             axes = (1, 2, 3)
             errors = np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes))
@@ -76,21 +103,21 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
             points.append(
                 {
                     "setting": str(setting),
-                    "label": _label(setting),
+                    "label": choice.label,
                     "density": density.visible,
                     "error": float(errors.mean()),
                     "time": seconds if measured else seconds / of_dense,
-                    "command": command(config, setting),
+                    "command": command(config, choice),
                 }
             )
             advance()
     points.sort(key=lambda point: (point["time"], point["error"]))
     mark_front(points)
     if config.videos:
-        _add_videos(points, config, subject)
+        _add_videos(points, config)
     unit = "milliseconds of a layer, measured" if measured else "arithmetic over dense attention's"
     result = {
-        "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "dense": of_dense if measured else 1.0,
+        "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "exact": of_dense if measured else 1.0,
         "examples": len(calls), "points": points,
     }  # fmt: skip
     write_json(config.out / FILES[0], result)
@@ -98,8 +125,8 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     return result
 
 
-def candidates(config: TilesConfig, subject: Subject) -> list[MonarchAttention]:
-    """The settings that are tried.
+def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
+    """What is tried.
 
     Raises:
         UserError: If a tile or a layout is none, does not divide the tokens, or nothing is left.
@@ -115,10 +142,10 @@ def candidates(config: TilesConfig, subject: Subject) -> list[MonarchAttention]:
         for tile in tiles:
             for layout in layouts:
                 for steps in config.steps:
-                    setting = MonarchAttention(tile=tile, blocks=layout, num_iters=steps)
-                    setting.check(grid, causal_block=causal)
-                    if config.tiles or setting.density(grid, causal_block=causal).visible <= config.most:
-                        found.append(setting)
+                    choice = Choice(tile, layout, steps)
+                    choice.setting.check(grid, causal_block=causal)
+                    if config.tiles or choice.setting.density(grid, causal_block=causal).visible <= config.most:
+                        found.append(choice)
     if not found:
         raise UserError(
             f"most is {config.most:g}, and no tile of the tokens {grid} stores so little; give a larger one"
@@ -131,12 +158,6 @@ def _tile(text: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
         raise UserError(f"tiles has {text!r}; write frames,rows,columns, such as 3,30,52")
     return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _label(setting: MonarchAttention) -> str:
-    text = ",".join(map(str, setting.tile or ()))
-    text += "" if setting.blocks == "fh,w" else f" {setting.blocks}"
-    return text + ("" if setting.num_iters == 1 else f" T={setting.num_iters}")
 
 
 def _attend(setting: Attention, query: Array, key: Array, value: Array, **options: Any) -> Float[Array, "B N n d"]:
@@ -173,16 +194,16 @@ def mark_front(points: list[dict[str, Any]]) -> None:
         best = min(best, point["error"])
 
 
-def command(config: TilesConfig, setting: MonarchAttention) -> str:
+def command(config: TilesConfig, choice: Choice) -> str:
     """The command line that makes a video with a setting."""
-    words = ["monarchrt", "generate", "--checkpoint", str(config.checkpoint), "--tile", *map(str, setting.tile or ())]
-    words += [] if setting.blocks == "fh,w" else ["--blocks", setting.blocks]
-    words += [] if setting.num_iters == 1 else ["--num-iters", str(setting.num_iters)]
+    words = ["monarchrt", "generate", "--checkpoint", str(config.checkpoint), "--tile", *map(str, choice.tile)]
+    words += [] if choice.blocks == PLAIN else ["--blocks", choice.blocks]
+    words += [] if choice.steps == 1 else ["--num-iters", str(choice.steps)]
     words += [] if config.prompt is None else ["--prompt", config.prompt]
     return shlex.join(words)
 
 
-def _add_videos(points: list[dict[str, Any]], config: TilesConfig, subject: Subject) -> None:
+def _add_videos(points: list[dict[str, Any]], config: TilesConfig) -> None:
     """Makes videos with settings on the front, spread over it, and compares them with dense attention's."""
     front = [point for point in points if point["front"]]
     places = sorted({round(float(x)) for x in np.linspace(0, len(front) - 1, min(config.videos, len(front)))})
@@ -192,9 +213,8 @@ def _add_videos(points: list[dict[str, Any]], config: TilesConfig, subject: Subj
         advance()
         for point in (front[place] for place in places):
             advance(0, point["label"])
-            setting = next(s for s in candidates(config, subject) if str(s) == point["setting"])
             try:
-                frames, latents = _video(material, setting)
+                frames, latents = _video(material, parse(point["setting"]))
             except ValueError as error:  # the video's blocks may be smaller than the examples
                 point["no_video"] = " ".join(str(error).split())
             else:

@@ -1,0 +1,67 @@
+"""The latents that a network is called with while something samples it, step by step, on the host."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from monarchrt.models.wan.dit import Tokens, WanModel
+
+
+class NetworkCall(NamedTuple):
+    """What one call of the network was given.
+
+    Attributes:
+        latents: Noisy latents [B, F, h, w, C].
+        timesteps: [B] or [B, F].
+    """
+
+    latents: Float[np.ndarray, "B F h w C"]
+    timesteps: Float[np.ndarray, "B *F"]
+
+
+class _Watched(WanModel):
+    """The same network; what it is called with is handed on."""
+
+    hand_on: Any
+
+    def embed_latents(self, latents: Array, timesteps: Array) -> Tokens:
+        jax.debug.callback(self.hand_on, latents, timesteps, ordered=True)
+        return super().embed_latents(latents, timesteps)
+
+
+@contextlib.contextmanager
+def watching(model: WanModel) -> Iterator[tuple[WanModel, list[NetworkCall]]]:
+    """A network that computes the same, and a list that fills with the latents of its calls, in their order.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from monarchrt.models.wan import wan_config
+        >>> model = WanModel(wan_config("tiny", num_layers=1), rngs=nnx.Rngs(0))
+        >>> with watching(model) as (watched, calls):
+        ...     flow = watched(jnp.zeros((1, 3, 4, 8, 16)), jnp.array([500.0]), jnp.zeros((1, 5, 32)))
+        >>> [(call.latents.shape, call.timesteps.tolist()) for call in calls]
+        [((1, 3, 4, 8, 16), [500.0])]
+
+    Args:
+        model: The network; it is not changed. On one device.
+
+    Yields:
+        The network to run, whatever samples it, and the list, which is complete when the block is left.
+    """
+    calls: list[NetworkCall] = []
+
+    def hand_on(latents: Any, timesteps: Any) -> None:
+        calls.append(NetworkCall(np.asarray(latents, np.float32), np.asarray(timesteps, np.float32)))
+
+    watched: Any = nnx.merge(*nnx.split(model))
+    watched.__class__ = _Watched
+    watched.hand_on = hand_on
+    try:
+        yield watched, calls
+    finally:
+        jax.effects_barrier()

@@ -1,0 +1,119 @@
+"""`monarchrt evaluate` on a run of one layer: numbers by hand, what goes on after a stop, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.load import load_material
+from monarchrt.models.media.metrics import fidelity
+from monarchrt.train.cli import main
+from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.evaluation import compare
+from monarchrt.train.evaluation.subject import open_subject
+
+SETTINGS = ("monarch(tile=(3,2,4))", "top_k(keep=0.25)")
+OPTIONS = ["--steps", "2", "--windows", "2", "--timesteps", "3", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(baseline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "out"
+    command = ["evaluate", "--checkpoint", str(baseline), "--attention", *SETTINGS, "--out", str(folder), *OPTIONS]
+    assert main(command) == 0
+    return folder, command
+
+
+def test_the_report(evaluated, baseline):
+    folder, _ = evaluated
+    report = json.loads((folder / "report.json").read_text())
+    reference, tiled, sparse = report["rows"]
+    assert [row["setting"] for row in report["rows"]] == ["dense", *SETTINGS]
+    assert sparse["density"] == {"asked": 0.25, "kept": 0.25, "visible": 0.25}
+    assert (reference["psnr"], reference["ssim_gaussian"], reference["latent_error"]) == (100.0, 1.0, 0.0)
+    # the loss is the one that training measures, and the difference a mean of pairs
+    subject = open_subject(str(baseline))
+    model = subject.model.with_attention(parse(SETTINGS[0]))
+    options = dict(objective=subject.objective, windows=2, timesteps=3, batch=2)
+    assert tiled["loss"] == pytest.approx(held_out_loss(model, subject.source, **options))
+    assert tiled["loss_difference"] == pytest.approx(tiled["loss"] - reference["loss"])
+    low, high = tiled["loss_interval"]
+    assert low <= tiled["loss_difference"] <= high
+    assert np.load(folder / "losses" / "1.npy").shape == (6,)
+    with Image.open(folder / "report.png") as picture:
+        assert picture.width > 1000
+
+
+def test_the_video_is_that_of_generate(evaluated, baseline):
+    folder, _ = evaluated
+    with (
+        np.load(folder / "samples" / "0-0" / "1.npz") as stored,
+        np.load(folder / "samples" / "0-0" / "0.npz") as first,
+    ):
+        config = GenerateConfig(checkpoint=str(baseline), attention=SETTINGS[0], steps=2)
+        material = load_material(config)
+        frames = np.concatenate(list(material.pipeline(material.text, **material.options())))
+        np.testing.assert_array_equal(stored["frames"], frames)
+        values = json.loads((folder / "samples" / "0-0" / "1.json").read_text())
+        assert values["psnr"] == pytest.approx(fidelity(frames, first["frames"]).psnr, abs=1.5)  # mean of frames
+        error = np.linalg.norm(stored["latents"] - first["latents"]) / np.linalg.norm(first["latents"])
+        assert values["latent_error"] == pytest.approx(error, rel=1e-5)
+        steps = list(values["steps"].values())
+        assert len(steps) == 2
+        assert steps[0] == 0.0 < steps[1]  # the same noise, and then not the same latents
+    assert (folder / "samples" / "0-0" / "2.mp4").stat().st_size > 0
+
+
+def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
+    """What is there is not made again, and the numbers are the same."""
+    folder, command = evaluated
+    before = json.loads((folder / "report.json").read_text())
+    other = tmp_path / "out"
+    shutil.copytree(folder, other)
+    (other / "samples" / "0-0" / "2.json").unlink()
+    (other / "samples" / "0-0" / "2.npz").unlink()
+    (other / "losses" / "2.npy").unlink()
+    made, terms = [], []
+    sample, loss = compare._sample, compare.loss_terms
+    monkeypatch.setattr(compare, "_sample", lambda *a: made.append(str(a[1])) or sample(*a))
+    monkeypatch.setattr(compare, "loss_terms", lambda *a: terms.append(str(a[1])) or loss(*a))
+    again = [str(other) if word == str(folder) else word for word in command]
+    assert main(again) == 2
+    assert "holds an evaluation already; give --resume" in capsys.readouterr().err
+    assert main([*again, "--resume"]) == 0
+    assert made == ["dense", SETTINGS[1]]  # the reference comes of its file
+    assert terms == [SETTINGS[1]]
+    after = json.loads((other / "report.json").read_text())
+    assert after["rows"] == before["rows"]
+    assert main([*again, "--resume", "--seeds", "3"]) == 2
+    assert "cannot resume: seeds is [3], but the evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "no attention was given; give settings to compare"),
+        ("--attention dense --windows 0 --no-videos", "there is nothing to measure"),
+        ("--attention monarch(tile=(2,2,4))", "2 does not divide the 3 frames"),
+        ("--attention vsa(cube=(2,2,4))", "cube"),
+        ("--attention radial(keep=0.001,block=2)", "keep=0.001"),
+        ("--attention nothing", "nothing"),
+        ("--attention dense --prompts empty.txt", "prompts empty.txt has no prompt; write one on each line"),
+        ("--attention dense --prompts none.txt", "prompts none.txt cannot be read"),
+        ("--attention dense --lpips a.pth b.pth", "lpips: a.pth is not a file; give torchvision's"),
+        ("--attention dense --ffmpeg none", "ffmpeg none has no libvmaf"),
+        ("--attention dense --windows 0 --frames 2", "frames"),
+        ("--attention dense --seeds", "seeds"),
+    ],
+)
+def test_bad_input(words, says, baseline, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert main(["evaluate", "--checkpoint", str(baseline), "--out", str(tmp_path / "out"), *words.split()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says in error

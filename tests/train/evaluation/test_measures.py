@@ -1,0 +1,222 @@
+"""Measures of videos against PyTorch and formulas of their own; LPIPS of random weights; VBench's scores."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli import main
+from monarchrt.train.evaluation import metrics
+from monarchrt.train.evaluation.lpips import NETWORKS, read_lpips
+from monarchrt.train.evaluation.vbench import DIMENSIONS, QUALITY, SEMANTIC, read_tasks, scores, video_name
+from monarchrt.train.evaluation.vmaf import find_ffmpeg, vmaf
+
+
+@pytest.fixture(scope="module")
+def clips():
+    draw = np.random.default_rng(0)
+    reference = draw.integers(0, 256, (3, 24, 20, 3), dtype=np.uint8)
+    reference[1:] = (reference[1:] // 3 + 90).astype(np.uint8)
+    noise = draw.integers(-20, 21, reference.shape)
+    return np.clip(reference + noise, 0, 255).astype(np.uint8), reference
+
+
+def pixels(video):
+    return torch.as_tensor(video, dtype=torch.float64).permute(0, 3, 1, 2) / 255
+
+
+def ssim(video, reference, window):
+    """By its formula, with PyTorch's convolution, which pads with zeros."""
+    kernel = (window[:, None] * window[None])[None, None].repeat(3, 1, 1, 1)
+    mean = lambda x: F.conv2d(x, kernel, padding=5, groups=3)  # noqa: E731
+    x, y = pixels(video), pixels(reference)
+    mx, my = mean(x), mean(y)
+    sx, sy, sxy = mean(x**2) - mx**2, mean(y**2) - my**2, mean(x * y) - mx * my
+    values = (2 * mx * my + 1e-4) * (2 * sxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (sx + sy + 9e-4))
+    return values.mean((1, 2, 3)).numpy()
+
+
+def test_psnr_and_both_ssims(clips):
+    errors = ((pixels(clips[0]) - pixels(clips[1])) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(metrics.psnr(*clips), (10 * torch.log10(1 / errors)).numpy(), rtol=1e-12)
+    places = torch.arange(11, dtype=torch.float64) - 5
+    gauss = torch.exp(-(places**2) / 4.5)
+    np.testing.assert_allclose(metrics.ssim_gaussian(*clips), ssim(*clips, gauss / gauss.sum()), rtol=1e-9)
+    np.testing.assert_allclose(metrics.ssim_box(*clips), ssim(*clips, torch.full((11,), 1 / 11).double()), rtol=1e-9)
+    assert np.abs(metrics.ssim_box(*clips) - metrics.ssim_gaussian(*clips)).max() > 0.01
+    assert metrics.psnr(clips[0], clips[0]).tolist() == [100.0] * 3
+    with pytest.raises(ValueError, match=r"video has shape \(2, 24, 20, 3\) and reference \(3, 24, 20, 3\)"):
+        metrics.psnr(clips[0][:2], clips[1])
+
+
+def test_flicker_and_drift(clips):
+    moved = np.abs(np.diff(clips[1].astype(int), axis=0)).mean()
+    assert metrics.flicker(clips[1]) == pytest.approx(1 - moved / 255)
+    with pytest.raises(ValueError, match="flicker needs two"):
+        metrics.flicker(clips[1][:1])
+    with pytest.raises(ValueError, match="are 4, and there are 3"):
+        metrics.drift(np.zeros(3), [2, 2])
+
+
+def test_the_paired_interval_covers():
+    """Of means of 40 normal differences: 95% intervals miss the truth in about one of twenty."""
+    draw = np.random.default_rng(1)
+    missed = 0
+    for number in range(100):
+        low, high = metrics.paired_interval(draw.normal(0.3, 1, 40), draws=400, seed=number)
+        missed += not low <= 0.3 <= high
+    assert 1 <= missed <= 14
+
+
+class TestLPIPS:
+    """Random weights in files as torchvision and the package lpips write them, against modules of PyTorch."""
+
+    @pytest.fixture(scope="class", params=["alex", "vgg"])
+    def network(self, request, tmp_path_factory):
+        torch.manual_seed(0)
+        conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
+        if request.param == "alex":
+            parts = [conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, padding=2), relu(), pool(3, 2)]
+            parts += [conv(192, 384, 3, padding=1), relu(), conv(384, 256, 3, padding=1), relu()]
+            parts += [conv(256, 256, 3, padding=1), relu(), pool(3, 2)]
+            taps, widths = [1, 4, 7, 9, 11], [64, 192, 384, 256, 256]
+        else:
+            parts, taps, before, widths = [], [], 3, [64, 128, 256, 512, 512]
+            for stage, width in enumerate(widths):
+                for _ in range(2 if stage < 2 else 3):
+                    parts += [conv(before, width, 3, padding=1), relu()]
+                    before = width
+                taps.append(len(parts) - 1)
+                parts.append(pool(2, 2))
+        features = torch.nn.Sequential(*parts)
+        folder = tmp_path_factory.mktemp("lpips")
+        state = {f"features.{name}": value for name, value in features.state_dict().items()}
+        torch.save(state | {"classifier.1.weight": torch.zeros(2, 2)}, folder / "net.pth")
+        heads = [torch.rand(1, width, 1, 1) for width in widths]
+        torch.save({f"lin{n}.model.1.weight": head for n, head in enumerate(heads)}, folder / "lin.pth")
+        return request.param, features, taps, heads, folder
+
+    def test_it_is_the_definition(self, network):
+        name, features, taps, heads, folder = network
+        video, reference = np.random.default_rng(0).integers(0, 256, (2, 2, 40, 36, 3), dtype=np.uint8)
+        found = read_lpips(folder / "net.pth", folder / "lin.pth")
+        assert found.network == name
+        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        expected = torch.zeros(2)
+        both = [(2 * pixels(x).float() - 1 - shift[:, None, None]) / scale[:, None, None] for x in (video, reference)]
+        with torch.no_grad():
+            for number, part in enumerate(features):
+                both = [part(x) for x in both]
+                if number in taps:
+                    a, b = (x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for x in both)
+                    expected += F.conv2d((a - b) ** 2, heads[taps.index(number)]).mean((1, 2, 3))
+        np.testing.assert_allclose(found(video, reference), expected.numpy(), rtol=2e-4)
+        assert found(video, video).tolist() == [0.0, 0.0]
+        with pytest.raises(UserError, match=f"lpips: frames are 8 x 36, and {name} needs"):
+            found(video[:, :8], reference[:, :8])
+
+    def test_files_that_do_not_fit(self, network, tmp_path):
+        name, _, _, heads, folder = network
+        with pytest.raises(UserError, match="is not a file; give torchvision's"):
+            read_lpips(folder / "net.pth", tmp_path / "none.pth")
+        with pytest.raises(UserError, match="holds neither torchvision's alexnet nor its vgg16"):
+            read_lpips(folder / "lin.pth", folder / "lin.pth")
+        other = {f"lin{n}.model.1.weight": torch.ones(1, 3, 1, 1) for n, _ in enumerate(heads)}
+        torch.save(other, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=f"give the v0.1 file of {name}"):
+            read_lpips(folder / "net.pth", tmp_path / "other.pth")
+        assert name in NETWORKS
+
+
+def test_vmaf(clips, tmp_path):
+    ffmpeg = find_ffmpeg()
+    if ffmpeg is None:
+        pytest.skip("no ffmpeg with libvmaf here")
+    large = [clip.repeat(8, 1).repeat(8, 2) for clip in clips]
+    assert len(vmaf(*large, ffmpeg=ffmpeg)) == 3
+    assert np.mean(vmaf(large[0], large[0], ffmpeg=ffmpeg)) > np.mean(vmaf(*large, ffmpeg=ffmpeg)) + 5
+
+
+def test_an_ffmpeg_without_vmaf_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no libvmaf, or cannot be run; give --ffmpeg"):
+        find_ffmpeg(tmp_path / "ffmpeg")
+    with pytest.raises(UserError, match="has no libvmaf"):
+        find_ffmpeg(type(tmp_path)(sys.executable))
+
+
+# columns of the paper's extended VBench tables: dimensions in the order here, then quality, semantic and total
+PAPER = {
+    "Self-Forcing, dense": (
+        "0.955 0.949 0.982 0.984 0.644 0.684 0.775 0.966 0.872 0.966 0.853 0.774 0.548 0.200 0.244 0.266 0.846 0.800 0.837"
+    ),
+    "Self-Forcing, MonarchRT 95%": (
+        "0.952 0.957 0.991 0.985 0.624 0.664 0.744 0.950 0.850 0.934 0.874 0.739 0.563 0.199 0.236 0.261 0.843 0.788 0.832"
+    ),
+    "SVG 85%, training-free": (
+        "0.855 0.935 0.972 0.976 0.398 0.608 0.097 0.026 0.004 0.084 0.848 0.022 0.000 0.206 0.035 0.047 0.715 0.214 0.615"
+    ),
+    "MonarchRT 90%, training-free": (
+        "0.949 0.954 0.986 0.983 0.643 0.698 0.753 0.963 0.878 0.960 0.880 0.829 0.563 0.196 0.241 0.264 0.847 0.808 0.839"
+    ),
+}
+
+
+class TestVBench:
+    @pytest.mark.parametrize("name", PAPER)
+    def test_the_papers_scores(self, name):
+        *values, quality, semantic, total = map(float, PAPER[name].split())
+        found = scores(dict(zip(DIMENSIONS, values, strict=True))).scores
+        assert found["quality"] == pytest.approx(quality, abs=1.01e-3)
+        assert found["semantic"] == pytest.approx(semantic, abs=1.01e-3)
+        assert found["total"] == pytest.approx(total, abs=1.01e-3)
+
+    def test_what_is_missing_is_said(self, tmp_path, capsys):
+        values = dict.fromkeys(QUALITY, [0.9, []])
+        (tmp_path / "a_eval_results.json").write_text(json.dumps(values))
+        assert main(["evaluate", "scores", "--results", str(tmp_path)]) == 0
+        captured = capsys.readouterr()
+        assert f"left out: {', '.join(SEMANTIC)}" in captured.err
+        assert "quality" in captured.out
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (None, "no results were given"),
+            ("{", "is no JSON"),
+            ('{"beauty": [1]}', "'beauty' is no dimension"),
+            ('{"color": ["a"]}', "'color' is no dimension with a number"),
+            ("{}", "has no dimension"),
+            ("[]", "has no dimension"),
+        ],
+    )
+    def test_bad_results(self, content, says, tmp_path, capsys):
+        if content is not None:
+            (tmp_path / "a_eval_results.json").write_text(content)
+        assert main(["evaluate", "scores", "--results", str(tmp_path)]) == 2
+        assert says in capsys.readouterr().err
+
+    def test_prompts_and_names(self, tmp_path):
+        path = tmp_path / "info.json"
+        long = "a person " + "walks " * 30
+        entries = [
+            {"prompt_en": "a cat", "dimension": ["temporal_flickering"]},
+            {"prompt_en": long, "dimension": ["color", "scene"]},
+            {"prompt_en": "a cat", "dimension": ["scene"]},
+        ]
+        path.write_text(json.dumps(entries))
+        assert read_tasks(path) == [("a cat", 5), (long, 5)]
+        assert read_tasks(path, dimensions=("color",)) == [(long, 5)]
+        assert read_tasks(path, still=True)[0] == ("a cat", 25)
+        assert video_name(long, 4) == f"{long}-4.mp4"  # not cut at 100 characters
+        with pytest.raises(UserError, match="has no prompt of the dimensions object_class"):
+            read_tasks(path, dimensions=("object_class",))
+        path.write_text(json.dumps([{"prompt_en": "a/b", "dimension": []}]))
+        with pytest.raises(UserError, match="no file can have the name of the prompt 'a/b'"):
+            read_tasks(path)
+        path.write_text("[]")
+        with pytest.raises(UserError, match="has no prompt"):
+            read_tasks(path)

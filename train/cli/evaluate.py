@@ -1,0 +1,80 @@
+"""`monarchrt evaluate`: attention settings under the same weights; VBench's videos and scores."""
+
+import sys
+from collections.abc import Sequence
+
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.evaluation.config import EvaluateConfig
+from monarchrt.train.evaluation.vbench import ScoresConfig, VBenchConfig
+from monarchrt.train.interrupt import finish_first
+
+_EVALUATE = """Compare attention settings under the same weights, prompts or clips, seeds and noise.
+
+Held-out flow loss with paired intervals; PSNR, SSIM, flicker, drift and the latents' error of videos; LPIPS and VMAF.
+
+monarchrt evaluate --checkpoint runs/demo/dense --attention 'monarch(tile=(4,8,14))' 'top_k(keep=0.1)' --seeds 0 1 2
+
+monarchrt evaluate vbench --help and monarchrt evaluate scores --help are about VBench."""
+_VBENCH = """Write the videos that VBench's tools expect: five of each prompt, under the names they look for.
+
+monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan2.1-T2V-1.3B --out videos"""
+_SCORES = """Read VBench's results into the quality, semantic and total scores.
+
+monarchrt evaluate scores --results evaluation_results"""
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """`monarchrt evaluate`, `monarchrt evaluate vbench`, `monarchrt evaluate scores`."""
+    kind = arguments[0] if arguments else ""
+    if kind == "vbench":
+        return _vbench(arguments[1:])
+    if kind == "scores":
+        return _scores(arguments[1:])
+    config = parse(EvaluateConfig, arguments, prog="monarchrt evaluate", description=_EVALUATE)
+    with finish_first():
+        from monarchrt.train.evaluation.compare import REPORT, evaluate
+        from monarchrt.train.evaluation.report import PICTURE, table
+
+    report = evaluate(config)
+    titles, rows = table(report)
+    _print(titles, rows)
+    _say(f"{config.out}: {REPORT}, {PICTURE}{', samples' if config.videos else ''}")
+    return 0
+
+
+def _vbench(arguments: Sequence[str]) -> int:
+    config = parse(VBenchConfig, arguments, prog="monarchrt evaluate vbench", description=_VBENCH)
+    from monarchrt.train.evaluation.vbench import write_videos
+
+    made, there = write_videos(config, report=_say)
+    _say(f"{made} videos were made, {there} were there, in {config.out}")
+    return 0
+
+
+def _scores(arguments: Sequence[str]) -> int:
+    config = parse(ScoresConfig, arguments, prog="monarchrt evaluate scores", description=_SCORES)
+    from monarchrt.train.evaluation.vbench import read_results, scores
+
+    found = read_results(config.results)
+    result = scores(found)
+    _print(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in found.items()])
+    rows = [[name, "" if value is None else f"{value:.4f}"] for name, value in result.scores.items()]
+    _print(["score", ""], rows)
+    if result.missing:
+        _say(f"not there, so that scores that need them are left out: {', '.join(result.missing)}")
+    return 0
+
+
+def _print(titles: list[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

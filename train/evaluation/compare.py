@@ -1,0 +1,295 @@
+"""`monarchrt evaluate`: the same weights, prompts, seeds and noise under several attention settings.
+
+settings.json         what was asked for
+samples/P-S/N.npz     prompt P, seed S, setting N (0 is the reference): frames, latents, latents of each step
+samples/P-S/N.mp4     the same to look at
+samples/P-S/N.json    its measures against the reference's
+losses/N.npy          the terms of the held-out loss
+report.json, .png     the table and its picture
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monarchrt.models.attention.base import Attention, density_of_layers
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.checkpoints.json_files import read_json
+from monarchrt.models.errors import UserError, report_full_disk, user_input
+from monarchrt.models.files import growing
+from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.load import load_material
+from monarchrt.models.generate.material import Material
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import check_attention
+from monarchrt.models.media.video import write_mp4
+from monarchrt.models.wan.watched import watching
+from monarchrt.train.config import to_dict
+from monarchrt.train.evaluate import held_out_terms
+from monarchrt.train.evaluation import metrics
+from monarchrt.train.evaluation.config import EvaluateConfig, read_prompts
+from monarchrt.train.evaluation.lpips import read_lpips
+from monarchrt.train.evaluation.report import summarise, write_report
+from monarchrt.train.evaluation.subject import Subject, open_subject
+from monarchrt.train.evaluation.vmaf import find_ffmpeg, vmaf
+from monarchrt.train.studies.results import progress, write_json
+
+SETTINGS, REPORT = "settings.json", "report.json"
+
+
+class Sample(NamedTuple):
+    """One video.
+
+    Attributes:
+        frames: [T, H, W, 3] bytes.
+        latents: [F, h, w, C].
+        steps: Timestep of the network's call -> latents that it was given, all such calls of the video one after
+            another.
+    """
+
+    frames: np.ndarray
+    latents: np.ndarray
+    steps: dict[float, np.ndarray]
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Runs the evaluation, or goes on with one, and writes table, picture and JSON.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        UserError: If a setting cannot be used; before anything is computed where possible.
+    """
+    if not config.attention:
+        raise UserError(
+            "no attention was given; give settings to compare, such as --attention 'monarch(tile=(1,30,52))'"
+        )
+    settings = [parse(text) for text in (config.reference, *config.attention)]
+    measures = _measures(config)
+    prompts = [None] if config.prompts is None else read_prompts(config.prompts)
+    _claim(config)
+    subject = None
+    if config.windows and not (config.latents is None and _is_wan(config)):
+        subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
+        for setting in settings:
+            with user_input():
+                subject.model.with_attention(setting).config  # noqa: B018  layers and parameters are checked here
+                setting.check(subject.grid, causal_block=subject.model.config.causal_block)
+    records: dict[str, Any] = {"settings": [str(setting) for setting in settings], "samples": []}
+    if config.videos:
+        records["samples"] = _all_samples(config, settings, prompts, measures)
+    if subject is not None:
+        records["losses"] = _losses(config, subject, settings)
+        records["density"] = [_density(subject, setting)._asdict() for setting in settings]
+    report = summarise(records, confidence=0.95) | {"config": to_dict(config)}
+    write_json(config.out / REPORT, report)
+    write_report(config.out, report)
+    return report
+
+
+def _is_wan(config: EvaluateConfig) -> bool:
+    """Whether no clips are known, so that there is no loss without latents."""
+    return not (Path(config.checkpoint or "") / "checkpoints").is_dir()
+
+
+def _density(subject: Subject, setting: Attention) -> Any:
+    layers = dataclasses.replace(subject.model.config, attention=setting).layer_attention
+    return density_of_layers(layers, subject.grid, causal_block=subject.model.config.causal_block)
+
+
+def _claim(config: EvaluateConfig) -> None:
+    """Makes the folder; or finds that it is that of the same evaluation, to go on with."""
+    folder, values = config.out, to_dict(dataclasses.replace(config, resume=False, quiet=False))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out {folder} is a file; give the path of a folder")
+    there = folder / SETTINGS
+    if not there.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"out {folder} holds other files, and no evaluation; give a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(there, values)
+        return
+    if not config.resume:
+        raise UserError(f"out {folder} holds an evaluation already; give --resume to go on with it, or another --out")
+    try:
+        found = read_json(there)
+    except ValueError as error:
+        raise UserError(f"{there} is damaged ({error}); give another --out") from error
+    for name, value in values.items():
+        if name != "out" and found.get(name) != value:
+            raise UserError(
+                f"cannot resume: {name} is {value!a}, but the evaluation in {folder} was begun with "
+                f"{found.get(name)!a}; use that value, or another --out"
+            )
+
+
+# Videos
+
+
+def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    """Measures of a video against the reference, per frame, by name."""
+    found: dict[str, Callable] = {
+        "psnr": metrics.psnr,
+        "ssim_gaussian": metrics.ssim_gaussian,
+        "ssim_box": metrics.ssim_box,
+    }
+    if config.lpips is not None:
+        network = read_lpips(*config.lpips)
+        found[f"lpips_{network.network}"] = network
+    if config.videos and (ffmpeg := find_ffmpeg(config.ffmpeg)) is not None:
+        found["vmaf"] = lambda video, reference: np.array(vmaf(video, reference, ffmpeg=ffmpeg))
+    return found
+
+
+def _all_samples(config: EvaluateConfig, settings: list[Attention], prompts: list, measures: dict) -> list[dict]:
+    records = []
+    total = len(prompts) * len(config.seeds) * len(settings)
+    with progress("videos", total, quiet=config.quiet) as advance:
+        for number, prompt in enumerate(prompts):
+            material: Material | None = None
+            for seed in config.seeds:
+                folder = config.out / "samples" / f"{number}-{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                reference: Sample | None = None
+                for index, setting in enumerate(settings):
+                    advance(0, str(setting))
+                    done = folder / f"{index}.json"
+                    if not done.is_file():
+                        if material is None:
+                            material = _material(config, prompt, settings)
+                        if reference is None:
+                            reference = _sample(material, settings[0], seed, folder / "0.npz")
+                        made = reference if index == 0 else _sample(material, setting, seed, folder / f"{index}.npz")
+                        blocks = _frames_of_blocks(material)
+                        values = compare(made, reference, blocks=blocks, measures=measures)
+                        write_mp4(folder / f"{index}.mp4", made.frames, fps=material.plan.config.fps or 16.0)
+                        write_json(done, values)
+                    records.append({"prompt": number, "seed": seed, "setting": index, **read_json(done)})
+                    advance()
+    return records
+
+
+def _material(config: EvaluateConfig, prompt: str | None, settings: list[Attention]) -> Material:
+    material = load_material(
+        GenerateConfig(
+            checkpoint=config.checkpoint,
+            attention=config.reference,
+            prompt=prompt,
+            components=config.components,
+            condition=None if config.video is None else str(config.video),
+            frames=config.frames,
+            height=config.height,
+            width=config.width,
+            mode=config.mode,
+            steps=config.steps,
+        )
+    )
+    for setting in settings:  # before the first video is made
+        check_attention(dataclasses.replace(material.plan, attention=setting), material.pipeline.model.config)
+    return material
+
+
+def _sample(material: Material, setting: Attention, seed: int, path: Path) -> Sample:
+    """A video, of its file or made and put there."""
+    if path.is_file():
+        with np.load(path) as stored:
+            names = [name for name in stored.files if name.startswith("step-")]
+            steps = {float(name.removeprefix("step-")): stored[name] for name in names}
+            return Sample(stored["frames"], stored["latents"], steps)
+    plan = dataclasses.replace(material.plan, config=dataclasses.replace(material.plan.config, seed=seed))
+    kept: list[Any] = []
+    with user_input(), watching(material.pipeline.model.with_attention(setting)) as (model, calls):
+        pipeline = VideoPipeline(model, material.pipeline.decoder)
+        frames = np.concatenate(
+            list(pipeline(material.text, **dataclasses.replace(material, plan=plan).options(), keep=kept))
+        )
+    latents = np.concatenate([np.asarray(part) for part in kept], axis=1)[0]
+    by_step: dict[float, list[np.ndarray]] = {}
+    for call in calls:
+        by_step.setdefault(float(call.timesteps.max()), []).append(call.latents[0])
+    joined = {step: np.concatenate(parts) for step, parts in by_step.items()}
+    sample = Sample(frames, latents, joined)
+    arrays: dict[str, Any] = {"frames": frames, "latents": latents} | {
+        f"step-{step}": part for step, part in joined.items()
+    }
+    with report_full_disk(path, then="free some space and use --resume"), growing(path) as part:
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    return sample
+
+
+def _frames_of_blocks(material: Material) -> list[int]:
+    """Frames that each part of a video makes, by which drift is told."""
+    plan = material.plan
+    parts = plan.parts or [1] * plan.latents[0]
+    counts = [plan.temporal * part for part in parts]
+    counts[0] += 1 - plan.temporal  # the first latent is one frame
+    return counts
+
+
+def compare(
+    made: Sample, reference: Sample, *, blocks: list[int], measures: dict[str, Callable[..., np.ndarray]]
+) -> dict[str, Any]:
+    """All measures of a video against the reference's: means, drift over blocks, and the latents' error by timestep.
+
+    Args:
+        made: The video.
+        reference: From the same noise.
+        blocks: Frames of each block, in all as many as the video has.
+        measures: Per frame, by name.
+
+    Returns:
+        Values by name; `drift` and `steps` hold more than one.
+    """
+    per_frame = {name: np.asarray(measure(made.frames, reference.frames)) for name, measure in measures.items()}
+    steps = {step: metrics.relative_error(part, reference.steps[step]) for step, part in made.steps.items()}
+    values: dict[str, Any] = {name: float(found.mean()) for name, found in per_frame.items()}
+    if len(made.frames) > 1:
+        values["flicker"] = metrics.flicker(made.frames)
+    values["latent_error"] = metrics.relative_error(made.latents, reference.latents)
+    values["steps"] = {f"{step:g}": error for step, error in sorted(steps.items(), reverse=True)}
+    values["drift"] = {name: metrics.drift(found, blocks) for name, found in per_frame.items()}
+    return values
+
+
+# The held-out loss
+
+
+def _losses(config: EvaluateConfig, subject: Subject, settings: list[Attention]) -> list[list[float]]:
+    folder = config.out / "losses"
+    folder.mkdir(exist_ok=True)
+    found = []
+    with progress("held-out loss", len(settings), quiet=config.quiet) as advance:
+        for index, setting in enumerate(settings):
+            path = folder / f"{index}.npy"
+            if not path.is_file():
+                terms = loss_terms(subject, setting, config)
+                with growing(path) as part:
+                    with part.open("wb") as file:
+                        np.save(file, terms)
+                    os.replace(part, path)
+            found.append(np.load(path).tolist())
+            advance()
+    return found
+
+
+def loss_terms(subject: Subject, setting: Attention, config: Any) -> np.ndarray:
+    """The terms of the held-out loss under a setting; `config` has windows, timesteps and batch."""
+    with user_input():
+        return held_out_terms(
+            subject.model.with_attention(setting),
+            subject.source,
+            objective=subject.objective,
+            windows=config.windows,
+            timesteps=config.timesteps,
+            batch=config.batch,
+        )

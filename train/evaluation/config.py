@@ -1,0 +1,110 @@
+"""The settings of `monarchrt evaluate`. Nothing here imports JAX, so that help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.attention.registry import EXACT
+from monarchrt.models.errors import UserError, user_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare attention settings under the same weights, prompts or clips, seeds and noise."""
+
+    checkpoint: str | None = None
+    """A run folder of train or demo; or a Wan checkpoint."""
+
+    attention: tuple[str, ...] = ()
+    """The settings to compare, in their notation, such as 'monarch(tile=(4,8,14))' 'top_k(keep=0.1)'."""
+
+    reference: str = EXACT
+    """The setting that they are compared with."""
+
+    prompts: Path | None = None
+    """A text file with a prompt on each line. Not for run folders, which know no text."""
+
+    components: Path | None = None
+    """As `monarchrt generate`."""
+
+    video: Path | None = None
+    """For a run folder: a clip instead of its own."""
+
+    latents: Path | None = None
+    """A folder of `monarchrt encode`, for the held-out loss of Wan checkpoints."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Of the videos' noise; each gives a video for each prompt and setting."""
+
+    videos: bool = True
+    """Make videos; else only the held-out loss is measured."""
+
+    frames: int | None = None
+    """Frames of the videos. Default: as `monarchrt generate`."""
+
+    height: int | None = None
+    """In pixels, likewise."""
+
+    width: int | None = None
+    """In pixels, likewise."""
+
+    mode: Literal["auto", "autoregressive", "bidirectional", "windows"] = "auto"
+    """As `monarchrt generate`."""
+
+    steps: int | None = None
+    """Steps of the sampler. Default: as `monarchrt generate`."""
+
+    windows: int = 8
+    """Held-out examples of the loss, spread over all; 0: no loss."""
+
+    timesteps: int = 8
+    """Noise levels of the loss for each example."""
+
+    batch: int = 4
+    """Examples of the loss at a time."""
+
+    lpips: tuple[Path, Path] | None = None
+    """Two weight files: torchvision's alexnet or vgg16, and the linear layers of the package lpips, v0.1."""
+
+    ffmpeg: Path | None = None
+    """One with libvmaf. Default: that of imageio-ffmpeg or the system's, if it has it; else there is no VMAF."""
+
+    out: Path = Path("evaluation")
+    """Folder of the results."""
+
+    resume: bool = False
+    """Go on with an evaluation that was stopped; its settings must be the same."""
+
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        with user_input():
+            for text in (self.reference, *self.attention):
+                parse(text)
+        for name, least in (("windows", 0), ("timesteps", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.videos and not self.seeds:
+            raise UserError("seeds is empty; give one or more, such as 0 1 2")
+        if not self.videos and not self.windows:
+            raise UserError("videos is false and windows is 0, so that there is nothing to measure; use one of them")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one on each line that is not empty.
+
+    Raises:
+        UserError: If it cannot be read, or has none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"prompts {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"prompts {path} is not a text in UTF-8") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"prompts {path} has no prompt; write one on each line")
+    return prompts

@@ -1,0 +1,164 @@
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1, from weight files that the user gives.
+
+Needed are a network of torchvision, `alexnet-owt-*.pth` or `vgg16-*.pth`, which `torchvision.models` fetches,
+and the linear layers that the package `lpips` ships as `lpips/weights/v0.1/alex.pth` or `vgg.pth`.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
+from monarchrt.models.checkpoints.torch_pickle import TorchFile
+from monarchrt.models.errors import UserError, user_input
+
+MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the input in [-1, 1], LPIPS's ScalingLayer
+# layers of `features` of torchvision's networks: a convolution's (number, stride, padding), a max-pool's (size, stride)
+# as a pair, or "tap" where LPIPS looks, after a ReLU
+_ALEX = ((0, 4, 2), "tap", (3, 2), (3, 1, 2), "tap", (3, 2), (6, 1, 1), "tap", (8, 1, 1), "tap", (10, 1, 1), "tap")
+_VGG = (
+    *((0, 1, 1), (2, 1, 1), "tap", (2, 2), (5, 1, 1), (7, 1, 1), "tap", (2, 2), (10, 1, 1), (12, 1, 1), (14, 1, 1)),
+    *("tap", (2, 2), (17, 1, 1), (19, 1, 1), (21, 1, 1), "tap", (2, 2), (24, 1, 1), (26, 1, 1), (28, 1, 1), "tap"),
+)
+NETWORKS = {"alex": _ALEX, "vgg": _VGG}
+SMALLEST = {"alex": 31, "vgg": 16}  # pixels, so that the last layer sees one
+
+
+class LPIPS(NamedTuple):
+    """A network and its linear layers.
+
+    Attributes:
+        network: alex or vgg.
+        convolutions: (kernel [h, w, in, out], bias) by number in `features`.
+        linear: Weights of the channels at each tap.
+    """
+
+    network: str
+    convolutions: dict[int, tuple[np.ndarray, np.ndarray]]
+    linear: list[np.ndarray]
+
+    def __call__(self, video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h w 3"]) -> np.ndarray:
+        """The distance of each frame, [T]; 0 for equal ones.
+
+        Raises:
+            UserError: If frames are too small for the network.
+        """
+        smallest, least = min(video.shape[1:3]), SMALLEST[self.network]
+        if smallest < least:
+            raise UserError(f"lpips: frames are {video.shape[1]} x {video.shape[2]}, and {self.network} needs {least}")
+        weights = self.convolutions, self.linear
+        pairs = zip(video, reference, strict=True)
+        return np.array([float(_distance(self.network, *weights, a[None], b[None])) for a, b in pairs])
+
+
+def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
+    """Reads the two files; which network it is follows from its shapes.
+
+    Raises:
+        UserError: If one is missing, or is no such file.
+    """
+    for path in (network_file, linear_file):
+        if not path.is_file():
+            raise UserError(
+                f"lpips: {path} is not a file; give torchvision's alexnet or vgg16 weights, and the lpips package's "
+                f"v0.1/alex.pth or v0.1/vgg.pth"
+            )
+    arrays, heads = _read(network_file), _read(linear_file)
+    for name, layers in NETWORKS.items():
+        numbers = [layer[0] for layer in layers if len(layer) == 3 and layer != "tap"]
+        wanted = {f"features.{number}.weight" for number in numbers}
+        first = arrays.get("features.0.weight")
+        if first is None or not wanted <= arrays.keys() or first.shape[2] != {"alex": 11, "vgg": 3}[name]:
+            continue
+        convolutions = {}
+        for number in numbers:
+            kernel = arrays[f"features.{number}.weight"].astype(np.float32).transpose(2, 3, 1, 0)
+            convolutions[int(number)] = (kernel, arrays[f"features.{number}.bias"].astype(np.float32))
+        linear = [_head(heads, number, linear_file) for number in range(5)]
+        taps = _tap_widths(layers, convolutions)
+        if [len(weights) for weights in linear] != taps:
+            raise UserError(
+                f"lpips: {linear_file} has layers of {[len(x) for x in linear]} channels, and {network_file}, which is "
+                f"{name}, needs {taps}; give the v0.1 file of {name}"
+            )
+        return LPIPS(name, convolutions, linear)
+    raise UserError(
+        f"lpips: {network_file} holds neither torchvision's alexnet nor its vgg16 (`features.0.weight`, ...)"
+    )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with user_input():
+        file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        return {name: np.asarray(file.read(name), np.float32) for name in file.infos}
+
+
+def _head(heads: dict[str, np.ndarray], number: int, path: Path) -> np.ndarray:
+    for name in (f"lin{number}.model.1.weight", f"lins.{number}.model.1.weight"):
+        if name in heads:
+            return heads[name].reshape(-1)
+    raise UserError(f"lpips: {path} has no lin{number}.model.1.weight; give the lpips package's v0.1 file")
+
+
+def _tap_widths(layers: tuple, convolutions: dict[int, tuple[np.ndarray, np.ndarray]]) -> list[int]:
+    widths, width = [], 3
+    for layer in layers:
+        if layer == "tap":
+            widths.append(width)
+        elif len(layer) == 3:
+            width = convolutions[layer[0]][0].shape[-1]
+    return widths
+
+
+def _features(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> list[Array]:
+    taps = []
+    for layer in NETWORKS[network]:
+        if layer == "tap":
+            taps.append(x)
+        elif len(layer) == 3:
+            number, stride, padding = (int(part) for part in layer)
+            kernel, bias = convolutions[number]
+            x = lax.conv_general_dilated(
+                x,
+                kernel,
+                (stride, stride),
+                [(padding, padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision="highest",
+            )
+            x = jax.nn.relu(x + bias)
+        else:
+            size, stride = (int(part) for part in layer)
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), "VALID")
+    return taps
+
+
+@jax.jit
+def _unit(x: Array) -> Array:
+    return x / (jnp.sqrt(jnp.square(x).sum(-1, keepdims=True)) + 1e-10)
+
+
+def _distance(
+    network: str, convolutions: dict, linear: list[np.ndarray], ours: np.ndarray, theirs: np.ndarray
+) -> Array:
+    """Sum over taps of the mean over places of the weighted squared difference of unit features."""
+    both = []
+    for frame in (ours, theirs):
+        pixels = jnp.asarray(frame, jnp.float32) / 127.5 - 1
+        both.append(_compiled(network)((pixels - jnp.asarray(MEAN)) / jnp.asarray(SCALE), convolutions))
+    total = jnp.zeros(())
+    for a, b, weights in zip(*both, linear, strict=True):
+        total += (jnp.square(_unit(a) - _unit(b)) * weights).sum(-1).mean()
+    return total
+
+
+def _compiled(network: str):
+    return _FEATURES[network]
+
+
+_FEATURES = {name: jax.jit(lambda x, convolutions, name=name: _features(x, name, convolutions)) for name in NETWORKS}

@@ -1,0 +1,266 @@
+"""VBench (arXiv:2311.17982): its videos, by the names its tools look for, and the three scores of its results.
+
+Its networks run in an environment of their own, see docs/evaluate.md. Nothing here imports JAX until a video is made.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.generate.config import GenerateConfig
+
+SAMPLES = 5  # videos of each prompt
+STILL = 25  # of those for temporal flickering, of which its filter keeps still ones
+STILL_DIMENSION = "temporal_flickering"
+
+# dimension -> lowest and highest value that it is scaled by, and its weight
+QUALITY = {
+    "subject_consistency": (0.1462, 1.0, 1.0),
+    "background_consistency": (0.2615, 1.0, 1.0),
+    "temporal_flickering": (0.6293, 1.0, 1.0),
+    "motion_smoothness": (0.706, 0.9975, 1.0),
+    "aesthetic_quality": (0.0, 1.0, 1.0),
+    "imaging_quality": (0.0, 1.0, 1.0),
+    "dynamic_degree": (0.0, 1.0, 0.5),
+}
+SEMANTIC = {
+    "object_class": (0.0, 1.0, 1.0),
+    "multiple_objects": (0.0, 1.0, 1.0),
+    "human_action": (0.0, 1.0, 1.0),
+    "color": (0.0, 1.0, 1.0),
+    "spatial_relationship": (0.0, 1.0, 1.0),
+    "scene": (0.0, 0.8222, 1.0),
+    "appearance_style": (0.0009, 0.2855, 1.0),
+    "temporal_style": (0.0, 0.364, 1.0),
+    "overall_consistency": (0.0, 0.364, 1.0),
+}
+DIMENSIONS = (*QUALITY, *SEMANTIC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchConfig:
+    """Write the videos that VBench evaluates."""
+
+    full_info: Path | None = None
+    """VBench_full_info.json of the package vbench, or a list of the same form."""
+
+    checkpoint: str | None = None
+    """As `monarchrt generate`."""
+
+    attention: str | None = None
+    """As `monarchrt generate`. Default: that stored with the weights."""
+
+    components: Path | None = None
+    """As `monarchrt generate`."""
+
+    dimensions: tuple[str, ...] = ()
+    """Dimensions whose prompts are taken. Default: all."""
+
+    frames: int | None = None
+    """As `monarchrt generate`."""
+
+    steps: int | None = None
+    """As `monarchrt generate`."""
+
+    seed: int = 0
+    """Of the first video of each prompt; the following have the next."""
+
+    still: bool = False
+    """25 videos of the prompts of temporal flickering, for VBench's static filter, instead of five."""
+
+    part: tuple[int, int] = (0, 1)
+    """`--part 2 8`: make only the third of eight parts of the prompts, as one of eight processes, each on its GPU."""
+
+    out: Path = Path("vbench")
+    """Folder of the videos. Those that are there are kept, so that a run that was stopped goes on."""
+
+    def __post_init__(self) -> None:
+        for name in self.dimensions:
+            if name not in DIMENSIONS:
+                raise UserError(f"dimensions has {name!r}; choose from {', '.join(DIMENSIONS)}")
+        number, count = self.part
+        if not 0 <= number < count:
+            raise UserError(f"part is {number} of {count}; the first number is from 0 on and below the second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """Read VBench's results."""
+
+    results: tuple[Path, ...] = ()
+    """Its files of results, *_eval_results.json, or folders of them."""
+
+
+class Task(NamedTuple):
+    """A prompt and how many videos of it."""
+
+    prompt: str
+    videos: int
+
+
+def read_tasks(path: Path, *, dimensions: tuple[str, ...] = (), still: bool = False) -> list[Task]:
+    """The prompts of VBench_full_info.json, each once.
+
+    Raises:
+        UserError: If the file is none, or no prompt is left.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"full_info {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"full_info {path} is no JSON: {error}") from error
+    tasks: dict[str, int] = {}
+    entries = values if isinstance(values, list) else []
+    for entry in entries:
+        prompt, of = (entry.get(name) if isinstance(entry, dict) else None for name in ("prompt_en", "dimension"))
+        if not isinstance(prompt, str) or not isinstance(of, list):
+            raise UserError(f"full_info {path} is not VBench's: an entry has no prompt_en and dimension")
+        if not dimensions or set(dimensions) & set(of):
+            many = STILL if still and STILL_DIMENSION in of else SAMPLES
+            tasks[prompt] = max(many, tasks.get(prompt, 0))
+    if not tasks:
+        chosen = f" of the dimensions {', '.join(dimensions)}" if dimensions else ""
+        raise UserError(f"full_info {path} has no prompt{chosen}")
+    for prompt in tasks:
+        name = f"{prompt}-{tasks[prompt] - 1}.mp4"
+        if "/" in prompt or "\0" in prompt or len(name.encode()) > 255:
+            raise UserError(f"full_info {path}: no file can have the name of the prompt {prompt[:60]!a}")
+    return [Task(prompt, count) for prompt, count in tasks.items()]
+
+
+def video_name(prompt: str, number: int) -> str:
+    """The name that VBench looks for: the whole prompt, not cut, and the number of the video.
+
+    Examples:
+        >>> video_name("a cat", 2)
+        'a cat-2.mp4'
+    """
+    return f"{prompt}-{number}.mp4"
+
+
+def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tuple[int, int]:
+    """Makes the videos that are not there.
+
+    Args:
+        config: The settings.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        How many were made, and how many were there.
+
+    Raises:
+        UserError: If a setting cannot be used.
+    """
+    if config.full_info is None:
+        raise UserError("no full_info was given; give VBench_full_info.json, which the package vbench has")
+    if config.checkpoint is None:
+        raise UserError("no checkpoint was given; give one that takes prompts, such as Wan2.1-T2V-1.3B")
+    tasks = read_tasks(config.full_info, dimensions=config.dimensions, still=config.still)
+    number, count = config.part
+    tasks = tasks[number::count]
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"out {config.out} is a file; give the path of a folder")
+    config.out.mkdir(parents=True, exist_ok=True)
+    from monarchrt.models.generate.load import load_material
+    from monarchrt.models.generate.make import make_video
+
+    made = there = 0
+    for place, task in enumerate(tasks):
+        paths = [config.out / video_name(task.prompt, n) for n in range(task.videos)]
+        missing = [n for n, path in enumerate(paths) if not path.is_file()]
+        there += task.videos - len(missing)
+        if not missing:
+            continue
+        report(f"prompt {place + 1} of {len(tasks)}: {task.prompt}")
+        options: dict[str, Any] = {} if config.attention is None else {"attention": config.attention}
+        given = GenerateConfig(
+            checkpoint=config.checkpoint,
+            prompt=task.prompt,
+            components=config.components,
+            frames=config.frames,
+            steps=config.steps,
+            zoom=1,
+            quiet=True,
+            **options,
+        )
+        material = load_material(given)
+        for n in missing:
+            own = replace(material.plan.config, seed=config.seed + n, out=paths[n])
+            plan = replace(material.plan, config=own)
+            make_video(material.pipeline, material.text, **replace(material, plan=plan).options())
+            made += 1
+    return made, there
+
+
+def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
+    """The value of each dimension in VBench's files of results.
+
+    Raises:
+        UserError: If there are none, one is no such file, or two differ in a dimension.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("*eval_results.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
+    found: dict[str, float] = {}
+    for file in files:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"results {file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"results {file} is no JSON: {error}") from error
+        for name, value in values.items() if isinstance(values, dict) else ():
+            value = value[0] if isinstance(value, list) and value else value
+            if name not in DIMENSIONS or isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"results {file} is not VBench's: {name!a:.60} is no dimension with a number")
+            if not math.isfinite(value):
+                raise UserError(f"results {file}: {name} is {value}")
+            if found.setdefault(name, float(value)) != float(value):
+                raise UserError(
+                    f"results {file}: {name} is {value}, and {found[name]} in another file; give one of them"
+                )
+    if not found:
+        raise UserError(f"results {files[0]} has no dimension of VBench")
+    return {name: found[name] for name in DIMENSIONS if name in found}
+
+
+class Scores(NamedTuple):
+    """The three scores by name, None where a dimension is missing, and which are."""
+
+    scores: dict[str, float | None]
+    missing: list[str]
+
+
+def scores(values: Mapping[str, float]) -> Scores:
+    """Quality, semantic and total score of VBench's dimensions.
+
+    Each is scaled to 0...1 between VBench's lowest and highest value. Quality is the mean of seven, dynamic degree by
+    half; semantic is the mean of the other nine; total is (4 quality + semantic) / 5. VBench's own tool counts what is
+    missing as 0, which is not done here.
+
+    Examples:
+        >>> scores({name: 1.0 for name in QUALITY}).scores["quality"]
+        1.0011435106089766
+
+    Args:
+        values: By dimension.
+
+    Returns:
+        The scores.
+    """
+
+    def mean(of: Mapping[str, tuple[float, float, float]]) -> float | None:
+        if not all(name in values for name in of):
+            return None
+        scaled = [(values[name] - low) / (high - low) * weight for name, (low, high, weight) in of.items()]
+        return sum(scaled) / sum(weight for _, _, weight in of.values())
+
+    quality, semantic = mean(QUALITY), mean(SEMANTIC)
+    total = None if quality is None or semantic is None else (4 * quality + semantic) / 5
+    missing = [name for name in DIMENSIONS if name not in values]
+    return Scores({"quality": quality, "semantic": semantic, "total": total}, missing)
