@@ -5,7 +5,7 @@ and the linear layers that the package `lpips` ships as `lpips/weights/v0.1/alex
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def _features(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> l
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 precision="highest",
             )
-            x = jax.nn.relu(x + bias)
+            x = jax.nn.relu(x + bias[None, None, None])
         else:
             size, stride = (int(part) for part in layer)
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), "VALID")
@@ -143,6 +143,10 @@ def _unit(x: Array) -> Array:
     return x / (jnp.sqrt(jnp.square(x).sum(-1, keepdims=True)) + 1e-10)
 
 
+def _row(channels: Any) -> Array:
+    return jnp.asarray(channels, jnp.float32)[None, None, None]
+
+
 def _distance(
     network: str, convolutions: dict, linear: list[np.ndarray], ours: np.ndarray, theirs: np.ndarray
 ) -> Array:
@@ -150,10 +154,10 @@ def _distance(
     both = []
     for frame in (ours, theirs):
         pixels = jnp.asarray(frame, jnp.float32) / 127.5 - 1
-        both.append(_compiled(network)((pixels - jnp.asarray(MEAN)) / jnp.asarray(SCALE), convolutions))
+        both.append(_compiled(network)((pixels - _row(MEAN)) / _row(SCALE), convolutions))
     total = jnp.zeros(())
     for a, b, weights in zip(*both, linear, strict=True):
-        total += (jnp.square(_unit(a) - _unit(b)) * weights).sum(-1).mean()
+        total += (jnp.square(_unit(a) - _unit(b)) * _row(weights)).sum(-1).mean()
     return total
 
 

@@ -20,6 +20,7 @@ CLASSES_IN = {"models/wan/__init__.py", "examples/finetune_wan.py"}  # names tha
 DATA = {  # programs that choose settings by notation, or say in a label what was measured: as data, without a branch
     "benchmarks/attention.py",
     "benchmarks/attention_settings.py",
+    "benchmarks/claims.py",
     "benchmarks/distill.py",
     "train/cli/doctor.py",
     "train/demo/config.py",

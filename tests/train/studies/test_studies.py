@@ -115,7 +115,23 @@ class TestCommands:
     """On a run of one layer and 96 tokens."""
 
     def test_map(self, baseline, tmp_path, capsys):
-        options = ["--levels", "0.5", "--grid", "2", "2", "3", "--crop", "1", "2", "4", "--steps", "1"]
+        options = [
+            "--levels",
+            "0.5",
+            "--grid",
+            "2",
+            "2",
+            "3",
+            "--crop",
+            "1",
+            "2",
+            "4",
+            "--steps",
+            "1",
+            "--densities",
+            "0.3",
+            "1",
+        ]
         command = ["study", "map", "--checkpoint", str(baseline), "--out", str(tmp_path), "--heads", "1", *options]
         assert main(command) == 0
         assert "top-k, rows renormalised" in capsys.readouterr().out
@@ -136,13 +152,14 @@ class TestCommands:
         result = json.loads((tmp_path / "mass.json").read_text())
         assert all(0 < share <= 1 for values in result["shares"].values() for share in values)
 
+    @pytest.mark.slow
     def test_tiles(self, baseline, tmp_path, capsys):
         options = ["--levels", "0.5", "--tiles", "3,2,4", "1,2,4", "--videos", "1", "--sample-steps", "2"]
         assert main(["study", "tiles", "--checkpoint", str(baseline), "--out", str(tmp_path), *options]) == 0
         assert f"monarchrt generate --checkpoint {baseline} --tile 3 2 4" in capsys.readouterr().err
         first, second = json.loads((tmp_path / "tiles.json").read_text())["points"]
         assert (first["label"], second["label"]) == ("3,2,4", "1,2,4")
-        assert first["time"] < second["time"] < 1
+        assert first["time"] < second["time"]
         assert first["density"] == pytest.approx(1 / 6 + 1 / 4)
         assert first["error"] > 0
         assert first["psnr"] > 5
