@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy.ndimage import correlate1d
 
-type Video = UInt8[np.ndarray, "t h w 3"]
-type PerFrame = Float[np.ndarray, "t"]
+type Video = UInt8[np.ndarray, "_ _ _ 3"]
+type PerFrame = Float[np.ndarray, "_"]
 
 LARGEST_PSNR = 100.0  # dB of equal frames, by a squared error of 1e-10 at least
 _C1, _C2 = 0.01**2, 0.03**2

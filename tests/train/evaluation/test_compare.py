@@ -106,7 +106,7 @@ def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
         ("--attention dense --prompts none.txt", "prompts none.txt cannot be read"),
         ("--attention dense --lpips a.pth b.pth", "lpips: a.pth is not a file; give torchvision's"),
         ("--attention dense --ffmpeg none", "ffmpeg none has no libvmaf"),
-        ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 4"),
+        ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 8"),
         ("--attention dense --seeds", "seeds"),
     ],
 )
