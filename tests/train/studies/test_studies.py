@@ -115,7 +115,23 @@ class TestCommands:
     """On a run of one layer and 96 tokens."""
 
     def test_map(self, baseline, tmp_path, capsys):
-        options = "--levels 0.5 --grid 1 2 2 --crop 1 2 2 --steps 1 --densities 0.3 1".split()
+        options = [
+            "--levels",
+            "0.5",
+            "--grid",
+            "1",
+            "2",
+            "2",
+            "--crop",
+            "1",
+            "2",
+            "2",
+            "--steps",
+            "1",
+            "--densities",
+            "0.3",
+            "1",
+        ]
         command = ["study", "map", "--checkpoint", str(baseline), "--out", str(tmp_path), "--heads", "1", *options]
         assert main(command) == 0
         assert "top-k, rows renormalised" in capsys.readouterr().out
