@@ -1,5 +1,7 @@
 """Capturing queries, keys and values: they are what the layers see, and the model computes the same."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def model():
 def test_what_a_roll_out_sees(model):
     """Each block's keys are the cached frames and its own; a whole clip's are all; only what was chosen is kept."""
     rollout = Rollout(block=1, sampler="euler", steps=2)
-    options = dict(frames=3, height=4, width=8, key=jax.random.key(0), rollout=rollout)
+    options: Any = dict(frames=3, height=4, width=8, key=jax.random.key(0), rollout=rollout)
     text = jnp.ones((1, 2, 32))
     plain = np.concatenate(list(autoregressive(model, text, **options)), axis=1)
     with capture(model, layers=(1,), steps=(1,), blocks=(0, 2), heads=(3, 0)) as (probed, calls):
