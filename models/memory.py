@@ -1,0 +1,44 @@
+"""What a compiled program takes on each device, as its compiler planned it: also for devices that are not there."""
+
+from typing import Any, NamedTuple
+
+
+class Memory(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+        arguments: What it is given.
+        results: What it returns, less what lies where an argument was.
+        temporary: What it needs meanwhile.
+        code: The program itself.
+    """
+
+    arguments: int
+    results: int
+    temporary: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """All of it: the most that is held at a time."""
+        return sum(self)
+
+
+def memory(program: Any) -> Memory:
+    """The memory of a compiled program.
+
+    Args:
+        program: Of `jax.jit(f).lower(...).compile()`; of a mesh, the figures are those of each device.
+
+    Examples:
+        >>> import jax
+        >>> memory(jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((256,), "float32")).compile()).arguments
+        1024
+    """
+    found = program.memory_analysis()
+    return Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
