@@ -17,10 +17,11 @@ from monarchrt.models.generate.material import Opened
 from monarchrt.models.generate.run_checkpoint import RunCheckpoint
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.train.config import DataConfig
-from monarchrt.train.data import Source, open_source
+from monarchrt.train.data import Source
 from monarchrt.train.objectives.flow import add_noise, evaluation_noise
 from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.run_folder import read_config
+from monarchrt.train.sources import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
