@@ -71,8 +71,8 @@ class TestSignals:
     def test_in_start_up_with_a_line(self, start, number, command, tmp_path):
         """While the command is read, its modules are imported, or its options are parsed."""
         before = (
-            "import os, signal, threading, time, monarchrt.train.cli as cli; load = cli._load; "
-            f"cli._load = lambda name: (os.kill(os.getpid(), {int(number)}), time.sleep(0.1), load(name))[2]"
+            "import os, signal, threading, time, monarchrt.train.cli as cli; load = cli.load; "
+            f"cli.load = lambda name: (os.kill(os.getpid(), {int(number)}), time.sleep(0.1), load(name))[2]"
         )
         process = start([command, "--help"], before=before)
         _, stderr = process.communicate(timeout=120)
