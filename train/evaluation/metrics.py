@@ -29,8 +29,8 @@ def psnr(video: Video, reference: Video) -> PerFrame:
 
     Examples:
         >>> black = np.zeros((1, 16, 16, 3), np.uint8)
-        >>> psnr(black, black + 255).tolist(), psnr(black, black).tolist()
-        ([0.0], [100.0])
+        >>> psnr(black, black + 128).round(2).tolist(), psnr(black, black).tolist()
+        ([5.99], [100.0])
     """
     check_same(video, reference)
     errors = [np.mean(np.square(a / 255.0 - b / 255.0)) for a, b in zip(video, reference, strict=True)]

@@ -244,8 +244,8 @@ def scores(values: Mapping[str, float]) -> Scores:
     missing as 0, which is not done here.
 
     Examples:
-        >>> scores({name: 1.0 for name in QUALITY}).scores["quality"]
-        1.0011435106089766
+        >>> round(scores({name: 1.0 for name in QUALITY}).scores["quality"], 4)
+        1.0013
 
     Args:
         values: By dimension.

@@ -22,6 +22,7 @@ DATA = {  # programs that choose settings by notation, or say in a label what wa
     "benchmarks/attention_settings.py",
     "benchmarks/claims.py",
     "benchmarks/distill.py",
+    "benchmarks/scale.py",
     "train/cli/doctor.py",
     "train/demo/config.py",
     "train/demo/distil.py",
@@ -30,7 +31,8 @@ DATA = {  # programs that choose settings by notation, or say in a label what wa
     "train/demo/run.py",
 }
 SHARED = {"__init__", "base", "registry", "notation", "softmax", "masked"}  # by kinds
-CLASSES = {kind_named(name).__name__ for name in names()}
+KINDS = {name for name in names() if kind_named(name).__module__.startswith("monarchrt.")}  # not those of other tests
+CLASSES = {kind_named(name).__name__ for name in KINDS}
 KEYS = {"OWN_KEY"}  # the name under which our settings lie in other programs' files is that of the project
 
 
@@ -40,7 +42,7 @@ def kind_in(node):
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", getattr(node, "name", ""))
         return name if name.split(".")[-1] in CLASSES else None
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value if re.split(r"\W", node.value)[0] in names() else None
+        return node.value if re.split(r"\W", node.value)[0] in KINDS else None
     return None
 
 
