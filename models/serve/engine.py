@@ -150,6 +150,8 @@ class Engine:
 def blended(old: tuple[Array, Array | None], new: tuple[Array, Array | None], share: float) -> tuple[Array, Any]:
     """Embeddings between two pairs of them."""
     weight = np.float32(share)
-    text, negative = (None if a is None or b is None else a + weight * (b - a) for a, b in zip(old, new, strict=True))
-    assert text is not None
-    return text, negative
+    (text, negative), (next_text, next_negative) = old, new
+    mixed = None
+    if negative is not None and next_negative is not None:
+        mixed = negative + weight * (next_negative - negative)
+    return text + weight * (next_text - text), mixed

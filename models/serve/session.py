@@ -278,8 +278,8 @@ class Session:
 
     def _change_prompt(self, message: Prompt) -> None:
         video, steps = self._begun(), message.blend + 1
-        assert self._texts is not None
-        old, new = self._texts, self._engine.embed(message.prompt, message.negative)
+        new = self._engine.embed(message.prompt, message.negative)
+        old = self._texts or new  # there since the video was begun
         shares = [n / steps for n in range(1, steps + 1)]
         self._blend = iter([(new if share == 1 else blended(old, new, share), message.recache) for share in shares])
         self._mix(video)

@@ -1,9 +1,9 @@
 """`monarchrt evaluate`: attention settings under the same weights; VBench's videos and scores."""
 
-import sys
 from collections.abc import Sequence
 
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import print_table, say
 from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.vbench import ScoresConfig, VBenchConfig
 from monarchrt.train.interrupt import finish_first
@@ -37,8 +37,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
     report = evaluate(config)
     titles, rows = table(report)
-    _print(titles, rows)
-    _say(f"{config.out}: {REPORT}, {PICTURE}{', samples' if config.videos else ''}")
+    print_table(titles, rows)
+    say(f"{config.out}: {REPORT}, {PICTURE}{', samples' if config.videos else ''}")
     return 0
 
 
@@ -46,8 +46,8 @@ def _vbench(arguments: Sequence[str]) -> int:
     config = parse(VBenchConfig, arguments, prog="monarchrt evaluate vbench", description=_VBENCH)
     from monarchrt.train.evaluation.vbench import write_videos
 
-    made, there = write_videos(config, report=_say)
-    _say(f"{made} videos were made, {there} were there, in {config.out}")
+    made, there = write_videos(config, report=say)
+    say(f"{made} videos were made, {there} were there, in {config.out}")
     return 0
 
 
@@ -57,24 +57,9 @@ def _scores(arguments: Sequence[str]) -> int:
 
     found = read_results(config.results)
     result = scores(found)
-    _print(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in found.items()])
+    print_table(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in found.items()])
     rows = [[name, "" if value is None else f"{value:.4f}"] for name, value in result.scores.items()]
-    _print(["score", ""], rows)
+    print_table(["score", ""], rows)
     if result.missing:
-        _say(f"not there, so that scores that need them are left out: {', '.join(result.missing)}")
+        say(f"not there, so that scores that need them are left out: {', '.join(result.missing)}")
     return 0
-
-
-def _print(titles: list[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=not console.is_terminal)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

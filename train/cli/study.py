@@ -1,11 +1,11 @@
 """`monarchrt study map`, `mass` and `tiles`: what attention maps look like, and which tile suits a checkpoint."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import print_table, say
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.studies.config import MapConfig, MassConfig, TilesConfig
 
@@ -49,8 +49,8 @@ def _map(config: MapConfig) -> None:
         from monarchrt.train.studies.maps import FILES, study_map, table
 
     result = study_map(config)
-    _print(["method", "nearest to 10%", "error"], table(result))
-    _say(f"{config.out}: {', '.join(FILES)}")
+    print_table(["method", "nearest to 10%", "error"], table(result))
+    say(f"{config.out}: {', '.join(FILES)}")
 
 
 def _mass(config: MassConfig) -> None:
@@ -60,8 +60,8 @@ def _mass(config: MassConfig) -> None:
     result = study_mass(config)
     rows = [(label, *(f"{value:.1%}" for value in values)) for label, values in result["shares"].items()]
     blocks = [f"block {n}" for n in range(len(result["mean"]))]
-    _print([f"keys for {config.mass:.0%}", *blocks], [*rows, ("mean", *(f"{x:.1%}" for x in result["mean"]))])
-    _say(f"{config.out}: {', '.join(FILES)}")
+    print_table([f"keys for {config.mass:.0%}", *blocks], [*rows, ("mean", *(f"{x:.1%}" for x in result["mean"]))])
+    say(f"{config.out}: {', '.join(FILES)}")
 
 
 def _tiles(config: TilesConfig) -> None:
@@ -75,27 +75,12 @@ def _tiles(config: TilesConfig) -> None:
         mark = "*" if point["front"] else ""
         shown = (mark, point["label"], f"{point['density']:.1%}", f"{point['time']:.3g}", f"{point['error']:.3f}", psnr)
         rows.append(shown)
-    _print(["", "tile", "density", "time", "error", "video"], rows)
-    _say(f"time: {result['unit']}; * none is both faster and nearer to dense attention, and these make videos so:")
+    print_table(["", "tile", "density", "time", "error", "video"], rows)
+    say(f"time: {result['unit']}; * none is both faster and nearer to dense attention, and these make videos so:")
     for point in result["points"]:
         if point["front"]:
-            _say(f"  {point['command']}")
-    _say(f"{config.out}: {', '.join(FILES)}")
-
-
-def _print(titles: list[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=not console.is_terminal)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+            say(f"  {point['command']}")
+    say(f"{config.out}: {', '.join(FILES)}")
 
 
 _KINDS: dict[str, tuple[type, str, Callable[[Any], None]]] = {
