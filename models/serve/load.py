@@ -2,16 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from monarchrt.models.errors import UserError
-from monarchrt.models.generate.config import NEGATIVE_PROMPT, NO_CONDITION, GenerateConfig
+from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, NEGATIVE_PROMPT, NO_CONDITION, GenerateConfig
+from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
 from monarchrt.models.generate.load import WanCheckpoint, find_components, half_precision, load_wan, open_checkpoint
 from monarchrt.models.generate.material import Material
+from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.text import StoredTexts, TextEncoder
 from monarchrt.models.sampling import Rollout
 from monarchrt.models.serve.engine import Encode, Engine
+from monarchrt.models.vae import TinyVAE, TinyVAEConfig, WanVAE, vae_config
+from monarchrt.models.wan import WanModel, wan_config
 
 
 def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Engine:
@@ -27,10 +35,7 @@ def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Eng
     Raises:
         UserError: If something is missing, or a setting does not fit.
     """
-    for name in ("mesh", "decoder_device"):
-        if (value := getattr(config, name)) is not None:
-            raise UserError(f"{name} is {value}, but sessions are made on one device; leave it out")
-    config = dataclasses.replace(config, mode="autoregressive")
+    config = _on_one_device(config)
     opened = open_checkpoint(config)
     if isinstance(opened, WanCheckpoint):
         encode, material = _wan(config, opened, report)
@@ -38,21 +43,82 @@ def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Eng
         material = opened.material(dataclasses.replace(config, condition=NO_CONDITION))
         report("note: a run folder was trained without text; prompts do nothing")
         encode = _untold(material)
-    plan, rollout = material.plan, material.plan.settings
+    return _engine(material.plan, material.pipeline, encode, report)
+
+
+def random_engine(config: GenerateConfig, *, preset: str, report: Callable[[str], None]) -> Engine:
+    """An engine with random weights, to see how fast a machine is with networks of a size; it makes noise.
+
+    Args:
+        config: The settings of a generation; of `decoder`, the name of one.
+        preset: Sizes of the network, a name of `wan_config`; it makes videos as Self-Forcing's generators do.
+        report: Takes lines for the person who waits.
+
+    Returns:
+        The engine; nothing is compiled yet.
+
+    Raises:
+        UserError: If the preset is unknown, or a setting does not fit or needs weights.
+    """
+    config = _on_one_device(config)
+    name = config.decoder or EXACT_DECODER
+    if name not in DECODERS:
+        raise UserError(f"decoder is {name}, but weights are random here; give {' or '.join(DECODERS)}")
+    for option in ("components", "embeddings", "weights", "lora"):
+        if value := getattr(config, option):
+            raise UserError(f"{option} is {value}, but weights are random here; leave it out, or give a checkpoint")
+    dtype = half_precision(config)
+    with user_input():
+        sizes = wan_config(preset, dtype=dtype, param_dtype=dtype)
+    few_step = Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True)
+    plan = make_plan(config, defaults=few_step, model=sizes)
+    types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
+    decoder: FrameDecoder
+    if name == EXACT_DECODER:
+        vae = vae_config("wan21" if sizes.dim >= 1024 else "tiny")
+        decoder = WanDecoder(nnx.jit(lambda: WanVAE(vae, rngs=nnx.Rngs(0), **types))())
+    else:
+        decoder = TinyDecoder(nnx.jit(lambda: TinyVAE(TinyVAEConfig(), rngs=nnx.Rngs(0), **types))())
+    if decoder.channels != sizes.out_channels:
+        raise UserError(
+            f"preset {preset} makes latents of {sizes.out_channels} channels, and the {name} decoder takes "
+            f"{decoder.channels}; give another preset or --decoder"
+        )
+    model = nnx.jit(lambda: WanModel(sizes, rngs=nnx.Rngs(0)))().with_attention(plan.attention)
+    shape = (1, sizes.text_len, sizes.text_dim)
+
+    def encode(prompts: Sequence[str]):
+        return [jax.random.normal(jax.random.key(row), shape) for row, _ in enumerate(prompts)]
+
+    report(f"weights are random, of the sizes of {preset}: no text is encoded, and what is made is noise")
+    return _engine(plan, VideoPipeline(model, decoder), encode, report)
+
+
+def _on_one_device(config: GenerateConfig) -> GenerateConfig:
+    """The settings, block by block; refused if they ask for several devices."""
+    for name in ("mesh", "decoder_device"):
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"{name} is {value}, but sessions are made on one device; leave it out")
+    return dataclasses.replace(config, mode="autoregressive")
+
+
+def _engine(plan: Plan, pipeline: VideoPipeline, encode: Encode, report: Callable[[str], None]) -> Engine:
+    rollout = plan.settings
     if not isinstance(rollout, Rollout):
         raise UserError(f"mode is {plan.config.mode}; sessions are made block by block")
     if rollout.window is None:
         rollout = dataclasses.replace(rollout, window=plan.latents[0])
     report(f"a session's attention reaches back over {rollout.window} latent frames")
+    negative = plan.config.negative_prompt
     return Engine(
-        material.pipeline,
+        pipeline,
         rollout=rollout,
         height=plan.latents[1],
         width=plan.latents[2],
         encode=encode,
         fps=plan.config.fps or 16.0,
         sample=encode.prompts[0] if isinstance(encode, StoredTexts) else "a cat",
-        negative=NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt,
+        negative=NEGATIVE_PROMPT if negative is None else negative,
     )
 
 

@@ -105,12 +105,24 @@ class TestBench:
         assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4"]) == 0
         assert "blocks in time, stood still" in capsys.readouterr().out
 
+    @pytest.mark.slow
+    def test_random_weights(self, capsys):
+        options = ["--preset", "tiny", "--height", "32", "--width", "64", "--steps", "1", "--count", "4", "--json"]
+        assert main(["bench", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["weights"], found["height"], found["width"]) == ("random, tiny", 32, 64)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ([], "what to time is 'missing'; there is: monarchrt bench generate"),
+            ([], "there is no GPU, and networks of true size would take hours; give --checkpoint"),
             (["train"], "what to time is 'train'; there is: monarchrt bench generate"),
-            (["generate"], "no checkpoint was given; give --checkpoint"),
+            (["generate"], "runs/demo/monarch after `monarchrt demo`, or --preset tiny"),
+            (["--preset", "huge"], "preset='huge' is unknown"),
+            (["--preset", "tiny", "--checkpoint", "runs/x"], "the checkpoint says its sizes; give one of the two"),
+            (["--preset", "tiny", "--lora", "x.safetensors"], "but weights are random here; leave it out"),
+            (["--preset", "tiny", "--decoder", "x.pth"], "decoder is x.pth, but weights are random here"),
+            (["--preset", "tiny", "--mesh", "data=2"], "sessions are made on one device"),
             (["generate", "--count", "1"], "count is 1; it must be at least 4"),
             (["generate", "--rate", "nan"], "rate is nan; it must lie in [0.1, 1000]"),
         ],

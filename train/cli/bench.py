@@ -18,6 +18,8 @@ from monarchrt.train.interrupt import finish_first
 
 _BENCH = """Time videos, block by block: cold and steady, percentiles, stages, and whether play would stand still.
 
+monarchrt bench generate                                   random weights of Wan 2.1 1.3B: how fast is this machine?
+
 monarchrt bench generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --tile 3 30 52 --json"""
 LEAST = 4  # blocks, for anything to be steady
 
@@ -25,6 +27,9 @@ LEAST = 4  # blocks, for anything to be steady
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(VideoOptions):
     """Time a Wan 2.1 checkpoint or a run."""
+
+    preset: str | None = None
+    """Without a checkpoint: random weights of these sizes. Default: wan2.1-t2v-1.3b, with a GPU."""
 
     count: int = 28
     """Blocks of each video that is timed; percentiles want many."""
@@ -51,25 +56,39 @@ def bench_command(arguments: Sequence[str]) -> int:
     given = list(arguments)
     if given[:1] == ["generate"]:
         given = given[1:]
-    elif not {"-h", "--help"} & set(given):
-        raise UserError(f"what to time is {given[0] if given else 'missing'!r}; there is: monarchrt bench generate")
+    elif given and not given[0].startswith("-"):
+        raise UserError(f"what to time is {given[0]!r}; there is: monarchrt bench generate")
     options = parse(BenchOptions, given, prog="monarchrt bench generate", description=_BENCH)
-    if options.checkpoint is None:
-        raise UserError(
-            "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
-        )
+    if options.checkpoint is not None and options.preset is not None:
+        raise UserError(f"preset is {options.preset}, but the checkpoint says its sizes; give one of the two")
     with finish_first():
+        import jax
+
         from monarchrt.models.serve.bench import measure
-        from monarchrt.models.serve.load import load_engine
+        from monarchrt.models.serve.load import load_engine, random_engine
+
+    preset = options.preset
+    if options.checkpoint is None and preset is None:
+        if jax.default_backend() == "cpu":
+            raise UserError(
+                "there is no GPU, and networks of true size would take hours; give --checkpoint, for example "
+                "runs/demo/monarch after `monarchrt demo`, or --preset tiny"
+            )
+        preset = "wan2.1-t2v-1.3b"
 
     config = GenerateConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
     )
     begin = time.monotonic()
-    engine = load_engine(config, report=lambda line: print(line, file=sys.stderr))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    engine = load_engine(config, report=say) if preset is None else random_engine(config, preset=preset, report=say)
     loaded = time.monotonic() - begin
     found = measure(engine, blocks=options.count, fps=options.rate)
     found["cold"] = {"load": loaded} | found["cold"]
+    found["weights"] = str(options.checkpoint) if preset is None else f"random, {preset}"
     print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
     return 0
 
