@@ -24,6 +24,7 @@ from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, read_newest, stored_network
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME
 from monarchrt.models.wan.kinds import PLACE
+from monarchrt.train.processes import by_first, first
 from monarchrt.train.run_folder import SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
 
@@ -136,6 +137,8 @@ class Checkpoints:
             raise
 
     def _remove_unfinished(self) -> None:
+        if not first():
+            return
         for leftover in self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -273,10 +276,13 @@ class Checkpoints:
         return read_checked(self.path / str(step) / "state", target, contents)
 
     def _move_aside(self, step: int) -> None:
-        self._set_aside.mkdir(exist_ok=True)
-        names = itertools.chain([str(step)], (f"{step}_{n}" for n in itertools.count(2)))
-        target = next(path for name in names if not (path := self._set_aside / name).exists())
-        shutil.move(self.path / str(step), target)
+        def move() -> None:
+            self._set_aside.mkdir(exist_ok=True)
+            names = itertools.chain([str(step)], (f"{step}_{n}" for n in itertools.count(2)))
+            target = next(path for name in names if not (path := self._set_aside / name).exists())
+            shutil.move(self.path / str(step), target)
+
+        by_first(f"aside/{step}", move)
         self._manager.reload()
 
 

@@ -65,7 +65,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[int, int]]:
+def example_order(step: int, batch: int, seed: int, count: int, rows: range | None = None) -> list[tuple[int, int]]:
     """Says which examples a step trains on: every epoch visits each example once, in an order of its own.
 
     Args:
@@ -73,6 +73,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
         batch: Examples per step.
         seed: Seed of the order.
         count: Number of different examples.
+        rows: Positions in the batch that are wanted; None: all.
 
     Returns:
         For each position in the batch (index of the example, number of the draw since the start).
@@ -82,6 +83,7 @@ def example_order(step: int, batch: int, seed: int, count: int) -> list[tuple[in
         [0, 1, 2, 3]
     """
     draws = range(step * batch, (step + 1) * batch)
+    draws = draws if rows is None else draws[rows.start : rows.stop]
     return [(int(_epoch_order(seed, draw // count, count)[draw % count]), draw) for draw in draws]
 
 
@@ -176,9 +178,9 @@ class ClipWindows:
             digest.update(repr(self._lengths).encode())
         return digest.hexdigest()
 
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The windows of a step, counted from 0."""
-        order = example_order(step, batch, seed, len(self.train_starts))
+    def train_batch(self, step: int, batch: int, seed: int, *, rows: range | None = None) -> Batch:
+        """The windows of a step, counted from 0, or those of them at some positions of the batch."""
+        order = example_order(step, batch, seed, len(self.train_starts), rows)
         return self._encode(self._augment(self.train_starts[index], draw, seed) for index, draw in order)
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
@@ -280,9 +282,9 @@ class LatentFolder:
         """Writes what `fingerprint` found to the file of digests, if one was named."""
         self._digests.keep()
 
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The examples of a step, counted from 0."""
-        order = example_order(step, batch, seed, len(self.train_files))
+    def train_batch(self, step: int, batch: int, seed: int, *, rows: range | None = None) -> Batch:
+        """The examples of a step, counted from 0, or those at some positions of the batch; others are not read."""
+        order = example_order(step, batch, seed, len(self.train_files), rows)
         return self._load(self.train_files[index] for index, _ in order)
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:

@@ -94,7 +94,8 @@ def _narrow(network: Any) -> list[str]:
 
 def _devices(devices: Sequence[Any]) -> str:
     kind = getattr(devices[0], "device_kind", devices[0].platform)
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    own = next((device for device in devices if device.process_index == jax.process_index()), None)
+    memory = None if own is None else (own.memory_stats() or {}).get("bytes_limit")
     return f"{len(devices)} x {kind}" + (f" with {_bytes(memory)}" if memory else "")
 
 

@@ -139,6 +139,19 @@ class RunLog:
         self.close(failed=error is not None)
 
 
+class NoLog(RunLog):
+    """Writes nothing: of the processes of a run, one has the log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG_NAME
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Nothing."""
+
+
 class Progress:
     """A bar on a terminal, elsewhere a line every so often; notes go to stderr as plain lines either way."""
 

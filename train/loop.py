@@ -26,10 +26,11 @@ from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
-from monarchrt.train.logs import Progress, RunLog
+from monarchrt.train.logs import NoLog, Progress, RunLog
 from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.processes import by_first, first
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
@@ -100,21 +101,23 @@ def train(
         DiskFullError: If there was no room for the log or a checkpoint.
         Interrupted: If a signal asked to stop; the state has been saved.
     """
-    claim_folder(config)
+    by_first("claim", lambda: claim_folder(config))
     check_sinks(config)
     if source is None:
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
         objective = make_objective(config.objective)
         source = objective.open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
     with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
-        if config.run.folder.is_dir():
+
+        def claim() -> None:
             lock.take()
             claim_folder(config)  # while the data was read, another run may have come and gone
+
+        by_first("claim again", lambda: claim() if config.run.folder.is_dir() else None)
         models = model if isinstance(model, Mapping) else {} if model is None else {config.objective.exported: model}
         run = _Run(config, source, models, opened)
         state, notes = run.begin()
-        lock.take()
-        claim_folder(config)  # likewise
+        by_first("claim at last", claim)
         return run.train(state, notes, quiet=quiet, after_step=after_step)
 
 
@@ -243,17 +246,18 @@ class _Run:
         """Opens the run folder's files, and trains."""
         config, run, start = self.config, self.config.run, int(state.step)
         resumed = bool(self.previous and self.previous.steps())
-        if self.previous is None and (run.folder / FOLDER_NAME).exists():
+        if first() and self.previous is None and (run.folder / FOLDER_NAME).exists():
             raise UserError(f"folder {run.folder} was begun by another run meanwhile; try again with --resume")
-        write_config(config, latents=self.source.latent_shape[:3])
-        if isinstance(self.source, LatentFolder):
+        if first():
+            write_config(config, latents=self.source.latent_shape[:3])
+        if first() and isinstance(self.source, LatentFolder):
             self.source.keep_digests()
         checkpoints = self.previous or self._open()
         several = len(config.objective.roles) > 1
         failure = Failure(config, checkpoints)
         with (
-            RunLog(run.folder, step=start if resumed else -1, kept=checkpoints.kept, sinks=open_sinks(config)) as log,
-            Progress(run.steps, start=start, quiet=quiet) as progress,
+            self._log(start if resumed else -1, checkpoints) as log,
+            Progress(run.steps, start=start, quiet=quiet if first() else True) as progress,
             StopRequest() as stop,
         ):
             for note in notes:
@@ -285,6 +289,13 @@ class _Run:
             exported=config.objective.exported,
             folder=run.folder,
         )
+
+    def _log(self, step: int, checkpoints: Checkpoints) -> RunLog:
+        """The log of the run; only the first process writes one."""
+        folder = self.config.run.folder
+        if not first():
+            return NoLog(folder)
+        return RunLog(folder, step=step, kept=checkpoints.kept, sinks=open_sinks(self.config))
 
     def _samples(self) -> list[Sample]:
         run, role = self.config.run, self.config.objective.exported

@@ -14,6 +14,7 @@ from monarchrt.models.media.video import side_by_side, write_mp4
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.objectives.base import Sampler
 from monarchrt.train.objectives.flow import euler_sample, evaluation_noise, flow_sampler, sampling_levels
+from monarchrt.train.processes import first
 
 __all__ = ["euler_sample", "flow_sampler", "make_sampler", "sampling_levels", "write_held_out_sample"]
 
@@ -63,8 +64,8 @@ def write_held_out_sample(
     """
     latents, text = source.held_out_batch([index])
     noise = evaluation_noise(index, 0, latents.shape)
-    clips = [source.held_out_window(index)]
-    for sampler in samplers.values():
-        sampled = np.asarray(sampler(params, frozen, latents, text, noise), np.float32)
-        clips.append(source.transform.decode(sampled[0]))
+    sampled = [np.asarray(make(params, frozen, latents, text, noise), np.float32) for make in samplers.values()]
+    if not first():  # all processes make them, one writes them
+        return path
+    clips = [source.held_out_window(index), *(source.transform.decode(made[0]) for made in sampled)]
     return write_mp4(path, side_by_side(clips, labels=["clip", *samplers], zoom=zoom))

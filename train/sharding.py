@@ -57,7 +57,38 @@ class Placement:
             logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
             return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
 
-        return jax.device_put(batch, jax.tree.map(place, batch))
+        if jax.process_count() == 1:
+            return jax.device_put(batch, jax.tree.map(place, batch))
+
+        def put(leaf: Any, where: NamedSharding) -> jax.Array:  # the parts that this process has devices for
+            array = np.asarray(leaf)
+            return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+        return jax.tree.map(put, batch, jax.tree.map(place, batch))
+
+    def part(self, rows_of_batch: Any, *, rows: range, batch: int) -> Any:
+        """A batch, of which this process has read some rows: those that `rows` says."""
+
+        def put(leaf: Any) -> jax.Array:
+            array = np.asarray(leaf)
+            shape = batch, *array.shape[1:]
+            where = NamedSharding(self.mesh, partition(self.mesh, shape, ("batch", *(None,) * (array.ndim - 1))))
+
+            def of(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(batch)
+                return array[start - rows.start : stop - rows.start]
+
+            return jax.make_array_from_callback(shape, where, of)
+
+        return jax.tree.map(put, rows_of_batch)
+
+    def rows(self, batch: int) -> range | None:
+        """The samples of a batch that this process has devices for, from the first to the last; None: all of them."""
+        if jax.process_count() == 1:
+            return None
+        where = NamedSharding(self.mesh, partition(self.mesh, (batch,), ("batch",)))
+        parts = [index[0].indices(batch) for index in where.addressable_devices_indices_map((batch,)).values()]
+        return range(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
     def everywhere(self) -> NamedSharding:
         """Of an array that every device has whole."""

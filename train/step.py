@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Objective
@@ -89,7 +89,7 @@ def make_train_step(
         return TrainState(step=done, roles=roles, rng=state.rng), metrics
 
     # without shardings the compiler might move the state, and the next call would compile again
-    places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, None)}
+    places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
     return jax.jit(step_fn, donate_argnums=0, static_argnames="due", **places)
 
 
@@ -117,6 +117,10 @@ def _mesh(shardings: TrainState | None) -> AbstractMesh:
     return AbstractMesh((), ()) if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
 
+def _everywhere(shardings: TrainState) -> NamedSharding:
+    return NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+
+
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:
     """Makes the compiled errors of the networks, with their evaluated parameters, at given draws.
 
@@ -129,10 +133,10 @@ def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState
         ({role: (evaluated parameters, other variables)}, batch, draws) -> {role: errors}.
     """
 
-    @jax.jit
     def errors(networks: Mapping[str, tuple[Any, Any]], batch: Batch, draws: Any) -> Mapping[str, jax.Array]:
         merged = {name: nnx.merge(graphs[name], *parts) for name, parts in networks.items()}
         with use_abstract_mesh(_mesh(shardings)):
             return objective.held_out_errors(merged, Batch(*batch), draws)
 
-    return errors
+    # on every device, as each process looks at all of them
+    return jax.jit(errors, out_shardings=None if shardings is None else _everywhere(shardings))

@@ -1,13 +1,16 @@
 """The loop: batches go through the step, hooks see what comes of it. It knows neither the objective nor the roles."""
 
+import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from monarchrt.train.config import RunConfig
-from monarchrt.train.data import Batch, Source
+from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
 from monarchrt.train.hooks import Hook, MetricsLog
 from monarchrt.train.interrupt import Interrupted, StopRequest
 from monarchrt.train.objectives.base import Objective
+from monarchrt.train.processes import AgreedStop
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import StepFn
@@ -32,16 +35,22 @@ class Batches:
 
     def host(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
         """The batches of a step, counted from 1, before they are moved."""
-        return self._take(step, roles, lambda batch: batch)
+        return self._take(step, roles, lambda batch: batch, {})
 
     def __call__(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
         """The batches of a step, counted from 1."""
-        return self._take(step, roles, self._placement.batch)
+        rows = self._placement.rows(self._run.batch)
+        if rows is None or not isinstance(self._source, ClipWindows | LatentFolder):  # which read a part
+            return self._take(step, roles, self._placement.batch, {})
+        place = functools.partial(self._placement.part, rows=rows, batch=self._run.batch)
+        return self._take(step, roles, place, {"rows": rows})
 
-    def _take(self, step: int, roles: Sequence[str], place: Callable[[Batch], Batch]) -> Mapping[str, Batch]:
+    def _take(
+        self, step: int, roles: Sequence[str], place: Callable[[Batch], Batch], part: Mapping[str, Any]
+    ) -> Mapping[str, Batch]:
         first = (step - 1) * self._streams
         batches = {
-            stream: place(self._source.train_batch(first + stream, self._run.batch, self._run.seed))
+            stream: place(self._source.train_batch(first + stream, self._run.batch, self._run.seed, **part))
             for stream in sorted({self._stream[role] for role in roles})
         }
         return {role: batches[self._stream[role]] for role in roles}
@@ -92,6 +101,7 @@ class Trainer:
             DiskFullError: If there was no room for the log or a checkpoint.
             Interrupted: If a signal asked to stop; the state has been saved.
         """
+        agreed = AgreedStop()
         for step in range(int(self.state.step) + 1, self._run.steps + 1):
             roles = self._objective.due(step)
             self.state, metrics = self._step_fn(self.state, self._batches(step, roles), due=roles)
@@ -102,8 +112,8 @@ class Trainer:
                 hook(step, self.state)
             if after_step:
                 after_step(step, self.state)
-            if stop.signal is not None:
-                self._stop(step, stop.signal)
+            if (signal := agreed.due(step, stop.signal)) is not None:
+                self._stop(step, signal)
         self._metrics.write(leave=0)
         return self.state
 

@@ -5,12 +5,14 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli.parsing import last_value, read_settings
 from monarchrt.train.cli.roles import parse_roles
-from monarchrt.train.config import RunConfig, TrainConfig, replace_settings
+from monarchrt.train.config import RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.interrupt import finish_first
+from monarchrt.train.processes import first, joined, wanted
 from monarchrt.train.run_folder import claim_folder, read_config
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
@@ -85,7 +87,20 @@ def _of_the_file(path: Path | None) -> Iterator[None]:
 def train_command(arguments: Sequence[str]) -> int:
     """`monarchrt train`."""
     config = _parse_train(arguments)
-    claim_folder(config)  # before JAX is loaded
+    with joined(config.run, identity=_shared(config)):
+        return _train(config)
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """What all processes of a run must have alike."""
+    parts = {part: to_dict(getattr(config, part)) for part in ("data", "model", "objective", "optimizer", "run")}
+    flat = {name: value for values in parts.values() for name, value in values.items()}
+    return {name: value for name, value in flat.items() if name not in ("process", "coordinator")}
+
+
+def _train(config: TrainConfig) -> int:
+    if not wanted(config.run):
+        claim_folder(config)  # before JAX is loaded
     if config.data.video is None and config.data.precomputed is None:
         if config.run.resume and read_config(config.run.folder) is None:
             raise UserError(
@@ -98,6 +113,8 @@ def train_command(arguments: Sequence[str]) -> int:
         from monarchrt.train.loop import train
 
     result = train(config)
+    if not first():
+        return 0
     print(
         f"step {int(result.state.step)}: held-out loss {result.held_out_loss:.4f}; everything is in {result.folder}",
         file=sys.stderr,
