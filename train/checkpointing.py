@@ -23,8 +23,8 @@ from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, read_newest, stored_network
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME
+from monarchrt.models.processes.agreement import by_first, first
 from monarchrt.models.wan.kinds import PLACE
-from monarchrt.train.processes import by_first, first
 from monarchrt.train.run_folder import SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
 

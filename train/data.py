@@ -60,6 +60,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsParts(Protocol):
+    """A source that reads a part of a batch, for a process that has devices for no more."""
+
+    def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
+        """Those samples of `train_batch` that are at `rows`; what is not needed for them is not read."""
+        ...
+
+
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -178,8 +187,12 @@ class ClipWindows:
             digest.update(repr(self._lengths).encode())
         return digest.hexdigest()
 
-    def train_batch(self, step: int, batch: int, seed: int, *, rows: range | None = None) -> Batch:
-        """The windows of a step, counted from 0, or those of them at some positions of the batch."""
+    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
+        """The windows of a step, counted from 0."""
+        return self.train_part(step, batch, seed, range(batch))
+
+    def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
+        """Those windows of a step that are at `rows` of its batch."""
         order = example_order(step, batch, seed, len(self.train_starts), rows)
         return self._encode(self._augment(self.train_starts[index], draw, seed) for index, draw in order)
 
@@ -282,8 +295,12 @@ class LatentFolder:
         """Writes what `fingerprint` found to the file of digests, if one was named."""
         self._digests.keep()
 
-    def train_batch(self, step: int, batch: int, seed: int, *, rows: range | None = None) -> Batch:
-        """The examples of a step, counted from 0, or those at some positions of the batch; others are not read."""
+    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
+        """The examples of a step, counted from 0."""
+        return self.train_part(step, batch, seed, range(batch))
+
+    def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
+        """Those examples of a step that are at `rows` of its batch; the files of others are not read."""
         order = example_order(step, batch, seed, len(self.train_files), rows)
         return self._load(self.train_files[index] for index, _ in order)
 

@@ -85,7 +85,11 @@ class LatentLMDB:
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
         """The examples of a step, counted from 0."""
-        order = example_order(step, batch, seed, len(self.train_rows))
+        return self.train_part(step, batch, seed, range(batch))
+
+    def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
+        """Those examples of a step that are at `rows` of its batch; others are not read."""
+        order = example_order(step, batch, seed, len(self.train_rows), rows)
         return self._load([self.train_rows[index] for index, _ in order])
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:

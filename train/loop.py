@@ -19,6 +19,8 @@ import jax
 from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.generate.runs import CONFIG_NAME
+from monarchrt.models.processes.agreement import all_agree, by_first, check_shared, first, from_first
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, Source
@@ -30,7 +32,6 @@ from monarchrt.train.logs import NoLog, Progress, RunLog
 from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
-from monarchrt.train.processes import by_first, first
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
@@ -192,8 +193,17 @@ class _Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before."""
-        return identity(self.config, fingerprint=self.source.fingerprint)
+        """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before.
+
+        Of several processes, the first reads it; those that have all of it in memory must have the same.
+        """
+        source = self.source
+        agreed = from_first("fingerprint", lambda: source.fingerprint)
+        own = agreed if isinstance(source, LatentFolder) or first() else source.fingerprint
+        wrong = None if own == agreed else f"its data are not those of process 0 ({own[:12]} and {agreed[:12]})"
+        if (found := all_agree("data", wrong)) is not None:
+            raise UserError(f"{found}; give all processes the same data")
+        return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:
         """Traces each kind of step: shapes, tiles and backends are checked before anything is computed or written."""
@@ -246,10 +256,9 @@ class _Run:
         """Opens the run folder's files, and trains."""
         config, run, start = self.config, self.config.run, int(state.step)
         resumed = bool(self.previous and self.previous.steps())
-        if first() and self.previous is None and (run.folder / FOLDER_NAME).exists():
-            raise UserError(f"folder {run.folder} was begun by another run meanwhile; try again with --resume")
-        if first():
-            write_config(config, latents=self.source.latent_shape[:3])
+        by_first("folder", self._check_folder)
+        by_first("settings", lambda: write_config(config, latents=self.source.latent_shape[:3]))
+        check_shared(run.folder / CONFIG_NAME, option="folder")
         if first() and isinstance(self.source, LatentFolder):
             self.source.keep_digests()
         checkpoints = self.previous or self._open()
@@ -289,6 +298,11 @@ class _Run:
             exported=config.objective.exported,
             folder=run.folder,
         )
+
+    def _check_folder(self) -> None:
+        folder = self.config.run.folder
+        if self.previous is None and (folder / FOLDER_NAME).exists():
+            raise UserError(f"folder {folder} was begun by another run meanwhile; try again with --resume")
 
     def _log(self, step: int, checkpoints: Checkpoints) -> RunLog:
         """The log of the run; only the first process writes one."""

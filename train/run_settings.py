@@ -6,6 +6,7 @@ from typing import Literal
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import MeshShape
+from monarchrt.models.processes.place import check_options
 from monarchrt.train.bounds import check_bounds
 
 
@@ -52,14 +53,14 @@ class RunConfig:
     left. A run may go on with another mesh."""
 
     coordinator: str | None = None
-    """Of a run on several processes, each with its own devices: address and port of process 0, such as
-    `10.0.0.1:1234`. Under Slurm's srun and Open MPI's mpirun it is found by itself, and so are the next two."""
+    """Of a run on several processes, each with its own devices: address of process 0 and a free port, such as
+    `10.0.0.1:1234`. Slurm's srun and Open MPI's mpirun say it, and the next two, by themselves."""
 
     processes: int | None = None
-    """How many processes there are; goes with `coordinator`."""
+    """How many processes there are; goes with coordinator."""
 
     process: int | None = None
-    """Which of them this is, counted from 0; goes with `coordinator`."""
+    """Which of them this is, counted from 0; goes with coordinator."""
 
     log_every: int = 1
     """Write loss, gradient norm and learning rate every this many steps."""
@@ -94,23 +95,5 @@ class RunConfig:
             MeshShape.parse(self.mesh)
             plain = self.sharding == "replicated"
             require(plain, f"sharding is {self.sharding}, but mesh {self.mesh} says it too; leave one of them out")
-        self._check_processes()
+        check_options(self.coordinator, self.processes, self.process)
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
-
-    def _check_processes(self) -> None:
-        given = {"coordinator": self.coordinator, "processes": self.processes, "process": self.process}
-        if (missing := [name for name, value in given.items() if value is None]) and len(missing) < len(given):
-            named = next(name for name in given if name not in missing)
-            raise UserError(f"{named} is {given[named]}, which goes with {' and '.join(missing)}; give all three")
-        if self.coordinator is None or self.processes is None or self.process is None:
-            return
-        _, colon, port = self.coordinator.rpartition(":")
-        require(
-            bool(colon) and port.isdigit() and 0 < int(port) < 2**16,
-            f"coordinator is {self.coordinator!r}; it must be an address and a port, for example 10.0.0.1:1234",
-        )
-        require(self.processes >= 1, f"processes is {self.processes}; it must be at least 1")
-        require(
-            0 <= self.process < self.processes,
-            f"process is {self.process}; it must lie in 0...{self.processes - 1}, as processes is {self.processes}",
-        )

@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_a
 from jaxtyping import Array
 
 from monarchrt.models.media.video import side_by_side, write_mp4
+from monarchrt.models.processes.agreement import first
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.objectives.base import Sampler
 from monarchrt.train.objectives.flow import euler_sample, evaluation_noise, flow_sampler, sampling_levels
-from monarchrt.train.processes import first
 
 __all__ = ["euler_sample", "flow_sampler", "make_sampler", "sampling_levels", "write_held_out_sample"]
 

@@ -131,7 +131,11 @@ class PromptFile:
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
         """The prompts of a step, counted from 0."""
-        order = example_order(step, batch, seed, len(self.train_prompts))
+        return self.train_part(step, batch, seed, range(batch))
+
+    def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
+        """Those prompts of a step that are at `rows` of its batch."""
+        order = example_order(step, batch, seed, len(self.train_prompts), rows)
         return self._load([self.train_prompts[index] for index, _ in order])
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:

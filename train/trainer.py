@@ -3,14 +3,13 @@
 import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from monarchrt.models.processes.agreement import AgreedStop
 from monarchrt.train.config import RunConfig
-from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
+from monarchrt.train.data import Batch, ReadsParts, Source
 from monarchrt.train.hooks import Hook, MetricsLog
 from monarchrt.train.interrupt import Interrupted, StopRequest
 from monarchrt.train.objectives.base import Objective
-from monarchrt.train.processes import AgreedStop
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import StepFn
@@ -35,22 +34,22 @@ class Batches:
 
     def host(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
         """The batches of a step, counted from 1, before they are moved."""
-        return self._take(step, roles, lambda batch: batch, {})
+        return self._take(step, roles, lambda batch: batch, self._source.train_batch)
 
     def __call__(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
-        """The batches of a step, counted from 1."""
-        rows = self._placement.rows(self._run.batch)
-        if rows is None or not isinstance(self._source, ClipWindows | LatentFolder):  # which read a part
-            return self._take(step, roles, self._placement.batch, {})
+        """The batches of a step, counted from 1; a process reads what it has devices for, if the source can."""
+        rows, source = self._placement.rows(self._run.batch), self._source
+        if rows is None or not isinstance(source, ReadsParts):
+            return self._take(step, roles, self._placement.batch, source.train_batch)
         place = functools.partial(self._placement.part, rows=rows, batch=self._run.batch)
-        return self._take(step, roles, place, {"rows": rows})
+        return self._take(step, roles, place, functools.partial(source.train_part, rows=rows))
 
     def _take(
-        self, step: int, roles: Sequence[str], place: Callable[[Batch], Batch], part: Mapping[str, Any]
+        self, step: int, roles: Sequence[str], place: Callable[[Batch], Batch], read: Callable[[int, int, int], Batch]
     ) -> Mapping[str, Batch]:
         first = (step - 1) * self._streams
         batches = {
-            stream: place(self._source.train_batch(first + stream, self._run.batch, self._run.seed, **part))
+            stream: place(read(first + stream, self._run.batch, self._run.seed))
             for stream in sorted({self._stream[role] for role in roles})
         }
         return {role: batches[self._stream[role]] for role in roles}

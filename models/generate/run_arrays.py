@@ -21,6 +21,7 @@ from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.files import listed
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME, RunSettings, checkpoint_steps
+from monarchrt.models.processes.agreement import all_agree
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.checkpoints.settings import Trained
 
@@ -77,9 +78,19 @@ def read_checked(
         The arrays.
 
     Raises:
-        ValueError: If one cannot be read, or its checksum is wrong.
+        ValueError: If one cannot be read, or its checksum is wrong; in all of several processes, which read their
+            parts.
     """
-    arrays = read_arrays(folder, wanted)
+    wrong, arrays = None, {}
+    try:
+        arrays = read_arrays(folder, wanted)
+    except ValueError as error:
+        if of_the_machine(error):
+            raise
+        wrong = error
+    found = all_agree(f"read/{folder}", None if wrong is None else str(wrong))
+    if found is not None:
+        raise wrong or ValueError(found)
     found = jax.device_get(checksums(arrays))
     for name in wanted:
         if int(found[name]) != contents[name]["checksum"]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.processes.joining import joined
+from monarchrt.models.processes.place import find_place
 from monarchrt.train.cli.parsing import last_value, read_settings
 from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.config import RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.interrupt import finish_first
-from monarchrt.train.processes import first, joined, wanted
 from monarchrt.train.run_folder import claim_folder, read_config
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
@@ -87,20 +88,33 @@ def _of_the_file(path: Path | None) -> Iterator[None]:
 def train_command(arguments: Sequence[str]) -> int:
     """`monarchrt train`."""
     config = _parse_train(arguments)
-    with joined(config.run, identity=_shared(config)):
+    run = config.run
+    place = find_place(run.coordinator, run.processes, run.process)
+    if place is None:
+        claim_folder(config)  # before JAX is loaded
+    with joined(place, identity=_shared(config), advice="go on with --resume"):
         return _train(config)
 
 
 def _shared(config: TrainConfig) -> dict[str, Any]:
-    """What all processes of a run must have alike."""
-    parts = {part: to_dict(getattr(config, part)) for part in ("data", "model", "objective", "optimizer", "run")}
-    flat = {name: value for values in parts.values() for name, value in values.items()}
-    return {name: value for name, value in flat.items() if name not in ("process", "coordinator")}
+    """What all processes of a run must have alike, under the names of the options."""
+    found: dict[str, Any] = {}
+
+    def collect(values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{name}.")
+            else:
+                found[f"{prefix}{name}"] = value
+
+    for part, values in to_dict(config).items():
+        collect(values, f"{part}." if part == "roles" else "") if isinstance(values, dict) else found.update(
+            {part: values}
+        )
+    return {name: value for name, value in found.items() if name not in ("process", "coordinator", "processes")}
 
 
 def _train(config: TrainConfig) -> int:
-    if not wanted(config.run):
-        claim_folder(config)  # before JAX is loaded
     if config.data.video is None and config.data.precomputed is None:
         if config.run.resume and read_config(config.run.folder) is None:
             raise UserError(
@@ -111,6 +125,8 @@ def _train(config: TrainConfig) -> int:
 
     with finish_first():
         from monarchrt.train.loop import train
+
+    from monarchrt.models.processes.agreement import first
 
     result = train(config)
     if not first():

@@ -1,0 +1,181 @@
+"""What processes say to each other, through the coordinator of `jax.distributed`; one process says it to itself."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from monarchrt.models.errors import UserError
+
+AHEAD = 2  # steps; no process is further than one ahead of another, as each waits for the numbers of the step before
+SETTLES = 15.0  # seconds that a file may take to be seen on another machine
+_HOUR = 3600
+_PREFIX = "monarchrt/"
+
+
+def client() -> Any:
+    """What reaches the coordinator; None in a run of one process."""
+    from jax._src import distributed  # JAX's own modules take it from there
+
+    return distributed.global_state.client if jax.process_count() > 1 else None
+
+
+def first() -> bool:
+    """Whether this process writes what is written once: logs, samples, settings."""
+    return jax.process_index() == 0
+
+
+def get(key: str, *, seconds: float = _HOUR) -> str:
+    """What a process says under a key, once it does; a signal does not wait for it.
+
+    Raises:
+        TimeoutError: If it does not in time.
+    """
+    caller = client()
+    for _ in range(max(1, round(seconds))):
+        try:
+            return caller.blocking_key_value_get(_PREFIX + key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    raise TimeoutError(f"no process said {key} in {seconds:.0f} s")
+
+
+def put(key: str, value: str, *, again: bool = False) -> None:
+    """Says something under a key; `again`: it may have been said before."""
+    client().key_value_set(_PREFIX + key, value, allow_overwrite=again)
+
+
+def said(prefix: str) -> dict[str, str]:
+    """What has been said under keys that begin so, by the rest of the key."""
+    entries = client().key_value_dir_get(_PREFIX + prefix)
+    return {key.removeprefix(_PREFIX + prefix): value for key, value in entries}
+
+
+def from_first[T](name: str, value: Callable[[], T]) -> T:
+    """What the first process finds, in all of them; a UserError of it is raised in all of them.
+
+    Args:
+        name: Of the question, which all processes ask equally often.
+        value: Called in the first process; returns what JSON can hold.
+
+    Examples:
+        >>> from_first("devices", lambda: 3)
+        3
+    """
+    if client() is None:
+        return value()
+    if not first():
+        error, found = json.loads(get(f"{_answer(name, '')}/0"))
+        if error is not None:
+            raise UserError(error)
+        return found
+    try:
+        found = value()
+    except UserError as wrong:
+        _answer(name, json.dumps([str(wrong), None]))
+        raise
+    _answer(name, json.dumps([None, found]))
+    return found
+
+
+def by_first(name: str, act: Callable[[], None]) -> None:
+    """Does in the first process what only one may do, before any goes on. Arguments and errors are as in `from_first`.
+
+    Examples:
+        >>> by_first("clean", lambda: None)
+    """
+    from_first(name, act)
+
+
+def all_agree(name: str, wrong: str | None) -> str | None:
+    """What is wrong in any of the processes, in the first of them that has something; waits for all.
+
+    Args:
+        name: Of the question, which all processes ask equally often.
+        wrong: What is wrong in this one; None: nothing.
+
+    Examples:
+        >>> all_agree("restored", None) is None
+        True
+    """
+    if client() is None:
+        return wrong
+    question = _answer(name, json.dumps(wrong))
+    answers = [json.loads(get(f"{question}/{process}")) for process in range(jax.process_count())]
+    return next((f"process {n}: {answer}" for n, answer in enumerate(answers) if answer is not None), None)
+
+
+def check_shared(path: Path, *, option: str) -> None:
+    """Checks that all processes see a file as the first one does, which has just written it.
+
+    Args:
+        path: The file.
+        option: That names its folder.
+
+    Raises:
+        UserError: In all of them, if one sees another file: its machine does not share the file system.
+    """
+
+    def digest() -> str | None:
+        with contextlib.suppress(OSError):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return None
+
+    right, wrong = from_first(f"written/{path}", digest), None
+    limit = time.monotonic() + SETTLES
+    while digest() != right:
+        if time.monotonic() > limit:
+            wrong = f"{option} {path.parent} is not that of process 0"
+            break
+        time.sleep(0.5)
+    if (found := all_agree(f"shared/{path}", wrong)) is not None:
+        raise UserError(f"{found}; give a --{option} on a file system that all machines share")
+
+
+def _answer(name: str, value: str) -> str:
+    """Says something in answer to a question; returns the question, numbered by how often this process answered."""
+    for count in itertools.count():
+        try:
+            put(f"{name}/{count}/{jax.process_index()}", value)
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+        else:
+            return f"{name}/{count}"
+    return name
+
+
+class AgreedStop:
+    """Makes all processes stop after the same step when one of them is asked to."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] | None = None
+
+    def due(self, step: int, signal: int | None) -> int | None:
+        """The signal, once it is time to stop for it.
+
+        Args:
+            step: The step that is done.
+            signal: What this process was sent; None: nothing.
+
+        Examples:
+            >>> AgreedStop().due(3, 15)
+            15
+        """
+        caller = client()
+        if caller is None:
+            return signal
+        if self._last is None:
+            if signal is not None:
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
+                    put("stop/at", json.dumps([step + AHEAD, signal]))
+            if (found := said("stop/").get("at")) is not None:
+                self._last = tuple(json.loads(found))
+        return self._last[1] if self._last is not None and step >= self._last[0] else None
