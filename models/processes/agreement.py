@@ -15,7 +15,7 @@ from monarchrt.models.errors import UserError
 
 AHEAD = 2  # steps; no process is further than one ahead of another, as each waits for the numbers of the step before
 SETTLES = 15.0  # seconds that a file may take to be seen on another machine
-_HOUR = 3600
+_HOUR = 3600.0
 _PREFIX = "monarchrt/"
 
 

@@ -17,7 +17,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.processes import service
 from monarchrt.models.processes.place import Place
 
-JOINING = 300  # seconds in which all processes must have begun
+JOINING = 300.0  # seconds in which all processes must have begun
 _SAY_AFTER = 10.0  # seconds of waiting
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
@@ -134,7 +134,7 @@ def _service(place: Place, seconds: float) -> Iterator[None]:
     if place.process:
         yield
         return
-    wait = time.monotonic() + min(seconds, 5.0)  # what served a run that has just ended may be about to go
+    wait = time.monotonic() + min(seconds, service.LATE + 2)  # what served a run that has just ended may be about to go
     while True:
         process = _serve(place, seconds)
         said = process.stdout.readline().decode().strip()  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LINGER = 60.0  # seconds, at most, that it stays for others after process 0
+LATE = 8.0  # seconds, at most, that it stays for those who come after something was wrong
 MESSAGE = 2**20  # bytes, at most
 _ADVICE = "start all processes with the same settings and versions"
 _ESTABLISHED = "01"
@@ -151,6 +152,28 @@ def answer(connections: Iterable[socket.socket], wrong: str | None) -> None:
         connection.close()
 
 
+def refuse(listener: socket.socket, wrong: str, *, count: int, seconds: float = LATE) -> None:
+    """Tells those who come later, too.
+
+    Args:
+        listener: Where they come.
+        wrong: What they are told.
+        count: How many are expected.
+        seconds: To wait for them.
+    """
+    limit = time.monotonic() + seconds
+    while count > 0 and (left := limit - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            connection = listener.accept()[0]
+            connection.settimeout(1.0)
+            connection.recv(MESSAGE)  # what is not read would tear the answer away
+        except OSError:
+            continue
+        answer([connection], wrong)
+        count -= 1
+
+
 def connections_to(port: int) -> int:
     """How many are open to a port of this machine; 0 where the system does not say."""
     found = 0
@@ -187,10 +210,11 @@ def main(port: int, processes: int, seconds: float) -> None:
         return
     print("ready", flush=True)
     there, wrong = call_roll(listener, processes, seconds)
-    listener.close()
     if wrong is not None:
         answer(there, wrong)
+        refuse(listener, wrong, count=processes - len(there))
         return
+    listener.close()
     # a third of a second; all of jax takes several
     from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 

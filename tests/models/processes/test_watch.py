@@ -1,0 +1,47 @@
+"""When a process counts as lost, and what one process alone does with questions to all."""
+
+import pytest
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.processes.agreement import AgreedStop, all_agree, by_first, check_shared, first, from_first
+from monarchrt.models.processes.joining import joined
+from monarchrt.models.processes.watch import PATIENCE, Silence
+
+
+def test_one_that_gives_no_sign_is_lost_in_time():
+    silence = Silence([1, 2, 3], now=0.0)
+    for second in range(1, 30):
+        silence.heard({1: str(second), 2: "5", 3: "done"}, now=float(second))
+    assert silence.lost() == []
+    for second in range(30, 40):
+        silence.heard({1: str(second), 2: "5", 3: "done"}, now=float(second))
+    assert silence.lost() == [2]  # one that is done is not
+
+
+def test_one_that_was_held_up_itself_blames_nobody():
+    silence = Silence([1], now=0.0)
+    silence.heard({1: "1"}, now=1.0)
+    silence.heard({1: "1"}, now=1.0 + 10 * PATIENCE)
+    assert silence.lost() == []
+
+
+def test_one_that_never_began_is_lost():
+    silence = Silence([1], now=0.0)
+    for second in range(1, 40):
+        silence.heard({}, now=float(second))
+    assert silence.lost() == [1]
+
+
+def test_alone(tmp_path):
+    def refuse() -> None:
+        raise UserError("no")
+
+    with joined(None):
+        assert first()
+        assert from_first("question", lambda: {"a": 1}) == {"a": 1}
+        assert all_agree("question", "wrong") == "wrong"
+        check_shared(tmp_path / "file", option="folder")
+        with pytest.raises(UserError, match="no"):
+            by_first("question", refuse)
+    stop = AgreedStop()
+    assert (stop.due(1, None), stop.due(2, 15)) == (None, 15)

@@ -1,0 +1,204 @@
+"""Two real processes with two CPU devices each: a run, one that dies, one that is stopped, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from monarchrt.train.logs import read_log
+
+pytestmark = pytest.mark.slow
+
+NETWORK = ["--overrides", "num_layers=1", "dim=96", "num_heads=2", "ffn_dim=96"]
+DATA = ["--frames", "3", "--height", "16", "--width", "32", "--patch", "4", "--gap", "1", "--held-out", "0.3"]
+EVERY = ["--batch", "2", "--eval-every", "3", "--eval-windows", "1", "--eval-timesteps", "2", "--keep", "9"]
+MESH = ["--mesh", "data=1,fsdp=2,heads=2"]
+ENDS_WITHIN = 75  # seconds after another process has died
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+class Job:
+    """Processes of one run, their output in files."""
+
+    def __init__(self, folder: Path, commands: list[list[str]], environment: dict[str, str]):
+        self.outputs = [folder / f"{number}.txt" for number in range(len(commands))]
+        self.processes = []
+        for command, path in zip(commands, self.outputs, strict=True):
+            with path.open("wb") as file:
+                arguments = [sys.executable, "-m", "monarchrt", *command]
+                self.processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment))
+
+    def wait(self, seconds: float = 600) -> list[int]:
+        limit = time.monotonic() + seconds
+        return [process.wait(timeout=max(1, limit - time.monotonic())) for process in self.processes]
+
+    def lines(self, number: int) -> list[str]:
+        """What a process said, without Gloo's greetings."""
+        text = self.outputs[number].read_text(errors="replace")
+        return [line for line in text.splitlines() if "Gloo" not in line]
+
+
+@pytest.fixture
+def start(tmp_path, environment, clip):
+    """Starts two processes of a run, or one with as many devices."""
+    jobs: list[Job] = []
+
+    def run(options: list[str], *, processes: int = 2, differing: list[list[str]] | None = None) -> Job:
+        devices = 4 // max(processes, 1)
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        command = ["train", "--video", str(clip), *NETWORK, *DATA, *EVERY, *options]
+        commands = [command]
+        if processes:
+            port = free_port()
+            place = ["--coordinator", f"localhost:{port}", "--processes", str(processes), "--process"]
+            commands = [[*command, *place, str(number)] for number in range(processes)]
+        for own, more in zip(commands, differing or [], strict=False):
+            own += more
+        folder = tmp_path / f"job{len(jobs)}"
+        folder.mkdir()
+        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}))
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        for process in job.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(folder)]
+
+
+def until(condition, job: Job, seconds: float = 400) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in job.processes), [job.lines(n) for n in (0, 1)]
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+
+
+def test_a_run_that_loses_a_process_goes_on_and_ends_as_that_of_one_process(start, environment, tmp_path):
+    """The log is that of one process with four devices; a checkpoint is the same on one, two and four devices."""
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    options = [*MESH, "--steps", "8", "--checkpoint-every", "2", "--sample-every", "3"]
+    one = start([*options, "--folder", str(whole)], processes=0)
+    assert one.wait() == [0], one.lines(0)
+
+    job = start([*options, "--folder", str(split), "--steps", "4"])
+    assert job.wait() == [0, 0], [job.lines(n) for n in (0, 1)]
+    assert not job.lines(1)  # the first writes
+    assert "everything is in" in job.lines(0)[-1]
+
+    lost = start([*options, "--folder", str(split), "--steps", "4000", "--resume"])
+    until(lambda: (split / "checkpoints" / "6").is_dir(), lost)
+    lost.processes[1].kill()
+    began = time.monotonic()
+    assert lost.processes[0].wait(timeout=ENDS_WITHIN + 25) == 1
+    assert time.monotonic() - began < ENDS_WITHIN
+    said = [line for line in lost.lines(0) if line.startswith("error: ")]
+    assert said == [
+        "error: process 1 of 2 has given no sign of life for 30 s; this one ends too, go on with --resume"
+    ], lost.lines(0)
+
+    for step in (split / "checkpoints").iterdir():  # as if it had been lost at step 6
+        if step.name.isdigit() and int(step.name) > 6:
+            shutil.rmtree(step)
+    again = start([*options, "--folder", str(split), "--resume"])
+    assert again.wait() == [0, 0], [again.lines(n) for n in (0, 1)]
+    found, expected = numbers(split), numbers(whole)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, right in zip(found, expected, strict=True):
+        assert row.keys() == right.keys()
+        for name, value in right.items():
+            np.testing.assert_allclose(row[name], value, rtol=2e-5, err_msg=f"{name} at {right['step']}")
+    assert sorted(path.name for path in (split / "samples").iterdir()) == ["step_000003.mp4", "step_000006.mp4"]
+
+    stored = split / "checkpoints" / "8" / "state"
+    about = json.loads((split / "checkpoints" / "8" / "about" / "metadata").read_text())["arrays"]
+    for devices, mesh in ((1, "data=1"), (2, "heads=2"), (4, "fsdp=2,heads=2")):
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        process = subprocess.run(
+            [sys.executable, "-c", RESTORED, str(split), mesh], capture_output=True, text=True, check=False,
+            env=environment | {"XLA_FLAGS": flags},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert json.loads(process.stdout.splitlines()[-1]) == {name: raw(stored, name) for name in about}
+
+
+RESTORED = """
+import dataclasses, hashlib, json, sys
+from pathlib import Path
+import numpy as np
+from monarchrt.train.loop import train
+from monarchrt.train.run_folder import read_config
+from monarchrt.train.state import to_arrays
+config = read_config(Path(sys.argv[1]))
+run = dataclasses.replace(config.run, folder=Path(sys.argv[1]), mesh=sys.argv[2], resume=True)
+state = train(dataclasses.replace(config, run=run), quiet=True).state
+print(json.dumps({name: hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for name, x in to_arrays(state).items()}))
+"""
+
+
+def raw(folder: Path, name: str) -> str:
+    """The digest of an array as it is in the file."""
+    base = {"driver": "file", "path": f"{folder}/"}
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return hashlib.sha256(np.ascontiguousarray(ts.open(spec, open=True).result().read().result()).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_asked_to_stop_stops_all_at_the_same_step(start, tmp_path, number):
+    folder = tmp_path / "run"
+    options = [*MESH, "--steps", "4000", "--checkpoint-every", "1000", "--folder", str(folder)]
+    job = start(options)
+    until(lambda: len(read_log(folder)) > 3 if (folder / "log.jsonl").exists() else False, job)
+    os.kill(job.processes[1].pid, number)
+    assert job.wait(120) == [128 + number] * 2, [job.lines(n) for n in (0, 1)]
+    last = {job.lines(n)[-1] for n in (0, 1)}
+    assert len(last) == 1
+    assert "and saved; go on with" in last.pop()
+    step = max(row["step"] for row in read_log(folder))
+    assert (folder / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("differing", "message"),
+    [
+        ([[], ["--learning-rate", "2e-3"]], "learning_rate is 0.001 in process 0 and 0.002 in process 1; start all"),
+        ([["--mesh", "data=3"]] * 2, "mesh is data=3, which takes 3 devices, and there are 4; it could be data=4"),
+    ],
+)
+def test_what_is_refused_before_anything_is_compiled(start, tmp_path, differing, message):
+    job = start([*MESH, "--steps", "2", "--folder", str(tmp_path / "run")], differing=differing)
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        [line] = job.lines(number)
+        assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken(start, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        place = ["--coordinator", f"localhost:{taken.getsockname()[1]}", "--processes", "2", "--process", "0"]
+        job = start([*place, "--steps", "2", "--folder", str(tmp_path / "run")], processes=0)
+        assert job.wait(100) == [2]
+    [line] = job.lines(0)
+    assert "cannot listen at port" in line
+    assert "Address already in use" in line
