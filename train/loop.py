@@ -22,7 +22,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import CONFIG_NAME
 from monarchrt.models.processes.agreement import all_agree, by_first, check_shared, first, from_first
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
-from monarchrt.train.config import TrainConfig
+from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import run_header
@@ -102,6 +102,7 @@ def train(
         DiskFullError: If there was no room for the log or a checkpoint.
         Interrupted: If a signal asked to stop; the state has been saved.
     """
+    _check_joined(config.run)
     by_first("claim", lambda: claim_folder(config))
     check_sinks(config)
     if source is None:
@@ -120,6 +121,14 @@ def train(
         state, notes = run.begin()
         by_first("claim at last", claim)
         return run.train(state, notes, quiet=quiet, after_step=after_step)
+
+
+def _check_joined(run: RunConfig) -> None:
+    if run.processes is not None and run.processes != jax.process_count():
+        raise UserError(
+            f"processes is {run.processes}, and JAX knows of {jax.process_count()}; call train within "
+            f"monarchrt.models.processes.joining.joined, entered before JAX looks for its devices"
+        )
 
 
 def _close(
@@ -269,7 +278,7 @@ class _Run:
             Progress(run.steps, start=start, quiet=quiet if first() else True) as progress,
             StopRequest() as stop,
         ):
-            for note in notes:
+            for note in notes if first() else []:
                 progress.note(note)
             progress.header(self._header())
             metrics = MetricsLog(log, progress, every=run.log_every, total=run.steps, prefix=several, failure=failure)

@@ -57,7 +57,7 @@ class RunConfig:
     `10.0.0.1:1234`. Slurm's srun and Open MPI's mpirun say it, and the next two, by themselves."""
 
     processes: int | None = None
-    """How many processes there are; goes with coordinator."""
+    """How many processes there are; goes with coordinator. 1 alone: a run of its own, also under a job manager."""
 
     process: int | None = None
     """Which of them this is, counted from 0; goes with coordinator."""

@@ -66,7 +66,7 @@ def find_place(
         environment: Variables of the process.
 
     Returns:
-        The place; None where there is one process and no option.
+        The place; None where there is one process and no option, or `processes` alone says that it is 1.
 
     Raises:
         UserError: If something is missing, or out of range.
@@ -83,7 +83,7 @@ def find_place(
     job = next((found for read in _MANAGERS if (found := read(environment))), None)
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     named = [name for name, value in given.items() if value is not None]
-    if job is None and not named:
+    if (named == ["processes"] and processes == 1) or (job is None and not named):
         return None
     if job is not None:
         given = {name: getattr(job, name) if value is None else value for name, value in given.items()}

@@ -235,3 +235,9 @@ def test_frames_that_are_not_whole_tokens_are_refused_by_the_options_name(tmp_pa
     with pytest.raises(UserError, match=r"width is 24, .* not a multiple of 16, .* nearest that are: 16 and 32"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_training_that_was_not_joined_says_so(tmp_path):
+    run = RunConfig(folder=tmp_path, coordinator="localhost:1", processes=2, process=0)
+    with pytest.raises(UserError, match=r"processes is 2, and JAX knows of 1; call train within .*joined"):
+        train(TrainConfig(run=run))

@@ -31,6 +31,10 @@ def test_one_process_has_no_place():
         assert find_place(environment=SLURM | {"SLURM_STEP_NUM_TASKS": "1"} | alone) is None  # or a batch script
 
 
+def test_one_of_a_job_may_be_alone():
+    assert find_place(processes=1, environment=SLURM) is None
+
+
 def test_options_alone():
     found = find_place("10.0.0.1:1234", 2, 1, environment={})
     assert found == Place(coordinator="10.0.0.1:1234", processes=2, process=1)
