@@ -97,17 +97,17 @@ def until(condition, job: Job, seconds: float = 400) -> None:
 def test_a_run_that_loses_a_process_goes_on_and_ends_as_that_of_one_process(start, environment, tmp_path):
     """The log is that of one process with four devices; a checkpoint is the same on one, two and four devices."""
     whole, split = tmp_path / "whole", tmp_path / "split"
-    options = [*MESH, "--steps", "8", "--checkpoint-every", "2", "--sample-every", "3"]
+    options = [*MESH, "--steps", "10", "--checkpoint-every", "2", "--sample-every", "3"]
     one = start([*options, "--folder", str(whole)], processes=0)
     assert one.wait() == [0], one.lines(0)
 
-    job = start([*options, "--folder", str(split), "--steps", "4"])
+    job = start([*options, "--folder", str(split), "--steps", "6"])
     assert job.wait() == [0, 0], [job.lines(n) for n in (0, 1)]
     assert not job.lines(1)  # the first writes
     assert "everything is in" in job.lines(0)[-1]
 
     lost = start([*options, "--folder", str(split), "--steps", "4000", "--resume"])
-    until(lambda: (split / "checkpoints" / "6").is_dir(), lost)
+    until(lambda: (split / "checkpoints" / "8").is_dir(), lost)
     lost.processes[1].kill()
     began = time.monotonic()
     assert lost.processes[0].wait(timeout=ENDS_WITHIN + 25) == 1
@@ -117,8 +117,8 @@ def test_a_run_that_loses_a_process_goes_on_and_ends_as_that_of_one_process(star
         "error: process 1 of 2 has given no sign of life for 30 s; this one ends too, go on with --resume"
     ], lost.lines(0)
 
-    for step in (split / "checkpoints").iterdir():  # as if it had been lost at step 6
-        if step.name.isdigit() and int(step.name) > 6:
+    for step in (split / "checkpoints").iterdir():  # as if it had been lost at step 8
+        if step.name.isdigit() and int(step.name) > 8:
             shutil.rmtree(step)
     again = start([*options, "--folder", str(split), "--resume"])
     assert again.wait() == [0, 0], [again.lines(n) for n in (0, 1)]
@@ -128,10 +128,10 @@ def test_a_run_that_loses_a_process_goes_on_and_ends_as_that_of_one_process(star
         assert row.keys() == right.keys()
         for name, value in right.items():
             np.testing.assert_allclose(row[name], value, rtol=2e-5, err_msg=f"{name} at {right['step']}")
-    assert sorted(path.name for path in (split / "samples").iterdir()) == ["step_000003.mp4", "step_000006.mp4"]
+    assert sorted(path.name for path in (split / "samples").iterdir()) == [f"step_{step:06d}.mp4" for step in (3, 6, 9)]
 
-    stored = split / "checkpoints" / "8" / "state"
-    about = json.loads((split / "checkpoints" / "8" / "about" / "metadata").read_text())["arrays"]
+    stored = split / "checkpoints" / "10" / "state"
+    about = json.loads((split / "checkpoints" / "10" / "about" / "metadata").read_text())["arrays"]
     for devices, mesh in ((1, "data=1"), (2, "heads=2"), (4, "fsdp=2,heads=2")):
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         process = subprocess.run(
