@@ -74,7 +74,7 @@ class Placement:
             shape = batch, *array.shape[1:]
             where = NamedSharding(self.mesh, partition(self.mesh, shape, ("batch", *(None,) * (array.ndim - 1))))
 
-            def of(index: tuple[slice, ...]) -> np.ndarray:
+            def of(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(batch)
                 return array[start - rows.start : stop - rows.start]
 
@@ -87,7 +87,8 @@ class Placement:
         if jax.process_count() == 1:
             return None
         where = NamedSharding(self.mesh, partition(self.mesh, (batch,), ("batch",)))
-        parts = [index[0].indices(batch) for index in where.addressable_devices_indices_map((batch,)).values()]
+        places: Sequence[Any] = list(where.addressable_devices_indices_map((batch,)).values())
+        parts = [index[0].indices(batch) for index in places]
         return range(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
     def everywhere(self) -> NamedSharding:
