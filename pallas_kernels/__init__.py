@@ -92,7 +92,15 @@ def forward_keeping(
     return _forward(problem, q, k, v, visible, keep=supports_vjp(problem, q, k) is None)
 
 
-def _forward(problem, q, k, v, visible, *, keep: bool):
+def _forward(
+    problem: "Problem",
+    q: "jax.Array",
+    k: "jax.Array",
+    v: "jax.Array",
+    visible: "jax.Array",
+    *,
+    keep: bool,
+) -> "tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]":
     import jax
 
     from monarchrt.pallas_kernels.sm90 import tuning

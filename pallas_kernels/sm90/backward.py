@@ -17,6 +17,7 @@ from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.query import query_role
 from monarchrt.pallas_kernels.sm90.right_backward import right_backward_role
 from monarchrt.pallas_kernels.sm90.shared import LOG2E, gradient_scales, launch, varying
+from monarchrt.pallas_kernels.sm90.types import Index
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -100,7 +101,16 @@ def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, confi
     return jnp.stack([padded(lse * LOG2E, jnp.inf), padded(delta, 0.0)], axis=4)
 
 
-def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Arrays | None, head, tile) -> Gradients:
+def _chunk(
+    call: Call,
+    d_out: jax.Array,
+    stats: jax.Array,
+    wanted: jax.Array,
+    config: BackwardConfig,
+    kept: Arrays | None,
+    head: Index,
+    tile: Index,
+) -> Gradients:
     """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
     batch, _, rows, cols, heads, dim = call.q.shape
     slabs, pairs = dim // SLAB, call.pairs
@@ -136,7 +146,7 @@ def _chunk(call: Call, d_out, stats, wanted, config: BackwardConfig, kept: Array
     return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 
-def _add(whole: Gradients, parts: Gradients, head, tile, summed: bool) -> Gradients:
+def _add(whole: Gradients, parts: Gradients, head: Index, tile: Index, summed: bool) -> Gradients:
     """A chunk's dq into the whole one, and its dk and dv added to those of its heads."""
     zero, head, tile = jnp.int32(0), jnp.int32(head), jnp.int32(tile)
     dq = lax.dynamic_update_slice(whole[0], parts[0], (zero, tile, zero, zero, head, zero))

@@ -12,7 +12,7 @@ nothing: `put` finds the columns of O in order, and `exchange` does the same to 
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,8 +22,10 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
+from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
 
@@ -37,7 +39,7 @@ COLUMN_BYTES = 4 * CLUSTER_DEPTH  # c_L of a column
 TILE_SLAB = ROWS * LINE  # 64 rows of a slab
 
 
-def _inline(*types, returns=None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _inline(*types: Any, returns: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Turns a function that writes MLIR into one that Pallas can call, on arguments of these types."""
 
     def decorate(function):
@@ -49,101 +51,105 @@ def _inline(*types, returns=None) -> Callable[[Callable[..., Any]], Callable[...
 # --- words of MLIR --------------------------------------------------------------------------------------------------
 
 
-def _i32():
+def _i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
-def _constant(x: int):
+def _constant(x: int) -> ir.Value:
     return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))
 
 
-def _ptx(text: str, *operands, constraints: str, result=None, pure: bool = False):
+def _ptx(
+    text: str, *operands: ir.Value, constraints: str, result: ir.Type | None = None, pure: bool = False
+) -> ir.Value:
     return llvm.inline_asm(
         result or ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=not pure
     )
 
 
-def _four(kind=None):
+def _four(kind: ir.Type | None = None) -> ir.Type:
     return llvm.StructType.get_literal([kind or _i32()] * 4)
 
 
-def _unpack(struct, count: int, kind=None):
+def _unpack(struct: ir.Value, count: int, kind: ir.Type | None = None) -> list[ir.Value]:
     return [llvm.extractvalue(kind or _i32(), struct, [n]) for n in range(count)]
 
 
-def _add(*terms):
+def _add(*terms: ir.Value) -> ir.Value:
     return functools.reduce(arith.addi, terms)
 
 
-def _times(x, n: int):
+def _times(x: ir.Value, n: int) -> ir.Value:
     return arith.muli(x, _constant(n))
 
 
-def _part(x, first: int, bits: int):
+def _part(x: ir.Value, first: int, bits: int) -> ir.Value:
     """`bits` bits of x from bit `first` on."""
     shifted = arith.shrui(x, _constant(first)) if first else x
     return arith.andi(shifted, _constant(2**bits - 1))
 
 
-def _flag(x):
+def _flag(x: ir.Value) -> ir.Value:
     return arith.extui(_i32(), x)
 
 
-def _below(x, n: int):
+def _below(x: ir.Value, n: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.slt, x, _constant(n))
 
 
-def _address(ref):
+def _address(ref: ir.Value) -> ir.Value:
     return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
 
 
-def _scalar(array):
+def _scalar(array: fa.FragmentedArray) -> ir.Value:
     [x] = array.registers.flat
     return x
 
 
-def _thread():
+def _thread() -> ir.Value:
     """Number of the thread in its block."""
     return _ptx("mov.u32 $0, %tid.x;", constraints="=r", result=_i32(), pure=True)
 
 
-def _peer(address, block):
+def _peer(address: ir.Value, block: ir.Value) -> ir.Value:
     """Where `block` of the cluster has what this block has at a shared address."""
     return _ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, block, constraints="=r,r,r", result=_i32(), pure=True)
 
 
-def _swizzled(chunk, row):
+def _swizzled(chunk: ir.Value, row: ir.Value) -> ir.Value:
     """Offset of a 16-byte chunk of a row in 128-byte swizzled rows."""
     return arith.shli(arith.xori(chunk, _part(row, 0, 3)), _constant(4))
 
 
-def _registers(values, numbers):
+def _registers(values: fa.FragmentedArray, numbers: Iterable[int]) -> list[ir.Value]:
     """Some of an array's registers, two 16-bit elements each, as int32."""
     return [utils.bitcast(values.registers.flat[n], _i32()) for n in numbers]
 
 
-def _array(registers, like, shape=None):
+def _array(
+    registers: Iterable[ir.Value], like: fa.FragmentedArray, shape: tuple[int, ...] | None = None
+) -> fa.FragmentedArray:
     made = np.array(list(registers), dtype=object).reshape(shape or like.registers.shape)
     return fa.FragmentedArray(_registers=made, _layout=like.layout, _is_signed=None)
 
 
-def _float(x: float):
+def _float(x: float) -> ir.Value:
     return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x))
 
 
-def _power(x):
+def _power(x: ir.Value) -> ir.Value:
     """2^x."""
     return _ptx("ex2.approx.ftz.f32 $0, $1;", x, constraints="=f,f", result=ir.F32Type.get(), pure=True)
 
 
-def _any(x):
+def _any(x: ir.Value) -> ir.Value:
     """Whether it holds in any lane."""
     vote = "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
     voted = _ptx(vote, _flag(x), constraints="=r,r", result=_i32())
     return arith.cmpi(arith.CmpIPredicate.ne, voted, _constant(0))
 
 
-def _of_four(x):
+def _of_four(x: ir.Value) -> ir.Value:
     """The largest x of four lanes, which have parts of the same rows."""
     for lanes in (1, 2):
         swap = "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;"
@@ -164,7 +170,7 @@ def synchronise() -> None:
     run()
 
 
-def initialise(barriers, counts) -> None:
+def initialise(barriers: Ref, counts: Sequence[int]) -> None:
     """Sets barrier n to complete at counts[n] arrivals; for the whole block, before `synchronise`."""
 
     @_inline(REF)
@@ -183,7 +189,7 @@ def initialise(barriers, counts) -> None:
     run(barriers)
 
 
-def wait(barriers, n, parity) -> None:
+def wait(barriers: Ref, n: Index, parity: Index) -> None:
     """Waits for the completion of barrier n's phase of this parity."""
 
     @_inline(REF, INT, INT)
@@ -199,7 +205,7 @@ def wait(barriers, n, parity) -> None:
     run(barriers, jnp.int32(n), jnp.int32(parity))
 
 
-def expect(barriers, n, size: int) -> None:
+def expect(barriers: Ref, n: Index, size: int) -> None:
     """One thread arrives at barrier n, whose phase then also waits for `size` bytes from other blocks."""
 
     @_inline(REF, INT)
@@ -216,7 +222,7 @@ def expect(barriers, n, size: int) -> None:
     run(barriers, jnp.int32(n))
 
 
-def give_back(barriers, n) -> None:
+def give_back(barriers: Ref, n: Index) -> None:
     """Arrives once at barrier n of every block, when the whole warpgroup has read what the blocks will write over.
 
     Nothing was written that others must see, so the arrivals are relaxed: releasing costs 1,300 cycles on an H200.
@@ -242,7 +248,17 @@ def give_back(barriers, n) -> None:
 _STORE = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
 
 
-def send(barriers, n, target, block, owners: int, values, *, stage, slab: int) -> None:
+def send(
+    barriers: Ref,
+    n: Index,
+    target: Ref,
+    block: Index,
+    owners: int,
+    values: Float[Array, "64 64"],
+    *,
+    stage: Index,
+    slab: int,
+) -> None:
     """Sends rows j of alpha or Y, for key row `block` of a step, to the blocks that own the columns: j / 4.
 
     Args:
@@ -280,7 +296,9 @@ def send(barriers, n, target, block, owners: int, values, *, stage, slab: int) -
     run(barriers, target, jnp.int32(n), jnp.int32(block), jnp.int32(stage), values)
 
 
-def send_entropies(barriers, n, target, block, owners: int, values, *, stage) -> None:
+def send_entropies(
+    barriers: Ref, n: Index, target: Ref, block: Index, owners: int, values: Float32[Array, "64"], *, stage: Index
+) -> None:
     """Sends c_L [64] of rows j, as `send`, to [stages, 4 columns, 16 key rows] in float32."""
 
     @_inline(REF, REF, INT, INT, INT, LAYOUT.reduce(1))
@@ -310,7 +328,7 @@ _LOAD = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
 _PUT = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
 
 
-def exchange(tile, at) -> None:
+def exchange(tile: Ref, at: Index) -> None:
     """Puts the columns of Q, [2 slabs, 64 rows, 64] from byte `at` of `tile` on, in the order of alpha's."""
 
     @_inline(REF, INT)
@@ -327,7 +345,7 @@ def exchange(tile, at) -> None:
     run(tile, jnp.int32(at))
 
 
-def put(tile, at, values) -> None:
+def put(tile: Ref, at: Index, values: Float[Array, "64 128"]) -> None:
     """Writes O [64, 128] in 16 bits, whose columns are as Y's, in their right order to where Q was."""
 
     @_inline(REF, INT, LAYOUT)
@@ -346,7 +364,7 @@ def put(tile, at, values) -> None:
     run(tile, jnp.int32(at), values)
 
 
-def logits(products, entropies, at, scale: float):
+def logits(products: Float32[Array, "64 32"], entropies: Ref, at: Index, scale: float) -> Float32[Array, "64 16"]:
     """The scores of L of two columns: of each row the half of the products that is its column's, scaled, less c_L.
 
     Args:
@@ -384,7 +402,13 @@ def logits(products, entropies, at, scale: float):
     return run(products, entropies, jnp.int32(at))
 
 
-def softmax_step(scores, top, total, sums, dtype):
+def softmax_step(
+    scores: Float32[Array, "64 16"],
+    top: Float32[Array, "64"],
+    total: Float32[Array, "64 8"],
+    sums: Float32[Array, "64 128"],
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "64 32"], Float32[Array, "64"], Float32[Array, "64 8"], Float32[Array, "64 128"]]:
     """One step of a softmax over key rows.
 
     A row's `top` follows its largest score only where that is more than 2^8 larger, so that most steps neither compare
@@ -448,7 +472,9 @@ def softmax_step(scores, top, total, sums, dtype):
     return run(scores, top, total, sums)
 
 
-def add_products(sums, weights, y, at):
+def add_products(
+    sums: Float32[Array, "64 128"], weights: Float[Array, "64 32"], y: Ref, at: Index
+) -> Float32[Array, "64 128"]:
     """sums [64, 128] + weights [64, 32] @ Y [32, 128], its two slabs [32, 64] from byte `at` of y on.
 
     Pallas would have a product of depth 32 take 64-byte swizzled rows of Y, which alpha's are not.

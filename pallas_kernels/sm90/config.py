@@ -1,6 +1,10 @@
 """Sizes of the Mosaic GPU kernels on Hopper (sm_90a): what is tuned, its shared memory, and the choice per problem."""
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 CAPABILITY = 9  # the major compute capability that all of this is for
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
@@ -44,7 +48,7 @@ class RightConfig:
     together: bool = False
     blocks: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_warpgroups(self.warpgroups)
         if self.query_stages % self.warpgroups:
             raise ValueError(
@@ -98,7 +102,7 @@ class LeftConfig:
     alternate: bool = False
     blocks: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_warpgroups(self.warpgroups)
         if self.tail not in (0, 8, 16) or (self.tail and self.columns > 1):
             raise ValueError(f"tail={self.tail} with columns={self.columns} is not 0, nor 8 or 16 of one column.")
@@ -165,7 +169,7 @@ class LeftBackwardConfig:
     stages: int = 2
     blocks: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_warpgroups(self.warpgroups)
         one = (self.columns, self.row_blocks) == (1, 1)
         if self.independent and not (one and self.stages >= 4 and self.stages % 2 == 0):
@@ -231,7 +235,7 @@ class RightBackwardConfig:
     ring: int = 8
     blocks: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ring < 6:
             raise ValueError(f"ring={self.ring} is below 6, three tiles for each of two warpgroups.")
 
@@ -273,7 +277,7 @@ class QueryConfig:
     stages: int = 4
     blocks: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.warpgroups not in (2, 3, 4):
             raise ValueError(f"warpgroups={self.warpgroups} must be 2, 3 or 4.")
 
@@ -320,7 +324,7 @@ class ColumnBlocks:
     items: int
     used: int
 
-    def place(self, tile, column):
+    def place(self, tile: "jax.Array | int", column: "jax.Array | int") -> "tuple[jax.Array | int, jax.Array | int]":
         """Item and row of a column; integers or traced scalars."""
         from jax import lax
 
@@ -388,7 +392,7 @@ class FusedConfig:
 
     clusters: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.clusters < 0:
             raise ValueError(f"clusters={self.clusters} is negative; 0 is for two kernels.")
 

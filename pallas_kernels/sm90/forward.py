@@ -13,11 +13,12 @@ from jax import lax
 from monarchrt.pallas_kernels.sm90.config import SLAB, ForwardConfig
 from monarchrt.pallas_kernels.sm90.left import left_role
 from monarchrt.pallas_kernels.sm90.right import right_role
-from monarchrt.pallas_kernels.sm90.shared import launch, varying
+from monarchrt.pallas_kernels.sm90.shared import Role, launch, varying
+from monarchrt.pallas_kernels.sm90.types import Index
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # output and log-sum-exp
-Found = tuple[jax.Array, jax.Array, Arrays | None]  # the same, and what stage 1 made where it is kept
+Results = tuple[jax.Array, jax.Array, Arrays | None]  # the same, and what stage 1 made where it is kept
 
 
 def chunk_sizes(batch: int, heads: int, tiles: int, pair_bytes: int, limit: int) -> tuple[int, int]:
@@ -64,13 +65,13 @@ class Call:
         """C*b1."""
         return self.k.shape[1] * self.k.shape[2]
 
-    def start(self, head, tile) -> jax.Array:
+    def start(self, head: Index, tile: Index) -> jax.Array:
         """int32 [3]: a chunk's first head and query tile, and the pairs that anyone needs."""
         depth = self.config.left.key_block
         bound = lax.div(self.limits.max() + depth - 1, depth) * depth
         return jnp.stack([jnp.int32(head), jnp.int32(tile), bound])
 
-    def right(self, head, tile):
+    def right(self, head: Index, tile: Index) -> tuple[Role, Arrays]:
         """Stage 1 of the chunk that starts at (head, tile), for `launch`."""
         batch, tiles, rows, cols, heads, dim = self.q.shape
         thin = (dim // self.config.right.slab, self.config.right.slab)
@@ -88,7 +89,7 @@ class Call:
         )
         return role, (q, k, v, self.limits, self.start(head, tile))
 
-    def left(self, head, tile, made: Arrays):
+    def left(self, head: Index, tile: Index, made: Arrays) -> tuple[Role, Arrays]:
         """Stage 2 of a chunk from what stage 1 made, for `launch`."""
         batch, tiles, rows, cols, heads, dim = self.q.shape
         slabs = dim // SLAB
@@ -128,7 +129,7 @@ def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _put(whole: Pair, head, tile, parts: Pair) -> Pair:
+def _put(whole: Pair, head: Index, tile: Index, parts: Pair) -> Pair:
     """A chunk's output and log-sum-exp into the whole ones."""
     at = [jnp.int32(x) for x in (0, tile, 0, 0, head, 0)]
     out, lse = (lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
@@ -145,7 +146,7 @@ def forward(
     masked: bool,
     config: ForwardConfig,
     keep: bool = False,
-) -> Found:
+) -> Results:
     """The output and log-sum-exp, as `pallas_kernels.forward`.
 
     Args:
@@ -184,7 +185,7 @@ def forward(
     return *lax.fori_loop(0, len(places), body, empty), None
 
 
-def _chunk(call: Call, head, tile) -> tuple[jax.Array, jax.Array, Arrays]:
+def _chunk(call: Call, head: Index, tile: Index) -> tuple[jax.Array, jax.Array, Arrays]:
     """One stage after the other: the output, the log-sum-exp and what stage 1 made."""
     made = launch(*call.right(head, tile))
     out, lse = launch(*call.left(head, tile, made))

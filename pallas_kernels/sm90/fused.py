@@ -10,21 +10,27 @@ turn; 4 loads. What a sum reads has two buffers; the blocks that write there wai
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import cluster, shared
 from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
+from monarchrt.pallas_kernels.sm90.types import Index, Refs
 
 LOG2E = math.log2(math.e)
 # registers for a thread of each kind; a launch has 96 for each of 640, and a block that asks for more waits for ever
 SUM_REGISTERS, MAKE_REGISTERS, LOAD_REGISTERS = 128, 96, 32
 STAGES = 2  # buffers of alpha, c_L and Y
 KEY_SLOTS = 3  # pairs of a key row and its value row
+
+Sums = tuple[Float32[Array, "64"], Float32[Array, "64 8"], Float32[Array, "64 128"]]
+"""Of two columns' rows: what is subtracted from scores, sums of weights, weighted sums of Y."""
 
 
 def fused(
@@ -63,18 +69,6 @@ def fused(
         *(x.reshape(batch * pairs, cols, heads, *thin) for x in (k, v)),
         limits,
     )
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    tiled = plgpu.TilingTransform((8, SLAB))  # pyright: ignore[reportAbstractUsage]
-    shapes = (
-        (2, slabs, ROWS, SLAB),  # Q of two columns, for each warpgroup that sums; then their output
-        (2, slabs, ROWS, SLAB),  # a row of Q for each warpgroup that makes key rows
-        (KEY_SLOTS, 2, slabs, ROWS, SLAB),  # key and value rows; rows beyond b2 are zero
-    )
-    between = (STAGES, CLUSTER_COLUMNS // 2, slabs, 2 * CLUSTER_DEPTH, SLAB)  # alpha and Y
-
-    def plain(shape):
-        return plgpu.SMEM((math.prod(shape) // 2,), jnp.int32)
-
     sizes = _Sizes(
         tiles=tiles,
         rows=rows,
@@ -97,23 +91,7 @@ def fused(
             jax.ShapeDtypeStruct((count, rows, cols * heads, *thin), q.dtype),
             jax.ShapeDtypeStruct((count, heads, cols, half), jnp.float32),
         ),
-        scratch_types=(
-            plgpu.RefUnion(
-                tuple(plgpu.SMEM(s, q.dtype, transforms=(tiled, swizzle)) for s in shapes),
-                tuple(plgpu.SMEM(s, q.dtype, transforms=(swizzle,)) for s in shapes),
-                tuple(plain(s) for s in shapes),
-            ),
-            plgpu.RefUnion(plgpu.SMEM(between, q.dtype, transforms=(tiled, swizzle)), plain(between)),
-            plain(between),
-            plgpu.SMEM((STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + 2 * ROWS,), jnp.float32),  # c_L; log-sum-exp
-            plgpu.SMEM((4 * STAGES * 2,), jnp.int32),  # barriers of the cluster: alpha full, Y full, alpha free, Y free
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2 * slabs, num_barriers=KEY_SLOTS),
-            plgpu.Barrier(num_barriers=KEY_SLOTS),
-            plgpu.Barrier(num_arrivals=CLUSTER_COLUMNS * slabs),
-            plgpu.Barrier(num_arrivals=2),
-        ),
+        scratch_types=_scratch(q.dtype),
         grid=(clusters,),
         grid_names=("unit",),
         cluster=(CLUSTER,),
@@ -124,6 +102,40 @@ def fused(
     )(*inputs)
     lse = lse.reshape(batch, tiles, heads, cols, half)[..., :rows].transpose(0, 1, 4, 3, 2)
     return shared.varying(out.reshape(q.shape), q, k), shared.varying(lse, q, k)
+
+
+def _scratch(dtype: jnp.dtype) -> tuple[Any, ...]:
+    """Types of a block's shared memory, as `_Block` takes it apart."""
+    slabs = _Block.slabs
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    tiled = plgpu.TilingTransform((8, SLAB))  # pyright: ignore[reportAbstractUsage]
+    shapes = (
+        (2, slabs, ROWS, SLAB),  # Q of two columns, for each warpgroup that sums; then their output
+        (2, slabs, ROWS, SLAB),  # a row of Q for each warpgroup that makes key rows
+        (KEY_SLOTS, 2, slabs, ROWS, SLAB),  # key and value rows; rows beyond b2 are zero
+    )
+    between = (STAGES, CLUSTER_COLUMNS // 2, slabs, 2 * CLUSTER_DEPTH, SLAB)  # alpha and Y
+
+    def plain(shape):
+        return plgpu.SMEM((math.prod(shape) // 2,), jnp.int32)
+
+    return (
+        plgpu.RefUnion(
+            tuple(plgpu.SMEM(s, dtype, transforms=(tiled, swizzle)) for s in shapes),
+            tuple(plgpu.SMEM(s, dtype, transforms=(swizzle,)) for s in shapes),
+            tuple(plain(s) for s in shapes),
+        ),
+        plgpu.RefUnion(plgpu.SMEM(between, dtype, transforms=(tiled, swizzle)), plain(between)),
+        plain(between),
+        plgpu.SMEM((STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + 2 * ROWS,), jnp.float32),  # c_L; log-sum-exp
+        plgpu.SMEM((4 * STAGES * 2,), jnp.int32),  # barriers of the cluster: alpha full, Y full, alpha free, Y free
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=2 * slabs, num_barriers=KEY_SLOTS),
+        plgpu.Barrier(num_barriers=KEY_SLOTS),
+        plgpu.Barrier(num_arrivals=CLUSTER_COLUMNS * slabs),
+        plgpu.Barrier(num_arrivals=2),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +164,7 @@ class _Sizes:
         return -(-self.cols // 8) * 8
 
 
-def _run(sizes: _Sizes, arrays, scratch):
+def _run(sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
     """What each warpgroup of each block does."""
     work = _Block(sizes, arrays, scratch)
     cluster.initialise(work.passed, [1] * (2 * STAGES) + [2 * sizes.owners] * (2 * STAGES))
@@ -169,7 +181,7 @@ class _Block:
 
     slabs, dim, half = 2, 2 * SLAB, ROWS // 2
 
-    def __init__(self, sizes: _Sizes, arrays, scratch):
+    def __init__(self, sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
         self.sizes = sizes
         self.q_rows, self.q_columns, self.k, self.v, self.limits, self.out, self.lse = arrays
         smem, alpha, self.y_bytes, self.small, self.passed, *barriers = scratch
@@ -183,7 +195,7 @@ class _Block:
         self.exponent = sizes.scale * LOG2E
         self.rounds = lax.div(sizes.items - self.unit + sizes.clusters - 1, sizes.clusters)
 
-    def place(self, r):
+    def place(self, r: Index) -> tuple[Index, Index, Index, Index, Index]:
         """Query tile of the whole batch, its batch entry, head, pairs seen and steps of the cluster's r-th item."""
         tiles, heads = self.sizes.tiles, self.sizes.heads
         item = self.unit + r * self.sizes.clusters  # clusters side by side read the same keys
@@ -191,18 +203,18 @@ class _Block:
         limit = self.limits[tile] if self.sizes.masked else jnp.int32(self.sizes.pairs)
         return entry * tiles + tile, entry, head, limit, lax.div(limit + CLUSTER_DEPTH - 1, CLUSTER_DEPTH)
 
-    def stage_of(self, t):
+    def stage_of(self, t: Index) -> tuple[Index, Index]:
         """Stage of step t, counted over all items, and the parity of its being full."""
         return lax.rem(t, STAGES), lax.rem(lax.div(t, STAGES), 2)
 
-    def clear_keys(self):
+    def clear_keys(self) -> None:
         """What lies behind b2 columns is multiplied with zeros and must be finite; copies never reach it."""
         zeros = plgpu.layout_cast(jnp.zeros((512,), jnp.int32), plgpu.Layout.WG_STRIDED((512,), 4))
         for n in range(self.key_words.shape[0] // 512):
             self.key_words[pl.ds(512 * n, 512)] = zeros
         plgpu.commit_smem()
 
-    def sum_up(self):
+    def sum_up(self) -> None:
         """What the two warpgroups of the second stage do, in blocks that have columns: two columns each."""
         plgpu.set_max_registers(SUM_REGISTERS, action="increase")
 
@@ -238,7 +250,7 @@ class _Block:
             lax.fori_loop(0, self.rounds, item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    def sum_step(self, t, carry):
+    def sum_step(self, t: Index, carry: Sums) -> Sums:
         """Adds the pairs of step t to the running softmax of two columns."""
         sizes, group, passed = self.sizes, self.group, self.passed
         top, total, sums = carry
@@ -268,7 +280,7 @@ class _Block:
         cluster.give_back(passed, 3 * STAGES + stage)
         return top, total, sums
 
-    def send_columns(self, tile, head, my_lse):
+    def send_columns(self, tile: Index, head: Index, my_lse: Index) -> None:
         """Starts the copies of two columns' output and log-sum-exp."""
         half = self.half
         for n in range(2):
@@ -281,7 +293,7 @@ class _Block:
                     plgpu.copy_smem_to_gmem(self.columns_in.at[self.group, m, part], target)
                 plgpu.copy_smem_to_gmem(self.small.at[pl.ds(my_lse + half * n, half)], self.lse.at[tile, head, j])
 
-    def make(self):
+    def make(self) -> None:
         """What the two warpgroups of the first stage do: alpha, c_L and Y of every other key row, to all blocks."""
         mine = self.group - 2
         last = lax.fori_loop(0, self.rounds, lambda r, n: n + self.place(r)[-1], jnp.int32(0)) - 1
@@ -312,7 +324,7 @@ class _Block:
 
         lax.fori_loop(0, self.rounds, item, jnp.int32(0))
 
-    def make_step(self, i, t, mine, limit, last):
+    def make_step(self, i: Index, t: Index, mine: Index, limit: Index, last: Index) -> None:
         """The block's key row of an item's step i, step t of all, with its query rows."""
         passed, block, owners = self.passed, self.block, self.sizes.owners
         stage, parity = self.stage_of(t)
@@ -348,7 +360,7 @@ class _Block:
                 plgpu.barrier_arrive(self.key_free.at[slot])
             cluster.send(passed, STAGES + stage, self.y_bytes, block, owners, made, stage=stage, slab=n)
 
-    def probabilities(self, mine, slot):
+    def probabilities(self, mine: Index, slot: Index) -> tuple[Float[Array, "64 64"], Float32[Array, "64"]]:
         """R, [64 j, 64 l] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""
         width, cols, dtype, exponent = self.sizes.width, self.sizes.cols, self.sizes.dtype, self.exponent
         layout = plgpu.Layout.WGMMA
@@ -376,7 +388,7 @@ class _Block:
             p = lax.concatenate([p, plgpu.layout_cast(jnp.zeros((ROWS, ROWS - width), dtype), layout)], 1)
         return p, entropies
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: K, V and q of each step, and the columns' queries of an item."""
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
@@ -412,7 +424,7 @@ class _Block:
             plgpu.barrier_wait(self.q_free.at[n])
         pl.when(self.block < self.sizes.owners)(lambda: plgpu.barrier_wait(self.columns_free))
 
-    def load_columns(self, tile, head):
+    def load_columns(self, tile: Index, head: Index) -> None:
         """Starts the copies of the queries of the block's columns."""
         half = self.half
         plgpu.barrier_wait(self.columns_free)

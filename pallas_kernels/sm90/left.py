@@ -13,10 +13,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32
 
 from monarchrt.pallas_kernels.sm90 import left_tail, shared
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftConfig, column_blocks
 from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref, Refs
+
+Sums = tuple[Float32[Array, "64 ..."], ...]
+"""Of 64 rows: greatest score, sum of weights, slabs of the output [64 i, 64 d]."""
 
 
 def left_role(
@@ -123,7 +128,7 @@ class _Items:
         """All items."""
         return self.q.shape[0] * self.heads * self.tiles * self.column_groups * self.row_groups
 
-    def place(self, item, limits, tile0):
+    def place(self, item: Index, limits: Ref, tile0: Index) -> tuple[Index, Place, Index, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, first column, first block of rows, pairs seen."""
         if self.config.newest_first:
             item = self.count - 1 - item
@@ -139,7 +144,16 @@ class _Items:
 class _Block:
     """A persistent block: the arrays, its shared memory, and its turns, one item each, past all pairs that it sees."""
 
-    def __init__(self, items: _Items, scale: float, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: _Items,
+        scale: float,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         self.items, self.config, self.scale, self.blocks, self.block = items, items.config, scale, blocks, block
         self.slabs, self.depth = items.q.shape[5] // SLAB, items.config.key_block
         self.q, self.alpha, self.y, self.c, self.limits, start = inputs
@@ -153,11 +167,11 @@ class _Block:
         self.head0, self.tile0 = start[0], start[1]
         self.turns = lax.div(items.count - block + blocks - 1, blocks)
 
-    def place(self, t):
+    def place(self, t: Index) -> tuple[Index, Place, Index, Index, Index]:
         """As `_Items.place`, of a turn."""
         return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
 
-    def free_all(self):
+    def free_all(self) -> None:
         """Says that nothing is in use yet."""
         for s in range(self.config.query_stages):
             plgpu.barrier_arrive(self.q_free.at[s])
@@ -165,14 +179,14 @@ class _Block:
             plgpu.barrier_arrive(self.alpha_free.at[s])
             plgpu.barrier_arrive(self.y_free.at[s])
 
-    def take_turns(self, times=1):
+    def take_turns(self, times: int = 1) -> None:
         """With `alternate`, waits for the other warpgroups, of which each is one wait behind the one before."""
         if self.config.alternate:
             for _ in range(times):
                 plgpu.barrier_arrive(self.turn)
                 plgpu.barrier_wait(self.turn)
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         group, wide, row_blocks = self.group, self.config.wide, self.config.row_blocks
         plgpu.set_max_registers(self.config.registers[0], action="increase")
@@ -208,7 +222,7 @@ class _Block:
             pl.when(group == n)(lambda n=n: self.take_turns(wide - 1 - n))
         plgpu.wait_smem_to_gmem(0)
 
-    def step(self, i, carry, done, q_slot, my_column, limit):
+    def step(self, i: Index, carry: Sums, done: Index, q_slot: Index, my_column: Index, limit: Index) -> Sums:
         """Adds the pairs of a step to the running softmax: its top and total, and slabs of the output, [64 i, 64 d]."""
         config, depth = self.config, self.depth
         top, total, *acc = carry
@@ -245,11 +259,11 @@ class _Block:
             for n in range(self.slabs):
                 plgpu.wgmma(accs[n], p, self.y_mma.at[slot, my_column, n])
 
-        acc = pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+        acc = shared.accumulate(products, acc)
         plgpu.barrier_arrive(self.y_free.at[slot])
         return new_top, total, *acc
 
-    def store(self, sums, q_slot):
+    def store(self, sums: Sums, q_slot: Index) -> None:
         """The output replaces this warpgroup's query rows; and the log-sum-exp."""
         top, total, *acc = sums
         inverse = 1.0 / total
@@ -260,7 +274,7 @@ class _Block:
         self.lse_out[self.group] = (top + jnp.log2(total)) * (1 / LOG2E)
         plgpu.commit_smem()
 
-    def send(self, x, where, j, span, q_slot):
+    def send(self, x: Index, where: Place, j: Index, span: pl.Slice, q_slot: Index) -> None:
         """Starts the copies of what `store` left."""
         entry, head, tile = where
 
@@ -270,7 +284,7 @@ class _Block:
             plgpu.copy_smem_to_gmem(self.q_in.at[q_slot, self.group].transpose((1, 0, 2)), target)
             plgpu.copy_smem_to_gmem(self.lse_out.at[self.group], self.lse.at[x, j, span])
 
-    def compute_tail(self):
+    def compute_tail(self) -> None:
         """What the warpgroup of the last rows does, if they are a few more than a multiple of 64."""
         config, depth, wide = self.config, self.depth, self.config.wide
         few = config.registers[1] < 65536 // (128 * (config.warpgroups + 1))
@@ -317,7 +331,7 @@ class _Block:
         lax.fori_loop(0, self.turns, item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: q of an item, then alpha, c_L and Y of each step."""
         config, depth, tiles = self.config, self.depth, self.items.tiles
         plgpu.set_max_registers(config.registers[2], action="decrease")
@@ -352,7 +366,7 @@ class _Block:
             plgpu.barrier_wait(self.alpha_free.at[s])
             plgpu.barrier_wait(self.y_free.at[s])
 
-    def load_query(self, t, where, column, row_block):
+    def load_query(self, t: Index, where: Place, column: Index, row_block: Index) -> None:
         """Starts the copies of an item's query rows, for each warpgroup its own."""
         config, all_heads = self.config, self.items.q.shape[4]
         head0, tile0 = self.head0, self.tile0

@@ -25,6 +25,7 @@ from monarchrt.pallas_kernels.sm90.left_backward_items import (
     seen_bias,
 )
 from monarchrt.pallas_kernels.sm90.shared import Role
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Refs, Rows, Slabs, Tile
 
 
 def left_backward_role(
@@ -108,7 +109,17 @@ def left_backward_role(
 class _Block:
     """A persistent block: the arrays, its shared memory, and its turns, one item each, past all pairs that it sees."""
 
-    def __init__(self, items: Items, config: LeftBackwardConfig, scale, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: Items,
+        config: LeftBackwardConfig,
+        scale: float,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
         self.config, self.stages, self.row_blocks = config, config.stages, config.row_blocks
         self.width = config.width(items.q.shape[2])
@@ -123,11 +134,11 @@ class _Block:
         self.head0, self.tile0 = start[0], start[1]
         self.turns = lax.div(items.count - block + blocks - 1, blocks)
 
-    def place(self, t):
+    def place(self, t: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
         return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         group, row_blocks = self.group, self.row_blocks
         plgpu.set_max_registers(self.config.registers[0], action="increase")
@@ -156,13 +167,13 @@ class _Block:
         if row_blocks > 1:
             plgpu.barrier_wait(self.used)
 
-    def leave(self, done, i):
+    def leave(self, done: Index, i: Index) -> None:
         """Gives back what step i of an item, with `done` before it, came in, once its gradients have been read."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         place = lax.div(self.group, self.row_blocks) * self.stages + lax.rem(done + i, self.stages)
         plgpu.barrier_arrive(self.free.at[place])
 
-    def step(self, i, acc, t, done, my_rows):
+    def step(self, i: Index, acc: Slabs, t: Index, done: Index, my_rows: Index) -> Slabs:
         """The pairs from 64 i on: their gradients leave, and their part of dQ is added to `acc`, [64 i, 64 d] each."""
         row_blocks, dtype = self.row_blocks, self.items.q.dtype
         here = shared.unhoisted(self.group, done + i)
@@ -212,7 +223,7 @@ class _Block:
                 left = self.p_mma.at[here, int(row_blocks > 1)].transpose((1, 0))
                 plgpu.wgmma(accs[n], left, self.mid_mma.at[slot, 1, my_column, n])
 
-        acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
+        acc = shared.accumulate(query, acc)
         if row_blocks > 1:  # every warpgroup has read alpha and Y and written its P and dX
             plgpu.barrier_arrive(self.made)
             plgpu.barrier_wait(self.made)
@@ -223,7 +234,15 @@ class _Block:
         self.leave_gradients(i, (low_p, d_x), total, slot, here, (x, j, my_column, my_rows))
         return acc
 
-    def leave_gradients(self, i, factors, total, slot, here, where):
+    def leave_gradients(
+        self,
+        i: Index,
+        factors: tuple[Tile, Tile],
+        total: Rows,
+        slot: Index,
+        here: Index,
+        where: tuple[Index, Index, Index, Index],
+    ) -> None:
         """dY and d_alpha of a step replace Y and alpha and leave, and d_c, `total`; from `factors`, P and dX."""
         x, j, my_column, my_rows = where
         row_blocks, dtype, cols = self.row_blocks, self.items.q.dtype, self.items.q.shape[3]
@@ -269,7 +288,7 @@ class _Block:
         # after the fence, which would wait for it
         pl.when(my_rows == row_blocks - 1)(lambda: self.store_d_c(x, i, j, total))
 
-    def store_d_c(self, x, i, j, value):
+    def store_d_c(self, x: Index, i: Index, j: Index, value: Rows) -> None:
         """The gradient of c_L for the pairs of step i, where `right_backward` finds it with one copy per pair."""
         tiles = self.items.tiles
 
@@ -278,7 +297,7 @@ class _Block:
             block_of, row = self.items.split.place(lax.rem(x, tiles), j)
             self.d_c[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row] = value
 
-    def store_query(self, x, j, my_rows, acc):
+    def store_query(self, x: Index, j: Index, my_rows: Index, acc: Slabs) -> None:
         """The part of dQ through L."""
         tiles, dtype = self.items.tiles, self.items.q.dtype
         block_of, row = self.items.split.place(lax.rem(x, tiles), j)
@@ -287,7 +306,7 @@ class _Block:
             share = (acc[n] * self.late).astype(dtype)
             self.dq[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = share
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: Y, alpha and c_L of each step, dO, q and the statistics of an item."""
         columns, stages = self.config.columns, self.stages
         plgpu.set_max_registers(self.config.registers[1], action="decrease")
@@ -317,7 +336,7 @@ class _Block:
             for s in range(stages):
                 plgpu.barrier_wait(self.free.at[n * stages + s])
 
-    def load_query(self, x, where, column):
+    def load_query(self, x: Index, where: Place, column: Index) -> None:
         """Starts the copies of an item's dO, q and statistics, for each warpgroup its rows."""
         entry, head, tile = where
         plgpu.barrier_wait(self.q_free)

@@ -5,11 +5,14 @@ softmax and the other's products overlap. Each has a dQ of its own, [D, i]; the 
 where its last alpha and Y lay, and the one with the last step adds and stores.
 """
 
+from collections.abc import Iterator
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftBackwardConfig
@@ -22,6 +25,7 @@ from monarchrt.pallas_kernels.sm90.left_backward_items import (
     seen_bias,
 )
 from monarchrt.pallas_kernels.sm90.shared import Role
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Place, Refs, Slabs, Tile
 
 
 def independent_role(
@@ -76,7 +80,17 @@ def independent_role(
 class _Block:
     """A persistent block: the arrays, its shared memory, and its turns, a column each, past all pairs that it sees."""
 
-    def __init__(self, items: Items, config: LeftBackwardConfig, scale, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: Items,
+        config: LeftBackwardConfig,
+        scale: float,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         rows = items.q.shape[2]
         self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
         self.config, self.groups, self.stages = config, config.warpgroups, config.stages
@@ -93,11 +107,11 @@ class _Block:
         self.head0, self.tile0 = start[0], start[1]
         self.turns = lax.div(items.count - block + blocks - 1, blocks)
 
-    def place(self, t):
+    def place(self, t: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, column, pairs seen."""
         return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         group, groups, stages = self.group, self.groups, self.stages
         plgpu.set_max_registers(self.config.registers[0], action="increase")
@@ -109,7 +123,7 @@ class _Block:
         pl.when((last >= 0) & (given == 0))(lambda: self.leave(last))
         plgpu.wait_smem_to_gmem(0)
 
-    def turn(self, t, carry):
+    def turn(self, t: Index, carry: tuple[Index, Index]) -> tuple[Index, Index]:
         """This warpgroup's steps of a column. Carries the steps so far, and whether its last one's place was given."""
         done, given = carry
         limit = self.place(t)[-1]
@@ -133,7 +147,7 @@ class _Block:
         gives = jnp.where(ends, 0, both)
         return done + steps, jnp.where(mine > 0, gives, given)
 
-    def step(self, n, i, t, given, acc):
+    def step(self, n: Index, i: Index, t: Index, given: Flag, acc: Slabs) -> Slabs:
         """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W].
 
         Gives back the place of this warpgroup's step before, unless that was `given` to the other.
@@ -167,7 +181,7 @@ class _Block:
                 left = self.mid_mma.at[slot, 1, m].transpose((1, 0))
                 plgpu.wgmma(accs[m], left, self.p_mma.at[here].transpose((1, 0)))
 
-        acc = pl.run_state(query)([plgpu.WGMMAAccumulatorRef.init(a) for a in acc])
+        acc = shared.accumulate(query, acc)
         # by now without a wait
         pl.when((n >= self.groups) & jnp.logical_not(given))(lambda: self.leave(n - self.groups))
         self.leave_gradients(i, (low_p, d_x), slot, zero, x, j)
@@ -176,7 +190,9 @@ class _Block:
         self.d_c[lax.div(x, self.items.tiles), block_of, pl.ds(i * ROWS, ROWS), row] = total
         return acc
 
-    def leave_gradients(self, i, factors, slot, zero, x, j):
+    def leave_gradients(
+        self, i: Index, factors: tuple[Tile, Tile], slot: Index, zero: Index, x: Index, j: Index
+    ) -> None:
         """dY and d_alpha of a step replace Y and alpha, slab by slab, and leave; from `factors`, P and dX."""
         plgpu.commit_smem()  # every warp has read its alpha, which d_alpha replaces
         for kind, factor in enumerate([padded(factor, self.depth) for factor in factors]):
@@ -195,12 +211,12 @@ class _Block:
                 box = target.at[x, pl.ds(i * ROWS, ROWS), j, m]
                 plgpu.copy_smem_to_gmem(self.mid_in.at[slot, kind, m], box)
 
-    def leave(self, n):
+    def leave(self, n: Index) -> None:
         """Gives back what step n came in, once its gradients have been read."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(self.free.at[lax.rem(n, self.stages)])
 
-    def give_query(self, acc, slot, both):
+    def give_query(self, acc: Slabs, slot: Index, both: Index) -> None:
         """Ends a column whose last step is the other warpgroup's: leaves it this one's dQ, if there was one."""
         plgpu.barrier_arrive(self.q_free)
 
@@ -213,7 +229,7 @@ class _Block:
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.left_there.at[1 - self.group])
 
-    def store_query(self, acc, slot, both, t, turns):
+    def store_query(self, acc: Slabs, slot: Index, both: Index, t: Index, turns: tuple[Index, Index]) -> None:
         """Ends a column with the last step: adds the other warpgroup's dQ to this one's and stores it."""
         tiles, dtype = self.items.tiles, self.items.q.dtype
         pl.when(both > 0)(lambda: plgpu.barrier_wait(self.left_there.at[self.group]))
@@ -233,7 +249,7 @@ class _Block:
             share = plgpu.layout_cast(value.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             target.transpose((1, 0))[...] = share
 
-    def tiles_of(self, value):
+    def tiles_of(self, value: Float[Array, "64 w"]) -> Iterator[Float[Array, "64 64"]]:
         """[64 d, W] in tiles of 64 columns, the last one filled with zeros."""
         for n in range(0, self.width, ROWS):
             tile = value[:, n : n + ROWS]
@@ -242,7 +258,7 @@ class _Block:
                 tile = lax.concatenate([tile, zeros], 1)
             yield tile
 
-    def load_tiles(self, slot, m):
+    def load_tiles(self, slot: Index, m: int) -> Float32[Array, "64 w"]:
         """What `tiles_of` gave for slab m, [64 d, W] in float32."""
         tiles = []
         for n in range(0, self.width, ROWS):
@@ -250,7 +266,7 @@ class _Block:
             tiles.append(tile[:, : min(ROWS, self.width - n)])
         return tiles[0] if len(tiles) == 1 else lax.concatenate(tiles, 1)
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: Y, alpha and c_L of each step, dO, q and the statistics of a column."""
         plgpu.set_max_registers(self.config.registers[1], action="decrease")
 
@@ -276,7 +292,7 @@ class _Block:
         for s in range(self.stages):
             plgpu.barrier_wait(self.free.at[s])
 
-    def load_query(self, x, where, j):
+    def load_query(self, x: Index, where: Place, j: Index) -> None:
         """Starts the copies of a column's dO, q and statistics."""
         entry, head, tile = where
         head0, tile0 = self.head0, self.tile0

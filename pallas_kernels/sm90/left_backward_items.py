@@ -1,16 +1,19 @@
 """Back through L, what both its kernels share: items, where they and their intermediates lie, L in registers."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, ColumnBlocks, column_blocks
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref
 
 
-def load_in_order(steps, ahead: int, load, load_query):
+def load_in_order(steps: Index, ahead: int, load: Callable[[Index], None], load_query: Callable[[], None]) -> None:
     """Calls `load(i)` for every step of an item, and `load_query()`, which waits for the item before to end.
 
     Args:
@@ -30,7 +33,7 @@ def load_in_order(steps, ahead: int, load, load_query):
     lax.fori_loop(0, steps + 1, turn, ())
 
 
-def seen_bias(ref, step, limit):
+def seen_bias(ref: Ref, step: Index, limit: Index) -> Float32[Array, "64"]:
     """c_L of the 64 pairs of a step, infinite for pairs that are not seen [64]."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -40,7 +43,9 @@ def seen_bias(ref, step, limit):
     return jnp.where(pair < limit, bias, jnp.inf)
 
 
-def probabilities(x, bias, lse, scale: float):
+def probabilities(
+    x: Float32[Array, "n w"], bias: Float32[Array, " n"], lse: Ref, scale: float
+) -> Float32[Array, "n w"]:
     """P = exp(x - lse), [64 pairs, W], of the products of alpha with q, c_L [64] and the reference of lse [W]."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -50,7 +55,9 @@ def probabilities(x, bias, lse, scale: float):
     return jnp.exp2(x - lax.broadcast_in_dim(lse, x.shape, [1]))
 
 
-def scores_gradient(p, d_p, delta, early: float, dtype):
+def scores_gradient(
+    p: Float32[Array, "n w"], d_p: Float32[Array, "n w"], delta: Ref, early: float, dtype: jnp.dtype
+) -> Float[Array, "n w"]:
     """P * (dP - delta), [64 pairs, W], with the first of `gradient_scales`, from the reference of delta [W]."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -58,7 +65,7 @@ def scores_gradient(p, d_p, delta, early: float, dtype):
     return (p * (d_p * early - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(dtype)
 
 
-def padded(x, depth: int):
+def padded(x: Float[Array, "n _"], depth: int) -> Float[Array, "n {depth}"]:
     """[64 pairs, W] with zeros up to the depth of the next products."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -105,7 +112,7 @@ class Items:
         """Where the chunk's columns lie in what has 64 of them together."""
         return column_blocks(self.q.shape[3], self.tiles, self.masked)
 
-    def place(self, number, limits, tile0):
+    def place(self, number: Index, limits: Ref, tile0: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
         item = self.count - 1 - number  # what was made last comes first: it may still be in the L2 cache
         x = lax.div(item, self.groups)
@@ -114,7 +121,9 @@ class Items:
         where = (lax.div(x, self.heads * self.tiles), lax.rem(lax.div(x, self.tiles), self.heads), tile)
         return x, where, lax.rem(item, self.groups) * self.columns, limit
 
-    def source(self, x, where, head0, tile0):
+    def source(
+        self, x: Index, where: Place, head0: Index, tile0: Index
+    ) -> tuple[Index, Callable[[Index], tuple[Index, Index, Index]]]:
         """Index of alpha and Y; function from a column to the place of c_L, before its pairs."""
         entry, head, tile = where
         _, all_tiles, _, cols, all_heads, _ = self.q.shape

@@ -5,17 +5,17 @@ two blocks of 64 are columns here: scores [pairs, rows], sums [D, rows].
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32
 
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB
-from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.shared import LOG2E, accumulate
+from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
-# arrays: greatest score of a row [rows], weights [pairs of a step, rows], slabs of the output [64 d, rows]
-Sums = tuple[Any, ...]
+Sums = tuple[Float32[Array, "..."], ...]
+"""Greatest score of a row [rows], weights [pairs of a step, rows], slabs of the output [64 d, rows]."""
 
 
 def start(rows: int, pairs: int, slabs: int) -> Sums:
@@ -30,12 +30,12 @@ def start(rows: int, pairs: int, slabs: int) -> Sums:
 
 def step(
     sums: Sums,
-    q: Callable,
-    alpha: Callable,
-    y: Callable,
-    weights,
-    bias,
-    seen: jax.Array,
+    q: Callable[[int], Ref],
+    alpha: Callable[[int], Ref],
+    y: Callable[[int], Ref],
+    weights: Ref,
+    bias: Ref,
+    seen: Index,
     scale: float,
     read_alpha: Callable[[], None],
     await_y: Callable[[], None],
@@ -93,11 +93,11 @@ def step(
                 values = y(n).at[pl.ds(m * ROWS, ROWS)].transpose((1, 0))
                 plgpu.wgmma(accs[n], values, weights.at[m].transpose((1, 0)))
 
-    acc = pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+    acc = accumulate(products, acc)
     return new_top, total, *acc
 
 
-def finish(sums: Sums, out, lse) -> None:
+def finish(sums: Sums, out: Ref, lse: Ref) -> None:
     """Writes the output to a reference [D/64, rows, 64], the log-sum-exp to one [rows] in float32."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 

@@ -10,12 +10,14 @@ past its end (b2 = 52 or 45): rows outside are read as zeros and never written.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import (
@@ -27,6 +29,7 @@ from monarchrt.pallas_kernels.sm90.config import (
     column_blocks,
 )
 from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Refs
 
 
 def right_role(
@@ -129,7 +132,7 @@ class _Items:
         """Key rows of all heads and batch entries, with the items of each."""
         return self.q.shape[0] * self.heads * self.pairs
 
-    def place(self, unit):
+    def place(self, unit: Index) -> Place:
         """Batch entry, head of the chunk and key row of a unit."""
         pairs, heads = self.pairs, self.heads
         return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
@@ -142,7 +145,15 @@ class _Block:
     evenly, or go to the first blocks where masks make items differ anyway.
     """
 
-    def __init__(self, items: _Items, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: _Items,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
         self.groups, self.stages = items.config.warpgroups, items.config.query_stages
         self.slabs = items.q.shape[5]
@@ -169,7 +180,7 @@ class _Block:
             self.over_unit = lax.div(self.first, count)
             self.more_turns = lax.div(self.last + count - 1, count) - self.over_unit
 
-    def span(self, t):
+    def span(self, t: Index) -> tuple[Index, Index, Index]:
         """Key row of a turn and the items of it that are this block's."""
         block, blocks, turns, count = self.block, self.blocks, self.turns, self.items.split.items
         if self.items.masked:
@@ -180,7 +191,7 @@ class _Block:
         unit = jnp.where(rest, turns * blocks + self.over_unit + t - turns, block + t * blocks)
         return unit, jnp.where(rest, low, 0), jnp.where(rest, high, count)
 
-    def when_seen(self, pair, item, do):
+    def when_seen(self, pair: Index, item: Index, do: Callable[[], None]) -> None:
         """Runs `do` unless the query tile neither sees the pair nor reads it as padding."""
         if self.items.masked:
             key_block = self.items.key_block
@@ -189,14 +200,14 @@ class _Block:
         else:
             do()
 
-    def when_live(self, pair, do):
+    def when_live(self, pair: Index, do: Callable[[], None]) -> None:
         """Runs `do` unless no query tile needs the pair."""
         if self.items.masked:
             pl.when(pair < self.bound)(do)
         else:
             do()
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         group, groups, key_stages = self.group, self.groups, self.config.key_stages
         plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
@@ -231,7 +242,7 @@ class _Block:
         lax.fori_loop(0, self.turns + self.more_turns, turn, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def item(self, item, pair, lane, slot, key_slot):
+    def item(self, item: Index, pair: Index, lane: Index, slot: Index, key_slot: Index) -> None:
         """alpha, Y and c_L of an item: R in registers, two products, and out through shared memory."""
         config, split = self.config, self.items.split
         p, entropy = self.probabilities(slot, key_slot)
@@ -261,7 +272,7 @@ class _Block:
         self.c[lane, item, :, pair] = entropy  # after the fence, which would wait for it
         self.send(item, pair, lane)
 
-    def probabilities(self, slot, key_slot):
+    def probabilities(self, slot: Index, key_slot: Index) -> tuple[Float[Array, "64 _"], Float32[Array, "64"]]:
         """R, [64 j, depth] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""
         cols, width, depth, dtype = self.items.q.shape[3], self.width, self.depth, self.items.q.dtype
         plgpu.barrier_wait(self.q_full.at[slot])
@@ -290,7 +301,7 @@ class _Block:
             p = lax.concatenate([p, zeros], 1)
         return p, entropy
 
-    def send(self, item, pair, lane):
+    def send(self, item: Index, pair: Index, lane: Index) -> None:
         """Starts the copies of an item's alpha and Y."""
         group, split = self.group, self.items.split
 
@@ -306,7 +317,7 @@ class _Block:
 
         shared.part(split, item, whole, packs)
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: K and V of a turn, then q of each item."""
         groups, stages, key_stages = self.groups, self.stages, self.config.key_stages
         plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
@@ -339,7 +350,7 @@ class _Block:
         for s in range(stages):
             plgpu.barrier_wait(self.q_free.at[s])
 
-    def load_query(self, item, slot, entry, row, lane):
+    def load_query(self, item: Index, slot: Index, entry: Index, row: Index, lane: Index) -> None:
         """Starts the copy of an item's query rows."""
         split, arrived = self.items.split, self.q_full.at[slot]
 

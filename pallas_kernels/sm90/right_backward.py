@@ -18,6 +18,7 @@ from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTE
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
 from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
 from monarchrt.pallas_kernels.sm90.shared import Role
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Refs, Slabs, Tile
 
 
 def right_backward_role(
@@ -91,7 +92,17 @@ def right_backward_role(
 class _Block:
     """A persistent block: the arrays, its shared memory, and its turns, one key row of a head each."""
 
-    def __init__(self, items: Items, config: RightBackwardConfig, scale, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: Items,
+        config: RightBackwardConfig,
+        scale: float,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
         self.groups, self.stages = config.warpgroups, config.stages
         self.steps = -(-items.split.items // self.groups)
@@ -108,11 +119,11 @@ class _Block:
         self.head0, self.tile0, self.bound, self.wanted, self.wanted_end = (start[n] for n in range(5))
         self.turns = lax.div(items.units - block + blocks - 1, blocks)
 
-    def place(self, t):
+    def place(self, t: Index) -> Place:
         """Batch entry, head of the chunk and key row of a turn."""
         return self.items.place(self.block + t * self.blocks)
 
-    def seen(self, pair, item):
+    def seen(self, pair: Number, item: Number) -> Flag:
         """Whether the item exists and its query tile sees the pair."""
         exists = item < self.items.split.items
         if not self.items.masked:
@@ -120,7 +131,7 @@ class _Block:
         tile = jnp.minimum(lax.div(item, self.items.split.full), self.items.tiles - 1)
         return exists & (pair < self.limits[self.tile0 + tile])
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         groups = self.groups
         plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
@@ -150,12 +161,12 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_wait(self.used)
 
-    def zeros(self):
+    def zeros(self) -> Slabs:
         """This warpgroup's slabs of dk and dv, [64 d, W] each."""
         shape = (SLAB, self.items.width)
         return [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(self.results)]
 
-    def step(self, s, acc, done, lane, pair):
+    def step(self, s: Number, acc: Slabs, done: Number, lane: Index, pair: Number) -> Slabs:
         """An item for each warpgroup: makes its own R and s dZ, and adds the products with all of them to `acc`."""
         groups, group, stages = self.groups, self.group, self.stages
         mine = s * groups + group
@@ -199,7 +210,7 @@ class _Block:
             pl.when(exist[g])(lambda g=g: plgpu.barrier_arrive(self.free.at[slots[g]]))
         return acc
 
-    def make(self, item, slot, first):
+    def make(self, item: Index, slot: Index, first: Index) -> tuple[Tile, Tile]:
         """R and s dZ of an item, [64 j, W], in the inputs' dtype; `first` is 0, the place of K."""
         width, cols = self.items.width, self.items.q.shape[3]
         rows, keys = self.rows_mma, self.key_mma
@@ -219,7 +230,7 @@ class _Block:
             z = jnp.where(column < cols, z, NOWHERE)
         return through_softmax(*softmax(z, self.scale), d_r, d_log, self.scale, self.items.q.dtype)
 
-    def add(self, acc, slot, g):
+    def add(self, acc: Slabs, slot: Index, g: Index) -> Slabs:
         """Adds the share of warpgroup g's item to this warpgroup's slabs of dk and dv, [64 d, W] each."""
 
         def product(acc, source, n, kind):
@@ -235,13 +246,13 @@ class _Block:
             def run(accs):
                 product(accs[0], source, 0, jnp.minimum(source, 1))
 
-            return pl.run_state(run)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+            return shared.accumulate(run, acc)
 
         if self.results == 2:
-            return pl.run_state(both)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+            return shared.accumulate(both, acc)
         return lax.fori_loop(2 * self.group, 2 + self.group, one, acc)
 
-    def store(self, acc, where):
+    def store(self, acc: Slabs, where: Place) -> None:
         """Slabs of dk and dv leave from where R and s dZ lay."""
         entry, head, pair = where
         group = self.group
@@ -263,7 +274,7 @@ class _Block:
 
         plgpu.barrier_arrive(self.used)
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: K and V of a turn, then q, d_alpha, dY and d_c of each item."""
         groups, stages = self.groups, self.stages
         plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
@@ -304,7 +315,7 @@ class _Block:
         for s in range(stages):
             plgpu.barrier_wait(self.free.at[s])
 
-    def load_item(self, item, slot, row, lane, where):
+    def load_item(self, item: Index, slot: Index, row: Index, lane: Index, where: Place) -> None:
         """Starts the copies of an item's q, d_alpha and dY."""
         entry, head, pair = where
         split = self.items.split

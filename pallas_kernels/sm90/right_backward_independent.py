@@ -8,11 +8,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32
 
 from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
 from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
 from monarchrt.pallas_kernels.sm90.shared import Role
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Refs, Slabs, Tile
 
 
 def independent_role(
@@ -68,7 +70,17 @@ def independent_role(
 class _Block:
     """A persistent block: the arrays, its shared memory, and its turns, a key row of a head for each warpgroup."""
 
-    def __init__(self, items: Items, config: RightBackwardConfig, scale, blocks: int, block, inputs, outputs, scratch):
+    def __init__(
+        self,
+        items: Items,
+        config: RightBackwardConfig,
+        scale: float,
+        blocks: int,
+        block: Index,
+        inputs: Refs,
+        outputs: Refs,
+        scratch: Refs,
+    ) -> None:
         self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
         self.groups, self.ring = config.warpgroups, config.ring
         self.ahead, self.late = divmod(self.ring, 3)  # before cell `late` of item n, item n - ahead must be done with
@@ -84,45 +96,45 @@ class _Block:
         self.group = lax.axis_index("group")
         self.tile0, self.bound = self.start[1], self.start[2]
 
-    def turns(self):
+    def turns(self) -> Index:
         """How many this block has."""
         shares = -(-self.items.units // self.groups)
         return lax.div(shares - self.block + self.blocks - 1, self.blocks)
 
-    def place(self, t, g):
+    def place(self, t: Index, g: Index) -> Place:
         """Batch entry, head of the chunk and key row of a warpgroup's turn."""
         return self.items.place((self.block + t * self.blocks) * self.groups + g)
 
-    def exists(self, t, g):
+    def exists(self, t: Number, g: Index) -> Flag:
         """Whether a warpgroup's turn has a key row."""
         return (self.block + t * self.blocks) * self.groups + g < self.items.units
 
-    def live(self, t, g):
+    def live(self, t: Number, g: Index) -> Flag:
         """Whether the key row exists and a query tile sees it."""
         return self.exists(t, g) & (self.place(t, g)[2] < self.bound) if self.items.masked else self.exists(t, g)
 
-    def seen(self, t, g, item):
+    def seen(self, t: Number, g: Index, item: Index) -> Flag:
         """Whether the key row exists and the item's query tile sees it."""
         if not self.items.masked:
             return self.exists(t, g)
         full = self.items.split.full
         return self.exists(t, g) & (self.place(t, g)[2] < self.limits[self.tile0 + lax.div(item, full)])
 
-    def seen_counts(self, t, item):
+    def seen_counts(self, t: Number, item: Index) -> list[Index]:
         """For each warpgroup 1 if its key row is seen, else 0."""
         return [self.seen(t, g, item).astype(jnp.int32) for g in range(self.groups)]
 
-    def cells(self, n):
+    def cells(self, n: Index) -> list[Index]:
         """Places of the q, d_alpha and dY of item number n."""
         ring = self.ring
         first = lax.rem(3 * n, ring)
         return [jnp.where(first + kind < ring, first + kind, first + kind - ring) for kind in range(3)]
 
-    def zeros(self, rows: int):
+    def zeros(self, rows: int) -> Float32[Array, "{rows} w"]:
         """Of `rows` x W."""
         return plgpu.layout_cast(jnp.zeros((rows, self.items.width), jnp.float32), plgpu.Layout.WGMMA)
 
-    def compute(self):
+    def compute(self) -> None:
         """What a computing warpgroup does."""
         group, masked = self.group, self.items.masked
         plgpu.set_max_registers(COMPUTE_REGISTERS[self.groups], action="increase")
@@ -139,7 +151,7 @@ class _Block:
         lax.fori_loop(0, self.turns(), self.turn, [jnp.int32(0)] * 2 if masked else [])
         plgpu.wait_smem_to_gmem(0)
 
-    def turn(self, t, carry):
+    def turn(self, t: Number, carry: list[Index]) -> list[Index]:
         """A key row of this warpgroup's, past all items. Carries, if masked, the items so far and this warpgroup's."""
         group, groups, units, count = self.group, self.groups, self.items.units, self.items.split.items
         where = entry, head, pair = self.place(t, group)
@@ -172,7 +184,7 @@ class _Block:
         pl.when(self.exists(t, group))(lambda: self.store(acc, t, where))
         return carry
 
-    def item(self, i, n, mine, acc, lane, pair, is_wanted):
+    def item(self, i: Index, n: Index, mine: Index, acc: Slabs, lane: Index, pair: Index, is_wanted: Index) -> Slabs:
         """Item i, number n of all and `mine` of this warpgroup's."""
         group = self.group
         own = shared.unhoisted(group, n)
@@ -190,7 +202,7 @@ class _Block:
         plgpu.barrier_arrive(self.free.at[lax.rem(n, self.ahead)])
         return acc
 
-    def make(self, item, n, mine, key):
+    def make(self, item: Index, n: Index, mine: Index, key: Index) -> tuple[Tile, Tile]:
         """R and s dZ of item number n, [64 j, W], in the inputs' dtype; `key` is the place of K and V."""
         width, ahead = self.items.width, self.ahead
         cell, turn = self.cells(n), self.group * (ahead + 1) + lax.rem(mine, ahead + 1)
@@ -209,14 +221,14 @@ class _Block:
         if width != self.items.q.shape[3]:  # which columns are keys is read anew: registers do not suffice to keep it
             z = plgpu.load(self.nowhere.at[self.group], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             z = lax.broadcast_in_dim(z, (ROWS, width), [1])
-        z, d_r = pl.run_state(early)([plgpu.WGMMAAccumulatorRef.init(x) for x in (z, zeros)])
+        z, d_r = shared.accumulate(early, [z, zeros])
         probabilities = softmax(z, self.scale)
         plgpu.barrier_wait(self.last_full.at[turn])  # dY, loaded last, was on its way
-        d_r = pl.run_state(lambda acc: multiply(acc, 2, 1))(plgpu.WGMMAAccumulatorRef.init(d_r))
+        d_r = shared.accumulate(lambda acc: multiply(acc, 2, 1), d_r)
         d_log = self.items.entropy_gradient(self.c_in.at[lax.rem(n, ahead)], item)
         return through_softmax(*probabilities, d_r, d_log, self.scale, self.items.q.dtype)
 
-    def add(self, acc, n, g):
+    def add(self, acc: Slabs, n: Index, g: Index) -> Slabs:
         """Adds an item's share to all slabs of dk and dv, [64 d, W] each."""
         cell = self.cells(n)
 
@@ -226,9 +238,9 @@ class _Block:
                     left, right = self.rows_mma.at[cell[kind], m], self.p_mma.at[g, p]
                     plgpu.wgmma(accs[first + m], left.transpose((1, 0)), right.transpose((1, 0)))
 
-        return pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in acc])
+        return shared.accumulate(products, acc)
 
-    def store(self, acc, t, where):
+    def store(self, acc: Slabs, t: Index, where: Place) -> None:
         """Slabs of dk and dv leave, one after the other, from where R and s dZ lay."""
         entry, head, pair = where
         own = shared.unhoisted(self.group, t)
@@ -240,7 +252,7 @@ class _Block:
             target = (self.dk, self.dv)[m // self.slabs].at[entry, pair, window, head, m % self.slabs]
             plgpu.copy_smem_to_gmem(self.p_out.at[self.group, m % 2], target)
 
-    def load(self):
+    def load(self) -> None:
         """What the loading warpgroup does: K and V of a turn, then q, d_alpha, dY and d_c of each item."""
         groups = self.groups
         plgpu.set_max_registers(LOAD_REGISTERS[groups], action="decrease")
@@ -263,7 +275,7 @@ class _Block:
         for n in range(self.ahead):
             plgpu.barrier_wait(self.free.at[n])
 
-    def load_keys(self, t, g, head0):
+    def load_keys(self, t: Index, g: int, head0: Index) -> None:
         """Starts the copies of a key row's K and V."""
         entry, head, pair = self.place(t, g)
         plgpu.barrier_wait(self.key_free.at[g])
@@ -272,7 +284,7 @@ class _Block:
             box = source.at[entry, pair, window, head0 + head]
             plgpu.copy_gmem_to_smem(box, self.key_in.at[g, kind].transpose((1, 0, 2)), self.key_full.at[g])
 
-    def load_item(self, t, g, i, n, mine, head0):
+    def load_item(self, t: Index, g: int, i: Index, n: Index, mine: Index, head0: Index) -> None:
         """Starts the copies of item i, number n of all and `mine` of warpgroup g's."""
         entry, head, pair = self.place(t, g)
         lane, row = entry * self.items.heads + head, lax.rem(pair, self.items.q.shape[2])

@@ -6,9 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.config import ROWS, ColumnBlocks, column_blocks
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref, Rows, Tile
 
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 
@@ -48,12 +50,12 @@ class Items:
         """Key rows of all heads and batch entries, with the items of each."""
         return self.q.shape[0] * self.heads * self.pairs
 
-    def place(self, unit):
+    def place(self, unit: Index) -> Place:
         """Batch entry, head of the chunk and key row of a unit."""
         pairs, heads = self.pairs, self.heads
         return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
 
-    def real_columns(self, item):
+    def real_columns(self, item: Index) -> Bool[Array, "64"]:
         """Which of an item's 64 rows are columns of the chunk's query tiles [64]."""
         import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -68,7 +70,7 @@ class Items:
             return in_packs
         return jnp.where(lax.broadcast(item < split.whole, (ROWS,)), in_whole, in_packs)
 
-    def entropy_gradient(self, ref, item):
+    def entropy_gradient(self, ref: Ref, item: Index) -> Float32[Array, "64"]:
         """The gradient of c_L for an item's 64 rows [64]; 0 for those that are no columns, which hold anything."""
         import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -84,7 +86,7 @@ class Items:
         return gradient, gradient, d_scores
 
 
-def put(value, ref):
+def put(value: Float[Array, "64 w"], ref: Ref) -> None:
     """Stores [64, W] turned, as [W, 64] in the tile's dtype."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -92,7 +94,7 @@ def put(value, ref):
     ref.transpose((1, 0))[...] = turned
 
 
-def softmax(z, scale: float):
+def softmax(z: Float32[Array, "64 w"], scale: float) -> tuple[Float32[Array, "64 w"], Float32[Array, "64 w"]]:
     """R and its logarithm in units of log 2, [64 j, W], from Q K^T, `NOWHERE` where no key is."""
     factor = scale * LOG2E
     top = z.max(axis=1) * factor
@@ -102,7 +104,14 @@ def softmax(z, scale: float):
     return r * _wide(1.0 / total, z), z * factor - _wide(top + jnp.log2(total), z)
 
 
-def through_softmax(r, log_r, d_r, d_log, scale: float, dtype):
+def through_softmax(
+    r: Float32[Array, "64 w"],
+    log_r: Float32[Array, "64 w"],
+    d_r: Float32[Array, "64 w"],
+    d_log: Float32[Array, "64"],
+    scale: float,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "64 w"], Float[Array, "64 w"]]:
     """R and s dZ, [64 j, W], in `dtype`, from what `softmax` gave, d_alpha K^T + dY V^T and d_c [64]."""
     d_r = d_r + _wide(d_log * (1 / LOG2E), r) * log_r
     mean = (r * d_r).sum(axis=1) * scale
@@ -110,5 +119,5 @@ def through_softmax(r, log_r, d_r, d_log, scale: float, dtype):
     return r.astype(dtype), d_z.astype(dtype)
 
 
-def _wide(x, like):
+def _wide(x: Rows, like: Tile) -> Tile:
     return lax.broadcast_in_dim(x, like.shape, [0])

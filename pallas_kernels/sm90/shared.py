@@ -3,16 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from monarchrt.pallas_kernels.sm90.config import REDUCTIONS, ROWS, ColumnBlocks
+from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
 
 LOG2E = math.log2(math.e)
 
 
-def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tuple[int, int] | None = None):
+def tile_scratch(
+    shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, slab: int, split: tuple[int, int] | None = None
+) -> Any:
     """Scratch for tiles [..., rows, slab] of 16-bit elements, in two or three views of the same bytes.
 
     The tensor cores want tiles of 8 rows, swizzled; the copy engine, told of such tiles, can only start at a multiple
@@ -43,7 +47,7 @@ def tile_scratch(shapes: Sequence[tuple[int, ...]], dtype, slab: int, split: tup
     return plgpu.RefUnion(*views)
 
 
-def tile_views(scratch):
+def tile_views(scratch: Ref) -> tuple[Refs, ...]:
     """The references of a `tile_scratch`: to multiply, load and store; to copy from and to; and in split rows."""
     return tuple(scratch)
 
@@ -71,7 +75,7 @@ class Role:
     reduction_bytes: int = REDUCTIONS
 
 
-def gradient_scales(dtype, scale: float) -> tuple[float, float]:
+def gradient_scales(dtype: jnp.dtype, scale: float) -> tuple[float, float]:
     """Factors of the scores' gradient before it is rounded to `dtype` and of what is made from it, the scale in all.
 
     Before, it costs nothing; in float16 small gradients would lose digits. The first is not zero.
@@ -79,7 +83,9 @@ def gradient_scales(dtype, scale: float) -> tuple[float, float]:
     return (scale, 1.0) if dtype == jnp.bfloat16 and scale else (1.0, scale)
 
 
-def part(split: ColumnBlocks, item, whole, packs):
+def part(
+    split: ColumnBlocks, item: Index, whole: Callable[[Index, Index], None], packs: Callable[[Index], None]
+) -> None:
     """Calls `whole(tile, first column)` or `packs(first tile)`, whichever kind the item is."""
     from jax import lax
     from jax.experimental import pallas as pl
@@ -93,7 +99,23 @@ def part(split: ColumnBlocks, item, whole, packs):
         packs(item * split.packed)
 
 
-def unhoisted(index, turn):
+def accumulate(products: Callable[[Any], None], sums: Any) -> Any:
+    """Calls `products` with accumulators of the tensor cores that start as `sums`.
+
+    Args:
+        products: Gets one accumulator, or a list as long as that of the sums.
+        sums: An array in registers, or a list of them.
+
+    Returns:
+        What the accumulators hold afterwards, as the sums.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return pl.run_state(products)(jax.tree.map(plgpu.WGMMAAccumulatorRef.init, sums))
+
+
+def unhoisted(index: Index, turn: Index) -> Index:
     """`index` as the compiler cannot prove it to be: the same in every turn of a loop.
 
     Addresses made from an index that does not change are computed before the loop, one for each operand of each matrix

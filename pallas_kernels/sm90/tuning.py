@@ -66,7 +66,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **new)
 
 
-def _choose(config, which: str, *keys: str):
+def _choose(config: Any, which: str, *keys: str) -> Any:
     if config is None:
         return None
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
