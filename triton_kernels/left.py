@@ -119,6 +119,43 @@ def add_dot(
 
 
 @kernel
+def rows_back(
+    q: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, query: tl.tensor, place: tl.tensor, i: tl.tensor,
+    d: tl.tensor, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Rows i of a query column, whose offsets are `query` and `place`: q and dO, log-sum-exp (base 2) and delta."""
+    q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
+    g_i = load_rows(d_out + query, i * (B2 * H * D), i < B1, d, D)
+    lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
+    delta_i = tl.load(delta + place + i * (B2 * H), mask=i < B1, other=0.0)
+    return q_i, g_i, lse_i, delta_i
+
+
+@kernel
+def left_sums(
+    q: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, query: tl.tensor, place: tl.tensor,
+    alpha: tl.tensor, y: tl.tensor, c_l: tl.tensor, scale: tl.tensor, d: tl.tensor, B1: tl.constexpr, B2: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Of N key rows d_y and d_alpha [N, D], d_cl and e [N], summed over all blocks of I rows of a query column."""
+    d_y = tl.zeros([N, DP], tl.float32)
+    d_alpha = tl.zeros([N, DP], tl.float32)
+    d_cl = tl.zeros([N], tl.float32)
+    e = tl.zeros([N], tl.float32)
+    for part in range((B1 + I - 1) // I):
+        i_n = part * I + tl.arange(0, I)
+        q_n, g_n, lse_n, delta_n = rows_back(q, d_out, lse, delta, query, place, i_n, d, B1, B2, H, D)
+        low_p, low_d_x, d_cl_n, e_n = left_gradients(
+            q_n, g_n, lse_n, delta_n, alpha, y, c_l, scale, True, PRECISION
+        )  # fmt: skip
+        d_y = tl.dot(low_p, g_n, d_y, input_precision=PRECISION)
+        d_alpha = tl.dot(low_d_x, q_n, d_alpha, input_precision=PRECISION)
+        d_cl += d_cl_n
+        e += e_n
+    return d_y, d_alpha, d_cl, e
+
+
+@kernel
 def left_backward(
     step: tl.tensor, visible: tl.tensor, q: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor,
     mid: tl.tensor, stats: tl.tensor, dq_left: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
@@ -142,7 +179,6 @@ def left_backward(
     b, h = zh // H, zh % H
     R: tl.constexpr = AC * B2
     CK: tl.constexpr = C * B1
-    NI: tl.constexpr = (B1 + I - 1) // I
     if (zh < Z) & (a < A):
         d = tl.arange(0, DP)
         query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
@@ -152,17 +188,11 @@ def left_backward(
         stats += row
         end = tl.load(visible + a) * B1
         i = tl.program_id(1) * I + tl.arange(0, I)
-        q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
-        g_i = load_rows(d_out + query, i * (B2 * H * D), i < B1, d, D)
-        lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
-        delta_i = tl.load(delta + place + i * (B2 * H), mask=i < B1, other=0.0)
+        q_i, g_i, lse_i, delta_i = rows_back(q, d_out, lse, delta, query, place, i, d, B1, B2, H, D)
         dq_i = tl.zeros([I, DP], tl.float32)
         if I2:
             i_1 = I + tl.arange(0, I2)
-            q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
-            g_1 = load_rows(d_out + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
-            lse_1 = tl.load(lse + place + i_1 * (B2 * H), mask=i_1 < B1, other=float("inf")) * LOG2_E
-            delta_1 = tl.load(delta + place + i_1 * (B2 * H), mask=i_1 < B1, other=0.0)
+            q_1, g_1, lse_1, delta_1 = rows_back(q, d_out, lse, delta, query, place, i_1, d, B1, B2, H, D)
             dq_1 = tl.zeros([I2, DP], tl.float32)
             nothing = tl.full([N, DP], scale * 0.0, tl.float32)
         for start in tl.range(0, end, N, num_stages=STAGES):
@@ -194,23 +224,9 @@ def left_backward(
                 if I2:
                     dq_1 = tl.dot(low_d_x_1.T, alpha, dq_1, input_precision=PRECISION)
             else:
-                d_y = tl.zeros([N, DP], tl.float32)
-                d_alpha = tl.zeros([N, DP], tl.float32)
-                d_cl = tl.zeros([N], tl.float32)
-                e = tl.zeros([N], tl.float32)
-                for part in range(NI):
-                    i_n = part * I + tl.arange(0, I)
-                    q_n = load_rows(q + query, i_n * (B2 * H * D), i_n < B1, d, D)
-                    g_n = load_rows(d_out + query, i_n * (B2 * H * D), i_n < B1, d, D)
-                    lse_n = tl.load(lse + place + i_n * (B2 * H), mask=i_n < B1, other=float("inf")) * LOG2_E
-                    delta_n = tl.load(delta + place + i_n * (B2 * H), mask=i_n < B1, other=0.0)
-                    low_p, low_d_x, d_cl_n, e_n = left_gradients(
-                        q_n, g_n, lse_n, delta_n, alpha, y, c_l, scale, True, PRECISION
-                    )  # fmt: skip
-                    d_y = tl.dot(low_p, g_n, d_y, input_precision=PRECISION)
-                    d_alpha = tl.dot(low_d_x, q_n, d_alpha, input_precision=PRECISION)
-                    d_cl += d_cl_n
-                    e += e_n
+                d_y, d_alpha, d_cl, e = left_sums(
+                    q, d_out, lse, delta, query, place, alpha, y, c_l, scale, d, B1, B2, H, D, DP, I, N, PRECISION
+                )  # fmt: skip
                 store_rows(mid + D, n * (2 * D), seen, d, d_y, D)
                 store_rows(mid, n * (2 * D), seen, d, d_alpha, D)
             if FUSED | (not QUERY):

@@ -23,7 +23,7 @@ def weights(
 ) -> tl.tensor:  # fmt: skip
     """L of rows i for key rows [N, I] from lse_i (base 2), float32."""
     x = tl.dot(alpha, q_i.T, input_precision=PRECISION) * (scale * LOG2_E) - (c_l * LOG2_E)[:, None]
-    return tl.exp2(x - lse_i[None, :])
+    return tl.exp2(x - lse_i[None, :])  # L again (paper, A.2)
 
 
 @kernel
@@ -48,6 +48,36 @@ def part_weights(
     q_i = load_rows(q + query, i * (B2 * H * D), i < B1, tl.arange(0, DP), D)
     lse_i = tl.load(lse + place + i * (B2 * H), mask=i < B1, other=float("inf")) * LOG2_E
     return weights(alpha, c_l, q_i, lse_i, scale, PRECISION), q_i
+
+
+@kernel
+def store_lse(
+    q: tl.tensor, mid: tl.tensor, c_l: tl.tensor, lse: tl.tensor, query: tl.tensor, place: tl.tensor, end: tl.tensor,
+    d: tl.tensor, scale: tl.tensor, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    I: tl.constexpr, I2: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """The log-sum-exp of a query column's scores of L over key rows below `end`; its offsets are `query`, `place`."""
+    for part in tl.static_range((B1 + I + I2 - 1) // (I + I2)):
+        i = part * I + tl.arange(0, I)
+        q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
+        top = tl.full([I], LOWEST, tl.float32)
+        total = tl.zeros([I], tl.float32)
+        if I2:
+            i_1 = I + tl.arange(0, I2)
+            q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
+            top_1 = tl.full([I2], LOWEST, tl.float32)
+            total_1 = tl.zeros([I2], tl.float32)
+        for start in tl.range(0, end, N, num_stages=STAGES):
+            n = start + tl.arange(0, N)
+            seen = n < end
+            alpha = load_rows(mid, n * (2 * D), seen, d, D)
+            c_n = tl.load(c_l + n, mask=seen, other=float("inf"))
+            top, total = add_scores(q_i, alpha, c_n, top, total, scale, PRECISION)
+            if I2:
+                top_1, total_1 = add_scores(q_1, alpha, c_n, top_1, total_1, scale, PRECISION)
+        tl.store(lse + place + i * (B2 * H), (top + tl.log2(total)) * LN_2, mask=i < B1)
+        if I2:
+            tl.store(lse + place + i_1 * (B2 * H), (top_1 + tl.log2(total_1)) * LN_2, mask=i_1 < B1)
 
 
 @kernel
@@ -80,27 +110,9 @@ def left_refine(
         mid += row * (2 * D)
         stats += row + ZC * R * CK
         end = tl.load(visible + a) * B1
-        for part in tl.static_range(NI):
-            i = part * I + tl.arange(0, I)
-            q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)
-            top = tl.full([I], LOWEST, tl.float32)
-            total = tl.zeros([I], tl.float32)
-            if I2:
-                i_1 = I + tl.arange(0, I2)
-                q_1 = load_rows(q + query, i_1 * (B2 * H * D), i_1 < B1, d, D)
-                top_1 = tl.full([I2], LOWEST, tl.float32)
-                total_1 = tl.zeros([I2], tl.float32)
-            for start in tl.range(0, end, N, num_stages=STAGES):
-                n = start + tl.arange(0, N)
-                seen = n < end
-                alpha = load_rows(mid, n * (2 * D), seen, d, D)
-                c_l = tl.load(stats + n, mask=seen, other=float("inf"))
-                top, total = add_scores(q_i, alpha, c_l, top, total, scale, PRECISION)
-                if I2:
-                    top_1, total_1 = add_scores(q_1, alpha, c_l, top_1, total_1, scale, PRECISION)
-            tl.store(lse + place + i * (B2 * H), (top + tl.log2(total)) * LN_2, mask=i < B1)
-            if I2:
-                tl.store(lse + place + i_1 * (B2 * H), (top_1 + tl.log2(total_1)) * LN_2, mask=i_1 < B1)
+        store_lse(
+            q, mid, stats, lse, query, place, end, d, scale, B1, B2, H, D, I, I2, N, PRECISION, STAGES
+        )  # fmt: skip
         tl.debug_barrier()
         i = tl.arange(0, I)
         q_i = load_rows(q + query, i * (B2 * H * D), i < B1, d, D)

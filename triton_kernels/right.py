@@ -41,7 +41,7 @@ def right_softmax(
         x_1 = tl.where(live_1[None, :], x_1, LOWEST)
         top = tl.maximum(top, tl.max(x_1, 1))
     x -= top[:, None]
-    p = tl.exp2(x)
+    p = tl.exp2(x)  # the update of R (paper, A.2): softmax over l
     total = tl.sum(p, 1)
     if L2:
         x_1 -= top[:, None]
@@ -79,6 +79,36 @@ def right_block(
     p, p_1, top, total, entropy = right_softmax(q_r, k_0, live_0, k_1, live_1, scale, L2, PRECISION)
     alpha = right_sum(p, p_1, k_0, k_1, L2, PRECISION)
     y = right_sum(p, p_1, v_0, v_1, L2, PRECISION)
+    return alpha, y, top, total, entropy
+
+
+@kernel
+def right_online(
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, l: tl.tensor, d: tl.tensor, scale: tl.tensor, B2: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """`right_block` in blocks of L columns, from pointers to a key row's: alpha and Y times total, entropy too."""
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    entropy = tl.zeros([M], tl.float32)
+    alpha = tl.zeros([M, DP], tl.float32)
+    y = tl.zeros([M, DP], tl.float32)
+    for n in range((B2 + L - 1) // L):
+        l_n = n * L + l
+        k_l = load_rows(k, l_n * (H * D), l_n < B2, d, D)
+        v_l = load_rows(v, l_n * (H * D), l_n < B2, d, D)
+        x = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E)
+        x = tl.where((l_n < B2)[None, :], x, LOWEST)
+        new_top = tl.maximum(top, tl.max(x, 1))
+        shrink = tl.exp2(top - new_top)
+        x -= new_top[:, None]
+        p = tl.exp2(x)  # the update of R (paper, A.2): softmax over l
+        entropy = (entropy + total * (top - new_top)) * shrink + tl.sum(p * x, 1)
+        total = total * shrink + tl.sum(p, 1)
+        low_p = p.to(q_r.dtype)
+        alpha = tl.dot(low_p, k_l, alpha * shrink[:, None], input_precision=PRECISION)
+        y = tl.dot(low_p, v_l, y * shrink[:, None], input_precision=PRECISION)
+        top = new_top
     return alpha, y, top, total, entropy
 
 
@@ -142,27 +172,9 @@ def right_rows(
                 if VALUES:
                     store_rows(mid + D, out, live, d, right_sum(p, p_1, v_0, v_1, L2, PRECISION), D)
             else:
-                top = tl.full([M], LOWEST, tl.float32)
-                total = tl.zeros([M], tl.float32)
-                entropy = tl.zeros([M], tl.float32)
-                alpha = tl.zeros([M, DP], tl.float32)
-                y = tl.zeros([M, DP], tl.float32)
-                for n in range((B2 + L - 1) // L):
-                    l_n = n * L + l
-                    k_l = load_rows(k + key_row, l_n * (H * D), l_n < B2, d, D)
-                    v_l = load_rows(v + key_row, l_n * (H * D), l_n < B2, d, D)
-                    x = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E)
-                    x = tl.where((l_n < B2)[None, :], x, LOWEST)
-                    new_top = tl.maximum(top, tl.max(x, 1))
-                    shrink = tl.exp2(top - new_top)
-                    x -= new_top[:, None]
-                    p = tl.exp2(x)
-                    entropy = (entropy + total * (top - new_top)) * shrink + tl.sum(p * x, 1)
-                    total = total * shrink + tl.sum(p, 1)
-                    low_p = p.to(q_r.dtype)
-                    alpha = tl.dot(low_p, k_l, alpha * shrink[:, None], input_precision=PRECISION)
-                    y = tl.dot(low_p, v_l, y * shrink[:, None], input_precision=PRECISION)
-                    top = new_top
+                alpha, y, top, total, entropy = right_online(
+                    q_r, k + key_row, v + key_row, l, d, scale, B2, H, D, DP, M, L, PRECISION
+                )  # fmt: skip
                 inverse = 1.0 / total
                 entropy *= inverse
                 store_rows(mid, out, live, d, alpha * inverse[:, None], D)
@@ -245,7 +257,7 @@ def right_gradients(
     log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
     d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
     d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
-    p = tl.exp2(log_p)
+    p = tl.exp2(log_p)  # R again (paper, A.2)
     # a row that is not live has p = 0 and log_p = -inf: keep 0 * inf out of its gradient
     d_p += tl.where(live, d_cl * LN_2, 0.0)[None, :] * tl.maximum(log_p, LOWEST) - e[None, :]
     d_z = (p * d_p * scale).to(q_r.dtype)
@@ -351,7 +363,7 @@ def query_gradients(
     d_p = tl.dot(d_alpha, k_l.T, input_precision=PRECISION)
     d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
     d_p += (d_cl * LN_2)[:, None] * log_p - e[:, None]
-    d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)
+    d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)  # R again (paper, A.2)
     return tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
 
 
