@@ -11,6 +11,7 @@ _BOUNDS = {
     **dict.fromkeys(("batch", "accumulation"), (1, 10**5)),
     "decay_steps": (1, 10**9),
     "eval_timesteps": (1, 1000),
+    "prefetch": (0, 1000),
 }
 
 

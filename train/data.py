@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The batch of a step, counted from 0: a pure function of its arguments."""
+        """The batch of a step, counted from 0: a pure function of its arguments, called in a thread of its own."""
         ...
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:

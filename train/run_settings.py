@@ -62,6 +62,9 @@ class RunConfig:
     process: int | None = None
     """Which of them this is, counted from 0; goes with coordinator."""
 
+    prefetch: int = 2
+    """Batches that are read and moved to the devices ahead of the step that takes them, in a thread; 0: none."""
+
     log_every: int = 1
     """Write loss, gradient norm and learning rate every this many steps."""
 

@@ -1,5 +1,6 @@
 """The loop: batches go through the step, hooks see what comes of it. It knows neither the objective nor the roles."""
 
+import contextlib
 import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from monarchrt.train.data import Batch, ReadsParts, Source
 from monarchrt.train.hooks import Hook, MetricsLog
 from monarchrt.train.interrupt import Interrupted, StopRequest
 from monarchrt.train.objectives.base import Objective
+from monarchrt.train.prefetch import made_ahead
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import StepFn
@@ -101,18 +103,19 @@ class Trainer:
             Interrupted: If a signal asked to stop; the state has been saved.
         """
         agreed = AgreedStop()
-        for step in range(int(self.state.step) + 1, self._run.steps + 1):
-            roles = self._objective.due(step)
-            self.state, metrics = self._step_fn(self.state, self._batches(step, roles), due=roles)
-            self._metrics.add(step, metrics)
-            hooks = [hook for hook in self._hooks if hook.due(step)]
-            self._metrics.write(leave=0 if hooks else 1)
-            for hook in hooks:
-                hook(step, self.state)
-            if after_step:
-                after_step(step, self.state)
-            if (signal := agreed.due(step, stop.signal)) is not None:
-                self._stop(step, signal)
+        due = ((step, self._objective.due(step)) for step in range(int(self.state.step) + 1, self._run.steps + 1))
+        with contextlib.closing(made_ahead(lambda key: self._batches(*key), due, ahead=self._run.prefetch)) as made:
+            for (step, roles), batch in made:
+                self.state, metrics = self._step_fn(self.state, batch, due=roles)
+                self._metrics.add(step, metrics)
+                hooks = [hook for hook in self._hooks if hook.due(step)]
+                self._metrics.write(leave=0 if hooks else 1)
+                for hook in hooks:
+                    hook(step, self.state)
+                if after_step:
+                    after_step(step, self.state)
+                if (signal := agreed.due(step, stop.signal)) is not None:
+                    self._stop(step, signal)
         self._metrics.write(leave=0)
         return self.state
 

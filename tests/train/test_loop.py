@@ -88,7 +88,7 @@ def test_each_step_reads_its_batch(source, tmp_path):
     def read(step, state):
         first.append(sorted(set(asked)))
 
-    train(settings(tmp_path / "run", steps=2), source=Spied(), model=Network(), after_step=read)
+    train(settings(tmp_path / "run", steps=2, prefetch=0), source=Spied(), model=Network(), after_step=read)
     assert first == [[0], [0, 1]]
     asked.clear()
     train(settings(tmp_path / "run", steps=4, resume=True), source=Spied(), model=Network())
