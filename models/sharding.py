@@ -42,6 +42,20 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(found.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def whole_here(x: jax.Array) -> jax.Array:
+    """An array that this process has in full: of one that several processes share, its copy on a device here.
+
+    Examples:
+        >>> whole_here(jax.numpy.ones(3)).shape
+        (3,)
+    """
+    if x.is_fully_addressable:
+        return x
+    if not x.is_fully_replicated:
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return x.addressable_data(0)
+
+
 def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str, ...]:
     """Axes of the mesh that split a logical axis: as many of its rule's, in order, as divide it."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

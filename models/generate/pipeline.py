@@ -14,6 +14,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate.decoders import FrameDecoder
 from monarchrt.models.generate.plan import PIECE, Plan
 from monarchrt.models.sampling import Noise, Rollout, autoregressive, windows
+from monarchrt.models.sharding import whole_here
 from monarchrt.models.wan import WanModel
 
 
@@ -70,13 +71,13 @@ class VideoPipeline:
         return _pieces(self._on_mesh(windows(self.model, text, settings=plan.settings, **common)))
 
     def _on_mesh(self, parts: Iterator[Array]) -> Iterator[Array]:
-        """The same, each part dispatched to the mesh; between them, it is not set."""
+        """The same, each part dispatched to the mesh, which is not set between them; each process has it in full."""
         while True:
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
                 part = next(parts, None)
             if part is None:
                 return
-            yield part
+            yield whole_here(part)
 
     def __call__(
         self,

@@ -63,10 +63,28 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
                 f"{len(devices)} device{'s' * (len(devices) > 1)}, counted from 0; {last}"
             )
         decoder = devices[config.decoder_device]
+        if decoder.process_index:
+            raise UserError(
+                f"decoder_device is {config.decoder_device}, a device of process {decoder.process_index}; process 0 "
+                f"writes the video, so use one of its own, below {len(jax.local_devices(process_index=0))}"
+            )
     if config.mesh is None:
+        if jax.process_count() > 1:
+            raise UserError(
+                f"mesh is not given, and {jax.process_count()} processes are to make one video; give --mesh "
+                f"heads={len(devices)}, or --processes 1 for a video of each"
+            )
         return Places(decoder=decoder)
     own = [device for device in devices if device != decoder] or devices
     shape = MeshShape.parse(config.mesh, devices=len(own))
     shape.check_one_clip()
     shape.check_heads(heads)
-    return Places(mesh=make_mesh(shape, own), decoder=own[0] if decoder is None else decoder)
+    here = [device for device in own if device.process_index == jax.process_index()]
+    if not here:
+        raise UserError(
+            f"decoder_device is {config.decoder_device}, which leaves process {jax.process_index()} none for the mesh; "
+            f"leave it out"
+        )
+    if decoder is None or jax.process_index():  # the others decode, too, and throw it away
+        decoder = here[0]
+    return Places(mesh=make_mesh(shape, own), decoder=decoder)

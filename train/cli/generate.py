@@ -1,7 +1,11 @@
 """`monarchrt generate`: a video from a Wan checkpoint, or from a run folder of `train` or `demo`."""
 
+import contextlib
 import dataclasses
+import io
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,8 @@ from monarchrt.models.generate.config import (
     GenerateConfig,
     from_stored,
 )
+from monarchrt.models.processes.joining import joined
+from monarchrt.models.processes.place import Place, find_place
 from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
 
@@ -45,14 +51,41 @@ class GenerateOptions(GenerateConfig):
     trust: bool = False
     """With --from: also read the checkpoint and the other files that the video names; else they are to be given."""
 
+    coordinator: str | None = None
+    """Of one video by several processes, each with its own devices of --mesh: address of process 0 and a free port.
+    With --mesh, Slurm's srun and Open MPI's mpirun say it, and the next two, by themselves."""
+
+    processes: int | None = None
+    """How many processes there are; goes with coordinator. 1 alone: a video of its own, also under a job manager."""
+
+    process: int | None = None
+    """Which of them this is, counted from 0; goes with coordinator. The first writes the video."""
+
+    def place(self) -> Place | None:
+        """Which of several processes this is."""
+        given = self.coordinator, self.processes, self.process
+        return find_place(*given, environment={} if self.mesh is None else os.environ)
+
 
 def generate_command(arguments: Sequence[str]) -> int:
     """`monarchrt generate`."""
-    config, source = _parse(arguments)
+    config, options = _parse(arguments)
     if config.checkpoint is None:
         raise UserError(
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
+    place = options.place()
+    with joined(place, identity={field.name: getattr(config, field.name) for field in dataclasses.fields(config)}):
+        if place is None or place.process == 0:
+            return _generate(config, options.from_)
+        # the others do the same work and write what nobody reads
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            unread = dict.fromkeys(("save_embeddings", "save_latents", "save_noise"))
+            out = Path(folder) / f"{config.out.stem.replace('%', '')}.mp4"
+            return _generate(dataclasses.replace(config, out=out, stream=False, quiet=True, **unread), None)
+
+
+def _generate(config: GenerateConfig, source: Path | None) -> int:
     with finish_first():
         from monarchrt.models.generate.load import load_material
         from monarchrt.models.generate.make import check_outputs, make_video
@@ -79,8 +112,8 @@ def generate_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
-    """The settings, and the video that they are from."""
+def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
+    """The settings, and the options, which say more."""
     given = last_value(arguments, "--from")
     default = GenerateOptions()
     named: dict[str, Any] = {}
@@ -113,7 +146,7 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, Path | None]:
         _say(f"as {given} says: {listed}")
         options = dataclasses.replace(options, **missing)
     config: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
-    return GenerateConfig(**config), options.from_
+    return GenerateConfig(**config), options
 
 
 def _written(value: Any) -> str:
