@@ -52,7 +52,8 @@ def whole_here(x: jax.Array) -> jax.Array:
     if x.is_fully_addressable:
         return x
     if not x.is_fully_replicated:
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        sharding: Any = x.sharding
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(x)
     return x.addressable_data(0)
 
 
