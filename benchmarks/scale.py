@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -103,6 +102,22 @@ def measure(mesh, options):
     }
 
 
+def checked(parser, options):
+    """The meshes; what cannot be run ends the program in one line."""
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps} must be at least 1")
+    try:
+        heads = wan_config(options.preset, attention=parse(options.attention)).num_heads
+        meshes = [MeshShape.parse(text) for text in options.meshes]
+        for mesh in meshes:
+            mesh.check_heads(heads)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    if too_large := [str(mesh) for mesh in meshes if mesh.size > jax.device_count()]:
+        parser.error(f"mesh {too_large[0]} needs more devices than there are, {jax.device_count()}")
+    return meshes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="wan2.1-t2v-1.3b")
@@ -114,9 +129,7 @@ def main():
     parser.add_argument("--meshes", nargs="+", default=["data=1", f"data={jax.device_count()}"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    meshes = [MeshShape.parse(text) for text in options.meshes]
-    if too_large := [str(mesh) for mesh in meshes if mesh.size > jax.device_count()]:
-        sys.exit(f"mesh {too_large[0]} needs more devices than there are, {jax.device_count()}")
+    meshes = checked(parser, options)
     check(meshes)
     rows = []
     for mesh in meshes:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import types
 from typing import Any
@@ -59,6 +61,11 @@ def run(monkeypatch, tmp_path):
         ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
         ("generate", ["--tiny", "--attention", "dens"], "'dens' is not a kind of attention; kinds: dense, monarch"),
         ("model", ["--small", "--attention", "top_k(keep=2)"], "top_k: keep=2"),
+        ("scale", ["--meshes", "data=64"], "mesh data=64 needs more devices than there are, "),
+        ("scale", ["--meshes", "rows=2"], "mesh is 'rows=2', which has an axis 'rows'"),
+        ("scale", ["--meshes", "heads=5"], "mesh is heads=5, but the network has 12 attention heads"),
+        ("scale", ["--attention", "dens"], "'dens' is not a kind of attention"),
+        ("scale", ["--steps", "0"], "--steps 0 must be at least 1"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
     ],
 )
@@ -155,3 +162,23 @@ def test_one_row_of_the_table_can_be_measured_alone(run, monkeypatch, tmp_path):
     run("attention", "--rows", "720p (3h,w)", **replaced)
     report = json.loads((tmp_path / "results" / "attention.json").read_text())
     assert {row["row"] for row in report["rows"]} == {"720p (3h,w)"}
+
+
+@pytest.mark.slow
+def test_meshes_are_measured_beside_one_device(tmp_path):
+    """On two devices of the CPU: equal losses, and the collectives that each mesh takes."""
+    options = ["--preset", "tiny", "--attention", "dense", "--latents", "2", "4", "8", "--steps", "1"]
+    command = [sys.executable, str(FOLDER / "scale.py"), *options, "--out", "scale.json", "--meshes"]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | flags | {"PYTHONPATH": str(FOLDER.parent)}
+    subprocess.run([*command, "data=1", "data=2", "fsdp=2", "heads=2"], cwd=tmp_path, env=environment, check=True)
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert [(row["mesh"], row["devices"], row["clips"]) for row in rows] == [
+        ("data=1", 1, 1), ("data=2", 2, 2), ("fsdp=2", 2, 2), ("heads=2", 2, 1)
+    ]  # fmt: skip
+    assert rows[0]["rate"] == 1
+    assert all(row["ms"] > 0 and row["rate"] > 0 and row["in_loops_in_a_block"] == 0 for row in rows)
+    assert rows[3]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-2)  # the same clip, in bfloat16
+    assert rows[2]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-2)
+    assert rows[0]["collectives"] != rows[1]["collectives"] != rows[3]["collectives"]
+    assert rows[2]["planned_bytes"]["total"] < rows[1]["planned_bytes"]["total"]
