@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -58,10 +59,17 @@ def start(tmp_path, environment, clip):
     """Starts two processes of a run, or one with as many devices."""
     jobs: list[Job] = []
 
-    def run(options: list[str], *, processes: int = 2, differing: list[list[str]] | None = None) -> Job:
-        devices = 4 // max(processes, 1)
+    def run(
+        options: list[str],
+        *,
+        processes: int = 2,
+        differing: list[list[str]] | None = None,
+        devices: int = 4,
+        command: list[str] | None = None,
+    ) -> Job:
+        devices = devices // max(processes, 1)
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-        command = ["train", "--video", str(clip), *NETWORK, *DATA, *EVERY, *options]
+        command = [*(command or ["train", "--video", str(clip), *NETWORK, *DATA, *EVERY]), *options]
         commands = [command]
         if processes:
             port = free_port()
@@ -161,6 +169,27 @@ def raw(folder: Path, name: str) -> str:
     base = {"driver": "file", "path": f"{folder}/"}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
     return hashlib.sha256(np.ascontiguousarray(ts.open(spec, open=True).result().read().result()).tobytes()).hexdigest()
+
+
+def test_two_processes_stream_a_video_by_heads(start, tmp_path):
+    """Of a checkpoint that two processes wrote; frames are those of one process with as many devices."""
+    folder = tmp_path / "run"
+    trained = start([*MESH, "--steps", "1", "--folder", str(folder)])
+    assert trained.wait() == [0, 0], [trained.lines(n) for n in (0, 1)]
+    command = ["generate", "--checkpoint", str(folder), "--mode", "autoregressive", "--frames", "6", "--steps", "2"]
+    found = {}
+    for name, processes in (("one", 0), ("two", 2)):
+        out = tmp_path / f"{name}.mkv"
+        job = start(["--mesh", "heads=2", "--out", str(out)], processes=processes, devices=2, command=command)
+        assert set(job.wait()) == {0}, [job.lines(n) for n in range(len(job.processes))]
+        assert not any(job.lines(n) for n in range(1, len(job.processes)))
+        with av.open(out) as container:
+            found[name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(found["one"]) == 6
+    np.testing.assert_array_equal(found["two"], found["one"])
+    for command in (["inspect", str(folder)], ["convert", str(folder), str(tmp_path / "model")]):
+        job = start([], processes=0, command=command)
+        assert job.wait() == [0], job.lines(0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
