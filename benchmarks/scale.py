@@ -5,6 +5,11 @@
 Before anything is timed, a small network must have the loss and the gradient of one device on every mesh. Each device
 has a clip of its own, those of an axis heads one together; "rate" is clips a second for each device, against one
 device's. Collectives are read from the compiled program, the memory is what its compiler planned.
+
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/scale.py \\
+        --ahead benchmarks/h200/target.txt --meshes data=2 fsdp=2 heads=2
+
+compiles for H200s on a machine without a GPU (it needs the CUDA plugin of JAX all the same): collectives and memory only.
 """
 
 import argparse
@@ -18,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import use_abstract_mesh
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, use_abstract_mesh
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.collectives import collectives, summary
 from monarchrt.models.memory import memory
 from monarchrt.models.mesh import MeshShape
+from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
@@ -59,47 +66,84 @@ def check(meshes):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5, err_msg=f"mesh {mesh}")
 
 
+class Case:
+    """A training step on a mesh, compiled; nothing is made yet."""
+
+    def __init__(self, mesh, options, devices):
+        config = wan_config(
+            options.preset,
+            attention=parse(options.attention),
+            dtype="bfloat16",
+            param_dtype=options.state,
+            remat="full",
+        )
+        training = make_training(OptimizerConfig(ema_decay=None), updates=options.steps)
+        frames, height, width = options.latents
+        self.batch = mesh.batch_parts * options.clips
+        self.placement = Placement(batch=self.batch, mesh=str(mesh), devices=devices)
+        self.shapes = Batch(
+            (self.batch, frames, height, width, config.in_channels), (self.batch, config.text_len, config.text_dim)
+        )
+        graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
+
+        def create():
+            params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))[1:]
+            return create_state({"student": create_role(params, fixed, training)}, seed=0)
+
+        state = jax.eval_shape(create)
+        self.shardings = self.placement.shardings(state)
+        self.create = create
+        step = make_train_step(
+            make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, shardings=self.shardings
+        )
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
+        self.program = step.lower(
+            state, {"student": Batch(*map(self._abstract, self.shapes))}, due=("student",)
+        ).compile()
+
+    def _abstract(self, shape):
+        where = NamedSharding(
+            self.placement.mesh, partition(self.placement.mesh, shape, ("batch", *(None,) * (len(shape) - 1)))
+        )
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+    def planned(self, mesh):
+        """The part of a row that the program says."""
+        exchanged = collectives(self.program.as_text())
+        used = memory(self.program)
+        return {
+            "mesh": str(mesh),
+            "devices": mesh.size,
+            "clips": self.batch,
+            "collectives": summary(exchanged),
+            "in_loops_in_a_block": sum(x.times for x in exchanged if x.loops > 1),
+            "largest": [x._asdict() for x in sorted(exchanged, key=lambda x: -x.bytes * x.times)[:8]],
+            "planned_bytes": used._asdict() | {"total": used.total},
+        }
+
+
 def measure(mesh, options):
     """One row of the report."""
-    config = wan_config(
-        options.preset, attention=parse(options.attention), dtype="bfloat16", param_dtype=options.state, remat="full"
-    )
-    objective = make_objective(ObjectiveConfig())
-    training = make_training(OptimizerConfig(ema_decay=None), updates=options.steps)
-    batch = mesh.batch_parts * options.clips
-    placement = Placement(batch=batch, mesh=str(mesh), devices=jax.devices()[: mesh.size])
-    graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
-
-    def create():
-        params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))[1:]
-        return create_state({"student": create_role(params, fixed, training)}, seed=0)
-
-    shardings = placement.shardings(jax.eval_shape(create))
-    state = jax.jit(create, out_shardings=shardings)()
-    frames, height, width = options.latents
-    latents = np.random.default_rng(0).normal(size=(batch, frames, height, width, 16)).astype(np.float32)
-    data = {"student": placement.batch(Batch(latents, np.zeros((batch, config.text_len, config.text_dim), np.float32)))}
-    step = make_train_step(objective, {"student": graph}, {"student": training}, shardings=shardings)
-    program = step.lower(state, data, due=("student",)).compile()
+    case = Case(mesh, options, jax.devices()[: mesh.size])
+    state = jax.jit(case.create, out_shardings=case.shardings)()
+    latents = np.random.default_rng(0).normal(size=case.shapes.latents).astype(np.float32)
+    data = {"student": case.placement.batch(Batch(latents, np.zeros(case.shapes.text, np.float32)))}
     seconds, loss = [], math.nan
     for _ in range(options.steps + 1):
         begin = time.perf_counter()
-        state, metrics = program(state, data)
+        state, metrics = case.program(state, data)
         loss = float(metrics["student"]["loss"])
         seconds.append(time.perf_counter() - begin)
-    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in placement.mesh.devices.flat]
-    exchanged = collectives(program.as_text())
-    return {
-        "mesh": str(mesh),
-        "devices": mesh.size,
-        "clips": batch,
-        "ms": 1e3 * statistics.median(seconds[1:]),
-        "loss": loss,
-        "collectives": summary(exchanged),
-        "in_loops_in_a_block": sum(x.times for x in exchanged if x.loops > 1),
-        "planned_bytes": memory(program)._asdict() | {"total": memory(program).total},
-        "peak_bytes": used,
-    }
+    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in case.placement.mesh.devices.flat]
+    return case.planned(mesh) | {"ms": 1e3 * statistics.median(seconds[1:]), "loss": loss, "peak_bytes": used}
+
+
+def plan(mesh, options):
+    """One row for devices that are not there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=options.ahead.read_text(), topology=f"1x1x{mesh.size}"
+    )
+    return Case(mesh, options, list(topology.devices)).planned(mesh)
 
 
 def checked(parser, options):
@@ -113,6 +157,10 @@ def checked(parser, options):
             mesh.check_heads(heads)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    if options.ahead is not None:
+        if not options.ahead.is_file():
+            parser.error(f"--ahead {options.ahead} is no file; benchmarks/h200/target.txt is one")
+        return meshes
     if too_large := [str(mesh) for mesh in meshes if mesh.size > jax.device_count()]:
         parser.error(f"mesh {too_large[0]} needs more devices than there are, {jax.device_count()}")
     return meshes
@@ -127,22 +175,25 @@ def main():
     parser.add_argument("--clips", type=int, default=1, help="clips for each part of the batch")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--meshes", nargs="+", default=["data=1", f"data={jax.device_count()}"])
+    parser.add_argument("--ahead", type=Path, metavar="TARGET", help="compile only, for GPUs that are not there")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     meshes = checked(parser, options)
-    check(meshes)
+    if options.ahead is None:
+        check(meshes)
     rows = []
     for mesh in meshes:
-        row = measure(mesh, options)
+        row = measure(mesh, options) if options.ahead is None else plan(mesh, options)
         rows.append(row)
         one = next((other for other in rows if other["devices"] == 1), None)
-        if one is not None:  # clips a second for each device
+        if one is not None and "ms" in row:  # clips a second for each device
             row["rate"] = row["clips"] / row["devices"] / row["ms"] * one["ms"] / one["clips"]
         rate = f"{row['rate']:6.1%}" if "rate" in row else ""
         planned = row["planned_bytes"]["total"] / 2**30
-        print(f"{row['mesh']:24} {row['ms']:9.1f} ms {rate} {planned:6.1f} GiB {row['collectives']}", flush=True)
+        timed = f"{row['ms']:9.1f} ms {rate}" if "ms" in row else ""
+        print(f"{row['mesh']:24} {timed} {planned:6.1f} GiB {row['collectives']}", flush=True)
     report = {
-        "device": jax.devices()[0].device_kind,
+        "device": jax.devices()[0].device_kind if options.ahead is None else f"none: compiled for {options.ahead}",
         "jax": jax.__version__,
         "options": vars(options) | {"out": None},
         "rows": rows,
