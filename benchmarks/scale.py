@@ -9,7 +9,7 @@ device's. Collectives are read from the compiled program, the memory is what its
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/scale.py \\
         --ahead benchmarks/h200/target.txt --meshes data=2 fsdp=2 heads=2
 
-compiles for H200s on a machine without a GPU (it needs the CUDA plugin of JAX all the same): collectives and memory only.
+compiles for H200s on a machine without a GPU (with the CUDA plugin of JAX all the same): collectives and memory only.
 """
 
 import argparse
