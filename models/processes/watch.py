@@ -79,16 +79,22 @@ class Watch:
         self._over.set()
         for thread in self._threads:
             thread.join(timeout=GRACE)
-        self._say(_DONE)
+        self._say_in_time(_DONE)
 
     def failed(self, line: str) -> None:
         """Tells the others why this process ends."""
         self._over.set()
-        self._say(json.dumps({"failed": line}))
+        self._say_in_time(json.dumps({"failed": line}))
 
     def suspects(self) -> list[int]:
         """Those that have missed a few signs."""
         return self._silence.lost(4 * BEAT)
+
+    def _say_in_time(self, text: str) -> None:
+        """Says it, but does not wait for a coordinator that stands still."""
+        thread = threading.Thread(target=self._say, args=(text,), daemon=True)
+        thread.start()
+        thread.join(timeout=GRACE)
 
     def _say(self, text: str) -> bool:
         try:
