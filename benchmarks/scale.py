@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,8 @@ class Case:
         frames, height, width = options.latents
         self.batch = mesh.batch_parts * options.clips
         self.placement = Placement(batch=self.batch, mesh=str(mesh), devices=devices)
-        self.shapes = Batch(
-            (self.batch, frames, height, width, config.in_channels), (self.batch, config.text_len, config.text_dim)
-        )
+        self.latents = self.batch, frames, height, width, config.in_channels
+        self.text = self.batch, config.text_len, config.text_dim
         graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
 
         def create():
@@ -97,9 +97,9 @@ class Case:
             make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, shardings=self.shardings
         )
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
-        self.program = step.lower(
-            state, {"student": Batch(*map(self._abstract, self.shapes))}, due=("student",)
-        ).compile()
+        abstract: Any = Batch  # of arrays that are not there
+        data = {"student": abstract(self._abstract(self.latents), self._abstract(self.text))}
+        self.program = step.lower(state, data, due=("student",)).compile()
 
     def _abstract(self, shape):
         where = NamedSharding(
@@ -126,8 +126,8 @@ def measure(mesh, options):
     """One row of the report."""
     case = Case(mesh, options, jax.devices()[: mesh.size])
     state = jax.jit(case.create, out_shardings=case.shardings)()
-    latents = np.random.default_rng(0).normal(size=case.shapes.latents).astype(np.float32)
-    data = {"student": case.placement.batch(Batch(latents, np.zeros(case.shapes.text, np.float32)))}
+    latents = np.random.default_rng(0).normal(size=case.latents).astype(np.float32)
+    data = {"student": case.placement.batch(Batch(latents, np.zeros(case.text, np.float32)))}
     seconds, loss = [], math.nan
     for _ in range(options.steps + 1):
         begin = time.perf_counter()
