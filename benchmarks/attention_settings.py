@@ -15,6 +15,19 @@ NAMED = {
     "monarch 95%": "monarch(tile=(1,{rows},{columns}){how})",
     "monarch 97%": "monarch(tile=(3,{rows},{columns}){how})",
 }
+# what leaves keys out, by lists of blocks: at the densities of Tables 5 to 8, without warm-up and without gates
+SPARSE = {
+    "VSA 85%": "vsa(keep=0.15,gate=False{how})",
+    "SVG 85%": "svg(keep=0.15{how})",
+    "Radial 85%": "radial(keep=0.15{how})",
+    "STA 85%": "sliding_tile(tile=(3,5,4),window=(3,3,9){how})",
+    "SLA 85%": "sla(keep=0.15,linear=False{how})",
+    "VSA 95%": "vsa(keep=0.05,gate=False{how})",
+    "VSA 97%": "vsa(keep=0.03,gate=False{how})",
+    "VSA 85%, published cubes": "vsa(keep=0.15,cube=(4,4,4),gate=False{how})",
+    "SVG 80%": "svg(keep=0.2{how})",
+    "Radial 90%": "radial(keep=0.1{how})",
+}
 EXACT = "dense"  # what critics and teachers have
 CHECKED = "monarch 95%"  # whose numbers are compared with those of XLA before anything is timed
 
@@ -40,6 +53,11 @@ def setting(name: str, rows: int, columns: int, *, implementation: str | None = 
     how = f",implementation={implementation}" if implementation else ""
     how += ",keep_intermediates=True" if keep else ""
     return parse(NAMED[name].format(rows=rows, columns=columns, how=how))
+
+
+def sparse_setting(name: str, implementation: str | None = None) -> Attention:
+    """The setting of a name in `SPARSE`, by an implementation; None leaves it to the kind."""
+    return parse(SPARSE[name].format(how=f",implementation={implementation}" if implementation else ""))
 
 
 def name_or_notation(text: str) -> str:

@@ -6,7 +6,7 @@ Arrays are tiles, [B, A or C, b1, b2, H, D]: batch, query or key tiles, rows and
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,72 @@ class Backend:
     attend: Attend
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseProblem:
+    """The static part of a call of block-sparse attention.
+
+    Attributes:
+        scale: Softmax scale.
+        rows: Queries that a block holds at most.
+        columns: Keys that a block holds at most.
+        width: In blocks that are not seen whole, a query sees the keys whose places are at most so far from its own;
+            None sees all.
+        sink: In those, it also sees the keys whose places are below this one.
+    """
+
+    scale: float
+    rows: int
+    columns: int
+    width: int | None = None
+    sink: int = 0
+
+
+class Side(NamedTuple):
+    """The blocks of one side, queries or keys, and for each of them the blocks of the other side that it meets.
+
+    Lists hold the blocks that are seen whole first: these hold as many tokens as a block can and need no mask.
+
+    Attributes:
+        starts: int32 [B, H, blocks + 1], token that a block begins with; it ends where the next one begins.
+        first: int32 [B, H, blocks, L], the token that each block of the list begins with, on the other side.
+        last: int32 [B, H, blocks, L], one past its last.
+        whole: int32 [B, H, blocks], how many of the list are seen whole.
+        count: int32 [B, H, blocks], how many there are in the list.
+        places: int32 [B, H, tokens], the place of each token in the order that the band is for; [B, H, 1] without one.
+    """
+
+    starts: jax.Array
+    first: jax.Array
+    last: jax.Array
+    whole: jax.Array
+    count: jax.Array
+    places: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseResiduals:
+    """What the forward pass of block-sparse attention keeps.
+
+    Attributes:
+        q: [B, Nq, H, D].
+        k: [B, Nk, H, D].
+        v: [B, Nk, H, D].
+        out: [B, Nq, H, D].
+        lse: float32 [B, H, Nq], log-sum-exp of a query's scores, to the base 2; infinite where it sees no key.
+        queries: Blocks of queries, with lists of blocks of keys.
+        keys: Blocks of keys, with lists of blocks of queries.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    out: jax.Array
+    lse: jax.Array
+    queries: Side
+    keys: Side
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
@@ -127,12 +193,12 @@ def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | N
     op.defvjp(fwd, bwd)
 
     def aligned(problem, q, k, v, visible):
-        return op(problem, *_vary_alike(q, k, v, visible))
+        return op(problem, *vary_alike(q, k, v, visible))
 
     return aligned
 
 
-def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
+def vary_alike(*operands: jax.Array) -> list[jax.Array]:
     """Under `shard_map`, what varies over a mesh axis makes all vary: the others' gradients are summed over it."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]

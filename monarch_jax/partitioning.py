@@ -34,7 +34,7 @@ def forward_anywhere(forward: Callable[..., tuple]) -> Callable[..., tuple]:
             shapes, structure = jax.tree.flatten(jax.eval_shape(functools.partial(forward, problem), *structs))
             kept = tuple(map(_kept, shapes[2:]))
         fn = _flat(functools.partial(forward, problem))
-        results = _anywhere(fn, (QUERIES, KEYS, KEYS, VISIBLE), (QUERIES, ROWS, *kept))(*arrays)
+        results = anywhere(fn, (QUERIES, KEYS, KEYS, VISIBLE), (QUERIES, ROWS, *kept))(*arrays)
         return results if structure is None else jax.tree.unflatten(structure, results)
 
     return run
@@ -52,7 +52,7 @@ def vjp_anywhere(vjp: Callable[..., tuple]) -> Callable[..., tuple]:
             return vjp(problem, type(r)(q, k, v, visible, out, lse, jax.tree.unflatten(structure, kept)), d_out)
 
         axes = (QUERIES, KEYS, KEYS, QUERIES, ROWS, QUERIES, *map(_kept, kept), VISIBLE)
-        return _anywhere(fn, axes, (QUERIES, KEYS, KEYS))(r.q, r.k, r.v, r.out, r.lse, d_out, *kept, r.visible)
+        return anywhere(fn, axes, (QUERIES, KEYS, KEYS))(r.q, r.k, r.v, r.out, r.lse, d_out, *kept, r.visible)
 
     return run
 
@@ -107,24 +107,45 @@ def _kept(x) -> Axes:
     return "p" + "1" * (x.ndim - 1)
 
 
-def _anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
-    """`fn` of arrays, the last of them `visible`; under vmap the mapped axis joins the batch."""
-    mapped = jax.custom_batching.custom_vmap(_implicit(_split(fn, inputs, outputs), outputs))
+def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
+    """`fn` of arrays, the first of them queries, with rules for vmap, where the mapped axis joins the batch, and for
+    split operands.
+
+    Examples:
+        >>> double = anywhere(lambda x: (2 * x,), ("b1h1",), ("b1h1",))
+        >>> jax.vmap(double)(jnp.ones((3, 1, 2, 4, 5)))[0].shape
+        (3, 1, 2, 4, 5)
+
+    Args:
+        fn: Of arrays, gives a tuple of arrays; independent along batch and heads.
+        inputs: Axes of each argument.
+        outputs: Axes of each result.
+
+    Returns:
+        The same function.
+    """
+    mapped = jax.custom_batching.custom_vmap(_implicit(_split(fn, inputs, outputs), inputs, outputs))
+    shared = [axes[0] not in "bp" for axes in inputs]  # has no batch
 
     @mapped.def_vmap
     def rule(size, in_batched, *args):
         spread = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(args, in_batched, strict=True)]
-        if in_batched[-1]:  # a mapped `visible` has no place in the kernels: one example after the other
-            results = jax.lax.map(lambda xs: mapped(*xs), tuple(spread))
+        if any(b and alone for b, alone in zip(in_batched, shared, strict=True)):
+            results = jax.lax.map(lambda xs: mapped(*xs), tuple(spread))  # one example after the other
         else:
-            results = mapped(*(x.reshape(-1, *x.shape[2:]) for x in spread[:-1]), args[-1])
+            results = mapped(
+                *(
+                    x if alone else wide.reshape(-1, *wide.shape[2:])
+                    for x, wide, alone in zip(args, spread, shared, strict=True)
+                )
+            )
             results = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
         return results, (True,) * len(outputs)
 
     return mapped
 
 
-def _implicit(fn: Callable[..., tuple], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
+def _implicit(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
     """`fn` where types say how arrays are split (a mesh with explicit axes): they say it again of the results."""
 
     def run(*arrays):
@@ -132,7 +153,7 @@ def _implicit(fn: Callable[..., tuple], outputs: tuple[Axes, ...]) -> Callable[.
         explicit = queries.mesh.explicit_axes
         if not explicit:
             return fn(*arrays)
-        implicit = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=_shardings(queries, outputs))
+        implicit = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=_shardings(queries, inputs[0], outputs))
         return cast(Callable[..., tuple], implicit)(*arrays)
 
     return run
@@ -151,7 +172,7 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
             if mesh.empty:  # devices, but no names for their axes
                 mesh = Mesh(np.array(given._device_assignment), ("device",))
             queries = named(mesh, given, len(inputs[0]))
-            args, results = (_shardings(queries, x, heads="h" not in whole) for x in (operands, outputs))
+            args, results = (_shardings(queries, inputs[0], x, heads="h" not in whole) for x in (operands, outputs))
             return mesh, on_a_device, results, args
 
         def on_a_device(*parts):
@@ -209,9 +230,11 @@ def _axes_that_split(mesh: Mesh, part: np.ndarray) -> tuple[str, ...] | None:
     return None
 
 
-def _shardings(queries: NamedSharding, arrays: tuple[Axes, ...], *, heads: bool = True) -> tuple[NamedSharding, ...]:
-    """Of each array, split as the queries are along the batch and, unless told not to, the heads."""
-    axes = dict(zip(QUERIES, (*queries.spec, *(None,) * len(QUERIES)), strict=False))
+def _shardings(
+    queries: NamedSharding, theirs: Axes, arrays: tuple[Axes, ...], *, heads: bool = True
+) -> tuple[NamedSharding, ...]:
+    """Of each array, split as the queries, whose axes are `theirs`, are along the batch and, unless not, the heads."""
+    axes = dict(zip(theirs, (*queries.spec, *(None,) * len(theirs)), strict=False))
     names = {"b": axes["b"], "p": axes["b"], "h": axes["h"] if heads else None}
     return tuple(NamedSharding(queries.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
 

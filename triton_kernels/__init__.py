@@ -15,11 +15,19 @@ from monarchrt.triton_kernels.config import Target, compile_for, target
 if TYPE_CHECKING:
     from monarch_jax.contract import Problem, Residuals
 
-__all__ = ["Target", "compile_for", "forward", "supports", "supports_vjp", "target", "vjp"]
+__all__ = ["Target", "compile_for", "forward", "missing_packages", "supports", "supports_vjp", "target", "vjp"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_DIM = 128
 LEAST_BLOCK = 4
+
+
+def missing_packages() -> str | None:
+    """Which packages the kernels need and do not find, as a reason not to take a call; None: all are there."""
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing).replace('_', '-')} is not installed: pip install 'monarchrt[cuda]'."
+    return None
 
 
 def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
@@ -33,9 +41,8 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
     Returns:
         The reason with what to do instead, or None.
     """
-    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{' and '.join(missing).replace('_', '-')} is not installed: pip install 'monarchrt[cuda]'."
+    if reason := missing_packages():
+        return reason
     if q.dtype.name not in DTYPES:
         return f"dtype {q.dtype.name} is not one of {', '.join(DTYPES)}."
     b1, b2, dim = q.shape[2], q.shape[3], q.shape[5]

@@ -170,12 +170,15 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
     if chosen is not None:
         return chosen
     best = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
-    entries = [_read(user_file(where)), _shipped(where)]
     for entry in (False, True) if few else (False,):
-        key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry)
-        tuned = next((x[key] for x in entries if key in x), {})
-        best = dataclasses.replace(best, **{name: _parsed(name, x) for name, x in tuned.items()})
+        found = tuned(where, shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry))
+        best = dataclasses.replace(best, **{name: _parsed(name, x) for name, x in found.items()})
     return best
+
+
+def tuned(where: Target, key: str) -> dict[str, Any]:
+    """What a device's files have under a key, the user's before the shipped one; empty if neither has it."""
+    return next((entries[key] for entries in (_read(user_file(where)), _shipped(where)) if key in entries), {})
 
 
 def _parsed(name: str, x: Any) -> Any:

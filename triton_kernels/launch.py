@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import left, overlapped, refine, right, streamed
+from monarchrt.triton_kernels import left, overlapped, refine, right, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
@@ -21,6 +21,9 @@ KERNELS = {
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,
+    "sparse_forward": sparse.sparse_forward,
+    "sparse_query_backward": sparse.sparse_query_backward,
+    "sparse_key_backward": sparse.sparse_key_backward,
 }
 # enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas it finds, with jax[cuda13]
 # CUDA 13.0's at the oldest, while Triton would write for its own, which may be newer
@@ -61,7 +64,7 @@ def run(
     def body(step, state, launches) -> dict:
         arrays = dict(operands, step=step, **state)
         for launch in launches:
-            arrays |= _call(launch, arrays, shapes, compute_capability)
+            arrays |= call(launch, arrays, shapes, compute_capability)
         return {name: arrays[name] for name in carried}
 
     if len(plan.steps) <= UNROLLED and set(kept) >= set(scratch):  # a step needs the one before: no more memory at once
@@ -85,7 +88,8 @@ def run(
     return lax.optimization_barrier({name: state[name] for name in results})
 
 
-def _call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
+def call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
+    """What one launch writes, by name; `arrays` may hold more than it reads, `shapes` those of what it creates."""
     names = [name for name in _parameters(launch.kernel) if name in arrays]
     # arrays that the kernel creates come before those that it changes: jax-triton hands out buffers in this order
     writes = sorted((x for x in _parameters(launch.kernel) if x in launch.writes), key=lambda x: x in names)

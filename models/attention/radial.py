@@ -2,28 +2,24 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import one_of, positive
 from monarchrt.models.attention.base import Context, Density, Grid
-from monarchrt.models.attention.masked import (
-    MaskedAttention,
-    Places,
-    check_frames,
-    check_share,
-    masked_attention,
-    seen_frames,
-)
+from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts, frames_of, is_known
+from monarchrt.models.attention.masked import Places, check_frames, check_share, seen_frames
 
 RULES = ("general", "published")
 STEPS = 20  # of the bisection for the decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RadialAttention(MaskedAttention):
+class RadialAttention(ListedAttention):
     """Tokens see a band around their place in other frames, which halves as the distance doubles (Radial, 2025).
 
     With d the distance of two frames and L the power of two above a frame's tokens, the band reaches
@@ -60,6 +56,7 @@ class RadialAttention(MaskedAttention):
     frames: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         one_of("rule", self.rule, RULES)
         if self.keep is not None and self.decay is not None:
             raise ValueError(f"radial: keep={self.keep} and decay={self.decay} are both given; leave one out.")
@@ -116,7 +113,8 @@ class RadialAttention(MaskedAttention):
         frames = check_frames(self.name, self.frames, places.grid)
         decay, block = self.decay_for(places.grid), self.block_size
         key_frame, key_place = places.keys()
-        blocks = jnp.asarray(_blocks(self.rule, block, decay, frames, places.per_frame))
+        table = _blocks(self.rule, block, decay, frames, places.per_frame)
+        blocks = jnp.asarray(table)
 
         def published(rows):
             frame, place = places.queries(rows)
@@ -130,9 +128,41 @@ class RadialAttention(MaskedAttention):
             return near | (key_frame == 0)[None]
 
         mask = published if self.rule == "published" else general
-        return masked_attention(
-            query, key, value, keep=lambda rows, scores: mask(rows)[None, None], visible=places.visible
+        return self.attend_kept(
+            query,
+            key,
+            value,
+            places,
+            keep=lambda rows, scores: mask(rows)[None, None],
+            blocks=lambda: self._listed(places, table, query.shape[1], key.shape[1]),
         )
+
+    def _listed(self, places: Places, table: np.ndarray, queries: int, keys: int) -> Blocks:
+        """The same by blocks; `table` is what `_blocks` gives."""
+        block, per_frame = self.block_size, places.per_frame
+        xp: Any = np if is_known(places) else jnp
+        if self.rule == "published":  # blocks lie on the tokens of the clip, and those of the queries begin in between
+            first = places.first * per_frame
+            count = (queries - 1) // block + 2
+            numbers = first // block + np.arange(count)
+            starts = xp.clip((first // block + np.arange(count + 1)) * block - first, 0, queries)
+            ends = even_starts(keys, block, end=places.seen * per_frame)
+            seen = xp.asarray(table)[xp.minimum(numbers, len(table) - 1)][:, : len(ends) - 1]
+            return Blocks(
+                mask=block_mask(seen[None, None], query_starts=starts, key_starts=ends, rows=block, columns=block)
+            )
+        mine, theirs = frames_of(places)
+        count = table.shape[1]
+        distance = xp.minimum(abs(mine[:, None] - theirs[None]), table.shape[0] - 1)  # sinks may be further
+        seen = xp.asarray(table)[distance] | (theirs == 0)[None, :, None, None]
+        seen = (seen & (theirs >= 0)[None, :, None, None]).swapaxes(1, 2)
+        seen = seen.reshape(1, 1, len(mine) * count, len(theirs) * count)
+        edges = np.minimum(np.arange(count) * block, per_frame)
+        starts, ends = (
+            np.append((np.arange(frames)[:, None] * per_frame + edges).ravel(), frames * per_frame)
+            for frames in (len(mine), len(theirs))
+        )
+        return Blocks(mask=block_mask(seen, query_starts=starts, key_starts=ends))
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Exact; of a part of the clip, if `frames` are more than the grid's."""

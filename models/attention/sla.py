@@ -10,20 +10,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import flag, positive
 from monarchrt.models.attention.base import Context, Density, Grid, Sizes, zero_linear
-from monarchrt.models.attention.masked import (
-    MaskedAttention,
-    Places,
-    check_share,
-    largest,
-    masked_attention,
-    seen_frames,
-)
+from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts
+from monarchrt.models.attention.masked import Places, check_share, largest, seen_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SLAttention(MaskedAttention):
+class SLAttention(ListedAttention):
     """Trainable sparse attention with a linear branch, out = sparse + proj(linear) (SLA, 2025).
 
     Sparse: blocks of consecutive queries attend to the k blocks of keys with the largest products of means, of equal
@@ -51,6 +46,7 @@ class SLAttention(MaskedAttention):
     linear: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self._set(keep=check_share(self.name, "keep", self.keep))
         self._set(block=positive("block", self.block))
         flag("linear", self.linear)
@@ -86,13 +82,20 @@ class SLAttention(MaskedAttention):
         count = places.by_seen(lambda frames: self.blocks_kept(self._blocks(frames * places.per_frame)))
         chosen = largest(lax.stop_gradient(scores), count, among=filled[None, None, None])
         of_key = jnp.arange(key.shape[1]) // self.block
-        out = masked_attention(
-            query,
-            key,
-            value,
-            keep=lambda rows, scores: chosen[:, :, rows // self.block][..., of_key],
-            visible=visible,
-        )
+
+        def blocks() -> Blocks:
+            starts = even_starts(query.shape[1], self.block)
+            ends = even_starts(
+                key.shape[1], self.block, end=places.seen * places.per_frame
+            )  # what is there comes first
+            most = self.blocks_kept(len(ends) - 1)
+            mask = block_mask(chosen, query_starts=starts, key_starts=ends, columns=self.block, most=most)
+            return Blocks(mask=mask)
+
+        def keep(rows, scores):
+            return chosen[:, :, rows // self.block][..., of_key]
+
+        out = self.attend_kept(query, key, value, places, keep=keep, blocks=blocks)
         if not self.linear or value.shape[-1] != query.shape[-1]:
             return out
         linear = context.own(self)(self._linear(query, key, value, there).astype(out.dtype))

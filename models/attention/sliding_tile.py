@@ -8,20 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import positive, triple
 from monarchrt.models.attention.base import Context, Density, Grid
-from monarchrt.models.attention.masked import (
-    MaskedAttention,
-    Places,
-    check_frames,
-    dividing,
-    masked_attention,
-    seen_frames,
-)
+from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, frames_of, is_known
+from monarchrt.models.attention.masked import Places, check_frames, dividing, seen_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlidingTileAttention(MaskedAttention):
+class SlidingTileAttention(ListedAttention):
     """Tokens of a tile see those of all tiles in a window around theirs (STA, 2025).
 
     At the borders the window is moved inwards, not cut off. An even side counts as the next odd one, as published.
@@ -47,6 +42,7 @@ class SlidingTileAttention(MaskedAttention):
     frames: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self._set(tile=triple("tile", self.tile, "(n_f, n_h, n_w)"))
         window: Any = self.window
         if isinstance(window, tuple | list) and window and all(isinstance(item, tuple | list) for item in window):
@@ -103,7 +99,41 @@ class SlidingTileAttention(MaskedAttention):
                 mask &= near[None]
             return mask
 
-        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+        return self.attend_kept(
+            query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, halves)
+        )
+
+    def _blocks(self, places: Places, tiles: list[int], halves: np.ndarray) -> Blocks | str:
+        """A block is what lies of a tile in the frames of the call; `tiles` are counts, `halves` of windows [n, 3]."""
+        if not is_known(places) and self.tile[0] > 1:
+            return (
+                f"over a cache it is not known where tiles of {self.tile[0]} frames begin; use "
+                f"tile={(1, *self.tile[1:])}, or leave implementation out."
+            )
+        (_, rows, columns), per_tile = tiles, self.tile[1] * self.tile[2]
+        place = np.arange(places.per_frame)
+        of_place = place // places.grid[2] // self.tile[1] * columns + place % places.grid[2] // self.tile[2]
+        starts, orders, groups = [], [], []
+        for frames in frames_of(places):
+            number = frames // self.tile[0]
+            # frames of one tile follow each other; frames that are not known are tiles of their own
+            group = np.unique(number, return_inverse=True)[1] if is_known(places) else np.arange(len(frames))
+            _, at, sizes = np.unique(group, return_index=True, return_counts=True)
+            groups.append(number[at])
+            orders.append(Order.by((group[:, None] * rows * columns + of_place).ravel()))
+            starts.append(np.concatenate([[0], np.repeat(sizes * per_tile, rows * columns).cumsum()]))
+        near = []  # by axis, [1 or n, blocks of queries, of keys]
+        for axis, (mine, theirs) in enumerate((groups, [np.arange(rows)] * 2, [np.arange(columns)] * 2)):
+            half = halves[:, axis][:, None]
+            xp: Any = np if all(isinstance(x, np.ndarray) for x in (mine, theirs)) else jnp
+            centre = xp.minimum(xp.maximum(mine[None], half), tiles[axis] - 1 - half)
+            near.append((abs(centre[:, :, None] - theirs[None, None]) <= half[:, :, None]) & (theirs >= 0)[None, None])
+        in_frames, in_rows, in_columns = near
+        seen = in_frames[:, :, None, None, :, None, None] & in_rows[:, None, :, None, None, :, None]
+        seen = seen & in_columns[:, None, None, :, None, None, :]
+        seen = seen.reshape(len(halves), len(starts[0]) - 1, len(starts[1]) - 1)
+        mask = block_mask(seen[None], query_starts=starts[0], key_starts=starts[1])
+        return Blocks(mask=mask, queries=orders[0], keys=orders[1])
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Exact; the mean over the heads' windows."""

@@ -12,10 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from monarch_jax.block_sparse import BlockMask, block_mask
 from monarch_jax.checks import index, positive
 from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of, is_known
 from monarchrt.models.attention.masked import (
-    MaskedAttention,
     Places,
     check_frames,
     check_share,
@@ -23,11 +24,13 @@ from monarchrt.models.attention.masked import (
     seen_frames,
 )
 
-type Order = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in the order
+type Number = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in an order
+LISTED = (128, 64)  # queries and keys of a block of the kernels, whatever the band is rounded to
+UNREACHED = 2**30  # the number of a key that is not there, out of reach of all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SVGAttention(MaskedAttention):
+class SVGAttention(ListedAttention):
     """A band around the diagonal and a sink of one frame's length, in one of two token orders per head (SVG, 2025).
 
     Spatial heads have the tokens in order, so that the band is the neighbouring frames and the sink the first frame.
@@ -67,6 +70,7 @@ class SVGAttention(MaskedAttention):
     frames: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self._set(keep=check_share(self.name, "keep", self.keep))
         if isinstance(self.rows, tuple | list):
             rows = tuple(int(index("rows", row)) for row in self.rows)
@@ -113,7 +117,7 @@ class SVGAttention(MaskedAttention):
             blocks += 1
         return blocks * self.block
 
-    def _orders(self, grid: Grid) -> tuple[Order, Order]:
+    def _orders(self, grid: Grid) -> tuple[Number, Number]:
         """Numbers of tokens in the spatial and in the temporal order."""
         frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
         return (lambda frame, place: frame * per_frame + place), (lambda frame, place: place * frames + frame)
@@ -135,7 +139,7 @@ class SVGAttention(MaskedAttention):
         reach = 2 * places.per_frame // self.block
         query_at, key_at = places.queries(rows), places.keys()
 
-        def output(order: Order | None) -> Array:
+        def output(order: Number | None) -> Array:
             keep = None
             if order is not None:
                 mine, theirs = order(*query_at), order(*key_at)
@@ -152,10 +156,11 @@ class SVGAttention(MaskedAttention):
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""
         fixed = tuple(lax.stop_gradient(x) for x in (query, key, value))
-        temporal = self.temporal_heads(fixed[0], fixed[1], fixed[2], places)[:, :, None, None]
+        of_head = self.temporal_heads(fixed[0], fixed[1], fixed[2], places)
+        temporal = of_head[:, :, None, None]
         width, sink, key_at = self.half_width(places.grid), places.per_frame, places.keys()
 
-        def band(order: Order, rows: Array) -> Bool[Array, "1 1 C K"]:
+        def band(order: Number, rows: Array) -> Bool[Array, "1 1 C K"]:
             mine, theirs = order(*places.queries(rows)), order(*key_at)
             return ((jnp.abs(mine[:, None] - theirs[None]) <= width) | (theirs < sink)[None])[None, None]
 
@@ -163,7 +168,38 @@ class SVGAttention(MaskedAttention):
             by_frame, by_place = (band(order, rows) for order in self._orders(places.grid))
             return (temporal & by_place) | (~temporal & by_frame)
 
-        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+        return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, of_head))
+
+    def _blocks(self, places: Places, temporal: Bool[Array, "B n"]) -> Blocks:
+        """The tokens of each head in its order, and what the band reaches in it."""
+        by_frame, by_place = (self._in_order(number, places) for number in self._orders(places.grid))
+        return Blocks(
+            mask=either(temporal, by_place[0], by_frame[0]),
+            queries=Order.either(temporal, by_place[1], by_frame[1]),
+            keys=Order.either(temporal, by_place[2], by_frame[2]),
+        )
+
+    def _in_order(self, number: Number, places: Places) -> tuple[BlockMask, Order, Order]:
+        """Blocks and tokens in one order."""
+        xp: Any = np if is_known(places) else jnp
+        place = np.arange(places.per_frame)
+        width, sink = self.half_width(places.grid), places.per_frame
+        orders, numbers, starts, ends = [], [], [], []
+        for frames, block in zip(frames_of(places), LISTED, strict=True):
+            at = xp.where((frames >= 0)[:, None], number(frames[:, None], place), UNREACHED).astype(np.int32).ravel()
+            orders.append(Order.by(at))
+            numbers.append(at[orders[-1].to])
+            starts.append(even_starts(len(at), block))
+            ends.append((numbers[-1][starts[-1][:-1]], numbers[-1][starts[-1][1:] - 1]))  # of each block
+        low, high = (x[:, None] for x in ends[0])
+        key_low, key_high = ends[1]
+        seen = ((key_low - high <= width) & (low - key_high <= width)) | (key_low < sink)
+        whole = ((key_high - low <= width) & (high - key_low <= width)) | (key_high < sink)
+        mask = block_mask(
+            seen[None, None], query_starts=starts[0], key_starts=starts[1], cut=~whole[None, None], width=width,
+            sink=sink, query_places=numbers[0][None, None], key_places=numbers[1][None, None],
+        )  # fmt: skip
+        return mask, orders[0], orders[1]
 
     def kept_by_order(self, grid: Grid, *, causal_block: int | None = None) -> tuple[float, float]:
         """Shares of all N^2 entries that spatial and temporal heads keep, counted exactly."""

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from monarch_jax import MonarchKVCache
+from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import flag, triple
 from monarchrt.models.attention.base import Attention, CacheShape, Context, Density, Grid, Sizes, zero_linear
+from monarchrt.models.attention.listed import Blocks, ListedAttention, Order
 from monarchrt.models.attention.masked import (
-    MaskedAttention,
     Places,
     ceil_share,
     check_share,
@@ -25,7 +26,7 @@ from monarchrt.models.attention.masked import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VSAttention(MaskedAttention):
+class VSAttention(ListedAttention):
     """Trainable sparse attention in two branches, out = gate * coarse + fine (VSA, 2025).
 
     Queries, keys and values are averaged over cubes. Coarse: softmax attention among the means, each cube's output
@@ -55,6 +56,7 @@ class VSAttention(MaskedAttention):
     gate: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self._set(keep=check_share(self.name, "keep", self.keep))
         self._set(cube=triple("cube", self.cube, "(n_f, n_h, n_w)"))
         flag("gate", self.gate)
@@ -96,24 +98,28 @@ class VSAttention(MaskedAttention):
         count = places.by_seen(lambda frames: self.cubes_kept(-(-frames // self.cube[0]) * per_layer))
         chosen = largest(lax.stop_gradient(scores), count, among=there)
         of_query, of_key = self._cube_of(query_grid), self._cube_of(key_grid)
-        out = masked_attention(
-            query,
-            key,
-            value,
-            keep=lambda rows, scores: chosen[:, :, of_query[rows]][..., of_key],
-            visible=places.visible,
-        )
+
+        def keep(rows, scores):
+            return chosen[:, :, jnp.asarray(of_query)[rows]][..., of_key]
+
+        def blocks() -> Blocks:
+            starts = [np.concatenate([[0], np.bincount(of).cumsum()]) for of in (of_query, of_key)]
+            most = self.cubes_kept(len(starts[1]) - 1)
+            mask = block_mask(chosen, query_starts=starts[0], key_starts=starts[1], most=most)
+            return Blocks(mask=mask, queries=Order.by(of_query), keys=Order.by(of_key))
+
+        out = self.attend_kept(query, key, value, places, keep=keep, blocks=blocks)
         if not self.gate or value.shape[-1] != query.shape[-1]:
             return out
         gate = context.own(self)(_inputs(self, context)).reshape(query.shape)
         coarse = masked_attention(means[0], means[1], self._means(value, key_grid), visible=there[0, 0, 0])
         return out + gate.astype(out.dtype) * coarse[:, of_query]
 
-    def _cube_of(self, grid: Grid) -> Int[Array, "N"]:
-        """The number of each token's cube."""
+    def _cube_of(self, grid: Grid) -> np.ndarray:
+        """The number of each token's cube, [N]."""
         _, rows, columns = self.cubes(grid)
         frame, row, column = (np.arange(size) // side for size, side in zip(grid, self.cube, strict=True))
-        return jnp.asarray(((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel(), jnp.int32)
+        return ((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel().astype(np.int32)
 
     def _means(self, tokens: Float[Array, "B N n d"], grid: Grid) -> Float[Array, "B C n d"]:
         """Of each cube, summed in float32 at least."""

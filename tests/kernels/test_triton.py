@@ -90,11 +90,12 @@ def compile_launch(call, capability, dtype="bf16"):
     from triton.backends.nvidia import compiler as nvidia
     from triton.compiler import ASTSource
 
-    from monarchrt.triton_kernels import left, overlapped, refine, right, streamed
+    from monarchrt.triton_kernels import left, overlapped, refine, right, sparse, streamed
 
-    modules = (left, overlapped, refine, right, streamed)
+    modules = (left, overlapped, refine, right, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
-    integers = {"step": "*i32", "visible": "*i32", "first_tile": "*i32", "counters": "*i32", "scale": "fp32"}
+    listed = ("starts", "first", "last", "whole", "count", "places", "key_places", "query_places")
+    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", *listed), "*i32") | {"scale": "fp32"}
     floats = dict.fromkeys(("stats", "lse", "delta", "dq_left"), "*fp32")
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(inspect.signature(kernel.fn).parameters):

@@ -30,7 +30,7 @@ DATA = {  # programs that choose settings by notation, or say in a label what wa
     "train/demo/pictures.py",
     "train/demo/run.py",
 }
-SHARED = {"__init__", "base", "registry", "notation", "softmax", "masked"}  # by kinds
+SHARED = {"__init__", "base", "registry", "notation", "softmax", "masked", "listed"}  # by kinds
 KINDS = {name for name in names() if kind_named(name).__module__.startswith("monarchrt.")}  # not those of other tests
 CLASSES = {kind_named(name).__name__ for name in KINDS}
 KEYS = {"OWN_KEY"}  # the name under which our settings lie in other programs' files is that of the project

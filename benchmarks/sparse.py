@@ -1,0 +1,194 @@
+"""Times sparse attention by lists of blocks beside tiled Monarch and dense attention, on one GPU.
+
+    python benchmarks/sparse.py                          # 480p, some two minutes on an H200
+    python benchmarks/sparse.py --rows all --size 720p   # all rows at 720p
+    python benchmarks/sparse.py --sweep                  # sizes of the kernels' blocks, one change at a time
+    python benchmarks/sparse.py --small                  # a smoke test that runs anywhere, by the lists in plain JAX
+
+A row is a kind at a density, choice, orders of tokens and lists included, and the kernels alone on what it chose. Each
+is checked first: output and gradients against the kind's exact form, on the arrays that are timed; a row that fails is
+not timed. Medians, batch 1, bfloat16, 12 heads of 128. `per kept` compares arithmetic per second with that of cuDNN:
+entries of the map that are kept, over the kernels' time. Writes sparse_480p.json into --out after each row. --sweep
+writes sweep_480p.json, whose entries go into triton_kernels/tuned.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import attention_settings
+import jax
+import jax.numpy as jnp
+from attention import MAX_ERROR, attempt, dense_attention, relative_errors, timed, with_gradients
+
+from monarch_jax.block_sparse import block_sparse_attention
+from monarchrt.models.attention import listed
+from monarchrt.triton_kernels import block_sparse, config
+
+SIZES = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
+SMALL = (3, 10, 12)
+QUICK = 6  # rows of the default
+CHANGES = ({}, {"stages": 2}, {"stages": 3}, {"stages": 4}, {"keys": 32, "stages": 3}, {"warps": 4}, {"warps": 8})
+
+
+def main() -> None:
+    """Checks, times, prints, writes."""
+    args = parse()
+    began = time.perf_counter()
+    grid = SMALL if args.small else SIZES[args.size]
+    heads, dim = (2, 16) if args.small else (12, 128)
+    shape = (1, grid[0] * grid[1] * grid[2], heads, dim)
+    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, {args.size if not args.small else 'small'} {grid}")
+    others: list[dict] = []
+    report = {"device": device.device_kind, "jax": jax.__version__, "grid": grid, "others": others, "rows": []}
+    dense = {}
+    if not args.small:
+        dense = times(dense_attention, arrays)
+        others.append({"row": attention_settings.EXACT, "share": 1.0, "ms": dense})
+        setting = attention_settings.setting(attention_settings.CHECKED, *grid[1:])
+        ms = attempt(times, call(setting, grid), arrays) or {}
+        others.append({"row": attention_settings.CHECKED, "share": setting.density(grid).kept, "ms": ms})
+    for row in others:
+        show(row, dense)
+    if args.sweep:
+        sweep(args, grid, arrays, began)
+        return
+    failed = []
+    for name in args.rows:
+        if time.perf_counter() - began > args.seconds:
+            print(f"{name} and what follows are left out: --seconds {args.seconds} are over.")
+            break
+        row = attempt(measure, name, grid, arrays, "xla" if args.small else "triton")
+        if row is None or not row["ms"]:
+            failed.append(name)
+        if row is not None:
+            report["rows"].append(row)
+            show(row, dense)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"sparse_{'small' if args.small else args.size}.json").write_text(json.dumps(report, indent=1))
+    print(f"{time.perf_counter() - began:.0f} s")
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed, or is above {MAX_ERROR:.0e}, and is not timed.")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(attention_settings.SPARSE)
+    parser.add_argument(
+        "--rows", nargs="+", default=names[:QUICK], choices=[*names, "all"], metavar="ROW",
+        help=f"all, or of {', '.join(map(repr, names))}; default: the first {QUICK}",
+    )  # fmt: skip
+    parser.add_argument("--size", default="480p", choices=list(SIZES))
+    parser.add_argument("--seconds", type=float, default=130.0, help="begin no row after so many; default: 130")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--sweep", action="store_true", help="time other sizes of blocks, on the kernels alone")
+    parser.add_argument("--small", action="store_true", help="a tiny clip by plain JAX; runs without a GPU")
+    args = parser.parse_args()
+    args.rows = names if "all" in args.rows else args.rows
+    if not args.small and jax.default_backend() != "gpu":
+        parser.error("there is no GPU; --small runs anywhere")
+    return args
+
+
+def call(setting, grid):
+    """The kind as a function of q, k and v."""
+    return lambda q, k, v: setting(q, k, v, grid=grid)
+
+
+def times(attend, arrays) -> dict[str, float]:
+    """Median ms, forward and with gradients."""
+    return {"forward": timed(attend, arrays[:3], 5)[0], "both": timed(attend, arrays, 5)[0]}
+
+
+def chosen(setting, grid, arrays):
+    """What the kind hands to the kernels: tokens in the order of blocks, and the mask."""
+
+    @jax.jit
+    def run(q, k, v):
+        given = []
+        with mock.patch.object(listed, "block_sparse_attention", lambda *x, **rest: (given.append(x), x[0])[1]):
+            setting(q, k, v, grid=grid)
+        return given[0]
+
+    return run(*arrays[:3])
+
+
+def kernels(mask, implementation: str):
+    """The operation alone, as a function of q, k and v."""
+    return lambda q, k, v: block_sparse_attention(q, k, v, mask, implementation=implementation)
+
+
+def measure(name: str, grid, arrays, implementation: str) -> dict:
+    """Errors of one row, and its times if they are small enough."""
+    setting = attention_settings.sparse_setting(name, implementation)
+    exact = call(dataclasses.replace(setting, implementation="exact"), grid)
+    expected = [jnp.asarray(x, jnp.float32) for x in jax.jit(lambda *x: with_gradients(exact, *x))(*arrays)]
+    found = jax.jit(lambda *x: with_gradients(call(setting, grid), *x))(*arrays)
+    errors = relative_errors(found, expected)
+    row = {"row": name, "setting": str(setting), "share": setting.density(grid).kept, "errors": errors, "ms": {}}
+    if not all(x <= MAX_ERROR for x in errors.values()):
+        print(f"{name}: errors {errors}")
+        return row
+    row["ms"] = times(call(setting, grid), arrays)
+    q, k, v, mask = chosen(setting, grid, arrays)
+    row["kernels_ms"] = times(kernels(mask, implementation), [q, k, v, q])
+    return row
+
+
+def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
+    """Times single changes of the kernels' sizes, for each row whose blocks have other sizes than those before."""
+    where, entries = config.target(), {}
+    for name in args.rows:
+        q, k, v, mask = chosen(attention_settings.sparse_setting(name, "triton"), grid, arrays)
+        sizes = {"rows": mask.rows, "columns": mask.columns, "dim": q.shape[-1], "itemsize": q.dtype.itemsize}
+        key = block_sparse.key_of(**sizes)
+        if key in entries:
+            continue
+        plain = block_sparse.configs(where, **sizes)
+        best = entries[key] = {}
+        for kernel in block_sparse.KERNELS:
+            given = (q, k, v) if kernel == block_sparse.KERNELS[0] else (q, k, v, q)
+            least = float("inf")
+            for changes in CHANGES:
+                one = dataclasses.replace(getattr(plain, kernel), **changes)
+                if time.perf_counter() - began > args.seconds:
+                    print(f"--seconds {args.seconds} are over.")
+                    return
+                with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
+                    measured = attempt(timed, kernels(mask, "triton"), given, 5)
+                if measured is None:
+                    continue
+                print(f"{name:12s} {kernel:22s} {measured[0]:8.3f} ms  {changes or one}", flush=True)
+                if measured[0] < least:
+                    least, best[kernel] = measured[0], dataclasses.asdict(one)
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / f"sweep_{args.size}.json").write_text(json.dumps(entries, indent=1))
+
+
+def show(row: dict, dense: dict | None = None) -> None:
+    """One printed row."""
+    text = f"{row['row']:26s} {row['share']:6.1%}"
+    for work, ms in row["ms"].items():
+        text += f"   {work} {ms:8.3f} ms"
+        if dense:
+            text += f" ({dense[work] / ms:5.2f}x dense)"
+    if "kernels_ms" in row:
+        alone = row["kernels_ms"]
+        text += f"\n{'':12s} kernels alone {alone['forward']:.3f} and {alone['both']:.3f} ms"
+        if dense:
+            rates = row["share"] * dense["forward"] / alone["forward"]
+            backward = row["share"] * (dense["both"] - dense["forward"]) / (alone["both"] - alone["forward"])
+            text += f"; per kept {rates:.0%} of cuDNN's forward, {backward:.0%} of its backward"
+        text += f"; error {max(row['errors'].values()):.1e}"
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

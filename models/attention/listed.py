@@ -1,0 +1,185 @@
+"""Sparse kinds whose choice is one of blocks: lists for `monarch_jax.block_sparse`, beside their exact forms.
+
+A kind says with `Blocks` what it has chosen: the tokens in an order in which each block is a run of them, and the mask.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from monarch_jax import block_sparse
+from monarch_jax.block_sparse import BlockMask, block_sparse_attention
+from monarch_jax.checks import one_of
+from monarch_jax.devices import on_cuda
+from monarchrt.models.attention.base import HOW
+from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention
+
+IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
+
+
+class Order(NamedTuple):
+    """A permutation of tokens, [N] or [batch, heads, N], and its inverse."""
+
+    to: Any
+    back: Any
+
+    @classmethod
+    def by(cls, numbers: Any) -> "Order":
+        """Ascending numbers [N]; of equal ones the first comes first.
+
+        Examples:
+            >>> Order.by(np.array([2, 0, 1])).to.tolist()
+            [1, 2, 0]
+        """
+        if isinstance(numbers, np.ndarray):
+            to = np.argsort(numbers, kind="stable").astype(np.int32)
+            return cls(to, np.argsort(to).astype(np.int32))
+        to = jnp.argsort(numbers).astype(jnp.int32)
+        return cls(to, jnp.argsort(to).astype(jnp.int32))
+
+    @classmethod
+    def either(cls, condition: Bool[Array, "B n"], one: "Order", other: "Order") -> "Order":
+        """By head and sample."""
+        return cls(*(jnp.where(condition[..., None], a, b) for a, b in zip(one, other, strict=True)))
+
+    def apply(self, x: Float[Array, "B N n d"]) -> Float[Array, "B N n d"]:
+        """Tokens in this order."""
+        return _permuted(x, jnp.asarray(self.to), jnp.asarray(self.back))
+
+    def undo(self, x: Float[Array, "B N n d"]) -> Float[Array, "B N n d"]:
+        """The inverse of `apply`."""
+        return _permuted(x, jnp.asarray(self.back), jnp.asarray(self.to))
+
+
+@jax.custom_vjp
+def _permuted(x: Array, to: Array, back: Array) -> Array:
+    """A gather whose gradient is one too: that of JAX adds, number by number."""
+    if to.ndim == 1:
+        return x.at[:, to].get(mode="promise_in_bounds", unique_indices=True)
+    return jnp.take_along_axis(x, jnp.moveaxis(to, 1, 2)[..., None], axis=1, mode="promise_in_bounds")
+
+
+_permuted.defvjp(
+    lambda x, to, back: (_permuted(x, to, back), (to, back)),
+    lambda saved, g: (_permuted(g, saved[1], saved[0]), None, None),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What a kind has chosen in one call; an order of None is that of the tokens.
+
+    Attributes:
+        mask: The blocks, of tokens in those orders, and lists.
+        queries: The order of the queries.
+        keys: The order of the keys.
+    """
+
+    mask: BlockMask
+    queries: Order | None = None
+    keys: Order | None = None
+
+    def attend(self, query: Array, key: Array, value: Array, *, implementation: str | None) -> Array:
+        """Attention of tokens, all in their own order."""
+        if self.queries is not None:
+            query = self.queries.apply(query)
+        if self.keys is not None:
+            key, value = self.keys.apply(key), self.keys.apply(value)
+        out = block_sparse_attention(query, key, value, self.mask, implementation=implementation)
+        return out if self.queries is None else self.queries.undo(out)
+
+
+def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> BlockMask:
+    """One mask or the other by head and sample; they have as many blocks, of the same sizes."""
+
+    def choose(a: Any, b: Any) -> Array:
+        longest = max(a.shape[-1], b.shape[-1])  # lists: what is added is not read
+        a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in (a, b))
+        return jnp.where(condition.reshape(*condition.shape, *[1] * (a.ndim - 2)), a, b)
+
+    return jax.tree.map(choose, one, other)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedAttention(MaskedAttention):
+    """A kind that keeps blocks of keys, or a band, so that what it leaves out need not be computed.
+
+    Attributes:
+        implementation: "exact" (masks, in the time of dense attention), "triton" (the block-sparse kernels), "xla" (the
+            same lists in plain JAX), or None: "triton" on an NVIDIA GPU from Ampere on where it can serve the call,
+            else "exact".
+    """
+
+    implementation: str | None = dataclasses.field(default=None, metadata=HOW)
+
+    def __post_init__(self):
+        if self.implementation is not None:
+            one_of("implementation", self.implementation, IMPLEMENTATIONS)
+
+    def attend_kept(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        places: Places,
+        *,
+        keep: Keep,
+        blocks: Callable[[], Blocks | str],
+    ) -> Array:
+        """Attention to the keys that are kept, by the implementation that is asked for.
+
+        Args:
+            query: [B, Q, heads, head_dim].
+            key: [B, K, heads, head_dim].
+            value: [B, K, heads, any width]; one that is not head_dim, as for a map, is always "exact".
+            places: Where they are.
+            keep: The exact mask, see `masked_attention`.
+            blocks: The same by blocks, made only if it is used; or why there is no such form of this call.
+
+        Returns:
+            [B, Q, heads, width].
+
+        Raises:
+            NotImplementedError: If the implementation asked for cannot serve this call; says why.
+        """
+        found: Blocks | str | None = None
+        same_width = value.shape[-1] == query.shape[-1]
+        if same_width and (self.implementation != "exact" if self.implementation else _kernels_serve(query, key)):
+            found = blocks()
+            if isinstance(found, str) and self.implementation is not None:
+                raise NotImplementedError(f"{self.name}: implementation={self.implementation!r} cannot run: {found}")
+        if isinstance(found, Blocks):
+            return found.attend(query, key, value, implementation=self.implementation)
+        return masked_attention(query, key, value, keep=keep, visible=places.visible)
+
+
+def _kernels_serve(query: Array, key: Array) -> bool:
+    return on_cuda(capability=8) and block_sparse.choose(None, query, key) == "triton"
+
+
+def is_known(places: Places) -> bool:
+    """Whether all is known when tracing, as without a cache."""
+    return isinstance(places.first, int) and isinstance(places.key_frames, np.ndarray)
+
+
+def frames_of(places: Places) -> tuple[Any, Any]:
+    """The frames of the queries, and of the keys (negative where there is none), of NumPy if `is_known`."""
+    return places.first + np.arange(places.frames), places.key_frames
+
+
+def even_starts(tokens: int, block: int, *, end: Any = None) -> Any:
+    """Where blocks of so many tokens begin, and one past the last token, or `end`, after which blocks are empty.
+
+    Examples:
+        >>> even_starts(10, 4).tolist(), even_starts(10, 4, end=5).tolist()
+        ([0, 4, 8, 10], [0, 4, 5, 5])
+    """
+    starts = np.minimum(np.arange(-(-tokens // block) + 1) * block, tokens)
+    if end is None:
+        return starts
+    return np.minimum(starts, end) if isinstance(end, int) else jnp.minimum(starts, end)

@@ -1,0 +1,374 @@
+"""Block-sparse attention: each block of queries attends to the blocks of keys that its list names.
+
+What sparse kinds of attention have in common once they have chosen: the tokens in blocks, a list of blocks of keys for
+each head and block of queries, and, for bands that cut through blocks, a predicate on tokens. One kernel serves them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from monarch_jax._typing import Array, Bool, Float, Int
+from monarch_jax.checks import array
+from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, accumulator_dtype, vary_alike
+from monarch_jax.devices import on_cuda
+from monarch_jax.partitioning import anywhere
+
+IMPLEMENTATIONS = ("triton", "xla")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockLists:
+    """For each block of one side, the blocks of the other side that it meets, each once.
+
+    Attributes:
+        entries: int32 [B, H, blocks, L], numbers of blocks; what follows the first `count` is not read.
+        whole: int32 [B, H, blocks], how many of the first hold as many tokens as a block can and are seen whole.
+        count: int32 [B, H, blocks], how many there are.
+    """
+
+    entries: Any
+    whole: Any
+    count: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMask:
+    """Which keys each query sees, by blocks; `block_mask` makes one. B and H may be 1, for all samples or heads.
+
+    Arrays may be of NumPy, which are known when tracing, or of JAX.
+
+    Attributes:
+        query_starts: int32 [B, H, Qb + 1], the first token of each block of queries, and one past the last block's.
+        key_starts: int32 [B, H, Kb + 1], likewise; keys beyond are seen by none.
+        keys: For each block of queries, its blocks of keys.
+        queries: For each block of keys, its blocks of queries: the same pairs.
+        rows: Queries that a block holds at most.
+        columns: Keys that a block holds at most.
+        query_places: int32 [B, H, Nq], the place of each query in the order that the band is for; None without one.
+        key_places: int32 [B, H, Nk], likewise.
+        width: In blocks that are not seen whole, keys at most so many places from the query are seen; None: all.
+        sink: And keys whose places are below this one.
+    """
+
+    query_starts: Any
+    key_starts: Any
+    keys: BlockLists
+    queries: BlockLists
+    query_places: Any = None
+    key_places: Any = None
+    rows: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+    width: int | None = dataclasses.field(default=None, metadata={"static": True})
+    sink: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+def block_mask(
+    seen: Bool[Array, "_ _ Qb Kb"] | np.ndarray,
+    *,
+    query_starts: Int[Array, "..."] | np.ndarray | Sequence[int],
+    key_starts: Int[Array, "..."] | np.ndarray | Sequence[int],
+    rows: int | None = None,
+    columns: int | None = None,
+    most: int | None = None,
+    cut: Bool[Array, "_ _ Qb Kb"] | np.ndarray | None = None,
+    query_places: Int[Array, "_ _ Nq"] | np.ndarray | None = None,
+    key_places: Int[Array, "_ _ Nk"] | np.ndarray | None = None,
+    width: int | None = None,
+    sink: int = 0,
+) -> BlockMask:
+    """The lists of a map of blocks, for both directions. Without traced arguments it is made by NumPy, once.
+
+    Examples:
+        >>> mask = block_mask(np.array([[[[True, True], [False, True]]]]), query_starts=[0, 2, 3], key_starts=[0, 2, 4])
+        >>> mask.keys.count.tolist(), mask.queries.count.tolist()
+        ([[[2, 1]]], [[[1, 2]]])
+
+    Args:
+        seen: bool [B, H, Qb, Kb], which blocks of keys each block of queries sees, at least in part; B and H may be 1.
+        query_starts: [Qb + 1] or [B, H, Qb + 1], where blocks of queries begin, from 0 on, and one past the last query.
+            A block may be empty.
+        key_starts: [Kb + 1] or [B, H, Kb + 1], likewise; keys beyond the last are seen by none.
+        rows: Queries that a block holds at most; needed if `query_starts` is traced.
+        columns: Keys that a block holds at most; needed if `key_starts` is traced.
+        most: Blocks of keys that a block of queries sees at most, for a traced map: lists are so long. None: all.
+        cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False promises that all of a pair is
+            in the band or the sink, which saves the kernels the predicate. None: any may be cut.
+        query_places: int32 [B, H, Nq], places in the order that the band is for.
+        key_places: int32 [B, H, Nk], likewise.
+        width: Of listed blocks, keys at most so many places from the query are seen. None: all; there is no band.
+        sink: And keys whose places are below this one.
+
+    Returns:
+        The mask.
+
+    Raises:
+        ValueError: If shapes do not fit each other, sizes are missing, or places come without a band.
+    """
+    given = (seen, query_starts, key_starts, cut)
+    xp: Any = jnp if any(isinstance(x, jax.Array) for x in given) else np
+    seen = xp.asarray(seen)
+    if seen.ndim != 4 or seen.dtype != bool:
+        raise ValueError(f"seen is {seen.dtype} {seen.shape}; it should be bool [B, H, blocks of queries, of keys].")
+    starts, sizes = [], []
+    for name, x, most_name, size, axis in (
+        ("query_starts", query_starts, "rows", rows, 2),
+        ("key_starts", key_starts, "columns", columns, 3),
+    ):
+        x = x if isinstance(x, jax.Array) else np.asarray(x, np.int32)
+        x = x[None, None] if x.ndim == 1 else x
+        if x.ndim != 3 or x.shape[-1] != seen.shape[axis] + 1:
+            raise ValueError(f"{name} has shape {x.shape}; {seen.shape[axis]} blocks have {seen.shape[axis] + 1}.")
+        if isinstance(x, np.ndarray):
+            lengths = np.diff(x)
+            if (x[..., 0] != 0).any() or (lengths < 0).any():
+                raise ValueError(f"{name} should begin with 0 and not fall: {x.ravel()[:4].tolist()} and so on.")
+            size = max(1, int(lengths.max()), size or 0)
+        if size is None:
+            raise ValueError(f"{most_name} is needed where {name} is traced: how many tokens a block holds at most.")
+        starts.append(x.astype(np.int32))
+        sizes.append(size)
+    if (width is None) != (query_places is None) or (width is None) != (key_places is None):
+        raise ValueError("width, query_places and key_places make up a band: give all of them, or none.")
+    uncut = xp.broadcast_to(width is None if cut is None else ~xp.asarray(cut), seen.shape)
+    lengths = [xp.asarray(x)[..., 1:] - xp.asarray(x)[..., :-1] for x in starts]
+    seen = seen & (lengths[0] > 0)[..., :, None] & (lengths[1] > 0)[..., None, :]
+    keys = _lists(seen, uncut & (lengths[1] == sizes[1])[..., None, :], most)
+    across = [xp.swapaxes(x, -1, -2) for x in (seen, uncut & (lengths[0] == sizes[0])[..., :, None])]
+    return BlockMask(
+        query_starts=starts[0], key_starts=starts[1], keys=keys, queries=_lists(across[0], across[1], None),
+        query_places=query_places, key_places=key_places, rows=sizes[0], columns=sizes[1], width=width, sink=sink,
+    )  # fmt: skip
+
+
+def _lists(seen: Any, whole: Any, most: int | None) -> BlockLists:
+    """Numbers of blocks along the last axis, those that are seen whole first, each kind in ascending order."""
+    xp, blocks = (jnp, seen.shape[-1]) if isinstance(seen, jax.Array) else (np, seen.shape[-1])
+    count = seen.sum(-1).astype(np.int32)
+    if xp is np:
+        longest = max(1, int(count.max(initial=0)))
+        if most is not None and longest > most:
+            raise ValueError(f"most={most} blocks of keys, but a block of queries sees {longest}.")
+        most = longest
+    numbers = np.arange(blocks, dtype=np.int32)
+    rank = xp.where(seen, xp.where(whole, numbers, numbers + blocks), 2 * blocks)
+    entries = xp.sort(rank, -1)[..., : most or blocks] % blocks
+    return BlockLists(entries=entries.astype(np.int32), whole=(seen & whole).sum(-1).astype(np.int32), count=count)
+
+
+def block_sparse_attention(
+    query: Float[Array, "B Nq H D"],
+    key: Float[Array, "B Nk H D"],
+    value: Float[Array, "B Nk H D"],
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B Nq H D"]:
+    """Softmax attention of each block of queries to the blocks of keys in its list.
+
+    What sparse attention such as SVG, Radial, STA, VSA and SLA computes once it has chosen (MonarchRT compares with
+    these in Section 5). Softmax and sums are in float32 for half precision. Differentiable in query, key and value in
+    reverse mode; the mask has no gradient. Memory is linear in the tokens.
+
+    Examples:
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+        >>> diagonal = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
+        >>> block_sparse_attention(q, k, v, diagonal).shape
+        (1, 8, 2, 16)
+
+    Args:
+        query: [B, Nq, H, D], tokens in the order of the mask's blocks.
+        key: [B, Nk, H, D], likewise.
+        value: [B, Nk, H, D].
+        mask: Blocks and lists.
+        scale: Softmax scale, above 0; default D**-0.5.
+        implementation: "triton" (kernels, NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or None:
+            the first that can serve the call where JAX runs.
+
+    Returns:
+        [B, Nq, H, D] in the inputs' dtype; zero for a query that sees no key.
+
+    Raises:
+        ValueError: If shapes, dtypes, scale or the implementation's name do not fit.
+        NotImplementedError: If the implementation asked for cannot serve this call; says why.
+    """
+    query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    _check(query, key, value, mask)
+    dim = query.shape[-1]
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf
+    ):
+        raise ValueError(f"scale={scale!r} is not a number above 0; leave it out for head_dim ** -0.5.")
+    chosen = choose(implementation, query, key)
+    problem = SparseProblem(
+        scale=float(dim**-0.5 if scale is None else scale), rows=mask.rows, columns=mask.columns, width=mask.width,
+        sink=mask.sink,
+    )  # fmt: skip
+    if chosen == "xla":
+        return _attend(problem, query, key, value, mask)
+    batch, heads = query.shape[0], query.shape[2]
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, batch, heads)
+    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, batch, heads)
+    flat = vary_alike(query, key, value, *queries, *keys)
+    return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
+
+
+def choose(implementation: str | None, query: Any, key: Any) -> str:
+    """The implementation for a call: the named one, or "triton" on a GPU that it can serve the call on, else "xla".
+
+    Args:
+        implementation: One of `IMPLEMENTATIONS`, or None.
+        query: [B, Nq, H, D], shape and dtype.
+        key: [B, Nk, H, D], shape and dtype.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: If the name is unknown.
+        NotImplementedError: If the one that is named cannot serve the call; says why.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not None or one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "xla" or (implementation is None and not on_cuda(capability=8)):
+        return "xla"
+    from monarchrt.triton_kernels import block_sparse
+
+    reason = block_sparse.supports(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key)))
+    if reason is None:
+        return "triton"
+    if implementation is None:
+        return "xla"
+    raise NotImplementedError(f"implementation={implementation!r} cannot run this call: {reason}")
+
+
+def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
+    """Raises ValueError if shapes and dtypes do not fit each other."""
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape}; it should be [B, tokens, H, D].")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} is {x.dtype.name}, query {query.dtype.name}; use one dtype for all three.")
+    batch, _, heads, dim = query.shape
+    for name, x in {"key": key, "value": value}.items():
+        if x.shape != (batch, key.shape[1], heads, dim):
+            raise ValueError(f"{name} has shape {x.shape}; with query {query.shape} it should be [B, Nk, H, D].")
+    for name, x, tokens in (("query_starts", mask.query_starts, query), ("key_starts", mask.key_starts, key)):
+        ends = x[..., -1] if isinstance(x, np.ndarray) else tokens.shape[1]
+        if np.any(ends > tokens.shape[1]) or (name == "query_starts" and np.any(ends != tokens.shape[1])):
+            raise ValueError(f"the mask's {name} end with {np.max(ends)}; there are {tokens.shape[1]} tokens.")
+    for x in jax.tree.leaves(mask):
+        if x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
+            raise ValueError(
+                f"the mask is for {x.shape[:2]} samples and heads; the call has {(batch, heads)}, or use 1."
+            )
+    for name, x, tokens in (("query_places", mask.query_places, query), ("key_places", mask.key_places, key)):
+        if x is not None and x.shape[-1] != tokens.shape[1]:
+            raise ValueError(f"the mask's {name} has {x.shape[-1]} places; there are {tokens.shape[1]} tokens.")
+
+
+def _side(lists: BlockLists, starts: Any, others: Any, places: Any, batch: int, heads: int) -> Side:
+    """Arrays [B, H, ...] as the kernels read them: an entry is where its block begins and ends."""
+    lead = np.broadcast_shapes(lists.entries.shape[:2], others.shape[:2])
+    xp: Any = np if isinstance(others, np.ndarray) and isinstance(lists.entries, np.ndarray) else jnp
+    entries = xp.broadcast_to(lists.entries, (*lead, *lists.entries.shape[2:]))
+    flat = entries.reshape(*lead, -1)
+    begins = xp.broadcast_to(others, (*lead, others.shape[-1]))
+    first, last = (xp.take_along_axis(begins, flat + n, -1).reshape(entries.shape) for n in (0, 1))
+    places = np.zeros((1, 1, 1), np.int32) if places is None else places
+    arrays = (starts, first, last, lists.whole, lists.count, places)
+    return Side(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, heads, *x.shape[2:])) for x in arrays))
+
+
+@functools.cache  # one function for all calls, so that what JAX has traced serves again
+def _triton() -> Any:
+    """The kernels, differentiable, under vmap and on split operands."""
+    from monarchrt.triton_kernels import block_sparse
+
+    queries, keys = ("bnhd", "bmhd", "bmhd"), ("bh1", "bh11", "bh11", "bh1", "bh1", "bh1")
+
+    def forward(problem, q, k, v, of_queries, of_keys):
+        def fn(q, k, v, *lists):
+            return block_sparse.forward(problem, q, k, v, Side(*lists[:6]), Side(*lists[6:]))
+
+        return anywhere(fn, (*queries, *keys, *keys), ("bnhd", "bhn"))(q, k, v, *of_queries, *of_keys)
+
+    def attend(problem, q, k, v, of_queries, of_keys):
+        return forward(problem, q, k, v, of_queries, of_keys)[0]
+
+    def fwd(problem, q, k, v, of_queries, of_keys):
+        out, lse = (checkpoint_name(x, SAVED) for x in forward(problem, q, k, v, of_queries, of_keys))
+        return out, SparseResiduals(q, k, v, out, lse, of_queries, of_keys)
+
+    def bwd(problem, r, d_out):
+        def fn(q, k, v, out, d_out, lse, *lists):
+            return block_sparse.vjp(
+                problem, SparseResiduals(q, k, v, out, lse, Side(*lists[:6]), Side(*lists[6:])), d_out
+            )
+
+        axes = (*queries, "bnhd", "bnhd", "bhn", *keys, *keys)
+        return *anywhere(fn, axes, queries)(r.q, r.k, r.v, r.out, d_out, r.lse, *r.queries, *r.keys), None, None
+
+    op = jax.custom_vjp(attend, nondiff_argnums=(0,))
+    op.defvjp(fwd, bwd)
+    return op
+
+
+def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
+    """The definition: a block of queries at a time, softmax over the keys of its list, gradients by JAX."""
+    batch, tokens, heads, _ = query.shape
+    dtype = accumulator_dtype(query.dtype)
+    lead = (batch, heads)
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, H, N, D]
+    starts, begins = (jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in (mask.query_starts, mask.key_starts))
+    lists = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape[2:])), mask.keys)
+    pick = jax.vmap(jax.vmap(lambda x, at: x[at]))  # [B, H, N, ...] at [B, H, n]
+
+    def place_of(places, at):
+        return pick(jnp.broadcast_to(places, (*lead, places.shape[-1])), at)
+
+    @jax.checkpoint
+    def block(number: Array) -> Array:
+        rows = starts[..., number][..., None] + jnp.arange(mask.rows)  # [B, H, rows]
+        rows = jnp.minimum(rows, tokens - 1)
+        entries = lists.entries[:, :, number]  # [B, H, L]
+        first, last = pick(begins, entries), pick(begins, entries + 1)
+        columns = first[..., None] + jnp.arange(mask.columns)  # [B, H, L, columns]
+        listed = jnp.arange(entries.shape[-1])
+        there = (columns < last[..., None]) & (listed < lists.count[:, :, number][..., None])[..., None]
+        columns = jnp.minimum(columns, key.shape[1] - 1).reshape(*lead, -1)
+        seen = there.reshape(*lead, 1, -1)
+        if mask.width is not None:
+            mine, theirs = (
+                place_of(mask.query_places, rows)[..., None],
+                place_of(mask.key_places, columns)[..., None, :],
+            )
+            near = (jnp.abs(mine - theirs) <= mask.width) | (theirs < mask.sink)
+            whole = (listed < lists.whole[:, :, number][..., None])[..., None]
+            seen &= near | jnp.broadcast_to(whole, there.shape).reshape(*lead, 1, -1)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", pick(q, rows), pick(k, columns), preferred_element_type=dtype)
+        scores = jnp.where(seen, scores * problem.scale, -jnp.inf)
+        top = lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row sees nothing
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), pick(v, columns), preferred_element_type=dtype)
+        return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
+
+    out = lax.map(block, jnp.arange(starts.shape[-1] - 1))  # [Qb, B, H, rows, D]
+    at = jnp.arange(tokens)
+    of = jax.vmap(jax.vmap(lambda edges: jnp.searchsorted(edges, at, side="right") - 1))(starts)
+    of = jnp.minimum(of, starts.shape[-1] - 2)
+    flat = jnp.moveaxis(out, 0, 2).reshape(*lead, -1, out.shape[-1])
+    found = pick(flat, of * mask.rows + at - pick(starts, of))
+    return jnp.moveaxis(found, 1, 2)

@@ -1,0 +1,63 @@
+"""Runs the block-sparse kernels in Triton's interpreter on torch CPU tensors and prints relative errors as JSON.
+
+Run in a process of its own: TRITON_INTERPRET=1 counts when the kernels are imported. Results start as NaN, so that a
+number that was never written shows, and keys that lie in no block hold NaN, so that one that is read shows.
+"""
+
+import inspect
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from monarch_jax.block_sparse import _side, block_mask
+from monarch_jax.contract import SparseProblem
+from monarchrt.triton_kernels import sparse
+from monarchrt.triton_kernels.block_sparse import KERNELS, SparseConfigs, launches
+from monarchrt.triton_kernels.config import Config
+from tests.kernels.sparse_cases import CASES, Case, error
+
+
+def run_case(case: Case) -> dict[str, float]:
+    """Relative errors of out, dq, dk, dv against whole maps in float64."""
+    q, k, v, g = case.arrays()
+    query_starts, key_starts = case.starts()
+    mask = block_mask(case.seen(), query_starts=query_starts, key_starts=key_starts, **case.options())
+    width, sink = case.band or (None, 0)
+    problem = SparseProblem(scale=case.dim**-0.5, rows=case.rows, columns=case.columns, width=width, sink=sink)
+    lead = (case.batch, case.heads)
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *lead)
+    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, *lead)
+    structs = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k)]
+    chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16)))
+    calls = launches(problem, *structs, queries, keys, chosen)
+    if case.rest:
+        k[:, -case.rest :], v[:, -case.rest :] = np.nan, np.nan
+    arrays = {name: torch.tensor(x) for name, x in {"q": q, "k": k, "v": v, "d_out": g}.items()}
+    arrays["scale"] = problem.scale
+    shapes = {"out": q, "dq": q, "dk": k, "dv": k, "lse": np.empty((*lead, q.shape[1]), np.float32)}
+    for call, side, other in zip(calls, (queries, queries, keys), (keys, keys, queries), strict=True):
+        arrays |= {name: torch.tensor(np.asarray(x)) for name, x in side._asdict().items()}
+        arrays["query_places" if side is keys else "key_places"] = torch.tensor(np.asarray(other.places))
+        for name in call.writes:
+            shape = shapes[name]
+            arrays[name] = torch.full(shape.shape, float("nan"), dtype=getattr(torch, shape.dtype.name))
+        kernel = getattr(sparse, call.kernel)
+        names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
+        kernel[call.grid](**{name: arrays[name] for name in names}, **call.constants)
+        if "out" in call.writes:
+            arrays["delta"] = torch.einsum("bnhd,bnhd->bhn", arrays["d_out"].float(), arrays["out"].float())
+    names = ("out", "dq", "dk", "dv")
+    return {name: error(arrays[name], x) for name, x in zip(names, case.expected(), strict=True)}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or CASES:
+        began = time.perf_counter()
+        errors = run_case(CASES[name])
+        print(json.dumps({"case": name, **errors}), flush=True)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)

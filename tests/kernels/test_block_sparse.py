@@ -1,0 +1,317 @@
+"""Block-sparse attention: the definition, the kernels in the interpreter, compiled, lowered, and on a card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from monarch_jax.block_sparse import IMPLEMENTATIONS, block_mask, block_sparse_attention, choose
+from monarch_jax.contract import Side, SparseProblem
+from monarchrt import triton_kernels
+from monarchrt.triton_kernels import block_sparse
+from monarchrt.triton_kernels.config import Target
+from tests.kernels.sparse_cases import CASES, Case, error
+from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, missing, poisoned  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("ragged", "band, ragged", "two parts, padded dim", "half")
+
+
+@pytest.fixture
+def unchecked():
+    """The library's own errors show, not those of the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def mask_of(case):
+    query_starts, key_starts = case.starts()
+    return block_mask(case.seen(), query_starts=query_starts, key_starts=key_starts, **case.options())
+
+
+def results(case, implementation, dtype=None, traced=False):
+    """Output, dq, dk, dv; the map and where blocks begin are traced, or known."""
+    q, k, v, g = (jnp.asarray(x, dtype) for x in case.arrays())
+    query_starts, key_starts = case.starts()
+
+    @jax.jit
+    def run(q, k, v, g, seen, query_starts, key_starts):
+        mask = mask_of(case)
+        if traced:
+            mask = block_mask(seen, query_starts=query_starts, key_starts=key_starts, **case.options())
+        out, vjp = jax.vjp(lambda *x: block_sparse_attention(*x, mask, implementation=implementation), q, k, v)
+        return out, *vjp(g)
+
+    return run(q, k, v, g, case.seen(), query_starts, key_starts)
+
+
+class TestDefinition:
+    @pytest.mark.parametrize("traced", [True, False])
+    @pytest.mark.parametrize(
+        "name", ["band, ragged", *(pytest.param(x, marks=pytest.mark.slow) for x in CASES if x != "band, ragged")]
+    )
+    def test_against_whole_maps(self, name, traced):
+        case = CASES[name]
+        bound = 2e-3 if case.half else 1e-5
+        for x, right in zip(results(case, "xla", traced=traced), case.expected(), strict=True):
+            assert error(x, right) <= bound
+
+    def test_a_case_has_it_all(self):
+        """Queries that see nothing, keys that nobody sees, blocks that are empty, seen whole, and cut."""
+        case = CASES["band, ragged"]
+        tokens, mask = case.tokens(), mask_of(case)
+        assert not tokens.any(-1).all()
+        assert not tokens.any(-2).all()
+        assert (np.diff(case.starts()[1]) == 0).any() or (np.diff(case.starts()[0]) == 0).any()
+        assert (mask.keys.count == 0).any()
+        assert (mask.keys.whole > 0).any()
+        assert (mask.keys.whole < mask.keys.count).any()
+        assert (mask.queries.whole > 0).any()
+        assert ((case.near() & ~tokens).any(), (tokens & ~case.near()).any()) == (True, False)
+
+    def test_traced_lists_are_the_known_ones(self):
+        """The same for a map that is known and one that is not, to the end of each list."""
+        case = CASES["ragged"]
+        known, (query_starts, key_starts) = mask_of(case), case.starts()
+        made = jax.jit(
+            lambda seen, *starts: block_mask(
+                seen, query_starts=starts[0], key_starts=starts[1], most=4, **case.options()
+            )
+        )(case.seen(), query_starts, key_starts)
+        for name in ("keys", "queries"):
+            mine, theirs = getattr(known, name), getattr(made, name)
+            np.testing.assert_array_equal(mine.count, theirs.count)
+            np.testing.assert_array_equal(mine.whole, theirs.whole)
+            for at in np.ndindex(*mine.count.shape):
+                listed = mine.count[at]
+                np.testing.assert_array_equal(mine.entries[at][:listed], theirs.entries[at][:listed])
+
+    @pytest.mark.parametrize(
+        ("changes", "word"),
+        [
+            (dict(query_starts=[1, 2, 4]), "query_starts should begin with 0"),
+            (dict(key_starts=[0, 5, 4]), "key_starts should begin with 0 and not fall"),
+            (dict(key_starts=[0, 4]), "2 blocks have 3"),
+            (dict(seen=np.ones((1, 1, 2, 2))), "it should be bool"),
+            (dict(width=3), "make up a band"),
+            (dict(most=1), "a block of queries sees 2"),
+        ],
+    )
+    def test_what_is_wrong_with_a_mask(self, changes, word):
+        options = dict(seen=np.ones((1, 1, 2, 2), bool), query_starts=[0, 2, 4], key_starts=[0, 2, 4]) | changes
+        with pytest.raises(ValueError, match=word):
+            block_mask(options.pop("seen"), **options)
+
+    def test_what_is_wrong_with_a_call(self, unchecked):
+        mask = block_mask(np.ones((1, 3, 1, 1), bool), query_starts=[0, 4], key_starts=[0, 4])
+        x, y = jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 2, 8))
+        for arrays, options, word in (
+            ((y, y, y), {}, r"for \(1, 3\) samples and heads; the call has \(1, 2\)"),
+            ((x, x, y), {}, "value has shape"),
+            ((x[:, :3], x, x), {}, "query_starts end with 4; there are 3"),
+            ((x, x[:, :3], x[:, :3]), {}, "key_starts end with 4; there are 3"),
+            ((x, x, x.astype(jnp.bfloat16)), {}, "value is bfloat16, query float32"),
+            ((x, x, x), dict(scale=0.0), "scale=0.0 is not a number above 0"),
+            ((x, x, x), dict(implementation="mosaic"), "is not None or one of triton, xla"),
+        ):
+            with pytest.raises(ValueError, match=word):
+                block_sparse_attention(*arrays, mask, **options)
+
+
+@missing("triton", "torch")
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param(tuple(set(CASES) - set(QUICK)), marks=pytest.mark.slow)], ids=["quick", "more"]
+)
+def test_interpreter_agrees_with_whole_maps(names):
+    """In a process of its own, because the interpreter is chosen when the kernels are imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sparse_interpreter", *names]
+    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = {row.pop("case"): row for row in rows}
+    assert set(found) == set(names)
+    for name, errors in found.items():
+        assert all(x <= (2e-3 if CASES[name].half else 1e-5) for x in errors.values()), (name, errors)
+
+
+def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat16):
+    """The calls for 480p."""
+    tokens, heads = 21 * 30 * 52, 12
+    problem = SparseProblem(scale=0.1, rows=rows, columns=columns, width=2560 if band else None, sink=1560)
+    x = jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)
+
+    def side(size):
+        blocks = -(-tokens // size)
+        shapes = ((blocks + 1,), (blocks, blocks), (blocks, blocks), (blocks,), (blocks,), (tokens,))
+        return Side(*(jax.ShapeDtypeStruct((1, heads, *shape), jnp.int32) for shape in shapes))
+
+    sizes = dict(rows=rows, columns=columns, dim=dim, itemsize=x.dtype.itemsize)
+    chosen = block_sparse.configs(Target(capability), **sizes)
+    return block_sparse.launches(problem, x, x, side(rows), side(columns), chosen)
+
+
+@missing("triton")
+@pytest.mark.parametrize(
+    ("capability", "rows", "columns", "band"),
+    [
+        pytest.param(*case, marks=[] if case[:2] == (90, 128) else pytest.mark.slow)
+        for case in [(90, 128, 64, True), (90, 60, 60, False), *((n, 60, 60, False) for n in (80, 100, 120))]
+    ],
+)
+def test_kernels_compile_ahead_of_time(capability, rows, columns, band):
+    for call in launches(capability, rows, columns, band=band):
+        registers, spills, shared = compile_launch(call, capability)
+        assert registers <= 255
+        assert spills <= 64, f"{call.kernel}: {spills} bytes of stack"
+        assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@pytest.mark.slow
+@missing("triton")
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("sizes", [(384, 384), (20, 20), (3, 100)], ids=str)
+def test_other_sizes_fit_shared_memory(capability, sizes):
+    for dtype, name in ((jnp.bfloat16, "bf16"), (jnp.float32, "fp32")):
+        for call in launches(capability, *sizes, dtype=dtype):
+            assert compile_launch(call, capability, name)[2] <= SHARED_MEMORY[capability]
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+class TestLowering:
+    """For CUDA, without a card."""
+
+    def lowered(self, run, *arrays):
+        with triton_kernels.compile_for(90):
+            return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    def test_three_kernels_under_vmap(self):
+        case = Case(rows=16, columns=16, dim=64, heads=2)
+        mask = mask_of(case)
+        q, k, v, g = (jax.ShapeDtypeStruct((3, *x.shape), jnp.bfloat16) for x in case.arrays())
+
+        def run(q, k, v, g):
+            attend = jax.vmap(lambda *x: block_sparse_attention(*x, mask, implementation="triton"))
+            out, vjp = jax.vjp(attend, q, k, v)
+            return out, *vjp(g)
+
+        text = self.lowered(run, q, k, v, g)
+        assert text.count("@triton_kernel_call_ffi") == 3
+
+    def test_under_shard_map(self):
+        """Heads over a mesh axis, one mask for all of them."""
+        mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec(None, None, "heads")
+        case = Case(rows=16, columns=16, dim=64, heads=2, shared=True)
+        mask = mask_of(case)
+        attend = lambda *x: block_sparse_attention(*x, mask, implementation="triton")  # noqa: E731
+        sharded = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+        arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.arrays()[:3]]
+        text = self.lowered(jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), (0, 1, 2)), *arrays)
+        assert "triton_kernel_call_ffi" in text
+
+
+class TestChoice:
+    def test_the_default(self):
+        x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+        assert choose(None, x, x) == ("triton" if jax.default_backend() == "gpu" else "xla")
+        assert IMPLEMENTATIONS == ("triton", "xla")
+
+    @missing("triton", "jax_triton")
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "word"),
+        [
+            ((1, 64, 2, 256), jnp.bfloat16, "head_dim 256"),
+            ((1, 64, 2, 64), jnp.float64, "float64"),
+            ((0, 1, 1, 8), jnp.float16, "nothing"),
+        ],
+    )
+    def test_says_what_it_cannot_do(self, shape, dtype, word):
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        with pytest.raises(NotImplementedError, match=word):
+            choose("triton", x, x)
+
+    def test_the_users_sizes_come_first(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        where, sizes = Target(90, "a card"), dict(rows=60, columns=60, dim=128, itemsize=2)
+        path = triton_kernels.config.user_file(where)
+        path.parent.mkdir(parents=True)
+        entry = {"sparse_forward": {"rows": 128, "keys": 32, "warps": 8}}
+        path.write_text(json.dumps({"sparse rows=60 columns=60 dim=128 itemsize=2": entry}))
+        chosen = block_sparse.configs(where, **sizes)
+        assert (chosen.sparse_forward.rows, chosen.sparse_forward.keys, chosen.sparse_forward.warps) == (128, 32, 8)
+        assert chosen.sparse_key_backward == block_sparse.heuristic(where, **sizes).sparse_key_backward
+
+
+BIG = {  # like the real ones: a block of queries sees tens of blocks of keys
+    "cubes": Case(rows=60, columns=60, query_blocks=40, key_blocks=60, heads=2, dim=128, keep=0.3),
+    "ragged cubes": Case(rows=64, columns=64, query_blocks=40, key_blocks=60, heads=2, dim=128, ragged=True, rest=100),
+    "band": Case(rows=128, columns=64, query_blocks=12, key_blocks=24, band=(500, 200), heads=2, dim=128, keep=0.9),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestOnACard:
+    pytestmark: ClassVar = gpu
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("ragged", "float32"),
+            ("band, ragged", "float32"),
+            ("band, ragged", "bfloat16"),
+            ("blocks of odd sizes", "bfloat16"),
+            ("two parts, padded dim", "float16"),
+            ("two parts, ragged, band", "float32"),
+            ("sharp", "float32"),
+            *((name, "bfloat16") for name in BIG),
+        ],
+    )
+    def test_numbers(self, name, dtype):
+        """Against whole maps in float64 of the rounded inputs; the same bits every time."""
+        case = (CASES | BIG)[name]
+        found, again = (results(case, "triton", jnp.dtype(dtype), traced=traced) for traced in (False, True))
+        bound = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+        for x, y, right in zip(found, again, case.expected(), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+            assert error(x, right) <= bound
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "vsa(keep=0.15, cube=(4,4,4), gate=False)",
+            "vsa(keep=0.1, gate=False)",
+            "svg(keep=0.15)",
+            "radial(keep=0.3)",
+            "sla(keep=0.15, linear=False)",
+            "sliding_tile(tile=(3,5,4), window=(1,3,5))",
+        ],
+    )
+    def test_kinds(self, text):
+        """The default is the kernel, with the numbers of the exact form, in 6 frames of 480p."""
+        from monarchrt.models.attention.notation import parse
+
+        grid, name = (6, 30, 52), text.split("(")[0]
+        q, k, v, g = jax.random.normal(jax.random.key(0), (4, 1, 6 * 1560, 2, 128), jnp.bfloat16)
+
+        def run(setting):
+            def fn(q, k, v, g):
+                out, vjp = jax.vjp(lambda *x: setting(*x, grid=grid), q, k, v)
+                return out, *vjp(g)
+
+            return jax.jit(fn).lower(q, k, v, g).compile()
+
+        kernels, exact = run(parse(text)), run(parse(f"{text[:-1]}, implementation=exact)"))
+        assert kernels.as_text().count("triton_kernel_call") >= 3, name
+        assert "triton_kernel_call" not in exact.as_text()
+        for x, right in zip(kernels(q, k, v, g), exact(q, k, v, g), strict=True):
+            assert error(x.astype(jnp.float32), np.asarray(right, np.float32)) <= 1e-2

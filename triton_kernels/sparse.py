@@ -1,0 +1,292 @@
+"""Kernels of block-sparse attention: a block of queries attends to the blocks of keys that its list names.
+
+Queries, keys and values are [B, tokens, H, D]; a block is a run of tokens, at most ROWS queries or COLUMNS keys, which
+a program goes through in parts of M or N. `monarch_jax.contract.Side` has the lists: `first` and `last` are the tokens
+that a listed block begins and ends with. The first `whole` of a list hold as many tokens as a block can, and need no
+mask; the others have an end and, with BAND, the predicate of `near`. Scores are to the base 2, and `lse` is infinite
+for a query that sees no key, so that its probabilities come out zero.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# Kernel bodies are Triton's language, not Python's: its types are not the ones they run with.
+import triton.language as tl
+
+from monarchrt.triton_kernels.jit import LOG2_E, LOWEST, kernel, load_rows, store_rows, wide
+
+SEES_NONE = tl.constexpr(-1.0e20)  # a row's largest score is below this if every key is masked
+INFINITY = tl.constexpr(float("inf"))
+
+
+@kernel
+def load_block(
+    pointer: tl.tensor, rows: tl.tensor, live: tl.tensor, d: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, FULL: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Tokens [n, DP] of one head, ROW numbers apart in an array of SIZE; zeros where not `live`, unless FULL."""
+    offsets = wide(rows, SIZE) * ROW
+    if FULL and D == DP:
+        return tl.load(pointer + offsets[:, None] + d[None, :])
+    else:
+        return load_rows(pointer, offsets, live, d, D)
+
+
+@kernel
+def near(
+    query_place: tl.tensor, key_place: tl.tensor, WIDTH: tl.constexpr, SINK: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Which pairs are in the band or in the sink; places are [M, 1] and [1, N], or the other way round."""
+    return (tl.abs(query_place - key_place) <= WIDTH) | (key_place < SINK)
+
+
+@kernel
+def clear_rest(
+    pointer: tl.tensor, start: tl.tensor, end: tl.tensor, d: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+) -> None:  # fmt: skip
+    """Zeros for the tokens of one head that lie in no block."""
+    for at in range(start, end, N):
+        rows = at + tl.arange(0, N)
+        zeros = tl.zeros([N, DP], tl.float32)
+        store_rows(pointer, wide(rows, SIZE) * ROW, rows < end, d, zeros, D)
+
+
+@kernel
+def softmax_step(
+    x: tl.tensor, v_c: tl.tensor, top: tl.tensor, total: tl.tensor, out: tl.tensor, factor: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """One more block of scores [M, N], not yet scaled, and of values: largest, sum and output so far."""
+    new_top = tl.maximum(top, tl.max(x, 1) * factor)
+    p = tl.exp2(x * factor - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    out = tl.dot(p.to(v_c.dtype), v_c, out * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, out
+
+
+@kernel
+def sparse_forward(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
+    count: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor,
+    NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Output and log-sum-exp of M queries. Grid (parts of blocks of queries, H, B)."""
+    PARTS: tl.constexpr = (ROWS + M - 1) // M
+    SLICES: tl.constexpr = (COLUMNS + N - 1) // N
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    bh = b * H + h
+    d, c = tl.arange(0, DP), tl.arange(0, N)
+    start = tl.load(starts + bh * (BLOCKS + 1) + block)
+    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
+    r = start + part * M + tl.arange(0, M)
+    live_r = r < end
+    q += (b * NQ * H + h) * D
+    k += (b * NK * H + h) * D
+    v += (b * NK * H + h) * D
+    q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+    if BAND:
+        place = tl.load(places + bh * NQ + r, mask=live_r, other=0)
+        key_places += bh * NK
+    first += (bh * BLOCKS + block) * LISTED
+    last += (bh * BLOCKS + block) * LISTED
+    n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
+    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    o_r = tl.zeros([M, DP], tl.float32)
+    factor = scale * LOG2_E
+    for n in tl.range(0, n_whole, num_stages=STAGES):
+        inside = (n % SLICES) * N + c
+        column = tl.load(first + n // SLICES) + inside
+        live_c = inside < COLUMNS
+        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
+        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
+        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+        if COLUMNS % N:
+            x = tl.where(live_c[None, :], x, LOWEST)
+        top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+    for n in tl.range(n_whole, n_all, num_stages=STAGES):
+        column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
+        live_c = column < tl.load(last + n // SLICES)
+        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+        sees = live_c[None, :]
+        if BAND:
+            key_place = tl.load(key_places + column, mask=live_c, other=0)
+            sees = sees & near(place[:, None], key_place[None, :], WIDTH, SINK)
+        x = tl.where(sees, x, LOWEST)
+        top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+    none = top < SEES_NONE
+    total = tl.where(none, 1.0, total)
+    o_r = tl.where(none[:, None], 0.0, o_r / total[:, None])
+    out += (b * NQ * H + h) * D
+    store_rows(out, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, o_r, D)
+    tl.store(lse + bh * NQ + r, tl.where(none, INFINITY, top + tl.log2(total)), mask=live_r)
+    if (block == BLOCKS - 1) & (part == PARTS - 1):
+        clear_rest(out, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)
+
+
+@kernel
+def query_step(
+    x: tl.tensor, k_c: tl.tensor, v_c: tl.tensor, g_r: tl.tensor, dq_r: tl.tensor, lse_r: tl.tensor,
+    delta_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Adds what comes through one block of scores [M, N] to the queries' gradient, the scale still to come."""
+    p = tl.exp2(x * factor - lse_r[:, None])
+    d_x = p * (tl.dot(g_r, v_c.T, input_precision=PRECISION) - delta_r[:, None])
+    return tl.dot(d_x.to(k_c.dtype), k_c, dq_r, input_precision=PRECISION)
+
+
+@kernel
+def sparse_query_backward(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, key_places: tl.tensor,
+    dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr,
+    BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """dQ of M queries, over the same list. Grid (parts of blocks of queries, H, B)."""
+    PARTS: tl.constexpr = (ROWS + M - 1) // M
+    SLICES: tl.constexpr = (COLUMNS + N - 1) // N
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    bh = b * H + h
+    d, c = tl.arange(0, DP), tl.arange(0, N)
+    start = tl.load(starts + bh * (BLOCKS + 1) + block)
+    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
+    r = start + part * M + tl.arange(0, M)
+    live_r = r < end
+    q += (b * NQ * H + h) * D
+    d_out += (b * NQ * H + h) * D
+    k += (b * NK * H + h) * D
+    v += (b * NK * H + h) * D
+    q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+    g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+    lse_r = tl.load(lse + bh * NQ + r, mask=live_r, other=INFINITY)
+    delta_r = tl.load(delta + bh * NQ + r, mask=live_r, other=0.0)
+    if BAND:
+        place = tl.load(places + bh * NQ + r, mask=live_r, other=0)
+        key_places += bh * NK
+    first += (bh * BLOCKS + block) * LISTED
+    last += (bh * BLOCKS + block) * LISTED
+    n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
+    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
+    dq_r = tl.zeros([M, DP], tl.float32)
+    factor = scale * LOG2_E
+    for n in tl.range(0, n_whole, num_stages=STAGES):
+        inside = (n % SLICES) * N + c
+        column = tl.load(first + n // SLICES) + inside
+        live_c = inside < COLUMNS
+        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
+        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
+        # a column beyond the block's has zeros for a key: what it gets is multiplied by these
+        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+        if COLUMNS % N:
+            x = tl.where(live_c[None, :], x, LOWEST)
+        dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
+    for n in tl.range(n_whole, n_all, num_stages=STAGES):
+        column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
+        live_c = column < tl.load(last + n // SLICES)
+        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+        sees = live_c[None, :]
+        if BAND:
+            key_place = tl.load(key_places + column, mask=live_c, other=0)
+            sees = sees & near(place[:, None], key_place[None, :], WIDTH, SINK)
+        x = tl.where(sees, x, LOWEST)
+        dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
+    dq += (b * NQ * H + h) * D
+    store_rows(dq, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, dq_r * scale, D)
+    if (block == BLOCKS - 1) & (part == PARTS - 1):
+        clear_rest(dq, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)
+
+
+@kernel
+def key_step(
+    x: tl.tensor, v_c: tl.tensor, q_r: tl.tensor, g_r: tl.tensor, dk_c: tl.tensor, dv_c: tl.tensor, lse_r: tl.tensor,
+    delta_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Adds what comes through one block of scores [N, M], keys first, to the gradients of keys and values."""
+    p = tl.exp2(x * factor - lse_r[None, :])
+    dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
+    d_x = p * (tl.dot(v_c, g_r.T, input_precision=PRECISION) - delta_r[None, :])
+    dk_c = tl.dot(d_x.to(q_r.dtype), q_r, dk_c, input_precision=PRECISION)
+    return dk_c, dv_c
+
+
+@kernel
+def sparse_key_backward(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places: tl.tensor,
+    dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
+    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
+    PARTS: tl.constexpr = (COLUMNS + N - 1) // N
+    SLICES: tl.constexpr = (ROWS + M - 1) // M
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    bh = b * H + h
+    d, m = tl.arange(0, DP), tl.arange(0, M)
+    start = tl.load(starts + bh * (BLOCKS + 1) + block)
+    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
+    c = start + part * N + tl.arange(0, N)
+    live_c = c < end
+    q += (b * NQ * H + h) * D
+    d_out += (b * NQ * H + h) * D
+    k += (b * NK * H + h) * D
+    v += (b * NK * H + h) * D
+    lse += bh * NQ
+    delta += bh * NQ
+    k_c = load_block(k, c, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+    v_c = load_block(v, c, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+    if BAND:
+        place = tl.load(places + bh * NK + c, mask=live_c, other=0)
+        query_places += bh * NQ
+    first += (bh * BLOCKS + block) * LISTED
+    last += (bh * BLOCKS + block) * LISTED
+    n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
+    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
+    dk_c = tl.zeros([N, DP], tl.float32)
+    dv_c = tl.zeros([N, DP], tl.float32)
+    factor = scale * LOG2_E
+    for n in tl.range(0, n_whole, num_stages=STAGES):
+        inside = (n % SLICES) * M + m
+        r = tl.load(first + n // SLICES) + inside
+        live_r = inside < ROWS
+        q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
+        g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
+        lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
+        delta_r = tl.load(delta + r, mask=live_r, other=0.0)
+        x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
+        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION)
+    for n in tl.range(n_whole, n_all, num_stages=STAGES):
+        r = tl.load(first + n // SLICES) + (n % SLICES) * M + m
+        live_r = r < tl.load(last + n // SLICES)
+        q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+        g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+        lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
+        delta_r = tl.load(delta + r, mask=live_r, other=0.0)
+        x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
+        if BAND:
+            query_place = tl.load(query_places + r, mask=live_r, other=0)
+            x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
+        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION)
+    keys = wide(c, BATCH * NK * H * D) * (H * D)
+    dk += (b * NK * H + h) * D
+    dv += (b * NK * H + h) * D
+    store_rows(dk, keys, live_c, d, dk_c * scale, D)
+    store_rows(dv, keys, live_c, d, dv_c, D)
+    if (block == BLOCKS - 1) & (part == PARTS - 1):
+        clear_rest(dk, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
+        clear_rest(dv, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
