@@ -160,7 +160,7 @@ def _lists(seen: Any, whole: Any, most: int | None) -> BlockLists:
         if most is not None and longest > most:
             raise ValueError(f"most={most} blocks of keys, but a block of queries sees {longest}.")
         most = longest
-    numbers = np.arange(blocks, dtype=np.int32)
+    numbers = np.arange(blocks, dtype=np.int32)[None, None, None]
     rank = xp.where(seen, xp.where(whole, numbers, numbers + blocks), 2 * blocks)
     entries = xp.sort(rank, -1)[..., : most or blocks] % blocks
     return BlockLists(entries=entries.astype(np.int32), whole=(seen & whole).sum(-1).astype(np.int32), count=count)
@@ -340,12 +340,12 @@ def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask
 
     @jax.checkpoint
     def block(number: Array) -> Array:
-        rows = starts[..., number][..., None] + jnp.arange(mask.rows)  # [B, H, rows]
+        rows = starts[..., number][..., None] + jnp.arange(mask.rows)[None, None]  # [B, H, rows]
         rows = jnp.minimum(rows, tokens - 1)
         entries = lists.entries[:, :, number]  # [B, H, L]
         first, last = pick(begins, entries), pick(begins, entries + 1)
-        columns = first[..., None] + jnp.arange(mask.columns)  # [B, H, L, columns]
-        listed = jnp.arange(entries.shape[-1])
+        columns = first[..., None] + jnp.arange(mask.columns)[None, None, None]  # [B, H, L, columns]
+        listed = jnp.arange(entries.shape[-1])[None, None]
         there = (columns < last[..., None]) & (listed < lists.count[:, :, number][..., None])[..., None]
         columns = jnp.minimum(columns, key.shape[1] - 1).reshape(*lead, -1)
         seen = there.reshape(*lead, 1, -1)
@@ -370,5 +370,5 @@ def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask
     of = jax.vmap(jax.vmap(lambda edges: jnp.searchsorted(edges, at, side="right") - 1))(starts)
     of = jnp.minimum(of, starts.shape[-1] - 2)
     flat = jnp.moveaxis(out, 0, 2).reshape(*lead, -1, out.shape[-1])
-    found = pick(flat, of * mask.rows + at - pick(starts, of))
+    found = pick(flat, of * mask.rows + at[None, None] - pick(starts, of))
     return jnp.moveaxis(found, 1, 2)

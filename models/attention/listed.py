@@ -45,7 +45,8 @@ class Order(NamedTuple):
     @classmethod
     def either(cls, condition: Bool[Array, "B n"], one: "Order", other: "Order") -> "Order":
         """By head and sample."""
-        return cls(*(jnp.where(condition[..., None], a, b) for a, b in zip(one, other, strict=True)))
+        pairs = zip(one, other, strict=True)
+        return cls(*(jnp.where(condition[..., None], a[None, None], b[None, None]) for a, b in pairs))
 
     def apply(self, x: Float[Array, "B N n d"]) -> Float[Array, "B N n d"]:
         """Tokens in this order."""

@@ -186,13 +186,14 @@ class SVGAttention(ListedAttention):
         width, sink = self.half_width(places.grid), places.per_frame
         orders, numbers, starts, ends = [], [], [], []
         for frames, block in zip(frames_of(places), LISTED, strict=True):
-            at = xp.where((frames >= 0)[:, None], number(frames[:, None], place), UNREACHED).astype(np.int32).ravel()
+            at = xp.where((frames >= 0)[:, None], number(frames[:, None], place[None]), UNREACHED)
+            at = at.astype(np.int32).ravel()
             orders.append(Order.by(at))
             numbers.append(at[orders[-1].to])
             starts.append(even_starts(len(at), block))
             ends.append((numbers[-1][starts[-1][:-1]], numbers[-1][starts[-1][1:] - 1]))  # of each block
         low, high = (x[:, None] for x in ends[0])
-        key_low, key_high = ends[1]
+        key_low, key_high = (x[None] for x in ends[1])
         seen = ((key_low - high <= width) & (low - key_high <= width)) | (key_low < sink)
         whole = ((key_high - low <= width) & (high - key_low <= width)) | (key_high < sink)
         mask = block_mask(
