@@ -30,7 +30,7 @@ from monarchrt.models.attention import listed
 from monarchrt.triton_kernels import block_sparse, config
 
 SIZES = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
-SMALL = (3, 10, 12)
+SMALL = (21, 5, 8)
 QUICK = 6  # rows of the default
 CHANGES = ({}, {"stages": 2}, {"stages": 3}, {"stages": 4}, {"keys": 32, "stages": 3}, {"warps": 4}, {"warps": 8})
 

@@ -187,6 +187,6 @@ def test_rule_for_vmap(mapped):
     given = [x if m else x[0] for x, m in zip(arrays, mapped, strict=True)]
     axes = tuple(0 if m else None for m in mapped)
     # with a batch axis of 2 inside: [3, 2, 4] maps to [2, 4]
-    found = jax.vmap(partitioning._anywhere(fn, ("bd", "bc", "a"), ("bd", "b")), in_axes=axes)(*given)
+    found = jax.vmap(partitioning.anywhere(fn, ("bd", "bc", "a"), ("bd", "b")), in_axes=axes)(*given)
     for x, y in zip(found, jax.vmap(fn, in_axes=axes)(*given), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -29,11 +29,12 @@ class Case:
         """Where blocks begin; ragged ones hold any number from none to all."""
         rng = np.random.default_rng(self.seed)
         out = []
-        for blocks, most in ((self.query_blocks, self.rows), (self.key_blocks, self.columns)):
+        sides = ((self.query_blocks, self.rows, (1, 0)), (self.key_blocks, self.columns, (0, 1)))
+        for blocks, most, (full, single) in sides:
             sizes = np.full(blocks, most)
             if self.ragged:
                 sizes = rng.integers(0, most + 1, blocks)
-                sizes[:2] = (most, 1)
+                sizes[2:3], sizes[full], sizes[single] = 0, most, 1
             out.append(np.concatenate([[0], sizes.cumsum()]).astype(np.int32))
         return out
 

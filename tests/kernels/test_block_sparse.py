@@ -22,7 +22,6 @@ from tests.kernels.sparse_cases import CASES, Case, error
 from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, missing, poisoned  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("ragged", "band, ragged", "two parts, padded dim", "half")
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def results(case, implementation, dtype=None, traced=False):
 
 
 class TestDefinition:
-    @pytest.mark.parametrize("traced", [True, False])
+    @pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         "name", ["band, ragged", *(pytest.param(x, marks=pytest.mark.slow) for x in CASES if x != "band, ragged")]
     )
@@ -127,19 +126,17 @@ class TestDefinition:
                 block_sparse_attention(*arrays, mask, **options)
 
 
+@pytest.mark.slow
 @missing("triton", "torch")
-@pytest.mark.parametrize(
-    "names", [QUICK, pytest.param(tuple(set(CASES) - set(QUICK)), marks=pytest.mark.slow)], ids=["quick", "more"]
-)
-def test_interpreter_agrees_with_whole_maps(names):
-    """In a process of its own, because the interpreter is chosen when the kernels are imported."""
+def test_interpreter_agrees_with_whole_maps():
+    """In a process of its own; some of the cases are in `test_triton.py`, which has a process by default."""
     env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sparse_interpreter", *names]
+    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sparse_interpreter"]
     done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     found = {row.pop("case"): row for row in rows}
-    assert set(found) == set(names)
+    assert set(found) == set(CASES)
     for name, errors in found.items():
         assert all(x <= (2e-3 if CASES[name].half else 1e-5) for x in errors.values()), (name, errors)
 
@@ -160,12 +157,13 @@ def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat
     return block_sparse.launches(problem, x, x, side(rows), side(columns), chosen)
 
 
+@pytest.mark.slow  # what is lowered below is compiled too
 @missing("triton")
 @pytest.mark.parametrize(
     ("capability", "rows", "columns", "band"),
     [
-        pytest.param(*case, marks=[] if case[:2] == (90, 128) else pytest.mark.slow)
-        for case in [(90, 128, 64, True), (90, 60, 60, False), *((n, 60, 60, False) for n in (80, 100, 120))]
+        (90, 128, 64, True),
+        *((capability, 60, 60, False) for capability in (80, 90, 100, 120)),
     ],
 )
 def test_kernels_compile_ahead_of_time(capability, rows, columns, band):
@@ -207,6 +205,7 @@ class TestLowering:
         text = self.lowered(run, q, k, v, g)
         assert text.count("@triton_kernel_call_ffi") == 3
 
+    @pytest.mark.slow
     def test_under_shard_map(self):
         """Heads over a mesh axis, one mask for all of them."""
         mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -21,6 +21,7 @@ from monarch_jax.contract import Problem
 from monarchrt.triton_kernels import left, overlapped, plan, refine, right, streamed
 from monarchrt.triton_kernels.config import KERNELS as NAMES
 from monarchrt.triton_kernels.config import Config, Stream, Target, heuristic
+from tests.kernels import sparse_cases, sparse_interpreter
 
 jax.config.update("jax_enable_x64", True)
 
@@ -74,6 +75,7 @@ class Case:
     num_iters: int = 1
 
 
+SPARSE = "sparse: "  # begins the name of a case of `sparse_cases`
 PARTS = {name: Config(rows=16, keys=16, more_rows=16) for name in ("left_forward", "left_backward")} | {
     name: Config(rows=16, keys=16, more_keys=16) for name in ("right_forward", "right_backward", "right_query")
 }
@@ -232,6 +234,9 @@ def run_case(case: Case) -> dict[str, float]:
 if __name__ == "__main__":
     for name in sys.argv[1:] or CASES:
         began = time.perf_counter()
-        errors = run_case(CASES[name])
+        if name.startswith(SPARSE):
+            errors = sparse_interpreter.run_case(sparse_cases.CASES[name.removeprefix(SPARSE)])
+        else:
+            errors = run_case(CASES[name])
         print(json.dumps({"case": name, **errors}), flush=True)
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)

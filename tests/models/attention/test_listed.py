@@ -157,7 +157,7 @@ class TestChoice:
     def test_what_cannot_run_says_why(self):
         x = jnp.zeros((1, 8, 1, 256))
         with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: head_dim 256"):
-            parse("sla(keep=1.0, block=4, linear=False, implementation=triton)")(x, x, x, grid=(2, 2, 2))
+            parse("radial(decay=0.5, block=4, implementation=triton)")(x, x, x, grid=(2, 2, 2))
 
     def test_a_tile_whose_beginning_is_not_known(self):
         setting = parse("sliding_tile(tile=(3,2,2), window=(3,1,3), implementation=xla)")
@@ -165,5 +165,3 @@ class TestChoice:
         cache = setting.init_cache(SHAPE).append(x[1], x[2], frame=0)
         with pytest.raises(NotImplementedError, match=r"use tile=\(1, 2, 2\)"):
             setting.attend_cache(cache, x[0])
-        exact = dataclasses.replace(setting, implementation=None)
-        assert exact.attend_cache(cache, x[0]).shape == x[0].shape
