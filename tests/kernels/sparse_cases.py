@@ -1,6 +1,7 @@
 """Problems of block-sparse attention, and what comes out of whole maps in NumPy, float64; nothing of it is ours."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +68,8 @@ class Case:
     def near(self):
         """bool [B, H, Nq, Nk], what is in the band."""
         mine, theirs = self.places()
-        return (np.abs(mine[..., :, None] - theirs[..., None, :]) <= self.band[0]) | (theirs < self.band[1])[
-            ..., None, :
-        ]
+        width, sink = self.band or (0, 0)
+        return (np.abs(mine[..., :, None] - theirs[..., None, :]) <= width) | (theirs < sink)[..., None, :]
 
     def cut(self):
         """Which pairs of blocks the band cuts, and every third that it does not."""
@@ -81,9 +81,9 @@ class Case:
                 out[:, :, i, j] = ~part.all((2, 3)) | ((i + j) % 3 == 0)
         return out
 
-    def options(self):
+    def options(self) -> dict[str, Any]:
         """Arguments of `block_mask` besides the map and where blocks begin."""
-        options = {"rows": self.rows, "columns": self.columns}
+        options: dict[str, Any] = {"rows": self.rows, "columns": self.columns}
         if self.band:
             query_places, key_places = self.places()
             options |= {"width": self.band[0], "sink": self.band[1], "cut": self.cut()}

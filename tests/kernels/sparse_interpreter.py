@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,14 @@ def run_case(case: Case) -> dict[str, float]:
     width, sink = case.band or (None, 0)
     problem = SparseProblem(scale=case.dim**-0.5, rows=case.rows, columns=case.columns, width=width, sink=sink)
     lead = (case.batch, case.heads)
-    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *lead)
-    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, *lead)
-    structs = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k)]
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, case.batch, case.heads)
+    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, case.batch, case.heads)
+    q_struct, k_struct = (jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k))
     chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16)))
-    calls = launches(problem, *structs, queries, keys, chosen)
+    calls = launches(problem, q_struct, k_struct, queries, keys, chosen)
     if case.rest:
         k[:, -case.rest :], v[:, -case.rest :] = np.nan, np.nan
-    arrays = {name: torch.tensor(x) for name, x in {"q": q, "k": k, "v": v, "d_out": g}.items()}
+    arrays: dict[str, Any] = {name: torch.tensor(x) for name, x in {"q": q, "k": k, "v": v, "d_out": g}.items()}
     arrays["scale"] = problem.scale
     shapes = {"out": q, "dq": q, "dk": k, "dv": k, "lse": np.empty((*lead, q.shape[1]), np.float32)}
     for call, side, other in zip(calls, (queries, queries, keys), (keys, keys, queries), strict=True):

@@ -1,6 +1,7 @@
 """Sparse kinds by lists of blocks: the numbers of their exact forms, over clips, causal blocks and caches."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ class TestLists:
     @pytest.mark.parametrize("frames", [slice(0, 5), slice(2, 4)])
     def test_are_the_mask(self, monkeypatch, text, oracle, options, frames):
         """Of a clip, and of a causal block that begins within a tile; nothing is computed."""
-        setting, per_frame, made = parse(text), GRID[1] * GRID[2], []
+        setting: Any = parse(text)
+        per_frame, made = GRID[1] * GRID[2], []
 
         def record(self, query, *args, blocks, **rest):
             made.append(blocks())
