@@ -24,6 +24,14 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+def reported(program: Any) -> Memory | None:
+    """The memory of a compiled program, as `memory`; None where the backend's compiler says nothing of it."""
+    try:
+        return None if program.memory_analysis() is None else memory(program)
+    except NotImplementedError:
+        return None
+
+
 def memory(program: Any) -> Memory:
     """The memory of a compiled program.
 

@@ -227,6 +227,11 @@ class TrainConfig:
                 trains or roles[name].optimizer is None, f"{name}.optimizer is given, but the {name} does not train"
             )
         for name in self.objective.training:
+            _require(
+                not self.objective.roles[name].averaged or self.trained(name).ema_decay is not None,
+                f"{self.option(name, 'ema_decay')} is None, but {self.objective.name} learns from the moving average "
+                f"of the {name}; give it a decay, for example 0.99",
+            )
             accumulation, batch = self.trained(name).accumulation, self.run.batch
             _require(
                 batch % accumulation == 0,

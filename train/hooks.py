@@ -20,6 +20,7 @@ from monarchrt.train.logs import Progress, RunLog
 from monarchrt.train.objectives.base import Metrics
 from monarchrt.train.sample import write_held_out_sample
 from monarchrt.train.state import TrainState, all_finite
+from monarchrt.train.watch import Watch
 
 
 @runtime_checkable
@@ -87,10 +88,21 @@ class MetricsLog:
         total: Steps of the run; the last is always written.
         prefix: Whether names begin with the role.
         failure: Makes the error.
+        watch: Sees what is written, and warns.
     """
 
-    def __init__(self, log: RunLog, progress: Progress, *, every: int, total: int, prefix: bool, failure: Failure):
-        self._log, self._progress, self._failure = log, progress, failure
+    def __init__(
+        self,
+        log: RunLog,
+        progress: Progress,
+        *,
+        every: int,
+        total: int,
+        prefix: bool,
+        failure: Failure,
+        watch: Watch | None = None,
+    ):
+        self._log, self._progress, self._failure, self._watch = log, progress, failure, watch or Watch(())
         self._every, self._total, self._prefix = every, total, prefix
         self._pending: collections.deque[tuple[int, dict[str, Metrics]]] = collections.deque()
         self._clock = time.monotonic()
@@ -116,6 +128,8 @@ class MetricsLog:
             if step % self._every == 0 or step == self._total or broken:
                 scalars = {self._name(role, name): value for role in roles for name, value in roles[role].items()}
                 self._log.write(step, scalars | {"seconds": round(now - self._clock, 4)})
+                for line in self._watch.add(step, scalars):
+                    self._progress.note(f"warning: {line}")
             self._clock = now
             losses = [f"{self._name(role, 'loss')} {values['loss']:.4f}" for role, values in roles.items()]
             self._progress.update(step, ", ".join(losses))
@@ -171,7 +185,7 @@ class Evaluate:
 
 
 class Sample:
-    """Writes videos of what the exported network makes of a held-out window.
+    """Writes videos of what the exported network makes of a held-out window, with its average and without.
 
     Args:
         samplers: Label -> compiled sampler.
@@ -192,9 +206,11 @@ class Sample:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Writes one."""
-        parts = state.roles[self._role].evaluated, state.frozen(self._role)
+        role = state.roles[self._role]
+        latest = None if role.average is None else role.params
         path = self._folder / f"step_{step:06d}.mp4"
-        write_held_out_sample(path, self._samplers, *parts, self._source)
+        frozen = state.frozen(self._role)
+        write_held_out_sample(path, self._samplers, role.evaluated, frozen, self._source, latest=latest)
 
 
 class Save:

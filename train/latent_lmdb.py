@@ -42,12 +42,13 @@ class LatentLMDB:
     Args:
         path: Of `shards`.
         config: `held_out` sets the split; `components` and what follows are of the captions.
+        unread: As `monarchrt.train.texts.Embeddings`.
 
     Raises:
         UserError: If it cannot be opened, a row is missing or of another size, or the channels are not the second axis.
     """
 
-    def __init__(self, path: Path, config: DataConfig):
+    def __init__(self, path: Path, config: DataConfig, *, unread: int | None = None):
         self._path = path
         self._shards = [_Shard(shard) for shard in shards(path)]
         first = self._shards[0]
@@ -61,7 +62,7 @@ class LatentLMDB:
         count = held_out_count(len(self._rows), config.held_out)
         self.train_rows, self.held_out_rows = self._rows[:-count], self._rows[-count:]
         self._captions = {row: row[0].caption(row[1]) for row in self._rows}
-        self._embeddings = Embeddings(list(self._captions.values()), config, beside=path)
+        self._embeddings = Embeddings(list(self._captions.values()), config, beside=path, unread=unread)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

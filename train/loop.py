@@ -28,10 +28,11 @@ from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
-from monarchrt.train.logs import NoLog, Progress, RunLog
+from monarchrt.train.logs import NoLog, Progress, RunLog, read_log
 from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.plan import Plan, make_plan
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
@@ -39,6 +40,7 @@ from monarchrt.train.sinks import check_sinks, open_sinks
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import make_error_fn, make_train_step
 from monarchrt.train.trainer import Batches, Trainer
+from monarchrt.train.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +107,7 @@ def train(
     _check_joined(config.run)
     by_first("claim", lambda: claim_folder(config))
     check_sinks(config)
-    if source is None:
-        text_dim = model_settings(config.model, precision=config.run.precision).text_dim
-        objective = make_objective(config.objective)
-        source = objective.open_source(config.data, text_shape=(1, text_dim), digests=config.run.folder / DIGESTS_NAME)
+    source = source or _open_source(config)
     with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
 
         def claim() -> None:
@@ -131,6 +130,35 @@ def _check_joined(run: RunConfig) -> None:
         )
 
 
+def plan(config: TrainConfig, *, source: Source | None = None) -> Plan:
+    """What a run would take on each device; all is checked as `train` does, nothing is computed and nothing written.
+
+    Args:
+        config: All settings.
+        source: Data to use instead of opening what the config names.
+
+    Returns:
+        Bytes by role, and of the compiled steps.
+
+    Raises:
+        UserError: If the settings, the data or the run folder cannot be used.
+    """
+    _check_joined(config.run)
+    by_first("claim", lambda: claim_folder(config))
+    check_sinks(config)
+    with contextlib.ExitStack() as opened:
+        run = _Run(config, source or _open_source(config, encode=False), {}, opened, dry=True)
+        return run.plan()
+
+
+def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
+    text_dim = model_settings(config.model, precision=config.run.precision).text_dim
+    digests = config.run.folder / DIGESTS_NAME
+    return make_objective(config.objective).open_source(
+        config.data, text_shape=(1, text_dim), digests=digests, encode=encode
+    )
+
+
 def _close(
     checkpoints: Checkpoints, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
@@ -146,19 +174,27 @@ def _close(
 class _Run:
     """One call of `train`; the order of the methods is the order in which they run.
 
-    The constructor checks all that can be checked before anything is computed or written.
+    The constructor checks all that can be checked before anything is computed or written; in a `dry` run nothing is
+    compared with the content of the data, or written.
     """
 
     def __init__(
-        self, config: TrainConfig, source: Source, models: Mapping[str, nnx.Module], opened: contextlib.ExitStack
+        self,
+        config: TrainConfig,
+        source: Source,
+        models: Mapping[str, nnx.Module],
+        opened: contextlib.ExitStack,
+        *,
+        dry: bool = False,
     ):
-        self.config, self.source, self.opened = config, source, opened
+        self.config, self.source, self.opened, self._dry = config, source, opened, dry
         run = config.run
         found = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = self._open() if found else None
         done = self.previous.steps() if self.previous else []
         if self.previous:
-            self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
+            if not dry:
+                self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
             if done and done[-1] > run.steps:
                 raise UserError(
                     f"steps is {run.steps}, but {run.folder} has {done[-1]} already; give {done[-1]} or more"
@@ -181,7 +217,8 @@ class _Run:
         graphs = self.networks.graphs
         self.step_fn = make_train_step(self.objective, graphs, self.networks.trainings, shardings=shardings)
         self._check_step()
-        _ = self.identity  # reads the data where it has to
+        if not dry:
+            _ = self.identity  # reads the data where it has to
         self.measure = functools.partial(
             held_out_losses,
             make_error_fn(self.objective, graphs, shardings=shardings),
@@ -196,7 +233,8 @@ class _Run:
     def _open(self) -> Checkpoints:
         """The checkpoints, closed when the run ends, however it does."""
         config = self.config
-        checkpoints = Checkpoints(config.run.folder, keep=config.run.keep, exported=config.objective.exported)
+        run, exported = config.run, config.objective.exported
+        checkpoints = Checkpoints(run.folder, keep=run.keep, exported=exported, read_only=self._dry)
         self.opened.push(functools.partial(_close, checkpoints))
         return checkpoints
 
@@ -222,13 +260,28 @@ class _Run:
                 f"sample_every is {run.sample_every}, but latents cannot be shown as pixels without their "
                 f"decoder; use sample_every 0, or a video"
             )
-        for roles in dict.fromkeys(objective.due(step) for step in range(1, run.steps + 1)):
+        for roles in self._kinds():
             if not roles or not set(roles) <= set(objective.settings.training):
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
             with user_input():
                 jax.eval_shape(
                     functools.partial(self.step_fn, due=roles), self.networks.template, self.batches.host(1, roles)
                 )
+
+    def _kinds(self) -> list[tuple[str, ...]]:
+        """The different sets of roles that steps update."""
+        return list(dict.fromkeys(self.objective.due(step) for step in range(1, self.config.run.steps + 1)))
+
+    def plan(self) -> Plan:
+        """What it would take."""
+        return make_plan(
+            self.config,
+            objective=self.objective,
+            networks=self.networks,
+            placement=self.placement,
+            step_fn=self.step_fn,
+            batches={roles: self.batches.host(1, roles) for roles in self._kinds()},
+        )
 
     def begin(self) -> tuple[TrainState, list[str]]:
         """The state to go on from, and what is to be said of it."""
@@ -281,7 +334,12 @@ class _Run:
             for note in notes if first() else []:
                 progress.note(note)
             progress.header(self._header())
-            metrics = MetricsLog(log, progress, every=run.log_every, total=run.steps, prefix=several, failure=failure)
+            watch = Watch(self.objective.checks() if first() else ())
+            if resumed and first():
+                watch.replay(read_log(run.folder))
+            metrics = MetricsLog(
+                log, progress, every=run.log_every, total=run.steps, prefix=several, failure=failure, watch=watch
+            )
             evaluate = Evaluate(self.measure, log, progress, run=run, prefix=several)
             save = Save(checkpoints, self.identity | self.networks.digests(state), run=run, failure=failure)
             if not resumed:

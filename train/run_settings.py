@@ -79,7 +79,7 @@ class RunConfig:
 
     sample_every: int = 0
     """Every this many steps, write an mp4 of a held-out window, of what the network restores from it at noise level
-    0.6, and of what it makes from pure noise. 0: never."""
+    0.6, and of what it makes from pure noise, with its moving average and without. 0: never."""
 
     checkpoint_every: int = 50
     """Save a checkpoint every this many steps, and at the end."""

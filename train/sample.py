@@ -47,8 +47,9 @@ def write_held_out_sample(
     *,
     index: int = 0,
     zoom: int = 1,
+    latest: Any = None,
 ) -> Path:
-    """Writes an mp4 of a held-out window next to what each sampler makes of it.
+    """Writes an mp4 of a held-out window next to what each sampler makes of it, of the same noise every time.
 
     Args:
         path: The file.
@@ -58,14 +59,19 @@ def write_held_out_sample(
         source: A clip; its transform turns latents into pixels.
         index: Held-out window.
         zoom: Enlarge each pixel.
+        latest: Parameters to show too, such as those that `params` is the moving average of.
 
     Returns:
         The path.
     """
     latents, text = source.held_out_batch([index])
     noise = evaluation_noise(index, 0, latents.shape)
-    sampled = [np.asarray(make(params, frozen, latents, text, noise), np.float32) for make in samplers.values()]
+    makers = [(label, make, params) for label, make in samplers.items()]
+    if latest is not None:
+        shown = (("average", params), ("latest", latest))
+        makers = [(f"{label}, {name}", make, of) for label, make, _ in makers for name, of in shown]
+    sampled = [np.asarray(make(of, frozen, latents, text, noise), np.float32) for _, make, of in makers]
     if not first():  # all processes make them, one writes them
         return path
     clips = [source.held_out_window(index), *(source.transform.decode(made[0]) for made in sampled)]
-    return write_mp4(path, side_by_side(clips, labels=["clip", *samplers], zoom=zoom))
+    return write_mp4(path, side_by_side(clips, labels=["clip", *(label for label, _, _ in makers)], zoom=zoom))

@@ -51,20 +51,15 @@ class Placement:
 
     def batch(self, batch: Any) -> Any:
         """Splits every array's first axis over the devices; scalars go to all."""
-
-        def place(leaf: Any) -> NamedSharding:
-            shape = np.shape(leaf)
-            logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
-            return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
-
+        places = jax.tree.map(lambda leaf: self.batch_sharding(np.shape(leaf)), batch)
         if jax.process_count() == 1:
-            return jax.device_put(batch, jax.tree.map(place, batch))
+            return jax.device_put(batch, places)
 
         def put(leaf: Any, where: NamedSharding) -> jax.Array:  # the parts that this process has devices for
             array = np.asarray(leaf)
             return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
-        return jax.tree.map(put, batch, jax.tree.map(place, batch))
+        return jax.tree.map(put, batch, places)
 
     def part(self, rows_of_batch: Any, *, rows: range, batch: int) -> Any:
         """A batch, of which this process has read some rows: those that `rows` says."""
@@ -72,7 +67,7 @@ class Placement:
         def put(leaf: Any) -> jax.Array:
             array = np.asarray(leaf)
             shape = batch, *array.shape[1:]
-            where = NamedSharding(self.mesh, partition(self.mesh, shape, ("batch", *(None,) * (array.ndim - 1))))
+            where = self.batch_sharding(shape)
 
             def of(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(batch)
@@ -90,6 +85,11 @@ class Placement:
         places: Sequence[Any] = list(where.addressable_devices_indices_map((batch,)).values())
         parts = [index[0].indices(batch) for index in places]
         return range(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+    def batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """The sharding of an array of a batch, its first axis over the devices."""
+        logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
+        return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
 
     def everywhere(self) -> NamedSharding:
         """Of an array that every device has whole."""

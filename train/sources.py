@@ -10,13 +10,16 @@ from monarchrt.train.latent_lmdb import LatentLMDB, shards
 from monarchrt.train.texts import PromptFile
 
 
-def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None) -> Source:
+def open_source(
+    config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None, encode: bool = True
+) -> Source:
     """Opens the data that a config names.
 
     Args:
         config: Exactly one of `video`, `latents` and `prompts` must be set.
         text_shape: Shape (L, D) of the zero text embedding that goes with a video.
         digests: As `LatentFolder`.
+        encode: Whether texts are encoded where they are not yet, and written to files; else embeddings are zero.
 
     Returns:
         A source.
@@ -24,14 +27,15 @@ def open_source(config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), dig
     Raises:
         UserError: If none or several are set, or the data cannot be used.
     """
+    unread = None if encode else text_shape[1]
     if config.prompts is not None:
-        return PromptFile(config)
+        return PromptFile(config, unread=unread)
     if (config.video is None) == (config.latents is None):
         given = "neither was" if config.video is None else "both were"
         raise UserError(f"{given} given; give either video (--video CLIP.mp4) or latents (--latents FOLDER)")
     if config.latents is not None:
         if shards(config.latents):
-            return LatentLMDB(config.latents, config)
+            return LatentLMDB(config.latents, config, unread=unread)
         return LatentFolder(config.latents, config, digests=digests)
     video = Path(config.video or "")
     frames, lengths = read_videos(

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from monarchrt.train.data import Batch
-from monarchrt.train.objectives.base import Metrics, Objective
+from monarchrt.train.gradients import gradient_norms
+from monarchrt.train.objectives.base import Metrics, Objective, average_of
 from monarchrt.train.state import RoleState, Training, TrainState, frozen_of, update_ema
 
 Graphs = Mapping[str, nnx.GraphDef]
@@ -38,7 +39,8 @@ def make_train_step(
 
     Returns:
         (state, {role: batch}, due=(role, ...)) -> (state, {role: metrics}), where metrics are scalars: loss,
-        grad_norm (before clipping), learning_rate, finite (loss and gradient are), and what the objective adds.
+        grad_norm (before clipping), its parts by `gradient_norms`, learning_rate, finite (loss and gradient are),
+        and what the objective adds.
     """
 
     def update(role: str, roles: dict[str, RoleState], batch: Batch, draws: Any, done: Any) -> tuple[RoleState, Any]:
@@ -46,10 +48,7 @@ def make_train_step(
         settings = training.settings
 
         def loss_of(params: Any, batch: Batch, draws: Any) -> tuple[jax.Array, Metrics]:
-            networks = {
-                name: nnx.merge(graphs[name], params if name == role else other.params, frozen_of(roles, name))
-                for name, other in roles.items()
-            }
+            networks = networks_of(objective, graphs, roles, {role: params})
             return objective.loss(role, networks, Batch(*batch), draws)
 
         def loss_and_grads(batch: Batch, draws: Any) -> Any:
@@ -63,12 +62,16 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         changes, optimizer = training.optimizer.update(grads, own.optimizer, own.params)
         params = optax.apply_updates(own.params, changes)
-        metrics = extra | {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(training.rate(own.updates), jnp.float32),
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
-        }
+        metrics = (
+            extra
+            | gradient_norms(grads)
+            | {
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": jnp.asarray(training.rate(own.updates), jnp.float32),
+                "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            }
+        )
         new = replace(
             own,
             params=params,
@@ -91,6 +94,33 @@ def make_train_step(
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
     return jax.jit(step_fn, donate_argnums=0, static_argnames="due", **places)
+
+
+def networks_of(
+    objective: Objective, graphs: Graphs, roles: Mapping[str, RoleState], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The networks that a loss sees.
+
+    Args:
+        objective: Says whose averages are among them.
+        graphs: Structure of each role's network.
+        roles: Their state.
+        params: Parameters by role that are not those of the state.
+    """
+    networks = {
+        name: nnx.merge(graphs[name], params.get(name, role.params), frozen_of(roles, name))
+        for name, role in roles.items()
+    }
+    averages = {
+        average_of(name): nnx.merge(graphs[name], roles[name].average, frozen_of(roles, name))
+        for name in _averaged(objective)
+    }
+    return networks | averages
+
+
+def _averaged(objective: Objective) -> list[str]:
+    """The roles whose moving averages the losses see."""
+    return [name for name, role in objective.settings.roles.items() if role.averaged]
 
 
 def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
@@ -135,6 +165,7 @@ def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState
 
     def errors(networks: Mapping[str, tuple[Any, Any]], batch: Batch, draws: Any) -> Mapping[str, jax.Array]:
         merged = {name: nnx.merge(graphs[name], *parts) for name, parts in networks.items()}
+        merged |= {average_of(name): merged[name] for name in _averaged(objective)}  # is what is evaluated
         with use_abstract_mesh(_mesh(shardings)):
             return objective.held_out_errors(merged, Batch(*batch), draws)
 

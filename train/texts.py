@@ -49,6 +49,7 @@ class Embeddings:
         config: Says where the encoder is, where files go, and how many rows an embedding has.
         beside: What the texts are from; the files go beside it where nothing else is said.
         report: Takes lines for the person who waits.
+        unread: Width of embeddings that are zero: nothing is encoded, and no encoder is needed. None: they are made.
 
     Raises:
         UserError: If there is no encoder.
@@ -61,7 +62,11 @@ class Embeddings:
         *,
         beside: Path,
         report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        unread: int | None = None,
     ):
+        self._rows, self._unread = config.rows, unread
+        if unread is not None:
+            return
         import jax
 
         from monarchrt.models.generate.config import GenerateConfig
@@ -79,7 +84,6 @@ class Embeddings:
         folder = config.text_cache or beside.with_name(f"{beside.name}.texts")
         different = list(dict.fromkeys(texts))
         report(f"{len(different)} texts of {beside}; their embeddings are in {folder}, those that are not yet are made")
-        self._rows = config.rows
         self._files = encode_once(
             different, folder, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows,
             dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
@@ -89,6 +93,8 @@ class Embeddings:
         """Embeddings [n, rows, D], float32, zero past each text's end."""
         from monarchrt.models.umt5 import load_embeddings
 
+        if self._unread is not None:
+            return np.zeros((len(texts), self._rows, self._unread), np.float32)
         found = (load_embeddings(self._files[text], length=self._rows)[text] for text in texts)
         return np.stack([np.asarray(array, np.float32) for array in found])
 
@@ -98,12 +104,13 @@ class PromptFile:
 
     Args:
         config: `prompts`, the size of a video, `held_out`.
+        unread: As `Embeddings`.
 
     Raises:
         UserError: If the file cannot be used, or has fewer than two different prompts.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, *, unread: int | None = None):
         path = config.prompts or Path()
         self._prompts = read_prompts(path)
         if len(set(self._prompts)) < 2:
@@ -112,7 +119,7 @@ class PromptFile:
         self._rows = config.rows
         count = held_out_count(len(self._prompts), config.held_out)
         self.train_prompts, self.held_out_prompts = self._prompts[:-count], self._prompts[-count:]
-        self._embeddings = Embeddings(self._prompts, config, beside=path)
+        self._embeddings = Embeddings(self._prompts, config, beside=path, unread=unread)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

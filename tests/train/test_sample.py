@@ -79,3 +79,9 @@ def test_sample_of_a_held_out_window(tmp_path, clip):
     shown = frames[:, 18:, :64].astype(int)
     wanted = source.held_out_window(0).repeat(2, 1).repeat(2, 2)
     assert np.abs(shown - wanted).mean() < 8
+    # what the average is of, beside it: another network, of the same noise
+    latest = jax.tree.map(jnp.zeros_like, params)
+    both = write_held_out_sample(tmp_path / "b.mp4", samplers, params, fixed, source, zoom=2, latest=latest)
+    three = read_clip(both, height=18 + 32, width=64 + 2 * (4 + 64))
+    assert np.abs(three[:, 18:, :132].astype(int) - frames[:, 18:].astype(int)).mean() < 8
+    assert np.abs(three[:, 18:, 136:].astype(int) - frames[:, 18:, 68:].astype(int)).mean() > 8

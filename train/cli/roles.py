@@ -26,6 +26,10 @@ from monarchrt.train.config import (
 from monarchrt.train.objectives.registry import ObjectiveSettings, objective_names
 
 _OF_A_ROLE = ("init_from", "precision")  # settings of the run that are the exported network's
+_PLAN = {
+    "plan": "Print what the run would take, per role and device, and of its compiled steps, and do nothing else.",
+    "json": "With --plan: print JSON, and nothing else, to the standard output.",
+}
 _HELP = "What to train. Each objective has settings and roles of its own: `--objective NAME --help` shows them."
 
 
@@ -93,6 +97,7 @@ def _form(settings: type[ObjectiveSettings]) -> type:
 
     names = typing.cast(Any, Literal)[objective_names()]
     fields: list[tuple[str, Any]] = [("chosen", Annotated[names, tyro.conf.arg(name="objective", help=_HELP)])]
+    fields += [(name, Annotated[bool, tyro.conf.arg(name=name, help=text)]) for name, text in _PLAN.items()]
     fields.append(("data", unnamed(DataConfig)))
     if several:
         fields.append((settings.exported, _role_form(trains=True)))
@@ -123,14 +128,14 @@ def _part(name: str, kind: type, *, without: Sequence[str], more: Sequence[tuple
 def _fill(form: type, config: TrainConfig) -> Any:
     """A form with the values of a config."""
     exported = config.objective.exported
-    values: dict[str, Any] = {"chosen": config.objective.name}
+    values: dict[str, Any] = {"chosen": config.objective.name} | dict.fromkeys(_PLAN, False)
     for item in dataclasses.fields(form):
         if item.name in config.roles or item.name == exported:
             values[item.name] = _copy(item.type, config.role(item.name))
         elif item.name == "run":
             kind = typing.get_type_hints(form)["run"]
             values["run"] = config.run if kind is RunConfig else _copy(kind, config.run)
-        elif item.name != "chosen":
+        elif item.name not in values:
             values[item.name] = getattr(config, item.name)
     return form(**values)
 

@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.processes.joining import joined
 from monarchrt.models.processes.place import find_place
 from monarchrt.train.cli.parsing import last_value, read_settings
 from monarchrt.train.cli.roles import parse_roles
+from monarchrt.train.cli.tables import print_table
 from monarchrt.train.config import RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.run_folder import claim_folder, read_config
+
+if TYPE_CHECKING:
+    from monarchrt.train.plan import Plan
 
 _TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
 
@@ -27,7 +32,9 @@ monarchrt train --folder runs/monarch --resume --steps 400
 
 monarchrt train --config settings.toml --folder runs/third: settings that are not given come from the file, TOML or
 JSON, under the names of the options, such as steps = 500, or as in the config.json of a run; small stands for those
-of the demo, a network for a CPU"""
+of the demo, a network for a CPU
+
+monarchrt train ... --plan: what the run would take, without beginning it"""
 
 
 def _parse_train(arguments: Sequence[str]) -> TrainConfig:
@@ -88,12 +95,15 @@ def _of_the_file(path: Path | None) -> Iterator[None]:
 def train_command(arguments: Sequence[str]) -> int:
     """`monarchrt train`."""
     config = _parse_train(arguments)
+    plans, as_json = "--plan" in arguments, "--json" in arguments
+    if as_json and not plans:
+        raise UserError("json is of --plan, which was not given; leave it out, or add --plan")
     run = config.run
     place = find_place(run.coordinator, run.processes, run.process)
     if place is None:
         claim_folder(config)  # before JAX is loaded
     with joined(place, identity=_shared(config), advice="go on with --resume"):
-        return _train(config)
+        return _train(config, plans=plans, as_json=as_json)
 
 
 def _shared(config: TrainConfig) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def _shared(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("process", "coordinator", "processes")}
 
 
-def _train(config: TrainConfig) -> int:
+def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     if config.data.video is None and config.data.precomputed is None:
         if config.run.resume and read_config(config.run.folder) is None:
             raise UserError(
@@ -124,10 +134,15 @@ def _train(config: TrainConfig) -> int:
         raise UserError("neither video nor latents was given; give --video CLIP.mp4 or --latents FOLDER")
 
     with finish_first():
-        from monarchrt.train.loop import train
+        from monarchrt.train.loop import plan, train
 
     from monarchrt.models.processes.agreement import first
 
+    if plans:
+        found = plan(config)
+        if first():
+            _print_plan(found, as_json=as_json)
+        return 0
     result = train(config)
     if not first():
         return 0
@@ -136,3 +151,14 @@ def _train(config: TrainConfig) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _print_plan(found: "Plan", *, as_json: bool) -> None:
+    from monarchrt.train.plan import plan_lines, plan_table
+
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    print(f"{found.devices}, mesh {found.mesh}; on each device:")
+    print_table(*plan_table(found))
+    print("\n".join(plan_lines(found)))

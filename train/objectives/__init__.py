@@ -5,6 +5,8 @@ settings.py    the settings of each objective, with its roles, and its row in th
 base.py        what an objective does, for the trainer that knows none of them
 flow.py        rectified flow, also with a noise level per frame or block of frames (diffusion forcing)
 teacher_forcing.py  the same for blocks that see the clean blocks before them
+ode.py         regression of the end of a teacher's trajectory, from pairs
+consistency.py agreement along a teacher's flow, without pairs
 dmd.py         distribution matching of a student of few steps
 self_forcing.py  the same of a causal student on its own roll-outs
 scores.py      what both compare: the losses of student and critic

@@ -5,7 +5,7 @@ that role -> hooks. Settings and roles, which need no JAX, are declared in `mona
 """
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,27 @@ from monarchrt.train.config import DataConfig
 from monarchrt.train.data import Batch, Source, spread
 from monarchrt.train.objectives.registry import ObjectiveSettings
 from monarchrt.train.sources import open_source
+from monarchrt.train.watch import Check
 
 Networks = Mapping[str, Any]
-"""The networks by role: modules, with the parameters of this step."""
+"""The networks by role: modules, with the parameters of this step; under `average_of(role)` with its moving average, if
+the role is declared as `averaged`."""
 
 Metrics = dict[str, Array]
 """Scalars by name."""
 
 Sampler = Callable[..., Array]
 """(network, latents [B, F, h, w, C], text [B, L, D], noise like the latents) -> latents."""
+
+
+def average_of(role: str) -> str:
+    """Under which name a loss finds the network of a role with its moving average, among the `Networks`.
+
+    Examples:
+        >>> average_of("student")
+        'student.average'
+    """
+    return f"{role}.average"
 
 
 class HeldOut(NamedTuple):
@@ -59,7 +71,12 @@ class Objective(abc.ABC):
         self.settings: ObjectiveSettings = settings
 
     def open_source(
-        self, config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
+        self,
+        config: DataConfig,
+        *,
+        text_shape: tuple[int, int] = (1, 1),
+        digests: Path | None = None,
+        encode: bool = True,
     ) -> Source:
         """The data that a config names; arguments as `monarchrt.train.sources.open_source`, which is the default.
 
@@ -71,7 +88,7 @@ class Objective(abc.ABC):
                 f"prompts {config.prompts} are texts without clips, which objective {self.settings.name} learns from; "
                 f"give --latents or --video, or --objective dmd or self-forcing"
             )
-        return open_source(config, text_shape=text_shape, digests=digests)
+        return open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
     def due(self, step: int) -> tuple[str, ...]:
         """The roles that a step, counted from 1, updates, in this order; a later one sees the earlier ones' update.
@@ -107,6 +124,13 @@ class Objective(abc.ABC):
             The loss and whatever else the log should show; scalars, averaged over the parts of an accumulation.
         """
 
+    def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
+        """What the loss of a role keeps of a clip while it makes it, as arrays or shapes, for an estimate of memory.
+
+        Default: nothing.
+        """
+        return None
+
     def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
         """What to measure on held-out examples, the same at every step and for every run.
 
@@ -133,6 +157,10 @@ class Objective(abc.ABC):
     def held_out_errors(self, networks: Networks, batch: Batch, draws: Any) -> Mapping[str, Array]:
         """The errors of one call by role, compiled; averaged with the weights of `held_out`. Default: the losses."""
         return {role: self.loss(role, networks, batch, draws[role])[0] for role in self.settings.training}
+
+    def checks(self) -> Sequence[Check]:
+        """Figures of the log that show that a training collapses. Default: none."""
+        return ()
 
     def samplers(self) -> Mapping[str, Sampler]:
         """What to show of the exported role while training: label -> sampler. Default: nothing."""

@@ -4,7 +4,7 @@ The student makes a whole clip in the steps of its sampler and stops at a random
 differentiated (Self-Forcing, arXiv:2506.08009, Section 3.3). `monarchrt.train.objectives.scores` has the losses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from monarchrt.train.objectives.negative import negative_embedding
 from monarchrt.train.objectives.scores import (
     Levels,
     ScoreDraws,
+    collapse_checks,
     critic_loss,
     detached,
     draw_scores,
@@ -33,6 +34,7 @@ from monarchrt.train.objectives.scores import (
     to_data,
 )
 from monarchrt.train.objectives.settings import DMDConfig
+from monarchrt.train.watch import Check
 
 
 class StudentDraws(NamedTuple):
@@ -94,13 +96,14 @@ class DMDObjective(Objective):
 
     def loss(self, role: str, networks: Networks, batch: Batch, draws: DMDDraws) -> tuple[Float32[Array, ""], Metrics]:
         """Distribution matching for the student, the flow of the student's samples for the critic."""
-        text = jnp.asarray(batch.text)
+        text, noise = jnp.asarray(batch.text), self._scored(draws.scores.noise)
         if role == "critic":
-            x = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
+            clip = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
             levels = self._levels(draws.scores)
-            loss, metrics = critic_loss(x, text, critic=networks["critic"], levels=levels, noise=draws.scores.noise)
+            loss, metrics = critic_loss(self._scored(clip), text, critic=networks["critic"], levels=levels, noise=noise)
             return loss, metrics | {"last_step": jnp.float32(draws.student.last)}
-        x = self.samples(networks["student"], text, draws.student)
+        clip = self.samples(networks["student"], text, draws.student)
+        x = self._scored(clip)
         negative = None
         if self.negative is not None:
             negative = jnp.broadcast_to(jnp.asarray(self.negative), (text.shape[0], *self.negative.shape))
@@ -112,10 +115,14 @@ class DMDObjective(Objective):
             teacher=detached(networks["teacher"]),
             guidance=self.settings.weight,
             levels=self._levels(draws.scores),
-            noise=draws.scores.noise,
+            noise=noise,
         )
-        metrics |= self._metrics(x) | {"last_step": jnp.float32(draws.student.last)}
+        metrics |= self._metrics(clip) | {"last_step": jnp.float32(draws.student.last)}
         return matching_loss(x, g), metrics
+
+    def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
+        """The frames of a clip that critic and teacher see."""
+        return clip
 
     def samples(self, student: Any, text: Array, draws: StudentDraws) -> Float32[Array, "b f h w c"]:
         """Clips of the student, differentiable by its parameters through the last step alone."""
@@ -129,6 +136,10 @@ class DMDObjective(Objective):
 
         z = lax.fori_loop(0, draws.last, advance, draws.noise)
         return self._denoise(student, lax.stop_gradient(z), text, draws.last)
+
+    def checks(self) -> Sequence[Check]:
+        """Of the student's clips and the critic's loss."""
+        return collapse_checks()
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A clip made of pure noise in the student's steps."""

@@ -26,10 +26,9 @@ from monarchrt.models.sampling.schedules import Schedule, few_step_schedule
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import Batch, Source
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
-from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.flow import check_blocks, over_runs
-from monarchrt.train.objectives.self_forcing import SelfForcingObjective
-from monarchrt.train.objectives.settings import DMDConfig, ODEConfig, SelfForcingConfig
+from monarchrt.train.objectives.self_forcing import few_step_samplers
+from monarchrt.train.objectives.settings import ODEConfig
 from monarchrt.train.pair_folder import PairFolder
 
 
@@ -50,7 +49,12 @@ class ODEObjective(Objective):
         return few_step_schedule(self.settings.student_steps, self.settings.shift)
 
     def open_source(
-        self, config: DataConfig, *, text_shape: tuple[int, int] = (1, 1), digests: Path | None = None
+        self,
+        config: DataConfig,
+        *,
+        text_shape: tuple[int, int] = (1, 1),
+        digests: Path | None = None,
+        encode: bool = True,
     ) -> Source:
         """Pairs, which must have been made at the student's noise levels.
 
@@ -98,12 +102,7 @@ class ODEObjective(Objective):
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A clip made of pure noise in the student's steps, block by block if it is causal."""
-        settings = self.settings
-        same = {"student_steps": settings.student_steps, "shift": settings.shift}
-        if settings.block is None:
-            return DMDObjective(DMDConfig(**same)).samplers()
-        blocks = {"block": settings.block, "independent_first_frame": settings.independent_first_frame}
-        return SelfForcingObjective(SelfForcingConfig(**same, **blocks)).samplers()
+        return few_step_samplers(self.settings)
 
     def _frames(self, stacked: int) -> int:
         """Frames of a clip, of those of all its states one after the other.

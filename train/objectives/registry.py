@@ -22,6 +22,7 @@ class Role:
         random: Whether it may start with random parameters; else `init_from` must say where they come from.
         starts_as: Role whose `init_from` it takes where it is given none of its own.
         own_batch: Whether its updates see a batch of their own instead of that of the objective's first role.
+        averaged: Whether losses see its moving average beside it, so that it must have one.
         defaults: Settings that differ from those of a run with one network, by their short names.
 
     Examples:
@@ -33,6 +34,7 @@ class Role:
     random: bool = True
     starts_as: str | None = None
     own_batch: bool = False
+    averaged: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 

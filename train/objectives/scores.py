@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.train.objectives.base import Metrics
 from monarchrt.train.objectives.flow import add_noise
+from monarchrt.train.watch import Check
 
 Velocity = Callable[[Array, Array, Array], Array]
 BINS = 5  # of the noise level, for the critic's loss
@@ -183,31 +184,93 @@ def critic_loss(
     predicted = critic(add_noise(x, noise, levels.mixed), levels.timesteps, text).astype(jnp.float32)
     predicted = predicted * over(levels.converted / levels.mixed, x)
     errors = jnp.mean(jnp.square(predicted - (noise - x)), axis=tuple(range(1, x.ndim)))
-    place = jnp.clip((levels.timesteps / NUM_TRAIN_TIMESTEPS * BINS).astype(jnp.int32), 0, BINS - 1)
-    metrics = {
+    return jnp.mean(errors), in_bins(errors, levels.timesteps)
+
+
+def in_bins(errors: Float[Array, "b"], timesteps: Float[Array, "b"]) -> Metrics:
+    """Means of errors in bins of the time; bins without a sample are NaN.
+
+    Examples:
+        >>> {name: float(mean) for name, mean in in_bins(jnp.array([1.0, 3.0]), jnp.array([10.0, 190.0])).items()}
+        {'loss_at_0': 2.0, 'loss_at_200': nan, 'loss_at_400': nan, 'loss_at_600': nan, 'loss_at_800': nan}
+    """
+    place = jnp.clip((timesteps / NUM_TRAIN_TIMESTEPS * BINS).astype(jnp.int32), 0, BINS - 1)
+    return {
         f"loss_at_{low * 1000 // BINS}": jnp.sum(jnp.where(place == low, errors, 0.0)) / jnp.sum(place == low)
         for low in range(BINS)
     }
-    return jnp.mean(errors), metrics
 
 
 def sample_metrics(x: Float[Array, "b f h w c"], *, block: int | None = None) -> Metrics:
-    """What collapses show first: spread, drift from the first frames to the last, motion, saturation.
+    """What collapses show first: spread, detail, drift and stripes towards the last frames, motion, saturation.
 
     Args:
         x: Samples.
         block: Frames that are compared at either end; None: a quarter of them, at least one.
 
     Returns:
-        std of all latents; std of the last frames less that of the first; mean |difference of neighbouring frames|;
-        share of latents beyond 4.
+        std of all latents; mean std within frames (0 is a solid colour); std of the last frames less that of the first;
+        how many times rougher the last frames are; mean |difference of neighbouring frames|; share of latents beyond 4.
     """
     x = lax.stop_gradient(x.astype(jnp.float32))
     count = block or max(1, x.shape[1] // 4)
+    first, last = x[:, :count], x[:, -count:]
     motion = jnp.mean(jnp.abs(x[:, 1:] - x[:, :-1])) if x.shape[1] > 1 else jnp.zeros(())
     return {
         "sample_std": jnp.std(x),
-        "drift": jnp.std(x[:, -count:]) - jnp.std(x[:, :count]),
+        "detail": jnp.mean(jnp.std(x, axis=(2, 3))),
+        "drift": jnp.std(last) - jnp.std(first),
+        "stripes": _roughness(last) / jnp.maximum(_roughness(first), 1e-6),
         "motion": motion,
         "saturated": jnp.mean(jnp.abs(x) > SATURATED),
     }
+
+
+def _roughness(x: Float32[Array, "b f h w c"]) -> Float32[Array, ""]:
+    """Root mean square of differences of neighbours within frames, over that of differences from the frame's mean."""
+    neighbours = [jnp.square(jnp.diff(x, axis=axis)) for axis in (2, 3) if x.shape[axis] > 1]
+    if not neighbours:
+        return jnp.ones(())
+    whole = jnp.mean(jnp.square(x - jnp.mean(x, axis=(2, 3), keepdims=True)))
+    return jnp.sqrt(sum(map(jnp.mean, neighbours)) / jnp.maximum(whole, 1e-12))
+
+
+def collapse_checks() -> tuple[Check, ...]:
+    """The known ways in which distribution matching collapses, each with the figure that shows it first."""
+    return (
+        Check(
+            figure="critic/loss_at_*",
+            what="the critic's loss, a mean over noise levels,",
+            means="the critic cannot keep up with the student; raise --critic.learning-rate or --student-every, or "
+            "lower --student.learning-rate",
+            above=1.3,
+            reference="lowest",
+            window=50,
+        ),
+        Check(
+            figure="student/stripes",
+            what="the roughness of the last frames over that of the first",
+            means="a grid or stripes grow from the end of the clips; take an earlier checkpoint, and a critic that is "
+            "updated more often (--student-every)",
+            above=1.5,
+        ),
+        Check(
+            figure="student/saturated",
+            what="the share of saturated latents",
+            means="colours are saturated; stop here or earlier, or lower --guidance",
+            above=3.0,
+            least=0.01,
+        ),
+        Check(
+            figure="student/detail",
+            what="the spread within frames",
+            means="frames turn into a solid colour; lower --student.learning-rate, and take an earlier checkpoint",
+            below=0.5,
+        ),
+        Check(
+            figure="student/motion",
+            what="the difference of neighbouring frames",
+            means="the video comes to a standstill; lower --student.learning-rate, or raise --student-every",
+            below=0.5,
+        ),
+    )

@@ -11,6 +11,8 @@ Memory is that of one block, however long the clip. `monarchrt.train.objectives.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,14 +22,15 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
 from monarchrt.models.attention.blocks import block_sizes, over_blocks
-from monarchrt.models.errors import user_input
+from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
-from monarchrt.train.objectives.base import Metrics
+from monarchrt.train.data import Batch
+from monarchrt.train.objectives.base import Metrics, Networks, Sampler
 from monarchrt.train.objectives.dmd import DMDDraws, DMDObjective
 from monarchrt.train.objectives.flow import add_noise, check_blocks
 from monarchrt.train.objectives.scores import detached, draw_scores, sample_metrics, to_data
-from monarchrt.train.objectives.settings import SelfForcingConfig
+from monarchrt.train.objectives.settings import ConsistencyConfig, DMDConfig, ODEConfig, SelfForcingConfig
 
 
 class RolloutDraws(NamedTuple):
@@ -74,6 +77,12 @@ class SelfForcingObjective(DMDObjective):
         """All steps, with noise that follows from the first; that of the context is too little to show."""
         first, fresh, last = super()._fixed_draws(noise)
         return RolloutDraws(first, fresh, jnp.zeros_like(noise), last)
+
+    def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
+        """The student's keys and values of the whole clip; the critic's samples are made with one too."""
+        _, frames, height, width, _ = batch.latents.shape
+        student = networks["student"].with_config(causal_block=None)
+        return init_cache(student, jnp.asarray(batch.text), frames=frames, height=height, width=width, detach_past=True)
 
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
         """Clips of the student, differentiable by its parameters through each block's last step alone."""
@@ -122,8 +131,14 @@ class SelfForcingObjective(DMDObjective):
         return RolledOut(clip, inputs, cache)
 
     def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
-        """The same clip by the last steps alone, differentiable by the student's parameters, a block at a time."""
-        sizes = self.block_sizes(student, rolled.inputs.shape[1])
+        """The same clip by the last steps alone, differentiable by the student's parameters, a block at a time.
+
+        Blocks that are not scored are those that were rolled out.
+        """
+        frames = rolled.inputs.shape[1]
+        sizes = self.block_sizes(student, frames)
+        skipped = self._skipped(sizes)
+        before = sum(sizes[:skipped])
         student = student.with_config(causal_block=None)
         inputs, past = lax.stop_gradient((rolled.inputs, rolled.cache))
         # of the text, keys and values are made anew: they are no part of the past
@@ -131,10 +146,33 @@ class SelfForcingObjective(DMDObjective):
 
         @partial(jax.checkpoint, static_argnums=2)
         def block(number: Array, frame: Array, size: int) -> Array:
+            number, frame = number + skipped, frame + before
             z, own = lax.dynamic_slice_in_dim(inputs, frame, size, 1), dataclasses.replace(cache, length=frame)
             return self._denoise_block(student, z, own, frame, number, last)[0]
 
-        return over_blocks(lambda _, *place: (None, block(*place)), None, sizes)[1]
+        replayed = over_blocks(lambda _, *place: (None, block(*place)), None, sizes[skipped:])[1]
+        return jnp.concatenate([lax.stop_gradient(rolled.x[:, :before]), replayed], axis=1) if before else replayed
+
+    def _skipped(self, sizes: list[int]) -> int:
+        """Blocks at the beginning of a clip that are not scored, of all blocks' frames.
+
+        Raises:
+            UserError: If what is scored are not whole blocks.
+        """
+        wanted, frames = self.settings.scored_frames, sum(sizes)
+        if wanted is None:
+            return 0
+        starts = list(itertools.accumulate(sizes[:-1], initial=0))
+        if frames - wanted not in starts:
+            near = sorted((frames - start for start in starts), key=lambda count: abs(count - wanted))[:2]
+            raise UserError(
+                f"scored_frames is {wanted}, which are not whole blocks at the end of clips of {frames} frames; the "
+                f"nearest that are: {' or '.join(map(str, sorted(near)))}"
+            )
+        return starts.index(frames - wanted)
+
+    def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
+        return clip if self.settings.scored_frames is None else clip[:, -self.settings.scored_frames :]
 
     def _denoise_block(
         self, student: Any, z: Array, cache: WanCache, frame: Array, number: Array, index: Array
@@ -168,3 +206,16 @@ class SelfForcingObjective(DMDObjective):
         )
         with user_input():
             return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)
+
+
+def few_step_samplers(settings: ODEConfig | ConsistencyConfig) -> Mapping[str, Sampler]:
+    """A clip made of pure noise in a student's steps, block by block if it is causal.
+
+    Args:
+        settings: Of the objective that trains it: steps, shift and blocks.
+    """
+    same = {"student_steps": settings.student_steps, "shift": settings.shift}
+    if settings.block is None:
+        return DMDObjective(DMDConfig(**same)).samplers()
+    blocks = {"block": settings.block, "independent_first_frame": settings.independent_first_frame}
+    return SelfForcingObjective(SelfForcingConfig(**same, **blocks)).samplers()

@@ -26,6 +26,14 @@ def _check_steps(steps: tuple[int, ...]) -> None:
     )
 
 
+def _check_block(block: int | None, *, independent: bool) -> None:
+    _require(block is None or block >= 1, f"block is {block}; it must be at least 1, for example 3")
+    _require(
+        not independent or block is not None,
+        "independent_first_frame is true, but there are no blocks; give block, for example 3",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(ObjectiveSettings):
     """The rectified-flow objective."""
@@ -121,11 +129,7 @@ class ODEConfig(ObjectiveSettings):
     def __post_init__(self) -> None:
         _check_steps(self.student_steps)
         _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        _require(self.block is None or self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
-        _require(
-            not self.independent_first_frame or self.block is not None,
-            "independent_first_frame is true, but there are no blocks; give block, for example 3",
-        )
+        _check_block(self.block, independent=self.independent_first_frame)
 
     @property
     def generation(self) -> Generation:
@@ -134,6 +138,72 @@ class ODEConfig(ObjectiveSettings):
 
 
 register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig(ObjectiveSettings):
+    """Consistency distillation: a student agrees with its own average one Euler step of the teacher further on."""
+
+    name: ClassVar[str] = "consistency"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "student": Role(
+            starts_as="teacher",
+            averaged=True,
+            defaults={"learning_rate": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01},
+        ),
+        "teacher": Role(trains=False, random=False, defaults={"attention": EXACT}),
+    }
+
+    student_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    """The steps that the student is sampled in: times before the shift, falling, from 1000. It learns all times."""
+
+    shift: float = 5.0
+    """Timestep shift of the grid and of the student's steps."""
+
+    grid: int = 48
+    """Noise levels of the grid; one Euler step of the teacher goes from one to the next."""
+
+    guidance: float | None = None
+    """Weight g of the teacher's guidance, v_negative + g (v_text - v_negative). Default: 3 with `negative`; without it
+    there is none."""
+
+    negative: Path | None = None
+    """File of the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
+
+    block: int | None = None
+    """Latent frames per block of a causal student and teacher, each seen after the clean blocks before it; their
+    causal_block. Default: both are bidirectional."""
+
+    independent_first_frame: bool = False
+    """Whether the first frame of causal networks' clips is a block of its own. The networks', likewise."""
+
+    def __post_init__(self) -> None:
+        _check_steps(self.student_steps)
+        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        _require(2 <= self.grid <= 1000, f"grid is {self.grid}; it must lie in 2...1000, for example 48")
+        _require(
+            self.guidance is None or 0 <= self.guidance < math.inf,
+            f"guidance is {self.guidance}; it must be at least 0, for example 3.0; 1 is none",
+        )
+        _require(
+            self.guidance in (None, 1.0) or self.negative is not None,
+            f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
+            f"generate --save-embeddings writes it, or leave guidance out",
+        )
+        _check_block(self.block, independent=self.independent_first_frame)
+
+    @property
+    def weight(self) -> float:
+        """Of the teacher's guidance; 1 is none."""
+        return (3.0 if self.guidance is None else self.guidance) if self.negative is not None else 1.0
+
+    @property
+    def generation(self) -> Generation:
+        """The student's steps."""
+        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
+
+
+register(ConsistencyConfig, "monarchrt.train.objectives.consistency:ConsistencyObjective")
 
 
 # learning rates, moments and average of Self-Forcing's training, 64 clips at a time
@@ -223,6 +293,10 @@ class SelfForcingConfig(DMDConfig):
     """Noise level that finished blocks have in the cache. Default: the lowest of the grid, 0.00498 at shift 5, as
     published; 0 is clean, as in generation."""
 
+    scored_frames: int | None = None
+    """Latent frames at the end of a clip, whole blocks, that critic and teacher see and the student learns from; those
+    before are rolled out only. For clips longer than the teacher knows, 21 for Wan. Default: all."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
@@ -230,6 +304,8 @@ class SelfForcingConfig(DMDConfig):
             self.context_sigma is None or 0 <= self.context_sigma < 1,
             f"context_sigma is {self.context_sigma}; it must lie in [0, 1), for example 0",
         )
+        frames = self.scored_frames
+        _require(frames is None or frames >= 1, f"scored_frames is {frames}; it must be at least 1, for example 21")
 
 
 register(DMDConfig, "monarchrt.train.objectives.dmd:DMDObjective")

@@ -108,6 +108,42 @@ def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layer
         assert_same(grads, expected[1], 1e-4)
 
 
+@pytest.mark.slow
+def test_only_the_frames_that_are_scored_are_differentiated_and_compared():
+    """Of four blocks the last two: loss and gradient as if the others were given; networks see four frames."""
+    all_frames = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2, scored_frames=4))
+    student, long = wan(0, num_layers=1, causal_block=2), (1, 8, *SHAPE[2:])
+    examples, text = batch(long), jnp.asarray(batch(long).text)
+    draws = all_frames.draws(jax.random.key(1), examples)["student"]
+    draws = draws._replace(student=draws.student._replace(last=jnp.int32(1)))
+    networks = {"critic": Small(1), "teacher": Small(2)}
+    loss, grads = gradient(lambda model: objective.loss("student", networks | {"student": model}, examples, draws)[0],
+                           student)()  # fmt: skip
+
+    def plain(model):
+        rolled = all_frames.roll_out(model, text, draws.student)
+        x = all_frames.replay(model, text, rolled, draws.student.last)[:, 4:]
+        levels, noise = levels_of(draws.scores.time, shift=5.0), draws.scores.noise[:, 4:]
+        g, _ = matching_gradient(x, text, None, **networks, guidance=0.0, levels=levels, noise=noise)
+        return matching_loss(x, g)
+
+    expected = gradient(plain, student)()
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    assert_same(grads, expected[1], 1e-5)
+
+
+def test_frames_that_are_scored_are_whole_blocks():
+    objective = SelfForcingObjective(SelfForcingConfig(block=3, independent_first_frame=True, scored_frames=6))
+    assert [objective._skipped(sizes) for sizes in ([1, 3, 3], [1, 3, 3, 3])] == [1, 2]
+    assert objective._scored(jnp.zeros((1, 10, 1, 1, 1))).shape[1] == 6
+    with pytest.raises(UserError, match=r"scored_frames is 6, .* clips of 5 frames; the nearest that are: 3 or 5"):
+        objective._skipped([2, 3])
+    assert SelfForcingObjective(SelfForcingConfig(block=3))._skipped([3, 3]) == 0
+    with pytest.raises(UserError, match="scored_frames is 0"):
+        SelfForcingConfig(scored_frames=0)
+
+
 def test_what_is_shown_while_training_is_a_roll_out_of_all_steps():
     """Its noise of every step follows from the first."""
     objective = SelfForcingObjective(SelfForcingConfig(student_steps=(1000, 500), block=2))
@@ -258,6 +294,19 @@ def test_what_collapses_show():
     assert shown["motion"] == pytest.approx(4 / 3)
     assert shown["saturated"] == pytest.approx(2 / 8)
     assert float(sample_metrics(-jnp.abs(x))["saturated"]) == pytest.approx(2 / 8)
+
+
+def test_what_solid_colours_and_stripes_show():
+    """Frames of one colour each have no detail; rows that alternate are as rough as can be, ramps hardly."""
+    colours = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None, None], (1, 4, 4, 4, 1))
+    assert float(sample_metrics(colours)["detail"]) == 0
+    rows, ramp = np.array([1.0, -1.0, 1.0, -1.0]), np.array([-1.5, -0.5, 0.5, 1.5])
+    frames = [np.broadcast_to(row[:, None, None], (4, 4, 1)) for row in (ramp, ramp, ramp, rows)]
+    shown = sample_metrics(jnp.asarray(np.stack(frames)[None]))
+    assert float(shown["stripes"]) == pytest.approx(np.sqrt(4 / 1) / np.sqrt(1 / 1.25), rel=1e-5)
+    assert float(shown["detail"]) == pytest.approx((3 * np.std(ramp) + 1) / 4, rel=1e-5)
+    one = sample_metrics(jnp.ones((1, 2, 1, 1, 2)))
+    assert float(one["stripes"]) == 1
 
 
 def test_all_times_and_all_last_steps_are_drawn():

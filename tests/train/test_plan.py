@@ -1,0 +1,161 @@
+"""`monarchrt train --plan`: bytes by role and device against counts by hand, and nothing is begun or written."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.memory import Memory, memory, reported
+from monarchrt.train.cli import main
+from monarchrt.train.plan import Plan, RolePlan, StepPlan, plan_lines, plan_table
+
+from .conftest import contents
+
+NETWORK = ["num_layers=1", "dim=24", "num_heads=2", "ffn_dim=16", "text_dim=4", "text_len=2", "freq_dim=16"]
+LATENTS = (3, 4, 4, 16)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    for number in range(3):
+        arrays = {"latents": np.ones(LATENTS, np.float32), "text": np.zeros((2, 4), np.float32)}
+        write_arrays(folder / f"{number}.safetensors", arrays, metadata={})
+    return folder
+
+
+def train(*arguments):
+    return ["train", *map(str, arguments), "--batch", "2", "--held-out", "0.4", "--steps", "6"]
+
+
+def test_a_plan_as_json(latents, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = contents(latents)
+    arguments = train("--latents", latents, "--folder", "run", "--overrides", *NETWORK, "--attention", "dense")
+    assert main([*arguments, "--plan", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (list(tmp_path.iterdir()), contents(latents)) == ([], before)
+    (student,) = found["networks"]
+    # one layer: q, k, v, o twice with biases and norms of q and k; a norm of weight and bias; ffn; modulation
+    layer = 2 * (4 * (24 * 24 + 24) + 2 * 24) + 2 * 24 + (24 * 16 + 16 + 16 * 24 + 24) + 6 * 24
+    patch, text = 4 * 16 * 24 + 24, (4 * 24 + 24) + (24 * 24 + 24)
+    time, head = (16 * 24 + 24) + (24 * 24 + 24) + (24 * 144 + 144), 2 * 24 + 24 * 64 + 64
+    numbers = layer + patch + text + time + head
+    assert student["parameters"] == student["gradient"] == student["average"] == 4 * numbers
+    assert student["moments"] - 8 * numbers in (4, 8)  # and counters
+    assert student["fixed"] == student["cache"] == 0
+    hidden = 4 * 2 * 12 * 24  # float32, two clips of 12 tokens
+    assert 10 * hidden < student["activations"] < 100 * hidden
+    (step,) = found["steps"]
+    held = step["memory"]
+    assert step["roles"] == ["student"]
+    assert held["total"] == sum(held[name] for name in ("arguments", "results", "temporary", "code")) == found["most"]
+    batch = 4 * 2 * (math.prod(LATENTS) + 2 * 4)
+    state = 4 * numbers * 4
+    assert state + batch < held["arguments"] < state + batch + 200
+    assert held["temporary"] > 4 * numbers
+
+
+@pytest.mark.slow
+def test_several_roles_on_a_mesh(latents, tmp_path, capsys, environment):
+    """The cache of a roll-out, a frozen teacher of another size and type, a step of each kind; fsdp halves it."""
+    from flax import nnx
+
+    from monarchrt.models.wan import WanModel, wan_config
+    from monarchrt.models.wan.checkpoints import save_checkpoint
+
+    config = wan_config("tiny", num_layers=1, dim=24, num_heads=2, ffn_dim=32, text_dim=4, text_len=2, freq_dim=16)
+    save_checkpoint(WanModel(config, rngs=nnx.Rngs(0)), tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
+    teacher = [*NETWORK[:3], "ffn_dim=32", *NETWORK[4:]]
+    arguments = train(
+        "--objective", "self-forcing", "--prompts", tmp_path / "prompts.txt", "--frames", 9, "--height", 32, "--width",
+        32, "--rows", 2, "--block", 1, "--folder", tmp_path / "run", "--student.overrides", *NETWORK, "causal_block=1",
+        "--critic.overrides", *NETWORK, "--teacher.overrides", *teacher, "--teacher.precision", "bf16",
+        "--teacher.init-from", tmp_path / "teacher", "--plan", "--json",
+    )  # fmt: skip
+    for role in ("student", "critic"):  # they start as the teacher
+        arguments[arguments.index(f"--{role}.overrides") + 4] = "ffn_dim=32"
+    files = contents(tmp_path)
+    found = {}
+    for devices in (1, 2):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        program = "import sys; from monarchrt.train.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, *arguments, *["--mesh", "fsdp=2"] * (devices > 1)]
+        process = subprocess.run(command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        found[devices] = json.loads(process.stdout)
+    assert contents(tmp_path) == files
+    one, two = ({network["role"]: network for network in found[n]["networks"]} for n in (1, 2))
+    assert [step["roles"] for step in found[1]["steps"]] == [["student", "critic"], ["critic"]]
+    cache = 4 * 2 * 2 * 3 * 4 * 24  # k and v of two clips of three frames of four tokens
+    assert cache < one["student"]["cache"] == one["critic"]["cache"] < 2 * cache
+    assert one["teacher"]["parameters"] == 0 < one["teacher"]["fixed"]
+    assert one["student"]["average"] > 0 == one["critic"]["average"]
+    assert two["student"]["cache"] == one["student"]["cache"] // 2
+    assert two["teacher"]["fixed"] < 0.7 * one["teacher"]["fixed"]
+    assert found[2]["mesh"] == "fsdp=2"
+
+
+GIB = 2**30
+PLAN = Plan(
+    devices="2 x card",
+    mesh="data=2",
+    available=100 * GIB,
+    networks=(RolePlan(role="student", parameters=3 * GIB, fixed=0, gradient=3 * GIB, moments=6 * GIB),),
+    steps=(StepPlan(roles=("student", "critic"), memory=Memory(12 * GIB, 0, 3 * GIB // 2, 1024), seconds=2.0),),
+)
+
+
+def test_a_plan_in_words():
+    titles, rows = plan_table(PLAN)
+    assert titles == ["", "student"]
+    assert rows[:4] == [["parameters", "3 GiB"], ["not trained", "-"], ["gradient", "3 GiB"], ["moments", "6 GiB"]]
+    assert ["activations (estimate)", "-"] in rows
+    step, verdict = plan_lines(PLAN)
+    assert "a step that updates student and critic: 13.5 GiB at most" in step
+    assert "arguments 12 GiB" in step
+    assert verdict == "at most 13.5 GiB on each device, of 100 GiB: it fits"
+
+
+def test_what_does_not_fit_or_is_not_known():
+    small, unknown = dataclasses.replace(PLAN, available=9 * GIB), dataclasses.replace(PLAN, available=None)
+    assert (PLAN.fits, small.fits, unknown.fits) == (True, False, None)
+    assert "of 9 GiB: it does not fit; try --remat" in plan_lines(small)[-1]
+    assert plan_lines(unknown)[-1] == "at most 13.5 GiB on each device, which does not say what it has"
+    silent = dataclasses.replace(PLAN, steps=(dataclasses.replace(PLAN.steps[0], memory=None),))
+    assert plan_lines(silent) == [
+        "a step that updates student and critic: this backend's compiler does not say what its program takes"
+    ]
+    assert silent.to_dict()["most"] is silent.to_dict()["steps"][0]["memory"] is silent.fits is None
+
+
+def test_compilers_that_say_nothing():
+    class Silent:
+        def memory_analysis(self) -> Any:
+            return None
+
+    class Unable:
+        def memory_analysis(self) -> Any:
+            raise NotImplementedError
+
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((4,), "float32")).compile()
+    assert reported(program) == memory(program)
+    assert reported(Silent()) is reported(Unable()) is None
+
+
+def test_options(latents, tmp_path, capsys):
+    assert main(train("--latents", latents, "--folder", tmp_path / "run", "--json")) == 2
+    assert "error: json is of --plan, which was not given" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/a").touch()
+    assert main(train("--latents", latents, "--folder", tmp_path / "run", "--plan")) == 2
+    assert "holds other files" in capsys.readouterr().err

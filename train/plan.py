@@ -1,0 +1,276 @@
+"""What a run would take on each device, before it begins: nothing is computed and nothing is written.
+
+What is held throughout follows from shapes and from where they are put. What a forward pass keeps for the backward one
+is an estimate, from the loss as it is traced; what the compiled program takes is its compiler's own figure.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from monarchrt.models.memory import Memory, reported
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.data import Batch
+from monarchrt.train.networks import Networks
+from monarchrt.train.objectives.base import Objective
+from monarchrt.train.sharding import Placement
+from monarchrt.train.state import TrainState
+from monarchrt.train.step import StepFn, networks_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolePlan:
+    """Bytes of one network on each device.
+
+    Attributes:
+        role: Which.
+        parameters: What trains.
+        fixed: Its other variables; 0 if they are those of another role.
+        gradient: Of what trains, while it is updated.
+        moments: Of the optimizer.
+        average: The moving average.
+        activations: What the loss keeps from its forward pass for its backward pass, without what is in another
+            column, as it is traced: compilers keep less or more. An estimate, spread evenly over the devices.
+        cache: Keys and values of a roll-out.
+    """
+
+    role: str
+    parameters: int
+    fixed: int
+    gradient: int = 0
+    moments: int = 0
+    average: int = 0
+    activations: int = 0
+    cache: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The compiled program of a step.
+
+    Attributes:
+        roles: Which it updates.
+        memory: Bytes on each device; None if the compiler says nothing.
+        seconds: To compile it.
+    """
+
+    roles: tuple[str, ...]
+    memory: Memory | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        devices: How many, of which kind.
+        mesh: How they are laid out.
+        available: Bytes of each device; None if it does not say.
+        networks: Each network.
+        steps: Each kind of step.
+    """
+
+    devices: str
+    mesh: str
+    available: int | None
+    networks: tuple[RolePlan, ...]
+    steps: tuple[StepPlan, ...]
+
+    @property
+    def most(self) -> int | None:
+        """The most bytes that any step takes on a device, as its compiler planned it; None if none says so."""
+        totals = [step.memory.total for step in self.steps if step.memory is not None]
+        return max(totals, default=None)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is no more than there is; None if either is not known."""
+        return None if self.most is None or self.available is None else self.most <= self.available
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        steps = [
+            {
+                "roles": list(step.roles),
+                "memory": None if step.memory is None else step.memory._asdict() | {"total": step.memory.total},
+                "compile_seconds": round(step.seconds, 1),
+            }
+            for step in self.steps
+        ]
+        networks = [dataclasses.asdict(network) for network in self.networks]
+        return {
+            "devices": self.devices,
+            "mesh": self.mesh,
+            "available": self.available,
+            "networks": networks,
+            "steps": steps,
+            "most": self.most,
+            "fits": self.fits,
+        }
+
+
+def make_plan(
+    config: TrainConfig,
+    *,
+    objective: Objective,
+    networks: Networks,
+    placement: Placement,
+    step_fn: StepFn,
+    batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
+) -> Plan:
+    """Works out what a run would take.
+
+    Args:
+        config: The settings.
+        objective: Its losses.
+        networks: Shapes of the state.
+        placement: Where arrays would live.
+        step_fn: The step, which is compiled and not run.
+        batches: For each set of roles that a step updates, the batches that it sees, or their shapes.
+
+    Returns:
+        The plan.
+    """
+    seen = {role: batch for several in batches.values() for role, batch in several.items()}
+    plans = [_network(name, config, objective, networks, placement, seen.get(name)) for name in networks.graphs]
+    steps = [_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items()]
+    devices = list(placement.mesh.devices.flat)
+    own = next(device for device in devices if device.process_index == jax.process_index())  # others' are not told
+    kind = getattr(own, "device_kind", own.platform)
+    return Plan(
+        devices=f"{len(devices)} x {kind}",
+        mesh=str(placement.shape),
+        available=(own.memory_stats() or {}).get("bytes_limit"),
+        networks=tuple(plans),
+        steps=tuple(steps),
+    )
+
+
+def on_a_device(tree: Any) -> int:
+    """Bytes of a tree of shapes on the device that holds most of it.
+
+    Examples:
+        >>> on_a_device([jax.ShapeDtypeStruct((3, 4), "float32")])
+        48
+    """
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _network(
+    name: str,
+    config: TrainConfig,
+    objective: Objective,
+    networks: Networks,
+    placement: Placement,
+    batch: Batch | None,
+) -> RolePlan:
+    state = networks.template.roles[name]
+    plan = RolePlan(role=name, parameters=on_a_device(state.params), fixed=on_a_device(state.frozen))
+    if not state.trains or batch is None:
+        return plan
+    parts = placement.shape.size  # of a batch, and of each clip
+    part = _shapes(batch, config.trained(name).accumulation)
+    kept, cache = _kept(name, objective, networks, part)
+    return dataclasses.replace(
+        plan,
+        gradient=plan.parameters,
+        moments=on_a_device(state.optimizer),
+        average=on_a_device(state.average),
+        activations=max(0, kept - cache) // parts,
+        cache=cache // parts,
+    )
+
+
+def _shapes(batch: Batch, parts: int) -> Batch:
+    """A batch, or one of the parts that accumulation splits it into, as shapes."""
+    return Batch(*(jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype) for x in batch))  # type: ignore
+
+
+def _kept(name: str, objective: Objective, networks: Networks, batch: Batch) -> tuple[int, int]:
+    """Bytes that the loss of a role keeps for its gradient beside what it was given, and those of its cache."""
+    roles = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), networks.template.roles)
+    graphs, draws = networks.graphs, jax.eval_shape(objective.draws, jax.random.key(0), batch)[name]
+
+    def residuals(roles: Any, batch: Any, draws: Any) -> Any:
+        def loss(params: Any) -> Any:
+            seen = networks_of(objective, graphs, roles, {name: params})
+            return objective.loss(name, seen, Batch(*batch), draws)
+
+        return jax.vjp(loss, roles[name].params, has_aux=True)[1]
+
+    def cache(roles: Any, batch: Any) -> Any:
+        return objective.cache(name, networks_of(objective, graphs, roles, {}), Batch(*batch))
+
+    traced = jax.make_jaxpr(residuals)(roles, tuple(batch), draws).jaxpr
+    given = {id(variable) for variable in (*traced.invars, *traced.constvars)}
+    kept = {id(variable): variable.aval for variable in traced.outvars if id(variable) not in given}
+    return _bytes(list(kept.values())), _bytes(jax.eval_shape(cache, roles, tuple(batch)))
+
+
+def _bytes(tree: Any) -> int:
+    """Of all arrays or shapes of a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _step(
+    roles: tuple[str, ...],
+    template: TrainState,
+    placement: Placement,
+    step_fn: StepFn,
+    batches: Mapping[str, Batch],
+) -> StepPlan:
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.batch_sharding(x.shape))
+
+    begin = time.monotonic()
+    lower: Any = step_fn
+    program = lower.lower(template, jax.tree.map(placed, dict(batches)), due=roles).compile()
+    return StepPlan(roles=roles, memory=reported(program), seconds=time.monotonic() - begin)
+
+
+def plan_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a network in each column, bytes on each device."""
+    names = [field.name for field in dataclasses.fields(RolePlan)[1:]]
+    words = {"fixed": "not trained", "activations": "activations (estimate)"}
+    rows = [[words.get(name, name), *(shown(getattr(role, name)) for role in plan.networks)] for name in names]
+    return ["", *(role.role for role in plan.networks)], rows
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What the table does not say: what compiled programs take, and whether it fits."""
+    lines = []
+    for step in plan.steps:
+        what = f"a step that updates {' and '.join(step.roles)}"
+        if step.memory is None:
+            lines.append(f"{what}: this backend's compiler does not say what its program takes")
+            continue
+        parts = ", ".join(f"{name} {shown(size)}" for name, size in step.memory._asdict().items() if size)
+        lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler planned it ({parts})")
+    if plan.most is not None:
+        there = "which does not say what it has" if plan.available is None else f"of {shown(plan.available)}"
+        verdict = {True: ": it fits", None: "", False: ": it does not fit; try --remat, a smaller --batch, a larger "
+                   "--accumulation, or --mesh fsdp=N"}[plan.fits]  # fmt: skip
+        lines.append(f"at most {shown(plan.most)} on each device, {there}{verdict}")
+    return lines
+
+
+def shown(count: int) -> str:
+    """Bytes in three digits, such as 1.42 GiB; - for none.
+
+    Examples:
+        >>> shown(3 * 2**29), shown(0)
+        ('1.5 GiB', '-')
+    """
+    for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count} B" if count else "-"
