@@ -6,7 +6,9 @@
 Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
 recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the
 third of four, the mean). Numbers are checked first: the clip that is differentiated is the clip that was rolled out,
-and the kernels' clip is XLA's. Writes distill.json.
+and the kernels' clip is XLA's. The parts of the student's update are timed as programs of their own as well: roll-out,
+scores (critic and guided teacher), backward (the last steps again, with their gradient), optimizer (with the average).
+Writes distill.json.
 """
 
 import argparse
@@ -19,15 +21,26 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from attention_settings import CHECKED, EXACT, name_or_notation, setting
 from flax import nnx
 
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
+from monarchrt.train.objectives.scores import matching_gradient, matching_loss
 from monarchrt.train.objectives.self_forcing import RolloutDraws, SelfForcingObjective
 from monarchrt.train.objectives.settings import SelfForcingConfig
-from monarchrt.train.state import create_role, create_state, make_training, split_model
+from monarchrt.train.state import (
+    Training,
+    TrainState,
+    create_role,
+    create_state,
+    frozen_of,
+    make_training,
+    split_model,
+    update_ema,
+)
 from monarchrt.train.step import make_train_step
 
 MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
@@ -105,6 +118,61 @@ def check(args: argparse.Namespace) -> float:
     return max(float(jnp.linalg.norm(other - rolled) / scale) for other in (replayed, reference))
 
 
+def time_parts(
+    objective: Fixed, graphs: dict[str, Any], state: TrainState, batch: Batch, training: Training, args: Any
+) -> dict[str, float]:
+    """Seconds of the parts of the student's update, each a program of its own, on the same numbers."""
+    draws, text = objective.draws(jax.random.key(5), batch)["student"], jnp.asarray(batch.text)
+    rolls, levels = cast(RolloutDraws, draws.student), objective._levels(draws.scores)
+    negative = np.asarray(objective.negative)
+    given = jnp.broadcast_to(jnp.asarray(negative), (text.shape[0], *negative.shape))
+    roles, student = state.roles, state.roles["student"]
+
+    def network(role: str, params: Any) -> Any:
+        return nnx.merge(graphs[role], params, frozen_of(roles, role))
+
+    @jax.jit
+    def roll_out(params):
+        return objective.roll_out(network("student", params), text, rolls)
+
+    @jax.jit
+    def score(critic, teacher, x):
+        networks = {"critic": network("critic", critic), "teacher": network("teacher", teacher)}
+        weight, noise = objective.settings.weight or 3.0, draws.scores.noise
+        return matching_gradient(x, text, given, **networks, guidance=weight, levels=levels, noise=noise)[0]
+
+    @jax.jit
+    def backward(params, rolled, g):
+        def loss(params):
+            return matching_loss(objective.replay(network("student", params), text, rolled, rolls.last), g)
+
+        return jax.grad(loss)(params)
+
+    @jax.jit
+    def update(gradient, optimizer, params, average):
+        changes, optimizer = training.optimizer.update(gradient, optimizer, params)
+        params = optax.apply_updates(params, changes)
+        return params, optimizer, update_ema(average, params, state.step + 1, training.settings)
+
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Any, *arguments: Any) -> Any:
+        found = jax.block_until_ready(run(*arguments))
+        taken = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            taken.append(time.perf_counter() - start)
+        seconds[name] = statistics.median(taken)
+        return found
+
+    rolled = timed("roll-out", roll_out, student.params)
+    g = timed("scores", score, roles["critic"].params, roles["teacher"].params, rolled.x)
+    gradient = timed("backward", backward, student.params, rolled, g)
+    timed("optimizer", update, gradient, student.optimizer, student.params, student.average)
+    return seconds
+
+
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times both updates with one kind of student."""
     student = network(name, args, trains=True, causal_block=3)
@@ -128,10 +196,13 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     state = create_state(roles, seed=0)
     objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
-    step = make_train_step(objective, {role: part[0] for role, part in parts.items()}, trainings)
+    graphs = {role: part[0] for role, part in parts.items()}
+    step = make_train_step(objective, graphs, trainings)
     shape = shape_of(args.small)
     text = jax.random.normal(jax.random.key(1), (1, student.config.text_len, student.config.text_dim), jnp.bfloat16)
     batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
+    seconds_of = time_parts(objective, graphs, state, batch, trainings["student"], args)
+    print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in seconds_of.items()), flush=True)
     rows = []
     for role in ("student", "critic"):
         start = time.perf_counter()
@@ -154,6 +225,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "compile_seconds": compiling,
             "finite": bool(metrics[role]["finite"]),
         }
+        if role == "student":
+            row["parts"] = seconds_of
         print(
             f"{role:8s} {name:12s} {row['seconds']:6.2f} s  {row['memory_gb']:5.1f} GB, of which the state "
             f"{row['state_gb']:.1f}  compiled in {compiling:.0f} s",

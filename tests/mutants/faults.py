@@ -37,6 +37,8 @@ SOLVERS = ("tests/models/sampling/test_solvers.py",)
 WAN = ("tests/models/test_wan.py",)
 STATE = ("tests/train/test_state.py",)
 OBJECTIVE = ("tests/train/test_objective.py",)
+CONSISTENCY = ("tests/train/objectives/test_consistency.py",)
+WATCH = ("tests/train/test_watch.py",)
 SEEN = ("tests/models/media/test_seen.py",)
 WINDOWS = ("tests/models/sampling/test_windows.py",)
 RELATIVES = ("tests/models/test_relatives.py",)
@@ -267,6 +269,15 @@ FAULTS = (
         OBJECTIVE,
         "definition",
     ),
+    Fault(
+        "train/objectives/consistency.py",
+        "shape[:1], 0, self.settings.grid - 1)",
+        "shape[:1], 0, self.settings.grid)",
+        CONSISTENCY,
+        "levels",
+    ),
+    Fault("train/step.py", "roles[name].average, frozen_of", "roles[name].params, frozen_of", CONSISTENCY, "average"),
+    Fault("train/watch.py", "value < self._reference", "value > self._reference", WATCH),
     # files: pictures and videos
     Fault("models/media/frames.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),
     Fault("models/media/decoding.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),
