@@ -9,8 +9,8 @@ student makes of x_t is to be what its own moving average makes of x_s, the end 
 A causal student (Causal Forcing, arXiv:2602.02214) is taught on all blocks at once, each after the clean blocks before
 it, as is its causal teacher; nothing is rolled out and no solver is run to its end, so that this is the cheapest way to
 few steps. The grid is that of the published training, even in u from 1 down, shifted; t is any of its levels but the
-last, where s would be the end. Where the published code turns v into data with the nearest level of another grid, of
-1000, here it is sigma itself.
+last, where s would be the end. The published code turns v into data with the nearest level of another grid, of 1000,
+which at low noise is off by some percent; it is there by name, and off.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler, average_of
 from monarchrt.train.objectives.flow import Velocity, add_noise, check_blocks
 from monarchrt.train.objectives.negative import negative_embedding
-from monarchrt.train.objectives.scores import in_bins, to_data
+from monarchrt.train.objectives.scores import in_bins, nearest_level, to_data
 from monarchrt.train.objectives.self_forcing import few_step_samplers
 from monarchrt.train.objectives.settings import ConsistencyConfig
 
@@ -72,7 +72,7 @@ class ConsistencyObjective(Objective):
         self, role: str, networks: Networks, batch: Batch, draws: ConsistencyDraws
     ) -> tuple[Float32[Array, ""], Metrics]:
         """Mean squared difference of what the student and its average make of the two ends of the teacher's step."""
-        latents, text = map(jnp.asarray, batch)
+        settings, (latents, text) = self.settings, map(jnp.asarray, batch)
         sigmas, level = jnp.asarray(self.sigmas), jnp.asarray(draws.level)
         high, low = sigmas[level], sigmas[level + 1]
         noised = add_noise(latents, draws.noise, high)
@@ -82,7 +82,9 @@ class ConsistencyObjective(Objective):
         moved = lax.stop_gradient(to_data(noised, flow, high - low))  # x - (sigma_t - sigma_s) v
 
         def end(velocity: Velocity, x: Array, sigma: Array) -> Array:
-            return to_data(x, velocity(x, sigma * NUM_TRAIN_TIMESTEPS, text), sigma)
+            t = sigma * NUM_TRAIN_TIMESTEPS
+            converted = sigma if settings.conversion == "clean" else nearest_level(t, shift=settings.shift)
+            return to_data(x, velocity(x, t, text), converted)
 
         target = lax.stop_gradient(end(average, moved, low))
         errors = jnp.mean(jnp.square(end(student, noised, high) - target), axis=(1, 2, 3, 4))

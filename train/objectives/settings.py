@@ -170,6 +170,10 @@ class ConsistencyConfig(ObjectiveSettings):
     negative: Path | None = None
     """File of the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
 
+    conversion: Literal["clean", "published"] = "clean"
+    """Noise levels that turn predictions into data: clean, those of the grid; published, as the published code has it,
+    the nearest of a grid of 1000 at the same shift."""
+
     block: int | None = None
     """Latent frames per block of a causal student and teacher, each seen after the clean blocks before it; their
     causal_block. Default: both are bidirectional."""

@@ -28,7 +28,13 @@ from .networks import Small, assert_same, batch, gradient, wan
 from .plain_wan import PlainWan, mixed, tensor, torch
 
 SHAPE = (2, 4, 4, 4, 2)
-GRID = [5 * u / (1 + 4 * u) for u in (48 / 48, 36 / 48, 24 / 48, 12 / 48)]  # of four levels, shift 5, by hand
+
+
+def shifted(u):
+    return 5 * u / (1 + 4 * u)
+
+
+GRID = [shifted(u) for u in (1.0, 0.75, 0.5, 0.25)]  # of four levels
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +55,23 @@ def seen(blocks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attention", "blocks", "layers"),
+    ("attention", "blocks", "layers", "conversion"),
     [
-        ("monarch(tile=(1,1,2))", [2, 2], 1),  # tiles of one row are exact
-        ("dense", None, 2),
-        ("dense", [1, 3], 2),
+        ("monarch(tile=(1,1,2))", [2, 2], 1, "published"),  # tiles of one row are exact
+        ("dense", None, 2, "clean"),
+        ("dense", [1, 3], 2, "clean"),
     ],
 )
-def test_loss_and_gradient(attention, blocks, layers, negative):
+def test_loss_and_gradient(attention, blocks, layers, conversion, negative):
     first = blocks is not None and blocks[0] != blocks[1]
     block = None if blocks is None else blocks[1]
     causal = {} if block is None else {"causal_block": block, "independent_first_frame": first}
-    settings = ConsistencyConfig(grid=4, block=block, independent_first_frame=first, negative=negative[0], guidance=2.5)
+    guided = {"negative": negative[0], "guidance": 2.5}
+    settings = ConsistencyConfig(grid=6, block=block, independent_first_frame=first, conversion=conversion, **guided)
     objective = ConsistencyObjective(settings)
     student, average = (wan(seed, attention, num_layers=layers, **causal) for seed in (0, 1))
     teacher, examples = wan(2, num_layers=layers, **causal), batch(SHAPE)
-    draws = objective.draws(jax.random.key(1), examples)["student"]._replace(level=jnp.array([2, 0]))
+    draws = objective.draws(jax.random.key(1), examples)["student"]._replace(level=jnp.array([4, 0]))
     others = {"student.average": average, "teacher": teacher}
 
     ours, grads = gradient(
@@ -72,7 +79,11 @@ def test_loss_and_gradient(attention, blocks, layers, negative):
     )()
 
     x, noise, text = (tensor(a) for a in (*examples[:1], draws.noise, examples.text))
-    high, low = tensor([GRID[2], GRID[0]]), tensor([GRID[3], GRID[1]])
+    high, low = (tensor([shifted(u) for u in us]) for us in ((2 / 6, 1), (1 / 6, 5 / 6)))
+    grid = tensor([shifted(n / 1000) for n in range(1, 1001)])
+
+    def converted(sigma):
+        return over(sigma if conversion == "clean" else grid[(grid[None] - sigma[:, None]).abs().argmin(1)])
 
     def flow(plain, noisy, sigma, text):
         told = (1000 * sigma)[:, None].expand(2, 4)
@@ -89,8 +100,8 @@ def test_loss_and_gradient(attention, blocks, layers, negative):
         of_text = flow(PlainWan(teacher), noised, high, text)
         of_negative = flow(PlainWan(teacher), noised, high, tensor(np.broadcast_to(negative[1], (2, 1, 4))))
         moved = noised - over(high - low) * (of_negative + 2.5 * (of_text - of_negative))
-        target = moved - over(low) * flow(PlainWan(average), moved, low, text)
-    loss = ((noised - over(high) * flow(plain, noised, high, text) - target) ** 2).mean()
+        target = moved - converted(low) * flow(PlainWan(average), moved, low, text)
+    loss = ((noised - converted(high) * flow(plain, noised, high, text) - target) ** 2).mean()
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
     assert_same(jax.tree.leaves(grads), plain.gradients(loss), 1e-5)
 
