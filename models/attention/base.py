@@ -9,12 +9,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from monarch_jax import MonarchKVCache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 type Number = int | Int[Array, ""] | None  # known, traced, or not there
+type Steps = Number | Int[Array, "B"] | Int[Array, "B F"]  # of the whole call, each sample, or each frame of tokens
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
 type Layer = Int[Array, ""] | None  # which of a cache of several
 HOW = {"how": True}  # metadata of a field that says how, not what, is computed: weights do not depend on it
@@ -57,14 +59,15 @@ class Context:
     Attributes:
         layer: Number of the layer, from 0; traced inside a scan over layers.
         step: Call of the network within the sampler, from 0; the call that rewrites the cache comes after the last.
-            None outside of sampling, as in training.
+            In training on states of a sampler one for each sample, [B], or each frame of queries, [B, F]. None where
+            there are no steps.
         block: Number of the block of frames in a roll-out, from 0. None where a whole clip is seen at once.
         inputs: () -> what queries, keys and values are projections of, [B, N, D], for gates.
         modules: Parameters of this layer by the name of the kind that made them.
     """
 
     layer: Number = None
-    step: Number = None
+    step: Steps = None
     block: Number = None
     inputs: Callable[[], Array] | None = None
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -78,6 +81,25 @@ class Context:
         if setting.name not in self.modules:
             raise ValueError(f"{setting}: the model has no parameters of its own for it; use model.with_attention.")
         return self.modules[setting.name]
+
+    def of_frames(self, first: int | Int[Array, ""], frames: int, per_frame: int) -> "Context":
+        """The context of some frames' queries: with their own steps and inputs.
+
+        Args:
+            first: The first of them, known or traced.
+            frames: How many.
+            per_frame: Tokens of a frame.
+        """
+
+        def own(x: Array, size: int) -> Array:
+            return lax.dynamic_slice_in_dim(x, first * size, frames * size, axis=1)
+
+        step, inputs = self.step, self.inputs
+        return dataclasses.replace(
+            self,
+            step=own(jnp.asarray(step), 1) if jnp.ndim(0 if step is None else step) == 2 else step,
+            inputs=None if inputs is None else lambda: own(inputs(), per_frame),
+        )
 
 
 NOWHERE = Context()

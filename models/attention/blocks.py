@@ -80,7 +80,7 @@ def attend_blocks(
         past: Keys and values of the whole clip, of which each block sees what lies before it.
         grid: (F, h, w) tokens.
         sizes: Frames of the blocks; all but the first are of one size.
-        context: Where this is, with the inputs of the whole clip; a block is told its number and its own.
+        context: Where this is, with the inputs and steps of the whole clip; a block is told its number and its own.
 
     Returns:
         As `query`.
@@ -97,7 +97,8 @@ def attend_blocks(
     layers = dataclasses.replace(setting.init_cache(shape), length=None)
     empty = dataclasses.replace(jax.tree.map(lambda leaf: leaf[0], layers), length=jnp.int32(0))  # as in a loop
     filled = dataclasses.replace(empty.append(*past, frame=0), length=None)
-    whole = None if context.inputs is None else context.inputs()
+    inputs = None if context.inputs is None else context.inputs()
+    here = dataclasses.replace(context, inputs=None if inputs is None else lambda: inputs)
 
     @partial(jax.checkpoint, static_argnums=2)
     def block(number: Any, frame: Any, size: int) -> Array:
@@ -105,8 +106,7 @@ def attend_blocks(
             return lax.dynamic_slice_in_dim(x, frame * per_frame, size * per_frame, axis=1)
 
         before = dataclasses.replace(filled, length=frame)  # what lies after its length is not there
-        inputs = None if whole is None else partial(own, whole)
-        where = dataclasses.replace(context, block=number, inputs=inputs)
+        where = dataclasses.replace(here.of_frames(frame, size, per_frame), block=number)
         return setting.attend_cache(before.append(own(key), own(value), frame=frame), own(query), context=where)
 
     return over_blocks(lambda _, *place: (None, block(*place)), None, sizes)[1]

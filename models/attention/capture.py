@@ -118,7 +118,8 @@ class _Probe(Attention):
     def _hand_on(self, query, key, value, key_frames, context: Context, *, grid: Grid, causal_block: int | None):
         """To the host, where the call is one of those chosen."""
         chosen, wanted = self.chosen, []
-        places = (context.layer, context.step, context.block)
+        step = None if context.step is None or jnp.ndim(context.step) else context.step  # one for the whole call
+        places = (context.layer, step, context.block)
         for place, among in zip(places, (chosen.layers, chosen.steps, chosen.blocks), strict=True):
             if among is not None and place is not None:
                 wanted.append(jnp.isin(jnp.asarray(place), jnp.asarray(among)))

@@ -1,7 +1,8 @@
 """Kinds made of kinds: one for the first layers, sampling steps or blocks of frames and another after, or one a layer.
 
 What depends on the layer is settled when the network is built. What depends on the step or the block is one compiled
-program for all of them: both kinds are in it, over one cache, and the number picks (`lax.cond`).
+program for all of them: both kinds are in it, over one cache, and the number picks (`lax.cond`). Where samples or
+frames are at steps of their own, as in training on a sampler's states, both kinds are computed.
 """
 
 import abc
@@ -23,7 +24,7 @@ from monarchrt.models.attention.base import (
     Density,
     Grid,
     Layer,
-    Number,
+    Steps,
     Tokens,
     mean_density,
     visible_share,
@@ -146,13 +147,17 @@ class _OneThenOther(Attention):
 
     @abc.abstractmethod
     def _early(self, context: Context) -> bool | Array:
-        """Whether it is `first`'s turn, known or traced."""
+        """Whether it is `first`'s turn, known or traced; the latter also for each sample or each frame of queries."""
 
     def _pick(self, context: Context, call: Callable[[Attention], Array]) -> Array:
         early = self._early(context)
         if isinstance(early, bool):
             return call(self.first if early else self.after)
-        return lax.cond(early, lambda: call(self.first), lambda: call(self.after))
+        if not early.ndim:
+            return lax.cond(early, lambda: call(self.first), lambda: call(self.after))
+        first, after = call(self.first), call(self.after)
+        early = early.reshape(len(early), -1)  # [B, 1] or [B, F]
+        return jnp.where(jnp.repeat(early, first.shape[1] // early.shape[1], axis=1)[..., None, None], first, after)
 
     def parts(self) -> tuple[Attention, ...]:
         """Both."""
@@ -195,12 +200,12 @@ class _OneThenOther(Attention):
 class FirstSteps(_OneThenOther):
     """One kind in the first sampling steps, another after: `first_steps(1, dense, monarch)`.
 
-    Where there are no steps, as in training, it is `after`.
+    Where there are no steps, as in training by noise levels, it is `after`.
 
     Attributes:
         steps: How many calls of the network, from 0, for each clip or block of frames.
         first: Their kind.
-        after: The kind of the others, of the call that rewrites the cache, and of training.
+        after: The kind of the others, of the call that rewrites the cache, and where there are no steps.
     """
 
     name = "first_steps"
@@ -262,7 +267,8 @@ class FirstBlocks(_OneThenOther):
         tokens, parts = frames * clip.per_frame, []
         if frames:
             early = (query[:, :tokens], key[:, :tokens], value[:, :tokens])
-            part = dataclasses.replace(clip, grid=(frames, *clip.grid[1:]))
+            context = clip.context.of_frames(0, frames, clip.per_frame)
+            part = dataclasses.replace(clip, grid=(frames, *clip.grid[1:]), context=context)
             parts.append(self.first.for_frames(clip.grid[0])(*early, **part.fields()))
         if frames < clip.grid[0]:
             parts.append(self.after(query, key, value, **clip.fields())[:, tokens:])
@@ -291,7 +297,7 @@ class FirstBlocks(_OneThenOther):
         return Density(asked, visible * visible_share(grid, causal_block), visible)
 
 
-def _less(number: Number, limit: int) -> bool | Array:
+def _less(number: Steps, limit: int) -> bool | Array:
     """Whether it is smaller: known or traced."""
     return number < limit if isinstance(number, int) else jnp.asarray(number) < limit
 

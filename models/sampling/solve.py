@@ -179,7 +179,8 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
         x: Latents, [B, ...].
         timesteps: [B], or [B, frames].
         text: Embedding of the prompt.
-        step: Number of the call within the sampler, from 0, traced or not; None: there is no sampler.
+        step: Number of the call within the sampler, from 0, traced or not, or one for each sample or frame; None: there
+            is no sampler.
 
     Returns:
         The flow.

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from monarch_jax.contract import SAVED
-from monarchrt.models.attention.base import Attention, Context, Grid, Number
+from monarchrt.models.attention.base import Attention, Context, Grid, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import constrain, no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.config import WanConfig
@@ -105,7 +105,7 @@ class WanModel(nnx.Module):
         text: Float[Array, "B L E"],
         image: Float[Array, "B I G"] | None = None,
         *,
-        step: Number = None,
+        step: Steps = None,
     ) -> Float[Array, "B F H W C_out"]:
         """Predicts the flow, noise minus data.
 
@@ -115,7 +115,8 @@ class WanModel(nnx.Module):
             text: Output of the text encoder, at most `text_len` rows; shorter is padded with zero rows, which are
                 attended to.
             image: Output of the image encoder, for i2v.
-            step: Number of the call within a sampler, traced or not, for attention that depends on it.
+            step: Number of the call within a sampler, traced or not, for attention that depends on it; or one per
+                sample or per frame of tokens.
 
         Returns:
             The flow, in float32 at least.
@@ -123,13 +124,13 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: If a shape does not fit the configuration, or a tile the grid.
         """
-        grid = self.check_latents(latents, timesteps)
+        grid = self.check_latents(latents, timesteps, step)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
         x = self.run_blocks(tokens, self.embed_context(text, image), grid, step=step)
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
-    def check_latents(self, latents: Array, timesteps: Array) -> tuple[int, int, int]:
+    def check_latents(self, latents: Array, timesteps: Array, step: Steps = None) -> tuple[int, int, int]:
         """Raises ValueError unless they fit the configuration; returns the grid of tokens (F, h, w)."""
         config = self.config
         batch, *size, channels = latents.shape
@@ -139,6 +140,11 @@ class WanModel(nnx.Module):
         if timesteps.shape not in ((batch,), (batch, grid[0])):
             raise ValueError(
                 f"timesteps have shape {timesteps.shape}, not ({batch},) for one per sample "
+                f"or ({batch}, {grid[0]}) for one per frame."
+            )
+        if step is not None and jnp.shape(step) not in ((), (batch,), (batch, grid[0])):
+            raise ValueError(
+                f"step has shape {jnp.shape(step)}, not () for one, ({batch},) for one per sample "
                 f"or ({batch}, {grid[0]}) for one per frame."
             )
         for setting in dict.fromkeys(config.layer_attention):
@@ -188,7 +194,7 @@ class WanModel(nnx.Module):
         grid: tuple[int, int, int],
         *,
         layers: int | None = None,
-        step: Number = None,
+        step: Steps = None,
     ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 

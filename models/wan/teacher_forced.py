@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarchrt.models.attention.base import Context, Number
+from monarchrt.models.attention.base import Context, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, rematerialized
@@ -24,7 +24,7 @@ def teacher_forced(
     text: Float[Array, "B L E"],
     *,
     clean_timesteps: Real[Array, "B"] | Real[Array, "B frames"] | None = None,
-    step: Number = None,
+    step: Steps = None,
 ) -> Float[Array, "B F H W C_out"]:
     """Predicts the flow of each noisy block that sees the clean blocks before it, all blocks at once.
 
@@ -47,8 +47,8 @@ def teacher_forced(
         clean: The latents that later blocks see.
         text: Output of the text encoder, as in the model's call.
         clean_timesteps: What the model is told of the clean half; None: 0, which is clean.
-        step: Number of the noisy half's call within a sampler, traced or not, for attention that depends on it; the
-            clean half is after all steps, as the blocks of a cache are.
+        step: Number of the noisy half's call within a sampler, traced or not, for attention that depends on it; or one
+            per sample or per frame of tokens. The clean half is after all steps, as the blocks of a cache are.
 
     Returns:
         The flow of the noisy half, in float32 at least.
@@ -65,7 +65,7 @@ def teacher_forced(
         raise ValueError(f"model_type={config.model_type!r}; only text-to-video models can be teacher-forced: 't2v'.")
     if clean_timesteps is None:
         clean_timesteps = jnp.zeros_like(timesteps)
-    grid = model.check_latents(noisy, timesteps)
+    grid = model.check_latents(noisy, timesteps, step)
     model.check_latents(clean, clean_timesteps)
     model.check_context(noisy.shape[0], text, None)
     sizes = config.block_sizes(grid[0])
@@ -85,7 +85,7 @@ def _per_frame(timesteps: Array, grid: tuple[int, int, int]) -> Array:
 
 
 def _run_halves(
-    model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, int, int], sizes: list[int], step: Number
+    model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, int, int], sizes: list[int], step: Steps
 ) -> Array:
     """All layers over [clean; noisy] frames; the noisy half of the residual stream."""
     config, frames = model.config, grid[0]
@@ -98,7 +98,7 @@ def _run_halves(
             layer, number = layer
             block = nnx.merge(graph, layer)
 
-            def where(half: slice, step: Number = None) -> Context:
+            def where(half: slice, step: Steps = None) -> Context:
                 inputs = partial(block.attention_inputs, x[:, half], tokens.time_projection[:, half])
                 return Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
 

@@ -7,7 +7,8 @@ and learns the end,
     mean over frames that are not at the end yet of (x_i - sigma_i v(x_i, 1000 sigma_i) - x_n)^2.
 
 A block of a causal student may also be at the end, told time 0: it is then what later blocks see in generation, and
-counts nothing. Noise levels are those that the pairs were made with; a student that is told others learns wrong ones.
+counts nothing. Attention that depends on the sampling step is told that of the block's state. Noise levels are those
+that the pairs were made with; a student that is told others learns wrong ones.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float32, Int, Key
 from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import Schedule, few_step_schedule
+from monarchrt.models.sampling.solve import flow_at
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import Batch, Source
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
@@ -90,7 +92,7 @@ class ODEObjective(Objective):
         seen = jnp.take_along_axis(states, state[:, None, :, None, None, None], axis=1)[:, 0]
         sigma = jnp.asarray(self.schedule.sigmas, jnp.float32)[state]
         timesteps = jnp.asarray(np.append(self.schedule.timesteps, 0.0), jnp.float32)[state]
-        flow = student(seen, timesteps, text).astype(jnp.float32)
+        flow = flow_at(student, seen, timesteps, text, step=state).astype(jnp.float32)
         data = seen - sigma[..., None, None, None] * flow
         errors = jnp.mean(jnp.square(data - states[:, -1]), axis=(2, 3, 4))
         counts = state < len(settings.student_steps)

@@ -10,10 +10,12 @@ from monarchrt.models.sampling.solve import guided, keep_context
 from monarchrt.models.sampling.tables import sampler_table
 from monarchrt.models.wan.teacher_forced import teacher_forced
 from monarchrt.train.config import ObjectiveConfig
+from monarchrt.train.data import Batch
 from monarchrt.train.demo.film import make_continuation
 from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.flow import FlowObjective, flow_sampler
-from monarchrt.train.objectives.settings import DMDConfig, FlowConfig
+from monarchrt.train.objectives.ode import ODEDraws, ODEObjective
+from monarchrt.train.objectives.settings import DMDConfig, FlowConfig, ODEConfig
 from monarchrt.train.pairs import trajectory
 from monarchrt.train.state import split_model
 
@@ -63,6 +65,26 @@ def test_the_steps_of_a_student_that_makes_whole_clips(last):
     np.testing.assert_allclose(objective.samples(Numbered(), TEXT, draws), np.full(SHAPE, expected), rtol=1e-5)
 
 
+def test_a_student_that_learns_from_a_teachers_states():
+    """Each block is told the step of its state; those at the end, the number after the last."""
+
+    class Numbered(nnx.Module):
+        config = wan(0, causal_block=2).config
+
+        def __call__(self, latents, timesteps, text, image=None, *, step=None):
+            assert step is not None, "not told the step"
+            return jnp.zeros(latents.shape) + step[..., None, None, None]
+
+    objective = ODEObjective(ODEConfig(student_steps=(1000, 600), block=2))
+    draws = ODEDraws(jnp.asarray([[0, 0, 1, 1], [1, 1, 2, 2]]))
+    ones = Batch(np.ones((2, 3 * 4, 4, 4, 2), np.float32), np.zeros((2, 2, 4), np.float32))
+    loss, metrics = objective.loss("student", {"student": Numbered()}, ones, draws)
+    sigma = 5 * 0.6 / (1 + 4 * 0.6)  # of step 1, whose flow is 1
+    np.testing.assert_allclose(metrics["loss_at_1000"], 0.0)
+    np.testing.assert_allclose(metrics["loss_at_600"], sigma**2, rtol=1e-5)
+    np.testing.assert_allclose(loss, 2 / 3 * sigma**2, rtol=1e-5)
+
+
 def test_states_of_a_teacher():
     flow = guided(Numbered(), TEXT)
     states, end = trajectory(flow, NOISE, sampler_table("euler", steps=2, shift=1.0), stored=(1,), numbered=True)
@@ -106,3 +128,21 @@ def test_noisy_blocks_are_at_a_step_and_clean_ones_after_all():
     exact, (first, second) = flows(model)
     np.testing.assert_allclose(first, exact, atol=1e-6)
     assert np.abs(second - first).max() > 1e-3
+
+
+def test_frames_are_at_steps_of_their_own():
+    """One layer: what a frame's queries see does not depend on the steps of others."""
+    examples, times = batch((2, *SHAPE[1:])), jnp.full((2,), 500.0)
+    latents, text = jnp.asarray(examples.latents), jnp.asarray(examples.text)
+    model = wan(0, "first_steps(1, dense, sliding_tile(tile=(1,1,1),window=(1,1,1)))", causal_block=2)
+    steps = jnp.asarray([[0, 0, 1, 1], [1, 1, 0, 0]])
+    mixed, uniform = nnx.jit(
+        lambda model: (model(latents, times, text, step=steps), [model(latents, times, text, step=n) for n in (0, 1)])
+    )(model)
+    assert np.abs(uniform[0] - uniform[1]).max() > 1e-3
+    expected = np.where(np.asarray(steps)[..., None, None, None] == 0, *uniform)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"step has shape \(3,\), not \(\) for one, \(2,\) .* \(2, 4\) for one per frame"
+    ):
+        model(latents, times, text, step=jnp.zeros(3, jnp.int32))
