@@ -3,7 +3,7 @@
 A backend differs in what it supports and how exact it is, never in what is asked of it.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from monarch_jax import MonarchKVCache, monarch_attention
+from tests.untyped import programs
 
 LAYOUTS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
 # grid, tile: odd sizes, several tiles in every direction, the paper's two settings in small
@@ -62,7 +63,9 @@ def layers_in_one_cache(implementation, *, grid, heads, dim, dtype, layers=3, bl
     """
     frames, height, width = grid
     arrays = [inputs(20 + n, grid, batch=2, heads=heads, dim=dim, dtype=dtype)[:3] for n in range(layers * blocks)]
-    sizes = dict(batch=2, frames=frames * blocks, height=height, width=width, heads=heads, head_dim=dim, dtype=dtype)
+    sizes: dict[str, Any] = dict(
+        batch=2, frames=frames * blocks, height=height, width=width, heads=heads, head_dim=dim, dtype=dtype
+    )
 
     @jax.jit
     def together(cache, q, k, v, frame):
@@ -203,7 +206,7 @@ class AttentionSuite:
                 assert error(x, y) <= self.bounds["float32"]
             assert not np.asarray(dk[:, valid:]).any()
             assert not np.asarray(dv[:, valid:]).any()
-        assert run._cache_size() == 1
+        assert programs(run) == 1
 
     def test_static_kv_frames(self):
         grid = (3, 4, 6)
@@ -266,8 +269,9 @@ class AttentionSuite:
         frames = jnp.array([1, 3, 4])
 
         def run(q, k, v, n):
-            options = dict(grid=grid, implementation=self.implementation, kv_frames=n)
-            return monarch_attention(q[None], k[None], v[None], **options)[0]
+            return monarch_attention(
+                q[None], k[None], v[None], grid=grid, implementation=self.implementation, kv_frames=n
+            )[0]
 
         mapped = jax.vmap(run)(q, k, v, frames)
         for b, n in enumerate(frames.tolist()):

@@ -1,6 +1,7 @@
 """The KV cache: rewriting, rolling, sinks, overflow, gradients."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import pytest
 
 from monarch_jax import MonarchKVCache, backends, monarch_attention, xla
 from tests.attention.suite import error, inputs
+from tests.untyped import programs, untyped
 
 GRID, FRAME = (3, 2, 4), 8  # a block of 3 frames of 2x4 tokens
 
 
 def empty(**options):
-    sizes = dict(batch=2, frames=9, height=2, width=4, heads=3, head_dim=8, dtype=jnp.float32)
+    sizes: dict[str, Any] = dict(batch=2, frames=9, height=2, width=4, heads=3, head_dim=8, dtype=jnp.float32)
     return MonarchKVCache.init(**(sizes | options))
 
 
@@ -66,7 +68,7 @@ def test_rolling_window(frames, sinks):
         # writing the same block again at its own frame changes nothing
         again = cache.append(k, v, frame=3 * n)
         np.testing.assert_array_equal(np.asarray(again.key), np.asarray(cache.key))
-    assert step._cache_size() == 1
+    assert programs(step) == 1
 
 
 @pytest.mark.parametrize("options", [{}, dict(rolling=True, sink_frames=3), dict(tile=(3, 1, 4), detach_past=True)])
@@ -134,9 +136,9 @@ def test_gradients_where_a_backend_leaves_out_the_past(monkeypatch, frames, pass
         if problem.grad_tiles is not None:
             last = jnp.arange(grads[0].shape[1]) >= residuals.visible.max() - problem.grad_tiles
             grads = [jnp.where(last[:, None, None, None, None], x, 0) for x in grads]
-        return dq, *grads
+        return dq, grads[0], grads[1]
 
-    backend = backends.Backend("triton", lambda *_: None, backends.differentiable(xla.forward, vjp))
+    backend = backends.Backend("triton", lambda problem, q, k: None, backends.differentiable(xla.forward, vjp))
     monkeypatch.setitem(backends._REGISTRY, "triton", lambda: backend)
     (_, k0, v0), (q1, k1, v1) = blocks(2)
 
@@ -239,7 +241,7 @@ def test_a_layer_that_there_is_not(unchecked):
     """Raises if it is known; a traced one poisons what was written and what is written after it."""
     q, k, v = blocks(1)[0]
     cache = empty(layers=2)
-    for layer in (2, -1, jnp.int32(2), jnp.int32(-1), np.int32(2)):
+    for layer in map(untyped, (2, -1, jnp.int32(2), jnp.int32(-1), np.int32(2))):
         for call in (
             lambda: cache.append(k, v, frame=0, layer=layer),  # noqa: B023
             lambda: cache.attend(q, layer=layer),  # noqa: B023
@@ -363,15 +365,15 @@ def test_bad_blocks(unchecked):
         (lambda: empty(tile=(3, 2, 4)).append(k, v, frame=1), r"frame=1 is not a multiple of the tile's 3 frames"),
         (lambda: empty(rolling=True).append(k, v).attend(k, causal_block=1), r"causal_block=1: a rolling .* not 3 fr"),
         (lambda: empty().append(k, v[:, :8]), r"value has shape \(2, 8, 3, 8\), .*; key has \(2, 24, 3, 8\)"),
-        (lambda: empty().append(k.tolist(), v), r"key is a list; it should be an array"),
-        (lambda: empty().append(k, v.tolist()), r"value is a list; it should be an array of JAX or NumPy"),
-        (lambda: empty().attend(k.tolist()), r"query is a list; it should be an array of JAX or NumPy"),
-        (lambda: empty().append(k, v, frame=2.7), r"frame=2.7 is not an integer"),
+        (lambda: empty().append(untyped(k.tolist()), v), r"key is a list; it should be an array"),
+        (lambda: empty().append(k, untyped(v.tolist())), r"value is a list; it should be an array of JAX or NumPy"),
+        (lambda: empty().attend(untyped(k.tolist())), r"query is a list; it should be an array of JAX or NumPy"),
+        (lambda: empty().append(k, v, frame=untyped(2.7)), r"frame=2.7 is not an integer"),
         (
             lambda: empty().append(k, v, frame=jnp.zeros(2, int)),
             r"frame has shape \(2,\), .* should be an int32 scalar",
         ),
-        (lambda: empty(layers=2).append(k, v, frame=0, layer=1.5), r"layer=1.5 is not an integer"),
+        (lambda: empty(layers=2).append(k, v, frame=0, layer=untyped(1.5)), r"layer=1.5 is not an integer"),
         (lambda: empty(frames=2).append(k, v), r"key has 3 frames, more than the cache's 2"),
     ]
     for call, message in cases:
@@ -400,7 +402,7 @@ def test_which_layer():
 def test_queries_without_keys_raise_where_that_is_known(layers):
     """An empty cache, fewer frames than the queries have, or a block that had no place; NaN under `jax.jit`."""
     q, k, v = blocks(1)[0]
-    which = {} if layers is None else {"layer": 0}
+    which: dict[str, Any] = {} if layers is None else {"layer": 0}
     cache = empty(layers=layers)
     with pytest.raises(ValueError, match="query: the cache holds none of the 3 frames that it has; append their keys"):
         cache.attend(q, **which)

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def test_equals_pytorch(x64, name, implementation):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_the_guard_is_pytorchs_too(x64, monkeypatch, implementation):
     """Sharp queries and three steps: some 1/c_R are beyond the guard's 1e4, as the output shows."""
-    options = dict(grid=(2, 3, 4), tile=(1, 3, 4), num_iters=3)
+    options: dict[str, Any] = dict(grid=(2, 3, 4), tile=(1, 3, 4), num_iters=3)
     q, k, v, _ = inputs(3, (2, 3, 4), heads=2, dim=8, dtype=jnp.float64)
     q = 30 * q
     expected = torch_monarch(*(torch.tensor(np.asarray(x)) for x in (q, k, v)), **options).numpy()
@@ -79,7 +80,7 @@ def dense(q, k, v, scale=None):
 def test_one_row_or_column_per_tile_is_dense(x64, tile, num_iters):
     """Blocks of size one leave nothing to approximate: b1 = 1 or b2 = 1 is softmax attention."""
     q, k, v, _ = inputs(0, (2, 3, 4), dim=8, dtype=jnp.float64)
-    options = dict(grid=(2, 3, 4), tile=tile, num_iters=num_iters)
+    options: dict[str, Any] = dict(grid=(2, 3, 4), tile=tile, num_iters=num_iters)
     for implementation in ("reference", "xla"):
         out = monarch_attention(q, k, v, implementation=implementation, **options)
         # from the second step on the published guard on 1/c_R perturbs the scores by up to 1e-6 of themselves
@@ -203,7 +204,7 @@ def test_equals_the_published_functions(x64, published, reduce, grid, num_iters)
     path = pathlib.Path(published) / "wan" / "modules" / "monarch_attn.py"
     tree = ast.parse(path.read_text())
     wanted = ("_get_rearrange_fns", "monarch_attn_slow")
-    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    body: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
     from einops import rearrange
 
     scope = {"torch": torch, "rearrange": rearrange}

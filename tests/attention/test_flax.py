@@ -1,5 +1,7 @@
 """The attention inside Flax modules, NNX and Linen."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 
 from monarch_jax import MonarchKVCache, MonarchSelfAttention, attention_fn, monarch_attention
 from tests.attention.suite import error
+from tests.untyped import untyped
 
 GRID = (2, 3, 4)
 
@@ -87,7 +90,7 @@ def test_self_attention_module_and_its_cache():
 def test_a_rolling_cache_of_a_causal_module():
     """Blocks that fit the window: as with a cache that has room for all."""
     layer = MonarchSelfAttention(16, num_heads=2, causal_block=3, rngs=nnx.Rngs(0))
-    sizes = dict(batch=1, frames=6, height=3, width=4, heads=2, head_dim=8, dtype=jnp.float32)
+    sizes: dict[str, Any] = dict(batch=1, frames=6, height=3, width=4, heads=2, head_dim=8, dtype=jnp.float32)
     rolling, whole = (MonarchKVCache.init(rolling=x, **sizes) for x in (True, False))
     for x in jnp.split(x_of(1, 6 * 12, 16), 2, axis=1):
         found, rolling = layer.extend(x, rolling)
@@ -120,7 +123,7 @@ def test_the_attention_fn_takes_arrays():
 
 
 def test_a_list_is_a_tile(unchecked):
-    layer = MonarchSelfAttention(16, num_heads=2, tile=[1, 3, 4], rngs=nnx.Rngs(0))
+    layer = MonarchSelfAttention(16, num_heads=2, tile=untyped([1, 3, 4]), rngs=nnx.Rngs(0))
     assert layer.tile == (1, 3, 4)
 
 
@@ -188,9 +191,9 @@ def test_bad_inputs_of_modules(unchecked, x, message):
     with pytest.raises(ValueError, match=message):
         layer(x, grid=GRID)
     with pytest.raises(ValueError, match="cache is a dict; it should be a MonarchKVCache"):
-        layer.extend(jnp.ones((1, 24, 16)), {})
+        layer.extend(jnp.ones((1, 24, 16)), untyped({}))
     with pytest.raises(ValueError, match="rope=3 is not a function"):
-        layer(jnp.ones((1, 24, 16)), grid=GRID, rope=3)
+        layer(jnp.ones((1, 24, 16)), grid=GRID, rope=untyped(3))
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 2, 8), (1, 24, 2, 0), (0, 24, 2, 8), (24, 8)])

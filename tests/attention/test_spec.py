@@ -1,6 +1,7 @@
 """Settings and inputs that do not fit, and what a setting costs."""
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from monarch_jax import (
 )
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
 from tests.attention.suite import inputs, value_and_grads
+from tests.untyped import untyped
 
 GRID = (4, 6, 8)
 
@@ -90,7 +92,7 @@ def test_bad_block_sizes(unchecked):
     with pytest.raises(ValueError, match=r"block_sizes=\(0, 4\) is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=(0, 4))
     with pytest.raises(ValueError, match=r"block_sizes=6 is not two positive integers"):
-        monarch_attention_1d(q, k, v, block_sizes=6)
+        monarch_attention_1d(q, k, v, block_sizes=untyped(6))
     with pytest.raises(ValueError, match=r"query has shape \(24, 1, 16\); it should be \[batch"):
         monarch_attention_1d(q[0], k, v, block_sizes=(4, 6))
 
@@ -111,7 +113,7 @@ def test_what_is_no_scale(unchecked, scale):
 def test_arrays_of_numpy(unchecked):
     """float64 is what JAX makes of it, alone and beside arrays of JAX."""
     arrays = inputs(0, (2, 3, 4), batch=1, heads=1)[:3]
-    wide = [np.asarray(x, np.float64) for x in arrays]
+    wide = [untyped(np.asarray(x, np.float64)) for x in arrays]
     expected = monarch_attention(*arrays, grid=(2, 3, 4))
     for given in (wide, [arrays[0], *wide[1:]], [wide[0], *arrays[1:]]):
         found = monarch_attention(*given, grid=(2, 3, 4))
@@ -119,17 +121,17 @@ def test_arrays_of_numpy(unchecked):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
         assert monarch_factors(*given[:2], grid=(2, 3, 4)).attention.dtype == jnp.float32
         assert monarch_attention_1d(*given, block_sizes=(3, 4)).dtype == jnp.float32
-    sizes = dict(batch=1, frames=2, height=3, width=4, heads=1, head_dim=16, dtype=jnp.float32)
+    sizes: dict[str, Any] = dict(batch=1, frames=2, height=3, width=4, heads=1, head_dim=16, dtype=jnp.float32)
     cached = MonarchKVCache.init(**sizes).append(*wide[1:]).attend(wide[0])
     np.testing.assert_allclose(np.asarray(cached), np.asarray(expected), atol=1e-6)
 
 
 def test_arrays_of_numpy_in_float64(unchecked, x64):
     wide = inputs(0, (2, 3, 4), batch=1, heads=1, dtype=jnp.float64)[:3]
-    found = monarch_attention(*(np.asarray(x) for x in wide), grid=(2, 3, 4))
+    found = monarch_attention(*(untyped(np.asarray(x)) for x in wide), grid=(2, 3, 4))
     assert found.dtype == jnp.float64
     with pytest.raises(ValueError, match="key has dtype float64, query has float32"):
-        monarch_attention(wide[0].astype(jnp.float32), *(np.asarray(x) for x in wide[1:]), grid=(2, 3, 4))
+        monarch_attention(wide[0].astype(jnp.float32), *(untyped(np.asarray(x)) for x in wide[1:]), grid=(2, 3, 4))
 
 
 def test_numbers_of_numpy(unchecked, x64):
@@ -137,7 +139,9 @@ def test_numbers_of_numpy(unchecked, x64):
     arrays = inputs(0, (2, 3, 4), batch=1, heads=1)
     for x in value_and_grads(*arrays, grid=(2, 3, 4), scale=np.float64(0.3)):
         assert x.dtype == jnp.float32
-    spec = MonarchSpec(grid=np.array([2, 3, 4]), num_iters=jnp.int32(1), causal_block=np.int64(2))
+    spec = MonarchSpec(
+        grid=untyped(np.array([2, 3, 4])), num_iters=untyped(jnp.int32(1)), causal_block=untyped(np.int64(2))
+    )
     assert hash(spec) == hash(MonarchSpec(grid=(2, 3, 4), causal_block=2))
 
 
@@ -173,7 +177,7 @@ def test_costs():
 def test_bad_costs(unchecked):
     spec = MonarchSpec(grid=(6, 4, 5))
     with pytest.raises(ValueError, match="mode='backward' is not 'forward' or 'vjp'"):
-        flops(spec, heads=1, head_dim=1, mode="backward")
+        flops(spec, heads=1, head_dim=1, mode=untyped("backward"))
     for count in (flops, dense_flops, bytes_moved):
         with pytest.raises(ValueError, match="heads=0 is not a positive integer"):
             count(spec, heads=0, head_dim=1)
@@ -189,13 +193,13 @@ def test_costs_are_of_a_spec(unchecked, count):
 
 def test_tiles_of_other_shapes_are_refused(unchecked):
     spec = MonarchSpec(grid=(2, 4, 6), tile=(2, 4, 6))
-    for x in (jnp.ones((1, 24, 2)), jnp.ones(48), [1]):
+    for x in (jnp.ones((1, 24, 2)), jnp.ones(48), untyped([1])):
         with pytest.raises(ValueError, match=r"x has shape .*; it should be \[batch, n\*48, ...\], whole tiles"):
             tokens_to_tiles(x, spec)
-    for x in (jnp.ones((1, 48, 2)), jnp.ones((1, 1, 8, 5, 2)), None):
+    for x in (jnp.ones((1, 48, 2)), jnp.ones((1, 1, 8, 5, 2)), untyped(None)):
         with pytest.raises(ValueError, match=r"x has shape .*; it should be \[batch, n\*1, 8, 6, ...\]"):
             tiles_to_tokens(x, spec)
-    for frames in (0, -2, 1, 4, 2.0, True, "2"):
+    for frames in map(untyped, (0, -2, 1, 4, 2.0, True, "2")):
         with pytest.raises(ValueError, match=f"kv_frames={frames!r} is not"):
             visible_tiles(spec, frames)
 

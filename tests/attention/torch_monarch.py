@@ -48,7 +48,7 @@ def torch_monarch(q, k, v, *, grid, tile, blocks="fh,w", num_iters=1, scale=None
         ]
         qa = q[:, index]  # [B, i, j, H, D]
         keys, values = [k[:, idx] for idx in seen], [v[:, idx] for idx in seen]
-        left = None
+        left = rights = None
         for _ in range(num_iters):
             rights, scores = [], []
             for c, kc in enumerate(keys):
@@ -67,8 +67,11 @@ def torch_monarch(q, k, v, *, grid, tile, blocks="fh,w", num_iters=1, scale=None
                 rights.append(right)
             joint = torch.softmax(torch.cat(scores, -1), -1)
             left = joint.split([s.shape[-1] for s in scores], -1)
-        total = 0
-        for weight, right, vc in zip(left, rights, values, strict=True):
-            total = total + torch.einsum("bhjik,bhkjl,bklhd->bijhd", weight, right, vc)
-        out[:, index.reshape(-1)] = total.flatten(1, 2)
+        assert left is not None
+        assert rights is not None
+        shares = [
+            torch.einsum("bhjik,bhkjl,bklhd->bijhd", weight, right, vc)
+            for weight, right, vc in zip(left, rights, values, strict=True)
+        ]
+        out[:, index.reshape(-1)] = torch.stack(shares).sum(0).flatten(1, 2)
     return out

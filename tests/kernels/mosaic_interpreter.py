@@ -6,6 +6,7 @@ memory bytes of its own, so here a tile has one view; that the views are the sam
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -129,8 +130,8 @@ def _interpret(original):
 class _Packs:
     """Tiles [slots, slabs, 64, slab] whose rows are copied as [packed, rows]; stands for the third view."""
 
-    tile: object
-    slot: object = None
+    tile: Any
+    slot: Any = None
     split: tuple[int, int] = (1, 1)
 
     at = property(lambda self: self)

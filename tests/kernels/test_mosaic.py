@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from monarchrt.pallas_kernels.sm90.right import right_role
 from monarchrt.pallas_kernels.sm90.right_backward import right_backward_role
 from tests.attention.suite import LAYOUTS, error
 from tests.kernels.mosaic_interpreter import interpreted
+from tests.untyped import there, untyped
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 PAPER = ((30, 52, 21), (90, 52, 7), (45, 80, 21), (135, 80, 7))  # b1, b2, tiles: Tables 5 and 6
@@ -71,7 +73,7 @@ def test_reasons(options, shape, dtype, reason):
     problem, q = Problem(scale=1.0, **options), jax.ShapeDtypeStruct(shape, dtype)
     assert pallas_kernels.supports(problem, q, q) is not None
     with pytest.raises(NotImplementedError, match=reason):
-        pallas_kernels.forward(problem, q, q, q, jnp.zeros(2, jnp.int32))
+        pallas_kernels.forward(problem, *[untyped(q)] * 3, visible=jnp.zeros(2, jnp.int32))
 
 
 def test_configurations_fit_a_block():
@@ -90,7 +92,7 @@ def test_every_column_has_a_place_of_its_own(cols, masked):
     count = 7
     split = column_blocks(cols, count, masked)
     tile, column = jnp.divmod(jnp.arange(count * cols, dtype=jnp.int32), cols)
-    items, rows = jax.vmap(split.place)(tile, column)
+    items, rows = untyped(jax.vmap(split.place)(tile, column))
     places = set(zip(items.tolist(), rows.tolist(), strict=True))
     assert len(places) == count * cols
     assert all(0 <= item < split.items and 0 <= row < 64 for item, row in places)
@@ -105,10 +107,10 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
     tuning._entries.cache_clear()
     found = tuning.forward(30, 52, 128)
     assert found == dataclasses.replace(
-        forward_config(30, 52, 128), chunk_bytes=2**20, left=dataclasses.replace(left_config(30, 128), stages=2)
+        there(forward_config(30, 52, 128)), chunk_bytes=2**20, left=dataclasses.replace(left_config(30, 128), stages=2)
     )
-    assert tuning.backward(30, 52, 128).keys.stages == 2
-    decode = tuning.forward(30, 52, 128, few=True)
+    assert there(tuning.backward(30, 52, 128)).keys.stages == 2
+    decode = there(tuning.forward(30, 52, 128, few=True))
     assert (decode.left.stages, decode.chunk_bytes) == (1, ForwardConfig.chunk_bytes)
     assert tuning.forward(45, 80, 128, few=True) == forward_config(45, 80, 128)
     assert tuning.forward(45, 80, 128) == forward_config(45, 80, 128)
@@ -119,7 +121,7 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
 
 def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeypatch):
     """Others take the sizes, but may have no place for clusters of 16 blocks."""
-    measured = tuning.forward(30, 52, 128)
+    measured = there(tuning.forward(30, 52, 128))
     assert measured.fused.clusters == 7
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for kind, clusters in (("NVIDIA H200", 7), ("NVIDIA H100 80GB HBM3", 7), ("NVIDIA H20", 0)):
@@ -190,7 +192,7 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     _, _, rows, cols, _, dim = shape
     problem = Problem(scale=dim**-0.5, masked=masked)
     config = ForwardConfig(
-        right=dataclasses.replace(right_config(cols, dim), blocks=2),
+        right=dataclasses.replace(there(right_config(cols, dim)), blocks=2),
         left=dataclasses.replace(left_config(rows, dim), blocks=2),
     )
     config = tuning.changed(config, sizes)
@@ -204,7 +206,8 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
             masked=masked,
             config=config,
         )
-    expected, expected_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
+    wide = (q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32))
+    expected, expected_lse = xla.forward(problem, *wide, visible)
     assert out.dtype == q.dtype
     sees = np.flatnonzero(visible)
     assert error(out[:, sees], expected[:, sees]) < 1e-2
@@ -304,7 +307,7 @@ def scratch_bytes(role, *, reductions: bool = True) -> int:
 
     for scratch in role.scratch:
         if isinstance(scratch, plgpu.Barrier):
-            barriers += math.prod(scratch.num_barriers)
+            barriers += math.prod(untyped(scratch.num_barriers))
         elif isinstance(scratch, plgpu.RefUnion):
             (together,) = {sum(map(size, view)) for view in scratch.refs}  # views of the same bytes
             arrays.append(together)
@@ -337,11 +340,11 @@ def test_shared_memory_is_the_scratch(rows, cols, dim):
     q = jax.ShapeDtypeStruct((1, 3, rows, cols, 2, dim), jnp.bfloat16)
     shapes = ((*q.shape[:5], dim // 64, 64), (1, 3 * rows, cols, 2, dim // 64, 64))
     query, keys = (jax.ShapeDtypeStruct(x, q.dtype) for x in shapes)
-    options = dict(heads=2, tiles=3, masked=False)
-    right = right_config(cols, dim)
+    options: dict[str, Any] = dict(heads=2, tiles=3, masked=False)
+    right = there(right_config(cols, dim))
     role = right_role(query, keys, scale=0.1, key_block=64, config=right, **options)
     assert scratch_bytes(role) == right.shared_memory(cols, dim)
-    backward = backward_config(rows, cols, dim)
+    backward = there(backward_config(rows, cols, dim))
     lefts = [backward.left]
     if rows <= 96:
         lefts.append(LeftBackwardConfig(columns=1, independent=True, stages=4))

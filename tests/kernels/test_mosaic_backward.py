@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from monarchrt.pallas_kernels.sm90.shared import gradient_scales
 from tests.attention.suite import error
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_mosaic import PAPER, lower, tiles, tokens
+from tests.untyped import there, untyped
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-ALONE = dict(independent=True, columns=1, row_blocks=1, stages=4)  # back through L, each warpgroup for itself
+# back through L, each warpgroup for itself
+ALONE: dict[str, Any] = dict(independent=True, columns=1, row_blocks=1, stages=4)
 
 
 def cut(config, blocks=2):
@@ -57,7 +60,7 @@ def compare(
     masked = visible is not None
     visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
     problem = Problem(scale=shape[-1] ** -0.5, masked=masked)
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    wide = (q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32))
     out, lse = xla.forward(problem, *wide, visible)
     expected = list(xla.vjp(problem, Residuals(*wide, visible, out, lse), g.astype(jnp.float32)))
     axis = jnp.arange(key_tiles).reshape(1, -1, 1, 1, 1, 1)
@@ -100,7 +103,7 @@ def test_no_races_where_warpgroups_share_key_rows(monkeypatch, visible, warpgrou
 def test_gradients_have_the_shapes_of_their_arrays(rows, cols, dim, chunk_bytes):
     """Several batch entries, query tiles and heads, in one chunk and in many; more key tiles than query tiles."""
     q, k, lse = (tokens(3, *x) for x in ((2, rows, cols, 2, dim), (4, rows, cols, 2, dim), (2, rows, cols, 2)))
-    config = dataclasses.replace(backward_config(rows, cols, dim), chunk_bytes=chunk_bytes)
+    config = dataclasses.replace(there(backward_config(rows, cols, dim)), chunk_bytes=chunk_bytes)
     run = functools.partial(backward, scale=0.1, masked=True, grad_tiles=None, config=config)
     visible = jax.ShapeDtypeStruct((2,), jnp.int32)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, q, k, k, visible, q, lse, q)) == tuple(
@@ -156,7 +159,7 @@ def test_kept_intermediates_give_the_same_bits(monkeypatch, shape, key_tiles, vi
     g = jax.random.normal(jax.random.key(1), shape).astype(q.dtype)
     masked = visible is not None
     visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
-    options = dict(scale=shape[-1] ** -0.5, masked=masked)
+    options: dict[str, Any] = dict(scale=shape[-1] ** -0.5, masked=masked)
     sizes = forward_config(shape[2], shape[3], shape[-1])
     sizes = tuning.changed(sizes, {"right": {"blocks": 2}, "left": {"blocks": 2}})
     config = tuning.changed(cut(backward_config(shape[2], shape[3], shape[-1])), {"left": left})
@@ -198,15 +201,15 @@ def test_configurations_fit_a_block():
         ):
             assert size <= SHARED_MEMORY
     for cols, dim, independent in ((52, 128, True), (60, 128, False), (80, 64, True), (90, 64, False)):
-        assert backward_config(30, cols, dim).keys.independent is independent
+        assert there(backward_config(30, cols, dim)).keys.independent is independent
     with pytest.raises(ValueError, match="ring=5 is below 6"):
         RightBackwardConfig(independent=True, ring=5)
     for rows in (30, 90, 96):
         assert LeftBackwardConfig(**ALONE).shared_memory(rows, 128) <= SHARED_MEMORY
     with pytest.raises(ValueError, match="independent=True with columns=2, row_blocks=1, stages=4 is not one column"):
-        LeftBackwardConfig(**ALONE | dict(columns=2))
+        LeftBackwardConfig(**untyped(ALONE | dict(columns=2)))
     with pytest.raises(ValueError, match=r"stages=2 is not .* 4 or more"):  # a step would wait for itself
-        LeftBackwardConfig(**ALONE | dict(stages=2))
+        LeftBackwardConfig(**untyped(ALONE | dict(stages=2)))
     with pytest.raises(ValueError, match="4 computing warpgroups"):
         LeftBackwardConfig(columns=2, row_blocks=2)
 

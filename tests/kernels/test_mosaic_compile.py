@@ -10,6 +10,7 @@ import pytest
 
 from monarchrt.pallas_kernels.sm90 import tuning
 from monarchrt.pallas_kernels.sm90.config import SHARED_MEMORY
+from tests.untyped import there
 
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
@@ -90,16 +91,16 @@ def compile_and_read(folder, *arguments):
     for path in sorted(folder.glob("*.ptxas")):
         report = path.read_text()
         assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
-        numbers = (re.search(x, report).group(1) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        numbers = (there(re.search(x, report))[1] for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         found.append(tuple(map(int, numbers)))
     check_shared_memory(folder, *arguments)
-    return found, int(re.search(r"scratch (\d+)", done.stdout).group(1))
+    return found, int(there(re.search(r"scratch (\d+)", done.stdout))[1])
 
 
 def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
     """What a block gets is what its configuration says, which is what the choice of sizes went by."""
     del tiles, masked
-    forward, backward = tuning.forward(rows, cols, dim), tuning.backward(rows, cols, dim)
+    forward, backward = there(tuning.forward(rows, cols, dim)), there(tuning.backward(rows, cols, dim))
     said = {
         "monarch_fused": forward.fused.shared_memory(),
         "monarch_right": (backward if gradient else forward).right.shared_memory(cols, dim),
@@ -112,7 +113,7 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
     }
     for path in sorted(folder.glob("*.ptxas")):
         launch = (folder / f"{path.stem}.before_layout_inference.txt").read_text()
-        used = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch).group(1))
+        used = int(there(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch))[1])
         assert used == said[path.stem.rpartition("_")[0]], path.stem
         assert used <= SHARED_MEMORY
 

@@ -15,6 +15,7 @@ from monarchrt.pallas_kernels.sm90.backward import backward
 from monarchrt.pallas_kernels.sm90.config import FusedConfig, LeftBackwardConfig, backward_config, forward_config
 from monarchrt.pallas_kernels.sm90.forward import forward
 from tests.attention.suite import LAYOUTS, error, inputs, layers_in_one_cache, value_and_grads, with_grads
+from tests.untyped import programs, there
 
 
 def _hopper() -> bool:
@@ -26,6 +27,11 @@ def _hopper() -> bool:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU")]
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3}
+
+
+def single(q, k, v):
+    """The same in float32."""
+    return q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)
 
 
 def compare(*arrays, **options):
@@ -82,7 +88,7 @@ def test_traced_kv_frames():
         out = run(jnp.int32(frames), q, *(x.at[:, valid:].set(jnp.nan) for x in (k, v)))
         wide = (x.astype(jnp.float32) for x in (q, k[:, :valid], v[:, :valid]))
         assert error(out, monarch_attention(*wide, grid=grid, implementation="reference")) <= BOUNDS["bfloat16"]
-    assert run._cache_size() == 1
+    assert programs(run) == 1
 
 
 def test_cache_equals_causal():
@@ -117,7 +123,7 @@ def test_chunks_change_nothing(rows):
     """Nothing in the numbers, bit for bit."""
     keys = jax.random.split(jax.random.key(7), 3)
     q, k, v = (jax.random.normal(r, (1, 4, rows, 52, 6, 128), jnp.bfloat16) for r in keys)
-    visible, config = jnp.full(4, 4, jnp.int32), forward_config(rows, 52, 128)
+    visible, config = jnp.full(4, 4, jnp.int32), there(forward_config(rows, 52, 128))
     whole, lse, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=config)
     changed = dataclasses.replace(config, chunk_bytes=2**24)
     out, other, _ = forward(q, k, v, visible, scale=0.1, masked=False, config=changed)
@@ -145,7 +151,7 @@ def test_fused(rows, cols, tiles, key_tiles, visible, dtype):
     options = dict(scale=128**-0.5, masked=visible is not None)
     seen = jnp.array(visible or [key_tiles] * tiles, jnp.int32)
     k, v = (x.at[:, int(seen.max()) :].set(jnp.nan) for x in (k, v))
-    config = forward_config(rows, cols, 128)
+    config = there(forward_config(rows, cols, 128))
     one = jax.jit(lambda *x: forward(*x, config=dataclasses.replace(config, fused=FusedConfig(clusters=7)), **options))
     out, lse, _ = one(q, k, v, seen)
     expected = forward(q, k, v, seen, config=config, **options)
@@ -161,10 +167,10 @@ def test_fused_sharp_and_flat(sharpness):
     keys = jax.random.split(jax.random.key(14), 3)
     q, k, v = (jax.random.normal(r, (1, 5, 30, 52, 3, 128), jnp.bfloat16) for r in keys)
     problem, seen = Problem(scale=sharpness * 128**-0.5), jnp.full(5, 5, jnp.int32)
-    config = dataclasses.replace(forward_config(30, 52, 128), fused=FusedConfig(clusters=7))
+    config = dataclasses.replace(there(forward_config(30, 52, 128)), fused=FusedConfig(clusters=7))
     out, lse, _ = forward(q, k, v, seen, scale=problem.scale, masked=False, config=config)
     with jax.default_matmul_precision("highest"):
-        expected, right_lse = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), seen)
+        expected, right_lse = xla.forward(problem, *single(q, k, v), seen)
     assert error(out, expected) <= BOUNDS["bfloat16"]
     assert error(lse, right_lse) <= 1e-3
 
@@ -173,7 +179,8 @@ def test_fused_keeps_a_bad_example_to_itself():
     """NaN in one batch entry and head is in no other, though their key rows lie side by side in shared memory."""
     keys = jax.random.split(jax.random.key(13), 3)
     q, k, v = (jax.random.normal(r, (2, 3, 30, 52, 4, 128), jnp.bfloat16) for r in keys)
-    run = jax.jit(lambda *x: pallas_kernels.forward(Problem(scale=128**-0.5), *x, jnp.full(3, 3, jnp.int32))[0])
+    problem, visible = Problem(scale=128**-0.5), jnp.full(3, 3, jnp.int32)
+    run = jax.jit(lambda q, k, v: pallas_kernels.forward(problem, q, k, v, visible)[0])
     good = run(q, k, v)
     bad = run(q, *(x.at[0, :, :, :, 1].set(jnp.nan) for x in (k, v)))
     assert bool(jnp.isnan(bad[0, ..., 1, :]).all())
@@ -187,7 +194,7 @@ def test_log_sum_exp():
     problem, visible = Problem(scale=128**-0.5), jnp.full(2, 2, jnp.int32)
     _, lse = pallas_kernels.forward(problem, q, k, v, visible)
     with jax.default_matmul_precision("highest"):
-        _, expected = xla.forward(problem, *(x.astype(jnp.float32) for x in (q, k, v)), visible)
+        _, expected = xla.forward(problem, *single(q, k, v), visible)
     assert error(lse, expected) <= 1e-3
 
 
@@ -319,7 +326,7 @@ def test_warpgroups_that_take_turns_in_l(rows, cols, count, dim, masked):
     problem = Problem(scale=dim**-0.5, masked=masked)
     visible = jnp.arange(1, count + 1, dtype=jnp.int32) if masked else jnp.full(count, count, jnp.int32)
     out, lse = pallas_kernels.forward(problem, q, k, v, visible)
-    config = backward_config(rows, cols, dim)
+    config = there(backward_config(rows, cols, dim))
     shared = dict(columns=1 if rows > 64 else 2, row_blocks=-(-rows // 64), independent=False, stages=2)
     alone = dict(columns=1, row_blocks=1, independent=True, stages=4)
     options = dict(scale=problem.scale, masked=masked, grad_tiles=None)
@@ -343,7 +350,7 @@ def test_gradients_in_chunks_and_of_new_keys_only():
     visible = jnp.array([2, 2, 4, 4], jnp.int32)
     problem = Problem(scale=128**-0.5, masked=True)
     out, lse = pallas_kernels.forward(problem, q, k, v, visible)
-    config = backward_config(30, 52, 128)
+    config = there(backward_config(30, 52, 128))
 
     def run(config, grad_tiles=None):
         options = dict(scale=problem.scale, masked=True, grad_tiles=grad_tiles, config=config)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from monarchrt import triton_kernels
 from monarchrt.triton_kernels import config, plan
 from monarchrt.triton_kernels.config import KERNELS, Config, Stream, Target, configs, heuristic, store, use, user_file
 from tests.attention.suite import AttentionSuite, error, inputs
+from tests.untyped import there, untyped
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = (  # a process each: that takes seconds to start
@@ -184,7 +185,7 @@ def test_the_stream_compiles_ahead_of_time(setting):
     (call,) = plan.forward(shape, chosen, "ieee").launches
     assert call.kernel == "streamed"
     registers, spills, shared = compile_launch(call, 90)
-    assert registers <= (chosen.stream.registers or 255)
+    assert registers <= (there(chosen.stream).registers or 255)
     assert spills <= 96
     assert shared <= SHARED_MEMORY[90] // 2, "two blocks do not fit a multiprocessor"
 
@@ -315,13 +316,13 @@ def test_takes_more_steps_forward_only():
     x = tiles((1, 2, 8, 8, 1, 64))
     problem = Problem(scale=1.0, num_iters=2)
     assert triton_kernels.supports(problem, x, x) is None
-    assert "num_iters=2" in triton_kernels.supports_vjp(problem, x, x)
+    assert "num_iters=2" in there(triton_kernels.supports_vjp(problem, x, x))
 
 
 def test_names_the_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     x = tiles((1, 2, 8, 8, 1, 64))
-    assert "pip install" in triton_kernels.supports(Problem(scale=1.0), x, x)
+    assert "pip install" in there(triton_kernels.supports(Problem(scale=1.0), x, x))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -352,19 +353,19 @@ def test_other_hopper_cards_take_the_configs_of_the_h200(tmp_path, monkeypatch):
     for few in (False, True):
         shape = {"b1": 90, "b2": 52, "dim": 128, "itemsize": 2, "few": few}
         assert configs(Target(90, "NVIDIA H20"), **shape) == configs(Target(90, "NVIDIA H200"), **shape)
-    shape = {"b1": 90, "b2": 52, "dim": 128, "itemsize": 2}
+    shape: dict[str, Any] = {"b1": 90, "b2": 52, "dim": 128, "itemsize": 2}
     ampere = Target(80, "NVIDIA A100-SXM4-80GB")
     assert configs(ampere, **shape) == heuristic(ampere, **shape)
 
 
 def test_the_users_configs_come_first(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
+    shape: dict[str, Any] = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
     where = Target(90, "NVIDIA H200")
     mine = dataclasses.replace(configs(where, **shape), right_query=Config(rows=16, keys=64, stages=1))
     assert store(where, mine, **shape) == user_file(where)
     assert configs(where, **shape) == mine
-    assert configs(where, **shape | {"b2": 80}) != mine
+    assert configs(where, **untyped(shape | {"b2": 80})) != mine
     other = heuristic(Target(80), **shape)
     with use(other):
         assert configs(where, **shape) == other
@@ -373,7 +374,7 @@ def test_the_users_configs_come_first(tmp_path, monkeypatch):
 def test_entries_for_few_query_tiles(tmp_path, monkeypatch):
     """They add to the entry of the shape, and hold only there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
+    shape: dict[str, Any] = {"b1": 30, "b2": 52, "dim": 128, "itemsize": 2}
     where = Target(90, "a new card")
     plain = configs(where, **shape)
     streamed = dataclasses.replace(plain, stream=Stream(rows=52, tiles=7, registers=168))

@@ -9,6 +9,7 @@ import inspect
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def run_case(case: Case) -> dict[str, float]:
 
     @jax.jit  # one program: compiling it takes a second, operation by operation six
     def reference_results(q, k, v, g):
-        out, vjp = jax.vjp(lambda *x: reference.attend(problem, *x, jnp.asarray(visible)), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: reference.attend(problem, q, k, v, jnp.asarray(visible)), q, k, v)
         return out, *vjp(g)
 
     expected = dict(zip(("out", "dq", "dk", "dv"), reference_results(*wide), strict=True))
@@ -201,7 +202,7 @@ def run_case(case: Case) -> dict[str, float]:
     operands = {"visible": torch.tensor(visible), "q": q, "k": k, "v": v, "scale": problem.scale}
     more = case.num_iters > 1
     todo = plan.refined(shape, configs, "ieee", case.num_iters) if more else plan.forward(shape, configs, "ieee")
-    results = {"out": (q.shape, dtype), "lse": (q.shape[:-1], torch.float32)}
+    results: dict[str, Any] = {"out": (q.shape, dtype), "lse": (q.shape[:-1], torch.float32)}
     kept, start = ("mid", "stats"), {}
     if todo.stream:
         results["counters"] = (plan.counters(shape, todo.stream), torch.int32)
