@@ -122,7 +122,7 @@ def sliding_tile(q, k, v, grid, block, *, tile, windows):
 def cubes_of(grid, cube):
     """Number of each token's cube, and a matrix of means [cubes, N]."""
     count = [-(-size // side) for size, side in zip(grid, cube, strict=True)]
-    of = np.ravel_multi_index(tuple((places(grid) // np.array(cube)).T), count)
+    of = np.asarray(np.ravel_multi_index(tuple((places(grid) // np.array(cube)).T), count))
     member = (of == np.arange(np.prod(count))[:, None]).astype(np.float64)
     return of, member / member.sum(1, keepdims=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from monarchrt.models.sampling.rollout import generate_block
 from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from tests.models import conftest as wan
+from tests.untyped import programs, there
 
 H, W = 4, 6
-SIZE = dict(height=2 * H, width=2 * W)
+SIZE: dict[str, Any] = dict(height=2 * H, width=2 * W)
 BLOCK = (3, H, W)
 FINE, COARSE = "monarch(tile=(1,4,6))", "monarch(tile=(3,4,6))"
 
@@ -70,7 +72,7 @@ class TestStepsOfTheirOwn:
     def test_block_by_block(self, sizes):
         q, k, v = qkv(6)
         both = parse(f"first_steps(1, dense, {FINE})")
-        place = dict(past=(k, v), grid=(6, H, W), sizes=sizes)
+        place: dict[str, Any] = dict(past=(k, v), grid=(6, H, W), sizes=sizes)
         out = attend_blocks(both, q, k, v, **place, context=Context(step=self.STEPS))
         parts = [attend_blocks(kind, q, k, v, **place, context=Context()) for kind in (self.EARLY, self.LATE)]
         np.testing.assert_allclose(out, self.of_frames(self.STEPS, *parts), atol=1e-6)
@@ -85,7 +87,7 @@ class TestStepsOfTheirOwn:
         np.testing.assert_allclose(out, self.of_frames(steps, dense, fine), atol=1e-5)
         inputs = jnp.arange(6 * H * W)[None, :, None]
         part = Context(step=self.STEPS, inputs=lambda: inputs).of_frames(2, 3, H * W)
-        np.testing.assert_array_equal(part.inputs(), inputs[:, 2 * H * W : 5 * H * W])
+        np.testing.assert_array_equal(there(part.inputs)(), inputs[:, 2 * H * W : 5 * H * W])
         np.testing.assert_array_equal(part.step, self.STEPS[:, 2:5])
 
 
@@ -198,7 +200,7 @@ class TestNetwork:
 
             lowered = jax.jit(run, donate_argnums=3).lower(state, latents, times, cache, jnp.int32(0), jnp.int32(0))
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.runs))
-            analysis = lowered.compile().memory_analysis()
+            analysis = there(lowered.compile().memory_analysis())
             assert analysis.alias_size_in_bytes >= size
             return analysis.temp_size_in_bytes, size
 
@@ -217,15 +219,15 @@ class TestGeneration:
             parse(attention)
         )
         text = jax.random.normal(jax.random.key(1), (1, 7, 20))
-        size = dict(frames=frames, key=jax.random.key(0), rollout=self.ROLLOUT, **SIZE)
+        size: dict[str, Any] = dict(frames=frames, key=jax.random.key(0), rollout=self.ROLLOUT, **SIZE)
         return [np.asarray(part) for part in autoregressive(model, text, **size)]
 
     @pytest.mark.parametrize("name", ["first_blocks", "first_steps"])
     def test_one_program_serves_all_blocks(self, name):
         dense, coarse = self.generate("dense"), self.generate(COARSE)
-        before = generate_block._cache_size()
+        before = programs(generate_block)
         mixed = self.generate(f"{name}(1, dense, {COARSE})")
-        assert generate_block._cache_size() == before + 1
+        assert programs(generate_block) == before + 1
         assert len(mixed) == 3
         if name == "first_blocks":
             np.testing.assert_allclose(mixed[0], dense[0], atol=1e-4)
@@ -248,7 +250,7 @@ class TestGeneration:
             config = dataclasses.replace(wan.SMALL, out_channels=5)
             model = wan.random_model(config).with_attention(parse(attention))
             settings = Windows(sampler="euler", steps=3)
-            size = dict(frames=3, key=jax.random.key(0), settings=settings, **SIZE)
+            size: dict[str, Any] = dict(frames=3, key=jax.random.key(0), settings=settings, **SIZE)
             return np.asarray(next(windows(model, jnp.ones((1, 7, 20)), **size)))
 
         mixed, dense, coarse = (generate(x) for x in (f"first_steps({steps}, dense, {COARSE})", "dense", COARSE))

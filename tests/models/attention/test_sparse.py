@@ -22,11 +22,12 @@ from monarchrt.models.attention.svg2 import SVG2Attention, cluster_map, kmeans
 from monarchrt.models.attention.top_k import TopKAttention
 from monarchrt.models.attention.vsa import VSAttention
 from tests.models.attention import oracles
+from tests.untyped import there, untyped
 
 GRID = (5, 3, 4)
 P480, P720 = (21, 30, 52), (21, 45, 80)
 ROWS = (0, 3, 3, 11)
-SIZES = types.SimpleNamespace(dim=6, num_heads=2, head_dim=4, dtype="float32", param_dtype="float32")
+SIZES = untyped(types.SimpleNamespace(dim=6, num_heads=2, head_dim=4, dtype="float32", param_dtype="float32"))
 # the setting, and the oracle of its mask
 MASKS = {
     "top_k(keep=0.3)": partial(oracles.top_k, keep=0.3),
@@ -135,7 +136,7 @@ class TestAgainstMaps:
         assert mask.any(-1).all()
         tensors = [torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in x]
         weights = qkv(GRID, seed=4, count=1)[0]
-        expected = oracles.attention(*tensors, mask)
+        expected = oracles.attention(*tensors, mask=mask)
         (expected * torch.as_tensor(weights)).sum().backward()
         out, gradients = with_gradients(parse(text), x, weights, grid=GRID, causal_block=block)
         close(out, expected.detach())
@@ -160,12 +161,12 @@ class TestAgainstMaps:
 
     def test_svg_draws_the_same_rows_in_every_call(self):
         x = jnp.asarray(qkv((9, 4, 6)))
-        setting = parse("svg(keep=0.1, block=8, rows=5)")
+        setting = untyped(parse("svg(keep=0.1, block=8, rows=5)"))
         np.testing.assert_array_equal(setting(*x, grid=(9, 4, 6)), setting(*x, grid=(9, 4, 6)))
         rows = setting._profile_rows(216)
         assert rows.shape == (5,)
         assert int(rows.max()) < 216
-        assert int(parse("svg(rows=50, drawn_from=4)")._profile_rows(216).max()) < 4
+        assert int(untyped(parse("svg(rows=50, drawn_from=4)"))._profile_rows(216).max()) < 4
         given = dataclasses.replace(setting, rows=tuple(map(int, rows)))
         np.testing.assert_array_equal(setting(*x, grid=(9, 4, 6)), given(*x, grid=(9, 4, 6)))
 
@@ -218,7 +219,7 @@ class TestClusters:
         sizes[[2, 7]] = 0
         expected = oracles.cluster_map(query, key, sizes, top_p=top_p, least=int(min_keep * 10))
         given = (jnp.asarray(x, jnp.float32)[None, None] for x in (query, key))
-        found = cluster_map(*given, jnp.asarray(sizes, jnp.int32)[None, None], top_p=top_p, min_keep=min_keep)
+        found = cluster_map(*given, sizes=jnp.asarray(sizes, jnp.int32)[None, None], top_p=top_p, min_keep=min_keep)
         np.testing.assert_array_equal(found[0, 0], expected)
         assert expected.sum(1).min() == max(1, int(min_keep * 10))
 
@@ -252,7 +253,7 @@ class TestVSA:
         """A context whose gate is that of a linear layer, not zero, and the gate."""
         rng = np.random.default_rng(seed)
         inputs = rng.standard_normal((2, x.shape[2], 6)).astype(np.float32)
-        layer = setting.init(SIZES, rngs=nnx.Rngs(0))
+        layer = untyped(setting.init(SIZES, rngs=nnx.Rngs(0)))
         assert not np.asarray(layer.kernel[...]).any()
         assert not np.asarray(layer.bias[...]).any()
         layer.kernel[...] = rng.standard_normal((6, 8)).astype(np.float32)
@@ -275,7 +276,7 @@ class TestVSA:
         setting = VSAttention(keep=0.4, cube=cube)
         context, gate = self.gated(setting, x)
         tensors = [torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in (*x, gate)]
-        expected = oracles.vsa(*tensors, grid, block, keep=0.4, cube=cube)
+        expected = oracles.vsa(*tensors, grid=grid, block=block, keep=0.4, cube=cube)
         (expected * torch.as_tensor(weights)).sum().backward()
         graph, state = nnx.split(context.modules["vsa"])
 
@@ -288,10 +289,10 @@ class TestVSA:
         close(out, expected.detach())
         for found, tensor in zip(by_x, tensors[:3], strict=True):
             close(found, tensor.grad, atol=1e-5)
-        by_bias = tensors[3].grad.sum((0, 1)).reshape(-1)
+        by_bias = there(tensors[3].grad).sum((0, 1)).reshape(-1)
         close(by_gate["bias"][...], by_bias, atol=2e-5)
-        inputs = torch.as_tensor(np.asarray(context.inputs()), dtype=torch.float64)
-        by_kernel = torch.einsum("bni,bno->io", inputs, tensors[3].grad.flatten(2))
+        inputs = torch.as_tensor(np.asarray(there(context.inputs)()), dtype=torch.float64)
+        by_kernel = torch.einsum("bni,bno->io", inputs, there(tensors[3].grad).flatten(2))
         close(by_gate["kernel"][...], by_kernel, atol=5e-5)
 
     def test_equal_scores_choose_the_first(self):
@@ -337,13 +338,13 @@ class TestSLA:
         """Blocks that do not divide the tokens; gradients by q, k, v and the projection's weights."""
         x, weights = qkv(GRID, seed=12), qkv(GRID, seed=13, count=1)[0]
         setting = SLAttention(keep=0.5, block=8)
-        layer = setting.init(SIZES, rngs=nnx.Rngs(0))
+        layer = untyped(setting.init(SIZES, rngs=nnx.Rngs(0)))
         assert not np.asarray(layer.kernel[...]).any()
         rng = np.random.default_rng(14)
         kernel, bias = rng.standard_normal((4, 4)).astype(np.float32), rng.standard_normal(4).astype(np.float32)
         layer.kernel[...], layer.bias[...] = jnp.asarray(kernel), jnp.asarray(bias)
         tensors = [torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in (*x, kernel, bias)]
-        expected = oracles.sla(*tensors, GRID, block, keep=0.5, size=8)
+        expected = oracles.sla(*tensors, grid=GRID, block=block, keep=0.5, size=8)
         (expected * torch.as_tensor(weights)).sum().backward()
         graph, state = nnx.split(layer)
 
@@ -472,7 +473,7 @@ class TestDensity:
         x = qkv(GRID, seed=3).astype(np.float64)
         found = parse(text).density(GRID, causal_block=block)
         if text.startswith("svg"):
-            kept = parse(text).kept_by_order(GRID, causal_block=block)
+            kept = untyped(parse(text)).kept_by_order(GRID, causal_block=block)
             masks = MASKS[text](*x, GRID, block).reshape(4, 60, 60)
             if block is None:
                 assert {round(share, 9) for share in kept} >= {round(mask.mean(), 9) for mask in masks}

@@ -93,7 +93,7 @@ class TestCache:
             H * W :, H * W :
         ]  # none of them is frame 0
         tensors = [torch.as_tensor(np.asarray(part, np.float64)) for part in x[:, :, -9 * H * W :]]
-        close(out, oracles.attention(*tensors, mask)[:, -3 * H * W :])
+        close(out, oracles.attention(*tensors, mask=mask)[:, -3 * H * W :])
 
     def test_a_block_without_a_place_gives_nan(self):
         setting = parse("top_k(keep=0.5)")
