@@ -17,6 +17,7 @@ from monarchrt.models.wan.checkpoints import (
     load_checkpoint,
 )
 from tests.models.test_checkpoints import assert_same, official_tensors
+from tests.untyped import untyped
 
 
 class TestTorch:
@@ -69,14 +70,14 @@ class TestTorch:
         with pytest.raises(ValueError, match=r"dim=48 is not a multiple of 128.*\(--num-heads\) or"):
             load_checkpoint(tmp_path / "a.pt")
         assert_same(load_checkpoint(tmp_path / "a.pt", config=small), wan.model(small))
-        said = {"num_heads": small.num_heads}, {"head_dim": small.head_dim}
+        said = untyped(({"num_heads": small.num_heads}, {"head_dim": small.head_dim}))
         for heads in said:
             found = load_checkpoint(tmp_path / "a.pt", **heads)
             assert found.config.num_heads == small.num_heads
             assert inspect_checkpoint(tmp_path / "a.pt", **heads).config.head_dim == small.head_dim
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "made", to="official", head_dim=small.head_dim)
         assert load_checkpoint(tmp_path / "made").config.num_heads == small.num_heads  # its config.json says it
-        for wrong in ({"num_heads": 5}, {"head_dim": 7}, {"num_heads": 0}, {"head_dim": -1}):
+        for wrong in map(untyped, ({"num_heads": 5}, {"head_dim": 7}, {"num_heads": 0}, {"head_dim": -1})):
             (name,) = wrong
             choices = "1, 2, 3, 4, 6, 8" if name == "num_heads" else "6, 8, 12, 16, 24, 48"
             with pytest.raises(ValueError, match=f"{name}={wrong[name]} does not fit .* width 48; choices: {choices}."):

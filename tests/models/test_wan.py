@@ -16,6 +16,7 @@ from monarchrt.models.wan import (
 )
 from monarchrt.models.wan.layers import sinusoid
 from monarchrt.models.wan.rope import axis_widths, frequencies, rope_table, rotate
+from tests.untyped import there
 
 
 def call(model, *inputs):
@@ -291,7 +292,7 @@ class TestLayers:
         def temporaries(hidden_bytes):
             monkeypatch.setattr(layers, "HIDDEN_BYTES", hidden_bytes)
             loss = lambda state, *inputs: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)  # noqa: E731
-            return jax.jit(jax.grad(loss)).lower(state, *inputs).compile().memory_analysis().temp_size_in_bytes
+            return there(jax.jit(jax.grad(loss)).lower(state, *inputs).compile().memory_analysis()).temp_size_in_bytes
 
         assert temporaries(hidden) - temporaries(hidden / 8) > 1.5 * hidden
 

@@ -15,6 +15,7 @@ from monarchrt.models.sampling import Rollout, Windows
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.checkpoints import save_checkpoint
 from monarchrt.models.wan.checkpoints.source import open_source
+from tests.untyped import untyped
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -61,7 +62,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def config(**given):
-    return GenerateConfig(**(dict(prompt="a cat") | given))
+    return GenerateConfig(**untyped(dict(prompt="a cat") | given))
 
 
 class TestHub:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import read_settings
 from monarchrt.models.vae import WanVAE, vae_config
 from monarchrt.models.wan import MonarchAttention
+from tests.untyped import there, untyped
 
 DCT = PatchDCT(patch=2, whitening=1.0)
 TEXT = jnp.ones((1, 3, 20))
@@ -32,7 +34,7 @@ def tiny(wan):
     model = wan.model(num_layers=1, in_channels=12, out_channels=12, attention=MonarchAttention(tile=(1, 4, 6)))
 
     def plan(**given):
-        config = GenerateConfig(**(dict(frames=9, height=16, width=24, quiet=True, zoom=1, steps=2) | given))
+        config = GenerateConfig(**untyped(dict(frames=9, height=16, width=24, quiet=True, zoom=1, steps=2) | given))
         defaults = Defaults(mode="autoregressive", sampler="euler", guidance=1.0)
         return make_plan(config, defaults=defaults, model=model.config, spatial=2, temporal=1)
 
@@ -44,7 +46,7 @@ def compiled():
     """The names of the programs that are compiled meanwhile."""
     programs = []
 
-    def listen(event, duration, **named):
+    def listen(event: str, duration_secs: float, **named: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             programs.append(named["fun_name"])
 
@@ -188,9 +190,9 @@ class TestMakeVideo:
             pipeline, TEXT, plan=plan(out=tmp_path / "a.mp4", compare_dense=True), report=lambda _: None
         )
         assert result.comparison == comparison_path(tmp_path / "a.mp4")
-        assert 5 < result.fidelity.psnr < 60
-        assert -1 <= result.fidelity.ssim < 1
-        assert read_clip(result.comparison, height=34, width=52).shape == (9, 34, 52, 3)
+        assert 5 < there(result.fidelity).psnr < 60
+        assert -1 <= there(result.fidelity).ssim < 1
+        assert read_clip(there(result.comparison), height=34, width=52).shape == (9, 34, 52, 3)
         with pytest.raises(UserError, match="attention is dense; give a --tile"):
             make_video(pipeline, TEXT, plan=plan(out=tmp_path / "b.mp4", compare_dense=True, attention="dense"))
 

@@ -9,6 +9,7 @@ from monarchrt.models.generate.config import NEGATIVE_PROMPT, GenerateConfig, fr
 from monarchrt.models.generate.plan import Defaults, make_plan
 from monarchrt.models.sampling import Rollout, Windows
 from monarchrt.models.wan import DenseAttention, MonarchAttention, wan_config
+from tests.untyped import untyped
 
 WAN = wan_config("wan2.1-t2v-1.3b")
 CAUSAL = Defaults(mode="autoregressive", sampler="few-step")
@@ -45,11 +46,11 @@ class TestDefaults:
 
     def test_blocks_of_the_model(self):
         causal = dataclasses.replace(WAN, causal_block=2)
-        assert plan(model=causal, frames=13).settings.block == 2
+        assert untyped(plan(model=causal, frames=13).settings).block == 2
         assert plan(model=causal, frames=13, block=2).config.block == 2
         with pytest.raises(UserError, match="block is 3, but the model was trained on blocks of 2"):
             plan(model=causal, frames=13, block=3)
-        assert plan(block=7).settings.block == 7
+        assert untyped(plan(block=7).settings).block == 7
 
     def test_few_steps_on_a_bidirectional_model(self):
         assert plan(WHOLE, sampler="few-step").settings == Windows(sampler="few-step", steps=4)
@@ -57,7 +58,7 @@ class TestDefaults:
     def test_long_videos_roll(self):
         made = plan(frames=1 + 4 * 59, sink_frames=3)
         assert made.latents[0] == 60
-        assert (made.settings.window, made.settings.sink_frames) == (21, 3)
+        assert (made.settings.window, untyped(made.settings).sink_frames) == (21, 3)
         assert plan(frames=81).settings.window is None
 
     def test_attention(self):

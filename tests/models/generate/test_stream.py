@@ -15,6 +15,7 @@ from PIL import Image
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.stream import LivePage, check_port, own_host
+from tests.untyped import untyped
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -240,7 +241,7 @@ class TestStrangers:
         page, browser = LivePage(port=0, fps=200.0), Slow()
         page._frames.extend(b"%d" % index for index in range(1000))
         page._made, page._ended = 1000, "finished"
-        asyncio.run(page._send_all(browser))
+        asyncio.run(page._send_all(untyped(browser)))
         pictures, texts = browser.pictures, browser.texts
         whole = next(n for n in range(1000) if pictures[n + 1] != pictures[n] + 1)
         assert 38 <= whole <= 42  # nothing is missed until 200 frames behind: 6 - 1 are lost per frame taken

@@ -13,6 +13,7 @@ from monarchrt.models.lora.merging import merge_arrays, parse_scaled
 from monarchrt.models.lora.writing import Factors, rewrite_lora, write_lora
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import load_source, open_source, save_checkpoint
+from tests.untyped import untyped
 
 Q = "blocks.1.self_attn.q"
 
@@ -298,7 +299,7 @@ class TestWriting:
     def test_different_ranks_and_alphas(self, loras, small, tmp_path):
         """Diffusers' header names those that differ."""
         one, two = loras.factors(small, rank=2), loras.factors(small, rank=5, seed=1)
-        mixed = {n: Factors(*(two if "ffn" in n else one)[n], 7.0 if "ffn" in n else 2.0) for n in one}
+        mixed = {n: Factors(*(two if "ffn" in n else one)[n], alpha=7.0 if "ffn" in n else 2.0) for n in one}
         lora = open_lora(write_lora(tmp_path / "a.safetensors", mixed, format="diffusers"), warn=pytest.fail)
         for name in ("blocks.0.ffn.0", Q):
             alpha, rank = (7, 5) if "ffn" in name else (2, 2)
@@ -307,14 +308,14 @@ class TestWriting:
             )
 
     def test_refused(self, loras, factors, tmp_path):
-        given = {Q: Factors(*factors[Q], 1.0)}
+        given = {Q: Factors(*factors[Q], alpha=1.0)}
         for options, message in (
             ({"format": "kohya"}, "choices: 'diffusers'"),
             ({"dtype": "int8"}, "choices: 'float32'"),
             ({"format": "diffusers", "whole": {"blocks.0.modulation": np.ones(3)}}, "no names for differences"),
         ):
             with pytest.raises(ValueError, match=message):
-                write_lora(tmp_path / "a.safetensors", given, **options)
+                write_lora(tmp_path / "a.safetensors", given, **untyped(options))
         with pytest.raises(ValueError, match="does not end in"):
             write_lora(tmp_path / "a.pt", given)
         file = write_lora(tmp_path / "a.safetensors", given)

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_transparent_parts_are_white(tmp_path, ending):
     """Hidden red shows neither there nor, when it is scaled, at the edge."""
     picture = np.zeros((96, 128, 4), np.uint8)
     picture[:, :64], picture[:, 64:] = (255, 0, 0, 0), (0, 0, 255, 255)
-    options = (
+    options: dict[str, Any] = (
         {"lossless": True} if ending == "webp" else {"quality": 100, "subsampling": "4:4:4"} if ending == "avif" else {}
     )
     Image.fromarray(picture).save(tmp_path / f"a.{ending}", **options)

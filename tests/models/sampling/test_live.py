@@ -1,6 +1,7 @@
 """A video whose text and past change while it is made, against the network on whole clips, which knows no cache."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from monarchrt.models.sampling import LiveRollout, Rollout, autoregressive
 from monarchrt.models.sampling.rollout import block_noise, generate_block, write_block, write_text
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import MonarchAttention, rope
+from tests.untyped import programs
 
 H, W = 8, 12  # latents; 4 x 6 tokens
 KEY = 11
 SIGMAS = (1.0, 0.625)  # of two steps, [1000, 625] unshifted
-STEPS = dict(steps=(1000, 625), shift=1.0)
+STEPS: dict[str, Any] = dict(steps=(1000, 625), shift=1.0)
 ROLLED = Rollout(window=9, sink_frames=3, **STEPS)
 MONARCH = MonarchAttention(tile=(1, 4, 6))
 
@@ -220,20 +222,20 @@ def test_nothing_is_compiled_after_the_first_changes(model):
         return video.generate()
 
     session(1, NEW, blocks=4, back=9).block_until_ready()
-    programs = []
+    compiled = []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            programs.append(event)
+            compiled.append(event)
 
-    counts = [function._cache_size() for function in (generate_block, write_block, write_text)]
+    counts = [programs(function) for function in (generate_block, write_block, write_text)]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         session(2, text(8), blocks=6, back=12).block_until_ready()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert programs == []
-    assert counts == [function._cache_size() for function in (generate_block, write_block, write_text)]
+    assert compiled == []
+    assert counts == [programs(function) for function in (generate_block, write_block, write_text)]
 
 
 def test_counting_anew_is_one_program_for_all_distances(model, monkeypatch):

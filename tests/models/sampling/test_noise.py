@@ -1,5 +1,7 @@
 """Noise, samplers and cache settings of one's own, given to block by block, windowed and whole generation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ from flax import nnx
 from monarchrt.models.sampling import Noise, Rollout, Windows, autoregressive, few_step, sampler_table, windows
 from monarchrt.models.sampling.schedules import few_step_schedule
 from monarchrt.models.wan.causal import cached_forward, init_cache
+from tests.untyped import there, untyped
 
-SIZE = dict(height=4, width=8, key=jax.random.key(4))
+SIZE: dict[str, Any] = dict(height=4, width=8, key=jax.random.key(4))
 SHAPE = 4, 8, 6
 
 
@@ -27,7 +30,9 @@ def text():
 def drawn(seed, frames, steps=None):
     rng = np.random.default_rng(seed)
     first = rng.standard_normal((1, frames, *SHAPE), np.float32)
-    return Noise(first, None if steps is None else rng.standard_normal((steps, 1, frames, *SHAPE), np.float32))
+    return Noise(
+        untyped(first), None if steps is None else untyped(rng.standard_normal((steps, 1, frames, *SHAPE), np.float32))
+    )
 
 
 def video(parts):
@@ -52,7 +57,7 @@ def test_block_by_block_with_given_noise(model, text):
         flow, cache = forward(model, x, at(1000 * sigma), cache, frame=jnp.int32(3))
         data = x - sigma * flow
         if n < 2:
-            x = (1 - levels[n + 1]) * data + levels[n + 1] * noise.fresh[n]
+            x = (1 - levels[n + 1]) * data + levels[n + 1] * there(noise.fresh)[n]
     np.testing.assert_array_equal(out[:, :3], initial)
     np.testing.assert_allclose(out[:, 3:], data, atol=5e-4)
 
@@ -73,13 +78,14 @@ def test_noise_that_was_taken_gives_the_same_video(model, text, sampler, given):
     initial = jnp.asarray(drawn(1, given).first) if given else None
     rollout, settings = Rollout(sampler=sampler, steps=3), Windows(sampler=sampler, steps=3, window=4)
     for generate, options in ((autoregressive, dict(rollout=rollout)), (windows, dict(settings=settings))):
-        common = dict(frames=9, initial=initial, **options, **SIZE)
+        common: dict[str, Any] = dict(frames=9, initial=initial, **options, **SIZE)
         maker = options.get("rollout") or options["settings"]
         noise = maker.noise(SIZE["key"], (1, 9, *SHAPE), given=given)
         assert (noise.fresh is None) == (sampler == "euler")
-        other = common | dict(key=jax.random.key(9))
+        other: dict[str, Any] = common | dict(key=jax.random.key(9))
         one, two, three = (
-            video(generate(model, text, **arguments)) for arguments in (common, other | dict(noise=noise), other)
+            video(untyped(generate)(model, text, **arguments))
+            for arguments in (common, other | dict(noise=noise), other)
         )
         np.testing.assert_allclose(two, one, atol=1e-6)
         assert np.abs(three - one).max() > 0.1
@@ -89,7 +95,7 @@ def test_the_first_noise_alone(model, text):
     """What is not given of the noise follows from the key."""
     rollout = Rollout(steps=2)
     noise = rollout.noise(SIZE["key"], (1, 3, *SHAPE))
-    common = dict(frames=3, rollout=rollout, **SIZE)
+    common: dict[str, Any] = dict(frames=3, rollout=rollout, **SIZE)
     expected = video(autoregressive(model, text, **common))
     np.testing.assert_allclose(
         video(autoregressive(model, text, noise=Noise(noise.first), **common)), expected, atol=1e-6
@@ -105,9 +111,9 @@ def test_a_table_of_ones_own(model, text, settings):
     assert hash(settings(sampler=table)) == hash(settings(sampler=table._replace(sigmas=table.sigmas.copy())))
     made = []
     for each in (by_name, settings(sampler=table), settings(sampler=table._replace(predict=table.predict / 2))):
-        options = {"rollout": each} if settings is Rollout else {"settings": each}
+        options: dict[str, Any] = {"rollout": each} if settings is Rollout else {"settings": each}
         generate = autoregressive if settings is Rollout else windows
-        made.append(video(generate(model, text, frames=3, **options, **SIZE)))
+        made.append(video(untyped(generate)(model, text, frames=3, **options, **SIZE)))
     np.testing.assert_array_equal(made[0], made[1])
     assert np.abs(made[0] - made[2]).max() > 0.1
 

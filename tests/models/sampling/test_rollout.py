@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from itertools import islice, pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from monarchrt.models.sampling.rollout import block_noise, generate_block, start
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache, rebase_cache
+from tests.untyped import programs, there
 
 H, W = 8, 12  # latents; 4 x 6 tokens
 KEY = 11
@@ -32,7 +34,7 @@ def tiny(wan):
     return tiny
 
 
-def options(frames, rollout, **more):
+def options(frames, rollout, **more) -> dict[str, Any]:
     return dict(frames=frames, height=H, width=W, key=jax.random.key(KEY), rollout=rollout) | more
 
 
@@ -43,7 +45,7 @@ def video(model, text, frames, rollout=None, **more):
 
 def plain_roll_out(model, text, frames, *, first=3, initial=None, window=None, sinks=0):
     """Self-Forcing's inference as a loop: four calls with fresh noise, then one at time 0 to rewrite the cache."""
-    rolling = dict(rolling=True, sink_frames=sinks) if window else {}
+    rolling: dict[str, Any] = dict(rolling=True, sink_frames=sinks) if window else {}
     cache = init_cache(model, text, frames=window or frames, height=H, width=W, **rolling)
     forward = nnx.jit(lambda model, *args, frame: cached_forward(model, *args, frame=frame))
     out, frame = [], 0
@@ -139,11 +141,11 @@ class TestOneProgram:
         jax.clear_caches()
         blocks = autoregressive(model, text, **options(15, rollout))
         next(blocks).block_until_ready()
-        programs = []
+        compiled = []
 
-        def listen(event, duration, **_):
+        def listen(event: str, duration_secs: float, **_: Any) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                programs.append(event)
+                compiled.append(event)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -151,12 +153,15 @@ class TestOneProgram:
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         assert len(rest) == 4
-        assert programs == []
-        assert generate_block._cache_size() == 1
+        assert compiled == []
+        assert programs(generate_block) == 1
 
     def test_the_listener_would_hear(self):
         heard = []
-        listen = lambda event, duration, **_: heard.append(event)  # noqa: E731
+
+        def listen(event: str, duration_secs: float, **_: Any) -> None:
+            heard.append(event)
+
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             jax.jit(lambda x: x * 3.25)(jnp.ones(3))
@@ -185,7 +190,9 @@ class TestOneProgram:
             cache = jax.eval_shape(begin, params, text)
             where, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
             options = dict(rollout=rollout, shape=(1, 3, H, W, 6))
-            analysis = generate_block.lower(graph, params, cache, key, where, **options).compile().memory_analysis()
+            analysis = there(
+                generate_block.lower(graph, params, cache, key, where, **options).compile().memory_analysis()
+            )
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache.keys + cache.values)
             assert analysis.alias_size_in_bytes >= size
             return analysis.temp_size_in_bytes, size
@@ -205,7 +212,7 @@ class TestLength:
     def test_rebasing_changes_nothing_but_the_count(self, tiny):
         """The next block's flow is the same after all frames were counted anew."""
         model, text = tiny(MONARCH)
-        size = dict(frames=6, height=H, width=W, rolling=True, sink_frames=3)
+        size: dict[str, Any] = dict(frames=6, height=H, width=W, rolling=True, sink_frames=3)
         cache, rng = init_cache(model, text, **size), np.random.default_rng(2)
         forward = nnx.jit(lambda model, *args, frame: cached_forward(model, *args, frame=frame))
         block = lambda: jnp.asarray(rng.standard_normal((1, 3, H, W, 6)), jnp.float32)  # noqa: E731

@@ -1,6 +1,7 @@
 """Whole clips and windows against plain loops."""
 
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from flax import nnx
 
 from monarchrt.models.sampling import Windows, uniform_schedule, windows
 from monarchrt.models.sampling.bidirectional import generate_window
+from tests.untyped import programs
 
 H, W = 8, 12
-SHAPE = dict(height=H, width=W, key=jax.random.key(4))
+SHAPE: dict[str, Any] = dict(height=H, width=W, key=jax.random.key(4))
 
 
 @pytest.fixture
@@ -72,10 +74,10 @@ def test_windows_continue_each_other(tiny):
     model, text = tiny
     settings = Windows(sampler="euler", steps=2, window=4, context=1, guidance=3.0)
     image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, H, W, 6)), jnp.float32)
-    before = generate_window._cache_size()
+    before = programs(generate_window)
     parts = list(windows(model, text, frames=6, settings=settings, negative=-text, initial=image, **SHAPE))
     assert [part.shape[1] for part in parts] == [1, 3, 2]
-    assert generate_window._cache_size() == before + 1
+    assert programs(generate_window) == before + 1
     np.testing.assert_array_equal(parts[0], image)
     context = image
     for number, part in enumerate(parts[1:]):

@@ -19,6 +19,7 @@ from PIL import Image
 from monarchrt.models.errors import UserError
 from monarchrt.models.serve import Address, Limits, Server
 from monarchrt.models.serve.server import MOST_CONNECTIONS
+from tests.untyped import there
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -258,9 +259,9 @@ def running(engine, **more):
 def test_the_example(engine, tmp_path, capsys):
     """The client of the documentation, which is short."""
     assert len(EXAMPLE.read_text().splitlines()) < 60
-    spec = importlib.util.spec_from_file_location("stream_client", EXAMPLE)
+    spec = there(importlib.util.spec_from_file_location("stream_client", EXAMPLE))
     client = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(client)
+    there(spec.loader).exec_module(client)
 
     async def talk(http, server):
         url = str(http.make_url("/session"))

@@ -1,5 +1,7 @@
 """Sessions without a network: what a client asks for is what is made, when it is due, and no more."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling.rollout import generate_block
 from monarchrt.models.serve import Limits, Outbox, Refusal
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
+from tests.untyped import programs, untyped
 
-FREE = dict(pace=False)
+FREE: dict[str, Any] = dict(pace=False)
 
 
 def start(prompt="a cat", **more):
-    return Start(prompt=prompt, **FREE | more)
+    return Start(prompt=prompt, **(FREE | more))
 
 
 def pictures(frames):
@@ -264,11 +267,11 @@ def test_too_many_commands_wait(stage, client):
 
 def test_nothing_is_compiled_by_sessions(stage, client):
     """Two at once with prompts, seeds, seeks and blends of their own."""
-    count, programs = generate_block._cache_size(), []
+    count, compiled = programs(generate_block), []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            programs.append(event)
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -283,8 +286,8 @@ def test_nothing_is_compiled_by_sessions(stage, client):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert one.session.ended is other.session.ended is None
-    assert programs == []
-    assert generate_block._cache_size() == count
+    assert compiled == []
+    assert programs(generate_block) == count
 
 
 class TestOutbox:
@@ -305,7 +308,7 @@ class TestOutbox:
         box = Outbox(frames=1)
         for index in range(3000):
             box.event("e", n=index)
-        items = list(iter(box.take, None))
+        items = untyped(list(iter(box.take, None)))
         assert len(items) == 512
         assert items[-1]["n"] == 2999
 

@@ -9,6 +9,7 @@ from flax import nnx
 from monarchrt.models.vae import PRESETS, VAEConfig, WanVAE, vae_config
 from monarchrt.models.vae.layers import Conv
 from tests.models.vae.conftest import SMALL, clip
+from tests.untyped import there, untyped
 
 encode = nnx.jit(WanVAE.encode, static_argnames="chunk")
 decode = nnx.jit(WanVAE.decode, static_argnames="chunk")
@@ -145,7 +146,7 @@ class TestConv:
     @pytest.mark.parametrize("step", [1, 2])
     def test_is_a_3d_convolution(self, kernel, step):
         conv = Conv(5, 4, kernel, strides=(step, 1), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-        conv.bias[...] = jnp.arange(4.0)
+        there(conv.bias)[...] = jnp.arange(4.0)
         x = jax.random.normal(jax.random.key(1), (2, 7, 4, 6, 5))
         expected = jax.lax.conv_general_dilated(
             x,
@@ -199,4 +200,4 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"temporal_downsample.* has 3 entries"):
             VAEConfig(dim_mult=(1, 2))
         with pytest.raises(dataclasses.FrozenInstanceError):
-            PRESETS["tiny"].dim = 3
+            untyped(PRESETS["tiny"]).dim = 3
