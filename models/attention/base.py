@@ -16,7 +16,9 @@ from monarch_jax import MonarchKVCache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 type Number = int | Int[Array, ""] | None  # known, traced, or not there
-type Steps = Number | Int[Array, "B"] | Int[Array, "B F"]  # of the whole call, each sample, or each frame of tokens
+type Steps = (
+    Number | Int[Array, "B"] | Int[Array, "B frames"]
+)  # of the whole call, each sample, or each frame of tokens
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
 type Layer = Int[Array, ""] | None  # which of a cache of several
 HOW = {"how": True}  # metadata of a field that says how, not what, is computed: weights do not depend on it

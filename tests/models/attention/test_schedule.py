@@ -15,6 +15,7 @@ from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.monarch import MonarchAttention
 from monarchrt.models.attention.notation import parse
+from monarchrt.models.attention.schedule import FirstBlocks
 from monarchrt.models.sampling import Rollout, Windows, autoregressive, windows
 from monarchrt.models.sampling.rollout import generate_block
 from monarchrt.models.wan import WanModel
@@ -46,49 +47,51 @@ def filled(owner, frames, *, rolling=False):
 class TestStepsOfTheirOwn:
     """Samples and frames of queries that are at different steps, as in training on a sampler's states."""
 
-    EARLY, LATE = parse("dense"), parse(FINE)
+    EARLY, LATE = parse("dense"), parse("sliding_tile(tile=(1,1,1), window=(1,1,3))")
+    BOTH = parse(f"first_steps(1, {EARLY}, {LATE})")
     STEPS = jnp.asarray([[0, 0, 0, 2, 2, 2], [1, 1, 1, 0, 0, 0]])
 
-    @staticmethod
-    def of_frames(steps, early, late):
-        return np.where(np.repeat(np.asarray(steps) < 1, H * W, axis=1)[..., None, None], early, late)
+    def compare(self, run, steps: Any = STEPS):
+        """`run` of a kind and a context: what each frame gets is what the kind of its own step gives it."""
+        steps = jnp.asarray(steps)
+        both, early, late = jax.jit(
+            lambda: (run(self.BOTH, Context(step=steps)), run(self.EARLY, Context()), run(self.LATE, Context()))
+        )()
+        first = np.repeat(np.asarray(steps).reshape(2, -1) < 1, early.shape[1] // (steps.size // 2), axis=1)
+        assert np.abs(early - late).max() > 1e-3
+        np.testing.assert_allclose(both, np.where(first[..., None, None], early, late), atol=1e-6)
 
     def test_of_each_sample(self):
         q, k, v = qkv(3)
-        both = parse(f"first_steps(1, dense, {FINE})")
-        out = both(q, k, v, grid=BLOCK, context=Context(step=jnp.asarray([3, 0])))
-        np.testing.assert_allclose(out[0], self.LATE(q, k, v, grid=BLOCK)[0], atol=1e-6)
-        np.testing.assert_allclose(out[1], self.EARLY(q, k, v, grid=BLOCK)[1], atol=1e-6)
+        self.compare(lambda kind, context: kind(q, k, v, grid=BLOCK, context=context), steps=[3, 0])
 
     def test_of_each_frame_over_a_cache(self):
         cache, tokens = filled(self.LATE, 6)
-        both = parse(f"first_steps(1, dense, {FINE})")
-        steps, query = self.STEPS[:, 1:4], tokens[0][:, -3 * H * W :]
-        out = both.attend_cache(cache, query, context=Context(step=steps))
-        parts = [kind.attend_cache(cache, query) for kind in (self.EARLY, self.LATE)]
-        np.testing.assert_allclose(out, self.of_frames(steps, *parts), atol=1e-6)
+        query = tokens[0][:, -3 * H * W :]
+        self.compare(lambda kind, context: kind.attend_cache(cache, query, context=context), steps=self.STEPS[:, 1:4])
 
-    @pytest.mark.parametrize("sizes", [[3, 3], [1, 5]], ids=str)
-    def test_block_by_block(self, sizes):
+    def test_block_by_block(self):
         q, k, v = qkv(6)
-        both = parse(f"first_steps(1, dense, {FINE})")
-        place: dict[str, Any] = dict(past=(k, v), grid=(6, H, W), sizes=sizes)
-        out = attend_blocks(both, q, k, v, **place, context=Context(step=self.STEPS))
-        parts = [attend_blocks(kind, q, k, v, **place, context=Context()) for kind in (self.EARLY, self.LATE)]
-        np.testing.assert_allclose(out, self.of_frames(self.STEPS, *parts), atol=1e-6)
+        place: dict[str, Any] = dict(past=(k, v), grid=(6, H, W), sizes=[1, 5])
+        self.compare(lambda kind, context: attend_blocks(kind, q, k, v, **place, context=context))
 
     def test_in_the_first_blocks_of_a_clip(self):
         """They are told their part of the steps, and of the inputs of a gate."""
         q, k, v = qkv(6)
-        both = parse(f"first_blocks(1, first_steps(1, dense, {FINE}), dense)")
-        out = both(q, k, v, grid=(6, H, W), causal_block=3, context=Context(step=self.STEPS))
-        dense, fine = (kind(q, k, v, grid=(6, H, W), causal_block=3) for kind in (self.EARLY, self.LATE))
-        steps = jnp.where(jnp.arange(6) < 3, self.STEPS, 0)
-        np.testing.assert_allclose(out, self.of_frames(steps, dense, fine), atol=1e-5)
+
+        def run(kind, context):
+            by_blocks = FirstBlocks(blocks=1, first=kind, after=self.EARLY)
+            return by_blocks(q, k, v, grid=(6, H, W), causal_block=3, context=context)
+
+        # after the first block all is dense, so only its frames tell the steps apart
+        self.compare(run)
+
+    def test_what_belongs_to_some_frames(self):
         inputs = jnp.arange(6 * H * W)[None, :, None]
         part = Context(step=self.STEPS, inputs=lambda: inputs).of_frames(2, 3, H * W)
         np.testing.assert_array_equal(there(part.inputs)(), inputs[:, 2 * H * W : 5 * H * W])
         np.testing.assert_array_equal(part.step, self.STEPS[:, 2:5])
+        assert Context(step=4).of_frames(2, 3, H * W).step == 4
 
 
 class TestOneCache:

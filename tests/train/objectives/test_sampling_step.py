@@ -145,4 +145,4 @@ def test_frames_are_at_steps_of_their_own():
     with pytest.raises(
         ValueError, match=r"step has shape \(3,\), not \(\) for one, \(2,\) .* \(2, 4\) for one per frame"
     ):
-        model(latents, times, text, step=jnp.zeros(3, jnp.int32))
+        model.check_latents(latents, times, jnp.zeros(3, jnp.int32))
