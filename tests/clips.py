@@ -1,6 +1,7 @@
 """Small video files to test with."""
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -86,7 +87,7 @@ def encode_video(
     from fractions import Fraction
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=1000 if times else rate)
+        stream: Any = container.add_stream(codec, rate=1000 if times else rate)
         stream.height, stream.width = size or pictures[0].shape[:2]
         stream.pix_fmt = pix
         if codec.startswith("libx26"):

@@ -32,7 +32,7 @@ def training():
     graph, params, frozen = split_model(Network(nnx.Rngs(0)))
     training = make_training(OptimizerConfig(), updates=10)
     step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
-    batches = {"student": Batch(jnp.ones((2, 1, 2, 2, 64)), jnp.zeros((2, 1, 1)))}
+    batches = {"student": Batch(np.ones((2, 1, 2, 2, 64), np.float32), np.zeros((2, 1, 1), np.float32))}
 
     def fresh():
         return create_state({"student": create_role(jax.tree.map(jnp.copy, params), frozen, training)}, seed=0)

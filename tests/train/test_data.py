@@ -17,6 +17,7 @@ from monarchrt.train.config import DataConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, example_order, spread
 from monarchrt.train.sources import open_source
 from tests.clips import encode_video
+from tests.untyped import untyped
 
 from .conftest import NETWORK, history
 
@@ -328,7 +329,7 @@ class TestFolderOfVideos:
 
     def test_whole_clips_are_held_out_and_no_window_crosses(self, videos):
         options = config(video=videos, frames=3, height=16, width=32, patch=8, held_out=0.3)
-        source = open_source(options)
+        source = untyped(open_source(options))
         assert (list(source.train_starts), source.held_out) == ([0, 1, 2, *range(5, 12)], 5)
         for start in source.train_starts:
             window = source.frames[start : start + 3, 0, 0, 0].astype(int)
@@ -348,8 +349,8 @@ class TestFolderOfVideos:
             (videos / name).unlink()
         options = {"frames": 2, "height": 16, "width": 32, "gap": 1}
         one, folder = (
-            open_source(config(video=videos / "1.MP4", **options)),
-            open_source(config(video=videos, **options)),
+            untyped(open_source(config(video=videos / "1.MP4", **options))),
+            untyped(open_source(config(video=videos, **options))),
         )
         assert (one.fingerprint, one.train_starts) == (folder.fingerprint, folder.train_starts)
 
@@ -365,7 +366,7 @@ class TestFolderOfVideos:
             open_source(config(video=tmp_path))
 
     def test_a_rate(self, videos):
-        source = open_source(config(video=videos / "1.MP4", fps=6.0, frames=1, gap=0, height=16, width=32))
+        source = untyped(open_source(config(video=videos / "1.MP4", fps=6.0, frames=1, gap=0, height=16, width=32)))
         assert len(source.frames) == 5
         with pytest.raises(UserError, match="fps is -1"):
             config(fps=-1.0)

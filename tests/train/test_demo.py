@@ -17,6 +17,7 @@ from monarchrt.train.cli import main
 from monarchrt.train.demo import DemoConfig, run, run_demo
 from monarchrt.train.demo.folder import read_settings
 from monarchrt.train.demo.run import DemoResult, _table
+from tests.untyped import there
 
 from .conftest import contents, history
 
@@ -193,7 +194,7 @@ def test_a_swap_that_costs_nothing_leaves_no_gap_to_close(untrained, said):
 def test_finetuning_closes_the_gap_for_three_seeds(tmp_path):
     """The swap costs at least five times what seeds differ by; against dense attention after as many steps, finetuning
     wins back 80% of it on held-out windows."""
-    results = [run_demo(DemoConfig(folder=tmp_path / str(seed), seed=seed), quiet=True) for seed in range(3)]
+    results = [there(run_demo(DemoConfig(folder=tmp_path / str(seed), seed=seed), quiet=True)) for seed in range(3)]
     control = np.array([result.control for result in results])
     gaps = np.array([result.gap for result in results])
     spread = control.max() - control.min()

@@ -11,6 +11,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.train import cli, doctor
 from monarchrt.train.cli.doctor import DoctorConfig
 from monarchrt.train.doctor import Case
+from tests.untyped import there
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--grid", "2", "4", "6", "--tile", "1", "4", "6", "--heads", "1", "--head-dim", "16")
@@ -69,7 +70,7 @@ def test_the_driver(monkeypatch, printed, code, found, advice):
 def test_a_gpu_that_jax_does_not_use(monkeypatch):
     monkeypatch.setattr(doctor, "driver", lambda: doctor.Finding(name="NVIDIA driver", found="580.1; NVIDIA H200"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert "JAX_PLATFORMS is 'cpu'" in doctor.devices().advice
+    assert "JAX_PLATFORMS is 'cpu'" in there(doctor.devices().advice)
 
 
 def test_every_stored_speed_is_that_of_a_report():

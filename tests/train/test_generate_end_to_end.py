@@ -16,6 +16,7 @@ from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import read_settings
 from monarchrt.models.vae import TinyVAEConfig
 from monarchrt.train.cli import main
+from tests.untyped import there
 
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
 CAT = ["--prompt", "a cat on a wall"]
@@ -86,7 +87,7 @@ def test_an_empty_negative_prompt_is_not_wans_own(wan_folder, tmp_path):
 
 def advice(error):
     """The options that a message says to give."""
-    return shlex.split(re.search(r"; give ((?:--\w+ \d+ ?)+)", error)[1])
+    return shlex.split(there(re.search(r"; give ((?:--\w+ \d+ ?)+)", error))[1])
 
 
 @pytest.mark.parametrize("sizes", [["--height", "48", "--width", "80"], ["--height", "32", "--width", "80"]])
@@ -114,7 +115,7 @@ class TestBlockByBlock:
         options = ["--checkpoint", baseline, "--mode", "autoregressive", *RUN[2:], "--condition", "none"]
         for tile in ([], ["--tile", "2", "2", "4"]):
             assert generate(*options, *tile, "--frames", "7", "--out", tmp_path / "a.mp4") == 2
-            nearest = re.search(r"the nearest: (\d+)(?: or (\d+))?", said())
+            nearest = there(re.search(r"the nearest: (\d+)(?: or (\d+))?", said()))
             for number, frames in enumerate(filter(None, nearest.groups())):
                 out = tmp_path / f"{len(tile)}{number}.mp4"
                 assert generate(*options, *tile, "--frames", frames, "--out", out) == 0

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from monarchrt.train import sinks
 from monarchrt.train.cli import main
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.logs import Progress, RunLog
+from tests.untyped import untyped
 
 from .conftest import history
 
@@ -52,7 +54,7 @@ def test_quiet_means_quiet(capsys):
 @pytest.fixture
 def wandb(monkeypatch):
     """A stub of what is used of wandb; `calls` is what it was told."""
-    stub = types.ModuleType("wandb")
+    stub: Any = types.ModuleType("wandb")
     stub.calls = []
 
     class Run:
@@ -126,7 +128,7 @@ def test_a_sink_that_fails_is_told_once_and_the_log_goes_on(wandb, tmp_path, cap
     def fail(values):
         raise ConnectionError("no network")
 
-    sink._run.log = fail
+    untyped(sink)._run.log = fail
     with RunLog(tmp_path, step=-1, sinks=[sink]) as log:
         for step in range(3):
             log.write(step, {"loss": 1.0})

@@ -2,8 +2,10 @@
 
 import json
 import signal
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from monarchrt.train.loop import train
 from monarchrt.train.objectives import base
 from monarchrt.train.objectives.flow import draw_noise, flow_loss
 from monarchrt.train.state import create_role
+from tests.untyped import there
 
 from .conftest import history
 
@@ -40,7 +43,7 @@ def source(clip):
 
 
 def settings(folder, **run) -> TrainConfig:
-    defaults = {"steps": 4, "batch": 2, "eval_every": 2, "checkpoint_every": 2, "eval_timesteps": 2}
+    defaults: dict[str, Any] = {"steps": 4, "batch": 2, "eval_every": 2, "checkpoint_every": 2, "eval_timesteps": 2}
     return TrainConfig(run=RunConfig(folder=folder, **defaults | run), optimizer=OptimizerConfig(ema_decay=0.5))
 
 
@@ -178,7 +181,7 @@ class TestHoweverItEnds:
 
     def test_by_numbers_that_are_not_finite(self, source, tmp_path, closed):
         model = Network()
-        model.proj.bias[...] = np.inf
+        there(model.proj.bias)[...] = np.inf
         with pytest.raises(NonFiniteError, match="a parameter is not finite at step 0"):
             train(settings(tmp_path / "run"), source=source, model=model)
         assert closed == [[]]

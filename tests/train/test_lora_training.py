@@ -33,6 +33,7 @@ from monarchrt.train.state import (
     parameter_names,
     to_arrays,
 )
+from tests.untyped import there, untyped
 
 from .conftest import history
 
@@ -61,7 +62,7 @@ class TestLayers:
         assert layer.lora_a[...].dtype == layer.lora_b[...].dtype == jnp.float32
         layer.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 3))
         a, b, w = (np.asarray(v[...], np.float64) for v in (layer.lora_a, layer.lora_b, layer.kernel))
-        wanted = np.asarray(x) @ (w + 3 * a @ b) + np.asarray(layer.bias[...], np.float64)
+        wanted = np.asarray(x) @ (w + 3 * a @ b) + np.asarray(there(layer.bias)[...], np.float64)
         tolerance = 1e-6 if dtype == "float32" else 0.1
         np.testing.assert_allclose(np.asarray(layer(x), np.float64), wanted, atol=tolerance)
         assert layer(x).dtype == dtype
@@ -85,9 +86,10 @@ class TestLayers:
         model = build_model(ModelConfig(overrides=sizes, attention="dense"), channels=4, seed=0)
         before = flat(model)
         adapted = with_adapter(model, Adapter(rank=3, layers=("ffn", "time_projection")), rngs=nnx.Rngs(1))
-        adapted.blocks.ffn.fc1.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 3, 32))
+        layer = untyped(adapted.blocks.ffn.fc1)
+        layer.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 3, 32))
         found = flat(folded(adapted))
-        a, b = (np.asarray(x[...]) for x in (adapted.blocks.ffn.fc1.lora_a, adapted.blocks.ffn.fc1.lora_b))
+        a, b = (np.asarray(x[...]) for x in (layer.lora_a, layer.lora_b))
         np.testing.assert_allclose(found["blocks.ffn.fc1.kernel"], before["blocks.ffn.fc1.kernel"] + a @ b, atol=1e-6)
         assert {name for name in found if not np.array_equal(found[name], before[name])} == {"blocks.ffn.fc1.kernel"}
         assert flat(model).keys() == before.keys()
@@ -188,9 +190,9 @@ class TestRoles:
             values = {"model": model, "init_from": origins.get(name), "precision": precision}
             if role.optimizer is not None:
                 values["optimizer"] = OptimizerConfig(lora_rank=loras.get(name))
-            roles[name] = type(role)(**{"optimizer": None} | values)
+            roles[name] = type(role)(**untyped({"optimizer": None} | values))
         student = roles.pop("student")
-        run = type(defaults.run)(init_from=student.init_from, precision=precision, batch=1)
+        run = type(defaults.run)(init_from=student.init_from, precision=untyped(precision), batch=1)
         config = TrainConfig(
             objective=settings, model=model, optimizer=student.optimizer, roles=roles, run=run
         )  # fmt: skip

@@ -162,7 +162,7 @@ class TestGeneration:
 
     def test_a_converted_model(self, run, tmp_path):
         assert cli.main(["convert", str(run), str(tmp_path / "a")]) == 0
-        videos = [
+        first, second = [
             np.concatenate(
                 [
                     np.asarray(part)
@@ -180,7 +180,7 @@ class TestGeneration:
             )
             for model in (trained(run), load_checkpoint(tmp_path / "a"))
         ]
-        np.testing.assert_array_equal(*videos)
+        np.testing.assert_array_equal(first, second)
 
 
 class TestSwapping:

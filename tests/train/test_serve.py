@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from monarchrt.train.cli import main, programs
+from tests.untyped import there
 
 SMALL = ["--height", "32", "--width", "64", "--steps", "2"]
 
@@ -49,7 +50,7 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
     command = [sys.executable, "-m", "monarchrt", "serve", *map(str, checkpoint), "--port", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         said = []
-        for line in process.stderr:
+        for line in there(process.stderr):
             said.append(line)
             if found := re.search(r"ready after [\d.]+ s at (http://127\.0\.0\.1:\d+/)$", line.strip()):
                 break
@@ -57,7 +58,7 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
             raise AssertionError("".join(said))
         events, frames = asyncio.run(asyncio.wait_for(watch(found[1], ["a cat", "a dog"]), 120))
         process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
+        rest = there(process.stderr).read()
     assert process.returncode == 0, rest
     assert rest == "stopped; all sessions are ended\n"
     changed = next(event for event in events if event["type"] == "prompt")

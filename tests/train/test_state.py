@@ -31,6 +31,7 @@ from monarchrt.train.state import (
     update_ema,
 )  # fmt: skip
 from monarchrt.train.step import make_train_step
+from tests.untyped import untyped
 
 SHAPE = (4, 2, 3, 3, 5)
 
@@ -206,7 +207,7 @@ def test_only_what_trains_is_split_off():
 
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)])
 def test_schedules(schedule, middle, end):
-    rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4, schedule=schedule), steps=24)
+    rate = untyped(learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4, schedule=schedule), steps=24))
     np.testing.assert_allclose([rate(n) for n in range(4)], [0.25, 0.5, 0.75, 1], rtol=1e-6)
     assert float(rate(14)) == pytest.approx(middle, abs=1e-6)
     assert float(rate(24)) == pytest.approx(end, abs=1e-6)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from monarchrt.train.texts import PromptFile, read_prompts
 lmdb = pytest.importorskip("lmdb")
 
 PROMPTS = ["a cat on a wall", "a dog", "a wall on a dog", "a cat on a cat", "on a wall"]
-SIZE = {"frames": 5, "height": 32, "width": 64, "rows": 16}
+SIZE: dict[str, Any] = {"frames": 5, "height": 32, "width": 64, "rows": 16}
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +154,14 @@ def test_an_lmdb(tmp_path, captions, form):
     assert source.latent_shape == (2, 4, 8, 16)
     assert source.held_out == 1
     batch = source.held_out_batch([0])
-    np.testing.assert_array_equal(batch.latents[0], np.float16(clips[3]).transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(batch.latents[0], np.asarray(clips[3], np.float16).transpose(0, 2, 3, 1))
     (kept,) = [load_embeddings(p, length=16)[PROMPTS[3]] for p in (tmp_path / "texts").iterdir()
                if PROMPTS[3] in load_embeddings(p)]  # fmt: skip
     np.testing.assert_array_equal(batch.text[0], kept)
     seen = {source.train_batch(step, 1, seed=0).latents.tobytes() for step in range(3)}
-    assert seen == {np.float16(clip).transpose(0, 2, 3, 1).astype(np.float32).tobytes() for clip in clips[:3]}
+    assert seen == {
+        np.asarray(clip, np.float16).transpose(0, 2, 3, 1).astype(np.float32).tobytes() for clip in clips[:3]
+    }
 
 
 def test_lmdbs_that_are_not_of_latents(tmp_path, captions):

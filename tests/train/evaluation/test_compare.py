@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_the_report(evaluated, baseline):
     # the loss is the one that training measures, and the difference a mean of pairs
     subject = open_subject(str(baseline))
     model = subject.model.with_attention(parse(SETTINGS[0]))
-    options = dict(objective=subject.objective, windows=2, timesteps=3, batch=2)
+    options: dict[str, Any] = dict(objective=subject.objective, windows=2, timesteps=3, batch=2)
     assert tiled["loss"] == pytest.approx(held_out_loss(model, subject.source, **options))
     assert tiled["loss_difference"] == pytest.approx(tiled["loss"] - reference["loss"])
     low, high = tiled["loss_interval"]

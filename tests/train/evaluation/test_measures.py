@@ -45,9 +45,9 @@ def test_psnr_and_both_ssims(clips):
     np.testing.assert_allclose(metrics.psnr(*clips), (10 * torch.log10(1 / errors)).numpy(), rtol=1e-12)
     places = torch.arange(11, dtype=torch.float64) - 5
     gauss = torch.exp(-(places**2) / 4.5)
-    np.testing.assert_allclose(metrics.ssim_gaussian(*clips), ssim(*clips, gauss / gauss.sum()), rtol=1e-9)
+    np.testing.assert_allclose(metrics.ssim_gaussian(*clips), ssim(*clips, window=gauss / gauss.sum()), rtol=1e-9)
     np.testing.assert_allclose(
-        metrics.ssim_box(*clips), ssim(*clips, torch.full((11,), 1 / 11, dtype=torch.float64)), rtol=1e-9
+        metrics.ssim_box(*clips), ssim(*clips, window=torch.full((11,), 1 / 11, dtype=torch.float64)), rtol=1e-9
     )
     assert np.abs(metrics.ssim_box(*clips) - metrics.ssim_gaussian(*clips)).max() > 0.01
     assert metrics.psnr(clips[0], clips[0]).tolist() == [100.0] * 3

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.scores import draw_scores, levels_of, matching_gradient, matching_loss, sample_metrics
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
+from tests.untyped import untyped
 
 from .networks import Small, assert_same, batch, gradient, wan
 
@@ -24,7 +26,7 @@ SHAPE = (1, 4, 4, 4, 2)  # B, F, H, W, C
 SIGMAS = [5 * u / (1 + 4 * u) for u in (1.0, 0.6, 0.2)]  # shift 5, by hand
 
 
-def draws_of(objective):
+def draws_of(objective) -> Any:
     return objective.draws(jax.random.key(1), batch(SHAPE))["student"].student
 
 
@@ -44,9 +46,9 @@ def test_a_bidirectional_student_learns_by_its_last_step():
     def ours(model, last):
         return jnp.sum(weights * objective.samples(model, text, draws._replace(last=last)))
 
-    ours = gradient(ours, student)
+    compiled = gradient(ours, student)
     for last in range(3):
-        (value, grads), expected = ours(jnp.int32(last)), gradient(partial(plain, last=last), student)()
+        (value, grads), expected = compiled(jnp.int32(last)), gradient(partial(plain, last=last), student)()
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         assert_same(grads, expected[1], 1e-5)
 
@@ -100,9 +102,9 @@ def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layer
         rolled = objective.roll_out(model, text, draws._replace(last=last))
         return jnp.sum(weights * objective.replay(model, text, rolled, last)), rolled.x
 
-    ours = gradient(ours, student, has_aux=True)
+    compiled = gradient(ours, student, has_aux=True)
     for last in lasts:
-        ((value, x), grads), expected = ours(jnp.int32(last)), gradient(partial(plain, last=last), student)()
+        ((value, x), grads), expected = compiled(jnp.int32(last)), gradient(partial(plain, last=last), student)()
         np.testing.assert_allclose(value, expected[0], rtol=1e-4)
         np.testing.assert_allclose(jnp.sum(weights * x), value, rtol=1e-4)
         assert_same(grads, expected[1], 1e-4)
@@ -262,7 +264,7 @@ def test_bad_settings(settings, word):
 )
 def test_blocks_that_do_not_fit(block, network, frames, word):
     objective, examples = SelfForcingObjective(SelfForcingConfig(block=block)), batch((1, frames, 4, 4, 2))
-    draws = objective.draws(jax.random.key(0), examples)["student"].student
+    draws = untyped(objective.draws(jax.random.key(0), examples)["student"].student)
     with pytest.raises(UserError, match=word):
         objective.roll_out(nnx.eval_shape(lambda: wan(0, **network)), jnp.asarray(examples.text), draws)
 

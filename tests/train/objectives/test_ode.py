@@ -19,6 +19,7 @@ from monarchrt.train.objectives.ode import ODEDraws, ODEObjective
 from monarchrt.train.objectives.settings import ODEConfig
 from monarchrt.train.pair_folder import PairFolder
 from monarchrt.train.pairs import PairsConfig, make_pairs, trajectory
+from tests.untyped import untyped
 
 from .networks import assert_same, batch, gradient, wan
 from .plain_wan import PlainWan, tensor
@@ -206,7 +207,7 @@ def test_blocks_that_do_not_fit():
         ({}, {"causal_block": 2}, "block is None, but the network's causal_block is 2; give --block 2"),
         ({"block": 2}, {}, "block is 2, but the network's causal_block is None; give --overrides causal_block=2"),
     ):
-        objective, examples = ODEObjective(ODEConfig(student_steps=STEPS, **settings)), batch((1, 12, 4, 4, 2))
+        objective, examples = ODEObjective(ODEConfig(student_steps=STEPS, **untyped(settings))), batch((1, 12, 4, 4, 2))
         draws = objective.draws(jax.random.key(0), examples)["student"]
         model = nnx.eval_shape(lambda network=network: wan(0, **network))
         with pytest.raises(UserError, match=word):

@@ -22,6 +22,7 @@ from monarchrt.train.studies.approximations import (
     tiles_of,
 )
 from monarchrt.train.studies.maps import _factored, equation_1
+from tests.untyped import there
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,8 @@ def test_readings_of_top_k(attention):
 
 
 def test_low_rank_is_the_best_of_its_numbers(attention):
-    made = low_rank(np.linalg.svd(attention), 0.3)
-    assert np.linalg.matrix_rank(made, tol=1e-5) == 3
+    made = there(low_rank(np.linalg.svd(attention), 0.3))
+    assert np.linalg.matrix_rank(np.asarray(made), tol=1e-5) == 3
     values = torch.linalg.svdvals(torch.as_tensor(attention, dtype=torch.float64)).numpy()
     assert error_of(made, attention).mse == pytest.approx((values[3:] ** 2).sum() / 24**2, rel=1e-4)
     assert low_rank(np.linalg.svd(attention), 0.05) is None
@@ -66,7 +67,7 @@ def test_projection(scores, attention, tile, blocks):
 
     def numbers(dims):
         inside = place % np.array(tile)
-        out = 0
+        out = np.zeros(len(place), int)
         for letter in dims:
             out = out * tile[letters[letter]] + inside[:, letters[letter]]
         return out
