@@ -112,7 +112,7 @@ def tiles(subjects: list[Subject], loss: Loss) -> list[dict[str, Any]]:
     """Losses down two chains of tiles that lie in each other."""
     chains, known = [], {}
     for chain in NESTED:
-        found = []
+        steps = []
         for tile in chain:
             text = f"monarch(tile={','.join(map(str, tile)).join('()')})"
             if text not in known:
@@ -121,10 +121,10 @@ def tiles(subjects: list[Subject], loss: Loss) -> list[dict[str, Any]]:
                     setting.density(subjects[0].grid).kept,
                     float(np.mean([loss_terms(subject, setting, loss).mean() for subject in subjects])),
                 )
-            found.append((text, *known[text]))
-        worse = [after[0] for before, after in itertools.pairwise(found) if after[2] > before[2]]
-        chains.append({"chain": found, "no_better_than_the_tile_before": worse})
-        for text, density, value in found:
+            steps.append((text, *known[text]))
+        worse = [after[0] for before, after in itertools.pairwise(steps) if after[2] > before[2]]
+        chains.append({"chain": steps, "no_better_than_the_tile_before": worse})
+        for text, density, value in steps:
             print(
                 f"{value:.4f}  {density:.1%}  {text}{'  no better, though denser' if text in worse else ''}", flush=True
             )
@@ -148,8 +148,8 @@ def alignment(subjects: list[Subject]) -> dict[str, Any]:
                 projected = error_of(monarch_projection(exact, spec), exact).relative
                 errors.setdefault(name, []).append((spec.density, factored, projected))
     result = {}
-    for name, found in errors.items():
-        density, factored, projected = np.mean(found, axis=0)
+    for name, triples in errors.items():
+        density, factored, projected = np.mean(triples, axis=0)
         result[name] = {"density": density, "T=1": factored, "projection": projected}
         print(f"{density:6.1%}  T=1 {factored:.3f}  projection {projected:.3f}  {name}", flush=True)
     return result

@@ -50,7 +50,7 @@ def check(meshes):
     latents = np.random.default_rng(0).normal(size=(batch, 2, 8, 24, 16)).astype(np.float32)
     text, times = np.ones((batch, 8, 64), np.float32), np.linspace(100, 900, batch, dtype=np.float32)
 
-    def found(mesh):
+    def gradients(mesh):
         placement = Placement(batch=batch, mesh=str(mesh), devices=jax.devices()[: mesh.size])
 
         def loss(params, latents, times, text):
@@ -61,9 +61,9 @@ def check(meshes):
         with jax.default_matmul_precision("highest"):
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(own, *placement.batch((latents, times, text))))
 
-    right = found(MeshShape())
+    right = gradients(MeshShape())
     for mesh in meshes:
-        for x, y in zip(jax.tree.leaves(found(mesh)), jax.tree.leaves(right), strict=True):
+        for x, y in zip(jax.tree.leaves(gradients(mesh)), jax.tree.leaves(right), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5, err_msg=f"mesh {mesh}")
 
 

@@ -54,14 +54,14 @@ def collectives(text: str) -> list[Collective]:
         [Collective(kind='all-gather', shapes=((4,),), bytes=16, times=3, loops=1)]
     """
     bodies, entry = _computations(text)
-    found: list[Collective] = []
+    exchanges: list[Collective] = []
 
     def walk(name: str, times: int, loops: int) -> None:
         for line in bodies.get(name, ()):
             result, _, _ = line.partition(", metadata=")
             kind = next((kind for kind in KINDS if re.search(rf"[\s)}}\]]{kind}(-start)?\(", result)), None)
             if kind is not None:
-                found.append(_collective(kind, result, times, loops))
+                exchanges.append(_collective(kind, result, times, loops))
                 continue  # what it applies to pairs of numbers exchanges nothing
             inner = " while(" in result
             trips = _TRIPS.search(line)
@@ -71,10 +71,10 @@ def collectives(text: str) -> list[Collective]:
                     walk(each, times * count, loops + inner)
 
     walk(entry, 1, 0)
-    return found
+    return exchanges
 
 
-def summary(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
+def summary(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
     """For each kind that there is, how many a run does, and the bytes of all their results.
 
     Examples:
@@ -83,7 +83,7 @@ def summary(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
     """
     number: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for item in found:
+    for item in collectives:
         number[item.kind] += item.times
         size[item.kind] += item.times * item.bytes
     return {kind: (number[kind], size[kind]) for kind in KINDS if number[kind]}

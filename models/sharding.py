@@ -38,8 +38,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         shape: Devices along each axis.
         devices: As many; None takes all of all processes.
     """
-    found = np.array(jax.devices() if devices is None else list(devices))
-    return Mesh(found.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    chosen = np.array(jax.devices() if devices is None else list(devices))
+    return Mesh(chosen.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def whole_here(x: jax.Array) -> jax.Array:
@@ -60,13 +60,13 @@ def whole_here(x: jax.Array) -> jax.Array:
 def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str, ...]:
     """Axes of the mesh that split a logical axis: as many of its rule's, in order, as divide it."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    found: tuple[str, ...] = ()
+    splitting: tuple[str, ...] = ()
     for axis in RULES.get(name or "", ()):
         if types.get(axis) is not AxisType.Auto:
             continue
-        if size % math.prod(mesh.shape[x] for x in (*found, axis)) == 0:
-            found = (*found, axis)
-    return tuple(axis for axis in found if mesh.shape[axis] > 1)
+        if size % math.prod(mesh.shape[x] for x in (*splitting, axis)) == 0:
+            splitting = (*splitting, axis)
+    return tuple(axis for axis in splitting if mesh.shape[axis] > 1)
 
 
 def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], logical: Sequence[Logical]) -> PartitionSpec:
@@ -128,8 +128,8 @@ def weight_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> PartitionSpe
     Where its longest axis cannot be split evenly, a shorter one is.
     """
     for axis in _long_axes(shape):
-        if found := mesh_axes(mesh, "weights", shape[axis]):
-            return PartitionSpec(*(None,) * axis, found)
+        if axes := mesh_axes(mesh, "weights", shape[axis]):
+            return PartitionSpec(*(None,) * axis, axes)
     return PartitionSpec()
 
 

@@ -180,14 +180,14 @@ def capture(
         for number in numbers or ():
             if not 0 <= number < count:
                 raise ValueError(f"{name}={tuple(numbers or ())}: {number} is not one of 0 to {count - 1}.")
-    found: list[Captured] = []
+    captured: list[Captured] = []
 
     def keep(layer, step, block, key_frames, query, key, value, *, grid, causal_block, heads):
         order = np.argsort(key_frames, kind="stable")
         order = order[key_frames[order] >= 0]
         tokens = (order[:, None] * (grid[1] * grid[2]) + np.arange(grid[1] * grid[2])).ravel()
         number = [None if place < 0 else int(place) for place in (step, block)]
-        found.append(
+        captured.append(
             Captured(
                 layer=int(layer), step=number[0], block=number[1], grid=grid, key_frames=key_frames[order],
                 causal_block=causal_block, heads=heads, query=query, key=key[:, tokens], value=value[:, tokens],
@@ -204,6 +204,6 @@ def capture(
     probes = tuple(_Probe(inner=setting, chosen=choice) for setting in settings)
     probed = model.with_attention(probes[0] if len(set(settings)) == 1 else probes)
     try:
-        yield probed, found
+        yield probed, captured
     finally:
         jax.effects_barrier()

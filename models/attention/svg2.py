@@ -170,8 +170,8 @@ def kmeans(
 
     Examples:
         >>> x = jnp.array([0.0, 1.0, 10.0, 11.0]).reshape(1, 1, 4, 1)
-        >>> found = kmeans(x, x[:, :, :2], jnp.ones(4, bool), iterations=10)
-        >>> found.labels[0, 0], found.centroids.ravel()
+        >>> clusters = kmeans(x, x[:, :, :2], jnp.ones(4, bool), iterations=10)
+        >>> clusters.labels[0, 0], clusters.centroids.ravel()
         (Array([0, 0, 1, 1], dtype=int32), Array([ 0.5, 10.5], dtype=float32))
 
     Args:

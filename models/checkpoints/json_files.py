@@ -61,16 +61,16 @@ def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
         text = text.removeprefix("\ufeff")
         if text.count("[") + text.count("{") > MAX_CONTAINERS:
             raise ValueError(f"it has more than {MAX_CONTAINERS} objects and lists")
-        found = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+        settings = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
         if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(settings, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError(f"{where} is not JSON: it is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise ValueError(f"{where} is not an object of settings.")
-    return found
+    return settings
 
 
 def _no_number(name: str) -> float:
@@ -85,9 +85,9 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return found
+    return unique

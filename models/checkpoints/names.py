@@ -77,7 +77,7 @@ def _choose(prefixes: set[str], where: Path) -> str | None:
     if len(prefixes) < 2:
         return next(iter(prefixes), None)
     for wanted in PREFERENCE:
-        if len(found := [prefix for prefix in prefixes if wanted in prefix.split(".")]) == 1:
-            return found[0]
+        if len(preferred := [prefix for prefix in prefixes if wanted in prefix.split(".")]) == 1:
+            return preferred[0]
     named = ", ".join(sorted(repr(printable(prefix, 60)) for prefix in prefixes))
     raise ValueError(f"{where} holds several models, under the prefixes {named}; leave one of them in the file.")

@@ -61,7 +61,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     Raises:
         ValueError: If an array cannot be read, or is of another shape or dtype.
     """
-    stores, found = open_arrays(folder, wanted), {}
+    stores, arrays = open_arrays(folder, wanted), {}
     reading: deque[tuple[str, dict[str, ts.Future]]] = deque()
     under_way = 0
 
@@ -69,7 +69,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
         name, futures = reading.popleft()
         parts = {place: np.asarray(result(future, folder, name)) for place, future in futures.items()}
         target = wanted[name]
-        found[name] = jax.make_array_from_callback(target.shape, _sharding(target), lambda at: parts[str(at)])
+        arrays[name] = jax.make_array_from_callback(target.shape, _sharding(target), lambda at: parts[str(at)])
         return target.size * target.dtype.itemsize
 
     for name, target in wanted.items():
@@ -87,7 +87,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
             under_way -= finish()
     while reading:
         finish()
-    return found
+    return arrays
 
 
 def _sharding(target: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

@@ -156,14 +156,14 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
         return (chosen or indices)[0]
     files = [file for file in there if file.suffix in (".safetensors", ".sft")]
     pickles = [file for file in there if file.suffix in PICKLES]
-    for found in (
+    for candidates in (
         [file for file in files if file.stem in preferred],
         files,
         [file for file in pickles if file.stem in preferred],
         [] if files else pickles,
     ):
-        if len(found) == 1:
-            return found[0]
+        if len(candidates) == 1:
+            return candidates[0]
     others = [] if files or pickles else [file for file in sorted(folder.iterdir()) if file.suffix in OTHER_SUFFIXES]
     if others:
         raise ValueError(f"{folder} holds {', '.join(printable(file.name) for file in others[:5])}; {SUPPORTED}.")

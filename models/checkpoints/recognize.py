@@ -104,15 +104,15 @@ def foreign_start(path: Path) -> str | None:
 
 def shard_of(path: Path) -> str | None:
     """The index that belongs to a file that is one of several; None if it is not."""
-    found = _SHARD.search(path.name)
-    return None if found is None or found[2] == "00001" else f"{path.name[: found.start()]}.safetensors.index.json"
+    shard = _SHARD.search(path.name)
+    return None if shard is None or shard[2] == "00001" else f"{path.name[: shard.start()]}.safetensors.index.json"
 
 
 def refuse(names: Iterable[str], where: Path, wanted: str) -> ValueError:
     """The error for a file that is not `wanted`, such as "a Wan VAE", which says what it is if that is known."""
     names = list(names)
-    found = what_has(names, QUANTIZED, LORA, OTHERS)
-    what, examples = ("", names) if found is None else (f" but {found[0]}", found[1])
+    kind = what_has(names, QUANTIZED, LORA, OTHERS)
+    what, examples = ("", names) if kind is None else (f" but {kind[0]}", kind[1])
     shown = "; ".join(printable(name, 80) for name in examples[:3]) + ("; ..." if len(examples) > 3 else "")
     return ValueError(f"{where} is not {wanted}{what}: it holds {shown}.")
 
@@ -127,6 +127,6 @@ def what_has(names: Iterable[str], *tables: tuple[tuple[str, str], ...]) -> tupl
     names = list(names)
     for table in tables:
         for pattern, what in table:
-            if found := [name for name in names if re.search(pattern, name)]:
-                return what, found
+            if matching := [name for name in names if re.search(pattern, name)]:
+                return what, matching
     return None

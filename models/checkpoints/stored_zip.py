@@ -125,13 +125,13 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
     tail_at = max(0, total - _END.size - 0xFFFF)
     file.seek(tail_at)
     tail = file.read()
-    found = tail.rfind(b"PK\5\6")
-    if found < 0 or len(tail) - found < _END.size:
+    place = tail.rfind(b"PK\5\6")
+    if place < 0 or len(tail) - place < _END.size:
         raise ValueError("it is truncated, it has no end")
-    _, disk, first, here, count, size, offset, comment = _END.unpack_from(tail, found)
-    if disk or first or here != count or found + _END.size + comment != len(tail):
+    _, disk, first, here, count, size, offset, comment = _END.unpack_from(tail, place)
+    if disk or first or here != count or place + _END.size + comment != len(tail):
         raise ValueError("its end is damaged, or it is one of several files")
-    end = tail_at + found
+    end = tail_at + place
     if end < _LOCATOR64.size:
         return count, size, offset, end
     file.seek(end - _LOCATOR64.size)

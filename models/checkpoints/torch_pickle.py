@@ -104,12 +104,12 @@ def _rebuild_parameter(tensor, *_) -> _Tensor:
 
 
 def _ordered(pairs: Any = ()) -> dict[str, Any]:
-    found = collections.OrderedDict()
+    ordered = collections.OrderedDict()
     for key, value in pairs:
         if not isinstance(key, str | int):
             raise UnsafePickleError(f"a dictionary in it has a key that is a {type(key).__name__}")
-        found[key] = value
-    return found
+        ordered[key] = value
+    return ordered
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -169,8 +169,8 @@ class TorchFile:
             entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
             needed = tensor.storage.size * tensor.storage.dtype.itemsize
             if entry is None or entry.size != needed:
-                found = 0 if entry is None else entry.size
-                raise ValueError(f"{self.path}: {printable(name)} has {found} bytes of {needed}; the file is damaged.")
+                stored = 0 if entry is None else entry.size
+                raise ValueError(f"{self.path}: {printable(name)} has {stored} bytes of {needed}; the file is damaged.")
 
     def _content(self) -> Any:
         """The pickle's object."""

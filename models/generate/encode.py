@@ -240,7 +240,7 @@ def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> 
     derived = {"frames": 1 + 4 * (frames - 1), "height": 8 * height, "width": 8 * width, "rows": rows}
     # one with sizes but no rate is of the frames that were stored
     rate = {"fps": "0"} if "stride" in file.metadata else {}
-    found = wanted | {name: str(value) for name, value in derived.items()} | rate | file.metadata
-    if other := [name for name in wanted if found[name] != wanted[name]]:
-        differences = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in other)
+    stored = wanted | {name: str(value) for name, value in derived.items()} | rate | file.metadata
+    if other := [name for name in wanted if stored[name] != wanted[name]]:
+        differences = ", ".join(f"{name} {stored[name]!r} instead of {wanted[name]!r}" for name in other)
         raise UserError(f"{path} is there already, of {differences}; delete it, or give another --out")

@@ -67,14 +67,14 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
     decoder, given = _decoder(config)
     texts = [] if config.embeddings is not None else ["text encoder", "tokenizer"]
     needed = [*([] if given else [decoder]), *texts]
-    found: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     if apart is not None and names_repository(apart):
-        found = _fetched(str(apart), needed)
-    found = _parts_in(folders, needed) | found
-    missing = [part for part in needed if part not in found]
+        places = _fetched(str(apart), needed)
+    places = _parts_in(folders, needed) | places
+    missing = [part for part in needed if part not in places]
     if missing and names_repository(config.checkpoint or ""):
-        found |= _fetched(config.checkpoint or "", missing)
-        missing = [part for part in needed if part not in found]
+        places |= _fetched(config.checkpoint or "", missing)
+        missing = [part for part in needed if part not in places]
     if missing:
         looked = "; ".join(f"{part} ({' or '.join(PARTS[part])})" for part in missing)
         named = [name for name in (apart, config.checkpoint) if name is not None and names_repository(name)]
@@ -83,7 +83,7 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
         raise UserError(
             f"checkpoint lacks: {looked}; looked in {where}; give the folder that has them with --components{saved}"
         )
-    return Components(given or found[decoder], found.get("text encoder"), found.get("tokenizer"))
+    return Components(given or places[decoder], places.get("text encoder"), places.get("tokenizer"))
 
 
 def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
@@ -335,9 +335,9 @@ def _tell_of_schedulers(source: "Source", report: Callable[[str], None]) -> None
 
 
 def _check_decoder(decoder: FrameDecoder, plan: Plan, channels: int) -> None:
-    found = decoder.channels, decoder.spatial, decoder.temporal
-    if found != (channels, plan.spatial, plan.temporal):
+    made = decoder.channels, decoder.spatial, decoder.temporal
+    if made != (channels, plan.spatial, plan.temporal):
         raise UserError(
-            f"the decoder has {found[0]} channels and makes {found[1]} pixels and {found[2]} frames of a latent; the "
+            f"the decoder has {made[0]} channels and makes {made[1]} pixels and {made[2]} frames of a latent; the "
             f"network needs {channels}, {plan.spatial} and {plan.temporal}"
         )

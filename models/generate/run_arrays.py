@@ -88,12 +88,12 @@ def read_checked(
         if of_the_machine(error):
             raise
         wrong = error
-    found = all_agree(f"read/{folder}", None if wrong is None else str(wrong))
-    if found is not None:
-        raise wrong or ValueError(found)
-    found = jax.device_get(checksums(arrays))
+    complaint = all_agree(f"read/{folder}", None if wrong is None else str(wrong))
+    if complaint is not None:
+        raise wrong or ValueError(complaint)
+    sums = jax.device_get(checksums(arrays))
     for name in wanted:
-        if int(found[name]) != contents[name]["checksum"]:
+        if int(sums[name]) != contents[name]["checksum"]:
             raise ValueError(f"the checksum of {name} is wrong")
     return arrays
 
@@ -167,7 +167,7 @@ def read_newest[T](
     wrong: list[str] = []
     for step in reversed(complete):
         try:
-            found = read(step)
+            result = read(step)
         except UserError:
             raise
         except Exception as error:  # tensorstore raises whatever its storage layer raised
@@ -178,7 +178,7 @@ def read_newest[T](
             continue
         if wrong:
             report(f"warning: {wrong[0]}; that of step {step} is taken instead")
-        return found
+        return result
     others = f"; nor can those of steps {', '.join(map(str, complete[:-1]))} be read" if len(wrong) > 1 else ""
     raise UserError(wrong[0] + others)
 

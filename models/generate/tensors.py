@@ -83,14 +83,14 @@ def read_noise(path: Path, plan: Plan, *, channels: int, given: int = 0) -> Nois
 
 
 def _read(file: SafetensorsFile, name: str, shape: tuple[int, ...], path: Path) -> Float[Array, "..."]:
-    found = file.infos[name].shape
-    if found != shape:
+    stored = file.infos[name].shape
+    if stored != shape:
         hint = ""
         frames, height, width, channels = shape[-4:]
         for axes in ((channels, frames, height, width), (frames, channels, height, width)):
-            if found[-4:] == axes and axes != shape[-4:]:
+            if stored[-4:] == axes and axes != shape[-4:]:
                 hint = "; its channels are not last, as in PyTorch: move that axis to the end"
-        raise UserError(f"noise {path}: {name} is {list(found)}, and {list(shape)} is needed, {LAYOUT} last{hint}")
+        raise UserError(f"noise {path}: {name} is {list(stored)}, and {list(shape)} is needed, {LAYOUT} last{hint}")
     array = np.asarray(file.read(name), np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"noise {path}: {name} is NaN or infinite")

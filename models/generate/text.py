@@ -49,12 +49,13 @@ def text_embeddings(
     if guides:
         prompts.append(NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt)
     if config.embeddings is not None:
-        found = _read(config.embeddings, prompts, rows)
+        arrays = _read(config.embeddings, prompts, rows)
     elif encoder is None or tokenizer is None:
         raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
     else:
-        found = dict(encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report))
-    for prompt, array in found.items():
+        encoded = encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report)
+        arrays = dict(encoded)
+    for prompt, array in arrays.items():
         if array.shape[-1] != width:
             raise UserError(
                 f"the text embedding of {prompt[:40]!r} is {array.shape[-1]} wide; the network takes {width}"
@@ -63,8 +64,8 @@ def text_embeddings(
             where = config.embeddings or encoder
             raise UserError(f"the text embedding of {prompt[:40]!r} from {where} is NaN or infinite; check that file")
     if config.save_embeddings is not None:
-        report(f"embeddings are saved in {save_embeddings(config.save_embeddings, found)}")
-    batches = [jnp.asarray(array, jnp.float32)[None] for array in found.values()]
+        report(f"embeddings are saved in {save_embeddings(config.save_embeddings, arrays)}")
+    batches = [jnp.asarray(array, jnp.float32)[None] for array in arrays.values()]
     return batches[0], batches[-1] if guides else None
 
 
@@ -134,10 +135,10 @@ class TextEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> list[Float[Array, "1 L E"]]:
         """An embedding for each, float32, zero past the text's end."""
-        found = encode_prompts(
+        embeddings = encode_prompts(
             prompts, encoder=self._encoder, tokenizer=self._tokenizer, length=self._rows, warn=self._report, empty=True
         )
-        return [jnp.asarray(array, jnp.float32)[None] for array in found]
+        return [jnp.asarray(array, jnp.float32)[None] for array in embeddings]
 
 
 class StoredTexts:

@@ -121,11 +121,11 @@ def family(names: Iterable[str]) -> str | None:
         'Flux or HunyuanVideo'
     """
     names = list(names)
-    if (found := what_has(names, _FLAT_FAMILIES)) is not None:
-        return found[0]
+    if (kind := what_has(names, _FLAT_FAMILIES)) is not None:
+        return kind[0]
     bare = [_DOTTED.sub("", name, count=1) if _DOTTED.match(name) else name for name in names]
-    found = what_has(bare, RELATIVES, OTHERS)
-    return None if found is None or found[0] == "a Wan transformer" else found[0]
+    kind = what_has(bare, RELATIVES, OTHERS)
+    return None if kind is None or kind[0] == "a Wan transformer" else kind[0]
 
 
 def write_name(module: str, ending: str, format: str) -> str:
@@ -162,8 +162,8 @@ def _module(stem: str, *, diffusers: bool, table: bool) -> str | None:
     if table and (bare := re.fullmatch(r"blocks[._](\d+)|head", stem)):  # .diff_m stands by the block itself
         return f"{stem.replace('_', '.')}.modulation" if bare[1] else "head.modulation"
     rest = f"blocks.{{i}}.{match[3]}" if match else stem
-    found = _tables()["diffusers" if diffusers else "official"].get(rest)
-    return None if found is None else found.replace("{i}", match[2] if match else "")
+    template = _tables()["diffusers" if diffusers else "official"].get(rest)
+    return None if template is None else template.replace("{i}", match[2] if match else "")
 
 
 @functools.cache

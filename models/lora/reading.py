@@ -156,8 +156,8 @@ class LoRA:
 
 def _numbers(what: str, values: dict[str, Any]) -> str:
     """The values of all layers: `rank 4`, `rank 4 to 64`."""
-    found = sorted(set(values.values()))
-    return f"{what} {' to '.join(f'{n:g}' for n in dict.fromkeys((found[0], found[-1])))}" if found else ""
+    numbers = sorted(set(values.values()))
+    return f"{what} {' to '.join(f'{n:g}' for n in dict.fromkeys((numbers[0], numbers[-1])))}" if numbers else ""
 
 
 def describe(config: WanConfig) -> str:
@@ -205,21 +205,21 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"lora {str(path)!r} does not exist; give a .safetensors file.")
-    found = weights_file(path, preferred=_PREFERRED) if path.is_dir() else path
-    file = open_tensors(found)
+    where = weights_file(path, preferred=_PREFERRED) if path.is_dir() else path
+    file = open_tensors(where)
     if (other := family(file.infos)) is not None:
-        raise ValueError(f"{found} is for {other}, not for Wan 2.1: it holds {some(list(file.infos), 1)}.")
+        raise ValueError(f"{where} is for {other}, not for Wan 2.1: it holds {some(list(file.infos), 1)}.")
     if not is_lora(file.infos):
-        raise ValueError(f"{found} is no LoRA: it holds {some(list(file.infos), 2)}.")
+        raise ValueError(f"{where} is no LoRA: it holds {some(list(file.infos), 2)}.")
     if (kind := what_has(file.infos, UNSUPPORTED)) is not None:
-        raise ValueError(f"{found} holds {kind[0]}, which are not supported: {some(kind[1], 2)}.")
+        raise ValueError(f"{where} holds {kind[0]}, which are not supported: {some(kind[1], 2)}.")
     names = read_names(file.infos)
     if names.unknown:
         raise ValueError(
-            f"{found} holds {len(names.unknown)} of {len(file.infos)} tensors that change nothing of a Wan "
+            f"{where} holds {len(names.unknown)} of {len(file.infos)} tensors that change nothing of a Wan "
             f"transformer: {some(names.unknown)}."
         )
-    return _assemble(found, file, names.keys, names.format, warn)
+    return _assemble(where, file, names.keys, names.format, warn)
 
 
 def _assemble(

@@ -43,7 +43,7 @@ def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dic
     clips, captions = (_by_stem(files, endings) for endings in ((*VIDEOS, *PICTURES), (".txt",)))
     if not clips:
         raise UserError(f"clips {folder} has no videos ({', '.join(VIDEOS)}), no pictures; {_instead(folder, files)}")
-    found: dict[Path, str] = {}
+    pairs: dict[Path, str] = {}
     for stem, same in clips.items():
         texts = captions.get(stem, [])
         if len(same) > 1:
@@ -55,13 +55,13 @@ def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dic
             refuse(f"clip {same[0]} has two captions, {texts[0].name} and {texts[1].name}; leave one")
         else:
             try:
-                found[same[0]] = read_caption(texts[0], clip=same[0].name)
+                pairs[same[0]] = read_caption(texts[0], clip=same[0].name)
             except UserError as error:
                 refuse(str(error))
     for stem, texts in captions.items():
         if stem not in clips:
             refuse(f"caption {texts[0]} has no clip; {_other_than_clip(folder, stem)}")
-    return found
+    return pairs
 
 
 def read_caption(path: Path, *, clip: str) -> str:
@@ -89,11 +89,11 @@ def read_caption(path: Path, *, clip: str) -> str:
 
 def _by_stem(files: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
     """Files of some endings by their names without them, as macOS and other systems may have written it."""
-    found: dict[str, list[Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
     for path in files:
         if path.suffix.lower() in endings:
-            found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
-    return found
+            by_stem.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
+    return by_stem
 
 
 def _other_than_clip(folder: Path, stem: str) -> str:

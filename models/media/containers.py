@@ -73,8 +73,8 @@ def _last_riff_end(file: BinaryIO, size: int) -> int:
 def _asf_end(file: BinaryIO) -> int:
     """As the file properties of a WMV say; 0 if they are not there."""
     file.seek(0)
-    _, found, rest = file.read(8192).partition(_ASF_PROPERTIES)
-    return int.from_bytes(rest[24:32], "little") if found and len(rest) >= 32 else 0
+    _, there, rest = file.read(8192).partition(_ASF_PROPERTIES)
+    return int.from_bytes(rest[24:32], "little") if there and len(rest) >= 32 else 0
 
 
 def _transport_packet(file: BinaryIO) -> int:

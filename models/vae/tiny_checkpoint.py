@@ -93,10 +93,10 @@ def load_tiny_vae(
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in TINY_FILES if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in TINY_FILES if (path / name).is_file()]
+        if not files:
             raise ValueError(f"{path} has none of {', '.join(TINY_FILES)}; give the file itself.")
-        path = found[0]
+        path = files[0]
     file = BareFile(open_tensors(path), anchors=(ANCHOR,))
     config = tiny_config(file, where=path)
     param_dtype = param_dtype or stored_dtype(file)

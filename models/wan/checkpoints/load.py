@@ -144,16 +144,16 @@ def load_source(
 
 def check_sizes(source: Source, config: WanConfig) -> None:
     """Raises ValueError if the checkpoint is of other sizes than `config`."""
-    found = source.config
-    if found.model_type != config.model_type:
+    stored = source.config
+    if stored.model_type != config.model_type:
         raise ValueError(
-            f"{source.path} is {_kind(found)}; config says model_type={config.model_type!r}, {_kind(config)}."
+            f"{source.path} is {_kind(stored)}; config says model_type={config.model_type!r}, {_kind(config)}."
         )
     fields = [field.name for field in dataclasses.fields(WanConfig) if field.name not in POLICY]
     differ = [
-        f"{name}={getattr(found, name)} (config: {getattr(config, name)})"
+        f"{name}={getattr(stored, name)} (config: {getattr(config, name)})"
         for name in fields
-        if getattr(found, name) != getattr(config, name)
+        if getattr(stored, name) != getattr(config, name)
     ]
     if differ:
         raise ValueError(f"{source.path} is another model than config describes: {', '.join(differ)}.")

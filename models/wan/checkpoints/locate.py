@@ -53,8 +53,8 @@ def locate(path: str | Path, revision: str | None = None) -> Place:
         )
     if (local / "params").is_dir() and (local / "config.json").is_file():
         return Place(local, local, "orbax")
-    found = weights_file(local, preferred=("diffusion_pytorch_model",))
-    return Place(local, found, "torch" if found.suffix in PICKLES else "official")
+    weights = weights_file(local, preferred=("diffusion_pytorch_model",))
+    return Place(local, weights, "torch" if weights.suffix in PICKLES else "official")
 
 
 def _refuse_two_networks(folder: Path) -> None:

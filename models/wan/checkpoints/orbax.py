@@ -58,8 +58,8 @@ class OrbaxFile:
 def _open(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[ParameterPath, ts.TensorStore]:
     """Every parameter, opened and not read."""
     folder = path / FOLDER
-    found = open_arrays(folder, [".".join(parameter) for parameter in shapes])
-    arrays = dict(zip(shapes, found.values(), strict=True))
+    stores = open_arrays(folder, [".".join(parameter) for parameter in shapes])
+    arrays = dict(zip(shapes, stores.values(), strict=True))
     for parameter, array in arrays.items():
         if array.shape != shapes[parameter]:
             raise ValueError(

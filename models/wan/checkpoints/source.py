@@ -189,14 +189,14 @@ class Heads(NamedTuple):
 
     def checked(self, source: Source) -> Source:
         """The source, if its heads are those."""
-        found = source.config
+        sizes = source.config
         for name, value, there in (
-            ("num_heads", self.number, found.num_heads),
-            ("head_dim", self.channels, found.head_dim),
+            ("num_heads", self.number, sizes.num_heads),
+            ("head_dim", self.channels, sizes.head_dim),
         ):
             if value is not None and value != there:
                 raise ValueError(
-                    f"{name}={value}: {source.path} has {found.num_heads} heads of {found.head_dim} channels; "
+                    f"{name}={value}: {source.path} has {sizes.num_heads} heads of {sizes.head_dim} channels; "
                     f"leave {name} out."
                 )
         return source
@@ -246,16 +246,16 @@ def _describe(
 
 def _naming(path: Path, names: dict[str, str]) -> Naming:
     """Whose names a Wan transformer's tensors have; ValueError, which names what it is, for anything else."""
-    if (found := what_has(names, QUANTIZED, LORA, RELATIVES)) is not None:
-        what, examples = found
+    if (kind := what_has(names, QUANTIZED, LORA, RELATIVES)) is not None:
+        what, examples = kind
         raise ValueError(f"{path} is {what}: it holds {some(examples, 2)}; {SUPPORTED}.")
     if any(re.match(r"blocks\.\d+\.attn1\.|condition_embedder\.", name) for name in names):
         return "diffusers"
     if any(re.match(r"blocks\.\d+\.self_attn\.[qkvo]\.", name) for name in names):
         return "official"
-    found = what_has(names, OTHERS)
-    what = f"not a Wan transformer but {found[0]}" if found else "not a Wan transformer"
-    raise ValueError(f"{path} is {what}: it holds {some(found[1] if found else list(names))}; {SUPPORTED}.")
+    kind = what_has(names, OTHERS)
+    what = f"not a Wan transformer but {kind[0]}" if kind else "not a Wan transformer"
+    raise ValueError(f"{path} is {what}: it holds {some(kind[1] if kind else list(names))}; {SUPPORTED}.")
 
 
 def _refuse_relative(path: Path, config: WanConfig) -> None:
