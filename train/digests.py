@@ -42,15 +42,15 @@ class FileDigests:
         """
 
         def digest(path: Path) -> bytes:
-            begun, found = time.time_ns(), path.stat()
-            state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            begun, status = time.time_ns(), path.stat()
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             match self._known.get(path.name):
                 case [*same, str(stored)] if same == state and len(stored) == 64:
                     return bytes.fromhex(stored)
             with path.open("rb") as file:
                 made = hashlib.file_digest(file, "sha256")
             check(path)
-            if begun - found.st_ctime_ns > _SETTLED:
+            if begun - status.st_ctime_ns > _SETTLED:
                 self._known[path.name] = [*state, made.hexdigest()]
             return made.digest()
 

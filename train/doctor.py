@@ -92,14 +92,15 @@ class Speed:
 
 def versions() -> list[Finding]:
     """The packages that this one needs, installed or not, and whether their versions fit."""
-    found = [Finding(name="python", found=f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    running = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    findings = [Finding(name="python", found=running)]
     for text in importlib.metadata.requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         if requirement.marker is None:
-            found.append(_version(requirement, f"pip install '{DISTRIBUTION}'"))
+            findings.append(_version(requirement, f"pip install '{DISTRIBUTION}'"))
         elif requirement.marker.evaluate({"extra": EXTRA}) and not requirement.marker.evaluate({"extra": ""}):
-            found.append(_version(requirement, f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"))
-    return found
+            findings.append(_version(requirement, f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"))
+    return findings
 
 
 def _version(requirement: Requirement, install: str) -> Finding:
@@ -136,17 +137,17 @@ def devices() -> Finding:
     import jax
 
     try:
-        found = jax.devices()
+        present = jax.devices()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         return Finding(name="JAX devices", found=f"none: {reason}", advice="set JAX_PLATFORMS=cpu to run on the CPU")
-    kinds = sorted({f"{device.device_kind} ({device.platform})" for device in found})
+    kinds = sorted({f"{device.device_kind} ({device.platform})" for device in present})
     advice = None
-    if found[0].platform == "cpu" and driver().found[0].isdigit():
+    if present[0].platform == "cpu" and driver().found[0].isdigit():
         asked = os.environ.get("JAX_PLATFORMS")
         why = f"JAX_PLATFORMS is {asked!r}" if asked else f"pip install '{DISTRIBUTION}[{EXTRA}]'"
         advice = f"there is an NVIDIA GPU that JAX does not use: {why}"
-    return Finding(name="JAX devices", found=f"{len(found)} x {', '.join(kinds)}", advice=advice)
+    return Finding(name="JAX devices", found=f"{len(present)} x {', '.join(kinds)}", advice=advice)
 
 
 def folders() -> Iterator[Finding]:

@@ -48,7 +48,7 @@ def held_out_losses(
     """
     networks = {name: (role.evaluated, state.frozen(name)) for name, role in state.roles.items()}
     terms = _measure(errors, networks, source, objective, windows, timesteps, batch, place)
-    return {role: float(found.mean()) for role, found in terms.items()}
+    return {role: float(values.mean()) for role, values in terms.items()}
 
 
 def held_out_loss(
@@ -111,9 +111,9 @@ def _measure(
     """Weight times error of each example, by role."""
     terms: dict[str, list[np.ndarray]] = {}
     for part in objective.held_out(source, windows=windows, timesteps=timesteps, batch=batch):
-        for role, found in errors(networks, place(part.batch), place(part.draws)).items():
-            weighted = np.asarray(found, np.float64) * part.weight
+        for role, measured in errors(networks, place(part.batch), place(part.draws)).items():
+            weighted = np.asarray(measured, np.float64) * part.weight
             # those after the first `count` only fill the batch up
             means = weighted.reshape(len(weighted) if weighted.ndim else 1, -1).mean(1)
             terms.setdefault(role, []).append(means[: part.count])
-    return {role: np.concatenate(found) for role, found in terms.items()}
+    return {role: np.concatenate(measured) for role, measured in terms.items()}

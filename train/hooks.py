@@ -172,10 +172,10 @@ class Evaluate:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Measures and says so."""
-        found = self.measured(state)
-        names = {role: f"{role}/held_out_loss" if self._prefix else "held_out_loss" for role in found}
-        self._log.write(step, {names[role]: value for role, value in found.items()})
-        words = [f"{role} {value:.4f}" if self._prefix else f"{value:.4f}" for role, value in found.items()]
+        losses = self.measured(state)
+        names = {role: f"{role}/held_out_loss" if self._prefix else "held_out_loss" for role in losses}
+        self._log.write(step, {names[role]: value for role, value in losses.items()})
+        words = [f"{role} {value:.4f}" if self._prefix else f"{value:.4f}" for role, value in losses.items()]
         self._progress.measured(step, f"held-out loss {', '.join(words)}")
 
     def measured(self, state: TrainState) -> dict[str, float]:

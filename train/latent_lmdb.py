@@ -136,10 +136,10 @@ class _Shard:
 
     def _get(self, key: str) -> Any:
         with self._file.begin(buffers=False) as transaction:
-            found = transaction.get(key.encode())
-        if found is None:
+            value = transaction.get(key.encode())
+        if value is None:
             raise UserError(f"latents {self.path} has no {key}; it is no LMDB of latents of Self-Forcing's, or cut off")
-        return found
+        return value
 
     def _row(self, number: int) -> bytes:
         data, expected = self._get(f"latents_{number}_data"), 2 * int(np.prod(self.row))

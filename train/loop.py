@@ -189,8 +189,8 @@ class _Run:
     ):
         self.config, self.source, self.opened, self._dry = config, source, opened, dry
         run = config.run
-        found = run.resume and (run.folder / FOLDER_NAME).is_dir()
-        self.previous = self._open() if found else None
+        continues = run.resume and (run.folder / FOLDER_NAME).is_dir()
+        self.previous = self._open() if continues else None
         done = self.previous.steps() if self.previous else []
         if self.previous:
             if not dry:

@@ -174,20 +174,20 @@ def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConf
         )
 
 
-def _how_to_fit(found: "WanConfig", settings: "WanConfig") -> str:
+def _how_to_fit(stored: "WanConfig", settings: "WanConfig") -> str:
     """What to change so that `settings` are of the sizes found, as far as an option does it."""
     from monarchrt.models.wan import PRESETS
     from monarchrt.models.wan.checkpoints.load import POLICY
 
     # a preset's channels are replaced by the data's
     both = {name: getattr(settings, name) for name in (*POLICY, "in_channels", "out_channels")}
-    alike = dataclasses.replace(found, **both)
+    alike = dataclasses.replace(stored, **both)
     fitting = [name for name, preset in PRESETS.items() if dataclasses.replace(preset, **both) == alike]
     hint = f" Give --preset {fitting[0]}." if fitting and settings != alike else ""
-    if found.in_channels != settings.in_channels:
+    if stored.in_channels != settings.in_channels:
         hint += (
             f" The data has {settings.in_channels} channels; --latents takes a folder of what the model's own VAE "
-            f"makes of videos, with {found.in_channels}."
+            f"makes of videos, with {stored.in_channels}."
         )
     return hint
 

@@ -274,18 +274,18 @@ class Networks:
 
         if (origin / FOLDER_NAME).is_dir():
             with Checkpoints(origin, read_only=True) as checkpoints:
-                found = checkpoints.restore_parameters(
+                parameters = checkpoints.restore_parameters(
                     jax.tree.map(template, params), fresh=lambda: split_model(self._build(name)())[1]
                 )
-            found = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), found, params)
+            parameters = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), parameters, params)
         else:
-            found = pretrained_parameters(
+            parameters = pretrained_parameters(
                 origin,
                 self.configs[name],
                 source=self._sources.pop(name, None),
                 sharding=lambda _, shape: self._placement.sharding(shape),
             )
-        return nnx.merge(graph, found, others)
+        return nnx.merge(graph, parameters, others)
 
     def _stored_dtype(self, name: str) -> Any:
         """What a run with the network's settings keeps its parameters in."""

@@ -76,9 +76,9 @@ class PairFolder(LatentFolder):
     def __init__(self, folder: Path | str, config: DataConfig, *, digests: Path | None = None):
         super().__init__(folder, config, digests=digests)
         files = self.train_files + self.held_out_files
-        found = {path: _header(path) for path in files}
-        self.made, self.states = found[files[0]]
-        for path, (made, states) in found.items():
+        headers = {path: _header(path) for path in files}
+        self.made, self.states = headers[files[0]]
+        for path, (made, states) in headers.items():
             if dataclasses.replace(made, seed=self.made.seed) != self.made or states != self.states:
                 raise UserError(f"latents {path} was made otherwise than {files[0]}: {made}, {self.made}")
 

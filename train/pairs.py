@@ -279,11 +279,11 @@ def _model(sizes: Any) -> Any:
 def _check_kept(path: Path, made: Made) -> None:
     """Raises UserError if a file that is there was made otherwise."""
     with user_input():
-        found = Made.of_header(path, SafetensorsFile(path, only=()).metadata)
+        stored = Made.of_header(path, SafetensorsFile(path, only=()).metadata)
     differ = [
-        f"{field.name} {getattr(found, field.name)} (now {getattr(made, field.name)})"
+        f"{field.name} {getattr(stored, field.name)} (now {getattr(made, field.name)})"
         for field in dataclasses.fields(Made)
-        if getattr(found, field.name) != getattr(made, field.name)
+        if getattr(stored, field.name) != getattr(made, field.name)
     ]
     if differ:
         raise UserError(f"{path} is there already, made with {', '.join(differ)}; give another --out, or remove it")
@@ -306,9 +306,9 @@ def _examples(config: PairsConfig, opened: Any) -> tuple[Size, list[np.ndarray]]
     if config.embeddings is not None:
         from monarchrt.models.umt5 import load_embeddings
 
-        found = load_embeddings(config.embeddings, length=opened.sizes.text_len)
+        by_text = load_embeddings(config.embeddings, length=opened.sizes.text_len)
         size = 1 + (config.frames - 1) // 4, config.height // 8, config.width // 8
-        return size, [np.asarray(text, np.float32) for text in found.values()]
+        return size, [np.asarray(text, np.float32) for text in by_text.values()]
     if run is None or run.data.precomputed is not None or run.generation.latents is None:
         raise UserError("no texts were given; give --latents FOLDER, or --embeddings FILE of generate")
     return run.generation.latents, [np.zeros((1, opened.sizes.text_dim), np.float32)]

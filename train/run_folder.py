@@ -108,15 +108,15 @@ def _left_behind(folder: Path, names: set[str]) -> str | None:
     return None
 
 
-def _check_same_settings(config: TrainConfig, found: TrainConfig | None) -> None:
+def _check_same_settings(config: TrainConfig, begun: TrainConfig | None) -> None:
     """A run that was stopped before its first checkpoint may begin again, but not as another one.
 
     Raises:
         UserError: If settings that a resume may not change differ; names both values.
     """
-    if found is None:
+    if begun is None:
         return
-    here, there = identity(config, fingerprint=""), identity(found, fingerprint="")
+    here, there = identity(config, fingerprint=""), identity(begun, fingerprint="")
     for name, value in there.items():
         if name.rpartition(".")[2] not in _NOTED and value != here.get(name):
             raise UserError(

@@ -124,9 +124,9 @@ def _wandb(config: TrainConfig) -> Any:
 def _identifier(path: Path) -> str:
     """The id of the run at wandb: that in the run folder, or a new one that is kept there."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["id"]
-        if isinstance(found, str) and found:
-            return found
+        kept = json.loads(path.read_text(encoding="utf-8"))["id"]
+        if isinstance(kept, str) and kept:
+            return kept
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # none yet, or none that can be used
     new = uuid.uuid4().hex[:8]

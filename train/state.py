@@ -131,10 +131,10 @@ def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: s
     Raises:
         UserError: If a pattern fits no parameter, or whatever else `what` calls what could train.
     """
-    found, others = parameter_names(params), parameter_names(frozen)
+    trained, others = parameter_names(params), parameter_names(frozen)
     for pattern in () if tuple(names) == ("all",) else names:
-        if not fnmatch.filter(found, pattern):
-            known = ", ".join(sorted({name.split(".")[0] for name in found + others}))
+        if not fnmatch.filter(trained, pattern):
+            known = ", ".join(sorted({name.split(".")[0] for name in trained + others}))
             raise UserError(f"{option} is {pattern!r}, which fits no {what}; all, or patterns below {known}")
 
 

@@ -86,13 +86,13 @@ def _settings(folder: Path) -> tuple[RunSettings | None, TrainConfig | None, str
     """What config.json says of the network and of the training, as far as it can be read; and in words."""
     if not (folder / CONFIG_NAME).is_file():
         return None, None, f"{CONFIG_NAME} is not there"
-    found: list[Any] = []
+    parts: list[Any] = []
     for read in (read_run, read_config):
         try:
-            found.append(read(folder))
+            parts.append(read(folder))
         except UserError as error:
-            return (found[0] if found else None), None, _reason(error)
-    return found[0], found[1], CONFIG_NAME
+            return (parts[0] if parts else None), None, _reason(error)
+    return parts[0], parts[1], CONFIG_NAME
 
 
 def _newest(folder: Path) -> _Newest:

@@ -95,8 +95,8 @@ class Embeddings:
 
         if self._unread is not None:
             return np.zeros((len(texts), self._rows, self._unread), np.float32)
-        found = (load_embeddings(self._files[text], length=self._rows)[text] for text in texts)
-        return np.stack([np.asarray(array, np.float32) for array in found])
+        embeddings = (load_embeddings(self._files[text], length=self._rows)[text] for text in texts)
+        return np.stack([np.asarray(array, np.float32) for array in embeddings])
 
 
 class PromptFile:

@@ -86,21 +86,22 @@ def bench_command(arguments: Sequence[str]) -> int:
 
     engine = load_engine(config, report=say) if preset is None else random_engine(config, preset=preset, report=say)
     loaded = time.monotonic() - begin
-    found = measure(engine, blocks=options.count, fps=options.rate)
-    found["cold"] = {"load": loaded} | found["cold"]
-    found["weights"] = str(options.checkpoint) if preset is None else f"random, {preset}"
-    print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
+    measured = measure(engine, blocks=options.count, fps=options.rate)
+    measured["cold"] = {"load": loaded} | measured["cold"]
+    measured["weights"] = str(options.checkpoint) if preset is None else f"random, {preset}"
+    print(json.dumps(measured, indent=1) if options.json else "\n".join(_lines(measured)))
     return 0
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    cold, steady, cadence = found["cold"], found["steady"], found["cadence"]
+def _lines(measured: dict[str, Any]) -> list[str]:
+    cold, steady, cadence = measured["cold"], measured["steady"], measured["cadence"]
+    size = f"{measured['height']}x{measured['width']}"
 
     def shares(values: dict[str, float]) -> str:
         return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
 
     return [
-        f"{found['device']}, jax {found['versions']['jax']}; {found['height']}x{found['width']}, {found['attention']}",
+        f"{measured['device']}, jax {measured['versions']['jax']}; {size}, {measured['attention']}",
         f"cold      loaded in {cold['load']:.1f} s, first frames {cold['first_frames']:.2f} s later",
         f"steady    first frames after {steady['first_frames']:.3f} s, {steady['frames_per_second']:.1f} frames/s",
         f"block     {shares(steady['block_ms'])} ms; p99/p50 {steady['p99_over_p50']:.2f}",

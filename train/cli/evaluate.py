@@ -55,9 +55,9 @@ def _scores(arguments: Sequence[str]) -> int:
     config = parse(ScoresConfig, arguments, prog="monarchrt evaluate scores", description=_SCORES)
     from monarchrt.train.evaluation.vbench import read_results, scores
 
-    found = read_results(config.results)
-    result = scores(found)
-    print_table(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in found.items()])
+    dimensions = read_results(config.results)
+    result = scores(dimensions)
+    print_table(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in dimensions.items()])
     rows = [[name, "" if value is None else f"{value:.4f}"] for name, value in result.scores.items()]
     print_table(["score", ""], rows)
     if result.missing:

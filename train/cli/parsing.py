@@ -60,13 +60,13 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
 
 def last_value(arguments: Sequence[str], option: str) -> str | None:
     """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
-    found = None
+    value = None
     for position, word in enumerate(arguments):
         if word == option and position + 1 < len(arguments):
-            found = arguments[position + 1]
+            value = arguments[position + 1]
         elif word.startswith(f"{option}="):
-            found = word.partition("=")[2]
-    return found
+            value = word.partition("=")[2]
+    return value
 
 
 def read_settings(path: Path) -> dict[str, Any]:

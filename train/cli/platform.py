@@ -34,7 +34,7 @@ def leave_out_cuda(environment: MutableMapping[str, str] = os.environ, *, root: 
 def installed_plugins() -> set[str]:
     """Names of JAX's plugins for devices, as JAX finds them: modules below jax_plugins, and entry points."""
     names = {point.name for point in importlib.metadata.entry_points(group="jax_plugins")}
-    found = importlib.util.find_spec("jax_plugins")
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    spec = importlib.util.find_spec("jax_plugins")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
         names |= {path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("_")}
     return names

@@ -73,18 +73,18 @@ def tune_command(arguments: Sequence[str]) -> int:
         heads=config.heads,
         dim=config.dim,
         query_frames=config.query_frames,
-        check=lambda found: check(config, found),
+        check=lambda configs: check(config, configs),
         log=lambda line: print(line, file=sys.stderr),
     )
     return 0
 
 
-def check(config: TuneConfig, found) -> None:
+def check(config: TuneConfig, configs) -> None:
     """Compares output and gradients on two tiles, one head, with the reference in float64.
 
     Args:
         config: The shape.
-        found: `triton_kernels.config.Configs` to check.
+        configs: `triton_kernels.config.Configs` to check.
 
     Raises:
         UserError: If the kernels cannot serve the shape, or an error is above MAX_ERROR.
@@ -110,7 +110,7 @@ def check(config: TuneConfig, found) -> None:
 
         return run(*arrays)
 
-    with use(found):
+    with use(configs):
         try:
             ours = results("triton", *arrays)
         except NotImplementedError as error:
@@ -121,4 +121,6 @@ def check(config: TuneConfig, found) -> None:
     for name, x, y in zip(("output", "dq", "dk", "dv"), ours, expected, strict=True):
         error = float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y))
         if not error <= MAX_ERROR:
-            raise UserError(f"{name} is off by {error:.1e} from the reference, more than {MAX_ERROR:.0e}, with {found}")
+            raise UserError(
+                f"{name} is off by {error:.1e} from the reference, more than {MAX_ERROR:.0e}, with {configs}"
+            )

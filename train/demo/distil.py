@@ -162,9 +162,9 @@ def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainCon
     for name, config in runs.items():
         records = read_log(config.run.folder)
         for axes, key in ((critic, "critic/loss"), (apart, "student/mean_abs_difference")):
-            found = [(record["step"], record[key]) for record in records if key in record]
-            if found:
-                steps, values = (np.array(column, float) for column in zip(*found, strict=True))
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                steps, values = (np.array(column, float) for column in zip(*points, strict=True))
                 window = max(1, len(values) // 25)
                 smooth = np.convolve(values, np.ones(window) / window, mode="valid")
                 axes.plot(steps[window - 1 :], smooth, label=name)

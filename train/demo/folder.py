@@ -53,9 +53,9 @@ def claim_demo(config: DemoConfig) -> None:
                 f"folder {folder} holds the results of a demo whose run {name}/ is gone; nothing was changed: put it "
                 f"back, or give another --folder"
             )
-    found = read_settings(folder)
-    for field in _FIXED if found is not None else ():
-        there, here = getattr(found, field), getattr(config, field)
+    begun = read_settings(folder)
+    for field in _FIXED if begun is not None else ():
+        there, here = getattr(begun, field), getattr(config, field)
         if there != here:
             raise UserError(
                 f"cannot resume: {field} is {here}, but the demo in {folder} was begun with {there}; use that value, "

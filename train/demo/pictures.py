@@ -163,8 +163,8 @@ def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray,
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(record["step"], record[name]) for record in records if name in record]
-    steps, values = zip(*found, strict=True)
+    points = [(record["step"], record[name]) for record in records if name in record]
+    steps, values = zip(*points, strict=True)
     return np.array(steps), np.array(values, float)
 
 

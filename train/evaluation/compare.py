@@ -120,14 +120,14 @@ def _claim(config: EvaluateConfig) -> None:
     if not config.resume:
         raise UserError(f"out {folder} holds an evaluation already; give --resume to go on with it, or another --out")
     try:
-        found = read_json(there)
+        begun = read_json(there)
     except ValueError as error:
         raise UserError(f"{there} is damaged ({error}); give another --out") from error
     for name, value in values.items():
-        if name != "out" and found.get(name) != value:
+        if name != "out" and begun.get(name) != value:
             raise UserError(
                 f"cannot resume: {name} is {value!a}, but the evaluation in {folder} was begun with "
-                f"{found.get(name)!a}; use that value, or another --out"
+                f"{begun.get(name)!a}; use that value, or another --out"
             )
 
 
@@ -136,17 +136,17 @@ def _claim(config: EvaluateConfig) -> None:
 
 def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """Measures of a video against the reference, per frame, by name."""
-    found: dict[str, Callable] = {
+    measures: dict[str, Callable] = {
         "psnr": metrics.psnr,
         "ssim_gaussian": metrics.ssim_gaussian,
         "ssim_box": metrics.ssim_box,
     }
     if config.lpips is not None:
         network = read_lpips(*config.lpips)
-        found[f"lpips_{network.network}"] = network
+        measures[f"lpips_{network.network}"] = network
     if config.videos and (ffmpeg := find_ffmpeg(config.ffmpeg)) is not None:
-        found["vmaf"] = lambda video, reference: np.array(vmaf(video, reference, ffmpeg=ffmpeg))
-    return found
+        measures["vmaf"] = lambda video, reference: np.array(vmaf(video, reference, ffmpeg=ffmpeg))
+    return measures
 
 
 def _all_samples(config: EvaluateConfig, settings: list[Attention], prompts: list, measures: dict) -> list[dict]:
@@ -252,12 +252,12 @@ def compare(
     """
     per_frame = {name: np.asarray(measure(made.frames, reference.frames)) for name, measure in measures.items()}
     steps = {step: metrics.relative_error(part, reference.steps[step]) for step, part in made.steps.items()}
-    values: dict[str, Any] = {name: float(found.mean()) for name, found in per_frame.items()}
+    values: dict[str, Any] = {name: float(of_frames.mean()) for name, of_frames in per_frame.items()}
     if len(made.frames) > 1:
         values["flicker"] = metrics.flicker(made.frames)
     values["latent_error"] = metrics.relative_error(made.latents, reference.latents)
     values["steps"] = {f"{step:g}": error for step, error in sorted(steps.items(), reverse=True)}
-    values["drift"] = {name: metrics.drift(found, blocks) for name, found in per_frame.items()}
+    values["drift"] = {name: metrics.drift(of_frames, blocks) for name, of_frames in per_frame.items()}
     return values
 
 
@@ -267,7 +267,7 @@ def compare(
 def _losses(config: EvaluateConfig, subject: Subject, settings: list[Attention]) -> list[list[float]]:
     folder = config.out / "losses"
     folder.mkdir(exist_ok=True)
-    found = []
+    losses = []
     with progress("held-out loss", len(settings), quiet=config.quiet) as advance:
         for index, setting in enumerate(settings):
             path = folder / f"{index}.npy"
@@ -277,9 +277,9 @@ def _losses(config: EvaluateConfig, subject: Subject, settings: list[Attention])
                     with part.open("wb") as file:
                         np.save(file, terms)
                     os.replace(part, path)
-            found.append(np.load(path).tolist())
+            losses.append(np.load(path).tolist())
             advance()
-    return found
+    return losses
 
 
 def loss_terms(subject: Subject, setting: Attention, config: Any) -> np.ndarray:

@@ -110,7 +110,7 @@ def _data_and_objective(
         shift = wan_defaults(cast(Any, opened).source).shift
         return DataConfig(latents=latents), FlowConfig(shift=shift)
     run = opened.run
-    found = read_config(run.path)
+    config = read_config(run.path)
     if latents is not None:
         data = DataConfig(latents=latents, held_out=run.data.held_out)
     else:
@@ -118,7 +118,7 @@ def _data_and_objective(
         data = DataConfig(**own)
     if video is not None:
         data = dataclasses.replace(data, video=video)
-    objective = getattr(found, "objective", None)
+    objective = getattr(config, "objective", None)
     if not isinstance(objective, FlowConfig):
         objective = FlowConfig(
             shift=run.generation.shift, frames_per_level=1 if run.generation.level_per_frame else None

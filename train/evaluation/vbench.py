@@ -206,7 +206,7 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
     files = [file for path in paths for file in (sorted(path.glob("*eval_results.json")) if path.is_dir() else [path])]
     if not files:
         raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for file in files:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -220,13 +220,13 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
                 raise UserError(f"results {file} is not VBench's: {name!a:.60} is no dimension with a number")
             if not math.isfinite(value):
                 raise UserError(f"results {file}: {name} is {value}")
-            if found.setdefault(name, float(value)) != float(value):
+            if scores.setdefault(name, float(value)) != float(value):
                 raise UserError(
-                    f"results {file}: {name} is {value}, and {found[name]} in another file; give one of them"
+                    f"results {file}: {name} is {value}, and {scores[name]} in another file; give one of them"
                 )
-    if not found:
+    if not scores:
         raise UserError(f"results {files[0]} has no dimension of VBench")
-    return {name: found[name] for name in DIMENSIONS if name in found}
+    return {name: scores[name] for name in DIMENSIONS if name in scores}
 
 
 class Scores(NamedTuple):

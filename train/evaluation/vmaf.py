@@ -26,13 +26,13 @@ def find_ffmpeg(given: Path | None = None) -> Path | None:
         if not _has_vmaf(given):
             raise UserError(f"ffmpeg {given} has no libvmaf, or cannot be run; {ADVICE}")
         return given
-    found: list[Path] = []
+    candidates: list[Path] = []
     if importlib.util.find_spec("imageio_ffmpeg") is not None:
         folder = Path(importlib.util.find_spec("imageio_ffmpeg").origin or "").parent / "binaries"  # type: ignore[union-attr]
-        found += sorted(folder.glob("ffmpeg*"))
+        candidates += sorted(folder.glob("ffmpeg*"))
     if (system := shutil.which("ffmpeg")) is not None:
-        found.append(Path(system))
-    return next((path for path in found if _has_vmaf(path)), None)
+        candidates.append(Path(system))
+    return next((path for path in candidates if _has_vmaf(path)), None)
 
 
 def _has_vmaf(path: Path) -> bool:

@@ -16,7 +16,7 @@ def negative_embedding(path: Path) -> Float32[np.ndarray, "m d"]:
     Raises:
         UserError: If the file cannot be read, or it is not clear which of its embeddings it is.
     """
-    found = load_embeddings(path)
-    if len(found) > 1 and NEGATIVE_PROMPT not in found:
-        raise UserError(f"negative {path} has {len(found)} embeddings; give a file of the negative prompt alone")
-    return np.asarray(found.get(NEGATIVE_PROMPT, next(iter(found.values()))), np.float32)
+    embeddings = load_embeddings(path)
+    if len(embeddings) > 1 and NEGATIVE_PROMPT not in embeddings:
+        raise UserError(f"negative {path} has {len(embeddings)} embeddings; give a file of the negative prompt alone")
+    return np.asarray(embeddings.get(NEGATIVE_PROMPT, next(iter(embeddings.values()))), np.float32)

@@ -152,7 +152,7 @@ def captured_scores(subject: Subject, config: MapConfig) -> list[Scores]:
     layers = chosen_layers(subject, config.layers)
     heads = choose("heads", config.heads, subject.model.config.num_heads) or None
     grid = _cropped(subject.grid, config.crop)
-    found = []
+    scores = []
     for index in check_example(subject, config.windows):
         for level in config.levels:
             with capture(subject.model, layers=layers, heads=heads) as (model, calls):
@@ -161,8 +161,8 @@ def captured_scores(subject: Subject, config: MapConfig) -> list[Scores]:
                 for place, head in enumerate(call.heads):
                     name = f"layer {call.layer}, head {head}, sigma {level:g}, example {index}"
                     query, key = (crop(x[0, :, place], call.grid, grid) for x in (call.query, call.key))
-                    found.append(Scores(name, grid, query, key))
-    return found
+                    scores.append(Scores(name, grid, query, key))
+    return scores
 
 
 def choose(name: str, numbers: tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -80,9 +80,9 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     for index in check_example(subject, config.windows):
         for level in config.levels:
             dense = subject.model.with_attention(exact())
-            with capture(dense, layers=chosen_layers(subject, config.layers), heads=heads) as (model, found):
+            with capture(dense, layers=chosen_layers(subject, config.layers), heads=heads) as (model, captured):
                 probed_call(model)(model, *noisy_example(subject, index, level))
-            calls += found
+            calls += captured
     query, key, value = (jnp.concatenate([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
     causal, grid = subject.model.config.causal_block, subject.grid
     measured = config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
@@ -137,7 +137,7 @@ def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
         if layout not in BLOCKS:
             raise UserError(f"layouts has {layout!r}; choose from {', '.join(BLOCKS)}, or all")
     tiles = [_tile(text) for text in config.tiles] or list(tiles_of(grid, causal_block=causal))
-    found = []
+    choices = []
     with user_input():
         for tile in tiles:
             for layout in layouts:
@@ -145,12 +145,12 @@ def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
                     choice = Choice(tile, layout, steps)
                     choice.setting.check(grid, causal_block=causal)
                     if config.tiles or choice.setting.density(grid, causal_block=causal).visible <= config.most:
-                        found.append(choice)
-    if not found:
+                        choices.append(choice)
+    if not choices:
         raise UserError(
             f"most is {config.most:g}, and no tile of the tokens {grid} stores so little; give a larger one"
         )
-    return found
+    return choices
 
 
 def _tile(text: str) -> tuple[int, int, int]:
