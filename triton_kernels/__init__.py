@@ -65,7 +65,7 @@ def supports_vjp(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeS
 def forward(
     problem: "Problem", q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The output and the log-sum-exp of the last refinement step's scores of L.
+    """The output and the log-sum-exp of the last refinement step's scores of L (paper, Sections 2.1, 4.2 and A.2).
 
     Args:
         problem: `monarch_jax.contract.Problem`.

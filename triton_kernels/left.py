@@ -1,4 +1,7 @@
-"""Kernels of the factor L: for a query column (a, j), softmax over all key rows ck = (c, k); scratch as in `right`."""
+"""Kernels of the factor L (paper, A.2): for a query column (a, j), softmax over all key rows ck = (c, k).
+
+Scratch as in `right`.
+"""
 
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportReturnType=false, reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

@@ -1,4 +1,4 @@
-"""The forward pass in one kernel per step: R of this step's chunk next to L of the chunk before it.
+"""The forward pass (paper, A.2) in one kernel per step: R of this step's chunk next to L of the chunk before it.
 
 The two factors load different parts of the card (R writes alpha and Y, L reads them), so blocks of both run side by
 side; `mid` and `stats` have two slots that alternate. The first step has nothing for L, the last nothing for R.

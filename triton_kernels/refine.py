@@ -1,4 +1,4 @@
-"""Kernels of the refinement steps before the last: from L of one step to the queries of R in the next.
+"""Kernels of the refinement steps before the last (paper, A.2): from L of one step to the queries of R in the next.
 
 The next step's queries are alpha_R[ck] = sum_i L[i, ck] Q_i times min(1 / (c_R + 1e-6), 1e4) with c_R = sum_i L[i, ck],
 one for every row (a, j) and key row ck. They take the place of alpha in `mid`; other scratch as in `right`. Nothing is

@@ -1,4 +1,4 @@
-"""Kernels of the factor R: softmax over a key tile's columns l, for every key row (c, k) and query row (a, j).
+"""Kernels of the factor R (paper, A.2): softmax over a key tile's columns l, per key row (c, k) and query row (a, j).
 
 Rows r = (a, j) of a chunk of query tiles are one flat axis, so that blocks of M rows waste nothing; so are key rows
 ck = (c, k). Between kernels, `mid` [z, r, ck, 2, D] holds alpha and Y (later their gradients), `stats` float32

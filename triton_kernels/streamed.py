@@ -1,4 +1,4 @@
-"""The forward pass in one launch: chunk after chunk of query rows, R of one beside L of an earlier one.
+"""The forward pass (paper, A.2) in one launch: chunk after chunk of query rows, R of one beside L of an earlier one.
 
 The intermediates are a ring of a few chunks. It can be small enough for the L2 cache, and no launch ends between
 chunks, which counts where there is little work (decoding). Programs wait only for programs with a smaller number, and
