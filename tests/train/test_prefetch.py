@@ -1,5 +1,6 @@
 """Values made ahead: their order, how far ahead, errors and the end of the thread."""
 
+import operator
 import threading
 from contextlib import closing
 
@@ -14,8 +15,8 @@ def prefetching() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("ahead", [0, 1, 5, 100])
 def test_all_in_order_and_nothing_is_left(ahead):
-    assert list(made_ahead(lambda key: -key, range(20), ahead=ahead)) == [(key, -key) for key in range(20)]
-    assert list(made_ahead(lambda key: -key, [], ahead=ahead)) == []
+    assert list(made_ahead(operator.neg, range(20), ahead=ahead)) == [(key, -key) for key in range(20)]
+    assert list(made_ahead(operator.neg, [], ahead=ahead)) == []
     assert not prefetching()
 
 
