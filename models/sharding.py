@@ -42,6 +42,20 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(chosen.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def spread(x: jax.Array, where: NamedSharding) -> jax.Array:
+    """An array on a mesh; on one of several processes, each gives its devices their parts of its own copy.
+
+    Examples:
+        >>> where = NamedSharding(make_mesh(MeshShape(), jax.devices()[:1]), PartitionSpec())
+        >>> spread(jax.numpy.ones(3), where).shape
+        (3,)
+    """
+    if where.is_fully_addressable or not x.is_fully_addressable:
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda at: host[at])
+
+
 def whole_here(x: jax.Array) -> jax.Array:
     """An array that this process has in full: of one that several processes share, its copy on a device here.
 

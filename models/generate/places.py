@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.mesh import MeshShape
-from monarchrt.models.sharding import make_mesh, weight_sharding
+from monarchrt.models.sharding import make_mesh, spread, weight_sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Places:
 
     def moved[Model: nnx.Module](self, model: Model) -> Model:
         """A network with its arrays where they belong."""
-        if self.mesh is None:
+        if (mesh := self.mesh) is None:
             return model
         graph, state = nnx.split(model)
-        return nnx.merge(graph, jax.device_put(state, jax.tree.map(lambda x: self.weights(None, x.shape), state)))
+        return nnx.merge(graph, jax.tree.map(lambda x: spread(x, weight_sharding(mesh, x.shape)), state))
 
 
 def find_places(config: GenerateConfig, *, heads: int) -> Places:

@@ -230,7 +230,7 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
             f"{run.path} trained a LoRA, which is no network by itself; give the one that it was trained on, and "
             f"--lora {shlex.quote(str(run.path))}"
         )
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step: int) -> WanModel:
         stored = stored_network(run.path, step)
@@ -254,7 +254,7 @@ def run_arrays(run: RunSettings) -> dict[str, np.ndarray]:
     Raises:
         UserError: If there is no checkpoint, or it cannot be read.
     """
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step: int) -> dict[str, np.ndarray]:
         stored = stored_network(run.path, step)
