@@ -12,10 +12,12 @@ run() {  # on several machines, the same command on each, with the first one's a
 
 if [ -e /dev/nvidiactl ]; then  # by hand, nobody says which GPUs are whose
     CUDA_VISIBLE_DEVICES=2,3 run 1 &
+    other=$!
     CUDA_VISIBLE_DEVICES=0,1 run 0
 else
     export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
     run 1 &
+    other=$!
     run 0
 fi
-wait %1
+wait "$other"
