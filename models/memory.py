@@ -1,5 +1,6 @@
-"""What a compiled program takes on each device, as its compiler planned it: also for devices that are not there."""
+"""Memory: what a device has, and what a compiled program takes on each, also on devices that are not there."""
 
+import os
 from typing import Any, NamedTuple
 
 
@@ -30,6 +31,21 @@ def reported(program: Any) -> Memory | None:
         return None if program.memory_analysis() is None else memory(program)
     except NotImplementedError:
         return None
+
+
+def device_memory(device: Any) -> int:
+    """Bytes that arrays on a device can take: on a CPU its share of the machine's memory, if several stand for it.
+
+    Examples:
+        >>> import jax
+        >>> device_memory(jax.devices()[0]) > 2**20
+        True
+    """
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None:
+        return limit
+    sharing = len(device.client.local_devices()) if device.platform == "cpu" else 1
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // sharing
 
 
 def memory(program: Any) -> Memory:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from monarch_jax.checks import one_of, suggestion
+from monarch_jax.checks import brief, one_of, suggestion
 
 
 def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
@@ -30,5 +30,5 @@ def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Map
     fields = [field.name for field in dataclasses.fields(preset)]
     for field in overrides:
         if field not in fields:
-            raise ValueError(f"{field!r} is not a field of {type(preset).__name__}; {suggestion(field, fields)}")
+            raise ValueError(f"{brief(field)} is not a field of {type(preset).__name__}; {suggestion(field, fields)}")
     return dataclasses.replace(preset, **overrides)

@@ -10,9 +10,25 @@ import numpy as np
 from jax.typing import DTypeLike
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
+LARGEST = 2**31 - 1  # of a size: indices are int32
+_SHOWN = 80  # characters of a value in a message
 
 
-def positive(name: str, value: int) -> int:
+def brief(value: object) -> str:
+    """A value as a message shows it, however long it is.
+
+    Examples:
+        >>> brief("w,hf"), len(brief(10**5000)), len(brief("x" * 5000))
+        ("'w,hf'", 33, 80)
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def positive(name: str, value: int, *, most: int = LARGEST) -> int:
     """The value as an int.
 
     Examples:
@@ -20,20 +36,27 @@ def positive(name: str, value: int) -> int:
         Traceback (most recent call last):
         ...
         ValueError: heads=0 is not a positive integer.
+        >>> positive("num_layers", 10**10, most=1000)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_layers=10000000000 is too large; it should be at most 1000.
 
     Args:
         name: Of the argument.
         value: Its value.
+        most: What it may be.
 
     Returns:
         A positive int.
 
     Raises:
-        ValueError: If it is not a positive integer; True is not one.
+        ValueError: If it is not a positive integer, or too large; True is not one.
     """
     number = _integer(value)
     if number is None or number < 1:
-        raise ValueError(f"{name}={value!r} is not a positive integer.")
+        raise ValueError(f"{name}={brief(value)} is not a positive integer.")
+    if number > most:
+        raise ValueError(f"{name}={brief(value)} is too large; it should be at most {most}.")
     return number
 
 
@@ -54,7 +77,7 @@ def small(name: str, value: float) -> None:
         ValueError: If it is not a number above 0 and below 1.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{name}={value!r} is not a number above 0 and below 1.")
+        raise ValueError(f"{name}={brief(value)} is not a number above 0 and below 1.")
 
 
 def index(name: str, value: int | jax.Array) -> int | jax.Array:
@@ -82,7 +105,7 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
         return value
     number = _integer(value)
     if number is None:
-        raise ValueError(f"{name}={value!r} is not an integer or an integer scalar of JAX.")
+        raise ValueError(f"{name}={brief(value)} is not an integer or an integer scalar of JAX.")
     return number
 
 
@@ -132,7 +155,7 @@ def flag(name: str, value: bool) -> bool:
         ValueError: If it is not one.
     """
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r} is not True or False.")
+        raise ValueError(f"{name}={brief(value)} is not True or False.")
     return bool(value)
 
 
@@ -160,7 +183,7 @@ def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in FLOATS:
-        shown = repr(value) if dtype is None or isinstance(value, str) else dtype.name
+        shown = brief(value) if dtype is None or isinstance(value, str) else dtype.name
         raise ValueError(f"{name}={shown} is not one of {', '.join(FLOATS)}.")
     return jax.dtypes.canonicalize_dtype(dtype)
 
@@ -195,7 +218,7 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
     except TypeError:
         sizes = ()
     if len(sizes) != 3:
-        raise ValueError(f"{name}={value!r} is not three integers {form}.")
+        raise ValueError(f"{name}={brief(value)} is not three integers {form}.")
     return (positive(f"{name}[0]", sizes[0]), positive(f"{name}[1]", sizes[1]), positive(f"{name}[2]", sizes[2]))
 
 
@@ -221,7 +244,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     """
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; {suggestion(value, choices)}")
+        raise ValueError(f"{name}={brief(value)} is unknown; {suggestion(value, choices)}")
     return value
 
 

@@ -8,6 +8,7 @@ from monarch_jax.checks import flag, one_of, positive, triple
 
 BLOCKS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
 AXES = ("frames", "height", "width")
+MAX_ITERS = 100  # a step is a part of the program; the paper takes 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class MonarchSpec:
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "key_frames", key_frames)
-        object.__setattr__(self, "num_iters", positive("num_iters", self.num_iters))
+        object.__setattr__(self, "num_iters", positive("num_iters", self.num_iters, most=MAX_ITERS))
         one_of("blocks", self.blocks, BLOCKS)
         for axis, size, n in zip(AXES, grid, tile, strict=True):
             _check_divides(tile, axis, n, size, f"of grid={grid}")

@@ -6,7 +6,8 @@ from monarchrt.models.errors import UserError
 
 # what is largest is far beyond use, and short of what fills the memory or an int32
 _BOUNDS = {
-    **dict.fromkeys(("steps", "log_every", "eval_every", "eval_windows", "checkpoint_every", "keep"), (1, 10**9)),
+    "steps": (1, 10**7),  # each is looked at before the first, for who is due
+    **dict.fromkeys(("log_every", "eval_every", "eval_windows", "checkpoint_every", "keep"), (1, 10**9)),
     **dict.fromkeys(("sample_every", "warmup", "ema_start"), (0, 10**9)),
     **dict.fromkeys(("batch", "accumulation"), (1, 10**5)),
     "decay_steps": (1, 10**9),

@@ -8,6 +8,8 @@ import jax
 
 from monarchrt.models.attention.base import density_of_layers
 from monarchrt.models.attention.notation import to_text
+from monarchrt.models.errors import UserError
+from monarchrt.models.memory import device_memory
 from monarchrt.models.wan import WanConfig
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.state import SameAs, TrainState
@@ -46,6 +48,27 @@ def run_header(
         f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} on each, activations come on top"
     )
     return lines
+
+
+def check_fits(template: TrainState, devices: Sequence[Any]) -> None:
+    """Looks whether the state of a run fits on its devices at all; what the steps take comes on top of it.
+
+    Args:
+        template: Shapes and shardings of the state.
+        devices: What the run works on.
+
+    Raises:
+        UserError: If it does not; says how large it and the device are.
+    """
+    held, there = _held(template), min(map(device_memory, devices))
+    if held <= there:
+        return
+    count = sum(math.prod(leaf.shape) for role in template.roles.values() for leaf in jax.tree.leaves(role.params))
+    raise UserError(
+        f"the state of the run takes {_bytes(held)} on each device, which has {_bytes(there)}: {_short(count)} "
+        f"parameters, their averages and the optimizer's; take a smaller --preset or smaller --overrides, or more "
+        f"devices and --sharding fsdp"
+    )
 
 
 def _network(config: TrainConfig, template: TrainState, role: str, latent_shape: Sequence[int], network: Any) -> str:
@@ -109,14 +132,14 @@ def _held(template: TrainState) -> int:
 
 def _short(count: int) -> str:
     """A count in three digits, such as 1.42B."""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.3g}{letter}"
     return str(count)
 
 
 def _bytes(count: int) -> str:
-    for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    for size, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
             return f"{count / size:.3g} {name}"
     return f"{count} bytes"

@@ -64,7 +64,8 @@ def stoppable() -> Iterator[None]:
     """While active, SIGINT and SIGTERM raise `Interrupted` in the main thread, and that cannot get lost.
 
     Python drops what is raised in callbacks of garbage collection (JAX has one) and in finalizers, where a signal may
-    just find the program: then it is sent again, until it is raised somewhere else.
+    just find the program: then it is sent again, until it is raised somewhere else. Extensions that are just being
+    imported turn it into an error of theirs, which is the signal still.
 
     Examples:
         >>> try:
@@ -79,9 +80,11 @@ def stoppable() -> Iterator[None]:
         return
     main = threading.main_thread()
     report = sys.unraisablehook
-    active, reporting = True, False
+    active, reporting, asked = True, False, 0
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
         raise Interrupted("stopped", code=128 + number)
 
     def again(number: int) -> None:
@@ -105,6 +108,10 @@ def stoppable() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+    except Exception as error:
+        if asked:
+            raise Interrupted("stopped", code=128 + asked) from error
+        raise
     finally:
         active = False
         sys.unraisablehook = report

@@ -6,12 +6,17 @@ may be several, shards, one in each folder inside a folder.
 """
 
 import hashlib
+import math
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from monarch_jax.checks import brief
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.windows import held_out_count
 from monarchrt.train.data import Batch, example_order, likeness
@@ -20,6 +25,14 @@ from monarchrt.train.texts import CHANNELS, Embeddings
 
 _FILE = "data.mdb"
 _PEEK = 4096  # bytes of a row that its fingerprint reads at either end
+# goes through all keys and touches both ends of what belongs to them
+_WALK = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], readonly=True, lock=False, readahead=False, subdir=sys.argv[2] == "folder") as file:
+    with file.begin(buffers=True) as transaction:
+        for key, value in transaction.cursor():
+            bytes(key), value[:1].tobytes(), value[-1:].tobytes()
+"""
 
 
 def shards(path: Path) -> list[Path]:
@@ -117,8 +130,14 @@ class _Shard:
             raise UserError(f"latents {path} is an LMDB, which needs a library: pip install lmdb") from error
         try:
             self._file = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir())
+            pages, entries = self._file.info()["last_pgno"] + 1, self._file.stat()["entries"]
+            whole = pages * self._file.stat()["psize"]
         except lmdb.Error as error:
             raise UserError(f"latents {path} cannot be opened as an LMDB: {error}") from error
+        size = (path / _FILE if path.is_dir() else path).stat().st_size
+        if size < whole:
+            raise UserError(f"latents {path} is cut off: {size} bytes of {whole}; copy or download it again")
+        _check_pages(path)
         shape = self._get("latents_shape")
         try:
             self.count, *row = map(int, bytes(shape).decode().split())
@@ -129,6 +148,11 @@ class _Shard:
             raise UserError(
                 f"latents {path} has rows of shape {self.row}; they must be [F, C, h, w], or states of that, as "
                 f"Self-Forcing's are"
+            )
+        if 2 * self.count > entries:
+            raise UserError(
+                f"latents {path} says {brief(self.count)} rows, but has {entries} entries, two for each row; it is cut "
+                f"off"
             )
 
     def __hash__(self) -> int:
@@ -142,7 +166,7 @@ class _Shard:
         return value
 
     def _row(self, number: int) -> bytes:
-        data, expected = self._get(f"latents_{number}_data"), 2 * int(np.prod(self.row))
+        data, expected = self._get(f"latents_{number}_data"), 2 * math.prod(self.row)
         if len(data) != expected:
             raise UserError(
                 f"latents {self.path} has {len(data)} bytes in row {number}; float16 of {self.row} are {expected}"
@@ -166,6 +190,22 @@ class _Shard:
             return data.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"latents {self.path} has a caption in row {number} that is not UTF-8") from error
+
+
+def _check_pages(path: Path) -> None:
+    """Walks through an LMDB in a process of its own, as the library trusts the numbers in it, and a wrong one kills.
+
+    Raises:
+        UserError: If that process died, or found the file damaged.
+    """
+    kind = "folder" if path.is_dir() else "file"
+    walk = subprocess.run([sys.executable, "-c", _WALK, str(path), kind], capture_output=True, text=True, check=False)
+    if walk.returncode < 0:
+        found = f"reading it ends with {signal.Signals(-walk.returncode).name}, as pages lie past its end"
+        raise UserError(f"latents {path} is damaged ({found}); copy or download it again")
+    if walk.returncode:
+        lines = walk.stderr.strip().splitlines() or [""]
+        raise UserError(f"latents {path} is damaged ({lines[-1]}); copy or download it again")
 
 
 def _check_channels(path: Path, row: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
-from monarchrt.train.header import run_header
+from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
 from monarchrt.train.logs import NoLog, Progress, RunLog, read_log
@@ -41,6 +41,8 @@ from monarchrt.train.state import TrainState
 from monarchrt.train.step import make_error_fn, make_train_step
 from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
+
+_LOOKED_AT = 10_000  # steps, for all kinds of steps that there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,8 @@ class _Run:
         self.networks = Networks(
             config, self.objective, channels=source.latent_shape[-1], placement=self.placement, models=models
         )
+        if not dry:  # which says what it takes
+            check_fits(self.networks.template, list(self.placement.mesh.local_devices))
         for role, settings in self.networks.configs.items():
             if settings is not None and isinstance(source, ClipWindows):
                 check_frame_size(config.data, settings)
@@ -270,7 +274,7 @@ class _Run:
 
     def _kinds(self) -> list[tuple[str, ...]]:
         """The different sets of roles that steps update."""
-        return list(dict.fromkeys(self.objective.due(step) for step in range(1, self.config.run.steps + 1)))
+        return list(dict.fromkeys(self.objective.due(step) for step in range(1, min(self.config.run.steps, _LOOKED_AT) + 1)))
 
     def plan(self) -> Plan:
         """What it would take."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 from monarchrt.models.attention.notation import with_options
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.checkpoints.json_files import read_json
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, printable
 from monarchrt.models.generate.config import revived
 
 CONFIG_NAME = "config.json"
@@ -211,7 +211,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not (equals and name):
-            raise UserError(f"overrides has {override!r}; write name=value, for example num_layers=2")
+            raise UserError(f"overrides has {printable(override, 80)!r}; write name=value, for example num_layers=2")
         try:
             value = json.loads(text)
             values[name] = tuple(value) if isinstance(value, list) else value

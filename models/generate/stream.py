@@ -12,6 +12,7 @@ import errno
 import importlib.resources
 import io
 import ipaddress
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from aiohttp import WSMsgType, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from jaxtyping import UInt8
 
@@ -100,6 +102,17 @@ def own_origin(origin: str | None, named: str | None) -> bool:
         return True
     scheme, _, rest = origin.lower().partition("://")
     return scheme in ("http", "https") and rest == (named or "").lower()
+
+
+def request_log() -> logging.Logger:
+    """Where aiohttp reports what goes wrong here; what is wrong with a request its sender is told, and nobody else."""
+    log = logging.getLogger(__name__)
+    log.addFilter(_is_ours)  # the same function is added once
+    return log
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> int:
@@ -270,7 +283,12 @@ class LivePage:
         app.router.add_get("/", self._page)
         app.router.add_get("/frames", self._stream)
         runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, shutdown_timeout=CLOSING, keepalive_timeout=PATIENCE
+            app,
+            access_log=None,
+            logger=request_log(),
+            handle_signals=False,
+            shutdown_timeout=CLOSING,
+            keepalive_timeout=PATIENCE,
         )
         await runner.setup()
         self._runner = runner

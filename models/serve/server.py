@@ -21,7 +21,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.stream import PAGE_HEADERS, is_loopback, own_host, own_origin, refused
+from monarchrt.models.generate.stream import PAGE_HEADERS, is_loopback, own_host, own_origin, refused, request_log
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import MESSAGES, Refusal, Start, Stop, parse_message
 from monarchrt.models.serve.metrics import Metrics
@@ -146,7 +146,9 @@ class Server:
             UserError: If the port is taken, or the address is not of this machine.
         """
         context = self.address.context()
-        runner = web.AppRunner(self.app(), access_log=None, handle_signals=False, shutdown_timeout=CLOSING)
+        runner = web.AppRunner(
+            self.app(), access_log=None, logger=request_log(), handle_signals=False, shutdown_timeout=CLOSING
+        )
         await runner.setup()
         try:
             site = web.TCPSite(runner, self.address.host, self.address.port, ssl_context=context)

@@ -6,6 +6,8 @@ from typing import Any
 from monarch_jax.checks import positive, small
 from monarchrt.models.presets import from_preset
 
+_LARGEST = {"num_layers": 1000, "vocab_size": 2**24}  # and 2^20 of the others: far beyond use
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5Config:
@@ -43,7 +45,7 @@ class UMT5Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if field.name != "eps":
-                positive(field.name, getattr(self, field.name))
+                positive(field.name, getattr(self, field.name), most=_LARGEST.get(field.name, 2**20))
         small("eps", self.eps)
         if self.attention_dim % self.num_heads:
             raise ValueError(f"attention_dim={self.attention_dim} is not a multiple of num_heads={self.num_heads}.")

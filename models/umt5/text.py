@@ -16,6 +16,7 @@ from monarchrt.models.umt5.encoder import UMT5Encoder
 from monarchrt.models.umt5.tokenizer import Tokenizer
 
 FORMAT = "monarchrt text embeddings"
+MAX_ROWS = 100_000  # of an embedding; models take 512
 
 
 @nnx.jit
@@ -129,7 +130,11 @@ def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str,
             rows = int(file.metadata[f"{name}.rows"]) if length is None else length
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} does not say which prompt {name} is of; make it anew") from error
+        if array.ndim != 2:
+            raise UserError(f"{path}: the embedding of {prompt[:40]!r} is {list(array.shape)}; it must be [L, D]")
         if len(array) > rows:
-            raise UserError(f"{path}: the embedding of {prompt!r} has {len(array)} rows, more than {rows}")
+            raise UserError(f"{path}: the embedding of {prompt[:40]!r} has {len(array)} rows, more than {rows}")
+        if rows > MAX_ROWS:
+            raise UserError(f"{path}: the embedding of {prompt[:40]!r} is said to have {rows} rows, over {MAX_ROWS}")
         embeddings[prompt] = np.concatenate([array, np.zeros((rows - len(array), array.shape[1]), array.dtype)])
     return embeddings

@@ -15,6 +15,7 @@ WAN21_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+_LARGEST = {"dim": 2**14, "z_dim": 2**14, "num_res_blocks": 100}  # far beyond use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,12 @@ class VAEConfig:
     latents_std: tuple[float, ...] = WAN21_STD
 
     def __post_init__(self):
-        for name in ("dim", "z_dim", "num_res_blocks"):
-            positive(name, getattr(self, name))
+        for name, most in _LARGEST.items():
+            positive(name, getattr(self, name), most=most)
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for multiple in self.dim_mult:
-            positive("dim_mult", multiple)
+            positive("dim_mult", multiple, most=64)
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"temporal_downsample={self.temporal_downsample} has {len(self.temporal_downsample)} entries; "

@@ -16,6 +16,13 @@ from monarchrt.models.presets import from_preset
 MODEL_TYPES = ("t2v", "i2v")
 REMAT = ("none", "full", "dots", "cheap")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# of the sizes: far beyond use, and short of what takes minutes to find out; channels may be a patch of many pixels
+_LARGEST = {
+    "num_layers": 1000,
+    **dict.fromkeys(("dim", "num_heads", "freq_dim", "text_dim", "text_len", "image_dim"), 2**17),
+    "ffn_dim": 2**20,
+    **dict.fromkeys(("in_channels", "out_channels"), 2**28),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,19 +86,8 @@ class WanConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        for name in (
-            "dim",
-            "ffn_dim",
-            "num_heads",
-            "num_layers",
-            "freq_dim",
-            "text_dim",
-            "text_len",
-            "in_channels",
-            "out_channels",
-            "image_dim",
-        ):
-            positive(name, getattr(self, name))
+        for name, most in _LARGEST.items():
+            positive(name, getattr(self, name), most=most)
         if self.causal_block is not None:
             positive("causal_block", self.causal_block)
         flag("independent_first_frame", self.independent_first_frame)

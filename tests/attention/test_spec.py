@@ -41,6 +41,8 @@ GRID = (4, 6, 8)
         (dict(tile=8), r"tile=8 is not three integers \(n_f, n_h, n_w\)"),
         (dict(blocks="h,w"), r"blocks='h,w' is unknown; .* Choices: 'fh,w', 'w,fh', 'f,hw'"),
         (dict(num_iters=0), r"num_iters=0 is not a positive integer"),
+        (dict(num_iters=10**12), r"num_iters=1000000000000 is too large; it should be at most 100"),
+        (dict(causal_block=10**5000), r"causal_block=an integer of thousands of digits is too large"),
         (dict(causal_block=3, tile=(2, 6, 8)), r"causal_block=3 frames is not a multiple of the tile's 2 frames"),
         (dict(num_iters=jnp.ones(2, int)), r"num_iters=Array.* is not a positive integer"),
         (dict(grid=(4.0, 6, 8)), r"grid\[0\]=4.0 is not a positive integer"),

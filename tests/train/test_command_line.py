@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from monarchrt.models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
@@ -112,6 +113,7 @@ def test_every_option_is_explained_in_the_help(part, capsys):
         (RunConfig, "steps", 0),
         (RunConfig, "checkpoint_every", 0),
         (RunConfig, "seed", -1),
+        (RunConfig, "steps", 10**9),
     ],
 )
 def test_values_out_of_range_name_field_and_value(kind, field, value):
@@ -153,6 +155,36 @@ def test_model_settings_follow_the_config():
     assert settings.attention == attention_setting(ModelConfig(tile=(1, 2, 4)))
     with pytest.raises(UserError, match="overrides names dtype"):
         model_settings(ModelConfig(overrides=("dtype=float16",)))
+
+
+SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "image_dim", "causal_block")
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", ["10000000000", "9" * 4000, "9" * 5000], ids=len)
+def test_sizes_beyond_any_network_are_refused_in_a_few_words(name, size):
+    """At once: each layer is an object, and the numbers of a matrix are allocated."""
+    overrides = (f"num_heads={size}", f"dim={size[:-1]}0") if name == "num_heads" else (f"{name}={size}",)
+    with pytest.raises(UserError, match=r"=.9999|=\d{10,} is too large; it should be at most") as caught:
+        model_settings(ModelConfig(overrides=overrides))
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("override", ["x" * 5000, "x" * 5000 + "=1", "num_layers=" + "x" * 5000, "remat"])
+def test_a_long_override_is_shown_in_part(override):
+    with pytest.raises(UserError, match=r"overrides has|is not a field|is not a positive") as caught:
+        model_settings(ModelConfig(overrides=(override,)))
+    assert len(str(caught.value)) < 600
+
+
+def test_a_message_ends(capsys):
+    """Whatever of the input it repeats."""
+    assert cli.main(["x" * 100_000]) == 2
+    assert cli.main(["x " * 100_000]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("error: command ")
+        assert line.endswith("completion")
+        assert len(line) < 4100
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
@@ -265,6 +297,13 @@ def test_full_disk_is_recognised_through_other_libraries_errors():
         (KeyboardInterrupt(), 130, "stopped\n"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device; free some space\n"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "error: /a/b: Permission denied\n"),
+        (MemoryError("9 TiB"), 2, "error: the machine's memory is used up: 9 TiB\n"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            2,
+            "error: the device's memory is used up: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; make the "
+            "batch, the clip or the network smaller\n",
+        ),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, text):
@@ -281,13 +320,14 @@ def test_exit_codes(monkeypatch, capsys, raised, code, text):
             cli.main(["--debug", "fake"])
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
+@pytest.mark.parametrize("bug", [ValueError("a bug"), jax.errors.JaxRuntimeError("INTERNAL: a bug")])
+def test_bugs_keep_their_traceback(monkeypatch, bug):
     def command(arguments):
-        raise ValueError("a bug")
+        raise bug
 
     monkeypatch.setitem(sys.modules, f"{cli.__name__}.fake", types.SimpleNamespace(fake_command=command))
     monkeypatch.setitem(cli.COMMANDS, "fake", "raises")
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(type(bug), match="a bug"):
         cli.main(["fake"])
 
 

@@ -48,6 +48,18 @@ class TestSignals:
             Finalized()
             time.sleep(5)
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_one_that_an_import_turns_into_an_error_of_its_own(self, number):
+        """As extensions do, which are just being initialized."""
+        with pytest.raises(Interrupted, match=r"^stopped$") as stopped, stoppable():  # noqa: PT012
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt as error:
+                raise ImportError("while initializing") from error
+        assert stopped.value.code == 128 + number
+        with pytest.raises(ImportError, match="no signal"), stoppable():
+            raise ImportError("no signal")
+
     def test_other_reports_are_made_as_ever(self, monkeypatch):
         reported = []
         monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_value))

@@ -15,7 +15,7 @@ from monarchrt.models.errors import DiskFullError, NonFiniteError, UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.train import loop, networks
 from monarchrt.train.checkpointing import Checkpoints
-from monarchrt.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
@@ -244,3 +244,11 @@ def test_training_that_was_not_joined_says_so(tmp_path):
     run = RunConfig(folder=tmp_path, coordinator="localhost:1", processes=2, process=0)
     with pytest.raises(UserError, match=r"processes is 2, and JAX knows of 1; call train within .*joined"):
         train(TrainConfig(run=run))
+
+
+def test_a_state_that_no_device_holds_is_refused_before_it_is_made(source, tmp_path):
+    model = ModelConfig(overrides=("num_layers=1", "dim=131072", "num_heads=2"))
+    config = TrainConfig(model=model, run=RunConfig(folder=tmp_path / "run"))
+    with pytest.raises(UserError, match=r"^the state of the run takes [\d.]+ TiB on each device, which has .*smaller"):
+        train(config, source=source, quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,17 @@ def test_lmdbs_that_are_not_of_latents(tmp_path, captions):
         "turned": (clips.transpose(0, 1, 3, 4, 2), {}, r"clips \(2, 4, 8, 16\), which are not \[F, C, h, w\]"),
         "frames": (clips.transpose(0, 2, 1, 3, 4), {}, r"clips \(16, 2, 4, 8\), which are not \[F, C, h, w\]"),
         "float32": (clips, {"dtype": np.float32}, "has 4096 bytes in row 0; float16 of .* are 2048"),
-        "short": (clips, {"shape": (5, 2, 16, 4, 8)}, "has no prompts_3_data; .* or cut off"),
+        "short": (
+            clips,
+            {"shape": (5, 2, 16, 4, 8)},
+            "says 5 rows, but has 7 entries, two for each row; it is cut off",
+        ),
+        "endless": (clips, {"shape": (10**3000, 2, 16, 4, 8)}, r"says 1000+\.\.\. rows, but has 7 entries"),
+        "wide": (
+            clips,
+            {"shape": (3, 2**32, 16, 2**32, 8)},
+            "has 2048 bytes in row 0; float16 of .* are 47223664828696",
+        ),
         "flat": (clips, {"shape": (3, 1024)}, r"has rows of shape \(1024,\); they must be \[F, C, h, w\]"),
         "words": (clips, {"shape": ("three",)}, "has no shape in latents_shape: b'three'"),
         "one": (clips[:1], {}, "has 1 rows; at least 2 are needed"),
@@ -189,6 +200,27 @@ def test_lmdbs_that_are_not_of_latents(tmp_path, captions):
     (broken / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match="cannot be opened as an LMDB"):
         open_source(DataConfig(latents=broken, **captions))
+
+
+@pytest.mark.parametrize("fault", ["cut", "page", "size"])
+def test_a_damaged_lmdb_does_not_kill(tmp_path, captions, fault):
+    """The library reads where the file says, past its end too, which ends the process."""
+    path = tmp_path / "data.mdb"
+    write(path, smooth(3, (2, 16, 4, 8)), PROMPTS[:3], subdir=False)
+    data, page = bytearray(path.read_bytes()), 4096
+    if fault == "cut":
+        del data[-page:]
+    root = next(at for at in range(2 * page, len(data), page) if struct.unpack_from("<H", data, at + 10)[0] & 2)
+    node = root + struct.unpack_from("<H", data, root + 16)[0]  # of the first key, with its size and then its value
+    if fault == "page":
+        data[root + 16 : root + 24] = b"\xf0\xff" * 4
+    if fault == "size":
+        data[node : node + 4] = struct.pack("<L", 2**31)
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"data.mdb is (cut off: \d+ bytes of \d+|damaged \(.*\)); copy or download it ag"
+    ):
+        open_source(DataConfig(latents=path, **captions))
 
 
 @pytest.mark.slow

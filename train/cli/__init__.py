@@ -17,6 +17,8 @@ from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
+_WORD, _MESSAGE = 500, 4000  # characters of an error that are shown
+_SMALLER = "make the batch, the clip or the network smaller"
 
 
 # command COMMAND is the function COMMAND_command of the file COMMAND.py here
@@ -101,6 +103,16 @@ def _main(given: list[str]) -> int:
     except BrokenPipeError:  # `monarchrt train --help | head`
         to_nowhere(sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        if debug:
+            raise
+        print(f"error: the machine's memory is used up: {_one_line(error) or 'no more could be had'}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "JaxRuntimeError" or not _is_memory(error):  # JAX may not be there
+            raise
+        print(f"error: the device's memory is used up: {_one_line(error)}; {_SMALLER}", file=sys.stderr)
+        return 2
     except OSError as error:
         full = disk_full_reason(error) is not None
         if debug or not (full or error.filename):
@@ -151,5 +163,17 @@ def load(name: str) -> Callable[[list[str]], int | None]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    """The message on one line, with what steers a terminal written out, and neither it nor a word in it for ever."""
+    words = [_cut(word, _WORD) for word in str(error).split()]
+    text = _cut(" ".join(words), _MESSAGE)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _cut(text: str, most: int) -> str:
+    """A text, or its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most - 60]} ... {text[-50:]}"
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether an error of JAX's is that of a device, or of the machine, without memory left."""
+    return "out of memory" in str(error).lower()

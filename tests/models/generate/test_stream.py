@@ -183,6 +183,17 @@ class TestStrangers:
             with self.websocket(page, Origin=page.url.rstrip("/")) as client:
                 assert self.status(client) == 101
 
+    @pytest.mark.parametrize(
+        "request_", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\r\n\r\n", b"GET /" + b"a" * 10**5]
+    )
+    def test_what_is_no_request_fills_no_terminal(self, request_, caplog):
+        with LivePage(port=0) as page:
+            port = page.url.rstrip("/").rpartition(":")[2]
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as client:
+                client.sendall(request_)
+                assert b" 400 " in client.recv(100)
+        assert not caplog.records
+
     def test_a_page_beyond_this_machine_is_called_by_any_address(self):
         assert own_host("192.0.2.7:8765", "0.0.0.0")
         assert own_host(f"{socket.gethostname()}:8765", "0.0.0.0")

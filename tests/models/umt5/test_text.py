@@ -172,6 +172,23 @@ class TestFiles:
         with pytest.raises(UserError, match="make one with save_embeddings"):
             load_embeddings(tmp_path / "b")
 
+    @pytest.mark.parametrize(
+        ("shape", "rows", "said"),
+        [
+            ((3,), 3, r"the embedding of 'a cat' is \[3\]; it must be \[L, D\]"),
+            ((3, 2), 2, "has 3 rows, more than 2"),
+            ((3, 2), 10**12, "is said to have 1000000000000 rows, over 100000"),
+            ((3, 2), "9" * 5000, "does not say which prompt x is of"),
+        ],
+    )
+    def test_rows_that_lie(self, tmp_path, shape, rows, said):
+        import safetensors.numpy
+
+        metadata = {"format": "monarchrt text embeddings", "x.prompt": "a cat", "x.rows": str(rows)}
+        safetensors.numpy.save_file({"x": np.zeros(shape, np.float32)}, tmp_path / "a", metadata)
+        with pytest.raises(UserError, match=said):
+            load_embeddings(tmp_path / "a")
+
     def test_a_failed_write_keeps_the_old_file(self, tmp_path, monkeypatch):
         path = save_embeddings(tmp_path / "a", {"x": np.ones((2, 2), np.float32)})
 
