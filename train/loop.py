@@ -274,7 +274,8 @@ class _Run:
 
     def _kinds(self) -> list[tuple[str, ...]]:
         """The different sets of roles that steps update."""
-        return list(dict.fromkeys(self.objective.due(step) for step in range(1, min(self.config.run.steps, _LOOKED_AT) + 1)))
+        steps = range(1, min(self.config.run.steps, _LOOKED_AT) + 1)
+        return list(dict.fromkeys(map(self.objective.due, steps)))
 
     def plan(self) -> Plan:
         """What it would take."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEEPEST = 20  # settings in settings
 MOST = 1000  # settings that `3 * setting` may stand for
+MOST_IN_ALL = 10_000
 EXAMPLE = "monarch(tile=(3,30,52))"
 
 
@@ -190,7 +191,18 @@ def read(text: str) -> Call:
         raise ValueError(
             f"{_quoted(text)} is not a kind of attention; kinds: {', '.join(names())}; for example {EXAMPLE!r}."
         )
+    if (count := _count(call)) > MOST_IN_ALL:
+        raise ValueError(f"{_quoted(text)} stands for {count:.3g} settings; it should be at most {MOST_IN_ALL}.")
     return call
+
+
+def _count(value: Any) -> int:
+    """Settings that a value stands for, repeated ones as often as they are."""
+    if isinstance(value, Repeat):
+        return value.count * _count(value.item)
+    if isinstance(value, Call):
+        return 1 + sum(map(_count, value.arguments)) + sum(_count(item) for _, item in value.fields)
+    return sum(map(_count, value)) if isinstance(value, tuple) else 0
 
 
 def _quoted(text: str) -> str:

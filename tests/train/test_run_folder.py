@@ -9,10 +9,12 @@ import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
-from monarchrt.train.cli.train import _parse_train
-from monarchrt.train.config import RunConfig, TrainConfig, to_dict
+from monarchrt.train.cli.parsing import read_settings
+from monarchrt.train.cli.train import _parse_train, takes_small
+from monarchrt.train.config import DataConfig, RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.logs import RunLog, read_log
+from monarchrt.train.model import model_settings
 from monarchrt.train.objectives.registry import objective_names, settings_class
 from monarchrt.train.run_folder import claim_folder, compare_identity, identity, read_config, write_config
 
@@ -178,10 +180,31 @@ class TestSettingsFile:
 
     def test_small_are_the_settings_of_the_demo(self, tmp_path):
         demo = to_dict(dense_run(DemoConfig(video=Path("a.mp4"), folder=tmp_path)))
-        options = ["--video", "a.mp4", "--attention", "dense", "--folder", str(tmp_path / "dense"), "--steps", "1000"]
+        options = ["--video", "a.mp4", "--attention", "dense", "--folder", str(tmp_path / "dense")]
         ours = to_dict(_parse_train(["--config", "small", *options]))
         often = {"eval_every": 100, "checkpoint_every": 100, "keep": 3}
         assert ours == demo | {"run": demo["run"] | often}
+
+    def test_small_is_taken_where_nothing_is_said_of_the_network(self, tmp_path):
+        """Else a video of plain defaults would end in noise: a token of 192 numbers in a network 96 wide."""
+        small = _parse_train(["--config", "small", "--video", "a.mp4", "--steps", "7"])
+        assert _parse_train(["--video=a.mp4", "--steps=7", "--objective=flow"]) == small
+        (tmp_path / "a.toml").write_text("steps = 7\n")
+        for other in (
+            ["--preset", "tiny"],
+            ["--overrides", "dim=96"],
+            ["--overrides=dim=96"],
+            ["--config", str(tmp_path / "a.toml")],
+            ["--resume"],
+            ["--init-from", str(tmp_path)],  # no run
+            ["--objective", "ode", "--latents", "a"],
+        ):
+            assert not takes_small(["--video", "a.mp4", *other])
+        assert not takes_small(["--latents", "a"])
+        assert _parse_train(["--video", "a.mp4", "--preset", "tiny"]).data.patch == DataConfig().patch
+        network = replace_settings(TrainConfig(), read_settings(Path("small")))
+        settings = model_settings(network.model, channels=3 * network.data.patch**2)
+        assert settings.patch_features <= settings.dim
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),

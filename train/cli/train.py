@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate.runs import is_run
 from monarchrt.models.processes.joining import joined
 from monarchrt.models.processes.place import find_place
 from monarchrt.train.cli.parsing import last_value, read_settings
@@ -16,6 +17,7 @@ from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.cli.tables import print_table
 from monarchrt.train.config import RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.interrupt import finish_first
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.run_folder import claim_folder, read_config
 
 if TYPE_CHECKING:
@@ -32,9 +34,12 @@ monarchrt train --folder runs/monarch --resume --steps 400
 
 monarchrt train --config settings.toml --folder runs/third: settings that are not given come from the file, TOML or
 JSON, under the names of the options, such as steps = 500, or as in the config.json of a run; small stands for those
-of the demo, a network for a CPU
+of the demo, a network for a CPU, and is taken with --video where nothing is said of the network (--config, --preset,
+--overrides)
 
 monarchrt train ... --plan: what the run would take, without beginning it"""
+_SMALL = Path("small")
+_NETWORK = ("--preset", "--overrides")
 
 
 def _parse_train(arguments: Sequence[str]) -> TrainConfig:
@@ -43,6 +48,7 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     Those not given come from the file of --config, then, with --resume, from the folder's config.json.
     """
     given, path = _take_config(arguments)
+    path = _SMALL if path is None and takes_small(arguments) else path
     values = {} if path is None else read_settings(path)
     default = TrainConfig()
     with _of_the_file(path):
@@ -53,6 +59,23 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     with _of_the_file(path):
         default = replace_settings(default, values)
     return parse_roles(given, prog="monarchrt train", default=default, description=_TRAIN)
+
+
+def takes_small(arguments: Sequence[str]) -> bool:
+    """Whether settings that are not given are those of small: of a network that learns pixels, and of how it does.
+
+    The preset that is the default is for latents of a few channels. It is too narrow for blocks of pixels as large as
+    are their default, and would learn nothing but noise.
+
+    Examples:
+        >>> takes_small(["--video", "a.mp4", "--steps", "9"]), takes_small(["--video", "a.mp4", "--preset", "tiny"])
+        (True, False)
+    """
+    names = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    of_pixels = last_value(arguments, "--objective") in (None, FlowConfig.name) and "--video" in names
+    origin = last_value(arguments, "--init-from")
+    of_a_run = origin is None or is_run(Path(origin))
+    return of_pixels and of_a_run and not names & {"--config", "--resume", *_NETWORK}
 
 
 def _placed_anew(stored: TrainConfig, asked: TrainConfig, given: Sequence[str]) -> TrainConfig:
@@ -102,6 +125,12 @@ def train_command(arguments: Sequence[str]) -> int:
     place = find_place(run.coordinator, run.processes, run.process)
     if place is None:
         claim_folder(config)  # before JAX is loaded
+    if takes_small(arguments):
+        print(
+            f"note: what is not given is as --config {_SMALL} has it, a network for a CPU; say another with --preset "
+            f"or --overrides",
+            file=sys.stderr,
+        )
     with joined(place, identity=_shared(config), advice="go on with --resume"):
         return _train(config, plans=plans, as_json=as_json)
 

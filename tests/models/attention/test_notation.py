@@ -87,6 +87,11 @@ def test_other_ways_to_write_it(text, same):
         ("per_layer()", "there are no settings"),
         ("per_layer(0 * dense)", "is not from 1 to 1000"),
         ("per_layer(9999999999 * dense)", "is not from 1 to 1000"),
+        ("per_layer(1000 * per_layer(1000 * dense))", r"stands for 1e\+06 settings; it should be at most 10000"),
+        (
+            "first_steps(1, dense, per_layer(9 * first_layers(1, dense, per_layer(1000 * per_layer(1000 * dense)))))",
+            r"stands for 9\.\d+e\+06 settings",
+        ),
         ("__import__('os').system('true')", "is not a number, a word, a tuple or a setting"),
         ("monarch(**{'tile': 1})", "cannot be given there"),
         ("monarch(tile=[x for x in 'abc'])", "is not a number, a word, a tuple or a setting"),
