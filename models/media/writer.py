@@ -215,7 +215,9 @@ class Mp4Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self._growing.enter_context(growing(self.path))
         # absolute: FFmpeg takes what is before a colon for a protocol
-        container = av.open(f"file:{part.absolute()}", "w", format=self._format)
+        # Matroska numbers each file at random, unless it is to be the same each time
+        exact = {"fflags": "+bitexact"} if self._format == "matroska" else {}
+        container = av.open(f"file:{part.absolute()}", "w", format=self._format, options=exact)
         container.metadata.update(self._metadata)
         self._stream = self._add_stream(container)
         self._stream.width, self._stream.height = width, height

@@ -204,6 +204,9 @@ class TestExact:
         assert (read_settings(path), writer.frames, os.listdir(tmp_path)) == ({"seed": 3}, 7, ["a.mkv"])
         with pytest.raises(UserError, match="exists already"):
             check_writable(path)
+        with open_writer(tmp_path / "b.mkv", fps=12.0, settings={"seed": 3}, title="a cat") as writer:
+            writer.write(self.NOISE)
+        assert (tmp_path / "b.mkv").read_bytes() == path.read_bytes()
 
     @pytest.mark.parametrize(("name", "files"), [("frames", "frames/{:05d}.png"), ("x/f:%03d.png", "x/f:{:03d}.png")])
     def test_png(self, tmp_path, name, files):
