@@ -44,6 +44,11 @@ WINDOWS = ("tests/models/sampling/test_windows.py",)
 RELATIVES = ("tests/models/test_relatives.py",)
 CHECKPOINTS = ("tests/models/test_checkpoints.py", "tests/models/test_torch_checkpoints.py")
 ARCHIVES = ("tests/models/test_hostile_archives.py",)
+SCHEDULE = ("tests/models/attention/test_schedule.py",)
+SPARSE = ("tests/models/attention/test_sparse.py",)
+COMMANDS = ("tests/train/test_command_line.py",)
+INTERRUPT = ("tests/train/test_interrupt.py",)
+TEXTS = ("tests/train/test_texts.py",)
 
 FAULTS = (
     # the operation
@@ -321,4 +326,34 @@ FAULTS = (
         CHECKPOINTS,
         "official_names",
     ),
+    # kinds of attention
+    Fault("models/attention/schedule.py", "if frames < clip.grid[0]:", "if True:", SCHEDULE, "first_blocks_alone"),
+    Fault(
+        "models/attention/schedule.py",
+        "self.first.for_frames(clip.grid[0])(*early",
+        "self.first(*early",
+        SCHEDULE,
+        "first_blocks_of",
+    ),
+    Fault(
+        "models/attention/radial.py",
+        "((f * places.per_frame + p) // block",
+        "((f * places.per_frame + p + 1) // block",
+        SPARSE,
+        "published_blocks",
+    ),
+    Fault("models/attention/svg.py", "return errors[1] < errors[0]", "return errors[1] > errors[0]", SPARSE, "svg"),
+    Fault("models/attention/svg2.py", "kept = (before <= top_p)", "kept = (before < 0)", SPARSE, "Clusters"),
+    Fault(
+        "models/attention/vsa.py",
+        "(sums / count[None, :, None, None])",
+        "(sums / math.prod(self.cube))",
+        SPARSE,
+        "vsa",
+    ),
+    Fault("models/attention/sla.py", "1e-5 + jnp.einsum", "1e-2 + jnp.einsum", SPARSE, "sla"),
+    # what is given
+    Fault("monarch_jax/checks.py", "if number > most:", "if number > LARGEST:", COMMANDS, "sizes_beyond"),
+    Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
+    Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
 )
