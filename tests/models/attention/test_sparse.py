@@ -397,7 +397,7 @@ class TestDensity:
     def test_published_blocks_lie_on_the_clip(self, size):
         """Whether they divide a frame of 12 tokens or not: equal scores show what is kept."""
         setting = RadialAttention(rule="published", decay=0.1, block=size)
-        query, value = np.zeros((1, 60, 1, 60), np.float32), np.eye(60, dtype=np.float32)[None, :, None]
+        query, value = jnp.zeros((1, 60, 1, 60)), jnp.eye(60)[None, :, None]
         kept = np.asarray(setting(query, query, value, grid=GRID))[0, :, 0] > 0
         blocks = kept[::size, ::size]
         np.testing.assert_array_equal(kept, blocks.repeat(size, 0).repeat(size, 1))
