@@ -350,7 +350,7 @@ class Module:
     ("module", "arguments"),
     [
         ("monarchrt.train.cli.train", ["train"]),
-        ("monarchrt.train.loop", ["train", "--video", "a.mp4", "--folder", "no/such/folder"]),
+        ("monarchrt.train.loop", ["train", "--video", "a.mp4", "--preset", "tiny", "--folder", "no/such/folder"]),
         ("monarchrt.train.demo.run", ["demo", "--folder", "no/such/folder"]),
         ("monarchrt.models.generate.make", ["generate", "--checkpoint", "no/such/checkpoint"]),
     ],

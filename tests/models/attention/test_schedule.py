@@ -152,21 +152,17 @@ class TestTurns:
         with pytest.raises(ValueError, match="the number of the block is not known; generate block by block, or set"):
             parse("first_blocks(1, dense, monarch)")(*qkv(3), grid=BLOCK)
 
-    @pytest.mark.parametrize(
-        "text",
-        ["radial(keep=0.4, block=4)", "radial(rule=published, block=4)", "sliding_tile(tile=(1,2,2),window=(3,1,1))"],
-    )
-    def test_the_first_blocks_of_a_clip_are_masked_as_in_the_whole_of_it(self, text):
+    def test_the_first_blocks_of_a_clip_are_masked_as_in_the_whole_of_it(self):
         """Also by kinds whose mask depends on how long the clip is."""
-        x, clip = qkv(6), dict(grid=(6, H, W), causal_block=1)
+        text, x, clip = "radial(keep=0.4, block=4)", qkv(6), dict(grid=(6, H, W), causal_block=1)
         both = parse(f"first_blocks(2, {text}, {text})")
         np.testing.assert_allclose(both(*x, **clip), parse(text)(*x, **clip), atol=1e-6)
 
-    def test_a_clip_of_first_blocks_alone_takes_nothing_else(self):
-        """One whose tiles do not even divide its frames."""
-        x, clip = qkv(4), dict(grid=(4, H, W), causal_block=1)
-        short = parse(f"first_blocks(4, dense, {COARSE})")
-        np.testing.assert_array_equal(short(*x, **clip), DenseAttention()(*x, **clip))
+    def test_a_clip_of_first_blocks_alone_computes_nothing_else(self, monkeypatch):
+        monkeypatch.setattr(MonarchAttention, "attend_clip", lambda self, *x: pytest.fail("it is not asked for"))
+        x, clip = qkv(2), dict(grid=(2, H, W), causal_block=1)
+        all_early = parse(f"first_blocks(2, dense, {FINE})")
+        np.testing.assert_array_equal(all_early(*x, **clip), DenseAttention()(*x, **clip))
 
     def test_layers_must_be_known(self):
         setting, x = parse(f"first_layers(1, dense, {COARSE})"), qkv(3)
