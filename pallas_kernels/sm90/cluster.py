@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 from jaxtyping import Array, Float, Float32
@@ -407,7 +408,7 @@ def softmax_step(
     top: Float32[Array, "64"],
     total: Float32[Array, "64 8"],
     sums: Float32[Array, "64 128"],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "64 32"], Float32[Array, "64"], Float32[Array, "64 8"], Float32[Array, "64 128"]]:
     """One step of a softmax over key rows.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, ColumnBlocks, column_blocks
@@ -56,7 +57,7 @@ def probabilities(
 
 
 def scores_gradient(
-    p: Float32[Array, "n w"], d_p: Float32[Array, "n w"], delta: Ref, early: float, dtype: jnp.dtype
+    p: Float32[Array, "n w"], d_p: Float32[Array, "n w"], delta: Ref, early: float, dtype: DTypeLike
 ) -> Float[Array, "n w"]:
     """P * (dP - delta), [64 pairs, W], with the first of `gradient_scales`, from the reference of delta [W]."""
     import jax.experimental.pallas.mosaic_gpu as plgpu

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.config import ROWS, ColumnBlocks, column_blocks
@@ -110,7 +111,7 @@ def through_softmax(
     d_r: Float32[Array, "64 w"],
     d_log: Float32[Array, "64"],
     scale: float,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "64 w"], Float[Array, "64 w"]]:
     """R and s dZ, [64 j, W], in `dtype`, from what `softmax` gave, d_alpha K^T + dY V^T and d_c [64]."""
     d_r = d_r + _wide(d_log * (1 / LOG2E), r) * log_r

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from monarchrt.pallas_kernels.sm90.config import REDUCTIONS, ROWS, ColumnBlocks
 from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
@@ -15,7 +16,7 @@ LOG2E = math.log2(math.e)
 
 
 def tile_scratch(
-    shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, slab: int, split: tuple[int, int] | None = None
+    shapes: Sequence[tuple[int, ...]], dtype: DTypeLike, slab: int, split: tuple[int, int] | None = None
 ) -> Any:
     """Scratch for tiles [..., rows, slab] of 16-bit elements, in two or three views of the same bytes.
 
@@ -75,7 +76,7 @@ class Role:
     reduction_bytes: int = REDUCTIONS
 
 
-def gradient_scales(dtype: jnp.dtype, scale: float) -> tuple[float, float]:
+def gradient_scales(dtype: DTypeLike, scale: float) -> tuple[float, float]:
     """Factors of the scores' gradient before it is rounded to `dtype` and of what is made from it, the scale in all.
 
     Before, it costs nothing; in float16 small gradients would lose digits. The first is not zero.
