@@ -157,11 +157,11 @@ def test_model_settings_follow_the_config():
         model_settings(ModelConfig(overrides=("dtype=float16",)))
 
 
-SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "image_dim", "causal_block")
+SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "image_dim")
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("size", ["10000000000", "9" * 4000], ids=len)
+@pytest.mark.parametrize("size", ["2000000000", "9" * 4000], ids=len)
 def test_sizes_beyond_any_network_are_refused_in_a_few_words(name, size):
     """At once: each layer is an object, and the numbers of a matrix are allocated."""
     overrides = (f"num_heads={size}", f"dim={size[:-1]}0") if name == "num_heads" else (f"{name}={size}",)
