@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
@@ -268,9 +267,9 @@ class _Run:
             if not roles or not set(roles) <= set(objective.settings.training):
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
             with user_input():
-                jax.eval_shape(
-                    functools.partial(self.step_fn, due=roles), self.networks.template, self.batches.host(1, roles)
-                )
+                # traced as it is when the step is taken, which then need not be traced again
+                shapes = self.placement.shapes(self.networks.template, self.batches.host(1, roles))
+                self.step_fn.eval_shape(*shapes, due=roles)
 
     def _kinds(self) -> list[tuple[str, ...]]:
         """The different sets of roles that steps update."""

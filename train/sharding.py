@@ -91,6 +91,17 @@ class Placement:
         logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
         return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
 
+    def shapes(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """Shape, type and place of the arrays of a state and a batch, for which a step is traced as it is for them."""
+
+        def describe(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True), sharding=place
+            )
+
+        places = jax.tree.map(lambda leaf: self.batch_sharding(np.shape(leaf)), batch)
+        return jax.tree.map(describe, state, self.shardings(state)), jax.tree.map(describe, batch, places)
+
     def everywhere(self) -> NamedSharding:
         """Of an array that every device has whole."""
         return NamedSharding(self.mesh, PartitionSpec())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,23 @@ from monarchrt.train.objectives.base import Metrics, Objective, average_of
 from monarchrt.train.state import RoleState, Training, TrainState, frozen_of, update_ema
 
 Graphs = Mapping[str, nnx.GraphDef]
-StepFn = Callable[..., tuple[TrainState, dict[str, Metrics]]]
+
+
+@runtime_checkable
+class StepFn(Protocol):
+    """A compiled step: state, batch of each role, roles that are due -> state, metrics of each of these roles."""
+
+    def __call__(
+        self, state: TrainState, batches: Mapping[str, Batch], due: Sequence[str]
+    ) -> tuple[TrainState, dict[str, Metrics]]:
+        """Takes a step; the state that is given is used up."""
+        ...
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Traces it for arrays of the shapes and places given."""
+        ...
+
+
 ErrorFn = Callable[..., Mapping[str, jax.Array]]
 
 

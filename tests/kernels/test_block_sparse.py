@@ -296,7 +296,7 @@ class TestOnACard:
             "vsa(keep=0.15, cube=(4,4,4), gate=False)",
             "vsa(keep=0.1, gate=False)",
             "svg(keep=0.15)",
-            "radial(keep=0.3)",
+            "radial(keep=0.35)",
             "sla(keep=0.15, linear=False)",
             "sliding_tile(tile=(3,5,4), window=(1,3,5))",
         ],

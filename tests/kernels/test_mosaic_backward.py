@@ -78,7 +78,7 @@ def compare(
         assert error(x, y) < (1e-2 if dtype == jnp.bfloat16 else 2e-3), name
 
 
-@pytest.mark.parametrize("left", [{}, ALONE])
+@pytest.mark.parametrize("left", [pytest.param({}, marks=pytest.mark.slow), ALONE])
 def test_numbers_and_no_races_in_the_interpreter(monkeypatch, left):
     """Of three key tiles one query tile sees one, the other two; one has gradients, and one holds NaN."""
     compare(monkeypatch, (1, 2, 1, 9, 1, 64), 3, (1, 2), grad_tiles=1, left=left, races=True)

@@ -84,7 +84,7 @@ def official_tensors(model):
 
 class TestRoundTrip:
     @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
-    @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("param_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
     def test_bit_for_bit(self, wan, small, tmp_path, format, param_dtype):
         model = wan.model(small, param_dtype=param_dtype)
         save_checkpoint(model, tmp_path / "a", format=format)

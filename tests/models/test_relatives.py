@@ -336,7 +336,7 @@ def test_other_models(tmp_path, name):
         ({"in_channels": 52, "out_channels": 16}, "control input"),
     ],
 )
-@pytest.mark.parametrize("format", ["official", "diffusers"])
+@pytest.mark.parametrize("format", ["official", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_models_with_other_channels(tmp_path, sizes, name, format):
     config = wan_config("tiny", **({"dim": 128, "num_heads": 1, "num_layers": 1} | sizes))
     folder = save_checkpoint(WanModel(config, rngs=nnx.Rngs(0)), tmp_path / "a", format=format)

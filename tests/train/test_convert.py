@@ -83,6 +83,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged(baseline, tmp_path, capsys):
     assert (damaged / "checkpoints/30").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_of_other_channels_becomes_a_model(tmp_path):
     settings = TrainConfig(
         data=DataConfig(latents=tmp_path / "moved"),

@@ -111,14 +111,13 @@ class TestBlockByBlock:
         assert frames % 3 == 0
         assert len(read_clip(tmp_path / "a.mp4", height=16, width=32)) == frames
 
-    def test_what_is_suggested_works(self, baseline, tmp_path, said):
+    @pytest.mark.parametrize("tile", [[], pytest.param(["--tile", "2", "2", "4"], marks=pytest.mark.slow)])
+    def test_what_is_suggested_works(self, baseline, tmp_path, said, tile):
         options = ["--checkpoint", baseline, "--mode", "autoregressive", *RUN[2:], "--condition", "none"]
-        for tile in ([], ["--tile", "2", "2", "4"]):
-            assert generate(*options, *tile, "--frames", "7", "--out", tmp_path / "a.mp4") == 2
-            nearest = there(re.search(r"the nearest: (\d+)(?: or (\d+))?", said()))
-            for number, frames in enumerate(filter(None, nearest.groups())):
-                out = tmp_path / f"{len(tile)}{number}.mp4"
-                assert generate(*options, *tile, "--frames", frames, "--out", out) == 0
+        assert generate(*options, *tile, "--frames", "7", "--out", tmp_path / "a.mp4") == 2
+        nearest = there(re.search(r"the nearest: (\d+)(?: or (\d+))?", said()))
+        for number, frames in enumerate(filter(None, nearest.groups())):
+            assert generate(*options, *tile, "--frames", frames, "--out", tmp_path / f"{number}.mp4") == 0
 
     def test_a_block_that_the_tile_does_not_divide(self, baseline, tmp_path, said):
         options = ["--checkpoint", baseline, "--mode", "autoregressive", *RUN[2:], "--condition", "none"]

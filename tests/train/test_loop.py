@@ -20,7 +20,7 @@ from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
-from monarchrt.train.objectives import base
+from monarchrt.train.objectives import base, flow
 from monarchrt.train.objectives.flow import draw_noise, flow_loss
 from monarchrt.train.state import create_role
 from tests.untyped import there
@@ -45,6 +45,20 @@ def source(clip):
 def settings(folder, **run) -> TrainConfig:
     defaults: dict[str, Any] = {"steps": 4, "batch": 2, "eval_every": 2, "checkpoint_every": 2, "eval_timesteps": 2}
     return TrainConfig(run=RunConfig(folder=folder, **defaults | run), optimizer=OptimizerConfig(ema_decay=0.5))
+
+
+def test_a_step_is_traced_once(source, tmp_path, monkeypatch):
+    """What is traced before anything is written is the program that runs."""
+    traced = []
+
+    class Counted(flow.FlowObjective):
+        def loss(self, *given):
+            traced.append(given[0])
+            return super().loss(*given)
+
+    monkeypatch.setattr(loop, "make_objective", lambda settings: Counted(settings))
+    train(settings(tmp_path / "run"), source=source, model=Network())
+    assert traced == ["student"]
 
 
 def test_the_model_that_is_given_stays_as_it_is(source, tmp_path):

@@ -168,6 +168,7 @@ def test_the_log_is_by_role_and_the_schedule_is_kept(whole):
     assert not any(name.startswith("roles.critic.average") for name in stored)
 
 
+@pytest.mark.slow
 def test_the_average_is_of_the_updates_from_its_start_on(command, whole, baseline, capsys, tmp_path):
     folder = tmp_path / "run"
     after = {}
@@ -249,6 +250,7 @@ class TestWhatDoesNotFit:
         )
         assert "critic.tile" in error or "--critic.tile" in error
 
+    @pytest.mark.slow
     def test_numbers_that_are_not_finite_name_the_role(self, command, tmp_path):
         options = ["--folder", str(tmp_path / "run"), "--critic.learning-rate", "1e30", "--critic.clip-norm", "None"]
         with pytest.raises(

@@ -67,7 +67,14 @@ class TestCache:
         dense = parse("dense")(*x, grid=grid, causal_block=3)
         assert np.abs(dense - whole)[:, 3 * H * W :].max() > 1e-2
 
-    @pytest.mark.parametrize("text", [text for text in ALL if "sliding" not in text and "published" not in text])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            pytest.param(text, marks=() if text.startswith(("vsa", "svg(")) else pytest.mark.slow)
+            for text in ALL
+            if "sliding" not in text and "published" not in text
+        ],
+    )
     def test_a_rolling_cache_sees_its_frames(self, text):
         """The last block sees the sink and what is kept, wherever it lies: as a mask over time says."""
         setting, frames = parse(text), 15

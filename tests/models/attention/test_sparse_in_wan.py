@@ -32,7 +32,12 @@ def test_none_was_forgotten():
     assert set(names()) - apart == {text.partition("(")[0] for text in KINDS} - {"first_steps"}
 
 
-@pytest.mark.parametrize("text", KINDS)
+QUICK = ("radial(", "vsa(", "first_steps(")
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=() if text.startswith(QUICK) else pytest.mark.slow) for text in KINDS]
+)
 def test_a_step_and_blocks_over_a_cache(text):
     """The trained model gives for the whole clip, block-causal, what it gives block by block."""
     config = dataclasses.replace(wan.SMALL, num_layers=1, attention=parse(text), causal_block=3)

@@ -72,8 +72,14 @@ def test_the_timestep_of_finished_blocks_counts(model, text):
     assert np.abs(clean[:, 3:] - noised[:, 3:]).max() > 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["euler", "few-step"])
-@pytest.mark.parametrize("given", [0, 3])
+@pytest.mark.parametrize(
+    ("sampler", "given"),
+    [
+        ("few-step", 3),
+        ("euler", 0),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("few-step", 0), ("euler", 3))),
+    ],
+)
 def test_noise_that_was_taken_gives_the_same_video(model, text, sampler, given):
     initial = jnp.asarray(drawn(1, given).first) if given else None
     rollout, settings = Rollout(sampler=sampler, steps=3), Windows(sampler=sampler, steps=3, window=4)

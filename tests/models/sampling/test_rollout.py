@@ -132,11 +132,16 @@ class TestAgainstALoop:
 
 class TestOneProgram:
     @pytest.mark.parametrize(
-        "rollout", [pytest.param(Rollout(), marks=pytest.mark.slow), Rollout(window=6, sink_frames=3)]
+        ("attention", "rollout"),
+        [
+            (DENSE, Rollout(window=6, sink_frames=3)),
+            pytest.param(MONARCH, Rollout(window=6, sink_frames=3), marks=pytest.mark.slow),
+            pytest.param(MONARCH, Rollout(), marks=pytest.mark.slow),
+        ],
     )
-    def test_every_block_reuses_it(self, tiny, rollout):
+    def test_every_block_reuses_it(self, tiny, attention, rollout):
         """Nothing at all is compiled after the first block."""
-        model, text = tiny(MONARCH)
+        model, text = tiny(attention)
         model = nnx.clone(model)
         jax.clear_caches()
         blocks = autoregressive(model, text, **options(15, rollout))
