@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input

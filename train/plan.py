@@ -232,8 +232,7 @@ def _step(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.batch_sharding(x.shape))
 
     begin = time.monotonic()
-    lower: Any = step_fn
-    program = lower.lower(template, jax.tree.map(placed, dict(batches)), due=roles).compile()
+    program = step_fn.lower(template, jax.tree.map(placed, dict(batches)), due=roles).compile()
     return StepPlan(roles=roles, memory=reported(program), seconds=time.monotonic() - begin)
 
 

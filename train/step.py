@@ -32,6 +32,10 @@ class StepFn(Protocol):
         """Traces it for arrays of the shapes and places given."""
         ...
 
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The program for such arrays, to be compiled and looked at."""
+        ...
+
 
 ErrorFn = Callable[..., Mapping[str, jax.Array]]
 

@@ -60,9 +60,12 @@ def masked_attention(
     rows = min(rows, tokens)
     chunks = -(-tokens // rows)
     there = None if visible is None else visible[None, None, None]
+    types = key.dtype, value.dtype
+    wide = key.astype(dtype), value.astype(dtype)  # gradients of all chunks are added up in this type
 
     @jax.checkpoint
     def attend(numbers, part):
+        key, value = (x.astype(type) for x, type in zip(wide, types, strict=True))
         scores = jnp.einsum("bcnd,bknd->bnck", part, key, preferred_element_type=dtype) * width**-0.5
         mask = None if keep is None else keep(numbers, lax.stop_gradient(scores))
         if there is not None:
@@ -72,7 +75,7 @@ def masked_attention(
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row keeps nothing
         total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [B, C, n, 1]
-        out = jnp.einsum("bnck,bknd->bcnd", weights.astype(value.dtype), value, preferred_element_type=dtype)
+        out = jnp.einsum("bnck,bknd->bcnd", weights.astype(types[1]), value, preferred_element_type=dtype)
         return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
     # The last chunk is filled with the last query's number, and what comes of that is dropped.
