@@ -32,7 +32,7 @@ class StepFn(Protocol):
         """Traces it for arrays of the shapes and places given."""
         ...
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program for such arrays, to be compiled and looked at."""
         ...
 

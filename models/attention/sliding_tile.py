@@ -87,16 +87,16 @@ class SlidingTileAttention(ListedAttention):
             at = (frame, place // grid[2], place % grid[2])
             return [number // side for number, side in zip(at, self.tile, strict=True)]
 
-        key_tiles = tile_of(*places.keys())
         halves = np.array(windows) // 2  # [1 or n, 3]
+        near = [_near(count, halves[:, axis]) for axis, count in enumerate(tiles)]
+        key_tiles = tile_of(*places.keys())
 
+        # looked up in small tables: of the comparisons, written out, XLA makes a wrong program for GPUs (jax 0.11.2)
         def keep(rows, scores):
             mask = jnp.ones((1, 1, 1, 1), bool)
-            for axis, mine in enumerate(tile_of(*places.queries(rows))):
-                half = jnp.asarray(halves[:, axis])[:, None]
-                centre = jnp.minimum(jnp.maximum(mine[None], half), tiles[axis] - 1 - half)  # [1 or n, C]
-                near = jnp.abs(centre[:, :, None] - key_tiles[axis][None, None]) <= half[:, :, None]
-                mask &= near[None]
+            for table, mine, theirs in zip(near, tile_of(*places.queries(rows)), key_tiles, strict=True):
+                of_queries = jnp.asarray(table).at[:, mine].get(mode="clip")  # [1 or n, C, tiles]
+                mask &= of_queries.at[:, :, theirs].get(mode="clip")[None]
             return mask
 
         return self.attend_kept(
@@ -144,9 +144,7 @@ class SlidingTileAttention(ListedAttention):
         for window in self._windows():
             near = []
             for size, side, length in zip((frames, *grid[1:]), self.tile, window, strict=True):
-                count, half = size // side, length // 2
-                centre = np.minimum(np.maximum(np.arange(count), half), count - 1 - half)
-                near.append(np.abs(centre[:, None] - np.arange(count)) <= half)
+                near.append(_near(size // side, np.array([length // 2]))[0])
             pairs = near[0].repeat(self.tile[0], 0).repeat(self.tile[0], 1)[: grid[0], : grid[0]]
             pairs = pairs & (np.arange(grid[0]) < seen[:, None])
             total += int(pairs.sum()) * math.prod(int(axis.sum()) for axis in near[1:])
@@ -154,3 +152,10 @@ class SlidingTileAttention(ListedAttention):
         total /= len(self._windows()) * tiles
         kept, visible = total / grid[0] ** 2, total / int(seen.sum())
         return Density(visible, kept, visible)
+
+
+def _near(count: int, halves: np.ndarray) -> np.ndarray:
+    """Which of `count` tiles along an axis see which, [n, count, count], by half of the window, [n]."""
+    half = halves[:, None]
+    centre = np.minimum(np.maximum(np.arange(count)[None], half), count - 1 - half)
+    return np.abs(centre[:, :, None] - np.arange(count)) <= half[:, :, None]
