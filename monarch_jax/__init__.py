@@ -6,7 +6,7 @@ from monarch_jax.flax import MonarchSelfAttention, attention_fn
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import BLOCKS, MonarchSpec, bytes_moved, dense_flops, flops, sparsity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BLOCKS",

@@ -287,3 +287,14 @@ assert models.errors.__spec__.name == "monarchrt.models.errors"
         command = [sys.executable, "-m", name, "--version"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.stdout == f"monarchrt {monarch_jax.__version__}\n", run.stderr
+
+
+def test_the_version_is_dated():
+    """In the changelog and in what is to be cited."""
+    version = monarch_jax.__version__
+    (day,) = re.findall(
+        rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {version}" in citation
+    assert f"date-released: {day}" in citation
