@@ -183,7 +183,7 @@ def test_two_processes_stream_a_video_by_heads(start, tmp_path):
         job = start(["--mesh", "heads=2", "--out", str(out)], processes=processes, devices=2, command=command)
         assert set(job.wait()) == {0}, [job.lines(n) for n in range(len(job.processes))]
         assert not any(job.lines(n) for n in range(1, len(job.processes)))
-        with av.open(out, "r") as container:
+        with av.open(str(out), mode="r") as container:
             found[name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert len(found["one"]) == 6
     np.testing.assert_array_equal(found["two"], found["one"])

@@ -124,7 +124,7 @@ def test_only_the_frames_that_are_scored_are_differentiated_and_compared():
                            student)()  # fmt: skip
 
     def plain(model):
-        rolled = all_frames.roll_out(model, text, draws.student)
+        rolled = all_frames.roll_out(model, text, untyped(draws.student))
         x = all_frames.replay(model, text, rolled, draws.student.last)[:, 4:]
         levels, noise = levels_of(draws.scores.time, shift=5.0), draws.scores.noise[:, 4:]
         g, _ = matching_gradient(x, text, None, **networks, guidance=0.0, levels=levels, noise=noise)
