@@ -157,14 +157,14 @@ def time_parts(
     seconds: dict[str, float] = {}
 
     def timed(name: str, run: Any, *arguments: Any) -> Any:
-        found = jax.block_until_ready(run(*arguments))
+        results = jax.block_until_ready(run(*arguments))
         taken = []
         for _ in range(args.repeats):
             start = time.perf_counter()
             jax.block_until_ready(run(*arguments))
             taken.append(time.perf_counter() - start)
         seconds[name] = statistics.median(taken)
-        return found
+        return results
 
     rolled = timed("roll-out", roll_out, student.params)
     g = timed("scores", score, roles["critic"].params, roles["teacher"].params, rolled.x)

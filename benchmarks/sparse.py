@@ -137,9 +137,9 @@ def measure(name: str, grid, arrays, implementation: str) -> dict:
     setting = attention_settings.sparse_setting(name, implementation)
     exact = call(dataclasses.replace(setting, implementation="exact"), grid)
     expected = jax.jit(lambda *x: with_gradients(exact, *x))(*arrays)
-    found = jax.jit(lambda *x: with_gradients(call(setting, grid), *x))(*arrays)
+    results = jax.jit(lambda *x: with_gradients(call(setting, grid), *x))(*arrays)
     names = ("out", "dq", "dk", "dv")
-    errors = {name: float(error(x, y)) for name, x, y in zip(names, found, expected, strict=True)}
+    errors = {name: float(error(x, y)) for name, x, y in zip(names, results, expected, strict=True)}
     row = {"row": name, "setting": str(setting), "share": setting.density(grid).kept, "errors": errors, "ms": {}}
     if not all(x <= MAX_ERROR for x in errors.values()):
         print(f"{name}: errors {errors}")

@@ -370,5 +370,5 @@ def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask
     of = jax.vmap(jax.vmap(lambda edges: jnp.searchsorted(edges, at, side="right") - 1))(starts)
     of = jnp.minimum(of, starts.shape[-1] - 2)
     flat = jnp.moveaxis(out, 0, 2).reshape(*lead, -1, out.shape[-1])
-    found = pick(flat, of * mask.rows + at[None, None] - pick(starts, of))
-    return jnp.moveaxis(found, 1, 2)
+    picked = pick(flat, of * mask.rows + at[None, None] - pick(starts, of))
+    return jnp.moveaxis(picked, 1, 2)

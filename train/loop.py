@@ -252,8 +252,8 @@ class _Run:
         agreed = from_first("fingerprint", lambda: source.fingerprint)
         own = agreed if isinstance(source, LatentFolder) or first() else source.fingerprint
         wrong = None if own == agreed else f"its data are not those of process 0 ({own[:12]} and {agreed[:12]})"
-        if (found := all_agree("data", wrong)) is not None:
-            raise UserError(f"{found}; give all processes the same data")
+        if (difference := all_agree("data", wrong)) is not None:
+            raise UserError(f"{difference}; give all processes the same data")
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:

@@ -55,11 +55,11 @@ class _Follower:
 
     def add(self, record: Mapping[str, float]) -> tuple[float, float] | None:
         """The value and the reference, if the figure has just left its bounds."""
-        check, found = self.check, fnmatch.filter(record, self.check.figure)
-        if not found:
+        check, figures = self.check, fnmatch.filter(record, self.check.figure)
+        if not figures:
             return None
         self._seen += 1
-        for name in found:
+        for name in figures:
             if math.isfinite(value := float(record[name])):
                 self._values.setdefault(name, collections.deque(maxlen=check.window)).append(value)
         if self._seen < check.window or not self._values:
@@ -100,9 +100,9 @@ class Watch:
         """
         lines = []
         for follower in self._followers:
-            found = follower.add(record)
-            if found is not None:
-                check, (value, reference) = follower.check, found
+            alarm = follower.add(record)
+            if alarm is not None:
+                check, (value, reference) = follower.check, alarm
                 lines.append(
                     f"step {step}: {check.what} ({check.figure}) is {value:.3g}, it was {reference:.3g}: {check.means}"
                 )

@@ -168,9 +168,9 @@ def forward(
     batch, tokens, heads, _ = q.shape
     call, _, _ = launches(problem, q, k, queries, keys, _configs(problem, q))
     arrays = {"q": q, "k": k, "v": v, "scale": float(problem.scale), **_lists(queries), "key_places": keys.places}
-    results = {"out": q, "lse": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)}
-    found = _run(call, arrays, results)
-    return found["out"], found["lse"]
+    shapes = {"out": q, "lse": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)}
+    results = _run(call, arrays, shapes)
+    return results["out"], results["lse"]
 
 
 def vjp(
@@ -191,9 +191,9 @@ def vjp(
     _, of_queries, of_keys = launches(problem, r.q, r.k, r.queries, r.keys, _configs(problem, r.q))
     arrays: dict[str, Any] = {"q": r.q, "k": r.k, "v": r.v, "lse": r.lse, "delta": delta}
     arrays |= {"d_out": d_out.astype(r.q.dtype), "scale": float(problem.scale)}
-    found = _run(of_queries, arrays | _lists(r.queries) | {"key_places": r.keys.places}, {"dq": r.q})
-    found |= _run(of_keys, arrays | _lists(r.keys) | {"query_places": r.queries.places}, {"dk": r.k, "dv": r.v})
-    return found["dq"], found["dk"], found["dv"]
+    gradients = _run(of_queries, arrays | _lists(r.queries) | {"key_places": r.keys.places}, {"dq": r.q})
+    gradients |= _run(of_keys, arrays | _lists(r.keys) | {"query_places": r.queries.places}, {"dk": r.k, "dv": r.v})
+    return gradients["dq"], gradients["dk"], gradients["dv"]
 
 
 def _lists(side: "Side") -> dict[str, jax.Array]:

@@ -171,8 +171,8 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
         return chosen
     best = heuristic(where, b1=b1, b2=b2, dim=dim, itemsize=itemsize)
     for entry in (False, True) if few else (False,):
-        found = tuned(where, shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry))
-        best = dataclasses.replace(best, **{name: _parsed(name, x) for name, x in found.items()})
+        stored = tuned(where, shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=entry))
+        best = dataclasses.replace(best, **{name: _parsed(name, x) for name, x in stored.items()})
     return best
 
 

@@ -148,14 +148,14 @@ class ListedAttention(MaskedAttention):
         Raises:
             NotImplementedError: If the implementation asked for cannot serve this call; says why.
         """
-        found: Blocks | str | None = None
+        form: Blocks | str | None = None
         same_width = value.shape[-1] == query.shape[-1]
         if same_width and (self.implementation != "exact" if self.implementation else _kernels_serve(query, key)):
-            found = blocks()
-            if isinstance(found, str) and self.implementation is not None:
-                raise NotImplementedError(f"{self.name}: implementation={self.implementation!r} cannot run: {found}")
-        if isinstance(found, Blocks):
-            return found.attend(query, key, value, implementation=self.implementation)
+            form = blocks()
+            if isinstance(form, str) and self.implementation is not None:
+                raise NotImplementedError(f"{self.name}: implementation={self.implementation!r} cannot run: {form}")
+        if isinstance(form, Blocks):
+            return form.attend(query, key, value, implementation=self.implementation)
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
 

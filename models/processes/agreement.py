@@ -72,17 +72,17 @@ def from_first[T](name: str, value: Callable[[], T]) -> T:
     if client() is None:
         return value()
     if not first():
-        error, found = json.loads(get(f"{_answer(name, '')}/0"))
+        error, answered = json.loads(get(f"{_answer(name, '')}/0"))
         if error is not None:
             raise UserError(error)
-        return found
+        return answered
     try:
-        found = value()
+        answered = value()
     except UserError as wrong:
         _answer(name, json.dumps([str(wrong), None]))
         raise
-    _answer(name, json.dumps([None, found]))
-    return found
+    _answer(name, json.dumps([None, answered]))
+    return answered
 
 
 def by_first(name: str, act: Callable[[], None]) -> None:
@@ -135,8 +135,8 @@ def check_shared(path: Path, *, option: str) -> None:
             wrong = f"{option} {path.parent} is not that of process 0"
             break
         time.sleep(0.5)
-    if (found := all_agree(f"shared/{path}", wrong)) is not None:
-        raise UserError(f"{found}; give a --{option} on a file system that all machines share")
+    if (difference := all_agree(f"shared/{path}", wrong)) is not None:
+        raise UserError(f"{difference}; give a --{option} on a file system that all machines share")
 
 
 def _answer(name: str, value: str) -> str:
@@ -176,6 +176,6 @@ class AgreedStop:
             if signal is not None:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
                     put("stop/at", json.dumps([step + AHEAD, signal]))
-            if (found := said("stop/").get("at")) is not None:
-                self._last = tuple(json.loads(found))
+            if (agreed := said("stop/").get("at")) is not None:
+                self._last = tuple(json.loads(agreed))
         return self._last[1] if self._last is not None and step >= self._last[0] else None

@@ -80,7 +80,7 @@ def find_place(
         Place(coordinator='gpu03:61447', processes=4, process=3, devices=(1,))
     """
     check_options(coordinator, processes, process)
-    job = next((found for read in _MANAGERS if (found := read(environment))), None)
+    job = next((place for read in _MANAGERS if (place := read(environment))), None)
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     named = [name for name, value in given.items() if value is not None]
     if (named == ["processes"] and processes == 1) or (job is None and not named):
@@ -206,8 +206,8 @@ def device_share(
 
 def _tasks_per_node(text: str) -> list[str]:
     """Slurm's `2(x3),1` in full: 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [count for count, times in found for _ in range(int(times or 1))]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [count for count, times in groups for _ in range(int(times or 1))]
 
 
 def _count(environment: Mapping[str, str], name: str) -> int | None:

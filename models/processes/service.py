@@ -176,15 +176,15 @@ def refuse(listener: socket.socket, wrong: str, *, count: int, seconds: float = 
 
 def connections_to(port: int) -> int:
     """How many are open to a port of this machine; 0 where the system does not say."""
-    found = 0
+    total = 0
     for table in _TABLES:
         try:
             with open(table, encoding="ascii") as file:
                 rows = [line.split() for line in file][1:]
         except OSError:
             continue
-        found += sum(row[3] == _ESTABLISHED and int(row[1].rpartition(":")[2], 16) == port for row in rows)
-    return found
+        total += sum(row[3] == _ESTABLISHED and int(row[1].rpartition(":")[2], 16) == port for row in rows)
+    return total
 
 
 def listen(port: int) -> socket.socket:

@@ -137,20 +137,20 @@ def train_command(arguments: Sequence[str]) -> int:
 
 def _shared(config: TrainConfig) -> dict[str, Any]:
     """What all processes of a run must have alike, under the names of the options."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
     def collect(values: dict[str, Any], prefix: str) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 collect(value, f"{prefix}{name}.")
             else:
-                found[f"{prefix}{name}"] = value
+                settings[f"{prefix}{name}"] = value
 
     for part, values in to_dict(config).items():
-        collect(values, f"{part}." if part == "roles" else "") if isinstance(values, dict) else found.update(
+        collect(values, f"{part}." if part == "roles" else "") if isinstance(values, dict) else settings.update(
             {part: values}
         )
-    return {name: value for name, value in found.items() if name not in ("process", "coordinator", "processes")}
+    return {name: value for name, value in settings.items() if name not in ("process", "coordinator", "processes")}
 
 
 def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
