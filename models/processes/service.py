@@ -86,7 +86,8 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
         seconds: To wait.
 
     Returns:
-        Their connections, which wait for an answer, and what is wrong, if something is.
+        Connections that wait for an answer, and what is wrong, if something is; then, of those too that were about to
+        say who they are.
     """
     roll, limit = RollCall(processes), time.monotonic() + seconds
     texts: dict[socket.socket, bytes] = {}  # of those that have not said all
@@ -98,7 +99,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
         while not roll.complete:
             if time.monotonic() > limit:
                 which = ", ".join(map(str, roll.missing[:8])) + ", ..." * (len(roll.missing) > 8)
-                return list(there), (
+                return [*there, *texts], (
                     f"processes is {processes}, and in {seconds:.0f} s process {which} did not come; start all of "
                     f"them, with the same coordinator"
                 )
@@ -110,7 +111,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
                     texts[connection] = b""
                     selector.register(connection, selectors.EVENT_READ)
                 elif not isinstance(file, socket.socket):
-                    return list(there), "process 0 has ended"
+                    return [*there, *texts], "process 0 has ended"
                 else:
                     try:
                         data = file.recv(MESSAGE)
@@ -118,7 +119,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
                         data = b""
                     if file in there:
                         if not data:
-                            return list(there), f"process {there[file]} has ended before all had come"
+                            return [*there, *texts], f"process {there[file]} has ended before all had come"
                         continue
                     texts[file] += data
                     if data and not texts[file].endswith(b"\n") and len(texts[file]) < MESSAGE:
@@ -130,7 +131,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
                         continue
                     there[file] = message["process"]
                     if (wrong := roll.take(message)) is not None:
-                        return list(there), wrong
+                        return [*there, *texts], wrong
     return list(there), None
 
 
@@ -147,8 +148,12 @@ def answer(connections: Iterable[socket.socket], wrong: str | None) -> None:
     """Tells all who have come whether they may begin."""
     for connection in connections:
         with contextlib.suppress(OSError):
-            connection.setblocking(True)
+            connection.settimeout(1.0)
             connection.sendall(json.dumps({"error": wrong}).encode() + b"\n")
+            connection.shutdown(socket.SHUT_WR)
+            for _ in range(100):  # what is not read would tear the answer away
+                if not connection.recv(MESSAGE):
+                    break
         connection.close()
 
 
@@ -166,8 +171,6 @@ def refuse(listener: socket.socket, wrong: str, *, count: int, seconds: float = 
         listener.settimeout(left)
         try:
             connection = listener.accept()[0]
-            connection.settimeout(1.0)
-            connection.recv(MESSAGE)  # what is not read would tear the answer away
         except OSError:
             continue
         answer([connection], wrong)

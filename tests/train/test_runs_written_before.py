@@ -42,7 +42,8 @@ def test_it_resumes(old):
     expected = [json.loads(line) for line in (WRITTEN / "whole.jsonl").read_text().splitlines()]
     for record, wanted in zip(history(old / "run"), expected, strict=True):
         wanted.pop("seconds", None)
-        assert record == pytest.approx(wanted, rel=1e-5)
+        later = {name for name in record if name.startswith("grad_norm_")}  # by groups, which it had not
+        assert {name: value for name, value in record.items() if name not in later} == pytest.approx(wanted, rel=1e-5)
     # and from here on it is in today's form
     names = json.loads((old / "run/checkpoints/4/about/metadata").read_text())["arrays"]
     assert "roles.student.average.head.proj.kernel" in names
