@@ -40,6 +40,7 @@ def test_the_examples_run(script, tmp_path):
     assert run(script, folder=tmp_path).strip()
 
 
+@pytest.mark.slow
 def test_the_mesh_example_splits_the_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     assert "on 4 device(s)" in run(ROOT / "examples" / "train_mesh.py", folder=tmp_path)

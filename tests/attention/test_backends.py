@@ -57,7 +57,7 @@ class TestXla(AttentionSuite):
             assert compiled[0]
             assert not compiled[1]
 
-    @pytest.mark.parametrize("num_iters", [1, 2])
+    @pytest.mark.parametrize("num_iters", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_export_with_a_symbolic_batch(self, num_iters):
         """One exported program, forward and backward, serves every batch."""
         options = dict(grid=(2, 3, 4), num_iters=num_iters, implementation=self.implementation)

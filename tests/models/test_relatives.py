@@ -330,7 +330,11 @@ def test_other_models(tmp_path, name):
 @pytest.mark.parametrize(
     ("sizes", "name"),
     [
-        ({"in_channels": 48, "out_channels": 48, "dim": 3072, "num_heads": 24, "ffn_dim": 8}, "Wan 2.2 TI2V-5B"),
+        pytest.param(
+            {"in_channels": 48, "out_channels": 48, "dim": 3072, "num_heads": 24, "ffn_dim": 8},
+            "Wan 2.2 TI2V-5B",
+            marks=pytest.mark.slow,
+        ),
         ({"in_channels": 36, "out_channels": 16}, "one of the two networks of Wan 2.2 I2V-A14B"),
         ({"in_channels": 48, "out_channels": 16, "model_type": "i2v"}, "Fun Control"),
         ({"in_channels": 52, "out_channels": 16}, "control input"),

@@ -238,6 +238,7 @@ class TestWhatDoesNotFit:
         error = refused(capsys, [*command, *options, "--folder", tmp_path / "run"])
         assert "is of another network: num_layers=1 (here: 3)" in error
 
+    @pytest.mark.slow
     def test_a_resume_with_another_teacher(self, whole, command, arguments, run, capsys, tmp_path):
         folder, other = tmp_path / "run", tmp_path / "other"
         shutil.copytree(whole, folder)

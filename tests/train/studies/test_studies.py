@@ -115,6 +115,7 @@ def test_share_for_mass():
 class TestCommands:
     """On a run of one layer and 96 tokens."""
 
+    @pytest.mark.slow
     def test_map(self, baseline, tmp_path, capsys):
         options = [
             "--levels",
