@@ -222,6 +222,7 @@ def test_nothing_is_compiled_after_the_first_changes(model):
         return video.generate()
 
     session(1, NEW, blocks=4, back=9).block_until_ready()
+    other = text(8).block_until_ready()  # is made by programs of its own
     compiled = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -231,7 +232,7 @@ def test_nothing_is_compiled_after_the_first_changes(model):
     counts = [programs(function) for function in (generate_block, write_block, write_text)]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        session(2, text(8), blocks=6, back=12).block_until_ready()
+        session(2, other, blocks=6, back=12).block_until_ready()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
