@@ -52,6 +52,57 @@ def clear_rest(
 
 
 @kernel
+def own_tokens(
+    starts: tl.tensor, bh: tl.tensor, BLOCKS: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """The block of a program, N of its tokens, where it ends, and whether they are the last ones in a block."""
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    start = tl.load(starts + bh * (BLOCKS + 1) + block)
+    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
+    return block, start + part * N + tl.arange(0, N), end, (block == BLOCKS - 1) & (part == PARTS - 1)
+
+
+@kernel
+def whole_block(
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, first: tl.tensor, n: tl.tensor, c: tl.tensor, d: tl.tensor,
+    SIZE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Scores [M, N] of step n, keys and values, all keys of the block seen; a column beyond them has a zero key."""
+    SLICES: tl.constexpr = (COLUMNS + N - 1) // N
+    inside = (n % SLICES) * N + c
+    column = tl.load(first + n // SLICES) + inside
+    live_c = inside < COLUMNS
+    k_c = load_block(k, column, live_c, d, SIZE, ROW, D, DP, COLUMNS % N == 0)
+    v_c = load_block(v, column, live_c, d, SIZE, ROW, D, DP, COLUMNS % N == 0)
+    x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+    if COLUMNS % N:
+        x = tl.where(live_c[None, :], x, LOWEST)
+    return x, k_c, v_c
+
+
+@kernel
+def cut_block(
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, first: tl.tensor, last: tl.tensor, place: tl.tensor,
+    key_places: tl.tensor, n: tl.tensor, c: tl.tensor, d: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr,
+    WIDTH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """The same of a block with fewer keys, or some that are not near; `place` is that of the queries, with BAND."""
+    SLICES: tl.constexpr = (COLUMNS + N - 1) // N
+    column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
+    live_c = column < tl.load(last + n // SLICES)
+    k_c = load_block(k, column, live_c, d, SIZE, ROW, D, DP, False)
+    v_c = load_block(v, column, live_c, d, SIZE, ROW, D, DP, False)
+    x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+    sees = live_c[None, :]
+    if BAND:
+        key_place = tl.load(key_places + column, mask=live_c, other=0)
+        sees = sees & near(place[:, None], key_place[None, :], WIDTH, SINK)
+    return tl.where(sees, x, LOWEST), k_c, v_c
+
+
+@kernel
 def softmax_step(
     x: tl.tensor, v_c: tl.tensor, top: tl.tensor, total: tl.tensor, out: tl.tensor, factor: tl.tensor,
     PRECISION: tl.constexpr,
@@ -77,18 +128,17 @@ def sparse_forward(
     """Output and log-sum-exp of M queries. Grid (parts of blocks of queries, H, B)."""
     PARTS: tl.constexpr = (ROWS + M - 1) // M
     SLICES: tl.constexpr = (COLUMNS + N - 1) // N
-    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    SIZE: tl.constexpr = BATCH * NK * H * D
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     d, c = tl.arange(0, DP), tl.arange(0, N)
-    start = tl.load(starts + bh * (BLOCKS + 1) + block)
-    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
-    r = start + part * M + tl.arange(0, M)
+    block, r, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, M)
     live_r = r < end
     q += (b * NQ * H + h) * D
     k += (b * NK * H + h) * D
     v += (b * NK * H + h) * D
     q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+    place = r
     if BAND:
         place = tl.load(places + bh * NQ + r, mask=live_r, other=0)
         key_places += bh * NK
@@ -101,26 +151,13 @@ def sparse_forward(
     o_r = tl.zeros([M, DP], tl.float32)
     factor = scale * LOG2_E
     for n in tl.range(0, n_whole, num_stages=STAGES):
-        inside = (n % SLICES) * N + c
-        column = tl.load(first + n // SLICES) + inside
-        live_c = inside < COLUMNS
-        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
-        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
-        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
-        if COLUMNS % N:
-            x = tl.where(live_c[None, :], x, LOWEST)
+        x, _, v_c = whole_block(q_r, k, v, first, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
-        live_c = column < tl.load(last + n // SLICES)
-        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
-        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
-        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
-        sees = live_c[None, :]
-        if BAND:
-            key_place = tl.load(key_places + column, mask=live_c, other=0)
-            sees = sees & near(place[:, None], key_place[None, :], WIDTH, SINK)
-        x = tl.where(sees, x, LOWEST)
+        x, _, v_c = cut_block(
+            q_r, k, v, first, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+            PRECISION,
+        )  # fmt: skip
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
     none = top < SEES_NONE
     total = tl.where(none, 1.0, total)
@@ -128,7 +165,7 @@ def sparse_forward(
     out += (b * NQ * H + h) * D
     store_rows(out, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, o_r, D)
     tl.store(lse + bh * NQ + r, tl.where(none, INFINITY, top + tl.log2(total)), mask=live_r)
-    if (block == BLOCKS - 1) & (part == PARTS - 1):
+    if is_last:
         clear_rest(out, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)
 
 
@@ -155,13 +192,11 @@ def sparse_query_backward(
     """dQ of M queries, over the same list. Grid (parts of blocks of queries, H, B)."""
     PARTS: tl.constexpr = (ROWS + M - 1) // M
     SLICES: tl.constexpr = (COLUMNS + N - 1) // N
-    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    SIZE: tl.constexpr = BATCH * NK * H * D
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     d, c = tl.arange(0, DP), tl.arange(0, N)
-    start = tl.load(starts + bh * (BLOCKS + 1) + block)
-    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
-    r = start + part * M + tl.arange(0, M)
+    block, r, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, M)
     live_r = r < end
     q += (b * NQ * H + h) * D
     d_out += (b * NQ * H + h) * D
@@ -171,6 +206,7 @@ def sparse_query_backward(
     g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
     lse_r = tl.load(lse + bh * NQ + r, mask=live_r, other=INFINITY)
     delta_r = tl.load(delta + bh * NQ + r, mask=live_r, other=0.0)
+    place = r
     if BAND:
         place = tl.load(places + bh * NQ + r, mask=live_r, other=0)
         key_places += bh * NK
@@ -181,31 +217,17 @@ def sparse_query_backward(
     dq_r = tl.zeros([M, DP], tl.float32)
     factor = scale * LOG2_E
     for n in tl.range(0, n_whole, num_stages=STAGES):
-        inside = (n % SLICES) * N + c
-        column = tl.load(first + n // SLICES) + inside
-        live_c = inside < COLUMNS
-        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
-        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, COLUMNS % N == 0)
-        # a column beyond the block's has zeros for a key: what it gets is multiplied by these
-        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
-        if COLUMNS % N:
-            x = tl.where(live_c[None, :], x, LOWEST)
+        x, k_c, v_c = whole_block(q_r, k, v, first, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
-        live_c = column < tl.load(last + n // SLICES)
-        k_c = load_block(k, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
-        v_c = load_block(v, column, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
-        x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
-        sees = live_c[None, :]
-        if BAND:
-            key_place = tl.load(key_places + column, mask=live_c, other=0)
-            sees = sees & near(place[:, None], key_place[None, :], WIDTH, SINK)
-        x = tl.where(sees, x, LOWEST)
+        x, k_c, v_c = cut_block(
+            q_r, k, v, first, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+            PRECISION,
+        )  # fmt: skip
         dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
     dq += (b * NQ * H + h) * D
     store_rows(dq, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, dq_r * scale, D)
-    if (block == BLOCKS - 1) & (part == PARTS - 1):
+    if is_last:
         clear_rest(dq, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)
 
 
@@ -234,13 +256,10 @@ def sparse_key_backward(
     """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
     PARTS: tl.constexpr = (COLUMNS + N - 1) // N
     SLICES: tl.constexpr = (ROWS + M - 1) // M
-    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     d, m = tl.arange(0, DP), tl.arange(0, M)
-    start = tl.load(starts + bh * (BLOCKS + 1) + block)
-    end = tl.load(starts + bh * (BLOCKS + 1) + block + 1)
-    c = start + part * N + tl.arange(0, N)
+    block, c, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, N)
     live_c = c < end
     q += (b * NQ * H + h) * D
     d_out += (b * NQ * H + h) * D
@@ -287,6 +306,6 @@ def sparse_key_backward(
     dv += (b * NK * H + h) * D
     store_rows(dk, keys, live_c, d, dk_c * scale, D)
     store_rows(dv, keys, live_c, d, dv_c, D)
-    if (block == BLOCKS - 1) & (part == PARTS - 1):
+    if is_last:
         clear_rest(dk, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
         clear_rest(dv, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
