@@ -99,12 +99,10 @@ class SlidingTileAttention(ListedAttention):
                 mask &= of_queries.at[:, :, theirs].get(mode="clip")[None]
             return mask
 
-        return self.attend_kept(
-            query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, halves)
-        )
+        return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, near))
 
-    def _blocks(self, places: Places, tiles: list[int], halves: np.ndarray) -> Blocks | str:
-        """A block is what lies of a tile in the frames of the call; `tiles` are counts, `halves` of windows [n, 3]."""
+    def _blocks(self, places: Places, tiles: list[int], tables: list[np.ndarray]) -> Blocks | str:
+        """A block is what lies of a tile in the frames of the call; `tiles` are counts, `tables` as `_near` makes."""
         if not is_known(places) and self.tile[0] > 1:
             return (
                 f"over a cache it is not known where tiles of {self.tile[0]} frames begin; use "
@@ -123,15 +121,15 @@ class SlidingTileAttention(ListedAttention):
             orders.append(Order.by((group[:, None] * rows * columns + of_place).ravel()))
             starts.append(np.concatenate([[0], np.repeat(sizes * per_tile, rows * columns).cumsum()]))
         near = []  # by axis, [1 or n, blocks of queries, of keys]
-        for axis, (mine, theirs) in enumerate((groups, [np.arange(rows)] * 2, [np.arange(columns)] * 2)):
-            half = halves[:, axis][:, None]
+        numbers = (groups, [np.arange(rows)] * 2, [np.arange(columns)] * 2)
+        for table, (mine, theirs) in zip(tables, numbers, strict=True):
             xp: Any = np if all(isinstance(x, np.ndarray) for x in (mine, theirs)) else jnp
-            centre = xp.minimum(xp.maximum(mine[None], half), tiles[axis] - 1 - half)
-            near.append((abs(centre[:, :, None] - theirs[None, None]) <= half[:, :, None]) & (theirs >= 0)[None, None])
+            seen = xp.take(xp.take(xp.asarray(table), mine, axis=1, mode="clip"), theirs, axis=2, mode="clip")
+            near.append(seen & (theirs >= 0)[None, None])
         in_frames, in_rows, in_columns = near
         seen = in_frames[:, :, None, None, :, None, None] & in_rows[:, None, :, None, None, :, None]
         seen = seen & in_columns[:, None, None, :, None, None, :]
-        seen = seen.reshape(len(halves), len(starts[0]) - 1, len(starts[1]) - 1)
+        seen = seen.reshape(len(tables[0]), len(starts[0]) - 1, len(starts[1]) - 1)
         mask = block_mask(seen[None], query_starts=starts[0], key_starts=starts[1])
         return Blocks(mask=mask, queries=orders[0], keys=orders[1])
 
