@@ -28,9 +28,10 @@ class Memory(NamedTuple):
 def reported(program: Any) -> Memory | None:
     """The memory of a compiled program, as `memory`; None where the backend's compiler says nothing of it."""
     try:
-        return None if program.memory_analysis() is None else memory(program)
+        analysis = program.memory_analysis()
     except NotImplementedError:
         return None
+    return None if analysis is None else _taken(analysis)
 
 
 def device_memory(device: Any) -> int:
@@ -59,7 +60,10 @@ def memory(program: Any) -> Memory:
         >>> memory(jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((256,), "float32")).compile()).arguments
         1024
     """
-    analysis = program.memory_analysis()
+    return _taken(program.memory_analysis())
+
+
+def _taken(analysis: Any) -> Memory:
     return Memory(
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from monarchrt.models.memory import Memory, reported
+from monarchrt.models.memory import Memory, device_memory, reported
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.networks import Networks
@@ -71,14 +71,14 @@ class Plan:
     Attributes:
         devices: How many, of which kind.
         mesh: How they are laid out.
-        available: Bytes of each device; None if it does not say.
+        available: Bytes of each device.
         networks: Each network.
         steps: Each kind of step.
     """
 
     devices: str
     mesh: str
-    available: int | None
+    available: int
     networks: tuple[RolePlan, ...]
     steps: tuple[StepPlan, ...]
 
@@ -91,7 +91,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether that is no more than there is; None if either is not known."""
-        return None if self.most is None or self.available is None else self.most <= self.available
+        return None if self.most is None else self.most <= self.available
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -146,7 +146,7 @@ def make_plan(
     return Plan(
         devices=f"{len(devices)} x {kind}",
         mesh=str(placement.shape),
-        available=(own.memory_stats() or {}).get("bytes_limit"),
+        available=device_memory(own),
         networks=tuple(plans),
         steps=tuple(steps),
     )
@@ -228,11 +228,8 @@ def _step(
     step_fn: StepFn,
     batches: Mapping[str, Batch],
 ) -> StepPlan:
-    def placed(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.batch_sharding(x.shape))
-
     begin = time.monotonic()
-    program = step_fn.lower(template, jax.tree.map(placed, dict(batches)), due=roles).compile()
+    program = step_fn.lower(*placement.shapes(template, dict(batches)), due=roles).compile()
     return StepPlan(roles=roles, memory=reported(program), seconds=time.monotonic() - begin)
 
 
@@ -255,10 +252,9 @@ def plan_lines(plan: Plan) -> list[str]:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in step.memory._asdict().items() if size)
         lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler planned it ({parts})")
     if plan.most is not None:
-        there = "which does not say what it has" if plan.available is None else f"of {shown(plan.available)}"
-        verdict = {True: ": it fits", None: "", False: ": it does not fit; try --remat, a smaller --batch, a larger "
-                   "--accumulation, or --mesh fsdp=N"}[plan.fits]  # fmt: skip
-        lines.append(f"at most {shown(plan.most)} on each device, {there}{verdict}")
+        advice = "it does not fit; try --remat, a smaller --batch, a larger --accumulation, or --mesh fsdp=N"
+        verdict = "it fits" if plan.fits else advice
+        lines.append(f"at most {shown(plan.most)} on each device, of {shown(plan.available)}: {verdict}")
     return lines
 
 

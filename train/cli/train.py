@@ -147,9 +147,10 @@ def _shared(config: TrainConfig) -> dict[str, Any]:
                 settings[f"{prefix}{name}"] = value
 
     for part, values in to_dict(config).items():
-        collect(values, f"{part}." if part == "roles" else "") if isinstance(values, dict) else settings.update(
-            {part: values}
-        )
+        if isinstance(values, dict):
+            collect(values, f"{part}." if part == "roles" else "")
+        else:
+            settings[part] = values
     return {name: value for name, value in settings.items() if name not in ("process", "coordinator", "processes")}
 
 
@@ -168,9 +169,9 @@ def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     from monarchrt.models.processes.agreement import first
 
     if plans:
-        found = plan(config)
+        planned = plan(config)
         if first():
-            _print_plan(found, as_json=as_json)
+            _print_plan(planned, as_json=as_json)
         return 0
     result = train(config)
     if not first():
@@ -182,12 +183,12 @@ def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     return 0
 
 
-def _print_plan(found: "Plan", *, as_json: bool) -> None:
+def _print_plan(planned: "Plan", *, as_json: bool) -> None:
     from monarchrt.train.plan import plan_lines, plan_table
 
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(planned.to_dict(), indent=1))
         return
-    print(f"{found.devices}, mesh {found.mesh}; on each device:")
-    print_table(*plan_table(found))
-    print("\n".join(plan_lines(found)))
+    print(f"{planned.devices}, mesh {planned.mesh}; on each device:")
+    print_table(*plan_table(planned))
+    print("\n".join(plan_lines(planned)))
