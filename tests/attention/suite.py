@@ -29,9 +29,16 @@ def inputs(seed, grid, *, key_frames=None, batch=2, heads=3, dim=16, dtype=jnp.f
     tokens = height * width
     shape = (batch, frames * tokens, heads, dim)
     key_shape = (batch, (key_frames or frames) * tokens, heads, dim)
-    keys = jax.random.split(jax.random.key(seed), 4)
-    q, k, v, g = (jax.random.normal(r, s) for r, s in zip(keys, (shape, key_shape, key_shape, shape), strict=True))
-    return tuple(x.astype(dtype) for x in (q * sharpness, k, v, g))
+    rng = np.random.default_rng(seed)  # of NumPy, which compiles nothing
+    q, k, v, g = (rng.standard_normal(s, np.float32) for s in (shape, key_shape, key_shape, shape))
+    return tuple(jnp.asarray(x, dtype) for x in (np.float32(sharpness) * q, k, v, g))
+
+
+def poisoned(x, valid):
+    """`x` with NaN behind the first `valid` tokens."""
+    x = np.array(x)
+    x[:, valid:] = np.nan
+    return jnp.asarray(x)
 
 
 def error(x, expected):
@@ -141,8 +148,9 @@ class AttentionSuite:
 
     def test_a_dominant_key_row(self):
         q, k, v, g = inputs(4, (3, 5, 6), dim=self.dims[0])
-        k = k.at[:, 30:36].multiply(8.0)
-        self.compare(q, k, v, g, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
+        k = np.array(k)
+        k[:, 30:36] *= 8.0
+        self.compare(q, jnp.asarray(k), v, g, grid=(3, 5, 6), bound=20 * self.bounds["float32"])
 
     @pytest.mark.parametrize("tile", [None, pytest.param((3, 4, 6), marks=pytest.mark.slow), (1, 2, 6)])
     def test_block_causal(self, tile):
@@ -165,17 +173,17 @@ class AttentionSuite:
         """Two causal blocks of queries at the end of 9 valid frames in a buffer of 12, whose rest is NaN."""
         grid, valid = (6, 5, 7), 9 * 35
         q, k, v, g = inputs(21, grid, key_frames=12, dim=self.dims[0])
-        poisoned = [x.at[:, valid:].set(jnp.nan) for x in (k, v)]
         options = dict(grid=grid, tile=(3, 5, 7), causal_block=3, num_iters=num_iters)
         run = jax.jit(lambda n, *x: value_and_grads(*x, kv_frames=n, implementation=self.implementation, **options))
-        out, dq, dk, dv = run(jnp.int32(9), q, *poisoned, g)
+        out, dq, dk, dv = map(np.asarray, run(jnp.int32(9), q, poisoned(k, valid), poisoned(v, valid), g))
+        k, v = np.asarray(k), np.asarray(v)
         expected = value_and_grads(q, k[:, :valid], v[:, :valid], g, implementation="reference", **options)
         for name, x, y in zip(
             ("out", "dq", "dk", "dv"), (out, dq, dk[:, :valid], dv[:, :valid]), expected, strict=True
         ):
             assert error(x, y) <= 1e-5, f"{name}: relative error {error(x, y):.2e}"
-        assert not np.asarray(dk[:, valid:]).any()
-        assert not np.asarray(dv[:, valid:]).any()
+        assert not dk[:, valid:].any()
+        assert not dv[:, valid:].any()
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_more_steps_in_low_precision(self, dtype):
@@ -195,17 +203,18 @@ class AttentionSuite:
         q, k, v, g = inputs(8, grid, key_frames=total, dim=self.dims[0])
         options = dict(grid=grid, tile=tile, implementation=self.implementation)
         run = jax.jit(lambda frames, *x: value_and_grads(*x, kv_frames=frames, **options))
+        keys, values = np.asarray(k), np.asarray(v)
         for frames in (3, 6, 9):
             valid = frames * 24
-            poisoned = [x.at[:, valid:].set(jnp.nan) for x in (k, v)]
-            out, dq, dk, dv = run(jnp.int32(frames), q, *poisoned, g)
+            found = run(jnp.int32(frames), q, poisoned(k, valid), poisoned(v, valid), g)
+            out, dq, dk, dv = map(np.asarray, found)
             expected = value_and_grads(
-                q, k[:, :valid], v[:, :valid], g, grid=grid, tile=tile, implementation="reference"
+                q, keys[:, :valid], values[:, :valid], g, grid=grid, tile=tile, implementation="reference"
             )
             for x, y in zip((out, dq, dk[:, :valid], dv[:, :valid]), expected, strict=True):
                 assert error(x, y) <= self.bounds["float32"]
-            assert not np.asarray(dk[:, valid:]).any()
-            assert not np.asarray(dv[:, valid:]).any()
+            assert not dk[:, valid:].any()
+            assert not dv[:, valid:].any()
         assert programs(run) == 1
 
     def test_static_kv_frames(self):
@@ -220,8 +229,10 @@ class AttentionSuite:
 
     def test_cache_equals_causal(self):
         grid = (9, 4, 6)
-        q, k, v, _ = inputs(11, grid, dim=self.dims[0])
-        expected = monarch_attention(q, k, v, grid=grid, causal_block=3, implementation="reference")
+        q, k, v, _ = map(np.asarray, inputs(11, grid, dim=self.dims[0]))
+        expected = np.asarray(
+            jax.jit(lambda *x: monarch_attention(*x, grid=grid, causal_block=3, implementation="reference"))(q, k, v)
+        )
         cache = MonarchKVCache.init(
             batch=2, frames=9, height=4, width=6, heads=3, head_dim=self.dims[0], dtype=jnp.float32
         )
@@ -245,46 +256,54 @@ class AttentionSuite:
             cache = past.append(k[:, :72], v[:, :72]).append(k[:, 72:], v[:, 72:])
             return cache.attend(q, implementation=self.implementation)
 
-        out, vjp = jax.vjp(run, q, k, v)
-        found = (out, *vjp(g))
+        @jax.jit
+        def with_gradients(q, k, v, g):
+            out, vjp = jax.vjp(run, q, k, v)
+            return out, *vjp(g)
+
+        found = with_gradients(q, k, v, g)
         expected = value_and_grads(q, k, v, g, grid=grid, implementation="reference")
         for x, y in zip(found[:2], expected[:2], strict=True):
             assert error(x, y) <= self.bounds["float32"]
-        for x, y in zip(found[2:], expected[2:], strict=True):
+        for x, y in zip(map(np.asarray, found[2:]), map(np.asarray, expected[2:]), strict=True):
             assert error(x[:, 72:], y[:, 72:]) <= self.bounds["float32"]
-            assert not np.asarray(x[:, :72]).any()
+            assert not x[:, :72].any()
 
     def test_vmap(self):
         grid = (3, 4, 6)
         q, k, v, g = inputs(13, grid, batch=4, dim=self.dims[0])
         options = dict(grid=grid, implementation=self.implementation)
-        split = [x.reshape(2, 2, *x.shape[1:]) for x in (q, k, v, g)]
+        split = [np.asarray(x).reshape(2, 2, *x.shape[1:]) for x in (q, k, v, g)]
         mapped = jax.jit(jax.vmap(lambda *x: value_and_grads(*x, **options)))(*split)
         for x, y in zip(mapped, value_and_grads(q, k, v, g, **options), strict=True):
-            assert error(x.reshape(y.shape), y) <= self.bounds["float32"]
+            assert error(np.asarray(x).reshape(y.shape), y) <= self.bounds["float32"]
 
     def test_vmap_over_the_fill(self):
         grid = (1, 4, 6)
-        q, k, v, _ = inputs(14, grid, key_frames=4, batch=3, dim=self.dims[0])
-        frames = jnp.array([1, 3, 4])
+        q, k, v, _ = map(np.asarray, inputs(14, grid, key_frames=4, batch=3, dim=self.dims[0]))
+        frames = np.array([1, 3, 4], np.int32)
 
         def run(q, k, v, n):
             return monarch_attention(
                 q[None], k[None], v[None], grid=grid, implementation=self.implementation, kv_frames=n
             )[0]
 
-        mapped = jax.vmap(run)(q, k, v, frames)
-        for b, n in enumerate(frames.tolist()):
-            expected = monarch_attention(
-                *(x[b : b + 1] for x in (q, k, v)), grid=grid, kv_frames=n, implementation="reference"
-            )
-            found = error(mapped[b], expected[0])
+        mapped = np.asarray(jax.jit(jax.vmap(run))(q, k, v, frames))
+
+        @jax.jit
+        def one_by_one(q, k, v):
+            parts = [x[b : b + 1] for b, _ in enumerate(frames) for x in (q, k, v)]
+            triples = zip(parts[::3], parts[1::3], parts[2::3], frames.tolist(), strict=True)
+            return [monarch_attention(*x, grid=grid, kv_frames=n, implementation="reference") for *x, n in triples]
+
+        for b, (n, expected) in enumerate(zip(frames.tolist(), one_by_one(q, k, v), strict=True)):
+            found = error(mapped[b], np.asarray(expected)[0])
             assert found <= self.bounds["float32"], f"{n} frames: relative error {found:.2e}"
 
     def test_scan_over_layers(self):
         """Operands that are slices of stacked arrays, results that are stored into slices, forward and backward."""
         grid = (3, 4, 6)
-        stacked = [jnp.stack([inputs(seed, grid, dim=self.dims[0])[n] for seed in (17, 18)]) for n in range(4)]
+        stacked = [np.stack([inputs(seed, grid, dim=self.dims[0])[n] for seed in (17, 18)]) for n in range(4)]
 
         def attend(implementation):
             options = dict(grid=grid, implementation=implementation)
@@ -305,9 +324,14 @@ class AttentionSuite:
         grid = (3, 4, 6)
         arrays = inputs(15, grid, dim=self.dims[0])
         run = jax.checkpoint(lambda *x: monarch_attention(*x, grid=grid, implementation=self.implementation))
-        out, vjp = jax.vjp(jax.jit(run), *arrays[:3])
+
+        @jax.jit
+        def with_gradients(q, k, v, g):
+            out, vjp = jax.vjp(jax.jit(run), q, k, v)
+            return out, *vjp(g)
+
         expected = value_and_grads(*arrays, grid=grid, implementation="reference")
-        for x, y in zip((out, *vjp(arrays[3])), expected, strict=True):
+        for x, y in zip(with_gradients(*arrays), expected, strict=True):
             assert error(x, y) <= self.bounds["float32"]
 
     def test_deterministic(self):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import types
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from monarch_jax import backends, monarch_attention
 from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, choose, on_cuda
 from monarch_jax.contract import SAVED, Problem
-from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads
+from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads, with_grads
 from tests.untyped import there
 
 
@@ -88,17 +89,19 @@ class TestXla(AttentionSuite):
         assert temporary(42) <= 2.3 * temporary(21)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("num_iters", [1, 2])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_nan_reaches_only_those_who_see_it(implementation, num_iters, bad):
+def test_nan_reaches_only_those_who_see_it(implementation, num_iters):
     """Keys and values of a later causal block: outputs of earlier ones and their gradients do not change."""
     grid, early = (4, 2, 3), slice(0, 12)
-    q, k, v, g = inputs(15, grid, dim=8)
-    options = dict(grid=grid, causal_block=2, num_iters=num_iters, implementation=implementation)
-    expected = value_and_grads(q, k, v, g, **options)
-    for arrays in ((q, k.at[:, 20].set(bad), v), (q, k, v.at[:, 20].set(bad))):
-        found = value_and_grads(*arrays, g, **options)
+    q, k, v, g = map(np.asarray, inputs(15, grid, dim=8))
+    run = with_grads(grid=grid, causal_block=2, num_iters=num_iters, implementation=implementation)
+    expected = [np.asarray(x) for x in run(q, k, v, g)]
+    for bad, which in itertools.product((np.nan, np.inf), "kv"):
+        spoiled = (v if which == "v" else k).copy()
+        spoiled[:, 20] = bad
+        arrays = (q, k, spoiled) if which == "v" else (q, spoiled, v)
+        found = [np.asarray(x) for x in run(*arrays, g)]
         for x, y in zip(found[:2], expected[:2], strict=True):
             assert error(x[:, early], y[:, early]) <= 2e-6
             assert not np.isfinite(x[:, 12:]).any()
