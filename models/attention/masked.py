@@ -18,9 +18,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax import MonarchKVCache
+from monarch_jax.checks import brief, index
 from monarchrt.models.attention.base import NOWHERE, Attention, Clip, Context, Grid, Layer, Tokens
 
 ROWS = 512  # queries whose scores are there at a time
+MOST_FRAMES = 4096  # of latents that a mask is made for, 17 minutes of Wan's; some tables have an entry for each pair
 type Keep = Callable[[Int[Array, "C"], Float[Array, "B n C K"]], Bool[Array, "..."]]
 
 
@@ -301,6 +303,14 @@ def check_share(kind: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not 0 < value <= 1:
         raise ValueError(f"{kind}: {name}={value!r} is not a number above 0 and at most 1, such as 0.15.")
     return float(value)
+
+
+def check_seed(kind: str, seed: int) -> int:
+    """The seed of a draw that is the same in every call."""
+    number = index("seed", seed)
+    if isinstance(number, jax.Array) or not 0 <= number < 2**32:
+        raise ValueError(f"{kind}: seed={brief(seed)} does not lie in 0...2**32 - 1.")
+    return number
 
 
 def check_frames(kind: str, frames: int | None, grid: Grid) -> int:

@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.attention.registry import PER_LAYER, SHORT, kind_named, names
+from monarchrt.models.errors import printable
 
 if TYPE_CHECKING:
     from monarchrt.models.attention.base import Attention
@@ -154,7 +155,8 @@ def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, typ
     """
     call = read(text)
     if call.name not in names():
-        raise ValueError(f"{_quoted(text)}: {call.name!r} is not a kind of attention; kinds: {', '.join(names())}.")
+        word = printable(repr(call.name), 80)
+        raise ValueError(f"{_quoted(text)}: {word} is not a kind of attention; kinds: {', '.join(names())}.")
     fields = {name: value.name if value == Call(getattr(value, "name", "")) else value for name, value in call.fields}
     short = call.name == SHORT and not call.arguments
     if short and all(type(value) is known.get(name) for name, value in fields.items()):
@@ -263,7 +265,7 @@ def _build(call: Call) -> "Attention":
         given |= dict(zip(kind.positional, arguments, strict=False))
     for name, value in call.fields:
         if name not in fields:
-            raise ValueError(f"{call.name} has no field {name!r}; {_described(kind)}.")
+            raise ValueError(f"{call.name} has no field {printable(repr(name), 80)}; {_described(kind)}.")
         if name in given:
             raise ValueError(f"{call.name}: {name} is given twice.")
         given[name] = value

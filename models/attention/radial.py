@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array
 
 from monarch_jax.block_sparse import block_mask
-from monarch_jax.checks import one_of, positive
+from monarch_jax.checks import LARGEST, one_of, positive
 from monarchrt.models.attention.base import Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts, frames_of, is_known
-from monarchrt.models.attention.masked import Places, check_frames, check_share, seen_frames
+from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames, check_share, seen_frames
 
 RULES = ("general", "published")
 STEPS = 20  # of the bisection for the decay
@@ -67,9 +67,9 @@ class RadialAttention(ListedAttention):
             if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
                 raise ValueError(f"radial: decay={decay!r} is not a number from 0 on, such as 0.1.")
             self._set(decay=float(decay))
-        for name in ("block", "frames"):
+        for name, most in (("block", LARGEST), ("frames", MOST_FRAMES)):
             if getattr(self, name) is not None:
-                self._set(**{name: positive(name, getattr(self, name))})
+                self._set(**{name: positive(name, getattr(self, name), most=most)})
 
     @property
     def block_size(self) -> int:

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from monarchrt.models.errors import printable
+
 if TYPE_CHECKING:
     from monarchrt.models.attention.base import Attention
 
@@ -66,7 +68,7 @@ def kind_named(name: str) -> "type[Attention]":
         ValueError: If there is none of that name; lists those that there are.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"{name!r} is not a kind of attention; kinds: {', '.join(names())}.")
+        raise ValueError(f"{printable(repr(name), 80)} is not a kind of attention; kinds: {', '.join(names())}.")
     row = _REGISTRY[name]
     if isinstance(row, str):
         module, _, attribute = row.partition(":")

@@ -103,12 +103,12 @@ class SLAttention(ListedAttention):
 
     def _means(self, tokens: Float[Array, "B N n d"], there: Bool[Array, "N"]) -> tuple[Array, Bool[Array, "C"]]:
         """Of each block, in float32 at least, and which blocks hold any token."""
-        blocks = self._blocks(tokens.shape[1])
-        rest = blocks * self.block - tokens.shape[1]
+        blocks, block = self._blocks(tokens.shape[1]), min(self.block, tokens.shape[1])
+        rest = blocks * block - tokens.shape[1]
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
         x = jnp.where(there[None, :, None, None], tokens.astype(dtype), 0.0)
-        x = jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))).reshape(x.shape[0], blocks, self.block, *x.shape[2:]).sum(2)
-        count = jnp.pad(there, (0, rest)).reshape(blocks, self.block).sum(-1)
+        x = jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))).reshape(x.shape[0], blocks, block, *x.shape[2:]).sum(2)
+        count = jnp.pad(there, (0, rest)).reshape(blocks, block).sum(-1)
         return x / jnp.maximum(count, 1)[None, :, None, None], count > 0
 
     def _linear(self, query: Array, key: Array, value: Array, there: Bool[Array, "K"]) -> Float[Array, "B Q n d"]:

@@ -12,7 +12,7 @@ from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import positive, triple
 from monarchrt.models.attention.base import Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, frames_of, is_known
-from monarchrt.models.attention.masked import Places, check_frames, dividing, seen_frames
+from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames, dividing, seen_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class SlidingTileAttention(ListedAttention):
             window = triple("window", window, "(frames, rows, columns) in tiles")
         self._set(window=window)
         if self.frames is not None:
-            self._set(frames=positive("frames", self.frames))
+            self._set(frames=positive("frames", self.frames, most=MOST_FRAMES))
 
     def _windows(self) -> tuple[tuple[int, int, int], ...]:
         """One for all heads, or one for each."""

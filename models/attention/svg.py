@@ -17,8 +17,10 @@ from monarch_jax.checks import index, positive
 from monarchrt.models.attention.base import Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of, is_known
 from monarchrt.models.attention.masked import (
+    MOST_FRAMES,
     Places,
     check_frames,
+    check_seed,
     check_share,
     masked_attention,
     seen_frames,
@@ -26,6 +28,7 @@ from monarchrt.models.attention.masked import (
 
 type Number = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in an order
 LISTED = (128, 64)  # queries and keys of a block of the kernels, whatever the band is rounded to
+MOST_ROWS = 10_000  # that are compared, far beyond use
 UNREACHED = 2**30  # the number of a key that is not there, out of reach of all
 
 
@@ -78,12 +81,12 @@ class SVGAttention(ListedAttention):
                 raise ValueError(f"svg: rows={self.rows} are not numbers of rows from 0 on, or how many to draw.")
             self._set(rows=rows)
         else:
-            self._set(rows=positive("rows", self.rows))
-        self._set(seed=int(index("seed", self.seed)))
+            self._set(rows=positive("rows", self.rows, most=MOST_ROWS))
+        self._set(seed=check_seed(self.name, self.seed))
         for name in ("drawn_from", "block"):
             self._set(**{name: positive(name, getattr(self, name))})
         if self.frames is not None:
-            self._set(frames=positive("frames", self.frames))
+            self._set(frames=positive("frames", self.frames, most=MOST_FRAMES))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
         """Rows must be in every block; the clip must not outgrow `frames`."""

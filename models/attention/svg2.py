@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from monarch_jax.checks import index, positive
+from monarch_jax.checks import positive
 from monarchrt.models.attention.base import Context, Density, Grid
-from monarchrt.models.attention.masked import MaskedAttention, Places, check_share, masked_attention
+from monarchrt.models.attention.masked import MaskedAttention, Places, check_seed, check_share, masked_attention
 
 TOLERANCE = 1e-4  # k-means stops when no centroid moves further
+MOST_ITERATIONS = 10_000  # far beyond use
 ROWS = 2048  # tokens whose distances to all centroids are there at a time
 
 
@@ -55,13 +56,14 @@ class SVG2Attention(MaskedAttention):
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("query_clusters", "key_clusters", "iterations"):
+        for name in ("query_clusters", "key_clusters"):
             self._set(**{name: positive(name, getattr(self, name))})
+        self._set(iterations=positive("iterations", self.iterations, most=MOST_ITERATIONS))
         self._set(top_p=check_share(self.name, "top_p", self.top_p))
         if self.min_keep != 0 or isinstance(self.min_keep, bool):
             check_share(self.name, "min_keep", self.min_keep)
         self._set(min_keep=float(self.min_keep))
-        self._set(seed=int(index("seed", self.seed)))
+        self._set(seed=check_seed(self.name, self.seed))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
         """There must be as many tokens as clusters."""

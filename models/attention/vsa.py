@@ -126,9 +126,10 @@ class VSAttention(ListedAttention):
         cubes, of = self.cubes(grid), self._cube_of(grid)
         batch, _, heads, width = tokens.shape
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
-        padding = [(0, count * side - size) for count, side, size in zip(cubes, self.cube, grid, strict=True)]
+        cube = tuple(map(min, self.cube, grid))  # one that is larger than the grid holds no more
+        padding = [(0, count * side - size) for count, side, size in zip(cubes, cube, grid, strict=True)]
         x = jnp.pad(tokens.reshape(batch, *grid, -1).astype(dtype), ((0, 0), *padding, (0, 0)))
-        (f, h, w), (cf, ch, cw) = cubes, self.cube
+        (f, h, w), (cf, ch, cw) = cubes, cube
         sums = x.reshape(batch, f, cf, h, ch, w, cw, -1).sum((2, 4, 6)).reshape(batch, f * h * w, heads, width)
         count = jnp.zeros(f * h * w, dtype).at[of].add(1.0)
         return (sums / count[None, :, None, None]).astype(tokens.dtype)

@@ -25,6 +25,7 @@ from tests.models.attention import oracles
 from tests.untyped import there, untyped
 
 GRID = (5, 3, 4)
+LARGEST = 2**31 - 1
 P480, P720 = (21, 30, 52), (21, 45, 80)
 ROWS = (0, 3, 3, 11)
 SIZES = untyped(types.SimpleNamespace(dim=6, num_heads=2, head_dim=4, dtype="float32", param_dtype="float32"))
@@ -55,6 +56,15 @@ def qkv(grid, *, seed=0, count=3, heads=2, width=4):
 
 def close(found, expected, atol=2e-6):
     np.testing.assert_allclose(found, np.asarray(expected), atol=atol)
+
+
+def array_sizes(jaxpr):
+    """Of all arrays in a program."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.size for var in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from array_sizes(getattr(value, "jaxpr", value))
 
 
 def with_gradients(kind, x, weights, **options):
@@ -106,17 +116,42 @@ class TestMasked:
         x = jax.ShapeDtypeStruct((3, 1, 3200, 1, 8), jnp.float32)
         setting = parse(text)
         program = jax.make_jaxpr(jax.grad(lambda x: setting(*x, grid=grid).sum()))(x)
+        # rows at a time, or three numbers to look each up in a table
+        assert max(array_sizes(program.jaxpr)) <= 512 * 3200 * 3
 
-        def sizes(jaxpr):
-            for equation in jaxpr.eqns:
-                yield from (var.aval.size for var in equation.outvars)
-                for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-                    if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-                        yield from sizes(getattr(value, "jaxpr", value))
+    @pytest.mark.parametrize(
+        ("text", "most"),
+        [
+            ("vsa(keep=1, gate=False, cube={0})", f"({LARGEST},{LARGEST},{LARGEST})"),
+            ("sla(keep=1, linear=False, block={0})", LARGEST),
+            ("radial(keep=0.9, block={0})", LARGEST),
+            ("svg(block={0})", LARGEST),
+        ],
+    )
+    def test_a_block_larger_than_the_clip_holds_no_more(self, text, most):
+        x = jax.ShapeDtypeStruct((3, 1, 60, 1, 8), jnp.float32)
+        least = f"{GRID}" if "cube" in text else 60
 
-        assert (
-            max(sizes(program.jaxpr)) <= 512 * 3200 * 3
-        )  # rows at a time, or three numbers to look each up in a table
+        def largest_array(size):
+            kind = parse(text.format(size))
+            return max(array_sizes(jax.make_jaxpr(lambda x: kind(*x, grid=GRID))(x).jaxpr))
+
+        assert largest_array(most) == largest_array(least)
+
+    @pytest.mark.parametrize(
+        ("text", "word"),
+        [
+            ("svg(rows=100000)", "rows=100000 is too large; it should be at most 10000"),
+            ("svg(seed=4294967296)", r"svg: seed=4294967296 does not lie in 0\.\.\.2\*\*32 - 1"),
+            ("svg2(seed=-1)", "svg2: seed=-1 does not lie in"),
+            ("svg2(iterations=1000000)", "iterations=1000000 is too large; it should be at most 10000"),
+            *((f"{kind}(frames=4097)", "frames=4097 is too large") for kind in ("svg", "radial", "sliding_tile")),
+        ],
+    )
+    def test_numbers_beyond_use(self, text, word):
+        """Of which tables would fill the memory, or be none of 32 bits."""
+        with pytest.raises(ValueError, match=word):
+            parse(text)
 
     def test_the_largest_with_ties(self):
         """Exactly so many, of equal ones the first; signs of zero, infinities and negative numbers in order."""
