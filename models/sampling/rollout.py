@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.sampling.noise import Noise, joined
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
-from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
+from monarchrt.models.sampling.solve import SolverState, all_fresh_noise, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.sharding import constrain
 from monarchrt.models.wan import WanModel
@@ -148,12 +148,13 @@ def generate_block(
     noise = block_noise(key, shape) if given is None else given.first
     table = rollout.table()
     fresh = None if given is None else given.by_step(table, rows=table.steps + 1)
-    draw = fresh_noise(key, noise) if table.stochastic and fresh is None else None
+    if table.stochastic and fresh is None:
+        fresh = all_fresh_noise(key, noise, steps=table.steps + 1)
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        (state, cache), (row, number, given) = carry, xs
+        (state, cache), (row, number, added) = carry, xs
         flow, cache = _flow(model, state.x, row.timesteps, cache, frame, number, rollout)
-        return (solver_step(state, row, flow, draw(number) if draw else given), cache), None
+        return (solver_step(state, row, flow, added), cache), None
 
     scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
     (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)

@@ -105,12 +105,13 @@ def sample(
     """
     if table.stochastic and key is None and fresh is None:
         raise ValueError("key is None, but this sampler adds fresh noise at each step; give a jax.random.key.")
-    draw = fresh_noise(key, noise) if key is not None and fresh is None and table.stochastic else None
+    if key is not None and fresh is None and table.stochastic:
+        fresh = all_fresh_noise(key, noise, steps=table.steps)
 
     def step(state: SolverState, xs: tuple) -> tuple[SolverState, None]:
-        row, number, given = xs
+        row, number, added = xs
         where = (number,) if numbered else ()
-        return solver_step(state, row, flow(state.x, row.timesteps, *where), draw(number) if draw else given), None
+        return solver_step(state, row, flow(state.x, row.timesteps, *where), added), None
 
     return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps), fresh))[0].x
 
@@ -125,6 +126,11 @@ def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
         return jax.tree.unflatten(structure, drawn)
 
     return draw
+
+
+def all_fresh_noise(key: Key[Array, ""], like: Any, *, steps: int) -> Any:
+    """That of all steps, in front; there before the first, as noise that is given: both give the same bits."""
+    return jax.vmap(fresh_noise(key, like))(jnp.arange(steps))
 
 
 def guided(
