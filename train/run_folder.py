@@ -22,7 +22,7 @@ from typing import Any
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import SHORT
 from monarchrt.models.errors import UserError, report_full_disk
-from monarchrt.models.files import is_litter
+from monarchrt.models.files import decoded, is_litter
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME, CONFIG_NAME, GENERATION
 from monarchrt.train.config import (
     DataConfig,
@@ -209,9 +209,11 @@ def read_config(folder: Path) -> TrainConfig | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(decoded(path.read_bytes(), name=str(path)))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # no JSON or text, numbers of thousands of digits, a million brackets
         raise UserError(f"{path} is damaged ({error}); mend it or give another run folder") from error
     if isinstance(values, dict):

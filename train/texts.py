@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import decoded
 from monarchrt.models.media.windows import held_out_count
 from monarchrt.train.data import Batch, example_order
 from monarchrt.train.data_settings import DataConfig
@@ -20,24 +21,16 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-        UserError: If it cannot be read, is not UTF-8, or has none.
+        UserError: If it cannot be read, is no text of UTF-8, or UTF-16 with its mark, or has none.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"prompts {path} cannot be read: {error.strerror or error}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"prompts {path} is not UTF-8: line {line} has the byte 0x{data[error.start]:02x}") from error
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in decoded(data, name=f"prompts {path}").splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:
-        raise UserError(f"prompts {path} is empty; give a text file with a prompt on each line")
-    bad = next((n for n, line in enumerate(lines, 1) if "\0" in line), None)
-    if bad is not None:
-        raise UserError(f"prompts {path} is no text file: line {bad} has a NUL")
+        raise UserError(f"prompts {path} has no prompt; write one on each line")
     return prompts
 
 

@@ -69,11 +69,11 @@ def test_a_prompt_on_each_line(config, prompts, wan_folder, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty; give a text file with a prompt on each line"),
-        (b" \n\t\r\n", "is empty"),
-        (b"a cat\nun caf\xe9\n", "is not UTF-8: line 2 has the byte 0xe9"),
-        ("a cat".encode("utf-16"), "is not UTF-8: line 1 has the byte 0xff"),
-        (b"PK\x03\x04\n\x00\x00", "is no text file: line 2 has a NUL"),
+        (b"", "has no prompt; write one on each line"),
+        (b" \n\t\r\n", "has no prompt"),
+        (b"a cat\nun caf\xe9\n", r"is not UTF-8 \(byte 13 is 0xe9\), probably cp1252"),
+        ("a cat".encode("utf-16-le"), "is not UTF-8 .*, probably utf-16-le"),
+        (b"PK\x03\x04\n\x00\x00", r"is not UTF-8 \(it has bytes of 0\)"),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -86,6 +86,13 @@ def test_files_that_hold_no_prompts(tmp_path, content, said):
     assert str(path) in str(error.value)
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_files_as_editors_write_them(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("eine Kätzin\r\n\r\na dog\r\n".encode(encoding))
+    assert read_prompts(path) == ["eine Kätzin", "a dog"]
 
 
 def test_what_prompts_do_not_go_with(prompts, tmp_path):

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from monarchrt.models.errors import UserError, report_full_disk
-from monarchrt.models.files import is_litter
+from monarchrt.models.files import decoded, is_litter
 from monarchrt.train.config import from_dict, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
 from monarchrt.train.demo.few_steps import distillations
@@ -76,11 +76,13 @@ def read_settings(folder: Path) -> DemoConfig | None:
     """
     path = folder / SETTINGS_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(decoded(path.read_bytes(), name=str(path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); mend it, or remove it and give all settings") from error
     try:

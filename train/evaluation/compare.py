@@ -31,12 +31,13 @@ from monarchrt.models.wan.watched import watching
 from monarchrt.train.config import to_dict
 from monarchrt.train.evaluate import held_out_terms
 from monarchrt.train.evaluation import metrics
-from monarchrt.train.evaluation.config import EvaluateConfig, read_prompts
+from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.lpips import read_lpips
 from monarchrt.train.evaluation.report import summarise, write_report
 from monarchrt.train.evaluation.subject import Subject, open_subject
 from monarchrt.train.evaluation.vmaf import find_ffmpeg, vmaf
 from monarchrt.train.studies.results import progress, write_json
+from monarchrt.train.texts import read_prompts
 
 SETTINGS, REPORT = "settings.json", "report.json"
 

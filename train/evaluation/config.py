@@ -90,21 +90,3 @@ class EvaluateConfig:
             raise UserError("seeds is empty; give one or more, such as 0 1 2")
         if not self.videos and not self.windows:
             raise UserError("videos is false and windows is 0, so that there is nothing to measure; use one of them")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one on each line that is not empty.
-
-    Raises:
-        UserError: If it cannot be read, or has none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise UserError(f"prompts {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"prompts {path} is not a text in UTF-8") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"prompts {path} has no prompt; write one on each line")
-    return prompts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import decoded
 from monarchrt.models.generate.config import GenerateConfig
 
 SAMPLES = 5  # videos of each prompt
@@ -109,10 +110,12 @@ def read_tasks(path: Path, *, dimensions: tuple[str, ...] = (), still: bool = Fa
         UserError: If the file is none, or no prompt is left.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(decoded(path.read_bytes(), name=f"full_info {path}"))
     except OSError as error:
         raise UserError(f"full_info {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"full_info {path} is no JSON: {error}") from error
     tasks: dict[str, int] = {}
     entries = values if isinstance(values, list) else []
@@ -209,10 +212,12 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
     scores: dict[str, float] = {}
     for file in files:
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(decoded(file.read_bytes(), name=f"results {file}"), parse_int=float)
         except OSError as error:
             raise UserError(f"results {file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise UserError(f"results {file} is no JSON: {error}") from error
         for name, value in values.items() if isinstance(values, dict) else ():
             value = value[0] if isinstance(value, list) and value else value
