@@ -1,5 +1,6 @@
 """What all sessions share: the network, the decoder and the text encoder, loaded once, and one set of programs."""
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,13 +85,15 @@ class Engine:
         Raises:
             UserError: If they do not; names the numbers nearby that do.
         """
-        blocks = 1
-        while self.frames(blocks) < frames:
-            blocks += 1
-        if self.frames(blocks) != frames:
-            near = [self.frames(n) for n in (blocks - 1, blocks) if n]
+        blocks = self.most_blocks(frames)
+        if not blocks or self.frames(blocks) != frames:
+            near = [self.frames(n) for n in (blocks, blocks + 1) if n]
             raise UserError(f"frames is {frames}, which do not make whole blocks; {' or '.join(map(str, near))} do")
         return blocks
+
+    def most_blocks(self, frames: int) -> int:
+        """Blocks that make at most so many frames."""
+        return bisect.bisect_right(range(frames + 1), frames, key=self.frames) - 1
 
     def embed(self, prompt: str, negative: str | None) -> tuple[Array, Array | None]:
         """Embeddings of a prompt and, with guidance, of the negative one; those of late are kept."""

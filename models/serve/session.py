@@ -21,6 +21,7 @@ from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusa
 from monarchrt.models.serve.outbox import Outbox
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
+MOST_OF_ALL = 10_000_000  # of what a server may be told, such as four months of seconds
 AT_ONCE = float("-inf")
 AHEAD = 1.0  # seconds that a paced video is made before it is played
 WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
@@ -57,8 +58,10 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             least = 0 if field.name == "waiting" else 1
-            if not getattr(self, field.name) >= least:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}; it must be at least {least}")
+            value = getattr(self, field.name)
+            if not least <= value <= MOST_OF_ALL:
+                bound = f"at most {MOST_OF_ALL}" if value > least else f"at least {least}"
+                raise UserError(f"{field.name} is {value}; it must be {bound}")
 
 
 @dataclass
@@ -162,10 +165,7 @@ class Session:
                 return engine.blocks(start.frames), "finished"
             except UserError as error:
                 raise Refusal(f"start: {error}", id=start.id) from error
-        blocks = 1
-        while engine.frames(blocks + 1) <= most:
-            blocks += 1
-        return blocks, "longest"
+        return max(1, engine.most_blocks(most)), "longest"
 
     # What the client says, in any thread
 
