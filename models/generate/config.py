@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from monarchrt.models.attention.notation import split_options, with_options
 from monarchrt.models.attention.registry import SHORT
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, printable
 from monarchrt.models.mesh import MeshShape
 
 type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
@@ -250,10 +250,11 @@ class GenerateConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         # far beyond use, and short of what would fill the memory before it fails
-        _require(
-            self.frames is None or self.frames <= MOST_FRAMES,
-            f"frames is {_short(self.frames)}; it must be at most {MOST_FRAMES}",
-        )
+        for name in ("frames", "window", "block", "condition_frames", "context", "sink_frames"):
+            value = getattr(self, name)
+            _require(
+                value is None or value <= MOST_FRAMES, f"{name} is {_short(value)}; it must be at most {MOST_FRAMES}"
+            )
         calls = () if self.steps is None else self.steps if isinstance(self.steps, tuple) else (self.steps,)
         _require(
             all(step <= MOST_STEPS for step in calls) and len(calls) <= MOST_STEPS,
@@ -348,10 +349,8 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
     fields = {field.name for field in dataclasses.fields(GenerateConfig)} - set(NOT_STORED)
     values = {name: value for name, value in values.items() if name not in ONCE_STORED}
     unknown = sorted(set(values) - fields)
-    _require(
-        not unknown,
-        f"{source} was made by another version: it has the settings {', '.join(ascii(name)[1:-1] for name in unknown)}",
-    )
+    some = ", ".join(_short(ascii(name)[1:-1]) for name in unknown[:5]) + ", ..." * (len(unknown) > 5)
+    _require(not unknown, f"{source} was made by another version: it has the settings {some}")
     hints = get_type_hints(GenerateConfig)
     return GenerateConfig(**{name: revived(name, hints[name], value, source) for name, value in values.items()})
 
@@ -363,7 +362,8 @@ def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
         if _fits(kind, value):
             convert: Any = get_origin(kind) or kind
             return convert(value) if convert in (Path, float, tuple) else value
-    raise UserError(f"{source} has {name}={value!a} in its settings, which is not one that monarchrt generate takes")
+    shown = printable(ascii(value))
+    raise UserError(f"{source} has {name}={shown} in its settings, which is not one that monarchrt generate takes")
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -7,17 +7,23 @@ from dataclasses import dataclass
 from monarchrt.models.attention.base import FULL, Attention, Density, density_of_layers, leaves
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import EXACT, SHORT, exact
-from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.generate.config import NO_CONDITION, STORED, GenerateConfig
 from monarchrt.models.sampling import Rollout, Windows
 from monarchrt.models.wan import WanConfig
+from monarchrt.models.wan.rope import MAX_POSITIONS
 
 LARGEST_SIDE = 16384  # pixels, of H.264's encoder
 SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
 LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
 BLOCK = 3  # latent frames, of Self-Forcing
 SPATIAL, TEMPORAL = 8, 4  # pixels and frames per latent of Wan's VAE
-USED_IN = {"window": ("autoregressive", "windows"), "sink_frames": ("autoregressive",), "context": ("windows",)}
+USED_IN = {
+    "window": ("autoregressive", "windows"),
+    "sink_frames": ("autoregressive",),
+    "independent_first_frame": ("autoregressive",),
+    "context": ("windows",),
+}
 PIECE = 3  # latent frames that a clip made at once is decoded in
 
 
@@ -180,8 +186,10 @@ def make_plan(
                 context_noise=config.context_noise,
             )
         attention = _attention(config, model)
+    zoom = _zoom(config)
+    _check_positions(config, settings.window, latents, model, spatial, temporal)
     plan = Plan(
-        config=dataclasses.replace(config, window=settings.window, zoom=_zoom(config)),
+        config=dataclasses.replace(config, window=settings.window, zoom=zoom),
         latents=latents,
         settings=settings,
         attention=attention,
@@ -229,7 +237,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     for name, modes in USED_IN.items():
         value, default = getattr(config, name), getattr(GenerateConfig(), name)
         if value != default and mode not in modes:
-            instead = "leave it out" if default is None else f"use {default}"
+            instead = "leave it out" if default is None or default is False else f"use {default}"
             raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
     if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
         raise UserError(
@@ -254,7 +262,10 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     trained = model.causal_block
     if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
         raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
-    block = config.block or trained or (BLOCK if mode == defaults.mode else _block(config, model))
+    usual = trained or (BLOCK if mode == defaults.mode else _block(config, model))
+    if mode != "autoregressive" and config.block not in (None, usual):  # which is what videos store
+        raise UserError(f"block is {config.block}, for mode autoregressive, but mode is {mode}; leave it out")
+    block = config.block or usual
     alone = mode == "autoregressive" and (config.independent_first_frame or model.independent_first_frame)
     complete = dataclasses.replace(
         config, mode=mode, sampler=sampler, window=window, block=block, independent_first_frame=alone, **filled
@@ -327,6 +338,25 @@ def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tupl
     return sizes[0], sizes[1]
 
 
+def _check_positions(
+    config: GenerateConfig, window: int | None, latents: tuple[int, int, int], model: WanConfig, spatial: int,
+    temporal: int,
+) -> None:  # fmt: skip
+    """Raises UserError if what is seen at once is more than the network has positions for."""
+    frames, height, width = (MAX_POSITIONS * patch for patch in model.patch_size)
+    if window is not None and window > frames:
+        raise UserError(f"window is {window}; it must be at most {frames} latent frames")
+    if window is None and latents[0] > frames:
+        most = 1 + (frames - 1) * temporal
+        raise UserError(
+            f"frames is {config.frames}; at once it must be at most {most}: give --mode windows, or autoregressive, "
+            f"and a --window for more"
+        )
+    for name, at, most in (("height", 1, height), ("width", 2, width)):
+        if latents[at] > most:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at most {most * spatial}")
+
+
 def _zoom(config: GenerateConfig) -> int:
     """How much the file's pixels are enlarged; the encoder must take the result."""
     height, width = config.height or 1, config.width or 1
@@ -355,7 +385,8 @@ def _attention(config: GenerateConfig, model: WanConfig) -> Attention | tuple[At
     if config.attention != SHORT and options:
         name, value = next(iter(options.items()))
         raise UserError(
-            f"{name} is {value!r}, which goes with --tile or --attention {SHORT}; attention is {config.attention!r}"
+            f"{name} is {printable(repr(value), 80)}, which goes with --tile or --attention {SHORT}; attention is "
+            f"{printable(repr(config.attention), 80)}"
         )
     return model.attention if config.attention == STORED else parse(config.attention_text())
 

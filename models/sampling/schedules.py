@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
+from monarch_jax.checks import brief
+
 NUM_TRAIN_TIMESTEPS = 1000
 UNIPC_FIRST = 0.999  # first u of Wan's UniPC grid
 
@@ -133,9 +135,11 @@ def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float
     """
     steps = [int(step) if step == int(step) else step for step in steps]
     if not all(isinstance(step, int) for step in steps):
-        raise ValueError(f"steps={steps} are not whole numbers in 1...1000, for example 1000, 750, 500, 250.")
+        raise ValueError(f"steps={brief(steps)} are not whole numbers in 1...1000, for example 1000, 750, 500, 250.")
     if not steps or sorted(set(steps), reverse=True) != steps or not 1 <= steps[-1] <= steps[0] <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(f"steps={steps} are not decreasing indices in 1...1000, for example 1000, 750, 500, 250.")
+        raise ValueError(
+            f"steps={brief(steps)} are not decreasing indices in 1...1000, for example 1000, 750, 500, 250."
+        )
     _check(len(steps), shift)
     grid = shifted(1 - np.arange(NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS, shift)
     sigmas = grid[[NUM_TRAIN_TIMESTEPS - step for step in steps]]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
+from monarch_jax.checks import brief
 from monarchrt.models.sampling.schedules import (
     Schedule,
     few_step_schedule,
@@ -240,7 +241,7 @@ def sampler_table(
     if isinstance(steps, Sequence):
         if name != "few-step":
             raise ValueError(
-                f"steps={tuple(steps)} is a list, which few-step takes; {name} takes a number, such as 50."
+                f"steps={brief(tuple(steps))} is a list, which few-step takes; {name} takes a number, such as 50."
             )
         return few_step(few_step_schedule(steps, shift))
     if name == "few-step":

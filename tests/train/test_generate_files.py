@@ -48,6 +48,18 @@ class TestSettingsOfAFile:
         assert not (tmp_path / "a.mp4").exists()
 
     @pytest.mark.parametrize(
+        ("name", "word"), [("checkpoint", "tiny"), ("checkpoint", "none"), ("condition", "exact"), ("decoder", "none")]
+    )
+    def test_words_that_another_setting_has_are_names(self, baseline, tmp_path, monkeypatch, error, name, word):
+        """`exact` and `tiny` are decoders, and `none` is no clip to begin with; elsewhere they are files like any."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / word).touch()
+        video = stored(tmp_path / "video.mp4", **{name: word})
+        typed = ["--checkpoint", baseline] if name != "checkpoint" else []
+        assert generate("--from", video, *typed, "--out", "a.mp4") == 2
+        assert f"names {name} '{word}'; what a video names is read only if you say so" in error()
+
+    @pytest.mark.parametrize(
         ("name", "value"),
         [
             ("out", "b.mp4"),

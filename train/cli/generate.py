@@ -121,8 +121,8 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
         from monarchrt.models.media.writer import read_settings
 
         stored = from_stored(read_settings(Path(given)), source=Path(given))
-        left_out = (None, NO_CONDITION, (), NO_LORA, *DECODERS)
-        named = {name: value for name in NAMES_FILES if (value := getattr(stored, name)) not in left_out}
+        given_names = ((name, getattr(stored, name)) for name in NAMES_FILES)
+        named = {name: value for name, value in given_names if value not in _NO_FILES.get(name, (None,))}
         values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
         if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own
             own = ("tile", "blocks", "num_iters", "implementation")
@@ -147,6 +147,14 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
         options = dataclasses.replace(options, **missing)
     config: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
     return GenerateConfig(**config), options
+
+
+# what is no name of a file, where it is not None alone
+_NO_FILES: dict[str, tuple[Any, ...]] = {
+    "lora": ((), NO_LORA),
+    "decoder": (None, *DECODERS),
+    "condition": (None, NO_CONDITION),
+}
 
 
 def _written(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What was not said is filled in, what cannot be is refused with something that can."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,16 @@ class TestDefaults:
         made = plan(WHOLE, sampler="euler", steps=7, shift=8.0, guidance=6.0, frames=33, height=240, width=416)
         assert made.settings == Windows(sampler="euler", steps=7, shift=8.0, guidance=6.0)
         assert made.latents == (9, 30, 52)
+
+    def test_every_setting_of_a_sampler_is_passed_on(self):
+        """None of them at its default."""
+        common = dict(sampler="dpm++", steps=7, shift=3.5, guidance=2.5, context_noise=30.0)
+        blocks = common | dict(block=2, independent_first_frame=True, window=7, sink_frames=1)
+        parts = common | dict(window=6, context=2)
+        for kind, mode, given in ((Rollout, "autoregressive", blocks), (Windows, "windows", parts)):
+            made = plan(WHOLE, mode=mode, frames=41, **untyped(given)).settings
+            assert dataclasses.asdict(made) == given
+            assert all(getattr(kind(), name) != value for name, value in given.items())
 
     def test_no_weight_for_the_prompt(self):
         made = plan(WHOLE, guidance=0.0)
@@ -115,12 +126,17 @@ class TestRefusals:
             (dict(compare_dense=True, attention="dense"), "compare_dense compares another attention with dense"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
+            (dict(mode="windows", window=1025), "window is 1025; it must be at most 1024 latent frames"),
+            (dict(frames=9, window=10**50), r"window is 1000000.*\.\.\.; it must be at most 1000000"),
+            (dict(mode="bidirectional", frames=4097), "frames is 4097; at once it must be at most 4093: give --mode w"),
             (
                 dict(mode="bidirectional", window=6),
                 "window is 6, for mode autoregressive or windows, .*; leave it out$",
             ),
             (dict(mode="windows", window=6, sink_frames=3), "sink_frames is 3, for mode autoregressive, .* use 0"),
             (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
+            (dict(mode="bidirectional", block=7), "block is 7, for mode autoregressive, but .*; leave it out$"),
+            (dict(mode="bidirectional", independent_first_frame=True), "independent_first_frame is .*; leave it out$"),
             (dict(condition_frames=9), "condition_frames is 9, but there is no --condition to take .*; leave it out"),
             (dict(condition_frames=9, condition="None"), "condition_frames is 9, but there is no --condition"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
@@ -184,6 +200,25 @@ class TestRefusals:
     def test_settings_of_another_version(self, tmp_path):
         with pytest.raises(UserError, match="another version: it has the settings colour"):
             from_stored({"colour": 1}, source=tmp_path)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {f"name{n}": 1 for n in range(10_000)},
+            {"x" * 10_000: 1},
+            {"seed": "x" * 10_000},
+            {"seed": [1] * 10_000},
+            {"attention": "x" * 10_000},
+            {"attention": "dense", "blocks": "x" * 10_000},
+            {"sampler": "few-step", "steps": [1000, *range(1000)]},
+            {"sampler": "euler", "steps": list(range(1000, 0, -1))},
+        ],
+    )
+    def test_what_is_long_is_said_in_short(self, values):
+        """Whoever wrote the file."""
+        with pytest.raises(UserError) as said:
+            make_plan(from_stored(values, source=Path("video.mp4")), defaults=CAUSAL, model=WAN)
+        assert len(str(said.value)) < 700
 
 
 class TestBeginning:
