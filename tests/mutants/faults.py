@@ -49,6 +49,14 @@ SPARSE = ("tests/models/attention/test_sparse.py",)
 COMMANDS = ("tests/train/test_command_line.py",)
 INTERRUPT = ("tests/train/test_interrupt.py",)
 TEXTS = ("tests/train/test_texts.py",)
+DISTILLATION = ("tests/train/objectives/test_distillation.py",)
+ODE = ("tests/train/objectives/test_ode.py",)
+PROCESSES = ("tests/models/processes",)
+SESSIONS = ("tests/models/serve/test_session.py",)
+LORA_FILES = ("tests/models/lora/test_files.py",)
+LORA = ("tests/train/test_lora_training.py",)
+MEASURES = ("tests/train/evaluation/test_measures.py",)
+STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
     # the operation
@@ -265,6 +273,14 @@ FAULTS = (
         "noise_that_was_taken",
     ),
     Fault("train/state.py", "        mask=kernels,\n", "", STATE, "on_matrices_alone"),
+    Fault("train/state.py", "        b2=config.beta2,\n", "", STATE, "adamw"),
+    Fault(
+        "models/generate/plan.py",
+        "                context=config.context,\n                context_noise=config.context_noise,\n",
+        "                context=config.context,\n",
+        ("tests/models/generate/test_plan.py",),
+        "passed_on",
+    ),
     Fault("train/state.py", "step <= config.ema_start", "step < config.ema_start", STATE, "average"),
     Fault("train/step.py", "jax.random.fold_in(state.rng, state.step)", "state.rng", STATE, "step_number"),
     Fault(
@@ -352,7 +368,94 @@ FAULTS = (
         "vsa",
     ),
     Fault("models/attention/sla.py", "1e-5 + jnp.einsum", "1e-2 + jnp.einsum", SPARSE, "sla"),
+    Fault("models/attention/vsa.py", "tuple(map(min, self.cube, grid))", "self.cube", SPARSE, "holds_no_more"),
+    # distillation
+    Fault(
+        "train/objectives/consistency.py",
+        "nearest_level(t, shift=settings.shift)",
+        "nearest_level(t, shift=5.0)",
+        CONSISTENCY,
+        "made_of_a_flow",
+    ),
+    Fault(
+        "train/objectives/dmd.py",
+        'critic=detached(networks["critic"]),\n            teacher',
+        'critic=detached(networks["teacher"]),\n            teacher',
+        DISTILLATION,
+        "of_its_settings",
+    ),
+    Fault(
+        "train/objectives/self_forcing.py",
+        "step=jnp.int32(len(self.settings.student_steps))",
+        "step=jnp.int32(0)",
+        DISTILLATION,
+        "after_all_steps",
+    ),
+    Fault(
+        "train/pair_folder.py",
+        "dataclasses.replace(made, seed=self.made.seed) != self.made",
+        "made.sigmas != self.made.sigmas",
+        ODE,
+        "made_alike",
+    ),
+    # LoRAs
+    Fault(
+        "models/lora/reading.py",
+        "np.float32(change.scale) * self._read(change.bias)",
+        "self._read(change.bias)",
+        LORA_FILES,
+        "bias_of_a_pair",
+    ),
+    Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
+    # several processes
+    Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),
+    Fault("models/processes/service.py", "dict.fromkeys((*right, *values))", "dict.fromkeys(right)", PROCESSES, "told"),
+    Fault(
+        "models/processes/agreement.py",
+        "step >= self._last[0]",
+        "step > self._last[0]",
+        PROCESSES,
+        "same_step",
+    ),
+    # sessions
+    Fault(
+        "models/serve/engine.py",
+        "self._negative if negative is None else negative",
+        "negative or self._negative",
+        SESSIONS,
+        "may_be_empty",
+    ),
+    Fault(
+        "models/serve/session.py",
+        "range(self.block - WARMED, self.block)",
+        "range(self.block, self.block)",
+        SESSIONS,
+        "sees_again",
+    ),
+    Fault(
+        "models/serve/session.py",
+        "engine, self.heard = self._engine, self._clock()",
+        "engine = self._engine",
+        SESSIONS,
+        "had_to_wait",
+    ),
+    # measures
+    Fault(
+        "train/evaluation/metrics.py",
+        "(1 - confidence) / 2, (1 + confidence) / 2",
+        "1 - confidence, confidence",
+        MEASURES,
+        "interval",
+    ),
+    Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
     # what is given
+    Fault(
+        "train/cli/generate.py",
+        '"condition": (None, NO_CONDITION),\n}',
+        '"condition": (None, NO_CONDITION),\n    "checkpoint": (None, *DECODERS),\n}',
+        STRANGERS,
+        "words_that",
+    ),
     Fault("monarch_jax/checks.py", "if number > most:", "if number > LARGEST:", COMMANDS, "sizes_beyond"),
     Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),

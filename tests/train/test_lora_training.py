@@ -60,6 +60,7 @@ class TestLayers:
         x = jax.random.normal(jax.random.key(0), (4, 5))
         np.testing.assert_array_equal(layer(x), linear(x))  # B is zero
         assert layer.lora_a[...].dtype == layer.lora_b[...].dtype == jnp.float32
+        assert 0.5 * 5**-0.5 < np.abs(layer.lora_a[...]).max() <= 5**-0.5
         layer.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 3))
         a, b, w = (np.asarray(v[...], np.float64) for v in (layer.lora_a, layer.lora_b, layer.kernel))
         wanted = np.asarray(x) @ (w + 3 * a @ b) + np.asarray(there(layer.bias)[...], np.float64)
@@ -85,12 +86,14 @@ class TestLayers:
         sizes = ("num_layers=2", "dim=24", "num_heads=2", "ffn_dim=32")
         model = build_model(ModelConfig(overrides=sizes, attention="dense"), channels=4, seed=0)
         before = flat(model)
-        adapted = with_adapter(model, Adapter(rank=3, layers=("ffn", "time_projection")), rngs=nnx.Rngs(1))
+        adapted = with_adapter(model, Adapter(rank=3, alpha=6.0, layers=("ffn", "time_projection")), rngs=nnx.Rngs(1))
         layer = untyped(adapted.blocks.ffn.fc1)
         layer.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 3, 32))
         found = flat(folded(adapted))
         a, b = (np.asarray(x[...]) for x in (layer.lora_a, layer.lora_b))
-        np.testing.assert_allclose(found["blocks.ffn.fc1.kernel"], before["blocks.ffn.fc1.kernel"] + a @ b, atol=1e-6)
+        np.testing.assert_allclose(
+            found["blocks.ffn.fc1.kernel"], before["blocks.ffn.fc1.kernel"] + 2 * a @ b, atol=1e-6
+        )
         assert {name for name in found if not np.array_equal(found[name], before[name])} == {"blocks.ffn.fc1.kernel"}
         assert flat(model).keys() == before.keys()
         with pytest.raises(ValueError, match=r"no names for: .*lora_a; .*; those of a LoRA are merged by .*folded"):

@@ -169,6 +169,23 @@ def test_weight_decay_is_on_matrices_alone():
     assert len(moved) > len(spared)
 
 
+def test_updates_are_those_of_adamw():
+    """By its formulas, with settings that are nobody's defaults."""
+    settings = dict(learning_rate=0.1, beta1=0.7, beta2=0.6, eps=0.3, weight_decay=0.2, clip_norm=None)
+    optimizer = make_optimizer(OptimizerConfig(**untyped(settings)), steps=9)
+    weight, first, second = np.array([1.0, -2.0]), 0.0, 0.0
+    params = {"kernel": jnp.asarray(weight, jnp.float32)}
+    state = optimizer.init(params)
+    for n, gradient in enumerate(([0.5, -1.0], [2.0, 0.1], [-0.3, 0.7]), 1):
+        g = np.array(gradient)
+        first, second = 0.7 * first + 0.3 * g, 0.6 * second + 0.4 * g**2
+        scale = np.sqrt(second / (1 - 0.6**n)) + 0.3
+        weight = weight - 0.1 * (first / (1 - 0.7**n) / scale + 0.2 * weight)
+        changes, state = optimizer.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        params = untyped(optax.apply_updates(params, changes))
+        np.testing.assert_allclose(params["kernel"], weight, rtol=1e-5)
+
+
 def test_weight_decay_spares_biases():
     rate, decay = 1e-3, 0.5
     plain, step = setup(weight_decay=0.0, learning_rate=rate)
@@ -213,6 +230,8 @@ def test_schedules(schedule, middle, end):
     np.testing.assert_allclose([rate(n) for n in range(4)], [0.25, 0.5, 0.75, 1], rtol=1e-6)
     assert float(rate(14)) == pytest.approx(middle, abs=1e-6)
     assert float(rate(24)) == pytest.approx(end, abs=1e-6)
+    config = OptimizerConfig(learning_rate=1.0, warmup=4, schedule=schedule, decay_steps=14)  # wherever the run ends
+    assert float(untyped(learning_rate_schedule(config, steps=24))(9)) == pytest.approx(middle, abs=1e-6)
 
 
 def test_a_state_survives_being_flattened_to_named_arrays():

@@ -9,10 +9,11 @@ from flax import nnx
 
 from monarchrt.models.generate.loras import open_loras
 from monarchrt.models.lora import merged, open_lora, with_loras
-from monarchrt.models.lora.merging import merge_arrays, parse_scaled
+from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merge_arrays, parse_scaled
 from monarchrt.models.lora.writing import Factors, rewrite_lora, write_lora
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import load_source, open_source, save_checkpoint
+from monarchrt.models.wan.checkpoints.settings import OWN_KEY, Trained
 from tests.untyped import untyped
 
 Q = "blocks.1.self_attn.q"
@@ -293,6 +294,29 @@ def test_paths_with_colons(tmp_path):
     for text in (":1", "b:inf", "b:nan"):
         with pytest.raises(ValueError, match="strength"):
             parse_scaled(text)
+
+
+def test_a_bias_of_a_pair_counts_as_the_pair_does(loras, factors, tmp_path):
+    tensors, _ = loras.as_comfyui({Q: factors[Q]}, endings=("lora_A", "lora_B"))
+    bias = np.arange(factors[Q][1].shape[0], dtype=np.float32)
+    file = loras.save(tmp_path / "a.safetensors", tensors | {f"diffusion_model.{Q}.lora_B.bias": bias})
+    np.testing.assert_allclose(open_lora(file).delta(f"{Q}.bias"), bias * np.float32(2 / 3), rtol=1e-6)
+
+
+def test_the_last_that_says_how_it_is_sampled_counts(loras, factors, small, tmp_path):
+    """Also against what the checkpoint says; one that says nothing changes nothing."""
+    files = []
+    for number, (own, few) in enumerate((({"shift": 3.0}, True), ({"shift": 8.0}, False), (None, None))):
+        settings = None if own is None else {"attention": "dense", "trained": own, "few_step": few}
+        metadata = {} if settings is None else {OWN_KEY: json.dumps(settings)}
+        tensors, header = loras.as_comfyui({Q: factors[Q]})
+        file = loras.save(tmp_path / f"{number}.safetensors", tensors, header | metadata)
+        files.append(Scaled(open_lora(file)))
+    before = AsTrained(small, True, Trained(shift=5.0))
+    assert as_trained(before, files[2:]) == before
+    for order, shift, few in (((0, 1, 2), 8.0, False), ((1, 0, 2), 3.0, True), ((0,), 3.0, True)):
+        said = as_trained(before, [files[n] for n in order])
+        assert (said.trained, said.few_step) == (Trained(shift=shift), few)
 
 
 class TestWriting:

@@ -54,6 +54,10 @@ def test_slurm():
     later = find_place(environment=SLURM | {"SLURM_STEP_ID": "3"})
     assert later is not None
     assert later.port != found.port
+    # the last of three machines has one process, which takes all of its GPUs
+    last = find_place(environment=SLURM | {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"})
+    assert last is not None
+    assert last.devices is None
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_all_begin_together():
             "batch is 4 in process 0 and 8 in process 1; start all processes with the same",
         ),
         ((0, 1), (2, 2), (4, None), "batch is 4 in process 0 and None in process 1"),
+        ((0, 1), (2, 2), (None, 4), "batch is None in process 0 and 4 in process 1"),
         ((0, 1), (2, 3), (4, 4), "processes is 2 in process 0 and 3 in process 1"),
         ((1, 1), (2, 2), (4, 4), "process is 1 in two processes; give each a number of its own, 0...1"),
     ],
@@ -97,6 +98,14 @@ def test_strangers_do_not_count():
         with socket.create_connection(("localhost", roll.port)) as stranger:
             stranger.sendall(text)
     assert come([roll.place(0, 1)], [{}]) == [None]
+
+
+def test_a_stranger_who_never_ends_is_let_go():
+    roll = Roll(1, 20.0)
+    with socket.create_connection(("localhost", roll.port), timeout=20) as stranger:
+        stranger.sendall(b"x" * service.MESSAGE)
+        assert stranger.recv(1) == b""
+        assert come([roll.place(0, 1)], [{}]) == [None]
 
 
 def test_nobody_answers():

@@ -1,8 +1,10 @@
 """When a process counts as lost, and what one process alone does with questions to all."""
 
+import jax
 import pytest
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.processes import agreement
 from monarchrt.models.processes.agreement import AgreedStop, all_agree, by_first, check_shared, first, from_first
 from monarchrt.models.processes.joining import joined
 from monarchrt.models.processes.watch import PATIENCE, Silence
@@ -45,3 +47,22 @@ def test_alone(tmp_path):
             by_first("question", refuse)
     stop = AgreedStop()
     assert (stop.due(1, None), stop.due(2, 15)) == (None, 15)
+
+
+def test_all_stop_after_the_same_step(monkeypatch):
+    """Two processes, the one that was not asked a step behind; what they say is kept in a dictionary."""
+    kept: dict[str, str] = {}
+
+    class Coordinator:
+        def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None:
+            if kept.setdefault(key, value) != value:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+
+        def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+            return [(key, value) for key, value in kept.items() if key.startswith(prefix)]
+
+    monkeypatch.setattr(agreement, "client", Coordinator)
+    one, other = AgreedStop(), AgreedStop()
+    assert (other.due(5, None), one.due(6, 15), other.due(6, 2)) == (None, None, None)
+    assert (one.due(7, None), other.due(7, None)) == (None, None)
+    assert (one.due(8, None), other.due(8, None)) == (15, 15)

@@ -1,15 +1,18 @@
 """Sessions without a network: what a client asks for is what is made, when it is due, and no more."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling.rollout import generate_block
-from monarchrt.models.serve import Limits, Outbox, Refusal
+from monarchrt.models.serve import Engine, Limits, Outbox, Refusal
+from monarchrt.models.serve.engine import blended
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
 from tests.untyped import programs, untyped
 
@@ -120,6 +123,19 @@ def test_going_back(stage, client):
     assert session.run(turns=1)[0][0]["frame"] == 0
 
 
+def test_the_decoder_sees_again_what_was_before(stage, client, engine, monkeypatch):
+    """Its state is of the two blocks before the one that is gone back to."""
+    session = client(stage(), start(frames=30))
+    session.run(turns=4)
+    past, shown = dict(session.session._past), []
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda latents, state: shown.append(latents) or decode(latents, state))
+    session.tell(Seek(block=3))
+    session.run(turns=1)
+    np.testing.assert_array_equal(np.stack(shown[:2]), np.stack([past[1], past[2]]))
+    assert len(shown) == 3
+
+
 def test_what_is_kept_is_bounded(stage, client):
     session = client(stage(kept=1, seconds=10.0), start())
     session.run(turns=20)
@@ -205,6 +221,19 @@ def test_a_client_that_says_nothing(stage, client, clock):
     assert session.run()[0] == [
         {"type": "ended", "reason": "idle", "message": "nothing was heard for 60 s", "blocks": 0}
     ]
+
+
+def test_who_had_to_wait_was_not_idle(stage, client, clock):
+    sessions = stage(sessions=1, idle=60.0)
+    first, second = (client(sessions, start(paused=True)) for _ in range(2))
+    clock.now = 59.0
+    first.tell(Ping())
+    clock.now = 100.0
+    first.tell(Stop())
+    second.run()
+    assert second.session.ended is None
+    clock.now = 161.0
+    assert second.run()[0][-1]["reason"] == "idle"
 
 
 def test_the_longest_video(stage, client):
@@ -312,9 +341,72 @@ class TestOutbox:
         assert len(items) == 512
         assert items[-1]["n"] == 2999
 
+    def test_frames_of_another_past_are_not_missed(self):
+        box = Outbox(frames=2)
+        for index in range(2):
+            box.frame(index, 0, b"x")
+        box.event("a")
+        box.clear_frames()
+        assert len(box) == 0
+        for index in range(2):
+            box.frame(index, 1, b"y")
+        assert (len(box), box.dropped) == (2, 0)
+        assert box.take() == {"type": "a"}
+
+
+class TestEngine:
+    """What is counted and what is kept; nothing is computed."""
+
+    def engine(self, engine, **changes):
+        told = []
+
+        def encode(prompts):
+            told.extend(prompts)
+            return [jnp.zeros((1, 4, 32))]
+
+        rollout = dataclasses.replace(engine.rollout, **changes)
+        return Engine(engine.pipeline, rollout=rollout, height=4, width=8, encode=encode, negative="bad"), told
+
+    def test_a_negative_prompt_may_be_empty(self, engine):
+        guided, told = self.engine(engine, guidance=3.0)
+        for negative in (None, ""):
+            assert guided.embed("a", negative)[1] is not None
+        assert told == ["a", "bad", ""]
+        plain, told = self.engine(engine)
+        assert plain.embed("a", "b")[1] is None
+        assert told == ["a"]
+
+    def test_texts_of_late_are_kept(self, engine):
+        plain, told = self.engine(engine)
+        for number in range(64):
+            plain.embed(str(number), None)
+        plain.embed("0", None)
+        plain.embed("new", None)
+        for prompt in ("0", "new", "2"):
+            plain.embed(prompt, None)
+        assert len(told) == 65
+        plain.embed("1", None)  # the one that was asked for the longest time ago
+        assert told[-1] == "1"
+
+    def test_a_first_block_of_one_frame(self, engine):
+        apart, _ = self.engine(engine, independent_first_frame=True)
+        assert [apart.count(block) for block in range(3)] == [1, 3, 3]
+        assert [apart.first_latent(block) for block in range(4)] == [0, 1, 4, 7]
+        assert apart.blocks(7) == 3
+        assert [apart.most_blocks(frames) for frames in (0, 1, 3, 4, 6, 7, 10**7)] == [0, 1, 1, 2, 2, 3, 3333333 + 1]
+
+    def test_between_two_texts_is_between_both_of_their_embeddings(self):
+        old, new = (jnp.zeros(2), jnp.ones(2)), (jnp.ones(2), 5 * jnp.ones(2))
+        text, negative = blended(old, new, 0.25)
+        assert (text.tolist(), negative.tolist()) == ([0.25] * 2, [2.0] * 2)
+        assert blended((old[0], None), (new[0], None), 0.5)[1] is None
+
 
 def test_bad_limits():
     with pytest.raises(UserError, match="sessions is 0; it must be at least 1"):
         Limits(sessions=0)
     with pytest.raises(UserError, match="idle is nan; it must be at least 1"):
         Limits(idle=float("nan"))
+    for seconds in (float("inf"), 1e300, 2e7):
+        with pytest.raises(UserError, match=r"seconds is .*; it must be at most 10000000$"):
+            Limits(seconds=seconds)

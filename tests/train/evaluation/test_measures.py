@@ -1,5 +1,6 @@
 """Measures of videos against PyTorch and formulas of their own; LPIPS of random weights; VBench's scores."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,10 +10,21 @@ import torch
 import torch.nn.functional as F
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.generate import load, make
+from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.cli import main
 from monarchrt.train.evaluation import metrics
 from monarchrt.train.evaluation.lpips import NETWORKS, read_lpips
-from monarchrt.train.evaluation.vbench import DIMENSIONS, QUALITY, SEMANTIC, read_tasks, scores, video_name
+from monarchrt.train.evaluation.vbench import (
+    DIMENSIONS,
+    QUALITY,
+    SEMANTIC,
+    VBenchConfig,
+    read_tasks,
+    scores,
+    video_name,
+    write_videos,
+)
 from monarchrt.train.evaluation.vmaf import find_ffmpeg, vmaf
 
 
@@ -72,6 +84,11 @@ def test_the_paired_interval_covers():
         low, high = metrics.paired_interval(draw.normal(0.3, 1, 40), draws=400, seed=number)
         missed += not low <= 0.3 <= high
     assert 1 <= missed <= 14
+    values = np.arange(1001) / 1000  # of means that are normal: mean -+ 1.96 standard errors, or 0.674
+    error = np.std(values) / np.sqrt(1001)
+    for confidence, reach in ((0.95, 1.96), (0.5, 0.674)):
+        low, high = metrics.paired_interval(values, confidence=confidence, draws=2000)
+        assert (high - low) / 2 == pytest.approx(reach * error, rel=0.1)
 
 
 class TestLPIPS:
@@ -118,7 +135,8 @@ class TestLPIPS:
                     expected += F.conv2d((a - b) ** 2, heads[taps.index(number)]).mean((1, 2, 3))
         np.testing.assert_allclose(found(video, reference), expected.numpy(), rtol=2e-4)
         assert found(video, video).tolist() == [0.0, 0.0]
-        with pytest.raises(UserError, match=f"lpips: frames are 8 x 36, and {name} needs"):
+        smallest = {"alex": 31, "vgg": 16}[name]
+        with pytest.raises(UserError, match=f"lpips: frames are 8 x 36, and {name} needs {smallest}"):
             found(video[:, :8], reference[:, :8])
 
     def test_files_that_do_not_fit(self, network, tmp_path):
@@ -132,6 +150,18 @@ class TestLPIPS:
         with pytest.raises(UserError, match=f"give the v0.1 file of {name}"):
             read_lpips(folder / "net.pth", tmp_path / "other.pth")
         assert name in NETWORKS
+
+
+def test_vmaf_is_asked_of_the_video_first(clips, tmp_path):
+    """A program in ffmpeg's place writes what it was asked, and of which files."""
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(
+        f"#!{sys.executable}\nimport json, sys\nfiles = [x for x in sys.argv if x.endswith('.mkv')]\n"
+        "rows = [{'metrics': {'vmaf': float(x == 'video.mkv')}} for x in files]\n"
+        "json.dump({'frames': rows}, open('log.json', 'w'))\n"
+    )
+    ffmpeg.chmod(0o755)
+    assert vmaf(*clips, ffmpeg=ffmpeg) == [1.0, 0.0]  # the first of libvmaf's inputs is the distorted one
 
 
 def test_vmaf(clips, tmp_path):
@@ -171,6 +201,23 @@ PAPER = {
 }
 
 
+@dataclasses.dataclass
+class Planned:
+    config: GenerateConfig
+
+
+@dataclasses.dataclass
+class Loaded:
+    """As much of a material as is asked for."""
+
+    plan: Planned
+    pipeline: None = None
+    text: None = None
+
+    def options(self):
+        return {"plan": self.plan}
+
+
 class TestVBench:
     @pytest.mark.parametrize("name", PAPER)
     def test_the_papers_scores(self, name):
@@ -196,6 +243,8 @@ class TestVBench:
             ('{"beauty": [1]}', "'beauty' is no dimension"),
             ('{"color": ["a"]}', "'color' is no dimension with a number"),
             ("{}", "has no dimension"),
+            ("[" * 100_000, "is no JSON"),
+            (f'{{"color": [1{"0" * 400}]}}', "color is inf"),
             ("[]", "has no dimension"),
         ],
     )
@@ -216,7 +265,7 @@ class TestVBench:
         path.write_text(json.dumps(entries))
         assert read_tasks(path) == [("a cat", 5), (long, 5)]
         assert read_tasks(path, dimensions=("color",)) == [(long, 5)]
-        assert read_tasks(path, still=True)[0] == ("a cat", 25)
+        assert read_tasks(path, still=True) == [("a cat", 25), (long, 5)]
         assert video_name(long, 4) == f"{long}-4.mp4"  # not cut at 100 characters
         with pytest.raises(UserError, match="has no prompt of the dimensions object_class"):
             read_tasks(path, dimensions=("object_class",))
@@ -226,3 +275,24 @@ class TestVBench:
         path.write_text("[]")
         with pytest.raises(UserError, match="has no prompt"):
             read_tasks(path)
+        path.write_text("[" * 100_000)
+        with pytest.raises(UserError, match="is no JSON"):
+            read_tasks(path)
+        path.write_bytes(json.dumps(entries[:1]).encode("utf-16"))
+        assert read_tasks(path) == [("a cat", 5)]
+
+    def test_each_part_makes_its_own(self, tmp_path, monkeypatch):
+        """What is not there, each with a seed of its own; of three prompts, two of three parts."""
+        path, out, made = tmp_path / "info.json", tmp_path / "out", []
+        path.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["scene"]} for prompt in "abc"]))
+        out.mkdir()
+        (out / "b-3.mp4").touch()
+
+        monkeypatch.setattr(load, "load_material", lambda config: Loaded(plan=Planned(config=config)))
+        monkeypatch.setattr(make, "make_video", lambda *_, plan: made.append(plan.config))
+        for part, counts in (((1, 3), (4, 1)), ((2, 3), (5, 0))):
+            config = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, part=part)
+            assert write_videos(config, report=lambda line: None) == counts
+        asked = [(config.prompt, config.seed, config.out.name) for config in made]
+        of_b = [("b", 7 + n, f"b-{n}.mp4") for n in (0, 1, 2, 4)]
+        assert asked == of_b + [("c", 7 + n, f"c-{n}.mp4") for n in range(5)]

@@ -167,6 +167,42 @@ def test_the_target_is_the_average_of_the_updates_before(negative, monkeypatch):
     np.testing.assert_allclose(measured["student"], own, rtol=1e-5)
 
 
+class Linear:
+    """A flow of so much of what is seen and told."""
+
+    config = SimpleNamespace(causal_block=None, independent_first_frame=False)
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, x, timesteps, text):
+        return self.share * x + timesteps[:, None, None, None, None] / 1000
+
+
+@pytest.mark.parametrize("conversion", ["clean", "published"])
+def test_what_is_made_of_a_flow(conversion):
+    """By hand, with a shift of its own: published, the nearest of its 1000 levels, which may not be the level."""
+    objective = ConsistencyObjective(ConsistencyConfig(grid=7, shift=3.0, conversion=conversion))
+    examples, level = batch(SHAPE), np.array([2, 4])
+    draws = ConsistencyDraws(jnp.asarray(level), jax.random.normal(jax.random.key(1), SHAPE))
+    networks = {name: Linear(share) for name, share in (("student", 0.5), ("student.average", 0.25), ("teacher", 2.0))}
+    ours, _ = objective.loss("student", networks, examples, draws)
+
+    def of_shift(u):
+        return 3 * u / (1 + 2 * u)
+
+    grid = of_shift(np.arange(1, 1001) / 1000)
+    high, low = (of_shift((7 - level - n) / 7) for n in (0, 1))
+    to = {"clean": lambda sigma: sigma, "published": lambda sigma: grid[np.abs(grid[None] - sigma[:, None]).argmin(1)]}
+    at = lambda sigma: sigma[:, None, None, None, None]  # noqa: E731
+    end = lambda share, x, sigma: x - at(to[conversion](sigma)) * (share * x + at(sigma))  # noqa: E731
+    noised = at(1 - high) * examples.latents + at(high) * np.asarray(draws.noise)
+    moved = noised - at(high - low) * (2.0 * noised + at(high))
+    expected = np.mean((end(0.5, noised, high) - end(0.25, moved, low)) ** 2)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert abs(at(to["published"](high)) - at(high)).max() > 1e-4  # it would show
+
+
 def test_levels():
     objective = ConsistencyObjective(ConsistencyConfig())
     assert objective.sigmas.shape == (48,)

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.umt5 import save_embeddings
 from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.train.objectives import self_forcing
 from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.scores import draw_scores, levels_of, matching_gradient, matching_loss, sample_metrics
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
@@ -186,6 +188,49 @@ def test_g_by_hand():
         real = conditional + 3 * (conditional - unconditional)
         np.testing.assert_allclose(g[n], (fake - real) / np.mean(np.abs(x[n] - real)), rtol=1e-3, atol=1e-4)
     assert float(metrics["replaced"]) == 0
+
+
+class Linear(nnx.Module):
+    """A flow of so much of what is seen and of the text."""
+
+    def __init__(self, share, of_text=0.0):
+        self.share, self.of_text = share, of_text
+
+    def __call__(self, x, timesteps, text):
+        return self.share * x + self.of_text * text.mean((1, 2))[:, None, None, None, None]
+
+
+def test_the_students_loss_is_of_its_settings(tmp_path):
+    """By hand, with none of the published ones: shift, bounds of the noise levels, guidance, a negative prompt."""
+    path, rows = tmp_path / "negative.safetensors", np.full((1, 4), -2.0, np.float32)
+    save_embeddings(path, {"bad": rows})
+    settings = DMDConfig(student_steps=STEPS, shift=3.0, low=0.3, high=0.6, guidance=2.0, negative=path)
+    objective, student, examples = DMDObjective(settings), Small(0), batch(SHAPE)
+    networks = {"student": student, "critic": Linear(0.5, 0.3), "teacher": Linear(0.25, 0.1)}
+    for time, u in ((10, 0.3), (250, 0.5), (900, 0.6)):  # 3 u / (1 + 2 u), within the bounds
+        draws = objective.draws(jax.random.key(1), examples)["student"]
+        draws = draws._replace(scores=draws.scores._replace(time=jnp.array([time])))
+        loss, _ = objective.loss("student", networks, examples, draws)
+        x = np.asarray(objective.samples(student, jnp.asarray(examples.text), draws.student), np.float64)
+        mixed = (1 - u) * x + u * np.asarray(draws.scores.noise)
+        fake = mixed - u * (0.5 * mixed + 0.3 * examples.text.mean())
+        of_text, of_negative = (mixed - u * (0.25 * mixed + 0.1 * mean) for mean in (examples.text.mean(), -2.0))
+        real = of_text + 2 * (of_text - of_negative)
+        g = (fake - real) / np.mean(np.abs(x - real))
+        np.testing.assert_allclose(loss, 0.5 * np.mean(g**2), rtol=1e-4)
+
+
+def test_finished_blocks_are_seen_after_all_steps(monkeypatch):
+    """Of kinds that depend on the step; what a roll-out tells the network last is kept in the cache."""
+
+    def forward(model, z, timesteps, cache, *, frame, step, block):
+        return jnp.zeros_like(z), dataclasses.replace(cache, length=jnp.int32(step))
+
+    monkeypatch.setattr(self_forcing, "cached_forward", forward)
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
+    text = jnp.asarray(batch(SHAPE).text)
+    rolled = objective.roll_out(wan(0, num_layers=1, causal_block=2), text, draws_of(objective))
+    assert int(rolled.cache.length) == len(STEPS)
 
 
 def test_noise_levels_of_the_published_code():

@@ -17,7 +17,7 @@ from monarchrt.train.data import Batch, LatentFolder
 from monarchrt.train.loop import train
 from monarchrt.train.objectives.ode import ODEDraws, ODEObjective
 from monarchrt.train.objectives.settings import ODEConfig
-from monarchrt.train.pair_folder import PairFolder
+from monarchrt.train.pair_folder import Made, PairFolder
 from monarchrt.train.pairs import PairsConfig, make_pairs, trajectory
 from tests.untyped import untyped
 
@@ -96,6 +96,24 @@ def test_pairs_serve_as_latents_too(pairs):
     stacked = folder.held_out_batch([0]).latents
     assert stacked.shape == (1, 12, 4, 4, 2)
     np.testing.assert_array_equal(stacked[:, 8:], source.held_out_batch([0]).latents)
+
+
+def test_pairs_are_made_alike_but_for_their_seed(tmp_path):
+    made = Made(sigmas=(1.0,), shift=5.0, steps=4, solver="euler", guidance=1.0, teacher="wan", seed=0)
+    arrays = {"states": np.zeros((1, 2, 2, 2, 1), np.float32), "latents": np.zeros((2, 2, 2, 1), np.float32)}
+    for changes, says in (({"seed": 1}, None), ({"guidance": 3.0}, "guidance=3.0"), ({"teacher": "other"}, "'other'")):
+        folder = tmp_path / next(iter(changes))
+        for number, own in enumerate((made, made, dataclasses.replace(made, **untyped(changes)))):
+            header = own.to_header()
+            write_arrays(
+                folder / f"{number}.safetensors", arrays | {"text": np.zeros((1, 1), np.float32)}, metadata=header
+            )
+        config = DataConfig(latents=folder, held_out=0.4)
+        if says is None:
+            assert PairFolder(folder, config).made == made
+        else:
+            with pytest.raises(UserError, match=f"2.safetensors was made otherwise than .*{says}"):
+                PairFolder(folder, config)
 
 
 def test_states_are_kept_in_passing():
