@@ -7,17 +7,20 @@ cache, so the gradient of a roll-out is the sum over blocks of one step's gradie
     2. compare x with the teacher: g;
     3. for each block run that last step again, with its part of the cache, and differentiate <g, block>.
 
+A cache that holds a window of the clip has lost, at its end, what earlier blocks saw. It is filled again along with 3,
+one pass a block, so that a clip may be many times as long as what is kept of it.
+
 Memory is that of one block, however long the clip. `monarchrt.train.objectives.scores` has the losses.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
@@ -25,8 +28,10 @@ from monarchrt.models.attention.blocks import block_sizes, over_blocks
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
+from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Networks, Sampler
+from monarchrt.train.objectives.by_blocks import sum_over_blocks
 from monarchrt.train.objectives.dmd import DMDDraws, DMDObjective
 from monarchrt.train.objectives.flow import add_noise, check_blocks
 from monarchrt.train.objectives.scores import detached, draw_scores, sample_metrics, to_data
@@ -50,10 +55,18 @@ class RolloutDraws(NamedTuple):
 
 
 class RolledOut(NamedTuple):
-    """A roll-out: the finished clip, the input of each block's last step, and the cache with all finished blocks."""
+    """A roll-out.
+
+    Attributes:
+        x: The finished clip.
+        inputs: The input of each block's last step.
+        kept: The finished blocks as the cache has them, with their noise.
+        cache: With all blocks; or, if it holds a window, as it was before the first block that is scored.
+    """
 
     x: Float32[Array, "b f h w c"]
     inputs: Float32[Array, "b f h w c"]
+    kept: Float32[Array, "b f h w c"]
     cache: WanCache
 
 
@@ -79,10 +92,10 @@ class SelfForcingObjective(DMDObjective):
         return RolloutDraws(first, fresh, jnp.zeros_like(noise), last)
 
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
-        """The student's keys and values of the whole clip; the critic's samples are made with one too."""
+        """The student's keys and values of the whole clip or window; the critic's samples are made with one too."""
         _, frames, height, width, _ = batch.latents.shape
         student = networks["student"].with_config(causal_block=None)
-        return init_cache(student, jnp.asarray(batch.text), frames=frames, height=height, width=width, detach_past=True)
+        return self._empty(student, jnp.asarray(batch.text), (frames, height, width))
 
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
         """Clips of the student, differentiable by its parameters through each block's last step alone."""
@@ -101,14 +114,14 @@ class SelfForcingObjective(DMDObjective):
             The clip and what `replay` needs.
 
         Raises:
-            UserError: If the frames are not whole blocks.
+            UserError: If the frames are not whole blocks, or do not fit the window.
         """
         batch, frames, height, width, _ = draws.noise.shape
         sizes = self.block_sizes(student, frames)
+        skipped = self._skipped(sizes)
         student = student.with_config(causal_block=None)  # blocks are seen one at a time
-        cache = init_cache(student, text, frames=frames, height=height, width=width, detach_past=True)
 
-        def block(cache: WanCache, number: Array, frame: Array, size: int) -> tuple[WanCache, tuple[Array, Array]]:
+        def block(cache: WanCache, number: Array, frame: Array, size: int) -> tuple[WanCache, tuple[Array, ...]]:
             noise, context = (lax.dynamic_slice_in_dim(x, frame, size, 1) for x in (draws.noise, draws.context))
             fresh = lax.dynamic_slice_in_dim(draws.fresh, frame, size, 2)
 
@@ -121,37 +134,52 @@ class SelfForcingObjective(DMDObjective):
             z, cache = lax.fori_loop(0, draws.last, advance, (noise, cache))
             data, cache = self._denoise_block(student, z, cache, frame, number, draws.last)
             kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
-            _, cache = cached_forward(
-                student, kept, jnp.zeros((batch, size)), cache, frame=frame,
-                step=jnp.int32(len(self.settings.student_steps)), block=number,
-            )  # fmt: skip
-            return cache, (data, z)
+            return self._keep_block(student, kept, cache, frame, number), (data, z, kept)
 
-        cache, (clip, inputs) = over_blocks(block, cache, sizes)
-        return RolledOut(clip, inputs, cache)
+        cache, rolls = self._empty(student, text, (frames, height, width)), self._window(frames) is not None
+        if not rolls or not skipped:
+            past, parts = over_blocks(block, cache, sizes)
+            return RolledOut(*parts, cache if rolls else past)
+        before = sum(sizes[:skipped])
+        cache, first = over_blocks(block, cache, sizes[:skipped])
+        _, rest = over_blocks(
+            lambda cache, number, frame, size: block(cache, number + skipped, frame + before, size),
+            cache,
+            sizes[skipped:],
+        )
+        return RolledOut(*(jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True)), cache)
 
     def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
-        """The same clip by the last steps alone, differentiable by the student's parameters, a block at a time.
+        """The same clip, differentiable by the student's parameters through the last steps, a block at a time.
 
-        Blocks that are not scored are those that were rolled out.
+        Blocks that are not scored are constants.
         """
-        frames = rolled.inputs.shape[1]
-        sizes = self.block_sizes(student, frames)
-        skipped = self._skipped(sizes)
-        before = sum(sizes[:skipped])
-        student = student.with_config(causal_block=None)
-        inputs, past = lax.stop_gradient((rolled.inputs, rolled.cache))
-        # of the text, keys and values are made anew: they are no part of the past
-        cache = dataclasses.replace(past, cross=cross_keys_values(student, text))
+        rolled, frames = lax.stop_gradient(rolled), rolled.inputs.shape[1]
+        sizes, rolls = self.block_sizes(student, frames), self._window(frames) is not None
+        graph, params = nnx.split(student.with_config(causal_block=None))
+        cache = dataclasses.replace(rolled.cache, cross=None)
 
-        @partial(jax.checkpoint, static_argnums=2)
-        def block(number: Array, frame: Array, size: int) -> Array:
-            number, frame = number + skipped, frame + before
-            z, own = lax.dynamic_slice_in_dim(inputs, frame, size, 1), dataclasses.replace(cache, length=frame)
-            return self._denoise_block(student, z, own, frame, number, last)[0]
+        def share(params: Any, inputs: Any) -> Any:  # of the text: it is no part of the past
+            return cross_keys_values(nnx.merge(graph, params), inputs[0])
 
-        replayed = over_blocks(lambda _, *place: (None, block(*place)), None, sizes[skipped:])[1]
-        return jnp.concatenate([lax.stop_gradient(rolled.x[:, :before]), replayed], axis=1) if before else replayed
+        def block(params: Any, cross: Any, cache: Any, inputs: Any, number: Array, frame: Array, size: int) -> Array:
+            _, z, _, last = inputs
+            own = dataclasses.replace(cache, cross=cross, length=cache.length if rolls else frame)
+            z = lax.dynamic_slice_in_dim(z, frame, size, 1)
+            return self._denoise_block(nnx.merge(graph, params), z, own, frame, number, last)[0]
+
+        def following(params: Any, cross: Any, cache: Any, inputs: Any, number: Array, frame: Array, size: int) -> Any:
+            if not rolls:  # the finished cache has all
+                return cache
+            kept, full = lax.dynamic_slice_in_dim(inputs[2], frame, size, 1), dataclasses.replace(cache, cross=cross)
+            new = self._keep_block(nnx.merge(graph, params), kept, full, frame, number)
+            return dataclasses.replace(new, cross=None)
+
+        inputs = (text, rolled.inputs, rolled.kept, last)
+        return sum_over_blocks(
+            rolled.x, params, cache, inputs, share=share, block=block, following=following, sizes=sizes,
+            skipped=self._skipped(sizes),
+        )  # fmt: skip
 
     def _skipped(self, sizes: list[int]) -> int:
         """Blocks at the beginning of a clip that are not scored, of all blocks' frames.
@@ -173,6 +201,26 @@ class SelfForcingObjective(DMDObjective):
 
     def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
         return clip if self.settings.scored_frames is None else clip[:, -self.settings.scored_frames :]
+
+    def _empty(self, student: Any, text: Array, size: tuple[int, int, int]) -> WanCache:
+        """The cache at the beginning of a clip of (F, h, w) latents."""
+        frames, height, width = size
+        window = self._window(frames)
+        return init_cache(
+            student, text, frames=window or frames, height=height, width=width, detach_past=True,
+            rolling=window is not None, sink_frames=0 if window is None else self.settings.sink_frames,
+        )  # fmt: skip
+
+    def _window(self, frames: int) -> int | None:
+        """Frames that the cache of a clip of so many holds, if that is not all of them."""
+        window = self.settings.window
+        return window if window is not None and window < frames else None
+
+    def _keep_block(self, student: Any, kept: Array, cache: WanCache, frame: Array, number: Array) -> WanCache:
+        """The cache with a finished block, which later ones see."""
+        step = jnp.int32(len(self.settings.student_steps))
+        clean = jnp.zeros(kept.shape[:2])
+        return cached_forward(student, kept, clean, cache, frame=frame, step=step, block=number)[1]
 
     def _denoise_block(
         self, student: Any, z: Array, cache: WanCache, frame: Array, number: Array, index: Array
@@ -204,6 +252,8 @@ class SelfForcingObjective(DMDObjective):
             name="block",
             options="student.",
         )
+        if frames > MAX_POSITIONS:
+            raise UserError(f"clips have {frames} latent frames; the network's positions end at {MAX_POSITIONS}")
         with user_input():
             return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)
 

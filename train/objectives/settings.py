@@ -301,6 +301,13 @@ class SelfForcingConfig(DMDConfig):
     """Latent frames at the end of a clip, whole blocks, that critic and teacher see and the student learns from; those
     before are rolled out only. For clips longer than the teacher knows, 21 for Wan. Default: all."""
 
+    window: int | None = None
+    """Latent frames of keys and values that a block sees, with its own: what is older is let go, as by `generate
+    --window`, so that clips may be longer than a cache has room for. Default: all."""
+
+    sink_frames: int = 0
+    """With window: leading latent frames that it never lets go."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
@@ -310,6 +317,15 @@ class SelfForcingConfig(DMDConfig):
         )
         frames = self.scored_frames
         _require(frames is None or frames >= 1, f"scored_frames is {frames}; it must be at least 1, for example 21")
+        window, sinks = self.window, self.sink_frames
+        _require(sinks >= 0, f"sink_frames is {sinks}; it must be at least 0, for example 3")
+        _require(not sinks or window is not None, f"sink_frames is {sinks}, but there is no window; give --window 21")
+        least = self.block + sinks
+        _require(
+            window is None or window >= least,
+            f"window is {window}, which has no room for a block of {self.block} and {sinks} sink_frames; give {least} "
+            f"or more, for example {max(21, least)}",
+        )
 
 
 register(DMDConfig, "monarchrt.train.objectives.dmd:DMDObjective")

@@ -55,27 +55,44 @@ def test_a_bidirectional_student_learns_by_its_last_step():
         assert_same(grads, expected[1], 1e-5)
 
 
+WINDOW = {"window": 3, "sink_frames": 1}
+
+
 @pytest.mark.parametrize(
-    ("attention", "blocks", "layers", "lasts"),
+    ("attention", "blocks", "layers", "lasts", "options"),
     [
-        ("monarch(tile=(1,2,2))", (2, 2), 1, (1,)),
-        pytest.param("dense", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("dense", (1, 3), 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(1,2,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(2,2,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
-        pytest.param("monarch(tile=(1,1,2))", (2, 2), 2, (0, 1, 2), marks=pytest.mark.slow),
+        ("monarch(tile=(1,2,2))", (2, 2), 1, (1,), {}),
+        *(
+            pytest.param(attention, blocks, 2, (0, 1, 2), options, marks=pytest.mark.slow)
+            for attention, blocks, options in (
+                ("dense", (2, 2), {}),
+                ("dense", (1, 3), {}),
+                ("monarch(tile=(1,2,2))", (2, 2), {}),
+                ("monarch(tile=(2,2,2))", (2, 2), {}),
+                ("monarch(tile=(1,1,2))", (2, 2), {}),
+                ("dense", (1, 1, 1, 1), WINDOW),
+                ("monarch(tile=(1,2,2))", (1, 1, 1, 1), {"window": 2, "scored_frames": 1}),
+                ("monarch(tile=(1,1,2))", (1, 1, 1, 1), WINDOW | {"scored_frames": 3}),
+                ("monarch(tile=(2,2,2))", (2, 2, 2, 2), {"window": 6, "sink_frames": 2, "scored_frames": 4}),
+                ("dense", (1, 2, 2, 2), {"window": 4, "scored_frames": 4}),
+                ("vsa(keep=0.5, cube=(1,1,2))", (1, 1, 1, 1), WINDOW | {"scored_frames": 2}),
+            )
+        ),
     ],
 )
-def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layers, lasts):
+def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layers, lasts, options):
     """Unrolled by hand, with the caches as constants; and what is replayed is what was rolled out."""
-    first = blocks[0] != blocks[1]
+    first, frames = blocks[0] != blocks[-1], sum(blocks)
     objective = SelfForcingObjective(
-        SelfForcingConfig(student_steps=STEPS, block=blocks[1], independent_first_frame=first)
+        SelfForcingConfig(student_steps=STEPS, block=blocks[-1], independent_first_frame=first, **options)
     )
-    student = wan(0, attention, num_layers=layers, causal_block=blocks[1], independent_first_frame=first)
-    draws, weights = draws_of(objective), jax.random.normal(jax.random.key(2), SHAPE)
-    text = jnp.asarray(batch(SHAPE).text)
+    student = wan(0, attention, num_layers=layers, causal_block=blocks[-1], independent_first_frame=first)
+    examples = batch((1, frames, *SHAPE[2:]))
+    draws = untyped(objective.draws(jax.random.key(1), examples)["student"].student)
+    weights = jax.random.normal(jax.random.key(2), examples.latents.shape)
+    text, scored = jnp.asarray(examples.text), frames - options.get("scored_frames", frames)
     lowest = 5 * 0.001 / (1 + 4 * 0.001)
+    rolling = {"rolling": True, "sink_frames": options.get("sink_frames", 0)} if "window" in options else {}
 
     @jax.jit  # a program, and one for its gradient, for all calls
     def forward(model, z, sigma, cache, start):
@@ -84,20 +101,23 @@ def test_a_roll_out_is_differentiated_by_its_last_steps(attention, blocks, layer
 
     def plain(model, last):
         model = model.with_config(causal_block=None)
-        cache = init_cache(model, text, frames=4, height=4, width=4, detach_past=True)
-        parts = []
-        for start, size in zip((0, blocks[0]), blocks, strict=True):
-            frames = slice(start, start + size)
-            z = draws.noise[:, frames]
+        cache = init_cache(
+            model, text, frames=options.get("window", frames), height=4, width=4, detach_past=True, **rolling
+        )
+        parts, start = [], 0
+        for size in blocks:
+            where = slice(start, start + size)
+            z = draws.noise[:, where]
             for n in range(last):
                 flow, cache = forward(model, z, SIGMAS[n], cache, start)
-                z = (1 - SIGMAS[n + 1]) * (z - SIGMAS[n] * flow) + SIGMAS[n + 1] * draws.fresh[:, n, frames]
+                z = (1 - SIGMAS[n + 1]) * (z - SIGMAS[n] * flow) + SIGMAS[n + 1] * draws.fresh[:, n, where]
             z = jax.lax.stop_gradient(z)
             flow, cache = forward(model, z, SIGMAS[last], cache, start)
             x = z - SIGMAS[last] * flow
-            parts.append(x)
-            kept = jax.lax.stop_gradient((1 - lowest) * x + lowest * draws.context[:, frames])
+            parts.append(x if start >= scored else jax.lax.stop_gradient(x))
+            kept = jax.lax.stop_gradient((1 - lowest) * x + lowest * draws.context[:, where])
             cache = forward(model, kept, 0.0, cache, start)[1]
+            start += size
         return jnp.sum(weights * jnp.concatenate(parts, axis=1))
 
     def ours(model, last):

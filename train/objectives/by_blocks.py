@@ -1,0 +1,107 @@
+"""The gradient of a clip that was made block by block: a sum of gradients of one block at a time.
+
+Where nothing flows from a block to later ones, the gradient of the whole is that of each block by itself, at the past
+that it saw. Nothing is kept from making the clip but what each block was made of: memory is that of one block.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float32, Int
+
+from monarchrt.models.attention.blocks import over_blocks
+
+type Number = Int[Array, ""]
+
+Block = Callable[[Any, Any, Any, Any, Number, Number, int], Array]
+"""(parameters, shared, past, inputs, number of the block, its first frame, its frames) -> block [B, frames, h, w, C]."""
+
+Following = Callable[[Any, Any, Any, Any, Number, Number, int], Any]
+"""(the same) -> the past of the next block."""
+
+
+def sum_over_blocks(
+    made: Float32[Array, "b f h w c"],
+    params: Any,
+    past: Any,
+    inputs: Any,
+    *,
+    share: Callable[[Any, Any], Any],
+    block: Block,
+    following: Following,
+    sizes: Sequence[int],
+    skipped: int = 0,
+) -> Float32[Array, "b f h w c"]:
+    """A clip that was made already, as a function of parameters that gradients reach block by block.
+
+    Examples:
+        >>> def gradient(scale):
+        ...     clip = sum_over_blocks(
+        ...         jnp.ones((1, 4, 1, 1, 1)), scale, jnp.float32(1), (),
+        ...         share=lambda scale, inputs: 2 * scale,
+        ...         block=lambda scale, twice, past, inputs, number, frame, size: twice * past * jnp.ones((1, size, 1, 1, 1)),
+        ...         following=lambda scale, twice, past, *where: past + 1,
+        ...         sizes=[2, 2],
+        ...     )
+        ...     return jnp.sum(clip)
+        >>> float(jax.grad(gradient)(jnp.float32(5)))  # 2 frames times 2 times a past of 1, then of 2
+        12.0
+
+    Args:
+        made: The clip.
+        params: A tree of arrays; the gradient is that of the leaves which are differentiated, no other is computed.
+        past: What the first block that counts saw of earlier ones.
+        inputs: Whatever else blocks are made of. Nothing is differentiated by it.
+        share: (params, inputs) -> what all blocks need of the parameters, once; differentiated once.
+        block: Makes a block anew.
+        following: Makes the past of the next block; nothing is differentiated by it.
+        sizes: Frames of each block of the clip.
+        skipped: Leading blocks that no gradient comes of.
+
+    Returns:
+        `made`.
+    """
+    before = sum(sizes[:skipped])
+
+    @jax.custom_vjp
+    def value(leaves: list[Array], made: Array, past: Any, inputs: Any) -> Array:
+        return made
+
+    structure = jax.tree.structure(params)
+
+    def join(moving: list[Any], fixed: list[Any]) -> Any:
+        return structure.unflatten([b if a is None else a for a, b in zip(moving, fixed, strict=True)])
+
+    def forward(leaves: list[Any], made: Any, past: Any, inputs: Any) -> tuple[Array, Any]:
+        moving = [leaf.value if leaf.perturbed else None for leaf in leaves]
+        fixed = [None if leaf.perturbed else leaf.value for leaf in leaves]
+        past, inputs = jax.tree.map(lambda leaf: leaf.value, (past, inputs))
+        return made.value, (moving, fixed, past, inputs)
+
+    def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
+        moving, fixed, past, inputs = kept
+        if isinstance(cotangent, SymbolicZero):
+            return None, None, None, None
+        shared, pull_shared = jax.vjp(lambda moving: share(join(moving, fixed), inputs), moving)
+
+        def step(carry: Any, number: Array, frame: Array, size: int) -> tuple[Any, None]:
+            past, total = carry
+            number, frame = number + skipped, frame + before
+
+            def own(shared: Any, moving: Any) -> Array:
+                return block(join(moving, fixed), shared, past, inputs, number, frame, size)
+
+            gradient = jax.vjp(own, shared, moving)[1](lax.dynamic_slice_in_dim(cotangent, frame, size, 1))
+            past = following(join(moving, fixed), shared, past, inputs, number, frame, size)
+            return (past, jax.tree.map(jnp.add, total, gradient)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (shared, moving))
+        of_shared, of_moving = over_blocks(step, (past, zero), sizes[skipped:])[0][1]
+        return jax.tree.map(jnp.add, of_moving, pull_shared(of_shared)[0]), None, None, None
+
+    value.defvjp(forward, backward, symbolic_zeros=True)
+    return value(jax.tree.leaves(params), made, past, inputs)
