@@ -8,7 +8,7 @@ from monarchrt.models.errors import UserError
 _BOUNDS = {
     "steps": (1, 10**7),  # each is looked at before the first, for who is due
     **dict.fromkeys(("log_every", "eval_every", "eval_windows", "checkpoint_every", "keep"), (1, 10**9)),
-    **dict.fromkeys(("sample_every", "warmup", "ema_start"), (0, 10**9)),
+    **dict.fromkeys(("sample_every", "times_every", "warmup", "ema_start"), (0, 10**9)),
     **dict.fromkeys(("batch", "accumulation"), (1, 10**5)),
     "decay_steps": (1, 10**9),
     "eval_timesteps": (1, 1000),

@@ -198,7 +198,7 @@ class Progress:
                 pace = f"the first step took {now - self._began:.1f} s, most of it to compile"
             else:
                 rate = (now - self._compiled) / (step - self._start - 1)
-                pace = f"{rate:.3g} s/step, {_duration(rate * (self._total - step))} left"
+                pace = f"{rate:.3g} s/step, {duration(rate * (self._total - step))} left"
             self.note(f"step {step}/{self._total}: {state}; {pace}")
 
     def measured(self, step: int, text: str) -> None:
@@ -226,7 +226,7 @@ class Progress:
         self._bar.stop()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time to wait, such as 1 h 05 min."""
     minutes = round(seconds / 60)
     if minutes < 1:

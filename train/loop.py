@@ -32,6 +32,7 @@ from monarchrt.train.logs import NoLog, Progress, RunLog, read_log
 from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.part_times import PartTimes
 from monarchrt.train.plan import Plan, make_plan
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
@@ -286,6 +287,8 @@ class _Run:
             placement=self.placement,
             step_fn=self.step_fn,
             batches={roles: self.batches.host(1, roles) for roles in self._kinds()},
+            done=self.previous.steps()[-1] if self.previous and self.previous.steps() else 0,
+            log=read_log(self.config.run.folder) if self.previous else (),
         )
 
     def begin(self) -> tuple[TrainState, list[str]]:
@@ -354,7 +357,7 @@ class _Run:
                 save(0, state)
                 checkpoints.wait()
             # saved after everything that the log says about a step, so that a resume finds it there
-            hooks: list[Hook] = [evaluate, *self._samples(), save]
+            hooks: list[Hook] = [evaluate, *self._samples(), *self._times(log), save]
             trainer = Trainer(
                 state, self.step_fn, objective=self.objective, batches=self.batches, metrics=metrics, hooks=hooks,
                 save=save, run=run,
@@ -393,6 +396,22 @@ class _Run:
             for label, sampler in self.objective.samplers().items()
         }
         return [Sample(samplers, self.source, role=role, folder=run.folder / "samples", every=run.sample_every)]
+
+    def _times(self, log: RunLog) -> list[Hook]:
+        if not self.config.run.times_every:
+            return []
+        return [
+            PartTimes(
+                self.objective,
+                self.networks.graphs,
+                self.networks.trainings,
+                batches=self.batches,
+                log=log,
+                every=self.config.run.times_every,
+                prefix=len(self.config.objective.roles) > 1,
+                shardings=self.placement.shardings(self.networks.template),
+            )
+        ]
 
     def _header(self) -> list[str]:
         with user_input():

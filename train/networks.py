@@ -73,6 +73,7 @@ class Networks:
         models: Mapping[str, nnx.Module],
     ):
         self._config, self._channels, self._placement, self._models = config, channels, placement, models
+        self._objective = objective
         self._sources: dict[str, Any] = {}  # checkpoints that were opened and looked through
         settings = objective.settings
         steps = range(1, config.run.steps + 1)
@@ -182,19 +183,30 @@ class Networks:
         return name in self.trainings and self._config.trained(name).lora_rank is None
 
     def _adapted(self, name: str, model: Any) -> Any:
-        """A network, with the layers of its LoRA if it trains one."""
-        if name not in self.trainings or (rank := self._config.trained(name).lora_rank) is None:
+        """A network, with what the objective adds to it, or the layers of its LoRA if it trains one."""
+        own = self._objective.extension(name)
+        rank = self._config.trained(name).lora_rank if name in self.trainings else None
+        if own is None and rank is None:
             return model
-        settings = self._config.trained(name)
-        adapter = Adapter(rank=rank, alpha=settings.lora_alpha, layers=settings.lora_layers or LAYERS)
         seed = (self._seed(name) + 2**31) % 2**32  # not that of the network's own
+        if rank is None:
+            change: Callable[[Any], Any] = functools.partial(own, seed=seed)  # type: ignore[arg-type]
+        elif own is not None:
+            option = self._config.option(name, "lora_rank").replace("_", "-")
+            raise UserError(
+                f"the {name} trains a LoRA, but {self._config.objective.name} adds parameters to it that a LoRA would "
+                f"leave as they are; leave out --{option}"
+            )
+        else:
+            settings = self._config.trained(name)
+            adapter = Adapter(rank=rank, alpha=settings.lora_alpha, layers=settings.lora_layers or LAYERS)
 
-        def adapt(model: Any) -> Any:
-            return with_adapter(model, adapter, rngs=nnx.Rngs(seed))
+            def change(model: Any) -> Any:
+                return with_adapter(model, adapter, rngs=nnx.Rngs(seed))
 
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
         with user_input():
-            return nnx.eval_shape(adapt, model) if abstract else adapt(model)
+            return nnx.eval_shape(change, model) if abstract else change(model)
 
     def _build(self, name: str) -> Callable[[], nnx.Module]:
         """Makes a network as it is without a LoRA."""
@@ -246,7 +258,9 @@ class Networks:
         trains, origin = self._trains(name), self._config.origin(name)
         if origin is None and name not in self._models:
             build = self._build(name)  # never under a LoRA
-            return jax.jit(lambda: create(*split_model(build(), trains)[1:]), out_shardings=places)()
+            return jax.jit(
+                lambda: create(*split_model(self._adapted(name, build()), trains)[1:]), out_shardings=places
+            )()
         model: Any = self._models.get(name)
         if name in self._owners:
             model = nnx.merge(split_model(self._bases[name])[0], made[self._owners[name]].frozen)

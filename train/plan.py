@@ -6,8 +6,9 @@ is an estimate, from the loss as it is traced; what the compiled program takes i
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 from monarchrt.models.memory import Memory, device_memory, reported
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import Batch
+from monarchrt.train.logs import duration
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.base import Objective
 from monarchrt.train.sharding import Placement
@@ -74,6 +76,8 @@ class Plan:
         available: Bytes of each device.
         networks: Each network.
         steps: Each kind of step.
+        left: Steps that the run has before it.
+        seconds: That one of them takes, the mean of those that it has behind it; None before it has begun.
     """
 
     devices: str
@@ -81,6 +85,8 @@ class Plan:
     available: int
     networks: tuple[RolePlan, ...]
     steps: tuple[StepPlan, ...]
+    left: int = 0
+    seconds: float | None = None
 
     @property
     def most(self) -> int | None:
@@ -112,6 +118,8 @@ class Plan:
             "steps": steps,
             "most": self.most,
             "fits": self.fits,
+            "steps_left": self.left,
+            "seconds_per_step": None if self.seconds is None else round(self.seconds, 4),
         }
 
 
@@ -123,6 +131,8 @@ def make_plan(
     placement: Placement,
     step_fn: StepFn,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
+    done: int = 0,
+    log: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
     """Works out what a run would take.
 
@@ -133,6 +143,8 @@ def make_plan(
         placement: Where arrays would live.
         step_fn: The step, which is compiled and not run.
         batches: For each set of roles that a step updates, the batches that it sees, or their shapes.
+        done: Steps that it has behind it.
+        log: Of these.
 
     Returns:
         The plan.
@@ -149,6 +161,8 @@ def make_plan(
         available=device_memory(own),
         networks=tuple(plans),
         steps=tuple(steps),
+        left=config.run.steps - done,
+        seconds=mean_seconds(log),
     )
 
 
@@ -255,7 +269,26 @@ def plan_lines(plan: Plan) -> list[str]:
         advice = "it does not fit; try --remat, a smaller --batch, a larger --accumulation, or --mesh fsdp=N"
         verdict = "it fits" if plan.fits else advice
         lines.append(f"at most {shown(plan.most)} on each device, of {shown(plan.available)}: {verdict}")
+    if plan.seconds is not None:
+        left = f"{plan.left} steps are left" if plan.left != 1 else "one step is left"
+        took = f"steps took {plan.seconds:.3g} s in the run so far"
+        lines.append(f"{left}; {took}, held-out losses and checkpoints aside: {duration(plan.left * plan.seconds)}")
     return lines
+
+
+def mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """What a step takes, by the log of a run: the mean of the last hundred, without those that compiled a program.
+
+    Examples:
+        >>> mean_seconds([{"step": 1, "seconds": 60.0}, {"step": 2, "seconds": 1.0}, {"step": 3, "seconds": 3.0}])
+        2.0
+
+    Args:
+        records: Of the log, in order. Steps of ten times the median or more are left out.
+    """
+    seconds = [record["seconds"] for record in records if "seconds" in record][1:][-100:]
+    usual = [taken for taken in seconds if taken < 10 * statistics.median(seconds)]
+    return statistics.fmean(usual) if usual else None
 
 
 def shown(count: int) -> str:

@@ -48,7 +48,7 @@ _OF_VALUE = {
 
 # may change on resume without a word
 _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_every", "eval_windows", "eval_timesteps",
-         "sample_every", "checkpoint_every", "wandb", "video", "latents", "prompts", "components",
+         "sample_every", "times_every", "checkpoint_every", "wandb", "video", "latents", "prompts", "components",
          "text_cache", "coordinator", "processes", "process", "prefetch"}  # fmt: skip
 # may change on resume; the change is noted, as losses will differ from those of the uninterrupted run
 _NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "mesh", "learning_rate", "beta1", "beta2", "eps",

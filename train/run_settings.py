@@ -81,6 +81,11 @@ class RunConfig:
     """Every this many steps, write an mp4 of a held-out window, of what the network restores from it at noise level
     0.6, and of what it makes from pure noise, with its moving average and without. 0: never."""
 
+    times_every: int = 0
+    """After the first step and every this many, log how long the parts of each role's update take, such as
+    `student/seconds_roll_out`, `_scores`, `_backward`, `_optimizer`: programs of their own, which are compiled once and
+    then take as long as some two steps. 0: never."""
+
     checkpoint_every: int = 50
     """Save a checkpoint every this many steps, and at the end."""
 

@@ -72,7 +72,7 @@ def make_train_step(
             return objective.loss(role, networks, Batch(*batch), draws)
 
         def loss_and_grads(batch: Batch, draws: Any) -> Any:
-            with use_abstract_mesh(_mesh(shardings)):
+            with use_abstract_mesh(mesh_of(shardings)):
                 return jax.value_and_grad(loss_of, has_aux=True)(own.params, batch, draws)
 
         if settings.accumulation == 1:
@@ -162,7 +162,7 @@ def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
-def _mesh(shardings: TrainState | None) -> AbstractMesh:
+def mesh_of(shardings: TrainState | None) -> AbstractMesh:
     """The devices that the network is told to split its batch over; none without shardings."""
     return AbstractMesh((), ()) if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
@@ -186,7 +186,7 @@ def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState
     def errors(networks: Mapping[str, tuple[Any, Any]], batch: Batch, draws: Any) -> Mapping[str, jax.Array]:
         merged = {name: nnx.merge(graphs[name], *parts) for name, parts in networks.items()}
         merged |= {average_of(name): merged[name] for name in _averaged(objective)}  # is what is evaluated
-        with use_abstract_mesh(_mesh(shardings)):
+        with use_abstract_mesh(mesh_of(shardings)):
             return objective.held_out_errors(merged, Batch(*batch), draws)
 
     # on every device, as each process looks at all of them

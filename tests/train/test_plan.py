@@ -15,7 +15,7 @@ import pytest
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.memory import Memory, memory, reported
 from monarchrt.train.cli import main
-from monarchrt.train.plan import Plan, RolePlan, StepPlan, plan_lines, plan_table
+from monarchrt.train.plan import Plan, RolePlan, StepPlan, mean_seconds, plan_lines, plan_table
 
 from .conftest import contents
 
@@ -134,6 +134,20 @@ def test_what_does_not_fit_or_is_not_known():
         "a step that updates student and critic: this backend's compiler does not say what its program takes"
     ]
     assert silent.to_dict()["most"] is silent.to_dict()["steps"][0]["memory"] is silent.fits is None
+
+
+def test_how_long_it_takes_is_said_of_a_run_that_has_begun():
+    """By its log, without the steps that compiled: the first, and later ones that took many times as long."""
+    log = [{"step": n, "seconds": 2.0 if n % 5 else 6.0} for n in range(2, 102)]
+    log[50]["seconds"] = 400.0
+    slow = mean_seconds([{"step": 1, "seconds": 90.0}, *log, {"step": 101, "held_out_loss": 1.0}])
+    assert slow == pytest.approx((80 * 2.0 + 20 * 6.0 - 2.0) / 99)
+    assert mean_seconds([{"step": 1, "seconds": 90.0}]) is None
+    begun = dataclasses.replace(PLAN, left=1200, seconds=3.0)
+    assert "1200 steps are left; steps took 3 s in the run so far" in plan_lines(begun)[-1]
+    assert plan_lines(begun)[-1].endswith(": 1 h 00 min")
+    assert begun.to_dict()["seconds_per_step"] == 3.0
+    assert PLAN.to_dict()["seconds_per_step"] is None
 
 
 def test_compilers_that_say_nothing():

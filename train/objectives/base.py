@@ -90,6 +90,13 @@ class Objective(abc.ABC):
             )
         return open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
+    def extension(self, role: str) -> Callable[..., Any] | None:
+        """(network, seed=) -> the network with parameters of the objective's own beside those it was read with.
+
+        Default: None for every role, there are none.
+        """
+        return None
+
     def due(self, step: int) -> tuple[str, ...]:
         """The roles that a step, counted from 1, updates, in this order; a later one sees the earlier ones' update.
 
@@ -123,6 +130,15 @@ class Objective(abc.ABC):
         Returns:
             The loss and whatever else the log should show; scalars, averaged over the parts of an accumulation.
         """
+
+    def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:
+        """What the loss of a role consists of, in order, to see how long each part takes.
+
+        Returns:
+            Name -> (networks, batch, draws of the role) -> what there is after that part; None for the loss itself, the
+            last. Default: the loss, by the name of forward.
+        """
+        return {"forward": None}
 
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
         """What the loss of a role keeps of a clip while it makes it, as arrays or shapes, for an estimate of memory.

@@ -18,7 +18,7 @@ from monarchrt.models.attention.blocks import over_blocks
 type Number = Int[Array, ""]
 
 Block = Callable[[Any, Any, Any, Any, Number, Number, int], Array]
-"""(parameters, shared, past, inputs, number of the block, its first frame, its frames) -> block [B, frames, h, w, C]."""
+"""(parameters, shared, past, inputs, number of the block, its first frame, its frames) -> it, [B, frames, h, w, C]."""
 
 Following = Callable[[Any, Any, Any, Any, Number, Number, int], Any]
 """(the same) -> the past of the next block."""
@@ -39,16 +39,17 @@ def sum_over_blocks(
     """A clip that was made already, as a function of parameters that gradients reach block by block.
 
     Examples:
-        >>> def gradient(scale):
+        >>> ones = jnp.ones((1, 4, 1, 1, 1))
+        >>> def total(scale):
         ...     clip = sum_over_blocks(
-        ...         jnp.ones((1, 4, 1, 1, 1)), scale, jnp.float32(1), (),
+        ...         ones, scale, jnp.float32(1), (),
         ...         share=lambda scale, inputs: 2 * scale,
-        ...         block=lambda scale, twice, past, inputs, number, frame, size: twice * past * jnp.ones((1, size, 1, 1, 1)),
+        ...         block=lambda scale, twice, past, inputs, number, frame, size: twice * past * ones[:, :size],
         ...         following=lambda scale, twice, past, *where: past + 1,
         ...         sizes=[2, 2],
         ...     )
         ...     return jnp.sum(clip)
-        >>> float(jax.grad(gradient)(jnp.float32(5)))  # 2 frames times 2 times a past of 1, then of 2
+        >>> float(jax.grad(total)(jnp.float32(5)))  # 2 frames times 2 times a past of 1, then of 2
         12.0
 
     Args:

@@ -4,8 +4,9 @@ The student makes a whole clip in the steps of its sampler and stops at a random
 differentiated (Self-Forcing, arXiv:2506.08009, Section 3.3). `monarchrt.train.objectives.scores` has the losses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
+from monarchrt.models.errors import UserError
 from monarchrt.models.sampling.schedules import Schedule, few_step_schedule
 from monarchrt.models.sampling.solve import flow_at
-from monarchrt.train.data import Batch
+from monarchrt.train.config import DataConfig
+from monarchrt.train.data import Batch, Source
+from monarchrt.train.objectives.adversarial import GanDraws, Logits, discriminate, draw_gan, student_loss
 from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
+from monarchrt.train.objectives.discriminator import logits_of, with_discriminator
 from monarchrt.train.objectives.flow import add_noise
 from monarchrt.train.objectives.negative import negative_embedding
 from monarchrt.train.objectives.scores import (
@@ -46,10 +51,11 @@ class StudentDraws(NamedTuple):
 
 
 class DMDDraws(NamedTuple):
-    """What one update draws."""
+    """What one update draws; `gan` where there is an adversarial term."""
 
     student: StudentDraws
     scores: ScoreDraws
+    gan: GanDraws | None = None
 
 
 class DMDObjective(Objective):
@@ -80,7 +86,15 @@ class DMDObjective(Objective):
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, DMDDraws]:
         """Noise of the student's steps, its last step, a time and noise to compare at; for each role its own."""
         shape, keys = shapes.latents.shape, jax.random.split(key, len(self.settings.training))
-        return {role: self._draw(key_of, shape) for role, key_of in zip(self.settings.training, keys, strict=True)}
+        draws = {role: self._draw(key_of, shape) for role, key_of in zip(self.settings.training, keys, strict=True)}
+        if not self.settings.adversarial:
+            return draws
+        r1, r2 = self.settings.gan_r1 > 0, self.settings.gan_r2 > 0
+        also = {role: (r1 and role == "critic", r2 and role == "critic") for role in draws}
+        return {
+            role: draws[role]._replace(gan=draw_gan(jax.random.fold_in(key_of, 1), shape, r1=r1, r2=r2))
+            for (role, (r1, r2)), key_of in zip(also.items(), keys, strict=True)
+        }
 
     def _draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
         first, fresh, last, scores = jax.random.split(key, 4)
@@ -100,8 +114,13 @@ class DMDObjective(Objective):
         if role == "critic":
             clip = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
             levels = self._levels(draws.scores)
-            loss, metrics = critic_loss(self._scored(clip), text, critic=networks["critic"], levels=levels, noise=noise)
-            return loss, metrics | {"last_step": jnp.float32(draws.student.last)}
+            x = self._scored(clip)
+            loss, metrics = critic_loss(x, text, critic=networks["critic"], levels=levels, noise=noise)
+            metrics |= {"last_step": jnp.float32(draws.student.last)}
+            if draws.gan is None:
+                return loss, metrics
+            term, more = self._discriminate(networks["critic"], x, batch, draws.gan)
+            return loss + term, metrics | more
         clip = self.samples(networks["student"], text, draws.student)
         x = self._scored(clip)
         negative = None
@@ -118,7 +137,62 @@ class DMDObjective(Objective):
             noise=noise,
         )
         metrics |= self._metrics(clip) | {"last_step": jnp.float32(draws.student.last)}
-        return matching_loss(x, g), metrics
+        loss = matching_loss(x, g)
+        if draws.gan is None:
+            return loss, metrics
+        term, more = self._deceive(detached(networks["critic"]), x, batch, draws.gan)
+        return loss + term, metrics | more
+
+    def _deceive(self, critic: Any, x: Array, batch: Batch, draws: GanDraws) -> tuple[Array, Metrics]:
+        """The student's adversarial term, weighted: its clips should look real to the critic's head."""
+        logits, mixed = self._discriminator(critic, batch, draws)
+        fake = logits(mixed(x))
+        real = lax.stop_gradient(logits(mixed(self._data(batch)))) if self.settings.gan_relativistic else None
+        loss = student_loss(fake, real)
+        return self.settings.gan_weight * loss, {"gan_loss": loss, "gan_fake": jnp.mean(fake)}
+
+    def _discriminate(self, critic: Any, x: Array, batch: Batch, draws: GanDraws) -> tuple[Array, Metrics]:
+        """The critic's: its head should tell the student's clips from those of the data."""
+        logits, mixed = self._discriminator(critic, batch, draws)
+        settings, near = self.settings, (draws.near_real, draws.near_fake)
+        near_real, near_fake = (None if noise is None else self._scored(noise) for noise in near)
+        return discriminate(
+            logits, mixed(x), mixed(self._data(batch)), near_real, near_fake, relativistic=settings.gan_relativistic,
+            weight=settings.critic_weight, r1=settings.gan_r1, r2=settings.gan_r2, sigma=settings.gan_sigma,
+        )  # fmt: skip
+
+    def _discriminator(self, critic: Any, batch: Batch, draws: GanDraws) -> tuple[Logits, Callable[[Array], Array]]:
+        """How real noisy clips look, and what noises clips."""
+        levels, noise = self._levels(ScoreDraws(draws.time, draws.noise)), self._scored(draws.noise)
+        text, layers = jnp.asarray(batch.text), self.settings.gan_layers
+        return (
+            lambda clip: logits_of(critic, clip, levels.timesteps, text, layers=layers),
+            lambda clip: add_noise(clip, noise, levels.mixed),
+        )
+
+    def _data(self, batch: Batch) -> Array:
+        """What the student's clips should look like."""
+        return self._scored(jnp.asarray(batch.latents, jnp.float32))
+
+    def extension(self, role: str) -> Callable[..., Any] | None:
+        """The critic's head, where there is an adversarial term."""
+        return with_discriminator if role == "critic" and self.settings.adversarial else None
+
+    def open_source(
+        self,
+        config: DataConfig,
+        *,
+        text_shape: tuple[int, int] = (1, 1),
+        digests: Path | None = None,
+        encode: bool = True,
+    ) -> Source:
+        """As of all objectives; prompts alone will do without the adversarial term."""
+        if self.settings.adversarial and config.prompts is not None:
+            raise UserError(
+                f"gan_weight is {self.settings.gan_weight}, but prompts {config.prompts} are texts without clips, "
+                f"which the discriminator compares the student's with; give --latents or --video, or --gan-weight 0"
+            )
+        return super().open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
     def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
         """The frames of a clip that critic and teacher see."""
@@ -136,6 +210,14 @@ class DMDObjective(Objective):
 
         z = lax.fori_loop(0, draws.last, advance, draws.noise)
         return self._denoise(student, lax.stop_gradient(z), text, draws.last)
+
+    def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:
+        """The clips, and what critic and teacher say of them."""
+
+        def roll_out(networks: Networks, batch: Batch, draws: Any) -> Array:
+            return self.samples(detached(networks["student"]), jnp.asarray(batch.text), draws.student)
+
+        return {"roll_out": roll_out, "scores" if role == "student" else "forward": None}
 
     def checks(self) -> Sequence[Check]:
         """Of the student's clips and the critic's loss."""

@@ -139,7 +139,8 @@ class SelfForcingObjective(DMDObjective):
         cache, rolls = self._empty(student, text, (frames, height, width)), self._window(frames) is not None
         if not rolls or not skipped:
             past, parts = over_blocks(block, cache, sizes)
-            return RolledOut(*parts, cache if rolls else past)
+            x, inputs, kept = parts
+            return RolledOut(x, inputs, kept, cache if rolls else past)
         before = sum(sizes[:skipped])
         cache, first = over_blocks(block, cache, sizes[:skipped])
         _, rest = over_blocks(
@@ -147,7 +148,8 @@ class SelfForcingObjective(DMDObjective):
             cache,
             sizes[skipped:],
         )
-        return RolledOut(*(jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True)), cache)
+        x, inputs, kept = (jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True))
+        return RolledOut(x, inputs, kept, cache)
 
     def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
         """The same clip, differentiable by the student's parameters through the last steps, a block at a time.

@@ -252,6 +252,28 @@ class DMDConfig(ObjectiveSettings):
     """Noise levels of these times: clean, t/1000; grid, the nearest of the shift-5 grid; published, as the published
     code has it, which turns predictions into data with a grid of shift 8."""
 
+    gan_weight: float = 0.0
+    """Weight of the adversarial term in the student's loss, 0.03 in one-step recipes; 0 is none. A head on the critic's
+    features learns to tell the student's clips from those of the data, so that clips are needed."""
+
+    gan_critic_weight: float | None = None
+    """Weight of the discriminator's loss in the critic's. Default: gan_weight."""
+
+    gan_relativistic: bool = False
+    """Whether the discriminator compares a clip of the student with one of the data."""
+
+    gan_layers: int | None = None
+    """Blocks of the critic whose output the discriminator sees. Default: all."""
+
+    gan_r1: float = 0.02
+    """Weight of R1, which keeps the discriminator flat around noisy clips of the data, by a finite difference."""
+
+    gan_r2: float = 0.001
+    """Weight of R2, the same around those of the student."""
+
+    gan_sigma: float = 0.1
+    """How far R1 and R2 move them, in standard deviations of their noise."""
+
     def __post_init__(self) -> None:
         _check_steps(self.student_steps)
         _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
@@ -269,6 +291,29 @@ class DMDConfig(ObjectiveSettings):
             0 < self.low < self.high < 1,
             f"low is {self.low} and high {self.high}; give 0 < low < high < 1, for example 0.02 and 0.98",
         )
+        for name in ("gan_weight", "gan_critic_weight", "gan_r1", "gan_r2"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, such as 0.03")
+        for name in ("critic_weight", "relativistic", "layers", "r1", "r2", "sigma"):
+            value = getattr(self, f"gan_{name}")
+            changed = value != getattr(DMDConfig, f"gan_{name}")
+            _require(
+                self.adversarial or not changed,
+                f"gan_{name} is {value}, but gan_weight is 0: there is no discriminator; give --gan-weight 0.03",
+            )
+        layers, sigma = self.gan_layers, self.gan_sigma
+        _require(layers is None or layers >= 1, f"gan_layers is {layers}; it must be at least 1")
+        _require(0 < sigma < math.inf, f"gan_sigma is {sigma}; it must be positive and finite, for example 0.1")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.gan_weight > 0
+
+    @property
+    def critic_weight(self) -> float:
+        """Of the discriminator's loss."""
+        return self.gan_weight if self.gan_critic_weight is None else self.gan_critic_weight
 
     @property
     def weight(self) -> float:
