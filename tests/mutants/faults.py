@@ -38,6 +38,8 @@ WAN = ("tests/models/test_wan.py",)
 STATE = ("tests/train/test_state.py",)
 OBJECTIVE = ("tests/train/test_objective.py",)
 CONSISTENCY = ("tests/train/objectives/test_consistency.py",)
+ROLL_OUTS = ("tests/train/objectives/test_windows.py",)
+ADVERSARIAL = ("tests/train/objectives/test_adversarial.py",)
 WATCH = ("tests/train/test_watch.py",)
 SEEN = ("tests/models/media/test_seen.py",)
 WINDOWS = ("tests/models/sampling/test_windows.py",)
@@ -297,6 +299,9 @@ FAULTS = (
         CONSISTENCY,
         "levels",
     ),
+    Fault("train/objectives/self_forcing.py", "if not rolls:  #", "if rolls:  #", ROLL_OUTS, "window"),
+    Fault("train/objectives/by_blocks.py", "of_moving, pull_shared(", "zero[1], pull_shared(", ROLL_OUTS, "window"),
+    Fault("train/objectives/adversarial.py", "(near - there) / sigma)", "(near - there))", ADVERSARIAL, "flat"),
     Fault("train/step.py", "roles[name].average, frozen_of", "roles[name].params, frozen_of", CONSISTENCY, "average"),
     Fault("train/watch.py", "value < self._reference", "value > self._reference", WATCH),
     # files: pictures and videos
