@@ -1,10 +1,11 @@
 """The networks of a run by role: their structure, how they train, and where their parameters come from."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ class Networks:
             if resumed and self._keeps_frozen(name):
                 continue
             if origin is not None:
-                self._check_origin(origin, name)
+                with self._told_of(name):
+                    self._check_origin(origin, name)
             elif name not in self._models and not (role.random and self._keeps_frozen(name)):
                 option = self._config.option(name, "init_from").replace("_", "-")
                 lacks = "no weights" if not role.random else "no weights that a LoRA could change"
@@ -243,6 +245,20 @@ class Networks:
                     f"the same text, so give them presets of one width"
                 )
 
+    @contextlib.contextmanager
+    def _told_of(self, name: str) -> Iterator[None]:
+        """What is wrong with a role's parameters is said of the option that they were given by."""
+        config = self._config
+        owner = name if config.role(name).init_from is not None else config.objective.roles[name].starts_as or name
+        option, prefix = config.option(owner, "init_from"), f"init_from {config.origin(name)} "
+        try:
+            yield
+        except UserError as error:
+            if option == "init_from" or not str(error).startswith(prefix):
+                raise
+            also = "" if owner == name else f"(the {name} starts as it) "
+            raise UserError(f"{option} {config.origin(name)} {also}{str(error).removeprefix(prefix)}") from error
+
     def _check_origin(self, origin: Path, name: str) -> None:
         if not (origin / FOLDER_NAME).is_dir():
             self._sources[name] = check_pretrained(origin, self.configs[name])
@@ -265,7 +281,8 @@ class Networks:
         if name in self._owners:
             model = nnx.merge(split_model(self._bases[name])[0], made[self._owners[name]].frozen)
         elif origin is not None:
-            model = self._load(name, origin)
+            with self._told_of(name):
+                model = self._load(name, origin)
         params, frozen = split_model(self._adapted(name, model), trains)[1:]
         frozen = self._shared(name, frozen)
         if origin is None:

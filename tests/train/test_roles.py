@@ -1,5 +1,6 @@
 """An objective with three networks, which no other file knows: two train, one every second step, and a frozen third."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -7,7 +8,8 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,13 @@ from monarchrt.models.errors import NonFiniteError, UserError
 from monarchrt.models.wan.checkpoints import load_checkpoint
 from monarchrt.train.cli import main
 from monarchrt.train.cli.train import _parse_train
-from monarchrt.train.config import TrainConfig, from_dict, to_dict
+from monarchrt.train.config import TrainConfig, from_dict, role_defaults, to_dict
 from monarchrt.train.loop import train
 from monarchrt.train.model import build_model
+from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.base import Objective
 from monarchrt.train.objectives.registry import ObjectiveSettings, Role, register
+from monarchrt.train.objectives.settings import DMDConfig
 from tests.untyped import there, untyped
 
 from .conftest import DATA, history
@@ -237,6 +241,23 @@ class TestWhatDoesNotFit:
         options = ["--teacher.overrides", "num_layers=3", "dim=24", "num_heads=2", "ffn_dim=48"]
         error = refused(capsys, [*command, *options, "--folder", tmp_path / "run"])
         assert "is of another network: num_layers=1 (here: 3)" in error
+        assert error.startswith("error: teacher.init_from ")
+
+    def test_parameters_are_said_to_be_those_of_the_option_that_names_them(self):
+        """A student that starts as the teacher was given none of its own."""
+        objective = DMDConfig()
+        roles = {name: role_defaults(objective, name) for name in ("critic", "teacher")}
+        roles["teacher"] = dataclasses.replace(roles["teacher"], init_from=Path("a is b"))
+        fake: Any = SimpleNamespace(_config=TrainConfig(objective=objective, roles=roles))
+        lines = []
+        for name in ("teacher", "student"):
+            with pytest.raises(UserError) as caught, Networks._told_of(fake, name):
+                raise UserError("init_from a is b is not a run folder")
+            lines.append(str(caught.value))
+        assert lines == [
+            "teacher.init_from a is b is not a run folder",
+            "teacher.init_from a is b (the student starts as it) is not a run folder",
+        ]
 
     @pytest.mark.slow
     def test_a_resume_with_another_teacher(self, whole, command, arguments, run, capsys, tmp_path):

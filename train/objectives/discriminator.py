@@ -19,8 +19,8 @@ class Discriminator(nnx.Module):
     """One query over the tokens of a clip, and an MLP; computed in float32.
 
     Examples:
-        >>> head = Discriminator(24, heads=2, rngs=nnx.Rngs(0))
-        >>> head(jnp.ones((3, 4, 6, 24))).shape
+        >>> head = nnx.eval_shape(lambda: Discriminator(24, heads=2, rngs=nnx.Rngs(0)))
+        >>> nnx.eval_shape(lambda head, features: head(features), head, jnp.ones((3, 4, 6, 24))).shape
         (3,)
 
     Args:

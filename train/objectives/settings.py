@@ -19,10 +19,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_steps(steps: tuple[int, ...]) -> None:
     falling = all(a > b for a, b in itertools.pairwise(steps))
+    shown = " ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
     _require(
         bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
-        f"student_steps is {' '.join(map(str, steps)) or 'empty'}; give falling times from 1000 to 1, such as "
-        f"1000 750 500 250",
+        f"student_steps is {shown or 'empty'}; give falling times from 1000 to 1, such as 1000 750 500 250",
     )
 
 

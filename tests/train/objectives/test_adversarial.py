@@ -1,5 +1,6 @@
 """The adversarial term: its losses by hand, its gradients against plain forms, and what it takes."""
 
+import json
 from typing import Any
 
 import jax
@@ -8,7 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from monarchrt.models.checkpoints.orbax_arrays import read_arrays
+from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import UserError
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.checkpoints import save_checkpoint
+from monarchrt.train.cli import main
 from monarchrt.train.config import DataConfig
 from monarchrt.train.objectives import dmd
 from monarchrt.train.objectives.adversarial import discriminate, draw_gan, student_loss
@@ -16,6 +22,7 @@ from monarchrt.train.objectives.discriminator import Discriminator, logits_of, w
 from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
+from tests.train.conftest import history
 from tests.untyped import untyped
 
 from .networks import Small, assert_same, batch, gradient, wan
@@ -196,3 +203,43 @@ def test_prompts_alone_will_not_do(tmp_path):
     objective = DMDObjective(DMDConfig(gan_weight=0.03))
     with pytest.raises(UserError, match=r"gan_weight is 0.03, but prompts .* are texts without clips"):
         objective.open_source(DataConfig(prompts=tmp_path / "prompts.txt", video=None, frames=9))
+
+
+@pytest.mark.slow
+def test_in_a_run(tmp_path):
+    """The head trains, is in the checkpoints of the critic alone, and a resume goes on with it bit for bit."""
+    sizes = dict(num_layers=1, dim=24, num_heads=2, ffn_dim=16, text_dim=4, text_len=2, freq_dim=16)
+    save_checkpoint(WanModel(wan_config("tiny", **sizes), rngs=nnx.Rngs(0)), tmp_path / "teacher")
+    (tmp_path / "latents").mkdir()
+    for number in range(3):
+        arrays = dict(zip(("latents", "text"), batch((1, 3, 4, 4, 16), seed=number), strict=True))
+        write_arrays(
+            tmp_path / f"latents/{number}.safetensors", {name: x[0] for name, x in arrays.items()}, metadata={}
+        )
+    network = [f"{name}={value}" for name, value in sizes.items()]
+    roles = [word for role in ("student", "critic", "teacher") for word in (f"--{role}.overrides", *network)]
+
+    def run(name, *options):
+        data = ["--latents", str(tmp_path / "latents"), "--held-out", "0.4", "--batch", "2"]
+        places = ["--folder", str(tmp_path / name), "--teacher.init-from", str(tmp_path / "teacher")]
+        settings = ["--gan-weight", "0.03", "--student-every", "2", "--critic.learning-rate", "1e-2"]
+        command = ["train", "--objective", "dmd", *data, *places, *settings, *roles]
+        assert main([*command, *options]) == 0
+        return history(tmp_path / name)
+
+    whole = run("whole", "--steps", "3")
+    run("halves", "--steps", "2")
+    assert run("halves", "--steps", "3", "--resume") == whole
+    for name in ("gan_loss", "gan_fake", "gan_real", "gan_r1", "gan_r2", "gan_told_apart"):
+        assert f"critic/{name}" in whole[1]
+    assert {"student/gan_loss", "student/gan_fake"} <= set(whole[1])
+    names = json.loads((tmp_path / "whole/checkpoints/3/about/metadata").read_text())["arrays"]
+    with_head = {name.split(".")[1] for name in names if ".discriminator." in name}
+    assert with_head == {"critic"}
+    kernels = []
+    for step in (0, 3):
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        name = "roles.critic.params.discriminator.hidden.kernel"
+        wanted = {name: jax.ShapeDtypeStruct((24, 24), jnp.float32, sharding=place)}
+        kernels.append(np.asarray(read_arrays(tmp_path / f"whole/checkpoints/{step}/state", wanted)[name]))
+    assert np.abs(kernels[1] - kernels[0]).max() > 1e-3
