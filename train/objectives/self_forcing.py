@@ -15,6 +15,7 @@ Memory is that of one block, however long the clip. `monarchrt.train.objectives.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -208,6 +209,14 @@ class SelfForcingObjective(DMDObjective):
         """The cache at the beginning of a clip of (F, h, w) latents."""
         frames, height, width = size
         window = self._window(frames)
+        units = [setting.unit[0] for setting in student.config.layer_attention if setting.unit is not None]
+        unit = math.lcm(*units) * student.config.patch_size[0]
+        for name in () if window is None else ("window", "sink_frames"):
+            if (count := getattr(self.settings, name)) % unit:
+                near = " or ".join(str(n * unit) for n in (count // unit, count // unit + 1))
+                raise UserError(
+                    f"{name} is {count}, which are not whole tiles of {unit} frames; the nearest that are: {near}"
+                )
         return init_cache(
             student, text, frames=window or frames, height=height, width=width, detach_past=True,
             rolling=window is not None, sink_frames=0 if window is None else self.settings.sink_frames,

@@ -22,7 +22,7 @@ from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import SelfForcingConfig
 from tests.untyped import untyped
 
-from .networks import batch, gradient
+from .networks import batch, gradient, wan
 
 SIGMAS = [5 * u / (1 + 4 * u) for u in (1.0, 0.6, 0.2)]  # shift 5, by hand
 LOWEST = 5 * 0.001 / (1 + 4 * 0.001)
@@ -160,6 +160,20 @@ def test_gradients_of_what_is_not_asked_for_are_not_made():
 def test_windows_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         SelfForcingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 5}, "window is 5, which are not whole tiles of 2 frames; the nearest that are: 4 or 6"),
+        ({"window": 4, "sink_frames": 1}, "sink_frames is 1, which are not whole tiles of 2 frames; .*: 0 or 2"),
+    ],
+)
+def test_windows_of_whole_tiles(options, message):
+    objective = SelfForcingObjective(SelfForcingConfig(block=2, **options))
+    student = nnx.eval_shape(lambda: wan(0, "monarch(tile=(2,2,2))", causal_block=2))
+    with pytest.raises(UserError, match=message):
+        objective._empty(student, jnp.zeros((1, 2, 4)), (8, 4, 4))
 
 
 def test_a_window_that_holds_all_is_none():
