@@ -42,7 +42,7 @@ class Log(RunLog):
         self.written: list[tuple[int, dict[str, float]]] = []
 
     def write(self, step, scalars):
-        self.written.append((step, scalars))
+        self.written.append((step, dict(scalars)))
 
 
 def begun(**optimizer):
