@@ -369,7 +369,7 @@ class TestBadInput:
             load_checkpoint(folder)
 
     def test_folders(self, folder, tmp_path):
-        with pytest.raises(ValueError, match=r"path='.*nothing' does not exist\."):
+        with pytest.raises(ValueError, match=r"path='.*nothing' does not exist; give a checkpoint's file or folder"):
             load_checkpoint(tmp_path / "nothing")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=r"should hold one safetensors file.*found nothing of the kind"):

@@ -364,6 +364,28 @@ def test_ctrl_c_waits_for_the_imports(monkeypatch, capsys, module, arguments):
     assert stand_in.finished
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["generate", "--checkpoint", ""], "checkpoint"),
+        (["generate", "--checkpoint=", "--prompt", "a"], "checkpoint"),
+        (["generate", "--lora", "a.safetensors", ""], "lora"),
+        (["generate", "--from", ""], "from"),
+        (["train", "--init-from", "", "--folder", "run"], "init_from"),
+        (["train", "--student.init-from", ""], "student.init_from"),
+        (["inspect", ""], "an argument"),
+        (["convert", "a", ""], "an argument"),
+    ],
+)
+def test_an_empty_value_is_no_folder(arguments, name, capsys, tmp_path, monkeypatch):
+    """As a path it would be the one that one is in."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = f"error: {name} is empty, as of a variable that is not set; give a value, or leave it out\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_command_and_no_command(capsys):
     assert cli.main(["trian"]) == 2
     assert "command 'trian' is unknown; choose from train" in capsys.readouterr().err

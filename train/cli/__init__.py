@@ -18,6 +18,7 @@ from monarchrt.train.interrupt import finish_first, stoppable
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 _WORD, _MESSAGE = 500, 4000  # characters of an error that are shown
+_MAY_BE_EMPTY = ("--negative-prompt", "--prompt", "--wandb", "--config")  # or say themselves what to give
 _SMALLER = "make the batch, the clip or the network smaller"
 
 
@@ -135,9 +136,23 @@ def _run(name: str, arguments: list[str]) -> int:
                 f"argument '{shown}' is not UTF-8, which the libraries that read and write files here need; rename the "
                 f"file or folder"
             ) from error
+    _check_none_is_empty(arguments)
     with finish_first():
         command = load(name)
     return command(arguments) or 0
+
+
+def _check_none_is_empty(arguments: list[str]) -> None:
+    """Raises UserError for an empty value, which as a path would be the folder that one is in."""
+    option = "--an argument"
+    for word in arguments:
+        value = word
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            value = value if equals else word
+        if not value and option.replace("_", "-") not in _MAY_BE_EMPTY:
+            name = option[2:].replace("-", "_")
+            raise UserError(f"{name} is empty, as of a variable that is not set; give a value, or leave it out")
 
 
 def _quiet_storage() -> None:

@@ -100,7 +100,10 @@ def _local(path: str | Path, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
         raise ValueError(f"path={str(path)[:200]!r} is no path: {error}.") from error
     if not names_repository(path):
-        raise ValueError(f"path={str(path)!r} does not exist.")
+        raise ValueError(
+            f"path={str(path)!r} does not exist; give a checkpoint's file or folder, or a repository of the Hugging "
+            f"Face hub, owner/name."
+        )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
     # small files by which pipelines of two networks are told before anything is taken for one of them
