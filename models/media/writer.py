@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -388,8 +389,13 @@ def _comment(path: Path) -> str:
     if path.suffix.lower() == ".png":
         from PIL import Image
 
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.info["comment"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # no pixel is decoded
+            try:
+                with Image.open(path, formats=["PNG"]) as image:
+                    return image.info["comment"]
+            except Image.DecompressionBombError as error:
+                raise ValueError(f"it has more pixels than any frame: {error}") from error
     with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
         # Matroska writes names in capitals
         return next(text for name, text in container.metadata.items() if name.lower() == "comment")

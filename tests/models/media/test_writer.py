@@ -2,8 +2,10 @@ import errno
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -117,6 +119,18 @@ class TestWriter:
             read_settings(tmp_path / "broken.mp4")
         with pytest.raises(UserError, match="does not exist"):
             read_settings(tmp_path / "nowhere.mp4")
+
+    def test_a_picture_of_more_pixels_than_there_is_memory(self, tmp_path):
+        """By its header alone, which is all that is read."""
+
+        def chunk(name, data):
+            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+        path = tmp_path / "large.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b""))
+        with pytest.raises(UserError, match="holds no settings"):
+            read_settings(path)
 
 
 class TestNames:
