@@ -6,7 +6,7 @@ import pytest
 from monarchrt.models.errors import UserError
 from monarchrt.models.processes import agreement
 from monarchrt.models.processes.agreement import AgreedStop, all_agree, by_first, check_shared, first, from_first
-from monarchrt.models.processes.joining import joined
+from monarchrt.models.processes.joining import _words, joined
 from monarchrt.models.processes.watch import PATIENCE, Silence
 
 
@@ -66,3 +66,20 @@ def test_all_stop_after_the_same_step(monkeypatch):
     assert (other.due(5, None), one.due(6, 15), other.due(6, 2)) == (None, None, None)
     assert (one.due(7, None), other.due(7, None)) == (None, None)
     assert (one.due(8, None), other.due(8, None)) == (15, 15)
+
+
+def test_what_is_said_of_an_error_and_how_the_process_ends():
+    """As the command line does in one process."""
+    stopped = KeyboardInterrupt()
+    stopped.code = 143  # type: ignore[attr-defined]
+    said = {
+        UserError("a\n b"): ("error: a b", 2),
+        KeyboardInterrupt("kept"): ("kept", 130),
+        stopped: ("stopped", 143),
+        SystemExit(3): ("3", 3),
+        SystemExit("why"): ("why", 1),
+        FileNotFoundError(2, "No such file", "a/b"): ("error: a/b: No such file", 2),
+        ValueError("a\nbug"): ("error: ValueError: a bug", 1),
+    }
+    for error, expected in said.items():
+        assert _words(error) == expected
