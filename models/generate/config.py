@@ -266,6 +266,13 @@ class GenerateConfig:
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
         _require(self.fps is None or 0.1 <= self.fps <= 1000, f"fps is {self.fps}; it must lie in [0.1, 1000]")
+        # beyond, noise levels and flows are numbers that float32 does not have, which looks like broken weights
+        _require(
+            self.shift is None or 1e-3 <= self.shift <= 1e3, f"shift is {self.shift}; it must lie in [0.001, 1000]"
+        )
+        _require(
+            self.guidance is None or not self.guidance > 1e3, f"guidance is {self.guidance}; it must be at most 1000"
+        )
         for name in ("guidance", "linger"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, and finite")

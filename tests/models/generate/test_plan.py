@@ -167,6 +167,9 @@ class TestRefusals:
             (dict(fps=0.0), r"fps is 0\.0; it must be positive"),
             (dict(seed=-1), "seed is -1"),
             (dict(quality=60), "quality is 60"),
+            (dict(shift=1e-30), r"shift is 1e-30; it must lie in \[0\.001, 1000\]"),
+            (dict(shift=1e30), r"shift is 1e\+30; it must lie in"),
+            (dict(guidance=1e38), r"guidance is 1e\+38; it must be at most 1000"),
             (dict(tile=(1, 2, 3), attention="dense"), "leave one of them out"),
         ],
     )
