@@ -303,6 +303,13 @@ FAULTS = (
     Fault("train/objectives/by_blocks.py", "of_moving, pull_shared(", "zero[1], pull_shared(", ROLL_OUTS, "window"),
     Fault("train/objectives/adversarial.py", "(near - there) / sigma)", "(near - there))", ADVERSARIAL, "flat"),
     Fault("train/step.py", "roles[name].average, frozen_of", "roles[name].params, frozen_of", CONSISTENCY, "average"),
+    Fault(
+        "train/plan.py",
+        "part = _shapes(batch, config.trained(name).accumulation)",
+        "part = _shapes(batch, 1)",
+        ("tests/train/test_plan.py",),
+        "as_json",
+    ),
     Fault("train/watch.py", "value < self._reference", "value > self._reference", WATCH),
     # files: pictures and videos
     Fault("models/media/frames.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),
