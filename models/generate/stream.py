@@ -1,118 +1,33 @@
-"""A page on this machine that plays frames as they come: aiohttp, one websocket per browser, JPEG frames.
+"""A page on this machine that plays one video while it is made: the server of sessions, to watch only.
 
 The server runs in a thread of its own. A browser that connects late gets all frames that are kept, one that closes is
 forgotten, one too slow for the speed of play misses frames, one that takes nothing is let go, and generation never
-waits for any. Only the page itself may watch: requests that name another host (a name that somebody points at this
-machine), or come from another site that is open in the browser, are refused.
+waits for any.
 """
 
 import asyncio
 import contextlib
-import errno
-import importlib.resources
-import io
-import ipaddress
-import logging
-import os
-import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
-from aiohttp import WSMsgType, web
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.typedefs import Handler
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.web.access import Address, check_port, is_loopback, own_host, own_origin
+from monarchrt.models.web.encodings import JPEG_QUALITY, jpeg
+from monarchrt.models.web.server import WebServer, hello, offered, picture
+
+__all__ = ["LivePage", "check_port", "is_loopback", "next_frame", "own_host", "own_origin"]
 
 KEPT = 4096  # frames, so that an endless video does not fill the memory
 MOST_BROWSERS = 16  # that watch
-MOST_CONNECTIONS = 64
-PATIENCE = 5.0  # seconds for a browser to take a frame, and that one may be behind the speed of play
+BEHIND = 5.0  # seconds that a browser may be behind the speed of play
 GRACE = 10.0  # seconds after the end, or after it came, in which a browser holds the page up
-CLOSING = 1.0  # seconds that saying goodbye may take
-PAGE_HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises UserError unless the address can be listened on; before anything is computed."""
-    try:
-        socket.getaddrinfo(host or None, port)  # an unknown name has an error of its own here, and not below
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        raise refused(host, port, error) from error
-
-
-def refused(host: str, port: int, error: OSError) -> UserError:
-    """What is wrong, and with which of the two."""
-    name = isinstance(error, socket.gaierror)
-    # the text of other errors repeats the address, as Python writes it
-    reason = error.strerror if name or error.errno is None else os.strerror(error.errno)
-    if name or error.errno == errno.EADDRNOTAVAIL:
-        return UserError(
-            f"host {host} cannot be listened on ({reason or error}); give an address of this machine, such as 127.0.0.1"
-        )
-    return UserError(
-        f"port {port} of {host} cannot be listened on ({reason or error}); give another --port, or 0 for a free one"
-    )
-
-
-def own_host(named: str | None, host: str) -> bool:
-    """Whether a request's Host header names this page: no name that another could have pointed at this machine.
-
-    Examples:
-        >>> own_host("localhost:8765", "127.0.0.1"), own_host("rebound.example:8765", "127.0.0.1")
-        (True, False)
-
-    Args:
-        named: The header.
-        host: What the page listens on. Beyond this machine, it may be called by any address, or by the machine's name.
-    """
-    with contextlib.suppress(ValueError):
-        name = urlsplit(f"//{named or ''}").hostname or ""
-        local = {"localhost", "127.0.0.1", "::1", host.lower()} - {""}
-        beyond = not is_loopback(host)
-        return name in local or is_loopback(name) or (beyond and (_is_address(name) or name in _machine_names()))
-    return False
-
-
-def own_origin(origin: str | None, named: str | None) -> bool:
-    """Whether a request comes from the page itself, or from no page at all.
-
-    Examples:
-        >>> own_origin("http://127.0.0.1:8765", "127.0.0.1:8765"), own_origin("https://a.example", "127.0.0.1:8765")
-        (True, False)
-
-    Args:
-        origin: The Origin header, which every browser sends with a websocket.
-        named: The Host header.
-    """
-    if origin is None:
-        return True
-    scheme, _, rest = origin.lower().partition("://")
-    return scheme in ("http", "https") and rest == (named or "").lower()
-
-
-def request_log() -> logging.Logger:
-    """Where aiohttp reports what goes wrong here; what is wrong with a request its sender is told, and nobody else."""
-    log = logging.getLogger(__name__)
-    log.addFilter(_is_ours)  # the same function is added once
-    return log
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> int:
@@ -132,39 +47,7 @@ def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> i
         fps: The speed of play.
     """
     oldest = max(sent, made - kept)
-    return max(oldest, min(played - int(PATIENCE * fps), made - 1))  # the last is missed by none
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
-
-
-def is_loopback(name: str) -> bool:
-    """Whether only this machine can reach a name or address."""
-    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
-
-
-def _machine_names() -> set[str]:
-    name = socket.gethostname().lower()
-    return {name, f"{name}.local", name.partition(".")[0]}
-
-
-class _Refused(asyncio.Protocol):
-    """Of a connection too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
-
-
-class _Watcher(NamedTuple):
-    """A browser that watches, and since when."""
-
-    browser: web.WebSocketResponse
-    transport: asyncio.BaseTransport | None
-    since: float
+    return max(oldest, min(played - int(BEHIND * fps), made - 1))  # the last is missed by none
 
 
 class LivePage:
@@ -195,44 +78,34 @@ class LivePage:
         fps: float = 16.0,
         title: str = "",
         total: int | None = None,
-        quality: int = 88,
+        quality: int = JPEG_QUALITY,
     ):
-        self._host, self._port, self._quality = host, port, quality
-        self._hello = {"fps": fps, "title": title, "total": total}
-        self._frames: deque[bytes] = deque(maxlen=KEPT)
-        self._made = 0
-        self._ended: str | None = None
-        self._ended_at = 0.0
-        self._watchers: list[_Watcher] = []
-        self._watched = 0
-        self._server: asyncio.Server | None = None
+        self._quality, self._blocks = quality, 0
+        self._video = Video(fps=fps, title=title, total=total)
+        self._server = _Server(Address(host=host, port=port, watch_only=True), self._video)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="live page", daemon=True)
-        self._runner: web.AppRunner | None = None
 
     @property
     def url(self) -> str:
         """Where the page is."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}/"
+        return self._server.url
 
     @property
     def watched(self) -> int:
         """Browsers that have connected so far."""
-        return self._watched
+        return self._video.watched
 
     def show(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         """Adds frames; they are encoded here and sent in the background."""
-        from PIL import Image
-
-        for picture in frames:
-            buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality)
-            self._loop.call_soon_threadsafe(self._add, buffer.getvalue())
+        for frame in frames:
+            encoded = jpeg(frame, quality=self._quality)
+            self._loop.call_soon_threadsafe(self._video.add, self._blocks, encoded)
+        self._blocks += 1
 
     def end(self, reason: str = "finished") -> None:
         """Says that no more frames come."""
-        self._loop.call_soon_threadsafe(self._finish, reason)
+        self._loop.call_soon_threadsafe(self._video.end, reason)
 
     def wait(self, seconds: float) -> bool:
         """Waits until a browser has connected and all that have got everything, at most `seconds`.
@@ -243,33 +116,27 @@ class LivePage:
             Whether one had connected, and none was still busy.
         """
         deadline = time.monotonic() + seconds
-        while not self._watched or self._busy():
+        while not self.watched or self._video.busy(time.monotonic()):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
-        return not self._watchers
-
-    def _busy(self) -> bool:
-        """Whether a browser is to be waited for."""
-        now = time.monotonic()
-        ended = now if self._ended is None else self._ended_at
-        return any(max(ended, watcher.since) > now - GRACE for watcher in list(self._watchers))
+        return not self._video.watchers
 
     def __enter__(self) -> "LivePage":
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
-        except OSError as error:
+            asyncio.run_coroutine_threadsafe(self._server.open(), self._loop).result()
+        except UserError:
             self._stop()
-            raise refused(self._host, self._port, error) from error
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(self._server.close(), self._loop)
         with contextlib.suppress(TimeoutError):  # whoever is still connected then is cut off
-            closing.result(timeout=10 * CLOSING)
+            closing.result(timeout=20)
         self._stop()
 
     def _stop(self) -> None:
@@ -277,133 +144,93 @@ class LivePage:
         self._thread.join(timeout=10)
         self._loop.close()
 
-    async def _serve(self) -> None:
-        self._changed = asyncio.Condition()
-        app = web.Application(middlewares=[self._guarded])
-        app.router.add_get("/", self._page)
-        app.router.add_get("/frames", self._stream)
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=request_log(),
-            handle_signals=False,
-            shutdown_timeout=CLOSING,
-            keepalive_timeout=PATIENCE,
-        )
-        await runner.setup()
-        self._runner = runner
-        try:
-            self._server = await self._loop.create_server(self._connected, self._host, self._port, backlog=128)
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._port = self._server.sockets[0].getsockname()[1]
 
-    def _connected(self) -> asyncio.Protocol:
-        """A connection's handler; those that ask for nothing for a while are cut off."""
-        server = self._runner and self._runner.server
-        if server is None or len(server.connections) >= MOST_CONNECTIONS:
-            return _Refused()
-        handler = server()
-        self._loop.call_later(2 * PATIENCE, self._cut_idle, handler)
-        return handler
+class Video:
+    """Frames as they come, and who watches them; of one thread, but `busy`.
 
-    def _cut_idle(self, handler: web.RequestHandler) -> None:
-        transport = handler.transport  # None once it is closed
-        if transport is not None and transport not in [watcher.transport for watcher in self._watchers]:
-            transport.abort()
+    Args:
+        fps: Speed of play.
+        title: Shown above the picture.
+        total: Frames that there will be, if known.
+    """
 
-    async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        goodbyes = [asyncio.create_task(watcher.browser.close()) for watcher in self._watchers]
-        if goodbyes:
-            await asyncio.wait(goodbyes, timeout=2 * CLOSING)
-        if self._runner is not None:
-            if self._runner.server is not None:
-                for connection in self._runner.server.connections:
-                    if connection.transport is not None:
-                        connection.transport.abort()
-            await self._runner.cleanup()
+    def __init__(self, *, fps: float, title: str = "", total: int | None = None):
+        self.fps, self.made, self.ended, self.watched = fps, 0, None, 0
+        self.hello = hello(title=title, fps=fps, frames=total, **offered((), ("jpeg",)))
+        self.kept: deque[bytes] = deque(maxlen=KEPT)
+        self.watchers: list[Watcher] = []
+        self.ended: str | None
+        self._ended_at = 0.0
 
-    @web.middleware
-    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Lets through what this page asks for."""
-        named = request.headers.get("Host")
-        if not own_host(named, self._host):
-            raise web.HTTPForbidden(text=f"this page is not served as {named}; open {self.url}\n")
-        if not own_origin(request.headers.get("Origin"), named):
-            raise web.HTTPForbidden(text=f"other sites may not watch; open {self.url}\n")
-        return await handler(request)
+    def add(self, block: int, encoded: bytes) -> None:
+        """Adds a frame."""
+        self.kept.append(picture(self.made, block, encoded))
+        self.made += 1
+        self._tell()
 
-    def _add(self, jpeg: bytes) -> None:
-        self._frames.append(jpeg)
-        self._made += 1
-        self._wake()
+    def end(self, reason: str) -> None:
+        """No more frames come."""
+        self.ended, self._ended_at = reason, time.monotonic()
+        self._tell()
 
-    def _finish(self, reason: str) -> None:
-        self._ended, self._ended_at = reason, time.monotonic()
-        self._wake()
+    def busy(self, now: float) -> bool:
+        """Whether a browser is to be waited for."""
+        ended = now if self.ended is None else self._ended_at
+        return any(max(ended, watcher.since) > now - GRACE for watcher in list(self.watchers))
 
-    def _wake(self) -> None:
-        async def notify() -> None:
-            async with self._changed:
-                self._changed.notify_all()
+    def watch(self, notify: Callable[[], None]) -> "Watcher":
+        """One more that watches, all frames that are kept."""
+        self.watched += 1
+        self.watchers.append(Watcher(self, notify))
+        return self.watchers[-1]
 
-        self._loop.create_task(notify())
+    def _tell(self) -> None:
+        for watcher in self.watchers:
+            watcher.notify()
 
-    async def _page(self, request: web.Request) -> web.Response:
-        page = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-        return web.Response(text=page, content_type="text/html", headers=PAGE_HEADERS)
 
-    async def _stream(self, request: web.Request) -> web.WebSocketResponse:
-        if len(self._watchers) >= MOST_BROWSERS:
-            raise web.HTTPServiceUnavailable(text=f"{MOST_BROWSERS} browsers watch already; close one\n")
-        browser = web.WebSocketResponse(heartbeat=10.0, timeout=CLOSING, max_msg_size=1024)
-        watcher = _Watcher(browser, request.transport, time.monotonic())
-        self._watchers.append(watcher)
-        listener = None
-        try:
-            await browser.prepare(request)
-            self._watched += 1
-            listener = asyncio.create_task(self._listen(browser))
-            await browser.send_json(self._hello)
-            await self._send_all(browser)
-        except ConnectionError:
-            pass  # the browser was closed
-        except TimeoutError:  # it takes nothing: it was put to sleep, or means harm
-            if isinstance(watcher.transport, asyncio.WriteTransport):
-                watcher.transport.abort()
-        finally:
-            if listener is not None:
-                listener.cancel()
-            self._watchers.remove(watcher)
-        return browser
+class Watcher:
+    """A browser that watches: what it is sent next."""
 
-    async def _listen(self, browser: web.WebSocketResponse) -> None:
-        """Notices that a browser goes away."""
-        async for message in browser:
-            if message.type is WSMsgType.ERROR:
-                break
-        async with self._changed:
-            self._changed.notify_all()
+    def __init__(self, video: Video, notify: Callable[[], None]):
+        self._video, self.notify, self.since = video, notify, time.monotonic()
+        self._first = self._sent = video.made - len(video.kept)
+        self._greeted, self.over = False, False
 
-    async def _send_all(self, browser: web.WebSocketResponse) -> None:
-        first = sent = self._made - len(self._frames)
-        begin = time.monotonic()
-        while not browser.closed:
-            if sent < self._made:
-                played = first + int((time.monotonic() - begin) * self._hello["fps"])
-                sent = next_frame(sent, made=self._made, kept=len(self._frames), played=played, fps=self._hello["fps"])
-                await asyncio.wait_for(browser.send_bytes(self._frames[sent - self._made]), PATIENCE)
-                sent += 1
-            elif self._ended is not None:
-                await asyncio.wait_for(browser.send_json({"ended": self._ended}), PATIENCE)
-                return
-            else:
-                await self._news(sent, browser)
+    def take(self) -> dict[str, Any] | bytes | None:
+        """The next to be sent; None if there is nothing now."""
+        video = self._video
+        if not self._greeted:
+            self._greeted = True
+            return video.hello
+        if self._sent < video.made:
+            played = self._first + int((time.monotonic() - self.since) * video.fps)
+            at = next_frame(self._sent, made=video.made, kept=len(video.kept), played=played, fps=video.fps)
+            self._sent = at + 1
+            return video.kept[at - video.made]
+        if video.ended is not None and not self.over:
+            self.over = True
+            return {"type": "ended", "reason": video.ended}
+        return None
 
-    async def _news(self, sent: int, browser: web.WebSocketResponse) -> None:
-        """Waits for a frame after the `sent` first ones, for the end, or for the browser to go away."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: sent < self._made or self._ended is not None or browser.closed)
+    def hear(self, said: str | bytes) -> None:
+        """There is nothing to say."""
+
+    def leave(self) -> None:
+        """It is gone."""
+        self._video.watchers.remove(self)
+
+
+class _Server(WebServer):
+    """Of one video."""
+
+    def __init__(self, address: Address, video: Video):
+        super().__init__(address)
+        self._video = video
+
+    @property
+    def most_clients(self) -> int:
+        return MOST_BROWSERS
+
+    def connect(self, notify: Callable[[], None]) -> Watcher:
+        return self._video.watch(notify)

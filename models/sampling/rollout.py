@@ -341,6 +341,7 @@ class LiveRollout:
         frame: Index of the next block's first frame.
         key: As given; another one is for the blocks that follow.
         shape: Of a frame's latents with the batch, (B, H, W, C).
+        held: Bytes that the cache of keys and values takes.
 
     Raises:
         ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
@@ -376,7 +377,9 @@ class LiveRollout:
         self._graph, self._params = nnx.split(model)
         self._text = self._context(text, negative)
         self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
-        jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)  # what does not fit is found here
+        # what does not fit is found here
+        cache = jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)
+        self.held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         self._cache: WanCache | None = None
         self._begun = False  # and if there is no cache then, a call failed that it was donated to
         self._base = 0  # the absolute frame that the cache calls 0

@@ -3,9 +3,10 @@
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import MESSAGES, Refusal, parse_message
 from monarchrt.models.serve.outbox import Outbox
-from monarchrt.models.serve.server import Address, Server, run_server
+from monarchrt.models.serve.server import Server, run_server
 from monarchrt.models.serve.session import Limits, Session
 from monarchrt.models.serve.sessions import Sessions
+from monarchrt.models.web.access import Address
 
 __all__ = [
     "MESSAGES",

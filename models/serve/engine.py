@@ -1,19 +1,27 @@
 """What all sessions share: the network, the decoder and the text encoder, loaded once, and one set of programs."""
 
 import bisect
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
+from monarchrt.models.attention.notation import parse, to_text
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NEGATIVE_PROMPT
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.memory import device_memory
 from monarchrt.models.sampling import LiveRollout, Rollout
+from monarchrt.models.sampling.rollout import check_size
+from monarchrt.models.serve.messages import Refusal
+from monarchrt.models.wan import WanModel
+from monarchrt.models.web.encodings import ENCODINGS
 
 KEPT_TEXTS = 64
 
@@ -32,9 +40,11 @@ class Engine:
         fps: Frames per second of play.
         negative: The prompt of what is not wanted, if nothing else is said.
         sample: A prompt that `encode` knows, to compile with.
+        begins: Numbers of frames that a video may begin with; none: it begins with nothing.
+        attentions: More settings of attention that a video may have, in their notation.
 
     Raises:
-        UserError: If the roll-out has no window.
+        UserError: If the roll-out has no window, or a number of frames does not make whole blocks.
     """
 
     def __init__(
@@ -48,13 +58,30 @@ class Engine:
         fps: float = 16.0,
         negative: str = NEGATIVE_PROMPT,
         sample: str = "a cat",
+        begins: Sequence[int] = (),
+        attentions: Sequence[str] = (),
     ):
         if rollout.window is None:
             raise UserError("sessions may go on without end, for which attention needs a --window, such as 21")
         self.pipeline, self.rollout, self.fps, self.latents = pipeline, rollout, fps, (height, width)
         self._encode, self._negative, self._sample = encode, negative, sample
         self._texts: OrderedDict[str, Array] = OrderedDict()
+        for frames in begins:
+            self.blocks(frames, name="begin")
+        self.begins = tuple(sorted(set(begins)))
+        self.models = _with_attentions(pipeline.model, attentions)
+        self._check_sizes()
         self._finite = jax.jit(lambda latents, decoded: jnp.isfinite(latents).all() & decoded)
+
+    def _check_sizes(self) -> None:
+        """Raises UserError unless blocks suit each setting of attention."""
+        channels = self.pipeline.model.config.in_channels
+        for name, model in self.models.items():
+            try:
+                for frames in {self.count(0), self.rollout.block}:
+                    check_size(model.with_config(causal_block=None), (1, frames, *self.latents, channels))
+            except ValueError as error:
+                raise UserError(f"attention {name} does not suit these videos: {error}") from error
 
     @property
     def window(self) -> int:
@@ -79,8 +106,8 @@ class Engine:
         """Frames of the first blocks of a video."""
         return 0 if not blocks else 1 + (self.first_latent(blocks) - 1) * self.pipeline.decoder.temporal
 
-    def blocks(self, frames: int) -> int:
-        """Blocks that make so many frames.
+    def blocks(self, frames: int, *, name: str = "frames") -> int:
+        """Blocks that make so many frames; errors call the number by a name.
 
         Raises:
             UserError: If they do not; names the numbers nearby that do.
@@ -88,12 +115,55 @@ class Engine:
         blocks = self.most_blocks(frames)
         if not blocks or self.frames(blocks) != frames:
             near = [self.frames(n) for n in (blocks, blocks + 1) if n]
-            raise UserError(f"frames is {frames}, which do not make whole blocks; {' or '.join(map(str, near))} do")
+            raise UserError(f"{name} is {frames}, which do not make whole blocks; {' or '.join(map(str, near))} do")
         return blocks
 
     def most_blocks(self, frames: int) -> int:
         """Blocks that make at most so many frames."""
         return bisect.bisect_right(range(frames + 1), frames, key=self.frames) - 1
+
+    def attention(self, notation: str | None) -> str:
+        """The attention that is meant, as `models` names it.
+
+        Raises:
+            UserError: If there is no such kind; `Refusal` if it is none of this engine's.
+        """
+        if notation is None:
+            return next(iter(self.models))
+        try:
+            name = notation if notation in self.models else to_text(parse(notation))
+        except ValueError as error:
+            raise UserError(f"attention: {error}") from error
+        if name not in self.models:
+            raise Refusal(
+                f"attention is {name}, which would need another program; this server has {', '.join(self.models)}",
+                code="other_program",
+            )
+        return name
+
+    def formats(self) -> list[str]:
+        """Ways in which frames of this size can go out."""
+        return [name for name, encoding in ENCODINGS.items() if encoding.mime(*self.size, self.fps)]
+
+    def begins_with(self, frames: UInt8[np.ndarray, "T H W 3"]) -> int:
+        """Blocks that frames to begin with make.
+
+        Raises:
+            UserError: If they are of another size, or not as many as a video may begin with.
+        """
+        if not self.begins:
+            raise UserError("videos begin with nothing here; the server has no --begin")
+        if len(frames) not in self.begins:
+            raise UserError(f"begin has {len(frames)} frames; videos begin with {_either(self.begins)} here")
+        if frames.shape[1:3] != self.size:
+            raise UserError(f"begin has frames of {frames.shape[1]}x{frames.shape[2]}; videos have {self.size} here")
+        return self.blocks(len(frames))
+
+    def encode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[Float[np.ndarray, "1 F h w C"]]:
+        """Latents of frames to begin with, by block."""
+        latents = np.asarray(self.pipeline.decoder.encode(frames[None]), np.float32)
+        ends = [self.first_latent(block) for block in range(1, self.blocks(len(frames)))]
+        return np.split(latents, ends, axis=1)
 
     def embed(self, prompt: str, negative: str | None) -> tuple[Array, Array | None]:
         """Embeddings of a prompt and, with guidance, of the negative one; those of late are kept."""
@@ -109,11 +179,11 @@ class Engine:
         self._texts.move_to_end(prompt)
         return self._texts[prompt]
 
-    def video(self, texts: tuple[Array, Array | None], seed: int) -> LiveRollout:
+    def video(self, texts: tuple[Array, Array | None], seed: int, *, attention: str | None = None) -> LiveRollout:
         """A video to be made."""
         height, width = self.latents
         return LiveRollout(
-            self.pipeline.model,
+            self.models[self.attention(attention)],
             texts[0],
             negative=texts[1],
             height=height,
@@ -134,10 +204,55 @@ class Engine:
         frames, state = decoder.decode(latents, state)
         return frames, self._finite(latents, decoder.finite(state)), state
 
+    def held(self, sessions: int) -> tuple[int, int]:
+        """Bytes of the weights, and of the keys and values and the decoder's state of so many sessions."""
+        config = self.pipeline.model.config
+        text = jnp.zeros((1, config.text_len, config.text_dim))
+        texts = text, None if self.rollout.guidance == 1.0 else text
+        caches = [self.video(texts, 0, attention=name).held for name in self.models]
+        decoder = self.pipeline.decoder
+        network = nnx.state(list(self.models.values())[-1])
+        weights = jax.tree.leaves((network, vars(decoder).get("_state")))
+        states = jax.tree.leaves(jax.eval_shape(functools.partial(decoder.start, 1, *self.latents)))
+        return _bytes(weights), sessions * (max(caches) + _bytes(states))
+
+    def check_memory(self, sessions: int) -> None:
+        """Looks whether so many sessions fit into the device's memory; before anything is compiled.
+
+        Raises:
+            UserError: If they do not; says how much they need.
+        """
+        (weights, each), there = self.held(sessions), device_memory(jax.devices()[0])
+        if weights + each > there:
+            raise UserError(
+                f"the weights take {_gib(weights)} and {sessions} sessions {_gib(each)}, and the device has "
+                f"{_gib(there)}; give fewer --sessions, a shorter --window or smaller videos"
+            )
+
     def warm_up(self) -> None:
-        """Compiles everything that sessions run: blocks, another text, computing the past anew, decoding."""
+        """Compiles everything that sessions run: blocks, another text, computing the past anew, coding both ways.
+
+        Raises:
+            UserError: If the device's memory is used up; says what was needed.
+        """
+        try:
+            given = [self.encode(np.zeros((frames, *self.size, 3), np.uint8)) for frames in self.begins]
+            for name in self.models:
+                self._warm_up(name, given)
+        except jax.errors.JaxRuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            weights, each = self.held(1)
+            raise UserError(
+                f"the device's memory, {_gib(device_memory(jax.devices()[0]))}, is used up: the weights take "
+                f"{_gib(weights)}, a session {_gib(each)}, and programs what is said here: {error}; give a shorter "
+                f"--window or smaller videos"
+            ) from error
+        self.formats()
+
+    def _warm_up(self, attention: str, given: Sequence[Sequence[np.ndarray]]) -> None:
         texts = self.embed(self._sample, None)
-        video, state, past = self.video(texts, 0), self.start_decoder(), {}
+        video, state, past = self.video(texts, 0, attention=attention), self.start_decoder(), {}
         needed = -(-self.window // self.rollout.block) + 2  # until frames are let go
         for number in range(needed):
             frame = video.frame
@@ -148,6 +263,11 @@ class Engine:
         video.set_text(*blended(texts, texts, 0.5))
         video.recache(video.frame, past)
         jax.block_until_ready(video.generate())
+        for blocks in given:
+            video = self.video(texts, 0, attention=attention)
+            for latents in blocks:
+                video.write(jnp.asarray(latents))
+            jax.block_until_ready(video.generate())
 
 
 def blended(old: tuple[Array, Array | None], new: tuple[Array, Array | None], share: float) -> tuple[Array, Any]:
@@ -158,3 +278,27 @@ def blended(old: tuple[Array, Array | None], new: tuple[Array, Array | None], sh
     if negative is not None and next_negative is not None:
         mixed = negative + weight * (next_negative - negative)
     return text + weight * (next_text - text), mixed
+
+
+def _with_attentions(model: WanModel, attentions: Sequence[str]) -> Mapping[str, WanModel]:
+    """The network with each setting of attention, its own first; all share their weights."""
+    models = {to_text(model.config.attention): model}
+    for notation in attentions:
+        try:
+            setting = parse(notation)
+            models.setdefault(to_text(setting), model.with_attention(setting))
+        except ValueError as error:
+            raise UserError(f"attentions: {notation!a}: {error}") from error
+    return models
+
+
+def _bytes(arrays: Sequence[Any]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _either(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

@@ -22,12 +22,20 @@ from monarchrt.models.vae import TinyVAE, TinyVAEConfig, WanVAE, vae_config
 from monarchrt.models.wan import WanModel, wan_config
 
 
-def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Engine:
+def load_engine(
+    config: GenerateConfig,
+    *,
+    report: Callable[[str], None],
+    begins: Sequence[int] | None = (),
+    attentions: Sequence[str] = (),
+) -> Engine:
     """Loads everything that sessions are made with: of a Wan checkpoint and its parts, or of a run folder.
 
     Args:
         config: The settings of a generation; of all its videos.
         report: Takes lines for the person who waits.
+        begins: As `Engine`; None: the frames of the first block.
+        attentions: As `Engine`.
 
     Returns:
         The engine; nothing is compiled yet.
@@ -43,7 +51,7 @@ def load_engine(config: GenerateConfig, *, report: Callable[[str], None]) -> Eng
         material = opened.material(dataclasses.replace(config, condition=NO_CONDITION))
         report("note: a run folder was trained without text; prompts do nothing")
         encode = _untold(material)
-    return _engine(material.plan, material.pipeline, encode, report)
+    return _engine(material.plan, material.pipeline, encode, report, begins=begins, attentions=attentions)
 
 
 def random_engine(config: GenerateConfig, *, preset: str, report: Callable[[str], None]) -> Engine:
@@ -102,7 +110,15 @@ def _on_one_device(config: GenerateConfig) -> GenerateConfig:
     return dataclasses.replace(config, mode="autoregressive")
 
 
-def _engine(plan: Plan, pipeline: VideoPipeline, encode: Encode, report: Callable[[str], None]) -> Engine:
+def _engine(
+    plan: Plan,
+    pipeline: VideoPipeline,
+    encode: Encode,
+    report: Callable[[str], None],
+    *,
+    begins: Sequence[int] | None = (),
+    attentions: Sequence[str] = (),
+) -> Engine:
     rollout = plan.settings
     if not isinstance(rollout, Rollout):
         raise UserError(f"mode is {plan.config.mode}; sessions are made block by block")
@@ -110,6 +126,8 @@ def _engine(plan: Plan, pipeline: VideoPipeline, encode: Encode, report: Callabl
         rollout = dataclasses.replace(rollout, window=plan.latents[0])
     report(f"a session's attention reaches back over {rollout.window} latent frames")
     negative = plan.config.negative_prompt
+    if begins is None:
+        begins = (1 + (plan.first_block - 1) * plan.temporal,)
     return Engine(
         pipeline,
         rollout=rollout,
@@ -119,6 +137,8 @@ def _engine(plan: Plan, pipeline: VideoPipeline, encode: Encode, report: Callabl
         fps=plan.config.fps or 16.0,
         sample=encode.prompts[0] if isinstance(encode, StoredTexts) else "a cat",
         negative=NEGATIVE_PROMPT if negative is None else negative,
+        begins=begins,
+        attentions=attentions,
     )
 
 

@@ -51,6 +51,9 @@ class Start(Message):
         sink_frames: Leading latent frames that it never lets go.
         pace: Whether frames are made as fast as they are played, not faster.
         paused: Whether it waits for `resume` or `step`.
+        video: How frames go out: "jpeg", one a message, or "mp4", a block a message.
+        begin: Of an image or a clip that was sent to `/upload`: the video begins with it.
+        attention: Its notation, one of those that the server has; None: the first of them.
     """
 
     type = "start"
@@ -64,6 +67,9 @@ class Start(Message):
     sink_frames: int | None = None
     pace: bool = True
     paused: bool = False
+    video: str = "jpeg"
+    begin: str | None = None
+    attention: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +146,7 @@ MESSAGES: dict[str, type[Message]] = {
     kind.type: kind for kind in (Start, Prompt, Pause, Resume, Step, Seek, Save, Stop, Ping)
 }
 LEAST = {"seed": 0, "frames": 1, "height": 1, "width": 1, "window": 1, "sink_frames": 0, "blend": 0, "blocks": 1}
+LONGEST = {"attention": 1000}
 MOST = {"seed": LARGEST_SEED, "blend": 64, "blocks": 1024, "block": 2**31 - 1}
 
 
@@ -196,7 +203,7 @@ def _checked(kind: type[Message], values: dict[str, Any], longest_prompt: int) -
 
 def _check_range(name: str, value: Any, longest_prompt: int) -> None:
     if isinstance(value, str):
-        longest = longest_prompt if name in ("prompt", "negative") else 100
+        longest = longest_prompt if name in ("prompt", "negative") else LONGEST.get(name, 100)
         if len(value) > longest:
             raise UserError(f"{name} has {len(value)} characters; at most {longest} are taken")
         if name == "prompt" and not value.strip():

@@ -3,10 +3,27 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
+from monarchrt.models.web.server import picture
+
 MOST_EVENTS = 512
-HEADER = 8  # bytes before a frame's JPEG: its index and its block's, big-endian unsigned 32-bit numbers
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Frames in order, of which the first has this index; encoded, or on the way to it."""
+
+    index: int
+    block: int
+    frames: int
+    encoded: bytes | Future[Any]
+
+    @property
+    def ready(self) -> bool:
+        return isinstance(self.encoded, bytes) or self.encoded.done()
 
 
 class Outbox:
@@ -15,26 +32,31 @@ class Outbox:
     Examples:
         >>> box = Outbox(frames=2)
         >>> for index in range(3):
-        ...     box.frame(index, 0, b"jpeg")
+        ...     box.pictures(index, 0, b"jpeg")
         >>> box.take()
         {'type': 'dropped', 'frames': 1, 'total': 1}
         >>> box.take()[:4], len(box)
         (b'\\x00\\x00\\x00\\x01', 1)
 
     Args:
-        frames: That may wait.
+        frames: That may wait; of a message that holds more, one may.
         notify: Called, in any thread, when there is something to take.
     """
 
     def __init__(self, *, frames: int, notify: Callable[[], None] = lambda: None):
         self._limit, self._notify = frames, notify
-        self._items: deque[dict[str, Any] | bytes] = deque()
+        self._items: deque[dict[str, Any] | _Pictures] = deque()
         self._lock = threading.Lock()
         self._waiting = self._events = self._untold = 0
         self.dropped = 0
 
     def __len__(self) -> int:
         return self._waiting
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything was taken."""
+        return not self._items and not self._untold
 
     def event(self, type: str, **values: Any) -> None:
         """Adds an event; values that are None are left out."""
@@ -45,43 +67,66 @@ class Outbox:
             self._items.append({"type": type} | {name: value for name, value in values.items() if value is not None})
         self._notify()
 
-    def frame(self, index: int, block: int, jpeg: bytes) -> None:
-        """Adds a frame."""
+    def pictures(self, index: int, block: int, encoded: bytes | Future[Any], *, frames: int = 1) -> None:
+        """Adds frames, of which the first has an index, in one message; they may still be under way."""
         with self._lock:
-            if self._waiting >= self._limit:
-                self._forget(bytes)
-                self.dropped += 1
-                self._untold += 1
-            self._waiting += 1
-            self._items.append(index.to_bytes(4, "big") + block.to_bytes(4, "big") + jpeg)
-        self._notify()
-
-    def _forget(self, kind: type) -> None:
-        """Lets the oldest of a kind go."""
-        at = next(at for at, item in enumerate(self._items) if isinstance(item, kind))
-        self._count(self._items[at])
-        del self._items[at]
-
-    def _count(self, item: dict[str, Any] | bytes) -> None:
-        if isinstance(item, bytes):
-            self._waiting -= 1
+            while self._waiting and self._waiting + frames > self._limit:
+                gone = self._forget(_Pictures)
+                self.dropped += gone
+                self._untold += gone
+            self._waiting += frames
+            self._items.append(_Pictures(index, block, frames, encoded))
+        if isinstance(encoded, Future):
+            encoded.add_done_callback(lambda _: self._notify())
         else:
+            self._notify()
+
+    def _forget(self, kind: type) -> int:
+        """Lets the oldest of a kind go; its frames."""
+        at = next(at for at, item in enumerate(self._items) if isinstance(item, kind))
+        item = self._items[at]
+        del self._items[at]
+        return self._gone(item)
+
+    def _gone(self, item: dict[str, Any] | _Pictures) -> int:
+        """Counts what is not here any more."""
+        if isinstance(item, dict):
             self._events -= 1
+            return 0
+        self._waiting -= item.frames
+        if isinstance(item.encoded, Future):
+            item.encoded.cancel()  # of no use, if it has not begun
+        return item.frames
 
     def clear_frames(self) -> None:
         """Lets all frames go that were not sent: after a seek they are of another past, and not missed."""
         with self._lock:
-            self._items = deque(item for item in self._items if not isinstance(item, bytes))
-            self._waiting = 0
+            for item in [item for item in self._items if isinstance(item, _Pictures)]:
+                self._gone(item)
+            self._items = deque(item for item in self._items if isinstance(item, dict))
 
     def take(self) -> dict[str, Any] | bytes | None:
-        """The next to be sent; None if there is nothing."""
+        """The next to be sent; None if there is nothing, or it is still being encoded."""
         with self._lock:
             if self._untold:
                 told, self._untold = self._untold, 0
                 return {"type": "dropped", "frames": told, "total": self.dropped}
             if not self._items:
                 return None
-            item = self._items.popleft()
-            self._count(item)
-            return item
+            item = self._items[0]
+            if isinstance(item, _Pictures) and not item.ready:
+                return None
+            self._items.popleft()
+            self._gone(item)
+        return item if isinstance(item, dict) else _sent(item)
+
+
+def _sent(item: _Pictures) -> dict[str, Any] | bytes:
+    """A message with the frames; or an error, if they could not be encoded."""
+    encoded = item.encoded
+    if isinstance(encoded, Future):
+        if (error := encoded.exception()) is not None:
+            said = f"frames from {item.index} on could not be encoded ({type(error).__name__}: {str(error)[:200]})"
+            return {"type": "error", "code": "not_encoded", "message": said}
+        encoded = encoded.result()
+    return picture(item.index, item.block, encoded)

@@ -1,15 +1,16 @@
 """One client's video: a turn makes one block, or does what the client asked for; no network, no threads, any clock."""
 
 import dataclasses
-import io
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
@@ -19,6 +20,7 @@ from monarchrt.models.sampling import LiveRollout
 from monarchrt.models.serve.engine import Engine, blended
 from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusal, Resume, Save, Seek, Start, Step, Stop
 from monarchrt.models.serve.outbox import Outbox
+from monarchrt.models.web.encodings import ENCODINGS
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
 MOST_OF_ALL = 10_000_000  # of what a server may be told, such as four months of seconds
@@ -27,6 +29,12 @@ AHEAD = 1.0  # seconds that a paced video is made before it is played
 WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
 
 type Texts = tuple[Array, Array | None]
+type Submit = Callable[..., bytes | Future[Any]]
+
+
+def at_once(encode: Callable[..., bytes], *arguments: Any) -> bytes:
+    """Encodes here and now; a pool's `submit` does it beside the next block."""
+    return encode(*arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,8 @@ class Limits:
         kept: Blocks of latents that are kept of each, to go back to and to save.
         frames: That wait for a client to read them.
         videos: Saved ones that can be fetched; the oldest goes.
+        upload: Bytes of an image or a clip to begin with.
+        uploads: Of them that wait for their session; the oldest goes.
     """
 
     sessions: int = 4
@@ -54,6 +64,8 @@ class Limits:
     kept: int = 120
     frames: int = 96
     videos: int = 16
+    upload: int = 2**24
+    uploads: int = 8
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -78,15 +90,6 @@ class Observed:
         """A session is over."""
 
 
-def jpeg(frame: UInt8[np.ndarray, "H W 3"], *, quality: int = 88) -> bytes:
-    """A frame as JPEG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
 class Session:
     """A video in the making, and what its client may do to it.
 
@@ -98,7 +101,8 @@ class Session:
         clock: Seconds; it never goes back.
         folder: Where videos are saved; None: they cannot be.
         observed: Takes measurements.
-        encoded: `map`, or that of a pool of threads, in which frames are encoded.
+        submit: Encodes frames: `at_once`, or the `submit` of a pool of threads.
+        begin: Frames that the video begins with.
 
     Attributes:
         ended: Why it is over; None while it is not.
@@ -118,12 +122,14 @@ class Session:
         clock: Callable[[], float],
         folder: Path | None = None,
         observed: Observed | None = None,
-        encoded: Callable[..., Iterable[bytes]] = map,
+        submit: Submit = at_once,
+        begin: UInt8[np.ndarray, "T H W 3"] | None = None,
     ):
         self._engine, self._start, self.outbox, self._limits, self._clock = engine, start, outbox, limits, clock
-        self._folder, self._observed, self._encoded = folder, observed or Observed(), encoded
+        self._folder, self._observed, self._submit, self._begin_with = folder, observed or Observed(), submit, begin
         self.name, self.ended, self.block = secrets.token_hex(4), None, 0
         self._last, self._why_last = self._check(start)
+        self._encoding, self._given = ENCODINGS[start.video], dict[int, np.ndarray]()
         self._commands: deque[Message] = deque()
         self.heard = clock()
         self._playing, self._steps, self._drops = not start.paused, 0, 0
@@ -155,6 +161,26 @@ class Session:
                     code="other_program",
                     id=start.id,
                 )
+        try:
+            engine.attention(start.attention)
+            given = 0 if self._begin_with is None else engine.begins_with(self._begin_with)
+        except UserError as error:
+            code = error.code if isinstance(error, Refusal) else "invalid"
+            raise Refusal(f"start: {error}", code=code, id=start.id) from error
+        if start.video not in (formats := engine.formats()):
+            known = "cannot be made here" if start.video in ENCODINGS else "is unknown"
+            raise Refusal(f"start: video {start.video!a} {known}; there is {', '.join(formats)}", id=start.id)
+        last, why = self._find_last(start)
+        if given >= last:
+            raise Refusal(
+                f"start: it begins with {engine.frames(given)} frames, which leaves none of {engine.frames(last)} to "
+                f"make; ask for {engine.frames(given + 1)} or more",
+                id=start.id,
+            )
+        return last, why
+
+    def _find_last(self, start: Start) -> tuple[int, str]:
+        engine = self._engine
         most = int(self._limits.seconds * engine.fps)
         if start.frames is not None:
             if start.frames > most:
@@ -206,7 +232,15 @@ class Session:
         engine, self.heard = self._engine, self._clock()
         frames = None if self._start.frames is None else engine.frames(self._last)
         self.outbox.event(
-            "started", id=self._start.id, session=self.name, fps=engine.fps, frames=frames, playing=self._playing
+            "started",
+            id=self._start.id,
+            session=self.name,
+            fps=engine.fps,
+            frames=frames,
+            playing=self._playing,
+            video=self._start.video,
+            mime=self._encoding.mime(*engine.size, engine.fps),
+            attention=engine.attention(self._start.attention),
         )
 
     def give_up_waiting(self) -> None:
@@ -242,8 +276,9 @@ class Session:
         if self.ended is not None:
             return
         self.ended = reason
-        self._video = self._decoder = self._texts = self._blend = self._saving = None
+        self._video = self._decoder = self._texts = self._blend = self._saving = self._begin_with = None
         self._past.clear()
+        self._given.clear()
         self._observed.ended(reason)
         self.outbox.event("ended", reason=reason, message=message, blocks=self.block)
 
@@ -271,7 +306,10 @@ class Session:
     def _begun(self) -> LiveRollout:
         if self._video is None:
             self._texts = self._engine.embed(self._start.prompt, self._start.negative)
-            self._video = self._engine.video(self._texts, self._start.seed)
+            self._video = self._engine.video(self._texts, self._start.seed, attention=self._start.attention)
+            if self._begin_with is not None:
+                self._given = dict(enumerate(self._engine.encode(self._begin_with)))
+                self._begin_with = None
             self._decoder = self._engine.start_decoder()
             self._begin = self._clock()
         return self._video
@@ -310,7 +348,11 @@ class Session:
         video, began = self._begun(), self._clock()
         if self._mixed != self.block:
             self._mix(video)
-        latents = video.generate()
+        if (given := self._given.get(self.block)) is None:
+            latents = video.generate()
+        else:
+            latents = given
+            video.write(jnp.asarray(given))
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
         if not finite:
             raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or --precision fp32")
@@ -325,14 +367,20 @@ class Session:
         self.outbox.event(
             "block", block=block, frame=first, frames=len(pictures), ms=round(1000 * seconds, 1), waiting=waiting
         )
-        for index, picture in enumerate(self._encoded(jpeg, pictures)):
-            self.outbox.frame(first + index, block, picture)
+        self._send(first, block, pictures)
         self._observed.block(seconds, len(pictures))
         dropped, self._drops = self.outbox.dropped - self._drops, self.outbox.dropped
         self._observed.dropped(dropped)
         if self.block >= self._last:
             longest = f"a session's video has at most {self._limits.seconds:.0f} s"
             self.end(self._why_last, message=longest if self._why_last == "longest" else None)
+
+    def _send(self, first: int, block: int, pictures: UInt8[np.ndarray, "t H W 3"]) -> None:
+        """Encodes frames, beside what follows here, and puts them where they wait to be sent."""
+        encoding, fps, size = self._encoding, self._engine.fps, len(pictures) if self._encoding.by_block else 1
+        for index in range(0, len(pictures), size):
+            encoded = self._submit(encoding.encode, pictures[index : index + size], first + index, fps)
+            self.outbox.pictures(first + index, block, encoded, frames=size)
 
     def _forget(self) -> None:
         """Lets go of the oldest block that neither attention's sinks nor its window need."""

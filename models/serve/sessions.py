@@ -2,13 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
 
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import Message, Refusal, Start
 from monarchrt.models.serve.outbox import Outbox
-from monarchrt.models.serve.session import Limits, Observed, Session
+from monarchrt.models.serve.session import Limits, Observed, Session, Submit, at_once
 
 
 class Sessions:
@@ -27,7 +30,7 @@ class Sessions:
         clock: Seconds; it never goes back.
         folder: Where videos are saved.
         observed: Takes measurements.
-        encoded: `map`, or that of a pool of threads.
+        submit: Encodes frames: `at_once`, or the `submit` of a pool of threads.
     """
 
     def __init__(
@@ -38,10 +41,10 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
         folder: Path | None = None,
         observed: Observed | None = None,
-        encoded: Callable[..., Iterable[bytes]] = map,
+        submit: Submit = at_once,
     ):
         self.engine, self.limits = engine, limits
-        self._clock, self._folder, self._observed, self._encoded = clock, folder, observed or Observed(), encoded
+        self._clock, self._folder, self._observed, self._submit = clock, folder, observed or Observed(), submit
         self._active: list[Session] = []
         self._waiting: list[Session] = []
         self._videos: list[Path] = []
@@ -63,8 +66,13 @@ class Sessions:
         """Frames that clients have not read yet."""
         return sum(len(session.outbox) for session in list(self._active))
 
-    def open(self, start: Start, outbox: Outbox) -> Session:
+    def open(self, start: Start, outbox: Outbox, *, begin: UInt8[np.ndarray, "T H W 3"] | None = None) -> Session:
         """A new session; it begins, or waits for a place.
+
+        Args:
+            start: What the client asks for; of `begin`, it is the caller who knows what is meant.
+            outbox: Takes what it is told.
+            begin: Frames that the video begins with, of the engine's size, as many as one of `engine.begins`.
 
         Raises:
             Refusal: If there is no place to wait, or what it asks for cannot be made.
@@ -87,7 +95,8 @@ class Sessions:
                 clock=self._clock,
                 folder=self._folder,
                 observed=self._observed,
-                encoded=self._encoded,
+                submit=self._submit,
+                begin=begin,
             )
             self._waiting.append(session)
             self._seat()

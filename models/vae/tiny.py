@@ -2,7 +2,8 @@
 
 Convolutions over single frames, and blocks that also see their own input of the frame before: that is all that is
 remembered, in a pytree that goes in and comes out. So a clip may come in pieces, and the result is the same. Latents
-are the exact autoencoder's normalised ones. As there, the first latent frame stands for one frame, and every further
+are those of the diffusion model, which are the exact autoencoder's after its mean and deviation are taken out: the
+published weights know no scale or shift. As there, the first latent frame stands for one frame, and every further
 one for 4: the decoder makes 4 of every latent, of which the first 3 of all are let go.
 """
 

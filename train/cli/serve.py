@@ -83,6 +83,21 @@ class ServeOptions(VideoOptions):
     kept: int = 120
     """Blocks of latents that are kept of each session, to go back to and to save."""
 
+    begin: tuple[int, ...] | None = None
+    """Numbers of frames that sessions may begin with, of an image or a clip that is sent; each takes a program. 0: they
+    begin with nothing. Default: those of the first block."""
+
+    attentions: tuple[str, ...] = ()
+    """More settings of attention that sessions may ask for, such as `dense` or `monarch(tile=(1,30,52))`; each takes a
+    program."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.begin is not None:
+            object.__setattr__(self, "begin", tuple(self.begin))
+            if not self.begin or not all(0 <= frames <= 2**20 for frames in self.begin):
+                raise UserError(f"begin is {self.begin}; give numbers of frames, such as 9 21, or 0 for none")
+
 
 def serve_command(arguments: Sequence[str]) -> int:
     """`monarchrt serve`."""
@@ -92,10 +107,10 @@ def serve_command(arguments: Sequence[str]) -> int:
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
     with finish_first():
-        from monarchrt.models.generate.stream import check_port
         from monarchrt.models.serve.load import load_engine
-        from monarchrt.models.serve.server import Address, Server, run_server
+        from monarchrt.models.serve.server import Server, run_server
         from monarchrt.models.serve.session import Limits
+        from monarchrt.models.web.access import Address, check_port
 
     def of(kind: Any) -> Any:
         names = {field.name for field in dataclasses.fields(kind)} & {
@@ -109,7 +124,9 @@ def serve_command(arguments: Sequence[str]) -> int:
     limits = Limits(**{name: getattr(options, name) for name in ("sessions", "waiting", "seconds", "idle", "kept")})
     check_port(address.host, address.port)
     begin = time.monotonic()
-    engine = load_engine(of(GenerateConfig), report=_say)
+    begins = None if options.begin is None else [frames for frames in options.begin if frames]
+    engine = load_engine(of(GenerateConfig), report=_say, begins=begins, attentions=options.attentions)
+    engine.check_memory(limits.sessions)
     _say("compiling")
     engine.warm_up()
     server = Server(engine, address=address, limits=limits, title=Path(options.checkpoint).name)

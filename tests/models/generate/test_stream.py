@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.stream import LivePage, check_port, own_host
-from tests.untyped import untyped
+from monarchrt.models.generate.stream import LivePage, Video, check_port, own_host
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -29,16 +28,16 @@ def frames(count=4, height=32, width=48):
 
 
 def watch(url, *, leave_after=None):
-    """What a browser gets: (texts, mean colours)."""
+    """What a browser gets: (texts, mean colours); frames are counted from the first that is kept."""
 
     async def run():
         texts, colours = [], []
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}frames") as ws:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}session") as ws:
             async for message in ws:
                 if message.type is aiohttp.WSMsgType.TEXT:
                     texts.append(message.json())
                 else:
-                    picture = np.asarray(Image.open(io.BytesIO(message.data)))
+                    picture = np.asarray(Image.open(io.BytesIO(message.data[8:])))
                     colours.append(picture.reshape(-1, 3).mean(0))
                 if leave_after is not None and len(colours) >= leave_after:
                     break
@@ -60,9 +59,25 @@ def test_a_browser_gets_everything_in_order_also_if_it_comes_late():
         late = watch(page.url)
         assert page.wait(10.0)
     for texts, colours in [*early, late]:
-        assert texts == [{"fps": 8.0, "title": "a cat", "total": 4}, {"ended": "finished"}]
+        hello, ended = texts
+        assert (hello["type"], hello["fps"], hello["title"], hello["frames"]) == ("hello", 8.0, "a cat", 4)
+        assert (hello["messages"], hello["formats"]) == ([], ["jpeg"])
+        assert ended == {"type": "ended", "reason": "finished"}
         assert np.abs(colours - COLOURS).max() < 12
     assert len(early) == 1
+
+
+def test_frames_say_which_they_are():
+    async def headers(url):
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}session") as ws:
+            data = [message.data async for message in ws if message.type is aiohttp.WSMsgType.BINARY]
+            return [(int.from_bytes(each[:4], "big"), int.from_bytes(each[4:8], "big")) for each in data]
+
+    with LivePage(port=0) as page:
+        page.show(frames(2))
+        page.show(frames(3))
+        page.end()
+        assert asyncio.run(headers(page.url)) == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
 
 
 def test_a_closed_browser_disturbs_nobody():
@@ -152,13 +167,13 @@ class TestStrangers:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         headers = {"Host": f"127.0.0.1:{port}"} | headers | upgrade | {"Connection": "Upgrade"}
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        client.sendall("\r\n".join(["GET /frames HTTP/1.1", *lines, "", ""]).encode())
+        client.sendall("\r\n".join(["GET /session HTTP/1.1", *lines, "", ""]).encode())
         return client
 
     def status(self, client):
         return int(client.recv(64).split()[1])
 
-    @pytest.mark.parametrize("path", ["", "frames", "nothing"])
+    @pytest.mark.parametrize("path", ["", "session", "nothing"])
     @pytest.mark.parametrize(
         "host", ["rebound.example", "127.0.0.1.example:80", "192.0.2.7", "localhost.example", "", "["]
     )
@@ -202,7 +217,7 @@ class TestStrangers:
 
     def test_a_limit_on_browsers_and_connections(self, monkeypatch):
         monkeypatch.setattr("monarchrt.models.generate.stream.MOST_BROWSERS", 2)
-        monkeypatch.setattr("monarchrt.models.generate.stream.MOST_CONNECTIONS", 6)
+        monkeypatch.setattr("monarchrt.models.web.server.MOST_CONNECTIONS", 6)
         with LivePage(port=0) as page, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(self.websocket(page)) for _ in range(2)]
             assert [self.status(client) for client in clients] == [101, 101]
@@ -214,7 +229,7 @@ class TestStrangers:
 
     def test_stalled_browsers_do_not_hold_the_exit(self, monkeypatch):
         """Some that take nothing, some that say nothing; one that watches gets everything meanwhile."""
-        monkeypatch.setattr("monarchrt.models.generate.stream.PATIENCE", 1.0)
+        monkeypatch.setattr("monarchrt.models.web.server.PATIENCE", 1.0)
         monkeypatch.setattr("monarchrt.models.generate.stream.GRACE", 2.0)
         noise = np.random.default_rng(0).integers(0, 255, (120, 240, 320, 3), np.uint8)
         with contextlib.ExitStack() as stack:
@@ -234,32 +249,22 @@ class TestStrangers:
         """One that takes 30 ms for a frame of 5, by a clock that only it moves."""
         now = [0.0]
         monkeypatch.setattr("monarchrt.models.generate.stream.time.monotonic", lambda: now[0])
-        monkeypatch.setattr("monarchrt.models.generate.stream.PATIENCE", 1.0)
-
-        class Slow:
-            closed = False
-
-            def __init__(self):
-                self.pictures, self.texts = [], []
-
-            async def send_bytes(self, picture):
-                now[0] += 0.03
-                self.pictures.append(int(picture))
-
-            async def send_json(self, text):
-                self.texts.append(text)
-
-        page, browser = LivePage(port=0, fps=200.0), Slow()
-        page._frames.extend(b"%d" % index for index in range(1000))
-        page._made, page._ended = 1000, "finished"
-        asyncio.run(page._send_all(untyped(browser)))
-        pictures, texts = browser.pictures, browser.texts
-        whole = next(n for n in range(1000) if pictures[n + 1] != pictures[n] + 1)
+        monkeypatch.setattr("monarchrt.models.generate.stream.BEHIND", 1.0)
+        video, taken = Video(fps=200.0), []
+        for _ in range(1000):
+            video.add(0, b"")
+        video.end("finished")
+        browser = video.watch(lambda: None)
+        assert browser.take() == video.hello
+        while isinstance(item := browser.take(), bytes):
+            now[0] += 0.03
+            taken.append(int.from_bytes(item[:4], "big"))
+        whole = next(n for n in range(1000) if taken[n + 1] != taken[n] + 1)
         assert 38 <= whole <= 42  # nothing is missed until 200 frames behind: 6 - 1 are lost per frame taken
-        assert 160 < len(pictures) < 210  # 5 s of play and 1 s of patience, in steps of 30 ms
-        assert pictures == sorted(set(pictures))
-        assert pictures[-1] == 999  # the last is not missed
-        assert texts == [{"ended": "finished"}]
+        assert 160 < len(taken) < 210  # 5 s of play and 1 s of patience, in steps of 30 ms
+        assert taken == sorted(set(taken))
+        assert taken[-1] == 999  # the last is not missed
+        assert (item, browser.over, browser.take()) == ({"type": "ended", "reason": "finished"}, True, None)
 
 
 @pytest.mark.slow
@@ -282,7 +287,7 @@ def test_in_a_browser():
         closed.close()
         page.show(frames(4))
         page.end("finished")
-        tab.wait_for_function("document.body.dataset.ended === 'yes'")
+        tab.wait_for_function("document.body.dataset.ended === 'finished'")
         assert tab.inner_text("#status") == "8 frames; finished"
         assert tab.inner_text("#title") == "a cat"
         assert tab.evaluate("document.querySelector('canvas').width") == 48

@@ -13,6 +13,7 @@ from monarchrt.models.sampling import LiveRollout, Rollout, autoregressive
 from monarchrt.models.sampling.rollout import block_noise, generate_block, write_block, write_text
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import MonarchAttention, rope
+from tests.compiled import compiled_here
 from tests.untyped import programs
 
 H, W = 8, 12  # latents; 4 x 6 tokens
@@ -223,18 +224,9 @@ def test_nothing_is_compiled_after_the_first_changes(model):
 
     session(1, NEW, blocks=4, back=9).block_until_ready()
     other = text(8).block_until_ready()  # is made by programs of its own
-    compiled = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     counts = [programs(function) for function in (generate_block, write_block, write_text)]
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiled_here() as compiled:
         session(2, other, blocks=6, back=12).block_until_ready()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
     assert counts == [programs(function) for function in (generate_block, write_block, write_text)]
 

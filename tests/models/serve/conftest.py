@@ -37,6 +37,8 @@ def engine():
         width=8,
         encode=encode,
         fps=30.0,
+        begins=(6,),
+        attentions=("monarch(tile=(3,2,2))",),
     )
     engine.warm_up()
     return engine
@@ -61,8 +63,8 @@ def stage(engine, clock, tmp_path):
     """Sessions whose clock stands still, and whose frames are bytes as they are."""
 
     def stage(**limits):
-        plain = lambda encode, frames: [frame.tobytes() for frame in frames]  # noqa: E731
-        return Sessions(engine, limits=Limits(**limits), clock=clock, folder=tmp_path, encoded=plain)
+        plain = lambda encode, frames, index, fps: frames.tobytes()  # noqa: E731
+        return Sessions(engine, limits=Limits(**limits), clock=clock, folder=tmp_path, submit=plain)
 
     return stage
 
@@ -81,9 +83,9 @@ def drain(outbox):
 class Client:
     """A session without a network."""
 
-    def __init__(self, sessions, start, *, frames=1000):
+    def __init__(self, sessions, start, *, frames=1000, **more):
         self.sessions, self.outbox = sessions, Outbox(frames=frames)
-        self.session = sessions.open(start, self.outbox)
+        self.session = sessions.open(start, self.outbox, **more)
 
     def tell(self, message):
         self.sessions.tell(self.session, message)

@@ -2,12 +2,18 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import gc
 import importlib.util
 import io
 import json
+import os
 import shutil
 import socket
+import ssl
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import aiohttp
@@ -17,8 +23,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.media.video import read_clip, write_mp4
 from monarchrt.models.serve import Address, Limits, Server
-from monarchrt.models.serve.server import MOST_CONNECTIONS
+from monarchrt.models.serve.uploads import Uploads
+from monarchrt.models.web.encodings import ENCODINGS
+from monarchrt.models.web.server import MOST_CLIENTS
 from tests.untyped import there
 
 CHROMIUM = next(
@@ -159,15 +168,17 @@ def test_many_come_and_go(engine):
 
 
 @pytest.mark.slow
-def test_a_client_that_stops_reading(engine, monkeypatch):
+@pytest.mark.parametrize("video", ["jpeg", "mp4"])
+def test_a_client_that_stops_reading(engine, video, monkeypatch):
     """Frames are dropped, generation goes on, and in the end it is let go."""
-    monkeypatch.setattr("monarchrt.models.serve.server.PATIENCE", 0.5)
-    monkeypatch.setattr("monarchrt.models.serve.session.jpeg", lambda frame: bytes(2**20))
+    monkeypatch.setattr("monarchrt.models.web.server.PATIENCE", 0.5)
+    large = dataclasses.replace(ENCODINGS[video], encode=lambda frames, index, fps: bytes(2**20))
+    monkeypatch.setitem(ENCODINGS, video, large)
 
     async def talk(client, server):
         ws = await client.ws_connect("/session")
         ws._conn.transport.pause_reading()
-        await ws.send_json({"type": "start", "prompt": "a cat", "pace": False})
+        await ws.send_json({"type": "start", "prompt": "a cat", "pace": False, "video": video})
         while not server._sockets or server.metrics.registry.get_sample_value("monarchrt_frames_total") < 60:
             await asyncio.sleep(0.01)
         while server._sockets:
@@ -229,7 +240,7 @@ def test_bad_addresses(values, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         Address(**values)
     assert Address(host="0.0.0.0", token=TOKEN).port
-    assert Limits().sessions + Limits().waiting < MOST_CONNECTIONS
+    assert Limits().sessions + Limits().waiting < MOST_CLIENTS
 
 
 def test_a_file_that_is_no_certificate(tmp_path):
@@ -242,7 +253,8 @@ def test_a_file_that_is_no_certificate(tmp_path):
 @contextlib.contextmanager
 def running(engine, **more):
     """A server in a thread."""
-    server, up = Server(engine, address=Address(port=0), **more), threading.Event()
+    limits = more.pop("limits", None)
+    server, up = Server(engine, address=Address(port=0, **more), limits=limits), threading.Event()
     server.listening = up.set
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(stop)))
@@ -256,23 +268,216 @@ def running(engine, **more):
         loop.close()
 
 
-def test_the_example(engine, tmp_path, capsys):
-    """The client of the documentation, which is short."""
-    assert len(EXAMPLE.read_text().splitlines()) < 60
+def test_the_example(engine, tmp_path):
+    """The client of the documentation, which is short: what it keeps can be played."""
+    assert len(EXAMPLE.read_text().splitlines()) <= 30
     spec = there(importlib.util.spec_from_file_location("stream_client", EXAMPLE))
     client = importlib.util.module_from_spec(spec)
     there(spec.loader).exec_module(client)
+    path = tmp_path / "cat.mp4"
 
     async def talk(http, server):
-        url = str(http.make_url("/session"))
-        return await client.watch(url, ["a cat", "a dog"], tmp_path, seconds=0.2, token=TOKEN)
+        url = f"{http.make_url('/session')}?token={TOKEN}"
+        with path.open("wb") as file:
+            return await client.watch(url, file, ["a cat", "a dog"], blocks=2, seed=3, pace=False)
 
-    count = against(engine, talk, token=TOKEN)
-    assert count >= 12
-    assert {"00000.jpg", "00011.jpg"} <= {path.name for path in tmp_path.iterdir()}
-    said = capsys.readouterr().out
-    assert "'prompt': 'a dog', 'block': " in said
-    assert "'reason': 'stopped'" in said
+    ended = against(engine, talk, token=TOKEN)
+    assert (ended["type"], ended["reason"]) == ("ended", "stopped")
+    assert len(read_clip(path, height=8, width=16)) >= 3 * 4
+
+
+def test_beginning_with_what_is_sent(engine, tmp_path):
+    """A clip by its name, once; what is wrong with others is said, and nothing of them is kept."""
+    clip = np.zeros((7, 8, 16, 3), np.uint8)
+    clip[:, :, :5] = 200
+
+    async def talk(client, server):
+        async def send(body, status, **params):
+            answer = await client.post("/upload", data=body, params=params)
+            assert answer.status == status, await answer.text()
+            return await answer.text()
+
+        sent = json.loads(await send(write_mp4(tmp_path / "clip.mp4", clip, fps=30.0).read_bytes(), 200))
+        assert sent["frames"] == 6
+        for body, status, said in (
+            (b"", 422, "the upload is empty; send the file as the body of the request\n"),
+            (bytes(40_000), 413, "the upload has 40000 bytes or more; at most 30000 are taken\n"),
+            (unmeasured(40_000), 413, "at most 30000 are taken\n"),
+            (b"nothing", 422, "video upload is cut off, damaged or not a video"),
+        ):
+            assert said in await send(body, status)
+        assert "frames is 'x'; it must be a number" in await send(b"nothing", 422, frames="x")
+        assert (len(server.uploads), (await client.get("/upload")).status) == (1, 405)
+        async with client.ws_connect("/session") as ws:
+            hello = await ws.receive_json()
+            assert (hello["begin_frames"], hello["limits"]["upload"]) == ([6], 30_000)
+            begin = {"type": "start", "prompt": "a cat", "frames": 9, "pace": False, "begin": sent["upload"]}
+            await ws.send_json(begin)
+            events, frames = await until(ws, "ended")
+            assert (events[-1]["reason"], len(frames)) == ("finished", 9)
+            first = np.asarray(Image.open(io.BytesIO(frames[0][8:]))).astype(int)
+            assert (np.abs(first - clip[0])[:, :3].mean(), np.abs(first - clip[0])[:, 8:].mean()) < (30, 30)
+            await ws.send_json(begin)
+            error = (await until(ws, "error"))[0][-1]
+            assert (error["code"], error["message"][:47]) == (
+                "no_upload",
+                "start: begin names no upload that is there; sen",
+            )
+
+    against(engine, talk, limits=Limits(upload=30_000))
+
+
+async def unmeasured(size):
+    """A body without a length."""
+    for _ in range(size // 1000):
+        yield bytes(1000)
+
+
+class TestUploads:
+    """What waits for its session is bounded, in number and time."""
+
+    def test_the_oldest_goes(self, engine, clock):
+        uploads = Uploads(engine, limits=Limits(uploads=2), clock=clock)
+        for name in "abc":
+            uploads._kept[name] = clock.now, np.zeros((1, 8, 16, 3), np.uint8)
+        assert uploads.get("a") is None
+        assert uploads.get("c") is not None
+        clock.now = 301.0
+        assert uploads.get("c") is None
+        assert len(uploads) == 0
+
+    def test_nowhere_to_begin(self, engine, monkeypatch):
+        async def talk(client, server):
+            answer = await client.post("/upload", data=b"x")
+            assert (answer.status, await answer.text()) == (
+                404, "videos begin with nothing here; the server has no --begin\n"
+            )  # fmt: skip
+
+        monkeypatch.setattr(engine, "begins", ())
+        against(engine, talk)
+
+
+def test_over_tls(engine, tmp_path):
+    """With a certificate of its own, which the client knows, and another that it does not."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2", "-nodes"]
+    command = ["openssl", "req", "-x509", *kind, *names, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    async def talk(url):
+        known = ssl.create_default_context(cafile=certificate)
+        async with aiohttp.ClientSession() as http:
+            async with http.ws_connect(f"{url}session?token={TOKEN}", ssl=known) as ws:
+                assert (await ws.receive_json())["type"] == "hello"
+                await ws.send_json({"type": "start", "prompt": "a cat", "frames": 3, "video": "mp4"})
+                events, pieces = await until(ws, "ended")
+                assert (events[-1]["reason"], len(pieces)) == ("finished", 1)
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await http.get(url)
+            with pytest.raises(aiohttp.ClientError):  # nothing is served without
+                await http.get(url.replace("https", "http"))
+
+    with running(engine, certificate=certificate, key=key, token=TOKEN) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        asyncio.run(asyncio.wait_for(talk(server.url), 30))
+
+
+@pytest.mark.slow
+def test_a_thousand_come_and_go(engine):
+    """Files and memory are as they were; some start, some leave without a word, some break off an upload."""
+
+    async def come(url, number):
+        async with aiohttp.ClientSession() as http:
+            if number % 5 == 4:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                    await asyncio.wait_for(http.post(f"{url}upload", data=unmeasured(5000)), 5)
+                return
+            async with http.ws_connect(f"{url}session") as ws:
+                await ws.receive_json()
+                if number % 5:
+                    video = "mp4" if number % 2 else "jpeg"
+                    await ws.send_json({"type": "start", "prompt": "a cat", "pace": False, "video": video})
+                    if number % 5 > 1:
+                        await until(ws, "block")
+                if number % 5 == 3:
+                    there(there(ws._response.connection).transport).abort()
+
+    async def many(url, count):
+        limit = asyncio.Semaphore(8)
+
+        async def one(number):
+            async with limit:
+                await come(url, number)
+
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+    def state():
+        gc.collect()
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), memory
+
+    with running(engine, limits=Limits(waiting=64)) as server:
+        asyncio.run(many(server.url, 200))
+        before = state()
+        for _ in range(4):
+            asyncio.run(many(server.url, 200))
+        end = time.monotonic() + 30
+        while (server.sessions.active or server.sessions.waiting or server._sockets) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1)
+        after = state()
+        print(before, after)
+        assert after[0] <= before[0] + 2
+        assert after[1] <= before[1] + 1
+        assert after[2] - before[2] < 30 * 2**20
+        assert len(server.uploads) == 0
+
+
+def browser_page(driver, **options):
+    browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    return browser, browser.new_page(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_video_in_a_browser(engine, tmp_path):
+    """H.264 through Media Source Extensions: begun with a picture, played, changed, and gone on at the same speed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    clip = np.zeros((6, 8, 16, 3), np.uint8)
+    clip[:, :, 8:] = 255
+    path = write_mp4(tmp_path / "clip.mp4", clip, fps=30.0)
+    with running(engine) as server, playwright.sync_playwright() as driver:
+        browser, tab = browser_page(driver)
+        tab.goto(server.url)
+        tab.wait_for_function("!document.getElementById('go').disabled")
+        tab.fill("#prompt", "a cat")
+        tab.select_option("#format", "mp4")
+        tab.select_option("#attention", "monarch(tile=(3,2,2))")
+        (tmp_path / "bad.png").write_bytes(b"nothing")
+        tab.set_input_files("#begin", tmp_path / "bad.png")
+        tab.click("#go")
+        tab.wait_for_function("document.getElementById('status').textContent.includes('not a video')")
+        tab.set_input_files("#begin", path)
+        tab.click("#go")
+        tab.wait_for_function("Number(document.body.dataset.shown) >= 30", timeout=20000)
+        assert tab.is_visible("#film")
+        assert not tab.is_visible("#screen")
+        assert tab.evaluate("document.getElementById('film').videoWidth") == 16
+        shown = int(tab.evaluate("document.body.dataset.shown"))
+        tab.wait_for_timeout(2000)
+        more = int(tab.evaluate("document.body.dataset.shown")) - shown
+        assert 30 < more < 90  # 60 at 30 frames a second
+        tab.fill("#prompt", "a dog")
+        tab.click("#go")
+        tab.wait_for_function("document.body.dataset.prompts !== undefined")
+        tab.click("#stop")
+        tab.wait_for_function("document.body.dataset.ended === 'stopped'")
+        tab.select_option("#format", "jpeg")  # and the other way once more
+        tab.click("#go")
+        tab.wait_for_function("Number(document.body.dataset.shown) >= 3")
+        assert tab.is_visible("#screen")
+        browser.close()
 
 
 @pytest.mark.slow

@@ -1,19 +1,25 @@
 """Sessions without a network: what a client asks for is what is made, when it is due, and no more."""
 
 import dataclasses
+import io
+from concurrent.futures import Future
 from typing import Any
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
+from monarchrt.models.sampling import autoregressive
 from monarchrt.models.sampling.rollout import generate_block
 from monarchrt.models.serve import Engine, Limits, Outbox, Refusal
 from monarchrt.models.serve.engine import blended
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
+from tests.compiled import compiled_here
 from tests.untyped import programs, untyped
 
 FREE: dict[str, Any] = dict(pace=False)
@@ -295,28 +301,176 @@ def test_too_many_commands_wait(stage, client):
 
 
 def test_nothing_is_compiled_by_sessions(stage, client):
-    """Two at once with prompts, seeds, seeks and blends of their own."""
-    count, compiled = programs(generate_block), []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        sessions = stage()
+    """Three at once with prompts, seeds, seeks and blends, a beginning and an attention of their own."""
+    count, sessions = programs(generate_block), stage()
+    with compiled_here() as compiled:
         one, other = (client(sessions, start(name, seed=seed)) for name, seed in (("a bird", 8), ("a fish", 9)))
-        for _ in range(10):
+        third = client(sessions, start("a fish", attention=OTHER), begin=given(6))
+        for _ in range(12):
             sessions.turn()
         one.tell(Prompt(prompt="a fox", blend=1))
         other.tell(Seek(block=2))
-        for _ in range(6):
+        third.tell(Seek(block=1))
+        for _ in range(9):
             sessions.turn()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert one.session.ended is other.session.ended is None
+    assert one.session.ended is other.session.ended is third.session.ended is None
     assert compiled == []
     assert programs(generate_block) == count
+
+
+OTHER = "monarch(tile=(3,2,2))"
+
+
+def given(count):
+    """Frames with something to see in each."""
+    frames = np.zeros((count, 8, 16, 3), np.uint8)
+    for index in range(count):
+        frames[index, :, 2 * index : 2 * index + 4] = 200
+    return frames
+
+
+class TestBeginning:
+    """With an image or a clip."""
+
+    def test_the_video_goes_on_from_it(self, stage, client, engine):
+        """As the roll-out does with these latents; the frames that it begins with come first."""
+        clip = given(6)
+        events, frames = client(stage(), start(seed=4, frames=12), begin=clip).run()
+        assert types(events) == ["started", *["block"] * 4, "ended"]
+        assert np.abs(pictures(frames)[:6] - clip).max() <= 1
+        latents = engine.pipeline.decoder.encode(clip[None])
+        text, negative = engine.embed("a cat", None)
+        options: dict[str, Any] = dict(
+            frames=12, height=4, width=8, key=jax.random.key(4), negative=negative, initial=latents
+        )
+        state, expected = engine.start_decoder(), []
+        for block in autoregressive(engine.pipeline.model, text, rollout=engine.rollout, **options):
+            decoded, _, state = engine.decode(block, state)
+            expected.append(decoded[0])
+        np.testing.assert_allclose(pictures(frames), np.concatenate(expected), atol=1)
+
+    def test_it_is_there_again_after_going_back(self, stage, client):
+        session = client(stage(), start(), begin=given(6))
+        _, first = session.run(turns=3)
+        session.tell(Seek(block=0))
+        _, again = session.run(turns=3)
+        np.testing.assert_allclose(pictures(again), pictures(first), atol=1)
+
+    def test_another_prompt_sees_it(self, stage, client):
+        session = client(stage(), start(paused=True), begin=given(6))
+        session.tell(Step(blocks=2))
+        session.run()
+        session.tell(Prompt(prompt="a dog"))
+        session.tell(Step())
+        events, frames = session.run()
+        assert of(events, "prompt")[0]["block"] == 2
+        assert len(frames) == 3
+
+    @pytest.mark.parametrize(
+        ("clip", "more", "message"),
+        [
+            (given(3), {}, "start: begin has 3 frames; videos begin with 6 here"),
+            (given(6)[:, :4], {}, r"begin has frames of 4x16; videos have \(8, 16\) here"),
+            (given(6), dict(frames=6), "begins with 6 frames, which leaves none of 6 to make; ask for 9 or more"),
+        ],
+    )
+    def test_what_does_not_fit(self, stage, client, clip, more, message):
+        with pytest.raises(Refusal, match=message):
+            client(stage(), start(**more), begin=clip)
+
+    def test_nowhere_to_begin(self, engine, stage, client, monkeypatch):
+        monkeypatch.setattr(engine, "begins", ())
+        with pytest.raises(Refusal, match="videos begin with nothing here; the server has no --begin"):
+            client(stage(), start(), begin=given(6))
+        with pytest.raises(UserError, match="begin is 7, which do not make whole blocks; 6 or 9 do"):
+            rebuilt(engine, begins=(7,))
+
+
+def rebuilt(engine, **more):
+    return Engine(engine.pipeline, rollout=engine.rollout, height=4, width=8, encode=engine._encode, **more)
+
+
+class TestAttention:
+    def test_each_session_has_its_own(self, stage, client, engine):
+        sessions = stage()
+        plain, named, other = (
+            client(sessions, start(frames=9, **more))
+            for more in ({}, dict(attention="dense"), dict(attention="monarch( tile=[3, 2, 2] )"))
+        )
+        while sessions.turn():
+            pass
+        (said, plain), (_, named), (told, other) = (each.run() for each in (plain, named, other))
+        assert (said[0]["attention"], told[0]["attention"]) == ("dense", OTHER)
+        np.testing.assert_array_equal(pictures(plain), pictures(named))
+        assert np.abs(pictures(plain) - pictures(other)).max() > 3
+
+    @pytest.mark.parametrize(
+        ("attention", "code", "message"),
+        [
+            ("monarch(tile=(1,2,2))", "other_program", "would need another program; this server has dense, monarch"),
+            ("sparse", "invalid", "attention: "),
+            ("monarch(tile=(3,2,2)", "invalid", "attention: "),
+        ],
+    )
+    def test_others_are_refused(self, stage, client, attention, code, message):
+        with pytest.raises(Refusal, match=message) as caught:
+            client(stage(), start(attention=attention))
+        assert caught.value.code == code
+
+    @pytest.mark.parametrize("attention", ["monarch(tile=(3,3,2))", "sparse"])
+    def test_what_the_engine_cannot_have(self, engine, attention):
+        with pytest.raises(UserError, match="attention"):
+            rebuilt(engine, attentions=(attention,))
+
+
+class TestVideo:
+    """A block a message, as a piece of an mp4."""
+
+    def encoded(self, encode, frames, index, fps):
+        return encode(frames, index, fps)
+
+    def test_pieces_are_the_blocks(self, stage, client):
+        sessions = stage()
+        _, expected = client(sessions, start(frames=9)).run()
+        sessions._submit = self.encoded
+        events, pieces = client(sessions, start(frames=9, video="mp4")).run()
+        assert events[0]["mime"].startswith('video/mp4; codecs="avc1.')
+        assert [(index, block) for index, block, _ in pieces] == [(0, 0), (3, 1), (6, 2)]
+        with av.open(io.BytesIO(b"".join(piece for *_, piece in pieces)), "r") as container:
+            frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+        assert len(frames) == 9
+        luma = np.array([0.299, 0.587, 0.114])  # colours are stored at half the size
+        distances = [[np.abs((frame - other) @ luma).mean() for other in pictures(expected)] for frame in frames]
+        assert (np.argmin(distances, axis=1) // 3).tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+    def test_an_unknown_one(self, stage, client):
+        with pytest.raises(Refusal, match="start: video 'webm' is unknown; there is jpeg, mp4"):
+            client(stage(), start(video="webm"))
+
+
+class TestMemory:
+    def test_what_is_needed_is_said_before_anything_is_compiled(self, engine, monkeypatch):
+        weights, one = engine.held(1)
+        values = nnx.state(engine.pipeline.model)
+        assert weights >= sum(leaf.size * 4 for leaf in jax.tree.leaves(values))
+        keys = 2 * 6 * (2 * 4) * engine.pipeline.model.config.dim * 4  # of a window of 6 frames of 2 x 4 tokens
+        assert keys < one < 8 * keys
+        assert engine.held(3)[1] == 3 * one
+        engine.check_memory(4)
+        monkeypatch.setattr("monarchrt.models.serve.engine.device_memory", lambda device: weights + 3 * one)
+        engine.check_memory(3)
+        with pytest.raises(UserError, match=r"the weights take .* and 4 sessions .* MiB, and the device has .*; give"):
+            engine.check_memory(4)
+
+    def test_what_compiling_needs(self, engine, monkeypatch):
+        def video(*_, **__):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+        monkeypatch.setattr(engine, "_warm_up", video)
+        with pytest.raises(
+            UserError, match=r"is used up: the weights take .*a session .*Out of memory allocating 9 by"
+        ):
+            engine.warm_up()
 
 
 class TestOutbox:
@@ -324,7 +478,7 @@ class TestOutbox:
         box = Outbox(frames=3)
         box.event("a")
         for index in range(5):
-            box.frame(index, 0, b"x")
+            box.pictures(index, 0, b"x")
             box.event("b", n=index, nothing=None)
         assert len(box) == 3
         assert box.take() == {"type": "dropped", "frames": 2, "total": 2}
@@ -332,6 +486,28 @@ class TestOutbox:
         assert left[:3] == [{"type": "a"}, {"type": "b", "n": 0}, {"type": "b", "n": 1}]
         assert [item[:4] for item in left if isinstance(item, bytes)] == [n.to_bytes(4, "big") for n in (2, 3, 4)]
         assert box.take() is None
+
+    def test_what_is_still_encoded_keeps_its_place(self):
+        """And is given up, if it has to go before it has begun."""
+        told = []
+        box, first, second, third = Outbox(frames=8, notify=lambda: told.append(1)), Future(), Future(), Future()
+        box.pictures(0, 0, first, frames=4)
+        box.event("a")
+        box.pictures(4, 1, second, frames=4)
+        assert (box.take(), told) == (None, [1])
+        second.set_result(b"2")
+        assert box.take() is None
+        first.set_exception(OSError("no"))
+        assert len(told) == 3
+        error = untyped(box.take())
+        assert (error["code"], error["message"]) == (
+            "not_encoded", "frames from 0 on could not be encoded (OSError: no)"
+        )  # fmt: skip
+        assert (box.take(), untyped(box.take())[8:], box.take()) == ({"type": "a"}, b"2", None)
+        box.pictures(8, 2, third, frames=8)
+        box.pictures(16, 3, b"4", frames=12)  # more than may wait, which one may
+        assert (third.cancelled(), box.take()) == (True, {"type": "dropped", "frames": 8, "total": 8})
+        assert untyped(box.take())[8:] == b"4"
 
     def test_events_are_bounded_too(self):
         box = Outbox(frames=1)

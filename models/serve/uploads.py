@@ -1,0 +1,122 @@
+"""Images and clips that clients send for their videos to begin with: a few at a time, and within limits."""
+
+import asyncio
+import secrets
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from aiohttp import web
+from jaxtyping import UInt8
+
+from monarchrt.models.errors import UserError
+from monarchrt.models.media.reading import read_stranger
+from monarchrt.models.serve.engine import Engine
+from monarchrt.models.serve.session import Limits
+
+ARRIVING = 8  # at once
+ARRIVAL = 60.0  # seconds that sending one may take
+KEPT = 300.0  # seconds that one waits for its session
+NAME = "upload"  # of the file, as errors call it
+
+
+class Uploads:
+    """What was sent and not used yet.
+
+    Args:
+        engine: Its size, rate and numbers of frames.
+        limits: For clients.
+        clock: Seconds; it never goes back.
+    """
+
+    def __init__(self, engine: Engine, *, limits: Limits, clock: Callable[[], float] = time.monotonic):
+        self._engine, self._limits, self._clock = engine, limits, clock
+        self._kept: OrderedDict[str, tuple[float, UInt8[np.ndarray, "T H W 3"]]] = OrderedDict()
+        self._arriving, self._reading = 0, asyncio.Semaphore(1)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, name: str) -> UInt8[np.ndarray, "T H W 3"] | None:
+        """The frames of one; None if there is none of this name, or no longer."""
+        self._forget()
+        return self._kept[name][1] if name in self._kept else None
+
+    def used(self, name: str) -> None:
+        """Lets one go."""
+        self._kept.pop(name, None)
+
+    def _forget(self) -> None:
+        old = self._clock() - KEPT
+        while self._kept and (len(self._kept) > self._limits.uploads or next(iter(self._kept.values()))[0] < old):
+            self._kept.popitem(last=False)
+
+    async def receive(self, request: web.Request) -> web.Response:
+        """Takes one in, `POST /upload` with the file as the body; its frames are those of `?frames=`, or all that fit.
+
+        Returns:
+            Its name for `start`, and how many frames it has.
+        """
+        if not self._engine.begins:
+            raise web.HTTPNotFound(text="videos begin with nothing here; the server has no --begin\n")
+        most, length = self._limits.upload, request.content_length
+        if length is not None and length > most:
+            raise _too_large(most, length)
+        if self._arriving >= ARRIVING:
+            raise web.HTTPServiceUnavailable(text=f"{ARRIVING} uploads are on their way; try again\n")
+        self._arriving += 1
+        try:
+            with tempfile.TemporaryDirectory(prefix="monarchrt-") as folder:
+                path = Path(folder) / NAME
+                try:
+                    async with asyncio.timeout(ARRIVAL):
+                        await _save(request, path, most)
+                except TimeoutError:
+                    raise web.HTTPRequestTimeout(text=f"the upload took more than {ARRIVAL:.0f} s\n") from None
+                async with self._reading:
+                    frames = await asyncio.to_thread(self._read, path, request.query.get("frames"))
+        except UserError as error:
+            raise web.HTTPUnprocessableEntity(text=f"{error}\n") from error
+        finally:
+            self._arriving -= 1
+        name = secrets.token_urlsafe(12)
+        self._kept[name] = self._clock(), frames
+        self._forget()
+        return web.json_response({"upload": name, "frames": len(frames)})
+
+    def _read(self, path: Path, frames: str | None) -> UInt8[np.ndarray, "T H W 3"]:
+        engine = self._engine
+        if frames is not None and not (frames.isascii() and frames.isdigit() and len(frames) < 7):
+            raise UserError(f"frames is {frames[:20]!a}; it must be a number")
+        # of a network on single frames, clips are as they are stored
+        rate = engine.fps if engine.pipeline.decoder.temporal > 1 else 0.0
+        return read_stranger(
+            path,
+            height=engine.size[0],
+            width=engine.size[1],
+            counts=engine.begins,
+            frames=None if frames is None else int(frames),
+            fps=rate,
+        )
+
+
+async def _save(request: web.Request, path: Path, most: int) -> None:
+    """Writes a request's body to a file, no more of it than is taken."""
+    written = 0
+    with path.open("wb") as file:
+        async for piece in request.content.iter_chunked(2**16):
+            written += len(piece)
+            if written > most:
+                raise _too_large(most, written)
+            file.write(piece)
+    if not written:
+        raise UserError("the upload is empty; send the file as the body of the request")
+
+
+def _too_large(most: int, size: int) -> web.HTTPException:
+    return web.HTTPRequestEntityTooLarge(
+        max_size=most, actual_size=size, text=f"the upload has {size} bytes or more; at most {most} are taken\n"
+    )
