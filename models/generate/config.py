@@ -137,8 +137,8 @@ class GenerateConfig:
     Self-Forcing's generators, converted ones included; euler for a run; unipc otherwise."""
 
     steps: int | tuple[int, ...] | None = None
-    """Calls of the network per frame, or for few-step the list of its steps, such as 1000 757 522. Default: 4 for
-    few-step, 50 otherwise; 20 for a run."""
+    """Calls of the network per frame, or for few-step the list of its steps, such as 1000 757 522; 1 is the step 1000.
+    Default: 4 for few-step, 50 otherwise; 20 for a run."""
 
     shift: float | None = None
     """Shift of the noise levels towards high noise. Default: that of the pipeline's scheduler_config.json (diffusers)

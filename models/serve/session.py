@@ -64,7 +64,7 @@ class Limits:
     kept: int = 120
     frames: int = 96
     videos: int = 16
-    upload: int = 2**24
+    upload: int = 2**23
     uploads: int = 8
 
     def __post_init__(self):

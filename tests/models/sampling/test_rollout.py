@@ -16,6 +16,7 @@ from monarchrt.models.sampling.rollout import block_noise, generate_block, start
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache, rebase_cache
+from tests.compiled import compiled_here
 from tests.untyped import programs, there
 
 H, W = 8, 12  # latents; 4 x 6 tokens
@@ -146,17 +147,8 @@ class TestOneProgram:
         jax.clear_caches()
         blocks = autoregressive(model, text, **options(15, rollout))
         next(blocks).block_until_ready()
-        compiled = []
-
-        def listen(event: str, duration_secs: float, **_: Any) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                compiled.append(event)
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
+        with compiled_here() as compiled:
             rest = [np.asarray(block) for block in blocks]
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
         assert len(rest) == 4
         assert compiled == []
         assert programs(generate_block) == 1

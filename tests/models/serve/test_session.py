@@ -14,12 +14,13 @@ from flax import nnx
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
-from monarchrt.models.sampling import autoregressive
+from monarchrt.models.sampling import Rollout, autoregressive
 from monarchrt.models.sampling.rollout import generate_block
-from monarchrt.models.serve import Engine, Limits, Outbox, Refusal
+from monarchrt.models.serve import Engine, Limits, Outbox, Refusal, Sessions
 from monarchrt.models.serve.engine import blended
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
 from tests.compiled import compiled_here
+from tests.models.serve.conftest import drain
 from tests.untyped import programs, untyped
 
 FREE: dict[str, Any] = dict(pace=False)
@@ -421,6 +422,30 @@ class TestAttention:
     def test_what_the_engine_cannot_have(self, engine, attention):
         with pytest.raises(UserError, match="attention"):
             rebuilt(engine, attentions=(attention,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, (1000, 500)])
+def test_one_frame_at_a_time_in_one_or_two_steps(engine, clock, steps):
+    """As models are distilled that answer soonest: blocks of a frame; compared with the roll-out by hand."""
+    rollout = Rollout(block=1, steps=steps, window=3)
+    fast = Engine(engine.pipeline, rollout=rollout, height=4, width=8, encode=engine._encode, begins=(1,))
+    plain = lambda encode, frames, index, fps: frames.tobytes()  # noqa: E731
+    sessions = Sessions(fast, limits=Limits(), clock=clock, submit=plain)
+    outbox = Outbox(frames=100)
+    sessions.open(start(seed=2, frames=6), outbox, begin=given(1))
+    while sessions.turn():
+        pass
+    events, frames = drain(outbox)
+    assert types(events) == ["started", *["block"] * 6, "ended"]
+    text, _ = fast.embed("a cat", None)
+    options: dict[str, Any] = dict(frames=6, height=4, width=8, key=jax.random.key(2))
+    initial = engine.pipeline.decoder.encode(given(1)[None])
+    state, expected = fast.start_decoder(), []
+    for block in autoregressive(engine.pipeline.model, text, rollout=rollout, initial=initial, **options):
+        decoded, _, state = fast.decode(block, state)
+        expected.append(decoded[0])
+    np.testing.assert_allclose(pictures(frames), np.concatenate(expected), atol=1)
 
 
 class TestVideo:
