@@ -32,7 +32,7 @@ class Outbox:
     Examples:
         >>> box = Outbox(frames=2)
         >>> for index in range(3):
-        ...     box.pictures(index, 0, b"jpeg")
+        ...     box.frame(index, 0, b"jpeg")
         >>> box.take()
         {'type': 'dropped', 'frames': 1, 'total': 1}
         >>> box.take()[:4], len(box)
@@ -66,6 +66,10 @@ class Outbox:
             self._events += 1
             self._items.append({"type": type} | {name: value for name, value in values.items() if value is not None})
         self._notify()
+
+    def frame(self, index: int, block: int, encoded: bytes | Future[Any]) -> None:
+        """Adds one frame."""
+        self.pictures(index, block, encoded)
 
     def pictures(self, index: int, block: int, encoded: bytes | Future[Any], *, frames: int = 1) -> None:
         """Adds frames, of which the first has an index, in one message; they may still be under way."""

@@ -503,7 +503,7 @@ class TestOutbox:
         box = Outbox(frames=3)
         box.event("a")
         for index in range(5):
-            box.pictures(index, 0, b"x")
+            box.frame(index, 0, b"x")
             box.event("b", n=index, nothing=None)
         assert len(box) == 3
         assert box.take() == {"type": "dropped", "frames": 2, "total": 2}
