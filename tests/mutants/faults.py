@@ -55,6 +55,7 @@ DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
 SESSIONS = ("tests/models/serve/test_session.py",)
+ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
 MEASURES = ("tests/train/evaluation/test_measures.py",)
@@ -437,6 +438,31 @@ FAULTS = (
         SESSIONS,
         "may_be_empty",
     ),
+    Fault(
+        "models/serve/session.py",
+        "for index in range(0, len(pictures), size)",
+        "for index in range(0, len(pictures), 1)",
+        SESSIONS,
+        "pieces_are",
+    ),
+    Fault(
+        "models/serve/session.py", "video.write(jnp.asarray(given))", "video.generate()", SESSIONS, "goes_on_from_it"
+    ),
+    Fault(
+        "models/serve/engine.py",
+        "self.models[self.attention(attention)]",
+        "self.pipeline.model",
+        SESSIONS,
+        "has_its_own",
+    ),
+    Fault(
+        "models/serve/outbox.py",
+        "self._waiting + frames > self._limit",
+        "self._waiting >= self._limit",
+        SESSIONS,
+        "still_encoded",
+    ),
+    Fault("models/web/encodings.py", "int(index * ticks / rate)", "int(index / rate)", ENCODINGS, "knows_its_time"),
     Fault(
         "models/serve/session.py",
         "range(self.block - WARMED, self.block)",
