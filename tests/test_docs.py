@@ -2,11 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -19,31 +19,43 @@ BLOCKS = [
 ]
 
 
-def run(*arguments, folder):
-    own = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}  # as users have it
-    environment = own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(compiled):
+    """Runs a program in a process of its own: what it prints."""
+
+    def run(program, folder):
+        own = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}  # as users have
+        cache = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = own | cache | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        process = forks.start(program, environment=environment, folder=folder, imports=("jax", "flax.nnx"))
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return out
+
+    return run
+
+
+def script(path):
+    """A program that is the script."""
+    return f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_pages_code_runs(block, tmp_path):
-    assert run("-c", block, folder=tmp_path).strip(), "a block that prints nothing shows nothing"
+def test_the_pages_code_runs(block, run, tmp_path):
+    assert run(block, tmp_path).strip(), "a block that prints nothing shows nothing"
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
-def test_the_examples_run(script, tmp_path):
-    assert len(script.read_text().splitlines()) < 100
-    assert f"python examples/{script.name}" in script.read_text()
-    assert run(script, folder=tmp_path).strip()
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_run(path, run, tmp_path):
+    assert len(path.read_text().splitlines()) < 100
+    assert f"python examples/{path.name}" in path.read_text()
+    assert run(script(path), tmp_path).strip()
 
 
 @pytest.mark.slow
-def test_the_mesh_example_splits_the_batch(tmp_path, monkeypatch):
+def test_the_mesh_example_splits_the_batch(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    assert "on 4 device(s)" in run(ROOT / "examples" / "train_mesh.py", folder=tmp_path)
+    assert "on 4 device(s)" in run(script(ROOT / "examples" / "train_mesh.py"), tmp_path)
 
 
 def test_every_page_is_in_the_navigation():

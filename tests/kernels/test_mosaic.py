@@ -46,9 +46,9 @@ PAPER = ((30, 52, 21), (90, 52, 7), (45, 80, 21), (135, 80, 7))  # b1, b2, tiles
 
 def tiles(seed, shape, key_tiles, dtype=jnp.bfloat16):
     """q [B, A, b1, b2, H, D] and k, v with `key_tiles` tiles, standard normal."""
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     shapes = (shape, (shape[0], key_tiles, *shape[2:]), (shape[0], key_tiles, *shape[2:]))
-    return tuple(jax.random.normal(r, s).astype(dtype) for r, s in zip(keys, shapes, strict=True))
+    return tuple(jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes)
 
 
 def lower(run, *shapes):
@@ -91,8 +91,8 @@ def test_configurations_fit_a_block():
 def test_every_column_has_a_place_of_its_own(cols, masked):
     count = 7
     split = column_blocks(cols, count, masked)
-    tile, column = jnp.divmod(jnp.arange(count * cols, dtype=jnp.int32), cols)
-    items, rows = untyped(jax.vmap(split.place)(tile, column))
+    tile, column = np.divmod(np.arange(count * cols, dtype=np.int32), np.int32(cols))
+    items, rows = untyped(jax.jit(jax.vmap(split.place))(tile, column))
     places = set(zip(items.tolist(), rows.tolist(), strict=True))
     assert len(places) == count * cols
     assert all(0 <= item < split.items and 0 <= row < 64 for item, row in places)
@@ -176,6 +176,7 @@ NUMBERS = [
     ((1, 2, 70, 2, 1, 64), 2, (1, 2), dict(left=dict(columns=1, row_blocks=1, tail=8, stages=2))),
 ]
 QUICK = (1, 17)  # one with masks and one with a tail run by default
+QUICK_LAYOUTS = (("fh,w", jnp.float16), ("w,fh", jnp.bfloat16), ("hw,f", jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +188,8 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     q, k, v = tiles(0, shape, key_tiles)
     masked = visible is not None
     visible = jnp.array(visible if masked else (key_tiles,) * shape[1], jnp.int32)
-    seen = (jnp.arange(key_tiles) < visible.max()).reshape(1, -1, 1, 1, 1, 1)
-    k, v = (jnp.where(seen, x, jnp.nan) for x in (k, v))
+    seen = (np.arange(key_tiles) < np.max(visible)).reshape(1, -1, 1, 1, 1, 1)
+    k, v = (jnp.asarray(np.where(seen, x, np.nan).astype(x.dtype)) for x in (k, v))
     _, _, rows, cols, _, dim = shape
     problem = Problem(scale=dim**-0.5, masked=masked)
     config = ForwardConfig(
@@ -255,8 +256,14 @@ def test_no_races_in_the_interpreter(monkeypatch):
         assert not races()
 
 
-@pytest.mark.parametrize(("rows", "cols", "count"), PAPER)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "masked"),
+    [
+        pytest.param(*x, masked, marks=[pytest.mark.slow] * (masked == n % 2))  # one of the two by default
+        for n, x in enumerate(PAPER)
+        for masked in (False, True)
+    ],
+)
 def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
     x = tokens(1, count, rows, cols, 12, 128)
     problem = Problem(scale=0.1, masked=masked)
@@ -268,8 +275,14 @@ def test_lowers_for_cuda_without_a_card(rows, cols, count, masked):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("blocks", LAYOUTS)
+@pytest.mark.parametrize(
+    ("blocks", "dtype"),
+    [
+        pytest.param(blocks, dtype, marks=[pytest.mark.slow] * ((blocks, dtype) not in QUICK_LAYOUTS))
+        for blocks in LAYOUTS
+        for dtype in (jnp.bfloat16, jnp.float16)
+    ],
+)
 def test_layouts_lower(blocks, dtype):
     x = tokens(1, 3 * 6 * 8, 2, 64, dtype=dtype)
     options = dict(grid=(3, 6, 8), tile=(3, 6, 8), blocks=blocks, implementation="mosaic")

@@ -98,8 +98,14 @@ def test_no_races_where_warpgroups_share_key_rows(monkeypatch, visible, warpgrou
     compare(monkeypatch, (1, 3, 1, 33, 2, 64), 3, visible, query=query, races=True)
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**14, 2**30])
-@pytest.mark.parametrize(("rows", "cols", "dim"), [(3, 40, 64), (30, 52, 128), (90, 52, 128), (135, 80, 128)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "dim", "chunk_bytes"),
+    [
+        pytest.param(*x, chunk_bytes, marks=[pytest.mark.slow] * (bool(m) == n % 2))  # one of the two by default
+        for n, x in enumerate([(3, 40, 64), (30, 52, 128), (90, 52, 128), (135, 80, 128)])
+        for m, chunk_bytes in enumerate((2**30, 2**14))
+    ],
+)
 def test_gradients_have_the_shapes_of_their_arrays(rows, cols, dim, chunk_bytes):
     """Several batch entries, query tiles and heads, in one chunk and in many; more key tiles than query tiles."""
     q, k, lse = (tokens(3, *x) for x in ((2, rows, cols, 2, dim), (4, rows, cols, 2, dim), (2, rows, cols, 2)))

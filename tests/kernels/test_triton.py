@@ -121,7 +121,7 @@ def compile_launch(call, capability, dtype="bf16"):
 
 
 @missing("triton")
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("capability", [80, 90, pytest.param(100, marks=pytest.mark.slow), 120])
 def test_kernels_compile_ahead_of_time(capability):
     for call in launches("480p", capability):
         registers, spills, shared = compile_launch(call, capability)
@@ -166,7 +166,7 @@ def test_two_parts_of_rows_do_no_work_twice():
 
 
 @missing("triton")
-@pytest.mark.parametrize("setting", ["480p", "480p, 3 frames", "720p, 3 frames"])
+@pytest.mark.parametrize("setting", ["480p", pytest.param("480p, 3 frames", marks=pytest.mark.slow), "720p, 3 frames"])
 def test_the_stream_compiles_ahead_of_time(setting):
     """As decoding would run it on sm_90: plain, with 8 warps of 128 registers, with blocks in two parts."""
     key_tiles, b1, b2 = SETTINGS[setting]

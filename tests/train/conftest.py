@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.clips import make_clip
 
 ROOT = Path(__file__).parents[2]
@@ -59,12 +60,14 @@ def arguments(clip) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start(environment):
-    """Starts the command line in a process of its own."""
+    """Starts the command line in a process of its own, where all is imported already, or nothing."""
 
-    def start(arguments, before: str = "pass", **variables: str) -> subprocess.Popen:
+    def start(arguments, before: str = "pass", imported: bool = True, **variables: str):
         program = f"{before}; import sys; from monarchrt.train.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        environ = environment | variables
+        arguments, environ = [*map(str, arguments)], environment | variables
+        if imported:
+            return forks.start(program, arguments, environment=environ)
+        command = [sys.executable, "-c", program, *arguments]
         return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start

@@ -86,7 +86,7 @@ class TestSignals:
             "import os, signal, threading, time, monarchrt.train.cli as cli; load = cli.load; "
             f"cli.load = lambda name: (os.kill(os.getpid(), {int(number)}), time.sleep(0.1), load(name))[2]"
         )
-        process = start([command, "--help"], before=before)
+        process = start([command, "--help"], before=before, imported=False)
         _, stderr = process.communicate(timeout=120)
         assert (process.returncode, stderr) == (128 + number, "stopped\n")
 
@@ -96,6 +96,7 @@ class TestSignals:
             process = start(
                 ["generate", "--checkpoint", tmp_path / "nothing", "--prompt", "a", "--out", tmp_path / "a.mp4"],
                 before="import monarchrt.train.cli; print('here', flush=True)",
+                imported=False,
             )
             process.stdout.readline()
             time.sleep(0.1 + 0.15 * n)
@@ -114,7 +115,15 @@ class TestStreams:
             *["--mode", "windows", "--frames", "3", "--steps", "1", "--zoom", "1"],
         ]
 
-    @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>&1"])
+    @pytest.mark.parametrize(
+        "closed",
+        [
+            "2>&-",
+            "<&- >&- 2>&-",
+            ">/dev/full 2>&1",
+            *(pytest.param(x, marks=pytest.mark.slow) for x in (">&- 2>&-", "2>/dev/full")),
+        ],
+    )
     def test_streams_that_cannot_be_written(self, baseline, environment, tmp_path, closed):
         out = tmp_path / "a.mp4"
         shell = ["sh", "-c", f'"$@" {closed}', "sh", *self.command(baseline, out)]

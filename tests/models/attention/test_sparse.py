@@ -90,6 +90,7 @@ class TestMasked:
         def both(rows):
             return jax.value_and_grad(lambda x: jnp.square(run(x, rows)).sum())((q, k, v))
 
+        both = jax.jit(both, static_argnums=0)
         expected = both(512)
         for rows in (8, 1):
             jax.tree.map(close, both(rows), expected)
@@ -168,8 +169,8 @@ class TestMasked:
 
     def test_half_precision(self):
         x = qkv(GRID)
-        expected = parse("radial(decay=0.5, block=5)")(*jnp.asarray(x), grid=GRID)
-        out = parse("radial(decay=0.5, block=5)")(*jnp.asarray(x, jnp.bfloat16), grid=GRID)
+        attend = jax.jit(partial(parse("radial(decay=0.5, block=5)"), grid=GRID))
+        expected, out = attend(*x), attend(*jnp.asarray(x, jnp.bfloat16))
         assert out.dtype == jnp.bfloat16
         close(out.astype(jnp.float32), expected, atol=0.03)
 
@@ -195,7 +196,7 @@ class TestAgainstMaps:
     def test_map(self, text):
         """SVG's choice of heads depends on values: with unit vectors it is still one for the whole map."""
         x = qkv(GRID, seed=3)
-        found = parse(text).attention_map(*jnp.asarray(x[:2]), grid=GRID)
+        found = jax.jit(partial(parse(text).attention_map, grid=GRID))(*x[:2])
         np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
         units = np.broadcast_to(np.eye(60)[None, :, None], (2, 60, 2, 60))
         mask = MASKS[text](*x[:2].astype(np.float64), units.copy(), GRID, None)
@@ -230,6 +231,7 @@ class TestClusters:
         start[0, 0, 2] = 100.0
         there = np.arange(70) < 60
         found = kmeans(jnp.asarray(x), jnp.asarray(start), jnp.asarray(there), iterations=rounds)
+        found = jax.tree.map(np.asarray, found)
         for batch in range(2):
             # rounds end for all heads of a sample together
             for head in range(3):
@@ -276,7 +278,7 @@ class TestClusters:
         """A query sees a key if its cluster keeps the key's; with all clusters it is dense."""
         grid, x = (4, 3, 4), jnp.asarray(qkv((4, 3, 4)))
         setting = SVG2Attention(query_clusters=4, key_clusters=7, top_p=0.5, min_keep=0.2)
-        found = np.asarray(setting.attention_map(x[0], x[1], grid=grid, causal_block=block))
+        found = np.asarray(jax.jit(partial(setting.attention_map, grid=grid, causal_block=block))(x[0], x[1]))
         scores = np.where(oracles.causal(grid, block), oracles.scores_of(x[0], x[1]), -np.inf)
         kept = found > 0
         weights = np.where(kept, np.exp(scores), 0)
@@ -289,8 +291,10 @@ class TestClusters:
             for head in kept[:, :, rows].reshape(4, -1, 48):
                 assert len({row.tobytes() for row in head}) <= 4  # as many as clusters of queries
         everything = dataclasses.replace(setting, top_p=1.0)
-        dense = parse("dense")(*x, grid=grid, causal_block=block)
-        close(everything(*x, grid=grid, causal_block=block), dense)
+        found, dense = (
+            jax.jit(partial(kind, grid=grid, causal_block=block))(*x) for kind in (everything, parse("dense"))
+        )
+        close(found, dense)
 
     def test_its_density_is_said_to_depend_on_the_data(self):
         assert str(parse("svg2").density(P480)) == "a part of the map that depends on the data"
