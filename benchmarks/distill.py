@@ -5,9 +5,9 @@
 
 Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
 recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the
-third of four, the mean). Numbers are checked first: the clip that is differentiated is the clip that was rolled out,
-and the kernels' clip is XLA's. The parts of the student's update are timed as programs of their own as well: roll-out,
-scores (critic and guided teacher), backward (the last steps again, with their gradient), optimizer (with the average).
+third of four, the mean). Numbers are checked first: the kernels' clip is XLA's, and so is its gradient. The parts of
+the student's update are timed as programs of their own as well: roll-out, scores (critic and guided teacher), backward
+(the last steps again, with their gradient), optimizer (with the average).
 Writes distill.json.
 """
 
@@ -44,6 +44,7 @@ from monarchrt.train.state import (
 from monarchrt.train.step import make_train_step
 
 MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
+MAX_GRADIENT_ERROR = 1e-1  # of that of its last steps
 GUIDED = 8  # rows of the negative prompt
 
 
@@ -95,8 +96,8 @@ def network(name: str, args: argparse.Namespace, *, trains: bool, **changes) -> 
     return nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))()
 
 
-def check(args: argparse.Namespace) -> float:
-    """Largest relative error of two clips that should be the rolled-out one, of a shallow network."""
+def check(args: argparse.Namespace) -> tuple[float, float]:
+    """Relative errors of a clip and of its gradient by all parameters, against XLA's, of a shallow network."""
     changes: dict[str, Any] = {"num_layers": 2, "causal_block": 3}
     model = network(CHECKED, args, trains=True, **changes)
     kernel = model.head.proj.kernel  # starts at zero, which would make all clips equal
@@ -106,16 +107,28 @@ def check(args: argparse.Namespace) -> float:
     draws = cast(RolloutDraws, objective._draw(jax.random.key(2), shape).student)
     text = jax.random.normal(jax.random.key(3), (1, 8, model.config.text_dim))
 
+    weights = jax.random.normal(jax.random.key(4), shape)
+
     @nnx.jit
-    def clips(model):
+    def made(model):
         rolled = objective.roll_out(model, text, draws)
-        return rolled.x, objective.replay(model, text, rolled, draws.last)
+        graph, params = nnx.split(model)
+
+        def loss(params):
+            return jnp.vdot(weights, objective.replay(nnx.merge(graph, params), text, rolled, draws.last))
+
+        return rolled.x - draws.noise, jax.grad(loss)(params)
 
     rows, columns = shape[2] // 2, shape[3] // 2
-    rolled, replayed = clips(model.with_attention(setting(CHECKED, rows, columns)))
-    reference, _ = clips(model.with_attention(setting(CHECKED, rows, columns, implementation="xla")))
-    scale = jnp.linalg.norm(reference - draws.noise)
-    return max(float(jnp.linalg.norm(other - rolled) / scale) for other in (replayed, reference))
+    ours, reference = (
+        [
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(part)])
+            for part in made(model.with_attention(kind))
+        ]
+        for kind in (setting(CHECKED, rows, columns), setting(CHECKED, rows, columns, implementation="xla"))
+    )
+    clip, gradient = (float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(ours, reference, strict=True))
+    return clip, gradient
 
 
 def time_parts(
@@ -239,14 +252,15 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Checks, measures, writes."""
     args = parse()
-    error = check(args)
-    print(f"clips agree to {error:.1e}", flush=True)
-    if not error <= MAX_ERROR:
-        raise SystemExit(f"clips that should be equal are off by {error:.1e}, more than {MAX_ERROR:.0e}")
+    error, gradient_error = check(args)
+    print(f"clips agree to {error:.1e}, gradients to {gradient_error:.1e}", flush=True)
+    if not (error <= MAX_ERROR and gradient_error <= MAX_GRADIENT_ERROR):
+        raise SystemExit(f"that is more than {MAX_ERROR:.0e} and {MAX_GRADIENT_ERROR:.0e}")
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "error": error,
+        "gradient_error": gradient_error,
         "rows": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ def test_in_a_run(tmp_path):
     assert run("halves", "--steps", "3", "--resume") == whole
     for name in ("gan_loss", "gan_fake", "gan_real", "gan_r1", "gan_r2", "gan_told_apart"):
         assert f"critic/{name}" in whole[1]
-    assert {"student/gan_loss", "student/gan_fake"} <= set(whole[1])
+    assert {"student/gan_loss", "student/gan_fake"} <= set(whole[2])
     names = json.loads((tmp_path / "whole/checkpoints/3/about/metadata").read_text())["arrays"]
     with_head = {name.split(".")[1] for name in names if ".discriminator." in name}
     assert with_head == {"critic"}
