@@ -34,7 +34,7 @@ def sum_over_blocks(
     block: Block,
     following: Following,
     sizes: Sequence[int],
-    skipped: int = 0,
+    first: tuple[Any, Any] = (0, 0),
 ) -> Float32[Array, "b f h w c"]:
     """A clip that was made already, as a function of parameters that gradients reach block by block.
 
@@ -60,16 +60,15 @@ def sum_over_blocks(
         share: (params, inputs) -> what all blocks need of the parameters, once; differentiated once.
         block: Makes a block anew.
         following: Makes the past of the next block; nothing is differentiated by it.
-        sizes: Frames of each block of the clip.
-        skipped: Leading blocks that no gradient comes of.
+        sizes: Frames of each block that a gradient comes of.
+        first: Number of the first of them and of its first frame, known or traced.
 
     Returns:
         `made`.
     """
-    before = sum(sizes[:skipped])
 
     @jax.custom_vjp
-    def value(leaves: list[Array], made: Array, past: Any, inputs: Any) -> Array:
+    def value(leaves: list[Array], made: Array, past: Any, inputs: Any, first: Any) -> Array:
         return made
 
     structure = jax.tree.structure(params)
@@ -77,16 +76,15 @@ def sum_over_blocks(
     def join(moving: list[Any], fixed: list[Any]) -> Any:
         return structure.unflatten([b if a is None else a for a, b in zip(moving, fixed, strict=True)])
 
-    def forward(leaves: list[Any], made: Any, past: Any, inputs: Any) -> tuple[Array, Any]:
+    def forward(leaves: list[Any], made: Any, past: Any, inputs: Any, first: Any) -> tuple[Array, Any]:
         moving = [leaf.value if leaf.perturbed else None for leaf in leaves]
         fixed = [None if leaf.perturbed else leaf.value for leaf in leaves]
-        past, inputs = jax.tree.map(lambda leaf: leaf.value, (past, inputs))
-        return made.value, (moving, fixed, past, inputs)
+        return made.value, (moving, fixed, jax.tree.map(lambda leaf: leaf.value, (past, inputs, first)))
 
     def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
-        moving, fixed, past, inputs = kept
+        moving, fixed, (past, inputs, (skipped, before)) = kept
         if isinstance(cotangent, SymbolicZero):
-            return None, None, None, None
+            return None, None, None, None, None
         shared, pull_shared = jax.vjp(lambda moving: share(join(moving, fixed), inputs), moving)
 
         def step(carry: Any, number: Array, frame: Array, size: int) -> tuple[Any, None]:
@@ -101,8 +99,8 @@ def sum_over_blocks(
             return (past, jax.tree.map(jnp.add, total, gradient)), None
 
         zero = jax.tree.map(jnp.zeros_like, (shared, moving))
-        of_shared, of_moving = over_blocks(step, (past, zero), sizes[skipped:])[0][1]
-        return jax.tree.map(jnp.add, of_moving, pull_shared(of_shared)[0]), None, None, None
+        of_shared, of_moving = over_blocks(step, (past, zero), sizes)[0][1]
+        return jax.tree.map(jnp.add, of_moving, pull_shared(of_shared)[0]), None, None, None, None
 
     value.defvjp(forward, backward, symbolic_zeros=True)
-    return value(jax.tree.leaves(params), made, past, inputs)
+    return value(jax.tree.leaves(params), made, past, inputs, jax.tree.map(jnp.int32, first))

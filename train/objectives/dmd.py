@@ -7,7 +7,7 @@ differentiated (Self-Forcing, arXiv:2506.08009, Section 3.3). `monarchrt.train.o
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,19 +110,19 @@ class DMDObjective(Objective):
 
     def loss(self, role: str, networks: Networks, batch: Batch, draws: DMDDraws) -> tuple[Float32[Array, ""], Metrics]:
         """Distribution matching for the student, the flow of the student's samples for the critic."""
-        text, noise = jnp.asarray(batch.text), self._scored(draws.scores.noise)
+        text, noise = jnp.asarray(batch.text), self._scored(draws.scores.noise, draws.student)
         if role == "critic":
             clip = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
             levels = self._levels(draws.scores)
-            x = self._scored(clip)
+            x = self._scored(clip, draws.student)
             loss, metrics = critic_loss(x, text, critic=networks["critic"], levels=levels, noise=noise)
             metrics |= {"last_step": jnp.float32(draws.student.last)}
             if draws.gan is None:
                 return loss, metrics
-            term, more = self._discriminate(networks["critic"], x, batch, draws.gan)
+            term, more = self._discriminate(networks["critic"], x, batch, draws)
             return loss + term, metrics | more
         clip = self.samples(networks["student"], text, draws.student)
-        x = self._scored(clip)
+        x = self._scored(clip, draws.student)
         negative = None
         if self.negative is not None:
             negative = jnp.broadcast_to(jnp.asarray(self.negative), (text.shape[0], *self.negative.shape))
@@ -136,43 +136,45 @@ class DMDObjective(Objective):
             levels=self._levels(draws.scores),
             noise=noise,
         )
-        metrics |= self._metrics(clip) | {"last_step": jnp.float32(draws.student.last)}
+        metrics |= self._metrics(clip, draws.student) | {"last_step": jnp.float32(draws.student.last)}
         loss = matching_loss(x, g)
         if draws.gan is None:
             return loss, metrics
-        term, more = self._deceive(detached(networks["critic"]), x, batch, draws.gan)
+        term, more = self._deceive(detached(networks["critic"]), x, batch, draws)
         return loss + term, metrics | more
 
-    def _deceive(self, critic: Any, x: Array, batch: Batch, draws: GanDraws) -> tuple[Array, Metrics]:
+    def _deceive(self, critic: Any, x: Array, batch: Batch, draws: DMDDraws) -> tuple[Array, Metrics]:
         """The student's adversarial term, weighted: its clips should look real to the critic's head."""
-        logits, mixed = self._discriminator(critic, batch, draws)
+        logits, mixed, scored = self._discriminator(critic, batch, draws)
         fake = logits(mixed(x))
-        real = lax.stop_gradient(logits(mixed(self._data(batch)))) if self.settings.gan_relativistic else None
+        real = lax.stop_gradient(logits(mixed(scored(batch.latents)))) if self.settings.gan_relativistic else None
         loss = student_loss(fake, real)
         return self.settings.gan_weight * loss, {"gan_loss": loss, "gan_fake": jnp.mean(fake)}
 
-    def _discriminate(self, critic: Any, x: Array, batch: Batch, draws: GanDraws) -> tuple[Array, Metrics]:
+    def _discriminate(self, critic: Any, x: Array, batch: Batch, draws: DMDDraws) -> tuple[Array, Metrics]:
         """The critic's: its head should tell the student's clips from those of the data."""
-        logits, mixed = self._discriminator(critic, batch, draws)
-        settings, near = self.settings, (draws.near_real, draws.near_fake)
-        near_real, near_fake = (None if noise is None else self._scored(noise) for noise in near)
+        logits, mixed, scored = self._discriminator(critic, batch, draws)
+        settings, gan = self.settings, cast(GanDraws, draws.gan)
+        real, fake = (noise if noise is None else scored(noise) for noise in (gan.near_real, gan.near_fake))
         return discriminate(
-            logits, mixed(x), mixed(self._data(batch)), near_real, near_fake, relativistic=settings.gan_relativistic,
+            logits, mixed(x), mixed(scored(batch.latents)), real, fake, relativistic=settings.gan_relativistic,
             weight=settings.critic_weight, r1=settings.gan_r1, r2=settings.gan_r2, sigma=settings.gan_sigma,
         )  # fmt: skip
 
-    def _discriminator(self, critic: Any, batch: Batch, draws: GanDraws) -> tuple[Logits, Callable[[Array], Array]]:
-        """How real noisy clips look, and what noises clips."""
-        levels, noise = self._levels(ScoreDraws(draws.time, draws.noise)), self._scored(draws.noise)
+    def _discriminator(self, critic: Any, batch: Batch, draws: DMDDraws) -> tuple[Logits, Any, Any]:
+        """How real noisy clips look, what noises clips, and what takes the frames that count."""
+        gan = cast(GanDraws, draws.gan)
+
+        def scored(clip: Any) -> Array:
+            return self._scored(jnp.asarray(clip, jnp.float32), draws.student)
+
+        levels, noise = self._levels(ScoreDraws(gan.time, gan.noise)), scored(gan.noise)
         text, layers = jnp.asarray(batch.text), self.settings.gan_layers
         return (
             lambda clip: logits_of(critic, clip, levels.timesteps, text, layers=layers),
             lambda clip: add_noise(clip, noise, levels.mixed),
+            scored,
         )
-
-    def _data(self, batch: Batch) -> Array:
-        """What the student's clips should look like."""
-        return self._scored(jnp.asarray(batch.latents, jnp.float32))
 
     def extension(self, role: str) -> Callable[..., Any] | None:
         """The critic's head, where there is an adversarial term."""
@@ -194,8 +196,8 @@ class DMDObjective(Objective):
             )
         return super().open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
-    def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
-        """The frames of a clip that critic and teacher see."""
+    def _scored(self, clip: Float32[Array, "b f h w c"], draws: Any) -> Float32[Array, "b scored h w c"]:
+        """The frames of a clip that critic and teacher see, by the draws that it was made of."""
         return clip
 
     def samples(self, student: Any, text: Array, draws: StudentDraws) -> Float32[Array, "b f h w c"]:
@@ -237,8 +239,8 @@ class DMDObjective(Objective):
         rolled = [jnp.roll(noise, (n, n), axis=(1, -1)) for n in range(count)]
         return StudentDraws(noise, jnp.stack(rolled, axis=1)[:, 1:], jnp.int32(count - 1))
 
-    def _metrics(self, x: Array) -> Metrics:
-        return sample_metrics(x)
+    def _metrics(self, clip: Array, draws: Any) -> Metrics:
+        return sample_metrics(clip)
 
     def _sigma(self, index: Array, batch: int) -> Float32[Array, "b"]:
         """Noise level of a step, for each sample."""

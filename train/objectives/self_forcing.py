@@ -25,7 +25,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
-from monarchrt.models.attention.blocks import block_sizes, over_blocks
+from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
@@ -47,12 +47,14 @@ class RolloutDraws(NamedTuple):
         fresh: Noise of each further step.
         context: Noise of the finished frames in the cache.
         last: The step that every block stops at.
+        first: Number of the first block that is scored; None: the last ones are.
     """
 
     noise: Float32[Array, "b f h w c"]
     fresh: Float32[Array, "b n f h w c"]
     context: Float32[Array, "b f h w c"]
     last: Int[Array, ""]
+    first: Int[Array, ""] | None = None
 
 
 class RolledOut(NamedTuple):
@@ -84,6 +86,7 @@ class SelfForcingObjective(DMDObjective):
             fresh=jax.random.normal(fresh, (shape[0], steps - 1, *shape[1:]), jnp.float32),
             context=jax.random.normal(context, shape, jnp.float32),
             last=jax.random.randint(last, (), 0, steps),
+            first=self._draw_first(jax.random.fold_in(last, 1), shape[1]),
         )
         return DMDDraws(student, draw_scores(scores, shape))  # type: ignore[arg-type]
 
@@ -101,7 +104,7 @@ class SelfForcingObjective(DMDObjective):
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
         """Clips of the student, differentiable by its parameters through each block's last step alone."""
         rolled = self.roll_out(detached(student), text, draws)
-        return self.replay(student, text, rolled, draws.last)
+        return self.replay(student, text, rolled, draws.last, draws.first)
 
     def roll_out(self, student: Any, text: Array, draws: RolloutDraws) -> RolledOut:
         """A clip block by block, each from noise through the student's steps up to the last that was drawn.
@@ -112,17 +115,20 @@ class SelfForcingObjective(DMDObjective):
             draws: Noise and last step.
 
         Returns:
-            The clip and what `replay` needs.
+            The clip and what `replay` needs. After the last frame that is scored it is 0.
 
         Raises:
             UserError: If the frames are not whole blocks, or do not fit the window.
         """
-        batch, frames, height, width, _ = draws.noise.shape
+        shape = batch, frames, height, width, _ = draws.noise.shape
         sizes = self.block_sizes(student, frames)
-        skipped = self._skipped(sizes)
+        (number, _), scored = self._place(sizes, draws.first)
+        end = number + len(scored)
         student = student.with_config(causal_block=None)  # blocks are seen one at a time
 
-        def block(cache: WanCache, number: Array, frame: Array, size: int) -> tuple[WanCache, tuple[Array, ...]]:
+        def block(number: Any, carry: Any, size: int) -> Any:
+            cache, made = carry
+            frame = _first_frame(sizes, jnp.int32(number))
             noise, context = (lax.dynamic_slice_in_dim(x, frame, size, 1) for x in (draws.noise, draws.context))
             fresh = lax.dynamic_slice_in_dim(draws.fresh, frame, size, 2)
 
@@ -135,27 +141,40 @@ class SelfForcingObjective(DMDObjective):
             z, cache = lax.fori_loop(0, draws.last, advance, (noise, cache))
             data, cache = self._denoise_block(student, z, cache, frame, number, draws.last)
             kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
-            return self._keep_block(student, kept, cache, frame, number), (data, z, kept)
+            cache = self._keep_block(student, kept, cache, frame, number)
+            parts = zip(made, (data, z, kept), strict=True)
+            return cache, tuple(lax.dynamic_update_slice_in_dim(whole, part, frame, 1) for whole, part in parts)
 
-        cache, rolls = self._empty(student, text, (frames, height, width)), self._window(frames) is not None
-        if not rolls or not skipped:
-            past, parts = over_blocks(block, cache, sizes)
-            x, inputs, kept = parts
-            return RolledOut(x, inputs, kept, cache if rolls else past)
-        before = sum(sizes[:skipped])
-        cache, first = over_blocks(block, cache, sizes[:skipped])
-        _, rest = over_blocks(
-            lambda cache, number, frame, size: block(cache, number + skipped, frame + before, size),
-            cache,
-            sizes[skipped:],
-        )
-        x, inputs, kept = (jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True))
-        return RolledOut(x, inputs, kept, cache)
+        def blocks(begin: Any, end: Any, carry: Any) -> Any:
+            return lax.fori_loop(begin, end, lambda number, carry: block(number, carry, sizes[-1]), carry)
 
-    def replay(self, student: Any, text: Array, rolled: RolledOut, last: Array) -> Float32[Array, "b f h w c"]:
+        empty = self._empty(student, text, (frames, height, width))
+        carry, begin = (empty, (jnp.zeros(shape, jnp.float32),) * 3), 0
+        if sizes[0] != sizes[-1]:
+            carry, begin = block(0, carry, sizes[0]), 1
+        if self._window(frames) is None:
+            past, made = blocks(begin, end, carry)
+        elif draws.first is None and number == 0:
+            past, (_, made) = empty, blocks(begin, end, carry)
+        else:
+            past, made = blocks(begin, number, carry)
+            made = blocks(number, end, (past, made))[1]
+        x, inputs, kept = made
+        return RolledOut(x, inputs, kept, past)
+
+    def replay(
+        self, student: Any, text: Array, rolled: RolledOut, last: Array, first: Array | None = None
+    ) -> Float32[Array, "b f h w c"]:
         """The same clip, differentiable by the student's parameters through the last steps, a block at a time.
 
         Blocks that are not scored are constants.
+
+        Args:
+            student: Causal Wan.
+            text: Embeddings.
+            rolled: Of `roll_out`.
+            last: The step that was drawn.
+            first: The first block that is scored, if it was drawn.
         """
         rolled, frames = lax.stop_gradient(rolled), rolled.inputs.shape[1]
         sizes, rolls = self.block_sizes(student, frames), self._window(frames) is not None
@@ -179,10 +198,38 @@ class SelfForcingObjective(DMDObjective):
             return dataclasses.replace(new, cross=None)
 
         inputs = (text, rolled.inputs, rolled.kept, last)
+        place, scored = self._place(sizes, first)
         return sum_over_blocks(
-            rolled.x, params, cache, inputs, share=share, block=block, following=following, sizes=sizes,
-            skipped=self._skipped(sizes),
-        )  # fmt: skip
+            rolled.x, params, cache, inputs, share=share, block=block, following=following, sizes=scored, first=place
+        )
+
+    def _place(self, sizes: list[int], first: Array | None) -> tuple[tuple[Any, Any], list[int]]:
+        """Number and first frame of the first block that is scored, and frames of all that are."""
+        if first is None:
+            skipped = self._skipped(sizes)
+            return (skipped, sum(sizes[:skipped])), sizes[skipped:]
+        count = (self.settings.scored_frames or sum(sizes)) // sizes[-1]
+        return (first, _first_frame(sizes, first)), sizes[-1:] * count
+
+    def _draw_first(self, key: Key[Array, ""], frames: int) -> Int[Array, ""] | None:
+        """The first block of a run that is scored; None: the last ones are.
+
+        Raises:
+            UserError: If there is no such run.
+        """
+        settings = self.settings
+        if not settings.scored_anywhere or settings.scored_frames is None:
+            return None
+        with user_input():
+            sizes = block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)
+        alone = 1 if settings.independent_first_frame else 0
+        latest = len(sizes) - settings.scored_frames // settings.block
+        if latest < alone:
+            raise UserError(
+                f"scored_frames is {settings.scored_frames}, but clips have {sum(sizes[alone:])} in blocks of "
+                f"{settings.block}; give as many or fewer"
+            )
+        return jax.random.randint(key, (), alone, latest + 1)
 
     def _skipped(self, sizes: list[int]) -> int:
         """Blocks at the beginning of a clip that are not scored, of all blocks' frames.
@@ -202,8 +249,14 @@ class SelfForcingObjective(DMDObjective):
             )
         return starts.index(frames - wanted)
 
-    def _scored(self, clip: Float32[Array, "b f h w c"]) -> Float32[Array, "b scored h w c"]:
-        return clip if self.settings.scored_frames is None else clip[:, -self.settings.scored_frames :]
+    def _scored(self, clip: Float32[Array, "b f h w c"], draws: Any) -> Float32[Array, "b scored h w c"]:
+        count = self.settings.scored_frames
+        if count is None or draws.first is None:
+            return clip if count is None else clip[:, -count:]
+        sizes = block_sizes(
+            clip.shape[1], self.settings.block, independent_first_frame=self.settings.independent_first_frame
+        )
+        return lax.dynamic_slice_in_dim(clip, _first_frame(sizes, draws.first), count, 1)
 
     def _empty(self, student: Any, text: Array, size: tuple[int, int, int]) -> WanCache:
         """The cache at the beginning of a clip of (F, h, w) latents."""
@@ -241,8 +294,11 @@ class SelfForcingObjective(DMDObjective):
         flow, cache = cached_forward(student, z, jnp.full(z.shape[:2], t), cache, frame=frame, step=index, block=number)
         return to_data(z, flow, self._sigma(index, z.shape[0])), cache
 
-    def _metrics(self, x: Array) -> Metrics:
-        return sample_metrics(x, block=self.settings.block)
+    def _metrics(self, clip: Array, draws: Any) -> Metrics:
+        if draws.first is None:
+            return sample_metrics(clip, block=self.settings.block)
+        seen = self._scored(clip, draws)  # there is nothing after it
+        return sample_metrics(seen, block=self.settings.block) | {"first_scored": jnp.float32(draws.first)}
 
     @property
     def _context_sigma(self) -> float:
@@ -267,6 +323,11 @@ class SelfForcingObjective(DMDObjective):
             raise UserError(f"clips have {frames} latent frames; the network's positions end at {MAX_POSITIONS}")
         with user_input():
             return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)
+
+
+def _first_frame(sizes: list[int], number: Array) -> Array:
+    """The first frame of a block; all but the first are of one size."""
+    return jnp.maximum(0, number * sizes[-1] - (sizes[-1] - sizes[0]))
 
 
 def few_step_samplers(settings: ODEConfig | ConsistencyConfig) -> Mapping[str, Sampler]:

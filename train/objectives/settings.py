@@ -346,6 +346,10 @@ class SelfForcingConfig(DMDConfig):
     """Latent frames at the end of a clip, whole blocks, that critic and teacher see and the student learns from; those
     before are rolled out only. For clips longer than the teacher knows, 21 for Wan. Default: all."""
 
+    scored_anywhere: bool = False
+    """Whether the scored_frames are a random run of whole blocks, the same in all clips of a step, instead of the last;
+    what would follow is not made. Else a student of long clips learns nothing of how they begin."""
+
     window: int | None = None
     """Latent frames of keys and values that a block sees, with its own: what is older is let go, as by `generate
     --window`, so that clips may be longer than a cache has room for. Default: all."""
@@ -362,6 +366,14 @@ class SelfForcingConfig(DMDConfig):
         )
         frames = self.scored_frames
         _require(frames is None or frames >= 1, f"scored_frames is {frames}; it must be at least 1, for example 21")
+        if self.scored_anywhere:
+            _require(frames is not None, "scored_anywhere is true, but all frames are scored; give --scored-frames 21")
+            least = (frames or 0) // self.block * self.block
+            _require(
+                frames == least,
+                f"scored_frames is {frames}, which are not whole blocks of {self.block}; the nearest that are: "
+                f"{' or '.join(str(n) for n in (least, least + self.block) if n)}",
+            )
         window, sinks = self.window, self.sink_frames
         _require(sinks >= 0, f"sink_frames is {sinks}; it must be at least 0, for example 3")
         _require(not sinks or window is not None, f"sink_frames is {sinks}, but there is no window; give --window 21")

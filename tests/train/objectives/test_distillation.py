@@ -28,8 +28,8 @@ SHAPE = (1, 4, 4, 4, 2)  # B, F, H, W, C
 SIGMAS = [5 * u / (1 + 4 * u) for u in (1.0, 0.6, 0.2)]  # shift 5, by hand
 
 
-def draws_of(objective) -> Any:
-    return objective.draws(jax.random.key(1), batch(SHAPE))["student"].student
+def draws_of(objective, shape=SHAPE) -> Any:
+    return objective.draws(jax.random.key(1), batch(shape))["student"].student
 
 
 def test_a_bidirectional_student_learns_by_its_last_step():
@@ -160,7 +160,8 @@ def test_only_the_frames_that_are_scored_are_differentiated_and_compared():
 def test_frames_that_are_scored_are_whole_blocks():
     objective = SelfForcingObjective(SelfForcingConfig(block=3, independent_first_frame=True, scored_frames=6))
     assert [objective._skipped(sizes) for sizes in ([1, 3, 3], [1, 3, 3, 3])] == [1, 2]
-    assert objective._scored(jnp.zeros((1, 10, 1, 1, 1))).shape[1] == 6
+    all_frames = untyped(draws_of(objective, (1, 10, 1, 1, 1)))
+    assert objective._scored(jnp.zeros((1, 10, 1, 1, 1)), all_frames).shape[1] == 6
     with pytest.raises(UserError, match=r"scored_frames is 6, .* clips of 5 frames; the nearest that are: 3 or 5"):
         objective._skipped([2, 3])
     assert SelfForcingObjective(SelfForcingConfig(block=3))._skipped([3, 3]) == 0

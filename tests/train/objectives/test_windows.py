@@ -76,12 +76,14 @@ class OfSlots(SelfForcingObjective):
 @pytest.mark.parametrize(
     ("options", "lasts"),
     [
-        ({"window": 3, "sink_frames": 1, "scored_frames": 2}, (2,)),
+        ({"window": 3, "sink_frames": 1, "scored_frames": 2, "scored_anywhere": True}, (2,)),
         *(
             pytest.param(options, (0, 1, 2), marks=pytest.mark.slow)
             for options in (
                 {},
                 {"scored_frames": 3},
+                {"scored_frames": 2, "scored_anywhere": True},
+                {"window": 3, "sink_frames": 1, "scored_frames": 2},
                 {"window": 2},
                 {"window": 3, "sink_frames": 1},
                 {"window": 3, "sink_frames": 2, "scored_frames": 3},
@@ -96,7 +98,10 @@ def test_a_window_of_what_was_made(options, lasts, monkeypatch):
     draws = untyped(objective.draws(jax.random.key(1), batch(SHAPE))["student"].student)
     text, frames = jnp.ones((1, 1, 1)), SHAPE[1]
     weights = jax.random.normal(jax.random.key(2), SHAPE)
-    first = frames - options.get("scored_frames", frames)
+    count = options.get("scored_frames", frames)
+    first = int(draws.first) if "scored_anywhere" in options else frames - count
+    if "scored_anywhere" in options:
+        assert 0 < first < frames - count, "neither the first nor the last is a test of it"
     window, sinks = options.get("window", frames), options.get("sink_frames", 0)
 
     def plain(toy, last):
@@ -112,9 +117,10 @@ def test_a_window_of_what_was_made(options, lasts, monkeypatch):
                 x = z - SIGMAS[n] * toy.flow(z, SIGMAS[n], seen, cross)
                 if n < last:
                     z = (1 - SIGMAS[n + 1]) * x + SIGMAS[n + 1] * draws.fresh[:, n, frame]
-            made.append(x if frame >= first else stop(x))
+            made.append(x if first <= frame < first + count else stop(x))
             kept.append(stop((1 - LOWEST) * x + LOWEST * draws.context[:, frame]))
-        return jnp.sum(weights * jnp.stack(made, axis=1)), jnp.stack(made, axis=1)
+        clip = jnp.stack(made, axis=1).at[:, first + count :].set(0.0)
+        return jnp.sum(weights * clip), clip
 
     def ours(toy, last):
         rolled = objective.roll_out(toy, text, draws._replace(last=last))
@@ -154,12 +160,29 @@ def test_gradients_of_what_is_not_asked_for_are_not_made():
         ({"window": 5, "sink_frames": 3}, r"window is 5, which has no room for a block of 3 and 3 sink_frames; give 6"),
         ({"window": 0}, r"window is 0, .* give 3 or more, for example 21"),
         ({"sink_frames": 3}, r"sink_frames is 3, but there is no window; give --window 21"),
+        ({"scored_anywhere": True}, r"scored_anywhere is true, but all frames are scored; give --scored-frames 21"),
+        ({"scored_anywhere": True, "scored_frames": 7}, r"scored_frames is 7, .* blocks of 3; .*: 6 or 9"),
         ({"sink_frames": -1}, r"sink_frames is -1; it must be at least 0"),
     ],
 )
 def test_windows_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         SelfForcingConfig(**options)
+
+
+def test_runs_of_blocks_that_are_scored():
+    """Each that there is, of blocks of one size; critic, teacher and figures see its frames."""
+    settings: dict = {"block": 2, "independent_first_frame": True, "scored_frames": 4, "scored_anywhere": True}
+    objective = SelfForcingObjective(SelfForcingConfig(**settings))
+    shape = (1, 9, 1, 1, 1)
+    drawn = [untyped(objective.draws(jax.random.key(n), batch(shape))["critic"].student) for n in range(20)]
+    assert {int(draws.first) for draws in drawn} == {1, 2, 3}
+    clip = jnp.arange(9.0).reshape(shape)
+    for draws in drawn[:5]:
+        start = 2 * int(draws.first) - 1
+        assert objective._scored(clip, draws).ravel().tolist() == [start, start + 1, start + 2, start + 3]
+    with pytest.raises(UserError, match="scored_frames is 4, but clips have 2 in blocks of 2; give as many or fewer"):
+        objective.draws(jax.random.key(0), batch((1, 3, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(
