@@ -124,7 +124,7 @@ def test_a_window_of_what_was_made(options, lasts, monkeypatch):
 
     def ours(toy, last):
         rolled = objective.roll_out(toy, text, draws._replace(last=last))
-        return jnp.sum(weights * objective.replay(toy, text, rolled, last)), rolled.x
+        return jnp.sum(weights * objective.replay(toy, text, rolled, last, draws.first)), rolled.x
 
     compiled = gradient(ours, Toy(), has_aux=True)
     for last in lasts:
