@@ -302,7 +302,9 @@ FAULTS = (
     ),
     Fault("train/objectives/self_forcing.py", "if not rolls:  #", "if rolls:  #", ROLL_OUTS, "window"),
     Fault("train/objectives/by_blocks.py", "of_moving, pull_shared(", "zero[1], pull_shared(", ROLL_OUTS, "window"),
-    Fault("train/objectives/adversarial.py", "(near - there) / sigma)", "(near - there))", ADVERSARIAL, "flat"),
+    Fault(
+        "train/objectives/adversarial.py", "square((near - there) / sigma)", "square(near - there)", ADVERSARIAL, "flat"
+    ),
     Fault("train/step.py", "roles[name].average, frozen_of", "roles[name].params, frozen_of", CONSISTENCY, "average"),
     Fault(
         "train/plan.py",
@@ -399,8 +401,8 @@ FAULTS = (
     ),
     Fault(
         "train/objectives/self_forcing.py",
-        "step=jnp.int32(len(self.settings.student_steps))",
-        "step=jnp.int32(0)",
+        "step = jnp.int32(len(self.settings.student_steps))",
+        "step = jnp.int32(0)",
         DISTILLATION,
         "after_all_steps",
     ),
