@@ -468,6 +468,26 @@ class TestVideo:
         distances = [[np.abs((frame - other) @ luma).mean() for other in pictures(expected)] for frame in frames]
         assert (np.argmin(distances, axis=1) // 3).tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
+    def test_encoding_is_not_waited_for(self, stage, client):
+        """Blocks are made while nothing is encoded yet; frames that then have to go are given up."""
+        sessions, begun = stage(), []
+
+        def submit(encode, frames, index, fps):
+            begun.append(Future())
+            return begun[-1]
+
+        sessions._submit = submit
+        session = client(sessions, start(frames=30), frames=12)
+        events, frames = session.run()
+        assert (session.session.ended, frames) == ("finished", [])
+        assert events[-1] == {"type": "dropped", "frames": 18, "total": 18}
+        assert [future.cancelled() for future in begun] == [True] * 18 + [False] * 12
+        for future in begun[18:]:
+            future.set_result(b"")
+        events, frames = session.run()
+        assert [index for index, *_ in frames] == list(range(18, 30))
+        assert events[-1]["reason"] == "finished"
+
     def test_an_unknown_one(self, stage, client):
         with pytest.raises(Refusal, match="start: video 'webm' is unknown; there is jpeg, mp4"):
             client(stage(), start(video="webm"))
