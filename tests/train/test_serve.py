@@ -77,6 +77,7 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
         (["--sessions", "0"], "sessions is 0; it must be at least 1"),
         (["--seconds", "nan"], "seconds is nan; it must be at least 1"),
         (["--port", "70000"], "port is 70000; it must lie in [0, 65535]"),
+        (["--begin", "9", "-1"], "begin is (9, -1); give numbers of frames, such as 9 21, or 0 for none"),
         (["--prompt", "a cat"], "--prompt"),
         (["--decoder", "tiny"], "which has its own; leave it out"),
     ],
