@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from monarchrt.models.attention.blocks import block_sizes
+from monarchrt.models.compiling import LIBRARY_PRODUCTS
 from monarchrt.models.sampling.noise import Noise, joined
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.models.sampling.solve import SolverState, all_fresh_noise, fresh_noise, paired, rows, solver_step, unpair
@@ -32,6 +33,7 @@ from monarchrt.models.wan.causal import (
     turn_cache,
 )
 from monarchrt.models.wan.rope import MAX_POSITIONS
+from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,9 @@ class Rollout:
         return block_sizes(frames, self.block, independent_first_frame=self.independent_first_frame)
 
 
-@partial(jax.jit, static_argnames=("graph", "rollout", "shape"), donate_argnames="cache")
+@partial(
+    jax.jit, static_argnames=("graph", "rollout", "shape"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS
+)
 def generate_block(
     graph: nnx.GraphDef,
     params: Any,
@@ -132,7 +136,7 @@ def generate_block(
 
     Args:
         graph: Of `nnx.split(model)`.
-        params: Of `nnx.split(model)`.
+        params: Of `nnx.split(model)`, or `Layers`.
         cache: Of `start_cache`; it is donated.
         key: Of the whole video; a block's noise depends on it and `frame` only.
         frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.
@@ -143,7 +147,7 @@ def generate_block(
     Returns:
         The finished latents, float32, and the cache.
     """
-    model: Any = nnx.merge(graph, params)
+    network = merged(graph, params)
     key = jax.random.fold_in(key, frame[0])
     noise = block_noise(key, shape) if given is None else given.first
     table = rollout.table()
@@ -153,7 +157,7 @@ def generate_block(
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         (state, cache), (row, number, added) = carry, xs
-        flow, cache = _flow(model, state.x, row.timesteps, cache, frame, number, rollout)
+        flow, cache = _flow(network, state.x, row.timesteps, cache, frame, number, rollout)
         return (solver_step(state, row, flow, added), cache), None
 
     scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
@@ -161,7 +165,7 @@ def generate_block(
     return constrain(state.x, "batch", *(None,) * (len(shape) - 1)), cache
 
 
-@partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS)
 def write_block(
     graph: nnx.GraphDef,
     params: Any,
@@ -176,20 +180,21 @@ def write_block(
 
     The network is told `timestep`: 0 of what is given, and of its own blocks the `context_noise`.
     """
-    model: Any = nnx.merge(graph, params)
-    return _flow(model, latents, jnp.float32(timestep), cache, frame, rollout.table().steps, rollout)[1]
+    return _flow(merged(graph, params), latents, jnp.float32(timestep), cache, frame, rollout.table().steps, rollout)[1]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Array, "B L E"]) -> WanCache:
     """Another text for the blocks that follow; `text` as in `start_cache`, of as many rows."""
-    return dataclasses.replace(cache, cross=cross_keys_values(nnx.merge(graph, params), text))
+    model, layers = merged(graph, params)
+    return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers))
 
 
 def _flow(
-    model: Any, x: Array, t: Array, cache: WanCache, frame: Array, step: int | Array, rollout: Rollout
+    network: tuple[Any, Any], x: Array, t: Array, cache: WanCache, frame: Array, step: int | Array, rollout: Rollout
 ) -> tuple[Array, WanCache]:
     """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's."""
+    model, layers = network
     guides = cache.shape.batch == 2 * x.shape[0]
     x = paired(x, x) if guides else x
     number = -(-frame[0] // rollout.block)  # also where the first frame is a block of its own
@@ -202,6 +207,7 @@ def _flow(
         step=step,
         block=number,
         in_place=True,
+        layers=layers,
     )
     return (unpair(flow, rollout.guidance) if guides else flow), cache
 
@@ -223,19 +229,21 @@ def start_cache(
     rollout: Rollout,
 ) -> WanCache:
     """An empty cache; `text` is `paired` with the negative one for guidance. `frames` counts if there is no window."""
+    model, layers = merged(graph, params)
     return init_cache(
-        nnx.merge(graph, params),
+        model,
         text,
         frames=rollout.window or frames,
         height=height,
         width=width,
         rolling=rollout.window is not None,
         sink_frames=rollout.sink_frames,
+        layers=layers,
     )
 
 
 def autoregressive(
-    model: WanModel,
+    model: WanModel | UnrolledWan,
     text: Float[Array, "B L E"],
     *,
     frames: int | None,
@@ -328,7 +336,7 @@ class LiveRollout:
         ((1, 3, 4, 8, 16), 12)
 
     Args:
-        model: A causal model, trained on blocks of `rollout.block` frames.
+        model: A causal model, trained on blocks of `rollout.block` frames; or `unroll_layers` of it, for speed.
         text: Embedding of the prompt.
         height: Of the latents.
         width: Of the latents.
@@ -349,7 +357,7 @@ class LiveRollout:
 
     def __init__(
         self,
-        model: WanModel,
+        model: WanModel | UnrolledWan,
         text: Float[Array, "B L E"],
         *,
         height: int,
@@ -369,12 +377,16 @@ class LiveRollout:
             raise ValueError("frames=None, without end, needs a window, for example Rollout(window=21, sink_frames=3).")
         if frames is not None:
             rollout.blocks(frames)
-        model = model.with_config(causal_block=None)  # blocks are seen one at a time
+        if isinstance(model, UnrolledWan):
+            plain, halves = model.model, (model.graph, model.params)
+        else:
+            plain = model.with_config(causal_block=None)  # blocks are seen one at a time
+            halves = nnx.split(plain)
         for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
-            check_size(model, (text.shape[0], size, height, width, config.in_channels))
+            check_size(plain, (text.shape[0], size, height, width, config.in_channels))
         self.frame, self.key, self.shape = 0, key, (text.shape[0], height, width, config.out_channels)
         self._rollout, self._frames, self._head_dim = rollout, frames, config.head_dim
-        self._graph, self._params = nnx.split(model)
+        self._graph, self._params = halves
         self._text = self._context(text, negative)
         self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
         # what does not fit is found here

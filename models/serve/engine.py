@@ -21,6 +21,7 @@ from monarchrt.models.sampling import LiveRollout, Rollout
 from monarchrt.models.sampling.rollout import check_size
 from monarchrt.models.serve.messages import Refusal
 from monarchrt.models.wan import WanModel
+from monarchrt.models.wan.unrolled import Cut, UnrolledWan, unroll_layers
 from monarchrt.models.web.encodings import ENCODINGS
 
 KEPT_TEXTS = 64
@@ -42,6 +43,7 @@ class Engine:
         sample: A prompt that `encode` knows, to compile with.
         begins: Numbers of frames that a video may begin with; none: it begins with nothing.
         attentions: More settings of attention that a video may have, in their notation.
+        unroll: Whether to unroll the network's layers (`unroll_layers`).
 
     Raises:
         UserError: If the roll-out has no window, or a number of frames does not make whole blocks.
@@ -60,6 +62,7 @@ class Engine:
         sample: str = "a cat",
         begins: Sequence[int] = (),
         attentions: Sequence[str] = (),
+        unroll: bool = False,
     ):
         if rollout.window is None:
             raise UserError("sessions may go on without end, for which attention needs a --window, such as 21")
@@ -71,6 +74,13 @@ class Engine:
         self.begins = tuple(sorted(set(begins)))
         self.models = _with_attentions(pipeline.model, attentions)
         self._check_sizes()
+        self.networks: Mapping[str, WanModel | UnrolledWan] = self.models
+        if unroll:
+            cut: Cut = {}
+            unrolled = {name: unroll_layers(model, cut=cut) for name, model in self.models.items()}
+            self.networks, self.models = unrolled, {name: network.model for name, network in unrolled.items()}
+            # the stacked layers are let go of
+            self.pipeline = VideoPipeline(next(iter(self.models.values())), pipeline.decoder)
         self._finite = jax.jit(lambda latents, decoded: jnp.isfinite(latents).all() & decoded)
 
     def _check_sizes(self) -> None:
@@ -183,7 +193,7 @@ class Engine:
         """A video to be made."""
         height, width = self.latents
         return LiveRollout(
-            self.models[self.attention(attention)],
+            self.networks[self.attention(attention)],
             texts[0],
             negative=texts[1],
             height=height,
@@ -211,7 +221,8 @@ class Engine:
         texts = text, None if self.rollout.guidance == 1.0 else text
         caches = [self.video(texts, 0, attention=name).held for name in self.models]
         decoder = self.pipeline.decoder
-        network = nnx.state(list(self.models.values())[-1])
+        network = list(self.networks.values())[-1]
+        network = network.params if isinstance(network, UnrolledWan) else nnx.state(network)
         weights = jax.tree.leaves((network, vars(decoder).get("_state")))
         states = jax.tree.leaves(jax.eval_shape(functools.partial(decoder.start, 1, *self.latents)))
         return _bytes(weights), sessions * (max(caches) + _bytes(states))

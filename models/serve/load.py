@@ -25,6 +25,7 @@ from monarchrt.models.wan import WanModel, wan_config
 def load_engine(
     config: GenerateConfig,
     *,
+    unroll: bool | None = None,
     report: Callable[[str], None],
     begins: Sequence[int] | None = (),
     attentions: Sequence[str] = (),
@@ -33,6 +34,7 @@ def load_engine(
 
     Args:
         config: The settings of a generation; of all its videos.
+        unroll: Whether to unroll the network's layers (`unroll_layers`); None: with a GPU.
         report: Takes lines for the person who waits.
         begins: As `Engine`; None: the frames of the first block.
         attentions: As `Engine`.
@@ -51,15 +53,18 @@ def load_engine(
         material = opened.material(dataclasses.replace(config, condition=NO_CONDITION))
         report("note: a run folder was trained without text; prompts do nothing")
         encode = _untold(material)
-    return _engine(material.plan, material.pipeline, encode, report, begins=begins, attentions=attentions)
+    return _engine(material.plan, material.pipeline, encode, unroll, report, begins=begins, attentions=attentions)
 
 
-def random_engine(config: GenerateConfig, *, preset: str, report: Callable[[str], None]) -> Engine:
+def random_engine(
+    config: GenerateConfig, *, preset: str, unroll: bool | None = None, report: Callable[[str], None]
+) -> Engine:
     """An engine with random weights, to see how fast a machine is with networks of a size; it makes noise.
 
     Args:
         config: The settings of a generation; of `decoder`, the name of one.
         preset: Sizes of the network, a name of `wan_config`; it makes videos as Self-Forcing's generators do.
+        unroll: As in `load_engine`.
         report: Takes lines for the person who waits.
 
     Returns:
@@ -99,7 +104,7 @@ def random_engine(config: GenerateConfig, *, preset: str, report: Callable[[str]
         return [jax.random.normal(jax.random.key(row), shape) for row, _ in enumerate(prompts)]
 
     report(f"weights are random, of the sizes of {preset}: no text is encoded, and what is made is noise")
-    return _engine(plan, VideoPipeline(model, decoder), encode, report)
+    return _engine(plan, VideoPipeline(model, decoder), encode, unroll, report)
 
 
 def _on_one_device(config: GenerateConfig) -> GenerateConfig:
@@ -114,6 +119,7 @@ def _engine(
     plan: Plan,
     pipeline: VideoPipeline,
     encode: Encode,
+    unroll: bool | None,
     report: Callable[[str], None],
     *,
     begins: Sequence[int] | None = (),
@@ -139,6 +145,7 @@ def _engine(
         negative=NEGATIVE_PROMPT if negative is None else negative,
         begins=begins,
         attentions=attentions,
+        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
     )
 
 

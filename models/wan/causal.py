@@ -19,6 +19,7 @@ from monarchrt.models.sharding import constrain
 from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, split_tokens, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
+from monarchrt.models.wan.unrolled import over_layers
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +62,7 @@ def init_cache(
     rolling: bool = False,
     sink_frames: int = 0,
     detach_past: bool = False,
+    layers: list[Any] | None = None,
 ) -> WanCache:
     """Caches for a new video: the cross-attention's filled from the text, the self-attention's empty.
 
@@ -84,6 +86,7 @@ def init_cache(
         rolling: Whether frames past the capacity evict the oldest.
         sink_frames: Leading frames that a rolling cache never evicts.
         detach_past: Whether gradients reach only the newest block's keys and values.
+        layers: As in `cached_forward`.
 
     Returns:
         The cache. It is differentiable in the text's keys and values.
@@ -107,7 +110,7 @@ def init_cache(
         dtype=config.dtype,
     )
     runs = tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
-    runs, cross = split_heads(runs, config.num_heads), cross_keys_values(model, text, image)
+    runs, cross = split_heads(runs, config.num_heads), cross_keys_values(model, text, image, layers=layers)
     return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
 
 
@@ -123,16 +126,20 @@ def split_heads[Tree](caches: Tree, heads: int) -> Tree:
 
 
 def cross_keys_values(
-    model: WanModel, text: Float[Array, "B L E"], image: Float[Array, "B I G"] | None = None
+    model: WanModel,
+    text: Float[Array, "B L E"],
+    image: Float[Array, "B I G"] | None = None,
+    *,
+    layers: list[Any] | None = None,
 ) -> tuple[Any, ...]:
     """What the cross-attention of every layer reads, `WanCache.cross`; differentiable by the model's parameters."""
     context = model.embed_context(text, image)
-    graph, state = nnx.split(model.blocks)
+    graph, state = nnx.split(model.blocks) if layers is not None else model.split_blocks()
 
-    def of_layer(_, layer):
-        return None, nnx.merge(graph, whole_layer(layer, model.config)).cross_attn.keys_values(*context)
+    def of_layer(layer):
+        return nnx.merge(graph, whole_layer(layer, model.config)).cross_attn.keys_values(*context)
 
-    return jax.lax.scan(of_layer, None, state)[1]
+    return over_layers(of_layer, state, layers)
 
 
 def empty_run(run: AttentionRun, shape: CacheShape) -> Any:
@@ -151,6 +158,7 @@ def cached_forward(
     step: Number = None,
     block: Number = None,
     in_place: bool = False,
+    layers: list[Any] | None = None,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
     """Predicts the flow of a block of frames that see each other and all cached frames.
 
@@ -169,26 +177,32 @@ def cached_forward(
         block: Number of the block of frames, from 0, likewise.
         in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
             reads it there, without a copy of its own. Gradients are right, but take the memory of whole caches.
+        layers: The state of each layer, instead of those stacked in the model (`unroll_layers`); in place only.
 
     Returns:
         The flow, in float32 at least, and the cache with this block as its newest.
 
     Raises:
-        ValueError: If shapes do not fit the model or the cache, or a static `frame` is beyond its capacity.
+        ValueError: If shapes do not fit the model or the cache, a static `frame` is beyond its capacity, or `layers`
+            are given and it is not to be done in place.
     """
     config = model.config
+    if layers is not None and not in_place:
+        raise ValueError("layers are given, which are for in_place=True; leave one of the two.")
     grid = model.check_latents(latents, timesteps)
     runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid)
     start = cache.length if frame is None else frame
     tokens = model.embed_latents(latents, timesteps)
     rope = rope_table(grid, config.head_dim, start_frame=start)
-    graph, state = nnx.split(model.blocks)
+    graph, state = nnx.split(model.blocks) if layers is not None else model.split_blocks()
     x, written = tokens.x, []
     for run, cached in zip(runs, cache.runs, strict=True):
-        through = _layers_in_place if in_place else _layers_apart
-        past = dataclasses.replace(cached, length=cache.length)
-        layers, cross = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
+        past, cross = dataclasses.replace(cached, length=cache.length), run.of(cache.cross, config.num_layers)
+        if layers is not None:
+            through, own = _layers_unrolled, layers[run.start : run.stop]
+        else:
+            through, own = _layers_in_place if in_place else _layers_apart, run.of(state, config.num_layers)
 
         def run_block(x, layer, cross, attention):
             block_of_layer = nnx.merge(graph, whole_layer(layer, config))
@@ -201,7 +215,7 @@ def cached_forward(
             recompute = config.remat == "full"
             return split_tokens(block_of_layer(x, tokens.time_projection, rope, cross, attend, recompute=recompute))
 
-        x, past = through(run_block, x, (layers, cross), past, run, start, config)
+        x, past = through(run_block, x, (own, cross), past, run, start, config)
         written.append(dataclasses.replace(past, length=None))
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
@@ -235,6 +249,19 @@ def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) 
     return x, jax.vmap(write)(stacked, *new)
 
 
+def _through_one(run_block, x, past, number, layer, cross, *, run: AttentionRun, start) -> tuple[Array, Any]:
+    """Through one layer, which writes and reads where the cache of all lies."""
+    written = []
+
+    def attention(query, key, value, context):
+        written.append(past.append(key, value, frame=start, layer=number))
+        where = dataclasses.replace(context, layer=run.start + number)
+        return run.setting.attend_cache(written[0], query, layer=number, context=where)
+
+    x = run_block(x, layer, cross, attention)
+    return x, dataclasses.replace(written[0], length=past.length)
+
+
 def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
     """The same through layers that write and read where the cache of all lies.
 
@@ -242,20 +269,20 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
     an offset.
     """
 
-    def body(carry, xs):
+    def body(carry, layer):
         x, past, number = carry
-        (layer, cross) = xs
-        written = []
-
-        def attention(query, key, value, context):
-            written.append(past.append(key, value, frame=start, layer=number))
-            where = dataclasses.replace(context, layer=run.start + number)
-            return run.setting.attend_cache(written[0], query, layer=number, context=where)
-
-        x = run_block(x, layer, cross, attention)
-        return (x, dataclasses.replace(written[0], length=past.length), number + 1), None
+        return (*_through_one(run_block, x, past, number, *layer, run=run, start=start), number + 1), None
 
     (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
+    return x, past
+
+
+def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
+    """The same through layers with arrays of their own, one after the other; traced and lowered once."""
+    states, cross = layers
+    through = jax.jit(partial(_through_one, run_block, run=run, start=start))
+    for number, layer in enumerate(states):
+        x, past = through(x, past, jnp.int32(number), layer, jax.tree.map(lambda rows, n=number: rows[n], cross))
     return x, past
 
 

@@ -202,7 +202,7 @@ class WanModel(nnx.Module):
         """
         config = self.config
         rope = rope_table(grid, config.head_dim)
-        graph, state = nnx.split(self.blocks)
+        graph, state = self.split_blocks()
         x = tokens.x
         for run in attention_runs(config.layer_attention[:layers]):
 
@@ -223,6 +223,17 @@ class WanModel(nnx.Module):
             stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
             x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
         return x
+
+    def split_blocks(self) -> tuple[nnx.GraphDef, Any]:
+        """Structure of a layer, and the state of all, stacked.
+
+        Raises:
+            ValueError: If there are none, since they were unrolled.
+        """
+        graph, state = nnx.split(self.blocks)
+        if not jax.tree.leaves(state)[0].shape[0]:
+            raise ValueError("model has no layers: they are in the UnrolledWan that it is part of; give that.")
+        return graph, state
 
     def run_head(self, x: Array, time: Array) -> Array:
         """The head; with `remat` the gradients of its parameters come before those of the blocks."""

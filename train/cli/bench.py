@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import tyro
@@ -84,7 +85,8 @@ def bench_command(arguments: Sequence[str]) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    engine = load_engine(config, report=say) if preset is None else random_engine(config, preset=preset, report=say)
+    make = load_engine if preset is None else partial(random_engine, preset=preset)
+    engine = make(config, unroll=options.unroll, report=say)
     loaded = time.monotonic() - begin
     measured = measure(engine, blocks=options.count, fps=options.rate)
     measured["cold"] = {"load": loaded} | measured["cold"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,6 +50,14 @@ class VideoOptions(GenerateConfig):
     stream: Annotated[bool, tyro.conf.Suppress] = False
     linger: Annotated[float, tyro.conf.Suppress] = 60.0
     quiet: Annotated[bool, tyro.conf.Suppress] = False
+
+    unroll_layers: Literal["auto", "yes", "no"] = "auto"
+    """Copy each layer's weights out of their stack, so that no call does: it takes some 6% less. Auto: with a GPU."""
+
+    @property
+    def unroll(self) -> bool | None:
+        """Whether to, if that is said."""
+        return {"yes": True, "no": False}.get(self.unroll_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,9 @@ def serve_command(arguments: Sequence[str]) -> int:
     check_port(address.host, address.port)
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]
-    engine = load_engine(of(GenerateConfig), report=_say, begins=begins, attentions=options.attentions)
+    engine = load_engine(
+        of(GenerateConfig), unroll=options.unroll, report=_say, begins=begins, attentions=options.attentions
+    )
     engine.check_memory(limits.sessions)
     _say("compiling")
     engine.warm_up()

@@ -39,6 +39,7 @@ def engine():
         fps=30.0,
         begins=(6,),
         attentions=("monarch(tile=(3,2,2))",),
+        unroll=True,
     )
     engine.warm_up()
     return engine

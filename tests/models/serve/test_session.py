@@ -345,7 +345,7 @@ class TestBeginning:
             frames=12, height=4, width=8, key=jax.random.key(4), negative=negative, initial=latents
         )
         state, expected = engine.start_decoder(), []
-        for block in autoregressive(engine.pipeline.model, text, rollout=engine.rollout, **options):
+        for block in autoregressive(engine.networks[engine.attention(None)], text, rollout=engine.rollout, **options):
             decoded, _, state = engine.decode(block, state)
             expected.append(decoded[0])
         np.testing.assert_allclose(pictures(frames), np.concatenate(expected), atol=1)
@@ -442,7 +442,9 @@ def test_one_frame_at_a_time_in_one_or_two_steps(engine, clock, steps):
     options: dict[str, Any] = dict(frames=6, height=4, width=8, key=jax.random.key(2))
     initial = engine.pipeline.decoder.encode(given(1)[None])
     state, expected = fast.start_decoder(), []
-    for block in autoregressive(engine.pipeline.model, text, rollout=rollout, initial=initial, **options):
+    for block in autoregressive(
+        engine.networks[engine.attention(None)], text, rollout=rollout, initial=initial, **options
+    ):
         decoded, _, state = fast.decode(block, state)
         expected.append(decoded[0])
     np.testing.assert_allclose(pictures(frames), np.concatenate(expected), atol=1)

@@ -1,0 +1,72 @@
+"""Layers with arrays of their own: the numbers of stacked ones, for generation alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.sampling import LiveRollout, Rollout
+from monarchrt.models.wan import WanModel, count_parameters, wan_config
+from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.unrolled import unroll_layers
+
+
+@pytest.fixture(scope="module")
+def text():
+    return jax.random.normal(jax.random.key(2), (1, 8, 32))
+
+
+@pytest.fixture(scope="module")
+def model():
+    settings = tuple(map(parse, ("dense", "monarch(tile=(3,2,4))", "monarch(tile=(3,2,4))")))
+    model = WanModel(wan_config("tiny", num_layers=3, attention=settings), rngs=nnx.Rngs(0))
+    kernel = model.head.proj.kernel  # zero at the start, which would make everything equal
+    kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)
+    return model
+
+
+def test_a_rolling_stream_is_the_same(model, text):
+    def blocks(model):
+        video = LiveRollout(model, text, height=4, width=8, key=jax.random.key(0), rollout=Rollout(window=6, steps=2))
+        made = [video.generate() for _ in range(2)]
+        video.set_text(-text)
+        return np.concatenate([*made, video.generate()], axis=1)
+
+    expected = blocks(model)
+    np.testing.assert_allclose(blocks(unroll_layers(model)), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_layers_are_copies_and_the_rest_is_shared(model):
+    unrolled = unroll_layers(model)
+    assert len(model.blocks.ffn.fc1.kernel) == len(unrolled.params.arrays) == 3  # the model itself is as it was
+    for number, layer in enumerate(unrolled.params.each()):
+        assert jnp.array_equal(layer["ffn"]["fc1"]["kernel"][...], model.blocks.ffn.fc1.kernel[number])
+    assert unrolled.model.head.proj.kernel[...] is model.head.proj.kernel[...]
+    assert sum(leaf.size for leaf in jax.tree.leaves(unrolled.params)) == count_parameters(model)
+
+
+def test_models_that_share_arrays_share_what_is_cut(model):
+    cut = {}
+    first, second = (unroll_layers(network, cut=cut) for network in (model, model.with_attention(parse("dense"))))
+    assert second.config.attention == parse("dense")
+    pairs = zip(jax.tree.leaves(first.params.arrays), jax.tree.leaves(second.params.arrays), strict=True)
+    assert all(one is other for one, other in pairs)
+
+
+def test_layers_are_read_in_place_only(model, text):
+    unrolled = unroll_layers(model)
+    layers, latents, times = unrolled.params.each(), jnp.zeros((1, 3, 4, 8, 16)), jnp.zeros(1)
+    cache = init_cache(unrolled.model, text, frames=3, height=4, width=8, layers=layers)
+    with pytest.raises(ValueError, match="layers are given, which are for in_place=True"):
+        cached_forward(unrolled.model, latents, times, cache, layers=layers)
+
+
+def test_a_model_without_its_layers_says_so(model, text):
+    """Or else it would make videos of none."""
+    rest, latents, times = unroll_layers(model).model, jnp.zeros((1, 3, 4, 8, 16)), jnp.zeros(1)
+    with pytest.raises(ValueError, match="no layers: they are in the UnrolledWan"):
+        rest(latents, times, text)
+    with pytest.raises(ValueError, match="no layers: they are in the UnrolledWan"):
+        init_cache(rest, text, frames=3, height=4, width=8)
