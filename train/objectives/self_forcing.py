@@ -151,7 +151,7 @@ class SelfForcingObjective(DMDObjective):
         empty = self._empty(student, text, (frames, height, width))
         carry, begin = (empty, (jnp.zeros(shape, jnp.float32),) * 3), 0
         if sizes[0] != sizes[-1]:
-            carry, begin = block(0, carry, sizes[0]), 1
+            carry, begin = block(jnp.int32(0), carry, sizes[0]), 1
         if self._window(frames) is None:
             past, made = blocks(begin, end, carry)
         elif draws.first is None and number == 0:
