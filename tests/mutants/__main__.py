@@ -7,16 +7,19 @@ A fault that the tests do not notice is a gap in them. Prints a line for each, a
 
 import os
 import pathlib
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.mutants.faults import FAULTS, Fault
 
 ROOT = pathlib.Path(__file__).parents[2]
+AT_ONCE = 2  # faults, each in a copy of its own
 UNNEEDED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "build", "dist", "*.egg-info", "results")
 
 
@@ -42,20 +45,25 @@ def noticed(fault: Fault, copy: pathlib.Path) -> str | None:
 
 def main(words: list[str]) -> int:
     """Tries the faults; the exit status."""
-    missed = []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder) / "project"
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=UNNEEDED)
-        for fault in FAULTS:
-            if words and not any(word in f"{fault.file} {fault.before}" for word in words):
-                continue
-            start = time.perf_counter()
+    chosen = [x for x in FAULTS if not words or any(word in f"{x.file} {x.before}" for word in words)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        copies = queue.SimpleQueue[pathlib.Path]()
+        for number in range(AT_ONCE):
+            copy = pathlib.Path(folder) / f"project{number}"
+            shutil.copytree(ROOT, copy, symlinks=True, ignore=UNNEEDED)
+            copies.put(copy)
+
+        def tried(fault: Fault) -> bool:
+            start, copy = time.perf_counter(), copies.get()
             test = noticed(fault, copy)
-            missed += [] if test else [fault]
+            copies.put(copy)
             taken = f"{time.perf_counter() - start:5.0f} s"
             place = f"{fault.file}: {fault.before.strip().splitlines()[0]}"
             print(f"noticed {taken}  {place}  by {test}" if test else f"MISSED  {taken}  {place}", flush=True)
-    print(f"{len(missed)} not noticed" if missed else "all noticed")
+            return test is not None
+
+        missed = list(pool.map(tried, chosen)).count(False)
+    print(f"{missed} of {len(chosen)} not noticed" if missed else f"all {len(chosen)} noticed")
     return bool(missed)
 
 

@@ -452,8 +452,8 @@ FAULTS = (
     ),
     Fault(
         "models/serve/engine.py",
-        "self.models[self.attention(attention)]",
-        "self.pipeline.model",
+        "self.networks[self.attention(attention)]",
+        "next(iter(self.networks.values()))",
         SESSIONS,
         "has_its_own",
     ),

@@ -173,7 +173,8 @@ def test_resume_needs_a_demo_and_loses_nothing(make, said, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("[" * 100_000, "is damaged"), ("\0", "is damaged"), ("[]", "is not that of a demo")]
+    ("text", "said"),
+    [("[" * 100_000, "is damaged"), ("\0", "is not UTF-8 (it has bytes of 0)"), ("[]", "is not that of a demo")],
 )
 def test_damaged_settings_are_one_line(text, said, tmp_path, capsys):
     (tmp_path / "demo.json").write_text(text)
