@@ -119,8 +119,8 @@ class Case:
 CASES = {
     "whole": Case(batch=2),
     "ragged": Case(ragged=True, query_blocks=4, key_blocks=5, rest=19),
-    "band": Case(band=(20, 5), heads=1, query_blocks=2, key_blocks=3),
-    "band, ragged": Case(batch=2, ragged=True, band=(20, 5), rest=3, query_blocks=4),
+    "band": Case(band=(20, 3), heads=1, query_blocks=2, key_blocks=3),
+    "band, ragged": Case(batch=2, ragged=True, band=(12, 3), rest=3, query_blocks=4),
     "blocks of odd sizes": Case(rows=12, columns=20, heads=1, shared=True),
     "two parts, padded dim": Case(rows=27, columns=40, dim=12, heads=1, query_blocks=2, keep=0.9),
     "two parts, ragged, band": Case(rows=32, columns=33, band=(30, 2), ragged=True, heads=1, query_blocks=2),

@@ -11,7 +11,7 @@ import sys
 import aiohttp
 import pytest
 
-from monarchrt.train.cli import main, programs
+from monarchrt.train.cli import compile_cache, main
 from tests.untyped import there
 
 SMALL = ["--height", "32", "--width", "64", "--steps", "2"]
@@ -139,29 +139,30 @@ class TestPrograms:
 
     def test_in_the_users_cache_folder(self, tmp_path):
         environment = {"XDG_CACHE_HOME": str(tmp_path)}
-        programs.keep_programs(environment)
+        compile_cache.keep_programs(environment)
         assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "monarchrt" / "programs")
         assert (tmp_path / "monarchrt" / "programs").is_dir()
-        assert programs.programs_folder({}).parts[-3:] == (".cache", "monarchrt", "programs")
+        assert compile_cache.programs_folder({}).parts[-3:] == (".cache", "monarchrt", "programs")
 
     def test_not_where_the_user_says_otherwise(self, tmp_path):
         for said in ({"JAX_COMPILATION_CACHE_DIR": ""}, {"MONARCHRT_NO_PROGRAM_CACHE": "1"}):
             environment = {"XDG_CACHE_HOME": str(tmp_path)} | said
-            programs.keep_programs(environment)
+            compile_cache.keep_programs(environment)
             assert environment == {"XDG_CACHE_HOME": str(tmp_path)} | said
         assert not list(tmp_path.iterdir())
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()
         environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
-        programs.keep_programs(environment)
+        compile_cache.keep_programs(environment)
         assert environment == {"XDG_CACHE_HOME": str(tmp_path / "file")}
 
     @pytest.mark.slow
     def test_a_second_process_compiles_nothing(self, tmp_path, environment):
         """The command's own process is told, JAX keeps its programs there, and reads them."""
         script = (
-            "from monarchrt.train.cli import programs; programs.keep_programs(); import jax, jax.numpy as jnp\n"
+            "from monarchrt.train.cli import compile_cache; compile_cache.keep_programs()\n"
+            "import jax, jax.numpy as jnp\n"
             "heard = []\n"
             "jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))\n"
             "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"

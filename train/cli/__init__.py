@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
+from monarchrt.train.cli.compile_cache import OFF_VARIABLE, keep_programs
 from monarchrt.train.cli.platform import leave_out_cuda
-from monarchrt.train.cli.programs import OFF_VARIABLE, keep_programs
+from monarchrt.train.cli.registry import COMMANDS
 from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
 
@@ -20,25 +21,6 @@ DEBUG_VARIABLE = "MONARCHRT_DEBUG"
 _WORD, _MESSAGE = 500, 4000  # characters of an error that are shown
 _MAY_BE_EMPTY = ("--negative-prompt", "--prompt", "--wandb", "--config")  # or say themselves what to give
 _SMALLER = "make the batch, the clip or the network smaller"
-
-
-# command COMMAND is the function COMMAND_command of the file COMMAND.py here
-COMMANDS = {
-    "train": "train or finetune a video model on a clip; resume a run",
-    "demo": "the whole story in miniature on a CPU: dense, Monarch, finetuned",
-    "generate": "make a video from a prompt, or with a run's network",
-    "serve": "videos whose prompt changes while they are made, for browsers and programs",
-    "bench": "how fast a checkpoint makes videos: `bench generate`, cold and steady, by stage",
-    "encode": "clips and captions to the latents that finetuning takes",
-    "pairs": "states of a teacher's solver, to distil a student on",
-    "evaluate": "attention settings under the same weights: losses and videos; VBench",
-    "inspect": "what a Wan checkpoint holds, and whether it is complete",
-    "convert": "write a Wan checkpoint in another format",
-    "doctor": "what runs on this machine, why, and how fast",
-    "study": "attention maps against density, and which tile suits a checkpoint",
-    "tune": "find the fastest settings of the Triton kernels on this GPU",
-    "completion": "what bash, zsh and fish need to complete commands and options",
-}
 
 
 def usage() -> str:
