@@ -150,3 +150,12 @@ def test_options_of_files(baseline, tmp_path, capsys, option):
     for arguments in (["inspect", str(baseline)], ["convert", str(baseline), str(tmp_path / "made")]):
         assert main([*arguments, *option]) == 2
         assert f"but {baseline} is a run folder; leave it out" in capsys.readouterr().err
+
+
+def test_a_table_in_a_file_is_not_cut(capsys):
+    from monarchrt.train.cli.tables import print_table
+
+    cells = [[f"{number}.{'1234567890' * 5}" for number in range(4)]]
+    print_table(["one", "two", "three", "four"], cells)
+    out = capsys.readouterr().out
+    assert all(cell in out for cell in cells[0])

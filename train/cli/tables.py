@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+UNCUT = 10_000  # columns
+
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; where there is no terminal, its rows are not cut."""
@@ -13,7 +15,9 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)
-    console.print(table, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = UNCUT
+    console.print(table)
 
 
 def say(line: str) -> None:
