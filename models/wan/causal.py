@@ -134,7 +134,7 @@ def cross_keys_values(
 ) -> tuple[Any, ...]:
     """What the cross-attention of every layer reads, `WanCache.cross`; differentiable by the model's parameters."""
     context = model.embed_context(text, image)
-    graph, state = nnx.split(model.blocks) if layers is not None else model.split_blocks()
+    graph, state = model.split_blocks(apart=layers is not None)
 
     def of_layer(layer):
         return nnx.merge(graph, whole_layer(layer, model.config)).cross_attn.keys_values(*context)
@@ -195,7 +195,7 @@ def cached_forward(
     start = cache.length if frame is None else frame
     tokens = model.embed_latents(latents, timesteps)
     rope = rope_table(grid, config.head_dim, start_frame=start)
-    graph, state = nnx.split(model.blocks) if layers is not None else model.split_blocks()
+    graph, state = model.split_blocks(apart=layers is not None)
     x, written = tokens.x, []
     for run, cached in zip(runs, cache.runs, strict=True):
         past, cross = dataclasses.replace(cached, length=cache.length), run.of(cache.cross, config.num_layers)

@@ -224,14 +224,14 @@ class WanModel(nnx.Module):
             x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
         return x
 
-    def split_blocks(self) -> tuple[nnx.GraphDef, Any]:
+    def split_blocks(self, *, apart: bool = False) -> tuple[nnx.GraphDef, Any]:
         """Structure of a layer, and the state of all, stacked.
 
         Raises:
-            ValueError: If there are none, since they were unrolled.
+            ValueError: If there are none, since they were unrolled, and they are not known to be `apart`.
         """
         graph, state = nnx.split(self.blocks)
-        if not jax.tree.leaves(state)[0].shape[0]:
+        if not apart and not jax.tree.leaves(state)[0].shape[0]:
             raise ValueError("model has no layers: they are in the UnrolledWan that it is part of; give that.")
         return graph, state
 
