@@ -97,7 +97,7 @@ def part_programs(
     """
     share = training.settings.accumulation  # of the batch, one part is looked at
 
-    def own(part: Callable[..., Any]) -> Callable[..., Any]:
+    def own(part: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
         def run(state: TrainState, batch: Batch, key: Any) -> Any:
             draws = objective.draws(key, Batch(*batch))[role]
             batch, draws = jax.tree.map(lambda x: x[::share] if x.ndim else x, (tuple(batch), draws))
@@ -106,14 +106,11 @@ def part_programs(
                 return part(networks_of(objective, graphs, state.roles, {role: params}), Batch(*batch), draws)
 
             with use_abstract_mesh(mesh_of(shardings)):
-                return (jax.grad(whole, has_aux=True) if part is backward else whole)(state.roles[role].params)
+                return (jax.grad(whole, has_aux=True) if gradient else whole)(state.roles[role].params)
 
         return run
 
     def forward(networks: Any, batch: Batch, draws: Any) -> Any:
-        return objective.loss(role, networks, batch, draws)
-
-    def backward(networks: Any, batch: Batch, draws: Any) -> Any:
         return objective.loss(role, networks, batch, draws)
 
     def optimizer(state: TrainState, batch: Batch, key: Any) -> Any:
@@ -123,7 +120,7 @@ def part_programs(
         return params, moments, update_ema(now.average, params, jnp.int32(2**30), training.settings)
 
     parts = {name: own(part or forward) for name, part in objective.parts(role).items()}
-    programs = parts | {"backward": own(backward), "optimizer": optimizer}
+    programs = parts | {"backward": own(forward, gradient=True), "optimizer": optimizer}
     return {name: jax.jit(run) for name, run in programs.items()}
 
 

@@ -287,8 +287,10 @@ def mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
         records: Of the log, in order. Steps of ten times the median or more are left out.
     """
     seconds = [record["seconds"] for record in records if "seconds" in record][1:][-100:]
-    usual = [taken for taken in seconds if taken < 10 * statistics.median(seconds)]
-    return statistics.fmean(usual) if usual else None
+    if not seconds:
+        return None
+    most = 10 * statistics.median(seconds)
+    return statistics.fmean([taken for taken in seconds if taken < most] or seconds)
 
 
 def shown(count: int) -> str:
