@@ -3,6 +3,8 @@
     python benchmarks/generate.py                                   # 81 frames at 480x832, on one GPU
     python benchmarks/generate.py --attention dense "monarch 97%"
     python benchmarks/generate.py --implementation triton           # a Monarch backend by name
+    python benchmarks/generate.py --places one heads=2 heads=1,decoder     # on two GPUs, beside one of them
+    python benchmarks/generate.py --wan wan2.1-t2v-14b --places one heads=2
     python benchmarks/generate.py --tiny                            # tiny networks; runs without a GPU
 
 Batch 1, bfloat16, the schedule of Self-Forcing: blocks of 3 latent frames, 4 calls with fresh noise each and one that
@@ -11,6 +13,8 @@ changes no time.
 
 For each attention: the transformer alone (all blocks, latents only), and end to end (embeddings in, frames in the
 host's memory out, VAE included) with the time to the first frames; medians over --repeats after one run that compiles.
+A place is a mesh for the network as `monarchrt generate --mesh` takes it, and "decoder" if the last GPU decodes and is
+none of the mesh; the small clip of each must be that of one GPU.
 Text is one prompt of 512 tokens through umT5-XXL, without the tokenizer; it is in no other time but "with_text". VAE is
 all latents, block by block as streamed. What is compiled after the first frames are there is counted and must be
 nothing. Before anything is timed, a small clip with the timed Monarch backend is compared with its XLA path. Writes
@@ -39,8 +43,8 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import WanDecoder
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.places import Places, find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
-from monarchrt.models.sampling import Rollout, autoregressive
 from monarchrt.models.umt5 import UMT5Encoder, umt5_config
 from monarchrt.models.vae import WanVAE, vae_config
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
@@ -69,16 +73,18 @@ def main() -> None:
     """Checks, times, prints, writes."""
     args = parse()
     sizes = TINY if args.tiny else TRUE
-    sizes = dataclasses.replace(sizes, frames=sizes.frames if args.frames is None else args.frames)
-    config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
+    given = {"frames": args.frames, "wan": args.wan}
+    sizes = dataclasses.replace(sizes, **{name: value for name, value in given.items() if value is not None})
     try:
+        config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
         plans = {attention: plan_of(attention, config, sizes, args.implementation) for attention in args.attention}
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        places = {place: place_of(place, heads=config.num_heads) for place in args.places}
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     args.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
-    error = check(args)
+    error = check(args, places)
     print(f"{CHECKED} by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
     if not error <= MAX_ERROR:
         sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
@@ -86,16 +92,19 @@ def main() -> None:
     report |= {"implementation": args.implementation, "error": error, "repeats": args.repeats, "rows": []}
     report["text"] = time_text(sizes, args.repeats)
     print(f"text    {report['text'] * 1e3:8.1f} ms")
-    decoder = WanDecoder(built(lambda: WanVAE(vae_config(sizes.vae), **half())))
-    report["vae"] = time_vae(decoder, sizes, args.repeats)
+    vae = built(lambda: WanVAE(vae_config(sizes.vae), **half()))
+    report["vae"] = time_vae(WanDecoder(vae), sizes, args.repeats)
     print(f"VAE     {report['vae'] * 1e3:8.1f} ms   {sizes.frames / report['vae']:.1f} frames/s")
     model = built(lambda: WanModel(config, rngs=nnx.Rngs(0)))
-    for attention, plan in plans.items():
-        row = {"attention": attention} | time_video(model.with_attention(plan.attention), decoder, plan, args.repeats)
-        row["with_text"] = report["text"] + row["end_to_end"]
-        report["rows"].append(row)
-        print(line(row), flush=True)
-        (args.out / "generate.json").write_text(json.dumps(report, indent=1))
+    for place, where in places.items():
+        placed, decoder = where.moved(model), WanDecoder(vae, device=where.decoder)
+        for attention, plan in plans.items():
+            pipeline = VideoPipeline(placed.with_attention(plan.attention), decoder, mesh=where.mesh)
+            row = {"attention": attention, "place": place} | time_video(pipeline, plan, args.repeats)
+            row["with_text"] = report["text"] + row["end_to_end"]
+            report["rows"].append(row)
+            print(line(row), flush=True)
+            (args.out / "generate.json").write_text(json.dumps(report, indent=1))
     compare(report["rows"])
     if any(row["compiled_later"] for row in report["rows"]):
         sys.exit("something was compiled after the first block")
@@ -109,6 +118,10 @@ def parse() -> argparse.Namespace:
         "--implementation",
         choices=IMPLEMENTATIONS,
         help="backend of the named settings that have several; default: the library's choice",
+    )
+    parser.add_argument("--wan", help="sizes of the network, a preset; default: wan2.1-t2v-1.3b, or tiny with --tiny")
+    parser.add_argument(
+        "--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder for a GPU of its own"
     )
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
     parser.add_argument("--repeats", type=int, default=5)
@@ -144,8 +157,18 @@ def plan_of(attention: str, config: WanConfig, sizes: Sizes, implementation: str
     return make_plan(given, defaults=Defaults(mode="autoregressive", sampler="few-step"), model=config)
 
 
-def check(args: argparse.Namespace) -> float:
-    """Relative error of a small clip's latents with the timed backend."""
+def place_of(notation: str, *, heads: int) -> Places:
+    """The devices of a place."""
+    if notation == "one":
+        return Places()
+    *axes, last = notation.split(",")
+    decoder = len(jax.devices()) - 1 if last == "decoder" else None
+    mesh = ",".join(axes) if last == "decoder" else notation
+    return find_places(GenerateConfig(mesh=mesh or "heads=1", decoder_device=decoder), heads=heads)
+
+
+def check(args: argparse.Namespace, places: dict[str, Places]) -> float:
+    """Largest relative error of a small clip's latents, with the timed backend in each place."""
     # sides of a tile below 4 are refused by the kernels
     sizes = (
         dataclasses.replace(TINY, frames=21)
@@ -158,12 +181,16 @@ def check(args: argparse.Namespace) -> float:
     head = model.head.proj.kernel
     head[...] = jax.random.normal(jax.random.key(1), head.shape, head.dtype) / 8
     text = jnp.zeros((1, base.text_len, base.text_dim))
-    outputs = []
-    for implementation in (args.implementation, "xla"):
+
+    def latents(implementation: str | None, where: Places) -> np.ndarray:
         plan = plan_of(CHECKED, base, sizes, implementation)
-        latents = VideoPipeline(model.with_attention(plan.attention), None).latents(text, plan=plan)  # type: ignore[arg-type]
-        outputs.append(np.concatenate([np.asarray(part, np.float64) for part in latents]))
-    return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))
+        placed = where.moved(model).with_attention(plan.attention)
+        parts = VideoPipeline(placed, None, mesh=where.mesh).latents(text, plan=plan)  # type: ignore[arg-type]
+        return np.concatenate([np.asarray(part, np.float64) for part in parts])
+
+    right = latents("xla", Places())
+    errors = [np.linalg.norm(latents(args.implementation, where) - right) for where in places.values()]
+    return float(max(errors) / np.linalg.norm(right))
 
 
 def median(call: Callable[[], Any], repeats: int) -> float:
@@ -207,20 +234,15 @@ def latent_size(decoder: WanDecoder, sizes: Sizes) -> tuple[int, int]:
     return sizes.height // decoder.spatial, sizes.width // decoder.spatial
 
 
-def time_video(model: WanModel, decoder: WanDecoder, plan: Plan, repeats: int) -> dict[str, Any]:
+def time_video(pipeline: VideoPipeline, plan: Plan, repeats: int) -> dict[str, Any]:
     """The transformer alone, and end to end."""
-    text = jax.random.normal(jax.random.key(1), (1, model.config.text_len, model.config.text_dim))
-    rollout = plan.settings
-    if not isinstance(rollout, Rollout):
-        raise TypeError("the schedule is Self-Forcing's")
-    frames, height, width = plan.latents
-    made = 1 + 4 * (frames - 1)  # frames of a video
+    config = pipeline.model.config
+    text = jax.random.normal(jax.random.key(1), (1, config.text_len, config.text_dim))
+    made = 1 + 4 * (plan.latents[0] - 1)  # frames of a video
+    firsts, later = [], []
 
     def transformer() -> None:
-        size: dict[str, Any] = {"frames": frames, "height": height, "width": width}
-        jax.block_until_ready(list(autoregressive(model, text, **size, key=jax.random.key(0), rollout=rollout)))
-
-    pipeline, firsts, later = VideoPipeline(model, decoder), [], []
+        jax.block_until_ready(list(pipeline.latents(text, plan=plan)))
 
     def end_to_end() -> None:
         begin = time.perf_counter()
@@ -266,7 +288,8 @@ def counted() -> Iterator[list[str]]:
 def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
     return (
-        f"{row['attention']:<12} transformer {row['transformer']:7.3f} s   end to end {row['end_to_end']:7.3f} s "
+        f"{row['attention']:<12} {row['place']:<16} transformer {row['transformer']:7.3f} s   "
+        f"end to end {row['end_to_end']:7.3f} s "
         f"({row['frames_per_second']:6.1f} frames/s)   first frames {row['first_frames']:6.3f} s   "
         f"compiled later {row['compiled_later']}, before in {row['compile_seconds']:.0f} s"
     )
@@ -277,7 +300,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     first, *others = rows
     for row in others:
         transformer, whole = (first[part] / row[part] for part in ("transformer", "end_to_end"))
-        print(f"{row['attention']}: transformer {transformer:.2f}x, end to end {whole:.2f}x of {first['attention']}")
+        named, beside = (f"{x['attention']} ({x['place']})" for x in (row, first))
+        print(f"{named}: transformer {transformer:.2f}x, end to end {whole:.2f}x of {beside}")
 
 
 if __name__ == "__main__":
