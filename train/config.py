@@ -3,14 +3,16 @@
 `monarchrt train --help` is made from these docstrings. Nothing here imports JAX, so that help is quick.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -263,8 +265,41 @@ class TrainConfig:
             >>> TrainConfig().option("student", "learning_rate")
             'learning_rate'
         """
-        plain = name == self.objective.exported and len(self.objective.training) == 1
-        return setting if plain else f"{name}.{setting}"
+        return setting if self._alone(name) else f"{name}.{setting}"
+
+    def _alone(self, name: str) -> bool:
+        """Whether the settings of a role have no prefix."""
+        return name == self.objective.exported and len(self.objective.training) == 1
+
+    @contextlib.contextmanager
+    def told_of(self, name: str) -> Iterator[None]:
+        """What is wrong with a role's settings is said with the role, if there are several.
+
+        Examples:
+            >>> config = with_objective(TrainConfig(), "dmd")
+            >>> with config.told_of("critic"):
+            ...     raise UserError("tile is wrong")
+            Traceback (most recent call last):
+            ...
+            monarchrt.models.errors.UserError: critic.tile is wrong
+        """
+        try:
+            yield
+        except UserError as error:
+            if self._alone(name):
+                raise
+            raise UserError(of_role(name, str(error))) from error
+
+
+def of_role(name: str, message: str) -> str:
+    """A message about a setting of a role, with the role.
+
+    Examples:
+        >>> of_role("critic", "tile is wrong"), of_role("critic", "no weights")
+        ('critic.tile is wrong', 'critic: no weights')
+    """
+    known = {item.name for kind in (ModelConfig, OptimizerConfig, RoleConfig) for item in dataclasses.fields(kind)}
+    return f"{name}.{message}" if re.split(r"\W", message, maxsplit=1)[0] in known else f"{name}: {message}"
 
 
 def train_defaults(objective: type[ObjectiveSettings]) -> TrainConfig:
@@ -412,7 +447,27 @@ def from_dict(kind: type, values: Any) -> Any:
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
     make: Any = kind
+    if kind is TrainConfig:
+        return make(**_revive_roles(hints, values))
     return make(**{name: _revive(name, hints[name], value) for name, value in values.items()})
+
+
+def _revive_roles(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a `TrainConfig`; what is wrong with those of a role is said with the role."""
+    objective = _revive("objective", hints["objective"], values.get("objective", {}))
+    plain, roles = TrainConfig(objective=objective), values.get("roles", {})
+    _require(isinstance(roles, dict), f"roles is {_shown(roles)}; it must be a table")
+    made: dict[str, Any] = {"objective": objective, "roles": {}}
+    for name, value in values.items():
+        if name in ("model", "optimizer"):
+            with plain.told_of(objective.exported):
+                made[name] = _revive(name, hints[name], value)
+        elif name not in made:
+            made[name] = _revive(name, hints[name], value)
+    for name, value in roles.items():
+        with plain.told_of(name):
+            made["roles"][name] = from_dict(RoleConfig, value)
+    return made
 
 
 def _fields(kind: type) -> dict[str, Any]:

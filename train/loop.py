@@ -9,7 +9,7 @@ uninterrupted run bit for bit on the same machine.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -154,8 +154,21 @@ def plan(config: TrainConfig, *, source: Source | None = None) -> Plan:
         return run.plan()
 
 
+def _attention_errors(network: Any, latents: Sequence[int]) -> set[str]:
+    """What a network's attention has against latents (F, h, w, C)."""
+    found = set()
+    for setting in getattr(network, "layer_attention", ()):
+        try:
+            with user_input():
+                setting.check(network.token_grid(*latents[:3]), causal_block=network.causal_block)
+        except UserError as error:
+            found.add(str(error))
+    return found
+
+
 def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
-    text_dim = model_settings(config.model, precision=config.run.precision).text_dim
+    with config.told_of(config.objective.exported):
+        text_dim = model_settings(config.model, precision=config.run.precision).text_dim
     digests = config.run.folder / DIGESTS_NAME
     return make_objective(config.objective).open_source(
         config.data, text_shape=(1, text_dim), digests=digests, encode=encode
@@ -268,10 +281,22 @@ class _Run:
         for roles in self._kinds():
             if not roles or not set(roles) <= set(objective.settings.training):
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
-            with user_input():
+            with self._told_whose(), user_input():
                 # traced as it is when the step is taken, which then need not be traced again
                 shapes = self.placement.shapes(self.networks.template, self.batches.host(1, roles))
                 self.step_fn.eval_shape(*shapes, due=roles)
+
+    @contextlib.contextmanager
+    def _told_whose(self) -> Iterator[None]:
+        """What is wrong with the attention of one network alone is said with its role."""
+        try:
+            yield
+        except UserError as error:
+            for name, network in self.networks.configs.items():
+                if str(error) in _attention_errors(network, self.source.latent_shape):
+                    with self.config.told_of(name):
+                        raise
+            raise
 
     def _kinds(self) -> list[tuple[str, ...]]:
         """The different sets of roles that steps update."""

@@ -207,20 +207,24 @@ class Networks:
                 return with_adapter(model, adapter, rngs=nnx.Rngs(seed))
 
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
-        with user_input():
+        with self._config.told_of(name), user_input():
             return nnx.eval_shape(change, model) if abstract else change(model)
 
     def _build(self, name: str) -> Callable[[], nnx.Module]:
         """Makes a network as it is without a LoRA."""
         role = self._config.role(name)
-        return functools.partial(
-            build_model,
-            role.model,
-            channels=self._channels,
-            seed=self._seed(name),
-            precision=role.precision,
-            frozen=not self._keeps_frozen(name),
-        )
+
+        def build() -> nnx.Module:
+            with self._config.told_of(name):
+                return build_model(
+                    role.model,
+                    channels=self._channels,
+                    seed=self._seed(name),
+                    precision=role.precision,
+                    frozen=not self._keeps_frozen(name),
+                )
+
+        return build
 
     def _seed(self, name: str) -> int:
         objective = self._config.objective

@@ -154,11 +154,11 @@ class GenerateConfig:
     """Autoregressive: the first latent frame is a block of its own, as models that begin with an image need."""
 
     window: int | None = None
-    """Latent frames that attention reaches back over, the block included. Default: all, up to 21; longer videos let
-    go of the oldest. In mode windows: the window's frames."""
+    """Latent frames that attention reaches back over, the block included. Default: as the model was trained; or all, up
+    to 21, and longer videos let go of the oldest. In mode windows: the window's frames."""
 
-    sink_frames: int = 0
-    """Leading latent frames that a window never lets go."""
+    sink_frames: int | None = None
+    """Leading latent frames that a window never lets go. Default: as the model was trained, or 0."""
 
     context: int = 1
     """In mode windows: finished latent frames that each window starts with."""
@@ -286,7 +286,8 @@ class GenerateConfig:
             self.decoder_device is None or self.decoder_device >= 0,
             f"decoder_device is {self.decoder_device}; it must be at least 0",
         )
-        _require(self.sink_frames >= 0, f"sink_frames is {self.sink_frames}; it must be at least 0")
+        sinks = self.sink_frames
+        _require(sinks is None or sinks >= 0, f"sink_frames is {sinks}; it must be at least 0")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
         _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")
         _require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in [0, 65535]")

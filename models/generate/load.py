@@ -143,10 +143,11 @@ def _as_trained(source: "Source") -> dict[str, Any]:
     trained = source.trained
     if trained is None:
         return {}
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"trained": trained}
     if trained.latents is not None:
         frames, height, width = trained.latents
-        own = {"frames": 1 + (frames - 1) * TEMPORAL, "height": height * SPATIAL, "width": width * SPATIAL}
+        own |= {"frames": 1 + (frames - 1) * TEMPORAL, "height": height * SPATIAL, "width": width * SPATIAL}
+        own["window"] = frames  # of mode windows
     if trained.shift is not None:
         own |= {"shift": trained.shift, "shift_from": "the run that it was trained in"}
     return own | ({} if trained.steps is None else {"steps": trained.steps})

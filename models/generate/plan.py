@@ -10,7 +10,9 @@ from monarchrt.models.attention.registry import EXACT, SHORT, exact
 from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.generate.config import NO_CONDITION, STORED, GenerateConfig
 from monarchrt.models.sampling import Rollout, Windows
+from monarchrt.models.sampling.tables import sampler_table
 from monarchrt.models.wan import WanConfig
+from monarchrt.models.wan.checkpoints.settings import Trained
 from monarchrt.models.wan.rope import MAX_POSITIONS
 
 LARGEST_SIDE = 16384  # pixels, of H.264's encoder
@@ -42,6 +44,7 @@ class Defaults:
         shift: Of the noise levels.
         guidance: Of samplers that are not few-step.
         window: In mode windows.
+        trained: What is known of the training.
         shift_from: What said so of the shift, for the reader; None: nothing did.
         distilled: Whether the network is one of few steps.
         causal: Whether it was trained block by block.
@@ -60,6 +63,7 @@ class Defaults:
     shift_from: str | None = None
     distilled: bool | None = None
     causal: bool | None = None
+    trained: Trained | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,7 @@ def make_plan(
                 block=config.block or BLOCK,
                 independent_first_frame=config.independent_first_frame,
                 window=config.window or _window(config, latents[0]),
-                sink_frames=config.sink_frames,
+                sink_frames=config.sink_frames or 0,
                 context_noise=config.context_noise,
             )
         else:
@@ -195,7 +199,7 @@ def make_plan(
         attention=attention,
         spatial=spatial,
         temporal=temporal,
-        notes=_notes(config, defaults, settings),
+        notes=_notes(config, defaults, settings, model),
     )
     density = check_attention(plan, model)
     if config.compare_dense and set(_stored(attention)) == {exact()}:
@@ -205,10 +209,12 @@ def make_plan(
     return dataclasses.replace(plan, density=density)
 
 
-def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows) -> tuple[str, ...]:
+def _notes(
+    config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows, model: WanConfig
+) -> tuple[str, ...]:
     """How it will be sampled; and what of it the checkpoint is not known to be made for."""
     table = settings.table()
-    listed = f" ({' '.join(map(str, settings.steps))})" if isinstance(settings.steps, tuple) else ""
+    listed = f" ({_listed(settings.steps)})" if isinstance(settings.steps, tuple) else ""
     said = f" (of {defaults.shift_from})" if defaults.shift_from and settings.shift == defaults.shift else ""
     grid = "; noise levels on Wan's grid, from which diffusers' differs a little" if defaults.shift_from else ""
     guidance = "no guidance" if settings.guidance == 1.0 else f"guidance {settings.guidance:g}"
@@ -222,7 +228,38 @@ def _notes(config: GenerateConfig, defaults: Defaults, settings: Rollout | Windo
         notes.append(
             "note: nothing says that this checkpoint was trained block by block; --mode bidirectional suits it"
         )
-    return tuple(notes)
+    return (*notes, *_differences(settings, defaults, model))
+
+
+def _differences(settings: Rollout | Windows, defaults: Defaults, model: WanConfig) -> list[str]:
+    """What of the settings is otherwise than in the training, as far as that is known."""
+    trained = defaults.trained
+    if trained is None:
+        return []
+    found: list[tuple[str, object, str]] = []
+    if trained.shift is not None and settings.shift != trained.shift:
+        found.append(("shift", f"{settings.shift:g}", f"{trained.shift:g}"))
+    if trained.steps is not None and settings.sampler == "few-step":
+        theirs = sampler_table("few-step", steps=trained.steps, shift=settings.shift).timesteps
+        if settings.table().timesteps.tolist() != theirs.tolist():
+            found.append(("steps", _listed(settings.steps), _listed(trained.steps)))
+    if isinstance(settings, Rollout):
+        window, sinks = trained.window, trained.sink_frames or 0
+        if window is None and trained.latents is not None and settings.window is not None:
+            whole = trained.latents[0]
+            if settings.window < whole:
+                found.append(("window", settings.window, f"all of the {whole} frames of its clips"))
+        elif window not in (None, settings.window):
+            found.append(("window", settings.window, str(window)))
+        if settings.sink_frames != sinks:
+            found.append(("sink_frames", settings.sink_frames, str(sinks)))
+        if settings.independent_first_frame and model.causal_block and not model.independent_first_frame:
+            found.append(("independent_first_frame", "true", f"whole blocks of {model.causal_block} frames"))
+    return [f"note: {name} is {value}, but this checkpoint was trained with {was}" for name, value, was in found]
+
+
+def _listed(steps: int | tuple[int, ...] | None) -> str:
+    return " ".join(map(str, steps)) if isinstance(steps, tuple) else str(steps)
 
 
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:
@@ -236,8 +273,8 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         sampler = "few-step" if mode == "autoregressive" else "unipc"
     for name, modes in USED_IN.items():
         value, default = getattr(config, name), getattr(GenerateConfig(), name)
-        if value != default and mode not in modes:
-            instead = "leave it out" if default is None or default is False else f"use {default}"
+        if value not in (None, 0, default) and mode not in modes:
+            instead = "leave it out" if not default else f"use {default}"
             raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
     if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
         raise UserError(
@@ -259,6 +296,10 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         window = defaults.window
         if window is None:
             raise UserError("mode is 'windows', but there is no window; give --window, its number of latent frames")
+    sinks, known = config.sink_frames, defaults.trained
+    if mode == "autoregressive" and known is not None and known.window is not None:
+        window = known.window if window is None else window
+        sinks = known.sink_frames if sinks is None else sinks
     trained = model.causal_block
     if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
         raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
@@ -268,8 +309,9 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     block = config.block or usual
     alone = mode == "autoregressive" and (config.independent_first_frame or model.independent_first_frame)
     complete = dataclasses.replace(
-        config, mode=mode, sampler=sampler, window=window, block=block, independent_first_frame=alone, **filled
-    )
+        config, mode=mode, sampler=sampler, window=window, sink_frames=sinks if mode == "autoregressive" else None,
+        block=block, independent_first_frame=alone, **filled,
+    )  # fmt: skip
     if (alone or mode != defaults.mode) and config.frames is None:  # the checkpoint's choice is for its own mode
         complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
     return complete

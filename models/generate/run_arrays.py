@@ -274,7 +274,13 @@ def trained_as(run: RunSettings) -> Trained:
         latents = (data.frames, data.height // data.patch, data.width // data.patch)
     if latents is None:  # a run from before this was stored: its files say it, if they are still there
         latents = _shape_of_latents(run)
-    return Trained(latents=latents, shift=made.shift, steps=made.steps if made.sampler == "few-step" else None)
+    return Trained(
+        latents=latents,
+        shift=made.shift,
+        steps=made.steps if made.sampler == "few-step" else None,
+        window=made.window,
+        sink_frames=made.sink_frames or None,
+    )
 
 
 def _shape_of_latents(run: RunSettings) -> tuple[int, int, int] | None:

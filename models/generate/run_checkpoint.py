@@ -19,7 +19,7 @@ from monarchrt.models.generate.material import Material, condition_latents, give
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
-from monarchrt.models.generate.run_arrays import run_config, run_network
+from monarchrt.models.generate.run_arrays import run_config, run_network, trained_as
 from monarchrt.models.generate.runs import Generation, RunSettings, find_run
 from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
@@ -58,6 +58,7 @@ def run_defaults(run: RunSettings, network: WanConfig) -> Defaults:
         window=data.frames,
         distilled=trained.sampler == "few-step",
         causal=causal,
+        trained=trained_as(run),
     )
 
 
@@ -156,7 +157,9 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
 def _sampled(run: RunSettings, said: dict[str, Any]) -> Generation:
     """How a run's network is sampled with a LoRA that says how it was trained."""
     trained, few_step = trained_from_json(said, where="a LoRA's header"), few_step_from_json(said)
-    known = {} if trained is None else {"shift": trained.shift, "steps": trained.steps}
+    known = {} if trained is None else {name: getattr(trained, name) for name in ("shift", "steps", "window")}
+    if trained is not None and trained.window is not None:
+        known["sink_frames"] = trained.sink_frames or 0
     sampler = "few-step" if few_step else Generation.sampler
     return dataclasses.replace(
         run.generation, sampler=sampler, **{name: value for name, value in known.items() if value is not None}

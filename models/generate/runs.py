@@ -35,6 +35,8 @@ class Generation:
         sampler: As its option.
         steps: Of the sampler: how many, or of few-step the list that it was distilled at, such as (1000, 757, 522).
         latents: Shape (F, h, w) of a sample that it was trained on; None: files written before do not say.
+        window: Latent frames that a causal network's block reached back over, with its own; None: all.
+        sink_frames: Leading ones that such a window never let go.
     """
 
     shift: float = 5.0
@@ -42,6 +44,8 @@ class Generation:
     sampler: str = "euler"
     steps: int | tuple[int, ...] = 20
     latents: tuple[int, int, int] | None = None
+    window: int | None = None
+    sink_frames: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,7 @@ def read_run(path: Path) -> RunSettings:
         if not isinstance(table, dict):
             raise UserError(f"{where} is not that of a run: {name} is {table!a:.60}; it must be a table of settings")
     model, objective = tables["model"], tables["objective"]
-    given = _with_list(tables[GENERATION], objective) if GENERATION in values else _of_the_flow(objective)
+    given = _as_said_since(tables[GENERATION], objective) if GENERATION in values else _of_the_flow(objective)
     attention, overrides = model.get("attention", SHORT), model.get("overrides", [])
     if not isinstance(attention, str) or not isinstance(overrides, list) or not isinstance(model.get("preset"), str):
         raise UserError(f"{where} is not that of a run: its model has no preset, overrides and attention")
@@ -226,11 +230,13 @@ def _of_the_flow(objective: dict[str, Any]) -> dict[str, Any]:
     return shift | {"level_per_frame": objective.get("frames_per_level") is not None}
 
 
-def _with_list(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
-    """With the list of a student's steps, of which runs written before say only how many there are."""
+def _as_said_since(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
+    """With what runs written before say among the settings of their objective alone: the list of a student's steps, of
+    which they say here only how many there are, and the window that it rolled out with."""
     steps = objective.get("student_steps")
     same = isinstance(steps, list) and generation.get("sampler") == "few-step" and generation.get("steps") == len(steps)
-    return generation | ({"steps": steps} if same else {})
+    window = {name: objective[name] for name in ("window", "sink_frames") if name in objective}
+    return window | generation | ({"steps": steps} if same else {})
 
 
 def _table[T](kind: type[T], values: dict[str, Any], where: Path) -> T:

@@ -226,6 +226,37 @@ class TestWhatDoesNotFit:
         error = refused(capsys, ["train", "--objective", "pear"])
         assert all(name in error.partition("choose from ")[2] for name in ("flow", "pair"))
 
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--critic.lora-rank", "0"], "critic.lora_rank is 0; it must be at least 1"),
+            (["--critic.lora.alpha", "2"], "critic.lora_alpha is given, but there is no LoRA"),
+            (["--student.beta1=2", "--critic.beta1", "0.5"], "student.beta1 is 2.0; it must lie in"),
+            (["--student.beta1", "0.5", "--critic.beta1", "2"], "critic.beta1 is 2.0; it must lie in"),
+            (["--student.overrides", "layers"], "student.overrides has 'layers'; write name=value"),
+            (["--teacher.preset", "huge"], "teacher.preset='huge' is unknown"),
+            (["--critic.attention", "sparse"], "critic.attention='sparse': 'sparse' is not a kind"),
+            (["--student.overrides", "num_layers=0"], "student: num_layers=0 is not a positive"),
+            (["--critic.tile", "1", "3", "3"], "critic.tile=(1, 3, 3): 3 does not divide the 2 height"),
+        ],
+    )
+    def test_settings_name_their_role(self, command, capsys, tmp_path, words, message):
+        if "--critic.tile" in words:
+            words = ["--critic.attention", "monarch", *words]
+        assert message in refused(capsys, [*command, *words, "--folder", tmp_path / "run"])
+
+    def test_settings_in_a_file_do_too(self):
+        values = to_dict(TrainConfig(objective=PairConfig()))
+        for table, name in ((values, "student"), (values["roles"]["critic"], "critic")):
+            table["optimizer"]["beta2"] = 3
+            with pytest.raises(UserError, match=rf"^{name}\.beta2 is 3\.0"):
+                from_dict(TrainConfig, values)
+            table["optimizer"]["beta2"] = 0.5
+        values = to_dict(TrainConfig())
+        values["optimizer"]["beta2"] = 3
+        with pytest.raises(UserError, match=r"^beta2 is 3\.0"):
+            from_dict(TrainConfig, values)
+
     def test_a_role_without_weights(self, command, capsys, tmp_path):
         bare = command[: command.index("--teacher.init-from")]
         error = refused(capsys, [*bare, "--folder", tmp_path / "run"])

@@ -21,6 +21,7 @@ from monarchrt.train.config import (
     RoleConfig,
     RunConfig,
     TrainConfig,
+    of_role,
     with_objective,
 )
 from monarchrt.train.objectives.registry import ObjectiveSettings, objective_names
@@ -54,14 +55,32 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
         default = with_objective(default, asked)
     settings = type(default.objective)
     form = _form(settings)
-    parsed = parse(
-        form,
-        _short(arguments, settings),
-        prefixes=bool(settings().further),
-        default=_fill(form, default),
-        **options,
-    )
-    return _config(parsed)
+    options |= {"prefixes": bool(settings().further), "default": _fill(form, default)}
+    words = _short(arguments, settings)
+    try:
+        return _config(parse(form, words, **options))
+    except UserError as error:
+        if (role := _role_of(str(error), form, words, settings, options)) is None:
+            raise
+        raise UserError(of_role(role, str(error))) from error
+
+
+def _role_of(
+    message: str, form: type, words: Sequence[str], settings: type[ObjectiveSettings], options: dict[str, Any]
+) -> str | None:
+    """The role whose options alone are wrong in the same way; None: it is none's."""
+    for role in settings.roles:
+        own, taken = [], False
+        for word in words:
+            taken = word.startswith(f"--{role}.") if word.startswith("--") else taken
+            own += [word] * taken
+        try:
+            if own:
+                parse(form, own, **options)
+        except UserError as error:
+            if str(error) == message and f"--{role}." not in message:
+                return role
+    return None
 
 
 def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[str]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -383,6 +383,11 @@ class SelfForcingConfig(DMDConfig):
             f"window is {window}, which has no room for a block of {self.block} and {sinks} sink_frames; give {least} "
             f"or more, for example {max(21, least)}",
         )
+
+    @property
+    def generation(self) -> Generation:
+        """The student's steps, and the window that it rolled out with."""
+        return replace(super().generation, window=self.window, sink_frames=self.sink_frames)
 
 
 register(DMDConfig, "monarchrt.train.objectives.dmd:DMDObjective")

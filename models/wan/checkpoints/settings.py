@@ -62,11 +62,22 @@ class Trained:
         latents: Shape (F, h, w) of a sample.
         shift: Of the noise levels.
         steps: Of a model of few steps: their list, such as (1000, 757, 522), or as written before how many even ones.
+        window: Of a causal model: latent frames that a block reached back over, with its own; None: all.
+        sink_frames: Leading ones that such a window never let go.
     """
 
     latents: tuple[int, int, int] | None = None
     shift: float | None = None
     steps: int | tuple[int, ...] | None = None
+    window: int | None = None
+    sink_frames: int | None = None
+
+    @property
+    def rolling(self) -> str:
+        """The window in words; empty: there was none."""
+        if self.window is None:
+            return ""
+        return f"window {self.window}" + (f" with {self.sink_frames} sink frames" if self.sink_frames else "")
 
 
 def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | None:
@@ -74,7 +85,7 @@ def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | N
 
     Examples:
         >>> trained_from_json({"trained": {"latents": [21, 60, 104], "shift": 5.0}}, where="config.json")
-        Trained(latents=(21, 60, 104), shift=5.0, steps=None)
+        Trained(latents=(21, 60, 104), shift=5.0, steps=None, window=None, sink_frames=None)
 
     Raises:
         ValueError: If it cannot be understood.
@@ -83,18 +94,22 @@ def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | N
     if stored is None:
         return None
     known = stored if isinstance(stored, dict) else {"": stored}
-    latents, shift, steps = known.get("latents"), known.get("shift"), known.get("steps")
+    latents, shift, steps, window, sinks = (known.get(field.name) for field in dataclasses.fields(Trained))
     whole = latents is None or (
         isinstance(latents, list) and len(latents) == 3 and all(type(n) is int and 0 < n <= MAX_SIZE for n in latents)
     )
     number = shift is None or (type(shift) in (int, float) and 0 < shift < math.inf)
     count = steps is None or (type(steps) is int and 0 < steps <= 1000) or _falling(steps)
-    if not (whole and number and count and isinstance(stored, dict)):
+    room = window is None or (type(window) is int and 0 < window <= MAX_SIZE)
+    kept = sinks is None or (type(sinks) is int and 0 <= sinks < (window or 1))
+    if not (whole and number and count and room and kept and isinstance(stored, dict)):
         raise ValueError(f"{where}: the entry 'trained' of {OWN_KEY!r} cannot be read: {stored!r:.100}.")
     return Trained(
         latents=None if latents is None else tuple(latents),
         shift=shift,
         steps=tuple(steps) if isinstance(steps, list) else steps,
+        window=window,
+        sink_frames=sinks,
     )
 
 
@@ -255,15 +270,16 @@ def few_step_from_json(data: dict[str, Any] | None) -> bool:
 
 
 def describe_sampling(few_step: bool, trained: Trained | None) -> str:
-    """How weights are to be sampled, and the steps of a model of few.
+    """How weights are to be sampled: the steps of a model of few, the window of a causal one.
 
     Examples:
-        >>> describe_sampling(True, Trained(steps=(1000, 757, 522)))
-        'few-step, 1000 757 522'
+        >>> describe_sampling(True, Trained(steps=(1000, 757, 522), window=21, sink_frames=3))
+        'few-step, 1000 757 522, window 21 with 3 sink frames'
     """
     steps = None if trained is None else trained.steps
     listed = f", {' '.join(map(str, steps))}" if isinstance(steps, tuple) else ""
-    return f"few-step{listed}" if few_step else "many steps"
+    rolling = f", {trained.rolling}" if trained is not None and trained.window is not None else ""
+    return (f"few-step{listed}" if few_step else "many steps") + rolling
 
 
 def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:

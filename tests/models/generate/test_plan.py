@@ -133,7 +133,10 @@ class TestRefusals:
                 dict(mode="bidirectional", window=6),
                 "window is 6, for mode autoregressive or windows, .*; leave it out$",
             ),
-            (dict(mode="windows", window=6, sink_frames=3), "sink_frames is 3, for mode autoregressive, .* use 0"),
+            (
+                dict(mode="windows", window=6, sink_frames=3),
+                "sink_frames is 3, for mode autoregressive, .*; leave it out$",
+            ),
             (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
             (dict(mode="bidirectional", block=7), "block is 7, for mode autoregressive, but .*; leave it out$"),
             (dict(mode="bidirectional", independent_first_frame=True), "independent_first_frame is .*; leave it out$"),
