@@ -293,6 +293,12 @@ def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
     """
     run = attend if len(arrays) == 3 else (lambda *x: with_gradients(attend, *x))
     compiled = jax.jit(run).lower(*arrays).compile()
+    memory: Any = compiled.memory_analysis()
+    return clocked(compiled, arrays, repeats), memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def clocked(compiled, arrays, repeats: int) -> float:
+    """Median ms of a call of a compiled function."""
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arrays))
     jax.block_until_ready(compiled(*arrays))
@@ -304,8 +310,7 @@ def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
             out = compiled(*arrays)
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / calls)
-    memory: Any = compiled.memory_analysis()
-    return statistics.median(times), memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return statistics.median(times)
 
 
 def ceilings(small: bool) -> dict[str, float]:

@@ -139,6 +139,7 @@ def launches(
         blocks, listed = side.first.shape[2:]
         parts = -(-most // (config.rows if of_queries else config.keys))
         sizes = {"BLOCKS": blocks, "LISTED": listed, "M": config.rows, "N": config.keys, "STAGES": config.stages}
+        sizes |= {} if of_queries else {"EARLY": config.early}
         grid = (blocks * parts, heads, batch)
         return Launch(name, writes, grid, common | sizes, config.warps, config.stages, config.registers)
 

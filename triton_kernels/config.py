@@ -30,6 +30,7 @@ class Config:
         more_rows: Kernels of L: rows of a second part beside the first, so that 135 run as 128 + 16, not as 256.
         more_keys: Kernels of R: key columns of a second part, so that 80 run as 64 + 16, not as 128.
         registers: Most registers per thread; None leaves it to the compiler. A stream has its own.
+        early: `sparse_key_backward`: the product with the values comes before the exponential.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Config:
     more_rows: int = 0
     more_keys: int = 0
     registers: int | None = None
+    early: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

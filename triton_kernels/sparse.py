@@ -3,7 +3,8 @@
 Queries, keys and values are [B, tokens, H, D]; a block is a run of tokens, at most ROWS queries or COLUMNS keys, which
 a program goes through in parts of M or N. `monarch_jax.contract.Side` has the lists: `first` and `last` are the tokens
 that a listed block begins and ends with. The first `whole` of a list hold as many tokens as a block can, and need no
-mask; the others have an end and, with BAND, the predicate of `near`. Scores are to the base 2, and `lse` is infinite
+mask; the others have an end and, with BAND, the predicate of `near`. Where a block begins (`at`) is read a step before
+its tokens are, so that the copies of these need not wait for it. Scores are to the base 2, and `lse` is infinite
 for a query that sees no key, so that its probabilities come out zero.
 """
 
@@ -63,15 +64,21 @@ def own_tokens(
 
 
 @kernel
+def following(first: tl.tensor, n: tl.tensor, n_all: tl.tensor, SLICES: tl.constexpr) -> tl.tensor:
+    """Where the block of the step after n begins; after the last one, that of the last."""
+    return tl.load(first + tl.minimum(n + 1, n_all - 1) // SLICES)
+
+
+@kernel
 def whole_block(
-    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, first: tl.tensor, n: tl.tensor, c: tl.tensor, d: tl.tensor,
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, at: tl.tensor, n: tl.tensor, c: tl.tensor, d: tl.tensor,
     SIZE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Scores [M, N] of step n, keys and values, all keys of the block seen; a column beyond them has a zero key."""
+    """Scores [M, N] of step n, keys and values, all keys of the block at `at` seen; a column beyond has a zero key."""
     SLICES: tl.constexpr = (COLUMNS + N - 1) // N
     inside = (n % SLICES) * N + c
-    column = tl.load(first + n // SLICES) + inside
+    column = at + inside
     live_c = inside < COLUMNS
     k_c = load_block(k, column, live_c, d, SIZE, ROW, D, DP, COLUMNS % N == 0)
     v_c = load_block(v, column, live_c, d, SIZE, ROW, D, DP, COLUMNS % N == 0)
@@ -83,14 +90,14 @@ def whole_block(
 
 @kernel
 def cut_block(
-    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, first: tl.tensor, last: tl.tensor, place: tl.tensor,
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, at: tl.tensor, last: tl.tensor, place: tl.tensor,
     key_places: tl.tensor, n: tl.tensor, c: tl.tensor, d: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr,
     WIDTH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """The same of a block with fewer keys, or some that are not near; `place` is that of the queries, with BAND."""
     SLICES: tl.constexpr = (COLUMNS + N - 1) // N
-    column = tl.load(first + n // SLICES) + (n % SLICES) * N + c
+    column = at + (n % SLICES) * N + c
     live_c = column < tl.load(last + n // SLICES)
     k_c = load_block(k, column, live_c, d, SIZE, ROW, D, DP, False)
     v_c = load_block(v, column, live_c, d, SIZE, ROW, D, DP, False)
@@ -150,15 +157,18 @@ def sparse_forward(
     total = tl.zeros([M], tl.float32)
     o_r = tl.zeros([M, DP], tl.float32)
     factor = scale * LOG2_E
+    at = tl.load(first)
     for n in tl.range(0, n_whole, num_stages=STAGES):
-        x, _, v_c = whole_block(q_r, k, v, first, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
+        x, _, v_c = whole_block(q_r, k, v, at, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+        at = following(first, n, n_all, SLICES)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
         x, _, v_c = cut_block(
-            q_r, k, v, first, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+            q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
             PRECISION,
         )  # fmt: skip
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+        at = following(first, n, n_all, SLICES)
     none = top < SEES_NONE
     total = tl.where(none, 1.0, total)
     o_r = tl.where(none[:, None], 0.0, o_r / total[:, None])
@@ -216,15 +226,18 @@ def sparse_query_backward(
     n_all = tl.load(count + bh * BLOCKS + block) * SLICES
     dq_r = tl.zeros([M, DP], tl.float32)
     factor = scale * LOG2_E
+    at = tl.load(first)
     for n in tl.range(0, n_whole, num_stages=STAGES):
-        x, k_c, v_c = whole_block(q_r, k, v, first, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
+        x, k_c, v_c = whole_block(q_r, k, v, at, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
+        at = following(first, n, n_all, SLICES)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
         x, k_c, v_c = cut_block(
-            q_r, k, v, first, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+            q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
             PRECISION,
         )  # fmt: skip
         dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
+        at = following(first, n, n_all, SLICES)
     dq += (b * NQ * H + h) * D
     store_rows(dq, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, dq_r * scale, D)
     if is_last:
@@ -234,12 +247,22 @@ def sparse_query_backward(
 @kernel
 def key_step(
     x: tl.tensor, v_c: tl.tensor, q_r: tl.tensor, g_r: tl.tensor, dk_c: tl.tensor, dv_c: tl.tensor, lse_r: tl.tensor,
-    delta_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr,
+    delta_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Adds what comes through one block of scores [N, M], keys first, to the gradients of keys and values."""
-    p = tl.exp2(x * factor - lse_r[None, :])
-    dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
-    d_x = p * (tl.dot(v_c, g_r.T, input_precision=PRECISION) - delta_r[None, :])
+    """Adds what comes through one block of scores [N, M], keys first, to the gradients of keys and values.
+
+    With EARLY the product with the values comes before the exponential, so that what follows runs beside a product; it
+    takes more registers.
+    """
+    if EARLY:
+        d_p = tl.dot(v_c, g_r.T, input_precision=PRECISION)
+        p = tl.exp2(x * factor - lse_r[None, :])
+        dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
+    else:
+        p = tl.exp2(x * factor - lse_r[None, :])
+        dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
+        d_p = tl.dot(v_c, g_r.T, input_precision=PRECISION)
+    d_x = p * (d_p - delta_r[None, :])
     dk_c = tl.dot(d_x.to(q_r.dtype), q_r, dk_c, input_precision=PRECISION)
     return dk_c, dv_c
 
@@ -251,7 +274,7 @@ def sparse_key_backward(
     dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
-    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
     PARTS: tl.constexpr = (COLUMNS + N - 1) // N
@@ -279,18 +302,20 @@ def sparse_key_backward(
     dk_c = tl.zeros([N, DP], tl.float32)
     dv_c = tl.zeros([N, DP], tl.float32)
     factor = scale * LOG2_E
+    at = tl.load(first)
     for n in tl.range(0, n_whole, num_stages=STAGES):
         inside = (n % SLICES) * M + m
-        r = tl.load(first + n // SLICES) + inside
+        r = at + inside
         live_r = inside < ROWS
         q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
         g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
         lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
         delta_r = tl.load(delta + r, mask=live_r, other=0.0)
         x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
-        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION)
+        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION, EARLY)
+        at = following(first, n, n_all, SLICES)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        r = tl.load(first + n // SLICES) + (n % SLICES) * M + m
+        r = at + (n % SLICES) * M + m
         live_r = r < tl.load(last + n // SLICES)
         q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
         g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
@@ -300,7 +325,8 @@ def sparse_key_backward(
         if BAND:
             query_place = tl.load(query_places + r, mask=live_r, other=0)
             x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
-        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION)
+        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION, EARLY)
+        at = following(first, n, n_all, SLICES)
     keys = wide(c, BATCH * NK * H * D) * (H * D)
     dk += (b * NK * H + h) * D
     dv += (b * NK * H + h) * D

@@ -34,7 +34,7 @@ def run_case(case: Case) -> dict[str, float]:
     queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, case.batch, case.heads)
     keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, case.batch, case.heads)
     q_struct, k_struct = (jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k))
-    chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16)))
+    chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16, early=case.ragged)))
     calls = launches(problem, q_struct, k_struct, queries, keys, chosen)
     if case.rest:
         k[:, -case.rest :], v[:, -case.rest :] = np.nan, np.nan

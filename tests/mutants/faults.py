@@ -196,6 +196,7 @@ FAULTS = (
     ),
     # block-sparse attention
     Fault("triton_kernels/sparse.py", "shrink = tl.exp2(top - new_top)", "shrink = 1.0", TRITON, "interpreter_agrees"),
+    Fault("triton_kernels/sparse.py", "tl.minimum(n + 1, n_all", "tl.minimum(n, n_all", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "none = top < SEES_NONE", "none = top < LOWEST", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "clear_rest(dv, end, NK", "clear_rest(dv, NK, NK", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "| (key_place < SINK)", "| (key_place <= SINK)", TRITON, "interpreter_agrees"),
