@@ -5,8 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from monarch_jax.devices import on_cuda
+from monarchrt.models.sharding import Logical, on_each_device
 
 IMPLEMENTATIONS = ("xla", "cudnn")
+BY_HEADS = ("batch", None, "heads", None)
+BY_QUERIES = ("batch", "tokens", None, None)
 
 
 def softmax_attention(
@@ -16,6 +19,7 @@ def softmax_attention(
     *,
     valid_keys: Int[Array, ""] | None = None,
     implementation: str | None = None,
+    split: tuple[Logical, ...] = BY_HEADS,
 ) -> Float[Array, "B Q n d"]:
     """Softmax attention without a mask, scale d^-1/2, float32 softmax.
 
@@ -30,6 +34,8 @@ def softmax_attention(
         value: As `key`.
         valid_keys: How many leading keys are seen, a traced int32 scalar; None sees all.
         implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU from Ampere on, else XLA.
+        split: How a mesh of devices, where one is set, shares the work: logical axes of `query`; each device attends
+            for its part alone, to all keys (cuDNN takes nothing that is split along queries, or not alike).
 
     Returns:
         [B, queries, heads, head_dim].
@@ -46,10 +52,15 @@ def softmax_attention(
             f"{query.dtype} and {query.shape[-1]}; use implementation='xla' or dtype='bfloat16'."
         )
     lengths = None if valid_keys is None else jnp.full(query.shape[:1], valid_keys, jnp.int32)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        key_value_seq_lengths=lengths,
-        implementation=implementation,  # type: ignore[arg-type]
-    )
+
+    def attend(_: None, query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            key_value_seq_lengths=lengths,
+            implementation=implementation,  # type: ignore[arg-type]
+        )
+
+    keys = (split[0], None, *split[2:])
+    return on_each_device(attend, None, (query, key, value, lengths), (split, keys, keys, split[:1]))

@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarchrt.models.attention.softmax import softmax_attention
+from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import constrain, on_each_device, parts
 from monarchrt.models.wan.config import WanConfig
@@ -139,9 +139,9 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values."""
         # tokens in an order whose parts are those of a mesh's devices; each attends for itself
-        order = "b (f s) n d" if parts("tokens", x.shape[2]) == 1 else "b (s f) n d"
+        order, split = ("b (s f) n d", BY_QUERIES) if parts("tokens", x.shape[2]) > 1 else ("b (f s) n d", BY_HEADS)
         query = rearrange(self.norm_q(self.q(x)), f"b f s (n d) -> {order}", n=self.num_heads)
-        out = [softmax_attention(query, key, value) for key, value in keys_values]
+        out = [softmax_attention(query, key, value, split=split) for key, value in keys_values]
         return self.o(rearrange(sum(out[1:], start=out[0]), f"{order} -> b f s (n d)", f=x.shape[1]))
 
 
