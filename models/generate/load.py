@@ -79,7 +79,7 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
         looked = "; ".join(f"{part} ({' or '.join(PARTS[part])})" for part in missing)
         named = [name for name in (apart, config.checkpoint) if name is not None and names_repository(name)]
         where = " and ".join(map(str, dict.fromkeys((*named, *folders))))
-        saved = "" if missing == [decoder] else ", or the text with --embeddings"
+        saved = "" if missing == [decoder] else ", or a file of the text's embeddings"
         raise UserError(
             f"checkpoint lacks: {looked}; looked in {where}; give the folder that has them with --components{saved}"
         )
@@ -287,7 +287,7 @@ def load_wan(
     plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
     where = find_places(config, heads=source.config.num_heads)
     if texts and config.prompt is None and config.embeddings is None:
-        raise UserError("no prompt was given; say what the video shows, for example --prompt 'a cat on a wall'")
+        raise UserError("no prompt was given; say what the video shows, for example 'a cat on a wall'")
     with user_input():
         source.check()
     components = find_components(config, source.path)

@@ -86,7 +86,7 @@ def run_lora(run: RunSettings) -> LoRA:
         UserError: If the run trained no LoRA, or has no checkpoint that can be read.
     """
     if not run.lora:
-        raise UserError(f"lora {run.path} is a run that trained a network, not a LoRA; give it as --checkpoint")
+        raise UserError(f"lora {run.path} is a run that trained a network, not a LoRA; give it as the checkpoint")
     config = run_config(run, channels=wan_config(run.preset).in_channels)
     factors = factors_of(run_arrays(run), config, alpha=run.lora_alpha)
     arrays, changes = {}, {}

@@ -100,7 +100,7 @@ def condition_frames(plan: Plan) -> np.ndarray | None:
         config.condition, height=config.height or 0, width=config.width or 0, max_frames=wanted, fps=rate
     )
     if rate and len(frames) > 1:
-        advice = "--condition-fps 0 takes the frames that are stored"
+        advice = "monarchrt generate --condition-fps 0 takes the frames that are stored"
         print(f"{config.condition} is read at {rate:g} frames per second; {advice}", file=sys.stderr)
     if len(frames) < wanted and config.condition_frames is not None:
         raise UserError(f"condition {config.condition} has {len(frames)} frames, fewer than {wanted}")

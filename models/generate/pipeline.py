@@ -135,12 +135,12 @@ def _kept(parts: Iterator[Array], keep: list[Array]) -> Iterator[Array]:
 def _fetched(frames: Array, finite: Array, decoded: Array) -> np.ndarray:
     if not finite:
         raise UserError(
-            "the latents are NaN or infinite; check the checkpoint's weights, or compute with --precision fp32"
+            "the latents are NaN or infinite; check the checkpoint's weights, or compute with precision fp32"
         )
     if not decoded:
         raise UserError(
             "the decoded frames are NaN or infinite, though the latents are not; check the weights of the VAE, or "
-            "compute with --precision fp32"
+            "compute with precision fp32"
         )
     return np.asarray(frames)[0]
 

@@ -77,6 +77,7 @@ class Plan:
         attention: Of the model, one for all layers or one per layer.
         spatial: Pixels per latent position.
         temporal: Frames per latent after the first.
+        frames_given: Whether the number of frames was asked for; else it follows from the checkpoint and the blocks.
         notes: What the person who waits should know of these settings.
         density: Of the attention's maps, over all layers and steps.
     """
@@ -87,6 +88,7 @@ class Plan:
     attention: Attention | tuple[Attention, ...]
     spatial: int
     temporal: int
+    frames_given: bool = True
     notes: tuple[str, ...] = ()
     density: Density = FULL
 
@@ -135,10 +137,10 @@ class Plan:
             good = [1 + (first + n * step - 1) * self.temporal for n in range(3)]
             hint = ""
             if frames == 1 and isinstance(self.settings, Rollout):
-                hint = "; a single image needs --independent-first-frame"
+                hint = "; a single image needs independent_first_frame"
             raise UserError(
                 f"condition has {frames} frames, which do not make whole blocks; {', '.join(map(str, good))}, ... do"
-                f" (--condition-frames){hint}"
+                f" (condition_frames){hint}"
             )
         if latents >= self.latents[0]:
             raise UserError(f"condition has {frames} frames, which leaves none of frames {self.config.frames} to make")
@@ -163,6 +165,7 @@ def make_plan(
     Raises:
         UserError: If a size, a number of frames, a tile or a setting does not fit; the message names one that does.
     """
+    frames_given = config.frames is not None
     config = _complete(config, defaults, model, temporal)
     _check_model(model)
     latents = (_latent_frames(config, temporal), *_latent_size(config, model, spatial))
@@ -199,6 +202,7 @@ def make_plan(
         attention=attention,
         spatial=spatial,
         temporal=temporal,
+        frames_given=frames_given,
         notes=_notes(config, defaults, settings, model),
     )
     density = check_attention(plan, model)
@@ -221,12 +225,13 @@ def _notes(
     notes = [f"sampler {config.sampler}: {table.steps} steps{listed}, shift {settings.shift:g}{said}, {guidance}{grid}"]
     if config.sampler == "few-step" and defaults.distilled is False:
         notes.append(
-            "note: nothing says that this checkpoint is distilled, and few steps of one that is not give a blur; "
-            "--sampler unipc or euler suit it"
+            "note: nothing says that this checkpoint is distilled, and few steps of one that is not give a blur; the "
+            "samplers unipc and euler suit it"
         )
     if config.mode == "autoregressive" and defaults.causal is False:
         notes.append(
-            "note: nothing says that this checkpoint was trained block by block; --mode bidirectional suits it"
+            "note: nothing says that this checkpoint was trained block by block, and one that was not drifts; whole "
+            "clips suit it: monarchrt generate --mode bidirectional"
         )
     return (*notes, *_differences(settings, defaults, model))
 
@@ -295,7 +300,9 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     if mode == "windows" and window is None:
         window = defaults.window
         if window is None:
-            raise UserError("mode is 'windows', but there is no window; give --window, its number of latent frames")
+            raise UserError(
+                "mode is 'windows', but there is no window; monarchrt generate --mode windows --window 6 says one"
+            )
     sinks, known = config.sink_frames, defaults.trained
     if mode == "autoregressive" and known is not None and known.window is not None:
         window = known.window if window is None else window
@@ -312,7 +319,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         config, mode=mode, sampler=sampler, window=window, sink_frames=sinks if mode == "autoregressive" else None,
         block=block, independent_first_frame=alone, **filled,
     )  # fmt: skip
-    if (alone or mode != defaults.mode) and config.frames is None:  # the checkpoint's choice is for its own mode
+    if config.frames is None:  # the checkpoint's choice is for its own mode and blocks
         complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
     return complete
 
@@ -331,7 +338,7 @@ def _check_model(model: WanConfig) -> None:
         raise UserError(
             f"checkpoint is of type {model.model_type}, with {model.in_channels} input channels; only text-to-video "
             f"models can be sampled: take one, such as Wan-AI/Wan2.1-T2V-14B, or for a video that begins with an image "
-            f"a causal one, such as Self-Forcing's, with --condition IMAGE --independent-first-frame"
+            f"a causal one, such as Self-Forcing's: monarchrt generate --condition IMAGE --independent-first-frame"
         )
 
 
@@ -391,8 +398,8 @@ def _check_positions(
     if window is None and latents[0] > frames:
         most = 1 + (frames - 1) * temporal
         raise UserError(
-            f"frames is {config.frames}; at once it must be at most {most}: give --mode windows, or autoregressive, "
-            f"and a --window for more"
+            f"frames is {config.frames}; at once it must be at most {most}; longer ones come of a window: monarchrt "
+            f"generate --mode autoregressive --window 21"
         )
     for name, at, most in (("height", 1, height), ("width", 2, width)):
         if latents[at] > most:
@@ -427,7 +434,7 @@ def _attention(config: GenerateConfig, model: WanConfig) -> Attention | tuple[At
     if config.attention != SHORT and options:
         name, value = next(iter(options.items()))
         raise UserError(
-            f"{name} is {printable(repr(value), 80)}, which goes with --tile or --attention {SHORT}; attention is "
+            f"{name} is {printable(repr(value), 80)}, which goes with a tile or with attention {SHORT}; attention is "
             f"{printable(repr(config.attention), 80)}"
         )
     return model.attention if config.attention == STORED else parse(config.attention_text())
@@ -474,14 +481,16 @@ def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
     patch = model.patch_size
     if isinstance(plan.settings, Windows) and plan.settings.window is None and plan.latents[0] % (unit[0] * patch[0]):
         latents = max(1, plan.latents[0] // (unit[0] * patch[0])) * unit[0] * patch[0]
-        advice.append(f"--frames {1 + (latents - 1) * plan.temporal}")
+        advice.append(f"frames {1 + (latents - 1) * plan.temporal}")
     if isinstance(plan.settings, Rollout) and plan.settings.block % (frames := unit[0] * patch[0]):
         first = 1 if plan.settings.independent_first_frame else 0
         count = max(1, (plan.latents[0] - first) // frames) * frames + first
-        advice.append(f"--block {frames} --frames {1 + (count - 1) * plan.temporal}")
+        advice.append(f"block {frames}")
+        if count != plan.latents[0] and plan.frames_given:
+            advice.append(f"frames {1 + (count - 1) * plan.temporal}")
     for name, at in (("height", 1), ("width", 2)):
         size = unit[at] * patch[at] * plan.spatial
         pixels = plan.latents[at] * plan.spatial
         if pixels % size:
-            advice.append(f"--{name} {max(1, pixels // size) * size}")
-    return f"; give {' '.join(advice)}, or another --tile" if advice else ""
+            advice.append(f"{name} {max(1, pixels // size) * size}")
+    return f"; give {' and '.join(advice)}, or another tile" if advice else ""

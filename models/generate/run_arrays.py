@@ -227,8 +227,8 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
     """
     if run.lora:
         raise UserError(
-            f"{run.path} trained a LoRA, which is no network by itself; give the one that it was trained on, and "
-            f"--lora {shlex.quote(str(run.path))}"
+            f"{run.path} trained a LoRA, which is no network; give the one that it was trained on, or make one "
+            f"of both: `monarchrt convert NETWORK NEW --lora {shlex.quote(str(run.path))}`"
         )
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 

@@ -139,14 +139,14 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
         return None
     if run.lora:
         raise UserError(
-            f"checkpoint {path} is a run that trained a LoRA; give the network that it was trained on as --checkpoint, "
-            f"and --lora {shlex.quote(str(path))}"
+            f"checkpoint {path} is a run that trained a LoRA; give the network that it was trained on: `monarchrt "
+            f"generate --checkpoint NETWORK --lora {shlex.quote(str(path))}`, or make one of both: `monarchrt convert "
+            f"NETWORK NEW --lora {shlex.quote(str(path))}`"
         )
     if run.data.precomputed is not None:
         raise UserError(
             f"checkpoint {path} is a run on precomputed latents; make a model of it with `monarchrt convert "
-            f"{shlex.quote(str(path))} NEW`, and generate with --checkpoint NEW and, for its VAE and text encoder, "
-            f"--components"
+            f"{shlex.quote(str(path))} NEW`, and give that as checkpoint, with a VAE and a text encoder as components"
         )
     with user_input():
         loras = given_loras(config, report=_say)

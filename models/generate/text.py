@@ -51,7 +51,7 @@ def text_embeddings(
     if config.embeddings is not None:
         arrays = _read(config.embeddings, prompts, rows)
     elif encoder is None or tokenizer is None:
-        raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
+        raise UserError("there is no text encoder; give its folder with --components, or the file of embeddings")
     else:
         encoded = encode_texts(prompts, encoder=encoder, tokenizer=tokenizer, rows=rows, dtype=dtype, report=report)
         arrays = dict(encoded)
@@ -204,7 +204,7 @@ def encode_once(
             if not np.isfinite(np.asarray(embedding, np.float32)).all():
                 raise UserError(
                     f"caption {text[:60]!r} gives text embeddings that are NaN or infinite; check the text encoder's "
-                    f"weights, or use --precision fp32"
+                    f"weights, or use precision fp32"
                 )
             save_embeddings(files[text], {text: embedding})
     return files

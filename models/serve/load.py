@@ -155,7 +155,7 @@ def _wan(config: GenerateConfig, opened: WanCheckpoint, report: Callable[[str], 
     if config.embeddings is not None:
         return StoredTexts(config.embeddings, rows=sizes.text_len), material
     if components.text_encoder is None or components.tokenizer is None:
-        raise UserError("there is no text encoder; give its folder with --components, or --embeddings")
+        raise UserError("there is no text encoder; give its folder with --components, or the file of embeddings")
     encoder = TextEncoder(
         components.text_encoder,
         components.tokenizer,

@@ -355,7 +355,7 @@ class Session:
             video.write(jnp.asarray(given))
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
         if not finite:
-            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or --precision fp32")
+            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or take precision fp32")
         block, first = self.block, self._engine.frames(self.block)
         self._past[block] = np.asarray(latents)
         self._forget()

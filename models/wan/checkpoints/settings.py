@@ -332,7 +332,7 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(
             f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
-            f"give num_heads (--num-heads) or head_dim (--head-dim)."
+            f"give num_heads or head_dim, or write them down: monarchrt convert CHECKPOINT NEW --num-heads N."
         )
     # as many as there are: a number that is left out is then a missing or an unexpected tensor
     layers = len({name.split(".")[1] for name in infos if name.startswith("blocks.")})

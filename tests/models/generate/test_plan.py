@@ -118,8 +118,8 @@ class TestRefusals:
                 dict(window=3, sink_frames=3, frames=93),
                 "window=3 frames has no room for a block of 3 and sink_frames=3",
             ),
-            (dict(num_iters=3), "num_iters is 3, which goes with --tile or --attention monarch; attention is 'stored'"),
-            (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with --tile"),
+            (dict(num_iters=3), "num_iters is 3, which goes with a tile or with attention monarch; .* 'stored'"),
+            (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with a tile"),
             (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
             (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
             (dict(compare_dense=True), "compare_dense compares another attention with dense, .*; give a --tile"),
@@ -128,7 +128,7 @@ class TestRefusals:
             (dict(mode="windows", window=1), "use a window of at least 2"),
             (dict(mode="windows", window=1025), "window is 1025; it must be at most 1024 latent frames"),
             (dict(frames=9, window=10**50), r"window is 1000000.*\.\.\.; it must be at most 1000000"),
-            (dict(mode="bidirectional", frames=4097), "frames is 4097; at once it must be at most 4093: give --mode w"),
+            (dict(mode="bidirectional", frames=4097), "frames is 4097; at once it must be at most 4093; longer ones"),
             (
                 dict(mode="bidirectional", window=6),
                 "window is 6, for mode autoregressive or windows, .*; leave it out$",
@@ -148,6 +148,22 @@ class TestRefusals:
     def test_autoregressive(self, given, message):
         with pytest.raises(UserError, match=message):
             plan(**given)
+
+    @pytest.mark.parametrize(
+        ("given", "advice"),
+        [
+            (dict(tile=(2, 30, 52)), "; give block 2, or another tile$"),  # the frames follow
+            (dict(tile=(2, 30, 52), frames=81), "; give block 2 and frames 77, or another tile$"),
+            (dict(tile=(2, 30, 52), frames=45), "; give block 2, or another tile$"),  # 12 latents are whole blocks
+        ],
+    )
+    def test_sizes_for_a_tile(self, given, advice):
+        with pytest.raises(UserError, match=advice):
+            plan(**given)
+
+    def test_frames_that_nobody_gave_make_whole_blocks(self):
+        assert plan(block=2).config.frames == 77
+        assert plan(block=7).config.frames == 81
 
     def test_blocks_of_frames_that_are_latents(self):
         config = GenerateConfig(frames=31, height=32, width=32)
@@ -239,6 +255,6 @@ class TestBeginning:
             made.begins_with(81)
 
     def test_an_image(self):
-        with pytest.raises(UserError, match="a single image needs --independent-first-frame"):
+        with pytest.raises(UserError, match="a single image needs independent_first_frame"):
             plan().begins_with(1)
         assert plan(independent_first_frame=True, frames=85).begins_with(1) == 1
