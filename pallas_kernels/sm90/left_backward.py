@@ -295,7 +295,7 @@ class _Block:
         @pl.when(j < self.items.q.shape[3])
         def _():
             block_of, row = self.items.split.place(lax.rem(x, tiles), j)
-            self.d_c[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row] = value
+            shared.store_column(self.d_c.at[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row], value)
 
     def store_query(self, x: Index, j: Index, my_rows: Index, acc: Slabs) -> None:
         """The part of dQ through L."""

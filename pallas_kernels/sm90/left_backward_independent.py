@@ -187,7 +187,8 @@ class _Block:
         self.leave_gradients(i, (low_p, d_x), slot, zero, x, j)
         block_of, row = self.items.split.place(lax.rem(x, self.items.tiles), j)
         # where `right_backward` finds it with one copy per pair; after the fence, which would wait for it
-        self.d_c[lax.div(x, self.items.tiles), block_of, pl.ds(i * ROWS, ROWS), row] = total
+        d_c = self.d_c.at[lax.div(x, self.items.tiles), block_of, pl.ds(i * ROWS, ROWS), row]
+        shared.store_column(d_c, total)
         return acc
 
     def leave_gradients(

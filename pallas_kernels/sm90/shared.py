@@ -132,6 +132,17 @@ def unhoisted(index: Index, turn: Index) -> Index:
     return index + jax.lax.shift_right_logical(turn, 30)
 
 
+def store_column(column: Ref, value: jax.Array) -> None:
+    """Stores a column of a matrix in device memory: parts of sectors, which jax 0.12 refuses unless it is said."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    store = getattr(plgpu, "store", None)
+    if store is None:  # jax 0.11
+        column[...] = value
+    else:
+        store(column, value, optimized=False)
+
+
 def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
     """Marks x as different on every device along the axes of `shard_map` that any of the sources varies on."""
     axes = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in sources))
