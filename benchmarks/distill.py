@@ -2,18 +2,23 @@
 
     python benchmarks/distill.py                      # Wan 1.3B student, critic and teacher, 81 frames of 480p
     python benchmarks/distill.py --small              # a tiny network; runs anywhere
+    python benchmarks/distill.py --teacher wan2.1-t2v-14b --shapes        # what is held, traced; runs anywhere
+    python benchmarks/distill.py --published PATH     # beside the published updates; PATH: a checkout of Self-Forcing
 
 Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
 recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the
 third of four, the mean). Numbers are checked first: the kernels' clip is XLA's, and so is its gradient. The parts of
 the student's update are timed as programs of their own as well: roll-out, scores (critic and guided teacher), backward
-(the last steps again, with their gradient), optimizer (with the average).
+(the last steps again, with their gradient), optimizer (with the average). The published code is timed first, in a
+process of its own (`published_distill.py` says what is put in its way), with a dense student.
 Writes distill.json.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +51,7 @@ from monarchrt.train.step import make_train_step
 MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
 MAX_GRADIENT_ERROR = 1e-1  # of that of its last steps
 GUIDED = 8  # rows of the negative prompt
+ROLES = ("student", "critic")  # that train
 
 
 class Fixed(SelfForcingObjective):
@@ -69,11 +75,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a tiny network and clip")
+    parser.add_argument("--teacher", help="preset of the teacher, as wan2.1-t2v-14b; the student's is the default")
+    parser.add_argument("--updates", nargs="+", choices=ROLES, default=ROLES, help="those that are timed")
+    parser.add_argument("--shapes", action="store_true", help="trace, say what is held, and compute nothing")
+    parser.add_argument("--published", type=Path, help="a checkout of guandeh17/Self-Forcing, to time as well")
     args = parser.parse_args()
     if args.repeats < 1 or not 0 <= args.last <= 3:
         parser.error("--repeats must be at least 1 and --last one of 0 to 3")
-    if not args.small and jax.default_backend() == "cpu":
-        parser.error("there is no GPU, and a CPU would take hours; --small runs anywhere")
+    if args.published and not (args.published / "model" / "dmd.py").is_file():
+        parser.error(f"--published is {args.published}, which has no model/dmd.py; give a checkout of Self-Forcing")
     return args
 
 
@@ -82,18 +92,22 @@ def shape_of(small: bool) -> tuple[int, ...]:
     return (1, 6, 8, 16, 16) if small else (1, 21, 60, 104, 16)
 
 
-def network(name: str, args: argparse.Namespace, *, trains: bool, **changes) -> WanModel:
-    """A network with random weights, of the attention of that name."""
+def network(name: str, args: argparse.Namespace, *, trains: bool, preset: str | None = None, **changes) -> WanModel:
+    """A network with random weights, of the attention of that name; of shapes alone with --shapes."""
     _, _, height, width, _ = shape_of(args.small)
     config = wan_config(
-        "tiny" if args.small else "wan2.1-t2v-1.3b",
+        preset or ("tiny" if args.small else "wan2.1-t2v-1.3b"),
         dtype="bfloat16",
         param_dtype="float32" if trains else "bfloat16",
         remat="full",
         attention=setting(name, height // 2, width // 2),
         **changes,
     )
-    return nnx.jit(lambda: WanModel(config, rngs=nnx.Rngs(0)))()
+
+    def make() -> WanModel:
+        return WanModel(config, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(make) if args.shapes else nnx.jit(make)()
 
 
 def check(args: argparse.Namespace) -> tuple[float, float]:
@@ -192,7 +206,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     networks = {
         "student": student,
         "critic": network(EXACT, args, trains=True),
-        "teacher": network(EXACT, args, trains=False),
+        "teacher": network(EXACT, args, trains=False, preset=args.teacher),
     }
     trainings = {
         "student": make_training(OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999), updates=1000),
@@ -201,23 +215,37 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         ),
     }
     parts = {role: split_model(model) for role, model in networks.items()}
-    roles = {
-        role: create_role(params, frozen, trainings[role])
-        if role in trainings
-        else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
-        for role, (_, params, frozen) in parts.items()
-    }
-    state = create_state(roles, seed=0)
+
+    def create(parts: dict[str, Any]) -> TrainState:
+        roles = {
+            role: create_role(params, frozen, trainings[role])
+            if role in trainings
+            else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
+            for role, (params, frozen) in parts.items()
+        }
+        return create_state(roles, seed=0)
+
+    arrays = {role: part[1:] for role, part in parts.items()}
+    state = jax.eval_shape(create, arrays) if args.shapes else create(arrays)
     objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
     graphs = {role: part[0] for role, part in parts.items()}
     step = make_train_step(objective, graphs, trainings)
     shape = shape_of(args.small)
     text = jax.random.normal(jax.random.key(1), (1, student.config.text_len, student.config.text_dim), jnp.bfloat16)
     batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
+    if args.shapes:
+        for role in args.updates:
+            step.eval_shape(state, {role: batch}, due=(role,))
+        held = {
+            role: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.roles[role])) / 1e9
+            for role in networks
+        }
+        print(f"{name}: {', '.join(f'{role} {size:.1f} GB' for role, size in held.items())}; {sum(held.values()):.1f}")
+        return []
     seconds_of = time_parts(objective, graphs, state, batch, trainings["student"], args)
     print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in seconds_of.items()), flush=True)
     rows = []
-    for role in ("student", "critic"):
+    for role in args.updates:
         start = time.perf_counter()
         compiled = step.lower(state, {role: batch}, due=(role,)).compile()
         compiling = time.perf_counter() - start
@@ -249,9 +277,30 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def run_published(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory of the published updates, by role."""
+    command = [sys.executable, Path(__file__).parent / "published_distill.py", args.published.resolve()]
+    command += ["--last", args.last, "--repeats", args.repeats, *["--small"] * args.small]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the published code failed:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    for role in ROLES:
+        row = found[role]
+        print(f"{role:8s} {'published':12s} {row['seconds']:6.2f} s  {row['memory_gb']:5.1f} GB", flush=True)
+    return found
+
+
 def main() -> None:
     """Checks, measures, writes."""
     args = parse()
+    if args.shapes:
+        for name in args.attention:
+            measure(name, args)
+        return
+    theirs = run_published(args) if args.published else None  # before this process takes memory
+    if not args.small and jax.default_backend() == "cpu":
+        raise SystemExit("there is no GPU, and a CPU would take hours; --small and --shapes run anywhere")
     error, gradient_error = check(args)
     print(f"clips agree to {error:.1e}, gradients to {gradient_error:.1e}", flush=True)
     if not (error <= MAX_ERROR and gradient_error <= MAX_GRADIENT_ERROR):
@@ -261,6 +310,8 @@ def main() -> None:
         "jax": jax.__version__,
         "error": error,
         "gradient_error": gradient_error,
+        "teacher": args.teacher,
+        "published": theirs,
         "rows": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +320,10 @@ def main() -> None:
         (args.out / "distill.json").write_text(json.dumps(report, indent=1) + "\n")
     pairs = {name: sum(row["seconds"] for row in report["rows"] if row["attention"] == name) for name in args.attention}
     for name, seconds in pairs.items():
-        print(f"one update of each, {name}: {seconds:.2f} s ({pairs[args.attention[0]] / seconds:.2f}x)")
+        print(f"{' and '.join(args.updates)}, {name}: {seconds:.2f} s ({pairs[args.attention[0]] / seconds:.2f}x)")
+        if theirs:
+            published = sum(theirs[role]["seconds"] for role in args.updates)
+            print(f"  published, dense: {published:.2f} s ({published / seconds:.2f}x)")
 
 
 if __name__ == "__main__":

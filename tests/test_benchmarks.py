@@ -67,6 +67,7 @@ def run(monkeypatch, tmp_path):
         ("scale", ["--attention", "dens"], "'dens' is not a kind of attention"),
         ("scale", ["--steps", "0"], "--steps 0 must be at least 1"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
+        ("distill", ["--published", "missing"], "--published is missing, which has no model/dmd.py; give a checkout"),
     ],
 )
 def test_options_that_cannot_be_used_end_in_one_line(run, capsys, tmp_path, name, options, said):
