@@ -70,3 +70,16 @@ def _taken(analysis: Any) -> Memory:
         analysis.temp_size_in_bytes,
         analysis.generated_code_size_in_bytes,
     )
+
+
+def shown(count: int) -> str:
+    """Bytes in three digits, such as 1.42 GiB; - for none.
+
+    Examples:
+        >>> shown(3 * 2**29), shown(0)
+        ('1.5 GiB', '-')
+    """
+    for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count} B" if count else "-"

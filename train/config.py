@@ -30,6 +30,18 @@ from monarchrt.train.run_settings import RunConfig
 
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
+REMAT = ("none", "cheap", "dots", "full")  # what a backward pass may recompute, from the quickest to the smallest
+AUTO = "auto"
+
+
+def remat_kind(value: Any) -> Any:
+    """What a setting of `remat` is called, which was a flag once, and is so in runs and files of then.
+
+    Examples:
+        >>> remat_kind(True), remat_kind(False), remat_kind("cheap")
+        ('full', 'none', 'cheap')
+    """
+    return {False: "none", True: "full"}[value] if isinstance(value, bool) else value
 
 
 def _require(condition: bool, message: str) -> None:
@@ -69,8 +81,10 @@ class ModelConfig:
     """Let MonarchAttention keep more of the forward pass for the backward pass, on Hopper: a little faster, and up to
     4 GB more per block of the network at 81 frames of 480p; with remat, of one block at a time."""
 
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    remat: Literal["none", "cheap", "dots", "full", "auto"] = "none"
+    """What the backward pass recomputes of each block, to keep less memory: none; cheap, norms, activations and rotary
+    embedding; dots, all but products with weights; full, all of it, for about a third more time. auto: the least that
+    fits into the device's memory, by the compiled program. `--remat` alone: full."""
 
     def __post_init__(self) -> None:
         try:  # one form for what is equal
@@ -79,6 +93,8 @@ class ModelConfig:
             raise UserError(str(error)) from error
         for name, value in {"attention": attention, **options}.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "remat", remat_kind(self.remat))
+        _require(self.remat in (*REMAT, AUTO), f"remat is {self.remat!r}; choose from {', '.join((*REMAT, AUTO))}")
         _require(self.num_iters >= 1, f"num_iters is {self.num_iters}; it must be at least 1")
         self.override_values()
 
@@ -490,6 +506,7 @@ def _revive(name: str, hint: Any, value: Any) -> Any:
         return {key: _revive(key, typing.get_args(hint)[1], part) for key, part in value.items()}
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
+        value = remat_kind(value) if name == "remat" else value
         _require(value in choices, f"{name} is {_shown(value)}; choose from {', '.join(map(str, choices))}")
         return value
     if typing.get_origin(hint) is tuple:

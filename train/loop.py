@@ -20,10 +20,11 @@ from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import CONFIG_NAME
+from monarchrt.models.memory import device_memory
 from monarchrt.models.processes.agreement import all_agree, by_first, check_shared, first, from_first
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
-from monarchrt.train.data import ClipWindows, LatentFolder, Source
+from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
@@ -33,13 +34,14 @@ from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.part_times import PartTimes
-from monarchrt.train.plan import Plan, make_plan
+from monarchrt.train.plan import Plan, StepPlan, make_plan, role_plans, step_plans
+from monarchrt.train.remat import Choice, automatic, choose, with_remat
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
 from monarchrt.train.sinks import check_sinks, open_sinks
 from monarchrt.train.state import TrainState
-from monarchrt.train.step import make_error_fn, make_train_step
+from monarchrt.train.step import StepFn, make_error_fn, make_train_step
 from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
 
@@ -218,9 +220,8 @@ class _Run:
         self.objective = make_objective(config.objective)
         parts = math.lcm(*(config.trained(role).accumulation for role in config.objective.training))
         self.placement = Placement(batch=run.batch, accumulation=parts, mesh=run.mesh, state=run.sharding)
-        self.networks = Networks(
-            config, self.objective, channels=source.latent_shape[-1], placement=self.placement, models=models
-        )
+        self._models = models
+        self.networks = self._networks(config)
         if not dry:  # which says what it takes
             check_fits(self.networks.template, list(self.placement.mesh.local_devices))
         for role, settings in self.networks.configs.items():
@@ -231,15 +232,18 @@ class _Run:
                 self.placement.shape.check_heads(heads, whose=whose)
         self.networks.check_origins(resumed=bool(done))
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
-        shardings = self.placement.shardings(self.networks.template)
-        graphs = self.networks.graphs
-        self.step_fn = make_train_step(self.objective, graphs, self.networks.trainings, shardings=shardings)
+        self.step_fn = self._step_fn(self.networks)
         self._check_step()
+        self.remat, self.steps = self._choose_remat()
+        if self.remat is not None:
+            self.networks.check_origins(resumed=bool(done))
         if not dry:
             _ = self.identity  # reads the data where it has to
         self.measure = functools.partial(
             held_out_losses,
-            make_error_fn(self.objective, graphs, shardings=shardings),
+            make_error_fn(
+                self.objective, self.networks.graphs, shardings=self.placement.shardings(self.networks.template)
+            ),
             source=source,
             objective=self.objective,
             windows=run.eval_windows,
@@ -247,6 +251,56 @@ class _Run:
             batch=run.batch,
             place=self.placement.batch,
         )
+
+    def _networks(self, config: TrainConfig) -> Networks:
+        channels = self.source.latent_shape[-1]
+        return Networks(config, self.objective, channels=channels, placement=self.placement, models=self._models)
+
+    def _step_fn(self, networks: Networks) -> StepFn:
+        shardings = self.placement.shardings(networks.template)
+        return make_train_step(self.objective, networks.graphs, networks.trainings, shardings=shardings)
+
+    def _choose_remat(self) -> tuple[Choice | None, tuple[StepPlan, ...] | None]:
+        """What networks recompute whose settings leave it open, and what steps then take; compiles them."""
+        roles = automatic(self.config, given=self._models)
+        if not roles:
+            return None, None
+        batches, programs = self._first_batches(), {}
+
+        @functools.cache
+        def made(kind: str) -> tuple[TrainConfig, Networks]:
+            config = with_remat(self.config, roles, kind)
+            return config, self._networks(config)
+
+        def estimate(kind: str) -> int:
+            config, networks = made(kind)
+            plans = role_plans(
+                config, objective=self.objective, networks=networks, placement=self.placement, batches=batches
+            )
+            return sum(plan.held for plan in plans)
+
+        def compiled(kind: str) -> int | None:
+            _, networks = made(kind)
+            step_fn = self._step_fn(networks)
+            steps = step_plans(networks, placement=self.placement, step_fn=step_fn, batches=batches)
+            programs[kind] = networks, step_fn, steps
+            said = [step.memory.total for step in steps if step.memory is not None]
+            return max(said, default=None)
+
+        available = min(map(device_memory, self.placement.mesh.local_devices))
+        choice = choose(
+            roles,
+            available=available,
+            estimate=estimate,
+            compiled=compiled,
+            agreed=lambda fits: all_agree("remat", None if fits else "it does not fit") is None,
+        )
+        self.networks, self.step_fn, steps = programs[choice.kind]
+        return choice, steps
+
+    def _first_batches(self) -> dict[tuple[str, ...], Mapping[str, Batch]]:
+        """What each kind of step sees first."""
+        return {roles: self.batches.host(1, roles) for roles in self._kinds()}
 
     def _open(self) -> Checkpoints:
         """The checkpoints, closed when the run ends, however it does."""
@@ -311,14 +365,17 @@ class _Run:
             networks=self.networks,
             placement=self.placement,
             step_fn=self.step_fn,
-            batches={roles: self.batches.host(1, roles) for roles in self._kinds()},
+            batches=self._first_batches(),
+            remat=self.remat,
+            steps=self.steps,
             done=self.previous.steps()[-1] if self.previous and self.previous.steps() else 0,
             log=read_log(self.config.run.folder) if self.previous else (),
         )
 
     def begin(self) -> tuple[TrainState, list[str]]:
         """The state to go on from, and what is to be said of it."""
-        run, notes, restored = self.config.run, [], None
+        run, restored = self.config.run, None
+        notes = [] if self.remat is None else [str(self.remat)]
         if self.previous and self.previous.steps():
             template = self.networks.frozen()
             digests = self.networks.digests(template)

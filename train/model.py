@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.train.config import DataConfig, ModelConfig
+from monarchrt.train.config import AUTO, DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -67,7 +67,7 @@ def model_settings(
             config.preset,
             attention=attention_setting(config),
             dtype=dtype,
-            remat="full" if config.remat else "none",
+            remat="full" if config.remat == AUTO else config.remat,  # until it is chosen
             **values | config.override_values(),
         )
 

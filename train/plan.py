@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
-from monarchrt.models.memory import Memory, device_memory, reported
-from monarchrt.train.config import TrainConfig
+from monarchrt.models.memory import Memory, device_memory, reported, shown
+from monarchrt.train.config import AUTO, TrainConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.logs import duration
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.base import Objective
+from monarchrt.train.remat import Choice
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import StepFn, networks_of
@@ -50,6 +51,11 @@ class RolePlan:
     activations: int = 0
     cache: int = 0
 
+    @property
+    def held(self) -> int:
+        """All of it."""
+        return sum(getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "role")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
@@ -76,6 +82,8 @@ class Plan:
         available: Bytes of each device.
         networks: Each network.
         steps: Each kind of step.
+        remat: What was chosen where it was left open, and why.
+        advice: Options that make it take less.
         left: Steps that the run has before it.
         seconds: That one of them takes, the mean of those that it has behind it; None before it has begun.
     """
@@ -85,6 +93,8 @@ class Plan:
     available: int
     networks: tuple[RolePlan, ...]
     steps: tuple[StepPlan, ...]
+    remat: Choice | None = None
+    advice: tuple[str, ...] = ()
     left: int = 0
     seconds: float | None = None
 
@@ -118,6 +128,7 @@ class Plan:
             "steps": steps,
             "most": self.most,
             "fits": self.fits,
+            "remat": None if self.remat is None else dataclasses.asdict(self.remat) | {"kind": self.remat.kind},
             "steps_left": self.left,
             "seconds_per_step": None if self.seconds is None else round(self.seconds, 4),
         }
@@ -131,6 +142,8 @@ def make_plan(
     placement: Placement,
     step_fn: StepFn,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
+    remat: Choice | None = None,
+    steps: Sequence[StepPlan] | None = None,
     done: int = 0,
     log: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
@@ -143,27 +156,59 @@ def make_plan(
         placement: Where arrays would live.
         step_fn: The step, which is compiled and not run.
         batches: For each set of roles that a step updates, the batches that it sees, or their shapes.
+        remat: What was chosen where it was left open.
+        steps: What its programs take, if they were compiled already.
         done: Steps that it has behind it.
         log: Of these.
 
     Returns:
         The plan.
     """
-    seen = {role: batch for several in batches.values() for role, batch in several.items()}
-    plans = [_network(name, config, objective, networks, placement, seen.get(name)) for name in networks.graphs]
-    steps = [_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items()]
     devices = list(placement.mesh.devices.flat)
-    own = next(device for device in devices if device.process_index == jax.process_index())  # others' are not told
+    own = own_device(placement)
     kind = getattr(own, "device_kind", own.platform)
     return Plan(
         devices=f"{len(devices)} x {kind}",
         mesh=str(placement.shape),
         available=device_memory(own),
-        networks=tuple(plans),
-        steps=tuple(steps),
+        networks=role_plans(config, objective=objective, networks=networks, placement=placement, batches=batches),
+        steps=tuple(steps or step_plans(networks, placement=placement, step_fn=step_fn, batches=batches)),
+        remat=remat,
+        advice=_advice(config),
         left=config.run.steps - done,
         seconds=mean_seconds(log),
     )
+
+
+def own_device(placement: Placement) -> Any:
+    """A device of this process; of others, nothing is told."""
+    return next(device for device in placement.mesh.devices.flat if device.process_index == jax.process_index())
+
+
+def role_plans(
+    config: TrainConfig, *, objective: Objective, networks: Networks, placement: Placement,
+    batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
+) -> tuple[RolePlan, ...]:  # fmt: skip
+    """Bytes of each network; nothing is compiled. Arguments as `make_plan`."""
+    seen = {role: batch for several in batches.values() for role, batch in several.items()}
+    return tuple(_network(name, config, objective, networks, placement, seen.get(name)) for name in networks.graphs)
+
+
+def step_plans(
+    networks: Networks, *, placement: Placement, step_fn: StepFn,
+    batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
+) -> tuple[StepPlan, ...]:  # fmt: skip
+    """Each kind of step, compiled. Arguments as `make_plan`."""
+    return tuple(_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items())
+
+
+def _advice(config: TrainConfig) -> tuple[str, ...]:
+    """Options that make a run take less memory."""
+    training = config.objective.training
+    open_to = [name for name in training if config.role(name).model.remat not in ("full", AUTO)]
+    remat = [f"--{config.option(name, 'remat')} full" for name in open_to]
+    larger = [f"a larger --{config.option(name, 'accumulation')}" for name in training]
+    return (*remat, "a smaller --batch", *larger, "--mesh fsdp=N")
 
 
 def on_a_device(tree: Any) -> int:
@@ -257,7 +302,7 @@ def plan_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """What the table does not say: what compiled programs take, and whether it fits."""
-    lines = []
+    lines = [] if plan.remat is None else [str(plan.remat)]
     for step in plan.steps:
         what = f"a step that updates {' and '.join(step.roles)}"
         if step.memory is None:
@@ -266,8 +311,9 @@ def plan_lines(plan: Plan) -> list[str]:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in step.memory._asdict().items() if size)
         lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler planned it ({parts})")
     if plan.most is not None:
-        advice = "it does not fit; try --remat, a smaller --batch, a larger --accumulation, or --mesh fsdp=N"
-        verdict = "it fits" if plan.fits else advice
+        *others, last = plan.advice or ("a smaller run",)
+        advice = f"{', '.join(others)}, or {last}" if others else last
+        verdict = "it fits" if plan.fits else f"it does not fit; try {advice}"
         lines.append(f"at most {shown(plan.most)} on each device, of {shown(plan.available)}: {verdict}")
     if plan.seconds is not None:
         left = f"{plan.left} steps are left" if plan.left != 1 else "one step is left"
@@ -291,16 +337,3 @@ def mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
         return None
     most = 10 * statistics.median(seconds)
     return statistics.fmean([taken for taken in seconds if taken < most] or seconds)
-
-
-def shown(count: int) -> str:
-    """Bytes in three digits, such as 1.42 GiB; - for none.
-
-    Examples:
-        >>> shown(3 * 2**29), shown(0)
-        ('1.5 GiB', '-')
-    """
-    for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= size:
-            return f"{count / size:.3g} {name}"
-    return f"{count} B" if count else "-"

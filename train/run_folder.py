@@ -31,6 +31,7 @@ from monarchrt.train.config import (
     RunConfig,
     TrainConfig,
     from_dict,
+    remat_kind,
     to_dict,
 )
 from monarchrt.train.logs import LOG_NAME, TENSORBOARD_NAME, read_log
@@ -291,7 +292,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
     notes = []
     defaults = _defaults(wanted.get("objective", _LATER["objective"]))
     older = {name: defaults[setting] for name in wanted if (setting := name.rpartition(".")[2]) in defaults}
-    saved = older | saved
+    saved = older | {name: remat_kind(value) if name.endswith("remat") else value for name, value in saved.items()}
     for name in dict.fromkeys([*saved, *wanted]):
         old, new = saved.get(name), wanted.get(name)
         role, dot, setting = name.rpartition(".")

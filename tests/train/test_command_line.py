@@ -148,7 +148,7 @@ def test_settings_of_clips_are_refused_with_latents():
 
 def test_model_settings_follow_the_config():
     settings = model_settings(
-        ModelConfig(tile=(1, 2, 4), remat=True, overrides=("num_layers=3",)), channels=48, precision="bf16"
+        ModelConfig(tile=(1, 2, 4), remat="full", overrides=("num_layers=3",)), channels=48, precision="bf16"
     )
     assert (settings.num_layers, settings.in_channels, settings.out_channels) == (3, 48, 48)
     assert (settings.dtype, settings.param_dtype, settings.remat) == ("bfloat16", "float32", "full")

@@ -15,7 +15,9 @@ import pytest
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.memory import Memory, memory, reported
 from monarchrt.train.cli import main
-from monarchrt.train.plan import Plan, RolePlan, StepPlan, mean_seconds, plan_lines, plan_table
+from monarchrt.train.config import ModelConfig, TrainConfig
+from monarchrt.train.objectives.settings import DMDConfig
+from monarchrt.train.plan import Plan, RolePlan, StepPlan, _advice, mean_seconds, plan_lines, plan_table
 
 from .conftest import contents
 
@@ -40,7 +42,7 @@ def test_a_plan_as_json(latents, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = contents(latents)
     arguments = train("--latents", latents, "--folder", "run", "--overrides", *NETWORK, "--attention", "dense")
-    assert main([*arguments, "--accumulation", "2", "--plan", "--json"]) == 0
+    assert main([*arguments, "--accumulation", "2", "--remat", "auto", "--plan", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (list(tmp_path.iterdir()), contents(latents)) == ([], before)
     (student,) = found["networks"]
@@ -58,6 +60,8 @@ def test_a_plan_as_json(latents, tmp_path, monkeypatch, capsys):
     held = step["memory"]
     assert step["roles"] == ["student"]
     assert held["total"] == sum(held[name] for name in ("arguments", "results", "temporary", "code")) == found["most"]
+    chosen = found["remat"]
+    assert (chosen["kind"], chosen["tried"][0]["taken"]) == ("none", held["total"])
     batch = 4 * 2 * (math.prod(LATENTS) + 2 * 4)
     state = 4 * numbers * 4
     assert state + batch < held["arguments"] < state + batch + 200
@@ -111,7 +115,17 @@ PLAN = Plan(
     available=100 * GIB,
     networks=(RolePlan(role="student", parameters=3 * GIB, fixed=0, gradient=3 * GIB, moments=6 * GIB),),
     steps=(StepPlan(roles=("student", "critic"), memory=Memory(12 * GIB, 0, 3 * GIB // 2, 1024), seconds=2.0),),
+    advice=("--remat full", "a smaller --batch"),
 )
+
+
+def test_advice_names_the_options_of_the_roles():
+    full = ModelConfig(remat="full")
+    assert _advice(TrainConfig())[0] == "--remat full"
+    assert _advice(TrainConfig(model=full)) == ("a smaller --batch", "a larger --accumulation", "--mesh fsdp=N")
+    several = _advice(TrainConfig(model=full, objective=DMDConfig()))
+    assert several[0] == "--critic.remat full"
+    assert several[2:4] == ("a larger --student.accumulation", "a larger --critic.accumulation")
 
 
 def test_a_plan_in_words():
@@ -128,7 +142,7 @@ def test_a_plan_in_words():
 def test_what_does_not_fit_or_is_not_known():
     small = dataclasses.replace(PLAN, available=9 * GIB)
     assert (PLAN.fits, small.fits) == (True, False)
-    assert "of 9 GiB: it does not fit; try --remat" in plan_lines(small)[-1]
+    assert plan_lines(small)[-1].endswith("of 9 GiB: it does not fit; try --remat full, or a smaller --batch")
     silent = dataclasses.replace(PLAN, steps=(dataclasses.replace(PLAN.steps[0], memory=None),))
     assert plan_lines(silent) == [
         "a step that updates student and critic: this backend's compiler does not say what its program takes"

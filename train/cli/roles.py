@@ -5,6 +5,7 @@ Where one role trains, its options have no prefix, and may be given with one. Wh
 """
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
         UserError: If an option does not exist, or a value cannot be read or is out of range.
     """
     # `--student.lora.rank` is another spelling of `--student.lora-rank`
-    arguments = [re.sub(r"^(--(?:\w+\.)?lora)\.", r"\1-", word) for word in arguments]
+    arguments = _with_remat([re.sub(r"^(--(?:\w+\.)?lora)\.", r"\1-", word) for word in arguments])
     asked = last_value(arguments, "--objective")
     if asked is not None:
         default = with_objective(default, asked)
@@ -81,6 +82,23 @@ def _role_of(
             if str(error) == message and f"--{role}." not in message:
                 return role
     return None
+
+
+def _with_remat(arguments: Sequence[str]) -> list[str]:
+    """The arguments with what `--remat` and `--no-remat` say by themselves, as they did when there was no choice.
+
+    Examples:
+        >>> _with_remat(["--remat", "--student.remat", "auto", "--no-remat"])
+        ['--remat', 'full', '--student.remat', 'auto', '--remat', 'none']
+    """
+    words: list[str] = []
+    for word, after in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        if found := re.fullmatch(r"--(\w+\.)?(no-)?remat", word):
+            words.append(f"--{found[1] or ''}remat")
+            words += ["none"] if found[2] else ["full"] if after.startswith("--") else []
+        else:
+            words.append(word)
+    return words
 
 
 def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[str]:
