@@ -41,6 +41,7 @@ INTERPRETED_SLOWLY = (
     ("two steps, blocks of rows and columns", "two steps, a dominant row, two parts"),
 )
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
+SPILLS: dict[tuple[str, str], int] = {}  # bytes of stack, where they are more
 SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
 
 
@@ -194,9 +195,11 @@ def test_the_stream_compiles_ahead_of_time(setting):
 @missing("triton")
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("setting", list(SETTINGS)[1:])
-def test_other_settings_fit_shared_memory(capability, setting):
+def test_other_settings_compile_ahead_of_time(capability, setting):
     for call in launches(setting, capability):
-        _, _, shared = compile_launch(call, capability)
+        registers, spills, shared = compile_launch(call, capability)
+        assert registers <= 255
+        assert spills <= SPILLS.get((call.kernel, setting), 96), f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
 
 
@@ -580,3 +583,44 @@ def test_the_newest_tiles_are_the_last_that_are_seen(monkeypatch, visible, grad_
     rows = jnp.zeros(q.shape[:-1])
     operation.backward(1.0, grad_tiles, q, k, k, q, rows, rows, jnp.array(visible, jnp.int32))
     assert given["first_tile"].tolist() == [first]
+
+
+def lowered_texts(grids):
+    """What the cache of compiled programs goes by, of the kernels for each grid."""
+    texts = {}
+    for grid in grids:
+        x = jax.ShapeDtypeStruct((1, grid[0] * grid[1] * grid[2], 2, 64), jnp.bfloat16)
+
+        def attend(*x, grid=grid):
+            return monarch_attention(*x, grid=grid, implementation="triton")
+
+        with triton_kernels.compile_for(90):
+            texts[grid] = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+        assert "triton_kernel_call_ffi" in texts[grid]
+    return texts
+
+
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+def test_a_kernel_has_one_text():
+    assert lowered_texts([(3, 6, 8)]) == lowered_texts([(3, 6, 8)])
+
+
+@pytest.mark.slow
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+def test_a_kernel_has_one_text_in_every_process():
+    """Whatever was traced before, and whatever the seed of hashes: a later process finds what an earlier compiled."""
+    program = (
+        "import hashlib, sys\nfrom tests.kernels.test_triton import lowered_texts\n"
+        "grids = [(3, 6, 8), (2, 4, 8)][:: int(sys.argv[1])]\n"
+        "for grid, text in lowered_texts(grids).items():\n"
+        "    print(grid, hashlib.sha256(text.encode()).hexdigest())\n"
+    )
+    found = []
+    for order in ("1", "-1"):
+        seed = str(2 + int(order))
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", program, order], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(sorted(done.stdout.splitlines()))
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
