@@ -42,7 +42,7 @@ def module(name: str, **values: Any) -> Any:
     return made
 
 
-def published(path: Path, sizes: dict[str, int]) -> tuple[Any, Any]:
+def published(path: Path, sizes: dict[str, int], device: Any) -> tuple[Any, Any]:
     """The published module of the updates, and the class that rolls out for them."""
     sys.path.insert(0, str(path))
     module("diffusers")
@@ -58,7 +58,7 @@ def published(path: Path, sizes: dict[str, int]) -> tuple[Any, Any]:
     networks.flash_attention = importlib.import_module("wan.modules.attention").attention
     causal = importlib.import_module("wan.modules.causal_model")
     for kind in (networks.WanModel, causal.CausalWanModel):
-        kind.from_pretrained = classmethod(functools.partial(make_network, sizes=sizes))
+        kind.from_pretrained = classmethod(functools.partial(make_network, sizes=sizes, device=device))
     pipeline = module("pipeline")
     pipeline.__path__ = [str(path / "pipeline")]
     training = importlib.import_module("pipeline.self_forcing_training")
@@ -68,9 +68,10 @@ def published(path: Path, sizes: dict[str, int]) -> tuple[Any, Any]:
     return importlib.import_module("model.dmd"), training.SelfForcingTrainingPipeline
 
 
-def make_network(kind: Any, _path: str, *, sizes: dict[str, int], **options: Any) -> Any:
+def make_network(kind: Any, _path: str, *, sizes: dict[str, int], device: Any, **options: Any) -> Any:
     """A network with random weights, of its head too, which starts at zero."""
-    network = kind(in_dim=16, out_dim=16, text_len=TEXT[1], text_dim=TEXT[2], freq_dim=256, **sizes, **options)
+    with torch.device(device):
+        network = kind(in_dim=16, out_dim=16, text_len=TEXT[1], text_dim=TEXT[2], freq_dim=256, **sizes, **options)
     torch.nn.init.normal_(network.head.head.weight, std=0.02)
     return network
 
@@ -89,7 +90,7 @@ def settings(shape: tuple[int, ...]) -> Any:
 def build(args: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
     """The published model with its three networks, and an optimizer of each that trains."""
     shape = (1, 21, 16, 8, 8) if args.small else (1, 21, 16, 60, 104)
-    dmd, rolls = published(args.path, SMALL if args.small else TRUE)
+    dmd, rolls = published(args.path, SMALL if args.small else TRUE, device)
     rolls.generate_and_sync_list = lambda self, blocks, steps, device: [args.last] * blocks
     own = rolls.__init__
 
@@ -100,8 +101,7 @@ def build(args: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
             self.kv_cache_size = 21 * 16
 
     rolls.__init__ = init
-    with torch.device(device):
-        model = dmd.DMD(settings(shape), device=device)
+    model = dmd.DMD(settings(shape), device=device)
     roles = {"student": "generator", "critic": "fake_score", "teacher": "real_score"}
     if args.small:
         model.to(torch.bfloat16)
@@ -131,6 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cpu" if args.small else "cuda"
     if args.small:
+        torch.set_num_threads(1)
         torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     backend, place = ("gloo", "tcp://127.0.0.1:29531") if args.small else ("nccl", "tcp://127.0.0.1:29532")
     dist.init_process_group(backend, init_method=place, rank=0, world_size=1)
