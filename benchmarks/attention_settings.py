@@ -24,6 +24,7 @@ SPARSE = {
     "SLA 85%": "sla(keep=0.15,linear=False{how})",
     "VSA 95%": "vsa(keep=0.05,gate=False{how})",
     "VSA 97%": "vsa(keep=0.03,gate=False{how})",
+    "VSA 98%": "vsa(keep=0.02,gate=False{how})",
     "VSA 85%, published cubes": "vsa(keep=0.15,cube=(4,4,4),gate=False{how})",
     "SVG 80%": "svg(keep=0.2{how})",
     "Radial 90%": "radial(keep=0.1{how})",

@@ -5,6 +5,7 @@
     python benchmarks/generate.py --implementation triton           # a Monarch backend by name
     python benchmarks/generate.py --places one heads=2 heads=1,decoder     # on two GPUs, beside one of them
     python benchmarks/generate.py --wan wan2.1-t2v-14b --places one heads=2
+    python benchmarks/generate.py --size 720 1280 --attention dense 'vsa(keep=0.15)'       # any size and kind
     python benchmarks/generate.py --tiny                            # tiny networks; runs without a GPU
 
 Batch 1, bfloat16, the schedule of Self-Forcing: blocks of 3 latent frames, 4 calls with fresh noise each and one that
@@ -74,6 +75,8 @@ def main() -> None:
     args = parse()
     sizes = TINY if args.tiny else TRUE
     given = {"frames": args.frames, "wan": args.wan}
+    if args.size is not None:
+        given |= {"height": args.size[0], "width": args.size[1]}
     sizes = dataclasses.replace(sizes, **{name: value for name, value in given.items() if value is not None})
     try:
         config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
@@ -123,6 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder for a GPU of its own"
     )
+    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="in pixels; default: 480 832")
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

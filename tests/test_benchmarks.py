@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -66,6 +67,10 @@ def run(monkeypatch, tmp_path):
         ("scale", ["--meshes", "heads=5"], "mesh is heads=5, but the network has 12 attention heads"),
         ("scale", ["--attention", "dens"], "'dens' is not a kind of attention"),
         ("scale", ["--steps", "0"], "--steps 0 must be at least 1"),
+        ("finetuning", ["--steps", "0"], "--steps 0 must be at least 1"),
+        ("finetuning", ["--attention", "dens"], "--attention dens: attention='dens': 'dens' is not a kind"),
+        ("finetuning", ["--attention", "monarch(tile=(4,{h},5))"], "5 does not divide the 28"),
+        ("finetuning", ["--clips", "none.mp4"], "--clips none.mp4 is not a file"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
         ("distill", ["--published", "missing"], "--published is missing, which has no model/dmd.py; give a checkout"),
     ],
@@ -163,6 +168,74 @@ def test_one_row_of_the_table_can_be_measured_alone(run, monkeypatch, tmp_path):
     run("attention", "--rows", "720p (3h,w)", **replaced)
     report = json.loads((tmp_path / "results" / "attention.json").read_text())
     assert {row["row"] for row in report["rows"]} == {"720p (3h,w)"}
+
+
+class TestFinetuning:
+    """Networks that are not trained, and one tiny run."""
+
+    SMALL = ("--size", "4", "6", "--dense-steps", "2", "--steps", "2", "--windows", "2", "--levels", "2")
+
+    def packed(self, frames=(20, 30)):
+        draw = np.random.default_rng(0)
+        clips = {str(n): draw.integers(0, 256, (count, 16, 24, 3), dtype=np.uint8) for n, count in enumerate(frames)}
+        np.savez("clips.npz", **clips)
+        return ["--clips", "clips.npz", *self.SMALL]
+
+    def test_ends_of_all_clips_are_held_out(self, run):
+        """No frame is in both parts, none of the gap is in one, and a window lies in one clip."""
+        kept = []
+
+        def stop(args, clips):
+            benchmark = sys.modules["benchmark_finetuning"]
+            settings = benchmark.dense_run(benchmark.DemoConfig(height=16, width=24))
+            kept.append((clips, benchmark.windows_of(clips, settings, 8)))
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run("finetuning", *self.packed((50, 60)), run=stop)
+        clips, windows = kept[0]
+        of = [{frame.tobytes(): (n, at) for at, frame in enumerate(clip)} for n, clip in enumerate(clips)]
+        places = of[0] | of[1]
+        for starts, wanted in (
+            (windows.train_starts, {(0, at) for at in range(40)} | {(1, at) for at in range(48)}),
+            (windows.held_out_starts, {(0, at) for at in range(44, 50)} | {(1, at) for at in range(52, 60)}),
+        ):
+            found = [[places[windows.frames[at + n].tobytes()] for n in range(4)] for at in starts]
+            assert {place for window in found for place in window} == wanted
+            assert all(window == [(window[0][0], window[0][1] + n) for n in range(4)] for window in found)
+
+    def test_the_table(self, run, monkeypatch, capsys):
+        """Differences are in pairs with dense attention's, and what was won back is of what the swap had cost."""
+        draw = np.random.default_rng(1)
+        dense = [draw.normal(1.0, 0.3, 4) for _ in range(2)]
+        terms = {"dense": [(x + 0.5, x) for x in dense]}
+        terms["monarch(tile=(4,4,6))"] = [(x + 0.4, x + 0.1 * (1 + n)) for n, x in enumerate(dense)]
+        options = [*self.packed(), "--seeds", "0", "1", "--attention", "monarch(tile=(4,{h},{w}))"]
+        run("finetuning", *options, run=lambda args, clips: terms)
+        rows = json.loads(pathlib.Path("results/finetuning.json").read_text())["rows"]
+        assert [row["attention"] for row in rows] == list(terms)
+        assert rows[1]["more_by_seed"] == pytest.approx([0.1, 0.2])
+        low, high = rows[1]["interval"]
+        assert 0.0999 <= low < rows[1]["more"] < high <= 0.2001
+        assert rows[1]["more"] == pytest.approx(0.15)
+        assert rows[1]["won_back"] == pytest.approx(1 - 0.15 / 0.4)
+        assert "(+0.1" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="holds results of other settings"):
+            run("finetuning", *options, "--steps", "3")
+
+    @pytest.mark.slow
+    def test_a_run_goes_on(self, run, capsys):
+        """What is there is not trained again; dense attention without a step more is what it was."""
+        options = [*self.packed((40, 50)), "--seeds", "0", "--attention", "vsa(keep=0.2, cube=(2,2,2))"]
+        run("finetuning", *options)
+        first = json.loads(pathlib.Path("results/finetuning.json").read_text())["rows"]
+        for path in pathlib.Path("results").glob("vsa*.npy"):
+            path.unlink()
+        before = pathlib.Path("results/trained-0.npy").stat().st_mtime_ns
+        run("finetuning", *options)
+        assert json.loads(pathlib.Path("results/finetuning.json").read_text())["rows"] == first
+        assert pathlib.Path("results/trained-0.npy").stat().st_mtime_ns == before
+        assert first[0]["before"] != first[0]["after"] != first[1]["after"] != first[1]["before"]
 
 
 @pytest.mark.slow
