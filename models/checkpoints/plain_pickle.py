@@ -5,6 +5,7 @@ a buffer of a terabyte (`BYTEARRAY8`). This one knows the operations that `torch
 the file, byte for byte, and a key of a dictionary is a string or a number.
 """
 
+import io
 import pickletools
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ _STORE, _FETCH = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", 
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read_pickle(data: bytes, *, build: dict[tuple[str, str], Any], storage: Callable[..., Any]) -> Any:
+def read_pickle(data: bytes | io.BytesIO, *, build: dict[tuple[str, str], Any], storage: Callable[..., Any]) -> Any:
     """What a pickle holds.
 
     Examples:
@@ -40,7 +41,7 @@ def read_pickle(data: bytes, *, build: dict[tuple[str, str], Any], storage: Call
         monarchrt.models.checkpoints.plain_pickle.UnsafePickleError: it asks for builtins.print
 
     Args:
-        data: The pickle.
+        data: The pickle, or a file at its beginning, which is at its end afterwards.
         build: What may be named, by module and name: functions, which are called with the arguments in the file, and
             other values, which may only be arguments.
         storage: Called with what a persistent id has.

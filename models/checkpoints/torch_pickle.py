@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from monarchrt.models.checkpoints.plain_pickle import UnsafePickleError, read_pickle
 from monarchrt.models.checkpoints.stored_zip import read_directory, read_entry
 from monarchrt.models.checkpoints.tensor_files import TensorInfo, check_shape
+from monarchrt.models.checkpoints.torch_legacy import MAGIC, LegacyFile
 from monarchrt.models.errors import printable
 
 __all__ = ["STORAGES", "TorchFile", "UnsafePickleError"]
@@ -124,7 +126,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class TorchFile:
-    """A `.pt` file as torch >= 1.6 writes it (a zip archive): dictionaries of tensors, read one tensor at a time.
+    """A `.pt` file as torch writes it (a zip archive; before 1.6, pickles): dictionaries of tensors, read one by one.
 
     Attributes:
         sets: Dictionaries of tensors by their key in the file, such as "generator_ema", keys of nested ones joined by
@@ -139,25 +141,23 @@ class TorchFile:
 
     Raises:
         UnsafePickleError: If the file asks for anything but tensors and plain containers.
-        ValueError: If the file is not a zip archive, is truncated, or holds no such set.
+        ValueError: If the file is neither, is truncated, or holds no such set.
     """
 
     def __init__(self, path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()):
         self.path = Path(path)
         with self.path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(len(MAGIC))
+        self._legacy: LegacyFile | None = None
         try:
-            self._entries = read_directory(self.path) if start == b"PK\3\4" else {}
+            self._entries = read_directory(self.path) if start[:4] == b"PK\3\4" else {}
         except ValueError as error:
             raise ValueError(
                 f"{self.path} is not a zip archive: {error}; copy or download it again, or save it again with torch."
             ) from error
-        if not self._entries:
-            raise ValueError(
-                f"{self.path} is not a zip archive: it is truncated, or written by torch before 1.6 (then load it with "
-                f"torch and save it again)."
-            )
-        content = self._content()
+        if not self._entries and start != MAGIC:
+            raise ValueError(f"{self.path} is not a zip archive: it is truncated, or torch did not write it.")
+        content = self._checked(self._content if self._entries else self._legacy_content)
         self.sets = _tensor_sets(content)
         if not self.sets:
             raise ValueError(f"{self.path} holds no dictionary of tensors.")
@@ -166,10 +166,8 @@ class TorchFile:
         self.infos = {name: TensorInfo(t.shape, t.storage.dtype) for name, t in self._tensors.items()}
         self.metadata: dict[str, str] = {}
         for name, tensor in self._tensors.items():
-            entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
             needed = tensor.storage.size * tensor.storage.dtype.itemsize
-            if entry is None or entry.size != needed:
-                stored = 0 if entry is None else entry.size
+            if (stored := self._stored(tensor.storage)) != needed:
                 raise ValueError(f"{self.path}: {printable(name)} has {stored} bytes of {needed}; the file is damaged.")
 
     def _content(self) -> Any:
@@ -183,29 +181,52 @@ class TorchFile:
         order, entry = self._entries.get(f"{self._root}byteorder"), self._entries[pickles[0]]
         if entry.size > MAX_PICKLE:
             raise ValueError(f"{self.path} has a pickle of {entry.size} bytes; at most {MAX_PICKLE} are read.")
+        if order is not None and (order.size > 6 or read_entry(self.path, order).tobytes() != b"little"):
+            raise ValueError("it was written on a big-endian machine, which is not supported")
+        return read_pickle(read_entry(self.path, entry).tobytes(), build=_ALLOWED, storage=_storage)
+
+    def _legacy_content(self) -> Any:
+        """The object of a file from before 1.6."""
+        size = lambda storage: storage.dtype.itemsize  # noqa: E731
+        self._legacy = LegacyFile(self.path, build=_ALLOWED, storage=_storage, itemsize=size, most=MAX_PICKLE)
+        return self._legacy.content
+
+    def _checked(self, content: Callable[[], Any]) -> Any:
+        """What it gives; errors name the file."""
         try:
-            if order is not None and (order.size > 6 or read_entry(self.path, order).tobytes() != b"little"):
-                raise ValueError("it was written on a big-endian machine, which is not supported")
-            data = read_entry(self.path, entry).tobytes()
-            return read_pickle(data, build=_ALLOWED, storage=_storage)
+            return content()
         except UnsafePickleError as error:
             raise UnsafePickleError(
                 f"{self.path} is refused: {error}. Only tensors are read from pickles, since anything else could "
                 f"run a program; ask its author for safetensors."
             ) from None
         except ValueError as error:
+            if str(error).startswith(str(self.path)):
+                raise
             raise ValueError(f"{self.path} cannot be read: {error}.") from error
 
+    def _stored(self, storage: _Storage) -> int:
+        """Bytes of a storage in the file."""
+        if self._legacy is not None:
+            return self._legacy.places[storage.key][1]
+        entry = self._entries.get(f"{self._root}data/{storage.key}")
+        return 0 if entry is None else entry.size
+
+    def _bytes(self, storage: _Storage) -> Any:
+        if self._legacy is not None:
+            return self._legacy.read(storage.key)
+        return read_entry(self.path, self._entries[f"{self._root}data/{storage.key}"]).data
+
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read; the archive's checksum is verified."""
+        """The tensor, freshly read; an archive's checksum is verified."""
         tensor = self._tensors[name]
         try:
-            data = read_entry(self.path, self._entries[f"{self._root}data/{tensor.storage.key}"])
+            data = self._bytes(tensor.storage)
         except ValueError as error:
             raise ValueError(f"{self.path}: {printable(name)} is damaged ({error}).") from error
         dtype = tensor.storage.dtype
         strides = [step * dtype.itemsize for step in tensor.strides]
-        array = np.ndarray(tensor.shape, dtype, data.data, tensor.offset * dtype.itemsize, strides)
+        array = np.ndarray(tensor.shape, dtype, data, tensor.offset * dtype.itemsize, strides)
         array.setflags(write=False)
         return array
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from monarchrt.models.checkpoints.torch_pickle import TorchFile
 from monarchrt.models.wan.checkpoints import (
     UnsafePickleError,
     convert_checkpoint,
@@ -154,6 +155,53 @@ class TestTorch:
                 archive.writestr(name, data)
         with pytest.raises(UnsafePickleError, match="a tensor lies outside its storage"):
             inspect_checkpoint(tmp_path / "b.pt")
+
+    def test_files_from_before_1_6(self, wan, small, tmp_path):
+        """Pickles in a row and then the numbers: the same tensors, views of one storage and other dtypes among them."""
+        torch = pytest.importorskip("torch")
+        one = torch.arange(24.0).reshape(4, 6)
+        tensors = {"a": one, "b": one[1:3].T, "c": one[2, 3:], "d": one.half(), "e": torch.tensor([True, False]),
+                   "f": torch.tensor(7), "g": torch.zeros(0, 3), "h": one.to(torch.bfloat16)}  # fmt: skip
+        torch.save({"state": tensors, "epoch": 3}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        file = TorchFile(tmp_path / "old.pt")
+        assert file.weights == "state"
+        for name, tensor in tensors.items():
+            found = file.read(name)
+            assert (found.shape, found.dtype.name) == (tuple(tensor.shape), str(tensor.dtype).split(".")[-1])
+            np.testing.assert_array_equal(found.astype(np.float32), tensor.float().numpy())
+        whole = (tmp_path / "old.pt").read_bytes()
+        for cut in (len(whole) - 1, len(whole) - 40, len(whole) // 3, 40):
+            (tmp_path / "cut.pt").write_bytes(whole[:cut])
+            with pytest.raises(ValueError, match=r"cut\.pt cannot be read"):
+                TorchFile(tmp_path / "cut.pt")
+
+    @pytest.mark.parametrize(
+        ("old", "new", "says"),
+        [
+            (b"\x80\x02M\xe9\x03.", b"\x80\x02M\xea\x03.", "it is of protocol 1002, and 1001 is known"),
+            (b"little_endianq\x02\x88", b"little_endianq\x02\x89", "a big-endian machine"),
+            (b"ctorch\nFloatStorage", b"cos\nsystem", "it asks for os.system"),
+        ],
+    )
+    def test_old_files_are_not_trusted_either(self, tmp_path, old, new, says):
+        torch = pytest.importorskip("torch")
+        torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+        data = (tmp_path / "a.pt").read_bytes()
+        assert data.count(old) == 1
+        (tmp_path / "a.pt").write_bytes(data.replace(old, new))
+        with pytest.raises(ValueError, match=says):
+            TorchFile(tmp_path / "a.pt")
+
+    def test_storages_that_are_not_there(self, tmp_path):
+        """Lists and sizes that lie, in a file of the old kind."""
+        torch = pytest.importorskip("torch")
+        torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+        data = (tmp_path / "a.pt").read_bytes()
+        for count, says in ((2**62, "it is truncated"), (-1, "it is truncated"), (1, "has 4 bytes of 8")):
+            lying = data[:-16] + count.to_bytes(8, "little", signed=True) + data[-8:]
+            (tmp_path / "b.pt").write_bytes(lying)
+            with pytest.raises(ValueError, match=says):
+                TorchFile(tmp_path / "b.pt")
 
     def test_damaged(self, wan, small, tmp_path):
         self.write(tmp_path / "a.pt", generator=official_tensors(wan.model(small)))
