@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from monarchrt.models.attention.base import density_of_layers
+from monarchrt.models.attention.base import density_of_network
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.errors import UserError
 from monarchrt.models.memory import device_memory
@@ -96,7 +96,7 @@ def _optimizer(config: TrainConfig, role: str) -> str:
 
 def _attention(network: WanConfig, grid: tuple[int, int, int]) -> str:
     settings = network.layer_attention
-    density = density_of_layers(settings, grid, causal_block=network.causal_block)
+    density = density_of_network(network.attention, network.num_layers, grid, causal_block=network.causal_block)
     text = to_text(settings[0] if len(set(settings)) == 1 else settings)
     return f"attention {text}, {density}"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from monarchrt.models.attention.base import density_of_layers
+from monarchrt.models.attention.base import density_of_network
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.checkpoints.orbax_arrays import open_arrays
 from monarchrt.models.errors import UserError, printable
@@ -192,7 +192,7 @@ def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
         else:
             shape = LatentFolder(data.latents, TrainConfig().data).latent_shape[:3]
         grid = network.token_grid(*shape)
-        density = density_of_layers(layers, grid, causal_block=network.causal_block)
+        density = density_of_network(network.attention, network.num_layers, grid, causal_block=network.causal_block)
     except (ValueError, NotImplementedError) as error:
         return {"attention": f"{text}; how dense it is cannot be told ({_reason(error)})"}
     tokens = f"{math.prod(grid):,} tokens a sample, {' x '.join(map(str, grid))}"

@@ -221,9 +221,6 @@ class Density(NamedTuple):
         return text
 
 
-FULL = Density(1.0, 1.0, 1.0)
-
-
 def visible_share(grid: Grid, causal_block: int | None) -> float:
     """Share of the map that is not masked.
 
@@ -244,11 +241,70 @@ def mean_density(parts: Iterable[tuple[int | float, Density]]) -> Density:
     return Density(*(sum(weight * values[n] for weight, values in parts) / total for n in range(3)))
 
 
-def density_of_layers(
-    settings: Sequence["Attention"], grid: Grid, *, causal_block: int | None = None, steps: int | None = None
-) -> Density:
-    """Mean over the layers of a network; arguments as `Attention.density`."""
-    return mean_density((1, setting.density(grid, causal_block=causal_block, steps=steps)) for setting in settings)
+class NetworkDensity(NamedTuple):
+    """How much of the attention maps of a network there is, the mean over its layers, in the four ways that are in use.
+
+    Examples:
+        >>> print(NetworkDensity(asked=0.15, kept=0.19, visible=0.19, with_warm_up=0.4))
+        19.0% of the map (asked for: 15.0%), 40.0% with the warm-up
+
+    Attributes:
+        asked: As `Density`, after the warm-up: without the first layers, steps or blocks that have another kind.
+        kept: Likewise.
+        visible: Likewise.
+        with_warm_up: Share of the entries that are not masked, warm-up included; its steps count only if it is known
+            how many there are in all.
+    """
+
+    asked: float
+    kept: float
+    visible: float
+    with_warm_up: float
+
+    def __str__(self) -> str:
+        text = str(Density(*self[:3]))
+        if abs(self.with_warm_up - self.visible) > 5e-4:
+            text += f", {self.with_warm_up:.1%} with the warm-up"
+        return text
+
+
+FULL = NetworkDensity(1.0, 1.0, 1.0, 1.0)
+
+
+def density_of_network(
+    attention: "Attention | Sequence[Attention]",
+    num_layers: int,
+    grid: Grid,
+    *,
+    causal_block: int | None = None,
+    steps: int | None = None,
+) -> NetworkDensity:
+    """Mean over the layers of a network.
+
+    Examples:
+        >>> from monarchrt.models.attention.notation import parse
+        >>> warmed = parse("first_layers(1, dense, monarch)")
+        >>> print(density_of_network(warmed, 4, (2, 4, 4)))
+        37.5% of the map, 53.1% with the warm-up
+
+    Args:
+        attention: One setting, or one per layer.
+        num_layers: How many layers there are.
+        grid: Tokens (F, h, w).
+        causal_block: As `Attention.density`.
+        steps: Likewise.
+
+    Returns:
+        The density after the warm-up, and with it.
+    """
+    settings = [attention] * num_layers if isinstance(attention, Attention) else list(attention)
+    after = [setting.after_warm_up() for setting in settings]
+
+    def mean(settings: "Sequence[Attention]") -> Density:
+        layers = (setting.for_layer(layer) for layer, setting in enumerate(settings))
+        return mean_density((1, layer.density(grid, causal_block=causal_block, steps=steps)) for layer in layers)
+
+    return NetworkDensity(*mean(after), mean(settings).visible)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,6 +352,10 @@ class Attention(abc.ABC):
     def for_frames(self, frames: int) -> "Attention":
         """The setting for a call on the beginning of a clip of so many frames, where what it keeps depends on that."""
         return self._with_parts(lambda part: part.for_frames(frames))
+
+    def after_warm_up(self) -> "Attention":
+        """The setting without first layers, steps or blocks that have another kind."""
+        return self._with_parts(lambda part: part.after_warm_up())
 
     def _with_parts(self, change: "Callable[[Attention], Attention]", **changes: Any) -> "Attention":
         """With every kind in a field changed, and other changes."""

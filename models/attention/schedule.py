@@ -123,6 +123,10 @@ class FirstLayers(_ByLayer):
         """Both."""
         return self.first, self.after
 
+    def after_warm_up(self) -> Attention:
+        """The kind of the other layers."""
+        return self.after.after_warm_up()
+
     def for_layer(self, layer: int) -> Attention:
         """One of both."""
         return (self.first if layer < self.layers else self.after).for_layer(layer)
@@ -162,6 +166,10 @@ class _OneThenOther(Attention):
     def parts(self) -> tuple[Attention, ...]:
         """Both."""
         return self.first, self.after
+
+    def after_warm_up(self) -> Attention:
+        """The kind of the others."""
+        return self.after.after_warm_up()
 
     def for_layer(self, layer: int) -> Attention:
         """The same of both kinds' settings for the layer, or these if they are the same."""

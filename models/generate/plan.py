@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from monarchrt.models.attention.base import FULL, Attention, Density, density_of_layers, leaves
+from monarchrt.models.attention.base import FULL, Attention, NetworkDensity, density_of_network, leaves
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import EXACT, SHORT, exact
 from monarchrt.models.errors import UserError, printable, user_input
@@ -90,7 +90,7 @@ class Plan:
     temporal: int
     frames_given: bool = True
     notes: tuple[str, ...] = ()
-    density: Density = FULL
+    density: NetworkDensity = FULL
 
     @property
     def kinds(self) -> str:
@@ -445,7 +445,7 @@ def _stored(attention: Attention | tuple[Attention, ...]) -> list[Attention]:
     return [leaf.stored() for setting in settings for leaf in leaves(setting)]
 
 
-def check_attention(plan: Plan, model: WanConfig) -> Density:
+def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
     """How dense the attention is, if it divides each block of tokens, the window and the sinks.
 
     Raises:
@@ -469,7 +469,7 @@ def check_attention(plan: Plan, model: WanConfig) -> Density:
     steps = settings.table().steps
     with user_input():
         grid = model.token_grid(whole, *plan.latents[1:])
-        return density_of_layers(layers, grid, causal_block=block, steps=steps)
+        return density_of_network(plan.attention, model.num_layers, grid, causal_block=block, steps=steps)
 
 
 def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:

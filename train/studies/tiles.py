@@ -105,6 +105,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
                     "setting": str(setting),
                     "label": choice.label,
                     "density": density.visible,
+                    "kept": density.kept,
                     "error": float(errors.mean()),
                     "time": seconds if measured else seconds / of_dense,
                     "command": command(config, choice),

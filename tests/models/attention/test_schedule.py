@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.attention.base import CacheShape, Context, density_of_layers
+from monarchrt.models.attention.base import CacheShape, Context, density_of_network
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.monarch import MonarchAttention
@@ -300,8 +300,19 @@ class TestDensity:
 
     def test_of_a_network(self):
         config = dataclasses.replace(wan.SMALL, attention=parse("first_layers(1, dense, monarch(tile=(3,30,52)))"))
-        found = density_of_layers(config.layer_attention, GRID)
-        np.testing.assert_allclose(found.kept, (1 + 2 * TILED) / 3)
+        found = density_of_network(config.attention, config.num_layers, GRID)
+        np.testing.assert_allclose(found, (TILED, TILED, TILED, (1 + 2 * TILED) / 3))
+        # the first of four steps, the first of three layers and the first of seven blocks
+        text = "first_layers(1, dense, first_steps(1, dense, first_blocks(1, dense, top_k(keep=0.1))))"
+        after = (1 + 27 * 0.1) / 28  # of what is visible, with the first block
+        found = density_of_network(parse(text), 3, GRID, causal_block=3, steps=4)
+        warmed = (1 + 2 * (1 + 3 * after) / 4) / 3
+        np.testing.assert_allclose(found, (0.1, 0.1 * 4 / 7, 0.1, warmed), rtol=1e-3)  # top-k counts whole keys
+        assert str(found) == f"5.7% of the map, 10.0% of what is visible, {warmed:.1%} with the warm-up"
+        apart = density_of_network((parse("dense"), parse("top_k(keep=0.1)")), 2, GRID)
+        np.testing.assert_allclose(apart, (0.55, 0.55, 0.55, 0.55), rtol=1e-3)
+        unknown = density_of_network(parse("first_layers(1, dense, svg2)"), 3, GRID)
+        assert str(unknown) == "a part of the map that depends on the data"
 
     def test_a_tile_that_does_not_fit(self):
         with pytest.raises(ValueError, match="does not divide"):

@@ -297,6 +297,38 @@ class TestClusters:
         )
         close(found, dense)
 
+    @pytest.mark.parametrize("block", [None, pytest.param(2, marks=pytest.mark.slow)])
+    def test_outputs_and_gradients(self, block):
+        """Against PyTorch over the mask of clusters that NumPy finds, from the tokens that are drawn to begin at."""
+        grid, clusters = (4, 3, 4), {"query": 4, "key": 7}
+        setting = SVG2Attention(query_clusters=4, key_clusters=7, top_p=0.5, min_keep=0.2, iterations=6, seed=3)
+        x = qkv(grid, seed=8)
+        starts = dict(zip(clusters, jax.random.split(jax.random.key(3)), strict=True))
+        mask = np.zeros((2, 2, 48, 48), bool)
+        for rows in oracles.blocks_of(grid, block):
+            tokens = {"query": x[0][:, rows], "key": x[1][:, : rows.stop]}
+            drawn = {}
+            for name, part in tokens.items():
+                uniform = np.asarray(jax.random.uniform(starts[name], (clusters[name],)))
+                drawn[name] = np.minimum((uniform * part.shape[1]).astype(int), part.shape[1] - 1)
+            for sample, head in np.ndindex(2, 2):
+                found = {}
+                for name, part in tokens.items():
+                    points = part[sample, :, head].astype(np.float64)
+                    found[name] = oracles.kmeans(points, points[drawn[name]], rounds=6)
+                (of_query, queries, _), (of_key, keys, sizes) = found["query"], found["key"]
+                kept = oracles.cluster_map(queries, keys, sizes, top_p=0.5, least=1)  # 0.2 of 7
+                mask[sample, head, rows, : rows.stop] = kept[of_query][:, of_key]
+        assert 0.05 < mask.mean() < 0.6
+        tensors = [torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in x]
+        weights = qkv(grid, seed=9, count=1)[0]
+        expected = oracles.attention(*tensors, mask=mask)
+        (expected * torch.as_tensor(weights)).sum().backward()
+        out, gradients = with_gradients(setting, x, weights, grid=grid, causal_block=block)
+        close(out, expected.detach())
+        for mine, tensor in zip(gradients, tensors, strict=True):
+            close(mine, tensor.grad, atol=5e-6)
+
     def test_its_density_is_said_to_depend_on_the_data(self):
         assert str(parse("svg2").density(P480)) == "a part of the map that depends on the data"
 
