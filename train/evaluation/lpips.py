@@ -68,7 +68,25 @@ def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
                 f"lpips: {path} is not a file; give torchvision's alexnet or vgg16 weights, and the lpips package's "
                 f"v0.1/alex.pth or v0.1/vgg.pth"
             )
-    arrays, heads = _read(network_file), _read(linear_file)
+    arrays, heads = read_arrays(network_file), read_arrays(linear_file)
+    found = backbone(arrays)
+    if found is None:
+        raise UserError(
+            f"lpips: {network_file} holds neither torchvision's alexnet nor its vgg16 (`features.0.weight`, ...)"
+        )
+    name, convolutions = found
+    linear = [_head(heads, number, linear_file) for number in range(5)]
+    widths = _tap_widths(NETWORKS[name], convolutions)
+    if [len(weights) for weights in linear] != widths:
+        raise UserError(
+            f"lpips: {linear_file} has layers of {[len(x) for x in linear]} channels, and {network_file}, which is "
+            f"{name}, needs {widths}; give the v0.1 file of {name}"
+        )
+    return LPIPS(name, convolutions, linear)
+
+
+def backbone(arrays: dict[str, np.ndarray]) -> tuple[str, dict[int, tuple[np.ndarray, np.ndarray]]] | None:
+    """Which of `NETWORKS` a file's arrays are; and its convolutions (kernel [h, w, in, out], bias) by number."""
     for name, layers in NETWORKS.items():
         numbers = [layer[0] for layer in layers if len(layer) == 3 and layer != "tap"]
         wanted = {f"features.{number}.weight" for number in numbers}
@@ -79,20 +97,16 @@ def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
         for number in numbers:
             kernel = arrays[f"features.{number}.weight"].astype(np.float32).transpose(2, 3, 1, 0)
             convolutions[int(number)] = (kernel, arrays[f"features.{number}.bias"].astype(np.float32))
-        linear = [_head(heads, number, linear_file) for number in range(5)]
-        taps = _tap_widths(layers, convolutions)
-        if [len(weights) for weights in linear] != taps:
-            raise UserError(
-                f"lpips: {linear_file} has layers of {[len(x) for x in linear]} channels, and {network_file}, which is "
-                f"{name}, needs {taps}; give the v0.1 file of {name}"
-            )
-        return LPIPS(name, convolutions, linear)
-    raise UserError(
-        f"lpips: {network_file} holds neither torchvision's alexnet nor its vgg16 (`features.0.weight`, ...)"
-    )
+        return name, convolutions
+    return None
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file of PyTorch or of safetensors, in float32.
+
+    Raises:
+        UserError: If it is neither.
+    """
     with user_input():
         file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
         return {name: np.asarray(file.read(name), np.float32) for name in file.infos}
@@ -115,11 +129,12 @@ def _tap_widths(layers: tuple, convolutions: dict[int, tuple[np.ndarray, np.ndar
     return widths
 
 
-def _features(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> list[Array]:
-    taps = []
+def taps(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> list[Array]:
+    """Activations of one of `NETWORKS` where LPIPS looks."""
+    found = []
     for layer in NETWORKS[network]:
         if layer == "tap":
-            taps.append(x)
+            found.append(x)
         elif len(layer) == 3:
             number, stride, padding = (int(part) for part in layer)
             kernel, bias = convolutions[number]
@@ -135,7 +150,7 @@ def _features(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> l
         else:
             size, stride = (int(part) for part in layer)
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), "VALID")
-    return taps
+    return found
 
 
 @jax.jit
@@ -165,4 +180,4 @@ def _compiled(network: str):
     return _FEATURES[network]
 
 
-_FEATURES = {name: jax.jit(lambda x, convolutions, name=name: _features(x, name, convolutions)) for name in NETWORKS}
+_FEATURES = {name: jax.jit(lambda x, convolutions, name=name: taps(x, name, convolutions)) for name in NETWORKS}

@@ -12,14 +12,20 @@ matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
 
 PICTURE = "report.png"
-HIGHER = {"psnr", "ssim_gaussian", "ssim_box", "vmaf"}  # is nearer to the reference
+DENSITIES = {
+    "asked": "asked for",
+    "kept": "kept of the map",
+    "visible": "of what is visible",
+    "with_warm_up": "with the warm-up",
+}
+SETS = ("frechet_", "kernel_")  # distances of sets of videos, the reference's too if real ones are given
 
 
 def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
     """Means over prompts and seeds, and paired intervals of the losses' differences to the reference's.
 
     Args:
-        records: `settings`, `samples`, and perhaps `losses` and `density`, one for each setting.
+        records: `settings`, `samples`, and perhaps `losses`, `density` and `distances`, one for each setting.
         confidence: Of the intervals.
 
     Returns:
@@ -41,6 +47,8 @@ def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
             steps[setting] = {
                 step: float(np.mean([sample["steps"][step] for sample in samples])) for step in samples[0]["steps"]
             }
+        if "distances" in records:
+            row |= records["distances"][index]
         if "losses" in records:
             terms, reference = (np.asarray(records["losses"][n]) for n in (index, 0))
             row["loss"] = float(terms.mean())
@@ -56,15 +64,16 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = report["rows"]
     hidden = {"setting", "density", "loss", "loss_difference", "loss_interval"}
     names = [name for name in rows[-1] if name not in hidden]
-    titles = ["attention", *(["kept of the map", "of what is visible"] if "density" in rows[0] else []), *names]
+    titles = ["attention", *(DENSITIES.values() if "density" in rows[0] else []), *names]
     titles += ["held-out loss", "more than the reference"] if "loss" in rows[0] else []
     cells = []
     for number, row in enumerate(rows):
         line = [row["setting"]]
         if "density" in row:
-            line += [_share(row["density"][name]) for name in ("kept", "visible")]
+            line += [_share(row["density"][name]) for name in DENSITIES]
         for name in names:
-            line.append("" if not number and name != "flicker" else f"{row[name]:.4g}")
+            own = number or name == "flicker" or name.startswith(SETS)  # what says something of the reference
+            line.append(f"{row[name]:.4g}" if own and name in row else "")
         if "loss" in row:
             line.append(f"{row['loss']:.4f}")
             low, high = row.get("loss_interval", (0, 0))

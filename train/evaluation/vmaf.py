@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.writer import open_writer
 
+SMALLEST = 17  # pixels a side, or libvmaf crashes
 ADVICE = "give --ffmpeg, one that was built with libvmaf, such as that of the package imageio-ffmpeg"
 
 
@@ -55,8 +56,13 @@ def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h 
         A value per frame.
 
     Raises:
-        UserError: If ffmpeg fails; says what it said.
+        UserError: If frames are too small for it, or ffmpeg fails; says what it said.
     """
+    height, width = video.shape[1:3]
+    if min(height, width) < SMALLEST:
+        raise UserError(
+            f"vmaf: frames are {height} x {width}, and libvmaf needs {SMALLEST} pixels a side; leave --ffmpeg out"
+        )
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for name, frames in (("video", video), ("reference", reference)):
@@ -80,7 +86,7 @@ def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h 
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         log = Path(folder) / "log.json"
         if done.returncode or not log.is_file():
-            said = " ".join(done.stderr.split())[-200:]
+            said = " ".join(done.stderr.split())[-200:] or f"it ended with {done.returncode} and said nothing"
             raise UserError(f"ffmpeg {ffmpeg} did not compute VMAF: {said}")
         frames = json.loads(log.read_text())["frames"]
     return [float(frame["metrics"]["vmaf"]) for frame in frames]

@@ -34,7 +34,7 @@ def test_the_report(evaluated, baseline):
     report = json.loads((folder / "report.json").read_text())
     reference, tiled, sparse = report["rows"]
     assert [row["setting"] for row in report["rows"]] == ["dense", *SETTINGS]
-    assert sparse["density"] == {"asked": 0.25, "kept": 0.25, "visible": 0.25}
+    assert sparse["density"] == {"asked": 0.25, "kept": 0.25, "visible": 0.25, "with_warm_up": 0.25}
     assert (reference["psnr"], reference["ssim_gaussian"], reference["latent_error"]) == (100.0, 1.0, 0.0)
     # the loss is the one that training measures, and the difference a mean of pairs
     subject = open_subject(str(baseline))

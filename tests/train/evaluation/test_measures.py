@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate import load, make
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.cli import main
-from monarchrt.train.evaluation import metrics
+from monarchrt.train.evaluation import compare, metrics
+from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.lpips import NETWORKS, read_lpips
 from monarchrt.train.evaluation.vbench import (
     DIMENSIONS,
@@ -162,6 +164,23 @@ def test_vmaf_is_asked_of_the_video_first(clips, tmp_path):
     )
     ffmpeg.chmod(0o755)
     assert vmaf(*clips, ffmpeg=ffmpeg) == [1.0, 0.0]  # the first of libvmaf's inputs is the distorted one
+    with pytest.raises(UserError, match="vmaf: frames are 24 x 16, and libvmaf needs 17 pixels a side"):
+        vmaf(*(clip[:, :, :16] for clip in clips), ffmpeg=ffmpeg)
+    ffmpeg.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    with pytest.raises(UserError, match="did not compute VMAF: it ended with 3 and said nothing"):
+        vmaf(*clips, ffmpeg=ffmpeg)
+
+
+@pytest.mark.parametrize("given", [None, "ffmpeg"])
+def test_vmaf_of_small_videos_is_left_out_unless_asked_for(clips, given, monkeypatch):
+    monkeypatch.setattr(compare, "find_ffmpeg", lambda path: path or Path("found"))
+    config = EvaluateConfig(checkpoint="a", attention=("dense",), ffmpeg=given and Path(given))
+    measure = compare._measures(config)["vmaf"]
+    if given is None:
+        assert measure(*(clip[:, :16] for clip in clips)) is None
+    else:
+        with pytest.raises(UserError, match="frames are 16 x 20"):
+            measure(*(clip[:, :16] for clip in clips))
 
 
 def test_vmaf(clips, tmp_path):
