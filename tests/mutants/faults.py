@@ -59,6 +59,7 @@ ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
 MEASURES = ("tests/train/evaluation/test_measures.py",)
+DISTANCES = ("tests/train/evaluation/test_distances.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
@@ -487,6 +488,25 @@ FAULTS = (
         "1 - confidence, confidence",
         MEASURES,
         "interval",
+    ),
+    Fault(
+        "train/evaluation/distances.py", "roots[0] @ roots[1]", "roots[0] @ roots[0]", DISTANCES, "root_of_the_product"
+    ),
+    Fault("train/evaluation/distances.py", "x_of[i], y_of[j], across)", "x_of[i], y_of[j], False)", DISTANCES, "group"),
+    Fault(
+        "train/evaluation/sets.py",
+        "[sets.depth], np.float64), order",
+        "[sets.depth], np.float64), 0",
+        DISTANCES,
+        "reports",
+    ),
+    Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
+    Fault(
+        "models/attention/base.py",
+        "*mean(after), mean(settings).visible",
+        "*mean(after), mean(after).visible",
+        SCHEDULE,
+        "network",
     ),
     Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
     # what is given
