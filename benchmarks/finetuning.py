@@ -3,6 +3,7 @@
     python benchmarks/finetuning.py                                  # three seeds; a GPU, some three minutes on an H200
     python benchmarks/finetuning.py --size 8 14 --dense-steps 400 --steps 100 --seeds 0          # minutes on a CPU
     python benchmarks/finetuning.py --pack clips.npz; python benchmarks/finetuning.py --clips clips.npz
+    for s in 0 1 2; do python benchmarks/finetuning.py --seeds $s & done; wait; python benchmarks/finetuning.py
 
 The network and its training are those of `monarchrt demo`: 5 layers of 64 channels, windows of 4 frames, a token for
 4 x 4 pixels. Clips are an excerpt of Big Buck Bunny and two scenes of a city (clips/README.md); the end of each is
@@ -152,13 +153,15 @@ def claim(args: argparse.Namespace) -> None:
     path = args.out / "settings.json"
     if path.is_file() and (there := json.loads(path.read_text())) != values:
         raise SystemExit(f"error: --out {args.out} holds results of other settings, {there}; give another folder")
-    path.write_text(json.dumps(values) + "\n")
+    part = path.with_suffix(f".{os.getpid()}")  # seeds may be processes side by side
+    part.write_text(json.dumps(values) + "\n")
+    os.replace(part, path)
 
 
 def once(path: Path, make: Any) -> np.ndarray:
     """An array, of its file or made and put there."""
     if not path.is_file():
-        part = path.with_suffix(".part.npy")
+        part = path.with_suffix(f".{os.getpid()}.npy")
         np.save(part, make())
         os.replace(part, path)
     return np.load(path)
