@@ -245,7 +245,8 @@ def main() -> None:
     args = parse()
     clips = read(args)
     if args.pack is not None:
-        np.savez_compressed(args.pack, **{f"{n}": clip for n, clip in enumerate(clips)})
+        named: Any = {f"{n}": clip for n, clip in enumerate(clips)}
+        np.savez_compressed(args.pack, **named)
         print(f"{args.pack}: {', '.join(f'{len(clip)} frames' for clip in clips)}")
         return
     claim(args)
