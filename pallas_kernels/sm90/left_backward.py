@@ -295,7 +295,7 @@ class _Block:
         @pl.when(j < self.items.q.shape[3])
         def _():
             block_of, row = self.items.split.place(lax.rem(x, tiles), j)
-            shared.store_column(self.d_c.at[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row], value)
+            shared.store_parts(self.d_c.at[lax.div(x, tiles), block_of, pl.ds(i * ROWS, ROWS), row], value)
 
     def store_query(self, x: Index, j: Index, my_rows: Index, acc: Slabs) -> None:
         """The part of dQ through L."""
@@ -304,7 +304,8 @@ class _Block:
         span = pl.ds(my_rows * ROWS, ROWS)
         for n in range(self.slabs):
             share = (acc[n] * self.late).astype(dtype)
-            self.dq[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)] = share
+            target = self.dq.at[lax.div(x, tiles), block_of, span, row, pl.ds(n * SLAB, SLAB)]
+            shared.store_parts(target, share)
 
     def load(self) -> None:
         """What the loading warpgroup does: Y, alpha and c_L of each step, dO, q and the statistics of an item."""

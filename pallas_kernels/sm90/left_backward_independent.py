@@ -188,7 +188,7 @@ class _Block:
         block_of, row = self.items.split.place(lax.rem(x, self.items.tiles), j)
         # where `right_backward` finds it with one copy per pair; after the fence, which would wait for it
         d_c = self.d_c.at[lax.div(x, self.items.tiles), block_of, pl.ds(i * ROWS, ROWS), row]
-        shared.store_column(d_c, total)
+        shared.store_parts(d_c, total)
         return acc
 
     def leave_gradients(
@@ -248,7 +248,7 @@ class _Block:
         for m, value in enumerate(sums):
             target = self.dq.at[lax.div(x, tiles), block_of, :, row, pl.ds(m * SLAB, SLAB)]
             share = plgpu.layout_cast(value.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            target.transpose((1, 0))[...] = share
+            shared.store_parts(target.transpose((1, 0)), share)
 
     def tiles_of(self, value: Float[Array, "64 w"]) -> Iterator[Float[Array, "64 64"]]:
         """[64 d, W] in tiles of 64 columns, the last one filled with zeros."""

@@ -269,7 +269,7 @@ class _Block:
             self.alpha_reg[mine, n] = tiles_out[n]
             self.y_reg[mine, n] = tiles_out[self.slabs + n]
         plgpu.commit_smem()
-        shared.store_column(self.c.at[lane, item, :, pair], entropy)  # after the fence, which would wait for it
+        shared.store_parts(self.c.at[lane, item, :, pair], entropy)  # after the fence, which would wait for it
         self.send(item, pair, lane)
 
     def probabilities(self, slot: Index, key_slot: Index) -> tuple[Float[Array, "64 _"], Float32[Array, "64"]]:

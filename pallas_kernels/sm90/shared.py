@@ -132,15 +132,15 @@ def unhoisted(index: Index, turn: Index) -> Index:
     return index + jax.lax.shift_right_logical(turn, 30)
 
 
-def store_column(column: Ref, value: jax.Array) -> None:
-    """Stores a column of a matrix in device memory: parts of sectors, which jax 0.12 refuses unless it is said."""
+def store_parts(target: Ref, value: jax.Array) -> None:
+    """Stores to device memory what fills no whole sectors there, as columns: jax 0.12 wants that said."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     store = getattr(plgpu, "store", None)
     if store is None:  # jax 0.11
-        column[...] = value
+        target[...] = value
     else:
-        store(column, value, optimized=False)
+        store(target, value, optimized=False)
 
 
 def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
