@@ -21,6 +21,10 @@ def _missing() -> list[str]:
 
 
 pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
+# jax 0.12 compiles what is to be linked, with nvJitLink, and the assembler then ignores `setmaxnreg`
+linked = pytest.mark.xfail(
+    metadata.version("jax").startswith("0.12"), reason="jax 0.12 gives kernels no registers of their own", strict=False
+)
 
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -118,6 +122,7 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
         assert used <= SHARED_MEMORY
 
 
+@linked
 @pytest.mark.parametrize(
     ("rows", "cols", "tiles", "dim", "masked"),
     [
@@ -141,6 +146,7 @@ def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
     assert scratch <= 1700 * 2**20
 
 
+@linked
 @pytest.mark.parametrize(
     ("rows", "cols", "tiles", "dim", "masked", "most", "scratch_mib"),
     [
