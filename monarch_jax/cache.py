@@ -31,6 +31,49 @@ def _detach_layer_jvp(primals, tangents):
     return buffer, lax.dynamic_update_index_in_dim(tangent, none, layer, 0)
 
 
+def _attend_newest_last(
+    spec: MonarchSpec, q: jax.Array, k: jax.Array, v: jax.Array, frames: jax.Array, places: Any, options: dict[str, Any]
+) -> jax.Array:
+    """`attend_tiles`, for whose gradient the frame groups at two places change theirs: the newest comes last.
+
+    The order of keys does not matter, and backends leave out gradients of all but the last tiles (`grad_tiles`).
+
+    Args:
+        spec: Of the call.
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        frames: That are valid.
+        places: Two int32 scalars, the group that has gradients and the last one that is valid.
+        options: Of `attend_tiles`.
+    """
+    size = spec.tiles_per_group
+
+    def swapped(x: jax.Array, places: Any) -> jax.Array:
+        here, there = (lax.dynamic_slice_in_dim(x, place * size, size, 1) for place in places)
+        x = lax.dynamic_update_slice_in_dim(x, there, places[0] * size, 1)
+        return lax.dynamic_update_slice_in_dim(x, here, places[1] * size, 1)
+
+    def run(q, k, v, frames):
+        return attend_tiles(spec, q, k, v, kv_frames=frames, **options)
+
+    @jax.custom_vjp
+    def attend(q, k, v, frames, places):
+        return run(q, k, v, frames)
+
+    def forward(q, k, v, frames, places):
+        out, pull = jax.vjp(lambda q, k, v: run(q, k, v, frames), q, swapped(k, places), swapped(v, places))
+        return out, (pull, places)
+
+    def backward(kept, d_out):
+        pull, places = kept
+        dq, dk, dv = pull(d_out)
+        return dq, swapped(dk, places), swapped(dv, places), None, None
+
+    attend.defvjp(forward, backward)
+    return attend(q, k, v, frames, places)
+
+
 def _known(number: int | jax.Array) -> int | jax.Array:
     """An int, unless it is traced."""
     return number if isinstance(number, int | Tracer) else int(number)
@@ -274,16 +317,12 @@ class MonarchKVCache:
         spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
         key, value = (on_mesh_of(x, query) for x in self._of(layer))
         (whole,) = whole_tokens(query, tiles=key)
-        out = attend_tiles(
-            spec,
-            tokens_to_tiles(whole, spec),
-            key,
-            value,
-            kv_frames=self.valid_frames,
-            scale=scale,
-            implementation=implementation,
-            grad_tiles=self._grad_tiles(),
-        )
+        tiles, frames = (tokens_to_tiles(whole, spec), key, value), self.valid_frames
+        options = {"scale": scale, "implementation": implementation, "grad_tiles": self._grad_tiles()}
+        if self.rolling and options["grad_tiles"] is not None:
+            out = _attend_newest_last(spec, *tiles, frames, self._newest_places(), options)
+        else:
+            out = attend_tiles(spec, *tiles, kv_frames=frames, **options)
         return split_like(tiles_to_tokens(out, spec), query)
 
     def tokens(
@@ -346,10 +385,22 @@ class MonarchKVCache:
         raise ValueError(f"query: the cache holds {held} frames that it has; append their keys and values first.")
 
     def _grad_tiles(self) -> int | None:
-        """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients."""
-        if self._newest is None or self.rolling or not self.detach_past:
+        """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients.
+
+        In a rolling cache a block of one frame group, which `attend` puts last.
+        """
+        if self._newest is None or not self.detach_past:
             return None
-        return self._newest // self.spec.tile_shape[0] * self.spec.tiles_per_group
+        groups = self._newest // self.spec.tile_shape[0]
+        return None if self.rolling and groups > 1 else groups * self.spec.tiles_per_group
+
+    def _newest_places(self) -> tuple[jax.Array, jax.Array]:
+        """Which frame group of the buffer is the newest, and which is the last that is valid."""
+        n_f = self.spec.tile_shape[0]
+        sinks, groups = self.sink_frames // n_f, self.capacity // n_f
+        newest = jnp.maximum(self.length // n_f - 1, 0)
+        slot = jnp.where(newest < groups, newest, sinks + (newest - sinks) % (groups - sinks))
+        return slot, jnp.minimum(newest, groups - 1)
 
     def _of(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, tiles, b1, b2, H, D] of a layer, or all there are."""

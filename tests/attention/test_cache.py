@@ -154,6 +154,42 @@ def test_gradients_where_a_backend_leaves_out_the_past(monkeypatch, frames, pass
     assert error(found[1], expected[1]) <= 2e-6
 
 
+@pytest.mark.parametrize(
+    ("count", "sinks"), [(4, 0), (7, 3), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 0), (3, 0), (5, 3)))]
+)
+def test_gradients_of_a_rolling_cache(monkeypatch, count, sinks):
+    """The newest block is where the oldest was; a backend that gives the last tiles alone their gradients gives its."""
+    asked = []
+
+    def vjp(problem, residuals, d_out):
+        dq, *grads = xla.vjp(problem, residuals, d_out)
+        asked.append(problem.grad_tiles)
+        last = jnp.arange(grads[0].shape[1]) >= residuals.visible.max() - problem.grad_tiles
+        dk, dv = (jnp.where(last[:, None, None, None, None], x, 0) for x in grads)
+        return dq, dk, dv
+
+    backend = backends.Backend("triton", lambda problem, q, k: None, backends.differentiable(xla.forward, vjp))
+    monkeypatch.setitem(backends._REGISTRY, "triton", lambda: backend)
+    *past, (q, k, v) = blocks(count)
+    weights = jax.random.normal(jax.random.key(5), q.shape)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradients(q, k, v, detach):
+        def loss(q, k, v):
+            cache = empty(frames=9, rolling=True, sink_frames=sinks, detach_past=detach, tile=(3, 1, 4))
+            for _, key, value in past:
+                cache = cache.append(key, value)
+            out = cache.append(k, v).attend(q, implementation="triton" if detach else "xla")
+            return (weights * out).sum(), out
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    found, expected = (gradients(q, k, v, detach) for detach in (True, False))
+    assert asked == [2]  # tiles of one block
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert error(ours, theirs) <= 2e-6
+
+
 def test_gradients_of_the_newest_block_in_every_layer():
     """Appending one layer's block does not detach another's; the past of each is detached."""
     clip = [blocks(2, seed) for seed in range(2)]
