@@ -198,7 +198,7 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
         for kernel, changed in CHANGES.items():
             ahead = kernel == block_sparse.KERNELS[0]
             run = kernels(mask, "triton") if ahead else lambda pull, g: pull(g)
-            right, least = None, float("inf")
+            right, least, programs = None, float("inf"), set()
             for changes in ({}, *changed):
                 one = dataclasses.replace(getattr(plain, kernel), **changes)
                 if changes and one == getattr(plain, kernel):
@@ -207,7 +207,8 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
                     print(f"--seconds {args.seconds} are over.")
                     return
                 with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
-                    ms, right = attempt(candidate, run, (q, k, v) if ahead else (pull, q), right) or (None, right)
+                    given = (q, k, v) if ahead else (pull, q)
+                    ms, right = attempt(candidate, run, given, right, programs) or (None, right)
                 if ms is None:
                     continue
                 print(f"{name:12s} {kernel:22s} {ms:8.3f} ms  {changes or one}", flush=True)
@@ -216,9 +217,17 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
                 path.write_text(json.dumps(entries, indent=1))
 
 
-def candidate(run, given, right):
-    """Median ms, and the results that count as right: the first ones. Fails if these are others."""
-    compiled = jax.jit(run).lower(*given).compile()
+def candidate(run, given, right, programs: set[str]):
+    """Median ms, and the results that count as right: the first ones.
+
+    Fails if these are others, or if the program is one of those before, which the settings have not reached then.
+    """
+    lowered = jax.jit(lambda *x: run(*x)).lower(*given)  # a function that JAX knows it would not trace again
+    program = lowered.as_text()
+    if program in programs:
+        raise ValueError("the same program as with other settings")
+    programs.add(program)
+    compiled = lowered.compile()
     results = jax.tree.leaves(compiled(*given))
     right = results if right is None else right
     errors = [float(error(x, y)) for x, y in zip(results, right, strict=True)]

@@ -170,6 +170,29 @@ def test_one_row_of_the_table_can_be_measured_alone(run, monkeypatch, tmp_path):
     assert {row["row"] for row in report["rows"]} == {"720p (3h,w)"}
 
 
+def test_a_sweep_times_what_it_says(monkeypatch):
+    """Settings are read while tracing: each candidate is traced, and one whose program is another's is not timed."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec: Any = importlib.util.spec_from_file_location("benchmark_sparse", FOLDER / "sparse.py")
+    sparse = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sparse)
+    monkeypatch.setattr(sparse, "clocked", lambda *rest: 1.0)
+    setting = {"stages": 2}
+
+    def like_a_kernel(x):
+        return x * jnp.full((2,), setting["stages"], x.dtype)[:1] / setting["stages"]
+
+    programs, given = set(), (jnp.ones(4),)
+    _, right = sparse.candidate(like_a_kernel, given, None, programs)
+    setting["stages"] = 3
+    assert sparse.candidate(like_a_kernel, given, right, programs)[0] == 1.0
+    assert len(programs) == 2
+    with pytest.raises(ValueError, match="the same program as with other settings"):
+        sparse.candidate(like_a_kernel, given, right, programs)
+    with pytest.raises(ValueError, match="other results, by"):
+        sparse.candidate(lambda x: 2 * x, given, right, programs)
+
+
 class TestFinetuning:
     """Networks that are not trained, and one tiny run."""
 
