@@ -14,6 +14,7 @@ writes sweep_480p.json, whose entries go into triton_kernels/tuned.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -25,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from attention import MAX_ERROR, attempt, clocked, dense_attention, timed, with_gradients
 
-from monarch_jax.block_sparse import block_sparse_attention
+from monarch_jax.block_sparse import _side, block_sparse_attention
+from monarch_jax.contract import SparseProblem, SparseResiduals
 from monarchrt.models.attention import listed
 from monarchrt.triton_kernels import block_sparse, config
 
@@ -193,11 +195,14 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
             continue
         seen.add(key)
         plain = block_sparse.configs(where, **sizes)
-        _, pull = jax.vjp(kernels(mask, "triton"), q, k, v)
+        problem, queries, keys = parts_of(mask, q)
+        out, lse = jax.jit(functools.partial(block_sparse.forward, problem))(q, k, v, queries, keys)
+        saved = SparseResiduals(q, k, v, out, lse, queries, keys)
         best: dict[str, dict] = {}
         for kernel, changed in CHANGES.items():
             ahead = kernel == block_sparse.KERNELS[0]
-            run = kernels(mask, "triton") if ahead else lambda pull, g: pull(g)
+            run = functools.partial(block_sparse.forward if ahead else block_sparse.vjp, problem)
+            given = (q, k, v, queries, keys) if ahead else (saved, q)
             right, least, programs = None, float("inf"), set()
             for changes in ({}, *changed):
                 one = dataclasses.replace(getattr(plain, kernel), **changes)
@@ -207,7 +212,6 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
                     print(f"--seconds {args.seconds} are over.")
                     return
                 with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
-                    given = (q, k, v) if ahead else (pull, q)
                     ms, right = attempt(candidate, run, given, right, programs) or (None, right)
                 if ms is None:
                     continue
@@ -215,6 +219,16 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
                 if ms < least:
                     least, best[kernel], entries[key] = ms, dataclasses.asdict(one), best
                 path.write_text(json.dumps(entries, indent=1))
+
+
+def parts_of(mask, q):
+    """The problem and its two sides, as the kernels are given them."""
+    problem = SparseProblem(
+        scale=q.shape[-1] ** -0.5, rows=mask.rows, columns=mask.columns, width=mask.width, sink=mask.sink
+    )
+    sizes = q.shape[0], q.shape[2]
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *sizes)
+    return problem, queries, _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, *sizes)
 
 
 def candidate(run, given, right, programs: set[str]):
