@@ -1,5 +1,8 @@
 """Block-sparse attention: the definition, the kernels in the interpreter, compiled, lowered, and on a card."""
 
+import dataclasses
+import functools
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 from monarch_jax.block_sparse import IMPLEMENTATIONS, block_mask, block_sparse_attention, choose
-from monarch_jax.contract import Side, SparseProblem
+from monarch_jax.contract import Side, SparseProblem, SparseResiduals
 from monarchrt import triton_kernels
 from monarchrt.triton_kernels import block_sparse
 from monarchrt.triton_kernels.config import Target, user_file
@@ -225,6 +228,31 @@ class TestLowering:
         arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.arrays()[:3]]
         text = self.lowered(jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), (0, 1, 2)), *arrays)
         assert "triton_kernel_call_ffi" in text
+
+
+@pytest.mark.slow
+@missing("triton", "jax_triton", "jax_cuda13_plugin")
+def test_every_candidate_of_the_sweep_is_a_program_of_its_own(monkeypatch):
+    """`benchmarks/sparse.py --sweep` times what it says: the settings reach the kernels, each time it asks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    sweep = importlib.import_module("sparse")
+    case = Case(rows=60, columns=60, query_blocks=3, key_blocks=3, dim=64)
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in case.arrays())
+    problem, queries, keys = sweep.parts_of(mask_of(case), q)
+    saved = SparseResiduals(q, k, v, g, jnp.zeros((1, 2, q.shape[1])), queries, keys)
+    plain = block_sparse.configs(Target(90), rows=60, columns=60, dim=64, itemsize=2)
+    with triton_kernels.compile_for(90):
+        for kernel, changed in sweep.CHANGES.items():
+            ahead, programs, tried = kernel == block_sparse.KERNELS[0], set(), set()
+            run = functools.partial(block_sparse.forward if ahead else block_sparse.vjp, problem)
+            given = (q, k, v, queries, keys) if ahead else (saved, g)
+            for changes in ({}, *changed):
+                one = dataclasses.replace(getattr(plain, kernel), **changes)
+                with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
+                    lowered = jax.jit(lambda *x, run=run: run(*x)).trace(*given).lower(lowering_platforms=("cuda",))
+                tried.add(one)
+                programs.add(lowered.as_text())
+            assert len(programs) == len(tried) > 4
 
 
 class TestChoice:
