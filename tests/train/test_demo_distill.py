@@ -48,6 +48,8 @@ def test_what_is_said_follows_the_numbers():
     assert [line.partition(":")[0] for line in said] == ["holds", "holds", "holds", "does not hold", "holds"]
     assert "(0.2000 against 0.3000)" in said[0]
     assert "(0.7000 against 0.6000)" in said[3]
+    rows |= {"causal": row(0.6, -0.3), "self-forcing": row(0.5, 0.1)}  # whose last frame was better than the first
+    assert [line.partition(":")[0] for line in verdicts(rows)[3:]] == ["holds", "does not hold"]
 
 
 def test_the_dense_student_differs_in_attention_alone(tmp_path):
@@ -119,7 +121,7 @@ def test_what_holds_for_three_seeds(tmp_path):
     and that any student is nearer than the dense teacher in four steps of Euler's method."""
     found: dict[str, list[dict]] = {}
     for seed in range(3):
-        config = DemoConfig(folder=tmp_path / str(seed), seed=seed, distill=True)
+        config = DemoConfig(folder=tmp_path / str(seed), seed=seed, distill=True, clips=256)
         run_demo(config, quiet=True)
         networks = json.loads((config.folder / "distillation.json").read_text())["networks"]
         for name, row in networks.items():
