@@ -20,7 +20,7 @@ from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
 from monarchrt.models.sampling.noise import Noise, joined
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
-from monarchrt.models.sampling.solve import SolverState, all_fresh_noise, fresh_noise, paired, rows, solver_step, unpair
+from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.sharding import constrain
 from monarchrt.models.wan import WanModel
@@ -152,11 +152,11 @@ def generate_block(
     noise = block_noise(key, shape) if given is None else given.first
     table = rollout.table()
     fresh = None if given is None else given.by_step(table, rows=table.steps + 1)
-    if table.stochastic and fresh is None:
-        fresh = all_fresh_noise(key, noise, steps=table.steps + 1)
+    draw = fresh_noise(key, noise) if table.stochastic and fresh is None else None
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         (state, cache), (row, number, added) = carry, xs
+        added = added if draw is None else draw(number)
         flow, cache = _flow(network, state.x, row.timesteps, cache, frame, number, rollout)
         return (solver_step(state, row, flow, added), cache), None
 

@@ -105,32 +105,30 @@ def sample(
     """
     if table.stochastic and key is None and fresh is None:
         raise ValueError("key is None, but this sampler adds fresh noise at each step; give a jax.random.key.")
+    draw = None
     if key is not None and fresh is None and table.stochastic:
-        fresh = all_fresh_noise(key, noise, steps=table.steps)
+        draw = fresh_noise(key, noise)
 
     def step(state: SolverState, xs: tuple) -> tuple[SolverState, None]:
         row, number, added = xs
         where = (number,) if numbered else ()
+        added = added if draw is None else draw(number)
         return solver_step(state, row, flow(state.x, row.timesteps, *where), added), None
 
     return jax.lax.scan(step, SolverState.init(noise), (rows(table), jnp.arange(table.steps), fresh))[0].x
 
 
 def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
-    """Step number -> the noise that it adds, of the structure of `like`."""
+    """Step number -> the noise that it adds, of the structure of `like`; the same bits as noise that is given."""
     leaves, structure = jax.tree.flatten(like)
 
     def draw(number: Array | int) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
         drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(structure, drawn)
+        # not one expression with what is made of it, which the compiler would round otherwise
+        return jax.lax.optimization_barrier(jax.tree.unflatten(structure, drawn))
 
     return draw
-
-
-def all_fresh_noise(key: Key[Array, ""], like: Any, *, steps: int) -> Any:
-    """That of all steps, in front; there before the first, as noise that is given: both give the same bits."""
-    return jax.vmap(fresh_noise(key, like))(jnp.arange(steps))
 
 
 def guided(

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Real
 
 from monarch_jax.checks import positive
+from monarchrt.models.vae.causal import Implementation
 from monarchrt.models.vae.config import VAEConfig
 from monarchrt.models.vae.layers import (
     ChannelNorm,
@@ -157,6 +158,8 @@ class WanVAE(nnx.Module):
         rngs: Stream `params`.
         dtype: Of the convolutions and of the cache; norms, softmax and what goes in and out are float32 at least.
         param_dtype: Of the parameters.
+        implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper where it serves; "xla";
+            None: the kernel where JAX runs on such a GPU.
     """
 
     def __init__(
@@ -166,6 +169,7 @@ class WanVAE(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        implementation: Implementation | None = None,
     ):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -174,6 +178,9 @@ class WanVAE(nnx.Module):
         self.conv1 = Conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **options)
         self.conv2 = Conv(config.z_dim, config.z_dim, (1, 1, 1), **options)
         self.decoder = Decoder(config, **options)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Conv):
+                module.implementation = implementation
 
     @property
     def precise_dtype(self) -> jnp.dtype:

@@ -1,0 +1,410 @@
+"""Causal 3x3x3 convolution on Hopper, with wgmma and TMA: no pixels are put side by side in memory.
+
+out[t, h, w] = bias + added[t, h, w] + sum over k, i, j of x[t + k - 2, h + i - 1, w + j - 1] @ kernel[k, i, j], with
+frames before the first from `past` and zeros around each frame. A frame's rows are 8 segments, one below the other; the
+8 pixels at the same place of each segment are 8 rows of an operand, so a shift by one pixel is one by a whole tile of
+shared memory. A block loads a patch of pixels with its rim once, for 9 of the kernel's 27 steps.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from monarch_jax.devices import cuda_capability
+from monarchrt.pallas_kernels.sm90.config import CAPABILITY, ROWS
+from monarchrt.pallas_kernels.sm90.shared import Role, launch
+from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
+
+SEGMENTS = 8  # of a frame's rows
+SLAB = 32  # channels of a row of shared memory
+STEPS = 3  # of the kernel in each direction
+PATCHES = ((6, 8), (3, 16))  # rows and columns of a block's pixels, of each segment
+OUT = 96  # channels out of a block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """Sizes of the kernel.
+
+    Attributes:
+        rows: Of a segment, of a block's patch of pixels.
+        columns: Of that patch, a multiple of 8.
+        out: Output channels of a block.
+        groups: Computing warpgroups, among which the patch is divided.
+        patches: Patches in shared memory.
+        kernels: Thirds of a kernel's step in time in shared memory.
+        blocks: That share the work.
+        registers: Of a thread that computes, and of one that loads.
+    """
+
+    rows: int = 6
+    columns: int = 8
+    out: int = OUT
+    groups: int = 3
+    patches: int = 2
+    kernels: int = 3
+    blocks: int = 132
+    registers: tuple[int, int] = (152, 40)
+
+    @property
+    def units(self) -> int:
+        """Operands of 64 pixels, 8 columns of each segment, that a warpgroup has."""
+        return self.rows * self.columns // 8 // self.groups
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of output channels."""
+        return self.out // SLAB
+
+    def box(self, unit: Index) -> tuple[Index, Index]:
+        """First row and column, in the patch, of an operand."""
+        across = self.columns // 8
+        return lax.div(unit, across), lax.rem(unit, across) * 8
+
+
+def conv_config(height: int, width: int) -> ConvConfig:
+    """The patch that wastes least of frames of this size, and of those the one with the least rim."""
+    segment = height // SEGMENTS
+
+    def computed(patch: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = patch
+        return -(-segment // rows) * rows * -(-width // columns) * columns, (rows + 2) * (columns + 2)
+
+    rows, columns = min(PATCHES, key=computed)
+    return ConvConfig(rows=rows, columns=columns)
+
+
+def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> str | None:
+    """Why the kernel cannot serve a convolution where JAX runs by default, or None when it can.
+
+    Args:
+        x: [B, T, H, W, C], shape and dtype.
+        kernel: Shape of the weights, (3, 3, 3, C, D).
+
+    Returns:
+        The reason, or None.
+    """
+    capability = cuda_capability()
+    if capability is not None and int(capability) != CAPABILITY:
+        return f"the GPU has compute capability {capability}; the kernel is for Hopper's {CAPABILITY}.0 alone."
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the frames are {x.dtype}; the tensor cores take bfloat16 or float16."
+    if kernel[:3] != (STEPS,) * 3:
+        return f"a kernel of {kernel[:3]} is not one of {(STEPS,) * 3}."
+    if kernel[3] % SLAB or kernel[4] % OUT:
+        return f"{kernel[3]} and {kernel[4]} channels in and out are no multiples of {SLAB} and {OUT}."
+    if x.shape[2] % SEGMENTS or x.shape[3] % 8 or x.shape[2] < SEGMENTS * PATCHES[0][0]:
+        return f"frames of {x.shape[2]}x{x.shape[3]} are not of {SEGMENTS} equal segments and columns by eights."
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="config")  # of equal shapes, traced and lowered once
+def convolution(
+    past: Float[Array, "2 H W C"],
+    x: Float[Array, "T H W C"],
+    kernel: Float[Array, "3 3 3 C D"],
+    bias: Float[Array, " D"],
+    added: Float[Array, "T H W D"] | None = None,
+    *,
+    config: ConvConfig | None = None,
+) -> Float[Array, "T H W D"]:
+    """Convolves frames as the continuation of a past, and adds a bias and frames.
+
+    Args:
+        past: The two frames before.
+        x: Frames, bfloat16 or float16, of a shape that `supports` accepts.
+        kernel: Weights, of x's dtype.
+        bias: Of each output channel.
+        added: Frames to add.
+        config: Sizes; None: by `conv_config`.
+
+    Returns:
+        As many frames, in x's dtype, from sums in float32.
+    """
+    frames, height, width, channels = x.shape
+    out, segment = kernel.shape[-1], height // SEGMENTS
+    config = conv_config(height, width) if config is None else config
+    # step in time and slab of channels, row, column, D, C of the slab: as shared memory has them
+    thin = kernel.reshape(*kernel.shape[:3], channels // SLAB, SLAB, out).transpose(0, 3, 1, 2, 5, 4)
+    inputs = [
+        past.reshape(-1, SEGMENTS, segment, width, channels),
+        x.reshape(-1, SEGMENTS, segment, width, channels),
+        thin.reshape(-1, STEPS, STEPS, out, SLAB),
+        bias.astype(jnp.float32),
+    ]
+    if added is not None:
+        inputs.append(added.astype(x.dtype).reshape(-1, SEGMENTS, segment, width, out))
+    items = _Items(
+        frames=frames, segment=segment, width=width, channels=channels, out=out, added=added is not None, config=config
+    )
+    return launch(_role(items, x.dtype), inputs)[0].reshape(frames, height, width, out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Items:
+    """The work: a patch of a frame and some output channels are an item."""
+
+    frames: int
+    segment: int
+    width: int
+    channels: int
+    out: int
+    added: bool
+    config: ConvConfig
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Parts of the output channels, of a segment's rows and of the columns."""
+        config = self.config
+        return self.out // config.out, -(-self.segment // config.rows), -(-self.width // config.columns)
+
+    @property
+    def count(self) -> int:
+        """All items."""
+        parts, rows, columns = self.tiles
+        return self.frames * parts * rows * columns
+
+    @property
+    def steps(self) -> int:
+        """Loads of a patch: steps in time, and slabs of channels."""
+        return STEPS * self.channels // SLAB
+
+    def place(self, item: Index) -> tuple[Index, Index, Index, Index]:
+        """Frame, row, column and output channel that an item begins at."""
+        parts, rows, columns = self.tiles
+        part, item = lax.rem(item, parts), lax.div(item, parts)
+        row, item = lax.rem(item, rows), lax.div(item, rows)
+        column, frame = lax.rem(item, columns), lax.div(item, columns)
+        return frame, row * self.config.rows, column * self.config.columns, part * self.config.out
+
+
+def _role(items: _Items, dtype: DTypeLike) -> Role:
+    config = items.config
+    blocks = min(config.blocks, items.count)
+    rows, columns, groups = config.rows + 2, config.columns + 2, config.groups
+    staged = (groups, config.units, config.slabs)
+
+    def run(block, inputs, outputs, scratch):
+        work = _Block(items, blocks, block, inputs, outputs, scratch)
+        pl.when(work.group < groups)(work.compute)
+        pl.when(work.group == groups)(work.load)
+
+    return Role(
+        run,
+        name="causal_convolution",
+        outputs=(jax.ShapeDtypeStruct((items.frames, SEGMENTS, items.segment, items.width, items.out), dtype),),
+        scratch=(
+            two_views((config.patches, rows * columns * 8, SLAB), (config.patches, rows, columns, 8, SLAB), dtype),
+            two_views(*[(config.kernels, STEPS, config.out, SLAB)] * 2, dtype),
+            two_views((*staged, ROWS, SLAB), (*staged, 8, 8, SLAB), dtype),
+            plgpu.SMEM((groups, config.out), jnp.float32),
+            plgpu.Barrier(num_arrivals=rows, num_barriers=config.patches),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=config.patches),
+            plgpu.Barrier(num_barriers=config.kernels),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=config.kernels),
+            plgpu.Barrier(num_arrivals=1 + items.added * config.units * config.slabs, num_barriers=groups),
+        ),
+        groups=groups,
+        blocks=blocks,
+    )
+
+
+def two_views(multiplied: Sequence[int], copied: Sequence[int], dtype: DTypeLike) -> Any:
+    """Scratch of rows of a slab: as the tensor cores see it, and the same bytes as the copy engine does.
+
+    See `shared.tile_scratch`; here the copy engine's view has the rows in several axes.
+    """
+    swizzle = plgpu.SwizzleTransform(2 * SLAB)  # pyright: ignore[reportAbstractUsage]
+    tiled = plgpu.TilingTransform((8, SLAB))  # pyright: ignore[reportAbstractUsage]
+    return plgpu.RefUnion(
+        plgpu.SMEM(tuple(multiplied), dtype, transforms=(tiled, swizzle)),
+        plgpu.SMEM(tuple(copied), dtype, transforms=(swizzle,)),
+    )
+
+
+def views(scratch: Ref) -> Refs:
+    """The references of a `two_views`: to multiply, load and store; to copy from and to."""
+    return tuple(scratch)
+
+
+def load_row(frames: Ref, place: tuple[Any, ...], target: Ref, barrier: Ref) -> None:
+    """Starts the copy of a row of a patch, of all segments; what is beyond the frame is zeros."""
+    plgpu.copy_gmem_to_smem(frames.at[place], target, barrier)
+
+
+class _Block:
+    """A persistent block: the arrays, its shared memory, and its turns, one item each."""
+
+    def __init__(self, items: _Items, blocks: int, block: Index, inputs: Refs, outputs: Refs, scratch: Refs) -> None:
+        self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
+        self.past, self.x, self.kernel, self.bias, *self.added = inputs
+        (self.out,) = outputs
+        patch, kernel, stage, self.bias_in, *barriers = scratch
+        self.patch_mma, self.patch_in = views(patch)
+        self.kernel_mma, self.kernel_in = views(kernel)
+        self.stage_mma, self.stage_in = views(stage)
+        self.patch_full, self.patch_free, self.kernel_full, self.kernel_free, self.added_full = barriers
+        self.group = lax.axis_index("group")
+        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+
+    def place(self, turn: Index) -> tuple[Index, Index, Index, Index]:
+        """As `_Items.place`, of a turn."""
+        return self.items.place(self.block + turn * self.blocks)
+
+    def slot(self, step: Index, third: int) -> Index:
+        """Where a third of a kernel's step lies."""
+        return third if self.config.kernels == STEPS else lax.rem(STEPS * step + third, self.config.kernels)
+
+    # Computing warpgroups
+
+    def compute(self) -> None:
+        """What a computing warpgroup does."""
+        config, steps = self.config, self.items.steps
+        plgpu.set_max_registers(config.registers[0], action="increase")
+        for s in range(config.patches):
+            plgpu.barrier_arrive(self.patch_free.at[s])
+        for s in range(config.kernels):
+            plgpu.barrier_arrive(self.kernel_free.at[s])
+
+        def item(turn, _):
+            place = self.place(turn)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.load_added(place)
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS, config.out), jnp.float32), plgpu.Layout.WGMMA)
+            sums = lax.fori_loop(0, steps, lambda i, s: self.step(turn * steps + i, s), (zeros,) * config.units)
+            self.store(sums)
+            self.send(place)
+            return ()
+
+        lax.fori_loop(0, self.turns, item, ())
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(self, step: Index, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds a step in time and a slab of channels to the sums, [64 pixels, out] each."""
+        config = self.config
+        patch = lax.rem(step, config.patches)
+        plgpu.barrier_wait(self.patch_full.at[patch])
+        for third in range(STEPS):
+            slot = self.slot(step, third)
+            plgpu.barrier_wait(self.kernel_full.at[slot])
+
+            def products(sums, third=third, slot=slot):
+                for column in range(STEPS):
+                    for unit, total in enumerate(sums):
+                        row, first = config.box(self.group * config.units + unit)
+                        start = ((row + third) * (config.columns + 2) + first + column) * 8
+                        pixels = self.patch_mma.at[patch, pl.ds(pl.multiple_of(start, 8), ROWS)]
+                        plgpu.wgmma(total, pixels, self.kernel_mma.at[slot, column].transpose((1, 0)))
+
+            sums = tuple(pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in sums]))
+            plgpu.barrier_arrive(self.kernel_free.at[slot])
+        plgpu.barrier_arrive(self.patch_free.at[patch])
+        return sums
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Operands and slabs of output channels of a warpgroup."""
+        return [(unit, slab) for unit in range(self.config.units) for slab in range(self.config.slabs)]
+
+    def box(self, ref: Ref, place: tuple[Index, ...], unit: int, slab: int) -> Ref:
+        """Of frames in memory, the place of a piece; a row beyond the segment is its last one."""
+        frame, row, column, channel = place
+        r, c = self.config.box(self.group * self.config.units + unit)
+        row = jnp.minimum(row + r, self.items.segment - 1)
+        return ref.at[frame, :, row, pl.ds(column + c, 8), pl.ds(channel + slab * SLAB, SLAB)]
+
+    def load_added(self, place: tuple[Index, ...]) -> None:
+        """Starts the copies of the bias and of what is added."""
+        full = self.added_full.at[self.group]
+        for ref in self.added:
+            for unit, slab in self.pieces():
+                target = self.stage_in.at[self.group, unit, slab].transpose((1, 0, 2))
+                plgpu.copy_gmem_to_smem(self.box(ref, place, unit, slab), target, full)
+        plgpu.copy_gmem_to_smem(self.bias.at[pl.ds(place[3], self.config.out)], self.bias_in.at[self.group], full)
+
+    def store(self, sums: tuple[Array, ...]) -> None:
+        """Puts the sums, with bias and what is added, where they are copied from."""
+        layout = plgpu.Layout.WGMMA
+        plgpu.barrier_wait(self.added_full.at[self.group])
+        for unit, slab in self.pieces():
+            span = slice(slab * SLAB, (slab + 1) * SLAB)
+            bias = plgpu.load(
+                self.bias_in.at[self.group, pl.ds(span.start, SLAB)], layout=layout.reduce(0), optimized=False
+            )
+            value = sums[unit][:, span]
+            value = value + lax.broadcast_in_dim(bias, value.shape, [1])
+            if self.added:
+                more = plgpu.load(self.stage_mma.at[self.group, unit, slab], layout=layout, optimized=False)
+                value = value + more.astype(jnp.float32)
+            self.stage_mma[self.group, unit, slab] = value.astype(self.x.dtype)
+        plgpu.commit_smem()
+
+    def send(self, place: tuple[Index, ...]) -> None:
+        """Starts the copies of what `store` left."""
+        for unit in range(self.config.units):
+            row, _ = self.config.box(self.group * self.config.units + unit)
+
+            def copy(unit=unit):
+                for slab in range(self.config.slabs):
+                    source = self.stage_in.at[self.group, unit, slab].transpose((1, 0, 2))
+                    plgpu.copy_smem_to_gmem(source, self.box(self.out, place, unit, slab))
+
+            pl.when(place[1] + row < self.items.segment)(copy)
+
+    # The loading warpgroup
+
+    def load(self) -> None:
+        """What the loading warpgroup does: patches and kernels in the order of the steps."""
+        config, items = self.config, self.items
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+        slabs = items.channels // SLAB
+
+        def item(turn, _):
+            place = self.place(turn)
+
+            def step(i, _):
+                step = turn * items.steps + i
+                self.load_patch(step, place, lax.div(i, slabs), lax.rem(i, slabs) * SLAB)
+                for third in range(STEPS):
+                    slot = self.slot(step, third)
+                    plgpu.barrier_wait(self.kernel_free.at[slot])
+                    box = self.kernel.at[i, third, :, pl.ds(place[3], config.out)]
+                    plgpu.copy_gmem_to_smem(box, self.kernel_in.at[slot], self.kernel_full.at[slot])
+                return ()
+
+            lax.fori_loop(0, items.steps, step, ())
+            return ()
+
+        lax.fori_loop(0, self.turns, item, ())
+        for s in range(config.patches):
+            plgpu.barrier_wait(self.patch_free.at[s])
+        for s in range(config.kernels):
+            plgpu.barrier_wait(self.kernel_free.at[s])
+
+    def load_patch(self, step: Index, place: tuple[Index, ...], time: Index, channel: Index) -> None:
+        """Starts the copies of a patch and its rim, row by row; above a segment's first row is the last of another."""
+        frame, first, column, _ = place
+        config, segment, frame = self.config, self.items.segment, frame + time - (STEPS - 1)
+        patch = lax.rem(step, config.patches)
+        full = self.patch_full.at[patch]
+        plgpu.barrier_wait(self.patch_free.at[patch])
+        across = pl.ds(column - 1, config.columns + 2), pl.ds(channel, SLAB)
+        for r in range(config.rows + 2):
+            row = first + r - 1
+            other = jnp.where(row < 0, -1, jnp.where(row >= segment, 1, 0))
+            box = pl.ds(other, SEGMENTS), row - other * segment, *across
+            target = self.patch_in.at[patch, r].transpose((1, 0, 2))
+
+            def copy(ref: Ref, at: Index, box=box, target=target) -> Callable[[], None]:
+                return lambda: load_row(ref, (at, *box), target, full)
+
+            pl.when(frame < 0)(copy(self.past, frame + STEPS - 1))
+            pl.when(frame >= 0)(copy(self.x, frame))

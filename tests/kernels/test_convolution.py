@@ -1,0 +1,180 @@
+"""The causal convolution for Hopper: its numbers in the interpreter, what it serves, and how the VAE calls it."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from monarchrt.models.vae import WanVAE, causal, vae_config
+from monarchrt.models.vae.layers import Conv
+from monarchrt.pallas_kernels.sm90 import convolution as kernel
+from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, conv_config, convolution, supports
+from tests.kernels.mosaic_interpreter import interpreted
+
+
+class _Copied:
+    """The copy engine's view of rows: a place that plain loads and stores go to."""
+
+    def __init__(self, ref, place=()):
+        self.ref, self.place = ref, place
+
+    at = property(lambda self: self)
+
+    def __getitem__(self, place):
+        return _Copied(self.ref, place if isinstance(place, tuple) else (place,))
+
+    def transpose(self, axes):
+        """As the kernel asks for: columns and segments change places."""
+        assert axes == (1, 0, 2)
+        return self
+
+
+def _load_row(frames, place, target, barrier):
+    """The copy engine's zeros beyond a frame, which the interpreter has not."""
+    time, segments, row, columns, channels = place
+    (slot, number), count = target.place, columns.size
+    whole = jnp.pad(frames[time, :, row, :, channels], ((1, 1), (1, count), (0, 0)))
+    box = lax.dynamic_slice(whole, (segments.start + 1, columns.start + 1, 0), (8, count, whole.shape[2]))
+    rows = box.transpose(1, 0, 2).reshape(8 * count, -1)
+    target.ref[slot, pl.ds(number * 8 * count, 8 * count)] = rows
+    plgpu.barrier_arrive(barrier)
+
+
+def _copies(copy_in, copy_out):
+    def load(source, target, barrier):
+        if isinstance(target, _Copied) and len(target.place) == 3:
+            target.ref[target.place] = source[...].transpose(1, 0, 2).reshape(64, -1)
+            return plgpu.barrier_arrive(barrier)
+        return copy_in(source, target.ref.at[target.place] if isinstance(target, _Copied) else target, barrier)
+
+    def store(source, target):
+        target[...] = source.ref[source.place].reshape(8, 8, -1).transpose(1, 0, 2)
+
+    return load, store
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    def views(scratch):
+        return scratch, _Copied(scratch)
+
+    monkeypatch.setattr(kernel, "two_views", lambda multiplied, copied, dtype: plgpu.SMEM(tuple(multiplied), dtype))
+    monkeypatch.setattr(kernel, "views", views)
+    monkeypatch.setattr(kernel, "load_row", _load_row)
+    with interpreted(monkeypatch):
+        load, store = _copies(plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem)
+        monkeypatch.setattr(plgpu, "copy_gmem_to_smem", load)
+        monkeypatch.setattr(plgpu, "copy_smem_to_gmem", store)
+        yield
+
+
+def arrays(frames, height, width, channels, out, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    shapes = (2, height, width, channels), (frames, height, width, channels), (3, 3, 3, channels, out), (out,)
+    made = [jnp.asarray(rng.standard_normal(s), dtype) for s in (*shapes, (frames, height, width, out))]
+    made[2] = made[2] / 30
+    return made
+
+
+def expected(past, x, weights, bias, added=0.0):
+    """In float64, step by step of the kernel."""
+    past, x, weights, bias, added = (np.asarray(y, np.float64) for y in (past, x, weights, bias, added))
+    height, width = x.shape[1:3]
+    padded = np.pad(np.concatenate([past, x]), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    steps = [(t, i, j) for t in range(3) for i in range(3) for j in range(3)]
+    parts = (padded[t : t + len(x), i : i + height, j : j + width] @ weights[t, i, j] for t, i, j in steps)
+    return sum(parts) + bias + added
+
+
+CASES = [
+    # one frame, two rows of patches in a segment, and both edges of the frame
+    pytest.param((1, 16, 8, 32, 32), ConvConfig(rows=1, out=32, groups=1, blocks=1), True),
+    pytest.param((1, 16, 8, 32, 32), ConvConfig(rows=1, out=32, groups=1, blocks=2), False, marks=pytest.mark.slow),
+    pytest.param((3, 32, 16, 32, 64), ConvConfig(rows=3, out=32, blocks=5), True, marks=pytest.mark.slow),
+    pytest.param(
+        (2, 16, 24, 64, 64), ConvConfig(rows=2, columns=16, out=64, groups=2, kernels=2, blocks=3), True,
+        marks=pytest.mark.slow,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "config", "adds"), CASES)
+def test_is_a_causal_convolution(interpreter, shape, config, adds):
+    """With frames of the past, rows that go on in another segment, and patches that reach beyond a frame."""
+    *others, added = arrays(*shape)
+    inputs = [*others, added] if adds else others
+    out = np.asarray(jax.jit(lambda *x: convolution(*x, config=config))(*inputs), np.float64)
+    wanted = expected(*inputs)
+    assert np.abs(out - wanted).max() < 2**-8 * np.abs(wanted).max()
+
+
+def frames_of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, 3, *shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("frames", "weights", "reason"),
+    [
+        (frames_of(480, 832, 96), (3, 3, 3, 96, 96), None),
+        (frames_of(120, 208, 192), (3, 3, 3, 192, 384), None),
+        (frames_of(480, 832, 96, dtype=jnp.float32), (3, 3, 3, 96, 96), "the frames are float32"),
+        (frames_of(480, 832, 96), (3, 1, 1, 96, 192), "a kernel of"),
+        (frames_of(480, 832, 96), (3, 3, 3, 96, 3), "no multiples"),
+        (frames_of(60, 104, 384), (3, 3, 3, 384, 384), "equal segments"),
+        (frames_of(40, 104, 96), (3, 3, 3, 96, 96), "equal segments"),
+    ],
+)
+def test_what_it_serves(frames, weights, reason):
+    said = supports(frames, weights)
+    assert said is None if reason is None else reason in said
+
+
+def test_sizes_waste_little():
+    assert (conv_config(480, 832).rows, conv_config(480, 832).columns) == (6, 8)
+    assert (conv_config(120, 208).rows, conv_config(120, 208).columns) == (3, 16)
+
+
+def test_the_vae_calls_it(monkeypatch):
+    """Each entry of a batch with its past, the bias and what is added; and the gradient is that of XLA's way."""
+    monkeypatch.setattr(kernel, "convolution", causal.plain)
+    options = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv = Conv(2, 3, (3, 3, 3), **options)
+    conv.bias[...] = jnp.array([1.0, 2.0, 3.0])
+    rng = np.random.default_rng(0)
+    past, x, added = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 2, 4, 5, 2), (2, 3, 4, 5, 2), (2, 3, 4, 5, 3))
+    )
+    graph, state = nnx.split(conv)
+
+    def run(state, past, x, added):
+        y, new = nnx.merge(graph, state).after(past, x, added=added)
+        return (jnp.sin(y) ** 2).sum(), (y, new)
+
+    both = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True))
+    results = []
+    for taken in (False, True):
+        monkeypatch.setattr("monarchrt.models.vae.layers.by_kernel", lambda *_, taken=taken: taken)
+        results.append(jax.tree.leaves(jax.jit(both)(state, past, x, added)))
+        both.clear_cache()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        results[1][1][1], expected(past[1], x[1], conv.kernel[...], conv.bias[...], added[1]), atol=1e-4
+    )
+
+
+def test_a_vae_says_how(monkeypatch):
+    """Without a GPU that it is for, nobody takes it but who is told to; the others are of shapes that it has not."""
+    vae = nnx.eval_shape(lambda: WanVAE(vae_config("wan21"), rngs=nnx.Rngs(0), implementation="mosaic"))
+    asked = [module for _, module in nnx.iter_modules(vae) if isinstance(module, Conv)]
+    assert {conv.implementation for conv in asked} == {"mosaic"}
+    served = frames_of(480, 832, 96), (3, 3, 3, 96, 96)
+    assert [causal.by_kernel(name, *served) for name in ("mosaic", "xla", None)] == [True, False, False]
+    monkeypatch.setattr("monarchrt.models.vae.causal.on_cuda", lambda: True)
+    assert causal.by_kernel(None, *served)
+    monkeypatch.setattr(kernel, "cuda_capability", lambda: 8.0)
+    assert not causal.by_kernel(None, *served)
