@@ -1,7 +1,7 @@
 """Times the exact decoder and its 3x3x3 convolutions, XLA's and the kernel's for Hopper in one process.
 
     python benchmarks/decode.py                    # 12 frames at 480x832, on one GPU
-    python benchmarks/decode.py --layers           # convolutions alone
+    python benchmarks/decode.py --parts layers     # convolutions alone
 
 Random weights at true size in bfloat16, the Wan 2.1 decoder continuing a stream by 3 latent frames. Numbers come first:
 what differs from float32 by more than 1e-2 of the values' size, and frames of the two ways by more than that, is not
@@ -30,6 +30,8 @@ from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, s
 
 MAX_ERROR = 1e-2
 LATENTS = 3
+PARTS = ("layers", "decoder")
+LAYERS = ((4, 6, 384, 384), (2, 12, 192, 192), (1, 12, 96, 96))  # pixels across one, frames, channels in and out
 OTHERS = (
     ConvConfig(rows=4, columns=8, groups=2, registers=(216, 40)),
     ConvConfig(rows=3, columns=16),
@@ -43,16 +45,16 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", action="store_true", help="convolutions alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--others", action="store_true", help="other sizes of the kernel too")
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     report: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "layers": []}
-    for scale, frames, features, out in ((4, 6, 384, 384), (2, 12, 192, 192), (1, 12, 96, 96)):
+    for scale, frames, features, out in LAYERS if "layers" in args.parts else ():
         row = layer((frames, args.height // scale, args.width // scale, features), out, args.repeats, args.others)
         print(json.dumps(row), flush=True)
         report["layers"].append(row)
-    if not args.layers:
+    if "decoder" in args.parts:
         report["decoder"] = decoder(args.height, args.width, args.repeats)
         print(json.dumps(report["decoder"]))
     if args.out:
