@@ -1,4 +1,4 @@
-"""What is compiled while something runs."""
+"""What is compiled while something runs, and how large what a program makes is."""
 
 import contextlib
 import threading
@@ -22,3 +22,12 @@ def compiled_here() -> Iterator[list[str]]:
         yield events
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def array_sizes(jaxpr: Any) -> Iterator[int]:
+    """Elements of every array that a program makes."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.size for var in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from array_sizes(getattr(value, "jaxpr", value))

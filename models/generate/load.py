@@ -15,7 +15,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
 from monarchrt.models.generate.loras import given_loras
-from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise
+from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise, unrolled_if_asked
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, check_attention, make_plan
@@ -320,7 +320,7 @@ def load_wan(
     initial = None if frames is None else decoder.encode(frames[None])
     return Material(
         plan=plan,
-        pipeline=VideoPipeline(model, decoder, mesh=where.mesh),
+        pipeline=VideoPipeline(unrolled_if_asked(model, config), decoder, mesh=where.mesh),
         text=text,
         negative=negative,
         initial=initial,

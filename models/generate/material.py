@@ -17,6 +17,7 @@ from monarchrt.models.generate.tensors import read_noise
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling import Noise
 from monarchrt.models.wan import WanConfig, WanModel
+from monarchrt.models.wan.unrolled import UnrolledWan, unroll_layers
 
 WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
 
@@ -65,6 +66,11 @@ class Opened(Protocol):
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network, with its own attention unless another is given."""
         ...
+
+
+def unrolled_if_asked(model: WanModel, config: GenerateConfig) -> WanModel | UnrolledWan:
+    """The network, its layers unrolled with `--unroll-layers yes`; for one video the larger program is not worth it."""
+    return unroll_layers(model) if config.unroll else model
 
 
 def given_noise(plan: Plan, channels: int, *, given: int) -> Noise | None:

@@ -16,6 +16,7 @@ from monarchrt.models.generate.plan import PIECE, Plan
 from monarchrt.models.sampling import Noise, Rollout, autoregressive, windows
 from monarchrt.models.sharding import whole_here
 from monarchrt.models.wan import WanModel
+from monarchrt.models.wan.unrolled import UnrolledWan
 
 
 class VideoPipeline:
@@ -40,13 +41,18 @@ class VideoPipeline:
         [(3, 8, 16, 3), (3, 8, 16, 3)]
 
     Args:
-        model: The network; its attention is used as it is.
+        model: The network; its attention is used as it is. Or `unroll_layers` of it, for videos made block by block.
         decoder: Latents to frames.
         mesh: The devices that share the network's work; its parameters must be on it.
     """
 
-    def __init__(self, model: WanModel, decoder: FrameDecoder, *, mesh: Mesh | None = None):
-        self.model, self.decoder, self.mesh = model, decoder, mesh
+    def __init__(self, model: WanModel | UnrolledWan, decoder: FrameDecoder, *, mesh: Mesh | None = None):
+        self.network, self.decoder, self.mesh = model, decoder, mesh
+
+    @property
+    def model(self) -> WanModel:
+        """The network; without layers if they are unrolled."""
+        return self.network.model if isinstance(self.network, UnrolledWan) else self.network
 
     def latents(
         self,
@@ -67,7 +73,7 @@ class VideoPipeline:
         common["noise"] = noise
         common["negative"] = negative if plan.guides else None
         if isinstance(plan.settings, Rollout):
-            return self._on_mesh(autoregressive(self.model, text, rollout=plan.settings, **common))
+            return self._on_mesh(autoregressive(self.network, text, rollout=plan.settings, **common))
         return _pieces(self._on_mesh(windows(self.model, text, settings=plan.settings, **common)))
 
     def _on_mesh(self, parts: Iterator[Array]) -> Iterator[Array]:

@@ -167,6 +167,7 @@ def make_plan(
     """
     frames_given = config.frames is not None
     config = _complete(config, defaults, model, temporal)
+    _check_unrolled(config)
     _check_model(model)
     latents = (_latent_frames(config, temporal), *_latent_size(config, model, spatial))
     with user_input():
@@ -265,6 +266,17 @@ def _differences(settings: Rollout | Windows, defaults: Defaults, model: WanConf
 
 def _listed(steps: int | tuple[int, ...] | None) -> str:
     return " ".join(map(str, steps)) if isinstance(steps, tuple) else str(steps)
+
+
+def _check_unrolled(config: GenerateConfig) -> None:
+    """Raises UserError if layers are to be unrolled, and cannot be."""
+    if not config.unroll:
+        return
+    if config.mode != "autoregressive":
+        raise UserError(f"unroll_layers is yes, for mode autoregressive, but mode is {config.mode}; use auto")
+    for name in ("mesh", "compare_dense"):
+        if value := getattr(config, name):
+            raise UserError(f"{name} is {value}, which needs layers in their stack, but unroll_layers is yes; use auto")
 
 
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:

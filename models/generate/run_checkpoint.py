@@ -15,7 +15,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
 from monarchrt.models.generate.loras import given_loras
-from monarchrt.models.generate.material import Material, condition_latents, given_noise
+from monarchrt.models.generate.material import Material, condition_latents, given_noise, unrolled_if_asked
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
@@ -115,7 +115,9 @@ class RunCheckpoint:
         noise = given_noise(plan, decoder.channels, given=0 if initial is None else initial.shape[1])
         return Material(
             plan=plan,
-            pipeline=VideoPipeline(self.network(config, attention=plan.attention), decoder, mesh=where.mesh),
+            pipeline=VideoPipeline(
+                unrolled_if_asked(self.network(config, attention=plan.attention), config), decoder, mesh=where.mesh
+            ),
             text=jnp.zeros((1, 1, sizes.text_dim)),
             initial=initial,
             noise=noise,

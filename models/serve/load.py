@@ -112,7 +112,7 @@ def _on_one_device(config: GenerateConfig) -> GenerateConfig:
     for name in ("mesh", "decoder_device"):
         if (value := getattr(config, name)) is not None:
             raise UserError(f"{name} is {value}, but sessions are made on one device; leave it out")
-    return dataclasses.replace(config, mode="autoregressive")
+    return dataclasses.replace(config, mode="autoregressive", unroll_layers="auto")  # the engine does that
 
 
 def _engine(

@@ -1,5 +1,6 @@
-"""One client's video: a turn makes one block, or does what the client asked for; no network, no threads, any clock."""
+"""One client's video: a turn begins one block, or does what the client asked for; no network, no threads, any clock."""
 
+import contextlib
 import dataclasses
 import secrets
 from collections import deque
@@ -90,6 +91,32 @@ class Observed:
         """A session is over."""
 
 
+@dataclass(kw_only=True)
+class Block:
+    """A block that a device was told to make.
+
+    Attributes:
+        number: In the video.
+        latents: Of the network; those that were given are on the host.
+        frames: Of the decoder.
+        finite: Whether both are numbers.
+        began: When the device was told.
+        done: Whether it was sent, or its session is over.
+    """
+
+    number: int
+    latents: Array | np.ndarray
+    frames: Array
+    finite: Array
+    began: float
+    done: bool = False
+
+    def wait(self) -> None:
+        """Until the network is done with it; what went wrong is found where it is fetched."""
+        with contextlib.suppress(Exception):
+            jax.block_until_ready(self.latents)
+
+
 class Session:
     """A video in the making, and what its client may do to it.
 
@@ -106,7 +133,8 @@ class Session:
 
     Attributes:
         ended: Why it is over; None while it is not.
-        block: The next one's number.
+        block: The number of the next one to make.
+        sent: Blocks that were handed out, of those that still count.
 
     Raises:
         Refusal: If what it asks for would need another program, or more than the limits.
@@ -127,7 +155,7 @@ class Session:
     ):
         self._engine, self._start, self.outbox, self._limits, self._clock = engine, start, outbox, limits, clock
         self._folder, self._observed, self._submit, self._begin_with = folder, observed or Observed(), submit, begin
-        self.name, self.ended, self.block = secrets.token_hex(4), None, 0
+        self.name, self.ended, self.block, self.sent = secrets.token_hex(4), None, 0, 0
         self._last, self._why_last = self._check(start)
         self._encoding, self._given = ENCODINGS[start.video], dict[int, np.ndarray]()
         self._commands: deque[Message] = deque()
@@ -135,7 +163,8 @@ class Session:
         self._playing, self._steps, self._drops = not start.paused, 0, 0
         self._video: LiveRollout | None = None
         self._decoder: Any = None
-        self._past: dict[int, np.ndarray] = {}  # latents on the host, by block
+        self._past: dict[int, Array | np.ndarray] = {}  # latents by block; on the host but for those under way
+        self._under_way: deque[Block] = deque()
         self._texts: Texts | None = None
         self._blend: Iterator[tuple[Texts, bool]] | None = None
         self._mixed = -1  # the block that the text was last changed for
@@ -215,7 +244,11 @@ class Session:
         """When it wants its next turn, perhaps long ago; None if it is over."""
         if self.ended is not None:
             return None
-        if self._left or self._commands or self._saving is not None or self._steps:
+        if self._left or self._commands or self._saving is not None:
+            return AT_ONCE
+        if self.block >= self._last:  # the last one is under way
+            return None
+        if self._steps:
             return AT_ONCE
         idle = self.heard + self._limits.idle
         if not self._playing:
@@ -250,26 +283,57 @@ class Session:
 
     # Turns, in the one thread that computes
 
-    def turn(self) -> None:
-        """Does what was asked for, then makes a block if one is due. What goes wrong ends this session, no more."""
+    def turn(self, *, free: float = 0.0) -> Block | None:
+        """Does what was asked for, then begins a block if one is due, which `finish` hands out.
+
+        Before anything else is done, blocks under way are finished. What goes wrong ends this session, no more.
+
+        Args:
+            free: As `finish`.
+
+        Returns:
+            The block that was begun.
+        """
         try:
+            if self._left is not None or self._commands or self._saving is not None:
+                while self._under_way:
+                    self.finish(self._under_way[0], free=free)
             if self._left is not None:
                 self.end(self._left)
             while self._commands and self.ended is None:
                 self._do(self._commands.popleft())
             if self.ended is not None:
-                return
+                return None
             if self._clock() - self.heard >= self._limits.idle:
                 self.end("idle", message=f"nothing was heard for {self._limits.idle:.0f} s")
             elif self._saving is not None:
                 if next(self._saving, self) is self:
                     self._saving = None
-            elif self._playing or self._steps:
-                self._make_block()
-        except UserError as error:
-            self.end("error", message=" ".join(str(error).split()))
+            elif (self._playing or self._steps) and self.block < self._last:
+                return self._begin_block()
         except Exception as error:
-            self.end("error", message=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._fail(error)
+        return None
+
+    def finish(self, block: Block, *, free: float = 0.0) -> None:
+        """Waits for a block of this session, the oldest under way, and hands out its frames.
+
+        Args:
+            block: Of `turn`.
+            free: When the device was done with the block before, of any session.
+        """
+        if block.done:
+            return
+        try:
+            self._finish(self._under_way.popleft(), free)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        message = " ".join(str(error).split())
+        self.end(
+            "error", message=message if isinstance(error, UserError) else f"{type(error).__name__}: {message[:300]}"
+        )
 
     def end(self, reason: str, *, message: str | None = None) -> None:
         """Ends it, and lets its memory go."""
@@ -277,10 +341,13 @@ class Session:
             return
         self.ended = reason
         self._video = self._decoder = self._texts = self._blend = self._saving = self._begin_with = None
+        for block in self._under_way:
+            block.done = True
+        self._under_way.clear()
         self._past.clear()
         self._given.clear()
         self._observed.ended(reason)
-        self.outbox.event("ended", reason=reason, message=message, blocks=self.block)
+        self.outbox.event("ended", reason=reason, message=message, blocks=self.sent)
 
     def _do(self, message: Message) -> None:
         try:
@@ -341,37 +408,48 @@ class Session:
         if recache:
             video.recache(video.frame, self._latents())
 
-    def _latents(self) -> dict[int, np.ndarray]:
+    def _latents(self) -> dict[int, Array | np.ndarray]:
         return {self._engine.first_latent(block): latents for block, latents in self._past.items()}
 
-    def _make_block(self) -> None:
+    def _begin_block(self) -> Block:
+        """Tells the device to make the next block, and waits for nothing."""
         video, began = self._begun(), self._clock()
         if self._mixed != self.block:
             self._mix(video)
+        latents: Array | np.ndarray
         if (given := self._given.get(self.block)) is None:
             latents = video.generate()
         else:
             latents = given
             video.write(jnp.asarray(given))
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
-        if not finite:
-            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or take precision fp32")
-        block, first = self.block, self._engine.frames(self.block)
-        self._past[block] = np.asarray(latents)
+        block = Block(number=self.block, latents=latents, frames=frames, finite=finite, began=began)
+        self._under_way.append(block)
+        self._past[self.block] = latents
         self._forget()
-        pictures = np.asarray(frames)[0]
-        seconds = self._clock() - began
         self.block += 1
-        self._steps, self._shown = max(0, self._steps - 1), self._shown + len(pictures)
+        self._steps, self._shown = max(0, self._steps - 1), self._shown + frames.shape[1]
+        return block
+
+    def _finish(self, block: Block, free: float) -> None:
+        block.done = True
+        if not block.finite:
+            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or take precision fp32")
+        number, first = block.number, self._engine.frames(block.number)
+        if number in self._past:
+            self._past[number] = np.asarray(block.latents)
+        pictures = np.asarray(block.frames)[0]
+        seconds = self._clock() - max(block.began, free)
+        self.sent = number + 1
         waiting = len(self.outbox)
         self.outbox.event(
-            "block", block=block, frame=first, frames=len(pictures), ms=round(1000 * seconds, 1), waiting=waiting
+            "block", block=number, frame=first, frames=len(pictures), ms=round(1000 * seconds, 1), waiting=waiting
         )
-        self._send(first, block, pictures)
+        self._send(first, number, pictures)
         self._observed.block(seconds, len(pictures))
         dropped, self._drops = self.outbox.dropped - self._drops, self.outbox.dropped
         self._observed.dropped(dropped)
-        if self.block >= self._last:
+        if self.sent >= self._last:
             longest = f"a session's video has at most {self._limits.seconds:.0f} s"
             self.end(self._why_last, message=longest if self._why_last == "longest" else None)
 
@@ -406,7 +484,7 @@ class Session:
         video.recache(frame, have)
         for block in [block for block in self._past if block >= message.block]:
             del self._past[block]
-        self.block = message.block
+        self.block = self.sent = message.block
         self._decoder = self._engine.start_decoder()
         for block in [block for block in range(self.block - WARMED, self.block) if block in self._past]:
             *_, self._decoder = self._engine.decode(self._past[block], self._decoder)

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import Message, Refusal, Start
 from monarchrt.models.serve.outbox import Outbox
-from monarchrt.models.serve.session import Limits, Observed, Session, Submit, at_once
+from monarchrt.models.serve.session import Block, Limits, Observed, Session, Submit, at_once
 
 
 class Sessions:
@@ -48,6 +48,8 @@ class Sessions:
         self._active: list[Session] = []
         self._waiting: list[Session] = []
         self._videos: list[Path] = []
+        self._under_way: tuple[Session, Block] | None = None
+        self._free = clock()  # when the device was done with the last block
         self._changed = threading.Condition()
         self._closing: str | None = None
 
@@ -122,21 +124,41 @@ class Sessions:
             self._changed.notify_all()
 
     def turn(self) -> bool:
-        """The turn of the session that is due and had none for the longest time; False if none is due."""
+        """The turn of the session that is due and had none for the longest time.
+
+        Frames of a block are fetched when the next block, of this session or another, is under way: the device does
+        not wait for what is done here, and the network is done with the block before anything else is begun.
+
+        Returns:
+            Whether there was anything to do.
+        """
         with self._changed:
             self._seat()
             now = self._clock()
             due = [session for session in self._active if (at := session.due()) is not None and at <= now]
-            if not due:
+            if not due and self._under_way is None:
                 return False
-            session = due[0]
-            self._active.remove(session)  # to the end
-            self._active.append(session)
-        session.turn()
+            if due:
+                self._active.remove(due[0])  # to the end
+                self._active.append(due[0])
+        begun = due[0].turn(free=self._free) if due else None
+        self.finish(None if begun is None else (due[0], begun))
         with self._changed:
-            self._keep_videos(session)
+            for session in due[:1]:
+                self._keep_videos(session)
             self._seat()
         return True
+
+    def finish(self, following: tuple[Session, Block] | None = None) -> None:
+        """Hands out the block under way, while the following one is; in the thread of turns."""
+        (session, block), self._under_way = self._under_way or (None, None), following
+        if session is not None and block is not None:
+            session.finish(block, free=self._free)
+            self._free = self._clock()
+            with self._changed:
+                self._seat()
+        if following is not None:
+            following[1].wait()
 
     def run(self) -> None:
         """Takes turns until `shut`; in a thread of its own."""
@@ -144,6 +166,7 @@ class Sessions:
             if not self.turn():
                 with self._changed:
                     self._changed.wait(timeout=self._until_due())
+        self.finish()
         with self._changed:
             for session in [*self._active, *self._waiting]:
                 session.end(self._closing)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from monarchrt.models.broadcasting import along_last
-from monarchrt.models.vae.causal import Implementation, by_kernel, causal_convolution
+from monarchrt.models.vae.causal import Implementation, by_kernel, causal_convolution, channel_norm, norms
 
 type Video = Float[Array, "_ _ _ _ _"]  # [B, T, H, W, C]
 type Past = Any  # a pytree of arrays [B, frames, H, W, C]
@@ -26,10 +26,10 @@ TORCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # to
 class Conv(nnx.Module):
     """Convolution over time, rows and columns that pads rows and columns only; time is the caller's.
 
-    Causal ones of 3x3x3 run on Hopper by a kernel of their own, where it serves. Others run as a 2-D convolution (or a
-    matrix product, if the kernel has one row and column) over frames, with the kernel's steps in time side by side in
-    the channels. XLA lays 2-D convolutions in half precision out channels last
-    on NVIDIA GPUs, as the tensor cores want them, but not 3-D ones.
+    Causal ones of 3x3x3 may run by a kernel for Hopper, see `WanVAE`. Others run as a 2-D convolution (or a matrix
+    product, if the kernel has one row and column) over frames, with the kernel's steps in time side by side in the
+    channels. XLA lays 2-D convolutions in half precision out channels last on NVIDIA GPUs, as the tensor cores want
+    them, but not 3-D ones.
 
     Args:
         features: Input channels.
@@ -102,20 +102,38 @@ class Conv(nnx.Module):
         return jnp.zeros((batch, self.past_frames, height, width, self.kernel.shape[3]), self.dtype)
 
     def after(
-        self, past: Float[Array, "B P H W C"], x: Float[Array, "B T H W C"], *, added: Video | None = None
+        self,
+        past: Float[Array, "B P H W C"],
+        x: Float[Array, "B T H W C"],
+        *,
+        added: Video | None = None,
+        norm: "ChannelNorm | None" = None,
     ) -> tuple[Video, Past]:
-        """Convolves `x` as the continuation of `past`, plus `added`; returns as many frames, and the new past."""
+        """Convolves `x` as the continuation of `past`, plus `added`; then a norm and SiLU, if given.
+
+        Returns:
+            As many frames, and the new past.
+        """
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
         latest = jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
         if self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape):
-            added = None if added is None else added.astype(self.dtype)
-            return causal_convolution(past, x, self.kernel[...].astype(self.dtype), self.bias[...], added), latest
+            kernel, whole = self.kernel[...].astype(self.dtype), norms(self.kernel.shape)
+            y = causal_convolution(
+                past,
+                x,
+                kernel,
+                self.bias[...],
+                added=None if added is None else added.astype(self.dtype),
+                gamma=norm.gamma[...] if norm is not None and whole else None,
+            )
+            return y if norm is None or whole else norm(y, silu=True), latest
         # Each tap is put together by itself: past and frames side by side in memory would be one more pass over them.
         taps = [
             jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
             for k in range(count + 1)
         ]
-        return self._convolve(jnp.concatenate(taps, axis=-1), added), latest
+        y = self._convolve(jnp.concatenate(taps, axis=-1), added)
+        return y if norm is None else norm(y, silu=True), latest
 
 
 class ChannelNorm(nnx.Module):
@@ -127,12 +145,7 @@ class ChannelNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch C"], *, silu: bool = False) -> Float[Array, "*batch C"]:
         """Normalises, and applies SiLU if told to; keeps the dtype."""
         # Two axes: among the tiles of five, XLA searches for the best of a GPU kernel for a minute.
-        rows = x.reshape(-1, x.shape[-1])
-        precise = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # |x| is at least 1e-12
-        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
-        gamma = along_last(self.gamma[...].astype(precise.dtype) * x.shape[-1] ** 0.5, rows)
-        rows = (precise * scale * gamma).astype(x.dtype)
+        rows = channel_norm(x.reshape(-1, x.shape[-1]), self.gamma[...])
         return (jax.nn.silu(rows) if silu else rows).reshape(x.shape)
 
 
@@ -154,9 +167,9 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
         """The next frames and the new past."""
-        y, past1 = self.conv1.after(past[0], self.norm1(x, silu=True))
+        y, past1 = self.conv1.after(past[0], self.norm1(x, silu=True), norm=self.norm2)
         shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
-        y, past2 = self.conv2.after(past[1], self.norm2(y, silu=True), added=shortcut)
+        y, past2 = self.conv2.after(past[1], y, added=shortcut)
         return y, (past1, past2)
 
 
@@ -199,8 +212,30 @@ class Upsample(nnx.Module):
         if hasattr(self, "time_conv") and not first:
             y, past = self.time_conv.after(past, x)
             x = rearrange(y, "b t h w (two c) -> b (t two) h w c", two=2)
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x), past
+        return self._convolve_doubled(x), past
+
+    def _convolve_doubled(self, x: Video) -> Video:
+        """`self.conv` of x with every row and column twice, from x itself and with 4 of 9 products.
+
+        The 3 x 3 pixels around one of the larger frame are at most 2 x 2 of x: rows h - 1 and h if it is the first of
+        two, h and h + 1 if it is the second. So it is a convolution of 2 x 2, whose weights are sums, for each of 4.
+        """
+        steps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # first or second, 2 steps, 3 steps
+        kernel = self.conv.kernel[0]
+        precise = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        summed = jnp.einsum("aik,bjl,klcd->ijcabd", steps.astype(precise.dtype), steps.astype(precise.dtype), precise)
+        batch, time, height, width, _ = x.shape
+        planes = rearrange(x.astype(self.conv.dtype), "b t h w c -> (b t) h w c")
+        summed = rearrange(summed, "i j c a b d -> i j c (a b d)").astype(planes.dtype)
+        y = jax.lax.conv_general_dilated(
+            planes, summed, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        if self.conv.bias is not None:
+            y = y + along_last(jnp.tile(self.conv.bias[...].astype(y.dtype), 4), y)
+        y = rearrange(y, "n h w (a b d) -> n h w a b d", a=2, b=2)
+        each = [[y[:, a : a + height, b : b + width, a, b] for b in range(2)] for a in range(2)]
+        y = jnp.stack([jnp.stack(row, axis=3) for row in each], axis=2)  # [n, h, 2, w, 2, d]
+        return rearrange(y, "(b t) h a w e d -> b t (h a) (w e) d", b=batch, t=time)
 
 
 class Downsample(nnx.Module):

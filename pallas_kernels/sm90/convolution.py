@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from monarch_jax.devices import cuda_capability
 from monarchrt.pallas_kernels.sm90.config import CAPABILITY, ROWS
-from monarchrt.pallas_kernels.sm90.shared import Role, launch
+from monarchrt.pallas_kernels.sm90.shared import Role, accumulate, launch
 from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
 
 SEGMENTS = 8  # of a frame's rows
@@ -71,8 +71,9 @@ class ConvConfig:
         return lax.div(unit, across), lax.rem(unit, across) * 8
 
 
-def conv_config(height: int, width: int) -> ConvConfig:
-    """The patch that wastes least of frames of this size, and of those the one with the least rim."""
+def conv_config(height: int, width: int, out: int) -> ConvConfig:
+    """The patch that wastes least of frames of this size, and of those the one with the least rim; and all channels of
+    a narrow output."""
     segment = height // SEGMENTS
 
     def computed(patch: tuple[int, int]) -> tuple[int, int]:
@@ -80,7 +81,12 @@ def conv_config(height: int, width: int) -> ConvConfig:
         return -(-segment // rows) * rows * -(-width // columns) * columns, (rows + 2) * (columns + 2)
 
     rows, columns = min(PATCHES, key=computed)
-    return ConvConfig(rows=rows, columns=columns)
+    return ConvConfig(rows=rows, columns=columns, out=SLAB if out <= SLAB else OUT)
+
+
+def norms(kernel: tuple[int, ...]) -> bool:
+    """Whether a block has all channels of the output, so that it can normalise them."""
+    return kernel[4] == OUT
 
 
 def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> str | None:
@@ -100,8 +106,8 @@ def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> 
         return f"the frames are {x.dtype}; the tensor cores take bfloat16 or float16."
     if kernel[:3] != (STEPS,) * 3:
         return f"a kernel of {kernel[:3]} is not one of {(STEPS,) * 3}."
-    if kernel[3] % SLAB or kernel[4] % OUT:
-        return f"{kernel[3]} and {kernel[4]} channels in and out are no multiples of {SLAB} and {OUT}."
+    if kernel[3] % SLAB or (kernel[4] % OUT and kernel[4] > SLAB):
+        return f"{kernel[3]} and {kernel[4]} channels in and out are no multiples of {SLAB} and {OUT}, nor few out."
     if x.shape[2] % SEGMENTS or x.shape[3] % 8 or x.shape[2] < SEGMENTS * PATCHES[0][0]:
         return f"frames of {x.shape[2]}x{x.shape[3]} are not of {SEGMENTS} equal segments and columns by eights."
     return None
@@ -114,10 +120,11 @@ def convolution(
     kernel: Float[Array, "3 3 3 C D"],
     bias: Float[Array, " D"],
     added: Float[Array, "T H W D"] | None = None,
+    gamma: Float[Array, " D"] | None = None,
     *,
     config: ConvConfig | None = None,
 ) -> Float[Array, "T H W D"]:
-    """Convolves frames as the continuation of a past, and adds a bias and frames.
+    """Convolves frames as the continuation of a past, and adds a bias and frames; then norm and SiLU, if wanted.
 
     Args:
         past: The two frames before.
@@ -125,28 +132,51 @@ def convolution(
         kernel: Weights, of x's dtype.
         bias: Of each output channel.
         added: Frames to add.
+        gamma: Weights of a norm over channels, x / |x| * sqrt(D) * gamma, that SiLU follows; None: neither. All
+            channels are then a block's (`norms`).
         config: Sizes; None: by `conv_config`.
 
     Returns:
         As many frames, in x's dtype, from sums in float32.
     """
     frames, height, width, channels = x.shape
+    config = conv_config(height, width, kernel.shape[-1]) if config is None else config
+    if kernel.shape[-1] < config.out and gamma is None:
+        return _with_zeros(past, x, kernel, bias, added, config)
     out, segment = kernel.shape[-1], height // SEGMENTS
-    config = conv_config(height, width) if config is None else config
+    vectors = [bias] if gamma is None else [bias, gamma.astype(jnp.float32) * out**0.5]
     # step in time and slab of channels, row, column, D, C of the slab: as shared memory has them
     thin = kernel.reshape(*kernel.shape[:3], channels // SLAB, SLAB, out).transpose(0, 3, 1, 2, 5, 4)
     inputs = [
         past.reshape(-1, SEGMENTS, segment, width, channels),
         x.reshape(-1, SEGMENTS, segment, width, channels),
         thin.reshape(-1, STEPS, STEPS, out, SLAB),
-        bias.astype(jnp.float32),
+        jnp.stack([x.astype(jnp.float32) for x in vectors]),
     ]
     if added is not None:
         inputs.append(added.astype(x.dtype).reshape(-1, SEGMENTS, segment, width, out))
+    if gamma is not None and (out != config.out or added is not None):
+        raise ValueError(f"gamma is given, but a block has {config.out} of {out} channels, or something is added.")
     items = _Items(
-        frames=frames, segment=segment, width=width, channels=channels, out=out, added=added is not None, config=config
+        frames=frames,
+        segment=segment,
+        width=width,
+        channels=channels,
+        out=out,
+        added=added is not None,
+        normed=gamma is not None,
+        config=config,
     )
     return launch(_role(items, x.dtype), inputs)[0].reshape(frames, height, width, out)
+
+
+def _with_zeros(past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, config: ConvConfig) -> Array:
+    out = kernel.shape[-1]
+    wide = [
+        None if y is None else jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, config.out - out)])
+        for y in (kernel, bias, added)
+    ]
+    return convolution(past, x, *wide, config=config)[..., :out]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +189,7 @@ class _Items:
     channels: int
     out: int
     added: bool
+    normed: bool
     config: ConvConfig
 
     @property
@@ -191,7 +222,7 @@ def _role(items: _Items, dtype: DTypeLike) -> Role:
     config = items.config
     blocks = min(config.blocks, items.count)
     rows, columns, groups = config.rows + 2, config.columns + 2, config.groups
-    staged = (groups, config.units, config.slabs)
+    staged, kernels = (groups, config.units, config.slabs), (config.kernels, STEPS, config.out, SLAB)
 
     def run(block, inputs, outputs, scratch):
         work = _Block(items, blocks, block, inputs, outputs, scratch)
@@ -204,9 +235,9 @@ def _role(items: _Items, dtype: DTypeLike) -> Role:
         outputs=(jax.ShapeDtypeStruct((items.frames, SEGMENTS, items.segment, items.width, items.out), dtype),),
         scratch=(
             two_views((config.patches, rows * columns * 8, SLAB), (config.patches, rows, columns, 8, SLAB), dtype),
-            two_views(*[(config.kernels, STEPS, config.out, SLAB)] * 2, dtype),
+            two_views(kernels, kernels, dtype),
             two_views((*staged, ROWS, SLAB), (*staged, 8, 8, SLAB), dtype),
-            plgpu.SMEM((groups, config.out), jnp.float32),
+            plgpu.SMEM((groups, 1 + items.normed, config.out), jnp.float32),
             plgpu.Barrier(num_arrivals=rows, num_barriers=config.patches),
             plgpu.Barrier(num_arrivals=groups, num_barriers=config.patches),
             plgpu.Barrier(num_barriers=config.kernels),
@@ -246,9 +277,9 @@ class _Block:
 
     def __init__(self, items: _Items, blocks: int, block: Index, inputs: Refs, outputs: Refs, scratch: Refs) -> None:
         self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
-        self.past, self.x, self.kernel, self.bias, *self.added = inputs
+        self.past, self.x, self.kernel, self.vectors, *self.added = inputs
         (self.out,) = outputs
-        patch, kernel, stage, self.bias_in, *barriers = scratch
+        patch, kernel, stage, self.vectors_in, *barriers = scratch
         self.patch_mma, self.patch_in = views(patch)
         self.kernel_mma, self.kernel_in = views(kernel)
         self.stage_mma, self.stage_in = views(stage)
@@ -301,11 +332,11 @@ class _Block:
                 for column in range(STEPS):
                     for unit, total in enumerate(sums):
                         row, first = config.box(self.group * config.units + unit)
-                        start = ((row + third) * (config.columns + 2) + first + column) * 8
+                        start = jnp.int32(((row + third) * (config.columns + 2) + first + column) * 8)
                         pixels = self.patch_mma.at[patch, pl.ds(pl.multiple_of(start, 8), ROWS)]
                         plgpu.wgmma(total, pixels, self.kernel_mma.at[slot, column].transpose((1, 0)))
 
-            sums = tuple(pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(x) for x in sums]))
+            sums = tuple(accumulate(products, list(sums)))
             plgpu.barrier_arrive(self.kernel_free.at[slot])
         plgpu.barrier_arrive(self.patch_free.at[patch])
         return sums
@@ -322,30 +353,44 @@ class _Block:
         return ref.at[frame, :, row, pl.ds(column + c, 8), pl.ds(channel + slab * SLAB, SLAB)]
 
     def load_added(self, place: tuple[Index, ...]) -> None:
-        """Starts the copies of the bias and of what is added."""
+        """Starts the copies of bias and norm's weights, and of what is added."""
         full = self.added_full.at[self.group]
         for ref in self.added:
             for unit, slab in self.pieces():
                 target = self.stage_in.at[self.group, unit, slab].transpose((1, 0, 2))
                 plgpu.copy_gmem_to_smem(self.box(ref, place, unit, slab), target, full)
-        plgpu.copy_gmem_to_smem(self.bias.at[pl.ds(place[3], self.config.out)], self.bias_in.at[self.group], full)
+        vectors = self.vectors.at[:, pl.ds(place[3], self.config.out)]
+        plgpu.copy_gmem_to_smem(vectors, self.vectors_in.at[self.group], full)
 
     def store(self, sums: tuple[Array, ...]) -> None:
-        """Puts the sums, with bias and what is added, where they are copied from."""
-        layout = plgpu.Layout.WGMMA
+        """Puts the sums, with bias and what is added, where they are copied from; if so wanted, after norm and SiLU."""
         plgpu.barrier_wait(self.added_full.at[self.group])
-        for unit, slab in self.pieces():
-            span = slice(slab * SLAB, (slab + 1) * SLAB)
-            bias = plgpu.load(
-                self.bias_in.at[self.group, pl.ds(span.start, SLAB)], layout=layout.reduce(0), optimized=False
-            )
-            value = sums[unit][:, span]
-            value = value + lax.broadcast_in_dim(bias, value.shape, [1])
-            if self.added:
-                more = plgpu.load(self.stage_mma.at[self.group, unit, slab], layout=layout, optimized=False)
-                value = value + more.astype(jnp.float32)
-            self.stage_mma[self.group, unit, slab] = value.astype(self.x.dtype)
+        for unit, total in enumerate(sums):
+            value = total + self.vector(0, total.shape)
+            if self.items.normed:
+                value = self.normalised(value)
+            for slab in range(self.config.slabs):
+                part = value[:, slab * SLAB : (slab + 1) * SLAB]
+                if self.added:
+                    source = self.stage_mma.at[self.group, unit, slab]
+                    more = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
+                    part = part + more.astype(jnp.float32)
+                self.stage_mma[self.group, unit, slab] = part.astype(self.x.dtype)
         plgpu.commit_smem()
+
+    def vector(self, number: int, shape: tuple[int, ...]) -> Array:
+        """Bias or the norm's weights, of each row."""
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        vector = plgpu.load(self.vectors_in.at[self.group, number], layout=layout, optimized=False)
+        return lax.broadcast_in_dim(vector, shape, [1])
+
+    def normalised(self, value: Array) -> Array:
+        """Norm over channels and SiLU, [64 pixels, out], of what would have been stored; rounded where it would be."""
+        value = value.astype(self.x.dtype).astype(jnp.float32)
+        scale = lax.rsqrt(jnp.maximum((value * value).sum(axis=1), 1e-24))
+        value = value * lax.broadcast_in_dim(scale, value.shape, [0]) * self.vector(1, value.shape)
+        value = value.astype(self.x.dtype).astype(jnp.float32)
+        return value / (1.0 + jnp.exp(-value))
 
     def send(self, place: tuple[Index, ...]) -> None:
         """Starts the copies of what `store` left."""

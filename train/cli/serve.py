@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -50,14 +50,6 @@ class VideoOptions(GenerateConfig):
     stream: Annotated[bool, tyro.conf.Suppress] = False
     linger: Annotated[float, tyro.conf.Suppress] = 60.0
     quiet: Annotated[bool, tyro.conf.Suppress] = False
-
-    unroll_layers: Literal["auto", "yes", "no"] = "auto"
-    """Copy each layer's weights out of their stack, so that no call does: it takes some 5% less. Auto: with a GPU."""
-
-    @property
-    def unroll(self) -> bool | None:
-        """Whether to, if that is said."""
-        return {"yes": True, "no": False}.get(self.unroll_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

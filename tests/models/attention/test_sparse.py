@@ -21,6 +21,7 @@ from monarchrt.models.attention.svg import SVGAttention
 from monarchrt.models.attention.svg2 import SVG2Attention, cluster_map, kmeans
 from monarchrt.models.attention.top_k import TopKAttention
 from monarchrt.models.attention.vsa import VSAttention
+from tests.compiled import array_sizes
 from tests.models.attention import oracles
 from tests.untyped import there, untyped
 
@@ -56,15 +57,6 @@ def qkv(grid, *, seed=0, count=3, heads=2, width=4):
 
 def close(found, expected, atol=2e-6):
     np.testing.assert_allclose(found, np.asarray(expected), atol=atol)
-
-
-def array_sizes(jaxpr):
-    """Of all arrays in a program."""
-    for equation in jaxpr.eqns:
-        yield from (var.aval.size for var in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-                yield from array_sizes(getattr(value, "jaxpr", value))
 
 
 def with_gradients(kind, x, weights, **options):

@@ -15,6 +15,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder, WanDecoder, frames_of
 from monarchrt.models.generate.make import comparison_path, make_video
+from monarchrt.models.generate.material import unrolled_if_asked
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Defaults, make_plan
 from monarchrt.models.media.latents import PatchDCT
@@ -22,6 +23,7 @@ from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import read_settings
 from monarchrt.models.vae import WanVAE, vae_config
 from monarchrt.models.wan import MonarchAttention
+from monarchrt.models.wan.unrolled import UnrolledWan
 from tests.untyped import there, untyped
 
 DCT = PatchDCT(patch=2, whitening=1.0)
@@ -106,6 +108,15 @@ class TestDecoders:
 
 
 class TestPipeline:
+    def test_unrolled_layers_make_the_same_frames(self, tiny):
+        pipeline, plan = tiny
+        asked = dataclasses.replace(plan().config, unroll_layers="yes")
+        unrolled = VideoPipeline(unrolled_if_asked(pipeline.model, asked), pipeline.decoder)
+        assert isinstance(unrolled.network, UnrolledWan)
+        assert unrolled_if_asked(pipeline.model, plan().config) is pipeline.model
+        expected, made = (np.concatenate(list(each(TEXT, plan=plan()))).astype(int) for each in (pipeline, unrolled))
+        assert np.abs(made - expected).max() <= 1
+
     @pytest.mark.parametrize("given", [{}, dict(mode="bidirectional"), dict(mode="windows", window=4, frames=8)])
     def test_frames_are_the_decoded_latents(self, tiny, given):
         pipeline, plan = tiny

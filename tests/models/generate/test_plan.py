@@ -143,6 +143,15 @@ class TestRefusals:
             (dict(condition_frames=9), "condition_frames is 9, but there is no --condition to take .*; leave it out"),
             (dict(condition_frames=9, condition="None"), "condition_frames is 9, but there is no --condition"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
+            (
+                dict(mode="bidirectional", unroll_layers="yes"),
+                "unroll_layers is yes, for mode autoregressive, but mode is bidirectional; use auto",
+            ),
+            (dict(mesh="heads=2", unroll_layers="yes"), "mesh is heads=2, which needs layers in their stack"),
+            (
+                dict(compare_dense=True, tile=(3, 30, 52), unroll_layers="yes"),
+                "compare_dense is True, which needs layers in their stack, but unroll_layers is yes; use auto",
+            ),
         ],
     )
     def test_autoregressive(self, given, message):

@@ -16,7 +16,7 @@ from monarchrt.models.sampling.rollout import block_noise, generate_block, start
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache, rebase_cache
-from tests.compiled import compiled_here
+from tests.compiled import array_sizes, compiled_here
 from tests.untyped import programs, there
 
 H, W = 8, 12  # latents; 4 x 6 tokens
@@ -174,6 +174,21 @@ class TestOneProgram:
         shape = (1, 3, H, W, 6)
         generate_block(graph, params, cache, jax.random.key(0), where, rollout=Rollout(), shape=shape)
         assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
+
+    def test_noise_of_all_steps_is_never_there_at_once(self, tiny):
+        model, text = tiny()
+        graph, params = nnx.split(model)
+
+        def largest(steps):
+            rollout = Rollout(steps=tuple(range(1000, 1000 - steps, -1)))
+            cache = jax.eval_shape(
+                partial(start_cache, graph, frames=3, height=H, width=W, rollout=rollout), params, text
+            )
+            frame, shape = jnp.zeros(2, jnp.int32), (1, 3, H, W, 6)
+            traced = generate_block.trace(graph, params, cache, jax.random.key(0), frame, rollout=rollout, shape=shape)
+            return max(array_sizes(traced.jaxpr.jaxpr))
+
+        assert largest(2) == largest(500) < 500 * 3 * H * W * 6
 
     @pytest.mark.parametrize("rollout", [pytest.param(Rollout(), marks=pytest.mark.slow), Rollout(window=60)])
     def test_the_cache_is_written_in_place(self, wan, rollout):

@@ -19,6 +19,7 @@ from monarchrt.models.sampling import (
     unipc_schedule,
 )
 from monarchrt.models.sampling.solve import fresh_noise
+from tests.compiled import array_sizes
 
 
 def toy_flow(x, sigma):
@@ -211,6 +212,12 @@ class TestSolvers:
         np.testing.assert_allclose(out, data, atol=1e-5)
         noises = np.stack([draw(n) for n in range(3)])
         assert np.abs(np.corrcoef(noises.reshape(3, -1))[np.triu_indices(3, 1)]).max() < 0.9
+
+    def test_noise_of_all_steps_is_never_there_at_once(self):
+        table = sampler_table("few-step", steps=tuple(range(1000, 500, -1)))
+        run = lambda x, key: sample(lambda x, t: toy_flow(x, t / 1000), x, table, key=key)  # noqa: E731
+        sizes = array_sizes(jax.make_jaxpr(run)(jnp.zeros(5000), jax.random.key(0)).jaxpr)
+        assert max(sizes) <= 2 * 5000  # random bits are made in halves
 
     def test_higher_order_is_more_accurate(self):
         """On a smooth field, at the same number of calls."""

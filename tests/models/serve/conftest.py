@@ -96,6 +96,7 @@ class Client:
         for _ in range(turns):
             if not self.sessions.turn():
                 break
+        self.sessions.finish()
         return drain(self.outbox)
 
 

@@ -13,7 +13,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling import Rollout, autoregressive
 from monarchrt.models.sampling.rollout import generate_block
-from monarchrt.models.serve import Engine, Limits, Outbox, Refusal, Sessions
+from monarchrt.models.serve import Engine, Limits, Outbox, Refusal, Session, Sessions
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
 from tests.compiled import compiled_here
 from tests.models.serve.conftest import drain
@@ -295,6 +295,59 @@ def test_too_many_commands_wait(stage, client):
         session.tell(start())
     session.tell(Stop())
     assert session.run()[0][-1]["reason"] == "stopped"
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What is begun and what is handed out, by the order of both."""
+    done, begin, send = [], Session._begin_block, Session._send
+
+    def begun(self):
+        done.append(f"{self._start.prompt} {self.block}")
+        return begin(self)
+
+    def sent(self, first, block, pictures):
+        done.append(f"{self._start.prompt} {block} sent")
+        send(self, first, block, pictures)
+
+    monkeypatch.setattr(Session, "_begin_block", begun)
+    monkeypatch.setattr(Session, "_send", sent)
+    return done
+
+
+def test_a_block_is_under_way_before_the_one_before_is_fetched(stage, client, log):
+    """Of this session or another; what is asked for in between comes after what is under way, and waits for it."""
+    client(stage(), start("a", frames=9)).run()
+    assert log == ["a 0", "a 1", "a 0 sent", "a 2", "a 1 sent", "a 2 sent"]
+    log.clear()
+    sessions = stage()
+    for name in "ab":
+        client(sessions, start(name, frames=6))
+    while sessions.turn():
+        pass
+    assert log == ["a 0", "b 0", "a 0 sent", "a 1", "b 0 sent", "b 1", "a 1 sent", "b 1 sent"]
+    log.clear()
+    asks = client(stage(), start("a"))
+    for _ in range(3):
+        asks.sessions.turn()
+    asks.tell(Prompt(prompt="another"))
+    asks.sessions.turn()
+    asks.tell(Pause())
+    events, _ = asks.run()
+    assert log == ["a 0", "a 1", "a 0 sent", "a 2", "a 1 sent", "a 2 sent", "a 3", "a 3 sent"]
+    assert of(events, "prompt")[0]["block"] == 3
+    assert types(events)[-2:] == ["block", "paused"]
+
+
+def test_a_paced_block_is_handed_out_at_once(stage, client, clock, log):
+    """Nothing is begun before it is due, nor kept back until then."""
+    paced = client(stage(), start("a", pace=True))
+    paced.run()
+    log.clear()
+    clock.now += 0.11  # a little more than three frames
+    paced.run()
+    number = paced.session.block - 1
+    assert log == [f"a {number}", f"a {number} sent"]
 
 
 def test_nothing_is_compiled_by_sessions(stage, client):

@@ -1,12 +1,13 @@
-"""Times the products of a cached call of Wan 1.3B in FP8 beside bfloat16, by cuBLASLt, on one GPU.
+"""Times the products of a cached call of Wan 1.3B, by cuBLASLt, on one GPU: bfloat16 and FP8, together and apart.
 
-    python benchmarks/fp8.py
+    python benchmarks/products.py
 
 Tokens of a block (3 x 30 x 52 = 4,680) by the weights of a layer: query, key and value in one, output, and both of the
-feed-forward network. Three forms: bfloat16; e4m3 with both sides ready (what a product could take at best); and from
-bfloat16 activations, of which each row is scaled by its largest number and rounded, with weights ready that were scaled
-by column. 8 products with weights of their own in each call. Errors are relative, to float32 products of the bfloat16
-numbers. Whether XLA took its FP8 route is read from the compiled program and said.
+feed-forward network. Three forms: bfloat16 (of query, key and value also as three products); e4m3 with both sides ready
+(what a product could take at best); and from bfloat16 activations, of which each row is scaled by its largest number
+and rounded, with weights ready that were scaled by column. 8 products with weights of their own in each call. Errors
+are relative, to float32 products of the bfloat16 numbers. Whether XLA took its FP8 route is read from the compiled
+program and said.
 """
 
 import functools
@@ -40,6 +41,11 @@ def half(x: Array, w: Array) -> Array:
     return x @ w
 
 
+def thirds(x: Array, *ws: Array) -> list[Array]:
+    """In bfloat16, as three products."""
+    return [x @ w for w in ws]
+
+
 def ready(x: Array, w: Array) -> Array:
     """In e4m3, nothing scaled."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
@@ -66,6 +72,8 @@ def main() -> None:
             "fp8_ready": (ready, x8, [(w,) for w, _ in eights]),
             "fp8": (scaled, x, [(w, s.T) for w, s in eights]),
         }
+        if name == "qkv":
+            arguments["bf16_apart"] = (thirds, x, [tuple(jnp.split(w, 3, axis=1)) for w in ws])
         wanted = jax.jit(functools.partial(jnp.matmul, precision="highest"))(
             *(y.astype(jnp.float32) for y in (x, ws[0]))
         )
@@ -73,16 +81,16 @@ def main() -> None:
             run = compiled(product, left, rights)
             row[f"{kind}_ms"] = milliseconds(lambda run=run, left=left, rights=rights: run(left, rights)) / COPIES
             row[f"{kind}_route"] = "f8" if "cublas$lt$matmul$f8" in run.as_text() else "other"
-            if kind != "fp8_ready":
+            if kind in ("bf16", "fp8"):
                 found = run(left, rights)[0].astype(jnp.float32)
                 row[f"{kind}_error"] = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
         print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
 
-def compiled(product: Callable[..., Array], left: Any, rights: Any) -> Any:
+def compiled(product: Callable[..., Any], left: Any, rights: Any) -> Any:
     """A program of all products of a shape."""
 
-    def run(left: Array, rights: Any) -> list[Array]:
+    def run(left: Array, rights: Any) -> list[Any]:
         return [product(left, *right) for right in rights]
 
     return jax.jit(run, compiler_options=LIBRARY_PRODUCTS).lower(left, rights).compile()
