@@ -33,7 +33,7 @@ class BenchOptions(VideoOptions):
     """Without a checkpoint: random weights of these sizes. Default: wan2.1-t2v-1.3b, with a GPU."""
 
     count: int = 28
-    """Blocks of each video that is timed; percentiles want many."""
+    """Blocks of the stream that is timed; percentiles want many, such as 2000 for five minutes."""
 
     rate: float = 16.0
     """Frames per second of play that blocks should come for."""
