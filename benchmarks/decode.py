@@ -23,19 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from monarch_jax.devices import on_cuda
 from monarchrt.models.vae import WanVAE, vae_config
-from monarchrt.models.vae.causal import plain
+from monarchrt.models.vae.causal import norms, plain
 from monarchrt.models.vae.layers import ChannelNorm, Conv
-from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, norms, supports
+from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 
 MAX_ERROR = 1e-2
 LATENTS = 3
+WAYS: dict[str, Any] = {"xla": "xla", "default": None, "mosaic": "mosaic"}
 PARTS = ("layers", "decoder")
 LAYERS = ((4, 6, 384, 384), (2, 12, 192, 192), (1, 12, 96, 96))  # pixels across one, frames, channels in and out
 OTHERS = (
-    ConvConfig(rows=4, columns=8, groups=2, registers=(216, 40)),
-    ConvConfig(rows=3, columns=16),
-    ConvConfig(kernels=4),
+    ConvConfig(rows=4, columns=8, groups=2, kernels=3, registers=(216, 40)),
+    ConvConfig(rows=3, columns=16, kernels=3),
+    ConvConfig(kernels=3),
 )
 
 
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--others", action="store_true", help="other sizes of the kernel too")
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
+    if not on_cuda(capability=9):
+        sys.exit("error: there is no GPU of the kind that the kernel is for, Hopper; this times nothing else")
     report: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "layers": []}
     for scale, frames, features, out in LAYERS if "layers" in args.parts else ():
         row = layer((frames, args.height // scale, args.width // scale, features), out, args.repeats, args.others)
@@ -102,7 +106,7 @@ def layer(shape: tuple[int, ...], out: int, repeats: int, others: bool) -> dict[
         calls[name] = functools.partial(run, state, past, x, added)
         row[f"{name}_error"] = error(calls[name]()[0, :2], wanted)
     row["apart"] = error(calls["mosaic"](), calls["xla"]())
-    if norms(conv.kernel.shape):  # with the norm and SiLU that follow the first of two
+    if norms("mosaic", conv.kernel.shape):  # with the norm and SiLU that follow the first of two
         norm = ChannelNorm(out, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         run = jax.jit(lambda state, *a, graph=graph: nnx.merge(graph, state).after(*a, norm=norm)[0])
         calls["mosaic_norm"] = functools.partial(run, state, past, x)
@@ -124,14 +128,14 @@ def layer(shape: tuple[int, ...], out: int, repeats: int, others: bool) -> dict[
 
 
 def decoder(height: int, width: int, repeats: int) -> dict[str, Any]:
-    """Three latent frames after the first, both ways."""
+    """Three latent frames after the first: XLA's way, as it is by default, and with all that the kernel can do."""
     row: dict[str, Any] = {"frames": 4 * LATENTS}
     half: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     latents = jax.random.normal(jax.random.key(1), (1, 1 + LATENTS, height // 8, width // 8, 16))
     made, calls = {}, {}
-    for name in ("xla", "mosaic"):
+    for name, implementation in WAYS.items():
         vae = nnx.jit(lambda: WanVAE(vae_config("wan21"), rngs=nnx.Rngs(0), **half))()
-        vae = nnx.merge(nnx.split(nnx.eval_shape(functools.partial(_vae, name)))[0], nnx.split(vae)[1])
+        vae = nnx.merge(nnx.split(nnx.eval_shape(functools.partial(_vae, implementation)))[0], nnx.split(vae)[1])
         cache = vae.init_decoder_cache(1, height, width)
         graph, state = nnx.split(vae)
         first = jax.jit(lambda state, *a, graph=graph: nnx.merge(graph, state).decode_first(*a))
@@ -142,7 +146,7 @@ def decoder(height: int, width: int, repeats: int) -> dict[str, Any]:
         made[name] = calls[name]()[0]
         jax.block_until_ready(made[name])
         row[f"{name}_compiled_s"] = round(time.perf_counter() - began, 1)
-    row["apart"] = error(made["mosaic"], made["xla"])
+    row["apart"] = max(error(made[name], made["xla"]) for name in made)
     if not row["apart"] <= 5 * MAX_ERROR:  # some 30 layers, each rounded
         sys.exit(f"error: the frames differ: {json.dumps(row)}")
     for name, call in calls.items():

@@ -13,6 +13,7 @@ program and said.
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from monarch_jax.devices import on_cuda
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
 
 TOKENS = 4680
@@ -59,6 +61,8 @@ def scaled(x: Array, w: Array, columns: Array) -> Array:
 
 def main() -> None:
     """Prints a line for each shape."""
+    if not on_cuda(capability=9):
+        sys.exit("error: there is no GPU with FP8 products, Hopper or later; this times nothing else")
     print(jax.devices()[0].device_kind, jax.__version__)
     for name, (inner, outer) in SHAPES.items():
         keys = jax.random.split(jax.random.key(0), 2)

@@ -59,6 +59,7 @@ def run(monkeypatch, tmp_path):
             "ring=1 is below",
         ),
         ("generate", [], "there is no GPU"),
+        ("decode", [], "there is no GPU"),
         ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
         ("generate", ["--tiny", "--attention", "dens"], "'dens' is not a kind of attention; kinds: dense, monarch"),
         ("model", ["--small", "--attention", "top_k(keep=2)"], "top_k: keep=2"),

@@ -8,25 +8,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from monarch_jax.devices import on_cuda
 from monarchrt.models.broadcasting import along_last
 
 type Implementation = Literal["mosaic", "xla"]
 
 
 def by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct, kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel takes a convolution of [B, T, H, W, C]."""
-    if implementation != "mosaic":
+    """Whether the kernel takes a convolution of [B, T, H, W, C]; if nothing is said, where it is known to be quick."""
+    if implementation == "xla" or (implementation is None and not on_cuda()):
         return False
-    from monarchrt.pallas_kernels.sm90.convolution import supports
+    from monarchrt.pallas_kernels.sm90.convolution import measured, supports
 
-    return supports(x, kernel) is None
+    return supports(x, kernel) is None and (implementation == "mosaic" or measured(kernel))
 
 
-def norms(kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel can normalise what it makes."""
+def norms(implementation: Implementation | None, kernel: tuple[int, ...]) -> bool:
+    """Whether the kernel also normalises what it makes, which was not measured yet."""
     from monarchrt.pallas_kernels.sm90.convolution import norms
 
-    return norms(kernel)
+    return implementation == "mosaic" and norms(kernel)
 
 
 def causal_convolution(

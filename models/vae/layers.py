@@ -26,9 +26,9 @@ TORCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # to
 class Conv(nnx.Module):
     """Convolution over time, rows and columns that pads rows and columns only; time is the caller's.
 
-    Causal ones of 3x3x3 may run by a kernel for Hopper, see `WanVAE`. Others run as a 2-D convolution (or a matrix
-    product, if the kernel has one row and column) over frames, with the kernel's steps in time side by side in the
-    channels. XLA lays 2-D convolutions in half precision out channels last on NVIDIA GPUs, as the tensor cores want
+    Causal ones of 3x3x3 run on Hopper by a kernel of their own, see `WanVAE`. Others run as a 2-D convolution (or a
+    matrix product, if the kernel has one row and column) over frames, with the kernel's steps in time side by side in
+    the channels. XLA lays 2-D convolutions in half precision out channels last on NVIDIA GPUs, as the tensor cores want
     them, but not 3-D ones.
 
     Args:
@@ -117,7 +117,7 @@ class Conv(nnx.Module):
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
         latest = jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
         if self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape):
-            kernel, whole = self.kernel[...].astype(self.dtype), norms(self.kernel.shape)
+            kernel, whole = self.kernel[...].astype(self.dtype), norms(self.implementation, self.kernel.shape)
             y = causal_convolution(
                 past,
                 x,

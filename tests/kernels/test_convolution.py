@@ -14,7 +14,7 @@ from jax import lax
 from monarchrt.models.vae import WanVAE, causal, vae_config
 from monarchrt.models.vae.layers import ChannelNorm, Conv
 from monarchrt.pallas_kernels.sm90 import convolution as kernel
-from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, conv_config, convolution, supports
+from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.untyped import there
 
@@ -145,11 +145,6 @@ def test_what_it_serves(frames, weights, reason):
     assert said is None if reason is None else reason in said
 
 
-def test_sizes_waste_little():
-    wide, low, narrow = conv_config(480, 832, 96), conv_config(120, 208, 384), conv_config(480, 832, 3)
-    assert [(x.rows, x.columns, x.out) for x in (wide, low, narrow)] == [(6, 8, 96), (3, 16, 96), (6, 8, 32)]
-
-
 def test_the_vae_calls_it(monkeypatch):
     """Each entry of a batch with its past, the bias and what is added; and the gradient is that of XLA's way."""
     monkeypatch.setattr(kernel, "convolution", causal.plain)
@@ -170,7 +165,7 @@ def test_the_vae_calls_it(monkeypatch):
         return (jnp.sin(y) ** 2).sum() + (jnp.sin(normed) ** 2).sum(), (y, normed, new)
 
     results = []
-    monkeypatch.setattr("monarchrt.models.vae.layers.norms", lambda _: True)
+    monkeypatch.setattr("monarchrt.models.vae.layers.norms", lambda *_: True)
     for taken in (False, True):
         monkeypatch.setattr("monarchrt.models.vae.layers.by_kernel", lambda *_, taken=taken: taken)
         both = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True))
@@ -183,11 +178,20 @@ def test_the_vae_calls_it(monkeypatch):
 
 
 def test_a_vae_says_how(monkeypatch):
-    """The kernel is taken by who is told to, unless the GPU is another."""
+    """The kernel is taken by who is told to, and on the GPU that it is for where it was measured."""
     vae = nnx.eval_shape(lambda: WanVAE(vae_config("wan21"), rngs=nnx.Rngs(0), implementation="mosaic"))
     asked = [module for _, module in nnx.iter_modules(vae) if isinstance(module, Conv)]
     assert {conv.implementation for conv in asked} == {"mosaic"}
-    served = frames_of(480, 832, 96), (3, 3, 3, 96, 96)
-    assert [causal.by_kernel(name, *served) for name in ("mosaic", "xla", None)] == [True, False, False]
+    ways, frames = ("mosaic", "xla", None), frames_of(480, 832, 96)
+
+    def taken(out):
+        return [causal.by_kernel(way, frames, (3, 3, 3, 96, out)) for way in ways]
+
+    assert taken(96) == taken(384) == [True, False, False]
+    monkeypatch.setattr("monarchrt.models.vae.causal.on_cuda", lambda: True)
+    assert taken(96) == taken(192) == [True, False, True]
+    assert taken(384) == taken(3) == [True, False, False]
+    assert [causal.norms(way, (3, 3, 3, 96, 96)) for way in ways] == [True, False, False]
+    assert not causal.norms("mosaic", (3, 3, 3, 96, 192))
     monkeypatch.setattr(kernel, "cuda_capability", lambda: 8.0)
-    assert not causal.by_kernel("mosaic", *served)
+    assert taken(96) == [False, False, False]
