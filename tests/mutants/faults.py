@@ -30,6 +30,7 @@ SPLIT = ("tests/attention/test_partitioning.py",)
 MOSAIC = ("tests/kernels/test_mosaic.py",)
 MOSAIC_BACK = ("tests/kernels/test_mosaic_backward.py",)
 TRITON = ("tests/kernels/test_triton.py",)
+CONVOLUTION = ("tests/kernels/test_convolution.py",)
 LISTED = ("tests/models/attention/test_listed.py",)
 VAE = ("tests/models/vae/test_vae.py",)
 UMT5 = ("tests/models/umt5/test_encoder.py",)
@@ -240,7 +241,36 @@ FAULTS = (
         VAE,
         "clipped",
     ),
-    Fault("models/vae/layers.py", "x.shape[-1] ** 0.5", "x.shape[-1]", VAE, "test_encode"),
+    Fault("models/vae/causal.py", "x.shape[-1] ** 0.5", "x.shape[-1]", VAE, "test_encode"),
+    Fault("models/vae/layers.py", "y[:, a : a + height,", "y[:, :height,", VAE, "test_decode"),
+    Fault(
+        "models/vae/layers.py",
+        "[[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]",
+        "[[[1, 0, 0], [0, 1, 1]], [[1, 0, 0], [0, 1, 1]]]",
+        VAE,
+        "test_decode",
+    ),
+    Fault(
+        "pallas_kernels/sm90/convolution.py",
+        "jnp.where(row >= segment, 1, 0)",
+        "jnp.where(row > segment, 1, 0)",
+        CONVOLUTION,
+        "is_a_causal",
+    ),
+    Fault(
+        "pallas_kernels/sm90/convolution.py",
+        "copy(self.past, frame + STEPS - 1)",
+        "copy(self.past, 0 * frame)",
+        CONVOLUTION,
+        "is_a_causal",
+    ),
+    Fault(
+        "pallas_kernels/sm90/convolution.py",
+        "pl.ds(column - 1, config.columns + 2)",
+        "pl.ds(column, config.columns + 2)",
+        CONVOLUTION,
+        "is_a_causal",
+    ),
     # sampling and training
     Fault(
         "models/sampling/schedules.py",
@@ -473,6 +503,13 @@ FAULTS = (
         "range(self.block, self.block)",
         SESSIONS,
         "sees_again",
+    ),
+    Fault(
+        "models/serve/sessions.py",
+        "self.finish(None if begun is None else (due[0], begun))",
+        "self.finish(None if begun is None else (due[0], begun)); self.finish()",
+        SESSIONS,
+        "is_under_way",
     ),
     Fault(
         "models/serve/session.py",
