@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     if not on_cuda(capability=9):
-        sys.exit("error: there is no GPU of the kind that the kernel is for, Hopper; this times nothing else")
+        parser.error("there is no GPU of the kind that the kernel is for, Hopper; this times nothing else")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} must be at least 1")
     report: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "layers": []}
     for scale, frames, features, out in LAYERS if "layers" in args.parts else ():
         row = layer((frames, args.height // scale, args.width // scale, features), out, args.repeats, args.others)

@@ -10,10 +10,10 @@ are relative, to float32 products of the bfloat16 numbers. Whether XLA took its 
 program and said.
 """
 
+import argparse
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +61,10 @@ def scaled(x: Array, w: Array, columns: Array) -> Array:
 
 def main() -> None:
     """Prints a line for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     if not on_cuda(capability=9):
-        sys.exit("error: there is no GPU with FP8 products, Hopper or later; this times nothing else")
+        parser.error("there is no GPU with FP8 products, Hopper or later; this times nothing else")
     print(jax.devices()[0].device_kind, jax.__version__)
     for name, (inner, outer) in SHAPES.items():
         keys = jax.random.split(jax.random.key(0), 2)
