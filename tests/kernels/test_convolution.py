@@ -1,5 +1,9 @@
 """The causal convolution for Hopper: its numbers in the interpreter, what it serves, and how the VAE calls it."""
 
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -16,6 +20,7 @@ from monarchrt.models.vae.layers import ChannelNorm, Conv
 from monarchrt.pallas_kernels.sm90 import convolution as kernel
 from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 from tests.kernels.mosaic_interpreter import interpreted
+from tests.kernels.test_mosaic_compile import H200, NEEDED, missing
 from tests.untyped import there
 
 
@@ -195,3 +200,41 @@ def test_a_vae_says_how(monkeypatch):
     assert not causal.norms("mosaic", (3, 3, 3, 96, 192))
     monkeypatch.setattr(kernel, "cuda_capability", lambda: 8.0)
     assert taken(96) == [False, False, False]
+
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from monarchrt.pallas_kernels.sm90.convolution import convolution
+
+channels, out, adds, norm = map(int, sys.argv[1:])
+topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
+sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+def half(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+frames = half(12, 240, 416, channels), half(12, 240, 416, out) if adds else None, half(out) if norm else None
+x, added, gamma = frames
+inputs = half(2, *x.shape[1:]), x, half(3, 3, 3, channels, out), half(out), added, gamma
+jax.jit(convolution).trace(*inputs).lower().compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(NEEDED)}")
+@pytest.mark.parametrize(("channels", "out", "adds", "norm"), [(192, 192, 1, 0), (96, 96, 0, 1), (96, 3, 0, 0)])
+def test_compiles_for_sm_90a(tmp_path, channels, out, adds, norm):
+    """In the shared memory that a block has, with few spilled numbers and the products left as they are."""
+    dump = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_PLATFORMS": "cpu"}
+    path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", PROGRAM, *map(str, (channels, out, adds, norm))]
+    done = subprocess.run(
+        command, input=H200, env=os.environ | dump | path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (report,) = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert "wgmma" not in report.lower()
+    assert int(there(re.search(r"(\d+) bytes spill stores", report))[1]) <= 250
