@@ -20,7 +20,7 @@ from monarchrt.models.vae.layers import ChannelNorm, Conv
 from monarchrt.pallas_kernels.sm90 import convolution as kernel
 from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 from tests.kernels.mosaic_interpreter import interpreted
-from tests.kernels.test_mosaic_compile import H200, NEEDED, missing
+from tests.kernels.test_mosaic_compile import H200, NEEDED, _missing
 from tests.untyped import there
 
 
@@ -224,7 +224,7 @@ jax.jit(convolution).trace(*inputs).lower().compile()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(NEEDED)}")
+@pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
 @pytest.mark.parametrize(("channels", "out", "adds", "norm"), [(192, 192, 1, 0), (96, 96, 0, 1), (96, 3, 0, 0)])
 def test_compiles_for_sm_90a(tmp_path, channels, out, adds, norm):
     """In the shared memory that a block has, with few spilled numbers and the products left as they are."""

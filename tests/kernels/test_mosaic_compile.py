@@ -15,12 +15,12 @@ from tests.untyped import there
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
-def missing() -> list[str]:
+def _missing() -> list[str]:
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     return [name for name in NEEDED if name not in installed]
 
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(NEEDED)}")
+pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
 # jax 0.12 compiles what is to be linked, with nvJitLink, and the assembler then ignores `setmaxnreg`
 linked = pytest.mark.xfail(
     metadata.version("jax").startswith("0.12"), reason="jax 0.12 gives kernels no registers of their own", strict=False
