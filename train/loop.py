@@ -287,7 +287,8 @@ class _Run:
             said = [step.memory.total for step in steps if step.memory is not None]
             return max(said, default=None)
 
-        available = min(map(device_memory, self.placement.mesh.local_devices))
+        devices = self.placement.mesh.local_devices
+        available = from_first("device memory", lambda: min(map(device_memory, devices)))  # all try the same kinds
         choice = choose(
             roles,
             available=available,
