@@ -1,13 +1,17 @@
 """Settings, logs and the command line, as far as no training is needed."""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -404,6 +408,46 @@ def test_help_into_a_pipe_that_closes():
     done = subprocess.run(command, shell=True, cwd=Path(cli.__file__).parents[3], capture_output=True, text=True)
     assert "usage: monarchrt generate" in done.stdout
     assert done.stderr == ""
+
+
+class Unread(io.StringIO):
+    """What is printed fails when it is written, at once or by `flush`."""
+
+    null: Any
+
+    def __init__(self, error, *, at_once):
+        super().__init__()
+        self.error, self.at_once = error, at_once
+
+    def write(self, text):
+        if self.at_once:
+            raise self.error
+        return len(text)
+
+    def flush(self):
+        raise self.error
+
+    def fileno(self):
+        return self.null.fileno()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("asked", [["--help"], ["--version"], ["inspect", "--help"], []], ids=str)
+def test_nobody_reads_what_is_printed(asked, at_once, tmp_path, monkeypatch, capsys):
+    """`monarchrt --help | true`, also where each line is written at once."""
+    stream = Unread(BrokenPipeError(), at_once=at_once)
+    with open(tmp_path / "there", "w") as stream.null:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(asked) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_there_is_no_room_for_what_is_printed(tmp_path, monkeypatch, capsys):
+    stream = Unread(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), at_once=False)
+    with open(tmp_path / "there", "w") as stream.null:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["--version"]) == 2
+    assert capsys.readouterr().err.endswith("; free some space\n")
 
 
 def test_help_does_not_load_jax():

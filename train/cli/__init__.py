@@ -3,11 +3,12 @@
 A command is imported only when it is called, so that help is quick and a part that is missing does not stop the rest.
 """
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
@@ -62,19 +63,11 @@ def _main(given: list[str]) -> int:
     debug = bool(os.environ.get(DEBUG_VARIABLE))
     if given and given[0] == "--debug":
         debug, given = True, given[1:]
-    if not given or given[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if given else 2
-    if given[0] == "--version":
-        print(f"monarchrt {importlib.import_module('monarch_jax').__version__}")
-        return 0
-    name, *rest = given
-    leave_out_cuda()
     if not debug:
         _quiet_storage()
     try:
-        with stoppable():
-            return _run(name, rest)
+        with _flushed():
+            return _answer(given)
     except UserError as error:
         if debug:
             raise
@@ -83,7 +76,7 @@ def _main(given: list[str]) -> int:
     except KeyboardInterrupt as error:
         print(_one_line(error) or "stopped", file=sys.stderr)
         return getattr(error, "code", 130)
-    except BrokenPipeError:  # `monarchrt train --help | head`
+    except BrokenPipeError:  # `monarchrt train --help | head`, `monarchrt --version | true`
         to_nowhere(sys.stdout.fileno())
         return 0
     except MemoryError as error:
@@ -104,6 +97,32 @@ def _main(given: list[str]) -> int:
         reason = _one_line(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         print(f"error: {reason}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
+
+
+def _answer(given: list[str]) -> int:
+    """What is asked of the program itself, or a command's."""
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"monarchrt {importlib.import_module('monarch_jax').__version__}")
+        return 0
+    leave_out_cuda()
+    with stoppable():
+        return _run(given[0], given[1:])
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Writes what is printed while it can still be said that nobody reads it, or that there is no room for it."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            to_nowhere(sys.stdout.fileno())  # or it would be tried again, and fail, at exit
+            raise
 
 
 def _run(name: str, arguments: list[str]) -> int:
