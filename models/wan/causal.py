@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
 from monarchrt.models.sharding import constrain
-from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, split_tokens, whole_layer
+from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
+from monarchrt.models.wan.tokens import pad_rope, split_tokens
 from monarchrt.models.wan.unrolled import over_layers
 
 
@@ -194,7 +195,7 @@ def cached_forward(
     check_cache(model, cache, latents.shape[0], grid)
     start = cache.length if frame is None else frame
     tokens = model.embed_latents(latents, timesteps)
-    rope = rope_table(grid, config.head_dim, start_frame=start)
+    rope, per_frame = pad_rope(rope_table(grid, config.head_dim, start_frame=start)), grid[1] * grid[2]
     graph, state = model.split_blocks(apart=layers is not None)
     x, written = tokens.x, []
     for run, cached in zip(runs, cache.runs, strict=True):
@@ -208,12 +209,12 @@ def cached_forward(
             block_of_layer = nnx.merge(graph, whole_layer(layer, config))
 
             def attend(query, key, value):
-                inputs = partial(block_of_layer.attention_inputs, x, tokens.time_projection)
+                inputs = partial(block_of_layer.attention_inputs, x[:, :, :per_frame], tokens.time_projection)
                 modules = modules_of(block_of_layer)
                 return attention(query, key, value, Context(step=step, block=block, inputs=inputs, modules=modules))
 
-            recompute = config.remat == "full"
-            return split_tokens(block_of_layer(x, tokens.time_projection, rope, cross, attend, recompute=recompute))
+            how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
+            return split_tokens(block_of_layer(x, tokens.time_projection, rope, cross, attend, **how))
 
         x, past = through(run_block, x, (own, cross), past, run, start, config)
         written.append(dataclasses.replace(past, length=None))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Real
 from monarch_jax.contract import SAVED
 from monarchrt.models.attention.base import Attention, Context, Grid, Steps
 from monarchrt.models.attention.blocks import attend_blocks
-from monarchrt.models.sharding import constrain, no_whole_weights, split_batch, splits_weights, whole
+from monarchrt.models.sharding import no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
@@ -31,6 +31,7 @@ from monarchrt.models.wan.layers import (
     small_normal,
 )
 from monarchrt.models.wan.rope import rope_table
+from monarchrt.models.wan.tokens import pad, pad_rope, padded, split_tokens
 
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
@@ -127,7 +128,7 @@ class WanModel(nnx.Module):
         grid = self.check_latents(latents, timesteps, step)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
-        x = self.run_blocks(tokens, self.embed_context(text, image), grid, step=step)
+        x = self._run_blocks(tokens, self.embed_context(text, image), grid, step=step)
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
     def check_latents(self, latents: Array, timesteps: Array, step: Steps = None) -> tuple[int, int, int]:
@@ -179,6 +180,7 @@ class WanModel(nnx.Module):
         project = project if config.remat == "none" else jax.checkpoint(project)
         projection = project(time).reshape(*time.shape[:2], 6, config.dim)
         x = whole(self.patch_embedding, dtype=config.dtype)(latents)
+        x = pad(x, padded(x.shape[2]))
         return Tokens(split_tokens(x), *split_batch((time, projection)))
 
     def embed_context(self, text: Array, image: Array | None = None) -> CrossInputs:
@@ -200,8 +202,20 @@ class WanModel(nnx.Module):
 
         Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth.
         """
+        return self._run_blocks(tokens, context, grid, layers=layers, step=step)[:, :, : grid[1] * grid[2]]
+
+    def _run_blocks(
+        self,
+        tokens: Tokens,
+        context: CrossInputs,
+        grid: tuple[int, int, int],
+        *,
+        layers: int | None = None,
+        step: Steps = None,
+    ) -> Array:
+        """`run_blocks`, with the tokens that a mesh adds."""
         config = self.config
-        rope = rope_table(grid, config.head_dim)
+        rope, per_frame = pad_rope(rope_table(grid, config.head_dim)), grid[1] * grid[2]
         graph, state = self.split_blocks()
         x = tokens.x
         for run in attention_runs(config.layer_attention[:layers]):
@@ -212,12 +226,12 @@ class WanModel(nnx.Module):
                 keys_values = block.cross_attn.keys_values(*context)
 
                 def attention(query, key, value):
-                    inputs = partial(block.attention_inputs, x, tokens.time_projection)
+                    inputs = partial(block.attention_inputs, x[:, :, :per_frame], tokens.time_projection)
                     where = Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
                     return attend_clip(config, setting, query, key, value, grid=grid, context=where)
 
-                recompute = config.remat == "full"
-                x = block(x, tokens.time_projection, rope, keys_values, attention, recompute=recompute)
+                how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
+                x = block(x, tokens.time_projection, rope, keys_values, attention, **how)
                 return split_tokens(x), None
 
             stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
@@ -274,16 +288,17 @@ class WanModel(nnx.Module):
         grid = self.check_latents(latents, timesteps)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
-        x = self.run_blocks(tokens, self.embed_context(text, image), grid, layers=layer)
+        x = self._run_blocks(tokens, self.embed_context(text, image), grid, layers=layer)
         graph, state = nnx.split(self.blocks)
         block = nnx.merge(graph, jax.tree.map(lambda stacked: stacked[layer], state))
         shift, scale = block.modulations(tokens.time_projection)[:2]
-        rope = rope_table(grid, self.config.head_dim)
-        return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope), grid
+        rope, per_frame = pad_rope(rope_table(grid, self.config.head_dim)), grid[1] * grid[2]
+        return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope, per_frame), grid
 
     def unpatchify(self, patches: Array, grid: tuple[int, int, int]) -> Array:
-        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]."""
+        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]; tokens that a mesh added are left out."""
         pt, ph, pw = self.config.patch_size
+        patches = patches[:, :, : grid[1] * grid[2]]
         return rearrange(
             patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c", h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw
         )
@@ -370,11 +385,6 @@ def attend_clip(
         return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=context)
     sizes = config.block_sizes(grid[0])
     return attend_blocks(setting, query, key, value, past=(key, value), grid=grid, sizes=sizes, context=context)
-
-
-def split_tokens(x: Array) -> Array:
-    """The residual stream, [B, F, h*w, D], split along the batch and the tokens of a frame where a mesh says so."""
-    return constrain(x, "batch", None, "tokens", None)
 
 
 def whole_layer(layer: Any, config: WanConfig) -> Any:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
 from monarchrt.models.broadcasting import along_last
-from monarchrt.models.sharding import constrain, on_each_device, parts
+from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
+from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
 
 xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
@@ -91,26 +92,17 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = RMSNorm(config, rngs=rngs), RMSNorm(config, rngs=rngs)
 
     def qkv(
-        self, x: Float[Array, "B F S D"], rope: tuple[Array, Array]
+        self, x: Float[Array, "B F T D"], rope: tuple[Array, Array], tokens: int
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
-        """Rotated queries and keys, and values, over the flattened tokens; on a mesh, split along the heads."""
+        """Rotated queries and keys, and values, of so many tokens of a frame, flattened; on a mesh, split by heads."""
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
         query = rotate(split(self.norm_q(self.q(x))), *rope)
-        key = rotate(split(self.norm_k(self.k(x))), *rope)
-        return tokens_to_heads(query), tokens_to_heads(key), tokens_to_heads(split(self.v(x)))
-
-
-def tokens_to_heads(x: Float[Array, "B F S n d"]) -> Float[Array, "B N n d"]:
-    """Tokens in one axis; on a mesh, split along the heads instead of a frame's tokens (an exchange, as in Ulysses)."""
-    x = constrain(constrain(x, "batch", None, "tokens", None, None), "batch", None, None, "heads", None)
-    return rearrange(x, "b f s n d -> b (f s) n d")
-
-
-def heads_to_tokens(x: Float[Array, "B N n d"], frames: int) -> Float[Array, "B F S D"]:
-    """The way back, by frame and at the width of the residual stream."""
-    x = rearrange(x, "b (f s) n d -> b f s n d", f=frames)
-    x = constrain(constrain(x, "batch", None, None, "heads", None), "batch", None, "tokens", None, None)
-    return rearrange(x, "b f s n d -> b f s (n d)")
+        key, value = rotate(split(self.norm_k(self.k(x))), *rope), split(self.v(x))
+        if parts("heads", self.num_heads) == 1:  # nothing travels, and putting them together would copy
+            own = (y[:, :, :tokens] for y in (query, key, value))
+            query, key, value = (rearrange(y, "b f s n d -> b (f s) n d") for y in own)
+            return query, key, value
+        return tokens_to_heads(jnp.stack([query, key, value], axis=3), tokens)
 
 
 class CrossAttention(nnx.Module):
@@ -185,16 +177,18 @@ class WanBlock(nnx.Module):
         keys_values: tuple[tuple[Array, Array], ...],
         attend: Attend,
         *,
+        tokens: int | None = None,
         recompute: bool = False,
     ) -> Float[Array, "B F S D"]:
         """One block.
 
         Args:
-            x: Residual stream by frame.
+            x: Residual stream by frame, its tokens as many as `padded` says.
             time: Projected timestep embedding, T = F or 1.
             rope: Cosines and sines of the tokens.
             keys_values: Of the cross-attention, as its `keys_values` gives them.
-            attend: (query, key, value) -> output over the flattened tokens.
+            attend: (query, key, value) -> output over the flattened tokens, without those that are added.
+            tokens: Of a frame, without those; None: there are none.
             recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
                 `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
 
@@ -205,11 +199,11 @@ class WanBlock(nnx.Module):
         groups = frame_groups(x.shape, self.ffn.fc1.out_features, self.dtype) if recompute else 1
 
         def project(x, shift, scale):
-            return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope)
+            return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope, x.shape[2] if tokens is None else tokens)
 
         if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
             project = jax.checkpoint(project)
-        out = heads_to_tokens(attend(*project(x, shift, scale)), x.shape[1])
+        out = heads_to_tokens(attend(*project(x, shift, scale)), *x.shape[1:3])
         if groups > 1:
             return self.after_attention_by_groups(x, out, after, keys_values, groups)
         return self.after_attention(x, out, after, keys_values)

@@ -14,6 +14,7 @@ from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, rematerialized
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import rope_table
+from monarchrt.models.wan.tokens import pad_rope
 
 
 def teacher_forced(
@@ -89,7 +90,8 @@ def _run_halves(
 ) -> Array:
     """All layers over [clean; noisy] frames; the noisy half of the residual stream."""
     config, frames = model.config, grid[0]
-    cos, sin = (jnp.concatenate([table, table]) for table in rope_table(grid, config.head_dim))
+    per_frame = grid[1] * grid[2]
+    cos, sin = pad_rope(tuple(jnp.concatenate([table, table]) for table in rope_table(grid, config.head_dim)))
     graph, state = nnx.split(model.blocks)
     x = tokens.x
     for run in attention_runs(config.layer_attention):
@@ -99,7 +101,8 @@ def _run_halves(
             block = nnx.merge(graph, layer)
 
             def where(half: slice, step: Steps = None) -> Context:
-                inputs = partial(block.attention_inputs, x[:, half], tokens.time_projection[:, half])
+                own = x[:, half, :per_frame]
+                inputs = partial(block.attention_inputs, own, tokens.time_projection[:, half])
                 return Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
 
             def attention(query, key, value):
@@ -109,9 +112,9 @@ def _run_halves(
                 sees = attend_blocks(setting, *noisy, past=clean[1:], grid=grid, sizes=sizes, context=context)
                 return jnp.concatenate([seen, sees], axis=1)
 
-            recompute = config.remat == "full"
+            how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
             cross = block.cross_attn.keys_values(*context)
-            x = block(x, tokens.time_projection, (cos, sin), cross, attention, recompute=recompute)
+            x = block(x, tokens.time_projection, (cos, sin), cross, attention, **how)
             return split_batch(x), None
 
         stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)

@@ -1,12 +1,14 @@
 """The notation of meshes, what it refuses, and what the rules make of it."""
 
 import jax
+import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
 from monarchrt.models.sharding import partition, weight_spec
+from monarchrt.models.wan.tokens import pad_rope, padded
 
 
 def abstract(**sizes: int) -> AbstractMesh:
@@ -85,6 +87,15 @@ def test_rules():
     assert weight_spec(abstract(fsdp=40), (40, 7, 7)) == PartitionSpec()  # never the layers
     for shape in ((), (1536,), (30, 1536), (30, 6, 1536), (1, 2, 1536)):
         assert weight_spec(mesh, shape) == PartitionSpec(), shape
+
+
+def test_tokens_that_are_added():
+    """Each device has a multiple of 8, also where tokens do not divide; attention gets none of those that are added."""
+    with use_abstract_mesh(abstract(data=2, heads=2)):
+        assert [padded(tokens) for tokens in (1560, 1568, 7)] == [1568, 1568, 16]
+        cos, sin = jax.eval_shape(pad_rope, (jnp.ones((3, 7, 4)), jnp.ones((3, 7, 4))))
+        assert cos.shape == sin.shape == (3, 16, 4)
+    assert padded(7) == 7
 
 
 def test_nothing_is_split_without_a_mesh():

@@ -171,8 +171,8 @@ config = wan_config(
 )
 graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
 training = make_training(OptimizerConfig(learning_rate=1e-2, eps=1e-3), updates=5)
-numbers = np.random.default_rng(0).normal(size=(2, 8192)).astype(np.float32)
-batch = Batch(numbers[0].reshape(4, 2, 8, 8, 16), numbers[1, :2048].reshape(4, 8, 64))
+numbers = np.random.default_rng(0).normal(size=(2, 14336)).astype(np.float32)
+batch = Batch(numbers[0].reshape(4, 2, 8, 14, 16), numbers[1, :2048].reshape(4, 8, 64))
 @jax.jit
 def create():
     params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))[1:]
@@ -236,19 +236,22 @@ def on_four_devices(environment, *arguments: str) -> dict[str, list[float]]:
 
 
 def test_a_mesh_has_the_gradients_of_one_device(environment):
-    """Weights are gathered once in each pass of a block, and tokens are exchanged for heads around the attention."""
+    """Weights are gathered once in each pass of a block, and tokens are exchanged for heads around the attention.
+
+    28 tokens are no multiple of 8 on each of two devices: some are added.
+    """
     found = on_four_devices(environment, "gradients", "full", "dense", "fsdp=2,heads=2")
     gathers, reduces, exchanges, *parts = found["fsdp=2,heads=2"]
     assert parts == [1.0, 0.5]  # vectors are whole everywhere
     assert gathers <= 2 * (2 * MATRICES) + 8
     assert reduces < 40
-    # q, k, v and the output, of 2 layers, in the forward pass, its repetition and the backward pass
-    assert exchanges == 4 * 2 * 3
+    # q, k and v together, and the output, of 2 layers, in the forward pass, its repetition and the backward pass
+    assert exchanges == 2 * 2 * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("remat", "attention"), [("none", "dense"), ("full", "monarch(tile=(1,4,4))"), ("cheap", "monarch(tile=(1,4,4))")]
+    ("remat", "attention"), [("none", "dense"), ("full", "monarch(tile=(1,4,7))"), ("cheap", "monarch(tile=(1,4,7))")]
 )
 def test_every_mesh_trains_as_one_device_does(environment, remat, attention):
     meshes = ["data=4", "fsdp=4", "heads=4", "data=2,heads=2", "data=2,fsdp=2", "fsdp=2,heads=2"]
