@@ -166,6 +166,14 @@ def checked(parser, options):
     return meshes
 
 
+def line(row):
+    """One row for the terminal."""
+    if "error" in row:
+        return f"{row['mesh']:24} {row['error']}"
+    timed = f"{row['ms']:9.1f} ms {row['rate']:6.1%}" if "rate" in row else ""
+    return f"{row['mesh']:24} {timed} {row['planned_bytes']['total'] / 2**30:6.1f} GiB {row['collectives']}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="wan2.1-t2v-1.3b")
@@ -181,25 +189,27 @@ def main():
     meshes = checked(parser, options)
     if options.ahead is None:
         check(meshes)
-    rows = []
-    for mesh in meshes:
-        row = measure(mesh, options) if options.ahead is None else plan(mesh, options)
-        rows.append(row)
-        one = next((other for other in rows if other["devices"] == 1), None)
-        if one is not None and "ms" in row:  # clips a second for each device
-            row["rate"] = row["clips"] / row["devices"] / row["ms"] * one["ms"] / one["clips"]
-        rate = f"{row['rate']:6.1%}" if "rate" in row else ""
-        planned = row["planned_bytes"]["total"] / 2**30
-        timed = f"{row['ms']:9.1f} ms {rate}" if "ms" in row else ""
-        print(f"{row['mesh']:24} {timed} {planned:6.1f} GiB {row['collectives']}", flush=True)
+    rows: list[dict[str, Any]] = []
     report = {
         "device": jax.devices()[0].device_kind if options.ahead is None else f"none: compiled for {options.ahead}",
         "jax": jax.__version__,
         "options": vars(options) | {"out": None},
         "rows": rows,
     }
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    for mesh in meshes:
+        try:
+            row = measure(mesh, options) if options.ahead is None else plan(mesh, options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            row = {"mesh": str(mesh), "devices": mesh.size, "error": "out of memory"}
+        rows.append(row)
+        one = next((other for other in rows if other["devices"] == 1 and "ms" in other), None)
+        if one is not None and "ms" in row:  # clips a second for each device
+            row["rate"] = row["clips"] / row["devices"] / row["ms"] * one["ms"] / one["clips"]
+        print(line(row), flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

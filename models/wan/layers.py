@@ -199,7 +199,9 @@ class WanBlock(nnx.Module):
         groups = frame_groups(x.shape, self.ffn.fc1.out_features, self.dtype) if recompute else 1
 
         def project(x, shift, scale):
-            return self.self_attn.qkv(self.modulated(self.norm1, x, shift, scale), rope, x.shape[2] if tokens is None else tokens)
+            return self.self_attn.qkv(
+                self.modulated(self.norm1, x, shift, scale), rope, x.shape[2] if tokens is None else tokens
+            )
 
         if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
             project = jax.checkpoint(project)
