@@ -91,7 +91,8 @@ def _run_halves(
     """All layers over [clean; noisy] frames; the noisy half of the residual stream."""
     config, frames = model.config, grid[0]
     per_frame = grid[1] * grid[2]
-    cos, sin = pad_rope(tuple(jnp.concatenate([table, table]) for table in rope_table(grid, config.head_dim)))
+    cos, sin = pad_rope(rope_table(grid, config.head_dim))
+    rope = jnp.concatenate([cos, cos]), jnp.concatenate([sin, sin])
     graph, state = nnx.split(model.blocks)
     x = tokens.x
     for run in attention_runs(config.layer_attention):
@@ -114,7 +115,7 @@ def _run_halves(
 
             how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
             cross = block.cross_attn.keys_values(*context)
-            x = block(x, tokens.time_projection, (cos, sin), cross, attention, **how)
+            x = block(x, tokens.time_projection, rope, cross, attention, **how)
             return split_batch(x), None
 
         stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
