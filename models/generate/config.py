@@ -196,7 +196,7 @@ class GenerateConfig:
 
     unroll_layers: Literal["auto", "yes", "no"] = "auto"
     """Autoregressive: copy each layer's weights out of their stack, so that no call does: with a GPU it takes some 5%
-    less, and longer to compile. Auto: for sessions with a GPU."""
+    less, and longer to compile. Auto: for sessions with a GPU, and no mesh."""
 
     weights: str | None = None
     """Set of weights of a .pt file, for example generator_ema."""

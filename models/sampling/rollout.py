@@ -4,6 +4,7 @@ A block is denoised and its keys and values are then rewritten from the finished
 compiled program, the same for every block: a scan over the sampler's rows and one more, with the cache donated.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from monarchrt.models.attention.blocks import block_sizes
@@ -26,6 +28,7 @@ from monarchrt.models.sharding import constrain
 from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import (
     WanCache,
+    bytes_on_each,
     cached_forward,
     cross_keys_values,
     init_cache,
@@ -344,12 +347,13 @@ class LiveRollout:
         rollout: Settings.
         frames: Latent frames in all, given ones included; None, with a window: without end.
         negative: Embedding of the negative prompt, for guidance.
+        mesh: The devices that share the network's work, where its parameters are; None: the mesh that is set, if any.
 
     Attributes:
         frame: Index of the next block's first frame.
         key: As given; another one is for the blocks that follow.
         shape: Of a frame's latents with the batch, (B, H, W, C).
-        held: Bytes that the cache of keys and values takes.
+        held: Bytes that the cache of keys and values takes, on each device of a mesh.
 
     Raises:
         ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
@@ -366,6 +370,7 @@ class LiveRollout:
         rollout: Rollout,
         frames: int | None = None,
         negative: Float[Array, "B M E"] | None = None,
+        mesh: Mesh | None = None,
     ):
         config = model.config
         if config.patch_size[0] != 1 or config.in_channels != config.out_channels:
@@ -387,11 +392,13 @@ class LiveRollout:
         self.frame, self.key, self.shape = 0, key, (text.shape[0], height, width, config.out_channels)
         self._rollout, self._frames, self._head_dim = rollout, frames, config.head_dim
         self._graph, self._params = halves
+        self._mesh = mesh
         self._text = self._context(text, negative)
         self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
         # what does not fit is found here
-        cache = jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)
-        self.held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        with self._on_mesh():
+            cache = jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)
+            self.held = bytes_on_each(cache)
         self._cache: WanCache | None = None
         self._begun = False  # and if there is no cache then, a call failed that it was donated to
         self._base = 0  # the absolute frame that the cache calls 0
@@ -415,15 +422,18 @@ class LiveRollout:
             Its latents, float32.
         """
         shape = (self.shape[0], self.next_count, *self.shape[1:])
-        latents, self._cache = generate_block(
-            self._graph, self._params, self._room(), self.key, self._where(), noise, rollout=self._rollout, shape=shape
-        )
+        with self._on_mesh():
+            cache, where = self._room(), self._where()
+            latents, self._cache = generate_block(
+                self._graph, self._params, cache, self.key, where, noise, rollout=self._rollout, shape=shape
+            )
         self.frame += shape[1]
         return latents
 
     def write(self, latents: Float[Array, "B F H W C"]) -> None:
         """Takes given latents, such as an image's or a clip's, as the next block."""
-        self._write(latents, 0.0)
+        with self._on_mesh():
+            self._write(latents, 0.0)
         self._given = self.frame
 
     def set_text(self, text: Float[Array, "B L E"], negative: Float[Array, "B M E"] | None = None) -> None:
@@ -437,7 +447,8 @@ class LiveRollout:
             raise ValueError(f"text has shape {context.shape}; the video began with {self._text.shape}.")
         self._text = context
         if self._cache is not None:
-            self._cache = write_text(self._graph, self._params, self._cache, context)
+            with self._on_mesh():
+                self._cache = write_text(self._graph, self._params, self._cache, context)
 
     def past_of(self, frame: int) -> list[int]:
         """First frames of the blocks that the block at `frame` can see, sinks and window, in order."""
@@ -462,11 +473,12 @@ class LiveRollout:
         if not starts or self._cache is None:  # from the beginning; or a block failed, and its cache was lost
             self._cache, self._begun = None, False
         self.frame, self._base = 0, 0
-        for number, start in enumerate(starts):
-            if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
-                self._cache = turn_cache(self._cache, frames=base, head_dim=self._head_dim)
-            self.frame, self._base = start, base if number >= sinks else 0
-            self._write(jnp.asarray(past[start]), 0.0 if start < self._given else self._rollout.context_noise)
+        with self._on_mesh():
+            for number, start in enumerate(starts):
+                if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
+                    self._cache = turn_cache(self._cache, frames=base, head_dim=self._head_dim)
+                self.frame, self._base = start, base if number >= sinks else 0
+                self._write(jnp.asarray(past[start]), 0.0 if start < self._given else self._rollout.context_noise)
         self.frame, self._base = frame, base
 
     def _past(self, frame: int) -> tuple[list[int], int, int]:
@@ -488,7 +500,12 @@ class LiveRollout:
         return sinks + [start for start in starts if start >= oldest], len(sinks), oldest - rollout.sink_frames
 
     def _context(self, text: Array, negative: Array | None) -> Array:
-        return text if negative is None or self._rollout.guidance == 1.0 else paired(text, negative)
+        context = text if negative is None or self._rollout.guidance == 1.0 else paired(text, negative)
+        return context if self._mesh is None else jax.device_put(context, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Where calls are dispatched: a mesh is set for the thread that calls, and only meanwhile."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _write(self, latents: Array, timestep: float) -> None:
         self._cache = write_block(

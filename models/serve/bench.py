@@ -120,7 +120,14 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str = "a 
         "cadence": {"fps": fps, "first": seen.first, "gap_ms": seen.gap_ms, "deadlines_met": seen.deadlines_met}
         | {"underruns": seen.underruns, "stood": seen.stood},
         "memory": memory(),
+        **_on_each_device(engine),
     }
+
+
+def _on_each_device(engine: Engine) -> dict[str, Any]:
+    """The memory of each device, by its number, if there are several."""
+    devices = list(engine.held_on(1))
+    return {} if len(devices) == 1 else {"memory_of_devices": {str(device.id): memory(device) for device in devices}}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -195,8 +202,8 @@ def _said(*command: str) -> str | None:
     return None if run.returncode else next(iter(run.stdout.splitlines()), None)
 
 
-def memory() -> dict[str, int]:
-    """Bytes on the first device, now and at most, where it says so."""
-    stats = jax.devices()[0].memory_stats() or {}
+def memory(device: Any = None) -> dict[str, int]:
+    """Bytes on a device, by default the first, now and at most, where it says so."""
+    stats = (device or jax.devices()[0]).memory_stats() or {}
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
     return {name: int(stats[theirs]) for name, theirs in names.items() if theirs in stats}

@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ class Engine:
     """Makes videos of one size, with one set of compiled programs for all of them.
 
     Args:
-        pipeline: Network and decoder.
+        pipeline: Network and decoder, each on the devices that it was made for: blocks go from one to the other.
         rollout: How blocks are made; it needs a window.
         height: Of the latents.
         width: Of the latents.
@@ -80,7 +81,7 @@ class Engine:
             unrolled = {name: unroll_layers(model, cut=cut) for name, model in self.models.items()}
             self.networks, self.models = unrolled, {name: network.model for name, network in unrolled.items()}
             # the stacked layers are let go of
-            self.pipeline = VideoPipeline(next(iter(self.models.values())), pipeline.decoder)
+            self.pipeline = VideoPipeline(next(iter(self.models.values())), pipeline.decoder, mesh=pipeline.mesh)
         self._finite = jax.jit(lambda latents, decoded: jnp.isfinite(latents).all() & decoded)
 
     def _check_sizes(self) -> None:
@@ -200,6 +201,7 @@ class Engine:
             width=width,
             key=jax.random.key(seed),
             rollout=self.rollout,
+            mesh=self.pipeline.mesh,
         )
 
     def start_decoder(self) -> Any:
@@ -212,33 +214,59 @@ class Engine:
         """Frames, whether they and the latents are numbers, and the state after; dispatched, not waited for."""
         decoder, latents = self.pipeline.decoder, jnp.asarray(latents)
         frames, state = decoder.decode(latents, state)
-        return frames, self._finite(latents, decoder.finite(state)), state
+        decoded = decoder.finite(state)  # where the decoder is, to which the latents are copied while both go on
+        return frames, self._finite(jax.device_put(latents, decoded.sharding), decoded), state
 
     def held(self, sessions: int) -> tuple[int, int]:
-        """Bytes of the weights, and of the keys and values and the decoder's state of so many sessions."""
-        config = self.pipeline.model.config
+        """Bytes of the weights, and of the keys and values and the decoder's state of so many sessions.
+
+        Of several devices it is the one with the least room left for them.
+        """
+        return self._fullest(sessions)[1]
+
+    def held_on(self, sessions: int) -> dict[Any, tuple[int, int]]:
+        """The same on each device that the network or the decoder is on."""
+        config, decoder = self.pipeline.model.config, self.pipeline.decoder
         text = jnp.zeros((1, config.text_len, config.text_dim))
         texts = text, None if self.rollout.guidance == 1.0 else text
-        caches = [self.video(texts, 0, attention=name).held for name in self.models]
-        decoder = self.pipeline.decoder
+        cache = max(self.video(texts, 0, attention=name).held for name in self.models)
+        state = _bytes(jax.tree.leaves(jax.eval_shape(functools.partial(decoder.start, 1, *self.latents))))
+        network, decoders = self._weights()
+        own, others = _devices(network), _devices(decoders)
+
+        def on(device: Any) -> tuple[int, int]:
+            each = cache * (device in own) + state * (device in others)
+            return _bytes_on(device, network + decoders), sessions * each
+
+        return {device: on(device) for device in dict.fromkeys([*own, *others])}
+
+    def _weights(self) -> tuple[list[Array], list[Array]]:
+        """Arrays of the network and of the decoder."""
         network = list(self.networks.values())[-1]
-        network = network.params if isinstance(network, UnrolledWan) else nnx.state(network)
-        weights = jax.tree.leaves((network, vars(decoder).get("_state")))
-        states = jax.tree.leaves(jax.eval_shape(functools.partial(decoder.start, 1, *self.latents)))
-        return _bytes(weights), sessions * (max(caches) + _bytes(states))
+        params = network.params if isinstance(network, UnrolledWan) else nnx.state(network)
+        parts = vars(self.pipeline.decoder)
+        return jax.tree.leaves(params), jax.tree.leaves([parts.get("_state"), parts.get("_synthesis")])
+
+    def _fullest(self, sessions: int) -> tuple[Any, tuple[int, int]]:
+        """The device with the least room left, and what it holds."""
+        return min(self.held_on(sessions).items(), key=lambda item: device_memory(item[0]) - sum(item[1]))
 
     def check_memory(self, sessions: int) -> None:
-        """Looks whether so many sessions fit into the device's memory; before anything is compiled.
+        """Looks whether so many sessions fit into the memory of each device; before anything is compiled.
 
         Raises:
             UserError: If they do not; says how much they need.
         """
-        (weights, each), there = self.held(sessions), device_memory(jax.devices()[0])
-        if weights + each > there:
+        device, (weights, each) = self._fullest(sessions)
+        if weights + each > (there := device_memory(device)):
             raise UserError(
-                f"the weights take {_gib(weights)} and {sessions} sessions {_gib(each)}, and the device has "
+                f"the weights take {_gib(weights)} and {sessions} sessions {_gib(each)}, and {self._named(device)} has "
                 f"{_gib(there)}; give fewer --sessions, a shorter --window or smaller videos"
             )
+
+    def _named(self, device: Any) -> str:
+        """What a message calls a device: its number, if there is more than one in use."""
+        return "the device" if len(self.held_on(1)) == 1 else f"device {device.id}"
 
     def warm_up(self) -> None:
         """Compiles everything that sessions run: blocks, another text, computing the past anew, coding both ways.
@@ -253,9 +281,9 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
-            weights, each = self.held(1)
+            device, (weights, each) = self._fullest(1)
             raise UserError(
-                f"the device's memory, {_gib(device_memory(jax.devices()[0]))}, is used up: the weights take "
+                f"the memory of {self._named(device)}, {_gib(device_memory(device))}, is used up: the weights take "
                 f"{_gib(weights)}, a session {_gib(each)}, and programs what is said here: {error}; give a shorter "
                 f"--window or smaller videos"
             ) from error
@@ -305,6 +333,17 @@ def _with_attentions(model: WanModel, attentions: Sequence[str]) -> Mapping[str,
 
 def _bytes(arrays: Sequence[Any]) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def _devices(arrays: Sequence[Array]) -> list[Any]:
+    """Those that arrays are on, in order."""
+    return sorted({device for array in arrays for device in array.devices()}, key=lambda device: device.id)
+
+
+def _bytes_on(device: Any, arrays: Sequence[Array]) -> int:
+    """Of the parts of arrays that are on a device."""
+    shapes = [array.sharding.shard_shape(array.shape) if device in array.devices() else (0,) for array in arrays]
+    return sum(math.prod(shape) * array.dtype.itemsize for shape, array in zip(shapes, arrays, strict=True))
 
 
 def _gib(size: int) -> str:

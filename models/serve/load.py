@@ -14,6 +14,7 @@ from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDec
 from monarchrt.models.generate.load import WanCheckpoint, find_components, half_precision, load_wan, open_checkpoint
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.text import StoredTexts, TextEncoder
 from monarchrt.models.sampling import Rollout
@@ -34,7 +35,7 @@ def load_engine(
 
     Args:
         config: The settings of a generation; of all its videos.
-        unroll: Whether to unroll the network's layers (`unroll_layers`); None: with a GPU.
+        unroll: Whether to unroll the network's layers (`unroll_layers`); None: with a GPU, and no mesh.
         report: Takes lines for the person who waits.
         begins: As `Engine`; None: the frames of the first block.
         attentions: As `Engine`.
@@ -45,7 +46,7 @@ def load_engine(
     Raises:
         UserError: If something is missing, or a setting does not fit.
     """
-    config = _on_one_device(config)
+    config = _block_by_block(config)
     opened = open_checkpoint(config)
     if isinstance(opened, WanCheckpoint):
         encode, material = _wan(config, opened, report)
@@ -73,7 +74,7 @@ def random_engine(
     Raises:
         UserError: If the preset is unknown, or a setting does not fit or needs weights.
     """
-    config = _on_one_device(config)
+    config = _block_by_block(config)
     name = config.decoder or EXACT_DECODER
     if name not in DECODERS:
         raise UserError(f"decoder is {name}, but weights are random here; give {' or '.join(DECODERS)}")
@@ -86,32 +87,33 @@ def random_engine(
     few_step = Defaults(mode="autoregressive", sampler="few-step", distilled=True, causal=True)
     plan = make_plan(config, defaults=few_step, model=sizes)
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
+    where = find_places(config, heads=sizes.num_heads)
     decoder: FrameDecoder
     if name == EXACT_DECODER:
         vae = vae_config("wan21" if sizes.dim >= 1024 else "tiny")
-        decoder = WanDecoder(nnx.jit(lambda: WanVAE(vae, rngs=nnx.Rngs(0), **types))())
+        decoder = WanDecoder(nnx.jit(lambda: WanVAE(vae, rngs=nnx.Rngs(0), **types))(), device=where.decoder)
     else:
-        decoder = TinyDecoder(nnx.jit(lambda: TinyVAE(TinyVAEConfig(), rngs=nnx.Rngs(0), **types))())
+        tiny = nnx.jit(lambda: TinyVAE(TinyVAEConfig(), rngs=nnx.Rngs(0), **types))()
+        decoder = TinyDecoder(tiny, device=where.decoder)
     if decoder.channels != sizes.out_channels:
         raise UserError(
             f"preset {preset} makes latents of {sizes.out_channels} channels, and the {name} decoder takes "
             f"{decoder.channels}; give another preset or --decoder"
         )
-    model = nnx.jit(lambda: WanModel(sizes, rngs=nnx.Rngs(0)))().with_attention(plan.attention)
+    model = where.moved(nnx.jit(lambda: WanModel(sizes, rngs=nnx.Rngs(0)))().with_attention(plan.attention))
     shape = (1, sizes.text_len, sizes.text_dim)
 
     def encode(prompts: Sequence[str]):
         return [jax.random.normal(jax.random.key(row), shape) for row, _ in enumerate(prompts)]
 
     report(f"weights are random, of the sizes of {preset}: no text is encoded, and what is made is noise")
-    return _engine(plan, VideoPipeline(model, decoder), encode, unroll, report)
+    return _engine(plan, VideoPipeline(model, decoder, mesh=where.mesh), encode, unroll, report)
 
 
-def _on_one_device(config: GenerateConfig) -> GenerateConfig:
-    """The settings, block by block; refused if they ask for several devices."""
-    for name in ("mesh", "decoder_device"):
-        if (value := getattr(config, name)) is not None:
-            raise UserError(f"{name} is {value}, but sessions are made on one device; leave it out")
+def _block_by_block(config: GenerateConfig) -> GenerateConfig:
+    """The settings, block by block; refused if several processes would have to take turns in step."""
+    if (count := jax.process_count()) > 1:
+        raise UserError(f"there are {count} processes, but sessions are made by one, on devices of its own; start one")
     return dataclasses.replace(config, mode="autoregressive", unroll_layers="auto")  # the engine does that
 
 
@@ -145,7 +147,7 @@ def _engine(
         negative=NEGATIVE_PROMPT if negative is None else negative,
         begins=begins,
         attentions=attentions,
-        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
+        unroll=jax.default_backend() == "gpu" and pipeline.mesh is None if unroll is None else unroll,
     )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
-from monarchrt.models.sharding import constrain
+from monarchrt.models.sharding import constrain, parts
 from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
@@ -124,6 +124,18 @@ def split_heads[Tree](caches: Tree, heads: int) -> Tree:
         return constrain(x, None, "batch", *(None,) * (x.ndim - 4), "heads", None)
 
     return jax.tree.map(split, caches)
+
+
+def bytes_on_each(cache: WanCache) -> int:
+    """Bytes of a cache on each device of the mesh that is set: `split_heads` splits keys and values, nothing more."""
+    heads, batch = cache.shape.heads, cache.shape.batch
+
+    def split(x: Any) -> bool:
+        return x.ndim >= 4 and x.shape[-2] == heads
+
+    shares = parts("heads", heads) * parts("batch", batch)
+    of_runs = sum(x.size * x.dtype.itemsize // (shares if split(x) else 1) for x in jax.tree.leaves(cache.runs))
+    return of_runs + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.length, cache.cross)))
 
 
 def cross_keys_values(

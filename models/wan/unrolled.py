@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
@@ -82,7 +83,8 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None) -> UnrolledWan:
 
     def layer_of(number: int, x: Any) -> Any:
         if id(x) not in cut:
-            cut[id(x)] = x, [x[n] for n in range(model.config.num_layers)]  # with x itself, whose id is its own then
+            layers = [_layer(x, n) for n in range(model.config.num_layers)]
+            cut[id(x)] = x, layers  # with x itself, whose id is its own then
         return cut[id(x)][1][number]
 
     layers = [jax.tree.map(partial(layer_of, number), stacked) for number in range(model.config.num_layers)]
@@ -94,6 +96,13 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None) -> UnrolledWan:
         structure=jax.tree.structure(layers[0]),
     )
     return UnrolledWan(model=nnx.merge(graph, params.rest), graph=graph, params=params)
+
+
+def _layer(x: Any, number: int) -> Any:
+    """A layer's array of a stack, on a mesh split as the stack is."""
+    if not isinstance(where := getattr(x, "sharding", None), NamedSharding):
+        return x[number]
+    return jax.device_put(x[number], NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
 
 
 def merged(graph: nnx.GraphDef, params: Any) -> tuple[Any, list[Any] | None]:

@@ -42,11 +42,15 @@ async def watch(url, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["run", "wan"])
+@pytest.mark.parametrize("kind", ["run", "wan", "run on devices", "wan on devices"])
 def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_path):
     checkpoint = ["--checkpoint", baseline, "--steps", "1"]
-    if kind == "wan":
+    if kind.startswith("wan"):
         checkpoint = ["--checkpoint", causal_folder, "--components", wan_folder, *SMALL, "--window", "6"]
+    if kind.endswith("devices"):
+        checkpoint += ["--mesh", "heads=2", "--decoder-device", "2"]
+        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3"
+        environment = environment | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "monarchrt", "serve", *map(str, checkpoint), "--port", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         said = []
@@ -124,7 +128,8 @@ class TestBench:
             (["--preset", "tiny", "--checkpoint", "runs/x"], "the checkpoint says its sizes; give one of the two"),
             (["--preset", "tiny", "--lora", "x.safetensors"], "but weights are random here; leave it out"),
             (["--preset", "tiny", "--decoder", "x.pth"], "decoder is x.pth, but weights are random here"),
-            (["--preset", "tiny", "--mesh", "data=2"], "sessions are made on one device"),
+            (["--preset", "tiny", "--mesh", "data=2"], "mesh is data=2, which takes 2 devices, and there is 1"),
+            (["--preset", "tiny", "--decoder-device", "1"], "decoder_device is 1, and there is 1 device"),
             (["generate", "--count", "1"], "count is 1; it must be at least 4"),
             (["generate", "--rate", "nan"], "rate is nan; it must lie in [0.1, 1000]"),
         ],

@@ -158,11 +158,3 @@ def test_one_video_is_no_batch(shape):
 
     with pytest.raises(UserError, match=r"one video is made at a time, which data=\d cannot split; use heads"):
         MeshShape.parse(shape, devices=4).check_one_clip()
-
-
-@pytest.mark.parametrize("settings", [{"mesh": "heads=2"}, {"decoder_device": 1}])
-def test_sessions_are_made_on_one_device(settings):
-    from monarchrt.models.serve.load import load_engine
-
-    with pytest.raises(UserError, match="sessions are made on one device; leave it out"):
-        load_engine(GenerateConfig(checkpoint="nowhere", **settings), report=print)

@@ -350,8 +350,9 @@ def test_a_paced_block_is_handed_out_at_once(stage, client, clock, log):
     assert log == [f"a {number}", f"a {number} sent"]
 
 
-def test_nothing_is_compiled_by_sessions(stage, client):
+def test_nothing_is_compiled_by_sessions(stage, client, engine):
     """Three at once with prompts, seeds, seeks and blends, a beginning and an attention of their own."""
+    engine.warm_up()  # another file's tests may have let go of its programs
     count, sessions = programs(generate_block), stage()
     with compiled_here() as compiled:
         one, other = (client(sessions, start(name, seed=seed)) for name, seed in (("a bird", 8), ("a fish", 9)))
