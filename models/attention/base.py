@@ -285,7 +285,7 @@ def density_of_network(
         >>> from monarchrt.models.attention.notation import parse
         >>> warmed = parse("first_layers(1, dense, monarch)")
         >>> print(density_of_network(warmed, 4, (2, 4, 4)))
-        37.5% of the map, 53.1% with the warm-up
+        50.0% of the map, 62.5% with the warm-up
 
     Args:
         attention: One setting, or one per layer.

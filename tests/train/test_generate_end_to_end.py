@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 
 import av
@@ -86,8 +85,9 @@ def test_an_empty_negative_prompt_is_not_wans_own(wan_folder, tmp_path):
 
 
 def advice(error):
-    """The options that a message says to give."""
-    return shlex.split(there(re.search(r"; give ((?:--\w+ \d+ ?)+)", error))[1])
+    """The options of the settings that a message says to give."""
+    pairs = there(re.search(r"; give (.*), or another tile", error))[1].split(" and ")
+    return [word for pair in pairs for word in f"--{pair}".split()]
 
 
 @pytest.mark.parametrize("sizes", [["--height", "48", "--width", "80"], ["--height", "32", "--width", "80"]])

@@ -150,7 +150,7 @@ class TestRun:
 
     def test_is_no_network(self, trained, tmp_path, capsys):
         for words, message in (
-            (["generate", "--checkpoint", trained, "--out", tmp_path / "a.mp4"], f"and --lora {trained}"),
+            (["generate", "--checkpoint", trained, "--out", tmp_path / "a.mp4"], f"NETWORK --lora {trained}`"),
             (["convert", trained, tmp_path / "a.safetensors", "--to", "orbax"], "choose from official, diffusers"),
         ):
             assert command(*words) == 2
