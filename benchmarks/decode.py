@@ -11,7 +11,6 @@ timed. Medians over --repeats of calls that are sent without waiting for each ot
 import argparse
 import functools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention import clocked
 from flax import nnx
 
 from monarch_jax.devices import on_cuda
@@ -65,17 +65,6 @@ def main() -> None:
         print(json.dumps(report["decoder"]))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def timed(call: Callable[[], Any], repeats: int, calls: int = 10) -> float:
-    """Milliseconds of a call."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)][-1])
-        times.append((time.perf_counter() - begin) / calls * 1000)
-    return round(statistics.median(times), 3)
 
 
 def error(found: jax.Array, wanted: jax.Array) -> float:
@@ -124,7 +113,7 @@ def layer(shape: tuple[int, ...], out: int, repeats: int, others: bool) -> dict[
         if error(calls[f"mosaic_{number}"](), calls["mosaic"]()[0]) > MAX_ERROR:
             sys.exit(f"error: the numbers of {config} are wrong")
     for name, call in calls.items():
-        row[f"{name}_ms"] = timed(call, repeats)
+        row[f"{name}_ms"] = round(clocked(call, (), repeats), 3)
         row[f"{name}_tflops"] = round(row["tflop"] / row[f"{name}_ms"] * 1000)
     return row
 
@@ -152,7 +141,7 @@ def decoder(height: int, width: int, repeats: int) -> dict[str, Any]:
     if not row["apart"] <= 5 * MAX_ERROR:  # some 30 layers, each rounded
         sys.exit(f"error: the frames differ: {json.dumps(row)}")
     for name, call in calls.items():
-        row[f"{name}_ms"] = timed(call, repeats)
+        row[f"{name}_ms"] = round(clocked(call, (), repeats), 3)
     return row
 
 

@@ -13,13 +13,12 @@ program and said.
 import argparse
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from attention import clocked
 from jaxtyping import Array
 
 from monarch_jax.devices import on_cuda
@@ -85,7 +84,7 @@ def main() -> None:
         )
         for kind, (product, left, rights) in arguments.items():
             run = compiled(product, left, rights)
-            row[f"{kind}_ms"] = milliseconds(lambda run=run, left=left, rights=rights: run(left, rights)) / COPIES
+            row[f"{kind}_ms"] = clocked(run, (left, rights), 5) / COPIES
             row[f"{kind}_route"] = "f8" if "cublas$lt$matmul$f8" in run.as_text() else "other"
             if kind in ("bf16", "fp8"):
                 found = run(left, rights)[0].astype(jnp.float32)
@@ -100,17 +99,6 @@ def compiled(product: Callable[..., Any], left: Any, rights: Any) -> Any:
         return [product(left, *right) for right in rights]
 
     return jax.jit(run, compiler_options=LIBRARY_PRODUCTS).lower(left, rights).compile()
-
-
-def milliseconds(call: Callable[[], Any], repeats: int = 5, calls: int = 20) -> float:
-    """Median of a call."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)][-1])
-        times.append((time.perf_counter() - begin) / calls * 1000)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class WanModel(nnx.Module):
         grid = self.check_latents(latents, timesteps, step)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
-        x = self._run_blocks(tokens, self.embed_context(text, image), grid, step=step)
+        x = self.run_blocks(tokens, self.embed_context(text, image), grid, step=step, added=True)
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
     def check_latents(self, latents: Array, timesteps: Array, step: Steps = None) -> tuple[int, int, int]:
@@ -197,23 +197,13 @@ class WanModel(nnx.Module):
         *,
         layers: int | None = None,
         step: Steps = None,
+        added: bool = False,
     ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 
         Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth.
+        With `added`, the tokens that a mesh adds are in it.
         """
-        return self._run_blocks(tokens, context, grid, layers=layers, step=step)[:, :, : grid[1] * grid[2]]
-
-    def _run_blocks(
-        self,
-        tokens: Tokens,
-        context: CrossInputs,
-        grid: tuple[int, int, int],
-        *,
-        layers: int | None = None,
-        step: Steps = None,
-    ) -> Array:
-        """`run_blocks`, with the tokens that a mesh adds."""
         config = self.config
         rope, per_frame = pad_rope(rope_table(grid, config.head_dim)), grid[1] * grid[2]
         graph, state = self.split_blocks()
@@ -236,7 +226,7 @@ class WanModel(nnx.Module):
 
             stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
             x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
-        return x
+        return x if added else x[:, :, :per_frame]
 
     def split_blocks(self, *, apart: bool = False) -> tuple[nnx.GraphDef, Any]:
         """Structure of a layer, and the state of all, stacked.
@@ -288,7 +278,7 @@ class WanModel(nnx.Module):
         grid = self.check_latents(latents, timesteps)
         self.check_context(latents.shape[0], text, image)
         tokens = self.embed_latents(latents, timesteps)
-        x = self._run_blocks(tokens, self.embed_context(text, image), grid, layers=layer)
+        x = self.run_blocks(tokens, self.embed_context(text, image), grid, layers=layer, added=True)
         graph, state = nnx.split(self.blocks)
         block = nnx.merge(graph, jax.tree.map(lambda stacked: stacked[layer], state))
         shift, scale = block.modulations(tokens.time_projection)[:2]

@@ -34,7 +34,8 @@ def test_kernels_lower_and_agree(next_jax):
     }
     program = "import jax, os, sys, pytest; assert jax.__version__ == os.environ['EXPECTED_JAX'], jax.__version__; "
     program += "sys.exit(pytest.main(sys.argv[1:]))"
-    tests = ["tests/kernels/test_mosaic.py", "tests/kernels/test_mosaic_backward.py", "tests/kernels/test_triton.py"]
+    names = ("mosaic", "mosaic_backward", "triton", "triton_calls")
+    tests = [f"tests/kernels/test_{name}.py" for name in names]
     chosen = ["-q", "-p", "no:cacheprovider", "-k", "lower or one_text", *tests]
     command = [sys.executable, "-c", program, *chosen]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=800)
