@@ -13,6 +13,7 @@ from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import choose
 from monarch_jax.checks import array, flag, index, positive
 from monarch_jax.contract import Problem
+from monarch_jax.intermediates import check_intermediates
 from monarch_jax.partitioning import split_like, whole_tokens
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
@@ -34,6 +35,7 @@ def monarch_attention(
     causal_block: int | None = None,
     kv_frames: int | Int[Array, ""] | None = None,
     keep_intermediates: bool = False,
+    intermediates: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Nq H D"]:
     """Tiled MonarchAttention over the tokens of a video (MonarchRT, arXiv 2602.12271, Section 4).
@@ -72,6 +74,11 @@ def monarch_attention(
             (4.3 GB a call for 81 frames of 480p with tile (1, h, w), a third of it with (3, h, w)). For calls whose
             residuals do not pile up, as in a checkpointed layer. The others compute them again in any case; results
             are the same.
+        intermediates: What alpha and Y are rounded to between the two stages: None, the inputs' dtype; or "e4m3", 8
+            bits with a scale for every vector [D] (`monarch_jax.intermediates`), for half the bytes through memory
+            where memory bounds the kernels. Changes the numbers, by about 8 times what bfloat16 does: for inference.
+            "reference" and "xla" compute the same numbers at their own speed; "mosaic" stores 8 bits; "triton" does
+            not serve it. Gradients are XLA's, at the rounded alpha and Y.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
             or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
 
@@ -79,7 +86,8 @@ def monarch_attention(
         [B, F_q*h*w, H, D] in the inputs' dtype.
 
     Raises:
-        ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames or the implementation's name do not fit.
+        ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames, intermediates or the implementation's name
+            do not fit.
         NotImplementedError: If the implementation asked for cannot serve this call; says why.
     """
     query, key, value = _arrays(query, key, value)
@@ -92,7 +100,7 @@ def monarch_attention(
             if isinstance(kv_frames, int):  # what is known when tracing costs nothing when running
                 spec, key, value, kv_frames = kept, key[:, : kept.key_tokens], value[:, : kept.key_tokens], None
     q, k, v = (tokens_to_tiles(x, spec) for x in whole_tokens(query, key, value))
-    options = {"scale": scale, "keep": keep, "implementation": implementation}
+    options = {"scale": scale, "keep": keep, "intermediates": intermediates, "implementation": implementation}
     out = tiles_to_tokens(attend_tiles(spec, q, k, v, kv_frames=kv_frames, **options), spec)
     return split_like(out, query)
 
@@ -219,9 +227,12 @@ def attend_tiles(
     implementation: str | None,
     grad_tiles: int | None = None,
     keep: bool = False,
+    intermediates: str | None = None,
 ) -> Float[Array, "B A b1 b2 H D"]:
     """The operation on arrays that are in tiles already (a KV cache keeps its keys so); arguments are checked."""
-    problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), grad_tiles=grad_tiles, keep=keep)
+    check_intermediates(intermediates)
+    changes = {"grad_tiles": grad_tiles, "keep": keep, "intermediates": intermediates}
+    problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), **changes)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
     return choose(implementation, problem, *shapes).attend(problem, q, k, v, visible_tiles(spec, kv_frames))
 

@@ -279,6 +279,7 @@ class MonarchKVCache:
         scale: float | None = None,
         causal_block: int | None = None,
         layer: int | Int[Array, ""] | None = None,
+        intermediates: str | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B N H D"]:
         """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
@@ -294,6 +295,7 @@ class MonarchKVCache:
                 block at a time, or equal parts of one.
             layer: Which layer's keys and values, in a cache with `layers`; a traced one is not checked here, but where
                 it is written.
+            intermediates: As in `monarch_attention`.
             implementation: Backend.
 
         Returns:
@@ -319,6 +321,7 @@ class MonarchKVCache:
         (whole,) = whole_tokens(query, tiles=key)
         tiles, frames = (tokens_to_tiles(whole, spec), key, value), self.valid_frames
         options = {"scale": scale, "implementation": implementation, "grad_tiles": self._grad_tiles()}
+        options["intermediates"] = intermediates
         if self.rolling and options["grad_tiles"] is not None:
             out = _attend_newest_last(spec, *tiles, frames, self._newest_places(), options)
         else:

@@ -29,6 +29,8 @@ class Problem:
         grad_tiles: How many of the last visible key tiles need gradients of k and v (a cache's newest block); the
             gradients of the other tiles are not used and may be left zero. None: all tiles need them.
         keep: Whether the forward pass of a differentiated call may keep alpha, c_L and Y for the backward pass.
+        intermediates: What alpha and Y are rounded to between the two stages, as `intermediates.stored` says; None:
+            to the inputs' dtype, or less. Gradients are those at the rounded alpha and Y.
     """
 
     scale: float
@@ -36,6 +38,7 @@ class Problem:
     masked: bool = False
     grad_tiles: int | None = None
     keep: bool = False
+    intermediates: str | None = None
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from monarch_jax.attention import monarch_attention
 from monarch_jax.backends import check_name
 from monarch_jax.cache import MonarchKVCache
 from monarch_jax.checks import array, flag, float_dtype, positive, triple
+from monarch_jax.intermediates import check_intermediates
 from monarch_jax.spec import MonarchSpec
 
 
@@ -25,6 +26,7 @@ def attention_fn(
     blocks: str = "fh,w",
     num_iters: int = 1,
     causal_block: int | None = None,
+    intermediates: str | None = None,
     implementation: str | None = None,
 ) -> Callable[..., jax.Array]:
     """Monarch attention as the `attention_fn` of `nnx.MultiHeadAttention` or Linen's `MultiHeadDotProductAttention`.
@@ -43,6 +45,7 @@ def attention_fn(
         blocks: Layout.
         num_iters: Refinement steps T.
         causal_block: Frames per causal block.
+        intermediates: What alpha and Y are rounded to.
         implementation: Backend.
 
     Returns:
@@ -55,6 +58,7 @@ def attention_fn(
     """
     MonarchSpec(grid=grid, tile=tile, blocks=blocks, num_iters=num_iters, causal_block=causal_block)
     check_name(implementation)
+    check_intermediates(intermediates)
     run = functools.partial(
         monarch_attention,
         grid=grid,
@@ -62,6 +66,7 @@ def attention_fn(
         blocks=blocks,
         num_iters=num_iters,
         causal_block=causal_block,
+        intermediates=intermediates,
         implementation=implementation,
     )
 
@@ -126,6 +131,7 @@ class MonarchSelfAttention(nnx.Module):
         dtype: Of the computation; None means that of inputs and parameters.
         param_dtype: Of the parameters.
         keep_intermediates: As in `monarch_attention`.
+        intermediates: As in `monarch_attention`.
         implementation: Backend.
         rngs: Keys for the parameters.
 
@@ -148,6 +154,7 @@ class MonarchSelfAttention(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         keep_intermediates: bool = False,
+        intermediates: str | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -166,6 +173,7 @@ class MonarchSelfAttention(nnx.Module):
         dtype = None if dtype is None else float_dtype("dtype", dtype)
         param_dtype = float_dtype("param_dtype", param_dtype)
         check_name(implementation)
+        check_intermediates(intermediates)
         if not isinstance(rngs, nnx.Rngs):
             raise ValueError(f"rngs={rngs!r} is not flax.nnx.Rngs, such as nnx.Rngs(0).")
         general = functools.partial(
@@ -179,6 +187,7 @@ class MonarchSelfAttention(nnx.Module):
         self.tile = None if tile is None else spec.tile_shape
         self.blocks, self.num_iters = blocks, num_iters
         self.causal_block, self.implementation = causal_block, implementation
+        self.intermediates = intermediates
         self.keep_intermediates = flag("keep_intermediates", keep_intermediates)
         self.features = features
 
@@ -213,6 +222,7 @@ class MonarchSelfAttention(nnx.Module):
             num_iters=self.num_iters,
             causal_block=self.causal_block,
             keep_intermediates=self.keep_intermediates,
+            intermediates=self.intermediates,
             implementation=self.implementation,
         )
         return self.out(out)
@@ -250,7 +260,11 @@ class MonarchSelfAttention(nnx.Module):
         query, key, value = self._project(x, rope)
         cache = cache.append(key, value, frame=frame)
         out = cache.attend(
-            query, num_iters=self.num_iters, causal_block=self.causal_block, implementation=self.implementation
+            query,
+            num_iters=self.num_iters,
+            causal_block=self.causal_block,
+            intermediates=self.intermediates,
+            implementation=self.implementation,
         )
         return self.out(out), cache
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.contract import Problem, accumulator_dtype, visibility
+from monarch_jax.intermediates import stored
 
 EPSILON, MAX_FACTOR = 1e-6, 1e4  # guard on 1/c_R from the second step on: c_R can underflow
 
@@ -41,7 +42,7 @@ def factors(
         z = problem.scale * _einsum(f"bhackjd,{letters}->bhackjl", alpha_r, k) * factor
         # the update of R (paper, A.2)
         right, log_right = jax.nn.softmax(z, -1), jax.nn.log_softmax(z, -1)
-        alpha = _einsum(f"bhackjl,{letters}->bhacjkd", right, k)
+        alpha = stored(_einsum(f"bhackjl,{letters}->bhacjkd", right, k), problem.intermediates)
         c_l = (right * log_right).sum(-1)  # negative entropy, [b,h,a,c,k,j]
         scores = problem.scale * _einsum("baijhd,bhacjkd->bhajick", q, alpha)
         scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
@@ -62,7 +63,7 @@ def attend(
     """The output O[a,i,j] = sum_(c,k) L Y with Y = sum_l R V; an `Attend`."""
     left, right = factors(problem, q, k, visible)
     v, letters = _as_seen(problem, v.astype(right.dtype), visible)
-    y = _einsum(f"bhackjl,{letters}->bhacjkd", right, v)
+    y = stored(_einsum(f"bhackjl,{letters}->bhacjkd", right, v), problem.intermediates)
     return _einsum("bhajick,bhacjkd->baijhd", left, y).astype(q.dtype)
 
 

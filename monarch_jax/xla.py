@@ -15,6 +15,7 @@ from jax import lax
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.contract import Problem, Residuals, accumulator_dtype, differentiable, visibility
+from monarch_jax.intermediates import stored
 
 CHUNK_BYTES = 128 * 2**20  # intermediates of one chunk, when a single query tile does not need more
 
@@ -126,8 +127,9 @@ def _right(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array):
     right = jnp.exp(log_right)
     c_l = (right * log_right).sum(-1)
     low = right.astype(q.dtype)
-    alpha = _einsum("bhnckjl,bcklhd->bhncjkd", low, k).astype(q.dtype)
-    y = _einsum("bhnckjl,bcklhd->bhncjkd", low, v).astype(q.dtype)
+    alpha, y = (
+        stored(_einsum("bhnckjl,bcklhd->bhncjkd", low, x), problem.intermediates).astype(q.dtype) for x in (k, v)
+    )
     return right, log_right, alpha, c_l, y
 
 

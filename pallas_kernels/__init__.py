@@ -42,6 +42,8 @@ def supports(
         return f"the inputs are {q.dtype.name}; the tensor cores take {' or '.join(DTYPES)}."
     if dim not in HEAD_DIMS:
         return f"head_dim={dim} is not {' or '.join(map(str, HEAD_DIMS))}."
+    if problem.intermediates:
+        return f"intermediates={problem.intermediates!r}; these kernels keep alpha and Y in the inputs' dtype."
     if right_config(cols, dim) is None:
         return f"b2={cols} columns of keys and values with head_dim={dim} do not fit a block's shared memory."
     return None

@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from monarch_jax import MonarchKVCache, flops, monarch_attention
 from monarch_jax.checks import triple
+from monarch_jax.intermediates import check_intermediates
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tokens_to_tiles
 from monarchrt.models.attention.base import (
@@ -41,6 +42,7 @@ class MonarchAttention(Attention):
         blocks: Which dimensions form the rows and columns of a tile, as `monarch_jax.MonarchSpec.blocks`.
         num_iters: Refinement steps T.
         implementation: Backend of `monarch_jax.monarch_attention`; None picks.
+        intermediates: As in `monarch_jax.monarch_attention`: None, or "e4m3" for alpha and Y in 8 bits, for inference.
         keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` one block's are kept at a time.
     """
 
@@ -48,6 +50,7 @@ class MonarchAttention(Attention):
     tile: tuple[int, int, int] | None = None
     blocks: str = "fh,w"
     num_iters: int = 1
+    intermediates: str | None = None
     implementation: str | None = dataclasses.field(default=None, metadata=HOW)
     keep_intermediates: bool = dataclasses.field(default=False, metadata=HOW)
 
@@ -56,6 +59,7 @@ class MonarchAttention(Attention):
             self._set(tile=triple("tile", self.tile, "(n_f, n_h, n_w)"))
         if not isinstance(self.keep_intermediates, bool):
             raise ValueError(f"keep_intermediates={self.keep_intermediates!r} is not True or False.")
+        check_intermediates(self.intermediates)
         # On a grid that the tile divides, so that what is wrong on any grid is found here.
         self.spec(self.tile or (1, 1, 1))
 
@@ -86,6 +90,7 @@ class MonarchAttention(Attention):
             num_iters=self.num_iters,
             causal_block=clip.causal_block,
             keep_intermediates=self.keep_intermediates,
+            intermediates=self.intermediates,
             implementation=self.implementation,
         )
 
@@ -103,7 +108,13 @@ class MonarchAttention(Attention):
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):
             cache, layer = _retiled(cache, tile, self.blocks, layer), None
-        return cache.attend(query, num_iters=self.num_iters, layer=layer, implementation=self.implementation)
+        return cache.attend(
+            query,
+            num_iters=self.num_iters,
+            layer=layer,
+            intermediates=self.intermediates,
+            implementation=self.implementation,
+        )
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Numbers stored for each entry of the map, 1/b1 + 1/b2 (paper, Section 4.2)."""
