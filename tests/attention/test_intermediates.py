@@ -116,7 +116,7 @@ def test_every_way_in_takes_it():
         lambda: MonarchSelfAttention(16, num_heads=2, intermediates="int8", rngs=nnx.Rngs(0)),
         lambda: parse("monarch(intermediates=int8)"),
     ):
-        with pytest.raises(ValueError, match="intermediates='int8' is not None .* or 'e4m3'"):
+        with pytest.raises(ValueError, match=r"intermediates='int8' is not None .* or 'e4m3'"):
             wrong()
-    with pytest.raises(NotImplementedError, match="'triton' cannot run this call: intermediates='e4m3'"):
+    with pytest.raises(NotImplementedError, match=r"'triton' cannot run this call: intermediates='e4m3'"):
         jax.eval_shape(lambda: monarch_attention(q, k, v, grid=grid, intermediates="e4m3", implementation="triton"))
