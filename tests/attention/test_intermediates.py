@@ -1,5 +1,7 @@
 """alpha and Y in 8 bits: the definition against NumPy, XLA against the definition, errors beside bfloat16's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -24,12 +26,12 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def monarch(q, k, v, frames, rows, cols, off=None):
-    """One step on tiles of a frame [F, rows, cols, D] in float64: the output, and what was rounded off alpha and Y.
+def monarch(q, k, v, grid, off=None):
+    """One step on tiles of a frame, tokens [N, D], in float64: the output, and what was rounded off alpha and Y.
 
     `off` is added in place of a rounding, so that the result is differentiable.
     """
-    q, k, v = (x.reshape(frames, rows, cols, -1) for x in (q, k, v))
+    q, k, v = (x.reshape(*grid, -1) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
     right = softmax(scale * np.einsum("akjd,ckld->ackjl", q, k))
     alpha, y = (np.einsum("ackjl,ckld->ackjd", right, x) for x in (k, v))
@@ -38,7 +40,7 @@ def monarch(q, k, v, frames, rows, cols, off=None):
     scores = scale * np.einsum("aijd,ackjd->ajick", q, alpha)
     scores -= np.einsum("ackjl->ajck", right * np.log(right))[:, :, None]
     left = softmax(scores.reshape(*scores.shape[:3], -1)).reshape(scores.shape)
-    return np.einsum("ajick,ackjd->aijd", left, y).reshape(frames * rows * cols, -1), off
+    return np.einsum("ajick,ackjd->aijd", left, y).reshape(-1, q.shape[-1]), off
 
 
 def test_the_definition(x64):
@@ -48,16 +50,14 @@ def test_the_definition(x64):
     tokens = [jnp.asarray(x)[None, :, None] for x in (q, k, v, g)]
     found = value_and_grads(*tokens, grid=grid, intermediates="e4m3", implementation="reference")
     found = [np.asarray(x)[0, :, 0] for x in found]
-    out, off = monarch(q, k, v, *grid)
+    out, off = monarch(q, k, v, grid)
     assert max(np.abs(x).max() for x in off) > 1e-3
     assert error(found[0], out) < 1e-12
     rng = np.random.default_rng(1)
     for n in range(3):
         step = [np.zeros_like(q) for _ in range(3)]
         step[n] = 1e-6 * rng.standard_normal(q.shape)
-        high, low = (
-            monarch(*(x + sign * d for x, d in zip((q, k, v), step, strict=True)), *grid, off)[0] for sign in (1, -1)
-        )
+        high, low = (monarch(q + x * step[0], k + x * step[1], v + x * step[2], grid, off)[0] for x in (1, -1))
         np.testing.assert_allclose((found[n + 1] * step[n]).sum(), ((high - low) * g).sum() / 2, rtol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_the_largest_entry_is_as_exact_as_in_bfloat16_and_zeros_stay():
 def test_xla_computes_the_same(options):
     grid = (4, 3, 5)
     arrays = inputs(2, grid, batch=1, heads=2, dim=8)
-    options = dict(grid=grid, intermediates="e4m3", **options)
+    options = dict(grid=grid, intermediates="e4m3") | options
     found = value_and_grads(*arrays, implementation="xla", **options)
     expected = value_and_grads(*arrays, implementation="reference", **options)
     for x, y in zip(found, expected, strict=True):
@@ -95,7 +95,8 @@ def test_errors_beside_those_of_bfloat16():
 
 def test_every_way_in_takes_it():
     """The cache, the attention function, the module and the kind; what is no name is refused before any compute."""
-    grid, options = (2, 3, 4), dict(intermediates="e4m3", implementation="xla")
+    grid = (2, 3, 4)
+    options: dict[str, Any] = dict(intermediates="e4m3", implementation="xla")
     q, k, v, _ = inputs(4, grid, batch=1, heads=2, dim=8)
     kind = parse("monarch(intermediates=e4m3, implementation=xla)")
 
