@@ -37,20 +37,31 @@ QUICK = 6  # rows of the default
 CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's side 32 leave room for more stages
     "sparse_key_backward": (
         {"warps": 4},
-        {"warps": 4, "early": True},
-        {"warps": 4, "rows": 32, "stages": 3},
-        {"warps": 4, "rows": 32, "stages": 3, "early": True},
-        {"warps": 4, "rows": 32, "stages": 4, "early": True},
-        {"warps": 4, "stages": 3},
+        {"rows": 32, "stages": 3, "warps": 4},
+        {"rows": 32, "stages": 4, "warps": 4},
+        {"rows": 64, "stages": 3, "warps": 4},
         {"early": True},
     ),
     "sparse_query_backward": (
         {"keys": 32, "stages": 3},
         {"keys": 32, "stages": 2},
         {"keys": 32, "stages": 4},
-        {"stages": 3},
+        {"keys": 64, "stages": 3},
         {"warps": 8},
         {"rows": 64, "warps": 4},
+    ),
+    # the scores' gradients are kept; "key" are the sizes of the kernel that keeps them
+    "sparse_query_product": (
+        {"stages": 3},
+        {"key": {"rows": 64, "stages": 2, "warps": 4}},
+        {"key": {"rows": 32, "stages": 3, "warps": 4}},
+        {"scratch_bytes": 8 * 2**30},
+        {"stages": 4},
+        {"stages": 2},
+        {"keys": 32, "stages": 4},
+        {"warps": 8},
+        {"key": {"warps": 8}},
+        {"key": {"early": True}},
     ),
     "sparse_forward": (
         {"stages": 2},
@@ -117,6 +128,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=130.0, help="begin no row after so many; default: 130")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--sweep", action="store_true", help="time other sizes of blocks, on the kernels alone")
+    parser.add_argument(
+        "--kernels", nargs="+", default=list(CHANGES), choices=list(CHANGES), metavar="KERNEL",
+        help=f"whose sizes --sweep changes, of {', '.join(CHANGES)}; default: all",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="a tiny clip by plain JAX; runs without a GPU")
     args = parser.parse_args()
     args.rows = names if "all" in args.rows else args.rows
@@ -181,8 +196,8 @@ def measure(name: str, grid, arrays, implementation: str) -> dict:
 def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
     """Times changes of each kernel's sizes, for each row whose blocks have other sizes than those before.
 
-    The first is what is used now; one whose results are not the same numbers is left out. Entries of an earlier sweep
-    for other sizes stay.
+    The first is what is used now, and each changes the best so far; one whose results are not the same numbers is left
+    out. Entries of an earlier sweep for other sizes stay.
     """
     where, path, seen = config.target(), args.out / f"sweep_{args.size}.json", set()
     entries = json.loads(path.read_text()) if path.is_file() else {}
@@ -194,31 +209,58 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
         if key in seen:
             continue
         seen.add(key)
-        plain = block_sparse.configs(where, **sizes)
+        best = block_sparse.configs(where, **sizes)
         problem, queries, keys = parts_of(mask, q)
         out, lse = jax.jit(functools.partial(block_sparse.forward, problem))(q, k, v, queries, keys)
         saved = SparseResiduals(q, k, v, out, lse, queries, keys)
-        best: dict[str, dict] = {}
-        for kernel, changed in CHANGES.items():
+        for kernel in args.kernels:
             ahead = kernel == block_sparse.KERNELS[0]
             run = functools.partial(block_sparse.forward if ahead else block_sparse.vjp, problem)
             given = (q, k, v, queries, keys) if ahead else (saved, q)
-            right, least, programs = None, float("inf"), set()
-            for changes in ({}, *changed):
-                one = dataclasses.replace(getattr(plain, kernel), **changes)
-                if changes and one == getattr(plain, kernel):
+            right, least, programs, tried = None, float("inf"), set(), set()
+            for changes in ({}, *CHANGES[kernel]):
+                one = changed(best, kernel, changes)
+                if one in tried:
                     continue
+                tried.add(one)
                 if time.perf_counter() - began > args.seconds:
                     print(f"--seconds {args.seconds} are over.")
                     return
-                with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
+                with block_sparse.use(one):
                     ms, right = attempt(candidate, run, given, right, programs) or (None, right)
                 if ms is None:
                     continue
-                print(f"{name:12s} {kernel:22s} {ms:8.3f} ms  {changes or one}", flush=True)
+                print(f"{name:12s} {kernel:22s} {ms:8.3f} ms  {changes or getattr(one, kernel)}", flush=True)
                 if ms < least:
-                    least, best[kernel], entries[key] = ms, dataclasses.asdict(one), best
+                    least, best, entries[key] = ms, one, entry(one)
                 path.write_text(json.dumps(entries, indent=1))
+
+
+def changed(plain: block_sparse.SparseConfigs, kernel: str, changes: dict) -> block_sparse.SparseConfigs:
+    """The configs with some sizes of one kernel changed; a product that there was not has those of what it replaces."""
+    if not changes:
+        return plain
+    of_kernel = {name: x for name, x in changes.items() if name not in ("key", "scratch_bytes")}
+    base = getattr(plain, kernel) or dataclasses.replace(plain.sparse_query_backward, stages=3)
+    new: dict = {kernel: dataclasses.replace(base, **of_kernel)}
+    if "key" in changes:
+        new["sparse_key_backward"] = dataclasses.replace(plain.sparse_key_backward, **changes["key"])
+    return dataclasses.replace(plain, **new, scratch_bytes=changes.get("scratch_bytes", plain.scratch_bytes))
+
+
+def entry(configs: block_sparse.SparseConfigs) -> dict:
+    """As in triton_kernels/tuned: what is not as it is by default."""
+    given = {field.name: getattr(configs, field.name) for field in dataclasses.fields(configs)}
+    plain = config.Config(rows=0, keys=0)
+    always = ("rows", "keys", "warps", "stages")
+    out: dict = {}
+    for name, x in given.items():
+        if isinstance(x, config.Config):
+            sizes = dataclasses.asdict(x)
+            out[name] = {n: v for n, v in sizes.items() if n in always or v != getattr(plain, n)}
+        elif name == "scratch_bytes" and configs.sparse_query_product:
+            out[name] = x
+    return out
 
 
 def parts_of(mask, q):

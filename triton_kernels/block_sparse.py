@@ -1,7 +1,10 @@
 """Block-sparse attention as Triton kernels: what they serve, their sizes, forward and backward.
 
 The contract is `SparseProblem`, `Side` and `SparseResiduals` of `monarch_jax.contract`. Three launches: output; dQ over
-the lists of the queries; dK and dV over those of the keys. `sparse.py` has the kernels.
+the lists of the queries; dK and dV over those of the keys. Both of the latter compute the scores and their gradients,
+seven products for a pair of blocks. Where `sparse_query_product` is set, dK and dV come first and keep the scores'
+gradients, in the inputs' dtype, for dQ to be one product: five products, for the memory, as many heads at a time as
+`scratch_bytes` holds. `sparse.py` has the kernels.
 """
 
 import contextlib
@@ -23,15 +26,22 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_DIM = 128
 KERNELS = ("sparse_forward", "sparse_query_backward", "sparse_key_backward")
+PRODUCT = "sparse_query_product"  # set, it stands for `sparse_query_backward`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseConfigs:
-    """A `Config` per kernel: `rows` are queries and `keys` keys that a program has or goes through at a time."""
+    """A `Config` per kernel: `rows` are queries and `keys` keys that a program has or goes through at a time.
+
+    `sparse_query_product` is for dQ from scores' gradients that are kept, of which `scratch_bytes` may exist at a time.
+    None computes them again, and so do lists that are too long for one head to fit.
+    """
 
     sparse_forward: Config
     sparse_query_backward: Config
     sparse_key_backward: Config
+    sparse_query_product: Config | None = None
+    scratch_bytes: int = 2 * 2**30
 
 
 _CONFIGS: contextvars.ContextVar[SparseConfigs | None] = contextvars.ContextVar("sparse_configs", default=None)
@@ -79,7 +89,12 @@ def configs(where: Target, *, rows: int, columns: int, dim: int, itemsize: int) 
         return chosen
     best = heuristic(where, rows=rows, columns=columns, dim=dim, itemsize=itemsize)
     entry = tuned(where, key_of(rows=rows, columns=columns, dim=dim, itemsize=itemsize))
-    return dataclasses.replace(best, **{name: Config(**x) for name, x in entry.items()})
+    return dataclasses.replace(best, **{name: _parsed(x) for name, x in entry.items()})
+
+
+def _parsed(value: Any) -> Any:
+    """A number of a tuned entry as it is, None too; else a `Config`."""
+    return Config(**value) if isinstance(value, dict) else value
 
 
 def heuristic(where: Target, *, rows: int, columns: int, dim: int, itemsize: int) -> SparseConfigs:
@@ -90,10 +105,11 @@ def heuristic(where: Target, *, rows: int, columns: int, dim: int, itemsize: int
     m, n = (part(size, side) for size in (rows, columns))
     tall = part(rows, 128) if big and not heavy else m
     deep = 1 if heavy else 3 if big else 2
+    four = where.compute_capability == 90 and not heavy  # two programs share a multiprocessor then
     return SparseConfigs(
         sparse_forward=Config(rows=tall, keys=n, warps=8 if tall > 64 else 4, stages=deep),
         sparse_query_backward=Config(rows=tall, keys=n, warps=8 if tall > 64 else 4, stages=min(deep, 2)),
-        sparse_key_backward=Config(rows=m, keys=n, warps=8, stages=min(deep, 2)),
+        sparse_key_backward=Config(rows=m, keys=n, warps=4 if four else 8, stages=min(deep, 2)),
     )
 
 
@@ -108,6 +124,25 @@ def part(size: int, most: int) -> int:
     return min(sizes, key=lambda x: -(-size // x) * (x + 32))  # as if each part cost 32 tokens more
 
 
+def kept(problem: "SparseProblem", q: Any, queries: "Side", chosen: SparseConfigs) -> jax.ShapeDtypeStruct | None:
+    """Scores' gradients that exist at a time, [B, heads, slots, keys, queries], or None where they are not kept.
+
+    Slot n of a block of queries is for entry n of its list; a slot holds whole parts of both kernels.
+    """
+    product, other = chosen.sparse_query_product, chosen.sparse_key_backward
+    if product is None:
+        return None
+    batch, heads = q.shape[0], q.shape[2]
+    sides = ((problem.columns, max(product.keys, other.keys)), (problem.rows, max(product.rows, other.rows)))
+    slot = tuple(-(-size // part) * part for size, part in sides)
+    slots = queries.first.shape[2] * queries.first.shape[3]
+    fit = chosen.scratch_bytes // (batch * slots * slot[0] * slot[1] * q.dtype.itemsize)
+    if not fit:
+        return None
+    times = -(-heads // fit)
+    return jax.ShapeDtypeStruct((batch, -(-heads // times), slots, *slot), q.dtype)
+
+
 def launches(
     problem: "SparseProblem",
     q: jax.Array | jax.ShapeDtypeStruct,
@@ -115,10 +150,15 @@ def launches(
     queries: "Side",
     keys: "Side",
     chosen: SparseConfigs,
-) -> tuple[Launch, Launch, Launch]:
-    """The calls of forward, dQ, and dK with dV; `chosen` has their sizes."""
+) -> tuple[Launch, ...]:
+    """The calls of the forward pass, the first, and of the backward pass; `chosen` has their sizes.
+
+    Backward: dQ, and dK with dV; or, with scores' gradients that are kept, dK with dV, and dQ, for some heads after the
+    others.
+    """
     batch, tokens, heads, dim = q.shape
     band = problem.width is not None
+    scores = kept(problem, q, queries, chosen)
     common = {
         "NQ": tokens,
         "NK": k.shape[1],
@@ -127,27 +167,69 @@ def launches(
         "DP": power_of_two(dim, 16),
         "ROWS": problem.rows,
         "COLUMNS": problem.columns,
-        "BAND": band,
-        "WIDTH": problem.width if band else 0,
-        "SINK": problem.sink if band else 0,
         "BATCH": batch,
         "PRECISION": "tf32x3" if q.dtype == jnp.float32 else "ieee",
     }
+    mask = {"BAND": band, "WIDTH": problem.width if band else 0, "SINK": problem.sink if band else 0}
 
-    def one(name: str, writes: tuple[str, ...], side: "Side", most: int, of_queries: bool) -> Launch:
-        config: Config = getattr(chosen, name)
+    def one(
+        name: str, config: Config, writes: tuple[str, ...], *, of_queries: bool, heads: int = heads, **more: int
+    ) -> Launch:
+        side, most, part = (queries, problem.rows, config.rows) if of_queries else (keys, problem.columns, config.keys)
         blocks, listed = side.first.shape[2:]
-        parts = -(-most // (config.rows if of_queries else config.keys))
         sizes = {"BLOCKS": blocks, "LISTED": listed, "M": config.rows, "N": config.keys, "STAGES": config.stages}
-        sizes |= {} if of_queries else {"EARLY": config.early}
-        grid = (blocks * parts, heads, batch)
-        return Launch(name, writes, grid, common | sizes, config.warps, config.stages, config.registers)
+        grid = (blocks * -(-most // part), heads, batch)
+        return Launch(name, writes, grid, common | sizes | more, config.warps, config.stages, config.registers)
 
-    return (
-        one(KERNELS[0], ("out", "lse"), queries, problem.rows, True),
-        one(KERNELS[1], ("dq",), queries, problem.rows, True),
-        one(KERNELS[2], ("dk", "dv"), keys, problem.columns, False),
-    )
+    first = one(KERNELS[0], chosen.sparse_forward, ("out", "lse"), of_queries=True, **mask)
+    of_keys, product = chosen.sparse_key_backward, chosen.sparse_query_product
+    if scores is None or product is None:
+        return (
+            first,
+            one(KERNELS[1], chosen.sparse_query_backward, ("dq",), of_queries=True, **mask),
+            one(KERNELS[2], of_keys, ("dk", "dv"), of_queries=False, **mask, EARLY=of_keys.early),
+        )
+    _, most, slots, wide, tall = scores.shape
+    slot = {"HEADS": most, "WIDE": wide, "TALL": tall}
+    key_sizes = mask | slot | {"EARLY": of_keys.early, "SLOTS": slots}
+    calls = [first]
+    for head in range(0, heads, most):
+        n = min(most, heads - head)
+        writes = ("d_scores", "dk", "dv")
+        calls.append(one("sparse_key_scores", of_keys, writes, of_queries=False, heads=n, **key_sizes))
+        calls.append(one(PRODUCT, product, ("dq",), of_queries=True, heads=n, **slot))
+    return tuple(calls)
+
+
+def slots(queries: "Side", keys: "Side", tokens: int) -> jax.Array:
+    """The slot of each entry of the keys' lists, int32 [B, H, blocks of keys, L]; -1 if no list of queries has it.
+
+    Args:
+        queries: Blocks of queries; entry n of list i has slot i * L + n.
+        keys: Blocks of keys.
+        tokens: Of queries or keys, what there are more of.
+
+    Returns:
+        Slots; those beyond a list's count say nothing.
+    """
+    queries, keys = jax.lax.optimization_barrier((queries, keys))  # XLA would fold what is known, for minutes
+    blocks, listed = queries.first.shape[2:]
+    others = keys.first.shape[2]
+
+    def number(starts: jax.Array, first: jax.Array) -> jax.Array:
+        """The block that begins at a token and is not empty; [blocks + 1], [blocks, L]."""
+        begun = jnp.zeros(tokens + 1, jnp.int32).at[starts[1:]].add(1)
+        return jnp.cumsum(begun)[first]
+
+    def of_a_head(queries: "Side", keys: "Side") -> jax.Array:
+        there = jnp.arange(listed)[None] < queries.count[:, None]
+        at = number(keys.starts, queries.first) * blocks + jnp.arange(blocks)[:, None]
+        at = jnp.where(there, at, others * blocks)
+        table = jnp.full(others * blocks, -1, jnp.int32)
+        table = table.at[at].set(jnp.arange(blocks * listed, dtype=jnp.int32).reshape(at.shape), mode="drop")
+        return table[jnp.arange(others)[:, None] * blocks + number(queries.starts, keys.first)]
+
+    return jax.vmap(jax.vmap(of_a_head))(queries, keys)
 
 
 def forward(
@@ -167,7 +249,7 @@ def forward(
         out [B, Nq, H, D] in q's dtype and lse float32 [B, H, Nq], to the base 2, infinite where no key is seen.
     """
     batch, tokens, heads, _ = q.shape
-    call, _, _ = launches(problem, q, k, queries, keys, _configs(problem, q))
+    call = launches(problem, q, k, queries, keys, _configs(problem, q))[0]
     arrays = {"q": q, "k": k, "v": v, "scale": float(problem.scale), **_lists(queries), "key_places": keys.places}
     shapes = {"out": q, "lse": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)}
     results = _run(call, arrays, shapes)
@@ -189,12 +271,26 @@ def vjp(
     """
     r = residuals
     delta = jnp.einsum("bnhd,bnhd->bhn", d_out, r.out, preferred_element_type=jnp.float32)
-    _, of_queries, of_keys = launches(problem, r.q, r.k, r.queries, r.keys, _configs(problem, r.q))
+    chosen = _configs(problem, r.q)
+    calls = launches(problem, r.q, r.k, r.queries, r.keys, chosen)[1:]
     arrays: dict[str, Any] = {"q": r.q, "k": r.k, "v": r.v, "lse": r.lse, "delta": delta}
     arrays |= {"d_out": d_out.astype(r.q.dtype), "scale": float(problem.scale)}
-    gradients = _run(of_queries, arrays | _lists(r.queries) | {"key_places": r.keys.places}, {"dq": r.q})
-    gradients |= _run(of_keys, arrays | _lists(r.keys) | {"query_places": r.queries.places}, {"dk": r.k, "dv": r.v})
-    return gradients["dq"], gradients["dk"], gradients["dv"]
+    of_queries = _lists(r.queries) | {"key_places": r.keys.places}
+    of_keys = _lists(r.keys) | {"query_places": r.queries.places}
+    scores = kept(problem, r.q, r.queries, chosen)
+    results: dict[str, Any] = {"dq": r.q, "dk": r.k, "dv": r.v}
+    if scores is None:
+        gradients = _run(calls[0], arrays | of_queries, results) | _run(calls[1], arrays | of_keys, results)
+        return gradients["dq"], gradients["dk"], gradients["dv"]
+    of_keys["slots"] = slots(r.queries, r.keys, max(r.q.shape[1], r.k.shape[1]))
+    results["d_scores"] = scores
+    done: dict[str, jax.Array] = {}
+    for n, (through_keys, product) in enumerate(zip(calls[::2], calls[1::2], strict=True)):
+        arrays["head"] = n * scores.shape[1]
+        done |= _run(through_keys, arrays | of_keys | done, results)
+        done |= _run(product, arrays | of_queries | done, results)
+        done = jax.lax.optimization_barrier(done)  # the next ones write over what the product has read
+    return done["dq"], done["dk"], done["dv"]
 
 
 def _lists(side: "Side") -> dict[str, jax.Array]:

@@ -24,6 +24,8 @@ KERNELS = {
     "sparse_forward": sparse.sparse_forward,
     "sparse_query_backward": sparse.sparse_query_backward,
     "sparse_key_backward": sparse.sparse_key_backward,
+    "sparse_key_scores": sparse.sparse_key_scores,
+    "sparse_query_product": sparse.sparse_query_product,
 }
 # enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas it finds, with jax[cuda13]
 # CUDA 13.0's at the oldest, while Triton would write for its own, which may be newer

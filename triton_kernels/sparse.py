@@ -247,39 +247,54 @@ def sparse_query_backward(
 @kernel
 def key_step(
     x: tl.tensor, v_c: tl.tensor, q_r: tl.tensor, g_r: tl.tensor, dk_c: tl.tensor, dv_c: tl.tensor, lse_r: tl.tensor,
-    delta_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    deltas: tl.tensor, live_r: tl.tensor, factor: tl.tensor, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Adds what comes through one block of scores [N, M], keys first, to the gradients of keys and values.
 
-    With EARLY the product with the values comes before the exponential, so that what follows runs beside a product; it
-    takes more registers.
+    The third result is the scores' own gradient, in the dtype of the queries. `deltas` are read where they are needed,
+    and the product with the values starts from them: registers are what is short. With EARLY it comes before the
+    exponential.
     """
     if EARLY:
-        d_p = tl.dot(v_c, g_r.T, input_precision=PRECISION)
+        start = tl.broadcast_to(-tl.load(deltas, mask=live_r, other=0.0)[None, :], x.shape)
+        d_p = tl.dot(v_c, g_r.T, start, input_precision=PRECISION)
         p = tl.exp2(x * factor - lse_r[None, :])
         dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
     else:
         p = tl.exp2(x * factor - lse_r[None, :])
         dv_c = tl.dot(p.to(g_r.dtype), g_r, dv_c, input_precision=PRECISION)
-        d_p = tl.dot(v_c, g_r.T, input_precision=PRECISION)
-    d_x = p * (d_p - delta_r[None, :])
-    dk_c = tl.dot(d_x.to(q_r.dtype), q_r, dk_c, input_precision=PRECISION)
-    return dk_c, dv_c
+        start = tl.broadcast_to(-tl.load(deltas, mask=live_r, other=0.0)[None, :], x.shape)
+        d_p = tl.dot(v_c, g_r.T, start, input_precision=PRECISION)
+    d_x = (p * d_p).to(q_r.dtype)
+    dk_c = tl.dot(d_x, q_r, dk_c, input_precision=PRECISION)
+    return dk_c, dv_c, d_x
 
 
 @kernel
-def sparse_key_backward(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
-    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places: tl.tensor,
-    dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
-    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+def keep_scores(
+    d_scores: tl.tensor, slot: tl.tensor, d_x: tl.tensor, c: tl.tensor, m: tl.tensor, live_c: tl.tensor,
+    WIDE: tl.constexpr, TALL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
+    """Writes scores' gradients [N, M] into the slot [WIDE, TALL] of their pair of blocks, if it has one."""
+    at = d_scores + slot.to(tl.int64) * (WIDE * TALL)
+    tl.store(at + c[:, None] * TALL + m[None, :], d_x, mask=live_c[:, None] & (slot >= 0), cache_modifier=".cs")
+
+
+@kernel
+def through_keys(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
+    query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
+    NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDE: tl.constexpr, TALL: tl.constexpr,
+) -> None:  # fmt: skip
+    """dK and dV of N keys; with KEEP also the scores' gradients, in `d_scores` [B, HEADS, SLOTS, WIDE, TALL]."""
     PARTS: tl.constexpr = (COLUMNS + N - 1) // N
     SLICES: tl.constexpr = (ROWS + M - 1) // M
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = head + tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     d, m = tl.arange(0, DP), tl.arange(0, M)
     block, c, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, N)
@@ -297,12 +312,19 @@ def sparse_key_backward(
         query_places += bh * NQ
     first += (bh * BLOCKS + block) * LISTED
     last += (bh * BLOCKS + block) * LISTED
+    if KEEP:
+        slots += (bh * BLOCKS + block) * LISTED
+        d_scores += (b * HEADS + tl.program_id(1)) * SLOTS * (WIDE * TALL)
+        at_c = tl.program_id(0) % PARTS * N + tl.arange(0, N)
     n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
     n_all = tl.load(count + bh * BLOCKS + block) * SLICES
     dk_c = tl.zeros([N, DP], tl.float32)
     dv_c = tl.zeros([N, DP], tl.float32)
     factor = scale * LOG2_E
     at = tl.load(first)
+    slot = at
+    if KEEP:
+        slot = tl.load(slots)
     for n in tl.range(0, n_whole, num_stages=STAGES):
         inside = (n % SLICES) * M + m
         r = at + inside
@@ -310,22 +332,27 @@ def sparse_key_backward(
         q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
         g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
         lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
-        delta_r = tl.load(delta + r, mask=live_r, other=0.0)
         x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
-        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION, EARLY)
+        dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
+        if KEEP:
+            keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
+            slot = following(slots, n, n_all, SLICES)
         at = following(first, n, n_all, SLICES)
     for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        r = at + (n % SLICES) * M + m
+        inside = (n % SLICES) * M + m
+        r = at + inside
         live_r = r < tl.load(last + n // SLICES)
         q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
         g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
         lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
-        delta_r = tl.load(delta + r, mask=live_r, other=0.0)
         x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
         if BAND:
             query_place = tl.load(query_places + r, mask=live_r, other=0)
             x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
-        dk_c, dv_c = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta_r, factor, PRECISION, EARLY)
+        dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
+        if KEEP:
+            keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
+            slot = following(slots, n, n_all, SLICES)
         at = following(first, n, n_all, SLICES)
     keys = wide(c, BATCH * NK * H * D) * (H * D)
     dk += (b * NK * H + h) * D
@@ -335,3 +362,79 @@ def sparse_key_backward(
     if is_last:
         clear_rest(dk, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
         clear_rest(dv, end, NK, d, BATCH * NK * H * D, H * D, D, DP, N)
+
+
+@kernel
+def sparse_key_backward(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places: tl.tensor,
+    dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
+    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
+    through_keys(
+        q, k, v, d_out, lse, delta, starts, first, last, whole, count, first, places, query_places, 0, dk, dk, dv,
+        scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, BATCH, PRECISION, STAGES,
+        EARLY, False, 0, 0, 0, 0,
+    )  # fmt: skip
+
+
+@kernel
+def sparse_key_scores(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
+    query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
+    NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr,
+    TALL: tl.constexpr,
+) -> None:  # fmt: skip
+    """The same of some heads from `head` on, which also keeps the scores' gradients for `sparse_query_product`."""
+    through_keys(
+        q, k, v, d_out, lse, delta, starts, first, last, whole, count, slots, places, query_places, head, d_scores,
+        dk, dv, scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, BATCH, PRECISION,
+        STAGES, EARLY, True, HEADS, SLOTS, WIDE, TALL,
+    )  # fmt: skip
+
+
+@kernel
+def sparse_query_product(
+    k: tl.tensor, d_scores: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, count: tl.tensor,
+    head: tl.tensor, dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
+) -> None:  # fmt: skip
+    """dQ of M queries of the same heads, from the scores' gradients: slot n is for entry n of a block's list.
+
+    Grid (parts of blocks of queries, heads, B).
+    """
+    PARTS: tl.constexpr = (ROWS + M - 1) // M
+    SLICES: tl.constexpr = (COLUMNS + N - 1) // N
+    h, b = head + tl.program_id(1), tl.program_id(2).to(tl.int64)
+    bh = b * H + h
+    d, c = tl.arange(0, DP), tl.arange(0, N)
+    block, r, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, M)
+    m = tl.program_id(0) % PARTS * M + tl.arange(0, M)
+    k += (b * NK * H + h) * D
+    first += (bh * BLOCKS + block) * LISTED
+    last += (bh * BLOCKS + block) * LISTED
+    d_scores += ((b * HEADS + tl.program_id(1)) * BLOCKS + block) * LISTED * (WIDE * TALL)
+    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
+    dq_r = tl.zeros([M, DP], tl.float32)
+    at, stop = tl.load(first), tl.load(last)
+    for n in tl.range(0, n_all, num_stages=STAGES):
+        inside = (n % SLICES) * N + c
+        live_c = at + inside < stop
+        k_c = load_block(k, at + inside, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+        slot = d_scores + wide(n // SLICES, LISTED * WIDE * TALL) * (WIDE * TALL)
+        d_x = tl.load(slot + inside[:, None] * TALL + m[None, :], mask=live_c[:, None], other=0.0)
+        dq_r = tl.dot(d_x.T, k_c, dq_r, input_precision=PRECISION)
+        at, stop = following(first, n, n_all, SLICES), following(last, n, n_all, SLICES)
+    dq += (b * NQ * H + h) * D
+    store_rows(dq, wide(r, BATCH * NQ * H * D) * (H * D), r < end, d, dq_r * scale, D)
+    if is_last:
+        clear_rest(dq, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)

@@ -16,11 +16,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from monarch_jax.block_sparse import IMPLEMENTATIONS, block_mask, block_sparse_attention, choose
+from monarch_jax.block_sparse import IMPLEMENTATIONS, _side, block_mask, block_sparse_attention, choose
 from monarch_jax.contract import Side, SparseProblem, SparseResiduals
 from monarchrt import triton_kernels
 from monarchrt.triton_kernels import block_sparse
-from monarchrt.triton_kernels.config import Target, user_file
+from monarchrt.triton_kernels.block_sparse import SparseConfigs
+from monarchrt.triton_kernels.config import Config, Target, user_file
 from tests.kernels.sparse_cases import CASES, Case, error
 from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, missing, poisoned  # noqa: F401
 
@@ -152,8 +153,8 @@ def test_interpreter_agrees_with_whole_maps():
         assert all(x <= (2e-3 if CASES[name].half else 1e-5) for x in errors.values()), (name, errors)
 
 
-def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat16):
-    """The calls for 480p."""
+def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat16, changes=None):
+    """The calls for 480p, with some sizes changed."""
     tokens, heads = 21 * 30 * 52, 12
     problem = SparseProblem(scale=0.1, rows=rows, columns=columns, width=2560 if band else None, sink=1560)
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)
@@ -165,7 +166,7 @@ def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat
         return Side(*arrays)
 
     sizes = dict(rows=rows, columns=columns, dim=dim, itemsize=x.dtype.itemsize)
-    chosen = block_sparse.configs(Target(capability), **sizes)
+    chosen = dataclasses.replace(block_sparse.configs(Target(capability), **sizes), **(changes or {}))
     return block_sparse.launches(problem, x, x, side(rows), side(columns), chosen)
 
 
@@ -184,6 +185,71 @@ def test_kernels_compile_ahead_of_time(capability, rows, columns, band):
         assert registers <= 255
         assert spills <= 64, f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@pytest.mark.slow
+@missing("triton")
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(("rows", "columns", "band"), [(60, 60, False), (128, 64, True)])
+def test_kept_gradients_compile_ahead_of_time(capability, rows, columns, band):
+    """The sum of a block of keys is the larger part of the registers: four warps hold it, and little else."""
+    keys = Config(rows=32 if capability == 120 else 64, keys=64, warps=4)
+    product = Config(rows=min(128, 64 * (rows // 60)), keys=64, warps=4 * (rows // 60), stages=2)
+    changes = {"sparse_key_backward": keys, "sparse_query_product": product, "scratch_bytes": 2**40}
+    calls = launches(capability, rows, columns, band=band, changes=changes)
+    assert [call.kernel for call in calls] == ["sparse_forward", "sparse_key_scores", "sparse_query_product"]
+    for call in calls[1:]:
+        registers, spills, shared = compile_launch(call, capability)
+        print(capability, rows, columns, call.kernel, registers, spills, shared)
+        assert registers <= 255
+        assert spills <= 320, f"{call.kernel}: {spills} bytes of stack"
+        assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+class TestKeptGradients:
+    CASE = Case(rows=16, columns=16, dim=16, heads=3, ragged=True, query_blocks=7, key_blocks=9)
+
+    def sides(self):
+        mask, heads = mask_of(self.CASE), self.CASE.heads
+        queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, 1, heads)
+        return mask, queries, _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, 1, heads)
+
+    def test_slots_are_places_in_the_lists_of_queries(self):
+        """Pair by pair, with blocks that are empty or not whole."""
+        mask, queries, keys = self.sides()
+        tokens = sum(self.CASE.starts()[n][-1] for n in (0, 1))
+        found = np.asarray(jax.jit(block_sparse.slots, static_argnums=2)(queries, keys, int(tokens)))
+        listed = queries.first.shape[-1]
+        pairs = 0
+        for at in np.ndindex(*mask.queries.count.shape):
+            for n in range(mask.queries.count[at]):
+                block = mask.queries.entries[(*at, n)]  # of queries
+                row = mask.keys.entries[(*at[:2], block)][: mask.keys.count[(*at[:2], block)]]
+                assert found[(*at, n)] == block * listed + row.tolist().index(at[2])
+                pairs += 1
+        assert pairs == mask.keys.count.sum() > 40
+        assert (mask.keys.whole < mask.keys.count).any()
+
+    @pytest.mark.parametrize(("heads_that_fit", "calls"), [(3, 1), (2, 2), (1, 3), (0, None)])
+    def test_memory_is_bounded(self, heads_that_fit, calls):
+        """As many heads at a time as fit; where one does not, the scores' gradients are not kept."""
+        _, queries, keys = self.sides()
+        plain = Config(rows=16, keys=16)
+        chosen = SparseConfigs(**dict.fromkeys((*block_sparse.KERNELS, block_sparse.PRODUCT), plain))
+        problem = SparseProblem(scale=0.25, rows=16, columns=16)
+        q, k = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in self.CASE.arrays()[:2])
+        one_head = queries.first[0, 0].size * 16 * 16 * 4
+        chosen = dataclasses.replace(chosen, scratch_bytes=heads_that_fit * one_head)
+        made = block_sparse.launches(problem, q, k, queries, keys, chosen)
+        scores = block_sparse.kept(problem, q, queries, chosen)
+        if calls is None:
+            assert scores is None
+            assert [call.kernel for call in made] == list(block_sparse.KERNELS)
+            return
+        assert scores is not None
+        assert scores.size * 4 <= chosen.scratch_bytes
+        assert [call.kernel for call in made[1:]] == ["sparse_key_scores", "sparse_query_product"] * calls
+        assert sum(call.grid[1] for call in made[1::2]) == sum(call.grid[1] for call in made[2::2]) == 3
 
 
 @pytest.mark.slow
@@ -246,17 +312,21 @@ def test_every_candidate_of_the_sweep_is_a_program_of_its_own(monkeypatch):
 
     plain = block_sparse.configs(Target(90), rows=60, columns=60, dim=64, itemsize=2)
     with triton_kernels.compile_for(90):
-        for kernel, changed in sweep.CHANGES.items():
+        for kernel, candidates in sweep.CHANGES.items():
             ahead, programs, tried = kernel == block_sparse.KERNELS[0], set(), set()
             run = functools.partial(block_sparse.forward, problem) if ahead else backward
             given = (q, k, v, queries, keys) if ahead else (*saved, g)
-            for changes in ({}, *changed):
-                one = dataclasses.replace(getattr(plain, kernel), **changes)
-                with block_sparse.use(dataclasses.replace(plain, **{kernel: one})):
+            for changes in ({}, *candidates):
+                one = sweep.changed(plain, kernel, changes)
+                if "scratch_bytes" in changes:  # one head's, as it counts for so small a case
+                    both = block_sparse.kept(problem, q, queries, one)
+                    assert both is not None
+                    one = dataclasses.replace(one, scratch_bytes=both.size * both.dtype.itemsize // 2)
+                with block_sparse.use(one):
                     lowered = jax.jit(lambda *x, run=run: run(*x)).trace(*given).lower(lowering_platforms=("cuda",))
                 tried.add(one)
                 programs.add(lowered.as_text())
-            assert len(programs) == len(tried) > 4
+            assert len(programs) == len(tried) > 4, kernel
 
 
 class TestChoice:

@@ -97,15 +97,16 @@ def compile_launch(call, capability, dtype="bf16"):
 
     modules = (left, overlapped, refine, right, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
-    listed = ("starts", "first", "last", "whole", "count", "places", "key_places", "query_places")
-    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", *listed), "*i32") | {"scale": "fp32"}
+    listed = ("starts", "first", "last", "whole", "count", "places", "key_places", "query_places", "slots")
+    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", *listed), "*i32")
+    integers |= {"scale": "fp32", "head": "i32"}
     floats = dict.fromkeys(("stats", "lse", "delta", "dq_left"), "*fp32")
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(inspect.signature(kernel.fn).parameters):
         signature[name] = "constexpr" if name.isupper() else (integers | floats).get(name, f"*{dtype}")
         if name.isupper():
             constants[(n,)] = call.constants[name]
-        elif name != "scale":
+        elif name not in ("scale", "head"):
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": call.warps, "num_stages": call.stages, "maxnreg": call.registers, "enable_fp_fusion": True}

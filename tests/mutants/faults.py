@@ -201,6 +201,8 @@ FAULTS = (
     Fault("triton_kernels/sparse.py", "tl.minimum(n + 1, n_all", "tl.minimum(n, n_all", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "none = top < SEES_NONE", "none = top < LOWEST", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "clear_rest(dv, end, NK", "clear_rest(dv, NK, NK", TRITON, "interpreter_agrees"),
+    Fault("triton_kernels/sparse.py", "+ wide(n // SLICES, LISTED", "+ wide(n, LISTED", TRITON, "interpreter_agrees"),
+    Fault("triton_kernels/sparse.py", "tl.program_id(0) % PARTS * N + tl", "tl", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "| (key_place < SINK)", "| (key_place <= SINK)", TRITON, "interpreter_agrees"),
     Fault(
         "monarch_jax/block_sparse.py",
