@@ -51,7 +51,8 @@ class Start(Message):
         sink_frames: Leading latent frames that it never lets go.
         pace: Whether frames are made as fast as they are played, not faster.
         paused: Whether it waits for `resume` or `step`.
-        video: How frames go out: "jpeg", one a message, or "mp4", a block a message.
+        video: How frames go out: "jpeg", one a message, "mp4", a block a message, or "webrtc".
+        offer: With "webrtc", the client's description of its connection, SDP with all candidates.
         begin: Of an image or a clip that was sent to `/upload`: the video begins with it.
         attention: Its notation, one of those that the server has; None: the first of them.
     """
@@ -68,6 +69,7 @@ class Start(Message):
     pace: bool = True
     paused: bool = False
     video: str = "jpeg"
+    offer: str | None = None
     begin: str | None = None
     attention: str | None = None
 
@@ -146,7 +148,7 @@ MESSAGES: dict[str, type[Message]] = {
     kind.type: kind for kind in (Start, Prompt, Pause, Resume, Step, Seek, Save, Stop, Ping)
 }
 LEAST = {"seed": 0, "frames": 1, "height": 1, "width": 1, "window": 1, "sink_frames": 0, "blend": 0, "blocks": 1}
-LONGEST = {"attention": 1000}
+LONGEST = {"attention": 1000, "offer": 32768}
 MOST = {"seed": LARGEST_SEED, "blend": 64, "blocks": 1024, "block": 2**31 - 1}
 
 

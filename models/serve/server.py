@@ -5,6 +5,7 @@ A client that reads too slowly misses frames, and none is ever waited for.
 
 import asyncio
 import contextlib
+import functools
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from typing import Any
 
 from aiohttp import web
 
+from monarchrt.models.errors import UserError
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import MESSAGES, Refusal, Start, Stop, parse_message
 from monarchrt.models.serve.metrics import Metrics
 from monarchrt.models.serve.outbox import Outbox
+from monarchrt.models.serve.peers import INSTALL, MEDIA, WEBRTC, Ice, Peer, installed
 from monarchrt.models.serve.session import Limits, Session
 from monarchrt.models.serve.sessions import Sessions
 from monarchrt.models.serve.uploads import Uploads
@@ -38,13 +41,27 @@ class Server(WebServer):
         address: Where to listen.
         limits: For clients.
         title: Of the page.
+        ice: With it, frames may go over WebRTC too, for which the extra `webrtc` is needed.
+
+    Raises:
+        UserError: If `ice` is given, and the extra is not installed.
     """
 
-    def __init__(self, engine: Engine, *, address: Address, limits: Limits | None = None, title: str = "MonarchRT"):
-        self.engine, self.limits, self._title = engine, limits or Limits(), title
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        address: Address,
+        limits: Limits | None = None,
+        title: str = "MonarchRT",
+        ice: Ice | None = None,
+    ):
+        if ice is not None and not installed():
+            raise UserError(f"WebRTC was asked for, but {INSTALL}")
+        self.engine, self.limits, self._title, self.ice = engine, limits or Limits(), title, ice
         super().__init__(address, message=self.limits.message)
         self.metrics = Metrics()
-        self._clients = set[_Client]()
+        self._clients, self.peers = set[_Client](), set[asyncio.Task[None]]()
         self._stack = contextlib.ExitStack()
 
     def extend(self, app: web.Application) -> None:
@@ -73,6 +90,8 @@ class Server(WebServer):
         yield
         self.sessions.shut("server stopped")
         await asyncio.to_thread(self._thread.join)
+        if self.peers:
+            await asyncio.wait(self.peers, timeout=CLOSING)
         self._stack.close()
 
     async def _goodbye(self, app: web.Application) -> None:
@@ -104,6 +123,28 @@ class Server(WebServer):
     async def _upload(self, request: web.Request) -> web.Response:
         return await self.uploads.receive(request)
 
+    def formats(self) -> list[str]:
+        """Ways in which frames go out."""
+        even = not any(side % 2 for side in self.engine.size)
+        return self.engine.formats() + [WEBRTC] * (self.ice is not None and even)
+
+    def peer(self, start: Start, outbox: Outbox) -> Peer:
+        """The connection that a client wants for its video; it is not connected yet.
+
+        Raises:
+            Refusal: If there are none here, or it is not offered as it should be.
+        """
+        if WEBRTC not in (formats := self.formats()):
+            why = "is not served here" if installed() else f"cannot be sent here: {INSTALL}"
+            raise Refusal(f"start: video {WEBRTC!a} {why}; there is {', '.join(formats)}", id=start.id)
+        if start.offer is None:
+            raise Refusal(f"start: offer is missing, which video {WEBRTC!a} needs; give the client's SDP", id=start.id)
+        engine, options = self.engine, dict(frames=self.limits.frames, host=self.address.host, ice=self.ice)
+        try:
+            return Peer(outbox, offer=start.offer, size=engine.size, fps=engine.fps, **options)  # type: ignore[arg-type]
+        except UserError as error:
+            raise Refusal(f"start: {error}", id=start.id) from error
+
     def hello(self) -> dict[str, Any]:
         """What a client is told first: what is served here, and the limits."""
         engine, limits = self.engine, self.limits
@@ -112,7 +153,9 @@ class Server(WebServer):
         served |= dict(attentions=list(engine.models), begin_frames=list(engine.begins))
         most = dict(prompt=limits.prompt, message=limits.message, seconds=limits.seconds, idle=limits.idle)
         most |= dict(upload=limits.upload)
-        return hello(title=self._title, **offered(list(MESSAGES), engine.formats()), **served, limits=most)
+        if self.ice is not None:
+            served |= dict(ice_servers=self.ice.described())
+        return hello(title=self._title, **offered(list(MESSAGES), self.formats()), **served, limits=most)
 
 
 class _Client:
@@ -123,6 +166,7 @@ class _Client:
     def __init__(self, server: Server, notify: Callable[[], None]):
         self._server, self._session = server, None
         self._session: Session | None
+        self._peer: Peer | None = None
         self._outbox = Outbox(frames=server.limits.frames, notify=notify)
         self._outbox.event(**server.hello())
 
@@ -139,6 +183,7 @@ class _Client:
         """The connection is gone."""
         self._server._clients.discard(self)
         self._outbox.clear_frames()  # nobody encodes them any more
+        self._leave_peer()
         if self._session is not None:
             self._server.sessions.close(self._session, "disconnected")
 
@@ -167,18 +212,42 @@ class _Client:
 
     def _begin(self, message: Start) -> Session:
         sessions, uploads = self._server.sessions, self._server.uploads
-        if message.begin is None:
-            return sessions.open(message, self._outbox)
-        if (frames := uploads.get(message.begin)) is None:
+        frames = None if message.begin is None else uploads.get(message.begin)
+        if message.begin is not None and frames is None:
             raise Refusal(
                 "start: begin names no upload that is there; send the image or clip to /upload, and say the name of "
                 "the answer",
                 code="no_upload",
                 id=message.id,
             )
-        session = sessions.open(message, self._outbox, begin=frames)
-        uploads.used(message.begin)
+        if message.video == WEBRTC:
+            peer = self._server.peer(message, self._outbox)
+            session = sessions.open(message, peer.outbox, begin=frames, encoding=MEDIA)
+            self._join(peer, session, message.id)
+        else:
+            session = sessions.open(message, self._outbox, begin=frames)
+        if message.begin is not None:
+            uploads.used(message.begin)
         return session
+
+    def _join(self, peer: Peer, session: Session, id: str | None) -> None:
+        """Connects, for the frames of a session; without a connection it is over."""
+        self._leave_peer()
+        self._peer = peer
+
+        def lost(why: str) -> None:
+            self._outbox.event("error", id=id, code="no_peer", message=f"start: {why}")
+            self._server.sessions.close(session, "disconnected")
+
+        answered = functools.partial(self._outbox.event, "answer", id=id)
+        task = asyncio.create_task(peer.run(answered=lambda sdp: answered(sdp=sdp), lost=lost))
+        self._server.peers.add(task)
+        task.add_done_callback(self._server.peers.discard)
+
+    def _leave_peer(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+        self._peer = None
 
 
 def run_server(server: Server) -> None:

@@ -21,7 +21,7 @@ from monarchrt.models.sampling import LiveRollout
 from monarchrt.models.serve.engine import Engine, blended
 from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusal, Resume, Save, Seek, Start, Step, Stop
 from monarchrt.models.serve.outbox import Outbox
-from monarchrt.models.web.encodings import ENCODINGS
+from monarchrt.models.web.encodings import ENCODINGS, Encoding
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
 MOST_OF_ALL = 10_000_000  # of what a server may be told, such as four months of seconds
@@ -130,6 +130,7 @@ class Session:
         observed: Takes measurements.
         submit: Encodes frames: `at_once`, or the `submit` of a pool of threads.
         begin: Frames that the video begins with.
+        encoding: How frames go out; None: as `start` says.
 
     Attributes:
         ended: Why it is over; None while it is not.
@@ -152,12 +153,13 @@ class Session:
         observed: Observed | None = None,
         submit: Submit = at_once,
         begin: UInt8[np.ndarray, "T H W 3"] | None = None,
+        encoding: Encoding | None = None,
     ):
         self._engine, self._start, self.outbox, self._limits, self._clock = engine, start, outbox, limits, clock
         self._folder, self._observed, self._submit, self._begin_with = folder, observed or Observed(), submit, begin
         self.name, self.ended, self.block, self.sent = secrets.token_hex(4), None, 0, 0
         self._last, self._why_last = self._check(start)
-        self._encoding, self._given = ENCODINGS[start.video], dict[int, np.ndarray]()
+        self._encoding, self._given = encoding or self._encoding_of(start), dict[int, np.ndarray]()
         self._commands: deque[Message] = deque()
         self.heard = clock()
         self._playing, self._steps, self._drops = not start.paused, 0, 0
@@ -196,9 +198,6 @@ class Session:
         except UserError as error:
             code = error.code if isinstance(error, Refusal) else "invalid"
             raise Refusal(f"start: {error}", code=code, id=start.id) from error
-        if start.video not in (formats := engine.formats()):
-            known = "cannot be made here" if start.video in ENCODINGS else "is unknown"
-            raise Refusal(f"start: video {start.video!a} {known}; there is {', '.join(formats)}", id=start.id)
         last, why = self._find_last(start)
         if given >= last:
             raise Refusal(
@@ -207,6 +206,15 @@ class Session:
                 id=start.id,
             )
         return last, why
+
+    def _encoding_of(self, start: Start) -> Encoding:
+        """How frames go out, as it is asked for."""
+        if start.video not in (formats := self._engine.formats()):
+            known = "cannot be made here" if start.video in ENCODINGS else "is unknown"
+            raise Refusal(f"start: video {start.video!a} {known}; there is {', '.join(formats)}", id=start.id)
+        if start.offer is not None:
+            raise Refusal(f"start: offer is of no use with video {start.video!a}; leave it out", id=start.id)
+        return ENCODINGS[start.video]
 
     def _find_last(self, start: Start) -> tuple[int, str]:
         engine = self._engine

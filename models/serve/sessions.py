@@ -12,6 +12,7 @@ from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.messages import Message, Refusal, Start
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.serve.session import Block, Limits, Observed, Session, Submit, at_once
+from monarchrt.models.web.encodings import Encoding
 
 
 class Sessions:
@@ -68,13 +69,21 @@ class Sessions:
         """Frames that clients have not read yet."""
         return sum(len(session.outbox) for session in list(self._active))
 
-    def open(self, start: Start, outbox: Outbox, *, begin: UInt8[np.ndarray, "T H W 3"] | None = None) -> Session:
+    def open(
+        self,
+        start: Start,
+        outbox: Outbox,
+        *,
+        begin: UInt8[np.ndarray, "T H W 3"] | None = None,
+        encoding: Encoding | None = None,
+    ) -> Session:
         """A new session; it begins, or waits for a place.
 
         Args:
             start: What the client asks for; of `begin`, it is the caller who knows what is meant.
             outbox: Takes what it is told.
             begin: Frames that the video begins with, of the engine's size, as many as one of `engine.begins`.
+            encoding: How frames go out, if that is no way of `start`.
 
         Raises:
             Refusal: If there is no place to wait, or what it asks for cannot be made.
@@ -99,6 +108,7 @@ class Sessions:
                 observed=self._observed,
                 submit=self._submit,
                 begin=begin,
+                encoding=encoding,
             )
             self._waiting.append(session)
             self._seat()

@@ -82,6 +82,10 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
         (["--seconds", "nan"], "seconds is nan; it must be at least 1"),
         (["--port", "70000"], "port is 70000; it must lie in [0, 65535]"),
         (["--begin", "9", "-1"], "begin is (9, -1); give numbers of frames, such as 9 21, or 0 for none"),
+        (["--ice-servers", "a.example"], "ice_servers has 'a.example'; give stun:HOST:PORT, turn:HOST:PORT or turns:"),
+        (["--ice-servers", "turn:a"], "ice_servers has a TURN server; give --ice-username and --ice-credential too"),
+        (["--ice-username", "u"], "ice_username is of no use without a TURN server"),
+        (["--webrtc", "no", "--ice-servers", "stun:a"], "ice_servers is stun:a, but webrtc is no; leave one of them"),
         (["--prompt", "a cat"], "--prompt"),
         (["--decoder", "tiny"], "which has its own; leave it out"),
     ],
@@ -92,6 +96,14 @@ def test_bad_input_ends_in_one_line(baseline, options, message, capsys, tmp_path
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--webrtc", "yes"], ["--ice-servers", "stun:a"]])
+def test_webrtc_that_is_not_installed(baseline, options, capsys, monkeypatch):
+    monkeypatch.setattr("monarchrt.models.serve.peers.installed", lambda: False)
+    assert serve("--checkpoint", baseline, *options) == 2
+    said = "error: WebRTC was asked for, but aiortc is not installed (pip install 'monarchrt[webrtc]')"
+    assert said in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(baseline, capsys):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -68,6 +68,19 @@ class ServeOptions(VideoOptions):
     key: Path | None = None
     """PEM file of the certificate's key, if it is in another file."""
 
+    webrtc: Literal["auto", "yes", "no"] = "auto"
+    """Frames over WebRTC too, to clients that ask for it. Auto: if aiortc is installed, of `monarchrt[webrtc]`."""
+
+    ice_servers: tuple[str, ...] = ()
+    """For WebRTC across networks: `stun:HOST:PORT`, and `turn:HOST:PORT` or `turns:HOST:PORT?transport=tcp`. Default:
+    none, and no server of others is asked."""
+
+    ice_username: str | None = None
+    """Of the TURN server."""
+
+    ice_credential: str | None = None
+    """Of the TURN server; clients are told it."""
+
     sessions: int = 4
     """Sessions that make videos at once; each holds a cache of keys and values."""
 
@@ -97,6 +110,7 @@ class ServeOptions(VideoOptions):
             object.__setattr__(self, "begin", tuple(self.begin))
             if not self.begin or not all(0 <= frames <= 2**20 for frames in self.begin):
                 raise UserError(f"begin is {self.begin}; give numbers of frames, such as 9 21, or 0 for none")
+        object.__setattr__(self, "ice_servers", tuple(self.ice_servers))
 
 
 def serve_command(arguments: Sequence[str]) -> int:
@@ -108,6 +122,7 @@ def serve_command(arguments: Sequence[str]) -> int:
         )
     with finish_first():
         from monarchrt.models.serve.load import load_engine
+        from monarchrt.models.serve.peers import INSTALL, Ice, installed
         from monarchrt.models.serve.server import Server, run_server
         from monarchrt.models.serve.session import Limits
         from monarchrt.models.web.access import Address, check_port
@@ -122,6 +137,11 @@ def serve_command(arguments: Sequence[str]) -> int:
     address = of(Address)
     address.context()
     limits = Limits(**{name: getattr(options, name) for name in ("sessions", "waiting", "seconds", "idle", "kept")})
+    ice = Ice(servers=options.ice_servers, username=options.ice_username, credential=options.ice_credential)
+    if options.webrtc == "no" and options.ice_servers:
+        raise UserError(f"ice_servers is {' '.join(options.ice_servers)}, but webrtc is no; leave one of them out")
+    if (options.webrtc == "yes" or options.ice_servers) and not installed():
+        raise UserError(f"WebRTC was asked for, but {INSTALL}")
     check_port(address.host, address.port)
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]
@@ -131,7 +151,8 @@ def serve_command(arguments: Sequence[str]) -> int:
     engine.check_memory(limits.sessions)
     _say("compiling")
     engine.warm_up()
-    server = Server(engine, address=address, limits=limits, title=Path(options.checkpoint).name)
+    offered = ice if options.webrtc != "no" and installed() else None
+    server = Server(engine, address=address, limits=limits, title=Path(options.checkpoint).name, ice=offered)
     server.listening = lambda: _say(
         f"ready after {time.monotonic() - begin:.1f} s at {server.url}"
         + ("?token=..., with the token of --token" if address.token else "")

@@ -253,8 +253,8 @@ def test_a_file_that_is_no_certificate(tmp_path):
 @contextlib.contextmanager
 def running(engine, **more):
     """A server in a thread."""
-    limits = more.pop("limits", None)
-    server, up = Server(engine, address=Address(port=0, **more), limits=limits), threading.Event()
+    own = {name: more.pop(name, None) for name in ("limits", "ice")}
+    server, up = Server(engine, address=Address(port=0, **more), **own), threading.Event()
     server.listening = up.set
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(stop)))
