@@ -148,6 +148,7 @@ MESSAGES: dict[str, type[Message]] = {
     kind.type: kind for kind in (Start, Prompt, Pause, Resume, Step, Seek, Save, Stop, Ping)
 }
 LEAST = {"seed": 0, "frames": 1, "height": 1, "width": 1, "window": 1, "sink_frames": 0, "blend": 0, "blocks": 1}
+LONGEST_NAME = 100
 LONGEST = {"attention": 1000, "offer": 32768}
 MOST = {"seed": LARGEST_SEED, "blend": 64, "blocks": 1024, "block": 2**31 - 1}
 
@@ -176,7 +177,8 @@ def parse_message(text: str, *, longest_prompt: int = 4000) -> Message:
     if not isinstance(values, dict):
         raise Refusal(f'the message is {_shown(values)}; it must be an object such as {{"type": "pause"}}')
     name = values.pop("type", None)
-    id = values.get("id") if isinstance(values.get("id"), str) else None
+    id = values.get("id")
+    id = id if isinstance(id, str) and len(id) <= LONGEST_NAME else None
     kind = MESSAGES.get(name) if isinstance(name, str) else None
     if kind is None:
         raise Refusal(f"type is {_shown(name)}; it must be one of {', '.join(MESSAGES)}", code="unknown_type", id=id)
@@ -205,7 +207,7 @@ def _checked(kind: type[Message], values: dict[str, Any], longest_prompt: int) -
 
 def _check_range(name: str, value: Any, longest_prompt: int) -> None:
     if isinstance(value, str):
-        longest = longest_prompt if name in ("prompt", "negative") else LONGEST.get(name, 100)
+        longest = longest_prompt if name in ("prompt", "negative") else LONGEST.get(name, LONGEST_NAME)
         if len(value) > longest:
             raise UserError(f"{name} has {len(value)} characters; at most {longest} are taken")
         if name == "prompt" and not value.strip():

@@ -25,6 +25,7 @@ from monarchrt.models.serve.session import Limits, Session
 from monarchrt.models.serve.sessions import Sessions
 from monarchrt.models.serve.uploads import Uploads
 from monarchrt.models.web.access import Address
+from monarchrt.models.web.encodings import ENCODINGS
 from monarchrt.models.web.server import CLOSING, MOST_CLIENTS, WebServer, hello, offered
 
 MOST_CONNECTIONS = MOST_CLIENTS
@@ -128,15 +129,21 @@ class Server(WebServer):
         even = not any(side % 2 for side in self.engine.size)
         return self.engine.formats() + [WEBRTC] * (self.ice is not None and even)
 
+    def check_format(self, start: Start) -> None:
+        """Raises Refusal unless frames can go out as a client wants them; says how they can."""
+        if start.video in (formats := self.formats()):
+            return
+        why = "cannot be made here" if start.video in ENCODINGS else "is unknown"
+        if start.video == WEBRTC:
+            why = "is not served here" if installed() else f"cannot be sent here: {INSTALL}"
+        raise Refusal(f"start: video {start.video!a} {why}; there is {', '.join(formats)}", id=start.id)
+
     def peer(self, start: Start, outbox: Outbox) -> Peer:
         """The connection that a client wants for its video; it is not connected yet.
 
         Raises:
-            Refusal: If there are none here, or it is not offered as it should be.
+            Refusal: If it is not offered as it should be.
         """
-        if WEBRTC not in (formats := self.formats()):
-            why = "is not served here" if installed() else f"cannot be sent here: {INSTALL}"
-            raise Refusal(f"start: video {WEBRTC!a} {why}; there is {', '.join(formats)}", id=start.id)
         if start.offer is None:
             raise Refusal(f"start: offer is missing, which video {WEBRTC!a} needs; give the client's SDP", id=start.id)
         engine, options = self.engine, dict(frames=self.limits.frames, host=self.address.host, ice=self.ice)
@@ -212,6 +219,7 @@ class _Client:
 
     def _begin(self, message: Start) -> Session:
         sessions, uploads = self._server.sessions, self._server.uploads
+        self._server.check_format(message)
         frames = None if message.begin is None else uploads.get(message.begin)
         if message.begin is not None and frames is None:
             raise Refusal(

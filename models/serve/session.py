@@ -309,7 +309,11 @@ class Session:
             if self._left is not None:
                 self.end(self._left)
             while self._commands and self.ended is None:
-                self._do(self._commands.popleft())
+                self._do(message := self._commands.popleft())
+                if isinstance(
+                    message, Prompt | Seek
+                ):  # may compute the past anew; others are not kept waiting for more
+                    break
             if self.ended is not None:
                 return None
             if self._clock() - self.heard >= self._limits.idle:

@@ -60,3 +60,11 @@ def test_the_id_comes_back():
     with pytest.raises(Refusal) as caught:
         parse_message('{"type": "seek", "id": "mine"}')
     assert (caught.value.id, caught.value.code) == ("mine", "invalid")
+
+
+@pytest.mark.parametrize("type", ["ping", "delete"])
+def test_an_id_that_is_too_long_does_not(type):
+    """A client that sends many, and reads none, would fill the memory."""
+    with pytest.raises(Refusal) as caught:
+        parse_message(json.dumps({"type": type, "id": "x" * 101}))
+    assert caught.value.id is None

@@ -198,6 +198,7 @@ def test_what_is_tried_of_an_offer():
         ({"offer": OFFER.replace("a=recvonly", "a=sendonly")}, "no_peer", "start: offer receives no video"),
         ({"offer": "x" * 40000}, "invalid", "start: offer has 40000 characters; at most 32768 are taken"),
         ({"offer": OFFER, "video": "jpeg"}, "invalid", "start: offer is of no use with video 'jpeg'; leave it out"),
+        ({"video": "webm"}, "invalid", "start: video 'webm' is unknown; there is jpeg, mp4, webrtc"),
         ({"offer": OFFER, "height": 720}, "other_program", "would need another program"),
     ],
 )

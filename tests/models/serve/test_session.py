@@ -339,6 +339,27 @@ def test_a_block_is_under_way_before_the_one_before_is_fetched(stage, client, lo
     assert types(events)[-2:] == ["block", "paused"]
 
 
+@pytest.mark.parametrize("message", [Prompt(prompt="another"), Seek(block=1)])
+def test_many_messages_keep_nobody_waiting(stage, client, message):
+    """Those that may compute the past anew are done one a turn."""
+    sessions = stage()
+    asks, other = client(sessions, start("a")), client(sessions, start("b"))
+    for _ in range(4):
+        sessions.turn()
+    asks.run(turns=0)
+    for _ in range(5):
+        asks.tell(message)
+    asks.tell(Pause())
+    for done in range(5):
+        made = other.session.block
+        sessions.turn()
+        sessions.turn()
+        events, _ = asks.run(turns=0)
+        assert (len(of(events, "prompt") + of(events, "sought")), other.session.block) == (1, made + 1), done
+    asks.run(turns=2)
+    assert not asks.session._playing
+
+
 def test_a_paced_block_is_handed_out_at_once(stage, client, clock, log):
     """Nothing is begun before it is due, nor kept back until then."""
     paced = client(stage(), start("a", pace=True))
