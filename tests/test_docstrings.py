@@ -14,7 +14,8 @@ from monarchrt import pallas_kernels, triton_kernels
 PACKAGES = {"monarch_jax": monarch_jax, "monarchrt.pallas_kernels": pallas_kernels}
 PACKAGES["monarchrt.triton_kernels"] = triton_kernels
 MODULES = [x.name for name, package in PACKAGES.items() for x in pkgutil.walk_packages(package.__path__, f"{name}.")]
-NEED_TRITON = ("jit", "launch", "left", "operation", "overlapped", "refine", "right", "sparse", "streamed")
+NEED_TRITON = ("jit", "launch", "left", "operation", "overlapped", "right", "sparse", "streamed")
+NEED_TRITON += ("refine", "refine_backward")
 
 
 @pytest.mark.parametrize("name", [*PACKAGES, *MODULES])

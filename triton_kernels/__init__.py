@@ -59,8 +59,6 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
 
 def supports_vjp(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
     """Why the kernels cannot compute the gradient of a call, or None when they can; arguments as in `supports`."""
-    if problem.num_iters != 1:
-        return f"num_iters={problem.num_iters}; the Triton kernels have the gradient of one refinement step."
     return supports(problem, q, k)
 
 
@@ -85,7 +83,9 @@ def forward(
 
 
 def vjp(problem: "Problem", residuals: "Residuals", d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients for one refinement step; alpha, c_L, Y and R are computed again. The same bits in every run.
+    """Gradients for any number of refinement steps (paper, A.2); the same bits in every run.
+
+    alpha, c_L, Y and R are computed again, of all steps for a chunk of query tiles and heads at a time.
 
     Args:
         problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
@@ -100,7 +100,8 @@ def vjp(problem: "Problem", residuals: "Residuals", d_out: jax.Array) -> tuple[j
     r = residuals
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, r.out, preferred_element_type=jnp.float32)
     d_out = d_out.astype(r.q.dtype)
-    return operation.backward(float(problem.scale), problem.grad_tiles, r.q, r.k, r.v, d_out, r.lse, delta, r.visible)
+    arrays = (r.q, r.k, r.v, d_out, r.lse, delta, r.visible)
+    return operation.backward(float(problem.scale), problem.grad_tiles, *arrays, num_iters=problem.num_iters)
 
 
 if __name__ == "triton_kernels":  # imported by the folder's name, which is possible in a checkout only

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import left, overlapped, refine, right, sparse, streamed
+from monarchrt.triton_kernels import left, overlapped, refine, refine_backward, right, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
@@ -21,6 +21,10 @@ KERNELS = {
     "left_backward": left.left_backward,
     "right_backward": right.right_backward,
     "right_query": right.right_query,
+    "right_further": refine_backward.right_further,
+    "right_further_backward": refine_backward.right_further_backward,
+    "right_further_query": refine_backward.right_further_query,
+    "left_refine_backward": refine_backward.left_refine_backward,
     "sparse_forward": sparse.sparse_forward,
     "sparse_query_backward": sparse.sparse_query_backward,
     "sparse_key_backward": sparse.sparse_key_backward,
@@ -92,15 +96,16 @@ def run(
 
 def call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
     """What one launch writes, by name; `arrays` may hold more than it reads, `shapes` those of what it creates."""
-    names = [name for name in _parameters(launch.kernel) if name in arrays]
+    array = {name: launch.arrays.get(name, name) for name in _parameters(launch.kernel)}
+    names = [name for name in array if array[name] in arrays]
     # arrays that the kernel creates come before those that it changes: jax-triton hands out buffers in this order
-    writes = sorted((x for x in _parameters(launch.kernel) if x in launch.writes), key=lambda x: x in names)
+    writes = sorted((x for x in array if x in launch.writes), key=lambda x: x in names)
     aliases = {names.index(name): n for n, name in enumerate(writes) if name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="input_output_aliases is deprecated")
         out = jax_triton.triton_call(
             kernel=KERNELS[launch.kernel],
-            out_type=[jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype) for name in writes],
+            out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (shapes[array[name]] for name in writes)],
             grid=launch.grid,
             name=f"monarch_{launch.kernel}",
             num_warps=launch.warps,
@@ -108,11 +113,11 @@ def call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) ->
             compute_capability=compute_capability,
             backend_options=OPTIONS | ({"maxnreg": launch.registers} if launch.registers else {}),
             input_output_aliases=aliases,
-            **{name: arrays[name] for name in names},
+            **{name: arrays[array[name]] for name in names},
             **launch.constants,
         )
     varying = frozenset().union(*(_axes(x) for x in arrays.values() if isinstance(x, jax.Array)))
-    return {name: _varying(x, varying) for name, x in zip(writes, out, strict=True)}
+    return {array[name]: _varying(x, varying) for name, x in zip(writes, out, strict=True)}
 
 
 def _axes(x: jax.Array) -> frozenset:

@@ -39,10 +39,16 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     visible: jax.Array,
+    *,
+    num_iters: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk, dv; lse and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
+    """dq, dk, dv; lse of the last step and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
     shape, where = _shape(q, k), target()
-    todo = plan.backward(shape, _configs(shape, where), _precision(q), grad_tiles)
+    chosen, precision = _configs(shape, where), _precision(q)
+    if num_iters == 1:
+        todo = plan.backward(shape, chosen, precision, grad_tiles)
+    else:
+        todo = plan.refined_backward(shape, chosen, precision, grad_tiles, num_iters)
     visible = _clip(visible, k)
     first_tile = jnp.zeros((), jnp.int32)
     if grad_tiles is not None:
@@ -99,7 +105,8 @@ def _clip(visible: jax.Array, k: jax.Array) -> jax.Array:
 def _scratch(shape: Shape, todo: plan.Plan, q: jax.Array, *, backward: bool) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = plan.scratch_shapes(shape, todo, backward=backward)
     return {
-        name: jax.ShapeDtypeStruct(size, q.dtype if name == "mid" else jnp.float32) for name, size in shapes.items()
+        name: jax.ShapeDtypeStruct(size, q.dtype if name.startswith("mid") else jnp.float32)
+        for name, size in shapes.items()
     }
 
 

@@ -34,7 +34,8 @@ class Shape:
 class Launch:
     """One kernel call. `writes` are the operands that it changes; the first to write an array creates it.
 
-    `registers` is the most that a thread may have, None what the compiler likes.
+    `registers` is the most that a thread may have, None what the compiler likes. `arrays` says which array an operand
+    is, where that is not the one of its name.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Launch:
     warps: int
     stages: int
     registers: int | None = None
+    arrays: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
         steps: Operand `step` of each: (first pair, first query tile), in the forward pass as `overlapped.forward` says.
         launches: What every step runs.
         ends: What the first and the last step run instead, where that differs.
-        refined: Whether it is a forward pass of several refinement steps, chunk by chunk.
+        num_iters: Refinement steps; of several, forward goes chunk by chunk.
         pairs: (batch, head) pairs per step.
         tiles: Query tiles per step.
         stream: Set if the forward pass is one launch.
@@ -66,7 +68,7 @@ class Plan:
     tiles: int
     stream: Stream | None = None
     ends: tuple[tuple[Launch, ...], tuple[Launch, ...]] | None = None
-    refined: bool = False
+    num_iters: int = 1
 
     def launches_of(self, n: int) -> tuple[Launch, ...]:
         """What step n runs; the steps between the first and the last are alike."""
@@ -76,8 +78,8 @@ class Plan:
 
     @property
     def summed(self) -> bool:
-        """Whether several steps add to the same dk and dv."""
-        return any(step[1] for step in self.steps)
+        """Whether several launches add to the same dk and dv."""
+        return self.num_iters > 1 or any(step[1] for step in self.steps)
 
 
 def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tuple[int, ...]]:
@@ -90,7 +92,13 @@ def scratch_shapes(shape: Shape, plan: Plan, *, backward: bool) -> dict[str, tup
         "mid": (plan.pairs, rows, shape.key_rows, 2, shape.dim),
         "stats": (plan.pairs, rows, shape.key_rows),
     }
-    if plan.refined:  # stats: log-sum-exp (unused) and c_L
+    if plan.num_iters > 1 and backward:  # of each step; log-sum-exp and delta of L are those of all query tokens
+        sizes = {"mid": shapes["mid"], "stats": (3, *shapes["stats"])}
+        tokens = (shape.batch, shape.query_tiles, shape.b1, shape.b2, shape.heads)
+        sizes |= {"lse": tokens, "delta": tokens}
+        several = {_of(name, n): size for n in range(plan.num_iters) for name, size in sizes.items()}
+        return several | {"dq_left": (plan.pairs, rows, shape.b1, shape.dim)}
+    if plan.num_iters > 1:  # stats: log-sum-exp (unused) and c_L
         return shapes | {"stats": (2, *shapes["stats"])}
     if not backward:  # slots that alternate; stats: log-sum-exp (unused) and c_L
         slots = min(2, len(plan.steps) - 1)
@@ -137,18 +145,91 @@ def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> P
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     rights = (configs.right_first or configs.right_forward, configs.right_again or configs.right_forward)
-    refine = configs.left_refine or configs.left_forward
-    if shape.b1 > refine.rows + refine.more_rows:
-        refine = dataclasses.replace(refine, more_rows=0)
-    refining = common | {"I2": refine.more_rows}
     launches = []
     for n in range(num_iters - 1):
         launches.append(_right_forward(shape, rights[n > 0], common, again=n > 0, values=False))
-        launches.append(_left(shape, "left_refine", refine, refining, ("mid", "lse"), blocks=False))
+        launches.append(_left_refine(shape, configs, common, keep=False))
     launches.append(_right_forward(shape, rights[1], common, again=True))
     left = configs.left_last or configs.left_forward
     launches.append(_left(shape, "left_last", left, common | {"I2": left.more_rows}, ("out", "lse"), blocks=True))
-    return Plan(steps, tuple(launches), pairs, tiles, refined=True)
+    return Plan(steps, tuple(launches), pairs, tiles, num_iters=num_iters)
+
+
+def refined_backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None, num_iters: int) -> Plan:
+    """All steps of a chunk again, each with a `mid` and `stats` of its own, then back from the last to the first."""
+    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes // num_iters)
+    common = _common(shape, pairs, tiles, precision)
+    last = num_iters - 1
+    first = configs.right_first or configs.right_forward
+    launches = [_renamed(_right_forward(shape, first, common, save=True, values=False), 0)]
+    for n in range(1, num_iters):
+        launches.append(_renamed(_left_refine(shape, configs, common, keep=True), n - 1))
+        launches.append(_right_further(shape, configs, common, n, values=n == last))
+    launches += [_renamed(x, last, "mid", "stats") for x in _left_backward(shape, configs, common)]
+    for n in range(last, 0, -1):
+        launches += _right_further_backward(shape, configs, common, grad_tiles, n, values=n == last)
+        launches += _left_refine_backward(shape, configs, common, n - 1)
+    back = _right_backward(shape, configs, common, grad_tiles, summed=True, values=False)
+    launches += [_renamed(x, 0, "mid", "stats") for x in back]
+    return Plan(steps, tuple(launches), pairs, tiles, num_iters=num_iters)
+
+
+def _of(name: str, n: int) -> str:
+    """The array of refinement step n."""
+    return f"{name}_{n}"
+
+
+def _renamed(launch: Launch, n: int, *names: str) -> Launch:
+    """A launch on arrays of refinement step n, by default on all that each has of its own."""
+    arrays = {name: _of(name, n) for name in names or ("mid", "stats", "lse", "delta")}
+    return dataclasses.replace(launch, arrays=arrays | launch.arrays)
+
+
+def _left_refine(shape: Shape, configs: Configs, common: dict, *, keep: bool) -> Launch:
+    refine = configs.left_refine or configs.left_forward
+    if shape.b1 > refine.rows + refine.more_rows:
+        refine = dataclasses.replace(refine, more_rows=0)
+    constants = common | {"I2": refine.more_rows, "KEEP": keep}
+    writes = ("mid", "stats", "lse") if keep else ("mid", "lse")
+    return _left(shape, "left_refine", refine, constants, writes, blocks=False)
+
+
+def _right_further(shape: Shape, configs: Configs, common: dict, n: int, *, values: bool) -> Launch:
+    config = configs.right_again or configs.right_forward
+    launch = _right_forward(shape, config, common, values=values)
+    constants = {name: x for name, x in launch.constants.items() if name not in ("SAVE", "AGAIN")}
+    launch = dataclasses.replace(launch, kernel="right_further", constants=constants)
+    return _renamed(dataclasses.replace(launch, arrays={"queries": _of("mid", n - 1)}), n)
+
+
+def _right_further_backward(
+    shape: Shape, configs: Configs, common: dict, grad_tiles: int | None, n: int, *, values: bool
+) -> list[Launch]:
+    """Keys and values, then queries: from what the first saved, where it could, by a launch like one forward."""
+    keys, _ = _right_backward(shape, configs, common, grad_tiles, summed=True, values=values)
+    saved = keys.constants["SAVE_DZ"]
+    keys = dataclasses.replace(keys, kernel="right_further_backward")
+    again, back = configs.right_again or configs.right_forward, configs.right_backward
+    right = dataclasses.replace(again, keys=power_of_two(shape.b2, 16)) if saved else back
+    constants = common | _right(shape, right, common["AC"])
+    constants |= {"SPLIT": right.split, "SAVED_DZ": saved, "VALUES": values}
+    del constants["L2"]
+    grid, writes = (shape.key_rows, right.split, common["ZC"]), ("mid", "stats")
+    queries = Launch("right_further_query", writes, grid, constants, right.warps, right.stages, right.registers)
+    arrays = {"queries": _of("mid", n - 1)}
+    return [_renamed(dataclasses.replace(x, arrays=arrays), n, "mid", "stats") for x in (keys, queries)]
+
+
+def _left_refine_backward(shape: Shape, configs: Configs, common: dict, n: int) -> list[Launch]:
+    """Back from step n + 1 to step n."""
+    arrays = {"further_mid": _of("mid", n + 1), "further_stats": _of("stats", n + 1)}
+    launches = []
+    for launch in _left_backward(shape, configs, common):
+        constants = {name: x for name, x in launch.constants.items() if name != "TRANSPOSED"}
+        writes = launch.writes + ("delta",) * constants["QUERY"]
+        launch = dataclasses.replace(launch, kernel="left_refine_backward", constants=constants, writes=writes)
+        launches.append(_renamed(dataclasses.replace(launch, arrays=arrays), n))
+    return launches
 
 
 def _streamed(shape: Shape, configs: Configs, stream: Stream, precision: str) -> Plan:
@@ -190,46 +271,58 @@ def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | N
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     launches = [_right_forward(shape, configs.right_forward, common, save=True)]
+    launches += _left_backward(shape, configs, common)
+    launches += _right_backward(shape, configs, common, grad_tiles, summed=any(first for _, first in steps))
+    return Plan(steps, tuple(launches), pairs, tiles)
+
+
+def _left_backward(shape: Shape, configs: Configs, common: dict) -> list[Launch]:
+    """One launch where a block has all rows, else one for the queries and one for the rest."""
     left = configs.left_backward
-    apart = 64 <= left.keys < 16 * left.warps  # products by warpgroups
+    flags = {"TRANSPOSED": left.transposed, "APART": 64 <= left.keys < 16 * left.warps}  # products by warpgroups
     if shape.b1 <= left.rows + left.more_rows:
-        flags = {"FUSED": True, "QUERY": True, "TRANSPOSED": left.transposed, "I2": left.more_rows, "APART": apart}
+        flags |= {"FUSED": True, "QUERY": True, "I2": left.more_rows}
         writes = ("mid", "stats", "dq_left")
-        launches.append(_left(shape, "left_backward", left, common | flags, writes, blocks=False))
-    else:
-        left = dataclasses.replace(left, more_rows=0)
-        flags = {"FUSED": False, "QUERY": True, "TRANSPOSED": left.transposed, "I2": 0, "APART": apart}
-        launches.append(_left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True))
-        flags["QUERY"] = False
-        launches.append(_left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False))
+        return [_left(shape, "left_backward", left, common | flags, writes, blocks=False)]
+    left = dataclasses.replace(left, more_rows=0)
+    flags |= {"FUSED": False, "QUERY": True, "I2": 0}
+    queries = _left(shape, "left_backward", left, common | flags, ("dq_left",), blocks=True)
+    flags["QUERY"] = False
+    return [queries, _left(shape, "left_backward", left, common | flags, ("mid", "stats"), blocks=False)]
+
+
+def _right_backward(
+    shape: Shape, configs: Configs, common: dict, grad_tiles: int | None, *, summed: bool, values: bool = True
+) -> list[Launch]:
     right, query = configs.right_backward, configs.right_query
     columns = [x.keys + x.more_keys for x in (right, query)]
     save_dz = grad_tiles is None and shape.b2 <= min(*columns, 2 * shape.dim)
+    if not save_dz:  # sizes are found for reading it: what makes it again takes more shared memory
+        query = dataclasses.replace(query, rows=min(query.rows, 64), stages=min(query.stages, 2))
+    keys = _right_keys(shape, right, common, grad_tiles)
+    keys = dataclasses.replace(
+        keys,
+        writes=(*["mid"] * save_dz, "dk", *["dv"] * values),
+        constants=keys.constants | {"ACCUMULATE": summed, "SAVE_DZ": save_dz, "VALUES": values},
+    )
+    tiles = common["AC"]
+    queries = Launch(
+        "right_query",
+        ("dq",),
+        (math.ceil(tiles * shape.b2 / query.rows), shape.b1, common["ZC"]),
+        common | _right(shape, query, tiles) | {"SAVED_DZ": save_dz, "VALUES": values},
+        query.warps,
+        query.stages,
+        query.registers,
+    )
+    return [keys, queries]
+
+
+def _right_keys(shape: Shape, right: Config, common: dict, grad_tiles: int | None) -> Launch:
     key_tiles = shape.key_tiles if grad_tiles is None else min(grad_tiles, shape.key_tiles)
-    summed = any(first for _, first in steps)
-    launches.append(
-        Launch(
-            "right_backward",
-            ("mid", "dk", "dv") if save_dz else ("dk", "dv"),
-            (key_tiles * shape.b1, math.ceil(shape.b2 / columns[0]), pairs),
-            common | _right(shape, right, tiles) | {"ACCUMULATE": summed, "SAVE_DZ": save_dz},
-            right.warps,
-            right.stages,
-            right.registers,
-        )
-    )
-    launches.append(
-        Launch(
-            "right_query",
-            ("dq",),
-            (math.ceil(tiles * shape.b2 / query.rows), shape.b1, pairs),
-            common | _right(shape, query, tiles) | {"SAVED_DZ": save_dz},
-            query.warps,
-            query.stages,
-            query.registers,
-        )
-    )
-    return Plan(steps, tuple(launches), pairs, tiles)
+    grid = (key_tiles * shape.b1, math.ceil(shape.b2 / (right.keys + right.more_keys)), common["ZC"])
+    constants = common | _right(shape, right, common["AC"])
+    return Launch("right_backward", ("dk", "dv"), grid, constants, right.warps, right.stages, right.registers)
 
 
 def _chunks(shape: Shape, limit: int) -> tuple[tuple[tuple[int, int], ...], int, int]:

@@ -85,12 +85,13 @@ def left_refine(
     step: tl.tensor, visible: tl.tensor, q: tl.tensor, mid: tl.tensor, stats: tl.tensor, lse: tl.tensor,
     scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr, I: tl.constexpr,
-    I2: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    I2: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Replaces alpha of one query column (a, j) in `mid` by the next step's queries. Grid (AC*B2, 1, ZC).
 
     `lse`, as the last step's [B, A, b1, b2, H], is this step's meanwhile. With I2, for B1 <= I + I2, rows are one block
-    in two parts.
+    in two parts. KEEP, for the gradient: queries go to the second place in `mid`, beside alpha, and their factors
+    min(1 / (c_R + 1e-6), 1e4) to the third of `stats`.
     """
     r = tl.program_id(0)
     z = tl.program_id(2)
@@ -153,8 +154,13 @@ def left_refine(
                     )  # fmt: skip
                     c_r += tl.sum(p_n, 1)
                     vectors = tl.dot(p_n.to(q_n.dtype), q_n, vectors, input_precision=PRECISION)
-                vectors *= tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)[:, None]
-            store_rows(mid, n * (2 * D), seen, d, vectors, D)
+                factor = tl.minimum(1.0 / (c_r + EPSILON), MAX_FACTOR)
+                vectors *= factor[:, None]
+            if KEEP:
+                store_rows(mid + D, n * (2 * D), seen, d, vectors, D)
+                tl.store(stats + ZC * R * CK + n, factor, mask=seen)
+            else:
+                store_rows(mid, n * (2 * D), seen, d, vectors, D)
 
 
 @kernel

@@ -119,12 +119,12 @@ def right_rows(
     C: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr,
     AC: tl.constexpr, Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr,
     L2: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    AGAIN: tl.constexpr = False, VALUES: tl.constexpr = True,
+    AGAIN: tl.constexpr = False, VALUES: tl.constexpr = True, KEPT: tl.constexpr = False,
 ) -> None:  # fmt: skip
     """alpha, Y and c_L of one key row, looping over share `part` of SPLIT of the rows (a, j).
 
-    AGAIN, in a refinement step after the first, queries are alpha_R in `mid`, where alpha replaces them. Without VALUES
-    there is no Y.
+    AGAIN, in a refinement step after the first, queries are alpha_R in `mid`, where alpha replaces them. KEPT, they are
+    in the second place of `q`, which is the `mid` of the step before. Without VALUES there is no Y.
     """
     ck = item
     c = ck // B1
@@ -163,6 +163,9 @@ def right_rows(
             if AGAIN:
                 live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
                 q_r = load_rows(mid, out, live, d, D)
+            elif KEPT:
+                live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
+                q_r = load_rows(q + (z.to(tl.int64) * R * CK + ck) * (2 * D) + D, out, live, d, D)
             else:
                 q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             if NL == 1:
@@ -251,18 +254,23 @@ def right_forward(
 def right_gradients(
     k_l: tl.tensor, v_l: tl.tensor, q_r: tl.tensor, d_alpha: tl.tensor, d_y: tl.tensor, lse: tl.tensor,
     d_cl: tl.tensor, e: tl.tensor, live: tl.tensor, dk_l: tl.tensor, dv_l: tl.tensor, scale: tl.tensor,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, VALUES: tl.constexpr = True,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Adds the rows' share to dk and dv [L, D]; the gradient of R's scores [L, M] in q's dtype."""
+    """Adds the rows' share to dk and dv [L, D]; the gradient of R's scores [L, M] in q's dtype.
+
+    Without VALUES there was no Y: dv stays as it is.
+    """
     log_p = tl.dot(k_l, q_r.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :]
     d_p = tl.dot(k_l, d_alpha.T, input_precision=PRECISION)
-    d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
+    if VALUES:
+        d_p = tl.dot(v_l, d_y.T, d_p, input_precision=PRECISION)
     p = tl.exp2(log_p)  # R again (paper, A.2)
     # a row that is not live has p = 0 and log_p = -inf: keep 0 * inf out of its gradient
     d_p += tl.where(live, d_cl * LN_2, 0.0)[None, :] * tl.maximum(log_p, LOWEST) - e[None, :]
     d_z = (p * d_p * scale).to(q_r.dtype)
     p = p.to(q_r.dtype)
-    dv_l = tl.dot(p, d_y, dv_l, input_precision=PRECISION)
+    if VALUES:
+        dv_l = tl.dot(p, d_y, dv_l, input_precision=PRECISION)
     dk_l = tl.dot(p, d_alpha, dk_l, input_precision=PRECISION)
     dk_l = tl.dot(d_z, q_r, dk_l, input_precision=PRECISION)
     return dk_l, dv_l, d_z
@@ -280,18 +288,15 @@ def store_sum(
 
 
 @kernel
-def right_backward(
+def right_columns(
     step: tl.tensor, visible: tl.tensor, first_tile: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor,
     mid: tl.tensor, stats: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
     B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr,
     Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
-    ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, KEPT: tl.constexpr = False,
 ) -> None:  # fmt: skip
-    """dk and dv of L + L2 columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
-
-    Key tiles start at `first_tile`. With SAVE_DZ the gradient of R's scores overwrites the gradients of alpha and Y in
-    `mid`, for `right_query`. With ACCUMULATE the sums are added to dk and dv.
-    """
+    """dk and dv of L + L2 columns of one key row; arguments as in `right_backward`, KEPT as in `right_rows`."""
     ck = tl.program_id(0) + tl.load(first_tile) * B1
     c = ck // B1
     z = tl.program_id(2)
@@ -326,19 +331,25 @@ def right_backward(
             a, j = r // B2, r % B2
             live = (r < R) & (a0 + a < A)
             live = live & (tl.load(visible + a0 + a, mask=live, other=0) > c)
-            q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
+            if KEPT:
+                kept = wide(r, R * CK * 2 * D) * (CK * 2 * D)
+                q_r = load_rows(q + (z.to(tl.int64) * R * CK + ck) * (2 * D) + D, kept, live, d, D)
+            else:
+                q_r = load_rows(q + query, wide(a, A * B1 * B2 * H * D) * (B1 * B2 * H * D) + j * (H * D), live, d, D)
             row = wide(r, R * CK * 2 * D) * CK
             d_alpha = load_rows(mid, row * (2 * D), live, d, D)
-            d_y = load_rows(mid + D, row * (2 * D), live, d, D)
+            d_y = d_alpha
+            if VALUES:
+                d_y = load_rows(mid + D, row * (2 * D), live, d, D)
             lse = tl.load(stats + row, mask=live, other=float("inf"))
             d_cl = tl.load(stats + ZC * R * CK + row, mask=live, other=0.0)
             e = tl.load(stats + 2 * ZC * R * CK + row, mask=live, other=0.0)
             dk_l, dv_l, d_z = right_gradients(
-                k_l, v_l, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_l, dv_l, scale, PRECISION
+                k_l, v_l, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_l, dv_l, scale, PRECISION, VALUES
             )  # fmt: skip
             if L2:
                 dk_1, dv_1, d_z_1 = right_gradients(
-                    k_1, v_1, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_1, dv_1, scale, PRECISION
+                    k_1, v_1, q_r, d_alpha, d_y, lse, d_cl, e, live, dk_1, dv_1, scale, PRECISION, VALUES
                 )  # fmt: skip
             if SAVE_DZ:
                 place = mid + (row * (2 * D))[None, :]
@@ -346,22 +357,47 @@ def right_backward(
                 if L2:
                     tl.store(place + l_1[:, None], d_z_1, mask=live[None, :] & live_1[:, None])
         store_sum(dk + key_row, l * (H * D), live_l, d, dk_l, D, ACCUMULATE)
-        store_sum(dv + key_row, l * (H * D), live_l, d, dv_l, D, ACCUMULATE)
+        if VALUES:
+            store_sum(dv + key_row, l * (H * D), live_l, d, dv_l, D, ACCUMULATE)
         if L2:
             store_sum(dk + key_row, l_1 * (H * D), live_1, d, dk_1, D, ACCUMULATE)
-            store_sum(dv + key_row, l_1 * (H * D), live_1, d, dv_1, D, ACCUMULATE)
+            if VALUES:
+                store_sum(dv + key_row, l_1 * (H * D), live_1, d, dv_1, D, ACCUMULATE)
+
+
+@kernel
+def right_backward(
+    step: tl.tensor, visible: tl.tensor, first_tile: tl.tensor, q: tl.tensor, k: tl.tensor, v: tl.tensor,
+    mid: tl.tensor, stats: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr,
+    Z: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SAVE_DZ: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """dk and dv of L + L2 columns of one key row, summed over all rows (a, j). Grid (tiles*B1, column blocks, ZC).
+
+    Key tiles start at `first_tile`. With SAVE_DZ the gradient of R's scores overwrites the gradients of alpha and Y in
+    `mid`, for `right_query`. With ACCUMULATE the sums are added to dk and dv. Without VALUES, in a refinement
+    step before the last, there was no Y: dv stays as it is.
+    """
+    right_columns(
+        step, visible, first_tile, q, k, v, mid, stats, dk, dv, scale,
+        A, C, B1, B2, H, D, ZC, AC, Z, AP, DP, M, L, L2, ACCUMULATE, SAVE_DZ, VALUES, PRECISION, STAGES,
+    )  # fmt: skip
 
 
 @kernel
 def query_gradients(
     q_r: tl.tensor, k_l: tl.tensor, v_l: tl.tensor, live_l: tl.tensor, d_alpha: tl.tensor, d_y: tl.tensor,
     lse: tl.tensor, d_cl: tl.tensor, e: tl.tensor, dq_r: tl.tensor, scale: tl.tensor, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr = True,
 ) -> tl.tensor:  # fmt: skip
     """Adds to dq [M, D] the part through R of L columns, the gradient of R's scores computed again."""
     log_p = tl.dot(q_r, k_l.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None]
     log_p = tl.where(live_l[None, :], tl.maximum(log_p, LOWEST), LOWEST)
     d_p = tl.dot(d_alpha, k_l.T, input_precision=PRECISION)
-    d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
+    if VALUES:
+        d_p = tl.dot(d_y, v_l.T, d_p, input_precision=PRECISION)
     d_p += (d_cl * LN_2)[:, None] * log_p - e[:, None]
     d_z = (tl.exp2(log_p) * d_p * scale).to(q_r.dtype)  # R again (paper, A.2)
     return tl.dot(d_z, k_l, dq_r, input_precision=PRECISION)
@@ -373,11 +409,12 @@ def right_query(
     dq_left: tl.tensor, dq: tl.tensor, scale: tl.tensor, A: tl.constexpr, C: tl.constexpr, B1: tl.constexpr,
     B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ZC: tl.constexpr, AC: tl.constexpr, Z: tl.constexpr,
     AP: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, L: tl.constexpr, L2: tl.constexpr, SAVED_DZ: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """dq of M rows (a, j) in row k: the part through R, summed over key tiles, plus `dq_left`. Grid (blocks, B1, ZC).
 
-    With SAVED_DZ the gradient of R's scores is read from `mid`; otherwise it is computed again.
+    With SAVED_DZ the gradient of R's scores is read from `mid`; otherwise it is computed again, VALUES as in
+    `right_backward`.
     """
     k_row = tl.program_id(1)
     z = tl.program_id(2)
@@ -421,7 +458,9 @@ def right_query(
                 sees = limit > c
                 at = row + c * B1
                 d_alpha = load_rows(mid, at * (2 * D), sees, d, D)
-                d_y = load_rows(mid + D, at * (2 * D), sees, d, D)
+                d_y = d_alpha
+                if VALUES:
+                    d_y = load_rows(mid + D, at * (2 * D), sees, d, D)
                 lse = tl.load(stats + at, mask=sees, other=float("inf"))
                 d_cl = tl.load(stats + ZC * R * CK + at, mask=sees, other=0.0)
                 e = tl.load(stats + 2 * ZC * R * CK + at, mask=sees, other=0.0)
@@ -431,13 +470,13 @@ def right_query(
                     k_l = load_rows(k + key, l_n * (H * D), l_n < B2, d, D)
                     v_l = load_rows(v + key, l_n * (H * D), l_n < B2, d, D)
                     dq_r = query_gradients(
-                        q_r, k_l, v_l, l_n < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION
+                        q_r, k_l, v_l, l_n < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION, VALUES
                     )  # fmt: skip
                     if L2:
                         l_1 = part * (L + L2) + L + tl.arange(0, L2)
                         k_1 = load_rows(k + key, l_1 * (H * D), l_1 < B2, d, D)
                         v_1 = load_rows(v + key, l_1 * (H * D), l_1 < B2, d, D)
                         dq_r = query_gradients(
-                            q_r, k_1, v_1, l_1 < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION
+                            q_r, k_1, v_1, l_1 < B2, d_alpha, d_y, lse, d_cl, e, dq_r, scale, PRECISION, VALUES
                         )  # fmt: skip
         store_rows(dq + query, place, live, d, dq_r, D)

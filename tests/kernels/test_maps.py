@@ -67,6 +67,18 @@ def test_triton(row):
     assert [launch.kernel for launch in todo.launches] == expected
 
 
+def test_triton_of_two_steps():
+    """What the README says of them in words."""
+    shape = plan.Shape(batch=1, query_tiles=21, key_tiles=21, b1=30, b2=52, heads=12, dim=128, itemsize=2)
+    chosen = config.configs(config.Target(90, "NVIDIA H200"), b1=30, b2=52, dim=128, itemsize=2)
+    both = plan.refined(shape, chosen, "ieee", 2), plan.refined_backward(shape, chosen, "ieee", None, 2)
+    text = " ".join((ROOT / "triton_kernels" / "README.md").read_text().split())
+    for direction, todo in zip(("Forward", "Backward"), both, strict=True):
+        listed = text.partition(f"{direction} with T = 2, per chunk: ")[2].partition(".")[0]
+        assert listed.split(", ") == [launch.kernel for launch in todo.launches]
+        assert set(listed.split(", ")) <= {row[0] for row in rows("triton_kernels", False)}
+
+
 @pytest.mark.parametrize(
     ("package", "prefix"), [("pallas_kernels", ""), ("triton_kernels", "monarch_")], ids=["mosaic", "triton"]
 )
