@@ -154,24 +154,25 @@ def time_parts(
     negative = np.asarray(objective.negative)
     given = jnp.broadcast_to(jnp.asarray(negative), (text.shape[0], *negative.shape))
     roles, student = state.roles, state.roles["student"]
+    frozen = {role: frozen_of(roles, role) for role in roles}  # an argument of every program: 28 GB of a teacher of 14B
 
-    def network(role: str, params: Any) -> Any:
-        return nnx.merge(graphs[role], params, frozen_of(roles, role))
-
-    @jax.jit
-    def roll_out(params):
-        return objective.roll_out(network("student", params), text, rolls)
+    def network(role: str, params: Any, frozen: dict[str, Any]) -> Any:
+        return nnx.merge(graphs[role], params, frozen[role])
 
     @jax.jit
-    def score(critic, teacher, x):
-        networks = {"critic": network("critic", critic), "teacher": network("teacher", teacher)}
+    def roll_out(params, frozen):
+        return objective.roll_out(network("student", params, frozen), text, rolls)
+
+    @jax.jit
+    def score(critic, teacher, frozen, x):
+        networks = {"critic": network("critic", critic, frozen), "teacher": network("teacher", teacher, frozen)}
         weight, noise = objective.settings.weight or 3.0, draws.scores.noise
         return matching_gradient(x, text, given, **networks, guidance=weight, levels=levels, noise=noise)[0]
 
     @jax.jit
-    def backward(params, rolled, g):
+    def backward(params, frozen, rolled, g):
         def loss(params):
-            return matching_loss(objective.replay(network("student", params), text, rolled, rolls.last), g)
+            return matching_loss(objective.replay(network("student", params, frozen), text, rolled, rolls.last), g)
 
         return jax.grad(loss)(params)
 
@@ -193,9 +194,9 @@ def time_parts(
         seconds[name] = statistics.median(taken)
         return results
 
-    rolled = timed("roll-out", roll_out, student.params)
-    g = timed("scores", score, roles["critic"].params, roles["teacher"].params, rolled.x)
-    gradient = timed("backward", backward, student.params, rolled, g)
+    rolled = timed("roll-out", roll_out, student.params, frozen)
+    g = timed("scores", score, roles["critic"].params, roles["teacher"].params, frozen, rolled.x)
+    gradient = timed("backward", backward, student.params, frozen, rolled, g)
     timed("optimizer", update, gradient, student.optimizer, student.params, student.average)
     return seconds
 
