@@ -183,8 +183,9 @@ class GenerateConfig:
     implementation: str | None = None
     """Backend of the attention; the default picks."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type. auto: bf16 for Wan on a GPU, fp32 otherwise."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Compute type. auto: bf16 for Wan on a GPU, fp32 otherwise. fp8: as bf16, with weights and inputs of the network's
+    large products in 8 bits (e4m3, a scale for each row), on Ada and Hopper GPUs and later."""
 
     mesh: str | None = None
     """Share the network among several devices: `heads=4` splits each block of frames (heads inside of attention, tokens

@@ -15,7 +15,15 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
 from monarchrt.models.generate.loras import given_loras
-from monarchrt.models.generate.material import Material, Opened, condition_frames, given_noise, unrolled_if_asked
+from monarchrt.models.generate.material import (
+    Material,
+    Opened,
+    check_precision,
+    condition_frames,
+    given_noise,
+    unrolled_if_asked,
+    with_products,
+)
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, check_attention, make_plan
@@ -161,6 +169,7 @@ def open_checkpoint(config: GenerateConfig) -> Opened:
     """
     if config.checkpoint is None:
         raise UserError("no checkpoint was given; give the path of one, or the name of a Hugging Face repository")
+    check_precision(config)
     return open_run(config) or open_wan(config)
 
 
@@ -206,7 +215,7 @@ def load_material(config: GenerateConfig) -> Material:
 
 def half_precision(config: GenerateConfig) -> str:
     """The compute type."""
-    half = config.precision == "bf16" or (config.precision == "auto" and jax.default_backend() == "gpu")
+    half = config.precision in ("bf16", "fp8") or (config.precision == "auto" and jax.default_backend() == "gpu")
     return "bfloat16" if half else "float32"
 
 
@@ -236,7 +245,7 @@ class WanCheckpoint:
                 sharding=where.weights,
                 override=True,
             )
-        return where.moved(model)
+        return with_products(where.moved(model), config)
 
     def material(self, config: GenerateConfig) -> Material:
         """Everything for a video."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from monarch_jax.devices import cuda_capability
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder
@@ -17,6 +18,7 @@ from monarchrt.models.generate.tensors import read_noise
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling import Noise
 from monarchrt.models.wan import WanConfig, WanModel
+from monarchrt.models.wan.fp8 import CAPABILITY, fp8_products
 from monarchrt.models.wan.unrolled import UnrolledWan, unroll_layers
 
 WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
@@ -71,6 +73,24 @@ class Opened(Protocol):
 def unrolled_if_asked(model: WanModel, config: GenerateConfig) -> WanModel | UnrolledWan:
     """The network, its layers unrolled with `--unroll-layers yes`; for one video the larger program is not worth it."""
     return unroll_layers(model) if config.unroll else model
+
+
+def check_precision(config: GenerateConfig) -> None:
+    """Refuses products that this machine's GPU has not.
+
+    Raises:
+        UserError: If it is older than those that have them; a CPU computes them by float32, slowly.
+    """
+    if config.precision == "fp8" and (present := cuda_capability()) is not None and present < CAPABILITY:
+        raise UserError(
+            f"precision fp8 needs an NVIDIA GPU of compute capability {CAPABILITY} (Ada, Hopper) or later, "
+            f"and this one has {present}; take bf16"
+        )
+
+
+def with_products(model: WanModel, config: GenerateConfig) -> WanModel:
+    """The network, with its large products in 8 bits if that was asked for."""
+    return fp8_products(model) if config.precision == "fp8" else model
 
 
 def given_noise(plan: Plan, channels: int, *, given: int) -> Noise | None:

@@ -15,7 +15,13 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
 from monarchrt.models.generate.loras import given_loras
-from monarchrt.models.generate.material import Material, condition_latents, given_noise, unrolled_if_asked
+from monarchrt.models.generate.material import (
+    Material,
+    condition_latents,
+    given_noise,
+    unrolled_if_asked,
+    with_products,
+)
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
@@ -82,7 +88,7 @@ class RunCheckpoint:
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""
-        model = run_network(self.run, dtype="bfloat16" if config.precision == "bf16" else "float32")
+        model = run_network(self.run, dtype="bfloat16" if config.precision in ("bf16", "fp8") else "float32")
         if self.loras:
             with user_input():
                 sizes = self.sizes
@@ -90,7 +96,7 @@ class RunCheckpoint:
                     attention=sizes.attention, causal_block=sizes.causal_block
                 )
         where = find_places(config, heads=model.config.num_heads)
-        return where.moved(model if attention is None else model.with_attention(attention))
+        return with_products(where.moved(model if attention is None else model.with_attention(attention)), config)
 
     def material(self, config: GenerateConfig, *, report: Callable[[str], None] = _say) -> Material:
         """The network, its patch transform, an empty text, a held-out frame to begin with."""

@@ -12,7 +12,7 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, NEGATIVE_PROMPT, NO_CONDITION, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
 from monarchrt.models.generate.load import WanCheckpoint, find_components, half_precision, load_wan, open_checkpoint
-from monarchrt.models.generate.material import Material
+from monarchrt.models.generate.material import Material, check_precision, with_products
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
@@ -75,6 +75,7 @@ def random_engine(
         UserError: If the preset is unknown, or a setting does not fit or needs weights.
     """
     config = _block_by_block(config)
+    check_precision(config)
     name = config.decoder or EXACT_DECODER
     if name not in DECODERS:
         raise UserError(f"decoder is {name}, but weights are random here; give {' or '.join(DECODERS)}")
@@ -101,6 +102,7 @@ def random_engine(
             f"{decoder.channels}; give another preset or --decoder"
         )
     model = where.moved(nnx.jit(lambda: WanModel(sizes, rngs=nnx.Rngs(0)))().with_attention(plan.attention))
+    model = with_products(model, config)
     shape = (1, sizes.text_len, sizes.text_dim)
 
     def encode(prompts: Sequence[str]):
