@@ -103,7 +103,7 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str = "a 
     return machine() | {
         "attention": str(engine.pipeline.model.config.attention),
         "dtype": engine.pipeline.model.config.dtype,
-        "weights": engine.pipeline.model.blocks.ffn.fc1.kernel[...].dtype.name,
+        "products": engine.pipeline.model.blocks.ffn.fc1.kernel[...].dtype.name,
         "height": engine.size[0],
         "width": engine.size[1],
         "window": engine.window,

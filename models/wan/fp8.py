@@ -51,6 +51,8 @@ class FP8Linear(nnx.Module):
         self.dtype = jnp.dtype(linear.dtype)
         kernel, scale = jax.jit(lambda kernel: rounded(jnp.swapaxes(kernel, -1, -2)))(linear.kernel[...])
         self.kernel, self.scale = nnx.Param(kernel), nnx.Param(scale)
+        if linear.bias is None:
+            raise ValueError("linear has no bias; the network's products all have one.")
         self.bias = nnx.Param(linear.bias[...])
 
     def __call__(self, x: Float[Array, "*batch D_in"]) -> Float[Array, "*batch D_out"]:
