@@ -32,7 +32,7 @@ from monarchrt.models.attention import listed
 from monarchrt.triton_kernels import block_sparse, config
 
 SIZES = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
-SMALL = (21, 5, 8)
+SMALL = (21, 5, 16)
 QUICK = 6  # rows of the default
 CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's side 32 leave room for more stages
     "sparse_key_backward": (
@@ -231,7 +231,9 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
                 if ms is None:
                     continue
                 print(f"{name:12s} {kernel:22s} {ms:8.3f} ms  {changes or getattr(one, kernel)}", flush=True)
-                memory = bool(one.sparse_query_product) > bool(best.sparse_query_product)  # which 5% of the time are worth
+                memory = bool(one.sparse_query_product) > bool(
+                    best.sparse_query_product
+                )  # which 5% of the time are worth
                 if ms < least * (0.95 if memory else 1.0):
                     least, best, entries[key] = ms, one, entry(one)
                 path.write_text(json.dumps(entries, indent=1))

@@ -305,6 +305,23 @@ def check_share(kind: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def check_reach(kind: str, keep: float, least: float, of: str, instead: str = "") -> None:
+    """Raises ValueError if the least that a kind can keep is more than twice what is asked for.
+
+    Less than that is what rounding up to whole keys or blocks does.
+
+    Examples:
+        >>> check_reach("vsa", 0.1, 1 / 8, "8 cubes")
+        >>> check_reach("vsa", 0.05, 1 / 8, "8 cubes", "smaller cubes")
+        Traceback (most recent call last):
+        ...
+        ValueError: vsa: keep=0.05 is out of reach of 8 cubes; the least is 0.125, or less with smaller cubes.
+    """
+    if least > 2 * keep:
+        instead = f", or less with {instead}" if instead else ""
+        raise ValueError(f"{kind}: keep={keep:g} is out of reach of {of}; the least is {least:.4g}{instead}.")
+
+
 def check_seed(kind: str, seed: int) -> int:
     """The seed of a draw that is the same in every call."""
     number = index("seed", seed)

@@ -20,6 +20,7 @@ from monarchrt.models.attention.masked import (
     MOST_FRAMES,
     Places,
     check_frames,
+    check_reach,
     check_seed,
     check_share,
     masked_attention,
@@ -89,10 +90,12 @@ class SVGAttention(ListedAttention):
             self._set(frames=positive("frames", self.frames, most=MOST_FRAMES))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """Rows must be in every block; the clip must not outgrow `frames`."""
+        """Rows must be in every block; the clip must not outgrow `frames`; a band of one block must not be too wide."""
         if grid is None:
             return
-        check_frames(self.name, self.frames, grid)
+        whole = check_frames(self.name, self.frames, grid) * grid[1] * grid[2]
+        band = 1 - (1 - min(1.0, self.block / whole)) ** 2
+        check_reach(self.name, self.keep, band, f"a band of {self.block} of {whole} tokens", "a smaller block")
         least = grid[0] if causal_block is None else (grid[0] % causal_block or min(causal_block, grid[0]))
         tokens = least * grid[1] * grid[2]
         if isinstance(self.rows, tuple) and max(self.rows) >= tokens:

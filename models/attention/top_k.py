@@ -1,6 +1,7 @@
 """Exact top-k: every query attends to the keys of its largest scores, the paper's oracle."""
 
 import dataclasses
+import math
 
 from jaxtyping import Array
 
@@ -9,6 +10,7 @@ from monarchrt.models.attention.masked import (
     MaskedAttention,
     Places,
     ceil_share,
+    check_reach,
     check_share,
     largest,
     masked_attention,
@@ -42,6 +44,12 @@ class TopKAttention(MaskedAttention):
     def __post_init__(self):
         self._set(keep=check_share(self.name, "keep", self.keep))
 
+    def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
+        """One key of those that the newest queries see must be about what is asked for."""
+        if grid is not None:
+            tokens = math.prod(grid)
+            check_reach(self.name, self.keep, 1 / tokens, f"{tokens} keys")
+
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""
         visible = places.visible
@@ -53,6 +61,7 @@ class TopKAttention(MaskedAttention):
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Exact."""
+        self.check(grid, causal_block=causal_block)
         per_frame = grid[1] * grid[2]
         kept = sum(ceil_share(self.keep, int(seen) * per_frame) for seen in seen_frames(grid[0], causal_block))
         kept /= grid[0] ** 2 * per_frame

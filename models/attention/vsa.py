@@ -18,6 +18,7 @@ from monarchrt.models.attention.listed import Blocks, ListedAttention, Order
 from monarchrt.models.attention.masked import (
     Places,
     ceil_share,
+    check_reach,
     check_share,
     largest,
     masked_attention,
@@ -62,7 +63,12 @@ class VSAttention(ListedAttention):
         flag("gate", self.gate)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """A cube must lie in one causal block."""
+        """A cube must lie in one causal block, and one cube of all be about what is asked for."""
+        if grid is not None:
+            cubes = math.prod(self.cubes(grid))
+            check_reach(
+                self.name, self.keep, 1 / cubes, f"{cubes} cube{'s' * (cubes > 1)} of {self.cube}", "a smaller cube"
+            )
         if causal_block is None or (grid is not None and causal_block >= grid[0]):
             return
         if causal_block % self.cube[0]:

@@ -149,5 +149,5 @@ def _one_line(box: str) -> str:
 
 # tyro's list of what it tried for an optional value; the last is what was meant
 _READ = re.compile(
-    r"Error parsing (--\S+): no type matching .*Got errors: .*- (?:<class '\w+'>|tuple\[[\w, ]+\]): (.*)"
+    r"Error parsing (--\S+): no type matching .*Got errors: .*- (?:<class '\w+'>|tuple\[[\w., ]+\]): (.*)"
 )

@@ -9,9 +9,10 @@ losses/N.npy          the terms of the held-out loss
 report.json, .png     the table and its picture
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from monarchrt.train.evaluate import held_out_terms
 from monarchrt.train.evaluation import metrics
 from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.features import FeatureNetwork, read_features
+from monarchrt.train.evaluation.lpips import SMALLEST as LPIPS_SMALLEST
 from monarchrt.train.evaluation.lpips import read_lpips
 from monarchrt.train.evaluation.report import summarise, write_report
 from monarchrt.train.evaluation.sets import Sets, distances, features_of, plan_sets, real_windows
@@ -82,7 +84,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     network = None if config.features is None else read_features(config.features)
     if network is not None:  # before a checkpoint is opened; of how many frames, is not known yet
         plan_sets(network, videos=len(prompts) * len(config.seeds), frames=max(network.widths) + 1)
-    _claim(config)
+    if config.prompts is not None and not _is_wan(config):
+        raise UserError(
+            f"prompts is {config.prompts}, but checkpoint {config.checkpoint} is a run folder, which knows no text; "
+            f"leave it out"
+        )
+    with _claimed(config):
+        records = _records(config, settings, prompts, measures, network)
+    report = summarise(records, confidence=0.95) | {"config": to_dict(config)}
+    write_json(config.out / REPORT, report)
+    write_report(config.out, report)
+    return report
+
+
+def _records(
+    config: EvaluateConfig,
+    settings: list[Attention],
+    prompts: list,
+    measures: dict,
+    network: FeatureNetwork | None,
+) -> dict[str, Any]:
+    """Everything that is measured."""
     subject = None
     if config.windows and not (config.latents is None and _is_wan(config)):
         subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
@@ -100,10 +122,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         records["density"] = [_density(subject, setting)._asdict() for setting in settings]
     if made := records["samples"]:  # of videos more is known: how many steps there are
         records["density"] = [made[index]["density"] for index in range(len(settings))]
-    report = summarise(records, confidence=0.95) | {"config": to_dict(config)}
-    write_json(config.out / REPORT, report)
-    write_report(config.out, report)
-    return report
+    return records
 
 
 def _is_wan(config: EvaluateConfig) -> bool:
@@ -114,6 +133,23 @@ def _is_wan(config: EvaluateConfig) -> bool:
 def _density(subject: Subject, setting: Attention) -> NetworkDensity:
     config = subject.model.config
     return density_of_network(setting, config.num_layers, subject.grid, causal_block=config.causal_block)
+
+
+@contextlib.contextmanager
+def _claimed(config: EvaluateConfig) -> Iterator[None]:
+    """Holds the folder; leaves it as it was if settings cannot be used and nothing has been made."""
+    folder, was_there = config.out, config.out.is_dir()
+    _claim(config)
+    try:
+        yield
+    except UserError:
+        inside = sorted(folder.rglob("*"), reverse=True)
+        if [path for path in inside if not path.is_dir()] == [folder / SETTINGS]:
+            for path in inside:
+                path.rmdir() if path.is_dir() else path.unlink()
+            if not was_there:
+                folder.rmdir()
+        raise
 
 
 def _claim(config: EvaluateConfig) -> None:
@@ -189,6 +225,7 @@ def _all_samples(
                         if material is None:
                             material = _material(config, prompt, settings)
                             _check_sets(config, network, material, len(prompts))
+                            _check_sides(config, material, measures)
                         if reference is None:
                             reference = _sample(material, settings[0], seed, folder / "0.npz")
                         made = reference if index == 0 else _sample(material, setting, seed, folder / f"{index}.npz")
@@ -214,6 +251,21 @@ def _check_sets(config: EvaluateConfig, network: FeatureNetwork | None, material
     if config.real is not None:
         _, height, width = (side * material.plan.spatial for side in material.plan.latents)
         real_windows(config.real, sets, height=height, width=width)
+
+
+def _check_sides(config: EvaluateConfig, material: Material, measures: dict) -> None:
+    """Whether frames are large enough for the measures that were asked for, before the first is made."""
+    _, height, width = (side * material.plan.spatial for side in material.plan.latents)
+    asked = {f"lpips ({name})": least for name, least in LPIPS_SMALLEST.items() if f"lpips_{name}" in measures}
+    if config.ffmpeg is not None:
+        asked["vmaf"] = SMALLEST
+    for name, least in asked.items():
+        if min(height, width) < least:
+            option = "--ffmpeg" if name == "vmaf" else "--lpips"
+            raise UserError(
+                f"frames are {height} x {width}, and {name} needs {least} pixels a side; leave {option} out, or make "
+                f"larger videos"
+            )
 
 
 def _distances(

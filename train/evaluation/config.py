@@ -99,5 +99,9 @@ class EvaluateConfig:
             raise UserError("features are of videos, and videos is false; leave one of them out")
         if self.videos and not self.seeds:
             raise UserError("seeds is empty; give one or more, such as 0 1 2")
+        for name in ("seeds", "attention"):
+            values = getattr(self, name)
+            if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+                raise UserError(f"{name} has {twice[0]} twice; give each once")
         if not self.videos and not self.windows:
             raise UserError("videos is false and windows is 0, so that there is nothing to measure; use one of them")

@@ -69,7 +69,7 @@ def read_features(path: Path) -> FeatureNetwork:
     """
     if not path.is_file():
         raise UserError(f"features: {path} is not a file; give {EXPECTED}")
-    arrays = lpips.read_arrays(path)
+    arrays = lpips.read_arrays(path, "features")
     if (backbone := lpips.backbone(arrays)) is not None:
         name, convolutions = backbone
         return FeatureNetwork(name, _WIDTHS[name], convolutions)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, UInt8
 
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.checkpoints.torch_pickle import TorchFile
-from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.errors import UserError
+from monarchrt.train.evaluation.metrics import check_same
 
 MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the input in [-1, 1], LPIPS's ScalingLayer
 # layers of `features` of torchvision's networks: a convolution's (number, stride, padding), a max-pool's (size, stride)
@@ -47,7 +48,9 @@ class LPIPS(NamedTuple):
 
         Raises:
             UserError: If frames are too small for the network.
+            ValueError: If the videos are of other sizes or lengths.
         """
+        check_same(video, reference)
         smallest, least = min(video.shape[1:3]), SMALLEST[self.network]
         if smallest < least:
             raise UserError(f"lpips: frames are {video.shape[1]} x {video.shape[2]}, and {self.network} needs {least}")
@@ -101,15 +104,17 @@ def backbone(arrays: dict[str, np.ndarray]) -> tuple[str, dict[int, tuple[np.nda
     return None
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file of PyTorch or of safetensors, in float32.
+def read_arrays(path: Path, option: str = "lpips") -> dict[str, np.ndarray]:
+    """All arrays of a file of PyTorch or of safetensors, in float32; `option` is what errors begin with.
 
     Raises:
         UserError: If it is neither.
     """
-    with user_input():
+    try:
         file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
         return {name: np.asarray(file.read(name), np.float32) for name in file.infos}
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{option}: {' '.join(str(error).split())}") from error
 
 
 def _head(heads: dict[str, np.ndarray], number: int, path: Path) -> np.ndarray:

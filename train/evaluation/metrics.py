@@ -112,7 +112,9 @@ def drift(per_frame: PerFrame, frames: list[int]) -> list[float]:
 
 
 def relative_error(made: Float[np.ndarray, "..."], reference: Float[np.ndarray, "..."]) -> float:
-    """||made - reference|| / ||reference||."""
+    """||made - reference|| / ||reference||; raises ValueError unless shapes are equal."""
+    if np.shape(made) != np.shape(reference):
+        raise ValueError(f"made has shape {np.shape(made)} and reference {np.shape(reference)}; they must be equal.")
     made, reference = np.asarray(made, np.float64), np.asarray(reference, np.float64)
     return float(np.linalg.norm(made - reference) / np.linalg.norm(reference))
 

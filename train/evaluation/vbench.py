@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import decoded
 from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.train.studies.results import write_json
 
 SAMPLES = 5  # videos of each prompt
 STILL = 25  # of those for temporal flickering, of which its filter keeps still ones
+SETTINGS = "settings.json"  # beside the videos
 STILL_DIMENSION = "temporal_flickering"
 
 # dimension -> lowest and highest value that it is scaled by, and its weight
@@ -77,7 +80,8 @@ class VBenchConfig:
     """`--part 2 8`: make only the third of eight parts of the prompts, as one of eight processes, each on its GPU."""
 
     out: Path = Path("vbench")
-    """Folder of the videos. Those that are there are kept, so that a run that was stopped goes on."""
+    """Folder of the videos. Those that are there are kept, so that a run that was stopped goes on; settings.json in it
+    says what they were made with, and others are refused."""
 
     def __post_init__(self) -> None:
         for name in self.dimensions:
@@ -146,6 +150,27 @@ def video_name(prompt: str, number: int) -> str:
     return f"{prompt}-{number}.mp4"
 
 
+def _claim(config: VBenchConfig) -> None:
+    """Makes the folder, or finds that its videos are of the same settings; parts and dimensions may be others."""
+    values = {"checkpoint": config.checkpoint, "attention": config.attention, "frames": config.frames}
+    values |= {"steps": config.steps, "seed": config.seed}
+    config.out.mkdir(parents=True, exist_ok=True)
+    there = config.out / SETTINGS
+    if not there.is_file():
+        write_json(there, values)
+        return
+    try:
+        begun = read_json(there)
+    except ValueError as error:
+        raise UserError(f"{there} is damaged ({error}); give another --out") from error
+    for name, value in values.items():
+        if begun.get(name) != value:
+            raise UserError(
+                f"{name} is {value!a}, but the videos in {config.out} were begun with {begun.get(name)!a}; use that, "
+                f"or another --out"
+            )
+
+
 def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tuple[int, int]:
     """Makes the videos that are not there.
 
@@ -168,7 +193,7 @@ def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tupl
     tasks = tasks[number::count]
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out {config.out} is a file; give the path of a folder")
-    config.out.mkdir(parents=True, exist_ok=True)
+    _claim(config)
     from monarchrt.models.generate.load import load_material
     from monarchrt.models.generate.make import make_video
 
@@ -207,6 +232,8 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
         UserError: If there are none, one is no such file, or two differ in a dimension.
     """
     files = [file for path in paths for file in (sorted(path.glob("*eval_results.json")) if path.is_dir() else [path])]
+    if paths and not files:
+        raise UserError(f"results {paths[0]} holds no *eval_results.json; give the folder that VBench wrote them to")
     if not files:
         raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
     scores: dict[str, float] = {}

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.writer import open_writer
+from monarchrt.train.evaluation.metrics import check_same
 
 SMALLEST = 17  # pixels a side, or libvmaf crashes
 ADVICE = "give --ffmpeg, one that was built with libvmaf, such as that of the package imageio-ffmpeg"
@@ -57,7 +58,9 @@ def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h 
 
     Raises:
         UserError: If frames are too small for it, or ffmpeg fails; says what it said.
+        ValueError: If the videos are of other sizes or lengths.
     """
+    check_same(video, reference)
     height, width = video.shape[1:3]
     if min(height, width) < SMALLEST:
         raise UserError(

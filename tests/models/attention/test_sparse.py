@@ -118,7 +118,7 @@ class TestMasked:
             ("vsa(keep=1, gate=False, cube={0})", f"({LARGEST},{LARGEST},{LARGEST})"),
             ("sla(keep=1, linear=False, block={0})", LARGEST),
             ("radial(keep=0.9, block={0})", LARGEST),
-            ("svg(block={0})", LARGEST),
+            ("svg(keep=1, block={0})", LARGEST),
         ],
     )
     def test_a_block_larger_than_the_clip_holds_no_more(self, text, most):

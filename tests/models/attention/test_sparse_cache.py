@@ -170,7 +170,20 @@ class TestErrors:
             ("vsa(cube=(4,4,4))", P480, 3, r"cube=\(4, 4, 4\) does not lie in one causal block of 3 frames.* be 1, 3"),
             ("sliding_tile(tile=(4,4,4))", P480, None, r"does not divide the grid .*1, 3, 7, 21 frames; 1, 2, 3, 5, 6"),
             ("svg2", (9, 4, 6), 3, r"svg2: query_clusters=200 is more than the tokens of a call; use at most 72"),
-            ("svg(rows=(80,))", (9, 4, 6), 3, r"rows=\(80,\) has one past the 72 queries of a call; use 0 to 71"),
+            ("top_k(keep=0.001)", (9, 4, 6), 3, r"top_k: keep=0.001 is out of reach of 216 keys; the least is 0.00463"),
+            (
+                "vsa(keep=0.02, cube=(3,2,3))",
+                (9, 4, 6),
+                3,
+                r"of 12 cubes of \(3, 2, 3\); the least is 0.08333, or",
+            ),
+            ("svg", (9, 4, 6), 3, r"keep=0.25 is out of reach of a band of 128 of 216 tokens; the least is 0.834, or"),
+            (
+                "svg(block=8, rows=(80,))",
+                (9, 4, 6),
+                3,
+                r"rows=\(80,\) has one past the 72 queries of a call; use 0 to 71",
+            ),
         ],
     )
     def test_grids(self, text, grid, block, message):

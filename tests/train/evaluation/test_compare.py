@@ -109,12 +109,24 @@ def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
         ("--attention dense --ffmpeg none", "ffmpeg none has no libvmaf"),
         ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 8"),
         ("--attention dense --seeds", "seeds"),
+        ("--attention dense --seeds 1 2 1", "seeds has 1 twice; give each once"),
+        ("--attention dense --prompts one.txt", "is a run folder, which knows no text; leave it out"),
+        (
+            "--attention dense --lpips junk.pth",
+            "--lpips cannot be read: input length 1 did",
+        ),
+        ("--attention dense --lpips junk.pth junk.pth", "lpips: junk.pth is not a zip archive"),
+        ("--attention dense --features junk.pth", "features: junk.pth is not a zip archive"),
+        ("--attention vsa(keep=0.01)", "vsa: keep=0.01 is out of reach of 1 cube of"),
     ],
 )
 def test_bad_input(words, says, baseline, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "one.txt").write_text("a cat\n")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
     assert main(["evaluate", "--checkpoint", str(baseline), "--out", str(tmp_path / "out"), *words.split()]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert says in error
+    assert not (tmp_path / "out").exists()  # so that the same command works once it is mended
