@@ -199,7 +199,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="3 windows are not one, or one for each of 2 heads"):
             parse("sliding_tile(tile=(1,1,1), window=((1,1,1),(1,1,1),(1,1,1)))")(*x, grid=(3, H, W))
         with pytest.raises(ValueError, match="the model has no parameters of its own for it"):
-            parse("vsa")(*x, grid=(3, H, W))
+            parse("vsa(keep=0.5)")(*x, grid=(3, H, W))
         rolling = dataclasses.replace(SHAPE, rolling=True)
         for text in ("sliding_tile(tile=(1,1,1))", "radial(rule=published)"):
             with pytest.raises(ValueError, match="rolling cache"):

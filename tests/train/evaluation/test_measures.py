@@ -257,7 +257,7 @@ class TestVBench:
     @pytest.mark.parametrize(
         ("content", "says"),
         [
-            (None, "no results were given"),
+            (None, "holds no *eval_results.json; give the folder"),
             ("{", "is no JSON"),
             ('{"beauty": [1]}', "'beauty' is no dimension"),
             ('{"color": ["a"]}', "'color' is no dimension with a number"),
