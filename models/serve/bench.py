@@ -1,8 +1,12 @@
 """How fast videos are made: cold and steady, by stage, and whether play would stand still."""
 
+import contextlib
 import importlib.metadata
+import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
+import monarch_jax
 from monarchrt.models.serve.engine import Engine
+from monarchrt.models.web.encodings import ENCODINGS
 
+PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-triton", "triton", "av", "numpy")
 SHARES = (50, 90, 99)
 STAGED = 28  # blocks at most that are made a stage at a time
+ENCODED = 5  # times that the text is encoded again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +86,28 @@ def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> 
     )
 
 
-def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str = "a cat on a wall") -> dict[str, Any]:
+def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | None = None) -> dict[str, Any]:
     """Makes three videos: one that compiles, one block after another as a stream, and one a stage at a time.
 
     Args:
         engine: What makes them; nothing need be compiled.
         blocks: Of the stream, 3 or more; and, up to 28, of the last.
         fps: Of play.
-        prompt: Encoded once.
+        prompt: Of the videos; None: the engine's sample.
 
     Returns:
         JSON values, by name; seconds unless the name says ms.
     """
+    said = engine.sample if prompt is None else prompt
     begin = time.perf_counter()
-    texts = engine.embed(prompt, None)
+    texts = engine.embed(said, None)
     jax.block_until_ready(texts)
     text = time.perf_counter() - begin
     cold, _, _ = _stream(engine, texts, 3)
     arrivals, frames, compiled = _stream(engine, texts, blocks)
     steady = np.diff(arrivals)[1:]  # the second block has the decoder's second program, and is still the start
-    network, decoder = _stages(engine, texts, min(blocks, STAGED))
-    whole = _seconds(lambda: engine.embed(prompt, None))
+    stages = _stages(engine, texts, min(blocks, STAGED))
+    whole = [_seconds(lambda: engine.embed_anew(said)) for _ in range(ENCODED)]
     seen = cadence(arrivals, frames, fps=fps)
     return machine() | {
         "attention": str(engine.pipeline.model.config.attention),
@@ -107,15 +116,16 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str = "a 
         "height": engine.size[0],
         "width": engine.size[1],
         "window": engine.window,
+        "formats": engine.formats(),
         "blocks": blocks,
         "frames": sum(frames),
         "cold": {"text": text, "first_frames": text + cold[0]},
         "steady": {
-            "first_frames": arrivals[0] + whole,
+            "first_frames": arrivals[0],
             "block_ms": percentiles(steady.tolist()),
             "p99_over_p50": float(np.percentile(steady, 99) / np.percentile(steady, 50)),
-            "network_ms": percentiles(network),
-            "decoder_ms": percentiles(decoder),
+            "text_ms": percentiles(whole),
+            **{f"{name}_ms": percentiles(seconds) for name, seconds in stages.items()},
             "frames_per_second": sum(frames) / arrivals[-1],
             "compiled": compiled,
         },
@@ -166,33 +176,54 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
     return arrivals, frames, len(programs)
 
 
-def _stages(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[float]]:
-    """Seconds of each block's latents, and of its frames, one waited for before the other; without the first two."""
-    video, state, network, decoder = engine.video(texts, 1), engine.start_decoder(), [], []
-    for _ in range(blocks):
-        begin = time.perf_counter()
+def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
+    """Seconds of each block by stage, one waited for before the next; without the first two blocks.
+
+    The network's latents, the decoder's frames until they are on the host, and each way in which they can go out.
+    """
+    video, state = engine.video(texts, 1), engine.start_decoder()
+    names = ["network", "decoder", *engine.formats()]
+    took: dict[str, list[float]] = {name: [] for name in names}
+    for block in range(blocks):
+        times = [time.perf_counter()]
         latents = jax.block_until_ready(video.generate())
-        between = time.perf_counter()
+        times.append(time.perf_counter())
         shown, _, state = engine.decode(latents, state)
-        np.asarray(shown)
-        network.append(between - begin)
-        decoder.append(time.perf_counter() - between)
-    return network[2:] or network, decoder[2:] or decoder
+        pictures = np.asarray(shown)[0]
+        times.append(time.perf_counter())
+        for encoding in map(ENCODINGS.__getitem__, engine.formats()):
+            size = len(pictures) if encoding.by_block else 1
+            for index in range(0, len(pictures), size):
+                encoding.encode(pictures[index : index + size], engine.frames(block) + index, engine.fps)
+            times.append(time.perf_counter())
+        for name, seconds in zip(names, np.diff(times).tolist(), strict=True):
+            took[name].append(seconds)
+    return {name: seconds[2:] or seconds for name, seconds in took.items()}
 
 
 def machine() -> dict[str, Any]:
     """What it ran on: card, driver, versions, and the commit of a checkout."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     device = jax.devices()[0]
     folder = Path(__file__).parent
     return {
         "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
         "platform": device.platform,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"monarchrt": monarch_jax.__version__} | _versions(),
         "commit": _said("git", "-C", str(folder), "rev-parse", "HEAD"),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed and may matter."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _said(*command: str) -> str | None:
@@ -205,7 +236,14 @@ def _said(*command: str) -> str | None:
 
 
 def memory(device: Any = None) -> dict[str, int]:
-    """Bytes on a device, by default the first, now and at most, where it says so."""
+    """Bytes on a device, by default the first, now and at most, where it says so; and of this process on the host."""
     stats = (device or jax.devices()[0]).memory_stats() or {}
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
-    return {name: int(stats[theirs]) for name, theirs in names.items() if theirs in stats}
+    own = {name: int(stats[theirs]) for name, theirs in names.items() if theirs in stats}
+    return own if device is not None else own | {"host_peak": _host_peak()}
+
+
+def _host_peak() -> int:
+    """Most bytes that this process had in memory; Linux counts them in KiB, macOS does not."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

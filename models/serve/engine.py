@@ -68,7 +68,7 @@ class Engine:
         if rollout.window is None:
             raise UserError("sessions may go on without end, for which attention needs a --window, such as 21")
         self.pipeline, self.rollout, self.fps, self.latents = pipeline, rollout, fps, (height, width)
-        self._encode, self._negative, self._sample = encode, negative, sample
+        self._encode, self._negative, self.sample = encode, negative, sample
         self._texts: OrderedDict[str, Array] = OrderedDict()
         for frames in begins:
             self.blocks(frames, name="begin")
@@ -182,9 +182,13 @@ class Engine:
             return self._embedded(prompt), None
         return self._embedded(prompt), self._embedded(self._negative if negative is None else negative)
 
+    def embed_anew(self, prompt: str) -> Array:
+        """The embedding of a prompt, computed whether it is kept or not."""
+        return self._encode([prompt])[0]
+
     def _embedded(self, prompt: str) -> Array:
         if prompt not in self._texts:
-            self._texts[prompt] = self._encode([prompt])[0]
+            self._texts[prompt] = self.embed_anew(prompt)
             if len(self._texts) > KEPT_TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(prompt)
@@ -290,7 +294,7 @@ class Engine:
         self.formats()
 
     def _warm_up(self, attention: str, given: Sequence[Sequence[np.ndarray]]) -> None:
-        texts = self.embed(self._sample, None)
+        texts = self.embed(self.sample, None)
         video, state, past = self.video(texts, 0, attention=attention), self.start_decoder(), {}
         needed = -(-self.window // self.rollout.block) + 2  # until frames are let go
         for number in range(needed):

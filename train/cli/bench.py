@@ -105,10 +105,15 @@ def _lines(measured: dict[str, Any]) -> list[str]:
     return [
         f"{measured['device']}, jax {measured['versions']['jax']}; {size}, {measured['attention']}",
         f"cold      loaded in {cold['load']:.1f} s, first frames {cold['first_frames']:.2f} s later",
-        f"steady    first frames after {steady['first_frames']:.3f} s, {steady['frames_per_second']:.1f} frames/s",
+        f"steady    first frames after {steady['first_frames']:.3f} s (text aside), "
+        f"{steady['frames_per_second']:.1f} frames/s",
         f"block     {shares(steady['block_ms'])} ms; p99/p50 {steady['p99_over_p50']:.2f}",
         f"network   {shares(steady['network_ms'])} ms",
         f"decoder   {shares(steady['decoder_ms'])} ms",
+        f"text      {shares(steady['text_ms'])} ms, once for each prompt",
+        *(f"{name:<9} {shares(steady[f'{name}_ms'])} ms, beside the next block" for name in measured["formats"]),
         f"play      at {cadence['fps']:g} frames/s: {cadence['deadlines_met']:.0%} of blocks in time, stood still "
         f"{cadence['underruns']} times, {cadence['stood']:.2f} s",
+        "memory    "
+        + ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f} GiB" for name, size in measured["memory"].items()),
     ]

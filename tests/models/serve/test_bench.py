@@ -5,6 +5,7 @@ import json
 import pytest
 
 from monarchrt.models.serve.bench import cadence, measure, percentiles
+from tests.models.serve.conftest import encode
 
 
 def test_play_that_never_waits():
@@ -29,6 +30,23 @@ def test_an_engine(engine):
     assert json.loads(json.dumps(found)) == found
     assert (found["height"], found["width"], found["blocks"], found["frames"]) == (8, 16, 6, 18)
     assert found["steady"]["compiled"] == 0
-    assert set(found["steady"]["network_ms"]) == {"p50", "p90", "p99"}
+    for stage in ("block", "text", "network", "decoder", "jpeg", "mp4"):
+        assert set(found["steady"][f"{stage}_ms"]) == {"p50", "p90", "p99"}
+    assert found["memory"]["host_peak"] > 2**20
+    assert {"device", "driver", "commit", "cores"} < set(found)
+    assert set(found["cold"]) == {"text", "first_frames"}
+    assert set(found["cadence"]) == {"fps", "first", "gap_ms", "deadlines_met", "underruns", "stood"}
     assert found["cadence"]["fps"] == 8.0
-    assert found["versions"]["jax"]
+    assert {"monarchrt", "jax", "jaxlib"} < set(found["versions"])
+
+
+def test_the_prompt_is_one_that_the_engine_knows(engine, monkeypatch):
+    """Of a file of embeddings there is no other."""
+
+    def stored(prompts):
+        assert set(prompts) == {engine.sample}
+        return encode(prompts)
+
+    monkeypatch.setattr(engine, "_encode", stored)
+    engine._texts.clear()
+    assert measure(engine, blocks=4)["steady"]["compiled"] == 0
