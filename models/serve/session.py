@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, printable
 from monarchrt.models.media.writer import Mp4Writer
 from monarchrt.models.sampling import LiveRollout
 from monarchrt.models.serve.engine import Engine, blended
@@ -171,6 +171,7 @@ class Session:
         self._blend: Iterator[tuple[Texts, bool]] | None = None
         self._mixed = -1  # the block that the text was last changed for
         self._saving: Iterator[None] | None = None
+        self._saved_for: str | None = None  # the id of the message that asked for it
         self._begin, self._shown = clock(), 0  # when a paced video's frame 0 was due, less the ones before a pause
         self.saved: list[Path] = []
         self._left: str | None = None
@@ -319,8 +320,7 @@ class Session:
             if self._clock() - self.heard >= self._limits.idle:
                 self.end("idle", message=f"nothing was heard for {self._limits.idle:.0f} s")
             elif self._saving is not None:
-                if next(self._saving, self) is self:
-                    self._saving = None
+                self._go_on_saving()
             elif (self._playing or self._steps) and self.block < self._last:
                 return self._begin_block()
         except Exception as error:
@@ -379,8 +379,11 @@ class Session:
                 if self._playing:
                     self._begin, self._shown = self._clock() + AHEAD, 0
                 self.outbox.event("resumed" if self._playing else "paused", id=message.id, block=self.block)
-        except Refusal as refusal:
-            self.outbox.event("error", id=message.id, code=refusal.code, message=str(refusal))
+        except UserError as error:  # the session goes on as it was
+            code, said = ("invalid", f"{message.type}: {error}")
+            if isinstance(error, Refusal):
+                code, said = error.code, str(error)
+            self.outbox.event("error", id=message.id, code=code, message=said)
 
     def _begun(self) -> LiveRollout:
         if self._video is None:
@@ -508,17 +511,32 @@ class Session:
         if self._folder is None or self._saving is not None or not (kept := self._kept()):
             why = "is not on" if self._folder is None else "has nothing" if self._saving is None else "is under way"
             raise Refusal(f"save: saving {why}", code="cannot_save")
-        self._saving = self._save(message, kept, self._folder / f"{secrets.token_urlsafe(12)}.mp4")
+        path = self._folder / f"{secrets.token_urlsafe(12)}.mp4"
+        self._saving, self._saved_for = self._save(message, kept, path), message.id
+
+    def _go_on_saving(self) -> None:
+        """One block more of the file; what goes wrong with it, such as a full disk, ends no session."""
+        try:
+            if self._saving is not None and next(self._saving, self) is self:
+                self._saving = None
+        except Exception as error:
+            self._saving, said = None, " ".join(str(error).split())[:300]
+            said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+            self.outbox.event("error", id=self._saved_for, code="cannot_save", message=f"save: {said}")
 
     def _save(self, message: Save, blocks: list[int], path: Path) -> Iterator[None]:
-        """Decodes the kept blocks again, one a turn."""
+        """Decodes the kept blocks again, one a turn; nothing is left of a file that is not complete."""
         state = self._engine.start_decoder()
         kept = {block: self._past[block] for block in blocks}
-        with Mp4Writer(path, fps=self._engine.fps, title=self._start.prompt[:200]) as writer:
-            for latents in kept.values():
-                frames, _, state = self._engine.decode(latents, state)
-                writer.write(np.asarray(jax.device_get(frames))[0])
-                yield
+        try:
+            with Mp4Writer(path, fps=self._engine.fps, title=printable(self._start.prompt, 200)) as writer:
+                for latents in kept.values():
+                    frames, _, state = self._engine.decode(latents, state)
+                    writer.write(np.asarray(jax.device_get(frames))[0])
+                    yield
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         self.saved.append(path)
         self.outbox.event(
             "saved",

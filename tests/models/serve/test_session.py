@@ -1,5 +1,6 @@
 """Sessions without a network: what a client asks for is what is made, when it is due, and no more."""
 
+import errno
 import io
 from concurrent.futures import Future
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
+from monarchrt.models.media.writer import Mp4Writer
 from monarchrt.models.sampling import Rollout, autoregressive
 from monarchrt.models.sampling.rollout import generate_block
 from monarchrt.models.serve import Engine, Limits, Outbox, Refusal, Session, Sessions
@@ -167,6 +169,52 @@ def test_saving(stage, client, tmp_path):
         assert len(read_clip(path, height=8, width=16)) == 9
         assert len(list(tmp_path.iterdir())) == 1, number
     assert sessions.video("other.mp4") is None
+
+
+def test_a_file_that_cannot_be_written(stage, client, tmp_path, monkeypatch):
+    """Is said; the session goes on, and nothing of it is left. Nor of one that the session did not wait for."""
+    session = client(stage(), start(frames=30))
+    session.run(turns=3)
+
+    def full(self, frames):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    session.tell(Save(id="v"))
+    session.run(turns=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mp4Writer, "write", full)
+        (error,) = of(session.run(turns=1)[0], "error")
+    assert (error["id"], error["code"], error["message"]) == (
+        "v", "cannot_save", "save: OSError: [Errno 28] No space left on device"
+    )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+    session.tell(Save())
+    session.run(turns=2)
+    session.tell(Stop())
+    assert session.run()[0][-1]["reason"] == "stopped"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_cannot_be_encoded(stage, client, engine, monkeypatch):
+    """As a file of embeddings has no others: it is said, and the video goes on as it was."""
+    session, embed = client(stage(), start(frames=15, seed=3)), engine.embed
+    _, expected = client(stage(), start(frames=15, seed=3)).run()
+
+    def stored(prompt, negative):
+        if prompt == "other":
+            raise UserError("embeddings a.safetensors has no 'other'")
+        return embed(prompt, negative)
+
+    monkeypatch.setattr(engine, "embed", stored)
+    _, first = session.run(turns=2)
+    session.tell(Prompt(prompt="other", id="p"))
+    events, rest = session.run()
+    (error,) = of(events, "error")
+    assert error == {
+        "type": "error", "id": "p", "code": "invalid", "message": "prompt: embeddings a.safetensors has no 'other'"
+    }  # fmt: skip
+    assert events[-1]["reason"] == "finished"
+    np.testing.assert_array_equal(pictures(first + rest), pictures(expected))
 
 
 def test_turns_go_round(stage, client):
