@@ -160,6 +160,9 @@ class TilesConfig(_Examples, _Videos):
     videos: int = 3
     """Videos that are made, with the settings on the Pareto front, spread over it; 0: none."""
 
+    resume: bool = False
+    """Go on with a study that was stopped; its settings must be the same."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers("most", (self.most,), 0, 1, "0.2")

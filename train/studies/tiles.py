@@ -1,5 +1,6 @@
 """`monarchrt study tiles`: which tile should I use? Error of outputs and of a video against time."""
 
+import functools
 import shlex
 import statistics
 import time
@@ -19,15 +20,17 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.media.metrics import fidelity
+from monarchrt.train.config import to_dict
 from monarchrt.train.evaluation.subject import Subject, check_example, noisy_example, open_subject, probed_call
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import tiles_of
 from monarchrt.train.studies.config import TilesConfig
 from monarchrt.train.studies.maps import choose, chosen_layers
 from monarchrt.train.studies.mass import video_material
+from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
-FILES = ("tiles.json", "tiles.png")
+FILES, PART = ("tiles.json", "tiles.png"), "tiles.part.json"
 PLAIN = BLOCKS[0]  # the layout where nothing is said
 
 
@@ -73,10 +76,11 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
         UserError: If a setting cannot be used.
     """
     claim_results(config.out, FILES, overwrite=config.overwrite)
+    partial = Partial(config.out / PART, to_dict(config), resume=config.resume, overwrite=config.overwrite)
     subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
     choices = candidates(config, subject)
     heads = choose("heads", config.heads, subject.model.config.num_heads) or None
-    calls = []
+    calls, measured = [], config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
     for index in check_example(subject, config.windows):
         for level in config.levels:
             dense = subject.model.with_attention(exact())
@@ -85,20 +89,22 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
             calls += captured
     query, key, value = (jnp.concatenate([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
     causal, grid = subject.model.config.causal_block, subject.grid
-    measured = config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
     options = {"grid": grid, "causal_block": causal}
     points: list[dict[str, Any]] = []
     with progress("tiles", len(choices) + 1, quiet=config.quiet) as advance:
         target = np.asarray(_attend(exact(), query, key, value, **options), np.float64)
-        of_dense = _time(exact(), query, key, value, config, measured, options)
+        of_dense = partial.of("dense", lambda: _time(exact(), query, key, value, config, measured, options))
         advance()
         for choice in choices:
             setting = choice.setting
             advance(0, choice.label)
-            out = np.asarray(_attend(setting, query, key, value, **options), np.float64)
-            axes = (1, 2, 3)
-            errors = np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes))
-            seconds = _time(setting, query, key, value, config, measured, options)
+            error, seconds = partial.of(
+                str(setting),
+                lambda setting=setting: (
+                    _error(np.asarray(_attend(setting, query, key, value, **options), np.float64), target),
+                    _time(setting, query, key, value, config, measured, options),
+                ),
+            )
             density = setting.density(grid, causal_block=causal)
             points.append(
                 {
@@ -106,7 +112,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
                     "label": choice.label,
                     "density": density.visible,
                     "kept": density.kept,
-                    "error": float(errors.mean()),
+                    "error": error,
                     "time": seconds if measured else seconds / of_dense,
                     "command": command(config, choice),
                 }
@@ -115,7 +121,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     points.sort(key=lambda point: (point["time"], point["error"]))
     mark_front(points)
     if config.videos:
-        _add_videos(points, config)
+        _add_videos(points, config, partial)
     unit = "milliseconds of a layer, measured" if measured else "arithmetic over dense attention's"
     result = {
         "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "exact": of_dense if measured else 1.0,
@@ -123,6 +129,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     }  # fmt: skip
     write_json(config.out / FILES[0], result)
     pictures.draw_front(config.out / FILES[1], points, unit=unit)
+    partial.done()
     return result
 
 
@@ -159,6 +166,12 @@ def _tile(text: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
         raise UserError(f"tiles has {text!r}; write frames,rows,columns, such as 3,30,52")
     return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _error(out: Float[np.ndarray, "B N n d"], target: Float[np.ndarray, "B N n d"]) -> float:
+    """||out - target|| / ||target|| of each call, their mean."""
+    axes = (1, 2, 3)
+    return float(np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes)).mean())
 
 
 def _attend(setting: Attention, query: Array, key: Array, value: Array, **options: Any) -> Float[Array, "B N n d"]:
@@ -204,24 +217,35 @@ def command(config: TilesConfig, choice: Choice) -> str:
     return shlex.join(words)
 
 
-def _add_videos(points: list[dict[str, Any]], config: TilesConfig) -> None:
+def _add_videos(points: list[dict[str, Any]], config: TilesConfig, partial: Partial) -> None:
     """Makes videos with settings on the front, spread over it, and compares them with dense attention's."""
     front = [point for point in points if point["front"]]
     places = sorted({round(float(x)) for x in np.linspace(0, len(front) - 1, min(config.videos, len(front)))})
+    chosen = [front[place] for place in places]
     material = video_material(config)
-    with progress("videos", len(places) + 1, quiet=config.quiet) as advance:
-        reference, expected = _video(material, exact())
-        advance()
-        for point in (front[place] for place in places):
-            advance(0, point["label"])
+    with progress("videos", len(places), quiet=config.quiet) as advance:
+
+        @functools.cache  # made when the first is compared with it
+        def reference() -> tuple[np.ndarray, np.ndarray]:
+            return _video(material, exact())
+
+        def compared(point: dict[str, Any]) -> dict[str, Any]:
+            dense, expected = reference()
             try:
                 frames, latents = _video(material, parse(point["setting"]))
             except ValueError as error:  # the video's blocks may be smaller than the examples
-                point["no_video"] = " ".join(str(error).split())
-            else:
-                point["psnr"] = fidelity(frames, reference).psnr
-                point["latent_error"] = float(np.linalg.norm(latents - expected) / np.linalg.norm(expected))
+                return {"no_video": " ".join(str(error).split())}
+            apart = float(np.linalg.norm(latents - expected) / np.linalg.norm(expected))
+            return {"psnr": fidelity(frames, dense).psnr, "latent_error": apart}
+
+        for point in chosen:
+            advance(0, point["label"])
+            point |= partial.of(_of_video(point), lambda point=point: compared(point))
             advance()
+
+
+def _of_video(point: dict[str, Any]) -> str:
+    return f"video of {point['setting']}"
 
 
 def _video(material: Material, setting: Attention) -> tuple[np.ndarray, np.ndarray]:

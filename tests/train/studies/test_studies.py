@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 
 from monarch_jax import MonarchSpec
+from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
+from monarchrt.train.studies import tiles
 from monarchrt.train.studies.approximations import (
     TOP_K,
     dense_map,
@@ -22,6 +25,7 @@ from monarchrt.train.studies.approximations import (
     tiles_of,
 )
 from monarchrt.train.studies.maps import _factored, equation_1
+from monarchrt.train.studies.partial import Partial
 from tests.untyped import there
 
 
@@ -167,6 +171,61 @@ class TestCommands:
         assert first["psnr"] > 5
         with Image.open(tmp_path / "tiles.png") as picture:
             assert picture.width > 600
+
+    @pytest.mark.slow
+    def test_tiles_that_were_stopped_go_on(self, baseline, tmp_path, monkeypatch, capsys):
+        """What was measured is not measured again, and the numbers are those of a study that was not stopped."""
+        options = ["--checkpoint", str(baseline), "--levels", "0.5", "--tiles", "3,2,4", "1,2,4", "--videos", "1"]
+        options += ["--sample-steps", "2", "--quiet", "--out"]
+        assert main(["study", "tiles", *options, str(tmp_path / "whole")]) == 0
+        attend, tried = tiles._attend, []
+
+        def stop(setting, *rest, **more):
+            tried.append(str(setting))
+            if len(tried) == 3:
+                raise KeyboardInterrupt
+            return attend(setting, *rest, **more)
+
+        monkeypatch.setattr(tiles, "_attend", stop)
+        command = ["study", "tiles", *options, str(tmp_path / "out")]
+        assert main(command) == 130
+        assert main(command) == 2
+        assert "holds a study that was stopped; give --resume to go on with it" in capsys.readouterr().err
+        assert main([*command, "--resume", "--levels", "0.6"]) == 2
+        assert "cannot resume: levels is [0.6], but the study in" in capsys.readouterr().err
+        assert main([*command, "--resume"]) == 0
+        assert tried[3:] == ["dense", tried[2]]
+        whole, mine = (json.loads((tmp_path / name / "tiles.json").read_text()) for name in ("whole", "out"))
+        assert mine == whole
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiles.json", "tiles.png"]
+
+
+class TestPartial:
+    SETTINGS: ClassVar = {"levels": [0.5], "out": "a", "resume": False}
+
+    def test_it_goes_on(self, tmp_path):
+        path, measured = tmp_path / "part.json", []
+        first = Partial(path, self.SETTINGS, resume=False)
+        assert first.of("a", lambda: (1.5, 2)) == (1.5, 2)
+        again = Partial(path, self.SETTINGS | {"out": "b", "resume": True}, resume=True)
+        assert again.of("a", lambda: measured.append("a")) == [1.5, 2]
+        assert again.of("b", lambda: 3) == 3
+        again.done()
+        assert not measured
+        assert not path.exists()
+
+    def test_what_it_refuses(self, tmp_path):
+        path = tmp_path / "part.json"
+        Partial(path, self.SETTINGS, resume=False).of("a", lambda: 1)
+        with pytest.raises(UserError, match="give --resume to go on with it, or --overwrite"):
+            Partial(path, self.SETTINGS, resume=False)
+        with pytest.raises(UserError, match=r"cannot resume: levels is \[0.6\], but the study .* with \[0.5\]"):
+            Partial(path, {"levels": [0.6]}, resume=True)
+        assert Partial(path, self.SETTINGS, resume=False, overwrite=True).of("a", lambda: 2) == 2
+        for text, says in (("{", "is damaged"), ("{}", "is of no study")):
+            path.write_text(text)
+            with pytest.raises(UserError, match=says):
+                Partial(path, self.SETTINGS, resume=True)
 
 
 @pytest.mark.parametrize(

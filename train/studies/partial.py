@@ -1,0 +1,62 @@
+"""What a study has measured so far, in a file beside its results, so that one that was stopped goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from monarchrt.models.checkpoints.json_files import read_json
+from monarchrt.models.errors import UserError
+from monarchrt.train.studies.results import write_json
+
+_NOT_OF_RESULTS = ("out", "overwrite", "resume", "quiet")
+
+
+class Partial:
+    """Values by key, written as they come; `done` removes the file."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool = False) -> None:
+        """Begins, or goes on with a study of the same settings.
+
+        Args:
+            path: The file.
+            settings: Of the study, as JSON has them.
+            resume: Go on with what is there.
+            overwrite: Begin anew whatever is there.
+
+        Raises:
+            UserError: If there is one and nobody asked to go on with it, or it is of other settings, or damaged.
+        """
+        self._path = path
+        self._values: dict[str, Any] = {}
+        self._settings = {name: value for name, value in settings.items() if name not in _NOT_OF_RESULTS}
+        if not path.is_file() or (overwrite and not resume):
+            return
+        if not resume:
+            raise UserError(
+                f"out {path.parent} holds a study that was stopped; give --resume to go on with it, or --overwrite"
+            )
+        try:
+            begun = read_json(path)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); give --overwrite, or another --out") from error
+        before, values = begun.get("settings"), begun.get("values")
+        if not isinstance(before, dict) or not isinstance(values, dict):
+            raise UserError(f"{path} is of no study; give --overwrite, or another --out")
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"cannot resume: {name} is {value!a}, but the study in {path.parent} was begun with "
+                    f"{before.get(name)!a}; use that value, or another --out"
+                )
+        self._values = values
+
+    def of(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value of a key, measured and written if it is not there."""
+        if key not in self._values:
+            self._values[key] = measure()
+            write_json(self._path, {"settings": self._settings, "values": self._values})
+        return self._values[key]
+
+    def done(self) -> None:
+        """Removes the file: the results are written."""
+        self._path.unlink(missing_ok=True)
