@@ -41,7 +41,8 @@ MAX_ERROR = 1e-2  # relative Frobenius error that the gate allows in bfloat16
 class Row:
     """One line of the table: the clip's (frames, height, width) in latent tokens and the frames per tile.
 
-    A tile has the grid's rows, divided by `height_parts`, and its columns. `num_iters` are refinement steps.
+    A tile has the grid's rows, divided by `height_parts`, and its columns. `num_iters` are refinement steps, `blocks`
+    which axes are a tile's rows and columns. A tile that does not divide `decode_frames` is not timed decoding.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     tile_frames: int
     height_parts: int = 1
     num_iters: int = 1
+    blocks: str = "fh,w"
     decode_frames: int = 3
     heads: int = 12
     head_dim: int = 128
@@ -60,7 +62,13 @@ class Row:
     @property
     def published(self) -> bool:
         """Whether the published kernels, as `published.py` calls them, do the same: a step, tiles of whole frames."""
-        return self.height_parts == self.num_iters == 1
+        return self.height_parts == self.num_iters == 1 and self.blocks == "fh,w"
+
+    @property
+    def works(self) -> tuple[str, ...]:
+        """What is timed."""
+        decoded = ("decode",) * (self.decode_frames % self.tile_frames == 0)
+        return ("forward", *decoded, "forward + backward")
 
 
 ROWS = (
@@ -71,6 +79,7 @@ ROWS = (
     Row(name="480p (h/2,w)", grid=(21, 30, 52), tile_frames=1, height_parts=2),
     Row(name="480p (h,w) T=2", grid=(21, 30, 52), tile_frames=1, num_iters=2),
     Row(name="480p (3h,w) T=2", grid=(21, 30, 52), tile_frames=3, num_iters=2),
+    Row(name="480p (f,hw)", grid=(21, 30, 52), tile_frames=21, blocks="f,hw"),
 )
 KEEPING = "+keep"  # ends the name of an implementation that is to keep intermediates
 SMALL = (Row(name="small (h,w)", grid=(6, 6, 8), tile_frames=1, heads=2, head_dim=16),)
@@ -115,7 +124,7 @@ def main() -> None:
     }
     for row in rows:
         published = (attempt(published_times, row, args) if args.published and row.published else None) or {}
-        for work in ("forward", "decode", "forward + backward"):
+        for work in row.works:
             able = [name for name in timed if serves(name, row)]
             results.append(measure(row, work, able, limits, published.get(work), dense=not args.small))
             print(line(results[-1]), flush=True)
@@ -130,7 +139,7 @@ def serves(implementation: str, row: Row) -> bool:
     """Whether an implementation, or "published", takes a row at all: some have one refinement step alone."""
     if implementation == "published":
         return row.published
-    spec = MonarchSpec(grid=row.grid, tile=row.tile)
+    spec = MonarchSpec(grid=row.grid, tile=row.tile, blocks=row.blocks)
     shape = (1, spec.query_tiles, spec.block_rows, spec.block_cols, row.heads, row.head_dim)
     tiles = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     try:
@@ -219,7 +228,7 @@ def expected(row: Row) -> tuple[list[jax.Array], list[np.ndarray]]:
 def attention(row: Row, frames: int, implementation: str):
     """The operation with `frames` query frames over the clip."""
     name = implementation.removesuffix(KEEPING)
-    options = {"grid": (frames, *row.grid[1:]), "tile": row.tile, "num_iters": row.num_iters}
+    options = {"grid": (frames, *row.grid[1:]), "tile": row.tile, "blocks": row.blocks, "num_iters": row.num_iters}
     options["keep_intermediates"] = name != implementation
     return lambda q, k, v: monarch_attention(q, k, v, implementation=name, **options)
 
@@ -252,7 +261,8 @@ def measure(row: Row, work: str, implementations, limits, published: dict | None
     q, k, v, g = inputs(row, row.grid[0])
     q, g = (x[:, : frames * row.grid[1] * row.grid[2]] for x in (q, g))
     arrays = (q, k, v, g) if work == "forward + backward" else (q, k, v)
-    spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], tile=row.tile, num_iters=row.num_iters)
+    form: dict[str, Any] = {"tile": row.tile, "blocks": row.blocks, "num_iters": row.num_iters}
+    spec = MonarchSpec(grid=(frames, *row.grid[1:]), key_frames=row.grid[0], **form)
     size: dict[str, Any] = {"heads": row.heads, "head_dim": row.head_dim}
     arithmetic, plain = flops(spec, **size), bytes_moved(spec, **size)
     # a further step writes and reads alpha and the next queries, as many bytes as alpha and Y

@@ -41,9 +41,11 @@ INTERPRETED_SLOWLY = (
     ("blocks of rows and columns", "keys first", "two parts", "more columns than alpha and Y have numbers"),
     ("two steps, blocks of rows and columns", "two steps, a dominant row, two parts", "two steps, newest tile, blocks"),
     ("three steps, blocks of columns", "two steps, one query tile at a time", "two steps, 480p tile"),
+    ("few rows, many columns", "two steps, few rows, many columns"),
 )
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 SETTINGS = {"480p": (21, 30, 52), "480p, 3 frames": (7, 90, 52), "720p": (21, 45, 80), "720p, 3 frames": (7, 135, 80)}
+SETTINGS |= {"480p, f,hw": (1, 21, 1560)}
 
 
 def missing(*packages):

@@ -131,6 +131,8 @@ CASES = {
         query_tiles=1, key_tiles=2, b2=17, heads=1, num_iters=3, configs=Config(rows=16, keys=16)
     ),
     "two steps, one query tile at a time": Case(heads=2, visible=(3, 2), dim=12, num_iters=2, scratch_bytes=1),
+    "few rows, many columns": Case(query_tiles=1, key_tiles=1, b2=140, heads=1),
+    "two steps, few rows, many columns": Case(query_tiles=1, key_tiles=1, b2=140, heads=1, num_iters=2),
     "two steps, 480p tile": Case(query_tiles=1, key_tiles=1, b1=30, b2=52, heads=1, dim=32, num_iters=2),
     "two parts, newest tile": Case(b2=17, heads=1, visible=(2, 2), grad_tiles=1, configs=PARTS),
 }
