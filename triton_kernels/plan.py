@@ -208,7 +208,9 @@ def _right_further_backward(
     """Keys and values, then queries: from what the first saved, where it could, by a launch like one forward."""
     keys, _ = _right_backward(shape, configs, common, grad_tiles, summed=True, values=values)
     saved = keys.constants["SAVE_DZ"]
-    keys = dataclasses.replace(keys, kernel="right_further_backward")
+    # `mid` is a result even where it stays as it is: the queries' launch changes it after that, and XLA needs no copy
+    writes = ("mid", *(name for name in keys.writes if name != "mid"))
+    keys = dataclasses.replace(keys, kernel="right_further_backward", writes=writes)
     again, back = configs.right_again or configs.right_forward, configs.right_backward
     right = dataclasses.replace(again, keys=power_of_two(shape.b2, 16)) if saved else back
     constants = common | _right(shape, right, common["AC"])

@@ -199,6 +199,28 @@ def test_arrays_that_a_kernel_creates_are_its_last(scratch):
                 there |= writes
 
 
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize("newest", [None, 1])
+def test_what_is_changed_in_place_needs_no_copy(newest):
+    """XLA copies an array that one kernel changes and another, which need not come before it, reads as it was."""
+    from monarchrt.triton_kernels import launch
+
+    shape = plan.Shape(batch=1, query_tiles=3, key_tiles=3, b1=8, b2=8, heads=2, dim=64, itemsize=2)
+    chosen = heuristic(Target(90), b1=8, b2=8, dim=64, itemsize=2)
+    before: list[set[int]] = []  # of each launch, those that come before it whatever the schedule
+    readers: dict[str, set[int]] = {}  # of what each array holds now
+    writer: dict[str, int] = {}
+    for n, call in enumerate(plan.refined_backward(shape, chosen, "ieee", newest, 3).launches):
+        arrays = {call.arrays.get(x, x) for x in launch._parameters(call.kernel)}
+        direct = {writer[x] for x in arrays if x in writer}
+        before.append(direct.union(*(before[m] for m in direct)))
+        for name in (call.arrays.get(x, x) for x in call.writes):
+            assert readers.get(name, set()) <= before[n], f"{call.kernel}: a copy of {name}"
+            readers[name], writer[name] = set(), n
+        for name in arrays - {call.arrays.get(x, x) for x in call.writes}:
+            readers.setdefault(name, set()).add(n)
+
+
 @missing("triton")
 def test_two_parts_of_rows_do_no_work_twice():
     """Back through L as an H200 runs it, with 128 + 16 rows and 8 warps."""
