@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from monarchrt.models.serve.session import Observed
 from monarchrt.models.serve.sessions import Sessions
@@ -16,6 +16,7 @@ class Metrics(Observed):
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # the host's memory, time and open files, where Linux tells them
         options: dict[str, Any] = dict(namespace="monarchrt", registry=self.registry)
         self._blocks = Histogram("block_seconds", "Seconds that a block took.", buckets=BUCKETS, **options)
         self._frames = Counter("frames", "Frames made.", **options)

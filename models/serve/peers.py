@@ -219,9 +219,10 @@ class Peer:
         waiting = [asyncio.create_task(event.wait()) for event in (self._connected, self._over)]
         try:
             done, _ = await asyncio.wait(waiting, timeout=CONNECTING, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
+            if not done and not self.outbox.over:
                 return f"no connection over UDP came about within {CONNECTING:.0f} s; take video mp4 or jpeg"
-            await waiting[1]
+            if done:
+                await waiting[1]
         finally:
             for task in waiting:
                 task.cancel()

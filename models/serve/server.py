@@ -17,7 +17,7 @@ from aiohttp import web
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.serve.engine import Engine
-from monarchrt.models.serve.messages import MESSAGES, Refusal, Start, Stop, parse_message
+from monarchrt.models.serve.messages import MESSAGES, Ping, Refusal, Start, Stop, parse_message
 from monarchrt.models.serve.metrics import Metrics
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.serve.peers import INSTALL, MEDIA, WEBRTC, Ice, Peer, installed
@@ -166,7 +166,7 @@ class Server(WebServer):
 
 
 class _Client:
-    """A connection, and its sessions one after the other."""
+    """A connection, and its sessions one after the other; without one, it ends if nothing is heard."""
 
     over = False
 
@@ -176,6 +176,24 @@ class _Client:
         self._peer: Peer | None = None
         self._outbox = Outbox(frames=server.limits.frames, notify=notify)
         self._outbox.event(**server.hello())
+        self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()
+        self._looking = self._loop.call_later(server.limits.idle, self._look)
+
+    def _look(self) -> None:
+        """Ends the connection if it has no session, and nothing was heard for a while: others need the place."""
+        idle, now = self._server.limits.idle, self._loop.time()
+        if self._active() is not None:
+            self._heard = now
+        if now - self._heard >= idle:
+            self._outbox.event("error", code="idle", message=f"nothing was heard for {idle:.0f} s")
+            self.over = True
+        else:
+            self._looking = self._loop.call_later(self._heard + idle - now, self._look)
+
+    def _active(self) -> Session | None:
+        """Its session, if that is not over."""
+        return None if self._session is None or self._session.ended is not None else self._session
 
     def take(self) -> dict[str, Any] | bytes | None:
         """The next to be sent."""
@@ -189,6 +207,7 @@ class _Client:
     def leave(self) -> None:
         """The connection is gone."""
         self._server._clients.discard(self)
+        self._looking.cancel()
         self._outbox.clear_frames()  # nobody encodes them any more
         self._leave_peer()
         if self._session is not None:
@@ -202,20 +221,18 @@ class _Client:
             self._outbox.event("error", id=refusal.id, code=refusal.code, message=str(refusal))
 
     def _hear(self, said: str | bytes) -> None:
-        sessions = self._server.sessions
+        self._heard = self._loop.time()
         if isinstance(said, bytes):
             raise Refusal("messages are JSON texts, not bytes; images and clips go to /upload")
         message = parse_message(said, longest_prompt=self._server.limits.prompt)
-        over = self._session is None or self._session.ended is not None
-        if isinstance(message, Start) and over:
+        if (session := self._active()) is not None:
+            self._server.sessions.tell(session, message)
+        elif isinstance(message, Start):
             self._session = self._begin(message)
-        elif self._session is None or over:
-            if not isinstance(message, Stop):
-                raise Refusal(
-                    f"{message.type}: there is no session; begin with start", code="no_session", id=message.id
-                )
-        else:
-            sessions.tell(self._session, message)
+        elif isinstance(message, Ping):
+            self._outbox.event("pong", id=message.id)
+        elif not isinstance(message, Stop):
+            raise Refusal(f"{message.type}: there is no session; begin with start", code="no_session", id=message.id)
 
     def _begin(self, message: Start) -> Session:
         sessions, uploads = self._server.sessions, self._server.uploads

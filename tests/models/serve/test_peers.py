@@ -233,6 +233,14 @@ def test_nobody_at_the_other_end(engine, monkeypatch):
             assert [event["message"] for event in events if event["type"] == "error"] == [
                 "start: no connection over UDP came about within 0 s; take video mp4 or jpeg"
             ]
+            await ws.send_json({"type": "start", "prompt": "a", "video": "webrtc", "offer": OFFER})
+            await ws.send_json({"type": "stop"})
+            await until(ws, "ended")
+            while server.peers:
+                await asyncio.sleep(0.01)
+            await ws.send_json({"type": "ping"})
+            events, _ = await until(ws, "pong")
+            assert {event["type"] for event in events} <= {"answer", "pong"}  # nothing is missed
 
     against(engine, talk)
 

@@ -94,6 +94,7 @@ def test_a_whole_session(engine):
         assert health == {"ok": True, "active": 0, "waiting": 0}
         text = await (await client.get("/metrics")).text()
         assert "monarchrt_block_seconds_count 4.0" in text
+        assert "process_resident_memory_bytes" in text or not Path("/proc/self/stat").exists()
         assert 'monarchrt_sessions_ended_total{reason="finished"} 1.0' in text
         page = await client.get("/")
         assert page.headers["X-Content-Type-Options"] == "nosniff"
@@ -128,6 +129,29 @@ def test_bad_messages_leave_the_session_alone(engine):
             assert (await ws.receive_json())["type"] == "hello"
 
     against(engine, talk)
+
+
+def test_a_connection_without_a_session(engine):
+    """A ping is answered, as a page that waits for its user sends them; one that says nothing makes room."""
+
+    async def talk(client, server):
+        async with client.ws_connect("/session") as ws:
+            await ws.receive_json()
+            begin = time.monotonic()
+            while time.monotonic() - begin < 1.5:
+                await ws.send_json({"type": "ping", "id": "p"})
+                assert await ws.receive_json() == {"type": "pong", "id": "p"}
+                await asyncio.sleep(0.1)
+            assert await ws.receive_json() == {"type": "error", "code": "idle", "message": "nothing was heard for 1 s"}
+            assert (await ws.receive()).type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        async with client.ws_connect("/session") as ws:
+            await ws.receive_json()
+            await ws.send_json({"type": "start", "prompt": "a", "paused": True})
+            events, _ = await until(ws, "ended")  # of the session, and then of the connection
+            assert events[-1]["reason"] == "idle"
+            assert (await ws.receive_json())["code"] == "idle"
+
+    against(engine, talk, limits=Limits(idle=1.0))
 
 
 def test_who_may_come(engine):
