@@ -86,11 +86,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--row", required=True, choices=[row.name for row in ROWS], help="the video and its tile")
     parser.add_argument("--work", required=True, choices=WORK)
     parser.add_argument("--change", nargs="+", default=[], metavar="JSON", help="one or more changes, each on its own")
+    parser.add_argument("--intermediates", choices=("e4m3",), help="with alpha and Y in 8 bits; not backward")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} must be at least 1")
+    if args.intermediates and args.work == "backward":
+        parser.error("--intermediates e4m3 is for --work forward and decode: gradients take 16 bits")
     try:
         sizes(args, [json.loads(text) for text in args.change])
     except (ValueError, TypeError, AttributeError) as error:
@@ -113,7 +116,7 @@ def sizes(args: argparse.Namespace, changes: list[dict]) -> list:
     if args.work == "backward":
         config = tuning.backward(rows, cols, row.head_dim)
     else:
-        config = tuning.forward(rows, cols, row.head_dim, few=args.work == "decode")
+        config = tuning.forward(rows, cols, row.head_dim, few=args.work == "decode", e4m3=args.intermediates == "e4m3")
     return [tuning.changed(config, change) for change in changes]
 
 

@@ -42,8 +42,6 @@ def supports(
         return f"the inputs are {q.dtype.name}; the tensor cores take {' or '.join(DTYPES)}."
     if dim not in HEAD_DIMS:
         return f"head_dim={dim} is not {' or '.join(map(str, HEAD_DIMS))}."
-    if problem.intermediates:
-        return f"intermediates={problem.intermediates!r}; these kernels keep alpha and Y in the inputs' dtype."
     if right_config(cols, dim) is None:
         return f"b2={cols} columns of keys and values with head_dim={dim} do not fit a block's shared memory."
     return None
@@ -109,7 +107,7 @@ def _forward(
     from monarchrt.pallas_kernels.sm90.forward import forward as run
 
     _, tiles, rows, cols, _, dim = q.shape
-    config = tuning.forward(rows, cols, dim, few=tiles < k.shape[1])
+    config = tuning.forward(rows, cols, dim, few=tiles < k.shape[1], e4m3=problem.intermediates == "e4m3")
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
@@ -133,6 +131,8 @@ def supports_vjp(
     _, _, rows, cols, _, _ = q.shape
     if reason := supports(problem, q, k):
         return reason
+    if problem.intermediates:
+        return f"intermediates={problem.intermediates!r}; the gradients take alpha and Y in the inputs' dtype."
     if rows > MOST_ROWS:
         return f"b1={rows} rows are above {MOST_ROWS}, whose gradients fit a block's registers."
     if cols > MOST_COLUMNS:

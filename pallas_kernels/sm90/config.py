@@ -1,7 +1,7 @@
 """Sizes of the Mosaic GPU kernels on Hopper (sm_90a): what is tuned, its shared memory, and the choice per problem."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
@@ -64,11 +64,11 @@ class RightConfig:
         """Columns l in shared memory."""
         return -(-cols // self.slab) * self.slab
 
-    def shared_memory(self, cols: int, dim: int) -> int:
-        """Bytes a block uses for tiles of `cols` columns."""
+    def shared_memory(self, cols: int, dim: int, *, width: int = 2) -> int:
+        """Bytes a block uses for tiles of `cols` columns; entries of alpha and Y leave in `width` bytes."""
         query = self.query_stages * ROWS * dim * 2
         keys = self.key_stages * 2 * self.depth(cols) * dim * 2
-        out = self.warpgroups * 2 * ROWS * dim * 2
+        out = self.warpgroups * 2 * ROWS * dim * width
         barriers = 2 * (self.key_stages + self.query_stages)
         return _block_bytes(query, keys, out, barriers=barriers, reductions=REDUCTIONS)
 
@@ -145,6 +145,62 @@ class LeftConfig:
             keys * 4,
             self.warpgroups * ROWS * 4,
             barriers=2 * self.query_stages + 4 * self.stages + 1,
+            reductions=self.reduction_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftE4M3Config(LeftConfig):
+    """The same from alpha and Y in 8 bits; two warpgroups compute, one converts, one loads, and `stages` says nothing.
+
+    Attributes:
+        raw: Half steps, a block of alpha or of Y each, in flight in 8 bits.
+        cells: Half steps that are there in 16 bits.
+        converting: Registers of a thread that converts.
+    """
+
+    raw: int = 3
+    cells: int = 3
+    converting: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wide != 2 or self.tail:
+            raise ValueError(
+                f"columns={self.columns}, row_blocks={self.row_blocks}, tail={self.tail}: alpha and Y in 8 bits "
+                f"leave registers for two computing warpgroups and no tail."
+            )
+        if self.raw < 1 or self.cells < 2:
+            raise ValueError(f"raw={self.raw}, cells={self.cells}: at least 1 and 2, an alpha and a Y.")
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers of a thread that computes (twice) and that loads."""
+        return 208, 208, 24
+
+    @property
+    def raw_steps(self) -> int:
+        """Steps whose c_L and scales are in flight: one's are in use until its Y is converted."""
+        return self.raw // 2 + 1
+
+    @property
+    def steps(self) -> int:
+        """Steps whose c_L is there for those that compute."""
+        return -(-self.cells // 2)
+
+    def shared_memory(self, dim: int) -> int:
+        """Bytes a block uses."""
+        block = self.columns * self.key_block
+        numbers = self.raw_steps * block * 4
+        return _block_bytes(
+            self.query_stages * self.wide * ROWS * dim * 2,
+            self.cells * block * dim * 2,
+            self.raw * block * dim,
+            numbers,
+            numbers,
+            self.steps * block * 4,
+            self.wide * ROWS * 4,
+            barriers=2 * (self.query_stages + self.raw + self.cells) + self.raw_steps + 1,
             reductions=self.reduction_bytes,
         )
 
@@ -361,6 +417,15 @@ def right_config(cols: int, dim: int) -> RightConfig | None:
     return next((c for c in candidates if c.shared_memory(cols, dim) <= SHARED_MEMORY), None)
 
 
+def left_e4m3_config(rows: int, dim: int) -> LeftE4M3Config:
+    """Two columns of up to 64 rows at a time, or two blocks of rows of one column."""
+    one: dict[str, Any] = dict(columns=1, row_blocks=2, key_block=2 * ROWS, alternate=True)
+    sizes = {} if rows <= ROWS else one
+    rings = ((6, 6), (4, 4), (3, 3))
+    candidates = (LeftE4M3Config(raw=n, cells=m, newest_first=True, **sizes) for n, m in rings)
+    return next(c for c in candidates if c.shared_memory(dim) <= SHARED_MEMORY)
+
+
 def left_config(rows: int, dim: int) -> LeftConfig:
     """Up to 64 rows: two columns at a time. More: one column, whose alpha and Y two or three warpgroups share.
 
@@ -414,7 +479,7 @@ class ForwardConfig:
 
     Attributes:
         right: Stage 1.
-        left: Stage 2.
+        left: Stage 2; a `LeftE4M3Config` makes stage 1 store alpha and Y in 8 bits.
         chunk_bytes: Bytes of alpha and Y that may exist, when a single head and query tile does not need more.
         fused: Both stages at once, where alpha and Y are not to be kept.
     """
@@ -425,10 +490,11 @@ class ForwardConfig:
     fused: FusedConfig = FusedConfig()
 
 
-def forward_config(rows: int, cols: int, dim: int) -> ForwardConfig | None:
+def forward_config(rows: int, cols: int, dim: int, *, e4m3: bool = False) -> ForwardConfig | None:
     """The configuration for tiles of rows x cols tokens and heads of `dim`; None when nothing fits."""
     right = right_config(cols, dim)
-    return None if right is None else ForwardConfig(right=right, left=left_config(rows, dim))
+    left = left_e4m3_config if e4m3 else left_config
+    return None if right is None else ForwardConfig(right=right, left=left(rows, dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

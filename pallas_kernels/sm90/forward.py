@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.sm90.config import SLAB, ForwardConfig
+from monarchrt.pallas_kernels.sm90.config import SLAB, ForwardConfig, LeftE4M3Config
 from monarchrt.pallas_kernels.sm90.left import left_role
+from monarchrt.pallas_kernels.sm90.left_e4m3 import left_e4m3_role
 from monarchrt.pallas_kernels.sm90.right import right_role
+from monarchrt.pallas_kernels.sm90.right_e4m3 import RightE4M3
 from monarchrt.pallas_kernels.sm90.shared import Role, launch, varying
 from monarchrt.pallas_kernels.sm90.types import Index
 
@@ -86,6 +88,7 @@ class Call:
             key_block=self.config.left.key_block,
             masked=self.masked,
             config=self.config.right,
+            kind=RightE4M3 if isinstance(self.config.left, LeftE4M3Config) else None,
         )
         return role, (q, k, v, self.limits, self.start(head, tile))
 
@@ -94,18 +97,15 @@ class Call:
         batch, tiles, rows, cols, heads, dim = self.q.shape
         slabs = dim // SLAB
         q = self.q.reshape(batch, tiles, rows, cols * heads, slabs, SLAB)
-        alpha, y, c = made
-        alpha, y = (x.reshape(-1, self.pairs, cols, slabs, SLAB) for x in (alpha, y))
-        role = left_role(
-            like(self.q),
-            self.pairs,
-            scale=self.scale,
-            heads=self.heads,
-            tiles=self.tiles,
-            masked=self.masked,
-            config=self.config.left,
-        )
-        return role, (q, alpha, y, c, self.limits, self.start(head, tile))
+        alpha, y, *numbers = made
+        config, sizes = self.config.left, {"heads": self.heads, "tiles": self.tiles, "masked": self.masked}
+        if isinstance(config, LeftE4M3Config):
+            alpha, y = (x.reshape(-1, *x.shape[2:]) for x in (alpha, y))
+            role = left_e4m3_role(like(self.q), self.pairs, scale=self.scale, config=config, **sizes)
+        else:
+            alpha, y = (x.reshape(-1, self.pairs, cols, slabs, SLAB) for x in (alpha, y))
+            role = left_role(like(self.q), self.pairs, scale=self.scale, config=config, **sizes)
+        return role, (q, alpha, y, *numbers, self.limits, self.start(head, tile))
 
     def tiled(self, out: jax.Array, lse: jax.Array) -> Pair:
         """The chunk's output [B, tiles, b1, b2, heads, D] and log-sum-exp [B, tiles, b1, b2, heads]."""
@@ -168,7 +168,7 @@ def forward(
         from monarchrt.pallas_kernels.sm90.fused import fused
 
         return *fused(q, k, v, limits, scale=scale, masked=masked, config=config.fused), None
-    pair_bytes = 4 * k.shape[1] * rows * cols * dim
+    pair_bytes = (2 if isinstance(config.left, LeftE4M3Config) else 4) * k.shape[1] * rows * cols * dim
     limit = batch * heads * tiles * pair_bytes if keep else config.chunk_bytes
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)

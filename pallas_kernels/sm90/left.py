@@ -54,7 +54,7 @@ def left_role(
     Returns:
         The role.
     """
-    items = _Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, config=config)
+    items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, config=config)
     batch, _, rows, cols, _, dim = q.shape
     slabs = dim // SLAB
     groups, stages, depth, query_stages = config.warpgroups, config.stages, config.key_block, config.query_stages
@@ -67,7 +67,7 @@ def left_role(
     blocks = min(config.blocks, items.count)
 
     def run(block, inputs, outputs, scratch):
-        work = _Block(items, scale, blocks, block, inputs, outputs, scratch)
+        work = Block(items, scale, blocks, block, inputs, outputs, scratch)
         pl.when(work.group < wide)(work.compute)
         if config.tail:
             pl.when(work.group == wide)(work.compute_tail)
@@ -103,7 +103,7 @@ def left_role(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Items:
+class Items:
     """The work of the kernel: some columns of a query tile and head with some of its blocks of 64 rows are an item."""
 
     q: jax.ShapeDtypeStruct
@@ -141,12 +141,12 @@ class _Items:
         return x, where, column, lax.rem(item, row_groups) * self.config.row_blocks, limit
 
 
-class _Block:
+class Block:
     """A persistent block: the arrays, its shared memory, and its turns, one item each, past all pairs that it sees."""
 
     def __init__(
         self,
-        items: _Items,
+        items: Items,
         scale: float,
         blocks: int,
         block: Index,
@@ -156,20 +156,28 @@ class _Block:
     ) -> None:
         self.items, self.config, self.scale, self.blocks, self.block = items, items.config, scale, blocks, block
         self.slabs, self.depth = items.q.shape[5] // SLAB, items.config.key_block
-        self.q, self.alpha, self.y, self.c, self.limits, start = inputs
+        self.q, self.alpha, self.y, self.c, *self.more_numbers, self.limits, start = inputs
         self.out, self.lse = outputs
+        self.name_scratch(scratch)
+        self.group = lax.axis_index("group")
+        self.head0, self.tile0 = start[0], start[1]
+        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+
+    def name_scratch(self, scratch: Refs) -> None:
+        """The block's shared memory by name."""
         smem, self.c_in, self.lse_out, self.q_full, self.q_free, *barriers = scratch
         self.alpha_full, self.alpha_free, self.y_full, self.y_free, self.turn = barriers
         multiply, copy = shared.tile_views(smem)
         self.q_mma, self.alpha_mma, self.y_mma, *self.tail_mma = multiply
         self.q_in, self.alpha_in, self.y_in, *self.tail_in = copy
-        self.group = lax.axis_index("group")
-        self.head0, self.tile0 = start[0], start[1]
-        self.turns = lax.div(items.count - block + blocks - 1, blocks)
 
     def place(self, t: Index) -> tuple[Index, Place, Index, Index, Index]:
-        """As `_Items.place`, of a turn."""
+        """As `Items.place`, of a turn."""
         return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
+
+    def slot(self, n: Index) -> Index:
+        """Which alpha, Y and c_L in shared memory are step n's."""
+        return lax.rem(n, self.config.stages)
 
     def free_all(self) -> None:
         """Says that nothing is in use yet."""
@@ -226,7 +234,7 @@ class _Block:
         """Adds the pairs of a step to the running softmax: its top and total, and slabs of the output, [64 i, 64 d]."""
         config, depth = self.config, self.depth
         top, total, *acc = carry
-        slot = lax.rem(done + i, config.stages)
+        slot = self.slot(done + i)
         plgpu.barrier_wait(self.alpha_full.at[slot])
 
         def scores(acc):

@@ -10,13 +10,15 @@ past its end (b2 = 52 or 45): rows outside are read as zeros and never written.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import shared
@@ -42,6 +44,7 @@ def right_role(
     key_block: int,
     masked: bool,
     config: RightConfig,
+    kind: "type[Block] | None" = None,
 ) -> Role:
     """Makes the intermediates of a chunk of `tiles` query tiles and `heads` heads.
 
@@ -60,22 +63,24 @@ def right_role(
         key_block: Pairs beyond a limit, up to the next multiple of this, are written as zeros; the others are not.
         masked: Whether limits may be below C*b1.
         config: Sizes.
+        kind: What a block does with what it made; None: stores it in q's dtype.
 
     Returns:
         The role.
     """
     batch, _, _, cols, _, slabs, slab = q.shape
+    kind = kind or Block
     pairs = k.shape[1]
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
     depth = config.depth(cols)
-    items = _Items(
+    items = Items(
         q=q, pairs=pairs, scale=scale, heads=heads, tiles=tiles, key_block=key_block, masked=masked, config=config
     )
     split = items.split
     blocks = min(config.blocks, items.units)
 
     def run(block, inputs, outputs, scratch):
-        work = _Block(items, blocks, block, inputs, outputs, scratch)
+        work = kind(items, blocks, block, inputs, outputs, scratch)
         pl.when(work.group < groups)(work.compute)
         pl.when(work.group == groups)(work.load)
 
@@ -83,22 +88,24 @@ def right_role(
         (stages, slabs, ROWS, slab),
         (key_stages, slabs, depth, slab),
         (key_stages, slabs, depth, slab),
-        (groups, slabs, ROWS, slab),
-        (groups, slabs, ROWS, slab),
     )
     packs = (split.packed, split.tail_rows) if split.items > split.whole else None
     struct = jax.ShapeDtypeStruct
-    shape = (batch * heads, tiles, pairs, cols, slabs, slab)
+    dtype, *slabs_out = kind.stored(q)
+    shape = (batch * heads, tiles, pairs, cols, *slabs_out)
+    rows_shape = (batch * heads, split.items, ROWS, -(-pairs // key_block) * key_block)
+    outs = [(groups, slabs_out[0], ROWS, slabs_out[1])] * 2
+    if dtype == q.dtype:
+        tiles_scratch = [shared.tile_scratch([*shapes, *outs], dtype, slab, packs)]
+    else:
+        tiles_scratch = [shared.tile_scratch(shapes, q.dtype, slab, packs)]
+        tiles_scratch += [shared.tile_scratch(outs, dtype, slabs_out[1], packs)]
     return Role(
         run,
         name="monarch_right",
-        outputs=(
-            struct(shape, q.dtype),
-            struct(shape, q.dtype),
-            struct((batch * heads, split.items, ROWS, -(-pairs // key_block) * key_block), jnp.float32),
-        ),
+        outputs=(struct(shape, dtype), struct(shape, dtype), *(struct(rows_shape, x) for x in kind.numbers)),
         scratch=(
-            shared.tile_scratch(shapes, q.dtype, slab, packs),
+            *tiles_scratch,
             plgpu.Barrier(num_arrivals=2, num_barriers=key_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
             plgpu.Barrier(num_barriers=stages),
@@ -110,7 +117,7 @@ def right_role(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Items:
+class Items:
     """The work of the kernel: 64 columns of a query tile, or the last ones of several, are an item of a key row."""
 
     q: jax.ShapeDtypeStruct
@@ -138,16 +145,26 @@ class _Items:
         return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
 
 
-class _Block:
+class Block:
     """A persistent block: the arrays, its shared memory, and its turns, a key row of a head each.
 
     Whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are split
     evenly, or go to the first blocks where masks make items differ anyway.
+
+    Attributes:
+        numbers: Types of what is stored of a vector beside alpha and Y: c_L.
     """
+
+    numbers: ClassVar[tuple[DTypeLike, ...]] = (jnp.float32,)
+
+    @staticmethod
+    def stored(q: jax.ShapeDtypeStruct) -> tuple[Any, int, int]:
+        """Type, slabs and elements of a slab of vectors of alpha and Y, for queries as `right_role` has them."""
+        return q.dtype, q.shape[5], q.shape[6]
 
     def __init__(
         self,
-        items: _Items,
+        items: Items,
         blocks: int,
         block: Index,
         inputs: Refs,
@@ -160,9 +177,9 @@ class _Block:
         cols = items.q.shape[3]
         self.depth, self.width = items.config.depth(cols), items.config.width(cols)
         self.q, self.k, self.v, self.limits, start = inputs
-        self.alpha, self.y, self.c = outputs
-        smem, self.key_full, self.key_free, self.q_full, self.q_free = scratch
-        views = shared.tile_views(smem)
+        self.alpha, self.y, self.c, *self.more_numbers = outputs
+        *smem, self.key_full, self.key_free, self.q_full, self.q_free = scratch
+        views = [[ref for refs in view for ref in refs] for view in zip(*map(shared.tile_views, smem), strict=True)]
         self.q_mma, self.k_mma, self.v_mma, self.alpha_reg, self.y_reg = views[0]
         self.q_in, self.k_in, self.v_in, self.alpha_out, self.y_out = views[1]
         self.q_packs, _, _, self.alpha_packs, self.y_packs = views[-1]
@@ -259,18 +276,28 @@ class _Block:
             if self.items.masked:  # keys that are not seen may hold anything; what is read as padding must be finite
                 seen = pair < self.limits[self.tile0 + lax.div(item, split.full)]
                 results = tuple(lax.select(lax.broadcast(seen, x.shape), x, jnp.zeros_like(x)) for x in results)
-            return [x.astype(self.items.q.dtype) for x in results]
+            return self.rounded(results)
 
         k, v = self.k_mma, self.v_mma
         tiles_out = product(k, v) if config.together else product(k) + product(v)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         mine = shared.unhoisted(self.group, item)
-        for n in range(self.slabs):
-            self.alpha_reg[mine, n] = tiles_out[n]
-            self.y_reg[mine, n] = tiles_out[self.slabs + n]
+        numbers = self.put(mine, tiles_out)
         plgpu.commit_smem()
-        shared.store_parts(self.c.at[lane, item, :, pair], entropy)  # after the fence, which would wait for it
+        for target, x in zip((self.c, *self.more_numbers), (entropy, *numbers), strict=True):
+            shared.store_parts(target.at[lane, item, :, pair], x)  # after the fence, which would wait for it
         self.send(item, pair, lane)
+
+    def rounded(self, results: Sequence[jax.Array]) -> list[jax.Array]:
+        """Slabs [64 j, slab] of alpha, of Y or of both as `put` takes them."""
+        return [x.astype(self.items.q.dtype) for x in results]
+
+    def put(self, mine: Index, made: list[jax.Array]) -> tuple[jax.Array, ...]:
+        """Stores what `rounded` gave for alpha and Y in shared memory; returns `numbers` after c_L, [64] each."""
+        for n in range(self.slabs):
+            self.alpha_reg[mine, n] = made[n]
+            self.y_reg[mine, n] = made[self.slabs + n]
+        return ()
 
     def probabilities(self, slot: Index, key_slot: Index) -> tuple[Float[Array, "64 _"], Float32[Array, "64"]]:
         """R, [64 j, depth] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""

@@ -18,7 +18,7 @@ LOG2E = math.log2(math.e)
 def tile_scratch(
     shapes: Sequence[tuple[int, ...]], dtype: DTypeLike, slab: int, split: tuple[int, int] | None = None
 ) -> Any:
-    """Scratch for tiles [..., rows, slab] of 16-bit elements, in two or three views of the same bytes.
+    """Scratch for tiles [..., rows, slab], in two or three views of the same bytes.
 
     The tensor cores want tiles of 8 rows, swizzled; the copy engine, told of such tiles, can only start at a multiple
     of 8 rows. A row of a slab is exactly as wide as the swizzle, so its tiles lie one after another and plain swizzled
@@ -26,8 +26,8 @@ def tile_scratch(
 
     Args:
         shapes: Shapes of the tiles, each ending in `slab`.
-        dtype: A 16-bit float.
-        slab: Elements of a row.
+        dtype: A float of 16 or 8 bits.
+        slab: Elements of a row, 32, 64 or 128 bytes.
         split: Two sizes whose product is 64; adds a view for copies in which 64 rows are these two dimensions.
 
     Returns:
@@ -35,7 +35,7 @@ def tile_scratch(
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    swizzle = plgpu.SwizzleTransform(2 * slab)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(slab * jnp.dtype(dtype).itemsize)  # pyright: ignore[reportAbstractUsage]
     tiled = plgpu.TilingTransform((8, slab))  # pyright: ignore[reportAbstractUsage]
 
     def view(shapes, *transforms):

@@ -14,25 +14,27 @@ FOLDER = pathlib.Path(__file__).parents[1] / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many
 
 
-def shape_key(rows: int, cols: int, dim: int, *, few: bool = False) -> str:
-    """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache.
+def shape_key(rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False) -> str:
+    """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache; `e4m3` as in `forward`.
 
     Examples:
         >>> shape_key(30, 52, 128, few=True)
         'b1=30 b2=52 dim=128 few'
     """
-    return f"b1={rows} b2={cols} dim={dim}" + " few" * few
+    return f"b1={rows} b2={cols} dim={dim}" + " few" * few + " e4m3" * e4m3
 
 
-def forward(rows: int, cols: int, dim: int, *, few: bool = False) -> ForwardConfig | None:
+def forward(rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False) -> ForwardConfig | None:
     """The forward pass's sizes for the local card, or for an H200 where there is none; None when nothing fits.
 
-    An entry for few query tiles stands instead of the shape's.
+    An entry for few query tiles stands instead of the shape's. With `e4m3`, alpha and Y are stored in 8 bits.
     """
-    config = forward_config(rows, cols, dim)
-    return _choose(
-        config, "forward", *(shape_key(rows, cols, dim, few=x) for x in ((True, False) if few else (False,)))
-    )
+    config = forward_config(rows, cols, dim, e4m3=e4m3)
+    keys = [shape_key(rows, cols, dim, few=x) for x in ((True, False) if few else (False,))]
+    if not e4m3:
+        return _choose(config, "forward", *keys)
+    config = _choose(config, "forward", *keys, only=("right",))  # what was measured of stage 1 with 16 bits
+    return _choose(config, "forward", *(shape_key(rows, cols, dim, few=" few" in key, e4m3=True) for key in keys))
 
 
 def backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
@@ -66,13 +68,15 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **new)
 
 
-def _choose(config: Any, which: str, *keys: str) -> Any:
+def _choose(config: Any, which: str, *keys: str, only: tuple[str, ...] = ()) -> Any:
     if config is None:
         return None
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else DEFAULT_KIND
     measured = _entries(kind)
     entries = (_entries(DEFAULT_KIND) or {}) if measured is None else measured
     changes = next((entries[key][which] for key in keys if which in entries.get(key, {})), {})
+    if only:
+        changes = {name: change for name, change in changes.items() if name in only}
     if measured is None:  # a card with fewer multiprocessors may have no place for a cluster of 16 blocks
         changes = {name: change for name, change in changes.items() if name != "fused"}
     return changed(config, changes)

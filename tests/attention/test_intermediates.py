@@ -68,7 +68,7 @@ def test_the_largest_entry_is_as_exact_as_in_bfloat16_and_zeros_stay():
     np.testing.assert_allclose(found[2], x[2], rtol=0.07)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(num_iters=2, causal_block=2)])
+@pytest.mark.parametrize("options", [dict(), pytest.param(dict(num_iters=2, causal_block=2), marks=pytest.mark.slow)])
 def test_xla_computes_the_same(options):
     grid = (4, 3, 5)
     arrays = inputs(2, grid, batch=1, heads=2, dim=8)

@@ -49,7 +49,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from monarchrt import pallas_kernels
 from monarch_jax.contract import Problem, Residuals
 
-rows, cols, tiles, dim, masked, gradient = (int(x) for x in sys.argv[1:])
+rows, cols, tiles, dim, masked, gradient, e4m3 = (int(x) for x in sys.argv[1:])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
@@ -58,7 +58,7 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 x = struct(1, tiles, rows, cols, 12, dim)
 visible, lse = struct(tiles, dtype=jnp.int32), struct(1, tiles, rows, cols, 12, dtype=jnp.float32)
-problem = Problem(scale=0.1, masked=bool(masked))
+problem = Problem(scale=0.1, masked=bool(masked), intermediates="e4m3" if e4m3 else None)
 if gradient:
     run = lambda *x: pallas_kernels.vjp(problem, Residuals(*x[:-1]), x[-1])
     inputs = (x, x, x, visible, x, lse, x)
@@ -70,7 +70,7 @@ print("scratch", compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
-def compile_and_read(folder, *arguments):
+def compile_and_read(folder, *arguments, e4m3=False):
     """(registers, spilled bytes) of each kernel and the scratch bytes of the program.
 
     In a process of its own: the CUDA plugin and the folder for the compiler's reports are set before JAX starts.
@@ -83,7 +83,7 @@ def compile_and_read(folder, *arguments):
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *(str(int(x)) for x in arguments)],
+        [sys.executable, "-c", PROGRAM, *(str(int(x)) for x in (*arguments, e4m3))],
         input=H200,
         env=environment,
         capture_output=True,
@@ -97,18 +97,20 @@ def compile_and_read(folder, *arguments):
         assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
         numbers = (there(re.search(x, report))[1] for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         found.append(tuple(map(int, numbers)))
-    check_shared_memory(folder, *arguments)
+    check_shared_memory(folder, *arguments, e4m3=e4m3)
     return found, int(there(re.search(r"scratch (\d+)", done.stdout))[1])
 
 
-def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient):
+def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m3):
     """What a block gets is what its configuration says, which is what the choice of sizes went by."""
     del tiles, masked
-    forward, backward = there(tuning.forward(rows, cols, dim)), there(tuning.backward(rows, cols, dim))
+    forward, backward = there(tuning.forward(rows, cols, dim, e4m3=e4m3)), there(tuning.backward(rows, cols, dim))
+    width = 1 if e4m3 else 2
     said = {
         "monarch_fused": forward.fused.shared_memory(),
-        "monarch_right": (backward if gradient else forward).right.shared_memory(cols, dim),
+        "monarch_right": (backward if gradient else forward).right.shared_memory(cols, dim, width=width),
         "monarch_left": forward.left.shared_memory(dim),
+        "monarch_left_e4m3": forward.left.shared_memory(dim),
         "monarch_left_backward": backward.left.shared_memory(rows, dim),
         "monarch_right_backward": backward.keys.shared_memory(cols, dim),
         "monarch_left_backward_independent": backward.left.shared_memory(rows, dim),
@@ -143,6 +145,20 @@ def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
     for registers, spilled in kernels:
         assert registers <= 168  # 65536 registers over the threads of a block
         assert spilled <= 400  # scalars kept across the loop, a few percent of its instructions
+    assert scratch <= 1700 * 2**20
+
+
+@linked
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "cols", "tiles", "dim", "masked"),
+    [(90, 52, 7, 128, False), (30, 52, 21, 128, True), (45, 80, 21, 128, False), (52, 30, 21, 64, False)],
+)
+def test_8_bits_compile_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
+    kernels, scratch = compile_and_read(tmp_path, rows, cols, tiles, dim, masked, False, e4m3=True)
+    assert len(kernels) == 2
+    assert [registers for registers, _ in sorted(kernels)] <= [128, 168]  # of the launch, three and four warpgroups
+    assert max(spilled for _, spilled in kernels) <= 200
     assert scratch <= 1700 * 2**20
 
 

@@ -28,6 +28,8 @@ CACHE = ("tests/attention/test_cache.py",)
 SPEC = ("tests/attention/test_spec.py",)
 SPLIT = ("tests/attention/test_partitioning.py",)
 MOSAIC = ("tests/kernels/test_mosaic.py",)
+MOSAIC_EIGHT = ("tests/kernels/test_mosaic_e4m3.py",)
+EIGHT = ("tests/attention/test_intermediates.py",)
 MOSAIC_BACK = ("tests/kernels/test_mosaic_backward.py",)
 TRITON = ("tests/kernels/test_triton.py", "tests/kernels/test_triton_calls.py")
 CONVOLUTION = ("tests/kernels/test_convolution.py",)
@@ -152,10 +154,18 @@ FAULTS = (
     ),
     Fault(
         "pallas_kernels/sm90/config.py",
-        "out = self.warpgroups * 2 * ROWS * dim * 2",
-        "out = self.warpgroups * ROWS * dim * 2",
+        "out = self.warpgroups * 2 * ROWS * dim * width",
+        "out = self.warpgroups * ROWS * dim * width",
         MOSAIC,
         "shared_memory",
+    ),
+    Fault("monarch_jax/intermediates.py", "top / LARGEST", "top / 240", EIGHT, "the_definition"),
+    Fault(
+        "pallas_kernels/sm90/left_e4m3.py",
+        "jnp.full_like(word, 16)) if which else word & UPPER",
+        "jnp.full_like(word, 16))",
+        MOSAIC_EIGHT,
+        "numbers_in",
     ),
     Fault("pallas_kernels/sm90/shared.py", "LOG2E = math.log2(math.e)", "LOG2E = 1.0", MOSAIC, "numbers_in"),
     Fault(

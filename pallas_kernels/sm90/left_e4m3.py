@@ -1,0 +1,223 @@
+"""Stage 2 from alpha and Y in 8 bits: `left.py`, with one more warpgroup that turns them into 16 before the products.
+
+The tensor cores multiply 8 bits with 8 bits only, and would want Y transposed. So blocks of alpha and of Y come into
+one ring in turns as e4m3 ("raw"); a warpgroup multiplies their rows by their scales and leaves them in a second ring
+("cells"), tiled for products, in the inputs' dtype. What computes is `left.py`'s, told where its step's cells are. Half
+step 2n is step n's alpha, half step 2n + 1 its Y.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftE4M3Config, column_blocks
+from monarchrt.pallas_kernels.sm90.left import Block, Items
+from monarchrt.pallas_kernels.sm90.right_e4m3 import E4M3, LARGEST, UPPER
+from monarchrt.pallas_kernels.sm90.shared import Role
+from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
+
+
+def left_e4m3_role(
+    q: jax.ShapeDtypeStruct,
+    pairs: int,
+    *,
+    scale: float,
+    heads: int,
+    tiles: int,
+    masked: bool,
+    config: LeftE4M3Config,
+) -> Role:
+    """Attends from the rows of a chunk of query tiles and heads.
+
+    Inputs of the role: as `left_role`'s, with alpha and Y [X, C*b1, b2, 1, D] in e4m3, and after c_L the words of the
+    scales, int32, laid out like it. Outputs, arguments and result are those of `left_role`.
+    """
+    items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, config=config)
+    batch, _, rows, cols, _, dim = q.shape
+    slabs, wide, depth, columns = dim // SLAB, config.wide, config.key_block, config.columns
+    blocks = min(config.blocks, items.count)
+
+    def run(block, inputs, outputs, scratch):
+        work = LeftE4M3(items, scale, blocks, block, inputs, outputs, scratch)
+        pl.when(work.group < wide)(work.compute)
+        pl.when(work.group == wide)(work.convert)
+        pl.when(work.group == wide + 1)(work.load)
+
+    struct, padded_rows = jax.ShapeDtypeStruct, items.row_groups * config.row_blocks * ROWS
+    shapes = [(config.query_stages, wide, slabs, ROWS, SLAB), (config.cells, columns, slabs, depth, SLAB)]
+    return Role(
+        run,
+        name="monarch_left_e4m3",
+        outputs=(
+            struct((batch, tiles, rows, cols * heads, slabs, SLAB), q.dtype),
+            struct((batch * heads * tiles, cols, padded_rows), jnp.float32),
+        ),
+        scratch=(
+            shared.tile_scratch(shapes, q.dtype, SLAB),
+            shared.tile_scratch([(config.raw, columns, 1, depth, dim)], E4M3, dim),
+            plgpu.SMEM((config.raw_steps, columns, depth), jnp.float32),
+            plgpu.SMEM((config.raw_steps, columns, depth), jnp.int32),
+            plgpu.SMEM((config.steps, columns, depth), jnp.float32),
+            plgpu.SMEM((wide, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
+            plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
+            plgpu.Barrier(num_barriers=config.raw),
+            plgpu.Barrier(num_barriers=config.raw),
+            plgpu.Barrier(num_arrivals=2 * columns, num_barriers=config.raw_steps),
+            plgpu.Barrier(num_barriers=config.cells),
+            plgpu.Barrier(num_arrivals=wide, num_barriers=config.cells),
+            plgpu.Barrier(num_arrivals=wide),
+        ),
+        groups=wide + 1,
+        blocks=blocks,
+    )
+
+
+class _Ring:
+    """A reference whose first index is a step, which `place` turns into what there is."""
+
+    def __init__(self, ref: Ref, place: Callable[[Index], Index]) -> None:
+        self.ref, self.place = ref, place
+
+    @property
+    def at(self) -> "_Ring":
+        return self
+
+    def __getitem__(self, key: Index | tuple[Index, ...]) -> Ref:
+        n, *rest = key if isinstance(key, tuple) else (key,)
+        return self.ref.at[(self.place(n), *rest)]
+
+
+class LeftE4M3(Block):
+    """A persistent block: two warpgroups that compute, one that converts, one that loads."""
+
+    config: LeftE4M3Config
+
+    def name_scratch(self, scratch: Refs) -> None:
+        """See `Block`; what it knows by slots are cells here."""
+        smem, raw, self.c_raw, self.words, c_in, self.lse_out, self.q_full, self.q_free, *barriers = scratch
+        self.raw_full, self.raw_free, self.c_full, self.cell_full, self.cell_free, self.turn = barriers
+        (self.q_mma, self.cells), (self.q_in, _) = shared.tile_views(smem)
+        (self.raw_reg,), (self.raw_in,) = shared.tile_views(raw)
+        count = self.config.cells
+        self.c_in = _Ring(c_in, lambda n: lax.rem(n, self.config.steps))
+        for which, name in enumerate(("alpha", "y")):
+
+            def cell(n, which=which):
+                return lax.rem(2 * n + which, count)
+
+            setattr(self, f"{name}_mma", _Ring(self.cells, cell))
+            setattr(self, f"{name}_full", _Ring(self.cell_full, cell))
+            setattr(self, f"{name}_free", _Ring(self.cell_free, cell))
+
+    def slot(self, n: Index) -> Index:
+        """Steps are not turned into slots before it is known of what."""
+        return n
+
+    def free_all(self) -> None:
+        """Says that nothing is in use yet."""
+        for s in range(self.config.query_stages):
+            plgpu.barrier_arrive(self.q_free.at[s])
+        for s in range(self.config.cells):
+            plgpu.barrier_arrive(self.cell_free.at[s])
+
+    def steps_of(self, t: Index, limit: Index) -> Index:
+        """Steps of a turn; a number that the compiler knows makes it write them all out, and spill what they share."""
+        return shared.unhoisted(lax.div(limit + self.depth - 1, self.depth), self.block + t * self.blocks)
+
+    def convert(self) -> None:
+        """What the converting warpgroup does."""
+        config, depth = self.config, self.depth
+        plgpu.set_max_registers(config.converting, action="decrease")
+        for s in range(config.raw):
+            plgpu.barrier_arrive(self.raw_free.at[s])
+
+        def item(t, done):
+            *_, limit = self.place(t)
+            steps = self.steps_of(t, limit)
+
+            def step(i, _):
+                n = done + i
+                words = lax.rem(n, config.raw_steps)
+                plgpu.barrier_wait(self.c_full.at[words])
+                for which in range(2):
+                    self.half_step(2 * n + which, which, words, self.c_in.place(n), limit - i * depth)
+                return ()
+
+            lax.fori_loop(0, steps, step, ())
+            return done + steps
+
+        lax.fori_loop(0, self.turns, item, jnp.int32(0))
+        for s in range(config.cells):
+            plgpu.barrier_wait(self.cell_free.at[s])
+
+    def half_step(self, half: Index, which: int, words: Index, c_slot: Index, seen: Index) -> None:
+        """alpha (which = 0), with c_L, or Y of a step from its raw place to its cell; `seen` pairs of it are there."""
+        config = self.config
+        raw, cell = lax.rem(half, config.raw), lax.rem(half, config.cells)
+        plgpu.barrier_wait(self.raw_full.at[raw])
+        plgpu.barrier_wait(self.cell_free.at[cell])
+        layout = plgpu.Layout.WGMMA_8BIT
+        for column in range(config.columns):
+            for first in range(0, self.depth, ROWS):
+                span = pl.ds(first, ROWS)
+                word = plgpu.load(self.words.at[words, column, span], layout=layout.reduce(1), optimized=False)
+                bits = lax.shift_left(word, jnp.full_like(word, 16)) if which else word & UPPER
+                top = lax.bitcast_convert_type(bits, jnp.float32)
+                pair = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1)) + first
+                scale = jnp.where(pair < seen, top * (1 / LARGEST), 0.0)  # beyond all pairs no word was written
+                x = plgpu.load(self.raw_reg.at[raw, column, 0, span], layout=layout)
+                x = x.astype(jnp.float16).astype(jnp.float32)
+                x = (x * lax.broadcast_in_dim(scale, x.shape, [0])).astype(self.items.q.dtype)
+                for n in range(self.slabs):
+                    part = lax.slice(x, (0, n * SLAB), (ROWS, (n + 1) * SLAB))
+                    self.cells[cell, column, n, span] = part
+                if not which:
+                    c = plgpu.load(self.c_raw.at[words, column, span], layout=layout.reduce(1), optimized=False)
+                    self.c_in.ref[c_slot, column, span] = c
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.cell_full.at[cell])
+        plgpu.barrier_arrive(self.raw_free.at[raw])
+
+    def load(self) -> None:
+        """What the loading warpgroup does: q of an item, then alpha, c_L, the words and Y of each step."""
+        config, depth, tiles = self.config, self.depth, self.items.tiles
+        plgpu.set_max_registers(config.registers[2], action="decrease")
+        split = column_blocks(self.items.q.shape[3], tiles, self.items.masked)
+        (all_words,) = self.more_numbers
+
+        def item(t, done):
+            x, where, column, row_block, limit = self.place(t)
+            steps = self.steps_of(t, limit)
+            self.load_query(t, where, column, row_block)
+
+            def load(i, _):
+                n, span, window = done + i, pl.ds(i * depth, depth), pl.ds(column, config.columns)
+                for which, source in enumerate((self.alpha, self.y)):
+                    raw = lax.rem(2 * n + which, config.raw)
+                    plgpu.barrier_wait(self.raw_free.at[raw])
+                    target = self.raw_in.at[raw].transpose((2, 0, 1, 3))
+                    plgpu.copy_gmem_to_smem(source.at[x, span, window], target, self.raw_full.at[raw])
+                    if which:
+                        continue
+                    words = lax.rem(n, config.raw_steps)
+                    for m in range(config.columns):
+                        block_of, row = split.place(where[2], column + m)
+                        at = (lax.div(x, tiles), block_of, row, span)
+                        for numbers, into in ((self.c, self.c_raw), (all_words, self.words)):
+                            plgpu.copy_gmem_to_smem(numbers.at[at], into.at[words, m], self.c_full.at[words])
+                return ()
+
+            lax.fori_loop(0, steps, load, ())
+            return done + steps
+
+        lax.fori_loop(0, self.turns, item, jnp.int32(0))
+        for s in range(config.query_stages):
+            plgpu.barrier_wait(self.q_free.at[s])
+        for s in range(config.raw):
+            plgpu.barrier_wait(self.raw_free.at[s])
