@@ -61,7 +61,7 @@ CASES = [
     ((1, 4, 2, 16, 1, 64), 2, None, {}),  # four query tiles share a block
     ((1, 1, 70, 35, 1, 128), 2, None, dict(left=dict(raw=3, cells=3))),  # steps of 128 pairs, rings in turns
     ((1, 3, 70, 9, 1, 64), 2, (1, 0, 2), dict(left=dict(raw=2, cells=2))),  # a query tile that sees nothing
-    ((1, 1, 130, 3, 1, 64), 1, None, {}),  # two groups of rows
+    ((1, 1, 130, 3, 1, 64), 1, (1,), {}),  # two groups of rows
     ((1, 2, 3, 33, 1, 128), 2, (1, 2), dict(right=dict(query_stages=2, together=True))),
 ]
 
@@ -95,7 +95,7 @@ def run(monkeypatch, shape, key_tiles, visible, sizes, *, detect_races=False):
 )
 def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, sizes):
     (out, lse), (expected, expected_lse) = run(monkeypatch, shape, key_tiles, visible, sizes)
-    assert error(out, expected) < 8e-3  # 2.5e-2 is what 8 bits cost; here a few entries round to a neighbour
+    assert error(out, expected) < 1.5e-2  # 2.5e-2 is what 8 bits cost; sums in another order round to a neighbour
     assert error(lse, expected_lse) < 1e-3
 
 

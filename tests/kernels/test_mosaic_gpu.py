@@ -92,7 +92,7 @@ def test_intermediates_in_8_bits(grid, tile, dim, dtype):
         jax.jit(lambda *x, n=n: monarch_attention(*x, implementation=n, **options)) for n in ("mosaic", "xla")
     )
     out = run(*arrays)
-    assert error(out, expected(*arrays)) <= 8e-3
+    assert error(out, expected(*arrays)) <= 1.5e-2
     np.testing.assert_array_equal(np.asarray(out), np.asarray(run(*arrays)))
     half = (grid[0] // 2) * grid[1] * grid[2] if tile is None else tile[0] * grid[1] * grid[2]
     decode = jax.jit(
@@ -116,7 +116,7 @@ def test_intermediates_in_8_bits_with_masks():
     out, expected = (
         jax.jit(lambda *x, n=n: monarch_attention(*x, implementation=n, **options))(*arrays) for n in ("mosaic", "xla")
     )
-    assert error(out, expected) <= 8e-3
+    assert error(out, expected) <= 1.5e-2
 
 
 @pytest.mark.parametrize("tile", [None, (3, 10, 26), (1, 5, 13)])
