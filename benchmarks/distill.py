@@ -15,6 +15,7 @@ Writes distill.json.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ import optax
 from attention_settings import CHECKED, EXACT, name_or_notation, setting
 from flax import nnx
 
+from monarchrt.models.compiling import LIBRARY_PRODUCTS
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
@@ -149,6 +151,7 @@ def time_parts(
     objective: Fixed, graphs: dict[str, Any], state: TrainState, batch: Batch, training: Training, args: Any
 ) -> dict[str, float]:
     """Seconds of the parts of the student's update, each a program of its own, on the same numbers."""
+    compiled = functools.partial(jax.jit, compiler_options=LIBRARY_PRODUCTS)  # as the whole update
     draws, text = objective.draws(jax.random.key(5), batch)["student"], jnp.asarray(batch.text)
     rolls, levels = cast(RolloutDraws, draws.student), objective._levels(draws.scores)
     negative = np.asarray(objective.negative)
@@ -159,24 +162,24 @@ def time_parts(
     def network(role: str, params: Any, frozen: dict[str, Any]) -> Any:
         return nnx.merge(graphs[role], params, frozen[role])
 
-    @jax.jit
+    @compiled
     def roll_out(params, frozen):
         return objective.roll_out(network("student", params, frozen), text, rolls)
 
-    @jax.jit
+    @compiled
     def score(critic, teacher, frozen, x):
         networks = {"critic": network("critic", critic, frozen), "teacher": network("teacher", teacher, frozen)}
         weight, noise = objective.settings.weight or 3.0, draws.scores.noise
         return matching_gradient(x, text, given, **networks, guidance=weight, levels=levels, noise=noise)[0]
 
-    @jax.jit
+    @compiled
     def backward(params, frozen, rolled, g):
         def loss(params):
             return matching_loss(objective.replay(network("student", params, frozen), text, rolled, rolls.last), g)
 
         return jax.grad(loss)(params)
 
-    @jax.jit
+    @compiled
     def update(gradient, optimizer, params, average):
         changes, optimizer = training.optimizer.update(gradient, optimizer, params)
         params = optax.apply_updates(params, changes)
