@@ -394,6 +394,31 @@ class TestOnACard:
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
             assert error(x, right) <= bound
 
+    @pytest.mark.parametrize("name", ["ragged", "band, ragged", "two parts, padded dim", *BIG])
+    def test_kept_gradients(self, name, monkeypatch):
+        """With scores' gradients that are kept, of one head at a time."""
+        case, configs, kept = (CASES | BIG)[name], block_sparse._configs, block_sparse.kept
+
+        def with_product(problem, q):
+            chosen = configs(problem, q)
+            product = dataclasses.replace(chosen.sparse_query_backward, stages=2)
+            return dataclasses.replace(chosen, sparse_query_product=product, scratch_bytes=2**40)
+
+        def of_one_head(*call):
+            batch, _, *slots = kept(*call).shape
+            return jax.ShapeDtypeStruct((batch, 1, *slots), jnp.bfloat16)
+
+        monkeypatch.setattr(block_sparse, "_configs", with_product)
+        monkeypatch.setattr(block_sparse, "kept", of_one_head)
+        jax.clear_caches()  # of what was traced with other settings
+        try:
+            found, again = (results(case, "triton", jnp.bfloat16, traced=traced) for traced in (False, True))
+        finally:
+            jax.clear_caches()
+        for x, y, right in zip(found, again, case.expected(), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+            assert error(x, right) <= 1e-2
+
     @pytest.mark.parametrize(
         "text",
         [
