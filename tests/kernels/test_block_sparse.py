@@ -405,7 +405,9 @@ class TestOnACard:
             return dataclasses.replace(chosen, sparse_query_product=product, scratch_bytes=2**40)
 
         def of_one_head(*call):
-            batch, _, *slots = kept(*call).shape
+            scores = kept(*call)
+            assert scores is not None
+            batch, _, *slots = scores.shape
             return jax.ShapeDtypeStruct((batch, 1, *slots), jnp.bfloat16)
 
         monkeypatch.setattr(block_sparse, "_configs", with_product)
