@@ -358,7 +358,7 @@ def test_in_a_browser(engine, monkeypatch):
         tab.wait_for_function("document.body.dataset.ended === 'stopped'")
         tab.select_option("#format", "jpeg")
         tab.click("#go")
+        tab.wait_for_selector("#screen", state="visible")
         tab.wait_for_function("Number(document.body.dataset.shown) >= 3")
-        assert tab.is_visible("#screen")
         browser.close()
     assert not server.peers
