@@ -311,9 +311,7 @@ class Session:
                 self.end(self._left)
             while self._commands and self.ended is None:
                 self._do(message := self._commands.popleft())
-                if isinstance(
-                    message, Prompt | Seek
-                ):  # may compute the past anew; others are not kept waiting for more
+                if isinstance(message, Prompt | Seek):  # the past may be computed anew: once a turn, for others' sake
                     break
             if self.ended is not None:
                 return None

@@ -58,6 +58,7 @@ DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
 SESSIONS = ("tests/models/serve/test_session.py", "tests/models/serve/test_engine.py")
+PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
@@ -530,6 +531,15 @@ FAULTS = (
         SESSIONS,
         "had_to_wait",
     ),
+    Fault("models/serve/session.py", "if isinstance(message, Prompt | Seek)", "if False", SESSIONS, "keep_nobody"),
+    Fault(
+        "models/serve/peers.py",
+        "0 if is_loopback(host) else MOST_CANDIDATES",
+        "MOST_CANDIDATES",
+        PEERS,
+        "what_is_tried",
+    ),
+    Fault("models/serve/peers.py", "_addresses(self._host)", "None", PEERS, "only_the_address"),
     # measures
     Fault(
         "train/evaluation/metrics.py",
