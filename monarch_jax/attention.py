@@ -77,8 +77,9 @@ def monarch_attention(
         intermediates: What alpha and Y are rounded to between the two stages: None, the inputs' dtype; or "e4m3", 8
             bits with a scale for every vector [D] (`monarch_jax.intermediates`), for half the bytes through memory
             where memory bounds the kernels. Changes the numbers, by 3 to 9 times what bfloat16 does: for inference.
-            "reference" and "xla" compute the same numbers at their own speed; "mosaic" stores 8 bits; "triton" does
-            not serve it. Gradients are XLA's, at the rounded alpha and Y.
+            "reference" and "xla" compute the same numbers at their own speed; "mosaic" stores 8 bits, on Hopper alone;
+            "triton" does not serve it, so that None takes "xla" on other cards. Gradients are XLA's, at the rounded
+            alpha and Y.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
             or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
 

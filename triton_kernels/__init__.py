@@ -46,7 +46,10 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
     if q.dtype.name not in DTYPES:
         return f"dtype {q.dtype.name} is not one of {', '.join(DTYPES)}."
     if problem.intermediates:
-        return f"intermediates={problem.intermediates!r}; these kernels keep alpha and Y in the inputs' dtype."
+        return (
+            f"intermediates={problem.intermediates!r}; these kernels keep alpha and Y in the inputs' dtype; on Hopper "
+            f"'mosaic' stores 8 bits, and 'xla' computes the same numbers anywhere."
+        )
     b1, b2, dim = q.shape[2], q.shape[3], q.shape[5]
     if min(b1, b2) < LEAST_BLOCK:
         return f"a tile of {b1} x {b2} has a side below {LEAST_BLOCK}; use implementation='xla' or a larger tile."
