@@ -207,6 +207,15 @@ FAULTS = (
         TRITON,
         "interpreter_agrees",
     ),
+    Fault(
+        "triton_kernels/refine_backward.py",
+        "tl.where(factor < MAX_FACTOR, product, 0.0)",
+        "product",
+        TRITON,
+        "interpreter_agrees",
+    ),
+    Fault("triton_kernels/refine_backward.py", "1) - less_i", "1)", TRITON, "interpreter_agrees"),
+    Fault("triton_kernels/plan.py", '("mid", *(name for', "(*(name for", TRITON, "in_place"),
     # block-sparse attention
     Fault("triton_kernels/sparse.py", "shrink = tl.exp2(top - new_top)", "shrink = 1.0", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "tl.minimum(n + 1, n_all", "tl.minimum(n, n_all", TRITON, "interpreter_agrees"),
