@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -32,8 +33,9 @@ def test_lowers_for_cuda_without_a_card(gradient):
 
 
 @missing("triton", "jax_triton", "jax_cuda13_plugin")
-def test_more_steps_lower_for_cuda_without_a_card():
-    """Two steps are four kernels forward and nine back."""
+@pytest.mark.parametrize("lowered", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_more_steps_lower_for_cuda_without_a_card(lowered):
+    """Two steps are four kernels forward and nine back; to lower them is to compile them."""
     attend = functools.partial(monarch_attention, grid=(3, 6, 8), num_iters=2, implementation="triton")
     x = jax.ShapeDtypeStruct((1, 144, 2, 64), jnp.bfloat16)
 
@@ -42,8 +44,14 @@ def test_more_steps_lower_for_cuda_without_a_card():
         return out, *vjp(g)
 
     with triton_kernels.compile_for(90):
-        text = jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@triton_kernel_call_ffi") == 4 + 9
+        traced = jax.jit(run).trace(x, x, x, x)
+        if lowered:
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("@triton_kernel_call_ffi") == 4 + 9
+    called = {"right_forward", "left_refine", "left_last"}
+    called |= {"right_further", "left_backward", "right_further_backward", "right_further_query"}
+    called |= {"left_refine_backward", "right_backward", "right_query"}
+    assert set(re.findall(r"triton_kernels\.\w+:(\w+)", str(traced.jaxpr))) == called
 
 
 @missing("triton", "jax_triton", "jax_cuda13_plugin")
