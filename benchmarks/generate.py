@@ -4,7 +4,7 @@
     python benchmarks/generate.py --attention dense "monarch 97%"
     python benchmarks/generate.py --implementation triton           # a Monarch backend by name
     python benchmarks/generate.py --places one heads=2 heads=1,decoder     # on two GPUs, beside one of them
-    python benchmarks/generate.py --wan wan2.1-t2v-14b --places one heads=2
+    python benchmarks/generate.py --wan wan2.1-t2v-14b --places one heads=2 one,unrolled,fp8 --network
     python benchmarks/generate.py --size 720 1280 --attention dense 'vsa(keep=0.15)'       # any size and kind
     python benchmarks/generate.py --tiny                            # tiny networks; runs without a GPU
 
@@ -14,8 +14,9 @@ changes no time.
 
 For each attention: the transformer alone (all blocks, latents only), and end to end (embeddings in, frames in the
 host's memory out, VAE included) with the time to the first frames; medians over --repeats after one run that compiles.
-A place is a mesh for the network as `monarchrt generate --mesh` takes it, and "decoder" if the last GPU decodes and is
-none of the mesh; the small clip of each must be that of one GPU.
+A place is a mesh for the network as `monarchrt generate --mesh` takes it, "decoder" if the last GPU decodes and is none
+of the mesh, "unrolled" for layers with arrays of their own, and "fp8" for products in 8 bits; the small clip of each
+must be that of one GPU (in 8 bits it may be 0.1 from it). --network times the transformer alone.
 Text is one prompt of 512 tokens through umT5-XXL, without the tokenizer; it is in no other time but "with_text". VAE is
 all latents, block by block as streamed. What is compiled after the first frames are there is counted and must be
 nothing. Before anything is timed, a small clip with the timed Monarch backend is compared with its XLA path. Writes
@@ -49,8 +50,11 @@ from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.umt5 import UMT5Encoder, umt5_config
 from monarchrt.models.vae import WanVAE, vae_config
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
+from monarchrt.models.wan.fp8 import fp8_products
+from monarchrt.models.wan.unrolled import unroll_layers
 
 MAX_ERROR = 3e-2  # relative, bfloat16 over all steps of the small check
+MAX_FP8_ERROR = 0.1  # of products in 8 bits
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -81,7 +85,7 @@ def main() -> None:
     try:
         config = wan_config(sizes.wan, dtype="bfloat16", param_dtype="bfloat16")
         plans = {attention: plan_of(attention, config, sizes, args.implementation) for attention in args.attention}
-        places = {place: place_of(place, heads=config.num_heads) for place in args.places}
+        places = {place: Place.of(place, heads=config.num_heads) for place in args.places}
     except (UserError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -93,23 +97,25 @@ def main() -> None:
         sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
     report: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(sizes)}
     report |= {"implementation": args.implementation, "error": error, "repeats": args.repeats, "rows": []}
-    report["text"] = time_text(sizes, args.repeats)
-    print(f"text    {report['text'] * 1e3:8.1f} ms")
-    vae = built(lambda: WanVAE(vae_config(sizes.vae), **half()))
-    report["vae"] = time_vae(WanDecoder(vae), sizes, args.repeats)
-    print(f"VAE     {report['vae'] * 1e3:8.1f} ms   {sizes.frames / report['vae']:.1f} frames/s")
+    vae = None
+    if not args.network:
+        report["text"] = time_text(sizes, args.repeats)
+        print(f"text    {report['text'] * 1e3:8.1f} ms")
+        vae = built(lambda: WanVAE(vae_config(sizes.vae), **half()))
+        report["vae"] = time_vae(WanDecoder(vae), sizes, args.repeats)
+        print(f"VAE     {report['vae'] * 1e3:8.1f} ms   {sizes.frames / report['vae']:.1f} frames/s")
     model = built(lambda: WanModel(config, rngs=nnx.Rngs(0)))
     for place, where in places.items():
-        placed, decoder = where.moved(model), WanDecoder(vae, device=where.decoder)
         for attention, plan in plans.items():
-            pipeline = VideoPipeline(placed.with_attention(plan.attention), decoder, mesh=where.mesh)
+            pipeline = where.pipeline(model.with_attention(plan.attention), vae)
             row = {"attention": attention, "place": place} | time_video(pipeline, plan, args.repeats)
-            row["with_text"] = report["text"] + row["end_to_end"]
+            if not args.network:
+                row["with_text"] = report["text"] + row["end_to_end"]
             report["rows"].append(row)
             print(line(row), flush=True)
             (args.out / "generate.json").write_text(json.dumps(report, indent=1))
     compare(report["rows"])
-    if any(row["compiled_later"] for row in report["rows"]):
+    if any(row.get("compiled_later") for row in report["rows"]):
         sys.exit("something was compiled after the first block")
 
 
@@ -124,10 +130,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--wan", help="sizes of the network, a preset; default: wan2.1-t2v-1.3b, or tiny with --tiny")
     parser.add_argument(
-        "--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder for a GPU of its own"
+        "--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder ,unrolled or ,fp8"
     )
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="in pixels; default: 480 832")
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
+    parser.add_argument("--network", action="store_true", help="the transformer alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tiny", action="store_true", help="tiny networks and a small clip")
@@ -161,18 +168,34 @@ def plan_of(attention: str, config: WanConfig, sizes: Sizes, implementation: str
     return make_plan(given, defaults=Defaults(mode="autoregressive", sampler="few-step"), model=config)
 
 
-def place_of(notation: str, *, heads: int) -> Places:
-    """The devices of a place."""
-    if notation == "one":
-        return Places()
-    *axes, last = notation.split(",")
-    decoder = len(jax.devices()) - 1 if last == "decoder" else None
-    mesh = ",".join(axes) if last == "decoder" else notation
-    return find_places(GenerateConfig(mesh=mesh or "heads=1", decoder_device=decoder), heads=heads)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a video is made, and of which form of the network."""
+
+    devices: Places
+    unrolled: bool
+    fp8: bool
+
+    @classmethod
+    def of(cls, notation: str, *, heads: int) -> "Place":
+        """That of a notation."""
+        words = notation.split(",")
+        mesh = ",".join(word for word in words if word not in ("one", "decoder", "unrolled", "fp8"))
+        decoder = len(jax.devices()) - 1 if "decoder" in words else None
+        given = GenerateConfig(mesh=mesh or ("heads=1" if "decoder" in words else None), decoder_device=decoder)
+        return cls(devices=find_places(given, heads=heads), unrolled="unrolled" in words, fp8="fp8" in words)
+
+    def pipeline(self, model: WanModel, vae: WanVAE | None) -> VideoPipeline:
+        """What makes it; without a decoder for latents alone."""
+        model = self.devices.moved(model)
+        model = fp8_products(model) if self.fp8 else model
+        network = unroll_layers(model) if self.unrolled else model
+        decoder: Any = None if vae is None else WanDecoder(vae, device=self.devices.decoder)
+        return VideoPipeline(network, decoder, mesh=self.devices.mesh)
 
 
-def check(args: argparse.Namespace, places: dict[str, Places]) -> float:
-    """Largest relative error of a small clip's latents, with the timed backend in each place."""
+def check(args: argparse.Namespace, places: dict[str, Place]) -> float:
+    """Largest relative error of a small clip's latents, with the timed backend in each place that is not in 8 bits."""
     # sides of a tile below 4 are refused by the kernels
     sizes = (
         dataclasses.replace(TINY, frames=21)
@@ -186,15 +209,19 @@ def check(args: argparse.Namespace, places: dict[str, Places]) -> float:
     head[...] = jax.random.normal(jax.random.key(1), head.shape, head.dtype) / 8
     text = jnp.zeros((1, base.text_len, base.text_dim))
 
-    def latents(implementation: str | None, where: Places) -> np.ndarray:
+    def latents(implementation: str | None, where: Place) -> np.ndarray:
         plan = plan_of(CHECKED, base, sizes, implementation)
-        placed = where.moved(model).with_attention(plan.attention)
-        parts = VideoPipeline(placed, None, mesh=where.mesh).latents(text, plan=plan)  # type: ignore[arg-type]
+        parts = where.pipeline(model.with_attention(plan.attention), None).latents(text, plan=plan)
         return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
-    right = latents("xla", Places())
-    errors = [np.linalg.norm(latents(args.implementation, where) - right) for where in places.values()]
-    return float(max(errors) / np.linalg.norm(right))
+    right = latents("xla", Place.of("one", heads=base.num_heads))
+    errors = {True: [0.0], False: [0.0]}  # in 8 bits or not
+    for where in places.values():
+        error = np.linalg.norm(latents(args.implementation, where) - right) / np.linalg.norm(right)
+        errors[where.fp8].append(float(error))
+    if not all(error <= MAX_FP8_ERROR for error in errors[True]):
+        sys.exit(f"in 8 bits the error is {max(errors[True]):.1e}, above {MAX_FP8_ERROR:.0e}; nothing is timed")
+    return max(errors[False])
 
 
 def median(call: Callable[[], Any], repeats: int) -> float:
@@ -239,7 +266,7 @@ def latent_size(decoder: WanDecoder, sizes: Sizes) -> tuple[int, int]:
 
 
 def time_video(pipeline: VideoPipeline, plan: Plan, repeats: int) -> dict[str, Any]:
-    """The transformer alone, and end to end."""
+    """The transformer alone, and end to end if there is a decoder."""
     config = pipeline.model.config
     text = jax.random.normal(jax.random.key(1), (1, config.text_len, config.text_dim))
     made = 1 + 4 * (plan.latents[0] - 1)  # frames of a video
@@ -257,6 +284,8 @@ def time_video(pipeline: VideoPipeline, plan: Plan, repeats: int) -> dict[str, A
             list(parts)
         later.append(len(programs))
 
+    if pipeline.decoder is None:
+        return {"transformer": median(transformer, repeats), "tile": plan.config.tile}
     begin = time.perf_counter()
     end_to_end()
     compile_seconds = time.perf_counter() - begin
@@ -291,8 +320,10 @@ def counted() -> Iterator[list[str]]:
 
 def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
-    return (
-        f"{row['attention']:<12} {row['place']:<16} transformer {row['transformer']:7.3f} s   "
+    network = f"{row['attention']:<12} {row['place']:<16} transformer {row['transformer']:7.3f} s   "
+    if "end_to_end" not in row:
+        return network
+    return network + (
         f"end to end {row['end_to_end']:7.3f} s "
         f"({row['frames_per_second']:6.1f} frames/s)   first frames {row['first_frames']:6.3f} s   "
         f"compiled later {row['compiled_later']}, before in {row['compile_seconds']:.0f} s"
@@ -303,9 +334,10 @@ def compare(rows: list[dict[str, Any]]) -> None:
     """The first over each of the others."""
     first, *others = rows
     for row in others:
-        transformer, whole = (first[part] / row[part] for part in ("transformer", "end_to_end"))
         named, beside = (f"{x['attention']} ({x['place']})" for x in (row, first))
-        print(f"{named}: transformer {transformer:.2f}x, end to end {whole:.2f}x of {beside}")
+        parts = {"transformer": "transformer", "end to end": "end_to_end"}
+        ratios = [f"{name} {first[part] / row[part]:.2f}x" for name, part in parts.items() if part in row]
+        print(f"{named}: {', '.join(ratios)} of {beside}")
 
 
 if __name__ == "__main__":

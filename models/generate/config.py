@@ -197,7 +197,7 @@ class GenerateConfig:
 
     unroll_layers: Literal["auto", "yes", "no"] = "auto"
     """Autoregressive: copy each layer's weights out of their stack, so that no call does: with a GPU it takes some 5%
-    less, and longer to compile. Auto: for sessions with a GPU, and no mesh."""
+    less, and longer to compile. Auto: for sessions with a GPU, and no mesh (on one, yes takes it too)."""
 
     weights: str | None = None
     """Set of weights of a .pt file, for example generator_ema."""

@@ -274,9 +274,8 @@ def _check_unrolled(config: GenerateConfig) -> None:
         return
     if config.mode != "autoregressive":
         raise UserError(f"unroll_layers is yes, for mode autoregressive, but mode is {config.mode}; use auto")
-    for name in ("mesh", "compare_dense"):
-        if value := getattr(config, name):
-            raise UserError(f"{name} is {value}, which needs layers in their stack, but unroll_layers is yes; use auto")
+    if config.compare_dense:
+        raise UserError("compare_dense is True, which needs layers in their stack, but unroll_layers is yes; use auto")
 
 
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:

@@ -19,6 +19,7 @@ from monarchrt.models.attention.notation import parse
 from monarchrt.models.collectives import collectives
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import PatchDecoder, WanDecoder
+from monarchrt.models.generate.material import unrolled_if_asked
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, make_plan
@@ -47,7 +48,8 @@ def video(**places):
         WanDecoder(WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0)), device=where.decoder)
         if vae else PatchDecoder(PatchDCT(patch=2), device=where.decoder)
     )
-    pipeline = VideoPipeline(where.moved(model), decoder, mesh=where.mesh)
+    network = unrolled_if_asked(where.moved(model), settings)
+    pipeline = VideoPipeline(network, decoder, mesh=where.mesh)
     kept = []
     frames = np.concatenate(list(pipeline(text, plan=plan, keep=kept)))
     return frames, np.concatenate([np.asarray(part) for part in kept], axis=1), where, plan
@@ -117,6 +119,7 @@ def test_every_way_to_share_the_work(mode, attention):
         "mesh:fsdp=4",
         "decoder_device:1",
         "decoder_device:0",
+        *["mesh:fsdp=2,heads=2/unroll_layers:yes"] * (mode == "autoregressive"),
     )
 
 

@@ -147,7 +147,6 @@ class TestRefusals:
                 dict(mode="bidirectional", unroll_layers="yes"),
                 "unroll_layers is yes, for mode autoregressive, but mode is bidirectional; use auto",
             ),
-            (dict(mesh="heads=2", unroll_layers="yes"), "mesh is heads=2, which needs layers in their stack"),
             (
                 dict(compare_dense=True, tile=(3, 30, 52), unroll_layers="yes"),
                 "compare_dense is True, which needs layers in their stack, but unroll_layers is yes; use auto",
