@@ -14,7 +14,8 @@ from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.material import check_precision
 from monarchrt.models.sampling import LiveRollout, Rollout
 from monarchrt.models.wan import WanModel, wan_config
-from monarchrt.models.wan.fp8 import FP8Linear, fp8_products, rounded
+from monarchrt.models.wan.fp8 import FP8FeedForward, FP8Linear, fp8_products, rounded
+from monarchrt.models.wan.layers import MLP, gelu_tanh
 from monarchrt.models.wan.unrolled import unroll_layers
 
 
@@ -56,17 +57,41 @@ def test_a_layer_is_the_product_of_what_was_rounded():
     assert 0.01 < np.linalg.norm(expected - bias - exact) / np.linalg.norm(exact) < 0.05
 
 
+@pytest.mark.parametrize("outlier", [1, 2000])
+def test_a_hidden_layer_is_rounded_within_a_bound(outlier):
+    rng = np.random.default_rng(1)
+    ffn = MLP(wan_config("tiny"), (64, 256, 64), act=gelu_tanh, rngs=nnx.Rngs(0))
+    weights = {}
+    for name, shape in (("fc1", (64, 256)), ("fc2", (256, 64))):
+        layer = getattr(ffn, name)
+        weights[name] = (rng.normal(size=shape) / 8).astype(np.float32), rng.normal(size=shape[1]).astype(np.float32)
+        layer.kernel[...], layer.bias[...] = map(jnp.asarray, weights[name])
+    x = rng.normal(size=(2, 5, 64)).astype(np.float32)
+    x[..., 3] *= outlier
+    x[0, 0] = 0
+    hidden = x.astype(np.float64) @ weights["fc1"][0] + weights["fc1"][1]
+    assert hidden.max() > (448 if outlier > 1 else 1)
+    exact = np.asarray(gelu_tanh(hidden), np.float64) @ weights["fc2"][0] + weights["fc2"][1]
+    found = np.asarray(FP8FeedForward(ffn)(jnp.asarray(x)))
+    assert np.isfinite(found).all()
+    each = np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert each.mean() > 0.005
+    assert each.max() < 0.08
+
+
 def test_large_products_change_and_nothing_else(model):
     before = dict(nnx.to_flat_state(nnx.state(model)))
     after = dict(nnx.to_flat_state(nnx.state(fp8_products(model))))
     changed = {
         "/".join(map(str, path[1:-1])) for path in after if path not in before or after[path][...].dtype.itemsize == 1
     }
-    assert changed == {"self_attn/q", "self_attn/k", "self_attn/v", "ffn/fc1", "ffn/fc2"}
+    assert changed == {"self_attn/q", "self_attn/k", "self_attn/v", "ffn/fc1", "ffn/fc2", "ffn"}
     for path, value in before.items():
         if "/".join(map(str, path[1:-1])) not in changed:
             assert after[path][...] is value[...]
     assert isinstance(model.blocks.ffn.fc1, nnx.Linear)  # the model itself is as it was
+    again = fp8_products(fp8_products(model))
+    assert isinstance(again.blocks.ffn.fc1, FP8Linear)
     wide = nnx.eval_shape(lambda: WanModel(wan_config("wan2.1-t2v-14b", num_layers=1), rngs=nnx.Rngs(0)))
     assert wide.config.dim >= 2048
     names = nnx.eval_shape(lambda wide: fp8_products(wide), wide).blocks
