@@ -52,6 +52,7 @@ REACHED = {
     "models/generate/text.py": SAMPLING,
     "models/serve/engine.py": ("serve",),
     "models/serve/load.py": ("serve", "bench"),
+    "models/serve/peers.py": ("serve",),
     "models/serve/session.py": ("serve",),
     "models/serve/uploads.py": ("serve",),
     "models/wan/checkpoints/settings.py": (*OPENING, "convert", "inspect"),

@@ -93,7 +93,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     with progress("tiles", len(choices) + 1, quiet=config.quiet) as advance:
         target = np.asarray(_attend(exact(), query, key, value, **options), np.float64)
-        of_dense = partial.of("dense", lambda: _time(exact(), query, key, value, config, measured, options))
+        of_dense = partial.of("exact", lambda: _time(exact(), query, key, value, config, measured, options))
         advance()
         for choice in choices:
             setting = choice.setting
