@@ -38,6 +38,7 @@ VAE = ("tests/models/vae/test_vae.py",)
 UMT5 = ("tests/models/umt5/test_encoder.py",)
 SOLVERS = ("tests/models/sampling/test_solvers.py",)
 WAN = ("tests/models/test_wan.py",)
+FP8 = ("tests/models/test_fp8.py",)
 STATE = ("tests/train/test_state.py",)
 OBJECTIVE = ("tests/train/test_objective.py",)
 CONSISTENCY = ("tests/train/objectives/test_consistency.py",)
@@ -568,6 +569,8 @@ FAULTS = (
         DISTANCES,
         "reports",
     ),
+    Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
+    Fault("models/wan/fp8.py", "/ LARGEST, SMALLEST)", "/ 480, SMALLEST)", FP8, "rows_are"),
     Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
     Fault(
         "models/attention/base.py",

@@ -258,7 +258,7 @@ def verdicts(rows: Mapping[str, Row]) -> list[str]:
          rows["dmd"].distance, best),
         ("DMD: it is nearer than the same network in 4 steps without distillation",
          rows["dmd"].distance, rows["swapped"].distance),
-        ("DMD: it is as near as the dense student, or within a half of its distance",
+        ("DMD: it is within 1.5 times the distance of the dense student",
          rows["dmd"].distance, 1.5 * rows["dmd-dense"].distance),
         ("Self-Forcing: the causal Monarch student is nearer than without distillation",
          rows["self-forcing"].distance, rows["causal"].distance),
