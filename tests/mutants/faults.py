@@ -570,7 +570,7 @@ FAULTS = (
         "reports",
     ),
     Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
-    Fault("models/wan/fp8.py", "/ LARGEST, SMALLEST)", "/ 480, SMALLEST)", FP8, "rows_are"),
+    Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),
     Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
     Fault(
         "models/attention/base.py",
