@@ -23,18 +23,11 @@ from jaxtyping import Array
 
 from monarch_jax.devices import on_cuda
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
+from monarchrt.models.wan.fp8 import rounded
 
 TOKENS = 4680
 SHAPES = {"qkv": (1536, 4608), "out": (1536, 1536), "up": (1536, 8960), "down": (8960, 1536)}
-LARGEST = float(jnp.finfo(jnp.float8_e4m3fn).max)
 COPIES = 8
-
-
-def rounded(x: Array, *, axis: int) -> tuple[Array, Array]:
-    """In e4m3, and the float32 scales along an axis."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-12) / LARGEST
-    return (x / scale).astype(jnp.float8_e4m3fn), scale
 
 
 def half(x: Array, w: Array) -> Array:
@@ -54,8 +47,8 @@ def ready(x: Array, w: Array) -> Array:
 
 def scaled(x: Array, w: Array, columns: Array) -> Array:
     """From bfloat16 activations."""
-    x, rows = rounded(x, axis=1)
-    return (ready(x, w).astype(jnp.float32) * rows * columns).astype(jnp.bfloat16)
+    x, rows = rounded(x)
+    return (ready(x, w).astype(jnp.float32) * rows[:, None] * columns).astype(jnp.bfloat16)
 
 
 def main() -> None:
@@ -69,13 +62,13 @@ def main() -> None:
         keys = jax.random.split(jax.random.key(0), 2)
         x = jax.random.normal(keys[0], (TOKENS, inner), jnp.bfloat16)
         ws = [jax.random.normal(key, (inner, outer), jnp.bfloat16) for key in jax.random.split(keys[1], COPIES)]
-        eights = [rounded(w.T, axis=1) for w in ws]
+        eights = [rounded(w.T) for w in ws]
         row: dict[str, Any] = {"product": name, "shape": [TOKENS, inner, outer]}
-        x8 = rounded(x, axis=1)[0]
+        x8 = rounded(x)[0]
         arguments = {
             "bf16": (half, x, [(w,) for w in ws]),
             "fp8_ready": (ready, x8, [(w,) for w, _ in eights]),
-            "fp8": (scaled, x, [(w, s.T) for w, s in eights]),
+            "fp8": (scaled, x, [(w, s[None]) for w, s in eights]),
         }
         if name == "qkv":
             arguments["bf16_apart"] = (thirds, x, [tuple(jnp.split(w, 3, axis=1)) for w in ws])

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
+from monarch_jax.intermediates import LARGEST
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.layers import MLP
 
-LARGEST = 448.0  # of e4m3
 CAPABILITY = 8.9  # of NVIDIA GPUs that multiply e4m3
 WIDE = 2048  # channels from which a product repays that its input is rounded for it alone
 SMALLEST = 2.0**-100  # of a scale: a row of zeros stays zeros

@@ -30,6 +30,7 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import check_attention
 from monarchrt.models.media.video import write_mp4
 from monarchrt.models.wan.watched import watching
+from monarchrt.train.begun import check_begun, read_begun
 from monarchrt.train.config import to_dict
 from monarchrt.train.evaluate import held_out_terms
 from monarchrt.train.evaluation import metrics
@@ -166,16 +167,7 @@ def _claim(config: EvaluateConfig) -> None:
         return
     if not config.resume:
         raise UserError(f"out {folder} holds an evaluation already; give --resume to go on with it, or another --out")
-    try:
-        begun = read_json(there)
-    except ValueError as error:
-        raise UserError(f"{there} is damaged ({error}); give another --out") from error
-    for name, value in values.items():
-        if name != "out" and begun.get(name) != value:
-            raise UserError(
-                f"cannot resume: {name} is {value!a}, but the evaluation in {folder} was begun with "
-                f"{begun.get(name)!a}; use that value, or another --out"
-            )
+    check_begun(values, read_begun(there), of=f"the evaluation in {folder}")
 
 
 # Videos

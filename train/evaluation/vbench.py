@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import decoded
 from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.train.begun import check_begun, read_begun
 from monarchrt.train.studies.results import write_json
 
 SAMPLES = 5  # videos of each prompt
@@ -159,16 +159,7 @@ def _claim(config: VBenchConfig) -> None:
     if not there.is_file():
         write_json(there, values)
         return
-    try:
-        begun = read_json(there)
-    except ValueError as error:
-        raise UserError(f"{there} is damaged ({error}); give another --out") from error
-    for name, value in values.items():
-        if begun.get(name) != value:
-            raise UserError(
-                f"{name} is {value!a}, but the videos in {config.out} were begun with {begun.get(name)!a}; use that, "
-                f"or another --out"
-            )
+    check_begun(values, read_begun(there), of=f"the set of videos in {config.out}")
 
 
 def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tuple[int, int]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError
+from monarchrt.train.begun import check_begun, read_begun
 from monarchrt.train.studies.results import write_json
 
 _NOT_OF_RESULTS = ("out", "overwrite", "resume", "quiet")
@@ -35,19 +35,11 @@ class Partial:
             raise UserError(
                 f"out {path.parent} holds a study that was stopped; give --resume to go on with it, or --overwrite"
             )
-        try:
-            begun = read_json(path)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); give --overwrite, or another --out") from error
+        begun = read_begun(path)
         before, values = begun.get("settings"), begun.get("values")
         if not isinstance(before, dict) or not isinstance(values, dict):
             raise UserError(f"{path} is of no study; give --overwrite, or another --out")
-        for name, value in self._settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"cannot resume: {name} is {value!a}, but the study in {path.parent} was begun with "
-                    f"{before.get(name)!a}; use that value, or another --out"
-                )
+        check_begun(self._settings, before, of=f"the study in {path.parent}")
         self._values = values
 
     def of(self, key: str, measure: Callable[[], Any]) -> Any:

@@ -316,5 +316,5 @@ class TestVBench:
         of_b = [("b", 7 + n, f"b-{n}.mp4") for n in (0, 1, 2, 4)]
         assert asked == of_b + [("c", 7 + n, f"c-{n}.mp4") for n in range(5)]
         other = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, attention="monarch")
-        with pytest.raises(UserError, match=r"attention is 'monarch', but the videos in .* were begun with None"):
+        with pytest.raises(UserError, match=r"attention is 'monarch', but the set of videos in .* was begun with None"):
             write_videos(other, report=lambda line: None)
