@@ -16,7 +16,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.mutants.faults import FAULTS, Fault
+from tests.mutants.fault import Fault
+from tests.mutants.faults import FAULTS
 
 ROOT = pathlib.Path(__file__).parents[2]
 AT_ONCE = 2  # faults, each in a copy of its own

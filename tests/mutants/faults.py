@@ -1,26 +1,7 @@
 """The faults: one line each, in the kind of a slip, and the tests that should notice it."""
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One slip.
-
-    Attributes:
-        file: Of the project.
-        before: Text that is in the file once.
-        after: What stands there with the fault.
-        tests: Files of tests that should notice.
-        only: Which of their tests, as pytest's -k; empty: all.
-    """
-
-    file: str
-    before: str
-    after: str
-    tests: tuple[str, ...]
-    only: str = ""
-
+from tests.mutants.fault import Fault
+from tests.mutants.measures import MEASURED
 
 DEFINITION = ("tests/attention/test_definition.py",)
 BACKENDS = ("tests/attention/test_backends.py",)
@@ -63,8 +44,6 @@ PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
-MEASURES = ("tests/train/evaluation/test_measures.py",)
-DISTANCES = ("tests/train/evaluation/test_distances.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
@@ -550,25 +529,6 @@ FAULTS = (
         "what_is_tried",
     ),
     Fault("models/serve/peers.py", "_addresses(self._host)", "None", PEERS, "only_the_address"),
-    # measures
-    Fault(
-        "train/evaluation/metrics.py",
-        "(1 - confidence) / 2, (1 + confidence) / 2",
-        "1 - confidence, confidence",
-        MEASURES,
-        "interval",
-    ),
-    Fault(
-        "train/evaluation/distances.py", "roots[0] @ roots[1]", "roots[0] @ roots[0]", DISTANCES, "root_of_the_product"
-    ),
-    Fault("train/evaluation/distances.py", "x_of[i], y_of[j], across)", "x_of[i], y_of[j], False)", DISTANCES, "group"),
-    Fault(
-        "train/evaluation/sets.py",
-        "[sets.depth], np.float64), order",
-        "[sets.depth], np.float64), 0",
-        DISTANCES,
-        "reports",
-    ),
     Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
     Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),
     Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
@@ -579,7 +539,6 @@ FAULTS = (
         SCHEDULE,
         "network",
     ),
-    Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
     # what is given
     Fault(
         "train/cli/generate.py",
@@ -591,4 +550,5 @@ FAULTS = (
     Fault("monarch_jax/checks.py", "if number > most:", "if number > LARGEST:", COMMANDS, "sizes_beyond"),
     Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
+    *MEASURED,
 )

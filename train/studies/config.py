@@ -38,6 +38,9 @@ class _Study:
     overwrite: bool = False
     """Replace the results of an earlier study there."""
 
+    resume: bool = False
+    """Go on with a study that was stopped; its settings must be the same."""
+
     quiet: bool = False
     """Show no progress."""
 
@@ -159,9 +162,6 @@ class TilesConfig(_Examples, _Videos):
 
     videos: int = 3
     """Videos that are made, with the settings on the Pareto front, spread over it; 0: none."""
-
-    resume: bool = False
-    """Go on with a study that was stopped; its settings must be the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from monarch_jax import MonarchSpec, monarch_factors
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.errors import UserError
+from monarchrt.train.config import to_dict
 from monarchrt.train.evaluation.subject import Subject, check_example, noisy_example, open_subject, probed_call
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import (
@@ -23,10 +24,11 @@ from monarchrt.train.studies.approximations import (
     tiles_of,
 )
 from monarchrt.train.studies.config import MapConfig
+from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
 LARGEST = 6000  # tokens of a map that is held whole, of 144 MB in float32
-FILES = ("map.json", "map.png")
+FILES, PART = ("map.json", "map.png"), "map.part.json"
 EQUATION = "equation 1"
 
 
@@ -69,6 +71,12 @@ class Point(NamedTuple):
         """For JSON."""
         flat = {name: getattr(self, name) for name in ("map", "method", "setting", "density")}
         return flat | self.error._asdict()
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Point":
+        """From JSON."""
+        rest = {name: record[name] for name in ("map", "method", "setting", "density")}
+        return cls(**rest, error=Error(**{name: record[name] for name in Error._fields}))
 
 
 def equation_1(grid: tuple[int, int, int], *, seed: int = 0, pairs: int = 10, noise: float = 0.05) -> Scores:
@@ -224,16 +232,17 @@ def study_map(config: MapConfig) -> dict[str, Any]:
         raise UserError("video, latents, layers, heads and crop are of captured maps; give --checkpoint too")
     _cropped(config.grid, None, option="grid")
     claim_results(config.out, FILES, overwrite=config.overwrite)
+    partial = Partial(config.out / PART, to_dict(config), resume=config.resume, overwrite=config.overwrite)
     studied = [equation_1(config.grid, seed=config.seed)]
     if config.checkpoint is not None:
         subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
         studied += captured_scores(subject, config)
     points: list[Point] = []
     with progress("maps", len(studied), quiet=config.quiet) as advance:
-        for scores in studied:
+        for number, scores in enumerate(studied):
             advance(0, scores.name)
-            exact = dense_map(scores.query, scores.key, scale=scores.scale)
-            points += approximations(scores, exact, config)
+            records = partial.of(f"{number}: {scores.name}", lambda scores=scores: _measured(scores, config))
+            points += map(Point.of, records)
             advance()
     captured = [point for point in points if point.map != EQUATION]
     result = {
@@ -247,7 +256,13 @@ def study_map(config: MapConfig) -> dict[str, Any]:
     if captured:
         panels[f"{config.checkpoint}, mean of {len(studied) - 1} maps"] = means(captured)
     pictures.draw_map(config.out / FILES[1], panels)
+    partial.done()
     return result
+
+
+def _measured(scores: Scores, config: MapConfig) -> list[dict[str, Any]]:
+    exact = dense_map(scores.query, scores.key, scale=scores.scale)
+    return [point.record() for point in approximations(scores, exact, config)]
 
 
 def means(points: list[Point]) -> list[Point]:

@@ -1,6 +1,7 @@
 """`monarchrt study mass`: how many keys make up most of the attention, by block of the roll-out (paper, Figure 4a)."""
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.load import load_material
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
+from monarchrt.train.config import to_dict
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import share_for_mass
 from monarchrt.train.studies.config import MassConfig, TilesConfig
 from monarchrt.train.studies.maps import choose
+from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
-FILES = ("mass.json", "mass.png")
+FILES, PART = ("mass.json", "mass.png"), "mass.part.json"
 
 
 def study_mass(config: MassConfig) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def study_mass(config: MassConfig) -> dict[str, Any]:
         UserError: If a setting cannot be used.
     """
     claim_results(config.out, FILES, overwrite=config.overwrite)
+    partial = Partial(config.out / PART, to_dict(config), resume=config.resume, overwrite=config.overwrite)
     material = video_material(config, mode=config.mode)
     sizes = material.pipeline.model.config
     layers = choose("layers", config.layers, sizes.num_layers) or (0, sizes.num_layers // 2, sizes.num_layers - 1)
@@ -42,31 +46,51 @@ def study_mass(config: MassConfig) -> dict[str, Any]:
     steps = material.plan.settings.table().steps
     if config.step >= steps:
         raise UserError(f"step is {config.step}, but the sampler has {steps} steps; use 0 to {steps - 1}")
-    with progress("latent frames", material.plan.latents[0], quiet=config.quiet) as advance:
-        with capture(material.pipeline.model, layers=layers, steps=(config.step,), heads=heads) as (model, calls):
-            options = {"negative": material.negative, "initial": material.initial, "noise": material.noise}
-            with user_input():
-                pipeline = VideoPipeline(model, material.pipeline.decoder)
-                for part in pipeline.latents(material.text, plan=material.plan, **options):
-                    advance(part.shape[1])
-        shares = by_block(calls, config.mass)
+    with (
+        progress("latent frames", material.plan.latents[0], quiet=config.quiet) as advance,
+        capture(material.pipeline.model, layers=layers, steps=(config.step,), heads=heads) as (model, calls),
+    ):
+        options = {"negative": material.negative, "initial": material.initial, "noise": material.noise}
+        with user_input():
+            pipeline = VideoPipeline(model, material.pipeline.decoder)
+            for part in pipeline.latents(material.text, plan=material.plan, **options):
+                advance(part.shape[1])
+    with progress("shares", len(calls) * len(heads), quiet=config.quiet) as advance:
+        shares = by_block(calls, config.mass, partial, advance)
     mean = [float(np.mean(values)) for values in zip(*shares.values(), strict=True)]
     result = {
         "checkpoint": config.checkpoint, "mass": config.mass, "step": config.step, "mean": mean, "shares": shares,
     }  # fmt: skip
     write_json(config.out / FILES[0], result)
     pictures.draw_mass(config.out / FILES[1], shares, mass=config.mass)
+    partial.done()
     return result
 
 
-def by_block(calls: list[Captured], mass: float) -> dict[str, list[float]]:
-    """Share of the keys by layer, head and block; where a call has no block, it is the number of the call."""
+def by_block(
+    calls: list[Captured], mass: float, partial: Partial, advance: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Share of the keys by layer, head and block; where a call has no block, it is the number of the call.
+
+    Args:
+        calls: What was captured.
+        mass: Share of the attention to reach.
+        partial: Keeps what has been counted: on a large model counting takes longer than the video.
+        advance: Called after each.
+
+    Returns:
+        Shares of the blocks, by layer and head.
+    """
     shares: dict[str, dict[int, float]] = collections.defaultdict(dict)
     for call in calls:
         for place, head in enumerate(call.heads):
             label = f"layer {call.layer}, head {head}"
             block = len(shares[label]) if call.block is None else call.block
-            shares[label][block] = share_for_mass(call.query[0, :, place], call.key[0, :, place], mass)
+            query, key = (x[0, :, place] for x in (call.query, call.key))
+            shares[label][block] = partial.of(
+                f"{label}, block {block}", lambda query=query, key=key: share_for_mass(query, key, mass)
+            )
+            advance()
     return {label: [values[block] for block in sorted(values)] for label, values in sorted(shares.items())}
 
 

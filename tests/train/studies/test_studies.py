@@ -12,7 +12,7 @@ from PIL import Image
 from monarch_jax import MonarchSpec
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
-from monarchrt.train.studies import tiles
+from monarchrt.train.studies import maps, mass, tiles
 from monarchrt.train.studies.approximations import (
     TOP_K,
     dense_map,
@@ -158,6 +158,39 @@ class TestCommands:
         result = json.loads((tmp_path / "mass.json").read_text())
         assert all(0 < share <= 1 for values in result["shares"].values() for share in values)
 
+    def test_mass_that_was_stopped_goes_on(self, baseline, tmp_path, monkeypatch, capsys):
+        """Blocks that were counted are not counted again, and numbers are those of a study that was not stopped."""
+        command = ["study", "mass", "--checkpoint", str(baseline), "--sample-steps", "2", "--quiet"]
+        command += ["--mode", "windows", "--frames", "5", "--out"]
+        counted = []
+
+        def count(query, *_):  # heads of a network that hardly trained need as many keys
+            return float(np.abs(query).sum())
+
+        monkeypatch.setattr(mass, "share_for_mass", count)
+        assert main([*command, str(tmp_path / "whole")]) == 0
+
+        def stop(query, *rest):
+            counted.append(query.tobytes())
+            if len(counted) == 2:
+                raise KeyboardInterrupt
+            return count(query, *rest)
+
+        monkeypatch.setattr(mass, "share_for_mass", stop)
+        command.append(str(tmp_path / "out"))
+        assert main(command) == 130
+        assert main(command) == 2
+        assert "holds a study that was stopped; give --resume to go on with it" in capsys.readouterr().err
+        assert main([*command, "--resume", "--mass", "0.9"]) == 2
+        assert "cannot resume: mass is 0.9, but the study in" in capsys.readouterr().err
+        assert main([*command, "--resume"]) == 0
+        assert len(set(counted)) == len(counted) - 1
+        assert counted[1] == counted[2]
+        whole, mine = (json.loads((tmp_path / name / "mass.json").read_text()) for name in ("whole", "out"))
+        assert mine == whole
+        assert len(set(itertools.chain(*whole["shares"].values()))) > 1
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mass.json", "mass.png"]
+
     @pytest.mark.slow
     def test_tiles(self, baseline, tmp_path, capsys):
         options = ["--levels", "0.5", "--tiles", "3,2,4", "1,2,4", "--videos", "1", "--sample-steps", "2"]
@@ -198,6 +231,39 @@ class TestCommands:
         whole, mine = (json.loads((tmp_path / name / "tiles.json").read_text()) for name in ("whole", "out"))
         assert mine == whole
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiles.json", "tiles.png"]
+
+
+def test_maps_that_were_stopped_go_on(tmp_path, monkeypatch, capsys):
+    """Two maps of one name, as those of two levels that are written alike, stay apart."""
+    monkeypatch.setattr(maps, "open_subject", lambda *_, **__: None)
+    monkeypatch.setattr(maps, "captured_scores", lambda *_: [equation_1((1, 2, 2), seed=n) for n in (1, 2)])
+    command = ["study", "map", "--checkpoint", "run", "--grid", "1", "2", "2", "--quiet", "--out"]
+
+    def approximate(scores, exact, config):
+        for method, reading in TOP_K.items():
+            yield maps.Point(scores.name, method, "0.3", 0.3, error_of(reading(exact, 0.3), exact))
+
+    monkeypatch.setattr(maps, "approximations", approximate)
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    studied = []
+
+    def stop(scores, *rest):
+        studied.append(scores.query.tobytes())
+        if len(studied) == 3:
+            raise KeyboardInterrupt
+        return approximate(scores, *rest)
+
+    monkeypatch.setattr(maps, "approximations", stop)
+    command.append(str(tmp_path / "out"))
+    assert main(command) == 130
+    assert main([*command, "--resume", "--steps", "2"]) == 2
+    assert "cannot resume: steps is [2], but the study in" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert studied[3:] == studied[2:3]
+    whole, mine = (json.loads((tmp_path / name / "map.json").read_text()) for name in ("whole", "out"))
+    assert mine == whole
+    assert len({point["mse"] for point in whole["points"]}) == 9
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["map.json", "map.png"]
 
 
 class TestPartial:

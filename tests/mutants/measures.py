@@ -1,0 +1,32 @@
+"""Faults of what is measured: evaluations and studies."""
+
+from tests.mutants.fault import Fault
+
+MEASURES = ("tests/train/evaluation/test_measures.py",)
+DISTANCES = ("tests/train/evaluation/test_distances.py",)
+STUDIES = ("tests/train/studies/test_studies.py",)
+
+MEASURED = (
+    Fault(
+        "train/evaluation/metrics.py",
+        "(1 - confidence) / 2, (1 + confidence) / 2",
+        "1 - confidence, confidence",
+        MEASURES,
+        "interval",
+    ),
+    Fault(
+        "train/evaluation/distances.py", "roots[0] @ roots[1]", "roots[0] @ roots[0]", DISTANCES, "root_of_the_product"
+    ),
+    Fault("train/evaluation/distances.py", "x_of[i], y_of[j], across)", "x_of[i], y_of[j], False)", DISTANCES, "group"),
+    Fault(
+        "train/evaluation/sets.py",
+        "[sets.depth], np.float64), order",
+        "[sets.depth], np.float64), 0",
+        DISTANCES,
+        "reports",
+    ),
+    Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
+    Fault("train/studies/mass.py", '{label}, block {block}"', '{label}"', STUDIES, "mass_that"),
+    Fault("train/studies/maps.py", 'f"{number}: {scores.name}"', "scores.name", STUDIES, "maps_that"),
+    Fault("train/studies/maps.py", "    partial.done()\n", "", STUDIES, "maps_that"),
+)
