@@ -31,7 +31,7 @@ import optax
 from attention_settings import CHECKED, EXACT, name_or_notation, setting
 from flax import nnx
 
-from monarchrt.models.compiling import LIBRARY_PRODUCTS
+from monarchrt.models.compiling import TRAINING
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
@@ -151,7 +151,7 @@ def time_parts(
     objective: Fixed, graphs: dict[str, Any], state: TrainState, batch: Batch, training: Training, args: Any
 ) -> dict[str, float]:
     """Seconds of the parts of the student's update, each a program of its own, on the same numbers."""
-    compiled = functools.partial(jax.jit, compiler_options=LIBRARY_PRODUCTS)  # as the whole update
+    compiled = functools.partial(jax.jit, compiler_options=TRAINING)  # as the whole update
     draws, text = objective.draws(jax.random.key(5), batch)["student"], jnp.asarray(batch.text)
     rolls, levels = cast(RolloutDraws, draws.student), objective._levels(draws.scores)
     negative = np.asarray(objective.negative)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from monarchrt.models.compiling import LIBRARY_PRODUCTS
+from monarchrt.models.compiling import TRAINING
 from monarchrt.train.data import Batch
 from monarchrt.train.gradients import gradient_norms
 from monarchrt.train.objectives.base import Metrics, Objective, average_of
@@ -114,7 +114,7 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=LIBRARY_PRODUCTS, **places)
+    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=TRAINING, **places)
 
 
 def networks_of(

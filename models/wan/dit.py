@@ -17,6 +17,7 @@ from monarch_jax.contract import SAVED
 from monarchrt.models.attention.base import Attention, Context, Grid, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import no_whole_weights, split_batch, splits_weights, whole
+from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
@@ -25,7 +26,6 @@ from monarchrt.models.wan.layers import (
     ImageEmbedding,
     PatchEmbedding,
     WanBlock,
-    gelu_tanh,
     linear,
     sinusoid,
     small_normal,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Real
 from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device, parts
+from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.rope import rotate
 from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
@@ -79,7 +80,6 @@ class MLP(nnx.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-gelu_tanh = partial(jax.nn.gelu, approximate=True)
 gelu_exact = partial(jax.nn.gelu, approximate=False)
 
 
