@@ -29,8 +29,10 @@ from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import (
     WanCache,
     bytes_on_each,
+    cache_shape,
     cached_forward,
     cross_keys_values,
+    empty_runs,
     init_cache,
     rebase_cache,
     turn_cache,
@@ -236,12 +238,10 @@ def start_cache(
     return init_cache(
         model,
         text,
-        frames=rollout.window or frames,
         height=height,
         width=width,
-        rolling=rollout.window is not None,
-        sink_frames=rollout.sink_frames,
         layers=layers,
+        **cache_room(frames, rollout),
     )
 
 
@@ -353,7 +353,6 @@ class LiveRollout:
         frame: Index of the next block's first frame.
         key: As given; another one is for the blocks that follow.
         shape: Of a frame's latents with the batch, (B, H, W, C).
-        held: Bytes that the cache of keys and values takes, on each device of a mesh.
 
     Raises:
         ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
@@ -395,14 +394,18 @@ class LiveRollout:
         self._mesh = mesh
         self._text = self._context(text, negative)
         self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
-        # what does not fit is found here
-        with self._on_mesh():
-            cache = jax.eval_shape(partial(self._begin, self._graph), self._params, self._text)
-            self.held = bytes_on_each(cache)
+        # what does not fit is found here, without the parameters: to trace with them would take a tenth of a block
+        check_room(plain, self._text, frames=frames or 0, height=height, width=width, rollout=rollout)
         self._cache: WanCache | None = None
         self._begun = False  # and if there is no cache then, a call failed that it was donated to
         self._base = 0  # the absolute frame that the cache calls 0
         self._given = 0  # leading frames that were written, not generated
+
+    @property
+    def held(self) -> int:
+        """Bytes that the cache of keys and values takes, on each device of a mesh."""
+        with self._on_mesh():
+            return bytes_on_each(jax.eval_shape(partial(self._begin, self._graph), self._params, self._text))
 
     @property
     def next_count(self) -> int:
@@ -542,6 +545,20 @@ def check_sampler(settings: Any) -> None:
         raise ValueError(
             f"context_noise={settings.context_noise} is not a timestep in 0...{NUM_TRAIN_TIMESTEPS}; 0 is clean."
         )
+
+
+def check_room(model: WanModel, text: Array, *, frames: int, height: int, width: int, rollout: Rollout) -> None:
+    """Raises ValueError unless the caches that `start_cache` makes suit model and text; computes nothing."""
+    model.check_context(text.shape[0], text, None)
+    room = cache_room(frames, rollout)
+    shape = cache_shape(model.config, text.shape[0], height=height, width=width, **room)
+    jax.eval_shape(partial(empty_runs, model.config, shape))
+
+
+def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
+    """Frames of a cache, and how it rolls."""
+    rolling = rollout.window is not None
+    return dict(frames=rollout.window or frames, rolling=rolling, sink_frames=rollout.sink_frames)
 
 
 def check_size(model: WanModel, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
 from monarchrt.models.sharding import constrain, parts
+from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, whole_layer
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
@@ -32,7 +33,8 @@ class WanCache:
         runs: For each run of layers with equal attention, the cache that its kind made: each array has a leading axis
             of these layers, [layers, B, ...], and `length` is left out.
         length: int32 scalar, frames written so far.
-        cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim].
+        cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; or, where
+            layers are apart, such pairs of each, [B, rows, heads, head_dim].
         shape: What the caches were made to hold.
     """
 
@@ -97,22 +99,30 @@ def init_cache(
     """
     config = model.config
     model.check_context(text.shape[0], text, image)
+    room: Any = dict(frames=frames, rolling=rolling, sink_frames=sink_frames, detach_past=detach_past)
+    shape = cache_shape(config, text.shape[0], height=height, width=width, **room)
+    runs = split_heads(empty_runs(config, shape), config.num_heads)
+    cross = cross_keys_values(model, text, image, layers=layers)
+    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+
+
+def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **room: Any) -> CacheShape:
+    """What caches are to hold; `room` has the frames, and how they roll."""
     _, rows, columns = config.token_grid(config.patch_size[0], height, width)
-    shape = CacheShape(
-        batch=text.shape[0],
-        frames=frames,
+    return CacheShape(
+        batch=batch,
         height=rows,
         width=columns,
         heads=config.num_heads,
         head_dim=config.head_dim,
-        rolling=rolling,
-        sink_frames=sink_frames,
-        detach_past=detach_past,
         dtype=config.dtype,
+        **room,
     )
-    runs = tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
-    runs, cross = split_heads(runs, config.num_heads), cross_keys_values(model, text, image, layers=layers)
-    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
+
+
+def empty_runs(config: WanConfig, shape: CacheShape) -> tuple[Any, ...]:
+    """The caches of all runs of layers, without their lengths."""
+    return tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
 
 
 def split_heads[Tree](caches: Tree, heads: int) -> Tree:
@@ -211,11 +221,12 @@ def cached_forward(
     graph, state = model.split_blocks(apart=layers is not None)
     x, written = tokens.x, []
     for run, cached in zip(runs, cache.runs, strict=True):
-        past, cross = dataclasses.replace(cached, length=cache.length), run.of(cache.cross, config.num_layers)
+        past = dataclasses.replace(cached, length=cache.length)
         if layers is not None:
-            through, own = _layers_unrolled, layers[run.start : run.stop]
+            through, (own, cross) = _layers_unrolled, (x[run.start : run.stop] for x in (layers, cache.cross))
         else:
-            through, own = _layers_in_place if in_place else _layers_apart, run.of(state, config.num_layers)
+            through = _layers_in_place if in_place else _layers_apart
+            own, cross = (run.of(x, config.num_layers) for x in (state, cache.cross))
 
         def run_block(x, layer, cross, attention):
             block_of_layer = nnx.merge(graph, whole_layer(layer, config))
@@ -294,8 +305,8 @@ def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, confi
     """The same through layers with arrays of their own, one after the other; traced and lowered once."""
     states, cross = layers
     through = jax.jit(partial(_through_one, run_block, run=run, start=start))
-    for number, layer in enumerate(states):
-        x, past = through(x, past, jnp.int32(number), layer, jax.tree.map(lambda rows, n=number: rows[n], cross))
+    for number, layer in enumerate(zip(states, cross, strict=True)):
+        x, past = through(x, past, jnp.int32(number), *layer)
     return x, past
 
 
@@ -365,8 +376,7 @@ def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | in
 
 def check_cache(model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int]) -> None:
     """Raises ValueError unless the cache was made for this model's layers, batch and frame size."""
-    runs = attention_runs(model.config.layer_attention)
-    expected = jax.eval_shape(lambda: tuple(empty_run(run, cache.shape) for run in runs))
+    expected = jax.eval_shape(partial(empty_runs, model.config, cache.shape))
     if jax.tree.structure(expected) != jax.tree.structure(cache.runs) or any(
         wanted.shape != given.shape
         for wanted, given in zip(jax.tree.leaves(expected), jax.tree.leaves(cache.runs), strict=True)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -113,7 +112,7 @@ def merged(graph: nnx.GraphDef, params: Any) -> tuple[Any, list[Any] | None]:
 
 
 def over_layers(of_layer: Callable[[Any], Any], stacked: Any, layers: list[Any] | None) -> Any:
-    """What a function makes of each layer's state, on a leading axis of layers."""
+    """What a function makes of each layer's state, on a leading axis of layers; apart, where they are."""
     if layers is None:
         return jax.lax.scan(lambda _, layer: (None, of_layer(layer)), None, stacked)[1]
-    return jax.tree.map(lambda *of_each: jnp.stack(of_each), *map(jax.jit(of_layer), layers))
+    return tuple(map(jax.jit(of_layer), layers))

@@ -1,5 +1,7 @@
 """Layers with arrays of their own: the numbers of stacked ones, for generation alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,29 @@ def test_models_that_share_arrays_share_what_is_cut(model):
     assert second.config.attention == parse("dense")
     pairs = zip(jax.tree.leaves(first.params.arrays), jax.tree.leaves(second.params.arrays), strict=True)
     assert all(one is other for one, other in pairs)
+
+
+def test_keys_and_values_of_the_text_are_apart_too(model, text):
+    """Or each call would cut every layer's out of a stack."""
+    unrolled = unroll_layers(model)
+    size: Any = dict(frames=3, height=4, width=8)
+    stacked = init_cache(model, text, **size).cross[0][0]
+    apart = init_cache(unrolled.model, text, **size, layers=unrolled.params.each()).cross
+    for keys, layer in zip(stacked, apart, strict=True):
+        np.testing.assert_allclose(layer[0][0], keys, atol=1e-6)
+
+
+def test_a_video_begins_before_the_network_is_put_together(model, text, monkeypatch):
+    """Tracing it, for what the cache will take, is a tenth of the wait for the first frames."""
+    unrolled = unroll_layers(model)
+
+    def begin():
+        return LiveRollout(unrolled, text, height=4, width=8, key=jax.random.key(0), rollout=Rollout(window=6))
+
+    monkeypatch.setattr(nnx, "merge", lambda *halves: pytest.fail("the network was put together"))
+    begin()
+    monkeypatch.undo()
+    assert begin().held == 2 * 3 * (6 * 8 + 8) * 96 * 4 + 4  # keys and values of frames and text; a length
 
 
 def test_layers_are_read_in_place_only(model, text):
