@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from monarchrt.models.wan import wan_config
+
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
@@ -91,6 +93,21 @@ def test_a_number_of_frames_that_does_not_fit_is_refused_before_anything_runs(ru
 
     with pytest.raises(SystemExit, match=f"error: frames is {frames}"):
         run("generate", "--tiny", "--frames", frames, check=check)
+
+
+def test_a_whole_clip_in_four_steps(run):
+    """The paper's Table 7."""
+    plans = []
+
+    def check(args, places):
+        module: Any = sys.modules["benchmark_generate"]
+        plans.append(module.plan_of("dense", wan_config("tiny"), module.TINY, args))
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run("generate", "--tiny", "--mode", "bidirectional", "--attention", "dense", check=check)
+    assert plans[0].config.mode == "bidirectional"
+    assert plans[0].settings.table().steps == 4
 
 
 def test_stored_reports_are_printed_and_plotted(run, capsys, tmp_path):

@@ -389,6 +389,18 @@ class Attention(abc.ABC):
         for part in self.parts():
             part.check(grid, causal_block=causal_block)
 
+    def check_block(self, grid: Grid, *, whole: Grid | None = None) -> None:
+        """Raises ValueError unless the setting fits a block of frames over a cache.
+
+        Args:
+            grid: Tokens (F, h, w) of the block.
+            whole: Those of the clip, or that the cache holds, if that is known by now.
+        """
+        for part in self.parts():
+            part.check_block(grid, whole=whole)
+        if not self.parts():
+            self.check(grid)
+
     def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
         """Parameters of one layer, `nnx.Param`s in a module, which come back as `context.own(self)`; None: it has none.
 

@@ -246,6 +246,11 @@ class MaskedAttention(Attention):
         self.check_rolling(shape.rolling)
         return super().init_cache(shape)
 
+    def check_block(self, grid: Grid, *, whole: Grid | None = None) -> None:
+        """A mask is that of the clip: what a block alone could not keep is no matter."""
+        if whole is not None:
+            self.check(whole, causal_block=grid[0])
+
     def for_frames(self, frames: int) -> Attention:
         """With the field `frames`, if there is one that is None."""
         return dataclasses.replace(self, frames=frames) if getattr(self, "frames", 0) is None else self

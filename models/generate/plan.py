@@ -472,7 +472,11 @@ def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
             raise UserError(f"attention is {setting}, for mode autoregressive, but mode is {plan.config.mode}")
         for count in sorted(counts):
             try:
-                setting.check(model.token_grid(count, *plan.latents[1:]))
+                grid = model.token_grid(count, *plan.latents[1:])
+                if count == whole:
+                    setting.check(grid)
+                else:
+                    setting.check_block(grid, whole=model.token_grid(whole, *plan.latents[1:]))
             except (ValueError, NotImplementedError) as error:
                 reason = " ".join(str(error).split()).rstrip(".")
                 raise UserError(reason + _sizes_for(setting, plan, model)) from error

@@ -387,7 +387,7 @@ class LiveRollout:
             plain = model.with_config(causal_block=None)  # blocks are seen one at a time
             halves = nnx.split(plain)
         for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
-            check_size(plain, (text.shape[0], size, height, width, config.in_channels))
+            check_size(plain, (text.shape[0], size, height, width, config.in_channels), cached=True)
         self.frame, self.key, self.shape = 0, key, (text.shape[0], height, width, config.out_channels)
         self._rollout, self._frames, self._head_dim = rollout, frames, config.head_dim
         self._graph, self._params = halves
@@ -561,11 +561,11 @@ def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
     return dict(frames=rollout.window or frames, rolling=rolling, sink_frames=rollout.sink_frames)
 
 
-def check_size(model: WanModel, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless a block of this shape suits the model; computes nothing."""
+def check_size(model: WanModel, shape: tuple[int, ...], *, cached: bool = False) -> None:
+    """Raises ValueError unless latents of this shape, over a cache or not, suit the model; computes nothing."""
 
     def check(latents, timesteps):
-        model.check_latents(latents, timesteps)
+        model.check_latents(latents, timesteps, cached=cached)
         return latents
 
     jax.eval_shape(check, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32))

@@ -90,7 +90,8 @@ class Engine:
         for name, model in self.models.items():
             try:
                 for frames in {self.count(0), self.rollout.block}:
-                    check_size(model.with_config(causal_block=None), (1, frames, *self.latents, channels))
+                    shape = (1, frames, *self.latents, channels)
+                    check_size(model.with_config(causal_block=None), shape, cached=True)
             except ValueError as error:
                 raise UserError(f"attention {name} does not suit these videos: {error}") from error
 

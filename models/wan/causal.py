@@ -212,7 +212,7 @@ def cached_forward(
     config = model.config
     if layers is not None and not in_place:
         raise ValueError("layers are given, which are for in_place=True; leave one of the two.")
-    grid = model.check_latents(latents, timesteps)
+    grid = model.check_latents(latents, timesteps, cached=True)
     runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid)
     start = cache.length if frame is None else frame

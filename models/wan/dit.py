@@ -131,7 +131,9 @@ class WanModel(nnx.Module):
         x = self.run_blocks(tokens, self.embed_context(text, image), grid, step=step, added=True)
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
-    def check_latents(self, latents: Array, timesteps: Array, step: Steps = None) -> tuple[int, int, int]:
+    def check_latents(
+        self, latents: Array, timesteps: Array, step: Steps = None, *, cached: bool = False
+    ) -> tuple[int, int, int]:
         """Raises ValueError unless they fit the configuration; returns the grid of tokens (F, h, w)."""
         config = self.config
         batch, *size, channels = latents.shape
@@ -149,7 +151,10 @@ class WanModel(nnx.Module):
                 f"or ({batch}, {grid[0]}) for one per frame."
             )
         for setting in dict.fromkeys(config.layer_attention):
-            setting.check(grid, causal_block=config.causal_block)
+            if cached:  # a block of frames, which is all the same to a mask of the clip
+                setting.check_block(grid)
+            else:
+                setting.check(grid, causal_block=config.causal_block)
         return grid
 
     def check_context(self, batch: int, text: Array, image: Array | None) -> None:

@@ -1,10 +1,11 @@
-"""Faults of what is measured: evaluations and studies."""
+"""Faults of what is measured, evaluations and studies, and of what attention is compared with."""
 
 from tests.mutants.fault import Fault
 
 MEASURES = ("tests/train/evaluation/test_measures.py",)
 DISTANCES = ("tests/train/evaluation/test_distances.py",)
 STUDIES = ("tests/train/studies/test_studies.py",)
+IN_WAN = ("tests/models/attention/test_sparse_in_wan.py",)
 
 MEASURED = (
     Fault(
@@ -28,5 +29,6 @@ MEASURED = (
     Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
     Fault("train/studies/mass.py", '{label}, block {block}"', '{label}"', STUDIES, "mass_that"),
     Fault("train/studies/maps.py", 'f"{number}: {scores.name}"', "scores.name", STUDIES, "maps_that"),
+    Fault("models/wan/causal.py", "timesteps, cached=True)", "timesteps)", IN_WAN, "too_small"),
     Fault("train/studies/maps.py", "    partial.done()\n", "", STUDIES, "maps_that"),
 )

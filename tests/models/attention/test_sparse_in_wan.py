@@ -2,7 +2,9 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +13,7 @@ from flax import nnx
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import names
+from monarchrt.models.sampling.rollout import LiveRollout, Rollout
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from tests.models import conftest as wan
 
@@ -73,3 +76,21 @@ def test_a_step_and_blocks_over_a_cache(text):
         where = {"frame": jnp.int32(3 * number), "block": jnp.int32(number), "step": jnp.int32(1)}
         out, cache = forward(model, latents[:, rows], times[:, rows], cache, **where)
         np.testing.assert_allclose(out, whole[:, rows], atol=2e-5)
+
+
+@pytest.mark.parametrize("text", ["radial(keep=0.4, block=6)", "first_steps(1, dense, svg(keep=0.25, block=24))"])
+def test_a_block_may_be_too_small_for_what_the_clip_keeps(text):
+    """The mask is the clip's: 3 of its 6 frames alone could not keep so little."""
+    model = wan.random_model(dataclasses.replace(wan.SMALL, num_layers=1, out_channels=5, attention=parse(text)))
+    size: dict[str, Any] = {"frames": 6, "height": 2 * H, "width": 2 * W}
+    with pytest.raises(ValueError, match="is out of reach o"):
+        parse(text).check((3, H, W))
+    latents, words = jnp.zeros((1, 3, 2 * H, 2 * W, 5)), jnp.zeros((1, 7, 20))
+
+    @jax.eval_shape
+    def out():
+        return cached_forward(model, latents, jnp.zeros((1, 3)), init_cache(model, words, **size))[0]
+
+    assert out.shape == latents.shape
+    rollout = Rollout(block=3, sampler="euler", steps=2)
+    LiveRollout(model, words, rollout=rollout, key=jax.random.key(0), **size)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NEGATIVE_PROMPT, GenerateConfig, from_stored
 from monarchrt.models.generate.plan import Defaults, make_plan
@@ -80,6 +81,13 @@ class TestDefaults:
         assert plan(attention="monarch").attention == MonarchAttention()
         assert plan(model=stored, compare_dense=True).attention == MonarchAttention(tile=(3, 30, 52))
 
+    @pytest.mark.parametrize(
+        "text", ["radial(keep=0.15)", "first_steps(1, dense, radial(keep=0.15))", "sliding_tile(tile=(7,5,4))"]
+    )
+    def test_masks_are_those_of_the_whole_clip(self, text):
+        """3 frames alone could not keep so little, and their 7 frames of a tile lie in no block."""
+        assert plan(attention=text).attention == parse(text)
+
     def test_a_stored_plan_makes_the_same_plan(self, tmp_path):
         made = plan(prompt="a cat", tile=(3, 30, 52), seed=5, frames=1 + 4 * 29, sink_frames=3)
         again = from_stored(made.config.stored(), source=tmp_path)
@@ -123,6 +131,9 @@ class TestRefusals:
             (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
             (dict(zoom=10, compare_dense=True), "4800 x 16640 pixels, .* use at most 9"),
             (dict(compare_dense=True), "compare_dense compares another attention with dense, .*; give a --tile"),
+            (dict(attention="radial(keep=0.01)"), r"out of reach on 21 frames of 1560 tokens; the least is 0.0930"),
+            (dict(attention="vsa(cube=(4,4,4))"), r"cube=\(4, 4, 4\) does not lie in one causal block of 3 frames"),
+            (dict(attention="svg(rows=(0,4680))"), "has one past the 4680 queries of a call; use 0 to 4679"),
             (dict(compare_dense=True, attention="dense"), "compare_dense compares another attention with dense"),
             (dict(width=16400), "height x width is 480 x 16400; the file takes at most 16384"),
             (dict(mode="windows", window=1), "use a window of at least 2"),
