@@ -88,7 +88,7 @@ def layer(shape: tuple[int, ...], out: int, repeats: int, others: bool) -> dict[
     row: dict[str, Any] = {"shape": [*shape, out], "tflop": round(54 * np.prod(shape) * out / 1e12, 3)}
     with jax.default_matmul_precision("highest"):
         precise = [y.astype(jnp.float32) for y in (past[0], x[0, :2], conv.kernel[...], conv.bias[...], added[0, :2])]
-        wanted = jax.jit(plain)(*precise)
+        (wanted,) = jax.jit(plain)(*precise)
     calls: dict[str, Callable[[], Any]] = {}
     for name in ("xla", "mosaic"):
         conv.implementation = name
@@ -97,18 +97,29 @@ def layer(shape: tuple[int, ...], out: int, repeats: int, others: bool) -> dict[
         calls[name] = functools.partial(run, state, past, x, added)
         row[f"{name}_error"] = error(calls[name]()[0, :2], wanted)
     row["apart"] = error(calls["mosaic"](), calls["xla"]())
-    if norms("mosaic", conv.kernel.shape):  # with the norm and SiLU that follow the first of two
+    if norms("mosaic", x, conv.kernel.shape):  # with the norm and SiLU that follow, and with what they are of
         norm = ChannelNorm(out, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        run = jax.jit(lambda state, *a, graph=graph: nnx.merge(graph, state).after(*a, norm=norm)[0])
-        calls["mosaic_norm"] = functools.partial(run, state, past, x)
+
+        def normed(state, past, x, added, both, graph=graph):
+            return nnx.merge(graph, state).after_normed(past, x, norm, added=added, both=both)[0]
+
+        run = jax.jit(normed, static_argnums=4)
+        calls["mosaic_norm"] = lambda: run(state, past, x, None, False)[1]
+        calls["mosaic_added_norm"] = lambda: run(state, past, x, added, False)[1]
+        calls["mosaic_both"] = lambda: run(state, past, x, added, True)
         bare = jax.jit(lambda state, *a, graph=graph: nnx.merge(graph, state).after(*a)[0])(state, past, x)
-        row["norm_apart"] = error(calls["mosaic_norm"](), jax.jit(lambda y: norm(y, silu=True))(bare))
+        after = jax.jit(lambda y: norm(y, silu=True))
+        raw, last = calls["mosaic_both"]()
+        pairs = [(calls["mosaic_norm"](), after(bare)), (raw, calls["mosaic"]()), (last, after(raw))]
+        pairs.append((calls["mosaic_added_norm"](), last))
+        row["norm_apart"] = max(error(*pair) for pair in pairs)
+        calls["norm"] = lambda: after(raw)
     if why := supports(x, conv.kernel.shape):
         row["mosaic"] = why
     if not max(row.get(name, 0.0) for name in ("xla_error", "mosaic_error", "apart", "norm_apart")) <= MAX_ERROR:
         sys.exit(f"error: the numbers are wrong: {json.dumps(row)}")
     for number, config in enumerate(OTHERS if others else ()):
-        run = jax.jit(functools.partial(convolution, config=config))
+        run = jax.jit(lambda *a, config=config: convolution(*a, config=config)[0])
         calls[f"mosaic_{number}"] = functools.partial(run, past[0], x[0], conv.kernel[...], conv.bias[...], added[0])
         if error(calls[f"mosaic_{number}"](), calls["mosaic"]()[0]) > MAX_ERROR:
             sys.exit(f"error: the numbers of {config} are wrong")

@@ -1,7 +1,8 @@
 """Causal 3x3x3 convolutions by the kernel for Hopper, where it serves; their gradient is XLA's."""
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ def by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeSt
     return supports(x, kernel) is None and (implementation == "mosaic" or measured(kernel))
 
 
-def norms(implementation: Implementation | None, kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel also normalises what it makes, which was not measured yet."""
+def norms(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct, kernel: tuple[int, ...]) -> bool:
+    """Whether the kernel also normalises what it makes, which was not measured yet as it is now."""
     from monarchrt.pallas_kernels.sm90.convolution import norms
 
-    return implementation == "mosaic" and norms(kernel)
+    return implementation == "mosaic" and norms(kernel) and by_kernel(implementation, x, kernel)
 
 
 def causal_convolution(
@@ -38,22 +39,32 @@ def causal_convolution(
     *,
     added: Float[Array, "B T H W D"] | None = None,
     gamma: Float[Array, " D"] | None = None,
-) -> Float[Array, "B T H W D"]:
+    both: bool = False,
+) -> tuple[Float[Array, "B T H W D"], ...]:
     """Convolves `x` as the continuation of `past`, plus `bias` and `added`, by the kernel; see `convolution`."""
-    each = [(past[n], x[n], kernel, bias, None if added is None else added[n], gamma) for n in range(len(x))]
-    return jnp.stack([_one(*arguments) for arguments in each])
+    each = [_one(past[n], x[n], kernel, bias, None if added is None else added[n], gamma, both) for n in range(len(x))]
+    return tuple(map(jnp.stack, zip(*each, strict=True)))
 
 
-@jax.custom_vjp
-def _one(past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, gamma: Array | None) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _one(
+    past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, gamma: Array | None, both: bool
+) -> tuple[Array, ...]:
     from monarchrt.pallas_kernels.sm90.convolution import convolution
 
-    return convolution(past, x, kernel, bias, added, gamma)
+    return convolution(past, x, kernel, bias, added, gamma, both=both)
 
 
 def plain(
-    past: Array, x: Array, kernel: Array, bias: Array, added: Array | None = None, gamma: Array | None = None
-) -> Array:
+    past: Array,
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    added: Array | None = None,
+    gamma: Array | None = None,
+    *,
+    both: bool = False,
+) -> tuple[Array, ...]:
     """The same as one convolution in three dimensions, [T, H, W, D]."""
     y = lax.conv_general_dilated(
         jnp.concatenate([past, x])[None],
@@ -64,7 +75,10 @@ def plain(
     )[0]
     y = y + along_last(bias.astype(y.dtype), y)
     y = y if added is None else y + added
-    return y if gamma is None else jax.nn.silu(channel_norm(y, gamma))
+    if gamma is None:
+        return (y,)
+    normed = silu(channel_norm(y, gamma))
+    return (y, normed) if both else (normed,)
 
 
 def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
@@ -75,13 +89,18 @@ def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Floa
     return (precise * scale * along_last(gamma.astype(precise.dtype) * x.shape[-1] ** 0.5, x)).astype(x.dtype)
 
 
-def _forward(*arguments: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-    return _one(*arguments), arguments
+def silu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """x / (1 + exp(-x)), in x's dtype; computed in float32 at least, or each step would be rounded."""
+    return jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-def _backward(arguments: tuple[Array | None, ...], gradient: Array) -> tuple[Array | None, ...]:
-    pull: Callable[[Array], tuple[Array | None, ...]] = jax.vjp(plain, *arguments)[1]
-    return pull(gradient)
+def _forward(*arguments: Any) -> tuple[tuple[Array, ...], tuple[Array | None, ...]]:
+    return _one(*arguments), arguments[:6]
+
+
+def _backward(both: bool, arguments: tuple[Array | None, ...], gradients: Any) -> tuple[Array | None, ...]:
+    pull: Callable[[Any], tuple[Array | None, ...]] = jax.vjp(partial(plain, both=both), *arguments)[1]
+    return pull(gradients)
 
 
 _one.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.vae.causal import Implementation, by_kernel, causal_convolution, channel_norm, norms
+from monarchrt.models.vae.causal import silu as activated
 
 type Video = Float[Array, "_ _ _ _ _"]  # [B, T, H, W, C]
 type Past = Any  # a pytree of arrays [B, frames, H, W, C]
@@ -75,9 +76,12 @@ class Conv(nnx.Module):
         taps = [x[:, k : k + (frames - 1) * step + 1 : step] for k in range(self.past_frames + 1)]
         return self._convolve(jnp.concatenate(taps, axis=-1), None)
 
-    def _convolve(self, x: Array, added: Array | None) -> Array:
-        """The convolution of [B, T, H, W, kernel * C], what each step of the kernel in time meets; plus `added`."""
-        kernel, stride = self.kernel[...].astype(self.dtype), self.strides[1]
+    def _convolve(self, x: Array, added: Array | None, *, steps: int = 0) -> Array:
+        """The convolution of [B, T, H, W, kernel * C], what each step of the kernel in time meets; plus `added`.
+
+        With `steps`, only so many of the last steps meet something.
+        """
+        kernel, stride = self.kernel[-steps:].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
         planes, strides = rearrange(x, "b t h w c -> (b t) h w c"), (stride, stride)
         bias = jnp.zeros(kernel.shape[-1], self.dtype) if self.bias is None else self.bias[...].astype(self.dtype)
@@ -107,33 +111,65 @@ class Conv(nnx.Module):
         x: Float[Array, "B T H W C"],
         *,
         added: Video | None = None,
-        norm: "ChannelNorm | None" = None,
+        first: bool = False,
     ) -> tuple[Video, Past]:
-        """Convolves `x` as the continuation of `past`, plus `added`; then a norm and SiLU, if given.
+        """Convolves `x` as the continuation of `past`, plus `added`.
 
         Returns:
             As many frames, and the new past.
         """
+        (y, _), latest = self.after_normed(past, x, None, added=added, first=first)
+        return y, latest
+
+    def after_normed(
+        self,
+        past: Float[Array, "B P H W C"],
+        x: Float[Array, "B T H W C"],
+        norm: "ChannelNorm | None",
+        *,
+        added: Video | None = None,
+        both: bool = True,
+        first: bool = False,
+    ) -> tuple[tuple[Video, Video], Past]:
+        """The same, and after a norm and SiLU, if there is one.
+
+        Args:
+            past: Of `empty_past` or an earlier call.
+            x: Frames.
+            norm: What their convolution is normalised by.
+            added: To the convolution.
+            both: Whether it is wanted as it was before the norm; else the first result may be the second.
+            first: Whether x is a clip's first frame, alone: its past is zeros, so it meets a third of the kernel.
+
+        Returns:
+            Frames, and frames after norm and SiLU; and the new past.
+        """
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
         latest = jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
-        if self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape):
-            kernel, whole = self.kernel[...].astype(self.dtype), norms(self.implementation, self.kernel.shape)
-            y = causal_convolution(
+        if first:
+            y = self._convolve(x, added, steps=1)
+        elif self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape):
+            whole = norm is not None and norms(self.implementation, x, self.kernel.shape)
+            ys = causal_convolution(
                 past,
                 x,
-                kernel,
+                self.kernel[...].astype(self.dtype),
                 self.bias[...],
                 added=None if added is None else added.astype(self.dtype),
                 gamma=norm.gamma[...] if norm is not None and whole else None,
+                both=both and whole,
             )
-            return y if norm is None or whole else norm(y, silu=True), latest
-        # Each tap is put together by itself: past and frames side by side in memory would be one more pass over them.
-        taps = [
-            jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
-            for k in range(count + 1)
-        ]
-        y = self._convolve(jnp.concatenate(taps, axis=-1), added)
-        return y if norm is None else norm(y, silu=True), latest
+            if whole:
+                return (ys[0], ys[-1]), latest
+            (y,) = ys
+        else:
+            # Each tap is put together by itself: past and frames side by side in memory would be one more pass.
+            taps = [
+                jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
+                for k in range(count + 1)
+            ]
+            y = self._convolve(jnp.concatenate(taps, axis=-1), added)
+        return (y, y if norm is None else norm(y, silu=True)), latest
 
 
 class ChannelNorm(nnx.Module):
@@ -146,7 +182,7 @@ class ChannelNorm(nnx.Module):
         """Normalises, and applies SiLU if told to; keeps the dtype."""
         # Two axes: among the tiles of five, XLA searches for the best of a GPU kernel for a minute.
         rows = channel_norm(x.reshape(-1, x.shape[-1]), self.gamma[...])
-        return (jax.nn.silu(rows) if silu else rows).reshape(x.shape)
+        return (activated(rows) if silu else rows).reshape(x.shape)
 
 
 class ResidualBlock(nnx.Module):
@@ -165,12 +201,34 @@ class ResidualBlock(nnx.Module):
         """The past of a clip's beginning."""
         return self.conv1.empty_past(batch, height, width), self.conv2.empty_past(batch, height, width)
 
-    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
-        """The next frames and the new past."""
-        y, past1 = self.conv1.after(past[0], self.norm1(x, silu=True), norm=self.norm2)
+    def __call__(
+        self,
+        x: Video,
+        past: Past,
+        *,
+        first: bool,
+        normed: Video | None = None,
+        norm: ChannelNorm | None = None,
+        both: bool = True,
+    ) -> tuple[tuple[Video, Video], Past]:
+        """The next frames, and after a norm and SiLU.
+
+        Args:
+            x: Frames.
+            past: Of both convolutions.
+            first: Whether this is the first frame, alone.
+            normed: x after `norm1` and SiLU, if that is known.
+            norm: What the frames are normalised by, as the next block would.
+            both: Whether they are wanted as they were before; else the first may be the second.
+
+        Returns:
+            Frames, and frames after `norm` and SiLU; and the new past.
+        """
+        normed = self.norm1(x, silu=True) if normed is None else normed
+        (_, y), past1 = self.conv1.after_normed(past[0], normed, self.norm2, both=False, first=first)
         shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
-        y, past2 = self.conv2.after(past[1], y, added=shortcut)
-        return y, (past1, past2)
+        ys, past2 = self.conv2.after_normed(past[1], y, norm, added=shortcut, both=both, first=first)
+        return ys, (past1, past2)
 
 
 class FrameAttention(nnx.Module):

@@ -41,9 +41,9 @@ class Head(nnx.Module):
         """The past of a clip's beginning."""
         return self.conv.empty_past(batch, height, width)
 
-    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
-        """The next frames and the new past."""
-        return self.conv.after(past, self.norm(x, silu=True))
+    def __call__(self, x: Video, past: Past, *, first: bool, normed: Video | None = None) -> tuple[Video, Past]:
+        """The next frames and the new past; `normed` is x after norm and SiLU, if that is known."""
+        return self.conv.after(past, self.norm(x, silu=True) if normed is None else normed, first=first)
 
 
 class Coder(nnx.Module):
@@ -68,12 +68,26 @@ class Coder(nnx.Module):
 
     def __call__(self, x: Video, pasts: Past, *, first: bool) -> tuple[Video, Past]:
         """The next frames and the new pasts; `first` says that this is the first frame, alone."""
-        x, past = self.conv1.after(pasts[0], x)
-        updated = [past]
-        for block, old in zip(self.blocks(), pasts[1:], strict=True):
-            x, past = block(x, old, first=first)
+        x, past = self.conv1.after(pasts[0], x, first=first)
+        updated, blocks, normed = [past], self.blocks(), None
+        for block, following, old in zip(blocks, [*blocks[1:], None], pasts[1:], strict=True):
+            if isinstance(block, ResidualBlock):  # what the next block normalises, it may be able to
+                norm, both = _norm_of(following), not isinstance(following, Head)
+                (x, after), past = block(x, old, first=first, normed=normed, norm=norm, both=both)
+                normed = None if norm is None else after
+            elif isinstance(block, Head):
+                x, past = block(x, old, first=first, normed=normed)
+            else:
+                (x, past), normed = block(x, old, first=first), None
             updated.append(past)
         return x, tuple(updated)
+
+
+def _norm_of(block: Any) -> ChannelNorm | None:
+    """What a block begins with, if that is a norm and SiLU."""
+    if isinstance(block, ResidualBlock):
+        return block.norm1
+    return block.norm if isinstance(block, Head) else None
 
 
 class Encoder(Coder):

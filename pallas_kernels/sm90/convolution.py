@@ -40,8 +40,7 @@ class ConvConfig:
         out: Output channels of a block.
         groups: Computing warpgroups, among which the patch is divided.
         patches: Patches in shared memory.
-        kernels: Thirds of a kernel's step in time in shared memory; 4 rather than 3 take 4 to 6% less time on an H200,
-            and leave no room for a norm's weights.
+        kernels: Thirds of a kernel's step in time in shared memory; 4 rather than 3 take 4 to 6% less time on an H200.
         blocks: That share the work.
         registers: Of a thread that computes, and of one that loads.
     """
@@ -105,7 +104,7 @@ def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> 
     return None
 
 
-@functools.partial(jax.jit, static_argnames="config")  # of equal shapes, traced and lowered once
+@functools.partial(jax.jit, static_argnames=("both", "config"))  # of equal shapes, traced and lowered once
 def convolution(
     past: Float[Array, "2 H W C"],
     x: Float[Array, "T H W C"],
@@ -114,8 +113,9 @@ def convolution(
     added: Float[Array, "T H W D"] | None = None,
     gamma: Float[Array, " D"] | None = None,
     *,
+    both: bool = False,
     config: ConvConfig | None = None,
-) -> Float[Array, "T H W D"]:
+) -> tuple[Float[Array, "T H W D"], ...]:
     """Convolves frames as the continuation of a past, and adds a bias and frames; then norm and SiLU, if wanted.
 
     Args:
@@ -126,13 +126,14 @@ def convolution(
         added: Frames to add.
         gamma: Weights of a norm over channels, x / |x| * sqrt(D) * gamma, that SiLU follows; None: neither. All
             channels are then a block's (`norms`).
+        both: Whether what is normalised is wanted too.
         config: Sizes; None: the measured ones.
 
     Returns:
-        As many frames, in x's dtype, from sums in float32.
+        As many frames, in x's dtype, from sums in float32; with `both`, those before the norm and those after it.
     """
     frames, height, width, channels = x.shape
-    config = config or ConvConfig(out=OUT if kernel.shape[-1] > SLAB else SLAB, kernels=4 if gamma is None else 3)
+    config = config or ConvConfig(out=OUT if kernel.shape[-1] > SLAB else SLAB)
     if kernel.shape[-1] < config.out and gamma is None:
         return _with_zeros(past, x, kernel, bias, added, config)
     out, segment = kernel.shape[-1], height // SEGMENTS
@@ -143,12 +144,14 @@ def convolution(
         past.reshape(-1, SEGMENTS, segment, width, channels),
         x.reshape(-1, SEGMENTS, segment, width, channels),
         thin.reshape(-1, STEPS, STEPS, out, SLAB),
-        jnp.stack([x.astype(jnp.float32) for x in vectors]),
+        jnp.stack([x.astype(jnp.float32) for x in vectors]).reshape(len(vectors), -1, SLAB),
     ]
     if added is not None:
         inputs.append(added.astype(x.dtype).reshape(-1, SEGMENTS, segment, width, out))
-    if gamma is not None and (out != config.out or added is not None):
-        raise ValueError(f"gamma is given, but a block has {config.out} of {out} channels, or something is added.")
+    if gamma is not None and out != config.out:
+        raise ValueError(f"gamma is given, but a block has {config.out} of {out} channels.")
+    if both and gamma is None:
+        raise ValueError("both=True asks for frames before and after a norm; give gamma.")
     items = _Items(
         frames=frames,
         segment=segment,
@@ -157,18 +160,21 @@ def convolution(
         out=out,
         added=added is not None,
         normed=gamma is not None,
+        both=both,
         config=config,
     )
-    return launch(_role(items, x.dtype), inputs)[0].reshape(frames, height, width, out)
+    return tuple(y.reshape(frames, height, width, out) for y in launch(_role(items, x.dtype), inputs))
 
 
-def _with_zeros(past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, config: ConvConfig) -> Array:
+def _with_zeros(
+    past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, config: ConvConfig
+) -> tuple[Array]:
     out = kernel.shape[-1]
     wide = [
         None if y is None else jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, config.out - out)])
         for y in (kernel, bias, added)
     ]
-    return convolution(past, x, *wide, config=config)[..., :out]
+    return (convolution(past, x, *wide, config=config)[0][..., :out],)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +188,7 @@ class _Items:
     out: int
     added: bool
     normed: bool
+    both: bool
     config: ConvConfig
 
     @property
@@ -216,6 +223,8 @@ def _role(items: _Items, dtype: DTypeLike) -> Role:
     rows, columns, groups = config.rows + 2, config.columns + 2, config.groups
     staged, kernels = (groups, config.units, config.slabs), (config.kernels, STEPS, config.out, SLAB)
 
+    frames = jax.ShapeDtypeStruct((items.frames, SEGMENTS, items.segment, items.width, items.out), dtype)
+
     def run(block, inputs, outputs, scratch):
         work = _Block(items, blocks, block, inputs, outputs, scratch)
         pl.when(work.group < groups)(work.compute)
@@ -224,17 +233,18 @@ def _role(items: _Items, dtype: DTypeLike) -> Role:
     return Role(
         run,
         name="causal_convolution",
-        outputs=(jax.ShapeDtypeStruct((items.frames, SEGMENTS, items.segment, items.width, items.out), dtype),),
+        outputs=(frames,) * (1 + items.both),
         scratch=(
             two_views((config.patches, rows * columns * 8, SLAB), (config.patches, rows, columns, 8, SLAB), dtype),
             two_views(kernels, kernels, dtype),
             two_views((*staged, ROWS, SLAB), (*staged, 8, 8, SLAB), dtype),
-            plgpu.SMEM((groups, 1 + items.normed, config.out), jnp.float32),
+            plgpu.SMEM((1 + items.normed, items.out // SLAB, SLAB), jnp.float32),
             plgpu.Barrier(num_arrivals=rows, num_barriers=config.patches),
             plgpu.Barrier(num_arrivals=groups, num_barriers=config.patches),
             plgpu.Barrier(num_barriers=config.kernels),
             plgpu.Barrier(num_arrivals=groups, num_barriers=config.kernels),
-            plgpu.Barrier(num_arrivals=1 + items.added * config.units * config.slabs, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=config.units * config.slabs, num_barriers=groups),
+            plgpu.Barrier(),
         ),
         groups=groups,
         blocks=blocks,
@@ -270,12 +280,14 @@ class _Block:
     def __init__(self, items: _Items, blocks: int, block: Index, inputs: Refs, outputs: Refs, scratch: Refs) -> None:
         self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
         self.past, self.x, self.kernel, self.vectors, *self.added = inputs
-        (self.out,) = outputs
+        self.outputs = outputs
         patch, kernel, stage, self.vectors_in, *barriers = scratch
         self.patch_mma, self.patch_in = views(patch)
         self.kernel_mma, self.kernel_in = views(kernel)
         self.stage_mma, self.stage_in = views(stage)
-        self.patch_full, self.patch_free, self.kernel_full, self.kernel_free, self.added_full = barriers
+        self.patch_full, self.patch_free, self.kernel_full, self.kernel_free, self.added_full, self.vectors_full = (
+            barriers
+        )
         self.group = lax.axis_index("group")
         self.turns = lax.div(items.count - block + blocks - 1, blocks)
 
@@ -297,15 +309,16 @@ class _Block:
             plgpu.barrier_arrive(self.patch_free.at[s])
         for s in range(config.kernels):
             plgpu.barrier_arrive(self.kernel_free.at[s])
+        plgpu.barrier_wait(self.vectors_full)
 
         def item(turn, _):
             place = self.place(turn)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.load_added(place)
+            if self.added:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                self.load_added(place)
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, config.out), jnp.float32), plgpu.Layout.WGMMA)
             sums = lax.fori_loop(0, steps, lambda i, s: self.step(turn * steps + i, s), (zeros,) * config.units)
-            self.store(sums)
-            self.send(place)
+            self.finish(sums, place)
             return ()
 
         lax.fori_loop(0, self.turns, item, ())
@@ -345,54 +358,70 @@ class _Block:
         return ref.at[frame, :, row, pl.ds(column + c, 8), pl.ds(channel + slab * SLAB, SLAB)]
 
     def load_added(self, place: tuple[Index, ...]) -> None:
-        """Starts the copies of bias and norm's weights, and of what is added."""
+        """Starts the copies of what is added."""
         full = self.added_full.at[self.group]
         for ref in self.added:
             for unit, slab in self.pieces():
                 target = self.stage_in.at[self.group, unit, slab].transpose((1, 0, 2))
                 plgpu.copy_gmem_to_smem(self.box(ref, place, unit, slab), target, full)
-        vectors = self.vectors.at[:, pl.ds(place[3], self.config.out)]
-        plgpu.copy_gmem_to_smem(vectors, self.vectors_in.at[self.group], full)
 
-    def store(self, sums: tuple[Array, ...]) -> None:
-        """Puts the sums, with bias and what is added, where they are copied from; if so wanted, after norm and SiLU."""
-        plgpu.barrier_wait(self.added_full.at[self.group])
-        for unit, total in enumerate(sums):
-            value = total + self.vector(0, total.shape)
-            if self.items.normed:
-                value = self.normalised(value)
-            for slab in range(self.config.slabs):
-                part = value[:, slab * SLAB : (slab + 1) * SLAB]
-                if self.added:
-                    source = self.stage_mma.at[self.group, unit, slab]
-                    more = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
-                    part = part + more.astype(jnp.float32)
-                self.stage_mma[self.group, unit, slab] = part.astype(self.x.dtype)
-        plgpu.commit_smem()
+    def finish(self, sums: tuple[Array, ...], place: tuple[Index, ...]) -> None:
+        """Bias, what is added, norm and SiLU; rounds, and sends what is wanted of it."""
+        if self.added:
+            plgpu.barrier_wait(self.added_full.at[self.group])
+        else:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        slabs = [self.slabs(unit, total, place) for unit, total in enumerate(sums)]
+        outputs = list(self.outputs)
+        if not self.items.normed or self.items.both:
+            self.send(outputs.pop(0), slabs, place)
+        if self.items.normed:
+            if self.items.both:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.send(outputs.pop(0), [self.normalised(parts) for parts in slabs], place)
 
-    def vector(self, number: int, shape: tuple[int, ...]) -> Array:
-        """Bias or the norm's weights, of each row."""
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        vector = plgpu.load(self.vectors_in.at[self.group, number], layout=layout, optimized=False)
+    def slabs(self, unit: int, total: Array, place: tuple[Index, ...]) -> list[Array]:
+        """Sums with bias and what is added, [64 pixels, slab] each, rounded."""
+        parts = []
+        for slab in range(self.config.slabs):
+            part = total[:, slab * SLAB : (slab + 1) * SLAB]
+            part = part + self.vector(0, lax.div(place[3], SLAB) + slab, part.shape)
+            if self.added:
+                source = self.stage_mma.at[self.group, unit, slab]
+                more = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
+                part = part + more.astype(jnp.float32)
+            parts.append(part.astype(self.x.dtype))
+        return parts
+
+    def vector(self, number: int, slab: Index, shape: tuple[int, ...]) -> Array:
+        """A slab of the bias or of the norm's weights, of each row."""
+        vector = plgpu.load(self.vectors_in.at[number, slab], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return lax.broadcast_in_dim(vector, shape, [1])
 
-    def normalised(self, value: Array) -> Array:
-        """Norm over channels and SiLU, [64 pixels, out], of what would have been stored; rounded where it would be."""
-        value = value.astype(self.x.dtype).astype(jnp.float32)
-        scale = lax.rsqrt(jnp.maximum((value * value).sum(axis=1), 1e-24))
-        value = value * lax.broadcast_in_dim(scale, value.shape, [0]) * self.vector(1, value.shape)
-        value = value.astype(self.x.dtype).astype(jnp.float32)
-        return value / (1.0 + jnp.exp(-value))
+    def normalised(self, parts: list[Array]) -> list[Array]:
+        """Norm over channels and SiLU, of what would have been stored; rounded where it would be."""
+        values = [part.astype(jnp.float32) for part in parts]
+        total = sum((value * value).sum(axis=1) for value in values)
+        scale = lax.broadcast_in_dim(lax.rsqrt(jnp.maximum(total, 1e-24)), values[0].shape, [0])
+        normed = []
+        for slab, value in enumerate(values):
+            value = value * scale * self.vector(1, slab, value.shape)
+            value = value.astype(self.x.dtype).astype(jnp.float32)
+            normed.append((value / (1.0 + jnp.exp(-value))).astype(self.x.dtype))
+        return normed
 
-    def send(self, place: tuple[Index, ...]) -> None:
-        """Starts the copies of what `store` left."""
+    def send(self, output: Ref, slabs: list[list[Array]], place: tuple[Index, ...]) -> None:
+        """Starts the copies of all operands."""
+        for unit, slab in self.pieces():
+            self.stage_mma[self.group, unit, slab] = slabs[unit][slab]
+        plgpu.commit_smem()
         for unit in range(self.config.units):
             row, _ = self.config.box(self.group * self.config.units + unit)
 
             def copy(unit=unit):
                 for slab in range(self.config.slabs):
                     source = self.stage_in.at[self.group, unit, slab].transpose((1, 0, 2))
-                    plgpu.copy_smem_to_gmem(source, self.box(self.out, place, unit, slab))
+                    plgpu.copy_smem_to_gmem(source, self.box(output, place, unit, slab))
 
             pl.when(place[1] + row < self.items.segment)(copy)
 
@@ -402,6 +431,7 @@ class _Block:
         """What the loading warpgroup does: patches and kernels in the order of the steps."""
         config, items = self.config, self.items
         plgpu.set_max_registers(config.registers[1], action="decrease")
+        plgpu.copy_gmem_to_smem(self.vectors, self.vectors_in, self.vectors_full)
         slabs = items.channels // SLAB
 
         def item(turn, _):

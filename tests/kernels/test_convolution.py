@@ -122,9 +122,22 @@ def test_is_a_causal_convolution(interpreter, shape, config, adds):
     added = added if adds else None
     normed = not adds and shape[-1] == config.out
     gamma = jnp.asarray(np.random.default_rng(1).standard_normal(shape[-1]), jnp.float32) if normed else None
-    out = np.asarray(jax.jit(lambda *x: convolution(*x, config=config))(*others, added, gamma), np.float64)
+    (out,) = jax.jit(lambda *x: convolution(*x, config=config))(*others, added, gamma)
     wanted = expected(*others, added=added if adds else 0.0, gamma=gamma)
-    assert np.abs(out - wanted).max() < 2**-7 * np.abs(wanted).max()
+    assert np.abs(np.asarray(out, np.float64) - wanted).max() < 2**-7 * np.abs(wanted).max()
+
+
+def test_hands_out_what_it_normalises(interpreter):
+    """With what is added, and more than one slab of channels."""
+    *others, added = arrays(2, 16, 8, 32, 64)
+    gamma = jnp.asarray(np.random.default_rng(1).standard_normal(64), jnp.float32)
+    config = ConvConfig(rows=1, out=64, groups=1, kernels=3, blocks=3)
+    found = jax.jit(lambda *x: convolution(*x, both=True, config=config))(*others, added, gamma)
+    for out, weights in zip(found, (None, gamma), strict=True):
+        wanted = expected(*others, added=added, gamma=weights)
+        assert np.abs(np.asarray(out, np.float64) - wanted).max() < 2**-7 * np.abs(wanted).max()
+    with pytest.raises(ValueError, match="give gamma"):
+        convolution(*others, added, both=True, config=config)
 
 
 def frames_of(*shape, dtype=jnp.bfloat16):
@@ -166,8 +179,9 @@ def test_the_vae_calls_it(monkeypatch):
 
     def run(state, past, x, added):
         y, new = nnx.merge(graph, state).after(past, x, added=added)
-        normed, _ = nnx.merge(graph, state).after(past, x, norm=norm)
-        return (jnp.sin(y) ** 2).sum() + (jnp.sin(normed) ** 2).sum(), (y, normed, new)
+        (_, normed), _ = nnx.merge(graph, state).after_normed(past, x, norm, both=False)
+        pair, _ = nnx.merge(graph, state).after_normed(past, x, norm, added=added)
+        return sum((jnp.sin(out) ** 2).sum() for out in (y, normed, *pair)), (y, normed, pair, new)
 
     results = []
     monkeypatch.setattr("monarchrt.models.vae.layers.norms", lambda *_: True)
@@ -180,6 +194,39 @@ def test_the_vae_calls_it(monkeypatch):
     np.testing.assert_allclose(
         results[1][1][1], expected(past[1], x[1], conv.kernel[...], there(conv.bias)[...], added[1]), atol=1e-4
     )
+
+
+def test_a_decoder_is_the_same_with_norms_in_its_convolutions(monkeypatch):
+    """Where a block hands the next one what it would normalise, and where it hands on nothing else."""
+    vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
+    norms = [module for _, module in nnx.iter_modules(vae) if isinstance(module, ChannelNorm)]
+    rng = np.random.default_rng(0)
+    for norm in norms:
+        norm.gamma[...] = jnp.asarray(rng.uniform(0.5, 1.5, norm.gamma.shape), jnp.float32)
+    graph, state = nnx.split(vae)
+    latents = jnp.asarray(rng.standard_normal((1, 3, 2, 3, 16)), jnp.float32)
+
+    def decode():
+        return jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents))(state, latents)
+
+    wanted, asked = decode(), []
+
+    def convolution(*arguments, both):
+        asked.append((arguments[4] is not None, arguments[5] is not None, both))
+        return causal.plain(*arguments, both=both)
+
+    monkeypatch.setattr(kernel, "convolution", convolution)
+    monkeypatch.setattr("monarchrt.models.vae.layers.by_kernel", lambda way, x, shape: shape[:3] == (3, 3, 3))
+    monkeypatch.setattr("monarchrt.models.vae.layers.norms", lambda *_: True)
+    np.testing.assert_allclose(decode(), wanted, atol=1e-5)
+    # the first of a block; the second before another, before the head and before anything else; first and last layer
+    assert set(asked) == {
+        (False, True, False),
+        (True, True, True),
+        (True, True, False),
+        (True, False, False),
+        (False,) * 3,
+    }
 
 
 def test_a_vae_says_how(monkeypatch):
@@ -197,8 +244,8 @@ def test_a_vae_says_how(monkeypatch):
     monkeypatch.setattr("monarchrt.models.vae.causal.on_cuda", lambda: True)
     assert taken(96) == taken(192) == [True, False, True]
     assert taken(384) == taken(3) == [True, False, False]
-    assert [causal.norms(way, (3, 3, 3, 96, 96)) for way in ways] == [True, False, False]
-    assert not causal.norms("mosaic", (3, 3, 3, 96, 192))
+    assert [causal.norms(way, frames, (3, 3, 3, 96, 96)) for way in ways] == [True, False, False]
+    assert not causal.norms("mosaic", frames, (3, 3, 3, 96, 192))
     monkeypatch.setattr(kernel, "cuda_capability", lambda: 8.0)
     assert taken(96) == [False, False, False]
 

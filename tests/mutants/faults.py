@@ -246,6 +246,14 @@ FAULTS = (
     ),
     Fault("models/vae/causal.py", "x.shape[-1] ** 0.5", "x.shape[-1]", VAE, "test_encode"),
     Fault("models/vae/layers.py", "y[:, a : a + height,", "y[:, :height,", VAE, "test_decode"),
+    Fault("models/vae/layers.py", "self.kernel[-steps:]", "self.kernel[: steps or None]", VAE, "test_decode"),
+    Fault(
+        "models/vae/vae.py",
+        "_norm_of(following), not isinstance",
+        "_norm_of(block), not isinstance",
+        CONVOLUTION,
+        "norms_in",
+    ),
     Fault(
         "models/vae/layers.py",
         "[[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]",
