@@ -1,5 +1,9 @@
 """Softmax attention of all queries to all keys, by cuDNN where it can run."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,6 +12,9 @@ from monarch_jax.devices import on_cuda
 from monarchrt.models.sharding import Logical, on_each_device
 
 IMPLEMENTATIONS = ("xla", "cudnn")
+BLOCKS = 132  # of keys and heads that keep a Hopper GPU busy, one for each of its multiprocessors
+KEYS, QUERIES = 64, 1024  # of a block; that a group has at least
+type Attend = Callable[..., Array]
 BY_HEADS = ("batch", None, "heads", None)
 BY_QUERIES = ("batch", "tokens", None, None)
 
@@ -54,13 +61,47 @@ def softmax_attention(
     lengths = None if valid_keys is None else jnp.full(query.shape[:1], valid_keys, jnp.int32)
 
     def attend(_: None, query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            key_value_seq_lengths=lengths,
-            implementation=implementation,  # type: ignore[arg-type]
-        )
+        run: Attend = partial(jax.nn.dot_product_attention, implementation=implementation)  # type: ignore[arg-type]
+        if lengths is not None:
+            return run(query, key, value, key_value_seq_lengths=lengths)
+        groups = query_groups(query.shape, key.shape[1]) if implementation == "cudnn" else 1
+        return run(query, key, value) if groups == 1 else _by_groups(run, groups)(query, key, value)
 
     keys = (split[0], None, *split[2:])
     return on_each_device(attend, None, (query, key, value, lengths), (split, keys, keys, split[:1]))
+
+
+def query_groups(shape: tuple[int, ...], keys: int) -> int:
+    """Groups that the queries are split in for cuDNN's gradient, which works by blocks of keys: few, of a text.
+
+    Examples:
+        >>> query_groups((1, 32760, 12, 128), 512), query_groups((1, 32760, 12, 128), 32760)
+        (2, 1)
+    """
+    batch, queries, heads, _ = shape
+    blocks = batch * heads * -(-keys // KEYS)
+    fitting = [n for n in range(1, queries // QUERIES + 1) if queries % n == 0] or [1]
+    return next((n for n in fitting if n * blocks >= BLOCKS), fitting[-1])
+
+
+def _by_groups(attend: Attend, groups: int) -> Attend:
+    """The same, with gradients by groups of queries beside each other, whose keys' and values' are added up."""
+
+    def repeated(x: Array) -> Array:
+        return jnp.repeat(x, groups, axis=0)
+
+    def forward(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+        batch, queries, *rest = query.shape
+        split = query.reshape(batch * groups, queries // groups, *rest)
+        out, back = jax.vjp(attend, split, repeated(key), repeated(value))
+        return out.reshape(query.shape), back
+
+    def backward(back: Any, gradient: Array) -> tuple[Array, ...]:
+        batch, queries, *rest = gradient.shape
+        query, *others = back(gradient.reshape(batch * groups, queries // groups, *rest))
+        key, value = (x.reshape(batch, groups, *x.shape[1:]).sum(1, dtype=jnp.float32).astype(x.dtype) for x in others)
+        return query.reshape(gradient.shape), key, value
+
+    op = jax.custom_vjp(lambda *x: attend(*x))
+    op.defvjp(forward, backward)
+    return op

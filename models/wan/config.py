@@ -59,7 +59,7 @@ class WanConfig:
             head compute in float32 at least, whatever it is.
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
             of frames; "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
-            and rotary embedding, since products with weights and the tiled attention are kept.
+            and rotary embedding, since products with weights and the attention of kernels and cuDNN are kept.
 
     Raises:
         ValueError: If a size or a name is invalid.

@@ -13,12 +13,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarch_jax.contract import SAVED
 from monarchrt.models.attention.base import Attention, Context, Grid, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.kept import POLICIES
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
     MLP,
@@ -32,15 +32,6 @@ from monarchrt.models.wan.layers import (
 )
 from monarchrt.models.wan.rope import rope_table
 from monarchrt.models.wan.tokens import pad, pad_rope, padded, split_tokens
-
-_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-REMAT_POLICIES = {
-    "full": None,
-    "dots": _DOTS,
-    "cheap": jax.checkpoint_policies.save_from_both_policies(
-        _DOTS, jax.checkpoint_policies.save_only_these_names(SAVED)
-    ),
-}
 
 
 class Tokens(NamedTuple):
@@ -399,7 +390,7 @@ def rematerialized(body, config: WanConfig):
     if config.remat == "none":
         # of gathered weights nothing is kept for the backward pass, which gathers them again
         return jax.checkpoint(body, policy=no_whole_weights, prevent_cse=False) if splits_weights() else body
-    return jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=False)
 
 
 def count_parameters(model: WanModel | WanConfig) -> int:

@@ -15,6 +15,7 @@ from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.kept import kept
 from monarchrt.models.wan.rope import rotate
 from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
 
@@ -77,7 +78,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D_in"]) -> Float[Array, "*batch D_out"]:
         """fc2(act(fc1(x)))."""
-        return self.fc2(self.act(self.fc1(x)))
+        return kept(self.fc2(self.act(kept(self.fc1(x)))))
 
 
 gelu_exact = partial(jax.nn.gelu, approximate=False)
@@ -96,8 +97,8 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
         """Rotated queries and keys, and values, of so many tokens of a frame, flattened; on a mesh, split by heads."""
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
-        query = rotate(split(self.norm_q(self.q(x))), *rope)
-        key, value = rotate(split(self.norm_k(self.k(x))), *rope), split(self.v(x))
+        query = rotate(split(self.norm_q(kept(self.q(x)))), *rope)
+        key, value = rotate(split(self.norm_k(kept(self.k(x)))), *rope), split(kept(self.v(x)))
         if parts("heads", self.num_heads) == 1:  # nothing travels, and putting them together would copy
             own = (y[:, :, :tokens] for y in (query, key, value))
             query, key, value = (rearrange(y, "b f s n d -> b (f s) n d") for y in own)
@@ -121,9 +122,9 @@ class CrossAttention(nnx.Module):
     ) -> tuple[tuple[Array, Array], ...]:
         """(key, value) of the text, and of the image if there is one, each [B, rows, heads, head_dim]."""
         split = partial(rearrange, pattern="b l (n d) -> b l n d", n=self.num_heads)
-        pairs = ((split(self.norm_k(self.k(text))), split(self.v(text))),)
+        pairs = ((split(self.norm_k(kept(self.k(text)))), split(kept(self.v(text)))),)
         if image is not None:
-            pairs += ((split(self.norm_k_img(self.k_img(image))), split(self.v_img(image))),)
+            pairs += ((split(self.norm_k_img(kept(self.k_img(image)))), split(kept(self.v_img(image)))),)
         return pairs
 
     def __call__(
@@ -132,9 +133,9 @@ class CrossAttention(nnx.Module):
         """The sum of one attention for each source of keys and values."""
         # tokens in an order whose parts are those of a mesh's devices; each attends for itself
         order, split = ("b (s f) n d", BY_QUERIES) if parts("tokens", x.shape[2]) > 1 else ("b (f s) n d", BY_HEADS)
-        query = rearrange(self.norm_q(self.q(x)), f"b f s (n d) -> {order}", n=self.num_heads)
+        query = rearrange(self.norm_q(kept(self.q(x))), f"b f s (n d) -> {order}", n=self.num_heads)
         out = [softmax_attention(query, key, value, split=split) for key, value in keys_values]
-        return self.o(rearrange(sum(out[1:], start=out[0]), f"{order} -> b f s (n d)", f=x.shape[1]))
+        return kept(self.o(rearrange(sum(out[1:], start=out[0]), f"{order} -> b f s (n d)", f=x.shape[1])))
 
 
 class WanBlock(nnx.Module):
@@ -229,7 +230,7 @@ class WanBlock(nnx.Module):
             The residual stream.
         """
         gate1, shift2, scale2, gate2 = modulations
-        x = self.gated(x, self.self_attn.o(out), gate1)
+        x = self.gated(x, kept(self.self_attn.o(out)), gate1)
         x = x + self.cross_attn(self.norm3(x).astype(self.dtype), keys_values)
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
         return self.gated(x, y, gate2)

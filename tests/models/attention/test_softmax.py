@@ -1,10 +1,15 @@
-"""Softmax attention on a mesh: every device attends for its own heads or queries, which is all that cuDNN takes."""
+"""Softmax attention on a mesh: every device attends for its own heads or queries, which is all that cuDNN takes.
+
+And what is given to cuDNN where keys are few.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
+from monarchrt.models.attention import softmax
 from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
 from monarchrt.models.mesh import AXES, MeshShape
 
@@ -32,3 +37,29 @@ def test_each_device_attends_for_its_part(monkeypatch, split, query, key, length
         )
     assert seen == [(query, key, key)]
     assert out.shape == x[0].shape
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_by_groups_of_queries(monkeypatch, batch):
+    """The value is of all queries at once, as without a gradient; the gradients are those of all together."""
+    rng = np.random.default_rng(0)
+    query, gradient = (jnp.asarray(rng.normal(size=(batch, 12, 2, 16)), jnp.bfloat16) for _ in range(2))
+    key, value = (jnp.asarray(rng.normal(size=(batch, 5, 2, 16)), jnp.bfloat16) for _ in range(2))
+    seen, attend = [], jax.nn.dot_product_attention
+
+    def as_xla(query, key, value, *, implementation):
+        seen.append((query.shape[:2], key.shape[:2]))
+        return attend(query, key, value, implementation="xla")
+
+    right = jax.vjp(attend, query, key, value)[1](gradient)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_xla)
+    monkeypatch.setattr(softmax, "QUERIES", 3)
+    np.testing.assert_array_equal(
+        softmax_attention(query, key, value, implementation="cudnn"), attend(query, key, value, implementation="xla")
+    )
+    assert seen == [((batch, 12), (batch, 5))]
+    found = jax.vjp(lambda *x: softmax_attention(*x, implementation="cudnn"), query, key, value)[1](gradient)
+    assert seen[1:] == [((4 * batch, 3), (4 * batch, 5))]
+    for one, other in zip(found, right, strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        assert np.linalg.norm(one - other) < 4e-3 * np.linalg.norm(other)
