@@ -92,7 +92,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
             report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
-            report |= {"remat": args.remat}
+            report |= {"remat": args.remat, "unroll_layers": args.unroll_layers}
             report |= {"repeats": args.repeats, "rows": results}
             (args.out / "model.json").write_text(json.dumps(report, indent=1))
 
@@ -109,6 +109,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--keep-intermediates", action="store_true", help="of those settings, for the backward pass")
     parser.add_argument("--remat", choices=REMAT, default="full", help="what the training step recomputes per block")
+    parser.add_argument(
+        "--unroll-layers", action="store_true", help="of the training step, instead of a loop over them"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -165,7 +168,7 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     _, *frame = config.token_grid(*clip.shape)
     how = {"implementation": args.implementation, "keep": args.keep_intermediates}
     config = dataclasses.replace(config, attention=setting(attention, *frame, **how))
-    training = functools.partial(training_step, remat=args.remat)
+    training = functools.partial(training_step, remat=args.remat, unroll_layers=args.unroll_layers)
     build = {"cached chunk": cached_chunk, "training": training}.get(case, forward)
     timed = build(config, clip)
     memory = timed.compiled.memory_analysis()
@@ -229,9 +232,9 @@ def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
     )
 
 
-def training_step(config: WanConfig, clip: Clip, remat: str = "full") -> Timed:
+def training_step(config: WanConfig, clip: Clip, **how) -> Timed:
     """Forward, backward and AdamW, as `monarchrt train` does them, with parameters and moments in bfloat16."""
-    config = dataclasses.replace(config, remat=remat)
+    config = dataclasses.replace(config, **how)
     graph, params, fixed = split_model(nnx.merge(*built_like(config)))
     # the step overwrites its state; the parameters serve other cases too
     params = jax.tree.map(jnp.copy, params)
@@ -258,8 +261,9 @@ def training_step(config: WanConfig, clip: Clip, remat: str = "full") -> Timed:
 
 def built_like(config: WanConfig) -> tuple[Any, Any]:
     """The cached arrays, under this configuration's attention."""
-    plain = dataclasses.replace(config, attention=exact(), remat="none")
-    model = nnx.merge(*built(plain)).with_config(attention=config.attention, remat=config.remat)
+    plain = dataclasses.replace(config, attention=exact(), remat="none", unroll_layers=False)
+    how = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    model = nnx.merge(*built(plain)).with_config(attention=config.attention, **how)
     return nnx.split(model)
 
 

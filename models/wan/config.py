@@ -60,6 +60,9 @@ class WanConfig:
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
             of frames; "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
             and rotary embedding, since products with weights and the attention of kernels and cuDNN are kept.
+        unroll_layers: Whether the layers of whole clips follow each other in the program instead of in a loop. A loop
+            fills what it keeps for the backward pass with zeros first, and copies most of it; unrolled, the program
+            takes several times as long to compile. Generation with a cache has `unroll_layers` of its own.
 
     Raises:
         ValueError: If a size or a name is invalid.
@@ -84,6 +87,7 @@ class WanConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"
     remat: str = "none"
+    unroll_layers: bool = False
 
     def __post_init__(self):
         for name, most in _LARGEST.items():
@@ -91,6 +95,7 @@ class WanConfig:
         if self.causal_block is not None:
             positive("causal_block", self.causal_block)
         flag("independent_first_frame", self.independent_first_frame)
+        flag("unroll_layers", self.unroll_layers)
         object.__setattr__(self, "patch_size", triple("patch_size", self.patch_size, "(frames, rows, columns)"))
         small("eps", self.eps)
         if self.dim % self.num_heads:

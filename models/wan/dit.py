@@ -197,7 +197,8 @@ class WanModel(nnx.Module):
     ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 
-        Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth.
+        Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth,
+        unless `config.unroll_layers`.
         With `added`, the tokens that a mesh adds are in it.
         """
         config = self.config
@@ -221,7 +222,7 @@ class WanModel(nnx.Module):
                 return split_tokens(x), None
 
             stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
-            x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
+            x = through_layers(body, config, x, stacked)
         return x if added else x[:, :, :per_frame]
 
     def split_blocks(self, *, apart: bool = False) -> tuple[nnx.GraphDef, Any]:
@@ -316,12 +317,12 @@ class WanModel(nnx.Module):
         return self.with_config(attention=attention, rngs=rngs)
 
     def with_config(self, *, rngs: nnx.Rngs | None = None, **changes) -> "WanModel":
-        """The same arrays under another `attention` (see `with_attention`), other causal blocks or `remat`.
+        """The same arrays under another `attention` (see `with_attention`), causal blocks, `remat` or `unroll_layers`.
 
         Raises:
             ValueError: If a change would need other layers.
         """
-        allowed = ("attention", "causal_block", "independent_first_frame", "remat")
+        allowed = ("attention", "causal_block", "independent_first_frame", "remat", "unroll_layers")
         for name in changes:
             if name not in allowed:
                 raise ValueError(f"{name!r} cannot be changed on a built model; these can: {', '.join(allowed)}.")
@@ -385,12 +386,42 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
     )
 
 
+def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
+    """The residual stream after stacked layers, each (x, layer) -> (x, None) by `body`, in a loop or unrolled."""
+    if not config.unroll_layers:
+        return jax.lax.scan(rematerialized(body, config), x, stacked)[0]
+    layer = jax.jit(rematerialized(body, config))  # traced once
+    for own in apart(stacked):
+        x, _ = layer(x, own)
+    return x
+
+
+def apart(stacked: Any) -> list[Any]:
+    """The trees of arrays that are stacked in the arrays of a tree; their gradients are stacked once, all at the end.
+
+    Examples:
+        >>> [int(x) for x in apart(jnp.arange(3))]
+        [0, 1, 2]
+    """
+
+    @jax.custom_vjp
+    def split(array):
+        return [array[number] for number in range(array.shape[0])]
+
+    split.defvjp(lambda array: (split(array), None), lambda _, gradients: (jnp.stack(gradients),))
+    leaves, structure = jax.tree.flatten(stacked)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    each = [split(leaf) if own else list(leaf) for leaf, own in zip(leaves, inexact, strict=True)]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*each, strict=True)]
+
+
 def rematerialized(body, config: WanConfig):
     """The body of a scan over layers, recomputed in the backward pass as `config.remat` says."""
+    how: Any = dict(prevent_cse=config.unroll_layers)  # in a loop nothing is the same as in the other
     if config.remat == "none":
         # of gathered weights nothing is kept for the backward pass, which gathers them again
-        return jax.checkpoint(body, policy=no_whole_weights, prevent_cse=False) if splits_weights() else body
-    return jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=False)
+        return jax.checkpoint(body, policy=no_whole_weights, **how) if splits_weights() else body
+    return jax.checkpoint(body, policy=POLICIES[config.remat], **how)
 
 
 def count_parameters(model: WanModel | WanConfig) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Real
 from monarchrt.models.attention.base import Context, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import split_batch
-from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, rematerialized
+from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, through_layers
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import rope_table
 from monarchrt.models.wan.tokens import pad_rope
@@ -119,5 +119,5 @@ def _run_halves(
             return split_batch(x), None
 
         stacked = run.of(state, config.num_layers), jnp.arange(run.start, run.stop)
-        x, _ = jax.lax.scan(rematerialized(body, config), x, stacked)
+        x = through_layers(body, config, x, stacked)
     return x[:, frames:]

@@ -237,6 +237,26 @@ class TestLayers:
         for a, b in zip(*grads.values(), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
+    @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "cheap"])
+    def test_unrolled_layers_change_nothing(self, wan, remat):
+        """Layers of two kinds of attention: the same loss and gradients, without a loop."""
+        inputs = wan.sample(wan.SMALL)
+        attention = (DenseAttention(), *[MonarchAttention()] * (wan.SMALL.num_layers - 1))
+        found = []
+        for unrolled in (False, True):
+            model = wan.model(remat=remat, attention=attention, unroll_layers=unrolled)
+            graph, state = nnx.split(model)
+            step = jax.jit(jax.value_and_grad(lambda state: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)))  # noqa: B023
+            traced = step.trace(state)
+            loops = [eqn for eqn in equations(traced.jaxpr, "scan") if eqn.params["length"] >= len(attention) - 1]
+            assert bool(loops) is not unrolled
+            found.append(step(state))
+        (loss, grads), (again, others) = found
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
     @pytest.mark.parametrize(
         ("attention", "groups", "per_frame"),
         [

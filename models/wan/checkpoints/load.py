@@ -16,7 +16,7 @@ from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.kinds import own_shapes
 
 # Fields that change no tensor: what a caller may choose beside the checkpoint.
-POLICY = ("attention", "causal_block", "independent_first_frame", "param_dtype", "dtype", "remat")
+POLICY = ("attention", "causal_block", "independent_first_frame", "param_dtype", "dtype", "remat", "unroll_layers")
 
 
 def load_checkpoint(
