@@ -40,6 +40,37 @@ def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=x
     )
 
 
+def computed_dtype[M: nnx.Module](model: M) -> M:
+    """The model with kernels and biases in the dtype that its dense layers compute in.
+
+    A loop that calls it rounds float32 parameters once, and not in every turn. Its results are the same numbers; its
+    parameters are for reading, not for training.
+
+    Examples:
+        >>> layer = nnx.Linear(2, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        >>> layer.kernel.dtype.name, computed_dtype(layer).kernel.dtype.name
+        ('float32', 'bfloat16')
+
+    Args:
+        model: It is left as it is.
+
+    Returns:
+        A copy; what is no dense layer's is shared.
+    """
+    dtypes = {
+        (*path, name): module.dtype
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, nnx.Linear) and module.dtype is not None
+        for name in ("kernel", "bias")
+    }
+    graph, state = nnx.split(model)
+    leaves = [
+        (path, leaf.replace(leaf[...].astype(dtypes[path])) if path in dtypes else leaf)
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
     """LayerNorm that computes and returns float32 at least, with two-pass variance."""
     return nnx.LayerNorm(

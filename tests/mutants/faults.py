@@ -346,6 +346,20 @@ FAULTS = (
     Fault("train/objectives/self_forcing.py", "if not rolls:  #", "if rolls:  #", ROLL_OUTS, "window"),
     Fault("train/objectives/by_blocks.py", "of_moving, pull_shared(", "zero[1], pull_shared(", ROLL_OUTS, "window"),
     Fault(
+        "train/objectives/self_forcing.py",
+        "index, in_place=True)",
+        "index)",
+        "tests/train/objectives/test_distillation.py",
+        "finished_blocks",
+    ),
+    Fault(
+        "train/objectives/by_blocks.py",
+        "(jax.tree.map(jnp.zeros_like, shared), zero)",
+        "jax.tree.map(jnp.zeros_like, (shared, moving))",
+        "tests/train/objectives/test_distillation.py",
+        "rounded_once and dense",
+    ),
+    Fault(
         "train/objectives/adversarial.py", "square((near - there) / sigma)", "square(near - there)", ADVERSARIAL, "flat"
     ),
     Fault("train/step.py", "roles[name].average, frozen_of", "roles[name].params, frozen_of", CONSISTENCY, "average"),

@@ -35,6 +35,7 @@ def sum_over_blocks(
     following: Following,
     sizes: Sequence[int],
     first: tuple[Any, Any] = (0, 0),
+    read: Callable[[Any], Any] | None = None,
 ) -> Float32[Array, "b f h w c"]:
     """A clip that was made already, as a function of parameters that gradients reach block by block.
 
@@ -62,6 +63,8 @@ def sum_over_blocks(
         following: Makes the past of the next block; nothing is differentiated by it.
         sizes: Frames of each block that a gradient comes of.
         first: Number of the first of them and of its first frame, known or traced.
+        read: params -> the same tree in the dtypes that blocks read it in, once for all of them; None: as they are.
+            A block's gradient comes in these; the sum has the dtypes of `params`.
 
     Returns:
         `made`.
@@ -85,6 +88,11 @@ def sum_over_blocks(
         moving, fixed, (past, inputs, (skipped, before)) = kept
         if isinstance(cotangent, SymbolicZero):
             return None, None, None, None, None
+        zero = jax.tree.map(jnp.zeros_like, moving)
+        if read is not None:
+            rounded = jax.tree.leaves(read(join(moving, fixed)))
+            moving = [None if leaf is None else own for leaf, own in zip(moving, rounded, strict=True)]
+            fixed = [None if leaf is None else own for leaf, own in zip(fixed, rounded, strict=True)]
         shared, pull_shared = jax.vjp(lambda moving: share(join(moving, fixed), inputs), moving)
 
         def step(carry: Any, number: Array, frame: Array, size: int) -> tuple[Any, None]:
@@ -98,7 +106,7 @@ def sum_over_blocks(
             past = following(join(moving, fixed), shared, past, inputs, number, frame, size)
             return (past, jax.tree.map(jnp.add, total, gradient)), None
 
-        zero = jax.tree.map(jnp.zeros_like, (shared, moving))
+        zero = (jax.tree.map(jnp.zeros_like, shared), zero)
         of_shared, of_moving = over_blocks(step, (past, zero), sizes)[0][1]
         return jax.tree.map(jnp.add, of_moving, pull_shared(of_shared)[0]), None, None, None, None
 

@@ -29,6 +29,7 @@ from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, shifted
 from monarchrt.models.wan.causal import WanCache, cached_forward, cross_keys_values, init_cache
+from monarchrt.models.wan.layers import computed_dtype
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.base import Metrics, Networks, Sampler
@@ -124,7 +125,7 @@ class SelfForcingObjective(DMDObjective):
         sizes = self.block_sizes(student, frames)
         (number, _), scored = self._place(sizes, draws.first)
         end = number + len(scored)
-        student = student.with_config(causal_block=None)  # blocks are seen one at a time
+        student = computed_dtype(student.with_config(causal_block=None))  # blocks are seen one at a time
 
         def block(number: Any, carry: Any, size: int) -> Any:
             cache, made = carry
@@ -134,14 +135,14 @@ class SelfForcingObjective(DMDObjective):
 
             def advance(index: Array, carry: tuple[Array, WanCache]) -> tuple[Array, WanCache]:
                 z, cache = carry
-                data, cache = self._denoise_block(student, z, cache, frame, number, index)
+                data, cache = self._denoise_block(student, z, cache, frame, number, index, in_place=True)
                 following = self._sigma(index + 1, batch)
                 return add_noise(data, lax.dynamic_index_in_dim(fresh, index, axis=1, keepdims=False), following), cache
 
             z, cache = lax.fori_loop(0, draws.last, advance, (noise, cache))
-            data, cache = self._denoise_block(student, z, cache, frame, number, draws.last)
+            data, cache = self._denoise_block(student, z, cache, frame, number, draws.last, in_place=True)
             kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
-            cache = self._keep_block(student, kept, cache, frame, number)
+            cache = self._keep_block(student, kept, cache, frame, number, in_place=True)
             parts = zip(made, (data, z, kept), strict=True)
             return cache, tuple(lax.dynamic_update_slice_in_dim(whole, part, frame, 1) for whole, part in parts)
 
@@ -181,6 +182,9 @@ class SelfForcingObjective(DMDObjective):
         graph, params = nnx.split(student.with_config(causal_block=None))
         cache = dataclasses.replace(rolled.cache, cross=None)
 
+        def read(params: Any) -> Any:
+            return nnx.split(computed_dtype(nnx.merge(graph, params)))[1]
+
         def share(params: Any, inputs: Any) -> Any:  # of the text: it is no part of the past
             return cross_keys_values(nnx.merge(graph, params), inputs[0])
 
@@ -200,8 +204,9 @@ class SelfForcingObjective(DMDObjective):
         inputs = (text, rolled.inputs, rolled.kept, last)
         place, scored = self._place(sizes, first)
         return sum_over_blocks(
-            rolled.x, params, cache, inputs, share=share, block=block, following=following, sizes=scored, first=place
-        )
+            rolled.x, params, cache, inputs, share=share, block=block, following=following, sizes=scored, first=place,
+            read=read,
+        )  # fmt: skip
 
     def _place(self, sizes: list[int], first: Array | None) -> tuple[tuple[Any, Any], list[int]]:
         """Number and first frame of the first block that is scored, and frames of all that are."""
@@ -280,18 +285,28 @@ class SelfForcingObjective(DMDObjective):
         window = self.settings.window
         return window if window is not None and window < frames else None
 
-    def _keep_block(self, student: Any, kept: Array, cache: WanCache, frame: Array, number: Array) -> WanCache:
+    def _keep_block(
+        self, student: Any, kept: Array, cache: WanCache, frame: Array, number: Array, *, in_place: bool = False
+    ) -> WanCache:
         """The cache with a finished block, which later ones see."""
-        step = jnp.int32(len(self.settings.student_steps))
-        clean = jnp.zeros(kept.shape[:2])
-        return cached_forward(student, kept, clean, cache, frame=frame, step=step, block=number)[1]
+        how: Any = dict(step=jnp.int32(len(self.settings.student_steps)), block=number, in_place=in_place)
+        return cached_forward(student, kept, jnp.zeros(kept.shape[:2]), cache, frame=frame, **how)[1]
 
     def _denoise_block(
-        self, student: Any, z: Array, cache: WanCache, frame: Array, number: Array, index: Array
+        self,
+        student: Any,
+        z: Array,
+        cache: WanCache,
+        frame: Array,
+        number: Array,
+        index: Array,
+        *,
+        in_place: bool = False,
     ) -> tuple[Array, WanCache]:
         """The clean block that the student sees in z after the cached ones, at one of its steps."""
         t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
-        flow, cache = cached_forward(student, z, jnp.full(z.shape[:2], t), cache, frame=frame, step=index, block=number)
+        how: Any = dict(step=index, block=number, in_place=in_place)  # in place for what is not differentiated
+        flow, cache = cached_forward(student, z, jnp.full(z.shape[:2], t), cache, frame=frame, **how)
         return to_data(z, flow, self._sigma(index, z.shape[0])), cache
 
     def _metrics(self, clip: Array, draws: Any) -> Metrics:

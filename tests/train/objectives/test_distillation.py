@@ -14,6 +14,7 @@ from flax import nnx
 from monarchrt.models.errors import UserError
 from monarchrt.models.umt5 import save_embeddings
 from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.layers import computed_dtype
 from monarchrt.train.objectives import self_forcing
 from monarchrt.train.objectives.dmd import DMDObjective
 from monarchrt.train.objectives.scores import draw_scores, levels_of, matching_gradient, matching_loss, sample_metrics
@@ -244,7 +245,8 @@ def test_the_students_loss_is_of_its_settings(tmp_path):
 def test_finished_blocks_are_seen_after_all_steps(monkeypatch):
     """Of kinds that depend on the step; what a roll-out tells the network last is kept in the cache."""
 
-    def forward(model, z, timesteps, cache, *, frame, step, block):
+    def forward(model, z, timesteps, cache, *, frame, step, block, in_place):
+        assert in_place  # nothing is differentiated
         return jnp.zeros_like(z), dataclasses.replace(cache, length=jnp.int32(step))
 
     monkeypatch.setattr(self_forcing, "cached_forward", forward)
@@ -252,6 +254,32 @@ def test_finished_blocks_are_seen_after_all_steps(monkeypatch):
     text = jnp.asarray(batch(SHAPE).text)
     rolled = objective.roll_out(wan(0, num_layers=1, causal_block=2), text, draws_of(objective))
     assert int(rolled.cache.length) == len(STEPS)
+
+
+@pytest.mark.parametrize("attention", ["dense", "monarch(tile=(1,2,2))"])
+def test_parameters_are_rounded_once(monkeypatch, attention):
+    """To what they are computed in: clip and gradient are those of rounding in every call, and float32 as they are."""
+    objective = SelfForcingObjective(SelfForcingConfig(student_steps=STEPS, block=2))
+    student = wan(0, attention, causal_block=2, dtype="bfloat16", param_dtype="float32", num_layers=2)
+    draws, weights = draws_of(objective)._replace(last=jnp.int32(1)), jax.random.normal(jax.random.key(2), SHAPE)
+    text, seen = jnp.asarray(batch(SHAPE).text), []
+
+    def ours(model):
+        clip = objective.samples(model, text, draws)
+        return jnp.sum(weights * clip), clip
+
+    def watched(model):
+        seen.append(computed_dtype(model))
+        return seen[-1]
+
+    monkeypatch.setattr(self_forcing, "computed_dtype", watched)
+    (_, clip), grads = gradient(ours, student, has_aux=True)()
+    assert [model.blocks.ffn.fc1.kernel[...].dtype for model in seen] == [jnp.bfloat16] * 2  # roll-out and replay
+    monkeypatch.setattr(self_forcing, "computed_dtype", lambda model: model)
+    (_, expected), others = gradient(ours, student, has_aux=True)()
+    np.testing.assert_array_equal(clip, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert_same(grads, others, 1e-6)
 
 
 def test_noise_levels_of_the_published_code():

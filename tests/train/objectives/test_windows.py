@@ -62,14 +62,14 @@ class OfSlots(SelfForcingObjective):
         runs = jax.lax.dynamic_update_slice_in_dim(jax.lax.stop_gradient(cache.runs), student.left(z), slot, 1)
         return dataclasses.replace(cache, runs=runs, length=frame + 1)
 
-    def _denoise_block(self, student, z, cache, frame, number, index):
+    def _denoise_block(self, student, z, cache, frame, number, index, *, in_place=False):
         cache = self._append(student, z, cache, frame)
         there = jnp.arange(cache.runs.shape[1]) < cache.length
         seen = jnp.mean(cache.runs, axis=1, keepdims=True, where=there[:, None, None, None])
         sigma = jnp.asarray(SIGMAS)[index]
         return z - sigma * student.flow(z, sigma, seen, cache.cross), cache
 
-    def _keep_block(self, student, kept, cache, frame, number):
+    def _keep_block(self, student, kept, cache, frame, number, *, in_place=False):
         return self._append(student, kept, cache, frame)
 
 
