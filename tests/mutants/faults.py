@@ -349,14 +349,14 @@ FAULTS = (
         "train/objectives/self_forcing.py",
         "index, in_place=True)",
         "index)",
-        "tests/train/objectives/test_distillation.py",
+        DISTILLATION,
         "finished_blocks",
     ),
     Fault(
         "train/objectives/by_blocks.py",
         "(jax.tree.map(jnp.zeros_like, shared), zero)",
         "jax.tree.map(jnp.zeros_like, (shared, moving))",
-        "tests/train/objectives/test_distillation.py",
+        DISTILLATION,
         "rounded_once and dense",
     ),
     Fault(
