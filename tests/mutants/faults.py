@@ -44,6 +44,7 @@ PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
+DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
@@ -463,6 +464,14 @@ FAULTS = (
         DISTILLATION,
         "after_all_steps",
     ),
+    Fault(
+        "train/demo/distil.py",
+        "{name: result.model for",
+        "{name: nnx.merge(result.graphs['student'], (own := result.state.roles['student']).params, own.frozen) for",
+        DEMO,
+        "it_is_the_average",
+    ),
+    Fault("train/demo/few_steps.py", "ema_decay=0.98", "ema_decay=None", DEMO, "it_is_the_average"),
     Fault(
         "train/pair_folder.py",
         "dataclasses.replace(made, seed=self.made.seed) != self.made",

@@ -1,18 +1,30 @@
 """`monarchrt demo --distill`: how its clips are compared, what it says of them, and, slowly, the whole of it."""
 
+import dataclasses
+import io
 import json
+from typing import ClassVar
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from monarchrt.train.cli import main
-from monarchrt.train.demo.config import DemoConfig
+from monarchrt.train.data import ClipWindows
+from monarchrt.train.demo import distil
+from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.demo.distances import energy_distance
-from monarchrt.train.demo.distil import Row, verdicts
+from monarchrt.train.demo.distil import Row, sampled_with, verdicts
 from monarchrt.train.demo.few_steps import distillations
 from monarchrt.train.demo.run import run_demo
+from monarchrt.train.loop import TrainResult
+from monarchrt.train.model import build_model
 from monarchrt.train.run_folder import identity
+from monarchrt.train.sources import open_source
+from monarchrt.train.state import create_role, create_state, make_training, split_model
 
 from .conftest import contents
 
@@ -20,8 +32,14 @@ SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "
 FEW = ("--distill", "--distill-steps", "3", "--clips", "8")
 
 
-def row(distance, drift=0.0):
-    return Row(label="", steps=4, stored=1.0, distance=distance, to_clip=0.0, frames=[0.0, drift], motion=1.0)
+AVERAGE = "average of the parameters, decay 0.98"
+
+
+def row(distance, drift=0.0, parameters=AVERAGE):
+    return Row(
+        label="", steps=4, stored=1.0, distance=distance, to_clip=0.0, frames=[0.0, drift], motion=1.0,
+        parameters=parameters,
+    )  # fmt: skip
 
 
 class TestEnergyDistance:
@@ -48,8 +66,81 @@ def test_what_is_said_follows_the_numbers():
     assert [line.partition(":")[0] for line in said] == ["holds", "holds", "holds", "does not hold", "holds"]
     assert "(0.2000 against 0.3000)" in said[0]
     assert "(0.7000 against 0.6000)" in said[3]
+    assert all(AVERAGE in said[n] for n in (0, 3))
     rows |= {"causal": row(0.6, -0.3), "self-forcing": row(0.5, 0.1)}  # whose last frame was better than the first
     assert [line.partition(":")[0] for line in verdicts(rows)[3:]] == ["holds", "does not hold"]
+
+
+def test_which_parameters_are_said_follows_the_networks():
+    rows = {"one": row(0.1), "other": row(0.2)}
+    assert sampled_with(rows) == AVERAGE
+    rows["other"] = row(0.2, parameters="latest parameters")
+    assert sampled_with(rows) == f"one: {AVERAGE}; other: latest parameters"
+
+
+class TestSampled:
+    """What is sampled, without training or sampling: networks whose parameters and averages differ."""
+
+    @pytest.fixture
+    def sampled(self, tmp_path, monkeypatch):
+        """What `run_distillation` measures: {name: (parameter of the network, what is said of it)}; what it prints and
+        stores."""
+        config = DemoConfig(folder=tmp_path, distill=True)
+        runs = distillations(config)
+        values = {run.run.folder.name: 10.0 * n for n, run in enumerate(runs.values(), 1)}
+        seen = {}
+
+        model = build_model(dense_run(config).model, channels=4, seed=0)
+        graph, params, frozen = split_model(model)
+        filled = lambda value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)  # noqa: E731
+
+        class Recorded:
+            rows: ClassVar = {}
+
+            def __init__(self, *_, **__):
+                pass
+
+            def add(self, name, label, network, sampling, *, parameters, **_):
+                value = float(jax.tree.leaves(split_model(network)[1])[0].ravel()[0])
+                seen[name] = value, parameters
+                self.rows[name] = row(value, parameters=parameters)
+                return self.rows[name]
+
+            def film(self, path):
+                return path
+
+        def trained(run):
+            value, training = values[run.run.folder.name], make_training(run.optimizer, updates=1)
+            role = create_role(filled(value), frozen, training)
+            if role.average is not None:
+                role = dataclasses.replace(role, average=filled(value + 1))
+            state = create_state({"student": role}, seed=0)
+            graphs = {"student": graph}
+            return TrainResult(state=state, graphs=graphs, held_out={}, exported="student", folder=run.run.folder)
+
+        monkeypatch.setattr(distil, "Measured", Recorded)
+        monkeypatch.setattr(distil, "draw_curves", lambda path, *_: path)
+        source, printed = open_source(dense_run(config).data, text_shape=(1, 8)), io.StringIO()
+        assert isinstance(source, ClipWindows)
+        distil.run_distillation(config, runs, model, source, trained, Console(file=printed, width=400), begun=0.0)
+        return seen, printed.getvalue(), json.loads((tmp_path / "distillation.json").read_text())
+
+    def test_it_is_the_average_of_every_network(self, sampled):
+        """A student's parameters jump from one update to the next; what is claimed is claimed of their average."""
+        seen, printed, stored = sampled
+        wanted = {"dmd": 11.0, "dmd-dense": 21.0, "causal": 31.0, "self-forcing": 41.0}
+        assert {name: seen[name] for name in wanted} == {name: (value, AVERAGE) for name, value in wanted.items()}
+        assert f"sampled with the {AVERAGE}" in printed
+        assert {network["parameters"] for network in stored["networks"].values()} == {AVERAGE}
+
+
+def test_how_long_each_is_trained(tmp_path):
+    """DMD as many steps as are given, Self-Forcing a third; its last is the one that is evaluated."""
+    for given, forced in ((450, 150), (2, 1)):
+        runs = distillations(DemoConfig(folder=tmp_path, distill=True, distill_steps=given))
+        steps = {name: run.run.steps for name, run in runs.items()}
+        assert steps == {"dmd": given, "dmd-dense": given, "causal": 250, "self-forcing": forced}
+        assert all(run.run.eval_every == run.run.steps for run in runs.values())
 
 
 def test_the_dense_student_differs_in_attention_alone(tmp_path):
@@ -91,7 +182,9 @@ def test_what_it_leaves(tmp_path, capsys):
     values = json.loads((folder / "distillation.json").read_text())
     names = ["teacher", "dense-euler", "dense", "swapped", "dmd", "dmd-dense", "causal", "self-forcing"]
     assert list(values["networks"]) == names
+    assert f"sampled with the {AVERAGE}" in printed
     for network in values["networks"].values():
+        assert network["parameters"] == AVERAGE
         assert np.isfinite([network["distance"], network["to_clip"], network["drift"], network["motion"]]).all()
         assert len(network["frames"]) == 4
     assert len({network["distance"] for network in values["networks"].values()}) == len(names)
@@ -114,11 +207,12 @@ def test_what_it_leaves(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)  # three demos
 def test_what_holds_for_three_seeds(tmp_path):
-    """On clips of noise that no training saw, by a distance that no training minimises. The spread is what three seeds
-    differ by, in the network that is claimed to be better and the one that it is compared with.
+    """On clips of noise that no training saw, by a distance that no training minimises, of the averages of the
+    parameters. The spread is what three seeds differ by, in the network that is claimed to be better and the one that
+    it is compared with. The demo's settings were chosen with other seeds, 3, 4 and 5.
 
-    What does not hold in miniature is not asked for: that the causal student drifts less than before, over four frames,
-    and that any student is nearer than the dense teacher in four steps of Euler's method."""
+    Measured and stored, but not asked for, as it does not hold in miniature: that the causal student drifts less than
+    before, over four frames, and that any student is nearer than the dense teacher in four steps of Euler's method."""
     found: dict[str, list[dict]] = {}
     for seed in range(3):
         config = DemoConfig(folder=tmp_path / str(seed), seed=seed, distill=True, clips=256)
@@ -134,10 +228,12 @@ def test_what_holds_for_three_seeds(tmp_path):
         return max(np.ptp(of(name)) for name in names)
 
     shown = {name: of(name).round(4).tolist() for name in found}
-    assert np.all(of("swapped") - of("dmd") >= 3 * spread("dmd")), shown
+    margin = of("swapped") - of("dmd")
+    assert np.all(margin >= 3 * spread("dmd")), shown
+    assert np.mean(margin) >= 3 * spread("dmd", "swapped"), shown
     assert np.all(of("dmd") - of("dmd-dense") <= spread("dmd", "dmd-dense")), shown
     assert np.all(of("dmd", "stored") <= 0.11)
-    assert np.mean(of("causal") - of("self-forcing")) > 0, shown
-    for name in ("dmd", "self-forcing"):  # four steps lose motion, and training brings it back
+    assert np.all(of("causal") - of("self-forcing") > 0), shown
+    for name in ("dmd", "self-forcing"):  # four steps lose motion, and training brings some of it back
         before = of({"dmd": "swapped", "self-forcing": "causal"}[name], "motion")
         assert np.all(np.abs(1 - of(name, "motion")) < np.abs(1 - before)), shown

@@ -43,11 +43,12 @@ class DemoConfig:
 
     distill: bool = False
     """Instead of the finetuning: distil the dense model into Monarch students of four steps, by DMD and, causal, by
-    Self-Forcing, and compare their clips with the dense model's of many steps. distillation.json, distillation.png,
-    students.mp4; an estimated 20 minutes on 2 idle CPU cores."""
+    Self-Forcing, and compare clips of their averages with the dense model's of many steps. distillation.json,
+    distillation.png, students.mp4; an estimated 20 minutes on 2 idle CPU cores."""
 
-    distill_steps: int = 300
-    """With distill: steps of each distillation; every second one updates the student, each the critic."""
+    distill_steps: int = 450
+    """With distill: steps of each DMD; Self-Forcing takes a third of them. Every fourth step updates the student, each
+    the critic."""
 
     clips: int = 64
     """With distill: clips that are made with each network to compare them."""

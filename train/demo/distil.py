@@ -3,6 +3,9 @@
 What is claimed is measured on clips, made of noise that no training saw: how far their distribution is from that of the
 teacher's own clips of many steps, which is no training loss. Beside every student stands the same network in as many
 steps without distillation.
+
+Every network is sampled with the moving average of its parameters. A student's own parameters jump from one update to
+the next: what they make at the last step says as much of that step as of the training.
 """
 
 import dataclasses
@@ -25,10 +28,10 @@ from monarchrt.models.media.video import write_mp4
 from monarchrt.models.wan import WanModel
 from monarchrt.train.config import TrainConfig, to_dict
 from monarchrt.train.data import Batch, ClipWindows
-from monarchrt.train.demo.config import DemoConfig
+from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.demo.distances import energy_distance
 from monarchrt.train.demo.few_steps import SHIFT
-from monarchrt.train.demo.film import COLUMN, HOLD, labelled
+from monarchrt.train.demo.film import COLUMN, HOLD, labelled, subscribed
 from monarchrt.train.logs import read_log
 from monarchrt.train.loop import TrainResult
 from monarchrt.train.objectives.dmd import DMDObjective
@@ -41,6 +44,8 @@ import matplotlib.pyplot as plt
 
 STEPS = 24  # of the teacher's clips
 SHOWN = 8  # clips in the film
+
+AVERAGED = "average of the parameters, decay {:g}"
 
 type Sampling = Callable[[Any, jax.Array, Batch], jax.Array]
 """(network, key, examples of whose shape and text) -> clips."""
@@ -58,6 +63,7 @@ class Row:
         to_clip: Energy distance to the held-out windows of the video.
         frames: The first, of each frame of a clip by itself.
         motion: Mean |difference of neighbouring frames|, over the teacher's.
+        parameters: Which of the training's parameters it was sampled with.
     """
 
     label: str
@@ -67,6 +73,7 @@ class Row:
     to_clip: float
     frames: list[float]
     motion: float
+    parameters: str
 
     @property
     def drift(self) -> float:
@@ -122,7 +129,9 @@ class Measured:
         self.rows: dict[str, Row] = {}
         self.clips: dict[str, np.ndarray] = {}
 
-    def add(self, name: str, label: str, network: Any, sampling: Sampling, *, steps: int, stored: float) -> Row:
+    def add(
+        self, name: str, label: str, network: Any, sampling: Sampling, *, steps: int, stored: float, parameters: str
+    ) -> Row:
         """Makes clips of a network and measures them."""
         clips = make_clips(network, sampling, self._like, count=self._count, seed=self._seed)
         there = self._reference
@@ -135,6 +144,7 @@ class Measured:
             to_clip=energy_distance(clips, self._held_out),
             frames=[energy_distance(clips[:, n], there[:, n]) for n in range(clips.shape[1])],
             motion=motion(clips) / motion(there),
+            parameters=parameters,
         )
         self.rows[name], self.clips[name] = row, clips[:SHOWN]
         return row
@@ -149,7 +159,20 @@ class Measured:
         panels += [np.full_like(panels[0], 255)] * (-len(panels) % 2)
         rows = [np.concatenate(panels[n : n + 2], axis=2) for n in range(0, len(panels), 2)]
         film = np.concatenate(rows, axis=1)
+        film = subscribed(film, f"sampled with the {sampled_with(self.rows)}")
         return write_mp4(path, np.concatenate([film, *[film[-1:]] * HOLD]), fps=4.0)
+
+
+def parameters_of(config: TrainConfig) -> str:
+    """Which parameters of a run `TrainResult.model` has."""
+    decay = config.optimizer.ema_decay
+    return "latest parameters" if decay is None else AVERAGED.format(decay)
+
+
+def sampled_with(rows: Mapping[str, Row]) -> str:
+    """Which parameters the networks were sampled with; by network, if these differ."""
+    kinds = {row.parameters for row in rows.values()}
+    return kinds.pop() if len(kinds) == 1 else "; ".join(f"{name}: {row.parameters}" for name, row in rows.items())
 
 
 def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainConfig]) -> Path:
@@ -158,7 +181,7 @@ def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainCon
     figure, (bars, critic, apart) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     names = list(rows)[::-1]
     bars.barh([rows[name].label for name in names], [rows[name].distance for name in names], color="#4c72b0")
-    bars.set(title="distance to the teacher's clips, less is better", xlabel="energy distance")
+    bars.set(title="distance to the teacher's clips, less is better", xlabel=f"energy distance; {sampled_with(rows)}")
     for name, config in runs.items():
         records = read_log(config.run.folder)
         for axes, key in ((critic, "critic/loss"), (apart, "student/mean_abs_difference")):
@@ -217,25 +240,22 @@ def run_distillation(
     def stored(model: WanModel) -> float:
         return model.config.layer_attention[0].density(grid).kept
 
-    def add(name: str, label: str, network: WanModel, sampling: Sampling, steps: int) -> None:
-        row = measured.add(name, label, network, sampling, steps=steps, stored=stored(network))
+    def add(name: str, label: str, network: WanModel, sampling: Sampling, steps: int = 4) -> None:
+        of_run = parameters_of(runs.get(name, dense_run(config)))
+        row = measured.add(name, label, network, sampling, steps=steps, stored=stored(network), parameters=of_run)
         console.print(f"   {label}: {row.distance:.4f}")
 
-    swapped = dense.with_attention(students["dmd"].model.config.attention)
+    averages = {name: result.model for name, result in students.items()}
+    few = {name: few_steps(runs[name]) for name in ("dmd", "dmd-dense", "self-forcing")}
+    swapped = dense.with_attention(averages["dmd"].config.attention)
     add("teacher", "teacher, dense, other noise", dense, many_steps(STEPS), STEPS)
-    add("dense-euler", "teacher, dense, not distilled, Euler", dense, many_steps(4), 4)
-    add("dense", "teacher, dense, not distilled", dense, few_steps(runs["dmd"]), 4)
-    add("swapped", "Monarch, not distilled", swapped, few_steps(runs["dmd"]), 4)
-    add("dmd", "Monarch, DMD", students["dmd"].model, few_steps(runs["dmd"]), 4)
-    add("dmd-dense", "dense, DMD", students["dmd-dense"].model, few_steps(runs["dmd-dense"]), 4)
-    add("causal", "causal Monarch, not distilled", students["causal"].model, few_steps(runs["self-forcing"]), 4)
-    add(
-        "self-forcing",
-        "causal Monarch, Self-Forcing",
-        students["self-forcing"].model,
-        few_steps(runs["self-forcing"]),
-        4,
-    )
+    add("dense-euler", "teacher, dense, not distilled, Euler", dense, many_steps(4))
+    add("dense", "teacher, dense, not distilled", dense, few["dmd"])
+    add("swapped", "Monarch, not distilled", swapped, few["dmd"])
+    add("dmd", "Monarch, DMD", averages["dmd"], few["dmd"])
+    add("dmd-dense", "dense, DMD", averages["dmd-dense"], few["dmd-dense"])
+    add("causal", "causal Monarch, not distilled", averages["causal"], few["self-forcing"])
+    add("self-forcing", "causal Monarch, Self-Forcing", averages["self-forcing"], few["self-forcing"])
     rows = measured.rows
     written = [
         measured.film(config.folder / "students.mp4"),
@@ -253,14 +273,15 @@ def run_distillation(
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
     """Which of the claims the measured distances bear out, one a line."""
     best = min(rows[name].distance for name in ("dense-euler", "dense"))
+    dmd, forced = rows["dmd"].parameters, rows["self-forcing"].parameters
     claims = (
-        ("DMD: the Monarch student is nearer to the teacher than the dense teacher itself in 4 steps",
+        (f"DMD: the Monarch student ({dmd}) is nearer to the teacher than the dense teacher itself in 4 steps",
          rows["dmd"].distance, best),
         ("DMD: it is nearer than the same network in 4 steps without distillation",
          rows["dmd"].distance, rows["swapped"].distance),
         ("DMD: it is within 1.5 times the distance of the dense student",
          rows["dmd"].distance, 1.5 * rows["dmd-dense"].distance),
-        ("Self-Forcing: the causal Monarch student is nearer than without distillation",
+        (f"Self-Forcing: the causal Monarch student ({forced}) is nearer than without distillation",
          rows["self-forcing"].distance, rows["causal"].distance),
         ("Self-Forcing: it drifts less over the frames than without distillation",
          rows["self-forcing"].drift, rows["causal"].drift),
@@ -270,7 +291,10 @@ def verdicts(rows: Mapping[str, Row]) -> list[str]:
 
 def table(rows: Mapping[str, Row]) -> Table:
     """The rows for a terminal."""
-    shown = Table("network", "steps", "map stored", "distance to teacher", "to the held-out clip", "drift", "motion")
+    shown = Table(
+        "network", "steps", "map stored", "distance to teacher", "to the held-out clip", "drift", "motion",
+        caption=f"sampled with the {sampled_with(rows)}",
+    )  # fmt: skip
     for row in rows.values():
         shown.add_row(
             row.label, str(row.steps), f"{row.stored:.0%}", f"{row.distance:.4f}", f"{row.to_clip:.4f}",

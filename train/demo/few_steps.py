@@ -2,14 +2,16 @@
 
 import dataclasses
 
-from monarchrt.train.config import ModelConfig, OptimizerConfig, RoleConfig, TrainConfig
+from monarchrt.train.config import ModelConfig, OptimizerConfig, RoleConfig, RunConfig, TrainConfig
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
 
 SHIFT = 3.0  # of the teacher's training
 BLOCK = 1  # latent frames of a causal student's block
-_STUDENT = OptimizerConfig(learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=10, ema_decay=0.95)
-_CRITIC = OptimizerConfig(learning_rate=2e-3, beta1=0.0, beta2=0.99, ema_decay=None)
+EVERY = 4  # steps of the critic for one of a student
+# from one update to the next a student jumps; its average, which is what is sampled, does not
+_STUDENT = OptimizerConfig(learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=10, ema_decay=0.98)
+_CRITIC = OptimizerConfig(learning_rate=4e-3, beta1=0.0, beta2=0.99, ema_decay=None)
 
 
 def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
@@ -18,7 +20,7 @@ def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
     dmd          a Monarch student of four steps, made of the dense teacher
     dmd-dense    the same with dense attention: same batches, draws and steps
     causal       the dense teacher finetuned to see earlier frames only, with Monarch attention, many steps
-    self-forcing a causal Monarch student of four steps, made of that
+    self-forcing a causal Monarch student of four steps, made of that; more steps made it no nearer
 
     Args:
         config: The demo's settings.
@@ -35,21 +37,22 @@ def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
         tile=frame,
         overrides=(*dense.model.overrides, f"causal_block={BLOCK}"),
     )
-    few = dataclasses.replace(
-        dense.run, steps=config.distill_steps, eval_every=config.distill_steps, eval_windows=4, eval_timesteps=1
-    )
+
+    def few(steps: int) -> RunConfig:
+        return dataclasses.replace(dense.run, steps=steps, eval_every=steps, eval_windows=4, eval_timesteps=1)
+
     roles = {
         "critic": RoleConfig(model=dense.model, optimizer=_CRITIC),
         "teacher": RoleConfig(model=dense.model, optimizer=None, init_from=dense.run.folder),
     }
 
-    def student(name: str, model: ModelConfig) -> TrainConfig:
+    def student(name: str, model: ModelConfig, steps: int) -> TrainConfig:
         return TrainConfig(
             data=dense.data,
             model=model,
-            objective=DMDConfig(shift=SHIFT, student_every=2),
+            objective=DMDConfig(shift=SHIFT, student_every=EVERY),
             optimizer=_STUDENT,
-            run=dataclasses.replace(few, folder=config.folder / name),
+            run=dataclasses.replace(few(steps), folder=config.folder / name),
             roles=roles,
         )
 
@@ -58,17 +61,17 @@ def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
         model=causal,
         optimizer=dataclasses.replace(dense.optimizer, learning_rate=2e-3),
         run=dataclasses.replace(
-            few, folder=config.folder / "causal", init_from=dense.run.folder, steps=config.finetune_steps
+            few(config.finetune_steps), folder=config.folder / "causal", init_from=dense.run.folder
         ),
     )
     forced = dataclasses.replace(
-        student("self-forcing", causal),
-        objective=SelfForcingConfig(shift=SHIFT, student_every=2, block=BLOCK),
+        student("self-forcing", causal, max(1, config.distill_steps // 3)),
+        objective=SelfForcingConfig(shift=SHIFT, student_every=EVERY, block=BLOCK),
     )
     forced = dataclasses.replace(forced, run=dataclasses.replace(forced.run, init_from=begun.run.folder))
     return {
-        "dmd": student("dmd", monarch),
-        "dmd-dense": student("dmd-dense", dense.model),
+        "dmd": student("dmd", monarch, config.distill_steps),
+        "dmd-dense": student("dmd-dense", dense.model, config.distill_steps),
         "causal": begun,
         "self-forcing": forced,
     }

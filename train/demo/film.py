@@ -127,3 +127,16 @@ def labelled(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np
         ImageDraw.Draw(panel).text((MARGIN, 6), caption, fill="black", font=ImageFont.load_default(18))
         panels.append(np.asarray(panel))
     return np.stack(panels)
+
+
+def subscribed(frames: np.ndarray, caption: str) -> np.ndarray:
+    """Frames with a caption below, uint8 [T, H + CAPTION, W, 3].
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        caption: Of all of them.
+    """
+    panel = Image.new("RGB", (frames.shape[2], CAPTION), "white")
+    ImageDraw.Draw(panel).text((MARGIN, 6), caption, fill="black", font=ImageFont.load_default(18))
+    below = np.broadcast_to(np.asarray(panel), (len(frames), *np.asarray(panel).shape))
+    return np.concatenate([frames, below], axis=1)
