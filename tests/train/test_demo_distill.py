@@ -19,10 +19,12 @@ from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.demo.distances import energy_distance
 from monarchrt.train.demo.distil import Row, sampled_with, verdicts
 from monarchrt.train.demo.few_steps import distillations
+from monarchrt.train.demo.folder import claim_demo, write_settings
 from monarchrt.train.demo.run import run_demo
 from monarchrt.train.loop import TrainResult
 from monarchrt.train.model import build_model
-from monarchrt.train.run_folder import identity
+from monarchrt.train.objectives.settings import DMDConfig
+from monarchrt.train.run_folder import identity, write_config
 from monarchrt.train.sources import open_source
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 
@@ -166,6 +168,24 @@ def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_pat
     assert main(["demo", "--folder", str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_that_of_another_version_is_not_gone_on_with(tmp_path, capsys):
+    """Whose student was updated at every second step; it is said before anything is computed, and nothing changes."""
+    config = DemoConfig(folder=tmp_path / "demo", distill=True)
+    write_settings(config)
+    run = distillations(config)["dmd"]
+    run.run.folder.mkdir()
+    resume = ["demo", "--folder", str(config.folder), "--resume"]
+    write_config(dataclasses.replace(run, objective=DMDConfig(shift=3.0, student_every=2)), latents=(4, 8, 14))
+    (run.run.folder / "checkpoints" / "300").mkdir(parents=True)
+    before = contents(config.folder)
+    assert main(resume) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"dmd/ of the demo in {config.folder} was begun by another version (student_every 2, now 4); give" in said
+    assert contents(config.folder) == before
+    write_config(run, latents=(4, 8, 14))
+    claim_demo(dataclasses.replace(config, resume=True))  # of this one, it is
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import decoded, is_litter
-from monarchrt.train.config import from_dict, to_dict
+from monarchrt.train.config import TrainConfig, from_dict, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
 from monarchrt.train.demo.few_steps import distillations
-from monarchrt.train.run_folder import CONFIG_NAME, claim_folder
+from monarchrt.train.run_folder import CONFIG_NAME, claim_folder, read_config
 
 SETTINGS_NAME = "demo.json"
 # the runs build on each other, so none may change when some are done; the clip is compared by its content
@@ -44,6 +44,7 @@ def claim_demo(config: DemoConfig) -> None:
         advice = "give --resume to continue it, or another --folder" if known else "give another --folder"
         raise UserError(f"folder {folder} exists already; {advice}")
     for name, run in runs.items():
+        _check_objective(name, run)
         claim_folder(run)
         if names & {"results.json", "comparison.mp4", "distillation.json"} and not _has_checkpoint(run.run.folder):
             # those of a demo from before there was a control are made again, with it
@@ -61,6 +62,19 @@ def claim_demo(config: DemoConfig) -> None:
                 f"cannot resume: {field} is {here}, but the demo in {folder} was begun with {there}; use that value, "
                 f"or another --folder"
             )
+
+
+def _check_objective(name: str, run: TrainConfig) -> None:
+    """A run that an earlier version began for another objective than this one would is not gone on with."""
+    begun = read_config(run.run.folder) if run.run.folder.is_dir() else None
+    if begun is None or begun.objective == run.objective:
+        return
+    there, here = to_dict(begun.objective), to_dict(run.objective)
+    changed = ", ".join(f"{key} {there.get(key)}, now {here[key]}" for key in here if here[key] != there.get(key))
+    raise UserError(
+        f"cannot resume: {name}/ of the demo in {run.run.folder.parent} was begun by another version ({changed}); "
+        f"give another --folder"
+    )
 
 
 def _has_checkpoint(folder: Path) -> bool:
