@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def computed_dtype[M: nnx.Module](model: M) -> M:
     Returns:
         A copy; what is no dense layer's is shared.
     """
-    dtypes = {
+    dtypes: dict[tuple[Any, ...], Any] = {
         (*path, name): module.dtype
         for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.Linear) and module.dtype is not None
