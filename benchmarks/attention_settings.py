@@ -33,7 +33,15 @@ EXACT = "dense"  # what critics and teachers have
 CHECKED = "monarch 95%"  # whose numbers are compared with those of XLA before anything is timed
 
 
-def setting(name: str, rows: int, columns: int, *, implementation: str | None = None, keep: bool = False) -> Attention:
+def setting(
+    name: str,
+    rows: int,
+    columns: int,
+    *,
+    implementation: str | None = None,
+    keep: bool = False,
+    intermediates: str | None = None,
+) -> Attention:
     """The setting of that name.
 
     Args:
@@ -42,6 +50,7 @@ def setting(name: str, rows: int, columns: int, *, implementation: str | None = 
         columns: Columns of tokens of a frame.
         implementation: Backend of a named setting that has a choice of them; None leaves it to the library.
         keep: Whether such a setting keeps intermediates for the backward pass.
+        intermediates: What such a setting stores them in, "e4m3" or None.
 
     Returns:
         The setting.
@@ -53,6 +62,7 @@ def setting(name: str, rows: int, columns: int, *, implementation: str | None = 
         return parse(name)
     how = f",implementation={implementation}" if implementation else ""
     how += ",keep_intermediates=True" if keep else ""
+    how += f",intermediates={intermediates}" if intermediates else ""
     return parse(NAMED[name].format(rows=rows, columns=columns, how=how))
 
 

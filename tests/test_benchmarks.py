@@ -61,6 +61,8 @@ def run(monkeypatch, tmp_path):
             "ring=1 is below",
         ),
         ("generate", [], "there is no GPU"),
+        ("rollout", [], "there is no GPU"),
+        ("rollout", ["--tiny", "--layers", "0"], "--layers 0 must be at least 1"),
         ("decode", [], "there is no GPU"),
         ("generate", ["--tiny", "--repeats", "0"], "--repeats 0 must be at least 1"),
         ("generate", ["--tiny", "--attention", "dens"], "'dens' is not a kind of attention; kinds: dense, monarch"),
@@ -297,3 +299,15 @@ def test_meshes_are_measured_beside_one_device(tmp_path):
     assert rows[2]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-2)
     assert rows[0]["collectives"] != rows[1]["collectives"] != rows[3]["collectives"]
     assert rows[2]["planned_bytes"]["total"] < rows[1]["planned_bytes"]["total"]
+
+
+@pytest.mark.slow
+def test_how_far_a_roll_out_ends_from_float32(run, capsys, tmp_path):
+    run("rollout", "--tiny", "--layers", "1", "--sharpness", "1", "10")
+    rows = json.loads((tmp_path / "results/rollout.json").read_text())["rows"]
+    assert [row["sharpness"] for row in rows] == [1.0, 10.0]
+    for row in rows:
+        assert all(1e-4 < row[name]["all"] < 0.1 for name in ("bfloat16", "e4m3", "e4m3 from bfloat16"))
+    flat, sharp = (row["e4m3 from bfloat16"]["all"] for row in rows)
+    assert sharp > flat  # where alpha errs
+    assert capsys.readouterr().out.count("bfloat16's own") == 2
