@@ -43,7 +43,7 @@ def main() -> None:
     args = parse()
     sizes = TINY if args.tiny else TRUE
     frame = sizes.height // 16, sizes.width // 16
-    half, eight = (setting(args.attention, *frame, **how) for how in ({}, {"intermediates": EIGHT}))
+    half, eight = (setting(args.attention, *frame, intermediates=kind) for kind in (None, EIGHT))
     config = wan_config(sizes.wan, num_layers=args.layers, dtype="bfloat16", param_dtype="bfloat16")
     rows = []
     for sharpness in args.sharpness:
