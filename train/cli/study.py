@@ -59,7 +59,7 @@ def _mass(config: MassConfig) -> None:
 
     result = study_mass(config)
     rows = [(label, *(f"{value:.1%}" for value in values)) for label, values in result["shares"].items()]
-    blocks = [f"block {n}" for n in range(len(result["mean"]))]
+    blocks = [f"block {n}" for n in result["blocks"]]
     print_table([f"keys for {config.mass:.0%}", *blocks], [*rows, ("mean", *(f"{x:.1%}" for x in result["mean"]))])
     say(f"{config.out}: {', '.join(FILES)}")
 

@@ -32,7 +32,8 @@ def study_mass(config: MassConfig) -> dict[str, Any]:
         config: The settings.
 
     Returns:
-        What the JSON holds: `shares`, label -> share by block, and `mean` over the heads.
+        What the JSON holds: `blocks`, the numbers of those that were made and not given; `shares`, label -> share by
+        block, and `mean` over the heads.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -56,20 +57,21 @@ def study_mass(config: MassConfig) -> dict[str, Any]:
             for part in pipeline.latents(material.text, plan=material.plan, **options):
                 advance(part.shape[1])
     with progress("shares", len(calls) * len(heads), quiet=config.quiet) as advance:
-        shares = by_block(calls, config.mass, partial, advance)
+        blocks, shares = by_block(calls, config.mass, partial, advance)
     mean = [float(np.mean(values)) for values in zip(*shares.values(), strict=True)]
     result = {
-        "checkpoint": config.checkpoint, "mass": config.mass, "step": config.step, "mean": mean, "shares": shares,
+        "checkpoint": config.checkpoint, "mass": config.mass, "step": config.step, "blocks": blocks, "mean": mean,
+        "shares": shares,
     }  # fmt: skip
     write_json(config.out / FILES[0], result)
-    pictures.draw_mass(config.out / FILES[1], shares, mass=config.mass)
+    pictures.draw_mass(config.out / FILES[1], shares, blocks=blocks, mass=config.mass)
     partial.done()
     return result
 
 
 def by_block(
     calls: list[Captured], mass: float, partial: Partial, advance: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+) -> tuple[list[int], dict[str, list[float]]]:
     """Share of the keys by layer, head and block; where a call has no block, it is the number of the call.
 
     Args:
@@ -79,9 +81,10 @@ def by_block(
         advance: Called after each.
 
     Returns:
-        Shares of the blocks, by layer and head.
+        Numbers of the blocks, and their shares by layer and head.
     """
     shares: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    calls = sorted(calls, key=lambda call: call.layer)  # in the order of blocks still
     for call in calls:
         for place, head in enumerate(call.heads):
             label = f"layer {call.layer}, head {head}"
@@ -91,7 +94,8 @@ def by_block(
                 f"{label}, block {block}", lambda query=query, key=key: share_for_mass(query, key, mass)
             )
             advance()
-    return {label: [values[block] for block in sorted(values)] for label, values in sorted(shares.items())}
+    blocks = sorted({block for values in shares.values() for block in values})
+    return blocks, {label: [values[block] for block in blocks] for label, values in shares.items()}
 
 
 def video_material(config: MassConfig | TilesConfig, *, mode: Any = "auto") -> Material:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
@@ -46,12 +45,13 @@ def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
     return _saved(figure, path)
 
 
-def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, mass: float) -> Path:
+def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, blocks: Sequence[int], mass: float) -> Path:
     """Share of the keys that reach a share of the attention, by block: a line for each head.
 
     Args:
         path: The png.
         shares: Label -> share by block.
+        blocks: Their numbers.
         mass: p.
 
     Returns:
@@ -59,7 +59,8 @@ def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, mass: float)
     """
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for (label, values), mark in zip(shares.items(), itertools.cycle(MARKS), strict=False):
-        axis.plot(np.arange(len(values)), [100 * value for value in values], marker=mark, ms=4, lw=1, label=label)
+        axis.plot(blocks, [100 * value for value in values], marker=mark, ms=4, lw=1, label=label)
+    axis.set_xticks(blocks)
     axis.set(xlabel="block of the roll-out", ylabel=f"% of keys for {mass:.0%} of the attention", ylim=(0, 100))
     axis.grid(alpha=0.3)
     if len(shares) <= 24:

@@ -157,6 +157,15 @@ class TestCommands:
         assert "layer 0, head 0" in capsys.readouterr().out
         result = json.loads((tmp_path / "mass.json").read_text())
         assert all(0 < share <= 1 for values in result["shares"].values() for share in values)
+        assert result["blocks"] == [0]
+
+    def test_a_block_that_was_given_has_no_share(self, baseline, tmp_path, capsys):
+        """The clip's first frames are block 0, and the first that is made is block 1."""
+        options = ["--sample-steps", "1", "--mode", "autoregressive", "--frames", "6", "--quiet"]
+        assert main(["study", "mass", "--checkpoint", str(baseline), "--out", str(tmp_path), *options]) == 0
+        assert "block 1" in (printed := capsys.readouterr().out)
+        assert "block 0" not in printed
+        assert json.loads((tmp_path / "mass.json").read_text())["blocks"] == [1]
 
     def test_mass_that_was_stopped_goes_on(self, baseline, tmp_path, monkeypatch, capsys):
         """Blocks that were counted are not counted again, and numbers are those of a study that was not stopped."""
@@ -188,7 +197,7 @@ class TestCommands:
         assert counted[1] == counted[2]
         whole, mine = (json.loads((tmp_path / name / "mass.json").read_text()) for name in ("whole", "out"))
         assert mine == whole
-        assert len(set(itertools.chain(*whole["shares"].values()))) > 1
+        assert len(set(itertools.chain(*whole["shares"].values()))) == 4  # two heads, two blocks
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mass.json", "mass.png"]
 
     @pytest.mark.slow
