@@ -57,7 +57,8 @@ class SLAttention(ListedAttention):
             return
         blocks = self._blocks(min(causal_block or grid[0], grid[0]) * grid[1] * grid[2])
         if not self.blocks_kept(blocks):
-            raise ValueError(f"sla: keep={self.keep} of {blocks} blocks is none; the least is {1 / blocks:.4f}.")
+            least = f"the least is {1 / blocks:.4f}, or less with a smaller block"
+            raise ValueError(f"sla: keep={self.keep} of {blocks} blocks is none; {least}.")
 
     def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
         """The projection: [head_dim, head_dim] and a bias, zeros."""

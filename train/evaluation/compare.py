@@ -24,7 +24,6 @@ from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError, report_full_disk, user_input
 from monarchrt.models.files import growing
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.models.generate.load import load_material
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import check_attention
@@ -40,7 +39,7 @@ from monarchrt.train.evaluation.lpips import SMALLEST as LPIPS_SMALLEST
 from monarchrt.train.evaluation.lpips import read_lpips
 from monarchrt.train.evaluation.report import summarise, write_report
 from monarchrt.train.evaluation.sets import Sets, distances, features_of, plan_sets, real_windows
-from monarchrt.train.evaluation.subject import Subject, open_subject
+from monarchrt.train.evaluation.subject import Subject, open_subject, video_of
 from monarchrt.train.evaluation.vmaf import SMALLEST, find_ffmpeg, vmaf
 from monarchrt.train.studies.results import progress, write_json
 from monarchrt.train.texts import read_prompts
@@ -286,20 +285,18 @@ def _distances(
 
 
 def _material(config: EvaluateConfig, prompt: str | None, settings: list[Attention]) -> Material:
-    material = load_material(
-        GenerateConfig(
-            checkpoint=config.checkpoint,
-            attention=config.reference,
-            prompt=prompt,
-            components=config.components,
-            condition=None if config.video is None else str(config.video),
-            frames=config.frames,
-            height=config.height,
-            width=config.width,
-            mode=config.mode,
-            steps=config.steps,
-        )
+    given = GenerateConfig(
+        checkpoint=config.checkpoint,
+        attention=config.reference,
+        prompt=prompt,
+        components=config.components,
+        frames=config.frames,
+        height=config.height,
+        width=config.width,
+        mode=config.mode,
+        steps=config.steps,
     )
+    material = video_of(given, config.video)
     for setting in settings:  # before the first video is made
         _density_of_video(material, setting)
     return material

@@ -8,6 +8,8 @@ from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import EXACT
 from monarchrt.models.errors import UserError, user_input
 
+MOST = 1000  # examples, noise levels, examples at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -88,20 +90,22 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         with user_input():
-            for text in (self.reference, *self.attention):
-                parse(text)
+            parse(self.reference)
+            settings = [parse(text) for text in self.attention]
+        for number, (text, setting) in enumerate(zip(self.attention, settings, strict=True)):
+            if setting in settings[:number]:
+                raise UserError(f"attention has {text} twice; give each once")
         for name, least in (("windows", 0), ("timesteps", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            if not least <= getattr(self, name) <= MOST:
+                bound = f"at least {least}" if getattr(self, name) < least else f"at most {MOST}"
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {bound}")
         if self.real is not None and self.features is None:
             raise UserError(f"real is {self.real}, which is for distances in features; give --features too")
         if self.features is not None and not self.videos:
             raise UserError("features are of videos, and videos is false; leave one of them out")
         if self.videos and not self.seeds:
             raise UserError("seeds is empty; give one or more, such as 0 1 2")
-        for name in ("seeds", "attention"):
-            values = getattr(self, name)
-            if twice := [value for n, value in enumerate(values) if value in values[:n]]:
-                raise UserError(f"{name} has {twice[0]} twice; give each once")
+        if twice := [seed for n, seed in enumerate(self.seeds) if seed in self.seeds[:n]]:
+            raise UserError(f"seeds has {twice[0]} twice; give each once")
         if not self.videos and not self.windows:
             raise UserError("videos is false and windows is 0, so that there is nothing to measure; use one of them")

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.models.generate.load import open_checkpoint, wan_defaults
-from monarchrt.models.generate.material import Opened
+from monarchrt.models.generate.load import load_material, open_checkpoint, wan_defaults
+from monarchrt.models.generate.material import Material, Opened
 from monarchrt.models.generate.run_checkpoint import RunCheckpoint
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.train.config import DataConfig
@@ -124,6 +124,32 @@ def _data_and_objective(
             shift=run.generation.shift, frames_per_level=1 if run.generation.level_per_frame else None
         )
     return data, objective
+
+
+def video_of(config: GenerateConfig, clip: Path | None) -> Material:
+    """What a video is made of; one that begins with something begins with the clip, and a whole clip with nothing.
+
+    Args:
+        config: Of the video.
+        clip: Instead of the run's own; None: that one.
+
+    Returns:
+        The material.
+
+    Raises:
+        UserError: If a setting cannot be used, or the clip.
+    """
+    if clip is None:
+        return load_material(config)
+    try:
+        return load_material(dataclasses.replace(config, condition=str(clip)))
+    except UserError:
+        if config.mode not in ("auto", "bidirectional"):
+            raise
+        material = load_material(config)
+        if material.plan.config.mode != "bidirectional":
+            raise
+        return material
 
 
 def noisy_example(

@@ -150,16 +150,21 @@ def video_name(prompt: str, number: int) -> str:
     return f"{prompt}-{number}.mp4"
 
 
-def _claim(config: VBenchConfig) -> None:
-    """Makes the folder, or finds that its videos are of the same settings; parts and dimensions may be others."""
+def _claim(config: VBenchConfig) -> bool:
+    """Makes the folder, or finds that its videos are of the same settings; parts and dimensions may be others.
+
+    Returns:
+        Whether this is its first part.
+    """
     values = {"checkpoint": config.checkpoint, "attention": config.attention, "frames": config.frames}
     values |= {"steps": config.steps, "seed": config.seed}
     config.out.mkdir(parents=True, exist_ok=True)
     there = config.out / SETTINGS
     if not there.is_file():
         write_json(there, values)
-        return
+        return True
     check_begun(values, read_begun(there), of=f"the set of videos in {config.out}")
+    return False
 
 
 def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tuple[int, int]:
@@ -179,12 +184,30 @@ def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tupl
         raise UserError("no full_info was given; give VBench_full_info.json, which the package vbench has")
     if config.checkpoint is None:
         raise UserError("no checkpoint was given; give one that takes prompts, such as Wan2.1-T2V-1.3B")
+    if (Path(config.checkpoint) / "checkpoints").is_dir():
+        raise UserError(
+            f"checkpoint {config.checkpoint} is a run folder, which knows no text; give one that takes prompts, such "
+            f"as Wan2.1-T2V-1.3B"
+        )
     tasks = read_tasks(config.full_info, dimensions=config.dimensions, still=config.still)
     number, count = config.part
     tasks = tasks[number::count]
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out {config.out} is a file; give the path of a folder")
-    _claim(config)
+    was_there = config.out.is_dir()
+    begun = _claim(config)
+    try:
+        return _make(config, tasks, report)
+    except UserError:
+        if begun and [path.name for path in config.out.iterdir()] == [SETTINGS]:  # the command works once it is mended
+            (config.out / SETTINGS).unlink()
+            if not was_there:
+                config.out.rmdir()
+        raise
+
+
+def _make(config: VBenchConfig, tasks: list[Task], report: Callable[[str], None]) -> tuple[int, int]:
+    """As `write_videos`, in a folder that is claimed."""
     from monarchrt.models.generate.load import load_material
     from monarchrt.models.generate.make import make_video
 
@@ -241,8 +264,8 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
             value = value[0] if isinstance(value, list) and value else value
             if name not in DIMENSIONS or isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f"results {file} is not VBench's: {name!a:.60} is no dimension with a number")
-            if not math.isfinite(value):
-                raise UserError(f"results {file}: {name} is {value}")
+            if not math.isfinite(value) or abs(value) > 1:
+                raise UserError(f"results {file}: {name} is {value}, and VBench's values lie in [-1, 1]")
             if scores.setdefault(name, float(value)) != float(value):
                 raise UserError(
                     f"results {file}: {name} is {value}, and {scores[name]} in another file; give one of them"

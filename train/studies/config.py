@@ -110,6 +110,8 @@ class MapConfig(_Examples):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers("densities", self.densities, 0, 1, "0.05 0.1 0.2")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")
         for name in ("grid", "crop"):
             value = getattr(self, name)
             if value is not None and min(value) < 1:

@@ -9,10 +9,10 @@ import numpy as np
 from monarchrt.models.attention.capture import Captured, capture
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.models.generate.load import load_material
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.train.config import to_dict
+from monarchrt.train.evaluation.subject import video_of
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import share_for_mass
 from monarchrt.train.studies.config import MassConfig, TilesConfig
@@ -100,16 +100,14 @@ def by_block(
 
 def video_material(config: MassConfig | TilesConfig, *, mode: Any = "auto") -> Material:
     """What a study's video is made of, as `monarchrt generate` would make it."""
-    return load_material(
-        GenerateConfig(
-            checkpoint=config.checkpoint,
-            condition=None if config.video is None else str(config.video),
-            frames=config.frames,
-            steps=config.sample_steps,
-            prompt=config.prompt,
-            components=config.components,
-            embeddings=config.embeddings,
-            seed=config.seed,
-            mode=mode,
-        )
+    given = GenerateConfig(
+        checkpoint=config.checkpoint,
+        frames=config.frames,
+        steps=config.sample_steps,
+        prompt=config.prompt,
+        components=config.components,
+        embeddings=config.embeddings,
+        seed=config.seed,
+        mode=mode,
     )
+    return video_of(given, config.video)

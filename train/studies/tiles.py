@@ -154,6 +154,7 @@ def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
                     choice.setting.check(grid, causal_block=causal)
                     if config.tiles or choice.setting.density(grid, causal_block=causal).visible <= config.most:
                         choices.append(choice)
+    choices = list(dict.fromkeys(choices))
     if not choices:
         raise UserError(
             f"most is {config.most:g}, and no tile of the tokens {grid} stores so little; give a larger one"

@@ -1,5 +1,6 @@
 """`monarchrt evaluate` on a run of one layer: numbers by hand, what goes on after a stop, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 from PIL import Image
 
 from monarchrt.models.attention.notation import parse
+from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.load import load_material
 from monarchrt.models.media.metrics import fidelity
 from monarchrt.train.cli import main
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.evaluation import compare
-from monarchrt.train.evaluation.subject import open_subject
+from monarchrt.train.evaluation.subject import open_subject, video_of
 
 SETTINGS = ("monarch(tile=(3,2,4))", "top_k(keep=0.25)")
 OPTIONS = ["--steps", "2", "--windows", "2", "--timesteps", "3", "--batch", "2", "--seeds", "1"]
@@ -47,6 +49,16 @@ def test_the_report(evaluated, baseline):
     assert np.load(folder / "losses" / "1.npy").shape == (6,)
     with Image.open(folder / "report.png") as picture:
         assert picture.width > 1000
+
+
+def test_another_clip_begins_only_what_begins_with_something(baseline, clip):
+    """A network of whole clips is compared on another clip too."""
+    whole = GenerateConfig(checkpoint=str(baseline), steps=1)
+    assert video_of(whole, clip).initial is None
+    windows = dataclasses.replace(whole, mode="windows", frames=5)
+    assert video_of(windows, clip).plan.config.condition == str(clip)
+    with pytest.raises(UserError, match=r"nowhere\.mp4 is not a file"):
+        video_of(windows, clip.parent / "nowhere.mp4")
 
 
 def test_the_video_is_that_of_generate(evaluated, baseline):
@@ -110,6 +122,8 @@ def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
         ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 8"),
         ("--attention dense --seeds", "seeds"),
         ("--attention dense --seeds 1 2 1", "seeds has 1 twice; give each once"),
+        ("--attention top_k(keep=0.5) top_k(keep=0.50)", "attention has top_k(keep=0.50) twice; give each once"),
+        ("--attention dense --timesteps 1001", "timesteps is 1001; it must be at most 1000"),
         ("--attention dense --prompts one.txt", "is a run folder, which knows no text; leave it out"),
         (
             "--attention dense --lpips junk.pth",

@@ -264,6 +264,7 @@ class TestVBench:
             ("{}", "has no dimension"),
             ("[" * 100_000, "is no JSON"),
             (f'{{"color": [1{"0" * 400}]}}', "color is inf"),
+            ('{"color": 65.2}', "color is 65.2, and VBench's values lie in [-1, 1]"),
             ("[]", "has no dimension"),
         ],
     )
@@ -318,3 +319,20 @@ class TestVBench:
         other = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, attention="monarch")
         with pytest.raises(UserError, match=r"attention is 'monarch', but the set of videos in .* was begun with None"):
             write_videos(other, report=lambda line: None)
+
+    def test_nothing_is_left_of_what_could_not_begin(self, tmp_path, monkeypatch):
+        """So that the same folder takes the command once it is mended."""
+        path, out = tmp_path / "info.json", tmp_path / "out"
+        path.write_text(json.dumps([{"prompt_en": "a", "dimension": ["scene"]}]))
+
+        def refuse(config):
+            raise UserError("attention does not fit")
+
+        monkeypatch.setattr(load, "load_material", refuse)
+        config = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7)
+        with pytest.raises(UserError, match="does not fit"):
+            write_videos(config, report=lambda line: None)
+        assert not out.exists()
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        with pytest.raises(UserError, match="is a run folder, which knows no text; give one that takes prompts"):
+            write_videos(dataclasses.replace(config, checkpoint=str(tmp_path / "run")), report=lambda line: None)
