@@ -1,14 +1,15 @@
 """The paper's comparisons in miniature: attention settings swapped into small dense models, nothing trained.
 
-    python benchmarks/claims.py --demos runs/a runs/b runs/c --out claims     # folders of three demos, seeds 0, 1, 2
-    for s in 0 1 2; do monarchrt demo --seed $s --folder runs/$s; done        # makes them, ten minutes each on 2 cores
+    for s in 0 1 2; do monarchrt demo --seed $s --folder runs/$s; done          # ten minutes each on 2 cores
+    python benchmarks/claims.py --demos runs/0 runs/1 runs/2 --out claims.json  # and claims.png
 
 1. The order of Tables 3 and 4 on the held-out loss, at the densities of the paper as far as kinds reach them: the mean
    of the difference to dense attention, with a paired bootstrap interval over (clip, noise level, noise).
-2. Aligned against misaligned block sizes (Section 4.1), on the maps of these models.
-3. Whether a smaller tile, which stores more, is always nearer to dense attention (Section 4.2).
+2. Aligned against misaligned block sizes (Section 4.1), on the maps of these models, with intervals over the maps.
+3. Whether a smaller tile, which stores more, is always nearer to dense attention (Section 4.2): how much the loss
+   changes from one tile to the next that lies in it, in pairs as above.
 
-What it prints is what it finds; it chooses nothing by the outcome.
+Writes JSON, and a picture of all three beside it. What it prints is what it finds; it chooses nothing by the outcome.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 
 from monarch_jax import MonarchSpec
@@ -31,6 +33,9 @@ from monarchrt.train.evaluation.subject import Subject, noisy_example, open_subj
 from monarchrt.train.studies.approximations import dense_map, error_of, misaligned, monarch_projection
 from monarchrt.train.studies.config import MapConfig
 from monarchrt.train.studies.maps import _factored, captured_scores
+
+matplotlib.use("Agg")  # pictures go to files; no display is needed
+import matplotlib.pyplot as plt
 
 # on the demo's grid of 4 x 8 x 14 tokens
 ORDER = (
@@ -112,22 +117,23 @@ def tiles(subjects: list[Subject], loss: Loss) -> list[dict[str, Any]]:
     """Losses down two chains of tiles that lie in each other."""
     chains, known = [], {}
     for chain in NESTED:
-        steps = []
+        steps: list[tuple[str, float, float]] = []
+        terms: list[np.ndarray] = []
         for tile in chain:
             text = f"monarch(tile={','.join(map(str, tile)).join('()')})"
             if text not in known:
                 setting = parse(text)
-                known[text] = (
-                    setting.density(subjects[0].grid).kept,
-                    float(np.mean([loss_terms(subject, setting, loss).mean() for subject in subjects])),
-                )
-            steps.append((text, *known[text]))
-        worse = [after[0] for before, after in itertools.pairwise(steps) if after[2] > before[2]]
-        chains.append({"chain": steps, "no_better_than_the_tile_before": worse})
-        for text, density, value in steps:
-            print(
-                f"{value:.4f}  {density:.1%}  {text}{'  no better, though denser' if text in worse else ''}", flush=True
-            )
+                of_models = [loss_terms(subject, setting, loss) for subject in subjects]
+                known[text] = setting.density(subjects[0].grid).kept, np.concatenate(of_models)
+            density, measured = known[text]
+            steps.append((text, density, float(measured.mean())))
+            terms.append(measured)
+        changes = [paired_interval(after - before) for before, after in itertools.pairwise(terms)]
+        worse = [step[0] for step, (_, high) in zip(steps[1:], changes, strict=True) if high >= 0]
+        chains.append({"chain": steps, "change": changes, "not_surely_better_than_the_tile_before": worse})
+        for (text, density, value), change in zip(steps, [None, *changes], strict=True):
+            said = "" if change is None else f"  from the one before {change[0]:+.4f} to {change[1]:+.4f}"
+            print(f"{value:.4f}  {density:.1%}  {text}{said}", flush=True)
     return chains
 
 
@@ -148,11 +154,52 @@ def alignment(subjects: list[Subject]) -> dict[str, Any]:
                 projected = error_of(monarch_projection(exact, spec), exact).relative
                 errors.setdefault(name, []).append((spec.density, factored, projected))
     result = {}
+    aligned = [name for name in errors if name.startswith("aligned")]
     for name, triples in errors.items():
-        density, factored, projected = np.mean(triples, axis=0)
-        result[name] = {"density": density, "T=1": factored, "projection": projected}
-        print(f"{density:6.1%}  T=1 {factored:.3f}  projection {projected:.3f}  {name}", flush=True)
+        of_maps = np.array(triples)
+        density, factored, projected = of_maps.mean(0)
+        # the same maps by the aligned form of nearly as many numbers
+        beside = min(aligned, key=lambda other: abs(errors[other][0][0] - density))
+        low, high = paired_interval(of_maps[:, 1] - np.array(errors[beside])[:, 1]) if name not in aligned else (0, 0)
+        result[name] = {
+            "density": density, "T=1": factored, "projection": projected, "maps": len(triples),
+            "beside": beside, "more": [low, high],
+        }  # fmt: skip
+        said = "" if name in aligned else f"  more than {beside} {low:+.3f} to {high:+.3f}"
+        print(f"{density:6.1%}  T=1 {factored:.3f}  projection {projected:.3f}  {name}{said}", flush=True)
     return result
+
+
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """The three comparisons, side by side."""
+    figure, axes = plt.subplots(1, 3, figsize=(19, 6), layout="constrained")
+    rows = [row for row in result["order"][1:] if "more" in row]
+    places = np.arange(len(rows))
+    middle = np.array([row["more"] for row in rows])
+    ends = np.abs(np.array([row["interval"] for row in rows]).T - middle)
+    axes[0].errorbar(middle, places, xerr=ends, fmt="o", capsize=3)
+    axes[0].set_yticks(places, [row["setting"] for row in rows], fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="held-out loss more than dense attention's", title="training-free, 95% intervals")
+    for name, row in result["alignment"].items():
+        mark = "o" if name.startswith("aligned") else "x"
+        for form, colour in (("T=1", "C0"), ("projection", "C1")):
+            axes[1].plot(100 * row["density"], row[form], mark, color=colour, ms=7)
+        axes[1].annotate(name.split(", ")[1], (100 * row["density"], row["T=1"]), fontsize=7)
+    axes[1].set(
+        xlabel="% stored", ylabel="relative error of the map", title="o aligned, x misaligned; T=1 blue, nearest orange"
+    )
+    for chain in result["tiles"]:
+        labels, densities, losses = zip(*chain["chain"], strict=True)
+        axes[2].plot(100 * np.array(densities), losses, "o-", label=f"within {labels[0]}")
+        for label, density, value in chain["chain"]:
+            axes[2].annotate(str(parse(label).unit), (100 * density, value), fontsize=7)
+    axes[2].set(xlabel="% stored", ylabel="held-out loss", title="tiles that lie in each other")
+    axes[2].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -171,6 +218,7 @@ def main() -> None:
     print("\nTiles that lie in each other, held-out loss\n")
     result["tiles"] = tiles(subjects, loss)
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(given.out.with_suffix(".png"), result)
 
 
 if __name__ == "__main__":
