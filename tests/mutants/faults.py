@@ -459,8 +459,8 @@ FAULTS = (
     ),
     Fault(
         "train/objectives/self_forcing.py",
-        "step = jnp.int32(len(self.settings.student_steps))",
-        "step = jnp.int32(0)",
+        "step=jnp.int32(len(self.settings.student_steps))",
+        "step=jnp.int32(0)",
         DISTILLATION,
         "after_all_steps",
     ),
