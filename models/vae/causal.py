@@ -25,10 +25,10 @@ def by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeSt
 
 
 def norms(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct, kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel also normalises what it makes, which was not measured yet as it is now."""
+    """Whether the kernel also normalises what it makes."""
     from monarchrt.pallas_kernels.sm90.convolution import norms
 
-    return implementation == "mosaic" and norms(kernel) and by_kernel(implementation, x, kernel)
+    return norms(kernel) and by_kernel(implementation, x, kernel)
 
 
 def causal_convolution(
