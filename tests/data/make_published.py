@@ -125,7 +125,9 @@ def svg(checkout: Path) -> dict[str, np.ndarray]:
     order = torch.zeros(1, 4, total, 16)
     order[..., 0] = number  # where the temporal heads' tokens go
     placed = [torch.zeros_like(order) for _ in range(3)]
-    attention.wan_sparse_head_placement(order, order, order, *placed, torch.ones(1, 4, dtype=int), 0, frames, tokens)
+    attention.wan_sparse_head_placement(
+        order, order, order, *placed, torch.ones(1, 4, dtype=torch.int64), 0, frames, tokens
+    )
     out["order"] = placed[0][0, 0, :, 0].numpy().astype(np.int64)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -291,7 +293,7 @@ def main() -> None:
         parser.error("needs TRITON_INTERPRET=1 and python -O.")
     on_a_cpu()
     torch.manual_seed(0)
-    arrays = KINDS[args.kind](args.checkout)
+    arrays: dict[str, Any] = KINDS[args.kind](args.checkout)
     np.savez_compressed(HERE / f"published_{args.kind}.npz", **arrays)
     print({name: (array.shape, str(array.dtype)) for name, array in arrays.items()})
 

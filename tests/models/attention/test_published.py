@@ -1,5 +1,6 @@
 """Masks, choices, outputs and gradients against arrays that published functions gave, see `tests/data/published.md`."""
 
+import dataclasses
 import pathlib
 from functools import partial
 
@@ -16,6 +17,7 @@ from monarchrt.models.attention.sla import SLAttention
 from monarchrt.models.attention.sliding_tile import SlidingTileAttention, _near
 from monarchrt.models.attention.svg import SVGAttention
 from monarchrt.models.attention.svg2 import SVG2Attention, kmeans
+from monarchrt.models.attention.vsa import VSAttention
 from tests.data import published_inputs as inputs
 
 DATA = pathlib.Path(inputs.__file__).parent
@@ -255,3 +257,75 @@ class TestSVG2:
             close(found[:, :, ::3], self.arrays[name])
         measured = setting.measure(*map(tokens_first, x[:2]), grid=(2, 8, 8))
         assert measured.kept == pytest.approx(float(self.arrays["density"].mean()), abs=1e-5)
+
+
+class TestVSA:
+    arrays = published("vsa")
+    setting = VSAttention(keep=0.4, cube=(4, 4, 4))
+
+    def test_cubes(self):
+        """Tokens of each, 2 to 64, and how many are kept: rounded up, published in floats, so that of some shares that
+        are whole numbers it keeps one more than they are; here the share is the decimal number that it is written as.
+        """
+        np.testing.assert_array_equal(np.bincount(self.setting._cube_of(inputs.VSA_GRID)), self.arrays["sizes"])
+        more = []
+        for keep, counts in zip(inputs.VSA_SHARES, self.arrays["counts"], strict=True):
+            for cubes, count in zip(inputs.VSA_CUBES, counts, strict=True):
+                found = VSAttention(keep=keep).cubes_kept(cubes)
+                if count != found:
+                    more.append((keep, cubes))
+                    assert found == count - 1 == round(keep * cubes)
+                    assert round(100 * keep) * cubes % 100 == 0
+        assert more == [(0.15, 1260), (0.15, 1440), (0.05, 1260), (0.05, 1440)]
+
+    def test_outputs_and_gradients(self):
+        """Both branches; published, the fine one rounds probabilities to bfloat16, which is float32 here."""
+        *x, gate, weights = inputs.vsa(ties=False)
+
+        def loss(x, gate):
+            context = Context(inputs=lambda: gate.reshape(1, -1, 32), modules={"vsa": lambda inputs: inputs})
+            out = self.setting(*x, grid=inputs.VSA_GRID, context=context)
+            return (out * weights).sum(), out
+
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, out), (by_x, by_gate) = run(x, jnp.asarray(gate))
+        close(out[:, ::3], self.arrays["output"])
+        for name, found in zip(("query", "key", "value", "gate"), (*by_x, by_gate), strict=True):
+            close(found[:, ::3], self.arrays[name])
+
+    def choice(self, *, ties):
+        """Which cubes the tokens of each cube keep, [2, 12, 12]."""
+        x = inputs.vsa(ties=ties)[:2]
+        setting = dataclasses.replace(self.setting, gate=False)
+        kept = np.asarray(jax.jit(partial(setting.attention_map, grid=inputs.VSA_GRID))(*x))[0] > 0
+        of = self.setting._cube_of(inputs.VSA_GRID)
+        first = np.unique(of, return_index=True)[1]
+        found = kept[:, first][:, :, first]
+        np.testing.assert_array_equal(kept, found[:, of][:, :, of])
+        return found
+
+    def test_choices(self):
+        np.testing.assert_array_equal(self.choice(ties=False), self.arrays["mask"])
+
+    def test_equal_scores(self):
+        """Of cubes with equal scores the first, and 5 in all. Published, the search for the smallest that is kept can
+        end at the float below it, and then all that are equal to it are kept, 8 in all; so it is in the first head."""
+        found, expected = self.choice(ties=True), self.arrays["ties mask"]
+        np.testing.assert_array_equal(found[1], expected[1])
+        assert (found.sum(-1) == 5).all()
+        assert (expected[0].sum(-1) == 8).all()
+        scores = np.einsum("bqnd,bknd->bnqk", *inputs.vsa(ties=True)[:2])[0]  # of tokens, as of their cubes' means
+        first = np.unique(self.setting._cube_of(inputs.VSA_GRID), return_index=True)[1]
+        for row, kept, mine in zip(scores[0][first][:, first], expected[0], found[0], strict=True):
+            assert (row[kept].min() > row[~kept]).all()
+            least = row == row[kept].min()
+            np.testing.assert_array_equal(
+                mine, (kept & ~least) | (least & (least.cumsum() <= 5 - (kept & ~least).sum()))
+            )
+
+    def test_outputs_of_equal_scores(self):
+        """In the head whose choice is the same."""
+        *x, gate, _ = inputs.vsa(ties=True)
+        context = Context(inputs=lambda: jnp.asarray(gate.reshape(1, -1, 32)), modules={"vsa": lambda inputs: inputs})
+        out = jax.jit(partial(self.setting, grid=inputs.VSA_GRID, context=context))(*x)
+        close(out[:, ::3, 1], self.arrays["ties output"][:, :, 1])
