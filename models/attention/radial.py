@@ -44,7 +44,8 @@ class RadialAttention(ListedAttention):
         keep: Share of the map of the whole clip that is asked for; bisection finds a decay that keeps no more.
         decay: Instead of `keep`: factor of the width. Neither: `keep=0.15`, or `decay=0.2` for the published rule.
         rule: "general" or "published".
-        block: Tokens of a block; None: 60, which divides a frame of 480p and of 720p, or 128 for the published rule.
+        block: Tokens of a block; None: 60, which divides a frame of 480p and of 720p, or 128 for the published rule
+            (whose authors' code, given 64, leaves out distances as with 128).
         frames: Frames of the clip that `keep` and the published blocks are for; None: the grid's, or the cache's.
     """
 
