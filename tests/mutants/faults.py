@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 from tests.mutants.measures import MEASURED
+from tests.mutants.sparse import BESIDE_PUBLISHED
 
 DEFINITION = ("tests/attention/test_definition.py",)
 BACKENDS = ("tests/attention/test_backends.py",)
@@ -33,7 +34,6 @@ CHECKPOINTS = ("tests/models/test_checkpoints.py", "tests/models/test_torch_chec
 ARCHIVES = ("tests/models/test_hostile_archives.py",)
 SCHEDULE = ("tests/models/attention/test_schedule.py",)
 SPARSE = ("tests/models/attention/test_sparse.py",)
-PUBLISHED = ("tests/models/attention/test_published.py",)
 COMMANDS = ("tests/train/test_command_line.py",)
 INTERRUPT = ("tests/train/test_interrupt.py",)
 TEXTS = ("tests/train/test_texts.py",)
@@ -443,42 +443,6 @@ FAULTS = (
     ),
     Fault("models/attention/sla.py", "1e-5 + jnp.einsum", "1e-2 + jnp.einsum", SPARSE, "sla"),
     Fault("models/attention/vsa.py", "tuple(map(min, self.cube, grid))", "self.cube", SPARSE, "holds_no_more"),
-    # beside published functions
-    Fault(
-        "models/attention/radial.py",
-        "> sizes) > 3 * by_block(count > 0)",
-        "> sizes) >= 3 * by_block(count > 0)",
-        PUBLISHED,
-        "Radial",
-    ),
-    Fault(
-        "models/attention/svg.py",
-        "reach = 2 * places.per_frame // self.block",
-        "reach = -(-2 * places.per_frame // self.block)",
-        PUBLISHED,
-        "SVG",
-    ),
-    Fault(
-        "models/attention/svg.py",
-        "near | (theirs < places.per_frame)",
-        "near | (theirs < places.per_frame - 1)",
-        PUBLISHED,
-        "SVG",
-    ),
-    Fault(
-        "models/attention/svg2.py",
-        "jnp.maximum(sizes, 1.0)[..., None], centres)",
-        "jnp.maximum(sizes, 1.0)[..., None], 0.0)",
-        PUBLISHED,
-        "SVG2",
-    ),
-    Fault(
-        "models/attention/sliding_tile.py",
-        "halves = np.array(windows) // 2",
-        "halves = (np.array(windows) - 1) // 2",
-        PUBLISHED,
-        "SlidingTile",
-    ),
     # distillation
     Fault(
         "train/objectives/consistency.py",
@@ -620,4 +584,5 @@ FAULTS = (
     Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
     *MEASURED,
+    *BESIDE_PUBLISHED,
 )

@@ -37,6 +37,9 @@ def tokens_first(x):
     return jnp.asarray(x).swapaxes(1, 2)
 
 
+LISTED = pytest.mark.parametrize("implementation", ["exact", "xla"])  # masks, and lists of blocks
+
+
 def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -59,7 +62,8 @@ class TestRadial:
         assert found.shape == expected.shape
         assert 0.05 < expected.mean() < 0.7
 
-    def test_outputs(self):
+    @LISTED
+    def test_outputs(self, implementation):
         """Means of values, where all scores are equal, over what the mask keeps; without the last, cut block."""
         frames, tokens, name = 17, 200, "17 200 3.0 128"
         blocks = unpacked(self.arrays[name], 27)
@@ -67,7 +71,7 @@ class TestRadial:
         values = np.random.default_rng(0).standard_normal((frames * tokens, 8)).astype(np.float32)
         mask = blocks[of][:, of]
         mask[:, of == 26] = False
-        setting = RadialAttention(rule="published", decay=3.0)
+        setting = RadialAttention(rule="published", decay=3.0, implementation=implementation)
         zeros = jnp.zeros((1, frames * tokens, 1, 8))
         # the values of the last block, and a channel that counts it, to take it out again
         last = np.where(of == 26, 1.0, 0.0)[:, None]
@@ -97,8 +101,8 @@ class TestSVG:
     grid, keep = (6, 10, 13), 0.3
     names = ("spatial", "temporal")
 
-    def setting(self):
-        return SVGAttention(keep=self.keep, rows=tuple(map(int, self.arrays["rows"])))
+    def setting(self, **options):
+        return SVGAttention(keep=self.keep, rows=tuple(map(int, self.arrays["rows"])), **options)
 
     def band(self):
         """The mask in each order, by tokens."""
@@ -138,13 +142,15 @@ class TestSVG:
         for head, choice in enumerate(expected):
             np.testing.assert_array_equal(found[head], self.band()[choice])
 
-    def test_outputs(self):
+    @LISTED
+    def test_outputs(self, implementation):
         """With a head of each order, and one whose errors are equal, 0: it is spatial."""
         errors = self.arrays["errors"][:, 0]
         assert errors[0, 0] < errors[1, 0]
         assert errors[1, 1] < errors[0, 1]
         assert (errors[:, 3] == 0).all()
-        found = jax.jit(partial(self.setting(), grid=self.grid))(*map(tokens_first, inputs.svg()))
+        setting = self.setting(implementation=implementation)
+        found = jax.jit(partial(setting, grid=self.grid))(*map(tokens_first, inputs.svg()))
         close(found[:, ::6].swapaxes(1, 2), self.arrays["output"])
 
 
@@ -171,10 +177,11 @@ class TestSlidingTile:
 class TestSLA:
     arrays = published("sla")
 
-    def test_outputs_and_gradients(self):
+    @LISTED
+    def test_outputs_and_gradients(self, implementation):
         """Blocks of 64, the last of 8 tokens. Published in bfloat16; made in float32."""
         *x, kernel, bias, weights = inputs.sla()
-        setting = SLAttention(keep=0.5)
+        setting = SLAttention(keep=0.5, implementation=implementation)
 
         def loss(x, kernel, bias):
             context = Context(modules={"sla": lambda linear: linear @ kernel + bias[None, None, None]})
@@ -278,13 +285,15 @@ class TestVSA:
                     assert round(100 * keep) * cubes % 100 == 0
         assert more == [(0.15, 1260), (0.15, 1440), (0.05, 1260), (0.05, 1440)]
 
-    def test_outputs_and_gradients(self):
+    @LISTED
+    def test_outputs_and_gradients(self, implementation):
         """Both branches; published, the fine one rounds probabilities to bfloat16, which is float32 here."""
         *x, gate, weights = inputs.vsa(ties=False)
+        setting = dataclasses.replace(self.setting, implementation=implementation)
 
         def loss(x, gate):
             context = Context(inputs=lambda: gate.reshape(1, -1, 32), modules={"vsa": lambda inputs: inputs})
-            out = self.setting(*x, grid=inputs.VSA_GRID, context=context)
+            out = setting(*x, grid=inputs.VSA_GRID, context=context)
             return (out * weights).sum(), out
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))

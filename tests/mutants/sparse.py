@@ -1,0 +1,43 @@
+"""Faults that comparisons with published functions should notice."""
+
+from tests.mutants.fault import Fault
+
+PUBLISHED = ("tests/models/attention/test_published.py",)
+
+BESIDE_PUBLISHED = (
+    Fault(
+        "models/attention/radial.py",
+        "> sizes) > 3 * by_block(count > 0)",
+        "> sizes) >= 3 * by_block(count > 0)",
+        PUBLISHED,
+        "Radial",
+    ),
+    Fault(
+        "models/attention/svg.py",
+        "reach = 2 * places.per_frame // self.block",
+        "reach = -(-2 * places.per_frame // self.block)",
+        PUBLISHED,
+        "SVG",
+    ),
+    Fault(
+        "models/attention/svg.py",
+        "near | (theirs < places.per_frame)",
+        "near | (theirs < places.per_frame - 1)",
+        PUBLISHED,
+        "SVG",
+    ),
+    Fault(
+        "models/attention/svg2.py",
+        "jnp.maximum(sizes, 1.0)[..., None], centres)",
+        "jnp.maximum(sizes, 1.0)[..., None], 0.0)",
+        PUBLISHED,
+        "SVG2",
+    ),
+    Fault(
+        "models/attention/sliding_tile.py",
+        "halves = np.array(windows) // 2",
+        "halves = (np.array(windows) - 1) // 2",
+        PUBLISHED,
+        "SlidingTile",
+    ),
+)
