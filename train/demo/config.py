@@ -44,7 +44,7 @@ class DemoConfig:
     distill: bool = False
     """Instead of the finetuning: distil the dense model into Monarch students of four steps, by DMD and, causal, by
     Self-Forcing, and compare clips of their averages with the dense model's of many steps. distillation.json,
-    distillation.png, students.mp4; an estimated 20 minutes on 2 idle CPU cores."""
+    distillation.png, students.mp4; some 19 minutes on 2 CPU cores."""
 
     distill_steps: int = 450
     """With distill: steps of each DMD; Self-Forcing takes a third of them. Every fourth step updates the student, each
