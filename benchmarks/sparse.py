@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     names = list(attention_settings.SPARSE)
     parser.add_argument(
         "--rows", nargs="+", default=names[:QUICK], choices=[*names, "all"], metavar="ROW",
-        help=f"all, or of {', '.join(map(repr, names))}; default: the first {QUICK}",
+        help=f"all, or of {', '.join(map(repr, names))}; default: the first {QUICK}".replace("%", "%%"),
     )  # fmt: skip
     parser.add_argument("--size", default="480p", choices=list(SIZES))
     parser.add_argument("--seconds", type=float, default=130.0, help="begin no row after so many; default: 130")

@@ -24,5 +24,7 @@ async def watch(url, file, prompts, *, blocks=8, **options):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     with open(sys.argv[2], "wb") as video:
         print(asyncio.run(watch(sys.argv[1], video, sys.argv[3:])))

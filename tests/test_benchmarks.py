@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import types
@@ -86,6 +87,25 @@ def test_options_that_cannot_be_used_end_in_one_line(run, capsys, tmp_path, name
     assert stop.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if "def main(" in path.read_text())
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help_of_every_benchmark(run, capsys, path):
+    with pytest.raises(SystemExit) as stop:
+        run(path.stem, "--help")
+    assert stop.value.code == 0
+    assert f"{path.stem}.py [-h]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["finetune_wan", "stream_client"])
+def test_help_of_examples_with_arguments(monkeypatch, name):
+    path = FOLDER.parent / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit, match=f"python examples/{name}.py"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.parametrize("frames", ["0", "30"])
