@@ -6,11 +6,11 @@
     python benchmarks/distill.py --published PATH     # beside the published updates; PATH: a checkout of Self-Forcing
 
 Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
-recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the
-third of four, the mean). Numbers are checked first: the kernels' clip is XLA's, and so is its gradient. The parts of
-the student's update are timed as programs of their own as well: roll-out, scores (critic and guided teacher), backward
-(the last steps again, with their gradient), optimizer (with the average). The published code is timed first, in a
-process of its own (`published_distill.py` says what is put in its way), with a dense student.
+recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the third
+of four; the mean is half a step less). Numbers are checked first: the kernels' clip is XLA's, and so is its gradient.
+The parts of the student's update are timed as programs of their own as well: roll-out, scores (critic and guided
+teacher), backward (the last steps again, with their gradient), optimizer (with the average). The published code is
+timed first, in a process of its own (`published_distill.py` says what is put in its way), with a dense student.
 Writes distill.json.
 """
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from monarchrt.models.wan import wan_config
+from monarchrt.train.objectives.registry import objective_names, settings_class
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -78,6 +79,10 @@ def run(monkeypatch, tmp_path):
         ("finetuning", ["--attention", "monarch(tile=(4,{h},5))"], "5 does not divide the 28"),
         ("finetuning", ["--clips", "none.mp4"], "--clips none.mp4 is not a file"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
+        ("stages", [], "there is no GPU"),
+        ("stages", ["--small", "--stages", "sampling"], "invalid choice: 'sampling'"),
+        ("stages", ["--small", "--seconds", "0"], "--seconds 0.0 must be more than 0"),
+        ("stages", ["--small", "--last", "4"], "--last one of 0 to 3"),
         ("distill", ["--published", "missing"], "--published is missing, which has no model/dmd.py; give a checkout"),
     ],
 )
@@ -299,6 +304,65 @@ class TestFinetuning:
         assert json.loads(pathlib.Path("results/finetuning.json").read_text())["rows"] == first
         assert pathlib.Path("results/trained-0.npy").stat().st_mtime_ns == before
         assert first[0]["before"] != first[0]["after"] != first[1]["after"] != first[1]["before"]
+
+
+def test_every_objective_is_timed(monkeypatch):
+    """As a stage, or by `distill.py`, and every role of it that trains."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec: Any = importlib.util.spec_from_file_location("benchmark_stages", FOLDER / "stages.py")
+    stages = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, stages)
+    spec.loader.exec_module(stages)
+    timed = {(row.settings.name, row.role) for row in stages.STAGES.values() if row.settings is not None}
+    wanted = {(name, role) for name in objective_names() for role in settings_class(name).roles}
+    frozen = {(name, role) for name, role in wanted if not settings_class(name).roles[role].trains}
+    assert timed == {row for row in wanted - frozen if row[0] != "self-forcing"}
+
+
+class TestStages:
+    """Steps of the stages of a distillation, of a tiny network."""
+
+    def rows(self):
+        return json.loads(pathlib.Path("results/stages.json").read_text())["rows"]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1200)
+    def test_each_is_a_step_of_its_own(self, run, capsys):
+        run("stages", "--small", "--repeats", "1", "--attention", "monarch 97%")
+        rows = self.rows()
+        assert [row["stage"] for row in rows] == [
+            "teacher forcing", "consistency", "diffusion forcing", "ode", "pairs", "dmd student", "dmd critic"
+        ]  # fmt: skip
+        assert all(row["finite"] and row["seconds"] > 0 and row["memory_gb"] >= row["state_gb"] > 0 for row in rows)
+        held = {row["stage"]: row["state_gb"] for row in rows}
+        # parameters, two moments and an average; beside them a teacher, or a critic without an average and a teacher
+        assert held["consistency"] == pytest.approx(held["teacher forcing"] * 4.5 / 4, rel=0.05)
+        assert held["dmd student"] == pytest.approx(held["teacher forcing"] * 7.5 / 4, rel=0.05)
+        assert "gradients agree to" in capsys.readouterr().out
+
+    def test_what_was_measured_is_kept(self, run, monkeypatch, capsys):
+        """When memory does not suffice for a row, another ends the run, or the time is over."""
+        done = []
+
+        def measure(name, attention, args):
+            done.append((name, attention))
+            if name == "consistency":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no")
+            if name == "ode":
+                raise KeyboardInterrupt
+            return {"stage": name, "attention": attention, "error": "none"}
+
+        replaced = {"check": lambda args: 0.0, "measure": measure}
+        with pytest.raises(KeyboardInterrupt):
+            run("stages", "--small", "--stages", "pairs", "consistency", "ode", **replaced)
+        assert [row["error"] for row in self.rows()] == ["none", "out of memory"]
+        done.clear()
+        run("stages", "--small", "--stages", "pairs", "diffusion forcing", **replaced)
+        assert done == [("pairs", "monarch 97%"), ("diffusion forcing", "monarch 97%"), ("diffusion forcing", "dense")]
+        done.clear()
+        run("stages", "--small", "--stages", "pairs", "--seconds", "1e-9", **replaced)
+        assert not done
+        assert "pairs, monarch 97%: not begun" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -130,6 +130,12 @@ class PairsConfig:
                 )
         return tuple((1000 - step) * self.steps // 1000 for step in steps)
 
+    def table(self) -> "SamplerTable":
+        """The solver."""
+        from monarchrt.models.sampling import sampler_table
+
+        return sampler_table(self.solver, steps=self.steps, shift=self.shift)
+
     @property
     def weight(self) -> float:
         """Of the guidance; 1 is none."""
@@ -185,6 +191,36 @@ def trajectory(
     return kept, state.x
 
 
+def follower(
+    config: PairsConfig, graph: Any, shape: tuple[int, ...], *, negative: "np.ndarray | None" = None
+) -> Callable[..., Any]:
+    """A compiled function that follows a teacher: (parameters, numbers of examples [B], text) -> states and ends.
+
+    Args:
+        config: The solver, guidance and the seed, of which each example's noise is made with its number.
+        graph: Structure of the teacher.
+        shape: Of one example, [F, H, W, C].
+        negative: Embedding of the negative prompt; None: there is no guidance.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from monarchrt.models.sampling import guided
+
+    table = config.table()
+
+    @jax.jit
+    def follow(params: Any, numbers: Any, text: Any) -> Any:
+        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(config.seed), number))(numbers)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+        against = None if negative is None else jnp.broadcast_to(negative, (len(text), *negative.shape))
+        flow = guided(nnx.merge(graph, params), text, against, guidance=config.weight)
+        return trajectory(flow, noise, table, stored=config.stored(), numbered=True)
+
+    return follow
+
+
 def make_pairs(
     config: PairsConfig, *, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> list[Path]:
@@ -201,12 +237,9 @@ def make_pairs(
         UserError: If the teacher, sizes or texts do not fit, before anything is computed; if states are NaN, or a file
             that is there already was made otherwise.
     """
-    import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from monarchrt.models.generate.load import open_checkpoint
-    from monarchrt.models.sampling import guided, sampler_table
     from monarchrt.models.sampling.rollout import check_size
 
     given = GenerateConfig(checkpoint=config.checkpoint, precision=config.precision)
@@ -222,7 +255,7 @@ def make_pairs(
     if sizes.in_channels != sizes.out_channels:
         raise UserError(f"checkpoint {config.checkpoint} has {sizes.in_channels} input channels; give a t2v model")
     count = config.count or len(texts)
-    table = sampler_table(config.solver, steps=config.steps, shift=config.shift)
+    table = config.table()
     made = Made(
         sigmas=tuple(float(table.sigmas[n]) for n in config.stored()), shift=config.shift, steps=config.steps,
         solver=config.solver, guidance=config.weight, teacher=str(config.checkpoint), seed=config.seed,
@@ -242,14 +275,7 @@ def make_pairs(
         check_size(model, (config.batch, *shape))
     config.out.mkdir(parents=True, exist_ok=True)
     graph, params = nnx.split(opened.network(given))
-
-    @jax.jit
-    def follow(params: Any, numbers: Any, text: Any) -> Any:
-        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(config.seed), number))(numbers)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-        against = None if negative is None else jnp.broadcast_to(negative, (len(text), *negative.shape))
-        flow = guided(nnx.merge(graph, params), text, against, guidance=config.weight)
-        return trajectory(flow, noise, table, stored=config.stored(), numbered=True)
+    follow = follower(config, graph, shape, negative=negative)
 
     with locked(config.out, name="out"):
         remove_abandoned(config.out)
