@@ -29,6 +29,7 @@ from monarchrt.train.sources import open_source
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 
 from .conftest import contents
+from .three_seeds import SEEDS, conditions, demo_of
 
 SMALL = ("--steps", "2", "--finetune-steps", "2", "--height", "16", "--width", "24", "--tile", "2", "4", "6")
 FEW = ("--distill", "--distill-steps", "3", "--clips", "8")
@@ -233,27 +234,51 @@ def test_what_holds_for_three_seeds(tmp_path):
 
     Measured and stored, but not asked for, as it does not hold in miniature: that the causal student drifts less than
     before, over four frames, and that any student is nearer than the dense teacher in four steps of Euler's method."""
-    found: dict[str, list[dict]] = {}
-    for seed in range(3):
-        config = DemoConfig(folder=tmp_path / str(seed), seed=seed, distill=True, clips=256)
+    stored = []
+    for seed in SEEDS:
+        config = demo_of(tmp_path, seed)
         run_demo(config, quiet=True)
-        networks = json.loads((config.folder / "distillation.json").read_text())["networks"]
-        for name, row in networks.items():
-            found.setdefault(name, []).append(row)
+        stored.append(json.loads((config.folder / "distillation.json").read_text()))
+    shown = {name: [round(one["networks"][name]["distance"], 4) for one in stored] for name in stored[0]["networks"]}
+    found = conditions(stored)
+    assert all(found.values()), (found, shown)
 
-    def of(name: str, figure: str = "distance") -> np.ndarray:
-        return np.array([row[figure] for row in found[name]])
 
-    def spread(*names: str) -> float:
-        return max(np.ptp(of(name)) for name in names)
+# distances on the seeds, stored share and motion of the first
+MEASURED = {
+    "swapped": (0.178, 0.225, 0.217), "dmd": (0.026, 0.044, 0.058), "dmd-dense": (0.028, 0.049, 0.091),
+    "causal": (0.027, 0.041, 0.028), "self-forcing": (0.012, 0.014, 0.019),
+}  # fmt: skip
+MOTION = {"swapped": 0.6, "dmd": 0.95, "dmd-dense": 0.9, "causal": 0.65, "self-forcing": 0.8}
 
-    shown = {name: of(name).round(4).tolist() for name in found}
-    margin = of("swapped") - of("dmd")
-    assert np.all(margin >= 3 * spread("dmd")), shown
-    assert np.mean(margin) >= 3 * spread("dmd", "swapped"), shown
-    assert np.all(of("dmd") - of("dmd-dense") <= spread("dmd", "dmd-dense")), shown
-    assert np.all(of("dmd", "stored") <= 0.11)
-    assert np.all(of("causal") - of("self-forcing") > 0), shown
-    for name in ("dmd", "self-forcing"):  # four steps lose motion, and training brings some of it back
-        before = of({"dmd": "swapped", "self-forcing": "causal"}[name], "motion")
-        assert np.all(np.abs(1 - of(name, "motion")) < np.abs(1 - before)), shown
+
+@pytest.mark.parametrize(
+    ("changed", "figure", "values", "fails"),
+    [
+        (None, "distance", (), []),
+        ("swapped", "distance", (0.178, 0.13, 0.217), ["each Monarch student nearer by 3", "the mean gain"]),
+        ("swapped", "distance", (0.178, 0.35, 0.217), ["the mean gain"]),
+        ("dmd-dense", "distance", (0.028, 0.049, 0.020), ["within the spread"]),
+        ("dmd", "stored", (0.1, 0.1, 0.2), ["11%"]),
+        ("self-forcing", "distance", (0.012, 0.042, 0.019), ["each causal student nearer"]),
+        ("dmd", "motion", (0.95, 1.5, 0.95), ["dmd brings back"]),
+        ("self-forcing", "motion", (0.8, 0.8, 0.6), ["self-forcing brings back"]),
+    ],
+)
+def test_what_is_asked_of_three_seeds_can_fail(changed, figure, values, fails):
+    """By what was measured all of it holds; each part fails by itself."""
+    stored = [
+        {
+            "networks": {
+                name: {"distance": of[n], "stored": 0.1, "motion": MOTION[name]} for name, of in MEASURED.items()
+            }
+        }
+        for n in range(3)
+    ]
+    for one, value in zip(stored, values, strict=False):
+        one["networks"][changed][figure] = value
+    found = conditions(stored)
+    assert len(found) == 7
+    wrong = [what for what, holds in found.items() if not holds]
+    assert len(wrong) == len(fails)
+    assert all(part in what for part, what in zip(fails, wrong, strict=True))
