@@ -324,7 +324,7 @@ KINDS = (
 
 
 def profile(call: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds of one call on the device by kind of kernel, and its longest kernels."""
+    """Milliseconds of one call on the device by kind of kernel, and its 100 longest kernels."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
@@ -341,7 +341,7 @@ def profile(call: Callable[[], Any]) -> dict[str, Any]:
     kinds: collections.Counter[str] = collections.Counter()
     for name, ms in kernels.items():
         kinds[next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "everything else, fused")] += ms
-    return {"kinds": dict(kinds.most_common()), "kernels": dict(kernels.most_common(20))}
+    return {"kinds": dict(kinds.most_common()), "kernels": dict(kernels.most_common(100))}
 
 
 def line(row: dict[str, Any]) -> str:
