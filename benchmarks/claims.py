@@ -1,61 +1,127 @@
-"""The paper's comparisons in miniature: attention settings swapped into small dense models, nothing trained.
+"""The paper's comparisons in miniature, on small models: with what is left out, three seeds, intervals and pictures.
 
-    for s in 0 1 2; do monarchrt demo --seed $s --folder runs/$s; done          # ten minutes each on 2 cores
-    python benchmarks/claims.py --demos runs/0 runs/1 runs/2 --out claims.json  # and claims.png
+    python benchmarks/claims.py                                # trains three models; for a GPU
+    python benchmarks/claims.py --demos runs/0 runs/1 runs/2   # models of `monarchrt demo --seed ...`; a CPU will do
+    python benchmarks/claims.py --redraw --out FOLDER          # table and picture again, nothing measured
 
-1. The order of Tables 3 and 4 on the held-out loss, at the densities of the paper as far as kinds reach them: the mean
-   of the difference to dense attention, with a paired bootstrap interval over (clip, noise level, noise).
-2. Aligned against misaligned block sizes (Section 4.1), on the maps of these models, with intervals over the maps.
-3. Whether a smaller tile, which stores more, is always nearer to dense attention (Section 4.2): how much the loss
-   changes from one tile to the next that lies in it, in pairs as above.
+(a) The order of Tables 3 and 4: dense models, attention swapped, nothing trained. The held-out loss, and the videos of
+    `monarchrt evaluate` against those of dense attention, same noise.
+(b) Table 2's: the same models after equal finetuning, with dense attention as the control.
+(c) Aligned against misaligned block sizes (Section 4.1), on the maps of these models.
+(d) Whether a matrix that stores more is nearer (Section 4.2): tiles that lie in each other, by loss and on the maps,
+    and untiled block sizes on the maps.
 
-Writes JSON, and a picture of all three beside it. What it prints is what it finds; it chooses nothing by the outcome.
+Models that it trains itself are the demo's network on windows of 16 frames, 16 x 8 x 28 tokens, of Big Buck Bunny and
+two scenes of a city (clips/README.md), whose ends are held out: large enough for Monarch to leave out 95%, and for a
+first frame that all see to be a sixteenth of the map and not a quarter as on the demo's 4 x 8 x 14.
+
+Differences have 95% bootstrap intervals over pairs: (model, clip, noise level, noise) of the loss, (model, noise) of
+videos, (model, layer, head, noise level) of maps. Whatever is measured is kept in --out; a run that was stopped goes
+on, and seeds and parts may be processes side by side:
+
+    for s in 0 1 2; do python benchmarks/claims.py --seeds $s & done; wait; python benchmarks/claims.py
+
+It chooses nothing by the outcome.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from claims_report import write_report
+from finetuning import CLIPS, Program, once, windows_of
+from low_rank import LowRankAttention  # noqa: F401  settings can name it then
 
 from monarch_jax import MonarchSpec
-from monarchrt.models.attention.base import leaves
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.attention.notation import parse
-from monarchrt.train.evaluation.compare import loss_terms
+from monarchrt.models.media.video import read_clip
+from monarchrt.train.config import TrainConfig
+from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
+from monarchrt.train.evaluation.compare import evaluate, loss_terms
+from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.metrics import paired_interval
 from monarchrt.train.evaluation.subject import Subject, noisy_example, open_subject
+from monarchrt.train.loop import train
 from monarchrt.train.studies.approximations import dense_map, error_of, misaligned, monarch_projection
 from monarchrt.train.studies.config import MapConfig
 from monarchrt.train.studies.maps import _factored, captured_scores
 
-matplotlib.use("Agg")  # pictures go to files; no display is needed
-import matplotlib.pyplot as plt
+DENSE, ORACLE = "dense", "top_k(keep=0.15)"
+GRID = (16, 8, 28)  # of models that are trained here
+HELD_OUT = 0.3  # of each clip; the shortest has 74 frames
+MOST, WHOLE = 0.3, 1000  # density of forms that are compared on maps; tokens of maps that are projected too
 
-# on the demo's grid of 4 x 8 x 14 tokens
-ORDER = (
-    "dense",
-    "monarch(tile=(4,8,14))",
-    "monarch(tile=(4,8,14), num_iters=2)",
-    "monarch(tile=(4,4,14))",
-    "top_k(keep=0.1)",
-    "top_k(keep=0.15)",
-    "radial(keep=0.15, block=14)",
-    "radial(keep=0.4375, block=14)",
-    "svg(keep=0.15, block=8)",
-    "svg(keep=0.02, block=8)",
-    "svg2(query_clusters=16, key_clusters=64, top_p=0.6, min_keep=0.05)",
-    "svg2(query_clusters=16, key_clusters=64, top_p=0.9, min_keep=0.1)",
-    "svg2(query_clusters=64, key_clusters=128, top_p=0.9, min_keep=0.1)",
-    "vsa(keep=0.15, cube=(2,2,2), gate=False)",
-    "sliding_tile(tile=(2,2,2), window=(1,3,3))",
-)
-NESTED = ((4, 8, 14), (4, 4, 14), (4, 2, 14), (4, 1, 14), (4, 1, 7)), ((4, 8, 14), (2, 8, 14), (1, 8, 14), (1, 4, 14))
+SWAPPED: dict[int, tuple[str, ...]] = {  # by frames of a window
+    4: (
+        "monarch(tile=(4,8,14))",
+        "monarch(tile=(4,8,14), num_iters=2)",
+        "monarch(tile=(4,4,14))",
+        "top_k(keep=0.1)",
+        ORACLE,
+        "radial(keep=0.15, block=14)",
+        "radial(keep=0.4375, block=14)",
+        "svg(keep=0.15, block=8)",
+        "svg(keep=0.02, block=8)",
+        "svg2(query_clusters=16, key_clusters=64, top_p=0.6, min_keep=0.05)",
+        "svg2(query_clusters=16, key_clusters=64, top_p=0.9, min_keep=0.1)",
+        "svg2(query_clusters=64, key_clusters=128, top_p=0.9, min_keep=0.1)",
+        "vsa(keep=0.15, cube=(2,2,2), gate=False)",
+        "sliding_tile(tile=(2,2,2), window=(1,3,3))",
+        "low_rank(keep=0.1)",
+        "low_rank(keep=0.15)",
+    ),
+    16: (
+        "monarch(tile=(16,8,28))",
+        "monarch(tile=(16,8,28), num_iters=2)",
+        "monarch(tile=(16,4,28))",
+        "monarch(tile=(16,2,14))",
+        "monarch(tile=(16,2,14), num_iters=2)",
+        "monarch(tile=(4,8,14))",
+        "top_k(keep=0.05)",
+        "top_k(keep=0.1)",
+        ORACLE,
+        "radial(keep=0.15, block=14)",
+        "svg(keep=0.15, block=8)",
+        "svg(keep=0.09, block=8)",
+        "svg2(query_clusters=64, key_clusters=128, top_p=0.9, min_keep=0.1)",
+        "svg2(query_clusters=64, key_clusters=128, top_p=0.7, min_keep=0.05)",
+        "vsa(keep=0.15, cube=(2,2,2), gate=False)",
+        "sliding_tile(tile=(2,2,2), window=(3,3,7))",
+        "low_rank(keep=0.1)",
+        "low_rank(keep=0.15)",
+    ),
+}
+TUNED = {
+    4: (
+        "monarch(tile=(4,8,14))",
+        "monarch(tile=(4,4,14))",
+        "vsa(keep=0.15, cube=(2,2,2))",
+        "vsa(keep=0.05, cube=(2,2,2))",
+    ),
+    16: (
+        "monarch(tile=(16,8,28))",
+        "monarch(tile=(16,4,28))",
+        "vsa(keep=0.15, cube=(2,2,2))",
+        "vsa(keep=0.05, cube=(2,2,2))",
+    ),
+}
+NESTED = {
+    4: (((4, 8, 14), (4, 4, 14), (4, 2, 14), (4, 1, 14), (4, 1, 7)), ((4, 8, 14), (2, 8, 14), (1, 8, 14), (1, 4, 14))),
+    16: (
+        ((16, 8, 28), (16, 4, 28), (16, 2, 28), (16, 1, 28), (16, 1, 14)),
+        ((16, 8, 28), (8, 8, 28), (4, 8, 28), (2, 8, 28), (1, 8, 28)),
+        ((16, 8, 28), (16, 8, 14), (16, 8, 7)),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,158 +133,352 @@ class Loss:
     batch: int = 4
 
 
-def reachable(text: str, subject: Subject) -> tuple[Any, str]:
-    """A setting with its density in the four ways, or why it cannot be had."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """One of the models.
+
+    Attributes:
+        seed: Its number in file names.
+        subject: The network and its examples.
+        further: Settings of finetuning.
+        folder: Where its results go.
+    """
+
+    seed: int
+    subject: Subject
+    further: TrainConfig
+    folder: Path
+
+    def loss(self, text: str, loss: Loss) -> np.ndarray:
+        """Terms of the held-out loss, of their file or measured."""
+        return once(self.folder / f"loss-{named(text)}.npy", lambda: loss_terms(self.subject, parse(text), loss))
+
+
+def named(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text).strip("-")
+
+
+def tile_text(tile: tuple[int, ...]) -> str:
+    return f"monarch(tile=({','.join(map(str, tile))}))"
+
+
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds, or what is made and put there."""
+    if not path.is_file():
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Models
+
+
+def models_of(args: argparse.Namespace) -> list[Model]:
+    """Those of demos, or trained here."""
+    found = []
+    for number, folder in enumerate(args.demos or args.seeds):
+        if args.demos:
+            seed, subject, demo = number, open_subject(str(folder / "dense"), video=args.video), DemoConfig()
+        else:
+            seed, (subject, demo) = folder, trained(args, folder)
+        demo = dataclasses.replace(demo, finetune_steps=args.steps)
+        path = args.out / f"model-{seed}"
+        path.mkdir(parents=True, exist_ok=True)
+        found.append(Model(seed=seed, subject=subject, further=further_runs(demo)[0], folder=path))
+    grids = {model.subject.grid for model in found}
+    if len(grids) > 1 or next(iter(grids))[0] not in SWAPPED:
+        raise SystemExit(f"error: models on grids {sorted(grids)}; they must be of one, of {list(SWAPPED)} frames")
+    return found
+
+
+def trained(args: argparse.Namespace, seed: int) -> tuple[Subject, DemoConfig]:
+    """A model that is trained here, or was before."""
+    frames, height, width = GRID
+    demo = DemoConfig(
+        seed=seed, folder=args.out / f"trained-{seed}", height=4 * height, width=4 * width, steps=args.dense_steps
+    )
+    settings = dense_run(demo)
+    settings = dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, frames=frames),
+        run=dataclasses.replace(settings.run, resume=True, eval_every=500, checkpoint_every=500),
+    )
+    clips = [read_clip(path, height=4 * height, width=4 * width) for path in CLIPS]
+    text_dim = dict(item.split("=") for item in settings.model.overrides)["text_dim"]
+    source = windows_of(clips, settings, int(text_dim), held_out=HELD_OUT)
+    train(settings, source=source, quiet=True)
+    subject = open_subject(str(demo.folder / "dense"))
+    return dataclasses.replace(subject, source=source), demo
+
+
+# (a)
+
+
+def reachable(text: str, grid: tuple[int, int, int]) -> str | None:
+    """Why a setting cannot be had, or None."""
     try:
-        setting = parse(text)
-        setting.check(subject.grid)
-        density = setting.density(subject.grid)
+        parse(text).check(grid)
     except ValueError as error:
-        return None, " ".join(str(error).split())
-    if np.isnan(density.kept):
-        return setting, f"kept {measured(setting, subject):.1%}, measured, mean over layers and noise levels"
-    return setting, f"asked for {density.asked:.1%}, kept {density.kept:.1%}, of what is visible {density.visible:.1%}"
+        return " ".join(str(error).split())
+    return None
 
 
-def measured(setting: Any, subject: Subject) -> float:
-    """What a kind keeps whose density is not known before: on what dense attention sees of one clip."""
-    kept = []
-    for level in (0.3, 0.6, 0.9):
-        with capture(subject.model) as (model, calls):
-            model(*noisy_example(subject, 0, level))
-        kept += [setting.measure(jnp.asarray(c.query), jnp.asarray(c.key), grid=c.grid).kept for c in calls]
-    return float(np.mean(kept))
+def density_of(text: str, models: list[Model]) -> dict[str, float]:
+    """What a setting keeps; of one whose density is not known before, on what dense attention sees."""
+    setting: Any = parse(text)
+    density = setting.density(models[0].subject.grid)
+    if not np.isnan(density.kept):
+        return density._asdict()
+
+    def measure(model: Model) -> float:
+        kept = []
+        for level in (0.3, 0.6, 0.9):
+            with capture(model.subject.model) as (probed, calls):
+                probed(*noisy_example(model.subject, 0, level))
+            kept += [setting.measure(jnp.asarray(c.query), jnp.asarray(c.key), grid=c.grid).kept for c in calls]
+        return float(np.mean(kept))
+
+    of_models = [kept_json(model.folder / f"kept-{named(text)}.json", lambda m=model: measure(m)) for model in models]
+    return {"measured": float(np.mean(of_models))}
 
 
-def order(subjects: list[Subject], loss: Loss) -> list[dict[str, Any]]:
-    """Losses of the settings over all models, in pairs with dense attention's."""
-    rows, reference = [], None
-    for text in ORDER:
-        setting, said = reachable(text, subjects[0])
-        if setting is None:
-            rows.append({"setting": text, "said": said})
-            print(f"{text}: {said}", flush=True)
+def videos(model: Model, settings: list[str], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Measures of the videos, by `monarchrt evaluate`; records with the number of the setting, 0 for dense."""
+    config = EvaluateConfig(
+        checkpoint=model.subject.checkpoint,
+        video=None,
+        attention=tuple(settings),
+        seeds=seeds,
+        windows=0,
+        out=model.folder / "videos",
+        resume=True,
+        quiet=True,
+    )
+    return evaluate(config)["samples"]
+
+
+def interval(differences: list[np.ndarray] | np.ndarray) -> list[float]:
+    """Mean of paired differences and the ends of its interval."""
+    values = np.concatenate(differences) if isinstance(differences, list) else np.asarray(differences)
+    return [float(values.mean()), *paired_interval(values)]
+
+
+def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Losses and videos of all settings over all models, in pairs with dense attention's and the oracle's."""
+    grid = models[0].subject.grid
+    asked = SWAPPED[grid[0]]
+    there = [text for text in asked if reachable(text, grid) is None]
+    terms = {}
+    for text in (DENSE, *there):
+        terms[text] = [model.loss(text, loss) for model in models]
+        print(f"{np.mean(terms[text]):.4f}  {text}", flush=True)
+    made: list[list[dict[str, Any]]] = [videos(model, there, seeds) for model in models] if seeds else []
+    rows: list[dict[str, Any]] = []
+    for text in (DENSE, *asked):
+        if text not in terms:
+            rows.append({"setting": text, "said": reachable(text, grid)})
             continue
-        terms = [loss_terms(subject, setting, loss) for subject in subjects]
-        reference = terms if reference is None else reference
-        differences = [a - b for a, b in zip(terms, reference, strict=True)]
-        low, high = paired_interval(np.concatenate(differences)) if rows else (0.0, 0.0)
-        row = {
-            "setting": text, "said": said, "loss": float(np.mean(terms)), "more": float(np.mean(differences)),
-            "interval": [low, high], "by_model": [float(x.mean()) for x in terms],
-            "kinds": [leaf.name for leaf in leaves(setting)],
-        }  # fmt: skip
+        row: dict[str, Any] = {"setting": text, "density": density_of(text, models)}
+        row |= {"loss": float(np.mean(terms[text])), "by_model": [float(x.mean()) for x in terms[text]]}
+        if text != DENSE:
+            row["more"] = interval([a - b for a, b in zip(terms[text], terms[DENSE], strict=True)])
+            row["more_than_oracle"] = interval([a - b for a, b in zip(terms[text], terms[ORACLE], strict=True)])
+        if made:
+            place = (DENSE, *there).index(text)
+            row["videos"] = of_videos(made, place, (DENSE, *there).index(ORACLE))
         rows.append(row)
-        print(f"{row['loss']:.4f}  {row['more']:+.4f} ({low:+.4f} to {high:+.4f})  {text}  {said}", flush=True)
     return rows
 
 
-def tiles(subjects: list[Subject], loss: Loss) -> list[dict[str, Any]]:
-    """Losses down two chains of tiles that lie in each other."""
-    chains, known = [], {}
-    for chain in NESTED:
-        steps: list[tuple[str, float, float]] = []
-        terms: list[np.ndarray] = []
-        for tile in chain:
-            text = f"monarch(tile={','.join(map(str, tile)).join('()')})"
-            if text not in known:
-                setting = parse(text)
-                of_models = [loss_terms(subject, setting, loss) for subject in subjects]
-                known[text] = setting.density(subjects[0].grid).kept, np.concatenate(of_models)
-            density, measured = known[text]
-            steps.append((text, density, float(measured.mean())))
-            terms.append(measured)
-        changes = [paired_interval(after - before) for before, after in itertools.pairwise(terms)]
-        worse = [step[0] for step, (_, high) in zip(steps[1:], changes, strict=True) if high >= 0]
-        chains.append({"chain": steps, "change": changes, "not_surely_better_than_the_tile_before": worse})
-        for (text, density, value), change in zip(steps, [None, *changes], strict=True):
-            said = "" if change is None else f"  from the one before {change[0]:+.4f} to {change[1]:+.4f}"
-            print(f"{value:.4f}  {density:.1%}  {text}{said}", flush=True)
+def of_videos(made: list[list[dict[str, Any]]], place: int, oracle: int) -> dict[str, Any]:
+    """Measures of one setting's videos over models and noise."""
+
+    def of(setting: int) -> list[dict[str, Any]]:
+        return [record for records in made for record in records if record["setting"] == setting]
+
+    own, theirs, dense = of(place), of(oracle), of(0)
+    values: dict[str, Any] = {"count": len(own)}
+    for name in ("psnr", "ssim_gaussian", "ssim_box", "latent_error"):
+        series = np.array([record[name] for record in own])
+        values[name] = interval(series)
+        values[f"{name}_more_than_oracle"] = interval(series - np.array([record[name] for record in theirs]))
+    flicker = np.array([record["flicker"] for record in own])
+    values["flicker"] = interval(flicker)
+    values["flicker_more_than_dense"] = interval(flicker - np.array([record["flicker"] for record in dense]))
+    blocks = np.array([record["drift"]["psnr"] for record in own])  # [videos, blocks]
+    values["psnr_by_block"] = blocks.mean(0).tolist()
+    values["drift"] = interval(blocks[:, -1] - blocks[:, 0])
+    return values
+
+
+# (b)
+
+
+def tuned(models: list[Model], loss: Loss) -> list[dict[str, Any]]:
+    """Losses before and after equal finetuning."""
+    grid = models[0].subject.grid
+    after: dict[str, list[np.ndarray]] = {}
+    programs: dict[str, Program] = {}  # of a setting, for all models
+
+    def measure(model: Model, text: str) -> np.ndarray:
+        setting = parse(text)
+        network = model.subject.model.with_attention(setting)
+        if text not in programs:
+            programs[text] = Program(network, model.further, model.further.run.steps)
+        made = programs[text].train(network, model.subject.source, model.seed)
+        return loss_terms(dataclasses.replace(model.subject, model=made), setting, loss)
+
+    for text in (DENSE, *TUNED[grid[0]]):
+        for model in models:
+            path = model.folder / f"tuned-{named(text)}.npy"
+            after.setdefault(text, []).append(once(path, lambda m=model, t=text: measure(m, t)))
+            print(f"{after[text][-1].mean():.4f}  {text}, model {model.seed}, finetuned", flush=True)
+    rows = []
+    for text, terms in after.items():
+        before = [model.loss(text, loss) for model in models]
+        row = {"setting": text, "density": density_of(text, models), "before": float(np.mean(before))}
+        row |= {"after": float(np.mean(terms))}
+        if text != DENSE:
+            differences = [a - b for a, b in zip(terms, after[DENSE], strict=True)]
+            row |= {"more": interval(differences), "by_model": [float(x.mean()) for x in differences]}
+        rows.append(row)
+    return rows
+
+
+# (c) and (d)
+
+
+def forms_of(grid: tuple[int, int, int]) -> dict[str, tuple[str, MonarchSpec]]:
+    """Block sizes and tiles that are compared on maps, by name, with the family of each."""
+    frames, height, width = grid
+    lines = {"aligned": [(frames * height, width), (frames, height * width)], "misaligned": misaligned(grid)}
+    forms = {
+        f"{rows} x {columns}": (family, MonarchSpec(grid=(1, rows, columns)))
+        for family, sizes in lines.items()
+        for rows, columns in sizes
+    }
+    for tile in dict.fromkeys(itertools.chain(*NESTED[frames])):
+        forms[",".join(map(str, tile))] = ("tiled", MonarchSpec(grid=grid, tile=tile))
+    return {name: (family, spec) for name, (family, spec) in forms.items() if spec.density <= MOST}
+
+
+def errors_of(model: Model) -> dict[str, dict[str, list[float]]]:
+    """Relative error of maps by form, one for each map: T = 1, and the nearest matrix where maps are small."""
+    grid = model.subject.grid
+    errors: dict[str, dict[str, list[float]]] = {}
+    for scores in captured_scores(model.subject, MapConfig(levels=(0.3, 0.9))):
+        exact = dense_map(scores.query, scores.key)
+        for name, (_, spec) in forms_of(grid).items():
+            values = errors.setdefault(name, {"T=1": [], "projection": []})
+            tile = None if spec.tile_shape == spec.grid else spec.tile_shape
+            values["T=1"].append(error_of(_factored(scores, spec.grid, tile, 1), exact).relative)
+            if len(exact) <= WHOLE:
+                values["projection"].append(error_of(monarch_projection(exact, spec), exact).relative)
+    return errors
+
+
+def maps(models: list[Model]) -> dict[str, Any]:
+    """(c) and (d) on maps: errors by density, and what is surely worse than something that stores less."""
+    of_models = [kept_json(model.folder / "maps.json", lambda m=model: errors_of(m)) for model in models]
+    forms = forms_of(models[0].subject.grid)
+    factored = {name: np.concatenate([errors[name]["T=1"] for errors in of_models]) for name in forms}
+    rows = {}
+    for name, (family, spec) in forms.items():
+        projected = [x for errors in of_models for x in errors[name]["projection"]]
+        rows[name] = {"family": family, "density": spec.density, "T=1": interval(factored[name])}
+        rows[name] |= {"maps": len(factored[name])} | ({"projection": float(np.mean(projected))} if projected else {})
+    for name, row in rows.items():
+        if row["family"] == "misaligned":  # beside the aligned form of nearly as many numbers
+            aligned = [other for other in rows if rows[other]["family"] == "aligned"]
+            beside = min(aligned, key=lambda other: abs(rows[other]["density"] - row["density"]))
+            row |= {"beside": beside, "more": interval(factored[name] - factored[beside])}
+    return {"forms": rows, "order": {kind: steps_of(rows, factored, kind) for kind in ("tiled", "untiled")}}
+
+
+def steps_of(rows: dict[str, Any], errors: dict[str, np.ndarray], kind: str) -> list[dict[str, Any]]:
+    """From each form to the next denser one, of all tiled or untiled ones: how much the error changes, in pairs."""
+    names = [name for name, row in rows.items() if (row["family"] == "tiled") == (kind == "tiled")]
+    names.sort(key=lambda name: rows[name]["density"])
+    return [
+        {"from": a, "to": b, "change": interval(errors[b] - errors[a])}
+        for a, b in itertools.pairwise(names)
+        if rows[b]["density"] > rows[a]["density"]
+    ]
+
+
+def tiles(models: list[Model], loss: Loss) -> list[dict[str, Any]]:
+    """(d) by loss: down chains of tiles that lie in each other."""
+    grid = models[0].subject.grid
+    chains = []
+    for chain in NESTED[grid[0]]:
+        terms = [[model.loss(tile_text(tile), loss) for model in models] for tile in chain]
+        chains.append(
+            {
+                "tiles": [list(tile) for tile in chain],
+                "density": [MonarchSpec(grid=grid, tile=tile).density for tile in chain],
+                "loss": [float(np.mean(of)) for of in terms],
+                "change": [
+                    interval([b - a for a, b in zip(one, next_, strict=True)])
+                    for one, next_ in itertools.pairwise(terms)
+                ],
+            }
+        )
     return chains
 
 
-def alignment(subjects: list[Subject]) -> dict[str, Any]:
-    """Relative error of maps under aligned and misaligned block sizes, untiled; mean over heads and levels."""
-    config = MapConfig(levels=(0.3, 0.9))
-    errors: dict[str, list[tuple[float, float, float]]] = {}
-    for subject in subjects:
-        scored = captured_scores(subject, config)
-        frames, height, width = subject.grid
-        forms = {"aligned, fh x w": (frames * height, width), "aligned, f x hw": (frames, height * width)}
-        forms |= {f"misaligned, {a} x {b}": (a, b) for a, b in misaligned(subject.grid) if 1 / a + 1 / b <= 0.3}
-        for scores in scored:
-            exact = dense_map(scores.query, scores.key)
-            for name, (rows, columns) in forms.items():
-                spec = MonarchSpec(grid=(1, rows, columns))
-                factored = error_of(_factored(scores, spec.grid, None, 1), exact).relative
-                projected = error_of(monarch_projection(exact, spec), exact).relative
-                errors.setdefault(name, []).append((spec.density, factored, projected))
-    result = {}
-    aligned = [name for name in errors if name.startswith("aligned")]
-    for name, triples in errors.items():
-        of_maps = np.array(triples)
-        density, factored, projected = of_maps.mean(0)
-        # the same maps by the aligned form of nearly as many numbers
-        beside = min(aligned, key=lambda other: abs(errors[other][0][0] - density))
-        low, high = paired_interval(of_maps[:, 1] - np.array(errors[beside])[:, 1]) if name not in aligned else (0, 0)
-        result[name] = {
-            "density": density, "T=1": factored, "projection": projected, "maps": len(triples),
-            "beside": beside, "more": [low, high],
-        }  # fmt: skip
-        said = "" if name in aligned else f"  more than {beside} {low:+.3f} to {high:+.3f}"
-        print(f"{density:6.1%}  T=1 {factored:.3f}  projection {projected:.3f}  {name}{said}", flush=True)
-    return result
-
-
-def draw(path: Path, result: dict[str, Any]) -> None:
-    """The three comparisons, side by side."""
-    figure, axes = plt.subplots(1, 3, figsize=(19, 6), layout="constrained")
-    rows = [row for row in result["order"][1:] if "more" in row]
-    places = np.arange(len(rows))
-    middle = np.array([row["more"] for row in rows])
-    ends = np.abs(np.array([row["interval"] for row in rows]).T - middle)
-    axes[0].errorbar(middle, places, xerr=ends, fmt="o", capsize=3)
-    axes[0].set_yticks(places, [row["setting"] for row in rows], fontsize=7)
-    axes[0].invert_yaxis()
-    axes[0].set(xlabel="held-out loss more than dense attention's", title="training-free, 95% intervals")
-    for name, row in result["alignment"].items():
-        mark = "o" if name.startswith("aligned") else "x"
-        for form, colour in (("T=1", "C0"), ("projection", "C1")):
-            axes[1].plot(100 * row["density"], row[form], mark, color=colour, ms=7)
-        axes[1].annotate(name.split(", ")[1], (100 * row["density"], row["T=1"]), fontsize=7)
-    axes[1].set(
-        xlabel="% stored", ylabel="relative error of the map", title="o aligned, x misaligned; T=1 blue, nearest orange"
-    )
-    for chain in result["tiles"]:
-        labels, densities, losses = zip(*chain["chain"], strict=True)
-        axes[2].plot(100 * np.array(densities), losses, "o-", label=f"within {labels[0]}")
-        for label, density, value in chain["chain"]:
-            axes[2].annotate(str(parse(label).unit), (100 * density, value), fontsize=7)
-    axes[2].set(xlabel="% stored", ylabel="held-out loss", title="tiles that lie in each other")
-    axes[2].legend(fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demos", nargs="+", type=Path, help="folders of `monarchrt demo`; else models are trained")
+    parser.add_argument("--video", type=Path, help="the demos' clip, if it is elsewhere now")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models that are trained")
+    parser.add_argument("--dense-steps", type=int, default=1500, help="of those")
+    parser.add_argument("--steps", type=int, default=250, help="of each finetuning")
+    parser.add_argument("--videos", type=int, default=3, help="of each model and setting; 0: none")
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows of the loss")
+    parser.add_argument("--parts", default="abcd", help="letters of the parts; pictures need all")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims"))
+    parser.add_argument("--redraw", action="store_true", help="table and pictures of --out's claims.json, no more")
+    args = parser.parse_args()
+    for name, least in (("dense_steps", 1), ("steps", 1), ("videos", 0), ("windows", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if unknown := set(args.parts) - set("abcd"):
+        parser.error(f"--parts {args.parts} has {min(unknown)}; parts are a, b, c and d")
+    for folder in args.demos or ():
+        if not (folder / "dense" / "checkpoints").is_dir():
+            parser.error(f"--demos {folder} has no dense/checkpoints; give the folder of a demo")
+    if args.redraw and not (args.out / "claims.json").is_file():
+        parser.error(f"--out {args.out} has no claims.json to draw")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demos", nargs="+", type=Path, required=True, help="folders of `monarchrt demo`")
-    parser.add_argument("--video", type=Path, help="their clip, if it is elsewhere now")
-    parser.add_argument("--out", type=Path, default=Path("claims.json"))
-    parser.add_argument("--windows", type=int, default=8)
-    given = parser.parse_args()
-    subjects = [open_subject(str(folder / "dense"), video=given.video) for folder in given.demos]
-    loss = Loss(windows=given.windows)
-    print(f"\nTraining-free, held-out loss of {len(subjects)} models\n")
-    result: dict[str, Any] = {"order": order(subjects, loss)}
-    print("\nAligned and misaligned blocks, relative error of the map\n")
-    result["alignment"] = alignment(subjects)
-    print("\nTiles that lie in each other, held-out loss\n")
-    result["tiles"] = tiles(subjects, loss)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(given.out.with_suffix(".png"), result)
+    """Measures what is missing and writes table and pictures."""
+    args = options()
+    path = args.out / "claims.json"
+    if not args.redraw:
+        models = models_of(args)
+        loss = Loss(windows=args.windows)
+        result: dict[str, Any] = {
+            "device": jax.devices()[0].device_kind,
+            "grid": list(models[0].subject.grid),
+            "models": len(models),
+            "finetuned": args.steps,
+        }
+        if "a" in args.parts:
+            result["order"] = order(models, loss, tuple(range(args.videos)))
+        if "b" in args.parts:
+            result["tuned"] = tuned(models, loss)
+        if set("cd") & set(args.parts):
+            result["maps"] = maps(models)
+        if "d" in args.parts:
+            result["tiles"] = tiles(models, loss)
+        if set(args.parts) != set("abcd"):
+            return
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(write_report(path))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from monarchrt.models.attention.base import Attention
 from monarchrt.models.attention.notation import parse as parse_attention
 from monarchrt.models.wan import WanModel
 from monarchrt.train.config import TrainConfig
-from monarchrt.train.data import ClipWindows
+from monarchrt.train.data import ClipWindows, Source
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
 from monarchrt.train.evaluate import _measure
 from monarchrt.train.evaluation.metrics import paired_interval
@@ -67,7 +67,7 @@ class Program:
         self.step = make_train_step(self.objective, {self.role: self.graph}, {self.role: self.training})
         self.errors = make_error_fn(self.objective, {self.role: self.graph})
 
-    def train(self, model: WanModel, source: ClipWindows, seed: int) -> WanModel:
+    def train(self, model: WanModel, source: Source, seed: int) -> WanModel:
         """The network after all steps, with averaged parameters."""
         _, params, frozen = split_model(jax.tree.map(lambda x: x.copy(), model))  # a step uses up what it is given
         state = create_state({self.role: create_role(params, frozen, self.training)}, seed=seed)
@@ -80,7 +80,7 @@ class Program:
             raise SystemExit(f"error: the loss of seed {seed} became {float(loss)}")
         return nnx.merge(self.graph, state.roles[self.role].evaluated, state.frozen(self.role))
 
-    def terms(self, model: WanModel, source: ClipWindows, args: argparse.Namespace) -> np.ndarray:
+    def terms(self, model: WanModel, source: Source, args: argparse.Namespace) -> np.ndarray:
         """The held-out loss's terms, in an order that is the same for all networks."""
         _, params, frozen = split_model(model)
         parts = {self.role: (params, frozen)}
@@ -136,9 +136,11 @@ def read(args: argparse.Namespace) -> list[np.ndarray]:
     return [read_clip(path, height=height, width=width) for path in args.clips]
 
 
-def windows_of(clips: list[np.ndarray], settings: TrainConfig, text_dim: int) -> ClipWindows:
+def windows_of(
+    clips: list[np.ndarray], settings: TrainConfig, text_dim: int, *, held_out: float = HELD_OUT
+) -> ClipWindows:
     """Trains on the beginnings of all clips and holds out their ends."""
-    cuts = [round(len(clip) * (1 - HELD_OUT)) for clip in clips]
+    cuts = [round(len(clip) * (1 - held_out)) for clip in clips]
     parts = [clip[:cut] for clip, cut in zip(clips, cuts, strict=True)]
     parts += [clip[cut + GAP :] for clip, cut in zip(clips, cuts, strict=True)]  # the last half is held out whole
     data = dataclasses.replace(settings.data, held_out=0.5)

@@ -31,4 +31,5 @@ MEASURED = (
     Fault("train/studies/maps.py", 'f"{number}: {scores.name}"', "scores.name", STUDIES, "maps_that"),
     Fault("models/wan/causal.py", "timesteps, cached=True)", "timesteps)", IN_WAN, "too_small"),
     Fault("train/studies/maps.py", "    partial.done()\n", "", STUDIES, "maps_that"),
+    Fault("train/evaluation/vmaf.py", "zip(video, reference, strict", "zip(reference, video, strict", MEASURES, "vmaf"),
 )

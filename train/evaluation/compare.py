@@ -40,7 +40,7 @@ from monarchrt.train.evaluation.lpips import read_lpips
 from monarchrt.train.evaluation.report import summarise, write_report
 from monarchrt.train.evaluation.sets import Sets, distances, features_of, plan_sets, real_windows
 from monarchrt.train.evaluation.subject import Subject, open_subject, video_of
-from monarchrt.train.evaluation.vmaf import SMALLEST, find_ffmpeg, vmaf
+from monarchrt.train.evaluation.vmaf import SMALLEST, find_vmaf
 from monarchrt.train.studies.results import progress, write_json
 from monarchrt.train.texts import read_prompts
 
@@ -182,12 +182,12 @@ def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndar
     if config.lpips is not None:
         network = read_lpips(*config.lpips)
         measures[f"lpips_{network.network}"] = network
-    if config.videos and (ffmpeg := find_ffmpeg(config.ffmpeg)) is not None:
+    if config.videos and (judge := find_vmaf(config.ffmpeg)) is not None:
 
         def perceived(video: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
             if config.ffmpeg is None and min(video.shape[1:3]) < SMALLEST:
                 return None  # nobody asked for it
-            return np.array(vmaf(video, reference, ffmpeg=ffmpeg))
+            return np.array(judge(video, reference))
 
         measures["vmaf"] = perceived
     return measures

@@ -77,7 +77,7 @@ class EvaluateConfig:
     """With features: a video, or a folder of them, that the videos are compared with instead of the reference's."""
 
     ffmpeg: Path | None = None
-    """One with libvmaf. Default: that of imageio-ffmpeg or the system's, if it has it; else there is no VMAF."""
+    """One with libvmaf, for VMAF. Default: the libvmaf of PyAV, or of imageio-ffmpeg or the system, if one has it."""
 
     out: Path = Path("evaluation")
     """Folder of the results."""

@@ -1,21 +1,44 @@
-"""VMAF by an ffmpeg that was built with libvmaf, where there is one."""
+"""VMAF by libvmaf: that of PyAV, with which videos are read, or of an ffmpeg that was built with it."""
 
+import functools
+import gc
 import importlib.util
 import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import av.filter
 import numpy as np
+from av.filter.context import FilterContext
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.writer import open_writer
 from monarchrt.train.evaluation.metrics import check_same
 
+type Video = UInt8[np.ndarray, "t h w 3"]
+type Measure = Callable[[Video, Video], list[float]]
+
 SMALLEST = 17  # pixels a side, or libvmaf crashes
+RATE = Fraction(16)  # frames a second; no value depends on it
 ADVICE = "give --ffmpeg, one that was built with libvmaf, such as that of the package imageio-ffmpeg"
+
+
+def find_vmaf(given: Path | None = None) -> Measure | None:
+    """VMAF by the given ffmpeg, else by PyAV, else by an ffmpeg that is found; None if there is no libvmaf.
+
+    Raises:
+        UserError: If the given ffmpeg has none, or cannot be run.
+    """
+    if given is None and "libvmaf" in av.filter.filters_available:
+        return vmaf_by_pyav
+    ffmpeg = find_ffmpeg(given)
+    return None if ffmpeg is None else functools.partial(vmaf, ffmpeg=ffmpeg)
 
 
 def find_ffmpeg(given: Path | None = None) -> Path | None:
@@ -45,8 +68,75 @@ def _has_vmaf(path: Path) -> bool:
     return done.returncode == 0 and " libvmaf " in done.stdout
 
 
-def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h w 3"], *, ffmpeg: Path) -> list[float]:
+def _check(video: Video, reference: Video) -> None:
+    check_same(video, reference)
+    height, width = video.shape[1:3]
+    if min(height, width) < SMALLEST:
+        raise UserError(
+            f"vmaf: frames are {height} x {width}, and libvmaf needs {SMALLEST} pixels a side; leave --ffmpeg out"
+        )
+
+
+def vmaf_by_pyav(video: Video, reference: Video) -> list[float]:
     """VMAF of each frame, 0 to 100, with the model that is built in.
+
+    Args:
+        video: RGB frames.
+        reference: Of the same shape.
+
+    Returns:
+        A value per frame.
+
+    Raises:
+        UserError: If frames are too small for it, or nothing comes out.
+        ValueError: If the videos are of other sizes or lengths.
+    """
+    _check(video, reference)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.json"
+        _filter(video, reference, log)
+        gc.collect()  # the log is written when the graph goes, whose filters refer to each other
+        if not log.is_file():
+            raise UserError("PyAV's libvmaf did not compute VMAF; give --ffmpeg, one that was built with libvmaf")
+        return _values(log)
+
+
+def _filter(video: Video, reference: Video, log: Path) -> None:
+    """Runs both videos through libvmaf, whose first input is the one that is judged."""
+    graph = av.filter.Graph()
+    path = str(log).translate({ord(c): f"\\{c}" for c in "\\':"})
+    judge, sink = graph.add("libvmaf", f"log_fmt=json:log_path={path}"), graph.add("buffersink")
+    judge.link_to(sink)
+    height, width = video.shape[1:3]
+    inputs = []
+    for number in range(2):
+        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / RATE)
+        planes = graph.add("format", "yuv420p")
+        source.link_to(planes)
+        planes.link_to(judge, 0, number)
+        inputs.append(source)
+    graph.configure()
+    for time, pictures in enumerate(zip(video, reference, strict=True)):
+        for source, picture in zip(inputs, pictures, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = time, 1 / RATE
+            source.push(frame)
+        _drain(sink)
+    for source in inputs:
+        source.push(None)
+    _drain(sink)
+
+
+def _drain(sink: FilterContext) -> None:
+    while True:
+        try:
+            sink.pull()
+        except (BlockingIOError, EOFError):
+            return
+
+
+def vmaf(video: Video, reference: Video, *, ffmpeg: Path) -> list[float]:
+    """VMAF of each frame by an ffmpeg.
 
     Args:
         video: RGB frames.
@@ -60,12 +150,7 @@ def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h 
         UserError: If frames are too small for it, or ffmpeg fails; says what it said.
         ValueError: If the videos are of other sizes or lengths.
     """
-    check_same(video, reference)
-    height, width = video.shape[1:3]
-    if min(height, width) < SMALLEST:
-        raise UserError(
-            f"vmaf: frames are {height} x {width}, and libvmaf needs {SMALLEST} pixels a side; leave --ffmpeg out"
-        )
+    _check(video, reference)
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for name, frames in (("video", video), ("reference", reference)):
@@ -91,5 +176,8 @@ def vmaf(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h 
         if done.returncode or not log.is_file():
             said = " ".join(done.stderr.split())[-200:] or f"it ended with {done.returncode} and said nothing"
             raise UserError(f"ffmpeg {ffmpeg} did not compute VMAF: {said}")
-        frames = json.loads(log.read_text())["frames"]
-    return [float(frame["metrics"]["vmaf"]) for frame in frames]
+        return _values(log)
+
+
+def _values(log: Path) -> list[float]:
+    return [float(frame["metrics"]["vmaf"]) for frame in json.loads(log.read_text())["frames"]]
