@@ -207,7 +207,8 @@ def trained(args: argparse.Namespace, seed: int) -> tuple[Subject, DemoConfig]:
     clips = [read_clip(path, height=4 * height, width=4 * width) for path in CLIPS]
     text_dim = dict(item.split("=") for item in settings.model.overrides)["text_dim"]
     source = windows_of(clips, settings, int(text_dim), held_out=HELD_OUT)
-    train(settings, source=source, quiet=True)
+    if not (settings.run.folder / "checkpoints" / str(args.dense_steps)).is_dir():  # else other processes may read it
+        train(settings, source=source, quiet=True)
     subject = open_subject(str(demo.folder / "dense"))
     return dataclasses.replace(subject, source=source), demo
 
@@ -222,6 +223,11 @@ def reachable(text: str, grid: tuple[int, int, int]) -> str | None:
     except ValueError as error:
         return " ".join(str(error).split())
     return None
+
+
+def settings_on(grid: tuple[int, int, int]) -> list[str]:
+    """Those of (a) that can be had."""
+    return [text for text in SWAPPED[grid[0]] if reachable(text, grid) is None]
 
 
 def density_of(text: str, models: list[Model]) -> dict[str, float]:
@@ -267,15 +273,14 @@ def interval(differences: list[np.ndarray] | np.ndarray) -> list[float]:
 def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """Losses and videos of all settings over all models, in pairs with dense attention's and the oracle's."""
     grid = models[0].subject.grid
-    asked = SWAPPED[grid[0]]
-    there = [text for text in asked if reachable(text, grid) is None]
+    there = settings_on(grid)
     terms = {}
     for text in (DENSE, *there):
         terms[text] = [model.loss(text, loss) for model in models]
         print(f"{np.mean(terms[text]):.4f}  {text}", flush=True)
-    made: list[list[dict[str, Any]]] = [videos(model, there, seeds) for model in models] if seeds else []
+    made = [videos(model, there, seeds) for model in models] if seeds else []
     rows: list[dict[str, Any]] = []
-    for text in (DENSE, *asked):
+    for text in (DENSE, *SWAPPED[grid[0]]):
         if text not in terms:
             rows.append({"setting": text, "said": reachable(text, grid)})
             continue
@@ -292,23 +297,23 @@ def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[
 
 
 def of_videos(made: list[list[dict[str, Any]]], place: int, oracle: int) -> dict[str, Any]:
-    """Measures of one setting's videos over models and noise."""
+    """Measures of one setting's videos over models and noise, of the blocks after the first, which was given."""
 
     def of(setting: int) -> list[dict[str, Any]]:
         return [record for records in made for record in records if record["setting"] == setting]
 
     own, theirs, dense = of(place), of(oracle), of(0)
     values: dict[str, Any] = {"count": len(own)}
-    for name in ("psnr", "ssim_gaussian", "ssim_box", "latent_error"):
-        series = np.array([record[name] for record in own])
-        values[name] = interval(series)
-        values[f"{name}_more_than_oracle"] = interval(series - np.array([record[name] for record in theirs]))
+    for name in ("psnr", "ssim_gaussian", "ssim_box"):
+        series, others = (np.array([record["drift"][name][1:] for record in records]) for records in (own, theirs))
+        values[name] = interval(series.mean(1))
+        values[f"{name}_more_than_oracle"] = interval((series - others).mean(1))
+        values[f"{name}_by_block"] = series.mean(0).tolist()
+        values[f"{name}_drift"] = interval(series[:, -1] - series[:, 0])
+    values["latent_error"] = interval(np.array([record["latent_error"] for record in own]))
     flicker = np.array([record["flicker"] for record in own])
     values["flicker"] = interval(flicker)
     values["flicker_more_than_dense"] = interval(flicker - np.array([record["flicker"] for record in dense]))
-    blocks = np.array([record["drift"]["psnr"] for record in own])  # [videos, blocks]
-    values["psnr_by_block"] = blocks.mean(0).tolist()
-    values["drift"] = interval(blocks[:, -1] - blocks[:, 0])
     return values
 
 
@@ -437,15 +442,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of each finetuning")
     parser.add_argument("--videos", type=int, default=3, help="of each model and setting; 0: none")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of the loss")
-    parser.add_argument("--parts", default="abcd", help="letters of the parts; pictures need all")
+    parser.add_argument(
+        "--parts", default="abcd", help="letters of the parts, v: videos of a alone; table and picture need abcd"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims"))
     parser.add_argument("--redraw", action="store_true", help="table and pictures of --out's claims.json, no more")
     args = parser.parse_args()
     for name, least in (("dense_steps", 1), ("steps", 1), ("videos", 0), ("windows", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
-    if unknown := set(args.parts) - set("abcd"):
-        parser.error(f"--parts {args.parts} has {min(unknown)}; parts are a, b, c and d")
+    if unknown := set(args.parts) - set("abcdv"):
+        parser.error(f"--parts {args.parts} has {min(unknown)}; parts are a, b, c, d, and v, the videos of a")
     for folder in args.demos or ():
         if not (folder / "dense" / "checkpoints").is_dir():
             parser.error(f"--demos {folder} has no dense/checkpoints; give the folder of a demo")
@@ -467,6 +474,9 @@ def main() -> None:
             "models": len(models),
             "finetuned": args.steps,
         }
+        if "v" in args.parts:  # of (a), beside its losses
+            for model in models:
+                videos(model, settings_on(model.subject.grid), tuple(range(args.videos)))
         if "a" in args.parts:
             result["order"] = order(models, loss, tuple(range(args.videos)))
         if "b" in args.parts:
@@ -475,7 +485,7 @@ def main() -> None:
             result["maps"] = maps(models)
         if "d" in args.parts:
             result["tiles"] = tiles(models, loss)
-        if set(args.parts) != set("abcd"):
+        if not set("abcd") <= set(args.parts):
             return
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(write_report(path))

@@ -17,6 +17,7 @@ import pytest
 
 from monarchrt.models.wan import wan_config
 from monarchrt.train.objectives.registry import objective_names, settings_class
+from monarchrt.train.studies.approximations import dense_map
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -78,6 +79,10 @@ def run(monkeypatch, tmp_path):
         ("finetuning", ["--attention", "dens"], "--attention dens: attention='dens': 'dens' is not a kind"),
         ("finetuning", ["--attention", "monarch(tile=(4,{h},5))"], "5 does not divide the 28"),
         ("finetuning", ["--clips", "none.mp4"], "--clips none.mp4 is not a file"),
+        ("claims", ["--parts", "ae"], "--parts ae has e; parts are a, b, c, d, and v"),
+        ("claims", ["--steps", "0"], "--steps 0 must be at least 1"),
+        ("claims", ["--demos", "none"], "--demos none has no dense/checkpoints; give the folder of a demo"),
+        ("claims", ["--redraw"], "--out results has no claims.json to draw"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
         ("stages", [], "there is no GPU"),
         ("stages", ["--small", "--stages", "sampling"], "invalid choice: 'sampling'"),
@@ -395,3 +400,29 @@ def test_how_far_a_roll_out_ends_from_float32(run, capsys, tmp_path):
     flat, sharp = (row["e4m3 from bfloat16"]["all"] for row in rows)
     assert sharp > flat  # where alpha errs
     assert capsys.readouterr().out.count("bfloat16's own") == 2
+
+
+def test_attention_of_low_rank(monkeypatch):
+    """Against the map's singular values, on maps with structure and on one of noise, whose values fall slowly."""
+    monkeypatch.syspath_prepend(FOLDER)
+    kind = importlib.import_module("low_rank").LowRankAttention
+    grid, setting = (4, 4, 6), kind(keep=0.25)
+    q, k, v = (np.array(jax.random.normal(jax.random.key(n), (1, 96, 3, 16))) for n in range(3))
+    place = np.arange(96) / 96
+    q[0, :, 0, :4] = k[0, :, 0, :4] = 6 * np.stack([np.cos(place), np.sin(place), place, place**2], -1)
+    q[:, :, 1] *= 3
+    found = np.asarray(setting(*map(jnp.asarray, (q, k, v)), grid=grid))
+    for head in range(3):
+        exact = dense_map(q[0, :, head], k[0, :, head])
+        left, values, right = np.linalg.svd(exact)
+        best = (left[:, :12] * values[:12]) @ right[:12]
+        nearest = np.sqrt((values[12:] ** 2).sum())
+        made = np.asarray(setting.attention_map(*map(jnp.asarray, (q, k)), grid=grid))[0, head]
+        assert np.linalg.norm(made - exact) < 1.01 * nearest
+        if head == 0:
+            np.testing.assert_allclose(found[0, :, head], best @ v[0, :, head], atol=1e-3)
+    assert setting.density(grid).kept == 0.25
+    with pytest.raises(ValueError, match=r"keep=0.01 is below one rank of grid \(4, 4, 6\); the least is 0.0208"):
+        kind(keep=0.01).check(grid)
+    with pytest.raises(ValueError, match="this network is block-causal"):
+        setting.check(grid, causal_block=2)
