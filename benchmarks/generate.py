@@ -16,8 +16,9 @@ frame, (1, 30, 52), "monarch 97%" of three. Weights are random, which changes no
 For each attention: the transformer alone (all blocks, latents only), and end to end (embeddings in, frames in the
 host's memory out, VAE included) with the time to the first frames; medians over --repeats after one run that compiles.
 A place is a mesh for the network as `monarchrt generate --mesh` takes it, "decoder" if the last GPU decodes and is none
-of the mesh, "unrolled" for layers with arrays of their own, and "fp8" for products in 8 bits; the small clip of each
-must be that of one GPU (in 8 bits it may be 0.1 from it). --network times the transformer alone.
+of the mesh, "unrolled" for layers with arrays of their own, "passes" for kernels of few passes between their products,
+and "fp8" for products in 8 bits; the small clip of each must be that of one GPU (in 8 bits it may be 0.1 from it).
+--network times the transformer alone.
 Text is one prompt of 512 tokens through umT5-XXL, without the tokenizer; it is in no other time but "with_text". VAE is
 all latents, block by block as streamed. What is compiled after the first frames are there is counted and, of a stream,
 must be nothing. Before anything is timed, a small clip with the timed Monarch backend is compared with its XLA path.
@@ -137,7 +138,9 @@ def parse() -> argparse.Namespace:
         help="backend of the named settings that have several; default: the library's choice",
     )
     parser.add_argument("--wan", help="sizes of the network, a preset; default: wan2.1-t2v-1.3b, or tiny with --tiny")
-    parser.add_argument("--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder ,unrolled or ,fp8")
+    parser.add_argument(
+        "--places", nargs="+", default=["one"], help="one, or meshes, with ,decoder ,unrolled ,passes or ,fp8"
+    )
     parser.add_argument("--mode", choices=("autoregressive", "bidirectional"), default="autoregressive")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="in pixels; default: 480 832")
     parser.add_argument("--frames", type=int, help="1 + 4 k in whole blocks; default: 81, or 33 with --tiny")
@@ -183,22 +186,26 @@ class Place:
 
     devices: Places
     unrolled: bool
+    passes: bool
     fp8: bool
 
     @classmethod
     def of(cls, notation: str, *, heads: int) -> "Place":
         """That of a notation."""
         words = notation.split(",")
-        mesh = ",".join(word for word in words if word not in ("one", "decoder", "unrolled", "fp8"))
+        mesh = ",".join(word for word in words if word not in ("one", "decoder", "unrolled", "passes", "fp8"))
         decoder = len(jax.devices()) - 1 if "decoder" in words else None
         given = GenerateConfig(mesh=mesh or ("heads=1" if "decoder" in words else None), decoder_device=decoder)
-        return cls(devices=find_places(given, heads=heads), unrolled="unrolled" in words, fp8="fp8" in words)
+        forms = {word: word in words for word in ("unrolled", "passes", "fp8")}
+        if forms["passes"] and not forms["unrolled"]:
+            raise ValueError(f"place {notation!r} has passes, which are of layers that are unrolled; add ,unrolled.")
+        return cls(devices=find_places(given, heads=heads), **forms)
 
     def pipeline(self, model: WanModel, vae: WanVAE | None) -> VideoPipeline:
         """What makes it; without a decoder for latents alone."""
         model = self.devices.moved(model)
         model = fp8_products(model) if self.fp8 else model
-        network = unroll_layers(model) if self.unrolled else model
+        network = unroll_layers(model, passes="triton" if self.passes else None) if self.unrolled else model
         decoder: Any = None if vae is None else WanDecoder(vae, device=self.devices.decoder)
         return VideoPipeline(network, decoder, mesh=self.devices.mesh)
 

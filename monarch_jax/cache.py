@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from monarch_jax.checks import array, flag, float_dtype, index, positive, triple
 from monarch_jax.partitioning import on_mesh_of, split_like, whole_tokens
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles
+
+Rest = TypeVar("Rest")
 
 
 @jax.custom_jvp
@@ -236,17 +239,7 @@ class MonarchKVCache:
                 f"value has shape {value.shape}, dtype {value.dtype.name}; key has {key.shape}, {key.dtype.name}."
             )
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
-        start = _known(self.length if frame is None else index("frame", frame))
-        if isinstance(start, int):
-            self._check_place(start, frames)
-        first = jnp.asarray(start, jnp.int32)
-        misplaced = self._misplaced(first, frames)
-        if layer is not None:
-            misplaced |= (layer < 0) | (layer >= self.key.shape[0])
-        first = jnp.where(misplaced, 0, first)  # the NaN lies where every query sees it
-        position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
-        sinks, groups = self.sink_frames // n_f, self.capacity // n_f
-        slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
+        first, misplaced, slot = self._place(frames, frame, layer)
         # tiles that lie side by side: which of the block, and where they go
         together = 1 if self.rolling else frames // n_f
         runs = [(slice(n * group, (n + together) * group), slot[n] * group) for n in range(0, frames // n_f, together)]
@@ -266,10 +259,47 @@ class MonarchKVCache:
                 buffer = lax.dynamic_update_slice(buffer, part, at)
             return buffer
 
-        length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
-        cache = dataclasses.replace(self, key=write(self.key, key), value=write(self.value, value), length=length)
-        object.__setattr__(cache, "_newest", frames)
-        return cache
+        return self._written(write(self.key, key), write(self.value, value), first, misplaced, frames)
+
+    @property
+    def in_token_order(self) -> bool:
+        """Whether a group of frames lies in the order of its tokens, one after the other."""
+        tile, grid = self.spec.tile_shape, self.spec.grid
+        return tile[1:] == grid[1:] and self.spec.blocks in ("fh,w", "f,hw")
+
+    def append_by(
+        self,
+        write: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Rest]],
+        frames: int,
+        *,
+        frame: int | Int[Array, ""],
+        layer: int | Int[Array, ""],
+    ) -> tuple["MonarchKVCache", Rest]:
+        """`append` by a function that writes a block itself, without gradients, into a cache in the order of tokens.
+
+        Args:
+            write: Of keys and values [layers, B, slots, tokens of a group of frames, H*D], whether the block is
+                misplaced (a bool scalar; NaN is to be written then), and int32 slots, one for each of its groups: both
+                arrays, written, and anything else.
+            frames: Of the block.
+            frame: As in `append`.
+            layer: As in `append`.
+
+        Returns:
+            The cache with the block, and what else `write` gave.
+
+        Raises:
+            ValueError: If the cache is in another order, or as `append` says.
+        """
+        self._check_layer(layer)
+        if not self.in_token_order:
+            raise ValueError(f"the cache is in the order of tiles {self.spec.tile_shape}, not in that of tokens.")
+        first, misplaced, slots = self._place(frames, frame, layer)
+        shape = self.key.shape
+        group = self.spec.tiles_per_group * shape[3] * shape[4]
+        rows = (*shape[:2], -1, group, shape[5] * shape[6])
+        key, value, rest = write(self.key.reshape(rows), self.value.reshape(rows), misplaced, slots)
+        return self._written(key.reshape(shape), value.reshape(shape), first, misplaced, frames), rest
 
     def attend(
         self,
@@ -334,6 +364,33 @@ class MonarchKVCache:
         """Keys and values of all slots as tokens [B, capacity*h*w, H, D], for inspection."""
         key, value = self._of(layer)
         return tiles_to_tokens(key, self.spec), tiles_to_tokens(value, self.spec)
+
+    def _place(
+        self, frames: int, frame: int | jax.Array | None, layer: int | jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The first frame of a block that is written, whether it has no place, and the slots of its groups."""
+        n_f = self.spec.tile_shape[0]
+        start = _known(self.length if frame is None else index("frame", frame))
+        if isinstance(start, int):
+            self._check_place(start, frames)
+        first = jnp.asarray(start, jnp.int32)
+        misplaced = self._misplaced(first, frames)
+        if layer is not None:
+            misplaced |= (layer < 0) | (layer >= self.key.shape[0])
+        first = jnp.where(misplaced, 0, first)  # the NaN lies where every query sees it
+        position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
+        sinks, groups = self.sink_frames // n_f, self.capacity // n_f
+        slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
+        return first, misplaced, slot
+
+    def _written(
+        self, key: jax.Array, value: jax.Array, first: jax.Array, misplaced: jax.Array, frames: int
+    ) -> "MonarchKVCache":
+        """The cache with other arrays, whose newest block has these frames."""
+        length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
+        cache = dataclasses.replace(self, key=key, value=value, length=length)
+        object.__setattr__(cache, "_newest", frames)
+        return cache
 
     def _misplaced(self, first: jax.Array, frames: int) -> jax.Array:
         """Whether the buffer would not hold what it should after writing `frames` at `first`; bool scalar."""

@@ -5,6 +5,7 @@ generation calls `cached_forward` for each block, as often as it is denoised, an
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from monarchrt.models.attention.base import CacheShape, Context, Number, map_key
 from monarchrt.models.sharding import constrain, parts
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, whole_layer
+from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 from monarchrt.models.wan.tokens import pad_rope, split_tokens
@@ -219,7 +221,8 @@ def cached_forward(
     tokens = model.embed_latents(latents, timesteps)
     rope, per_frame = pad_rope(rope_table(grid, config.head_dim, start_frame=start)), grid[1] * grid[2]
     graph, state = model.split_blocks(apart=layers is not None)
-    x, written = tokens.x, []
+    written = []
+    x: Any = tokens.x if layers is None else Pending(tokens.x)
     for run, cached in zip(runs, cache.runs, strict=True):
         past = dataclasses.replace(cached, length=cache.length)
         if layers is not None:
@@ -229,18 +232,31 @@ def cached_forward(
             own, cross = (run.of(x, config.num_layers) for x in (state, cache.cross))
 
         def run_block(x, layer, cross, attention):
-            block_of_layer = nnx.merge(graph, whole_layer(layer, config))
+            block_of_layer, time = nnx.merge(graph, whole_layer(layer, config)), tokens.time_projection
+
+            def context(x):
+                inputs = partial(block_of_layer.attention_inputs, x[:, :, :per_frame], time)
+                return Context(step=step, block=block, inputs=inputs, modules=modules_of(block_of_layer))
+
+            if layers is not None and fuses(block_of_layer, attention.cache):
+
+                def attend_written(x, normed):
+                    return attention.write(partial(write_products, block_of_layer, normed, rope), context(x))
+
+                return fused_block(block_of_layer, x, time, cross, attend_written)
 
             def attend(query, key, value):
-                inputs = partial(block_of_layer.attention_inputs, x[:, :, :per_frame], tokens.time_projection)
-                modules = modules_of(block_of_layer)
-                return attention(query, key, value, Context(step=step, block=block, inputs=inputs, modules=modules))
+                return attention(query, key, value, context(x))
 
+            if layers is not None:
+                x = settled(x, time)
             how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
-            return split_tokens(block_of_layer(x, tokens.time_projection, rope, cross, attend, **how))
+            x = split_tokens(block_of_layer(x, time, rope, cross, attend, **how))
+            return x if layers is None else Pending(x)
 
         x, past = through(run_block, x, (own, cross), past, run, start, config)
         written.append(dataclasses.replace(past, length=None))
+    x = x if layers is None else settled(x, tokens.time_projection)
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
     runs = split_heads(tuple(written), config.num_heads)
@@ -273,17 +289,27 @@ def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) 
     return x, jax.vmap(write)(stacked, *new)
 
 
-def _through_one(run_block, x, past, number, layer, cross, *, run: AttentionRun, start) -> tuple[Array, Any]:
+class _OfLayer:
+    """How one layer attends: it writes and reads where the cache of all lies."""
+
+    def __init__(self, cache: Any, number: Array, *, run: AttentionRun, start: Any):
+        self.cache, self._number, self._run, self._start = cache, number, run, start
+
+    def __call__(self, query: Array, key: Array, value: Array, context: Context) -> Array:
+        return self.write(lambda cache, **where: (cache.append(key, value, **where), query), context)
+
+    def write(self, write: Callable[..., tuple[Any, Array]], context: Context) -> Array:
+        """Attends with the queries of a function that writes the block."""
+        self.cache, query = write(self.cache, frame=self._start, layer=self._number)
+        where = dataclasses.replace(context, layer=self._run.start + self._number)
+        return self._run.setting.attend_cache(self.cache, query, layer=self._number, context=where)
+
+
+def _through_one(run_block, x, past, number, layer, cross, *, run: AttentionRun, start) -> tuple[Any, Any]:
     """Through one layer, which writes and reads where the cache of all lies."""
-    written = []
-
-    def attention(query, key, value, context):
-        written.append(past.append(key, value, frame=start, layer=number))
-        where = dataclasses.replace(context, layer=run.start + number)
-        return run.setting.attend_cache(written[0], query, layer=number, context=where)
-
+    attention = _OfLayer(past, number, run=run, start=start)
     x = run_block(x, layer, cross, attention)
-    return x, dataclasses.replace(written[0], length=past.length)
+    return x, dataclasses.replace(attention.cache, length=past.length)
 
 
 def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
@@ -301,7 +327,7 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
     return x, past
 
 
-def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
+def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Any, Any]:
     """The same through layers with arrays of their own, one after the other; traced and lowered once."""
     states, cross = layers
     through = jax.jit(partial(_through_one, run_block, run=run, start=start))

@@ -17,6 +17,7 @@ from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kept import kept
+from monarchrt.models.wan.passes import Passes
 from monarchrt.models.wan.rope import rotate
 from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
 
@@ -124,13 +125,21 @@ class SelfAttention(nnx.Module):
         self.q, self.k, self.v, self.o = (linear(config, config.dim, config.dim, rngs=rngs) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config, rngs=rngs), RMSNorm(config, rngs=rngs)
 
+    def products(self, x: Float[Array, "B F T D"]) -> tuple[tuple[Array, int], ...]:
+        """Arrays that query, key and value are columns of, and where these begin."""
+        return tuple((kept(linear(x)), 0) for linear in (self.q, self.k, self.v))
+
     def qkv(
         self, x: Float[Array, "B F T D"], rope: tuple[Array, Array], tokens: int
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
         """Rotated queries and keys, and values, of so many tokens of a frame, flattened; on a mesh, split by heads."""
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
-        query = rotate(split(self.norm_q(kept(self.q(x)))), *rope)
-        key, value = rotate(split(self.norm_k(kept(self.k(x)))), *rope), split(kept(self.v(x)))
+        query, key, value = (y[..., at : at + x.shape[-1]] for y, at in self.products(x))
+        query, key, value = (
+            rotate(split(self.norm_q(query)), *rope),
+            rotate(split(self.norm_k(key)), *rope),
+            split(value),
+        )
         if parts("heads", self.num_heads) == 1:  # nothing travels, and putting them together would copy
             own = (y[:, :, :tokens] for y in (query, key, value))
             query, key, value = (rearrange(y, "b f s n d -> b (f s) n d") for y in own)
@@ -176,6 +185,7 @@ class WanBlock(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.dtype = jnp.dtype(config.dtype)
+        self.passes: Passes | None = None  # as `unroll_layers` says
         self.modulation = nnx.Param(modulation_table(config, 6, rngs))
         self.norm1 = layer_norm(config, dim, affine=False, rngs=rngs)
         self.self_attn = SelfAttention(config, rngs=rngs)

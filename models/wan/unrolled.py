@@ -10,11 +10,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
+from monarchrt.models.wan.fused import joined_block
+from monarchrt.models.wan.passes import Passes, check_passes
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +60,10 @@ class UnrolledWan:
         return self.model.config
 
 
-type Cut = dict[int, tuple[Any, list[Any]]]
+type Cut = dict[Any, tuple[Any, list[Any]]]
 
 
-def unroll_layers(model: WanModel, *, cut: Cut | None = None) -> UnrolledWan:
+def unroll_layers(model: WanModel, *, cut: Cut | None = None, passes: Passes | None = None) -> UnrolledWan:
     """A model for generation block by block, with every layer's arrays copied out of the stack.
 
     Examples:
@@ -72,10 +75,16 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None) -> UnrolledWan:
     Args:
         model: It is left as it is.
         cut: What was cut of other models with the same arrays, under other attention, and is cut here: they are shared.
+        passes: What is between a layer's products: "triton", by kernels of few passes (half precision), with query, key
+            and value as one product where weights are plain; "plain", the same as XLA does it; None: as in training.
 
     Returns:
         The unrolled one. It shares all other arrays.
+
+    Raises:
+        ValueError: If the kernels cannot take the network's rows.
     """
+    check_passes(passes, model.config.dtype, model.config.dim)
     model = model.with_config(causal_block=None)  # blocks are seen one at a time
     stacked = nnx.split(model.blocks)[1]
     cut = {} if cut is None else cut
@@ -86,15 +95,27 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None) -> UnrolledWan:
             cut[id(x)] = x, layers  # with x itself, whose id is its own then
         return cut[id(x)][1][number]
 
+    def joined(*arrays: Any) -> Any:
+        if (key := tuple(map(id, arrays))) not in cut:
+            cut[key] = arrays, [jnp.concatenate(arrays, axis=-1)]
+        return cut[key][1][0]
+
     layers = [jax.tree.map(partial(layer_of, number), stacked) for number in range(model.config.num_layers)]
     empty = jax.tree.map(lambda x: x[:0], stacked)
     graph, rest = nnx.split(model)
+    model = nnx.merge(graph, nnx.merge_state(rest, nnx.State({"blocks": empty})))
+    if passes is not None:
+        model.blocks.passes = passes
+        block = nnx.split(model.blocks)[0]
+        layers = [nnx.split(joined_block(nnx.merge(block, layer), joined))[1] for layer in layers]
+        joined_block(model.blocks, joined)
+    graph, rest = nnx.split(model)
     params = Layers(
-        rest=nnx.merge_state(rest, nnx.State({"blocks": empty})),
+        rest=rest,
         arrays=tuple(tuple(jax.tree.leaves(layer)) for layer in layers),
         structure=jax.tree.structure(layers[0]),
     )
-    return UnrolledWan(model=nnx.merge(graph, params.rest), graph=graph, params=params)
+    return UnrolledWan(model=model, graph=graph, params=params)
 
 
 def _layer(x: Any, number: int) -> Any:

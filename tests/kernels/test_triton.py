@@ -100,15 +100,27 @@ def compile_launch(call, capability, dtype="bf16"):
     from triton.backends.nvidia import compiler as nvidia
     from triton.compiler import ASTSource
 
-    from monarchrt.triton_kernels import left, overlapped, refine, refine_backward, right, sparse, streamed
+    from monarchrt.triton_kernels import left, overlapped, refine, refine_backward, right, rows, sparse, streamed
 
-    modules = (left, overlapped, refine, refine_backward, right, sparse, streamed)
+    modules = (left, overlapped, refine, refine_backward, right, rows, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
-    listed = ("starts", "first", "last", "whole", "count", "places", "key_places", "query_places", "slots")
-    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", *listed), "*i32")
+    listed = (
+        "starts",
+        "first",
+        "last",
+        "whole",
+        "count",
+        "places",
+        "key_places",
+        "query_places",
+        "slots",
+        "layer",
+        "at",
+    )
+    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", "layer", "at", *listed), "*i32")
     integers |= {"scale": "fp32", "head": "i32"}
     sums = ("dk", "dv") * bool(call.constants.get("ACCUMULATE"))
-    floats = dict.fromkeys(("stats", "further_stats", "lse", "delta", "dq_left", *sums), "*fp32")
+    floats = dict.fromkeys(("stats", "further_stats", "lse", "delta", "dq_left", "cos", "sin", "time", *sums), "*fp32")
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(inspect.signature(kernel.fn).parameters):
         signature[name] = "constexpr" if name.isupper() else (integers | floats).get(name, f"*{dtype}")

@@ -10,8 +10,9 @@ from flax import nnx
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.sampling import LiveRollout, Rollout
-from monarchrt.models.wan import WanModel, count_parameters, wan_config
+from monarchrt.models.wan import WanModel, causal, count_parameters, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.fused import fuses
 from monarchrt.models.wan.unrolled import unroll_layers
 
 
@@ -40,6 +41,43 @@ def test_a_rolling_stream_is_the_same(model, text):
     np.testing.assert_allclose(blocks(unroll_layers(model)), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("window", [6, None])
+def test_passes_change_nothing(model, text, window):
+    """Norms, rotations and writes into the cache in few passes, query, key and value as one product."""
+    norms = [model.blocks.self_attn.norm_q, model.blocks.self_attn.norm_k, model.blocks.norm3]
+    for number, norm in enumerate(norms):  # ones at the start, which would hide what they weight
+        norm.scale[...] += jax.random.normal(jax.random.key(number), norm.scale.shape) / 4
+
+    def blocks(model):
+        rollout = Rollout(window=window, steps=2)
+        video = LiveRollout(
+            model, text, height=4, width=8, key=jax.random.key(0), rollout=rollout, frames=None if window else 9
+        )
+        return np.concatenate([video.generate() for _ in range(3)], axis=1)
+
+    expected = blocks(unroll_layers(model))
+    found = blocks(unroll_layers(model, passes="plain"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_passes_are_of_caches_in_the_order_of_tokens(model, text, monkeypatch):
+    """Others are written as ever."""
+    asked = []
+    monkeypatch.setattr(causal, "fuses", lambda *given: asked.append(fuses(*given)) or asked[-1])
+    settings = tuple(map(parse, ("monarch(tile=(3,1,4))", "monarch(blocks='w,fh')", "monarch(tile=(3,2,4))")))
+    model = model.with_attention(settings)
+
+    def flow(layers, unrolled):
+        cache = init_cache(unrolled.model, text, frames=3, height=4, width=8, layers=layers)
+        latents = jax.random.normal(jax.random.key(3), (1, 3, 4, 8, 16))
+        return cached_forward(unrolled.model, latents, jnp.ones(1), cache, in_place=True, layers=layers)[0]
+
+    plain, passes = (unroll_layers(model, passes=name) for name in (None, "plain"))
+    found = flow(passes.params.each(), passes)
+    assert asked == [False, False, True]
+    np.testing.assert_allclose(found, flow(plain.params.each(), plain), atol=1e-5)
+
+
 def test_layers_are_copies_and_the_rest_is_shared(model):
     unrolled = unroll_layers(model)
     assert len(model.blocks.ffn.fc1.kernel) == len(unrolled.params.arrays) == 3  # the model itself is as it was
@@ -49,9 +87,11 @@ def test_layers_are_copies_and_the_rest_is_shared(model):
     assert sum(leaf.size for leaf in jax.tree.leaves(unrolled.params)) == count_parameters(model)
 
 
-def test_models_that_share_arrays_share_what_is_cut(model):
+@pytest.mark.parametrize("passes", [None, "plain"])
+def test_models_that_share_arrays_share_what_is_cut(model, passes):
     cut = {}
-    first, second = (unroll_layers(network, cut=cut) for network in (model, model.with_attention(parse("dense"))))
+    networks = model, model.with_attention(parse("dense"))
+    first, second = (unroll_layers(network, cut=cut, passes=passes) for network in networks)
     assert second.config.attention == parse("dense")
     pairs = zip(jax.tree.leaves(first.params.arrays), jax.tree.leaves(second.params.arrays), strict=True)
     assert all(one is other for one, other in pairs)
