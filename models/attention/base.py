@@ -150,7 +150,10 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a cache should hold; the fields are the arguments of `monarch_jax.MonarchKVCache.init`."""
+    """What a cache should hold; the fields but the last are the arguments of `monarch_jax.MonarchKVCache.init`.
+
+    `block` is how many frames are written at a time, where that is always as many; None: it is not known.
+    """
 
     batch: int
     frames: int
@@ -163,10 +166,11 @@ class CacheShape:
     sink_frames: int = 0
     detach_past: bool = False
     dtype: str = "bfloat16"
+    block: int | None = None
 
     def fields(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dataclasses.asdict(self)
+        """The arguments by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "block"}
 
 
 class Cache(Protocol):

@@ -92,7 +92,7 @@ def attend_blocks(
     per_frame, (batch, _, heads, head_dim) = height * width, query.shape
     shape = CacheShape(
         batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim, layers=1,
-        dtype=query.dtype.name,
+        dtype=query.dtype.name, block=sizes[-1] if len(set(sizes)) == 1 else None,
     )  # fmt: skip
     layers = dataclasses.replace(setting.init_cache(shape), length=None)
     empty = dataclasses.replace(jax.tree.map(lambda leaf: leaf[0], layers), length=jnp.int32(0))  # as in a loop

@@ -21,6 +21,7 @@ from monarch_jax import MonarchKVCache
 from monarch_jax.checks import brief, index
 from monarchrt.models.attention.base import NOWHERE, Attention, Clip, Context, Grid, Layer, Tokens
 
+SORTED = 4096  # scores of a row that are sorted; longer ones are those of tokens
 ROWS = 512  # queries whose scores are there at a time
 MOST_FRAMES = 4096  # of latents that a mask is made for, 17 minutes of Wan's; some tables have an entry for each pair
 type Keep = Callable[[Int[Array, "C"], Float[Array, "B n C K"]], Bool[Array, "..."]]
@@ -93,8 +94,8 @@ def largest(
 ) -> Bool[Array, "*rows K"]:
     """Which are the `count` largest along the last axis: exactly so many; of equal ones the first.
 
-    The smallest that is chosen is found bit by bit in the ordered integers of float32, which takes 32 counts however
-    many are chosen.
+    The smallest that is chosen is found in the ordered integers of float32: of short rows by sorting them, one launch
+    on a GPU, of others bit by bit, which takes 32 counts however many are chosen.
 
     Examples:
         >>> largest(jnp.array([[1.0, 3.0, 2.0, 2.0]]), 2)
@@ -119,7 +120,11 @@ def largest(
         higher = least | (jnp.uint32(1 << 31) >> at.astype(jnp.uint32))
         return jnp.where((image >= higher).sum(-1, keepdims=True) >= count, higher, least)
 
-    least = lax.fori_loop(0, 32, bit, jnp.zeros((*image.shape[:-1], 1), jnp.uint32))
+    if image.shape[-1] <= SORTED:
+        in_order = jnp.sort(image, axis=-1)
+        least = lax.dynamic_slice_in_dim(in_order, image.shape[-1] - jnp.asarray(count, jnp.int32), 1, axis=-1)
+    else:
+        least = lax.fori_loop(0, 32, bit, jnp.zeros((*image.shape[:-1], 1), jnp.uint32))
     above, equal = image > least, image == least
     chosen = above | (equal & (jnp.cumsum(equal, -1) <= count - above.sum(-1, keepdims=True)))
     return chosen if among is None else chosen & among
@@ -135,6 +140,7 @@ class Places:
         frames: Frames of the queries, which follow each other.
         key_frames: [frames of the keys], the frame that lies there; negative where there is none.
         seen: How many frames of keys there are, known or traced.
+        key_tile: (n_f, n_h, n_w), if keys lie tile by tile, and frames come and go by n_f; None: token by token.
     """
 
     grid: Grid
@@ -142,6 +148,7 @@ class Places:
     frames: int
     key_frames: Int[Array, "Fk"] | np.ndarray
     seen: int | Int[Array, ""]
+    key_tile: Grid | None = None
 
     @property
     def per_frame(self) -> int:
@@ -156,7 +163,16 @@ class Places:
         """The same of each key."""
         frames = jnp.asarray(self.key_frames, jnp.int32)
         places = jnp.arange(self.per_frame, dtype=jnp.int32)
-        return jnp.repeat(frames, self.per_frame), jnp.tile(places, frames.shape[0])
+        frames, places = jnp.repeat(frames, self.per_frame), jnp.tile(places, frames.shape[0])
+        return self._as_keys_lie(frames), self._as_keys_lie(places)
+
+    def _as_keys_lie(self, x: Int[Array, "K"]) -> Int[Array, "K"]:
+        """What is in token order, in that of the keys."""
+        if self.key_tile is None:
+            return x
+        sides = [n for n in zip((-1, *self.grid[1:]), self.key_tile, strict=True)]
+        (_, f), (rows, h), (columns, w) = sides
+        return x.reshape(-1, f, rows // h, h, columns // w, w).transpose(0, 2, 4, 1, 3, 5).ravel()
 
     @property
     def visible(self) -> Bool[Array, "K"] | None:
@@ -222,22 +238,31 @@ class MaskedAttention(Attention):
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
-        """See `Attention`. Tokens are put in order first, if the cache is that of a tiled kind."""
+        """See `Attention`. Tokens are put in order first, if the cache has the tiles of another kind."""
         _, height, width = cache.spec.grid
         grid = (cache.capacity, height, width)
         frames = query.shape[1] // (height * width)
         self.check(grid, causal_block=frames)
         self.check_rolling(cache.rolling)
-        key, value = cache.tokens(layer=layer)
+        tile = self.key_tile(cache)
+        if tile is None:
+            key, value = cache.tokens(layer=layer)
+        else:
+            key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in _of_layer(cache, layer))
         places = Places(
             grid=grid,
             first=cache.length - frames,
             frames=frames,
             key_frames=frames_of_slots(cache),
             seen=cache.valid_frames,
+            key_tile=tile,
         )
         out = self.attend(query, key, value, places, context)
         return jnp.where(cache.length < 0, jnp.nan, out)  # a block that had no place
+
+    def key_tile(self, cache: MonarchKVCache) -> Grid | None:
+        """The tiles of a cache that `attend` takes keys in, tile by tile; None: it takes tokens in order."""
+        return None
 
     def init_cache(self, shape: Any) -> Any:
         """Keys and values in token order."""
@@ -273,6 +298,19 @@ class MaskedAttention(Attention):
         self.check(grid, causal_block=causal_block)
         clip = Clip(grid=grid, causal_block=causal_block, context=context)
         return jnp.moveaxis(self._by_block(query, key, units, clip), 2, 1)
+
+
+def _of_layer(cache: MonarchKVCache, layer: Layer) -> tuple[Array, Array]:
+    """Keys and values of a layer as they lie, [B, tiles, b1, b2, heads, head_dim]."""
+    if layer is None:
+        return cache.key, cache.value
+    key, value = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.key, cache.value))
+    return key, value
+
+
+def lies_in(cache: MonarchKVCache, tile: Grid) -> bool:
+    """Whether a cache holds these tiles one after the other, each in token order."""
+    return (cache.spec.tile_shape, cache.spec.blocks) == (tile, "fh,w")
 
 
 def _rows_of(inputs: Callable[[], Array], rows: slice) -> Callable[[], Array]:

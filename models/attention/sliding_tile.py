@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from monarch_jax import MonarchKVCache
 from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import positive, triple
-from monarchrt.models.attention.base import Context, Density, Grid
+from monarchrt.models.attention.base import CacheShape, Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, frames_of, is_known
-from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames, dividing, seen_frames
+from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames, dividing, lies_in, seen_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,17 @@ class SlidingTileAttention(ListedAttention):
                 "the cache."
             )
 
+    def key_tile(self, cache: MonarchKVCache) -> Grid | None:
+        """Its tiles."""
+        return self.tile if lies_in(cache, self.tile) else None
+
+    def init_cache(self, shape: CacheShape) -> MonarchKVCache:
+        """Keys and values tile by tile if blocks are known to be whole tiles, else in token order."""
+        cache = super().init_cache(shape)
+        if shape.block is None or shape.block % self.tile[0] or shape.frames % self.tile[0]:
+            return cache
+        return MonarchKVCache.init(**shape.fields(), tile=self.tile)
+
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""
         windows, heads = self._windows(), query.shape[2]
@@ -101,25 +113,16 @@ class SlidingTileAttention(ListedAttention):
 
         return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, near))
 
-    def _blocks(self, places: Places, tiles: list[int], tables: list[np.ndarray]) -> Blocks | str:
-        """A block is what lies of a tile in the frames of the call; `tiles` are counts, `tables` as `_near` makes."""
-        if not is_known(places) and self.tile[0] > 1:
-            return (
-                f"over a cache it is not known where tiles of {self.tile[0]} frames begin; use "
-                f"tile={(1, *self.tile[1:])}, or leave implementation out."
-            )
-        (_, rows, columns), per_tile = tiles, self.tile[1] * self.tile[2]
-        place = np.arange(places.per_frame)
+    def _blocks(self, places: Places, tiles: list[int], tables: list[np.ndarray]) -> Blocks:
+        """A block is what is there of a tile in the frames of the call; `tables` are as `_near` makes them."""
+        (_, rows, columns), place = tiles, np.arange(places.per_frame)
         of_place = place // places.grid[2] // self.tile[1] * columns + place % places.grid[2] // self.tile[2]
-        starts, orders, groups = [], [], []
-        for frames in frames_of(places):
-            number = frames // self.tile[0]
-            # frames of one tile follow each other; frames that are not known are tiles of their own
-            group = np.unique(number, return_inverse=True)[1] if is_known(places) else np.arange(len(frames))
-            _, at, sizes = np.unique(group, return_index=True, return_counts=True)
-            groups.append(number[at])
-            orders.append(Order.by((group[:, None] * rows * columns + of_place).ravel()))
-            starts.append(np.concatenate([[0], np.repeat(sizes * per_tile, rows * columns).cumsum()]))
+        # over a cache whose frames come and go by tiles, as all do of one frame, all but the tiles' numbers is known
+        even = not is_known(places) and (self.tile[0] == 1 or places.key_tile is not None)
+        sides = zip(frames_of(places), (places.first, 0), strict=True)  # without a roll, slots are frames
+        starts, groups, orders = zip(
+            *(self._side(frames, first, of_place, rows * columns, even=even) for frames, first in sides), strict=True
+        )
         near = []  # by axis, [1 or n, blocks of queries, of keys]
         numbers = (groups, [np.arange(rows)] * 2, [np.arange(columns)] * 2)
         for table, (mine, theirs) in zip(tables, numbers, strict=True):
@@ -130,8 +133,35 @@ class SlidingTileAttention(ListedAttention):
         seen = in_frames[:, :, None, None, :, None, None] & in_rows[:, None, :, None, None, :, None]
         seen = seen & in_columns[:, None, None, :, None, None, :]
         seen = seen.reshape(len(tables[0]), len(starts[0]) - 1, len(starts[1]) - 1)
-        mask = block_mask(seen[None], query_starts=starts[0], key_starts=starts[1])
-        return Blocks(mask=mask, queries=orders[0], keys=orders[1])
+        most = [math.prod(self.tile[1:]) * min(self.tile[0], n) for n in (places.frames, len(places.key_frames))]
+        most = [None if isinstance(x, np.ndarray) else size for x, size in zip(starts, most, strict=True)]
+        mask = block_mask(seen[None], query_starts=starts[0], key_starts=starts[1], rows=most[0], columns=most[1])
+        return Blocks(mask=mask, queries=orders[0], keys=None if places.key_tile else orders[1])
+
+    def _side(self, frames: Any, first: Any, of_place: np.ndarray, per_layer: int, *, even: bool) -> tuple:
+        """Where blocks of queries or keys begin, which layer of tiles each layer is, and the order of the tokens.
+
+        Args:
+            frames: Where the tokens are, negative where there is no frame.
+            first: The first of them.
+            of_place: Number of the tile of each place in a frame.
+            per_layer: Tiles of a frame.
+            even: Whether the frames are those of whole tiles.
+        """
+        depth, count = self.tile[0], len(frames)
+        if even:
+            of_frame, numbers = np.arange(count) // depth, (frames // depth)[::depth]
+            sizes = np.full(count // depth, depth)
+        else:
+            of_frame = (np.arange(count) + first % depth) // depth
+            most = int(of_frame[-1]) + 1 if isinstance(of_frame, np.ndarray) else (count + depth - 2) // depth + 1
+            sizes = ((of_frame == np.arange(most)[:, None]) & (frames >= 0)).sum(1)
+            of_frame = of_frame + (frames < 0) * most  # what is not there comes last
+            numbers = first // depth + np.arange(most)
+        xp: Any = np if isinstance(sizes, np.ndarray) else jnp
+        sizes = xp.repeat(sizes * math.prod(self.tile[1:]), per_layer)
+        starts = xp.concatenate([np.zeros(1, np.int32), sizes.cumsum()])
+        return starts, numbers, Order.by((of_frame[:, None] * per_layer + of_place).ravel())
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Exact; the mean over the heads' windows."""

@@ -21,6 +21,7 @@ from monarchrt.models.attention.masked import (
     check_reach,
     check_share,
     largest,
+    lies_in,
     masked_attention,
     seen_frames,
 )
@@ -97,13 +98,16 @@ class VSAttention(ListedAttention):
         height, width = places.grid[1:]
         query_grid, key_grid = (places.frames, height, width), (len(places.key_frames), height, width)
         per_layer = math.prod(self.cubes((1, height, width)))  # cubes in as many frames as a cube has
-        means = [self._means(query, query_grid), self._means(key, key_grid)]
+        in_cubes = places.key_tile is not None
+        means = [self._means(query, query_grid), self._means(key, key_grid, in_cubes=in_cubes)]
         scores = jnp.einsum("bcnd,bknd->bnck", *means, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
         there = jnp.asarray(places.key_frames)[:: self.cube[0]] >= 0
         there = jnp.repeat(there, per_layer)[None, None, None]
         count = places.by_seen(lambda frames: self.cubes_kept(-(-frames // self.cube[0]) * per_layer))
         chosen = largest(lax.stop_gradient(scores), count, among=there)
         of_query, of_key = self._cube_of(query_grid), self._cube_of(key_grid)
+        if in_cubes:
+            of_key = np.sort(of_key)
 
         def keep(rows, scores):
             return chosen[:, :, jnp.asarray(of_query)[rows]][..., of_key]
@@ -112,13 +116,13 @@ class VSAttention(ListedAttention):
             starts = [np.concatenate([[0], np.bincount(of).cumsum()]) for of in (of_query, of_key)]
             most = self.cubes_kept(len(starts[1]) - 1)
             mask = block_mask(chosen, query_starts=starts[0], key_starts=starts[1], most=most)
-            return Blocks(mask=mask, queries=Order.by(of_query), keys=Order.by(of_key))
+            return Blocks(mask=mask, queries=Order.by(of_query), keys=None if in_cubes else Order.by(of_key))
 
         out = self.attend_kept(query, key, value, places, keep=keep, blocks=blocks)
         if not self.gate or value.shape[-1] != query.shape[-1]:
             return out
         gate = context.own(self)(_inputs(self, context)).reshape(query.shape)
-        coarse = masked_attention(means[0], means[1], self._means(value, key_grid), visible=there[0, 0, 0])
+        coarse = masked_attention(means[0], means[1], self._means(value, key_grid, in_cubes=in_cubes), visible=there[0, 0, 0])
         return out + gate.astype(out.dtype) * coarse[:, of_query]
 
     def _cube_of(self, grid: Grid) -> np.ndarray:
@@ -127,27 +131,37 @@ class VSAttention(ListedAttention):
         frame, row, column = (np.arange(size) // side for size, side in zip(grid, self.cube, strict=True))
         return ((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel().astype(np.int32)
 
-    def _means(self, tokens: Float[Array, "B N n d"], grid: Grid) -> Float[Array, "B C n d"]:
-        """Of each cube, summed in float32 at least."""
+    def _means(
+        self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False
+    ) -> Float[Array, "B C n d"]:
+        """Of each cube, summed in float32 at least; `in_cubes` if tokens lie cube by cube."""
         cubes, of = self.cubes(grid), self._cube_of(grid)
         batch, _, heads, width = tokens.shape
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
+        if in_cubes:
+            return tokens.reshape(batch, -1, math.prod(self.cube), heads, width).mean(2, dtype).astype(tokens.dtype)
         cube = tuple(map(min, self.cube, grid))  # one that is larger than the grid holds no more
         padding = [(0, count * side - size) for count, side, size in zip(cubes, cube, grid, strict=True)]
         x = jnp.pad(tokens.reshape(batch, *grid, -1).astype(dtype), ((0, 0), *padding, (0, 0)))
         (f, h, w), (cf, ch, cw) = cubes, cube
         sums = x.reshape(batch, f, cf, h, ch, w, cw, -1).sum((2, 4, 6)).reshape(batch, f * h * w, heads, width)
-        count = jnp.zeros(f * h * w, dtype).at[of].add(1.0)
+        count = np.bincount(of).astype(dtype)
         return (sums / count[None, :, None, None]).astype(tokens.dtype)
 
+    def key_tile(self, cache: MonarchKVCache) -> Grid | None:
+        """Its cubes."""
+        return self.cube if lies_in(cache, self.cube) else None
+
     def init_cache(self, shape: CacheShape) -> MonarchKVCache:
-        """Keys and values in token order, in groups of a cube's frames."""
+        """Keys and values cube by cube if cubes divide a frame; else in token order, in groups of a cube's frames."""
         if shape.frames % self.cube[0]:
             raise ValueError(
                 f"vsa: a cache of {shape.frames} frames does not hold whole cubes {self.cube}; use a multiple of "
                 f"{self.cube[0]}."
             )
-        return MonarchKVCache.init(**shape.fields(), tile=(self.cube[0], shape.height, shape.width))
+        whole = shape.height % self.cube[1] == shape.width % self.cube[2] == 0
+        tile = self.cube if whole else (self.cube[0], shape.height, shape.width)
+        return MonarchKVCache.init(**shape.fields(), tile=tile)
 
     def reads(self, cache: Any) -> bool:
         """Caches whose groups of frames are whole numbers of a cube's."""

@@ -556,9 +556,10 @@ def check_room(model: WanModel, text: Array, *, frames: int, height: int, width:
 
 
 def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
-    """Frames of a cache, and how it rolls."""
+    """Frames of a cache, how it rolls, and the blocks it is written in."""
     rolling = rollout.window is not None
-    return dict(frames=rollout.window or frames, rolling=rolling, sink_frames=rollout.sink_frames)
+    block = None if rollout.independent_first_frame else rollout.block
+    return dict(frames=rollout.window or frames, rolling=rolling, sink_frames=rollout.sink_frames, block=block)
 
 
 def check_size(model: WanModel, shape: tuple[int, ...], *, cached: bool = False) -> None:

@@ -67,6 +67,7 @@ def init_cache(
     rolling: bool = False,
     sink_frames: int = 0,
     detach_past: bool = False,
+    block: int | None = None,
     layers: list[Any] | None = None,
 ) -> WanCache:
     """Caches for a new video: the cross-attention's filled from the text, the self-attention's empty.
@@ -91,6 +92,8 @@ def init_cache(
         rolling: Whether frames past the capacity evict the oldest.
         sink_frames: Leading frames that a rolling cache never evicts.
         detach_past: Whether gradients reach only the newest block's keys and values.
+        block: Frames of tokens of every block that is written, if they are always as many: some kinds keep keys in
+            tiles of several frames then.
         layers: As in `cached_forward`.
 
     Returns:
@@ -101,7 +104,7 @@ def init_cache(
     """
     config = model.config
     model.check_context(text.shape[0], text, image)
-    room: Any = dict(frames=frames, rolling=rolling, sink_frames=sink_frames, detach_past=detach_past)
+    room: Any = dict(frames=frames, rolling=rolling, sink_frames=sink_frames, detach_past=detach_past, block=block)
     shape = cache_shape(config, text.shape[0], height=height, width=width, **room)
     runs = split_heads(empty_runs(config, shape), config.num_heads)
     cross = cross_keys_values(model, text, image, layers=layers)

@@ -141,6 +141,41 @@ class TestNumbers:
         inputs = jnp.zeros((2, x.shape[2], 6))
         close(roll_out(listed, x, inputs, SHAPE), roll_out(exact, x, inputs, SHAPE))
 
+    @pytest.mark.parametrize(("sizes", "block"), [([3, 3, 3], 3), ([2, 4, 1, 2], None)])
+    @pytest.mark.parametrize("text", ["sliding_tile(tile=(3,2,3), window=((1,1,3),(3,3,1)))"])
+    def test_over_a_cache_wherever_tiles_begin(self, text, sizes, block):
+        """Blocks of whole tiles, which lie in the cache as they are; and others, which cut them."""
+        x, shape, outputs = jnp.asarray(qkv((9, H, W), seed=8)), dataclasses.replace(SHAPE, block=block), []
+        exact, listed = both(text)
+        for setting in (exact, listed):
+            cache, frame, parts = setting.init_cache(shape), 0, []
+            assert setting.key_tile(cache) == (setting.tile if block else None)
+
+            @jax.jit
+            def step(cache, part, frame, setting=setting):
+                cache = cache.append(part[1], part[2], frame=frame)
+                return setting.attend_cache(cache, part[0]), cache
+
+            for size in sizes:
+                out, cache = step(cache, x[:, :, frame * H * W : (frame + size) * H * W], jnp.int32(frame))
+                frame += size
+                parts.append(np.asarray(out))
+            outputs.append(np.concatenate(parts, 1))
+        close(outputs[1], outputs[0])
+        if block:
+            close(outputs[1], exact(*x, grid=(9, H, W), causal_block=block))
+        assert np.abs(outputs[0] - parse("dense")(*x, grid=(9, H, W), causal_block=3)).max() > 1e-2
+
+    @pytest.mark.parametrize("cube", [(3, 2, 3), (3, 3, 4)])
+    def test_cubes_that_divide_a_frame_lie_in_the_cache_as_they_are(self, cube):
+        exact, listed = both(f"vsa(keep=0.3, cube={cube}, gate=False)")
+        assert exact.key_tile(exact.init_cache(SHAPE)) == (cube if cube == (3, 2, 3) else None)
+        x = jnp.asarray(qkv((9, H, W), seed=8))
+        inputs = jnp.zeros((2, x.shape[2], 6))
+        right = jax.jit(lambda x: exact(*x, grid=(9, H, W), causal_block=3))(x)
+        for setting in (exact, listed):
+            close(roll_out(setting, x, inputs, SHAPE), right)
+
     @pytest.mark.slow
     @pytest.mark.parametrize("text", [x for x in CACHED if "sliding" not in x and "published" not in x])
     def test_over_a_rolling_cache(self, text):
@@ -160,10 +195,3 @@ class TestChoice:
         x = jnp.zeros((1, 8, 1, 256))
         with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: head_dim 256"):
             parse("radial(decay=0.5, block=4, implementation=triton)")(x, x, x, grid=(2, 2, 2))
-
-    def test_a_tile_whose_beginning_is_not_known(self):
-        setting = parse("sliding_tile(tile=(3,2,2), window=(3,1,3), implementation=xla)")
-        x = jnp.asarray(qkv((3, H, W)))
-        cache = setting.init_cache(SHAPE).append(x[1], x[2], frame=0)
-        with pytest.raises(NotImplementedError, match=r"use tile=\(1, 2, 2\)"):
-            setting.attend_cache(cache, x[0])
