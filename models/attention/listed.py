@@ -4,6 +4,7 @@ A kind says with `Blocks` what it has chosen: the tokens in an order in which ea
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,14 +86,52 @@ class Blocks:
     queries: Order | None = None
     keys: Order | None = None
 
-    def attend(self, query: Array, key: Array, value: Array, *, implementation: str | None) -> Array:
-        """Attention of tokens, all in their own order."""
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        implementation: str | None,
+        stack: tuple[Array, Array, Array] | None = None,
+    ) -> Array:
+        """Attention of tokens, all in their own order; keys and values may also be read in a stack, see `Places`."""
+        if stack is not None and self.keys is None and self.mask.width is None:
+            query = query if self.queries is None else self.queries.apply(query)
+            out = _attend_stack(query, key, value, self.mask, stack, implementation)
+            return out if self.queries is None else self.queries.undo(out)
         if self.queries is not None:
             query = self.queries.apply(query)
         if self.keys is not None:
             key, value = self.keys.apply(key), self.keys.apply(value)
         out = block_sparse_attention(query, key, value, self.mask, implementation=implementation)
         return out if self.queries is None else self.queries.undo(out)
+
+
+def _attend_stack(
+    query: Array, key: Array, value: Array, mask: BlockMask, stack: tuple[Array, Array, Array], implementation: Any
+) -> Array:
+    """Attention that reads keys and values in the stack; for gradients, which are those of one layer, it does not."""
+    parts, structure = jax.tree.flatten(mask)
+    traced = [isinstance(x, jax.Array) for x in parts]
+
+    def whole(given: list[Array]) -> BlockMask:
+        rest = iter(given)  # what is known stays known
+        return jax.tree.unflatten(structure, [next(rest) if at else x for x, at in zip(parts, traced, strict=True)])
+
+    @jax.custom_vjp
+    def attend(query, key, value, given, stack):
+        keys, values, first = stack
+        mask = whole(given)
+        mask = dataclasses.replace(mask, key_starts=mask.key_starts + first)
+        return block_sparse_attention(query, keys, values, mask, implementation=implementation)
+
+    def forward(query, key, value, given, stack):
+        attend = functools.partial(block_sparse_attention, mask=whole(given), implementation=implementation)
+        return jax.vjp(attend, query, key, value)
+
+    attend.defvjp(forward, lambda pull, g: (*pull(g), None, None))
+    return attend(query, key, value, [x for x, at in zip(parts, traced, strict=True) if at], stack)
 
 
 def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> BlockMask:
@@ -155,7 +194,7 @@ class ListedAttention(MaskedAttention):
             if isinstance(form, str) and self.implementation is not None:
                 raise NotImplementedError(f"{self.name}: implementation={self.implementation!r} cannot run: {form}")
         if isinstance(form, Blocks):
-            return form.attend(query, key, value, implementation=self.implementation)
+            return form.attend(query, key, value, implementation=self.implementation, stack=places.stack)
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
 

@@ -141,6 +141,8 @@ class Places:
         key_frames: [frames of the keys], the frame that lies there; negative where there is none.
         seen: How many frames of keys there are, known or traced.
         key_tile: (n_f, n_h, n_w), if keys lie tile by tile, and frames come and go by n_f; None: token by token.
+        stack: Keys and values of all layers of a cache, [1, layers*K, heads, head_dim] each, and the number there of
+            the first key: for who can read them where they lie, instead of a copy. None: there is no such stack.
     """
 
     grid: Grid
@@ -149,6 +151,7 @@ class Places:
     key_frames: Int[Array, "Fk"] | np.ndarray
     seen: int | Int[Array, ""]
     key_tile: Grid | None = None
+    stack: tuple[Array, Array, Int[Array, ""]] | None = None
 
     @property
     def per_frame(self) -> int:
@@ -170,7 +173,7 @@ class Places:
         """What is in token order, in that of the keys."""
         if self.key_tile is None:
             return x
-        sides = [n for n in zip((-1, *self.grid[1:]), self.key_tile, strict=True)]
+        sides = zip((-1, *self.grid[1:]), self.key_tile, strict=True)
         (_, f), (rows, h), (columns, w) = sides
         return x.reshape(-1, f, rows // h, h, columns // w, w).transpose(0, 2, 4, 1, 3, 5).ravel()
 
@@ -256,6 +259,7 @@ class MaskedAttention(Attention):
             key_frames=frames_of_slots(cache),
             seen=cache.valid_frames,
             key_tile=tile,
+            stack=_stack(cache, layer, key.shape[1]) if tile or lies_in(cache, cache.spec.grid) else None,
         )
         out = self.attend(query, key, value, places, context)
         return jnp.where(cache.length < 0, jnp.nan, out)  # a block that had no place
@@ -306,6 +310,14 @@ def _of_layer(cache: MonarchKVCache, layer: Layer) -> tuple[Array, Array]:
         return cache.key, cache.value
     key, value = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.key, cache.value))
     return key, value
+
+
+def _stack(cache: MonarchKVCache, layer: Layer, keys: int) -> tuple[Array, Array, Array] | None:
+    """See `Places`: that of a cache of layers, for one sample, whose layers then follow each other."""
+    if layer is None or cache.key.shape[1] != 1:
+        return None
+    key, value = (lax.stop_gradient(x).reshape(1, -1, *x.shape[-2:]) for x in (cache.key, cache.value))
+    return key, value, jnp.asarray(layer, jnp.int32) * keys
 
 
 def lies_in(cache: MonarchKVCache, tile: Grid) -> bool:

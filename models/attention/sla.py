@@ -1,6 +1,7 @@
 """Sparse-linear attention (SLA): softmax over the blocks that matter most, and linear attention for all."""
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -113,12 +114,14 @@ class SLAttention(ListedAttention):
         return x / jnp.maximum(count, 1)[None, :, None, None], count > 0
 
     def _linear(self, query: Array, key: Array, value: Array, there: Bool[Array, "K"]) -> Float[Array, "B Q n d"]:
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        """In float32 at least, but for the factors of products, which are in the inputs' dtype."""
+        dtype, narrow = jnp.promote_types(query.dtype, jnp.float32), query.dtype
+        product = functools.partial(jnp.einsum, preferred_element_type=dtype)
         query, key = (jax.nn.softmax(x.astype(dtype), axis=-1) for x in (query, key))
         key = jnp.where(there[None, :, None, None], key, 0.0)
-        total = jnp.einsum("bknd,bkne->bnde", key, value.astype(dtype))
+        total = product("bknd,bkne->bnde", key.astype(narrow), value)
         norm = 1e-5 + jnp.einsum("bqnd,bnd->bqn", query, key.sum(1))
-        return jnp.einsum("bqnd,bnde->bqne", query, total) / norm[..., None]
+        return product("bqnd,bnde->bqne", query.astype(narrow), total.astype(narrow)) / norm[..., None]
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Of the sparse branch, as if all blocks were as large; exact where they are."""

@@ -135,7 +135,10 @@ class SlidingTileAttention(ListedAttention):
         seen = seen.reshape(len(tables[0]), len(starts[0]) - 1, len(starts[1]) - 1)
         most = [math.prod(self.tile[1:]) * min(self.tile[0], n) for n in (places.frames, len(places.key_frames))]
         most = [None if isinstance(x, np.ndarray) else size for x, size in zip(starts, most, strict=True)]
-        mask = block_mask(seen[None], query_starts=starts[0], key_starts=starts[1], rows=most[0], columns=most[1])
+        longest = math.prod(int(table.sum(2).max()) for table in tables)
+        mask = block_mask(
+            seen[None], query_starts=starts[0], key_starts=starts[1], rows=most[0], columns=most[1], most=longest
+        )
         return Blocks(mask=mask, queries=orders[0], keys=None if places.key_tile else orders[1])
 
     def _side(self, frames: Any, first: Any, of_place: np.ndarray, per_layer: int, *, even: bool) -> tuple:
@@ -155,13 +158,13 @@ class SlidingTileAttention(ListedAttention):
         else:
             of_frame = (np.arange(count) + first % depth) // depth
             most = int(of_frame[-1]) + 1 if isinstance(of_frame, np.ndarray) else (count + depth - 2) // depth + 1
-            sizes = ((of_frame == np.arange(most)[:, None]) & (frames >= 0)).sum(1)
+            sizes = ((of_frame[None] == np.arange(most)[:, None]) & (frames >= 0)[None]).sum(1)
             of_frame = of_frame + (frames < 0) * most  # what is not there comes last
             numbers = first // depth + np.arange(most)
         xp: Any = np if isinstance(sizes, np.ndarray) else jnp
         sizes = xp.repeat(sizes * math.prod(self.tile[1:]), per_layer)
         starts = xp.concatenate([np.zeros(1, np.int32), sizes.cumsum()])
-        return starts, numbers, Order.by((of_frame[:, None] * per_layer + of_place).ravel())
+        return starts, numbers, Order.by((of_frame[:, None] * per_layer + of_place[None]).ravel())
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Exact; the mean over the heads' windows."""

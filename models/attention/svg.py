@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax.block_sparse import BlockMask, block_mask
 from monarch_jax.checks import index, positive
 from monarchrt.models.attention.base import Context, Density, Grid
-from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of, is_known
+from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of
 from monarchrt.models.attention.masked import (
     MOST_FRAMES,
     Places,
@@ -23,12 +23,12 @@ from monarchrt.models.attention.masked import (
     check_reach,
     check_seed,
     check_share,
-    masked_attention,
     seen_frames,
 )
 
 type Number = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in an order
 LISTED = (128, 64)  # queries and keys of a block of the kernels, whatever the band is rounded to
+MOST_AT_A_TIME = 128  # rows whose scores are there at a time
 MOST_ROWS = 10_000  # that are compared, far beyond use
 UNREACHED = 2**30  # the number of a key that is not there, out of reach of all
 
@@ -141,23 +141,37 @@ class SVGAttention(ListedAttention):
         keys of the first frame.
         """
         rows = self._profile_rows(query.shape[1])
-        query = query[:, rows]
-        reach = 2 * places.per_frame // self.block
-        query_at, key_at = places.queries(rows), places.keys()
+        key_at, visible = places.keys(), places.visible
+        wide = jnp.promote_types(query.dtype, jnp.float32)
 
-        def output(order: Number | None) -> Array:
-            keep = None
-            if order is not None:
-                mine, theirs = order(*query_at), order(*key_at)
+        def outputs(rows: Int[Array, "R"]) -> Float[Array, "3 B R n d"]:
+            """Of dense attention and under both masks: the scores are made once, and gone through three times."""
+            scores = jnp.einsum("brnd,bknd->bnrk", query[:, rows], key, preferred_element_type=wide)
+            scores *= query.shape[-1] ** -0.5
+            if visible is not None:
+                scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+            kept = [scores]
+            for order in self._orders(places.grid):
+                mine, theirs = order(*places.queries(rows)), order(*key_at)
                 near = jnp.abs(mine[:, None] // self.block - theirs[None] // self.block) < reach
-                mask = near | (theirs < places.per_frame)[None]
-                keep = lambda numbers, scores: mask[numbers][None, None]  # noqa: E731
-            out = masked_attention(query, key, value, keep=keep, visible=places.visible)
-            return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+                near |= (theirs < places.per_frame)[None]
+                kept.append(jnp.where(near[None, None], scores, -jnp.inf))
+            lowest, none = (jnp.asarray(x, wide) for x in (-jnp.inf, 0.0))
+            tops = lax.reduce(tuple(kept), (lowest,) * 3, lambda x, y: tuple(map(jnp.maximum, x, y)), (3,))
+            weights = [
+                jnp.exp(x - jnp.where(top == -jnp.inf, 0.0, top)[..., None]) for x, top in zip(kept, tops, strict=True)
+            ]
+            totals = lax.reduce(tuple(weights), (none,) * 3, lambda x, y: tuple(map(jnp.add, x, y)), (3,))
+            weights, total = jnp.stack(weights).astype(value.dtype), jnp.moveaxis(jnp.stack(totals), 2, 3)[..., None]
+            out = jnp.einsum("mbnrk,bknd->mbrnd", weights, value, preferred_element_type=wide)
+            return out / jnp.where(total == 0.0, 1.0, total)
 
-        dense = output(None)
-        errors = [jnp.square(output(order) - dense).mean((1, 3)) for order in self._orders(places.grid)]
-        return errors[1] < errors[0]  # ties are spatial
+        reach, chunk = 2 * places.per_frame // self.block, min(len(rows), MOST_AT_A_TIME)
+        chunks = jnp.pad(rows, (0, -len(rows) % chunk), mode="edge").reshape(-1, chunk)
+        out = jnp.moveaxis(lax.map(outputs, chunks), 0, 2)  # [3, B, chunks, R, n, d]
+        out = out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, : len(rows)]
+        spatial, temporal = (jnp.square(x - out[0]).mean((1, 3)) for x in out[1:])
+        return temporal < spatial  # ties are spatial
 
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""
@@ -178,25 +192,25 @@ class SVGAttention(ListedAttention):
 
     def _blocks(self, places: Places, temporal: Bool[Array, "B n"]) -> Blocks:
         """The tokens of each head in its order, and what the band reaches in it."""
-        by_frame, by_place = (self._in_order(number, places) for number in self._orders(places.grid))
+        by_frame, by_place = (self._in_order(places, by_place=by_place) for by_place in (False, True))
         return Blocks(
             mask=either(temporal, by_place[0], by_frame[0]),
             queries=Order.either(temporal, by_place[1], by_frame[1]),
             keys=Order.either(temporal, by_place[2], by_frame[2]),
         )
 
-    def _in_order(self, number: Number, places: Places) -> tuple[BlockMask, Order, Order]:
+    def _in_order(self, places: Places, *, by_place: bool) -> tuple[BlockMask, Order, Order]:
         """Blocks and tokens in one order."""
-        xp: Any = np if is_known(places) else jnp
-        place = np.arange(places.per_frame)
+        number = self._orders(places.grid)[by_place]
         width, sink = self.half_width(places.grid), places.per_frame
         orders, numbers, starts, ends = [], [], [], []
-        for frames, block in zip(frames_of(places), LISTED, strict=True):
-            at = xp.where((frames >= 0)[:, None], number(frames[:, None], place[None]), UNREACHED)
-            at = at.astype(np.int32).ravel()
-            orders.append(Order.by(at))
-            numbers.append(at[orders[-1].to])
-            starts.append(even_starts(len(at), block))
+        sides = zip(frames_of(places), (places.frames, places.seen), LISTED, strict=True)
+        for frames, seen, block in sides:
+            order, frame, place = order_of(frames, seen, places.per_frame, by_place=by_place)
+            xp: Any = np if isinstance(frame, np.ndarray) and isinstance(place, np.ndarray) else jnp
+            orders.append(order)
+            numbers.append(xp.where(frame >= 0, number(frame, place), UNREACHED).astype(np.int32))
+            starts.append(even_starts(len(place), block))
             ends.append((numbers[-1][starts[-1][:-1]], numbers[-1][starts[-1][1:] - 1]))  # of each block
         low, high = (x[:, None] for x in ends[0])
         key_low, key_high = (x[None] for x in ends[1])
@@ -236,3 +250,40 @@ class SVGAttention(ListedAttention):
         self.check(grid, causal_block=causal_block)
         kept = sum(self.kept_by_order(grid, causal_block=causal_block)) / 2
         return Density(self.keep, kept, kept / (float(seen_frames(grid[0], causal_block).sum()) / grid[0] ** 2))
+
+
+def order_of(frames: Any, seen: Any, per_frame: int, *, by_place: bool) -> tuple[Order, Any, Any]:
+    """Tokens frame by frame, or place by place, in time; those of frames that are not there come last, frame by frame.
+
+    Nothing but the frames is sorted: where a token comes is computed.
+
+    Examples:
+        >>> order, frame, place = order_of(np.array([0, 1]), 2, 3, by_place=True)
+        >>> order.to.tolist(), order.back.tolist()
+        ([0, 3, 1, 4, 2, 5], [0, 2, 4, 1, 3, 5])
+        >>> frame.tolist(), place.tolist()
+        ([0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2])
+
+    Args:
+        frames: [F], the frame of each run of `per_frame` tokens, negative where there is none.
+        seen: How many there are.
+        per_frame: Tokens of a frame.
+        by_place: Whether place by place.
+
+    Returns:
+        The order, and of each token in it the frame and the place.
+    """
+    xp: Any = np if isinstance(frames, np.ndarray) else jnp
+    in_time = xp.argsort(xp.where(frames >= 0, frames, UNREACHED), stable=True)
+    rank, count = xp.argsort(in_time), len(frames)
+    if isinstance(seen, jax.Array):
+        xp = jnp
+    at, place = np.arange(count * per_frame), np.arange(per_frame)[None]
+    turn, where = at // per_frame, at % per_frame
+    back = rank[:, None] * per_frame + place
+    if by_place:
+        there = at < seen * per_frame
+        turn, where = xp.where(there, at % seen, turn), xp.where(there, at // seen, where)
+        back = xp.where(rank[:, None] < seen, place * seen + rank[:, None], back)
+    to = in_time[turn] * per_frame + where
+    return Order(to.astype(np.int32), back.ravel().astype(np.int32)), frames[in_time][turn], where

@@ -122,7 +122,9 @@ class VSAttention(ListedAttention):
         if not self.gate or value.shape[-1] != query.shape[-1]:
             return out
         gate = context.own(self)(_inputs(self, context)).reshape(query.shape)
-        coarse = masked_attention(means[0], means[1], self._means(value, key_grid, in_cubes=in_cubes), visible=there[0, 0, 0])
+        coarse = masked_attention(
+            means[0], means[1], self._means(value, key_grid, in_cubes=in_cubes), visible=there[0, 0, 0]
+        )
         return out + gate.astype(out.dtype) * coarse[:, of_query]
 
     def _cube_of(self, grid: Grid) -> np.ndarray:
@@ -131,9 +133,7 @@ class VSAttention(ListedAttention):
         frame, row, column = (np.arange(size) // side for size, side in zip(grid, self.cube, strict=True))
         return ((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel().astype(np.int32)
 
-    def _means(
-        self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False
-    ) -> Float[Array, "B C n d"]:
+    def _means(self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False) -> Float[Array, "B C n d"]:
         """Of each cube, summed in float32 at least; `in_cubes` if tokens lie cube by cube."""
         cubes, of = self.cubes(grid), self._cube_of(grid)
         batch, _, heads, width = tokens.shape

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from monarch_jax.block_sparse import BlockMask
+from monarchrt.models.attention import listed as listed_kinds
 from monarchrt.models.attention.base import Context
 from monarchrt.models.attention.listed import Order
 from monarchrt.models.attention.masked import Places
@@ -175,6 +176,41 @@ class TestNumbers:
         right = jax.jit(lambda x: exact(*x, grid=(9, H, W), causal_block=3))(x)
         for setting in (exact, listed):
             close(roll_out(setting, x, inputs, SHAPE), right)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "vsa(keep=0.3, cube=(3,2,3), gate=False)",
+            *(pytest.param(x, marks=pytest.mark.slow) for x in (*CACHED, "sliding_tile(tile=(3,2,3), window=(3,1,1))")),
+        ],
+    )
+    def test_layers_of_a_cache_are_read_where_they_lie(self, monkeypatch, text):
+        """No layer is copied out of the stack, unless for gradients, which are the exact form's."""
+        x, weights = jnp.asarray(qkv((6, H, W), seed=8))[:, :1], jnp.asarray(qkv((6, H, W), seed=4, count=1))[0, :1]
+        shape, lengths = dataclasses.replace(SHAPE, batch=1, frames=6, layers=3, block=6), []
+        attend = listed_kinds.block_sparse_attention
+
+        def record(query, key, *args, **options):
+            lengths.append(key.shape[1])
+            return attend(query, key, *args, **options)
+
+        monkeypatch.setattr(listed_kinds, "block_sparse_attention", record)
+
+        def run(setting, x, layer):
+            cache = setting.init_cache(shape)
+            for n in range(3):
+                cache = cache.append(x[1] + n % 2, x[2] * n, frame=0, layer=n)
+            return setting.attend_cache(cache, x[0], layer=layer)
+
+        def both_ways(setting):
+            loss = jax.jit(jax.grad(lambda x: (run(setting, x, jnp.int32(1)) * weights).sum()))
+            return jax.jit(lambda x: run(setting, x, jnp.int32(1)))(x), loss(x)
+
+        exact, listed = both(text.replace("block=7)", "block=7, linear=False)") if text.startswith("sla") else text)
+        jax.tree.map(close, both_ways(listed), both_ways(exact))
+        apart = text.startswith("svg") or "(3,2,4)" in text  # whose keys are put in another order
+        assert lengths[0] == x.shape[2] * (1 if apart else 3)
+        assert lengths[-1] == x.shape[2]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("text", [x for x in CACHED if "sliding" not in x and "published" not in x])
