@@ -18,7 +18,7 @@ from monarch_jax.block_sparse import BlockMask, block_sparse_attention
 from monarch_jax.checks import one_of
 from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import HOW
-from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention
+from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention, say_exact
 
 IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
 
@@ -169,7 +169,7 @@ class ListedAttention(MaskedAttention):
         places: Places,
         *,
         keep: Keep,
-        blocks: Callable[[], Blocks | str],
+        blocks: Callable[[], Blocks],
     ) -> Array:
         """Attention to the keys that are kept, by the implementation that is asked for.
 
@@ -179,7 +179,7 @@ class ListedAttention(MaskedAttention):
             value: [B, K, heads, any width]; one that is not head_dim, as for a map, is always "exact".
             places: Where they are.
             keep: The exact mask, see `masked_attention`.
-            blocks: The same by blocks, made only if it is used; or why there is no such form of this call.
+            blocks: The same by blocks, made only if it is used.
 
         Returns:
             [B, Q, heads, width].
@@ -187,19 +187,24 @@ class ListedAttention(MaskedAttention):
         Raises:
             NotImplementedError: If the implementation asked for cannot serve this call; says why.
         """
-        form: Blocks | str | None = None
-        same_width = value.shape[-1] == query.shape[-1]
-        if same_width and (self.implementation != "exact" if self.implementation else _kernels_serve(query, key)):
-            form = blocks()
-            if isinstance(form, str) and self.implementation is not None:
-                raise NotImplementedError(f"{self.name}: implementation={self.implementation!r} cannot run: {form}")
-        if isinstance(form, Blocks):
-            return form.attend(query, key, value, implementation=self.implementation, stack=places.stack)
+        if self.implementation != "exact" and value.shape[-1] == query.shape[-1]:
+            why_not = _why_not(query, key) if self.implementation is None else None
+            if why_not is None:
+                return blocks().attend(query, key, value, implementation=self.implementation, stack=places.stack)
+            if why_not:
+                say_exact(self.name, why_not)
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
 
-def _kernels_serve(query: Array, key: Array) -> bool:
-    return on_cuda(capability=8) and block_sparse.choose(None, query, key) == "triton"
+def _why_not(query: Array, key: Array) -> str | None:
+    """Why the kernels do not serve a call: nothing to say without an NVIDIA GPU. None: they do."""
+    if not on_cuda():
+        return ""
+    if not on_cuda(capability=8):
+        return "the kernels need an NVIDIA GPU from Ampere on."
+    from monarchrt.triton_kernels import block_sparse as kernels
+
+    return kernels.supports(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key)))
 
 
 def is_known(places: Places) -> bool:

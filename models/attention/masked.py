@@ -7,6 +7,7 @@ Nothing is skipped, so that this takes the time of dense attention wherever it r
 import abc
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -338,6 +339,11 @@ def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
     """
     step = frames if causal_block is None else causal_block
     return np.minimum((np.arange(frames) // step + 1) * step, frames)
+
+
+def say_exact(kind: str, why: str) -> None:
+    """Warns that a call on a GPU saves nothing; Python shows it once."""
+    warnings.warn(f"{kind} runs in its exact form, in the time of dense attention or more: {why}", stacklevel=2)
 
 
 # Checks of arguments, and shares that are counted in whole numbers

@@ -12,8 +12,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax.checks import positive
+from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import Context, Density, Grid
-from monarchrt.models.attention.masked import MaskedAttention, Places, check_seed, check_share, masked_attention
+from monarchrt.models.attention.masked import (
+    MaskedAttention,
+    Places,
+    check_seed,
+    check_share,
+    masked_attention,
+    say_exact,
+)
 
 TOLERANCE = 1e-4  # k-means stops when no centroid moves further
 MOST_ITERATIONS = 10_000  # far beyond use
@@ -108,6 +116,8 @@ class SVG2Attention(MaskedAttention):
             of_rows = jnp.take_along_axis(kept, of_query[:, :, rows][..., None], axis=2)  # [B, n, C, KC]
             return jnp.take_along_axis(of_rows, of_key[:, :, None], axis=3)
 
+        if on_cuda() and value.shape[-1] == query.shape[-1]:
+            say_exact(self.name, "its clusters are of any size, and found anew in every call.")
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
     def measure(

@@ -5,6 +5,7 @@ import math
 
 from jaxtyping import Array
 
+from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import Context, Density, Grid, visible_share
 from monarchrt.models.attention.masked import (
     MaskedAttention,
@@ -14,6 +15,7 @@ from monarchrt.models.attention.masked import (
     check_share,
     largest,
     masked_attention,
+    say_exact,
     seen_frames,
 )
 
@@ -55,6 +57,8 @@ class TopKAttention(MaskedAttention):
         visible = places.visible
         among = None if visible is None else visible[None, None, None]
         count = places.by_seen(lambda frames: ceil_share(self.keep, frames * places.per_frame))
+        if on_cuda() and value.shape[-1] == query.shape[-1]:
+            say_exact(self.name, "each query has keys of its own.")
         return masked_attention(
             query, key, value, keep=lambda rows, scores: largest(scores, count, among=among), visible=visible
         )

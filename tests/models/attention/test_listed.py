@@ -1,6 +1,7 @@
 """Sparse kinds by lists of blocks: the numbers of their exact forms, over clips, causal blocks and caches."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from monarch_jax.block_sparse import BlockMask
 from monarchrt.models.attention import listed as listed_kinds
+from monarchrt.models.attention import svg2, top_k
 from monarchrt.models.attention.base import Context
 from monarchrt.models.attention.listed import Order
 from monarchrt.models.attention.masked import Places
@@ -38,7 +40,7 @@ CACHED = (
 )
 
 
-def both(text):
+def both(text) -> tuple[Any, Any]:
     setting = parse(text)
     return tuple(dataclasses.replace(setting, implementation=name) for name in ("exact", "xla"))
 
@@ -231,3 +233,19 @@ class TestChoice:
         x = jnp.zeros((1, 8, 1, 256))
         with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: head_dim 256"):
             parse("radial(decay=0.5, block=4, implementation=triton)")(x, x, x, grid=(2, 2, 2))
+
+    @pytest.mark.parametrize("text", ["radial(decay=0.5, block=4)", "svg2(query_clusters=2, key_clusters=4)", "top_k"])
+    def test_an_exact_form_on_a_gpu_is_said(self, monkeypatch, text):
+        """What saves nothing there, for its kind or for its sizes; nothing is said of a CPU."""
+        x, setting = jnp.zeros((1, 8, 1, 256)), parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            setting(x, x, x, grid=(2, 2, 2))
+        for module in (listed_kinds, svg2, top_k):
+            monkeypatch.setattr(module, "on_cuda", lambda **_: True)
+        reason = "head_dim 256 is above 128" if "radial" in text else "its clusters|each query has"
+        with pytest.warns(UserWarning, match=f"{setting.name} runs in its exact form, .* or more: ({reason})"):
+            setting(x, x, x, grid=(2, 2, 2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            setting.attention_map(x, x, grid=(2, 2, 2))
