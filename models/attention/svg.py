@@ -134,6 +134,15 @@ class SVGAttention(ListedAttention):
         among = min(tokens, self.drawn_from)
         return jax.random.randint(jax.random.key(self.seed), (self.rows,), 0, among, jnp.int32)
 
+    def profile_masks(self, rows: Int[Array, "R"], places: Places) -> list[Bool[Array, "R K"]]:
+        """What some queries keep under the spatial and under the temporal mask that choose between the orders."""
+        reach, masks = 2 * places.per_frame // self.block, []
+        for order in self._orders(places.grid):
+            mine, theirs = order(*places.queries(rows)), order(*places.keys())
+            near = jnp.abs(mine[:, None] // self.block - theirs[None] // self.block) < reach
+            masks.append(near | (theirs < places.per_frame)[None])
+        return masks
+
     def temporal_heads(self, query: Array, key: Array, value: Array, places: Places) -> Bool[Array, "B n"]:
         """Which heads are nearer to dense attention under the temporal profile mask than under the spatial one.
 
@@ -141,7 +150,7 @@ class SVGAttention(ListedAttention):
         keys of the first frame.
         """
         rows = self._profile_rows(query.shape[1])
-        key_at, visible = places.keys(), places.visible
+        visible = places.visible
         wide = jnp.promote_types(query.dtype, jnp.float32)
 
         def outputs(rows: Int[Array, "R"]) -> Float[Array, "3 B R n d"]:
@@ -150,12 +159,8 @@ class SVGAttention(ListedAttention):
             scores *= query.shape[-1] ** -0.5
             if visible is not None:
                 scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
-            kept = [scores]
-            for order in self._orders(places.grid):
-                mine, theirs = order(*places.queries(rows)), order(*key_at)
-                near = jnp.abs(mine[:, None] // self.block - theirs[None] // self.block) < reach
-                near |= (theirs < places.per_frame)[None]
-                kept.append(jnp.where(near[None, None], scores, -jnp.inf))
+            masks = self.profile_masks(rows, places)
+            kept = [scores, *(jnp.where(mask[None, None], scores, -jnp.inf) for mask in masks)]
             lowest, none = (jnp.asarray(x, wide) for x in (-jnp.inf, 0.0))
             tops = lax.reduce(tuple(kept), (lowest,) * 3, lambda x, y: tuple(map(jnp.maximum, x, y)), (3,))
             weights = [
@@ -166,7 +171,7 @@ class SVGAttention(ListedAttention):
             out = jnp.einsum("mbnrk,bknd->mbrnd", weights, value, preferred_element_type=wide)
             return out / jnp.where(total == 0.0, 1.0, total)
 
-        reach, chunk = 2 * places.per_frame // self.block, min(len(rows), MOST_AT_A_TIME)
+        chunk = min(len(rows), MOST_AT_A_TIME)
         chunks = jnp.pad(rows, (0, -len(rows) % chunk), mode="edge").reshape(-1, chunk)
         out = jnp.moveaxis(lax.map(outputs, chunks), 0, 2)  # [3, B, chunks, R, n, d]
         out = out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, : len(rows)]

@@ -214,7 +214,18 @@ FAULTS = (
         "interpreter_agrees",
     ),
     Fault("models/attention/listed.py", "_permuted(g, saved[1], saved[0])", "_permuted(g, saved[0], saved[1])", LISTED),
-    Fault("models/attention/sliding_tile.py", "np.repeat(sizes * per_tile,", "np.repeat(sizes * 0 + per_tile,", LISTED),
+    Fault(
+        "models/attention/sliding_tile.py",
+        "of_frame = of_frame + (frames < 0) * most",
+        "of_frame = of_frame + 0 * most",
+        LISTED,
+        "wherever_tiles_begin",
+    ),
+    Fault("models/attention/sliding_tile.py", "+ first % depth) //", "+ 0) //", LISTED, "wherever_tiles_begin"),
+    Fault("models/attention/listed.py", "mask.key_starts + first", "mask.key_starts", LISTED, "read_where_they_lie"),
+    Fault("models/attention/masked.py", "(layer, jnp.int32) * keys", "(layer, jnp.int32) * 0", LISTED, "read_where"),
+    Fault("models/attention/masked.py", "transpose(0, 2, 4, 1, 3, 5)", "ravel()", LISTED, "wherever"),
+    Fault("models/attention/vsa.py", "of_key = np.sort(of_key)", "of_key = +of_key", LISTED, "lie_in_the_cache"),
     Fault("triton_kernels/left.py", "d_cl = -tl.sum(d_x, 0)", "d_cl = tl.sum(d_x, 0)", TRITON, "interpreter_agrees"),
     # the networks
     Fault(
@@ -432,7 +443,7 @@ FAULTS = (
         SPARSE,
         "published_blocks",
     ),
-    Fault("models/attention/svg.py", "return errors[1] < errors[0]", "return errors[1] > errors[0]", SPARSE, "svg"),
+    Fault("models/attention/svg.py", "return temporal < spatial", "return temporal > spatial", SPARSE, "svg"),
     Fault("models/attention/svg2.py", "kept = (before <= top_p)", "kept = (before < 0)", SPARSE, "Clusters"),
     Fault(
         "models/attention/vsa.py",

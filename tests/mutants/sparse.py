@@ -14,8 +14,8 @@ BESIDE_PUBLISHED = (
     ),
     Fault(
         "models/attention/svg.py",
-        "reach = 2 * places.per_frame // self.block",
-        "reach = -(-2 * places.per_frame // self.block)",
+        "reach, masks = 2 * places.per_frame // self.block,",
+        "reach, masks = -(-2 * places.per_frame // self.block),",
         PUBLISHED,
         "SVG",
     ),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarchrt.models.attention import svg
 from monarchrt.models.attention.base import Context
 from monarchrt.models.attention.masked import Places
 from monarchrt.models.attention.radial import RadialAttention, _blocks
@@ -116,18 +115,11 @@ class TestSVG:
         found = [SVGAttention(keep=float(share)).half_width(grid) for share in self.arrays["shares"]]
         np.testing.assert_array_equal(found, self.arrays[f"widths {name}"])
 
-    def test_masks_of_the_profile(self, monkeypatch):
+    def test_masks_of_the_profile(self):
         """The sink of the temporal one is the first 21 and 2/3 places of all frames: it ends within one."""
-        masks = []
-
-        def record(query, key, value, *, keep, visible):
-            masks.append(keep and np.asarray(keep(jnp.arange(query.shape[1]), None))[0, 0])
-            return query
-
-        monkeypatch.setattr(svg, "masked_attention", record)
-        x = jnp.zeros((1, 780, 1, 4))
-        SVGAttention(rows=tuple(range(700)))(x, x, x, grid=self.grid)
-        masks = [mask for mask in masks if mask is not None]
+        frames = self.grid[0]
+        places = Places(grid=self.grid, first=0, frames=frames, key_frames=np.arange(frames), seen=frames)
+        masks = [np.asarray(mask) for mask in SVGAttention().profile_masks(jnp.arange(700), places)]
         for name, found in zip(self.names, masks, strict=True):
             np.testing.assert_array_equal(found, unpacked(self.arrays[f"profile {name}"], 780))
         sink = masks[1].all(0).reshape(6, 130)
