@@ -38,9 +38,12 @@ from flax import nnx
 
 from monarch_jax.backends import IMPLEMENTATIONS
 from monarchrt.models.attention.registry import exact
+from monarchrt.models.compiling import LIBRARY_PRODUCTS
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.models.wan.config import REMAT
+from monarchrt.models.wan.unrolled import merged
+from monarchrt.models.wan.unrolled import unroll_layers as unrolled_model
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -92,7 +95,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
             report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
-            report |= {"remat": args.remat, "unroll_layers": args.unroll_layers}
+            report |= {"remat": args.remat, "unroll_layers": args.unroll_layers, "passes": args.passes}
             report |= {"repeats": args.repeats, "rows": results}
             (args.out / "model.json").write_text(json.dumps(report, indent=1))
 
@@ -110,8 +113,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-intermediates", action="store_true", help="of those settings, for the backward pass")
     parser.add_argument("--remat", choices=REMAT, default="full", help="what the training step recomputes per block")
     parser.add_argument(
-        "--unroll-layers", action="store_true", help="of the training step, instead of a loop over them"
+        "--unroll-layers", action="store_true", help="of training step and cached chunk, instead of a loop over them"
     )
+    parser.add_argument("--passes", action="store_true", help="with that, kernels of few passes in the cached chunk")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also list where the time goes, by kind of kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -119,6 +123,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be at least 1")
+    if args.passes and not args.unroll_layers:
+        parser.error("--passes is for layers that are unrolled; add --unroll-layers")
     if not args.small and jax.default_backend() == "cpu":
         parser.error("there is no GPU, and a CPU would take hours; --small runs anywhere")
     return args
@@ -169,7 +175,8 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     how = {"implementation": args.implementation, "keep": args.keep_intermediates}
     config = dataclasses.replace(config, attention=setting(attention, *frame, **how))
     training = functools.partial(training_step, remat=args.remat, unroll_layers=args.unroll_layers)
-    build = {"cached chunk": cached_chunk, "training": training}.get(case, forward)
+    cached = functools.partial(cached_chunk, unroll_layers=args.unroll_layers, passes=args.passes)
+    build = {"cached chunk": cached, "training": training}.get(case, forward)
     timed = build(config, clip)
     memory = timed.compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -204,21 +211,26 @@ def forward(config: WanConfig, clip: Clip) -> Timed:
     )
 
 
-def cached_chunk(config: WanConfig, clip: Clip) -> Timed:
+def cached_chunk(config: WanConfig, clip: Clip, *, unroll_layers: bool, passes: bool) -> Timed:
     """One forward of the last 3 frames, all earlier ones in the cache, as generation does it."""
     graph, arrays = built_like(config)
+    if unroll_layers:
+        unrolled = unrolled_model(nnx.merge(graph, arrays), passes="triton" if passes else None)
+        graph, arrays = unrolled.graph, unrolled.params
     latents, timesteps, text = example(config, (3, *clip.shape[1:]))
     frame = jnp.asarray(clip.frames - 3, jnp.int32)
 
     @jax.jit
     def empty(arrays, text):
-        return init_cache(nnx.merge(graph, arrays), text, frames=clip.frames, height=clip.height, width=clip.width)
+        model, layers = merged(graph, arrays)
+        return init_cache(model, text, frames=clip.frames, height=clip.height, width=clip.width, layers=layers)
 
     cache = dataclasses.replace(empty(arrays, text), length=jnp.copy(frame))  # donated, and frame is not
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=LIBRARY_PRODUCTS if unroll_layers else None)
     def run(arrays, cache, latents, timesteps, frame):
-        return cached_forward(nnx.merge(graph, arrays), latents, timesteps, cache, frame=frame, in_place=True)
+        model, layers = merged(graph, arrays)
+        return cached_forward(model, latents, timesteps, cache, frame=frame, in_place=True, layers=layers)
 
     compiled, seconds = compile_timed(run, arrays, cache, latents, timesteps, frame)
     held = [cache]

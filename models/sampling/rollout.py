@@ -40,6 +40,8 @@ from monarchrt.models.wan.causal import (
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
+FEW = 64  # steps whose timesteps are embedded all at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -160,12 +162,16 @@ def generate_block(
     draw = fresh_noise(key, noise) if table.stochastic and fresh is None else None
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        (state, cache), (row, number, added) = carry, xs
+        (state, cache), (row, times, number, added) = carry, xs
         added = added if draw is None else draw(number)
-        flow, cache = _flow(network, state.x, row.timesteps, cache, frame, number, rollout)
+        flow, cache = _flow(network, state.x, row.timesteps, cache, frame, number, rollout, times)
         return (solver_step(state, row, flow, added), cache), None
 
-    scanned = rows(table.with_rewrite(rollout.context_noise)), jnp.arange(table.steps + 1), fresh
+    each = rows(table.with_rewrite(rollout.context_noise))
+    times = None
+    if table.steps <= FEW:  # of all calls at once: each would read as many bytes of their weights as a layer's
+        times = jax.tree.map(lambda x: x[0], network[0].embed_times(each.timesteps[None]))
+    scanned = each, times, jnp.arange(table.steps + 1), fresh
     (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)
     return constrain(state.x, "batch", *(None,) * (len(shape) - 1)), cache
 
@@ -196,9 +202,19 @@ def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Ar
 
 
 def _flow(
-    network: tuple[Any, Any], x: Array, t: Array, cache: WanCache, frame: Array, step: int | Array, rollout: Rollout
+    network: tuple[Any, Any],
+    x: Array,
+    t: Array,
+    cache: WanCache,
+    frame: Array,
+    step: int | Array,
+    rollout: Rollout,
+    times: tuple[Array, Array] | None = None,
 ) -> tuple[Array, WanCache]:
-    """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's."""
+    """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's.
+
+    `times` is the timestep's embedding, [D], and its projection, [6, D], if they are known.
+    """
     model, layers = network
     guides = cache.shape.batch == 2 * x.shape[0]
     x = paired(x, x) if guides else x
@@ -213,6 +229,7 @@ def _flow(
         block=number,
         in_place=True,
         layers=layers,
+        times=times and tuple(jnp.broadcast_to(y, (x.shape[0], 1, *y.shape)) for y in times),
     )
     return (unpair(flow, rollout.guidance) if guides else flow), cache
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Real
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
 from monarchrt.models.sharding import constrain, parts
 from monarchrt.models.wan.config import WanConfig
-from monarchrt.models.wan.dit import AttentionRun, WanModel, attention_runs, rematerialized, whole_layer
+from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_runs, rematerialized, whole_layer
 from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
@@ -187,6 +187,7 @@ def cached_forward(
     block: Number = None,
     in_place: bool = False,
     layers: list[Any] | None = None,
+    times: Times | None = None,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
     """Predicts the flow of a block of frames that see each other and all cached frames.
 
@@ -206,6 +207,7 @@ def cached_forward(
         in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
             reads it there, without a copy of its own. Gradients are right, but take the memory of whole caches.
         layers: The state of each layer, instead of those stacked in the model (`unroll_layers`); in place only.
+        times: What `model.embed_times` makes of the timesteps, if that is known; one for all frames will do.
 
     Returns:
         The flow, in float32 at least, and the cache with this block as its newest.
@@ -221,7 +223,7 @@ def cached_forward(
     runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid)
     start = cache.length if frame is None else frame
-    tokens = model.embed_latents(latents, timesteps)
+    tokens = model.embed_latents(latents, timesteps, times)
     rope, per_frame = pad_rope(rope_table(grid, config.head_dim, start_frame=start)), grid[1] * grid[2]
     graph, state = model.split_blocks(apart=layers is not None)
     written = []

@@ -42,6 +42,9 @@ class Tokens(NamedTuple):
     time_projection: Array  # [B, T, 6, D]
 
 
+type Times = tuple[Float[Array, "B T D"], Float[Array, "B T 6 D"]]  # of `WanModel.embed_times`
+
+
 class CrossInputs(NamedTuple):
     """What the cross-attention reads."""
 
@@ -163,21 +166,25 @@ class WanModel(nnx.Module):
         elif image is not None:
             raise ValueError("image was given to a t2v model; it takes None.")
 
-    def embed_latents(self, latents: Array, timesteps: Array) -> Tokens:
-        """Tokens and the timestep embedding."""
-        config = self.config
+    def embed_latents(self, latents: Array, timesteps: Array, times: Times | None = None) -> Tokens:
+        """Tokens and the timestep embedding, unless `times` are that."""
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
-        time = whole(self.time_embedding)(sinusoid(per_frame, config.freq_dim))
+        time, projection = self.embed_times(per_frame) if times is None else times
+        x = whole(self.patch_embedding, dtype=self.config.dtype)(latents)
+        x = pad(x, padded(x.shape[2]))
+        return Tokens(split_tokens(x), *split_batch((time, projection)))
+
+    def embed_times(self, timesteps: Real[Array, "B T"]) -> Times:
+        """The timestep embedding, and its projection."""
+        config = self.config
+        time = whole(self.time_embedding)(sinusoid(timesteps, config.freq_dim))
 
         def project(time):
             return whole(self.time_projection)(jax.nn.silu(time))
 
         # recomputed, or else its float32 weights are kept from the forward to the backward pass
         project = project if config.remat == "none" else jax.checkpoint(project)
-        projection = project(time).reshape(*time.shape[:2], 6, config.dim)
-        x = whole(self.patch_embedding, dtype=config.dtype)(latents)
-        x = pad(x, padded(x.shape[2]))
-        return Tokens(split_tokens(x), *split_batch((time, projection)))
+        return time, project(time).reshape(*time.shape[:2], 6, config.dim)
 
     def embed_context(self, text: Array, image: Array | None = None) -> CrossInputs:
         """The text, zero-padded to `text_len` rows, and the image, at the model's width."""

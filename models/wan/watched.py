@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from monarchrt.models.wan.dit import Tokens, WanModel
+from monarchrt.models.wan.dit import Times, Tokens, WanModel
 
 
 class NetworkCall(NamedTuple):
@@ -29,9 +29,9 @@ class _Watched(WanModel):
 
     hand_on: Any
 
-    def embed_latents(self, latents: Array, timesteps: Array) -> Tokens:
+    def embed_latents(self, latents: Array, timesteps: Array, times: Times | None = None) -> Tokens:
         jax.debug.callback(self.hand_on, latents, timesteps, ordered=True)
-        return super().embed_latents(latents, timesteps)
+        return super().embed_latents(latents, timesteps, times)
 
 
 @contextlib.contextmanager
