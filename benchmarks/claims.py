@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from claims_report import write_report
 from finetuning import CLIPS, Program, once, windows_of
-from low_rank import LowRankAttention  # noqa: F401  settings can name it then
+from low_rank import LowRankAttention  # settings can name it then
 
 from monarch_jax import MonarchSpec
 from monarchrt.models.attention.capture import capture
@@ -177,11 +177,11 @@ def kept_json(path: Path, make: Callable[[], Any]) -> Any:
 def models_of(args: argparse.Namespace) -> list[Model]:
     """Those of demos, or trained here."""
     found = []
-    for number, folder in enumerate(args.demos or args.seeds):
+    for seed in args.seeds:
         if args.demos:
-            seed, subject, demo = number, open_subject(str(folder / "dense"), video=args.video), DemoConfig()
+            subject, demo = open_subject(str(args.demos[seed] / "dense"), video=args.video), DemoConfig()
         else:
-            seed, (subject, demo) = folder, trained(args, folder)
+            subject, demo = trained(args, seed)
         demo = dataclasses.replace(demo, finetune_steps=args.steps)
         path = args.out / f"model-{seed}"
         path.mkdir(parents=True, exist_ok=True)
@@ -228,6 +228,11 @@ def reachable(text: str, grid: tuple[int, int, int]) -> str | None:
 def settings_on(grid: tuple[int, int, int]) -> list[str]:
     """Those of (a) that can be had."""
     return [text for text in SWAPPED[grid[0]] if reachable(text, grid) is None]
+
+
+def filmed(grid: tuple[int, int, int]) -> list[str]:
+    """Those of which videos are made: not low rank, whose singular vectors take too long in each step."""
+    return [text for text in settings_on(grid) if not isinstance(parse(text), LowRankAttention)]
 
 
 def density_of(text: str, models: list[Model]) -> dict[str, float]:
@@ -278,7 +283,8 @@ def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[
     for text in (DENSE, *there):
         terms[text] = [model.loss(text, loss) for model in models]
         print(f"{np.mean(terms[text]):.4f}  {text}", flush=True)
-    made = [videos(model, there, seeds) for model in models] if seeds else []
+    shown = filmed(grid)
+    made = [videos(model, shown, seeds) for model in models] if seeds else []
     rows: list[dict[str, Any]] = []
     for text in (DENSE, *SWAPPED[grid[0]]):
         if text not in terms:
@@ -289,15 +295,14 @@ def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[
         if text != DENSE:
             row["more"] = interval([a - b for a, b in zip(terms[text], terms[DENSE], strict=True)])
             row["more_than_oracle"] = interval([a - b for a, b in zip(terms[text], terms[ORACLE], strict=True)])
-        if made:
-            place = (DENSE, *there).index(text)
-            row["videos"] = of_videos(made, place, (DENSE, *there).index(ORACLE))
+        if made and text in (DENSE, *shown):
+            row["videos"] = of_videos(made, (DENSE, *shown).index(text), (DENSE, *shown).index(ORACLE))
         rows.append(row)
     return rows
 
 
 def of_videos(made: list[list[dict[str, Any]]], place: int, oracle: int) -> dict[str, Any]:
-    """Measures of one setting's videos over models and noise, of the blocks after the first, which was given."""
+    """Measures of one setting's videos over models and noise, as `monarchrt evaluate` has them."""
 
     def of(setting: int) -> list[dict[str, Any]]:
         return [record for records in made for record in records if record["setting"] == setting]
@@ -305,7 +310,7 @@ def of_videos(made: list[list[dict[str, Any]]], place: int, oracle: int) -> dict
     own, theirs, dense = of(place), of(oracle), of(0)
     values: dict[str, Any] = {"count": len(own)}
     for name in ("psnr", "ssim_gaussian", "ssim_box"):
-        series, others = (np.array([record["drift"][name][1:] for record in records]) for records in (own, theirs))
+        series, others = (np.array([record["drift"][name] for record in records]) for records in (own, theirs))
         values[name] = interval(series.mean(1))
         values[f"{name}_more_than_oracle"] = interval((series - others).mean(1))
         values[f"{name}_by_block"] = series.mean(0).tolist()
@@ -437,7 +442,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demos", nargs="+", type=Path, help="folders of `monarchrt demo`; else models are trained")
     parser.add_argument("--video", type=Path, help="the demos' clip, if it is elsewhere now")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models that are trained")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the models, 0 1 2; of demos which, from 0: all")
     parser.add_argument("--dense-steps", type=int, default=1500, help="of those")
     parser.add_argument("--steps", type=int, default=250, help="of each finetuning")
     parser.add_argument("--videos", type=int, default=3, help="of each model and setting; 0: none")
@@ -456,6 +461,10 @@ def options() -> argparse.Namespace:
     for folder in args.demos or ():
         if not (folder / "dense" / "checkpoints").is_dir():
             parser.error(f"--demos {folder} has no dense/checkpoints; give the folder of a demo")
+    if args.seeds is None:
+        args.seeds = list(range(len(args.demos or range(3))))
+    if args.demos and not set(args.seeds) <= set(range(len(args.demos))):
+        parser.error(f"--seeds {args.seeds} has others than the {len(args.demos)} demos, 0 to {len(args.demos) - 1}")
     if args.redraw and not (args.out / "claims.json").is_file():
         parser.error(f"--out {args.out} has no claims.json to draw")
     return args
@@ -476,7 +485,7 @@ def main() -> None:
         }
         if "v" in args.parts:  # of (a), beside its losses
             for model in models:
-                videos(model, settings_on(model.subject.grid), tuple(range(args.videos)))
+                videos(model, filmed(model.subject.grid), tuple(range(args.videos)))
         if "a" in args.parts:
             result["order"] = order(models, loss, tuple(range(args.videos)))
         if "b" in args.parts:

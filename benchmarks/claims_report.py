@@ -50,14 +50,14 @@ def swapped(result: dict[str, Any]) -> list[str]:
         more = [within(row[name]) if name in row else "" for name in ("more", "more_than_oracle")]
         lines.append(f"| `{row['setting']}` | {share(row['density'])} | {row['loss']:.4f} | {' | '.join(more)} |")
     lines += [f"| `{row['setting']}` | {row['said']} | | | |" for row in result["order"] if "said" in row]
-    if "videos" not in rows[0]:
+    made = [row for row in rows if "videos" in row and "more" in row]
+    if not made:
         return [*lines, ""]
     lines += [
         "",
         "| videos | PSNR, dB | than top-k at 15% | SSIM | last frame less first, dB | flicker less dense's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    made = [row for row in rows if "more" in row]
     for row in sorted(made, key=lambda row: -row["videos"]["psnr"][0]):
         of = row["videos"]
         cells = [within(of["psnr"], 1, ""), within(of["psnr_more_than_oracle"], 1), f"{of['ssim_gaussian'][0]:.3f}"]
@@ -148,10 +148,12 @@ def draw_order(axis: Axes, result: dict[str, Any]) -> None:
     bars(axis, [(f"{row['setting']}\n{share(row['density'])}", row["more"]) for row in rows], color="C0")
     axis.set(xlabel="held-out loss more than dense attention's (blue)", title="(a) swapped in, nothing trained")
     axis.invert_yaxis()
-    if "videos" in rows[0]:
+    shown = [(place, row["videos"]["psnr"]) for place, row in enumerate(rows) if "videos" in row]
+    if shown:
         other = axis.twiny()
-        bars(other, [(row["setting"], row["videos"]["psnr"]) for row in rows], color="C1", alpha=0.6)
-        other.set_yticks(np.arange(len(rows)), [f"{row['setting']}\n{share(row['density'])}" for row in rows])
+        middle, low, high = np.array([values for _, values in shown]).T
+        ends = np.stack([middle - low, high - middle])
+        other.errorbar(middle, [place for place, _ in shown], xerr=ends, fmt="s", color="C1", alpha=0.6, ms=4)
         other.set_xlabel("PSNR to dense attention's videos, dB (orange)", fontsize=8)
         other.invert_xaxis()
 

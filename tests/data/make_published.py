@@ -74,6 +74,8 @@ def radial(checkout: Path) -> dict[str, np.ndarray]:
         (17, 200, 3.0, 128),
         (21, 1560, 0.2, 128),
         (21, 1560, 1.0, 128),
+        (21, 3600, 0.2, 128),
+        (21, 3600, 1.0, 128),
     ):
         total = frames * tokens
         length = -(-total // block) * block
@@ -102,6 +104,10 @@ def svg(checkout: Path) -> dict[str, np.ndarray]:
             widths.append(int(row.sum()) - 1)
         out[f"widths {name}"] = np.array(widths)
     out["shares"] = np.array(shares)
+    total, rows = 21 * 3600, torch.tensor(inputs.SVG_ROWS)
+    for share in inputs.SVG_LARGE:
+        mod = utils.generate_temporal_head_mask_mod(0, 0, 21, 3600, utils.sparsity_to_width(share, 0, 21, 3600))
+        out[f"band 720p {share}"] = bits(mod(0, 0, rows[:, None], torch.arange(total)[None]))
     frames, tokens, keep = 6, 130, 0.3
     total = frames * tokens
     mod = utils.generate_temporal_head_mask_mod(0, 0, frames, tokens, utils.sparsity_to_width(keep, 0, frames, tokens))
@@ -204,6 +210,8 @@ def vsa(checkout: Path) -> dict[str, np.ndarray]:
             for label, gradient in zip(("query", "key", "value", "gate"), gradients, strict=True):
                 out[label] = gradient.numpy()[:, ::3]
     out["sizes"] = place.variable_block_sizes.numpy()
+    large = build(0, inputs.VSA_LARGE, (1, 1, 1), VSA_sparsity=0.6, device=torch.device("cpu"), cache_tile_buf=False)
+    out["sizes 720p"] = large.variable_block_sizes.numpy().astype(np.uint8)
     out["counts"] = np.array(
         [[backend.compute_topk(1 - keep, count) for count in inputs.VSA_CUBES] for keep in inputs.VSA_SHARES]
     )

@@ -21,6 +21,9 @@ def svg() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return q, k, v
 
 
+SVG_ROWS, SVG_LARGE = range(0, 75600, 3517), (0.05, 0.15)  # of 720p: rows of the band, and shares
+
+VSA_LARGE = (21, 45, 80)  # 720p
 VSA_GRID = (6, 5, 9)  # cubes of (4, 4, 4): 2 x 2 x 3, whole and partial
 VSA_CUBES, VSA_SHARES = (455, 546, 624, 1260, 1440), (0.2, 0.15, 0.1, 0.05, 0.03)
 
@@ -48,6 +51,8 @@ TILES = {  # grid, tile, window
     "tiles 3 3 5": ((18, 48, 80), (6, 8, 8), (3, 3, 5)),
     "tiles 3 1 10": ((18, 48, 80), (6, 8, 8), (3, 1, 10)),
     "tiles 3 3 9": ((21, 30, 52), (3, 5, 4), (3, 3, 9)),
+    "tiles 720p 3 7 9": ((21, 45, 80), (3, 5, 4), (3, 7, 9)),
+    "tiles 720p 5 5 5": ((21, 45, 80), (3, 5, 4), (5, 5, 5)),
 }
 
 

@@ -221,7 +221,8 @@ def _all_samples(
                             reference = _sample(material, settings[0], seed, folder / "0.npz")
                         made = reference if index == 0 else _sample(material, setting, seed, folder / f"{index}.npz")
                         blocks = _frames_of_blocks(material)
-                        values = compare(made, reference, blocks=blocks, measures=measures)
+                        given = 0 if material.initial is None else material.initial.shape[1]
+                        values = compare(made, reference, blocks=blocks, measures=measures, given=given)
                         values["density"] = _density_of_video(material, setting)._asdict()
                         write_mp4(folder / f"{index}.mp4", made.frames, fps=material.plan.config.fps or 16.0)
                         write_json(done, values)
@@ -342,29 +343,55 @@ def _frames_of_blocks(material: Material) -> list[int]:
 
 
 def compare(
-    made: Sample, reference: Sample, *, blocks: list[int], measures: dict[str, Callable[..., np.ndarray | None]]
+    made: Sample,
+    reference: Sample,
+    *,
+    blocks: list[int],
+    measures: dict[str, Callable[..., np.ndarray | None]],
+    given: int = 0,
 ) -> dict[str, Any]:
     """All measures of a video against the reference's: means, drift over blocks, and the latents' error by timestep.
+
+    What a video begins with was not made, and is not measured; the change from it to the next frame is, in flicker.
 
     Args:
         made: The video.
         reference: From the same noise.
         blocks: Frames of each block, in all as many as the video has.
         measures: Per frame, by name.
+        given: Latent frames that the video begins with.
 
     Returns:
         Values by name; `drift` and `steps` hold more than one.
     """
     measured = {name: measure(made.frames, reference.frames) for name, measure in measures.items()}
-    per_frame = {name: np.asarray(values) for name, values in measured.items() if values is not None}
+    left, blocks = _after(blocks, given, latents=len(made.latents))
+    per_frame = {name: np.asarray(values)[left:] for name, values in measured.items() if values is not None}
     steps = {step: metrics.relative_error(part, reference.steps[step]) for step, part in made.steps.items()}
     values: dict[str, Any] = {name: float(of_frames.mean()) for name, of_frames in per_frame.items()}
     if len(made.frames) > 1:
         values["flicker"] = metrics.flicker(made.frames)
-    values["latent_error"] = metrics.relative_error(made.latents, reference.latents)
+    values["latent_error"] = metrics.relative_error(made.latents[given:], reference.latents[given:])
     values["steps"] = {f"{step:g}": error for step, error in sorted(steps.items(), reverse=True)}
     values["drift"] = {name: metrics.drift(of_frames, blocks) for name, of_frames in per_frame.items()}
     return values
+
+
+def _after(blocks: list[int], given: int, *, latents: int) -> tuple[int, list[int]]:
+    """Frames of the latents that were given, and those of the blocks after them.
+
+    Examples:
+        >>> _after([1, 1, 1], 1, latents=3), _after([9, 12], 1, latents=6), _after([9, 12], 3, latents=6)
+        ((1, [1, 1]), (1, [8, 12]), (9, [12]))
+    """
+    per_latent = (sum(blocks) - 1) // (latents - 1) if latents > 1 else 1  # the first latent is one frame
+    frames = rest = 1 + (given - 1) * per_latent if given else 0
+    after = []
+    for count in blocks:
+        taken = min(rest, count)
+        rest -= taken
+        after += [count - taken] if count > taken else []
+    return frames, after
 
 
 # The held-out loss

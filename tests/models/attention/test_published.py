@@ -115,6 +115,22 @@ class TestSVG:
         found = [SVGAttention(keep=float(share)).half_width(grid) for share in self.arrays["shares"]]
         np.testing.assert_array_equal(found, self.arrays[f"widths {name}"])
 
+    @pytest.mark.parametrize("share", inputs.SVG_LARGE)
+    def test_masks_of_720p(self, share, monkeypatch):
+        """Some rows of each order, published in the order of a head; the temporal sink ends within a frame."""
+        grid, rows = (21, 45, 80), np.array(inputs.SVG_ROWS)
+        order = np.arange(75600).reshape(21, 3600).T.ravel()  # the token at each place of the temporal order
+        found: list = []
+        monkeypatch.setattr(
+            SVGAttention, "attend_kept", lambda self, query, *_, keep, blocks: found.append(keep) or query
+        )
+        monkeypatch.setattr(SVGAttention, "temporal_heads", lambda *_: jnp.array([[False, True]]))
+        x = jnp.zeros((1, 75600, 2, 1))
+        SVGAttention(keep=share)(x, x, x, grid=grid)
+        expected = unpacked(self.arrays[f"band 720p {share}"], 75600)
+        np.testing.assert_array_equal(found[0](jnp.asarray(rows), None)[0, 0], expected)
+        np.testing.assert_array_equal(found[0](jnp.asarray(order[rows]), None)[0, 1][:, order], expected)
+
     def test_masks_of_the_profile(self):
         """The sink of the temporal one is the first 21 and 2/3 places of all frames: it ends within one."""
         frames = self.grid[0]
@@ -267,6 +283,7 @@ class TestVSA:
         are whole numbers it keeps one more than they are; here the share is the decimal number that it is written as.
         """
         np.testing.assert_array_equal(np.bincount(self.setting._cube_of(inputs.VSA_GRID)), self.arrays["sizes"])
+        np.testing.assert_array_equal(np.bincount(self.setting._cube_of(inputs.VSA_LARGE)), self.arrays["sizes 720p"])
         more = []
         for keep, counts in zip(inputs.VSA_SHARES, self.arrays["counts"], strict=True):
             for cubes, count in zip(inputs.VSA_CUBES, counts, strict=True):
