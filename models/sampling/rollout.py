@@ -222,7 +222,7 @@ def _flow(
     flow, cache = cached_forward(
         model,
         x,
-        jnp.broadcast_to(t, x.shape[:2]),
+        jnp.broadcast_to(t, x.shape[:1]),
         cache,
         frame=frame[1],
         step=step,

@@ -22,7 +22,7 @@ from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_ru
 from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
-from monarchrt.models.wan.tokens import pad_rope, split_tokens
+from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, split_tokens
 from monarchrt.models.wan.unrolled import over_layers
 
 
@@ -223,8 +223,10 @@ def cached_forward(
     runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid)
     start = cache.length if frame is None else frame
-    tokens = model.embed_latents(latents, timesteps, times)
-    rope, per_frame = pad_rope(rope_table(grid, config.head_dim, start_frame=start)), grid[1] * grid[2]
+    rope, in_row = rope_table(grid, config.head_dim, start_frame=start), grid[1] * grid[2]
+    if joined := in_place and joins_frames(timesteps):
+        rope, in_row = tuple(map(join_frames, rope)), grid[0] * in_row
+    rope, tokens = pad_rope(rope), model.embed_latents(latents, timesteps, times, joined=joined)
     graph, state = model.split_blocks(apart=layers is not None)
     written = []
     x: Any = tokens.x if layers is None else Pending(tokens.x)
@@ -240,7 +242,7 @@ def cached_forward(
             block_of_layer, time = nnx.merge(graph, whole_layer(layer, config)), tokens.time_projection
 
             def context(x):
-                inputs = partial(block_of_layer.attention_inputs, x[:, :, :per_frame], time)
+                inputs = partial(block_of_layer.attention_inputs, x[:, :, :in_row], time)
                 return Context(step=step, block=block, inputs=inputs, modules=modules_of(block_of_layer))
 
             if layers is not None and fuses(block_of_layer, attention.cache):
@@ -255,7 +257,7 @@ def cached_forward(
 
             if layers is not None:
                 x = settled(x, time)
-            how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
+            how: Any = dict(tokens=in_row, recompute=config.remat == "full")
             x = split_tokens(block_of_layer(x, time, rope, cross, attend, **how))
             return x if layers is None else Pending(x)
 

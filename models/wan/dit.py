@@ -31,7 +31,7 @@ from monarchrt.models.wan.layers import (
     small_normal,
 )
 from monarchrt.models.wan.rope import rope_table
-from monarchrt.models.wan.tokens import pad, pad_rope, padded, split_tokens
+from monarchrt.models.wan.tokens import join_frames, pad, pad_rope, padded, split_tokens, whole_tokens
 
 
 class Tokens(NamedTuple):
@@ -166,12 +166,23 @@ class WanModel(nnx.Module):
         elif image is not None:
             raise ValueError("image was given to a t2v model; it takes None.")
 
-    def embed_latents(self, latents: Array, timesteps: Array, times: Times | None = None) -> Tokens:
-        """Tokens and the timestep embedding, unless `times` are that."""
+    def embed_latents(
+        self, latents: Array, timesteps: Array, times: Times | None = None, *, joined: bool = False
+    ) -> Tokens:
+        """Tokens and the timestep embedding, unless `times` are that.
+
+        With `joined` those of all frames are in one row, [B, 1, F*h*w, D].
+        """
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         time, projection = self.embed_times(per_frame) if times is None else times
-        x = whole(self.patch_embedding, dtype=self.config.dtype)(latents)
-        x = pad(x, padded(x.shape[2]))
+
+        def arrange(patches: Array) -> Array:
+            if joined:  # all have the patches, so that no rows travel where they are filled up
+                patches = whole_tokens(join_frames(patches))
+                return split_tokens(whole_tokens(pad(patches, padded(patches.shape[2]))))
+            return split_tokens(pad(patches, padded(patches.shape[2])))
+
+        x = whole(self.patch_embedding, dtype=self.config.dtype)(latents, arrange)
         return Tokens(split_tokens(x), *split_batch((time, projection)))
 
     def embed_times(self, timesteps: Real[Array, "B T"]) -> Times:
@@ -290,8 +301,14 @@ class WanModel(nnx.Module):
         return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope, per_frame), grid
 
     def unpatchify(self, patches: Array, grid: tuple[int, int, int]) -> Array:
-        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]; tokens that a mesh added are left out."""
+        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]; tokens that a mesh added are left out.
+
+        Tokens of all frames may be in one row.
+        """
         pt, ph, pw = self.config.patch_size
+        if patches.shape[1] != grid[0]:
+            patches = whole_tokens(patches)[:, :, : math.prod(grid)]
+            patches = patches.reshape(patches.shape[0], grid[0], -1, patches.shape[3])
         patches = patches[:, :, : grid[1] * grid[2]]
         return rearrange(
             patches, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c", h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw

@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
+from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
@@ -172,11 +172,19 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values."""
-        # tokens in an order whose parts are those of a mesh's devices; each attends for itself
-        order, split = ("b (s f) n d", BY_QUERIES) if parts("tokens", x.shape[2]) > 1 else ("b (f s) n d", BY_HEADS)
-        query = rearrange(self.norm_q(kept(self.q(x))), f"b f s (n d) -> {order}", n=self.num_heads)
-        out = [softmax_attention(query, key, value, split=split) for key, value in keys_values]
-        return kept(self.o(rearrange(sum(out[1:], start=out[0]), f"{order} -> b f s (n d)", f=x.shape[1])))
+        query = self.norm_q(kept(self.q(x)))
+        if parts("tokens", x.shape[2]) > 1:  # each device attends for its own tokens, to all heads
+            tokens, whole = ("batch", None, "tokens", None), ("batch", None, None, None)
+            out = on_each_device(self.attend, None, (query, keys_values), (tokens, whole))
+        else:
+            out = self.attend(None, query, keys_values)
+        return kept(self.o(out))
+
+    def attend(self, _: None, query: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]) -> Array:
+        """The sum of one attention for each source, [B, F, S, D]."""
+        own = rearrange(query, "b f s (n d) -> b (f s) n d", n=self.num_heads)
+        out = [softmax_attention(own, key, value) for key, value in keys_values]
+        return sum(out[1:], start=out[0]).reshape(query.shape)
 
 
 class WanBlock(nnx.Module):
@@ -331,14 +339,16 @@ class PatchEmbedding(nnx.Module):
         self.kernel = nnx.Param(flat.reshape(pt, ph, pw, config.in_channels, config.dim))
         self.bias = nnx.Param(jnp.zeros((config.dim,), param_dtype))
 
-    def __call__(self, latents: Float[Array, "B F H W C"]) -> Float[Array, "B f S D"]:
-        """Tokens by frame, rows before columns."""
+    def __call__(
+        self, latents: Float[Array, "B F H W C"], arrange: Callable[[Array], Array] = lambda patches: patches
+    ) -> Float[Array, "B f S D"]:
+        """Tokens by frame, rows before columns; the product is of patches [B, f, S, P] as `arrange` puts them."""
         kernel = self.kernel[...].astype(self.dtype)
         pt, ph, pw = kernel.shape[:3]
         patches = rearrange(
             latents.astype(self.dtype), "b (f pt) (h ph) (w pw) c -> b f (h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw
         )
-        tokens = patches @ kernel.reshape(-1, kernel.shape[-1])
+        tokens = arrange(patches) @ kernel.reshape(-1, kernel.shape[-1])
         return tokens + along_last(self.bias[...].astype(self.dtype), tokens)
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from monarchrt.models.sharding import constrain, parts
 
@@ -28,6 +28,19 @@ def pad(x: Float[Array, "B F S *rest"], tokens: int) -> Float[Array, "B F T *res
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), *((0, 0),) * (x.ndim - 3))) if missing else x
 
 
+def joins_frames(timesteps: Real[Array, "B"] | Real[Array, "B frames"]) -> bool:
+    """Whether the tokens of all frames had better be in one row: split over a mesh, under one timestep.
+
+    A device's part is then one piece of each sample, in the order that attention takes, and fewer tokens are added.
+    """
+    return timesteps.ndim == 1 and parts("tokens", 0) > 1
+
+
+def join_frames(x: Float[Array, "*B F S D"]) -> Float[Array, "*B 1 N D"]:
+    """Tokens, or their cosines and sines, of all frames in one row, N = F*S."""
+    return x.reshape(*x.shape[:-3], 1, -1, x.shape[-1])
+
+
 def pad_rope(rope: tuple[Array, Array]) -> tuple[Array, Array]:
     """Cosines and sines [F, S, half] with those of the tokens that a mesh adds; whole on every device."""
     cos, sin = (constrain(pad(table[None], padded(table.shape[1]))[0], None, None, None) for table in rope)
@@ -37,6 +50,11 @@ def pad_rope(rope: tuple[Array, Array]) -> tuple[Array, Array]:
 def split_tokens(x: Float[Array, "B F T D"]) -> Float[Array, "B F T D"]:
     """The residual stream, split along the batch and the tokens of a frame where a mesh says so."""
     return constrain(x, "batch", None, "tokens", None)
+
+
+def whole_tokens(x: Float[Array, "B F T D"]) -> Float[Array, "B F T D"]:
+    """All tokens on every device, split along the batch alone."""
+    return constrain(x, "batch", None, None, None)
 
 
 def tokens_to_heads(

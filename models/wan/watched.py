@@ -29,9 +29,11 @@ class _Watched(WanModel):
 
     hand_on: Any
 
-    def embed_latents(self, latents: Array, timesteps: Array, times: Times | None = None) -> Tokens:
+    def embed_latents(
+        self, latents: Array, timesteps: Array, times: Times | None = None, *, joined: bool = False
+    ) -> Tokens:
         jax.debug.callback(self.hand_on, latents, timesteps, ordered=True)
-        return super().embed_latents(latents, timesteps, times)
+        return super().embed_latents(latents, timesteps, times, joined=joined)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
 from monarchrt.models.sharding import partition, weight_spec
-from monarchrt.models.wan.tokens import pad_rope, padded
+from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, padded
 
 
 def abstract(**sizes: int) -> AbstractMesh:
@@ -95,7 +96,13 @@ def test_tokens_that_are_added():
         assert [padded(tokens) for tokens in (1560, 1568, 7)] == [1568, 1568, 16]
         cos, sin = jax.eval_shape(pad_rope, (jnp.ones((3, 7, 4)), jnp.ones((3, 7, 4))))
         assert cos.shape == sin.shape == (3, 16, 4)
+        assert joins_frames(jnp.ones(1))  # one timestep
+        assert not joins_frames(jnp.ones((1, 3)))
     assert padded(7) == 7
+    assert not joins_frames(jnp.ones(1))
+    x = jnp.arange(24.0).reshape(1, 3, 4, 2)
+    np.testing.assert_array_equal(join_frames(x), x.reshape(1, 1, 12, 2))
+    np.testing.assert_array_equal(join_frames(x[0]), x.reshape(1, 12, 2))
 
 
 def test_nothing_is_split_without_a_mesh():

@@ -38,7 +38,7 @@ params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dt
 model = nnx.merge(graph, params)
 text = jnp.ones((1, 3, config.text_dim))
 def video(**places):
-    size = dict(height=64, width=128, frames=21) if vae else dict(height=16, width=32, frames=6)
+    size = dict(height=64, width=128, frames=21) if vae else dict(height=16, width=24, frames=6)
     settings = GenerateConfig(seed=1, steps=2, quiet=True, zoom=1, **size, **places)
     scale = dict(spatial=8, temporal=4) if vae else dict(spatial=2, temporal=1)
     defaults = Defaults(mode=mode, sampler="euler", guidance=1.0)
@@ -54,6 +54,7 @@ def video(**places):
     frames = np.concatenate(list(pipeline(text, plan=plan, keep=kept)))
     return frames, np.concatenate([np.asarray(part) for part in kept], axis=1), where, plan
 right, latents, _, plan = video()
+# 24 tokens of a frame, or 72 of a block: on 2 and on 4 devices some are added
 for options in asked:
     places = {name: int(value) if value.isdigit() else value
               for name, _, value in (word.partition(":") for word in options.split("/"))}
@@ -78,6 +79,7 @@ for options in asked:
         found = collectives(program.as_text())
         if where.mesh.shape["fsdp"] == 1:  # query, key and value, and the output, of 2 layers in 3 calls; no cache
             assert sum(item.times for item in found if item.kind == "all-to-all") == 2 * 2 * 3, found
+            assert not any(item.kind == "collective-permute" for item in found), found  # nor are rows filled up
             assert all(item.bytes <= (3 if item.kind == "all-to-all" else 1) * block for item in found), found
         assert program.memory_analysis().alias_size_in_bytes > 0  # the cache is written in place
     print(options, "right", flush=True)
@@ -104,9 +106,9 @@ def test_blocks_by_heads_and_a_decoder_of_its_own():
 @pytest.mark.parametrize(
     ("mode", "attention"),
     [
-        ("autoregressive", "monarch(tile=(1,4,8))"),
+        ("autoregressive", "monarch(tile=(1,4,6))"),
         ("autoregressive", "first_steps(1, dense, monarch)"),
-        ("bidirectional", "monarch(tile=(3,4,8))"),
+        ("bidirectional", "monarch(tile=(3,4,6))"),
         ("autoregressive+vae", "dense"),
     ],
 )
