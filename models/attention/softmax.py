@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from monarch_jax.devices import on_cuda
-from monarchrt.models.sharding import Logical, on_each_device
+from monarchrt.models.sharding import on_each_device
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 BLOCKS = 132  # of keys and heads that keep a Hopper GPU busy, one for each of its multiprocessors
 KEYS, QUERIES = 64, 1024  # of a block; that a group has at least
 type Attend = Callable[..., Array]
 BY_HEADS = ("batch", None, "heads", None)
-BY_QUERIES = ("batch", "tokens", None, None)
 
 
 def softmax_attention(
@@ -26,9 +25,10 @@ def softmax_attention(
     *,
     valid_keys: Int[Array, ""] | None = None,
     implementation: str | None = None,
-    split: tuple[Logical, ...] = BY_HEADS,
 ) -> Float[Array, "B Q n d"]:
     """Softmax attention without a mask, scale d^-1/2, float32 softmax.
+
+    On a mesh each device attends for its part of the batch and its heads (cuDNN takes nothing that is split otherwise).
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -41,8 +41,6 @@ def softmax_attention(
         value: As `key`.
         valid_keys: How many leading keys are seen, a traced int32 scalar; None sees all.
         implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU from Ampere on, else XLA.
-        split: How a mesh of devices, where one is set, shares the work: logical axes of `query`; each device attends
-            for its part alone, to all keys (cuDNN takes nothing that is split along queries, or not alike).
 
     Returns:
         [B, queries, heads, head_dim].
@@ -67,8 +65,7 @@ def softmax_attention(
         groups = query_groups(query.shape, key.shape[1]) if implementation == "cudnn" else 1
         return run(query, key, value) if groups == 1 else _by_groups(run, groups)(query, key, value)
 
-    keys = (split[0], None, *split[2:])
-    return on_each_device(attend, None, (query, key, value, lengths), (split, keys, keys, split[:1]))
+    return on_each_device(attend, None, (query, key, value, lengths), (*(BY_HEADS,) * 3, BY_HEADS[:1]))
 
 
 def query_groups(shape: tuple[int, ...], keys: int) -> int:

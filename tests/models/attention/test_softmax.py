@@ -7,36 +7,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from monarchrt.models.attention import softmax
-from monarchrt.models.attention.softmax import BY_HEADS, BY_QUERIES, softmax_attention
+from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.mesh import AXES, MeshShape
+from monarchrt.models.wan import wan_config
+from monarchrt.models.wan.layers import CrossAttention
 
 MESH = AbstractMesh(MeshShape(data=2, heads=2).sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-@pytest.mark.parametrize(
-    ("split", "query", "key"),
-    [(BY_HEADS, (1, 8, 2, 16), (1, 6, 2, 16)), (BY_QUERIES, (1, 4, 4, 16), (1, 6, 4, 16))],
-    ids=["heads", "queries"],
-)
-@pytest.mark.parametrize("lengths", [False, True])
-def test_each_device_attends_for_its_part(monkeypatch, split, query, key, lengths):
-    seen, attend = [], jax.nn.dot_product_attention
+@pytest.fixture
+def seen(monkeypatch):
+    """Shapes of what is attended to, of each call on a device."""
+    shapes, attend = [], jax.nn.dot_product_attention
 
     def record(query, key, value, **options):
-        seen.append((query.shape, key.shape, value.shape))
+        shapes.append((query.shape, key.shape, value.shape))
         return attend(query, key, value, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    return shapes
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_each_device_attends_for_its_heads(seen, lengths):
     x = [jax.ShapeDtypeStruct((2, tokens, 4, 16), jnp.float32) for tokens in (8, 6, 6)]
     with use_abstract_mesh(MESH):
-        out = jax.eval_shape(
-            lambda *x: softmax_attention(*x, valid_keys=jnp.int32(5) if lengths else None, split=split), *x
-        )
-    assert seen == [(query, key, key)]
+        out = jax.eval_shape(lambda *x: softmax_attention(*x, valid_keys=jnp.int32(5) if lengths else None), *x)
+    assert seen == [((1, 8, 2, 16), (1, 6, 2, 16), (1, 6, 2, 16))]
     assert out.shape == x[0].shape
+
+
+def test_each_device_attends_to_the_text_for_its_tokens(seen):
+    config = wan_config("tiny", dim=64, num_heads=4)
+    text = jax.ShapeDtypeStruct((2, 6, 4, 16), jnp.float32)
+    with use_abstract_mesh(MESH):
+        out = jax.eval_shape(
+            lambda x, *pair: CrossAttention(config, rngs=nnx.Rngs(0))(x, (pair,)),
+            jax.ShapeDtypeStruct((2, 3, 8, 64), jnp.float32), text, text,
+        )  # fmt: skip
+    assert seen == [((1, 12, 4, 16), (1, 6, 4, 16), (1, 6, 4, 16))]
+    assert out.shape == (2, 3, 8, 64)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
