@@ -68,6 +68,9 @@ CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's 
         {"stages": 4},
         {"keys": 32, "stages": 4},
         {"registers": 168},
+        {"keys": 32, "stages": 3, "registers": None},  # three programs to a multiprocessor, which short lists need most
+        {"keys": 32, "stages": 2, "registers": 128},  # four
+        {"keys": 32, "stages": 3, "registers": 128},
         {"warps": 8},
         {"rows": 64, "warps": 4},
     ),
@@ -205,6 +208,7 @@ def sweep(args: argparse.Namespace, grid, arrays, began: float) -> None:
     for name in args.rows:
         q, k, v, mask = chosen(attention_settings.sparse_setting(name, "triton"), grid, arrays)
         sizes = {"rows": mask.rows, "columns": mask.columns, "dim": q.shape[-1], "itemsize": q.dtype.itemsize}
+        sizes["listed"] = mask.keys.entries.shape[-1]
         key = block_sparse.key_of(**sizes)
         if key in seen:
             continue

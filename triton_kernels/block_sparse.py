@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_DIM = 128
+FEW = 32  # blocks of keys in a list, at most, whose programs begin and end more than they loop
 KERNELS = ("sparse_forward", "sparse_query_backward", "sparse_key_backward")
 PRODUCT = "sparse_query_product"  # set, it stands for `sparse_query_backward`
 
@@ -57,9 +58,10 @@ def use(configs: SparseConfigs) -> Iterator[None]:
         _CONFIGS.reset(token)
 
 
-def key_of(*, rows: int, columns: int, dim: int, itemsize: int) -> str:
-    """Key of a tuned entry."""
-    return f"sparse rows={rows} columns={columns} dim={dim} itemsize={itemsize}"
+def key_of(*, rows: int, columns: int, dim: int, itemsize: int, listed: int | None = None) -> str:
+    """Key of a tuned entry; lists of at most `FEW` blocks of keys may have one of their own."""
+    few = " few" if listed is not None and listed <= FEW else ""
+    return f"sparse rows={rows} columns={columns} dim={dim} itemsize={itemsize}{few}"
 
 
 def supports(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
@@ -83,12 +85,18 @@ def supports(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
     return None
 
 
-def configs(where: Target, *, rows: int, columns: int, dim: int, itemsize: int) -> SparseConfigs:
-    """The tuned configs of a device for blocks of so many queries and keys, the user's first; else `heuristic`."""
+def configs(
+    where: Target, *, rows: int, columns: int, dim: int, itemsize: int, listed: int | None = None
+) -> SparseConfigs:
+    """The tuned configs of a device for blocks of so many queries and keys, the user's first; else `heuristic`.
+
+    Of lists of few blocks, what an entry of their own says, over what the one for any says.
+    """
     if (chosen := _CONFIGS.get()) is not None:
         return chosen
     best = heuristic(where, rows=rows, columns=columns, dim=dim, itemsize=itemsize)
-    entry = tuned(where, key_of(rows=rows, columns=columns, dim=dim, itemsize=itemsize))
+    sizes = dict(rows=rows, columns=columns, dim=dim, itemsize=itemsize)
+    entry = tuned(where, key_of(**sizes)) | tuned(where, key_of(**sizes, listed=listed))
     return dataclasses.replace(best, **{name: _parsed(x) for name, x in entry.items()})
 
 
@@ -249,7 +257,7 @@ def forward(
         out [B, Nq, H, D] in q's dtype and lse float32 [B, H, Nq], to the base 2, infinite where no key is seen.
     """
     batch, tokens, heads, _ = q.shape
-    call = launches(problem, q, k, queries, keys, _configs(problem, q))[0]
+    call = launches(problem, q, k, queries, keys, _configs(problem, q, queries))[0]
     arrays = {"q": q, "k": k, "v": v, "scale": float(problem.scale), **_lists(queries), "key_places": keys.places}
     shapes = {"out": q, "lse": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)}
     results = _run(call, arrays, shapes)
@@ -271,7 +279,7 @@ def vjp(
     """
     r = residuals
     delta = jnp.einsum("bnhd,bnhd->bhn", d_out, r.out, preferred_element_type=jnp.float32)
-    chosen = _configs(problem, r.q)
+    chosen = _configs(problem, r.q, r.queries)
     calls = launches(problem, r.q, r.k, r.queries, r.keys, chosen)[1:]
     arrays: dict[str, Any] = {"q": r.q, "k": r.k, "v": r.v, "lse": r.lse, "delta": delta}
     arrays |= {"d_out": d_out.astype(r.q.dtype), "scale": float(problem.scale)}
@@ -297,8 +305,11 @@ def _lists(side: "Side") -> dict[str, jax.Array]:
     return side._asdict()
 
 
-def _configs(problem: "SparseProblem", q: jax.Array) -> SparseConfigs:
-    return configs(target(), rows=problem.rows, columns=problem.columns, dim=q.shape[-1], itemsize=q.dtype.itemsize)
+def _configs(problem: "SparseProblem", q: jax.Array, queries: "Side") -> SparseConfigs:
+    return configs(
+        target(), rows=problem.rows, columns=problem.columns, dim=q.shape[-1], itemsize=q.dtype.itemsize,
+        listed=queries.first.shape[3],
+    )  # fmt: skip
 
 
 def _run(call: Launch, arrays: dict, results: dict) -> dict[str, jax.Array]:

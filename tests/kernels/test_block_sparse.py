@@ -359,6 +359,13 @@ class TestChoice:
         chosen = block_sparse.configs(where, **sizes)
         assert (chosen.sparse_forward.rows, chosen.sparse_forward.keys, chosen.sparse_forward.warps) == (128, 32, 8)
         assert chosen.sparse_key_backward == block_sparse.heuristic(where, **sizes).sparse_key_backward
+        # of short lists what is said of them comes before what is said of any
+        few = {"sparse_forward": {"rows": 64, "keys": 32, "warps": 4}}
+        key = "sparse rows=60 columns=60 dim=128 itemsize=2"
+        path.write_text(json.dumps({key: entry | {"scratch_bytes": 5}, f"{key} few": few}))
+        found = [block_sparse.configs(where, **sizes, listed=n) for n in (None, 11, block_sparse.FEW, 33)]
+        assert [x.sparse_forward.rows for x in found] == [128, 64, 64, 128]
+        assert [x.scratch_bytes for x in found] == [5] * 4
 
 
 BIG = {  # like the real ones: a block of queries sees tens of blocks of keys

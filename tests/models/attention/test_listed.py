@@ -40,7 +40,7 @@ CACHED = (
 )
 
 
-def both(text) -> tuple[Any, Any]:
+def both(text) -> Any:
     setting = parse(text)
     return tuple(dataclasses.replace(setting, implementation=name) for name in ("exact", "xla"))
 
