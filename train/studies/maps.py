@@ -11,6 +11,7 @@ from monarch_jax import MonarchSpec, monarch_factors
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import to_dict
+from monarchrt.train.data import spread
 from monarchrt.train.evaluation.subject import Subject, check_example, noisy_example, open_subject, probed_call
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import (
@@ -28,7 +29,8 @@ from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
 LARGEST = 6000  # tokens of a map that is held whole, of 144 MB in float32
-FILES, PART = ("map.json", "map.png"), "map.part.json"
+FILES, PART = ("map.json", "map.png", "structure.png"), "map.part.json"
+SHOWN = 4  # maps in the picture of their structure
 EQUATION = "equation 1"
 
 
@@ -151,6 +153,33 @@ def _factored(scores: Scores, grid: Any, tile: Any, steps: int) -> np.ndarray:
     return np.asarray(made.attention[0, 0])
 
 
+def structure(scores: Scores) -> dict[str, np.ndarray]:
+    """A map and its untiled forms of one step, by title (paper, Figures 5 to 7).
+
+    Beside each aligned form, (f, hw) and (fh, w), is the misaligned one that stores about as much.
+
+    Examples:
+        >>> [title.split(",")[0] for title in structure(equation_1((2, 2, 3)))]
+        ['as it is', 'aligned 4 x 3', 'misaligned 3 x 4', 'aligned 2 x 6', 'misaligned 6 x 2']
+    """
+    frames, height, width = scores.grid
+    exact = dense_map(scores.query, scores.key, scale=scores.scale)
+    panels, others = {"as it is": exact}, misaligned(scores.grid)
+
+    def stored(sizes: tuple[int, int]) -> float:
+        return 1 / sizes[0] + 1 / sizes[1]
+
+    for aligned in dict.fromkeys([(frames * height, width), (frames, height * width)]):
+        forms = {"aligned": aligned}
+        if others:
+            forms["misaligned"] = min(others, key=lambda sizes: abs(stored(sizes) - stored(aligned)))
+        for name, (rows, columns) in forms.items():
+            made = _factored(scores, (1, rows, columns), None, 1)
+            error = error_of(made, exact).relative
+            panels[f"{name} {rows} x {columns}, {stored((rows, columns)):.1%}, error {error:.2f}"] = made
+    return panels
+
+
 def captured_scores(subject: Subject, config: MapConfig) -> list[Scores]:
     """Queries and keys of the chosen layers, heads, noise levels and examples of a checkpoint.
 
@@ -256,6 +285,8 @@ def study_map(config: MapConfig) -> dict[str, Any]:
     if captured:
         panels[f"{config.checkpoint}, mean of {len(studied) - 1} maps"] = means(captured)
     pictures.draw_map(config.out / FILES[1], panels)
+    shown = [studied[place] for place in spread(len(studied), SHOWN)]
+    pictures.draw_structure(config.out / FILES[2], {scores.name: structure(scores) for scores in shown})
     partial.done()
     return result
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
@@ -43,6 +44,39 @@ def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
     axes[0, 0].set_ylabel("relative error of the map, ||A' - A|| / ||A||")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return _saved(figure, path)
+
+
+def draw_structure(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], *, largest: int = 450) -> Path:
+    """Maps as pictures, a row for each: as they are, and their approximations; the root of the root of every entry.
+
+    Args:
+        path: The png.
+        rows: Name -> title -> map [N, N].
+        largest: Pixels a side; of more, each shows the mean of several entries.
+
+    Returns:
+        The path.
+    """
+    most = max(len(panels) for panels in rows.values())
+    size = (3.1 * most, 3.4 * len(rows))
+    figure, axes = plt.subplots(len(rows), most, figsize=size, layout="constrained", squeeze=False)
+    for line, (name, panels) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        top = max(float(panel.max()) for panel in panels.values())
+        for axis, (title, panel) in zip(line, panels.items(), strict=False):
+            axis.imshow(np.clip(_smaller(panel, largest), 0, None) ** 0.25, vmin=0, vmax=top**0.25, cmap="magma")
+            axis.set_title(f"{name}\n{title}", fontsize=7)
+    return _saved(figure, path)
+
+
+def _smaller(picture: np.ndarray, largest: int) -> np.ndarray:
+    """Means over squares, so that there are at most so many a side."""
+    step = -(-len(picture) // largest)
+    cut = [np.arange(0, side, step) for side in picture.shape]
+    sums = np.add.reduceat(np.add.reduceat(picture, cut[0], axis=0), cut[1], axis=1)
+    counts = [np.diff([*places, side]) for places, side in zip(cut, picture.shape, strict=True)]
+    return sums / np.outer(*counts)
 
 
 def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, blocks: Sequence[int], mass: float) -> Path:

@@ -272,7 +272,7 @@ def test_maps_that_were_stopped_go_on(tmp_path, monkeypatch, capsys):
     whole, mine = (json.loads((tmp_path / name / "map.json").read_text()) for name in ("whole", "out"))
     assert mine == whole
     assert len({point["mse"] for point in whole["points"]}) == 9
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["map.json", "map.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["map.json", "map.png", "structure.png"]
 
 
 class TestPartial:
