@@ -442,14 +442,12 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demos", nargs="+", type=Path, help="folders of `monarchrt demo`; else models are trained")
     parser.add_argument("--video", type=Path, help="the demos' clip, if it is elsewhere now")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of the models, 0 1 2; of demos which, from 0: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="some of the models, without a report; default: all")
     parser.add_argument("--dense-steps", type=int, default=1500, help="of those")
     parser.add_argument("--steps", type=int, default=250, help="of each finetuning")
     parser.add_argument("--videos", type=int, default=3, help="of each model and setting; 0: none")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of the loss")
-    parser.add_argument(
-        "--parts", default="abcd", help="letters of the parts, v: videos of a alone; table and picture need abcd"
-    )
+    parser.add_argument("--parts", default="abcd", help="letters of the parts; v: the videos of a alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims"))
     parser.add_argument("--redraw", action="store_true", help="table and pictures of --out's claims.json, no more")
     args = parser.parse_args()
@@ -461,6 +459,7 @@ def options() -> argparse.Namespace:
     for folder in args.demos or ():
         if not (folder / "dense" / "checkpoints").is_dir():
             parser.error(f"--demos {folder} has no dense/checkpoints; give the folder of a demo")
+    args.alone = args.seeds is not None  # beside other processes, which have the rest
     if args.seeds is None:
         args.seeds = list(range(len(args.demos or range(3))))
     if args.demos and not set(args.seeds) <= set(range(len(args.demos))):
@@ -494,7 +493,7 @@ def main() -> None:
             result["maps"] = maps(models)
         if "d" in args.parts:
             result["tiles"] = tiles(models, loss)
-        if not set("abcd") <= set(args.parts):
+        if args.alone:
             return
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(write_report(path))

@@ -23,7 +23,8 @@ def write_report(path: Path) -> str:
         The tables.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
-    text = "\n".join(itertools.chain(*(part(result) for part in (swapped, finetuned, on_maps, nested))))
+    parts = {"order": swapped, "tuned": finetuned, "maps": on_maps, "tiles": nested}
+    text = "\n".join(itertools.chain(*(part(result) for name, part in parts.items() if name in result)))
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     draw(path.with_suffix(".png"), result)
     return text
@@ -120,13 +121,14 @@ def nested(result: dict[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """The four parts."""
-    figure, axes = plt.subplots(2, 2, figsize=(15, 11), layout="constrained")
-    draw_order(axes[0, 0], result)
-    draw_tuned(axes[0, 1], result)
-    draw_alignment(axes[1, 0], result)
-    draw_tiles(axes[1, 1], result)
-    for axis in axes.flat:
+    """The parts that there are."""
+    parts = {"order": draw_order, "tuned": draw_tuned, "maps": draw_alignment, "tiles": draw_tiles}
+    there = [part for name, part in parts.items() if name in result]
+    rows = 2 if len(there) > 3 else 1
+    shape = (rows, -(-len(there) // rows))
+    figure, axes = plt.subplots(*shape, figsize=(7.5 * shape[1], 5.5 * rows), layout="constrained", squeeze=False)
+    for axis, part in zip(axes.flat, there, strict=True):
+        part(axis, result)
         axis.grid(alpha=0.3)
     grid = " x ".join(map(str, result["grid"]))
     figure.suptitle(f"{result['models']} models on {grid} tokens; 95% intervals", fontsize=11)

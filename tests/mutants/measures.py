@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 
+COMPARED = ("tests/train/evaluation/test_compare.py",)
 MEASURES = ("tests/train/evaluation/test_measures.py",)
 DISTANCES = ("tests/train/evaluation/test_distances.py",)
 STUDIES = ("tests/train/studies/test_studies.py",)
@@ -32,4 +33,11 @@ MEASURED = (
     Fault("models/wan/causal.py", "timesteps, cached=True)", "timesteps)", IN_WAN, "too_small"),
     Fault("train/studies/maps.py", "    partial.done()\n", "", STUDIES, "maps_that"),
     Fault("train/evaluation/vmaf.py", "zip(video, reference, strict", "zip(reference, video, strict", MEASURES, "vmaf"),
+    Fault(
+        "train/evaluation/compare.py",
+        "measures=measures, given=given",
+        "measures=measures",
+        COMPARED,
+        "that_of_generate",
+    ),
 )

@@ -16,7 +16,7 @@ from monarchrt.models.generate.load import load_material
 from monarchrt.models.media.metrics import fidelity
 from monarchrt.train.cli import main
 from monarchrt.train.evaluate import held_out_loss
-from monarchrt.train.evaluation import compare
+from monarchrt.train.evaluation import compare, metrics
 from monarchrt.train.evaluation.subject import open_subject, video_of
 
 SETTINGS = ("monarch(tile=(3,2,4))", "top_k(keep=0.25)")
@@ -79,6 +79,37 @@ def test_the_video_is_that_of_generate(evaluated, baseline):
         assert len(steps) == 2
         assert steps[0] == 0.0 < steps[1]  # the same noise, and then not the same latents
     assert (folder / "samples" / "0-1" / "2.mp4").stat().st_size > 0
+
+
+def test_what_a_video_begins_with_is_not_measured():
+    """It is the same in both, and would count as 100 dB."""
+    reference = np.zeros((3, 16, 16, 3), np.uint8)
+    made = reference + np.array([0, 16, 64], np.uint8)[:, None, None, None]
+    latents = np.ones((3, 2, 2, 4))
+    rising = latents * np.array([1, 2, 3])[:, None, None, None]
+    samples = [compare.Sample(*both, {}) for both in ((made, rising), (reference, latents))]
+    values = compare.compare(*samples, blocks=[1, 1, 1], measures={"psnr": metrics.psnr}, given=1)
+    each = metrics.psnr(made, reference)
+    assert values["psnr"] == pytest.approx(each[1:].mean())
+    assert values["drift"]["psnr"] == pytest.approx(each[1:].tolist())
+    assert values["latent_error"] == pytest.approx(np.sqrt((1 + 4) / 2))
+    assert values["flicker"] == pytest.approx(1 - (16 + 48) / 2 / 255)
+    whole = compare.compare(*samples, blocks=[1, 2], measures={"psnr": metrics.psnr})
+    assert whole["drift"]["psnr"] == pytest.approx([100.0, each[1:].mean()])
+
+
+def test_videos_that_begin_with_the_clip(baseline, tmp_path):
+    """Their first frame, the clip's, is not among what is measured."""
+    options = {"checkpoint": baseline, "out": tmp_path / "out", "mode": "windows", "frames": 5, "steps": 1}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["evaluate", *words, "--windows", "0", "--attention", SETTINGS[1]]) == 0
+    folder = tmp_path / "out" / "samples" / "0-0"
+    values = json.loads((folder / "1.json").read_text())
+    with np.load(folder / "0.npz") as dense, np.load(folder / "1.npz") as made:
+        np.testing.assert_array_equal(dense["frames"][0], made["frames"][0])
+        assert len(made["frames"]) == 5
+        assert values["psnr"] == pytest.approx(metrics.psnr(made["frames"], dense["frames"])[1:].mean())
+        assert len(values["drift"]["psnr"]) == 4
 
 
 def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
