@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from monarchrt.models.sampling.noise import Noise, joined
-from monarchrt.models.sampling.rollout import check_sampler, check_size
+from monarchrt.models.sampling.rollout import check_size
+from monarchrt.models.sampling.settings import check_sampler
 from monarchrt.models.sampling.solve import fresh_noise, guided, keep_context, sample
 from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.wan import WanModel

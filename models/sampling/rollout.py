@@ -1,13 +1,12 @@
 """One block of frames after another with a cache of what came before (Self-Forcing, arXiv:2506.08009, algorithm 1).
 
-A block is denoised and its keys and values are then rewritten from the finished latents at time 0. All of that is one
-compiled program, the same for every block: a scan over the sampler's rows and one more, with the cache donated.
+A block is denoised, and its keys and values are rewritten from the finished latents at time 0 before the next one. All
+calls of the network are by one compiled program, the same for every step and block, with the cache donated.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
-from monarchrt.models.sampling.noise import Noise, joined
-from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
+from monarchrt.models.sampling.noise import Noise
+from monarchrt.models.sampling.settings import Rollout, block_noise
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
-from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 from monarchrt.models.sharding import constrain
 from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import (
@@ -40,158 +37,71 @@ from monarchrt.models.wan.causal import (
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
-FEW = 64  # steps whose timesteps are embedded all at once
+FEW = 64  # calls whose timesteps are embedded once for a video
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """The fixed part of an autoregressive generation.
-
-    Attributes:
-        sampler: As in `sampler_table`, a table of one's own included; few-step for distilled models.
-        steps: Calls of the network per block, or for few-step the list of its steps; None: the sampler's own number.
-        shift: Shift of the noise levels.
-        guidance: Weight of classifier-free guidance, with a negative text; 1 is none (distilled models need none).
-        block: Latent frames per block.
-        independent_first_frame: Whether the first frame is a block of its own.
-        window: Frames of keys and values that are kept, with the block in the making; None keeps all.
-        sink_frames: Leading frames that a window never lets go.
-        context_noise: Timestep, 0 to 1000, that the network is told when it puts a finished block into the cache.
-            Self-Forcing's setting of this name; as in its inference, the latents themselves are not noised.
-    """
-
-    sampler: str | SamplerTable = "few-step"
-    steps: int | tuple[int, ...] | None = None
-    shift: float = 5.0
-    guidance: float = 1.0
-    block: int = 3
-    independent_first_frame: bool = False
-    window: int | None = None
-    sink_frames: int = 0
-    context_noise: float = 0.0
-
-    def __post_init__(self):
-        check_sampler(self)
-        if self.block < 1:
-            raise ValueError(f"block={self.block} is not a positive number of frames; Self-Forcing uses 3.")
-        if self.window is not None and self.window < self.block + self.sink_frames:
-            raise ValueError(
-                f"window={self.window} frames has no room for a block of {self.block} and sink_frames="
-                f"{self.sink_frames}; use at least {self.block + self.sink_frames}."
-            )
-        if self.sink_frames and self.window is None:
-            raise ValueError(f"sink_frames={self.sink_frames} needs a window, for example window=21.")
-
-    def table(self) -> SamplerTable:
-        """The sampler."""
-        return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
-
-    def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
-        """The noise that `autoregressive` draws of a key, to take it elsewhere.
-
-        Examples:
-            >>> noise = Rollout().noise(jax.random.key(0), (1, 6, 4, 8, 16), given=3)
-            >>> noise.first.shape, noise.fresh.shape
-            ((1, 3, 4, 8, 16), (3, 1, 3, 4, 8, 16))
-
-        Args:
-            key: As there.
-            shape: Of the whole video's latents, [B, F, H, W, C].
-            given: Leading frames that are given and need none.
-
-        Returns:
-            The noise of the new frames.
-        """
-        parts, frame, noisy = [], 0, self.table().noisy
-        for count in self.blocks(shape[1]):
-            if frame >= given:
-                of_block = jax.random.fold_in(key, frame)
-                first = block_noise(of_block, (shape[0], count, *shape[2:]))
-                draw = fresh_noise(of_block, first)
-                parts.append(Noise(first, jnp.stack([draw(int(n)) for n in noisy]) if len(noisy) else None))
-            frame += count
-        return joined(parts)
-
-    def blocks(self, frames: int) -> list[int]:
-        """Sizes of the blocks that make `frames` latent frames.
-
-        Examples:
-            >>> Rollout().blocks(9), Rollout(independent_first_frame=True).blocks(7)
-            ([3, 3, 3], [1, 3, 3])
-
-        Raises:
-            ValueError: If they do not make whole blocks.
-        """
-        return block_sizes(frames, self.block, independent_first_frame=self.independent_first_frame)
-
-
-@partial(
-    jax.jit, static_argnames=("graph", "rollout", "shape"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS
-)
-def generate_block(
+@partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS)
+def call_network(
     graph: nnx.GraphDef,
     params: Any,
     cache: WanCache,
+    state: SolverState,
+    number: Array,
     key: Key[Array, ""],
     frame: Array,
-    given: Noise | None = None,
+    times: tuple[Array, Array] | None = None,
+    fresh: Float[Array, "B F H W C"] | None = None,
     *,
     rollout: Rollout,
-    shape: tuple[int, ...],
-) -> tuple[Float[Array, "B F H W C"], WanCache]:
-    """Denoises one block and rewrites it in the cache: the whole of a block, in one program.
+) -> tuple[SolverState, WanCache]:
+    """A call of the network on a block, which also writes it into the cache: all that is done with the network.
 
     Args:
         graph: Of `nnx.split(model)`.
         params: Of `nnx.split(model)`, or `Layers`.
         cache: Of `start_cache`; it is donated.
+        state: Of `begin_block`, or after the call before.
+        number: int32 row of `Rollout.calls`: a step of the sampler, or what rewrites the cache.
         key: Of the whole video; a block's noise depends on it and `frame` only.
         frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.
-        given: The block's noise; what is None of it is drawn.
+        times: Of `embed_calls`, or None: embedded here.
+        fresh: What this step adds; None: drawn.
         rollout: Settings.
-        shape: Of the block, [B, F, H, W, C].
 
     Returns:
-        The finished latents, float32, and the cache.
+        The state after it, its latents unchanged by rows that are no steps, and the cache.
     """
-    network = merged(graph, params)
-    key = jax.random.fold_in(key, frame[0])
-    noise = block_noise(key, shape) if given is None else given.first
-    table = rollout.table()
-    fresh = None if given is None else given.by_step(table, rows=table.steps + 1)
-    draw = fresh_noise(key, noise) if table.stochastic and fresh is None else None
-
-    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        (state, cache), (row, times, number, added) = carry, xs
-        added = added if draw is None else draw(number)
-        flow, cache = _flow(network, state.x, row.timesteps, cache, frame, number, rollout, times)
-        return (solver_step(state, row, flow, added), cache), None
-
-    each = rows(table.with_rewrite(rollout.context_noise))
-    times = None
-    if table.steps <= FEW:  # of all calls at once: each would read as many bytes of their weights as a layer's
-        times = jax.tree.map(lambda x: x[0], network[0].embed_times(each.timesteps[None]))
-    scanned = each, times, jnp.arange(table.steps + 1), fresh
-    (state, cache), _ = jax.lax.scan(step, (SolverState.init(noise), cache), scanned)
-    return constrain(state.x, "batch", *(None,) * (len(shape) - 1)), cache
+    table = rollout.calls()
+    row = jax.tree.map(lambda x: x[number], rows(table))
+    if table.stochastic and fresh is None:
+        fresh = fresh_noise(jax.random.fold_in(key, frame[0]), state.x)(number)
+    own = None if times is None else (times[0][number], times[1][number])
+    step = jnp.minimum(number, rollout.table().steps)
+    flow, cache = _flow(merged(graph, params), state.x, row.timesteps, cache, frame, step, rollout, own)
+    state = solver_step(state, row, flow, fresh)
+    return state._replace(x=constrain(state.x, "batch", *(None,) * (state.x.ndim - 1))), cache
 
 
-@partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS)
-def write_block(
-    graph: nnx.GraphDef,
-    params: Any,
-    cache: WanCache,
-    latents: Float[Array, "B F H W C"],
-    frame: Array,
-    timestep: Array | float = 0.0,
-    *,
-    rollout: Rollout,
-) -> WanCache:
-    """Puts finished latents, such as a given image or clip, into the cache. Arguments as `generate_block`.
+@partial(jax.jit, static_argnames="shape")
+def begin_block(
+    key: Key[Array, ""], frame: Array, first: Array | None = None, *, shape: tuple[int, ...]
+) -> SolverState:
+    """What a block begins with: noise, or latents that are given. Arguments as `call_network`."""
+    noise = block_noise(jax.random.fold_in(key, frame[0]), shape) if first is None else first.astype(jnp.float32)
+    return SolverState.init(noise)
 
-    The network is told `timestep`: 0 of what is given, and of its own blocks the `context_noise`.
+
+@partial(jax.jit, static_argnames=("graph", "rollout"))
+def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[Array, Array] | None:
+    """What the network makes of the timesteps of all calls, [calls, D] and [calls, 6, D]; None of too many.
+
+    Each call would else read as many bytes for it, of weights in float32, as for a layer.
     """
-    return _flow(merged(graph, params), latents, jnp.float32(timestep), cache, frame, rollout.table().steps, rollout)[1]
+    table = rollout.calls()
+    if table.steps > FEW:
+        return None
+    time, projection = merged(graph, params)[0].embed_times(rows(table).timesteps[None])
+    return time[0], projection[0]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
@@ -229,14 +139,14 @@ def _flow(
         block=number,
         in_place=True,
         layers=layers,
-        times=times and tuple(jnp.broadcast_to(y, (x.shape[0], 1, *y.shape)) for y in times),
+        times=None if times is None else (_of_each(times[0], x), _of_each(times[1], x)),
     )
     return (unpair(flow, rollout.guidance) if guides else flow), cache
 
 
-def block_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B F H W C"]:
-    """The noise that a block starts from."""
-    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
+def _of_each(of_one: Array, x: Array) -> Array:
+    """Of each sample of a batch, for all of its frames: [B, 1, ...]."""
+    return jnp.broadcast_to(of_one, (x.shape[0], 1, *of_one.shape))
 
 
 @partial(jax.jit, static_argnames=("graph", "frames", "height", "width", "rollout"))
@@ -338,8 +248,9 @@ def _blocks(video: "LiveRollout", initial: Array | None, noise: Noise | None) ->
 class LiveRollout:
     """A video in the making, a block at a call, of which the text and the past may be changed in between.
 
-    Calls dispatch and do not wait. A block takes one program, the same for all videos of equal sizes and settings; a
-    new text, rewriting the past and counting anew take one more each.
+    Calls dispatch and do not wait. All calls of the network take one program, the same for all videos of equal sizes
+    and settings; a new text and counting anew take one more each. The call that rewrites a finished block in the cache
+    comes with what follows the block, so that its frames do not wait for it, and after the last block there is none.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -417,6 +328,8 @@ class LiveRollout:
         self._begun = False  # and if there is no cache then, a call failed that it was donated to
         self._base = 0  # the absolute frame that the cache calls 0
         self._given = 0  # leading frames that were written, not generated
+        self._times: tuple[Array, Array] | None = None
+        self._unwritten: Any = None  # what the newest block is rewritten with, once something is to come after it
 
     @property
     def held(self) -> int:
@@ -441,19 +354,21 @@ class LiveRollout:
         Returns:
             Its latents, float32.
         """
-        shape = (self.shape[0], self.next_count, *self.shape[1:])
+        shape, table = (self.shape[0], self.next_count, *self.shape[1:]), self._rollout.table()
         with self._on_mesh():
             cache, where = self._room(), self._where()
-            latents, self._cache = generate_block(
-                self._graph, self._params, cache, self.key, where, noise, rollout=self._rollout, shape=shape
-            )
+            state = begin_block(self.key, where, None if noise is None else noise.first, shape=shape)
+            fresh = None if noise is None else noise.by_step(table, rows=table.steps + 1)
+            for number in range(table.steps):
+                state, cache = self._call(cache, state, number, where, None if fresh is None else fresh[number])
+        self._cache, self._unwritten = cache, (state, where, None if fresh is None else fresh[-1])
         self.frame += shape[1]
-        return latents
+        return state.x
 
     def write(self, latents: Float[Array, "B F H W C"]) -> None:
         """Takes given latents, such as an image's or a clip's, as the next block."""
         with self._on_mesh():
-            self._write(latents, 0.0)
+            self._write(latents, given=True)
         self._given = self.frame
 
     def set_text(self, text: Float[Array, "B L E"], negative: Float[Array, "B M E"] | None = None) -> None:
@@ -468,6 +383,7 @@ class LiveRollout:
         self._text = context
         if self._cache is not None:
             with self._on_mesh():
+                self._rewrite()
                 self._cache = write_text(self._graph, self._params, self._cache, context)
 
     def past_of(self, frame: int) -> list[int]:
@@ -490,6 +406,7 @@ class LiveRollout:
         starts, sinks, base = self._past(frame)
         if missing := [start for start in starts if start not in past]:
             raise ValueError(f"past lacks the blocks at frames {missing}; the block at frame={frame} sees {starts}.")
+        self._unwritten = None  # its latents are among the past's, or out of reach
         if not starts or self._cache is None:  # from the beginning; or a block failed, and its cache was lost
             self._cache, self._begun = None, False
         self.frame, self._base = 0, 0
@@ -498,7 +415,7 @@ class LiveRollout:
                 if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
                     self._cache = turn_cache(self._cache, frames=base, head_dim=self._head_dim)
                 self.frame, self._base = start, base if number >= sinks else 0
-                self._write(jnp.asarray(past[start]), 0.0 if start < self._given else self._rollout.context_noise)
+                self._write(jnp.asarray(past[start]), given=start < self._given)
         self.frame, self._base = frame, base
 
     def _past(self, frame: int) -> tuple[list[int], int, int]:
@@ -527,20 +444,46 @@ class LiveRollout:
         """Where calls are dispatched: a mesh is set for the thread that calls, and only meanwhile."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _write(self, latents: Array, timestep: float) -> None:
-        self._cache = write_block(
-            self._graph, self._params, self._room(), latents, self._where(), timestep, rollout=self._rollout
+    def _call(self, cache: WanCache, state: SolverState, number: int, where: Array, fresh: Array | None) -> Any:
+        return call_network(
+            self._graph,
+            self._params,
+            cache,
+            state,
+            np.int32(number),
+            self.key,
+            where,
+            self._times,
+            fresh,
+            rollout=self._rollout,
         )
+
+    def _write(self, latents: Array, *, given: bool) -> None:
+        """Puts finished latents into the cache, as the next block."""
+        cache, where = self._room(), self._where()
+        state = begin_block(self.key, where, latents, shape=latents.shape)
+        self._cache = self._call(cache, state, self._rollout.table().steps + given, where, None)[1]
         self.frame += latents.shape[1]
+
+    def _rewrite(self) -> None:
+        """Rewrites the newest block in the cache, now that its latents are finished."""
+        if self._unwritten is not None:
+            cache: Any = self._cache
+            state, where, fresh = self._unwritten
+            self._cache = None
+            self._unwritten = None
+            self._cache = self._call(cache, state, self._rollout.table().steps, where, fresh)[1]
 
     def _room(self) -> WanCache:
         """The cache, made if there is none yet, and counted anew if the rotary table would end."""
+        self._rewrite()
         window = self._rollout.window
         cache, self._cache = self._cache, None  # it is donated
         if cache is None:
             if self._begun:
                 raise RuntimeError("the video cannot go on: its cache was lost when a block failed")
             cache, self._begun = self._begin(self._graph, self._params, self._text), True
+            self._times = embed_calls(self._graph, self._params, rollout=self._rollout)
         if window is not None and self.frame - self._base + self.next_count > MAX_POSITIONS:
             rolls = window - self._rollout.sink_frames
             back = (self.frame - self._base - window) // rolls * rolls
@@ -551,17 +494,6 @@ class LiveRollout:
     def _where(self) -> Array:
         """Where the next block is: absolute and in the cache."""
         return jnp.asarray(np.array([self.frame, self.frame - self._base], np.int32))
-
-
-def check_sampler(settings: Any) -> None:
-    """Raises ValueError unless sampler, steps and context noise of frozen settings suit; lists become tuples."""
-    if isinstance(settings.steps, list):
-        object.__setattr__(settings, "steps", tuple(settings.steps))
-    settings.table()
-    if not 0 <= settings.context_noise <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"context_noise={settings.context_noise} is not a timestep in 0...{NUM_TRAIN_TIMESTEPS}; 0 is clean."
-        )
 
 
 def check_room(model: WanModel, text: Array, *, frames: int, height: int, width: int, rollout: Rollout) -> None:

@@ -17,7 +17,7 @@ from monarchrt.models.attention.monarch import MonarchAttention
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.schedule import FirstBlocks
 from monarchrt.models.sampling import Rollout, Windows, autoregressive, windows
-from monarchrt.models.sampling.rollout import generate_block
+from monarchrt.models.sampling.rollout import call_network
 from monarchrt.models.wan import WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache
 from tests.models import conftest as wan
@@ -240,9 +240,9 @@ class TestGeneration:
     @pytest.mark.parametrize("name", ["first_blocks", "first_steps"])
     def test_one_program_serves_all_blocks(self, name):
         dense, coarse = self.generate("dense"), self.generate(COARSE)
-        before = programs(generate_block)
+        before = programs(call_network)
         mixed = self.generate(f"{name}(1, dense, {COARSE})")
-        assert programs(generate_block) == before + 1
+        assert programs(call_network) == before + 1
         assert len(mixed) == 3
         if name == "first_blocks":
             np.testing.assert_allclose(mixed[0], dense[0], atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.sampling import LiveRollout, Rollout, autoregressive
-from monarchrt.models.sampling.rollout import block_noise, generate_block, write_block, write_text
+from monarchrt.models.sampling.rollout import block_noise, call_network, write_text
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import MonarchAttention, rope
 from tests.compiled import compiled_here
@@ -190,7 +190,7 @@ class TestSeeking:
         """A call that fails takes the cache with it; what is kept as latents brings it back."""
         video, past = begun(model, ROLLED, blocks=2)
         expected = {frame: np.asarray(block) for frame, block in past.items()}
-        monkeypatch.setattr("monarchrt.models.sampling.rollout.generate_block", lambda *_, **__: 1 // 0)
+        monkeypatch.setattr("monarchrt.models.sampling.rollout.call_network", lambda *_, **__: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             video.generate()
         monkeypatch.undo()
@@ -211,6 +211,26 @@ class TestSeeking:
         assert video.frame == 3
 
 
+def test_frames_do_not_wait_for_the_rewriting_call(model, monkeypatch):
+    """It comes with what follows the block, and so never after the last one."""
+    rows = []
+
+    def counted(*given, **options):
+        rows.append(int(given[4]))
+        return call_network(*given, **options)
+
+    monkeypatch.setattr("monarchrt.models.sampling.rollout.call_network", counted)
+    video, _ = begun(model, Rollout(context_noise=100.0, steps=2), blocks=0, frames=9)
+    video.write(jnp.zeros((1, 3, H, W, 6)))
+    assert rows == [3]  # what is given is clean
+    video.generate()
+    assert rows == [3, 0, 1]
+    video.set_text(NEW)
+    assert rows == [3, 0, 1, 2]  # with the text that it was made with
+    video.generate()
+    assert rows == [3, 0, 1, 2, 0, 1]
+
+
 def test_nothing_is_compiled_after_the_first_changes(model):
     """A second video, other prompts, seeks to other frames and other keys: all programs are there."""
 
@@ -224,11 +244,11 @@ def test_nothing_is_compiled_after_the_first_changes(model):
 
     session(1, NEW, blocks=4, back=9).block_until_ready()
     other = text(8).block_until_ready()  # is made by programs of its own
-    counts = [programs(function) for function in (generate_block, write_block, write_text)]
+    counts = [programs(function) for function in (call_network, write_text)]
     with compiled_here() as compiled:
         session(2, other, blocks=6, back=12).block_until_ready()
     assert compiled == []
-    assert counts == [programs(function) for function in (generate_block, write_block, write_text)]
+    assert counts == [programs(function) for function in (call_network, write_text)]
 
 
 def test_counting_anew_is_one_program_for_all_distances(model, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.sampling import Rollout, autoregressive
-from monarchrt.models.sampling.rollout import block_noise, generate_block, start_cache
+from monarchrt.models.sampling.rollout import begin_block, block_noise, call_network, embed_calls, start_cache
 from monarchrt.models.sampling.solve import fresh_noise
 from monarchrt.models.wan import DenseAttention, MonarchAttention, WanModel
 from monarchrt.models.wan.causal import cached_forward, init_cache, rebase_cache
@@ -151,7 +151,7 @@ class TestOneProgram:
             rest = [np.asarray(block) for block in blocks]
         assert len(rest) == 4
         assert compiled == []
-        assert programs(generate_block) == 1
+        assert programs(call_network) == 1
 
     def test_the_listener_would_hear(self):
         heard = []
@@ -171,8 +171,9 @@ class TestOneProgram:
         graph, params = nnx.split(model)
         cache = init_cache(model, text, frames=6, height=H, width=W)
         where = jnp.zeros(2, jnp.int32)
-        shape = (1, 3, H, W, 6)
-        generate_block(graph, params, cache, jax.random.key(0), where, rollout=Rollout(), shape=shape)
+        key = jax.random.key(0)
+        state = begin_block(key, where, shape=(1, 3, H, W, 6))
+        call_network(graph, params, cache, state, np.int32(0), key, where, rollout=Rollout())
         assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
 
     def test_noise_of_all_steps_is_never_there_at_once(self, tiny):
@@ -184,15 +185,17 @@ class TestOneProgram:
             cache = jax.eval_shape(
                 partial(start_cache, graph, frames=3, height=H, width=W, rollout=rollout), params, text
             )
-            frame, shape = jnp.zeros(2, jnp.int32), (1, 3, H, W, 6)
-            traced = generate_block.trace(graph, params, cache, jax.random.key(0), frame, rollout=rollout, shape=shape)
+            key, where = jax.random.key(0), jnp.zeros(2, jnp.int32)
+            state, times = begin_block(key, where, shape=(1, 3, H, W, 6)), embed_calls(graph, params, rollout=rollout)
+            given = graph, params, cache, state, np.int32(0), key, where, times
+            traced = call_network.trace(*given, rollout=rollout)
             return max(array_sizes(traced.jaxpr.jaxpr))
 
         assert largest(2) == largest(500) < 500 * 3 * H * W * 6
 
     @pytest.mark.parametrize("rollout", [pytest.param(Rollout(), marks=pytest.mark.slow), Rollout(window=60)])
     def test_the_cache_is_written_in_place(self, wan, rollout):
-        """All steps in one program, and still no layer's cache is held twice."""
+        """No layer's cache is held twice."""
 
         def memory(layers):
             config = dataclasses.replace(wan.SMALL, num_layers=layers, in_channels=6, attention=MONARCH)
@@ -201,10 +204,9 @@ class TestOneProgram:
             begin = partial(start_cache, graph, frames=60, height=H, width=W, rollout=rollout)
             cache = jax.eval_shape(begin, params, text)
             where, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-            options = dict(rollout=rollout, shape=(1, 3, H, W, 6))
-            analysis = there(
-                generate_block.lower(graph, params, cache, key, where, **options).compile().memory_analysis()
-            )
+            state = jax.eval_shape(partial(begin_block, shape=(1, 3, H, W, 6)), key, where)
+            given = graph, params, cache, state, np.int32(0), key, where
+            analysis = there(call_network.lower(*given, rollout=rollout).compile().memory_analysis())
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache.keys + cache.values)
             assert analysis.alias_size_in_bytes >= size
             return analysis.temp_size_in_bytes, size

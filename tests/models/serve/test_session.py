@@ -12,7 +12,7 @@ import pytest
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling import Rollout, autoregressive
-from monarchrt.models.sampling.rollout import generate_block
+from monarchrt.models.sampling.rollout import call_network
 from monarchrt.models.serve import Engine, Limits, Outbox, Refusal, Session, Sessions
 from monarchrt.models.serve.messages import Pause, Ping, Prompt, Resume, Save, Seek, Start, Step, Stop
 from tests.compiled import compiled_here
@@ -352,7 +352,7 @@ def test_a_paced_block_is_handed_out_at_once(stage, client, clock, log):
 def test_nothing_is_compiled_by_sessions(stage, client, engine):
     """Three at once with prompts, seeds, seeks and blends, a beginning and an attention of their own."""
     engine.warm_up()  # another file's tests may have let go of its programs
-    count, sessions = programs(generate_block), stage()
+    count, sessions = programs(call_network), stage()
     with compiled_here() as compiled:
         one, other = (client(sessions, start(name, seed=seed)) for name, seed in (("a bird", 8), ("a fish", 9)))
         third = client(sessions, start("a fish", attention=OTHER), begin=given(6))
@@ -365,7 +365,7 @@ def test_nothing_is_compiled_by_sessions(stage, client, engine):
             sessions.turn()
     assert one.session.ended is other.session.ended is third.session.ended is None
     assert compiled == []
-    assert programs(generate_block) == count
+    assert programs(call_network) == count
 
 
 OTHER = "monarch(tile=(3,2,2))"
