@@ -100,6 +100,10 @@ def call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) ->
     """What one launch writes, by name; `arrays` may hold more than it reads, `shapes` those of what it creates."""
     array = {name: launch.arrays.get(name, name) for name in _parameters(launch.kernel)}
     names = [name for name in array if array[name] in arrays]
+    held = [name for name in array if array[name] not in arrays or isinstance(arrays[array[name]], jax.Array)]
+    created = [name not in names for name in held]
+    if created != sorted(created):
+        raise ValueError(f"{launch.kernel} has arrays after those that it creates; buffers come in another order.")
     # arrays that the kernel creates come before those that it changes: jax-triton hands out buffers in this order
     writes = sorted((x for x in array if x in launch.writes), key=lambda x: x in names)
     aliases = {names.index(name): n for n, name in enumerate(writes) if name in names}

@@ -34,7 +34,7 @@ def rotated(
 @kernel
 def norm_rotate_write(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, q_scale: tl.tensor, k_scale: tl.tensor, cos: tl.tensor, sin: tl.tensor,
-    layer: tl.tensor, at: tl.tensor, query: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    layer: tl.tensor, at: tl.tensor, keys: tl.tensor, values: tl.tensor, query: tl.tensor,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROW: tl.constexpr, BATCH: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
     EPS: tl.constexpr, ROWS: tl.constexpr,
