@@ -40,6 +40,9 @@ TEXTS = ("tests/train/test_texts.py",)
 DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
+ROWS = ("tests/kernels/test_rows.py",)
+UNROLLED = ("tests/models/test_unrolled.py",)
+LIVE = ("tests/models/sampling/test_live.py",)
 SESSIONS = tuple(f"tests/models/serve/test_{name}.py" for name in ("session", "session_faults", "engine"))
 PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
@@ -49,6 +52,22 @@ DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
+    # passes over rows of tokens, and what follows a block
+    Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
+    Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
+    Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
+    Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),
+    Fault(
+        "models/wan/fused.py", "(joined, width), (joined, 2 * width)", "(joined, 2 * width), (joined, width)", UNROLLED
+    ),
+    Fault("monarch_jax/cache.py", 'in ("fh,w", "f,hw")', 'in ("fh,w", "f,hw", "w,fh")', UNROLLED, "order"),
+    Fault(
+        "models/sampling/rollout.py",
+        "self._rollout.table().steps + given,",
+        "self._rollout.table().steps + (not given),",
+        LIVE,
+        "wait or context",
+    ),
     # the operation
     Fault("monarch_jax/reference.py", "MAX_FACTOR = 1e-6, 1e4", "MAX_FACTOR = 1e-6, 1e5", DEFINITION, "guard"),
     Fault("monarch_jax/reference.py", "1 / (c_r + EPSILON)", "1 / c_r", DEFINITION, "guard or pytorch"),
