@@ -403,17 +403,24 @@ def maps(models: list[Model]) -> dict[str, Any]:
             aligned = [other for other in rows if rows[other]["family"] == "aligned"]
             beside = min(aligned, key=lambda other: abs(rows[other]["density"] - row["density"]))
             row |= {"beside": beside, "more": interval(factored[name] - factored[beside])}
-    return {"forms": rows, "order": {kind: steps_of(rows, factored, kind) for kind in ("tiled", "untiled")}}
+    return {"forms": rows, "order": {kind: steps_of(rows, factored, kind) for kind in ("nested", "tiled", "untiled")}}
 
 
 def steps_of(rows: dict[str, Any], errors: dict[str, np.ndarray], kind: str) -> list[dict[str, Any]]:
-    """From each form to the next denser one, of all tiled or untiled ones: how much the error changes, in pairs."""
-    names = [name for name, row in rows.items() if (row["family"] == "tiled") == (kind == "tiled")]
-    names.sort(key=lambda name: rows[name]["density"])
+    """From each form to each denser one of a kind: how much the error changes, in pairs.
+
+    Kinds are untiled block sizes, tiles, and nested: tiles that lie in each other.
+    """
+    names = [name for name, row in rows.items() if (row["family"] == "tiled") != (kind == "untiled")]
+
+    def within(small: str, large: str) -> bool:
+        sides = (map(int, name.split(",")) for name in (small, large))
+        return all(m % n == 0 for n, m in zip(*sides, strict=True))
+
     return [
         {"from": a, "to": b, "change": interval(errors[b] - errors[a])}
-        for a, b in itertools.pairwise(names)
-        if rows[b]["density"] > rows[a]["density"]
+        for a, b in itertools.permutations(names, 2)
+        if rows[b]["density"] > rows[a]["density"] and (kind != "nested" or within(b, a))
     ]
 
 

@@ -111,7 +111,7 @@ def nested(result: dict[str, Any]) -> list[str]:
         better = sum(step["change"][2] < 0 for step in steps)
         said = f": {', '.join(worse)}" if worse else ""
         lines.append(
-            f"On maps, {kind}, from each form to the next denser one ({len(steps)} steps): {better} surely nearer, "
+            f"On maps, {kind}, from each form to each denser one ({len(steps)} pairs): {better} surely nearer, "
             f"{len(worse)} surely farther{said}."
         )
     return [*lines, ""]

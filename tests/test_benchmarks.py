@@ -426,3 +426,15 @@ def test_attention_of_low_rank(monkeypatch):
         kind(keep=0.01).check(grid)
     with pytest.raises(ValueError, match="this network is block-causal"):
         setting.check(grid, causal_block=2)
+
+
+def test_claims_are_printed_and_drawn_again(run, capsys, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "claims.json").write_text((FOLDER / "claims" / "demo.json").read_text())
+    run("claims", "--redraw")
+    said = capsys.readouterr().out
+    assert "| 32 x 14 | aligned | 10.3% | 0.543 (0.442 to 0.642) | 0.298 |" in said
+    assert "| (2, 8, 14) | 13.4% | 0.5384 | +0.0018 (+0.0013 to +0.0022) |" in said
+    assert "1 surely farther: 4,8,14 to 2,8,14." in said
+    assert (tmp_path / "results" / "claims.md").read_text() == said
+    assert (tmp_path / "results" / "claims.png").stat().st_size > 10_000

@@ -38,6 +38,6 @@ MEASURED = (
         "measures=measures, given=given",
         "measures=measures",
         COMPARED,
-        "that_of_generate",
+        "that_begin",
     ),
 )
