@@ -270,9 +270,13 @@ class TrainConfig:
 
     def origin(self, name: str) -> Path | None:
         """Where the parameters of a role come from: its own `init_from`, or that of the role it starts as."""
-        role = self.objective.roles[name]
-        own = self.role(name).init_from
-        return self.origin(role.starts_as) if own is None and role.starts_as is not None else own
+        owner = self.named_by(name)
+        return self.role(name).init_from if owner == name else self.origin(owner)
+
+    def named_by(self, name: str) -> str:
+        """The role whose `init_from` says where the parameters of a role come from."""
+        starts_as = self.objective.roles[name].starts_as
+        return starts_as if self.role(name).init_from is None and starts_as is not None else name
 
     def option(self, name: str, setting: str) -> str:
         """How errors call a setting of a role: with the role, if there are several.

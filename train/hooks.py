@@ -57,22 +57,17 @@ class Failure:
     def of_parameters(self, role: str, step: int) -> NonFiniteError:
         """A parameter, its average or its optimizer's moments."""
         what = f"a parameter of the {role} is not finite" if self._several else "a parameter is not finite"
-        training = role in self._config.objective.training
-        return self._make(what, role, step, self._config.trained(role).learning_rate if training else None)
+        return self._make(what, role, step, self._config.trained(role).learning_rate)
 
-    def _make(self, what: str, role: str, step: int, rate: float | None) -> NonFiniteError:
+    def _make(self, what: str, role: str, step: int, rate: float) -> NonFiniteError:
         self._checkpoints.wait()
         good = [saved for saved in self._checkpoints.steps() if saved < step]
         kept = f"the checkpoint of step {good[-1]} is kept" if good else "there is no earlier checkpoint"
         options = [
-            self._config.option(role, name).replace("_", "-")
-            for name in ("learning_rate", "warmup", "clip_norm", "init_from")
+            self._config.option(role, name).replace("_", "-") for name in ("learning_rate", "warmup", "clip_norm")
         ]
-        if rate is None:
-            when, advice = f"at step {step}", f"give --{options[3]} another network"
-        else:
-            when = f"at step {step} (learning_rate {rate:.3g})"
-            advice = "try a smaller --{}, a longer --{} or a smaller --{} with --resume".format(*options)
+        when = f"at step {step} (learning_rate {rate:.3g})"
+        advice = "try a smaller --{}, a longer --{} or a smaller --{} with --resume".format(*options)
         return NonFiniteError(f"{what} {when}; {kept} in {self._checkpoints.path}", advice=advice, step=step)
 
 
@@ -237,8 +232,7 @@ class Save:
             NonFiniteError: If a network has numbers that are not finite.
         """
         for name, role in state.roles.items():
-            # what does not train stays as it was at step 0
-            numbers = (role.params, role.average, role.optimizer) if role.trains and step else role
-            if (role.trains or step == 0) and not bool(all_finite(numbers)):
+            # what does not train is as it was before the first step, when all was looked at
+            if role.trains and not bool(all_finite((role.params, role.average, role.optimizer))):
                 raise self._failure.of_parameters(name, step)
         self._checkpoints.save(state, self._identity)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
@@ -338,8 +339,31 @@ class _Run:
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
             with self._told_whose(), user_input():
                 # traced as it is when the step is taken, which then need not be traced again
-                shapes = self.placement.shapes(self.networks.template, self.batches.host(1, roles))
+                batches = self.batches.host(1, roles)
+                self._check_texts(batches[roles[0]].text)
+                shapes = self.placement.shapes(self.networks.template, batches)
                 self.step_fn.eval_shape(*shapes, due=roles)
+
+    def _check_texts(self, of_data: np.ndarray) -> None:
+        """Looks whether the networks take texts of such width and so many rows."""
+        data = self.config.data
+        whose = (
+            "the data" if data.precomputed is None else f"{'prompts' if data.prompts else 'latents'} {data.precomputed}"
+        )
+        for what, text in {whose: of_data, **self.objective.texts()}.items():
+            rows, width = text.shape[-2:]
+            for role, network in self.networks.configs.items():
+                wanted, most = (getattr(network, name, None) for name in ("text_dim", "text_len"))
+                if wanted is not None and width != wanted:
+                    raise UserError(
+                        f"{what} has text of width {width}, but the {role} takes {wanted}; encode it with the text "
+                        f"encoder that the network was trained with"
+                    )
+                if most is not None and rows > most:
+                    raise UserError(
+                        f"{what} has text of {rows} rows, but the {role} takes at most {most}; encode it with --rows "
+                        f"{most}"
+                    )
 
     @contextlib.contextmanager
     def _told_whose(self) -> Iterator[None]:
@@ -387,7 +411,11 @@ class _Run:
                 if restored is not None
                 else f"nothing to resume in {run.folder}"
             )
-        return restored or self.networks.start(), notes
+        if restored is not None:
+            return restored, notes
+        state = self.networks.start()
+        self.networks.check_finite(state)
+        return state, notes
 
     def _compare(
         self, notes: list[str], digests: Mapping[str, str] | None = None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from monarchrt.models.checkpoints.checksums import checksums
-from monarchrt.models.errors import UserError, user_input
+from monarchrt.models.errors import NonFiniteError, UserError, user_input
 from monarchrt.models.lora.layers import LAYERS, Adapter, with_adapter
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
@@ -34,6 +34,7 @@ from monarchrt.train.state import (
     SameAs,
     Training,
     TrainState,
+    all_finite,
     check_trainable,
     create_role,
     create_state,
@@ -139,6 +140,27 @@ class Networks:
         for name in sorted(self.graphs, key=lambda name: name in self._owners):  # those that share come last
             made[name] = self._role(name, made)
         return TrainState(step=rest.step, roles={name: made[name] for name in self.graphs}, rng=rest.rng)
+
+    def check_finite(self, state: TrainState) -> None:
+        """Looks at the parameters that a run begins with.
+
+        Raises:
+            NonFiniteError: If one of a role is NaN or infinite; says which, and where it came from.
+        """
+        several = len(state.roles) > 1
+        for name, role in state.roles.items():
+            if bool(all_finite((role.params, role.frozen))):
+                continue
+            parts = [part for part in (role.params, role.frozen) if not isinstance(part, SameAs)]
+            named = ((key, leaf) for part in parts for key, leaf in _named(part))
+            wrong = next(key for key, leaf in named if not bool(all_finite(leaf)))
+            owner, origin = self._config.named_by(name), self._config.origin(name)
+            option = self._config.option(owner, "init_from").replace("_", "-")
+            whose = f"a parameter of the {name}" if several else "a parameter"
+            source = "" if origin is None else f" of {origin}"
+            raise NonFiniteError(
+                f"{whose} is not finite at step 0: {wrong}{source}", advice=f"give --{option} another network", step=0
+            )
 
     def frozen(self) -> TrainState:
         """The template, with what checkpoints do not hold in it: networks that do not train, and those under LoRAs."""
@@ -253,7 +275,7 @@ class Networks:
     def _told_of(self, name: str) -> Iterator[None]:
         """What is wrong with a role's parameters is said of the option that they were given by."""
         config = self._config
-        owner = name if config.role(name).init_from is not None else config.objective.roles[name].starts_as or name
+        owner = config.named_by(name)
         option, prefix = config.option(owner, "init_from"), f"init_from {config.origin(name)} "
         try:
             yield
@@ -327,7 +349,11 @@ class Networks:
         return jnp.dtype(model_settings(self._config.role(name).model).param_dtype)
 
 
+def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    """The arrays of a network, or of a part of one, with their names."""
+    return zip(parameter_names(tree), jax.tree.leaves(tree), strict=True)
+
+
 def _digest(frozen: Any) -> str:
-    names = parameter_names(frozen)
-    sums = jax.device_get(checksums(dict(zip(names, jax.tree.leaves(frozen), strict=True))))
-    return hashlib.sha256(json.dumps({name: int(sums[name]) for name in sorted(names)}).encode()).hexdigest()[:16]
+    sums = jax.device_get(checksums(dict(_named(frozen))))
+    return hashlib.sha256(json.dumps({name: int(sums[name]) for name in sorted(sums)}).encode()).hexdigest()[:16]

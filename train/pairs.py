@@ -328,16 +328,25 @@ def _examples(config: PairsConfig, opened: Any) -> tuple[Size, list[np.ndarray]]
         order = folder.train_files + folder.held_out_files
         with user_input():
             texts = [SafetensorsFile(path, only=("text",)).read("text").astype(np.float32) for path in order]
+        for path, text in zip(order, texts, strict=True):
+            _check_finite(f"latents {path}", text)
         return folder.latent_shape[:3], texts
     if config.embeddings is not None:
         from monarchrt.models.umt5 import load_embeddings
 
         by_text = load_embeddings(config.embeddings, length=opened.sizes.text_len)
+        for text, embedding in by_text.items():
+            _check_finite(f"embeddings {config.embeddings} of {text[:40]!r}", embedding)
         size = 1 + (config.frames - 1) // 4, config.height // 8, config.width // 8
         return size, [np.asarray(text, np.float32) for text in by_text.values()]
     if run is None or run.data.precomputed is not None or run.generation.latents is None:
         raise UserError("no texts were given; give --latents FOLDER, or --embeddings FILE of generate")
     return run.generation.latents, [np.zeros((1, opened.sizes.text_dim), np.float32)]
+
+
+def _check_finite(what: str, text: np.ndarray) -> None:
+    if not np.isfinite(np.asarray(text, np.float32)).all():
+        raise UserError(f"{what} has text that is NaN or infinite; encode it again")
 
 
 def _negative(config: PairsConfig) -> np.ndarray | None:

@@ -351,6 +351,27 @@ FAULTS = (
         "noise_that_was_taken",
     ),
     Fault("train/state.py", "        mask=kernels,\n", "", STATE, "on_matrices_alone"),
+    Fault(
+        "train/loop.py",
+        "        self.networks.check_finite(state)\n",
+        "",
+        ("tests/train/test_loop.py",),
+        "numbers_that_are_not_finite",
+    ),
+    Fault(
+        "train/loop.py",
+        "{whose: of_data, **self.objective.texts()}.items()",
+        "{whose: of_data}.items()",
+        ("tests/train/test_roles.py",),
+        "no_network_takes",
+    ),
+    Fault(
+        "train/pairs.py",
+        '            _check_finite(f"latents {path}", text)\n',
+        "            pass\n",
+        ("tests/train/objectives/test_ode.py",),
+        "texts_that_are_not_finite",
+    ),
     Fault("train/state.py", "        b2=config.beta2,\n", "", STATE, "adamw"),
     Fault(
         "models/generate/plan.py",

@@ -18,7 +18,9 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.checkpoints.orbax_arrays import read_arrays
+from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import NonFiniteError, UserError
+from monarchrt.models.umt5 import save_embeddings
 from monarchrt.models.wan.checkpoints import load_checkpoint
 from monarchrt.train.cli import main
 from monarchrt.train.cli.train import _parse_train
@@ -268,6 +270,38 @@ class TestWhatDoesNotFit:
         error = refused(capsys, [*command, *options, "--folder", tmp_path / "run"])
         assert "the critic takes text of width 16, the student of 32" in error
 
+    @pytest.mark.parametrize(
+        ("rows", "width", "negative", "said"),
+        [
+            (3, 64, None, "latents {data} has text of width 64, but the student takes 32; encode it"),
+            (
+                17,
+                32,
+                None,
+                "latents {data} has text of 17 rows, but the student takes at most 16; encode it with --rows 16",
+            ),
+            (3, 32, (3, 64), "negative {negative} has text of width 64, but the student takes 32"),
+            (3, 32, (17, 32), "negative {negative} has text of 17 rows, but the student takes at most 16"),
+        ],
+    )
+    def test_texts_that_no_network_takes(self, wan_folder, capsys, tmp_path, rows, width, negative, said):
+        """Of the data, or of the negative prompt."""
+        data, file = tmp_path / "latents", tmp_path / "negative.safetensors"
+        for number in range(2):
+            arrays = {"latents": np.zeros((3, 4, 8, 16), np.float32), "text": np.ones((rows, width), np.float32)}
+            write_arrays(data / f"{number}.safetensors", arrays, metadata={})
+        words = ["--teacher.init-from", wan_folder / "transformer", "--held-out", "0.5", "--batch", "1", "--steps", "1"]
+        for role in ("student", "critic", "teacher"):
+            words += [f"--{role}.overrides", "num_layers=1", "text_len=16"]
+        if negative is not None:
+            save_embeddings(file, {"bad": np.ones(negative, np.float32)})
+            words += ["--negative", file]
+        error = refused(
+            capsys, ["train", "--objective", "dmd", "--latents", data, "--folder", tmp_path / "run", *words]
+        )
+        assert said.format(data=data, negative=file) in error
+        assert not (tmp_path / "run").exists()
+
     def test_a_teacher_of_another_network(self, command, capsys, tmp_path):
         options = ["--teacher.overrides", "num_layers=3", "dim=24", "num_heads=2", "ffn_dim=48"]
         error = refused(capsys, [*command, *options, "--folder", tmp_path / "run"])
@@ -315,8 +349,10 @@ class TestWhatDoesNotFit:
         there(teacher.head.proj.bias)[...] = jnp.nan
         teacherless = {"teacher": teacher}
         settings = from_dict(TrainConfig, _without_origin(to_dict(config)))
-        with pytest.raises(NonFiniteError, match="a parameter of the teacher is not finite at step 0"):
+        said = r"a parameter of the teacher is not finite at step 0: head\.proj\.bias; give --teacher\.init-from"
+        with pytest.raises(NonFiniteError, match=said):
             train(settings, model=teacherless, quiet=True)
+        assert not (tmp_path / "other").exists()
 
 
 def _without_origin(values: dict) -> dict:

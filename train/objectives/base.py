@@ -90,6 +90,10 @@ class Objective(abc.ABC):
             )
         return open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
+    def texts(self) -> Mapping[str, np.ndarray]:
+        """Embeddings [L, D] that networks see beside those of the data, by what messages call them. Default: none."""
+        return {}
+
     def extension(self, role: str) -> Callable[..., Any] | None:
         """(network, seed=) -> the network with parameters of the objective's own beside those it was read with.
 

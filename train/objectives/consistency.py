@@ -61,6 +61,10 @@ class ConsistencyObjective(Objective):
         path = self.settings.negative
         return None if path is None or self.settings.weight == 1 else negative_embedding(path)
 
+    def texts(self) -> Mapping[str, np.ndarray]:
+        """The negative prompt's, where the teacher is guided."""
+        return {} if self.negative is None else {f"negative {self.settings.negative}": self.negative}
+
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, ConsistencyDraws]:
         """A level of the grid for each clip, the last left out, and noise."""
         level_key, noise_key = jax.random.split(key)

@@ -78,6 +78,10 @@ class DMDObjective(Objective):
         path = self.settings.negative
         return None if path is None or not self.settings.weight else negative_embedding(path)
 
+    def texts(self) -> Mapping[str, np.ndarray]:
+        """The negative prompt's, where the teacher is guided."""
+        return {} if self.negative is None else {f"negative {self.settings.negative}": self.negative}
+
     def due(self, step: int) -> tuple[str, ...]:
         """The critic at every step, the student at every `student_every`-th, from the first on."""
         student = (step - 1) % self.settings.student_every == 0

@@ -1,6 +1,7 @@
 """Consistency distillation: loss and gradient in float64 PyTorch, the average that is its target, and a run of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from monarchrt.train.config import OptimizerConfig, TrainConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives import consistency
 from monarchrt.train.objectives.consistency import ConsistencyDraws, ConsistencyObjective
-from monarchrt.train.objectives.settings import ConsistencyConfig
+from monarchrt.train.objectives.dmd import DMDObjective
+from monarchrt.train.objectives.settings import ConsistencyConfig, DMDConfig
 from monarchrt.train.state import create_role, create_state, from_arrays, make_training, split_model, to_arrays
 from monarchrt.train.step import make_error_fn, make_train_step
 
@@ -236,6 +238,27 @@ def test_settings_of_the_published_training():
 def test_bad_settings(settings, word):
     with pytest.raises(UserError, match=word):
         ConsistencyConfig(**settings)
+
+
+def test_negatives_that_are_none(tmp_path):
+    """Each is said of the option that names the file."""
+    path = tmp_path / "negative.safetensors"
+    for embeddings, word in (
+        (None, "does not exist"),
+        ({"a": np.full((1, 4), np.nan, np.float32)}, "is NaN or infinite"),
+        ({"a": np.ones((1, 4), np.float32), "b": np.ones((1, 4), np.float32)}, "has 2 embeddings"),
+        ("text", "is not a file of text embeddings"),
+    ):
+        if isinstance(embeddings, str):
+            path.write_text(embeddings)
+        elif embeddings is not None:
+            save_embeddings(path, embeddings)
+        for objective in (
+            ConsistencyObjective(ConsistencyConfig(negative=path)),
+            DMDObjective(DMDConfig(negative=path)),
+        ):
+            with pytest.raises(UserError, match=f"^negative {re.escape(str(path))} {word}"):
+                objective.texts()
 
 
 def test_a_student_without_an_average_is_refused():

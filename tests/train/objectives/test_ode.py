@@ -220,6 +220,17 @@ def test_a_teacher_that_does_not_fit(settings, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_texts_that_are_not_finite(settings, tmp_path):
+    """They are said to be, not the teacher that makes nothing of them."""
+    for number in range(2):
+        one = batch((1, 4, 4, 4, 2))
+        text = np.where(number == 1, np.nan, one.text[0])
+        write_arrays(tmp_path / f"{number}.safetensors", {"latents": one.latents[0], "text": text}, metadata={})
+    with pytest.raises(UserError, match=r"1\.safetensors has text that is NaN or infinite; encode it again"):
+        make_pairs(dataclasses.replace(settings, latents=tmp_path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_blocks_that_do_not_fit():
     for settings, network, word in (
         ({}, {"causal_block": 2}, "block is None, but the network's causal_block is 2; give --block 2"),
