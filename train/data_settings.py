@@ -31,7 +31,7 @@ class DataConfig:
 
     components: Path | None = None
     """With prompts, or latents in an LMDB, whose captions are texts: folder or Hugging Face repository with VAE, text
-    encoder and tokenizer. Texts are encoded once, before the run begins."""
+    encoder and tokenizer. Texts are encoded once, before the run begins. With `sample_every`, its VAE shows latents."""
 
     text_cache: Path | None = None
     """Folder for the embeddings of these texts. Default: beside their file, under its name with .texts at the end."""

@@ -15,9 +15,10 @@ import numpy as np
 from monarchrt.models.errors import NonFiniteError
 from monarchrt.train.checkpointing import Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
-from monarchrt.train.data import ClipWindows
+from monarchrt.train.data import Source
 from monarchrt.train.logs import Progress, RunLog
 from monarchrt.train.objectives.base import Metrics
+from monarchrt.train.pictures import Pictures
 from monarchrt.train.sample import write_held_out_sample
 from monarchrt.train.state import TrainState, all_finite
 from monarchrt.train.watch import Watch
@@ -184,16 +185,25 @@ class Sample:
 
     Args:
         samplers: Label -> compiled sampler.
-        source: A clip.
+        source: What is held out.
+        pictures: Turns it, and what is made, into pixels.
         role: Of the network.
         folder: Where the files go.
         every: Steps between two.
     """
 
     def __init__(
-        self, samplers: Mapping[str, Callable[..., Any]], source: ClipWindows, *, role: str, folder: Path, every: int
+        self,
+        samplers: Mapping[str, Callable[..., Any]],
+        source: Source,
+        *,
+        pictures: Pictures,
+        role: str,
+        folder: Path,
+        every: int,
     ):
-        self._samplers, self._source, self._role, self._folder, self._every = samplers, source, role, folder, every
+        self._samplers, self._source, self._pictures = samplers, source, pictures
+        self._role, self._folder, self._every = role, folder, every
 
     def due(self, step: int) -> bool:
         """Every `every` steps."""
@@ -205,7 +215,9 @@ class Sample:
         latest = None if role.average is None else role.params
         path = self._folder / f"step_{step:06d}.mp4"
         frozen = state.frozen(self._role)
-        write_held_out_sample(path, self._samplers, role.evaluated, frozen, self._source, latest=latest)
+        write_held_out_sample(
+            path, self._samplers, role.evaluated, frozen, self._source, pictures=self._pictures, latest=latest
+        )
 
 
 class Save:

@@ -35,6 +35,7 @@ from monarchrt.train.model import check_frame_size, model_settings
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.part_times import PartTimes
+from monarchrt.train.pictures import Pictures, pictures
 from monarchrt.train.plan import Plan, StepPlan, make_plan, role_plans, step_plans
 from monarchrt.train.remat import Choice, automatic, choose, with_remat
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
@@ -207,6 +208,7 @@ class _Run:
         dry: bool = False,
     ):
         self.config, self.source, self.opened, self._dry = config, source, opened, dry
+        self.pictures: Pictures | None = None
         run = config.run
         continues = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = self._open() if continues else None
@@ -329,11 +331,9 @@ class _Run:
     def _check_step(self) -> None:
         """Traces each kind of step: shapes, tiles and backends are checked before anything is computed or written."""
         run, objective = self.config.run, self.objective
-        if run.sample_every and not isinstance(self.source, ClipWindows):
-            raise UserError(
-                f"sample_every is {run.sample_every}, but latents cannot be shown as pixels without their "
-                f"decoder; use sample_every 0, or a video"
-            )
+        if run.sample_every:
+            components = self.config.data.components
+            self.pictures = pictures(self.source, components, every=run.sample_every, load=not self._dry)
         for roles in self._kinds():
             if not roles or not set(roles) <= set(objective.settings.training):
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
@@ -499,14 +499,15 @@ class _Run:
 
     def _samples(self) -> list[Sample]:
         run, role = self.config.run, self.config.objective.exported
-        if not run.sample_every or not isinstance(self.source, ClipWindows):
+        if self.pictures is None:
             return []
         graph = self.networks.graphs[role]
         samplers = {
             label: make_sampler(graph, sampler, mesh=self.placement.mesh)
             for label, sampler in self.objective.samplers().items()
         }
-        return [Sample(samplers, self.source, role=role, folder=run.folder / "samples", every=run.sample_every)]
+        folder, every = run.folder / "samples", run.sample_every
+        return [Sample(samplers, self.source, pictures=self.pictures, role=role, folder=folder, every=every)]
 
     def _times(self, log: RunLog) -> list[Hook]:
         if not self.config.run.times_every:

@@ -79,7 +79,8 @@ class RunConfig:
 
     sample_every: int = 0
     """Every this many steps, write an mp4 of a held-out window, of what the network restores from it at noise level
-    0.6, and of what it makes from pure noise, with its moving average and without. 0: never."""
+    0.6, and of what it makes from pure noise, with its moving average and without. Latents and prompts need
+    `components`, whose VAE decodes. 0: never."""
 
     times_every: int = 0
     """After the first step and every this many, log how long the parts of each role's update take, such as

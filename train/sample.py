@@ -12,9 +12,10 @@ from jaxtyping import Array
 
 from monarchrt.models.media.video import side_by_side, write_mp4
 from monarchrt.models.processes.agreement import first
-from monarchrt.train.data import ClipWindows
+from monarchrt.train.data import Source
 from monarchrt.train.objectives.base import Sampler
 from monarchrt.train.objectives.flow import euler_sample, evaluation_noise, flow_sampler, sampling_levels
+from monarchrt.train.pictures import Pictures
 
 __all__ = ["euler_sample", "flow_sampler", "make_sampler", "sampling_levels", "write_held_out_sample"]
 
@@ -43,8 +44,9 @@ def write_held_out_sample(
     samplers: Mapping[str, Callable[..., Array]],
     params: Any,
     frozen: Any,
-    source: ClipWindows,
+    source: Source,
     *,
+    pictures: Pictures,
     index: int = 0,
     zoom: int = 1,
     latest: Any = None,
@@ -56,7 +58,8 @@ def write_held_out_sample(
         samplers: Label -> sampler, from `make_sampler`.
         params: Parameters.
         frozen: The network's other variables.
-        source: A clip; its transform turns latents into pixels.
+        source: What is held out.
+        pictures: Turns it, and what is made, into pixels; without a clip, what is made is shown alone.
         index: Held-out window.
         zoom: Enlarge each pixel.
         latest: Parameters to show too, such as those that `params` is the moving average of.
@@ -73,5 +76,8 @@ def write_held_out_sample(
     sampled = [np.asarray(make(of, frozen, latents, text, noise), np.float32) for _, make, of in makers]
     if not first():  # all processes make them, one writes them
         return path
-    clips = [source.held_out_window(index), *(source.transform.decode(made[0]) for made in sampled)]
-    return write_mp4(path, side_by_side(clips, labels=["clip", *(label for label, _, _ in makers)], zoom=zoom))
+    clips, labels = [pictures.decode(made[0]) for made in sampled], [label for label, _, _ in makers]
+    if pictures.clip is not None:
+        newest = np.asarray(latents[0][-sampled[0].shape[1] :], np.float32)  # of pairs, the end of a teacher's way
+        clips, labels = [pictures.clip(index, newest), *clips], ["clip", *labels]
+    return write_mp4(path, side_by_side(clips, labels=labels, zoom=zoom))

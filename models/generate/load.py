@@ -53,12 +53,13 @@ class Components(NamedTuple):
     tokenizer: Path | None
 
 
-def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
+def find_components(config: GenerateConfig, checkpoint: Path, *, texts: bool = True) -> Components:
     """Looks for the parts in `components`, else beside the checkpoint; from the hub if one of them is named there.
 
     Args:
         config: With `embeddings`, no text encoder is needed.
         checkpoint: Folder or file of the network.
+        texts: Whether texts are to be encoded.
 
     Returns:
         The paths.
@@ -73,8 +74,8 @@ def find_components(config: GenerateConfig, checkpoint: Path) -> Components:
     folders = [apart] if apart is not None and apart.is_dir() else []
     folders += [beside, beside.parent] if beside.name == "transformer" else [beside]
     decoder, given = _decoder(config)
-    texts = [] if config.embeddings is not None else ["text encoder", "tokenizer"]
-    needed = [*([] if given else [decoder]), *texts]
+    encoded = texts and config.embeddings is None
+    needed = [*([] if given else [decoder]), *(["text encoder", "tokenizer"] if encoded else [])]
     places: dict[str, Path] = {}
     if apart is not None and names_repository(apart):
         places = _fetched(str(apart), needed)

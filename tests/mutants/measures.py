@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 
 COMPARED = ("tests/train/evaluation/test_compare.py",)
+PICTURES = ("tests/train/test_pictures.py",)
 MEASURES = ("tests/train/evaluation/test_measures.py",)
 DISTANCES = ("tests/train/evaluation/test_distances.py",)
 STUDIES = ("tests/train/studies/test_studies.py",)
@@ -30,6 +31,9 @@ MEASURED = (
     Fault("train/evaluation/vbench.py", "tasks[number::count]", "tasks[number:count]", MEASURES, "each_part"),
     Fault("train/studies/mass.py", '{label}, block {block}"', '{label}"', STUDIES, "mass_that"),
     Fault("train/studies/maps.py", 'f"{number}: {scores.name}"', "scores.name", STUDIES, "maps_that"),
+    Fault("train/sample.py", "[-sampled[0].shape[1] :]", "[: sampled[0].shape[1]]", PICTURES, "a_sample_of_latents"),
+    Fault("train/pictures.py", "frames, state = decoder", "frames, _ = decoder", PICTURES, "by_their_vae"),
+    Fault("train/objectives/ode.py", "text, noise[:, -frames:]", "text, noise", PICTURES, "sampled_as_one_clip"),
     Fault("models/wan/causal.py", "timesteps, cached=True)", "timesteps)", IN_WAN, "too_small"),
     Fault("train/studies/maps.py", "    partial.done()\n", "", STUDIES, "maps_that"),
     Fault("train/evaluation/vmaf.py", "zip(video, reference, strict", "zip(reference, video, strict", MEASURES, "vmaf"),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from monarchrt.models.media.video import read_clip
 from monarchrt.train.config import DataConfig, ObjectiveConfig
 from monarchrt.train.data import ClipWindows
+from monarchrt.train.pictures import pictures
 from monarchrt.train.sample import euler_sample, flow_sampler, make_sampler, sampling_levels, write_held_out_sample
 from monarchrt.train.state import split_model
 
@@ -71,9 +74,10 @@ def test_sample_of_a_held_out_window(tmp_path, clip):
         def __init__(self, rngs):
             self.proj = nnx.Linear(48, 48, rngs=rngs)
 
+    how: dict[str, Any] = {"pictures": pictures(source, None, every=1), "zoom": 2}
     graph, params, fixed = split_model(Network(nnx.Rngs(0)))
     samplers = {"a": make_sampler(graph, flow_sampler(ObjectiveConfig(), steps=2, start=0.5))}
-    path = write_held_out_sample(tmp_path / "samples" / "a.mp4", samplers, params, fixed, source, zoom=2)
+    path = write_held_out_sample(tmp_path / "samples" / "a.mp4", samplers, params, fixed, source, **how)
     frames = read_clip(path, height=18 + 32, width=64 + 4 + 64)
     assert frames.shape == (3, 50, 132, 3)
     shown = frames[:, 18:, :64].astype(int)
@@ -81,7 +85,7 @@ def test_sample_of_a_held_out_window(tmp_path, clip):
     assert np.abs(shown - wanted).mean() < 8
     # what the average is of, beside it: another network, of the same noise
     latest = jax.tree.map(jnp.zeros_like, params)
-    both = write_held_out_sample(tmp_path / "b.mp4", samplers, params, fixed, source, zoom=2, latest=latest)
+    both = write_held_out_sample(tmp_path / "b.mp4", samplers, params, fixed, source, **how, latest=latest)
     three = read_clip(both, height=18 + 32, width=64 + 2 * (4 + 64))
     assert np.abs(three[:, 18:, :132].astype(int) - frames[:, 18:].astype(int)).mean() < 8
     assert np.abs(three[:, 18:, 136:].astype(int) - frames[:, 18:, 68:].astype(int)).mean() > 8

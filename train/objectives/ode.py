@@ -14,7 +14,7 @@ that the pairs were made with; a student that is told others learns wrong ones.
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,15 @@ class ODEObjective(Objective):
 
     def samplers(self) -> Mapping[str, Sampler]:
         """A clip made of pure noise in the student's steps, block by block if it is causal."""
-        return few_step_samplers(self.settings)
+
+        def of_one(sampler: Sampler) -> Sampler:
+            def sampled(network: Any, states: Array, text: Array, noise: Array) -> Array:
+                frames = self._frames(states.shape[1])
+                return sampler(network, states[:, -frames:], text, noise[:, -frames:])
+
+            return sampled
+
+        return {label: of_one(sampler) for label, sampler in few_step_samplers(self.settings).items()}
 
     def _frames(self, stacked: int) -> int:
         """Frames of a clip, of those of all its states one after the other.
