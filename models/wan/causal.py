@@ -225,7 +225,7 @@ def cached_forward(
     start = cache.length if frame is None else frame
     rope, in_row = rope_table(grid, config.head_dim, start_frame=start), grid[1] * grid[2]
     if joined := in_place and joins_frames(timesteps):
-        rope, in_row = tuple(map(join_frames, rope)), grid[0] * in_row
+        rope, in_row = (join_frames(rope[0]), join_frames(rope[1])), grid[0] * in_row
     rope, tokens = pad_rope(rope), model.embed_latents(latents, timesteps, times, joined=joined)
     graph, state = model.split_blocks(apart=layers is not None)
     written = []
