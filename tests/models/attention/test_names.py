@@ -21,7 +21,7 @@ DATA = {  # programs that choose settings by notation, or say in a label what wa
     "benchmarks/attention.py",
     "benchmarks/attention_settings.py",
     "benchmarks/claims.py",
-    "benchmarks/low_rank.py",
+    "benchmarks/stages.py",
     "benchmarks/finetuning.py",
     "benchmarks/distill.py",
     "benchmarks/scale.py",
