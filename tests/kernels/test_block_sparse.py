@@ -406,8 +406,8 @@ class TestOnACard:
         """With scores' gradients that are kept, of one head at a time."""
         case, configs, kept = (CASES | BIG)[name], block_sparse._configs, block_sparse.kept
 
-        def with_product(problem, q):
-            chosen = configs(problem, q)
+        def with_product(*call):
+            chosen = configs(*call)
             product = dataclasses.replace(chosen.sparse_query_backward, stages=2)
             return dataclasses.replace(chosen, sparse_query_product=product, scratch_bytes=2**40)
 

@@ -479,6 +479,7 @@ def test_one_frame_at_a_time_in_one_or_two_steps(engine, clock, steps):
     """As models are distilled that answer soonest: blocks of a frame; compared with the roll-out by hand."""
     rollout = Rollout(block=1, steps=steps, window=3)
     fast = Engine(engine.pipeline, rollout=rollout, height=4, width=8, encode=engine._encode, begins=(1,))
+    fast.networks = {name: engine.networks[name] for name in fast.networks}  # its pipeline's layers were let go of
     plain = lambda encode, frames, index, fps: frames.tobytes()  # noqa: E731
     sessions = Sessions(fast, limits=Limits(), clock=clock, submit=plain)
     outbox = Outbox(frames=100)

@@ -199,9 +199,9 @@ def sharp_and_blurred():
 @pytest.mark.skipif("libvmaf" not in av.filter.filters_available, reason="PyAV has no libvmaf here")
 def test_vmaf(sharp_and_blurred):
     sharp, blurred = sharp_and_blurred
-    judge = find_vmaf()
+    judge: Any = find_vmaf()
     assert judge is vmaf_by_pyav
-    others = [] if find_ffmpeg() is None else [partial(vmaf, ffmpeg=find_ffmpeg())]
+    others = [] if (ffmpeg := find_ffmpeg()) is None else [partial(vmaf, ffmpeg=ffmpeg)]
     same, lost, won = (np.array(judge(*pair)) for pair in ((sharp, sharp), (blurred, sharp), (sharp, blurred)))
     assert same.shape == lost.shape == (4,)
     assert same.min() > 90 > lost.max()
