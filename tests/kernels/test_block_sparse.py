@@ -4,9 +4,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +20,7 @@ from monarchrt.triton_kernels import block_sparse
 from monarchrt.triton_kernels.block_sparse import SparseConfigs
 from monarchrt.triton_kernels.config import Config, Target, user_file
 from tests.kernels.sparse_cases import CASES, Case, error
-from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, missing, poisoned  # noqa: F401
+from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, interpreted, missing, poisoned  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,12 +138,8 @@ class TestDefinition:
 @pytest.mark.slow
 @missing("triton", "torch")
 def test_interpreter_agrees_with_whole_maps():
-    """In a process of its own; some of the cases are in `test_triton.py`, which has a process by default."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sparse_interpreter"]
-    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """Some of the cases are in `test_triton.py`, by default."""
+    rows = interpreted("sparse_interpreter")
     found = {row.pop("case"): row for row in rows}
     assert set(found) == set(CASES)
     for name, errors in found.items():

@@ -1,11 +1,6 @@
 """Kernels over rows of tokens: against their definition in the interpreter, compiled and lowered ahead of time."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +8,14 @@ import pytest
 
 from monarchrt.models.wan import passes
 from monarchrt.triton_kernels import compile_for, row_passes
-from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, missing
+from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, interpreted, missing
 
-ROOT = Path(__file__).parents[2]
 WIDTH, TOKENS = 1536, 4680
 
 
 @missing("triton", "torch")
 def test_interpreter_agrees_with_the_definition():
-    """In a process of its own, because the interpreter is chosen when the kernels are imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.row_interpreter"]
-    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = interpreted("row_interpreter")
     assert set(found) == {"joined", "apart", "one group", "misplaced", "modulated", "one time", "affine"}
     assert all(error <= 2e-6 for error in found.values()), found
 

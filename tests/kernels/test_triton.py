@@ -53,17 +53,22 @@ def missing(*packages):
     return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")
 
 
+def interpreted(program, *cases):
+    """What a program beside this file prints, line by line; it has a process of its own, as the interpreter is chosen
+    when the kernels are imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, "-W", "ignore", "-m", f"tests.kernels.{program}", *cases]
+    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 @missing("triton", "torch")
 @pytest.mark.parametrize(
     "cases", [*INTERPRETED, *(pytest.param(x, marks=pytest.mark.slow) for x in INTERPRETED_SLOWLY)], ids=", ".join
 )
 def test_interpreter_agrees_with_the_reference(cases):
-    """In a process of its own, because the interpreter is chosen when the kernels are imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_interpreter", *cases]
-    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = interpreted("triton_interpreter", *cases)
     found = {row.pop("case"): row for row in rows}
     assert set(found) == set(cases)
     for case, errors in found.items():

@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 from tests.mutants.measures import MEASURED
+from tests.mutants.serving import SERVING
 from tests.mutants.sparse import BESIDE_PUBLISHED
 
 DEFINITION = ("tests/attention/test_definition.py",)
@@ -43,9 +44,6 @@ PROCESSES = ("tests/models/processes",)
 ROWS = ("tests/kernels/test_rows.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
-SESSIONS = tuple(f"tests/models/serve/test_{name}.py" for name in ("session", "session_faults", "engine"))
-PEERS = ("tests/models/serve/test_peers.py",)
-ENCODINGS = ("tests/models/web/test_encodings.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
@@ -551,68 +549,6 @@ FAULTS = (
         "same_step",
     ),
     # sessions
-    Fault(
-        "models/serve/engine.py",
-        "self._negative if negative is None else negative",
-        "negative or self._negative",
-        SESSIONS,
-        "may_be_empty",
-    ),
-    Fault(
-        "models/serve/session.py",
-        "for index in range(0, len(pictures), size)",
-        "for index in range(0, len(pictures), 1)",
-        SESSIONS,
-        "pieces_are",
-    ),
-    Fault(
-        "models/serve/session.py", "video.write(jnp.asarray(given))", "video.generate()", SESSIONS, "goes_on_from_it"
-    ),
-    Fault(
-        "models/serve/engine.py",
-        "self.networks[self.attention(attention)]",
-        "next(iter(self.networks.values()))",
-        SESSIONS,
-        "has_its_own",
-    ),
-    Fault(
-        "models/serve/outbox.py",
-        "self._waiting + frames > self._limit",
-        "self._waiting >= self._limit",
-        SESSIONS,
-        "still_encoded",
-    ),
-    Fault("models/web/encodings.py", "int(index * ticks / rate)", "int(index / rate)", ENCODINGS, "knows_its_time"),
-    Fault(
-        "models/serve/session.py",
-        "range(self.block - WARMED, self.block)",
-        "range(self.block, self.block)",
-        SESSIONS,
-        "sees_again",
-    ),
-    Fault(
-        "models/serve/sessions.py",
-        "self.finish(None if begun is None else (due[0], begun))",
-        "self.finish(None if begun is None else (due[0], begun)); self.finish()",
-        SESSIONS,
-        "is_under_way",
-    ),
-    Fault(
-        "models/serve/session.py",
-        "engine, self.heard = self._engine, self._clock()",
-        "engine = self._engine",
-        SESSIONS,
-        "had_to_wait",
-    ),
-    Fault("models/serve/session.py", "if isinstance(message, Prompt | Seek)", "if False", SESSIONS, "keep_nobody"),
-    Fault(
-        "models/serve/peers.py",
-        "0 if is_loopback(host) else MOST_CANDIDATES",
-        "MOST_CANDIDATES",
-        PEERS,
-        "what_is_tried",
-    ),
-    Fault("models/serve/peers.py", "_addresses(self._host)", "None", PEERS, "only_the_address"),
     Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
     Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),
     Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
@@ -635,5 +571,6 @@ FAULTS = (
     Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
     *MEASURED,
+    *SERVING,
     *BESIDE_PUBLISHED,
 )

@@ -1,0 +1,72 @@
+"""Faults of the server: sessions, what it sends and to whom."""
+
+from tests.mutants.fault import Fault
+
+SESSIONS = tuple(f"tests/models/serve/test_{name}.py" for name in ("session", "session_faults", "engine"))
+PEERS = ("tests/models/serve/test_peers.py",)
+ENCODINGS = ("tests/models/web/test_encodings.py",)
+
+SERVING = (
+    Fault(
+        "models/serve/engine.py",
+        "self._negative if negative is None else negative",
+        "negative or self._negative",
+        SESSIONS,
+        "may_be_empty",
+    ),
+    Fault(
+        "models/serve/session.py",
+        "for index in range(0, len(pictures), size)",
+        "for index in range(0, len(pictures), 1)",
+        SESSIONS,
+        "pieces_are",
+    ),
+    Fault(
+        "models/serve/session.py", "video.write(jnp.asarray(given))", "video.generate()", SESSIONS, "goes_on_from_it"
+    ),
+    Fault(
+        "models/serve/engine.py",
+        "self.networks[self.attention(attention)]",
+        "next(iter(self.networks.values()))",
+        SESSIONS,
+        "has_its_own",
+    ),
+    Fault(
+        "models/serve/outbox.py",
+        "self._waiting + frames > self._limit",
+        "self._waiting >= self._limit",
+        SESSIONS,
+        "still_encoded",
+    ),
+    Fault("models/web/encodings.py", "int(index * ticks / rate)", "int(index / rate)", ENCODINGS, "knows_its_time"),
+    Fault(
+        "models/serve/session.py",
+        "range(self.block - WARMED, self.block)",
+        "range(self.block, self.block)",
+        SESSIONS,
+        "sees_again",
+    ),
+    Fault(
+        "models/serve/sessions.py",
+        "self.finish(None if begun is None else (due[0], begun))",
+        "self.finish(None if begun is None else (due[0], begun)); self.finish()",
+        SESSIONS,
+        "is_under_way",
+    ),
+    Fault(
+        "models/serve/session.py",
+        "engine, self.heard = self._engine, self._clock()",
+        "engine = self._engine",
+        SESSIONS,
+        "had_to_wait",
+    ),
+    Fault("models/serve/session.py", "if isinstance(message, Prompt | Seek)", "if False", SESSIONS, "keep_nobody"),
+    Fault(
+        "models/serve/peers.py",
+        "0 if is_loopback(host) else MOST_CANDIDATES",
+        "MOST_CANDIDATES",
+        PEERS,
+        "what_is_tried",
+    ),
+    Fault("models/serve/peers.py", "_addresses(self._host)", "None", PEERS, "only_the_address"),
+)
