@@ -33,6 +33,7 @@ from monarchrt.models.memory import memory
 from monarchrt.models.mesh import MeshShape
 from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.config import REMAT
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -76,7 +77,7 @@ class Case:
             attention=parse(options.attention),
             dtype="bfloat16",
             param_dtype=options.state,
-            remat="full",
+            remat=options.remat,
         )
         training = make_training(OptimizerConfig(ema_decay=None), updates=options.steps)
         frames, height, width = options.latents
@@ -179,6 +180,7 @@ def main():
     parser.add_argument("--preset", default="wan2.1-t2v-1.3b")
     parser.add_argument("--attention", default="monarch(tile=(3,30,52))")
     parser.add_argument("--state", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", default="full", choices=REMAT, help="what the backward pass recomputes of a block")
     parser.add_argument("--latents", nargs=3, type=int, default=[21, 60, 104], metavar=("F", "H", "W"))
     parser.add_argument("--clips", type=int, default=1, help="clips for each part of the batch")
     parser.add_argument("--steps", type=int, default=5)

@@ -30,7 +30,8 @@ from monarchrt.train.run_settings import RunConfig
 
 # the options that are fields of the attention, and what they are
 _OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
-REMAT = ("none", "cheap", "dots", "full")  # what a backward pass may recompute, from the quickest to the smallest
+# what a backward pass may recompute, from the quickest to the smallest
+REMAT = ("none", "cheap", "dots", "attention", "full")
 AUTO = "auto"
 
 
@@ -81,10 +82,11 @@ class ModelConfig:
     """Let MonarchAttention keep more of the forward pass for the backward pass, on Hopper: a little faster, and up to
     4 GB more per block of the network at 81 frames of 480p; with remat, of one block at a time."""
 
-    remat: Literal["none", "cheap", "dots", "full", "auto"] = "none"
+    remat: Literal["none", "cheap", "dots", "attention", "full", "auto"] = "none"
     """What the backward pass recomputes of each block, to keep less memory: none; cheap, norms, activations and rotary
-    embedding; dots, all but products with weights; full, all of it, for about a third more time. auto: the least that
-    fits into the device's memory, by the compiled program. `--remat` alone: full."""
+    embedding; dots, all but products with weights; attention, all but what kernels attend; full, all of it, for about
+    a third more time. auto: the least that fits into the device's memory, by the compiled program. `--remat` alone:
+    full."""
 
     def __post_init__(self) -> None:
         try:  # one form for what is equal

@@ -20,6 +20,7 @@ from monarchrt.models.sharding import constrain, parts
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_runs, rematerialized, whole_layer
 from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
+from monarchrt.models.wan.kept import BY_GROUPS
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, split_tokens
@@ -257,7 +258,7 @@ def cached_forward(
 
             if layers is not None:
                 x = settled(x, time)
-            how: Any = dict(tokens=in_row, recompute=config.remat == "full")
+            how: Any = dict(tokens=in_row, recompute=config.remat in BY_GROUPS)
             x = split_tokens(block_of_layer(x, time, rope, cross, attend, **how))
             return x if layers is None else Pending(x)
 

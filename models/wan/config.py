@@ -14,7 +14,7 @@ from monarchrt.models.attention.registry import PER_LAYER, exact, kind_named
 from monarchrt.models.presets import from_preset
 
 MODEL_TYPES = ("t2v", "i2v")
-REMAT = ("none", "full", "dots", "cheap")
+REMAT = ("none", "full", "attention", "dots", "cheap")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # of the sizes: far beyond use, and short of what takes minutes to find out; channels may be a patch of many pixels
 _LARGEST = {
@@ -58,7 +58,8 @@ class WanConfig:
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
             head compute in float32 at least, whatever it is.
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
-            of frames; "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
+            of frames; "attention", all but what kernels attend (Monarch and block-sparse; cuDNN's is recomputed);
+            "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
             and rotary embedding, since products with weights and the attention of kernels and cuDNN are kept.
         unroll_layers: Whether the layers of whole clips follow each other in the program instead of in a loop. A loop
             fills what it keeps for the backward pass with zeros first, and copies most of it; unrolled, the program

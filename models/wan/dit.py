@@ -18,7 +18,7 @@ from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
-from monarchrt.models.wan.kept import POLICIES
+from monarchrt.models.wan.kept import BY_GROUPS, POLICIES
 from monarchrt.models.wan.kinds import PLACE, make_modules, modules_of, with_modules
 from monarchrt.models.wan.layers import (
     MLP,
@@ -235,7 +235,7 @@ class WanModel(nnx.Module):
                     where = Context(layer=number, step=step, inputs=inputs, modules=modules_of(block))
                     return attend_clip(config, setting, query, key, value, grid=grid, context=where)
 
-                how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
+                how: Any = dict(tokens=per_frame, recompute=config.remat in BY_GROUPS)
                 x = block(x, tokens.time_projection, rope, keys_values, attention, **how)
                 return split_tokens(x), None
 

@@ -51,4 +51,6 @@ def cheap(primitive: Any, *args: Any, **params: Any) -> bool:
     return by_cudnn or any(policy(primitive, *args, **params) for policy in (_DOTS, _NAMED))
 
 
-POLICIES = {"full": None, "dots": _DOTS, "cheap": cheap}
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
+POLICIES = {"full": None, "attention": _ATTENTION, "dots": _DOTS, "cheap": cheap}
+BY_GROUPS = ("full", "attention")  # what follows the attention then goes by groups of frames in large clips

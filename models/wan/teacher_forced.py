@@ -12,6 +12,7 @@ from monarchrt.models.attention.base import Context, Steps
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.sharding import split_batch
 from monarchrt.models.wan.dit import Tokens, WanModel, attend_clip, attention_runs, through_layers
+from monarchrt.models.wan.kept import BY_GROUPS
 from monarchrt.models.wan.kinds import modules_of
 from monarchrt.models.wan.rope import rope_table
 from monarchrt.models.wan.tokens import pad_rope
@@ -113,7 +114,7 @@ def _run_halves(
                 sees = attend_blocks(setting, *noisy, past=clean[1:], grid=grid, sizes=sizes, context=context)
                 return jnp.concatenate([seen, sees], axis=1)
 
-            how: Any = dict(tokens=per_frame, recompute=config.remat == "full")
+            how: Any = dict(tokens=per_frame, recompute=config.remat in BY_GROUPS)
             cross = block.cross_attn.keys_values(*context)
             x = block(x, tokens.time_projection, rope, cross, attention, **how)
             return split_batch(x), None

@@ -225,7 +225,7 @@ class TestLayers:
         assert size(3) == size(30)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("remat", ["full", "dots", "cheap"])
+    @pytest.mark.parametrize("remat", ["full", "attention", "dots", "cheap"])
     def test_remat_changes_nothing(self, wan, remat):
         inputs = wan.sample(wan.SMALL)
         grads = {}
@@ -236,6 +236,16 @@ class TestLayers:
             grads[setting] = jax.tree.leaves(grad)
         for a, b in zip(*grads.values(), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+    @pytest.mark.parametrize(("remat", "runs"), [("full", 3), ("attention", 2)])  # one of XLA's own gradient
+    def test_what_kernels_attend_may_be_kept(self, wan, monkeypatch, remat, runs):
+        """Then it is not computed once more in the backward pass, also where the rest goes by groups of frames."""
+        monkeypatch.setattr(layers, "HIDDEN_BYTES", 2**12)
+        inputs = wan.sample(wan.SMALL)
+        model = wan.model(remat=remat, attention=MonarchAttention(implementation="xla"))
+        graph, state = nnx.split(model)
+        step = jax.jit(jax.grad(lambda state: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)))
+        assert step.lower(state).as_text().count("call @_forward") == runs
 
     @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "cheap"])
     def test_unrolled_layers_change_nothing(self, wan, remat):

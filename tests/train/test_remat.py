@@ -37,7 +37,7 @@ def chosen(available, figures, estimates=None, **options):
     return choice, compiled
 
 
-FIGURES = {"none": 150, "cheap": 71, "dots": 50, "full": 18}
+FIGURES = {"none": 150, "cheap": 71, "dots": 50, "attention": 20, "full": 18}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ FIGURES = {"none": 150, "cheap": 71, "dots": 50, "full": 18}
         (141, "cheap", ["none", "cheap"]),
         (119, "cheap", ["cheap"]),  # 150 is so far beyond that it is not compiled
         (75, "dots", ["cheap", "dots"]),
-        (24, "full", ["full"]),
+        (24, "attention", ["attention"]),
+        (20, "full", ["attention", "full"]),
         (10, "full", ["full"]),
     ],
 )
@@ -63,7 +64,7 @@ def test_one_line_says_what_and_why():
     assert line == "remat auto: cheap takes 71 GiB of 119 GiB on each device; none takes 150 GiB (estimate)"
     said = "remat auto: none takes 150 GiB of 200 GiB on each device, and nothing is recomputed"
     assert str(chosen(200, FIGURES)[0]) == said
-    assert str(chosen(10, FIGURES)[0]).endswith("dots takes 50 GiB (estimate), and nothing takes less")
+    assert str(chosen(10, FIGURES)[0]).endswith("attention takes 20 GiB (estimate), and nothing takes less")
 
 
 def test_compilers_that_say_nothing_leave_the_estimate():
@@ -91,7 +92,7 @@ def test_kinds_are_those_of_the_network(unchecked):
     assert set(REMAT) == set(wan.REMAT)
     assert model_settings(ModelConfig(remat="cheap")).remat == "cheap"
     assert model_settings(ModelConfig(remat=AUTO)).remat == "full"
-    with pytest.raises(UserError, match="remat is 'some'; choose from none, cheap, dots, full, auto"):
+    with pytest.raises(UserError, match="remat is 'some'; choose from none, cheap, dots, attention, full, auto"):
         ModelConfig(remat="some")  # type: ignore[arg-type]
 
 
@@ -157,5 +158,5 @@ def test_a_run_and_what_it_says(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "remat auto: full takes " in said
     assert "of 96 KiB on each device; none takes " in said
-    assert said.count("(estimate)") == 3
+    assert said.count("(estimate)") == len(REMAT) - 1
     assert json.loads((tmp_path / "run" / CONFIG_NAME).read_text())["model"]["remat"] == AUTO
