@@ -19,6 +19,7 @@ from monarchrt.models.media.video import read_clip
 from monarchrt.models.sampling import Noise
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.fp8 import CAPABILITY, fp8_products
+from monarchrt.models.wan.passes import default_passes
 from monarchrt.models.wan.unrolled import UnrolledWan, unroll_layers
 
 WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
@@ -72,7 +73,10 @@ class Opened(Protocol):
 
 def unrolled_if_asked(model: WanModel, config: GenerateConfig) -> WanModel | UnrolledWan:
     """The network, its layers unrolled with `--unroll-layers yes`; for one video the larger program is not worth it."""
-    return unroll_layers(model) if config.unroll else model
+    if not config.unroll:
+        return model
+    sizes = model.config
+    return unroll_layers(model, passes=default_passes(sizes.dtype, sizes.dim) if config.mesh is None else None)
 
 
 def check_precision(config: GenerateConfig) -> None:

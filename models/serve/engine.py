@@ -22,6 +22,7 @@ from monarchrt.models.sampling import LiveRollout, Rollout
 from monarchrt.models.sampling.rollout import check_size
 from monarchrt.models.serve.messages import Refusal
 from monarchrt.models.wan import WanModel
+from monarchrt.models.wan.passes import default_passes
 from monarchrt.models.wan.unrolled import Cut, UnrolledWan, unroll_layers
 from monarchrt.models.web.encodings import ENCODINGS
 
@@ -78,7 +79,9 @@ class Engine:
         self.networks: Mapping[str, WanModel | UnrolledWan] = self.models
         if unroll:
             cut: Cut = {}
-            unrolled = {name: unroll_layers(model, cut=cut) for name, model in self.models.items()}
+            config = pipeline.model.config
+            passes = default_passes(config.dtype, config.dim) if pipeline.mesh is None else None
+            unrolled = {name: unroll_layers(model, cut=cut, passes=passes) for name, model in self.models.items()}
             self.networks, self.models = unrolled, {name: network.model for name, network in unrolled.items()}
             # the stacked layers are let go of
             self.pipeline = VideoPipeline(next(iter(self.models.values())), pipeline.decoder, mesh=pipeline.mesh)

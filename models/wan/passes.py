@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from monarch_jax.devices import cuda_capability
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.wan.rope import rotate
 
@@ -28,6 +29,15 @@ def check_passes(passes: str | None, dtype: Any, width: int) -> None:
 
         if reason := supports(jnp.dtype(dtype), width):
             raise ValueError(f"passes='triton' cannot serve this network: {reason}")
+
+
+def default_passes(dtype: Any, width: int) -> Passes | None:
+    """What generation on one device takes: the kernels where they were measured, on Hopper; else nothing of its own."""
+    if int(cuda_capability() or 0) != 9:
+        return None
+    from monarchrt.triton_kernels.row_passes import supports
+
+    return "triton" if supports(jnp.dtype(dtype), width) is None else None
 
 
 def norm_rotate_write(

@@ -76,6 +76,24 @@ def test_lowered(what, operands, aliases):
     assert text.count("output_operand_alias<") == aliases
 
 
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "chosen"),
+    [
+        (9.0, "bfloat16", 1536, "triton"),
+        (9.0, "float32", 1536, None),
+        (9.0, "bfloat16", 9000, None),
+        (8.0, "bfloat16", 1536, None),
+        (10.0, "bfloat16", 1536, None),
+        (None, "bfloat16", 1536, None),
+    ],
+)
+def test_default(monkeypatch, capability, dtype, width, chosen):
+    """The kernels where they were measured, and where they can run."""
+    monkeypatch.setattr(passes, "cuda_capability", lambda: capability)
+    assert passes.default_passes(dtype, width) == chosen
+
+
 def test_kernels_are_refused_by_name():
     with pytest.raises(ValueError, match=r"passes='tritan' is not None, 'triton' or 'plain'"):
         passes.check_passes("tritan", jnp.bfloat16, 8)

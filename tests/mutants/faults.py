@@ -54,6 +54,7 @@ FAULTS = (
     Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
+    Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
     Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),
     Fault(
         "models/wan/fused.py", "(joined, width), (joined, 2 * width)", "(joined, 2 * width), (joined, width)", UNROLLED
