@@ -371,6 +371,37 @@ class TestStages:
         assert not done
         assert "pairs, monarch 97%: not begun" in capsys.readouterr().out
 
+    def test_a_report_is_gone_on_with(self, run, tmp_path):
+        """Without its check or its rows, but for those that memory did not suffice for; not one of another run."""
+        done = []
+
+        def measure(name, attention, args):
+            done.append((name, attention))
+            return {"stage": name, "attention": "dense" if name == "pairs" else attention, "seconds": 1.0}
+
+        shown = {"measure": measure, "line": lambda row: ""}
+        run("stages", "--small", "--stages", "pairs", "ode", "--attention", "dense", check=lambda args: 0.01, **shown)
+        rows = self.rows()
+        before = json.loads(pathlib.Path("results/stages.json").read_text())
+        before["rows"] = [{"stage": "consistency", "attention": "dense", "error": "out of memory"}, *rows]
+        (tmp_path / "before.json").write_text(json.dumps(before))
+        done.clear()
+
+        def check(args):
+            raise AssertionError("the check stands")
+
+        options = ("--small", "--stages", "pairs", "ode", "consistency", "--after", "before.json")
+        run("stages", *options, "--attention", "dense", "monarch 97%", check=check, **shown)
+        kinds = ("consistency", "dense"), ("ode", "monarch 97%"), ("consistency", "monarch 97%")
+        assert done == list(kinds)
+        assert self.rows()[:2] == rows
+        assert json.loads(pathlib.Path("results/stages.json").read_text())["gradient_error"] == 0.01
+        with pytest.raises(SystemExit, match=r"--after before\.json has .*'last': 2.* but this run .*'last': 1"):
+            run("stages", *options, "--last", "1", check=check, **shown)
+        (tmp_path / "before.json").write_text("[]")
+        with pytest.raises(SystemExit, match=r"--after before\.json is not a stages\.json of this script"):
+            run("stages", *options, check=check, **shown)
+
 
 @pytest.mark.slow
 def test_meshes_are_measured_beside_one_device(tmp_path):
