@@ -26,6 +26,7 @@ It chooses nothing by the outcome.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ from claims_report import write_report
 from finetuning import CLIPS, Program, once, windows_of
 from low_rank import LowRankAttention  # settings can name it then
 
-from monarch_jax import MonarchSpec
+from monarch_jax import MonarchSpec, monarch_factors
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.media.video import read_clip
@@ -53,7 +54,7 @@ from monarchrt.train.evaluation.subject import Subject, noisy_example, open_subj
 from monarchrt.train.loop import train
 from monarchrt.train.studies.approximations import dense_map, error_of, misaligned, monarch_projection
 from monarchrt.train.studies.config import MapConfig
-from monarchrt.train.studies.maps import _factored, captured_scores
+from monarchrt.train.studies.maps import captured_scores
 
 DENSE, ORACLE = "dense", "top_k(keep=0.15)"
 GRID = (16, 8, 28)  # of models that are trained here
@@ -140,12 +141,14 @@ class Model:
     Attributes:
         seed: Its number in file names.
         subject: The network and its examples.
+        clip: That its videos begin with, if it is not where the run says.
         further: Settings of finetuning.
         folder: Where its results go.
     """
 
     seed: int
     subject: Subject
+    clip: Path | None
     further: TrainConfig
     folder: Path
 
@@ -180,12 +183,15 @@ def models_of(args: argparse.Namespace) -> list[Model]:
     for seed in args.seeds:
         if args.demos:
             subject, demo = open_subject(str(args.demos[seed] / "dense"), video=args.video), DemoConfig()
+            clip = args.video
         else:
             subject, demo = trained(args, seed)
+            clip = demo.clip
         demo = dataclasses.replace(demo, finetune_steps=args.steps)
         path = args.out / f"model-{seed}"
         path.mkdir(parents=True, exist_ok=True)
-        found.append(Model(seed=seed, subject=subject, further=further_runs(demo)[0], folder=path))
+        further = further_runs(demo)[0]
+        found.append(Model(seed=seed, subject=subject, clip=clip, further=further, folder=path))
     grids = {model.subject.grid for model in found}
     if len(grids) > 1 or next(iter(grids))[0] not in SWAPPED:
         raise SystemExit(f"error: models on grids {sorted(grids)}; they must be of one, of {list(SWAPPED)} frames")
@@ -209,7 +215,7 @@ def trained(args: argparse.Namespace, seed: int) -> tuple[Subject, DemoConfig]:
     source = windows_of(clips, settings, int(text_dim), held_out=HELD_OUT)
     if not (settings.run.folder / "checkpoints" / str(args.dense_steps)).is_dir():  # else other processes may read it
         train(settings, source=source, quiet=True)
-    subject = open_subject(str(demo.folder / "dense"))
+    subject = open_subject(str(demo.folder / "dense"), video=demo.clip)  # wherever it was trained
     return dataclasses.replace(subject, source=source), demo
 
 
@@ -223,6 +229,12 @@ def reachable(text: str, grid: tuple[int, int, int]) -> str | None:
     except ValueError as error:
         return " ".join(str(error).split())
     return None
+
+
+def turned(settings: tuple[str, ...], models: list[Model]) -> tuple[str, ...]:
+    """The same, from another one on for each model: processes side by side use what others have compiled by then."""
+    first = round(models[0].seed * len(settings) / 3) % len(settings)
+    return settings[first:] + settings[:first]
 
 
 def settings_on(grid: tuple[int, int, int]) -> list[str]:
@@ -258,7 +270,7 @@ def videos(model: Model, settings: list[str], seeds: tuple[int, ...]) -> list[di
     """Measures of the videos, by `monarchrt evaluate`; records with the number of the setting, 0 for dense."""
     config = EvaluateConfig(
         checkpoint=model.subject.checkpoint,
-        video=None,
+        video=model.clip,
         attention=tuple(settings),
         seeds=seeds,
         windows=0,
@@ -280,7 +292,7 @@ def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[
     grid = models[0].subject.grid
     there = settings_on(grid)
     terms = {}
-    for text in (DENSE, *there):
+    for text in turned((DENSE, *there), models):
         terms[text] = [model.loss(text, loss) for model in models]
         print(f"{np.mean(terms[text]):.4f}  {text}", flush=True)
     shown = filmed(grid)
@@ -339,7 +351,7 @@ def tuned(models: list[Model], loss: Loss) -> list[dict[str, Any]]:
         made = programs[text].train(network, model.subject.source, model.seed)
         return loss_terms(dataclasses.replace(model.subject, model=made), setting, loss)
 
-    for text in (DENSE, *TUNED[grid[0]]):
+    for text in turned((DENSE, *TUNED[grid[0]]), models):
         for model in models:
             path = model.folder / f"tuned-{named(text)}.npy"
             after.setdefault(text, []).append(once(path, lambda m=model, t=text: measure(m, t)))
@@ -373,16 +385,24 @@ def forms_of(grid: tuple[int, int, int]) -> dict[str, tuple[str, MonarchSpec]]:
     return {name: (family, spec) for name, (family, spec) in forms.items() if spec.density <= MOST}
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "tile"))
+def apart(query: jax.Array, key: jax.Array, exact: jax.Array, *, grid: Any, tile: Any) -> jax.Array:
+    """Relative error of the factored map, T = 1, of one head: query and key [N, d], exact [N, N]."""
+    made = monarch_factors(query[None, :, None], key[None, :, None], grid=grid, tile=tile, num_iters=1).attention[0, 0]
+    return jnp.sqrt(jnp.square(made - exact).sum(1).sum() / jnp.square(exact).sum(1).sum())
+
+
 def errors_of(model: Model) -> dict[str, dict[str, list[float]]]:
     """Relative error of maps by form, one for each map: T = 1, and the nearest matrix where maps are small."""
     grid = model.subject.grid
     errors: dict[str, dict[str, list[float]]] = {}
     for scores in captured_scores(model.subject, MapConfig(levels=(0.3, 0.9))):
         exact = dense_map(scores.query, scores.key)
+        there = jnp.asarray(exact)
         for name, (_, spec) in forms_of(grid).items():
             values = errors.setdefault(name, {"T=1": [], "projection": []})
             tile = None if spec.tile_shape == spec.grid else spec.tile_shape
-            values["T=1"].append(error_of(_factored(scores, spec.grid, tile, 1), exact).relative)
+            values["T=1"].append(float(apart(scores.query, scores.key, there, grid=spec.grid, tile=tile)))
             if len(exact) <= WHOLE:
                 values["projection"].append(error_of(monarch_projection(exact, spec), exact).relative)
     return errors

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from monarch_jax import monarch_factors
 from monarchrt.models.wan import wan_config
 from monarchrt.train.objectives.registry import objective_names, settings_class
-from monarchrt.train.studies.approximations import dense_map
+from monarchrt.train.studies.approximations import dense_map, error_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -471,3 +472,17 @@ def test_claims_are_printed_and_drawn_again(run, capsys, tmp_path):
     assert "1 surely farther: 4,8,14 to 2,8,14." in said
     assert (tmp_path / "results" / "claims.md").read_text() == said
     assert (tmp_path / "results" / "claims.png").stat().st_size > 10_000
+
+
+def test_errors_of_maps_and_the_order_of_claims(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    claims = importlib.import_module("claims")
+    query, key = jax.random.normal(jax.random.key(0), (2, 24, 8)) * 2
+    exact = dense_map(np.asarray(query), np.asarray(key))
+    for grid, tile in (((2, 3, 4), None), ((2, 3, 4), (1, 3, 2)), ((1, 8, 3), None)):
+        made = monarch_factors(query[None, :, None], key[None, :, None], grid=grid, tile=tile, num_iters=1)
+        expected = error_of(np.asarray(made.attention[0, 0]), exact).relative
+        assert float(claims.apart(query, key, exact, grid=grid, tile=tile)) == pytest.approx(expected, rel=1e-5)
+    settings = tuple("abcdef")
+    orders = [claims.turned(settings, [types.SimpleNamespace(seed=seed)]) for seed in range(4)]
+    assert orders == [tuple("abcdef"), tuple("cdefab"), tuple("efabcd"), tuple("abcdef")]
