@@ -59,6 +59,7 @@ from monarchrt.train.studies.maps import captured_scores
 DENSE, ORACLE = "dense", "top_k(keep=0.15)"
 GRID = (16, 8, 28)  # of models that are trained here
 HELD_OUT = 0.3  # of each clip; the shortest has 74 frames
+FILMED = {4: None, 16: 31}  # by frames of a window: those of a video; None: as many windows as `generate` makes
 MOST, WHOLE = 0.3, 1000  # density of forms that are compared on maps; tokens of maps that are projected too
 
 SWAPPED: dict[int, tuple[str, ...]] = {  # by frames of a window
@@ -273,6 +274,7 @@ def videos(model: Model, settings: list[str], seeds: tuple[int, ...]) -> list[di
         video=model.clip,
         attention=tuple(settings),
         seeds=seeds,
+        frames=FILMED[model.subject.grid[0]],
         windows=0,
         out=model.folder / "videos",
         resume=True,
