@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import left, overlapped, refine, refine_backward, right, rows, sparse, streamed
+from monarchrt.triton_kernels import left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
@@ -32,6 +32,8 @@ KERNELS = {
     "sparse_query_product": sparse.sparse_query_product,
     "norm_rotate_write": rows.norm_rotate_write,
     "gated_norm": rows.gated_norm,
+    "channel_norm": pixels.channel_norm,
+    "doubled_norm": pixels.doubled_norm,
 }
 # enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas it finds, with jax[cuda13]
 # CUDA 13.0's at the oldest, while Triton would write for its own, which may be newer

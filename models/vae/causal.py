@@ -1,4 +1,4 @@
-"""Causal 3x3x3 convolutions by the kernel for Hopper, where it serves; their gradient is XLA's."""
+"""Causal 3x3x3 convolutions, and norms between them, by kernels where they serve; their gradients are XLA's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -92,6 +93,68 @@ def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Floa
 def silu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """x / (1 + exp(-x)), in x's dtype; computed in float32 at least, or each step would be rounded."""
     return jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+def norm_by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a kernel makes norm and SiLU of pixels [..., C]: XLA takes a pass for each."""
+    if implementation != "mosaic" or not on_cuda(capability=9):
+        return False
+    from monarchrt.triton_kernels.pixel_passes import supports
+
+    return supports(x) is None
+
+
+@jax.custom_vjp
+def norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
+    """`silu` of `channel_norm`, by the kernel."""
+    from monarchrt.triton_kernels.pixel_passes import channel_norm as kernel
+
+    return kernel(x, gamma)
+
+
+def plain_norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
+    """The same as XLA does it."""
+    return silu(channel_norm(x, gamma))
+
+
+@jax.custom_vjp
+def doubled_norm_silu(
+    y: Float[Array, "N h w abC"], gamma: Float[Array, " C"]
+) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]]:
+    """`doubled`, and norm and SiLU of it, by the kernel."""
+    from monarchrt.triton_kernels.pixel_passes import doubled_norm as kernel
+
+    return kernel(y, gamma)
+
+
+def plain_doubled_norm_silu(
+    y: Float[Array, "N h w abC"], gamma: Float[Array, " C"]
+) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]]:
+    """The same as XLA does it."""
+    x = doubled(y)
+    return x, plain_norm_silu(x, gamma)
+
+
+def doubled(y: Float[Array, "N h w abC"]) -> Float[Array, "N H W C"]:
+    """Frames of twice the size: pixel (2h + a, 2w + b) is the one for a, b of the four that y has at (h + a, w + b)."""
+    y = rearrange(y, "n h w (a b d) -> n h w a b d", a=2, b=2)
+    height, width = y.shape[1] - 1, y.shape[2] - 1
+    each = [[y[:, a : a + height, b : b + width, a, b] for b in range(2)] for a in range(2)]
+    y = jnp.stack([jnp.stack(row, axis=3) for row in each], axis=2)  # [n, h, 2, w, 2, d]
+    return rearrange(y, "n h a w e d -> n (h a) (w e) d")
+
+
+def _by_xla(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradients of what a kernel makes."""
+
+    def pull(arguments: tuple[Array, ...], gradients: Any) -> tuple[Array, ...]:
+        return jax.vjp(plain, *arguments)[1](gradients)
+
+    return pull
+
+
+norm_silu.defvjp(lambda *x: (norm_silu(*x), x), _by_xla(plain_norm_silu))
+doubled_norm_silu.defvjp(lambda *x: (doubled_norm_silu(*x), x), _by_xla(plain_doubled_norm_silu))
 
 
 def _forward(*arguments: Any) -> tuple[tuple[Array, ...], tuple[Array | None, ...]]:

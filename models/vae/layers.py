@@ -5,6 +5,7 @@ earlier input, and returns the new one beside its output; zeros are the past of 
 in pieces of any number of frames, and the result is the same.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,8 +15,18 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from monarchrt.models.broadcasting import along_last
-from monarchrt.models.vae.causal import Implementation, by_kernel, causal_convolution, channel_norm, norms
-from monarchrt.models.vae.causal import silu as activated
+from monarchrt.models.vae.causal import (
+    Implementation,
+    by_kernel,
+    causal_convolution,
+    channel_norm,
+    doubled,
+    doubled_norm_silu,
+    norm_by_kernel,
+    norm_silu,
+    norms,
+    plain_norm_silu,
+)
 
 type Video = Float[Array, "_ _ _ _ _"]  # [B, T, H, W, C]
 type Past = Any  # a pytree of arrays [B, frames, H, W, C]
@@ -176,13 +187,20 @@ class ChannelNorm(nnx.Module):
     """x / |x| over channels, times sqrt(C) and a weight; computed in float32 at least."""
 
     def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.implementation: Implementation | None = None  # as `WanVAE` says
         self.gamma = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
 
     def __call__(self, x: Float[Array, "*batch C"], *, silu: bool = False) -> Float[Array, "*batch C"]:
         """Normalises, and applies SiLU if told to; keeps the dtype."""
         # Two axes: among the tiles of five, XLA searches for the best of a GPU kernel for a minute.
-        rows = channel_norm(x.reshape(-1, x.shape[-1]), self.gamma[...])
-        return (activated(rows) if silu else rows).reshape(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if not silu:
+            made = channel_norm(rows, self.gamma[...])
+        elif norm_by_kernel(self.implementation, rows):
+            made = norm_silu(rows, self.gamma[...])
+        else:
+            made = plain_norm_silu(rows, self.gamma[...])
+        return made.reshape(x.shape)
 
 
 class ResidualBlock(nnx.Module):
@@ -265,15 +283,35 @@ class Upsample(nnx.Module):
         """The past of the second frame: the first is not part of it."""
         return self.time_conv.empty_past(batch, height, width) if hasattr(self, "time_conv") else ()
 
-    def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
-        """The next frames and the new past; `first` says that this is the first frame, alone."""
+    def __call__(
+        self, x: Video, past: Past, *, first: bool, norm: ChannelNorm | None = None
+    ) -> tuple[tuple[Video, Video | None], Past]:
+        """The next frames, and after a norm and SiLU; and the new past.
+
+        Args:
+            x: Frames.
+            past: Of the convolution in time.
+            first: Whether this is the first frame, alone.
+            norm: What the next block begins with, if that is a norm and SiLU.
+
+        Returns:
+            Frames, and frames after `norm` and SiLU if there is one; and the new past.
+        """
         if hasattr(self, "time_conv") and not first:
             y, past = self.time_conv.after(past, x)
             x = rearrange(y, "b t h w (two c) -> b (t two) h w c", two=2)
-        return self._convolve_doubled(x), past
+        four = self._convolve_doubled(x)
+        made = jax.ShapeDtypeStruct((4 * math.prod(x.shape[:4]), four.shape[-1] // 4), four.dtype)
+        if norm is not None and norm_by_kernel(norm.implementation, made):
+            frames, normed = doubled_norm_silu(four, norm.gamma[...])
+        else:
+            frames = doubled(four)
+            normed = None if norm is None else norm(frames, silu=True)
+        shape = (*x.shape[:2], *frames.shape[1:])
+        return (frames.reshape(shape), None if normed is None else normed.reshape(shape)), past
 
-    def _convolve_doubled(self, x: Video) -> Video:
-        """`self.conv` of x with every row and column twice, from x itself and with 4 of 9 products.
+    def _convolve_doubled(self, x: Video) -> Float[Array, "N h w abC"]:
+        """`self.conv` of x with every row and column twice, as `doubled` takes it; with 4 of 9 products.
 
         The 3 x 3 pixels around one of the larger frame are at most 2 x 2 of x: rows h - 1 and h if it is the first of
         two, h and h + 1 if it is the second. So it is a convolution of 2 x 2, whose weights are sums, for each of 4.
@@ -282,7 +320,6 @@ class Upsample(nnx.Module):
         kernel = self.conv.kernel[0]
         precise = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
         summed = jnp.einsum("aik,bjl,klcd->ijcabd", steps.astype(precise.dtype), steps.astype(precise.dtype), precise)
-        batch, time, height, width, _ = x.shape
         planes = rearrange(x.astype(self.conv.dtype), "b t h w c -> (b t) h w c")
         summed = rearrange(summed, "i j c a b d -> i j c (a b d)").astype(planes.dtype)
         y = jax.lax.conv_general_dilated(
@@ -290,10 +327,7 @@ class Upsample(nnx.Module):
         )
         if self.conv.bias is not None:
             y = y + along_last(jnp.tile(self.conv.bias[...].astype(y.dtype), 4), y)
-        y = rearrange(y, "n h w (a b d) -> n h w a b d", a=2, b=2)
-        each = [[y[:, a : a + height, b : b + width, a, b] for b in range(2)] for a in range(2)]
-        y = jnp.stack([jnp.stack(row, axis=3) for row in each], axis=2)  # [n, h, 2, w, 2, d]
-        return rearrange(y, "(b t) h a w e d -> b t (h a) (w e) d", b=batch, t=time)
+        return y
 
 
 class Downsample(nnx.Module):

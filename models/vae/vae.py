@@ -75,6 +75,8 @@ class Coder(nnx.Module):
                 norm, both = _norm_of(following), not isinstance(following, Head)
                 (x, after), past = block(x, old, first=first, normed=normed, norm=norm, both=both)
                 normed = None if norm is None else after
+            elif isinstance(block, Upsample):
+                (x, normed), past = block(x, old, first=first, norm=_norm_of(following))
             elif isinstance(block, Head):
                 x, past = block(x, old, first=first, normed=normed)
             else:
@@ -172,8 +174,9 @@ class WanVAE(nnx.Module):
         rngs: Stream `params`.
         dtype: Of the convolutions and of the cache; norms, softmax and what goes in and out are float32 at least.
         param_dtype: Of the parameters.
-        implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper wherever it serves;
-            "xla"; None: where JAX runs on such a GPU, the kernel where it was measured to be quicker.
+        implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper wherever it serves,
+            with Triton's for the norms that it does not do; "xla"; None: where JAX runs on such a GPU, the kernel where
+            it was measured to be quicker.
     """
 
     def __init__(
@@ -193,7 +196,7 @@ class WanVAE(nnx.Module):
         self.conv2 = Conv(config.z_dim, config.z_dim, (1, 1, 1), **options)
         self.decoder = Decoder(config, **options)
         for _, module in nnx.iter_modules(self):
-            if isinstance(module, Conv):
+            if isinstance(module, Conv | ChannelNorm):
                 module.implementation = implementation
 
     @property

@@ -105,9 +105,19 @@ def compile_launch(call, capability, dtype="bf16"):
     from triton.backends.nvidia import compiler as nvidia
     from triton.compiler import ASTSource
 
-    from monarchrt.triton_kernels import left, overlapped, refine, refine_backward, right, rows, sparse, streamed
+    from monarchrt.triton_kernels import (
+        left,
+        overlapped,
+        pixels,
+        refine,
+        refine_backward,
+        right,
+        rows,
+        sparse,
+        streamed,
+    )
 
-    modules = (left, overlapped, refine, refine_backward, right, rows, sparse, streamed)
+    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
     listed = (
         "starts",

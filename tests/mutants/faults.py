@@ -42,6 +42,7 @@ DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
 ROWS = ("tests/kernels/test_rows.py",)
+PIXELS = ("tests/kernels/test_pixels.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
@@ -54,6 +55,15 @@ FAULTS = (
     Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
+    Fault("triton_kernels/pixels.py", "column // 2 + b\n", "column // 2 + a\n", PIXELS, "interpreter"),
+    Fault("triton_kernels/pixels.py", "tl.maximum(tl.sum(x * x, 1), 1e-24)", "tl.sum(x * x, 1)", PIXELS, "interpreter"),
+    Fault(
+        "models/vae/causal.py",
+        "plain_doubled_norm_silu))",
+        "lambda y, g: plain_doubled_norm_silu(y, g * g)))",
+        PIXELS,
+        "grad",
+    ),
     Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
     Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),
     Fault(
@@ -276,7 +286,7 @@ FAULTS = (
         "clipped",
     ),
     Fault("models/vae/causal.py", "x.shape[-1] ** 0.5", "x.shape[-1]", VAE, "test_encode"),
-    Fault("models/vae/layers.py", "y[:, a : a + height,", "y[:, :height,", VAE, "test_decode"),
+    Fault("models/vae/causal.py", "y[:, a : a + height,", "y[:, :height,", VAE, "test_decode"),
     Fault("models/vae/layers.py", "self.kernel[-steps:]", "self.kernel[: steps or None]", VAE, "test_decode"),
     Fault(
         "models/vae/vae.py",

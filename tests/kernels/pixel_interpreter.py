@@ -1,0 +1,52 @@
+"""Runs the kernels over pixels in Triton's interpreter, in place of the calls, and prints errors as JSON.
+
+In a process of its own: TRITON_INTERPRET=1 counts when the kernels are imported. What they make starts as NaN.
+"""
+
+import inspect
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from monarchrt.models.vae import causal
+from monarchrt.triton_kernels import pixel_passes, pixels
+from monarchrt.triton_kernels.pixel_passes import PixelConfig
+
+
+def run(call: Any, arrays: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """`pixel_passes._call` in the interpreter."""
+    tensors = {name: torch.tensor(np.asarray(x)) for name, x in arrays.items()}
+    for name, x in made.items():
+        tensors[name] = torch.full(x.shape, float("nan"), dtype=torch.float32)
+    kernel = getattr(pixels, call.kernel)
+    names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
+    kernel[call.grid](**{name: tensors[name] for name in names}, **call.constants)
+    return {name: jnp.asarray(tensors[name].numpy()) for name in call.writes}
+
+
+def error(found: Any, right: Any) -> float:
+    """The largest difference; infinite where something is not a number."""
+    difference = float(np.abs(np.asarray(found) - np.asarray(right)).max())
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def normal(number: int, *shape: int) -> jax.Array:
+    """Random numbers."""
+    return jax.random.normal(jax.random.key(number), shape)
+
+
+if __name__ == "__main__":
+    pixel_passes._call = run
+    pixel_passes.SIZES = {name: PixelConfig(numbers=64, warps=4) for name in pixel_passes.SIZES}
+    gamma = 1 + normal(0, 24) / 8
+    x = normal(1, 2, 3, 4, 24).at[1, 2].set(0.0)  # pixels without a length too
+    y = normal(2, 3, 5, 4, 4 * 24)  # frames of 4 x 3
+    found = {
+        "norm": error(causal.norm_silu(x, gamma), causal.plain_norm_silu(x, gamma)),
+        "doubled": max(map(error, causal.doubled_norm_silu(y, gamma), causal.plain_doubled_norm_silu(y, gamma))),
+    }
+    print(json.dumps(found))

@@ -1,0 +1,119 @@
+"""Kernels over pixels of the autoencoder: against XLA in the interpreter, compiled ahead of time, who takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from monarchrt.models.vae import causal
+from monarchrt.models.vae.layers import ChannelNorm, Upsample
+from monarchrt.triton_kernels import compile_for, pixel_passes
+from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, interpreted, missing
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PIXELS = [struct(6, 120, 208, 384), struct(12, 240, 416, 192), struct(12, 480, 832, 96), struct(3, 90, 160, 384)]
+
+
+@missing("triton", "torch")
+def test_interpreter_agrees_with_xla():
+    (found,) = interpreted("pixel_interpreter")
+    assert set(found) == {"norm", "doubled"}
+    assert all(error <= 2e-6 for error in found.values()), found
+
+
+@missing("triton")
+@pytest.mark.parametrize("x", PIXELS, ids=str)
+def test_compiled_ahead_of_time(monkeypatch, x):
+    """Pixels stay in registers, four programs or more on a multiprocessor."""
+    assert pixel_passes.supports(x) is None
+    calls = []
+
+    def keep(call, arrays, made):
+        calls.append(call)
+        return {name: jnp.zeros(y.shape, y.dtype) for name, y in made.items()}
+
+    monkeypatch.setattr(pixel_passes, "_call", keep)
+    frames, height, width, channels = x.shape
+    y = struct(frames, height // 2 + 1, width // 2 + 1, 4 * channels)
+    jax.eval_shape(causal.norm_silu, x, struct(channels))
+    jax.eval_shape(causal.doubled_norm_silu, y, struct(channels))
+    assert [call.kernel for call in calls] == ["channel_norm", "doubled_norm"]
+    for call in calls:
+        assert call.grid[0] * call.constants["ROWS"] == frames * height * width
+        registers, spills, shared = compile_launch(call, 90)
+        assert (registers <= 128, spills, shared <= SHARED_MEMORY[90] // 8) == (True, 0, True), call.kernel
+
+
+@missing("triton", "jax_triton")
+def test_lowered():
+    """One kernel each."""
+    gamma = struct(96)
+    for what, x in ((causal.norm_silu, struct(64, 96)), (causal.doubled_norm_silu, struct(1, 5, 9, 384))):
+        with compile_for(90):
+            text = jax.jit(what).trace(x, gamma).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call @triton_kernel_call") == 1
+
+
+@pytest.mark.parametrize("doubles", [False, True])
+def test_gradients_are_those_of_xla(monkeypatch, doubles):
+    """With the kernel in the forward pass, whatever it is."""
+    name = "doubled_norm" if doubles else "channel_norm"
+    own = causal.doubled_norm_silu if doubles else causal.norm_silu
+    plain = causal.plain_doubled_norm_silu if doubles else causal.plain_norm_silu
+    monkeypatch.setattr(pixel_passes, name, plain)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 32))
+    gamma = 1 + jax.random.normal(jax.random.key(1), (8 if doubles else 32,)) / 8
+
+    def loss(of):
+        return lambda *x: sum(jnp.vdot(jnp.sin(y), y) for y in jax.tree.leaves(of(*x)))
+
+    found, wanted = (jax.grad(loss(of), argnums=(0, 1))(x, gamma) for of in (own, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+def test_layers_take_them_where_they_serve(monkeypatch):
+    """A norm, and what follows a doubling, by the kernels in half precision; in float32 and elsewhere by XLA."""
+    taken = []
+
+    def kernel(name, plain):
+        return lambda *x: taken.append(name) or plain(*x)
+
+    monkeypatch.setattr(pixel_passes, "missing_packages", lambda: None)
+    monkeypatch.setattr(pixel_passes, "channel_norm", kernel("norm", causal.plain_norm_silu))
+    monkeypatch.setattr(pixel_passes, "doubled_norm", kernel("doubled", causal.plain_doubled_norm_silu))
+    results = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        up = Upsample(32, temporal=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        norm = ChannelNorm(16, param_dtype=dtype, rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(0), (1, 2, 8, 16, 32), dtype)
+        for capability in (9.0, 8.0):
+            monkeypatch.setattr(causal, "on_cuda", lambda *, capability, present=capability: present >= capability)
+            for implementation in ("mosaic", "xla"):
+                norm.implementation = implementation
+                (frames, normed), past = up(x, (), first=False, norm=norm)
+                assert normed is not None
+                assert (frames.shape, normed.shape, past) == ((1, 2, 16, 32, 16),) * 2 + ((),)
+                again = norm(frames, silu=True)
+                results[dtype, capability, implementation] = frames, normed, again
+                expected = ["doubled", "norm"] * ((dtype, capability, implementation) == (jnp.bfloat16, 9.0, "mosaic"))
+                assert taken == expected
+                taken.clear()
+        first, *others = (results[key] for key in results if key[0] == dtype)
+        for other in others:
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), np.float32(b)), first, other)
+
+
+def test_what_is_not_served_is_said():
+    if reason := pixel_passes.missing_packages():
+        pytest.skip(reason)
+    for x, said in [
+        (struct(64, 96, dtype=jnp.float32), "float32 is not one of bfloat16"),
+        (struct(64, 20), "20 channels are above 1024, or not a multiple of 8"),
+        (struct(63, 96), "63 pixels are not a multiple of 32"),
+    ]:
+        assert said in (pixel_passes.supports(x) or "")

@@ -1,0 +1,79 @@
+"""Passes over pixels as Triton kernels, those of `pixels.py`: what they serve, their sizes, and the calls."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from monarchrt.triton_kernels import missing_packages
+from monarchrt.triton_kernels.config import power_of_two, target
+from monarchrt.triton_kernels.plan import Launch
+
+DTYPES = ("bfloat16", "float16")
+MOST = 1024  # channels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelConfig:
+    """Numbers that a program takes at once, a power of two, and its warps."""
+
+    numbers: int
+    warps: int
+
+    def rows(self, channels: int) -> int:
+        """Pixels of so many channels."""
+        return max(1, self.numbers // power_of_two(channels, 16))
+
+
+SIZES = {"channel_norm": PixelConfig(numbers=4096, warps=4), "doubled_norm": PixelConfig(numbers=4096, warps=4)}
+
+
+def supports(x: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why the kernels cannot make pixels [..., C], or None when they can; asks no device."""
+    if reason := missing_packages():
+        return reason
+    if x.dtype.name not in DTYPES:
+        return f"dtype {x.dtype.name} is not one of {', '.join(DTYPES)}."
+    *pixels, channels = x.shape
+    if channels > MOST or channels % 8:
+        return f"{channels} channels are above {MOST}, or not a multiple of 8."
+    if math.prod(pixels) % (rows := max(config.rows(channels) for config in SIZES.values())):
+        return f"{math.prod(pixels)} pixels are not a multiple of {rows}."
+    return None
+
+
+def channel_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Norm over channels, with weights [C], and SiLU of pixels [..., C]."""
+    *pixels, channels = x.shape
+    results = _run("channel_norm", {"x": x, "gamma": gamma}, ("normed",), (*pixels, channels), {})
+    return results["normed"]
+
+
+def doubled_norm(y: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Frames of twice the size out of [n, H + 1, W + 1, 4 C], see `pixels.doubled_norm`; and their norm and SiLU."""
+    frames, height, width, channels = y.shape[0], y.shape[1] - 1, y.shape[2] - 1, y.shape[3] // 4
+    shape = frames, 2 * height, 2 * width, channels
+    sizes = {"HEIGHT": height, "WIDTH": width}
+    results = _run("doubled_norm", {"y": y, "gamma": gamma}, ("x", "normed"), shape, sizes)
+    return results["x"], results["normed"]
+
+
+def _run(
+    kernel: str, arrays: dict[str, jax.Array], made: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """The arrays that a kernel makes, all of one shape [..., C] and of the first operand's dtype."""
+    config, (*pixels, channels) = SIZES[kernel], shape
+    rows = config.rows(channels)
+    constants = sizes | {"C": channels, "CP": power_of_two(channels, 16), "ROWS": rows}
+    grid = (math.prod(pixels) // rows, 1, 1)
+    launch = Launch(kernel, made, grid, constants, config.warps, 1)
+    dtype = next(iter(arrays.values())).dtype
+    return _call(launch, arrays, dict.fromkeys(made, jax.ShapeDtypeStruct(shape, dtype)))
+
+
+def _call(call: Launch, arrays: dict[str, jax.Array], made: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    from monarchrt.triton_kernels import launch
+
+    shapes = made | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    return launch.call(call, arrays, shapes, target().compute_capability)
