@@ -167,9 +167,11 @@ class SVGAttention(ListedAttention):
                 jnp.exp(x - jnp.where(top == -jnp.inf, 0.0, top)[..., None]) for x, top in zip(kept, tops, strict=True)
             ]
             totals = lax.reduce(tuple(weights), (none,) * 3, lambda x, y: tuple(map(jnp.add, x, y)), (3,))
-            weights, total = jnp.stack(weights).astype(value.dtype), jnp.moveaxis(jnp.stack(totals), 2, 3)[..., None]
-            out = jnp.einsum("mbnrk,bknd->mbrnd", weights, value, preferred_element_type=wide)
-            return out / jnp.where(total == 0.0, 1.0, total)
+            joined = jnp.concatenate(weights, axis=2).astype(value.dtype)  # rows of all three: one product
+            out = jnp.einsum("bnrk,bknd->bnrd", joined, value, preferred_element_type=wide)
+            total = jnp.concatenate(totals, axis=2)[..., None]
+            out = jnp.stack(jnp.split(out / jnp.where(total == 0.0, 1.0, total), 3, axis=2))
+            return jnp.moveaxis(out, 2, 3)
 
         chunk = min(len(rows), MOST_AT_A_TIME)
         chunks = jnp.pad(rows, (0, -len(rows) % chunk), mode="edge").reshape(-1, chunk)
