@@ -141,6 +141,11 @@ def sparse_forward(
     d, c = tl.arange(0, DP), tl.arange(0, N)
     block, r, end, is_last = own_tokens(starts, bh, BLOCKS, PARTS, M)
     live_r = r < end
+    first += (bh * BLOCKS + block) * LISTED
+    last += (bh * BLOCKS + block) * LISTED
+    n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
+    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
+    at = tl.load(first)
     q += (b * NQ * H + h) * D
     k += (b * NK * H + h) * D
     v += (b * NK * H + h) * D
@@ -149,15 +154,10 @@ def sparse_forward(
     if BAND:
         place = tl.load(places + bh * NQ + r, mask=live_r, other=0)
         key_places += bh * NK
-    first += (bh * BLOCKS + block) * LISTED
-    last += (bh * BLOCKS + block) * LISTED
-    n_whole = tl.load(whole + bh * BLOCKS + block) * SLICES
-    n_all = tl.load(count + bh * BLOCKS + block) * SLICES
     top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     o_r = tl.zeros([M, DP], tl.float32)
     factor = scale * LOG2_E
-    at = tl.load(first)
     for n in tl.range(0, n_whole, num_stages=STAGES):
         x, _, v_c = whole_block(q_r, k, v, at, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
