@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from monarchrt.models.attention.base import NOWHERE, Attention, CacheShape, Context, Density, Grid
 from monarchrt.models.attention.masked import frames_of_slots
+from monarchrt.models.host import check_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,9 @@ def capture(
 
     Raises:
         ValueError: If a layer or head does not exist.
+        UserError: If `JAX_PLATFORMS` leaves the CPU out, through which what is captured passes.
     """
+    check_host("capture")
     config = model.config
     for name, numbers, count in (("layers", layers, config.num_layers), ("heads", heads, config.num_heads)):
         for number in numbers or ():

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from monarchrt.models.host import check_host
 from monarchrt.models.wan.dit import Times, Tokens, WanModel
 
 
@@ -54,7 +55,11 @@ def watching(model: WanModel) -> Iterator[tuple[WanModel, list[NetworkCall]]]:
 
     Yields:
         The network to run, whatever samples it, and the list, which is complete when the block is left.
+
+    Raises:
+        UserError: If `JAX_PLATFORMS` leaves the CPU out.
     """
+    check_host("watching a network")
     calls: list[NetworkCall] = []
 
     def hand_on(latents: Any, timesteps: Any) -> None:

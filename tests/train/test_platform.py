@@ -34,6 +34,24 @@ def test_only_a_plugin_that_cannot_work_is_left_out(tmp_path, monkeypatch, plugi
     assert environment == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("cuda", "cuda,cpu"),  # progress and captured maps are handed to the host through a CPU device
+        ("cuda,", "cuda,cpu"),
+        ("cuda,cpu", "cuda,cpu"),
+        ("cpu", "cpu"),
+        ("cpu,cuda", "cpu,cuda"),
+        ("", ""),
+        (None, None),
+    ],
+)
+def test_a_cpu_is_there_beside_a_gpu(given, expected):
+    environment = {} if given is None else {"JAX_PLATFORMS": given}
+    platform.keep_cpu(environment)
+    assert environment.get("JAX_PLATFORMS") == expected
+
+
 @pytest.mark.skipif(not any("cuda" in name for name in platform.installed_plugins()), reason="no CUDA plugin here")
 def test_a_command_is_silent(environment):
     program = (

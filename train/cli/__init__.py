@@ -13,7 +13,7 @@ from typing import Any
 
 from monarchrt.models.errors import UserError, disk_full_reason
 from monarchrt.train.cli.compile_cache import OFF_VARIABLE, keep_programs
-from monarchrt.train.cli.platform import leave_out_cuda
+from monarchrt.train.cli.platform import keep_cpu, leave_out_cuda
 from monarchrt.train.cli.registry import COMMANDS
 from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
@@ -108,6 +108,7 @@ def _answer(given: list[str]) -> int:
         print(f"monarchrt {importlib.import_module('monarch_jax').__version__}")
         return 0
     leave_out_cuda()
+    keep_cpu()
     with stoppable():
         return _run(given[0], given[1:])
 

@@ -1,4 +1,4 @@
-"""Without an NVIDIA driver, JAX's CUDA plugin prints a traceback when it is installed; here it is left out. No JAX."""
+"""What JAX_PLATFORMS says before JAX is imported: no CUDA plugin without a driver, and a CPU beside any GPU. No JAX."""
 
 import importlib.metadata
 import importlib.util
@@ -29,6 +29,16 @@ def leave_out_cuda(environment: MutableMapping[str, str] = os.environ, *, root: 
         return
     if importlib.util.find_spec("libtpu") is None:
         environment[VARIABLE] = "cpu"
+
+
+def keep_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Adds the CPU to a JAX_PLATFORMS that leaves it out: what a program hands to the host passes through it.
+
+    The first that is named stays the default.
+    """
+    named = [name for name in environment.get(VARIABLE, "").split(",") if name]
+    if named and "cpu" not in named:
+        environment[VARIABLE] = ",".join((*named, "cpu"))
 
 
 def installed_plugins() -> set[str]:

@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.attention.capture import capture
+from monarchrt.models.errors import UserError
 from monarchrt.models.sampling import Rollout, autoregressive
 from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan.watched import watching
 
 
 @pytest.fixture(scope="module")
@@ -53,4 +55,15 @@ def test_what_a_roll_out_sees(model):
 )
 def test_what_does_not_exist(model, chosen, says):
     with pytest.raises(ValueError, match=says), capture(model, **chosen):
+        pass
+
+
+@pytest.mark.parametrize("what", [capture, watching])
+def test_what_passes_through_the_host_needs_a_cpu(monkeypatch, model, what):
+    def none(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    monkeypatch.setattr(jax.config, "read", lambda name: "cuda")
+    with pytest.raises(UserError, match="JAX_PLATFORMS='cuda' leaves out; it could be cuda,cpu"), what(model):
         pass
