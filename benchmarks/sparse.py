@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's 
         {"key": {"early": True}},
     ),
     "sparse_forward": (
+        {"packed": 16},  # where blocks are of different sizes
         {"stages": 2},
         {"stages": 4},
         {"keys": 32, "stages": 4},

@@ -31,7 +31,8 @@ class BlockLists:
     """For each block of one side, the blocks of the other side that it meets, each once.
 
     Attributes:
-        entries: int32 [B, H, blocks, L], numbers of blocks; what follows the first `count` is not read.
+        entries: int32 [B, H, blocks, L], numbers of blocks; what follows the first `count` is not read. After those
+            that are whole, longer blocks come first.
         whole: int32 [B, H, blocks], how many of the first hold as many tokens as a block can and are seen whole.
         count: int32 [B, H, blocks], how many there are.
     """
@@ -143,16 +144,18 @@ def block_mask(
     uncut = xp.broadcast_to(width is None if cut is None else ~xp.asarray(cut), seen.shape)
     lengths = [xp.asarray(x)[..., 1:] - xp.asarray(x)[..., :-1] for x in starts]
     seen = seen & (lengths[0] > 0)[..., :, None] & (lengths[1] > 0)[..., None, :]
-    keys = _lists(seen, uncut & (lengths[1] == sizes[1])[..., None, :], most)
-    across = [xp.swapaxes(x, -1, -2) for x in (seen, uncut & (lengths[0] == sizes[0])[..., :, None])]
+    shorter = [size - x for size, x in zip(sizes, lengths, strict=True)]  # than a block can be
+    keys = _lists(seen, uncut & (shorter[1] == 0)[..., None, :], shorter[1], most)
+    across = [xp.swapaxes(x, -1, -2) for x in (seen, uncut & (shorter[0] == 0)[..., :, None])]
     return BlockMask(
-        query_starts=starts[0], key_starts=starts[1], keys=keys, queries=_lists(across[0], across[1], None),
-        query_places=query_places, key_places=key_places, rows=sizes[0], columns=sizes[1], width=width, sink=sink,
+        query_starts=starts[0], key_starts=starts[1], keys=keys,
+        queries=_lists(*across, shorter[0], None), query_places=query_places, key_places=key_places, rows=sizes[0],
+        columns=sizes[1], width=width, sink=sink,
     )  # fmt: skip
 
 
-def _lists(seen: Any, whole: Any, most: int | None) -> BlockLists:
-    """Numbers of blocks along the last axis, those that are seen whole first, each kind in ascending order."""
+def _lists(seen: Any, whole: Any, shorter: Any, most: int | None) -> BlockLists:
+    """Numbers of blocks along the last axis, those that are seen whole first, then by length, else ascending."""
     xp, blocks = (jnp, seen.shape[-1]) if isinstance(seen, jax.Array) else (np, seen.shape[-1])
     count = seen.sum(-1).astype(np.int32)
     if xp is np:
@@ -161,8 +164,8 @@ def _lists(seen: Any, whole: Any, most: int | None) -> BlockLists:
             raise ValueError(f"most={most} blocks of keys, but a block of queries sees {longest}.")
         most = longest
     numbers = np.arange(blocks, dtype=np.int32)[None, None, None]
-    rank = xp.where(seen, xp.where(whole, numbers, numbers + blocks), 2 * blocks)
-    entries = xp.sort(rank, -1)[..., : most or blocks] % blocks
+    rank = xp.where(whole, numbers, numbers + blocks * (1 + shorter[..., None, :]))
+    entries = xp.sort(xp.where(seen, rank, np.iinfo(np.int32).max), -1)[..., : most or blocks] % blocks
     return BlockLists(entries=entries.astype(np.int32), whole=(seen & whole).sum(-1).astype(np.int32), count=count)
 
 

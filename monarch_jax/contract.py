@@ -98,7 +98,8 @@ class SparseProblem:
 class Side(NamedTuple):
     """The blocks of one side, queries or keys, and for each of them the blocks of the other side that it meets.
 
-    Lists hold the blocks that are seen whole first: these hold as many tokens as a block can and need no mask.
+    Lists hold the blocks that are seen whole first: these hold as many tokens as a block can and need no mask. Of the
+    others, longer ones come first.
 
     Attributes:
         starts: int32 [B, H, blocks + 1], token that a block begins with; it ends where the next one begins.

@@ -189,7 +189,8 @@ def launches(
         grid = (blocks * -(-most // part), heads, batch)
         return Launch(name, writes, grid, common | sizes | more, config.warps, config.stages, config.registers)
 
-    first = one(KERNELS[0], chosen.sparse_forward, ("out", "lse"), of_queries=True, **mask)
+    packed = packed_parts(problem, chosen.sparse_forward)
+    first = one(KERNELS[0], chosen.sparse_forward, ("out", "lse"), of_queries=True, **mask, PACKED=packed)
     of_keys, product = chosen.sparse_key_backward, chosen.sparse_query_product
     if scores is None or product is None:
         return (
@@ -207,6 +208,20 @@ def launches(
         calls.append(one("sparse_key_scores", of_keys, writes, of_queries=False, heads=n, **key_sizes))
         calls.append(one(PRODUCT, product, ("dq",), of_queries=True, heads=n, **slot))
     return tuple(calls)
+
+
+def packed_parts(problem: "SparseProblem", config: Config) -> int:
+    """Keys of the parts that shorter blocks go in, several in a step; 0: a block at a time, as with a band."""
+    return min(config.packed, config.keys) if problem.width is None else 0
+
+
+def shorter(queries: "Side", columns: int, part: int) -> jax.Array:
+    """Of the blocks that are not whole, how many have a first part, a second and so on; int32 [B, H, blocks, parts]."""
+    at = jnp.arange(queries.first.shape[-1], dtype=jnp.int32)
+    listed = (at >= queries.whole[..., None]) & (at < queries.count[..., None])
+    lengths = jnp.where(listed, queries.last - queries.first, 0)
+    parts = [(lengths > begin).sum(-1, dtype=jnp.int32) for begin in range(0, columns, part)]
+    return jnp.stack(parts, -1)
 
 
 def slots(queries: "Side", keys: "Side", tokens: int) -> jax.Array:
@@ -257,8 +272,12 @@ def forward(
         out [B, Nq, H, D] in q's dtype and lse float32 [B, H, Nq], to the base 2, infinite where no key is seen.
     """
     batch, tokens, heads, _ = q.shape
-    call = launches(problem, q, k, queries, keys, _configs(problem, q, queries))[0]
+    chosen = _configs(problem, q, queries)
+    call = launches(problem, q, k, queries, keys, chosen)[0]
+    part = packed_parts(problem, chosen.sparse_forward)
+    few = shorter(queries, problem.columns, part) if part else queries.count  # not read
     arrays = {"q": q, "k": k, "v": v, "scale": float(problem.scale), **_lists(queries), "key_places": keys.places}
+    arrays["few"] = few
     shapes = {"out": q, "lse": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)}
     results = _run(call, arrays, shapes)
     return results["out"], results["lse"]

@@ -31,6 +31,8 @@ class Config:
         more_keys: Kernels of R: key columns of a second part, so that 80 run as 64 + 16, not as 128.
         registers: Most registers per thread; None leaves it to the compiler. A stream has its own.
         early: `sparse_key_backward`: the product with the values comes before the exponential.
+        packed: `sparse_forward` without a band: blocks of fewer keys than others go in parts of so many, a power of two
+            of them in one step. 0: a block at a time.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Config:
     more_keys: int = 0
     registers: int | None = None
     early: bool = False
+    packed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,41 @@ def cut_block(
 
 
 @kernel
+def packed_columns(
+    first: tl.tensor, last: tl.tensor, n: tl.tensor, c: tl.tensor, few: tl.tensor, LEVELS: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Step n of blocks with fewer keys, in parts of PACKED: its keys, and which there are.
+
+    First parts of all blocks come first, then second parts of those that have one, longer blocks being first in the
+    list; `few` says how many have a part, for each of the LEVELS.
+    """
+    part = n * (c.shape[0] // PACKED) + c // PACKED
+    n_all = tl.load(few)
+    entry, level = part, tl.zeros_like(part)
+    for at in tl.static_range(1, LEVELS):
+        n_more = tl.load(few + at)
+        entry = tl.where(part >= n_all, part - n_all, entry)
+        level = tl.where(part >= n_all, at, level)
+        n_all += n_more
+    live = part < n_all
+    column = tl.load(first + entry, mask=live, other=0) + level * PACKED + c % PACKED
+    return column, column < tl.load(last + entry, mask=live, other=0)
+
+
+@kernel
+def packed_block(
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, column: tl.tensor, live_c: tl.tensor, d: tl.tensor,
+    SIZE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Scores [M, N] of keys that lie in several blocks, and values."""
+    k_c = load_block(k, column, live_c, d, SIZE, ROW, D, DP, False)
+    v_c = load_block(v, column, live_c, d, SIZE, ROW, D, DP, False)
+    x = tl.dot(q_r, k_c.T, input_precision=PRECISION)
+    return tl.where(live_c[None, :], x, LOWEST), v_c
+
+
+@kernel
 def softmax_step(
     x: tl.tensor, v_c: tl.tensor, top: tl.tensor, total: tl.tensor, out: tl.tensor, factor: tl.tensor,
     PRECISION: tl.constexpr,
@@ -126,11 +161,11 @@ def softmax_step(
 @kernel
 def sparse_forward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
-    count: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor,
-    NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Output and log-sum-exp of M queries. Grid (parts of blocks of queries, H, B)."""
     PARTS: tl.constexpr = (ROWS + M - 1) // M
@@ -162,13 +197,28 @@ def sparse_forward(
         x, _, v_c = whole_block(q_r, k, v, at, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
         at = following(first, n, n_all, SLICES)
-    for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        x, _, v_c = cut_block(
-            q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
-            PRECISION,
-        )  # fmt: skip
-        top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
-        at = following(first, n, n_all, SLICES)
+    if PACKED:
+        LEVELS: tl.constexpr = (COLUMNS + PACKED - 1) // PACKED
+        EACH: tl.constexpr = N // PACKED
+        few += (bh * BLOCKS + block) * LEVELS
+        first += n_whole // SLICES
+        last += n_whole // SLICES
+        n_parts = tl.load(few)
+        for level in tl.static_range(1, LEVELS):
+            n_parts += tl.load(few + level)
+        column, live_c = packed_columns(first, last, 0, c, few, LEVELS, PACKED)
+        for n in tl.range(0, (n_parts + EACH - 1) // EACH, num_stages=min(STAGES, 2)):  # places take memory too
+            x, v_c = packed_block(q_r, k, v, column, live_c, d, SIZE, H * D, D, DP, PRECISION)
+            top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+            column, live_c = packed_columns(first, last, n + 1, c, few, LEVELS, PACKED)
+    else:
+        for n in tl.range(n_whole, n_all, num_stages=STAGES):
+            x, _, v_c = cut_block(
+                q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+                PRECISION,
+            )  # fmt: skip
+            top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
+            at = following(first, n, n_all, SLICES)
     none = top < SEES_NONE
     total = tl.where(none, 1.0, total)
     o_r = tl.where(none[:, None], 0.0, o_r / total[:, None])

@@ -17,11 +17,16 @@ import numpy as np
 import torch
 
 from monarch_jax.block_sparse import _side, block_mask
-from monarch_jax.contract import SparseProblem
+from monarch_jax.contract import Side, SparseProblem
 from monarchrt.triton_kernels import sparse
-from monarchrt.triton_kernels.block_sparse import KERNELS, SparseConfigs, kept, launches, slots
+from monarchrt.triton_kernels.block_sparse import KERNELS, SparseConfigs, kept, launches, shorter, slots
 from monarchrt.triton_kernels.config import Config
 from tests.kernels.sparse_cases import CASES, Case, error
+
+
+def few(problem: SparseProblem, part: int, queries: Side):
+    """What the forward pass is given beside the lists."""
+    return shorter(queries, problem.columns, part) if part else queries.count
 
 
 def run_case(case: Case) -> dict[str, float]:
@@ -42,8 +47,11 @@ def run(case: Case, keep: bool) -> dict[str, float]:
     keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, case.batch, case.heads)
     q_struct, k_struct = (jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k))
     chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16, early=case.ragged)))
-    if keep:  # with parts of other sizes, and one head at a time
-        chosen = dataclasses.replace(chosen, sparse_query_product=Config(rows=32, keys=32), scratch_bytes=2**40)
+    if keep:  # with parts of other sizes, short blocks in parts of their own, and one head at a time
+        packed = dataclasses.replace(chosen.sparse_forward, packed=4)
+        chosen = dataclasses.replace(
+            chosen, sparse_forward=packed, sparse_query_product=Config(rows=32, keys=32), scratch_bytes=2**40
+        )
         whole = kept(problem, q_struct, queries, chosen)
         assert whole is not None
         chosen = dataclasses.replace(chosen, scratch_bytes=whole.size * whole.dtype.itemsize // case.heads)
@@ -68,6 +76,7 @@ def run(case: Case, keep: bool) -> dict[str, float]:
                 continue
             arrays[name] = torch.full(shape.shape, float("nan"), dtype=getattr(torch, shape.dtype.name))
         kernel = getattr(sparse, call.kernel)
+        arrays["few"] = torch.tensor(np.asarray(few(problem, call.constants.get("PACKED", 0), queries)))
         names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
         kernel[call.grid](**{name: arrays[name] for name in names}, **call.constants)
         if "out" in call.writes:

@@ -129,6 +129,7 @@ def compile_launch(call, capability, dtype="bf16"):
         "key_places",
         "query_places",
         "slots",
+        "few",
         "layer",
         "at",
     )
