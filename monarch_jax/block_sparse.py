@@ -147,10 +147,10 @@ def block_mask(
     shorter = [size - x for size, x in zip(sizes, lengths, strict=True)]  # than a block can be
     keys = _lists(seen, uncut & (shorter[1] == 0)[..., None, :], shorter[1], most)
     across = [xp.swapaxes(x, -1, -2) for x in (seen, uncut & (shorter[0] == 0)[..., :, None])]
+    queries = _lists(across[0], across[1], shorter[0], None)
     return BlockMask(
-        query_starts=starts[0], key_starts=starts[1], keys=keys,
-        queries=_lists(*across, shorter[0], None), query_places=query_places, key_places=key_places, rows=sizes[0],
-        columns=sizes[1], width=width, sink=sink,
+        query_starts=starts[0], key_starts=starts[1], keys=keys, queries=queries, query_places=query_places,
+        key_places=key_places, rows=sizes[0], columns=sizes[1], width=width, sink=sink,
     )  # fmt: skip
 
 
