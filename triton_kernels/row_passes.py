@@ -22,7 +22,7 @@ class RowConfig:
     warps: int
 
 
-SIZES = {"norm_rotate_write": RowConfig(rows=4, warps=4), "gated_norm": RowConfig(rows=4, warps=4)}
+SIZES = {"norm_rotate_write": RowConfig(rows=1, warps=2), "gated_norm": RowConfig(rows=1, warps=2)}
 
 
 def supports(dtype: Any, width: int) -> str | None:

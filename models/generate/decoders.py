@@ -263,7 +263,7 @@ class TinyDecoder(_Compiled):
         config = vae.config
         self.channels, self.spatial, self.temporal = config.z_dim, config.spatial_factor, config.temporal_factor
         self._graph, self._state = self._placed(vae)
-        self._start = vae.decoder_pasts
+        self._start = jax.jit(vae.decoder_pasts, static_argnums=(0, 1, 2))
         self._first, self._next = (
             jax.jit(functools.partial(_decode_tiny, dropped=dropped), static_argnums=0)
             for dropped in (self.temporal - 1, 0)

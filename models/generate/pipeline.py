@@ -121,9 +121,10 @@ class VideoPipeline:
         return self._decoded(parts if keep is None else _kept(parts, keep), plan)
 
     def _decoded(self, parts: Iterator[Array], plan: Plan) -> Iterator[np.ndarray]:
-        state = self.decoder.start(1, *plan.latents[1:])
-        waiting = None
+        state = waiting = None
         for latents in parts:
+            if state is None:  # the network is under way meanwhile
+                state = self.decoder.start(1, *plan.latents[1:])
             frames, state = self.decoder.decode(latents, state)
             if waiting is not None:
                 yield _fetched(*waiting)

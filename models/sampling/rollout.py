@@ -7,7 +7,7 @@ calls of the network are by one compiled program, the same for every step and bl
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
+from monarchrt.models.attention.base import CacheShape
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
 from monarchrt.models.sampling.noise import Noise
 from monarchrt.models.sampling.settings import Rollout, block_noise
 from monarchrt.models.sampling.solve import SolverState, fresh_noise, paired, rows, solver_step, unpair
 from monarchrt.models.sharding import constrain
-from monarchrt.models.wan import WanModel
+from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.causal import (
     WanCache,
     bytes_on_each,
@@ -500,8 +501,13 @@ def check_room(model: WanModel, text: Array, *, frames: int, height: int, width:
     """Raises ValueError unless the caches that `start_cache` makes suit model and text; computes nothing."""
     model.check_context(text.shape[0], text, None)
     room = cache_room(frames, rollout)
-    shape = cache_shape(model.config, text.shape[0], height=height, width=width, **room)
-    jax.eval_shape(partial(empty_runs, model.config, shape))
+    _check_runs(model.config, cache_shape(model.config, text.shape[0], height=height, width=width, **room))
+
+
+@lru_cache(maxsize=64)
+def _check_runs(config: WanConfig, shape: CacheShape) -> None:
+    """Raises ValueError unless the caches of all runs can be; of equal ones, traced once."""
+    jax.eval_shape(partial(empty_runs, config, shape))
 
 
 def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
@@ -513,9 +519,5 @@ def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
 
 def check_size(model: WanModel, shape: tuple[int, ...], *, cached: bool = False) -> None:
     """Raises ValueError unless latents of this shape, over a cache or not, suit the model; computes nothing."""
-
-    def check(latents, timesteps):
-        model.check_latents(latents, timesteps, cached=cached)
-        return latents
-
-    jax.eval_shape(check, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32))
+    latents, timesteps = (jax.ShapeDtypeStruct(x, jnp.float32) for x in (shape, shape[:1]))
+    model.check_latents(latents, timesteps, cached=cached)

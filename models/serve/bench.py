@@ -162,9 +162,11 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         begin, arrivals, frames, waiting = time.perf_counter(), [], [], []
-        video, state = engine.video(texts, 0), engine.start_decoder()
+        video, state = engine.video(texts, 0), None
         for _ in range(blocks):
-            shown, _, state = engine.decode(video.generate(), state)
+            latents = video.generate()
+            state = engine.start_decoder() if state is None else state
+            shown, _, state = engine.decode(latents, state)
             waiting.append(shown)
             if len(waiting) > 1:
                 frames.append(np.asarray(waiting.pop(0)).shape[1])

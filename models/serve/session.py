@@ -390,7 +390,6 @@ class Session:
             if self._begin_with is not None:
                 self._given = dict(enumerate(self._engine.encode(self._begin_with)))
                 self._begin_with = None
-            self._decoder = self._engine.start_decoder()
             self._begin = self._clock()
         return self._video
 
@@ -435,6 +434,8 @@ class Session:
         else:
             latents = given
             video.write(jnp.asarray(given))
+        if self._decoder is None:  # the network is under way meanwhile
+            self._decoder = self._engine.start_decoder()
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
         block = Block(number=self.block, latents=latents, frames=frames, finite=finite, began=began)
         self._under_way.append(block)

@@ -126,9 +126,14 @@ class WanModel(nnx.Module):
         return self.unpatchify(self.run_head(x, tokens.time), grid)
 
     def check_latents(
-        self, latents: Array, timesteps: Array, step: Steps = None, *, cached: bool = False
+        self,
+        latents: Array | jax.ShapeDtypeStruct,
+        timesteps: Array | jax.ShapeDtypeStruct,
+        step: Steps = None,
+        *,
+        cached: bool = False,
     ) -> tuple[int, int, int]:
-        """Raises ValueError unless they fit the configuration; returns the grid of tokens (F, h, w)."""
+        """Raises ValueError unless their shapes fit the configuration; returns the grid of tokens (F, h, w)."""
         config = self.config
         batch, *size, channels = latents.shape
         if channels != config.in_channels:
