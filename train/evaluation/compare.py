@@ -119,6 +119,7 @@ def _records(
             records["distances"] = _distances(config, network, settings, len(prompts))
     if subject is not None:
         records["losses"] = _losses(config, subject, settings)
+        records["examples"] = min(config.windows, subject.source.held_out)
         records["density"] = [_density(subject, setting)._asdict() for setting in settings]
     if made := records["samples"]:  # of videos more is known: how many steps there are
         records["density"] = [made[index]["density"] for index in range(len(settings))]

@@ -105,6 +105,9 @@ class EvaluateConfig:
             raise UserError("features are of videos, and videos is false; leave one of them out")
         if self.videos and not self.seeds:
             raise UserError("seeds is empty; give one or more, such as 0 1 2")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seeds has {seed}; each must lie in [0, 2**32), such as 0 1 2")
         if twice := [seed for n, seed in enumerate(self.seeds) if seed in self.seeds[:n]]:
             raise UserError(f"seeds has {twice[0]} twice; give each once")
         if not self.videos and not self.windows:

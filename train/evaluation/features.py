@@ -5,6 +5,8 @@ or vgg16, as for LPIPS. Which it is follows from the file. What a network sees i
 over all places, at any of several depths.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,9 +75,15 @@ def read_features(path: Path) -> FeatureNetwork:
     if (backbone := lpips.backbone(arrays)) is not None:
         name, convolutions = backbone
         return FeatureNetwork(name, _WIDTHS[name], convolutions)
-    if not _is_lite0(arrays):
-        raise UserError(f"features: {path} is none of the networks that can be used; give {EXPECTED}")
-    return FeatureNetwork("lite0", _WIDTHS["lite0"], _folded(arrays))
+    if _is_lite0(arrays):
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # an array is missing, or of another shape
+            network = FeatureNetwork("lite0", _WIDTHS["lite0"], _folded(arrays))
+            frame = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
+            run = functools.partial(_COMPILED[network.name], size=(SIDE, SIDE))
+            depths = jax.eval_shape(run, frame, network.parameters)
+            if tuple(depth.shape[-1] for depth in depths) == network.widths:
+                return network
+    raise UserError(f"features: {path} is none of the networks that can be used; give {EXPECTED}")
 
 
 def _is_lite0(arrays: dict[str, np.ndarray]) -> bool:
@@ -84,7 +92,7 @@ def _is_lite0(arrays: dict[str, np.ndarray]) -> bool:
     if squeezes or not {*blocks, "_conv_stem.weight", "_conv_head.weight"} <= arrays.keys():
         return False
     ends = [*(blocks[n] for n in _STAGES), "_conv_head.weight"]
-    return tuple(arrays[name].shape[0] for name in ends) == _WIDTHS["lite0"]
+    return tuple(arrays[name].shape[:1] for name in ends) == tuple((width,) for width in _WIDTHS["lite0"])
 
 
 def _folded(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -27,6 +27,10 @@ _VGG = (
     *("tap", (2, 2), (17, 1, 1), (19, 1, 1), (21, 1, 1), "tap", (2, 2), (24, 1, 1), (26, 1, 1), (28, 1, 1), "tap"),
 )
 NETWORKS = {"alex": _ALEX, "vgg": _VGG}
+_SHAPES = {  # channels and side of each convolution's kernel
+    "alex": ((64, 11), (192, 5), (384, 3), (256, 3), (256, 3)),
+    "vgg": tuple((width, 3) for width, count in ((64, 2), (128, 2), (256, 3), (512, 6)) for _ in range(count)),
+}
 SMALLEST = {"alex": 31, "vgg": 16}  # pixels, so that the last layer sees one
 
 
@@ -75,7 +79,8 @@ def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
     found = backbone(arrays)
     if found is None:
         raise UserError(
-            f"lpips: {network_file} holds neither torchvision's alexnet nor its vgg16 (`features.0.weight`, ...)"
+            f"lpips: {network_file} holds neither torchvision's alexnet nor its vgg16 (`features.0.weight`, ..., "
+            f"with the shapes they have there)"
         )
     name, convolutions = found
     linear = [_head(heads, number, linear_file) for number in range(5)]
@@ -91,16 +96,19 @@ def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
 def backbone(arrays: dict[str, np.ndarray]) -> tuple[str, dict[int, tuple[np.ndarray, np.ndarray]]] | None:
     """Which of `NETWORKS` a file's arrays are; and its convolutions (kernel [h, w, in, out], bias) by number."""
     for name, layers in NETWORKS.items():
-        numbers = [layer[0] for layer in layers if len(layer) == 3 and layer != "tap"]
-        wanted = {f"features.{number}.weight" for number in numbers}
-        first = arrays.get("features.0.weight")
-        if first is None or not wanted <= arrays.keys() or first.shape[2] != {"alex": 11, "vgg": 3}[name]:
-            continue
-        convolutions = {}
-        for number in numbers:
-            kernel = arrays[f"features.{number}.weight"].astype(np.float32).transpose(2, 3, 1, 0)
-            convolutions[int(number)] = (kernel, arrays[f"features.{number}.bias"].astype(np.float32))
-        return name, convolutions
+        numbers = [int(layer[0]) for layer in layers if len(layer) == 3 and layer != "tap"]
+        before, shapes = 3, {}
+        for number, (width, side) in zip(numbers, _SHAPES[name], strict=True):
+            shapes[f"features.{number}.weight"], shapes[f"features.{number}.bias"] = (
+                (width, before, side, side),
+                (width,),
+            )
+            before = width
+        if all(key in arrays and arrays[key].shape == shape for key, shape in shapes.items()):
+            return name, {
+                number: (arrays[f"features.{number}.weight"].transpose(2, 3, 1, 0), arrays[f"features.{number}.bias"])
+                for number in numbers
+            }
     return None
 
 
@@ -108,13 +116,17 @@ def read_arrays(path: Path, option: str = "lpips") -> dict[str, np.ndarray]:
     """All arrays of a file of PyTorch or of safetensors, in float32; `option` is what errors begin with.
 
     Raises:
-        UserError: If it is neither.
+        UserError: If it is neither, or has numbers that are not finite.
     """
     try:
         file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-        return {name: np.asarray(file.read(name), np.float32) for name in file.infos}
+        arrays = {name: np.asarray(file.read(name), np.float32) for name in file.infos}
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{option}: {' '.join(str(error).split())}") from error
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{option}: {path} is damaged: {name} has numbers that are not finite")
+    return arrays
 
 
 def _head(heads: dict[str, np.ndarray], number: int, path: Path) -> np.ndarray:

@@ -25,11 +25,13 @@ def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
     """Means over prompts and seeds, and paired intervals of the losses' differences to the reference's.
 
     Args:
-        records: `settings`, `samples`, and perhaps `losses`, `density` and `distances`, one for each setting.
+        records: `settings`, `samples`, and perhaps `losses`, `density` and `distances`, one for each setting; with
+            losses, of how many `examples` they are.
         confidence: Of the intervals.
 
     Returns:
-        `rows`, one for each setting, the reference first; `drift` and `steps` by setting; and the samples.
+        `rows`, one for each setting, the reference first; `drift` and `steps` by setting; the samples, and how many
+        `examples` the losses are of.
     """
     rows, drift, steps = [], {}, {}
     for index, setting in enumerate(records["settings"]):
@@ -56,7 +58,14 @@ def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
                 row["loss_difference"] = float((terms - reference).mean())
                 row["loss_interval"] = list(paired_interval(terms - reference, confidence=confidence))
         rows.append(row)
-    return {"rows": rows, "drift": drift, "steps": steps, "samples": records["samples"], "confidence": confidence}
+    more = {name: records[name] for name in ("examples",) if name in records}
+    return {
+        "rows": rows,
+        "drift": drift,
+        "steps": steps,
+        "samples": records["samples"],
+        "confidence": confidence,
+    } | more
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -87,6 +87,10 @@ class VBenchConfig:
         for name in self.dimensions:
             if name not in DIMENSIONS:
                 raise UserError(f"dimensions has {name!r}; choose from {', '.join(DIMENSIONS)}")
+        if not 0 <= self.seed <= 2**32 - STILL:
+            raise UserError(
+                f"seed is {self.seed}; it must lie in [0, 2**32 - {STILL}], since further videos have the next"
+            )
         number, count = self.part
         if not 0 <= number < count:
             raise UserError(f"part is {number} of {count}; the first number is from 0 on and below the second")

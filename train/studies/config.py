@@ -16,6 +16,12 @@ def check_numbers(name: str, values: tuple[float, ...], low: int, high: int, exa
             raise UserError(f"{name} has {value:g}; each must be above {low:g} and at most {high:g}, such as {example}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError unless it can be one."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must lie in [0, 2**32)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Study:
     """What every study is of."""
@@ -110,8 +116,7 @@ class MapConfig(_Examples):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers("densities", self.densities, 0, 1, "0.05 0.1 0.2")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")
+        check_seed(self.seed)
         for name in ("grid", "crop"):
             value = getattr(self, name)
             if value is not None and min(value) < 1:
@@ -135,6 +140,7 @@ class MassConfig(_Videos):
 
     def __post_init__(self) -> None:
         check_numbers("mass", (self.mass,), 0, 1, "0.95")
+        check_seed(self.seed)
         if self.step < 0:
             raise UserError(f"step is {self.step}; it must be at least 0")
 
@@ -168,6 +174,7 @@ class TilesConfig(_Examples, _Videos):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers("most", (self.most,), 0, 1, "0.2")
+        check_seed(self.seed)
         if not self.steps or min(self.steps) < 1:
             raise UserError(f"steps is {self.steps}; give one or more from 1 on, such as 1 2")
         for name, least in (("repeats", 1), ("videos", 0)):

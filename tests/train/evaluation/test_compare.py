@@ -137,6 +137,14 @@ def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
     assert "cannot resume: seeds is [3], but the evaluation" in capsys.readouterr().err
 
 
+def test_fewer_held_out_examples_than_asked_for_are_said(baseline, tmp_path, capsys):
+    options = ["--windows", "999", "--timesteps", "1", "--no-videos", "--attention", "dense", "--out", str(tmp_path)]
+    assert main(["evaluate", "--checkpoint", str(baseline), *options]) == 0
+    count = json.loads((tmp_path / "report.json").read_text())["examples"]
+    assert count == len(np.load(tmp_path / "losses" / "0.npy")) < 999
+    assert f"note: {count} examples are held out: the loss is of all of them, not of 999" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -152,6 +160,7 @@ def test_it_goes_on(evaluated, tmp_path, monkeypatch, capsys):
         ("--attention dense --ffmpeg none", "ffmpeg none has no libvmaf"),
         ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 8"),
         ("--attention dense --seeds", "seeds"),
+        ("--attention dense --seeds 0 -1", "seeds has -1; each must lie in [0, 2**32), such as 0 1 2"),
         ("--attention dense --seeds 1 2 1", "seeds has 1 twice; give each once"),
         ("--attention top_k(keep=0.5) top_k(keep=0.50)", "attention has top_k(keep=0.50) twice; give each once"),
         ("--attention dense --timesteps 1001", "timesteps is 1001; it must be at most 1000"),

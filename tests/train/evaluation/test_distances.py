@@ -153,6 +153,11 @@ class TestNetworks:
         expected.append(F.relu6(layer(x, "_conv_head", "_bn1")))
         for mine, theirs in zip(found(video), expected, strict=True):
             np.testing.assert_allclose(mine, theirs.mean((2, 3)).numpy(), rtol=2e-4, atol=2e-4)
+        for name, other in (("_bn1.bias", None), ("_blocks.3._expand_conv.weight", torch.zeros(144, 7, 1, 1))):
+            kept = {key: x for key, x in (state | {name: other}).items() if x is not None}
+            torch.save(kept, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+            with pytest.raises(UserError, match=r"b.pth is none of the networks that can be used; give Efficient"):
+                read_features(tmp_path / "b.pth")
 
     def test_alexnet_sees_what_lpips_looks_at(self, tmp_path, monkeypatch):
         monkeypatch.setattr(features, "SIDE", 40)
