@@ -1,4 +1,4 @@
-"""What a run would take on each device, before it begins: nothing is computed and nothing is written.
+"""What a run would take on each device, before it begins: nothing of it is computed and nothing is written.
 
 What is held throughout follows from shapes and from where they are put. What a forward pass keeps for the backward one
 is an estimate, from the loss as it is traced; what the compiled program takes is its compiler's own figure.
@@ -17,6 +17,7 @@ import jax
 from monarchrt.models.memory import Memory, device_memory, reported, shown
 from monarchrt.train.config import AUTO, TrainConfig
 from monarchrt.train.data import Batch
+from monarchrt.train.duration import Estimate, estimated
 from monarchrt.train.logs import duration
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.base import Objective
@@ -86,6 +87,7 @@ class Plan:
         advice: Options that make it take less.
         left: Steps that the run has before it.
         seconds: That one of them takes, the mean of those that it has behind it; None before it has begun.
+        estimate: What they take as reckoned, begun or not.
     """
 
     devices: str
@@ -97,6 +99,7 @@ class Plan:
     advice: tuple[str, ...] = ()
     left: int = 0
     seconds: float | None = None
+    estimate: Estimate | None = None
 
     @property
     def most(self) -> int | None:
@@ -131,6 +134,7 @@ class Plan:
             "remat": None if self.remat is None else dataclasses.asdict(self.remat) | {"kind": self.remat.kind},
             "steps_left": self.left,
             "seconds_per_step": None if self.seconds is None else round(self.seconds, 4),
+            "estimate": None if self.estimate is None else self.estimate.to_dict(),
         }
 
 
@@ -167,16 +171,29 @@ def make_plan(
     devices = list(placement.mesh.devices.flat)
     own = own_device(placement)
     kind = getattr(own, "device_kind", own.platform)
+    roles = role_plans(config, objective=objective, networks=networks, placement=placement, batches=batches)
+    estimate = estimated(
+        objective,
+        graphs=networks.graphs,
+        template=networks.template,
+        accumulation={name: config.trained(name).accumulation for name in config.objective.training},
+        batches={role: batch for several in batches.values() for role, batch in several.items()},
+        device=own,
+        devices=len(devices),
+        left=config.run.steps - done,
+        state={role.role: role.parameters + role.moments + role.average for role in roles},
+    )
     return Plan(
         devices=f"{len(devices)} x {kind}",
         mesh=str(placement.shape),
         available=device_memory(own),
-        networks=role_plans(config, objective=objective, networks=networks, placement=placement, batches=batches),
+        networks=roles,
         steps=tuple(steps or step_plans(networks, placement=placement, step_fn=step_fn, batches=batches)),
         remat=remat,
         advice=_advice(config),
         left=config.run.steps - done,
         seconds=mean_seconds(log),
+        estimate=estimate,
     )
 
 
@@ -315,6 +332,7 @@ def plan_lines(plan: Plan) -> list[str]:
         advice = f"{', '.join(others)}, or {last}" if others else last
         verdict = "it fits" if plan.fits else f"it does not fit; try {advice}"
         lines.append(f"at most {shown(plan.most)} on each device, of {shown(plan.available)}: {verdict}")
+    lines += [] if plan.estimate is None else plan.estimate.lines()
     if plan.seconds is not None:
         left = f"{plan.left} steps are left" if plan.left != 1 else "one step is left"
         took = f"steps took {plan.seconds:.3g} s in the run so far"

@@ -60,6 +60,13 @@ def test_a_plan_as_json(latents, tmp_path, monkeypatch, capsys):
     held = step["memory"]
     assert step["roles"] == ["student"]
     assert held["total"] == sum(held[name] for name in ("arguments", "results", "temporary", "code")) == found["most"]
+    assert found["estimate"]["rates"]["high"] is None
+    (update,) = found["estimate"]["updates"]
+    assert (update["role"], update["updates"], list(update["parts"])) == (
+        "student", 6, ["forward", "backward", "optimizer"]
+    )  # fmt: skip
+    assert 0 < update["of_attention"] < update["tflop"]
+    assert found["estimate"]["seconds"] == pytest.approx(6 * update["seconds"], rel=1e-3)
     chosen = found["remat"]
     assert (chosen["kind"], chosen["tried"][0]["taken"]) == ("none", held["total"])
     batch = 4 * 2 * (math.prod(LATENTS) + 2 * 4)

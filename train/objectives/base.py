@@ -144,6 +144,17 @@ class Objective(abc.ABC):
         """
         return {"forward": None}
 
+    def turns(self, role: str) -> float:
+        """How often on average those loops of a role's loss turn whose number of turns is drawn. Default: once."""
+        return 1.0
+
+    def typical(self, role: str, draws: Any) -> Any:
+        """Draws of a role, of which numbers are given that decide how much is computed, for an estimate of time.
+
+        Default: as they are. What `turns` tells of may stay as it is.
+        """
+        return draws
+
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
         """What the loss of a role keeps of a clip while it makes it, as arrays or shapes, for an estimate of memory.
 

@@ -225,6 +225,10 @@ class DMDObjective(Objective):
 
         return {"roll_out": roll_out, "scores" if role == "student" else "forward": None}
 
+    def turns(self, role: str) -> float:
+        """The student's steps before its last, each of which is as likely to be the last."""
+        return (len(self.settings.student_steps) - 1) / 2
+
     def checks(self) -> Sequence[Check]:
         """Of the student's clips and the critic's loss."""
         return collapse_checks()

@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +222,17 @@ class SelfForcingObjective(DMDObjective):
         Raises:
             UserError: If there is no such run.
         """
+        span = self._span(frames)
+        return None if span is None else jax.random.randint(key, (), span[0], span[1] + 1)
+
+    def typical(self, role: str, draws: DMDDraws) -> DMDDraws:
+        """With a run of blocks in the middle, where it is drawn."""
+        student = cast(RolloutDraws, draws.student)
+        span = self._span(student.noise.shape[1])
+        return draws if span is None else draws._replace(student=student._replace(first=sum(span) // 2))  # type: ignore
+
+    def _span(self, frames: int) -> tuple[int, int] | None:
+        """Between which numbers the first block that is scored is drawn; None where it is not."""
         settings = self.settings
         if not settings.scored_anywhere or settings.scored_frames is None:
             return None
@@ -234,7 +245,7 @@ class SelfForcingObjective(DMDObjective):
                 f"scored_frames is {settings.scored_frames}, but clips have {sum(sizes[alone:])} in blocks of "
                 f"{settings.block}; give as many or fewer"
             )
-        return jax.random.randint(key, (), alone, latest + 1)
+        return alone, latest
 
     def _skipped(self, sizes: list[int]) -> int:
         """Blocks at the beginning of a clip that are not scored, of all blocks' frames.

@@ -1,0 +1,119 @@
+"""How much there is to compute in an update, from the program as it is traced: nothing is compiled and nothing runs.
+
+What is counted are products of matrices, as the operators are defined, so that it does not matter which kernel computes
+them. A loop counts as often as it turns. Keys that a cache does not hold yet count as those that it does.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+
+class Work(NamedTuple):
+    """Multiply-adds, counted as 2.
+
+    Attributes:
+        products: With weights: one matrix for the whole batch.
+        attended: Of attention: a matrix for each sample and head.
+        single: How many of both have operands of float32.
+        precise: How many of these may not be rounded to TensorFloat-32 by a GPU.
+    """
+
+    products: float = 0.0
+    attended: float = 0.0
+    single: float = 0.0
+    precise: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.products + self.attended
+
+    def times(self, count: float) -> "Work":
+        """The same so many times over."""
+        return Work(*(count * x for x in self))
+
+    def plus(self, other: "Work") -> "Work":
+        """Both."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def work(run: Callable[..., Any], *arguments: Any, turns: float = 1.0) -> Work:
+    """Counts a function's products.
+
+    Examples:
+        >>> x = jax.ShapeDtypeStruct((2, 3), "float32")
+        >>> work(lambda x: x @ x.T, x).products
+        24.0
+
+    Args:
+        run: The function.
+        arguments: Arrays or shapes.
+        turns: Of each loop whose number of turns is not known from shapes.
+    """
+    # as on a CPU: there attention is arithmetic that can be read, not kernels
+    with jax.default_device("cpu"):
+        return _of(jax.make_jaxpr(run)(*arguments).jaxpr, turns)
+
+
+def _of(jaxpr: Any, turns: float) -> Work:
+    total = Work()
+    for equation in jaxpr.eqns:
+        total = total.plus(_equation(equation, turns))
+    return total
+
+
+def _equation(equation: Any, turns: float) -> Work:
+    params = equation.params
+    match equation.primitive.name:
+        case "dot_general":
+            return _product(equation)
+        case "conv_general_dilated":
+            kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            count = 2.0 * math.prod(out.shape) * math.prod(kernel.shape) / outputs
+            return Work(products=count, **_kinds(equation, count))
+        case "scan":
+            return _of(params["jaxpr"].jaxpr, turns).times(float(params["length"]))
+        case "while":
+            return _of(params["body_jaxpr"].jaxpr, turns).times(turns)
+        case "cond":  # one of them: the dearest
+            return max((_of(branch.jaxpr, turns) for branch in params["branches"]), key=lambda found: found.total)
+        case "shard_map":
+            return _of(params["jaxpr"], turns).times(float(params["mesh"].size))
+    total = Work()
+    for inner in _within(tuple(params.values())):
+        total = total.plus(_of(inner, turns))
+    return total
+
+
+def _product(equation: Any) -> Work:
+    (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    count = 2.0 * math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
+    where = {"attended": count} if batched else {"products": count}
+    return Work(**where, **_kinds(equation, count))
+
+
+def _kinds(equation: Any, count: float) -> dict[str, float]:
+    if any(x.aval.dtype.itemsize < jnp.dtype("float32").itemsize for x in equation.invars[:2]):
+        return {}
+    precision = equation.params.get("precision")
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    precise = any(x in (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGH) for x in asked)
+    return {"single": count} | ({"precise": count} if precise else {})
+
+
+def _within(values: Any) -> Iterator[Any]:
+    """The programs among the parameters of an equation, such as those of a call."""
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _within(value)
