@@ -65,14 +65,14 @@ CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's 
     ),
     "sparse_forward": (
         {"packed": 16},  # where blocks are of different sizes
-        {"stages": 2},
-        {"stages": 4},
-        {"keys": 32, "stages": 4},
-        {"registers": 168},
         {"keys": 32, "stages": 3, "registers": None},  # three programs to a multiprocessor, which short lists need most
         {"keys": 32, "stages": 2, "registers": 128},  # four
-        {"keys": 32, "stages": 3, "registers": 128},
-        {"warps": 8},
+        {"keys": 64, "stages": 2, "registers": 168},
+        {"keys": 64, "stages": 3, "warps": 8},
+        {"keys": 32, "stages": 4},
+        {"stages": 4},
+        {"stages": 2},
+        {"registers": 168},
         {"rows": 64, "warps": 4},
     ),
 }
@@ -274,7 +274,12 @@ def entry(configs: block_sparse.SparseConfigs) -> dict:
 def parts_of(mask, q):
     """The problem and its two sides, as the kernels are given them."""
     problem = SparseProblem(
-        scale=q.shape[-1] ** -0.5, rows=mask.rows, columns=mask.columns, width=mask.width, sink=mask.sink
+        scale=q.shape[-1] ** -0.5,
+        rows=mask.rows,
+        columns=mask.columns,
+        width=mask.width,
+        sink=mask.sink,
+        even=mask.even,
     )
     sizes = q.shape[0], q.shape[2]
     queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *sizes)

@@ -60,6 +60,7 @@ class BlockMask:
         key_places: int32 [B, H, Nk], likewise.
         width: In blocks that are not seen whole, keys at most so many places from the query are seen; None: all.
         sink: And keys whose places are below this one.
+        even: A promise that each block holds as many tokens as it can, or none, and that there is no band.
     """
 
     query_starts: Any
@@ -72,6 +73,7 @@ class BlockMask:
     columns: int = dataclasses.field(metadata={"static": True})
     width: int | None = dataclasses.field(default=None, metadata={"static": True})
     sink: int = dataclasses.field(default=0, metadata={"static": True})
+    even: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def block_mask(
@@ -151,7 +153,13 @@ def block_mask(
     return BlockMask(
         query_starts=starts[0], key_starts=starts[1], keys=keys, queries=queries, query_places=query_places,
         key_places=key_places, rows=sizes[0], columns=sizes[1], width=width, sink=sink,
+        even=width is None and all(_even(x, size) for x, size in zip(starts, sizes, strict=True)),
     )  # fmt: skip
+
+
+def _even(starts: Any, size: int) -> bool:
+    """Whether blocks are known to hold `size` tokens, or none."""
+    return isinstance(starts, np.ndarray) and bool(np.isin(np.diff(starts), (0, size)).all())
 
 
 def _lists(seen: Any, whole: Any, shorter: Any, most: int | None) -> BlockLists:
@@ -216,7 +224,7 @@ def block_sparse_attention(
     chosen = choose(implementation, query, key)
     problem = SparseProblem(
         scale=float(dim**-0.5 if scale is None else scale), rows=mask.rows, columns=mask.columns, width=mask.width,
-        sink=mask.sink,
+        sink=mask.sink, even=mask.even,
     )  # fmt: skip
     if chosen == "xla":
         return _attend(problem, query, key, value, mask)
@@ -271,6 +279,12 @@ def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
         ends = x[..., -1] if isinstance(x, np.ndarray) else tokens.shape[1]
         if np.any(ends > tokens.shape[1]) or (name == "query_starts" and np.any(ends != tokens.shape[1])):
             raise ValueError(f"the mask's {name} end with {np.max(ends)}; there are {tokens.shape[1]} tokens.")
+    for name, x, size in (
+        ("query_starts", mask.query_starts, mask.rows),
+        ("key_starts", mask.key_starts, mask.columns),
+    ):
+        if mask.even and (mask.width is not None or (isinstance(x, np.ndarray) and not _even(x, size))):
+            raise ValueError(f"the mask says even=True, but it has a band, or blocks of {name} hold fewer than {size}.")
     for x in jax.tree.leaves(mask):
         if x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
             raise ValueError(

@@ -86,6 +86,7 @@ class SparseProblem:
         width: In blocks that are not seen whole, a query sees the keys whose places are at most so far from its own;
             None sees all.
         sink: In those, it also sees the keys whose places are below this one.
+        even: Whether every block that is listed is seen whole, queries and keys: there is nothing to mask.
     """
 
     scale: float
@@ -93,6 +94,7 @@ class SparseProblem:
     columns: int
     width: int | None = None
     sink: int = 0
+    even: bool = False
 
 
 class Side(NamedTuple):

@@ -179,6 +179,7 @@ def launches(
         "PRECISION": "tf32x3" if q.dtype == jnp.float32 else "ieee",
     }
     mask = {"BAND": band, "WIDTH": problem.width if band else 0, "SINK": problem.sink if band else 0}
+    mask["EVEN"] = problem.even
 
     def one(
         name: str, config: Config, writes: tuple[str, ...], *, of_queries: bool, heads: int = heads, **more: int
@@ -211,8 +212,8 @@ def launches(
 
 
 def packed_parts(problem: "SparseProblem", config: Config) -> int:
-    """Keys of the parts that shorter blocks go in, several in a step; 0: a block at a time, as with a band."""
-    return min(config.packed, config.keys) if problem.width is None else 0
+    """Keys of the parts that shorter blocks go in, several in a step. 0: a block at a time, if there are any."""
+    return min(config.packed, config.keys) if problem.width is None and not problem.even else 0
 
 
 def shorter(queries: "Side", columns: int, part: int) -> jax.Array:

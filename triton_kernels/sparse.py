@@ -160,12 +160,12 @@ def softmax_step(
 
 @kernel
 def sparse_forward(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
-    count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor,
-    scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole:
+    tl.tensor, count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse:
+    tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP:
+    tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M:
+    tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
+    BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Output and log-sum-exp of M queries. Grid (parts of blocks of queries, H, B)."""
     PARTS: tl.constexpr = (ROWS + M - 1) // M
@@ -211,7 +211,7 @@ def sparse_forward(
             x, v_c = packed_block(q_r, k, v, column, live_c, d, SIZE, H * D, D, DP, PRECISION)
             top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
             column, live_c = packed_columns(first, last, n + 1, c, few, LEVELS, PACKED)
-    else:
+    elif not EVEN:
         for n in tl.range(n_whole, n_all, num_stages=STAGES):
             x, _, v_c = cut_block(
                 q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
@@ -244,9 +244,9 @@ def query_step(
 def sparse_query_backward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, key_places: tl.tensor,
-    dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr,
+    dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP:
+    tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M:
+    tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
     BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """dQ of M queries, over the same list. Grid (parts of blocks of queries, H, B)."""
@@ -281,13 +281,14 @@ def sparse_query_backward(
         x, k_c, v_c = whole_block(q_r, k, v, at, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, PRECISION)
         dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
         at = following(first, n, n_all, SLICES)
-    for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        x, k_c, v_c = cut_block(
-            q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
-            PRECISION,
-        )  # fmt: skip
-        dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
-        at = following(first, n, n_all, SLICES)
+    if not EVEN:
+        for n in tl.range(n_whole, n_all, num_stages=STAGES):
+            x, k_c, v_c = cut_block(
+                q_r, k, v, at, last, place, key_places, n, c, d, SIZE, H * D, D, DP, COLUMNS, N, BAND, WIDTH, SINK,
+                PRECISION,
+            )  # fmt: skip
+            dq_r = query_step(x, k_c, v_c, g_r, dq_r, lse_r, delta_r, factor, PRECISION)
+            at = following(first, n, n_all, SLICES)
     dq += (b * NQ * H + h) * D
     store_rows(dq, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, dq_r * scale, D)
     if is_last:
@@ -336,10 +337,10 @@ def through_keys(
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
     query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
     NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDE: tl.constexpr, TALL: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND:
+    tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION:
+    tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, SLOTS:
+    tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
 ) -> None:  # fmt: skip
     """dK and dV of N keys; with KEEP also the scores' gradients, in `d_scores` [B, HEADS, SLOTS, WIDE, TALL]."""
     PARTS: tl.constexpr = (COLUMNS + N - 1) // N
@@ -388,22 +389,23 @@ def through_keys(
             keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
             slot = following(slots, n, n_all, SLICES)
         at = following(first, n, n_all, SLICES)
-    for n in tl.range(n_whole, n_all, num_stages=STAGES):
-        inside = (n % SLICES) * M + m
-        r = at + inside
-        live_r = r < tl.load(last + n // SLICES)
-        q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
-        g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
-        lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
-        x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
-        if BAND:
-            query_place = tl.load(query_places + r, mask=live_r, other=0)
-            x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
-        dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
-        if KEEP:
-            keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
-            slot = following(slots, n, n_all, SLICES)
-        at = following(first, n, n_all, SLICES)
+    if not EVEN:
+        for n in tl.range(n_whole, n_all, num_stages=STAGES):
+            inside = (n % SLICES) * M + m
+            r = at + inside
+            live_r = r < tl.load(last + n // SLICES)
+            q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+            g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
+            lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
+            x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
+            if BAND:
+                query_place = tl.load(query_places + r, mask=live_r, other=0)
+                x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
+            dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
+            if KEEP:
+                keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
+                slot = following(slots, n, n_all, SLICES)
+            at = following(first, n, n_all, SLICES)
     keys = wide(c, BATCH * NK * H * D) * (H * D)
     dk += (b * NK * H + h) * D
     dv += (b * NK * H + h) * D
@@ -417,16 +419,16 @@ def through_keys(
 @kernel
 def sparse_key_backward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
-    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places: tl.tensor,
-    dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
-    SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places:
+    tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
+    tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr,
+    EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
     through_keys(
         q, k, v, d_out, lse, delta, starts, first, last, whole, count, first, places, query_places, 0, dk, dk, dv,
-        scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, BATCH, PRECISION, STAGES,
+        scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, EVEN, BATCH, PRECISION, STAGES,
         EARLY, False, 0, 0, 0, 0,
     )  # fmt: skip
 
@@ -437,15 +439,15 @@ def sparse_key_scores(
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
     query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
     NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr,
-    TALL: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND:
+    tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION:
+    tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, WIDE:
+    tl.constexpr, TALL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The same of some heads from `head` on, which also keeps the scores' gradients for `sparse_query_product`."""
     through_keys(
         q, k, v, d_out, lse, delta, starts, first, last, whole, count, slots, places, query_places, head, d_scores,
-        dk, dv, scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, BATCH, PRECISION,
+        dk, dv, scale, NQ, NK, H, D, DP, BLOCKS, LISTED, ROWS, COLUMNS, M, N, BAND, WIDTH, SINK, EVEN, BATCH, PRECISION,
         STAGES, EARLY, True, HEADS, SLOTS, WIDE, TALL,
     )  # fmt: skip
 

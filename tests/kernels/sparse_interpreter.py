@@ -41,7 +41,9 @@ def run(case: Case, keep: bool) -> dict[str, float]:
     query_starts, key_starts = case.starts()
     mask = block_mask(case.seen(), query_starts=query_starts, key_starts=key_starts, **case.options())
     width, sink = case.band or (None, 0)
-    problem = SparseProblem(scale=case.dim**-0.5, rows=case.rows, columns=case.columns, width=width, sink=sink)
+    problem = SparseProblem(
+        scale=case.dim**-0.5, rows=case.rows, columns=case.columns, width=width, sink=sink, even=mask.even
+    )
     lead = (case.batch, case.heads)
     queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, case.batch, case.heads)
     keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, case.batch, case.heads)

@@ -118,6 +118,28 @@ class TestDefinition:
         with pytest.raises(ValueError, match=word):
             block_mask(options.pop("seen"), **options)
 
+    @pytest.mark.parametrize(
+        ("changes", "even"),
+        [
+            ({}, True),
+            (dict(key_starts=[0, 2, 2]), True),  # an empty block is in no list
+            (dict(key_starts=[0, 2, 3]), False),
+            (dict(query_starts=[0, 1, 4]), False),
+            (dict(rows=3), False),
+            (dict(key_starts=jnp.asarray([0, 2, 4]), columns=2), False),
+            (dict(width=3, query_places=np.zeros((1, 1, 4)), key_places=np.zeros((1, 1, 4))), False),
+        ],
+    )
+    def test_what_needs_no_mask(self, changes, even):
+        """The kernels leave out the loop over blocks that do; a mask that only says so is an error."""
+        options: dict[str, Any] = dict(query_starts=[0, 2, 4], key_starts=[0, 2, 4]) | changes
+        mask = block_mask(np.ones((1, 1, 2, 2), bool), **options)
+        assert mask.even is even
+        x = jnp.ones((1, 4, 1, 8))
+        if not even and not isinstance(mask.key_starts, jax.Array):
+            with pytest.raises(ValueError, match=r"even=True, but it has a band, or blocks of (query|key)_starts hold"):
+                block_sparse_attention(x, x, x, dataclasses.replace(mask, even=True))
+
     def test_what_is_wrong_with_a_call(self, unchecked):
         mask = block_mask(np.ones((1, 3, 1, 1), bool), query_starts=[0, 4], key_starts=[0, 4])
         x, y = jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 2, 8))
@@ -295,7 +317,7 @@ def test_every_candidate_of_the_sweep_is_a_program_of_its_own(monkeypatch):
     """`benchmarks/sparse.py --sweep` times what it says: the settings reach the kernels, each time it asks."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     sweep = importlib.import_module("sparse")
-    case = Case(rows=60, columns=60, query_blocks=3, key_blocks=3, dim=64)
+    case = Case(rows=60, columns=60, query_blocks=3, key_blocks=3, dim=64, ragged=True)
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in case.arrays())
     problem, queries, keys = sweep.parts_of(mask_of(case), q)
     saved = (q, k, v, g, jnp.zeros((1, 2, q.shape[1])), queries, keys)
