@@ -169,7 +169,8 @@ class TilesConfig(_Examples, _Videos):
     """Runs that a measured time is the median of."""
 
     videos: int = 3
-    """Videos that are made, with the settings on the Pareto front, spread over it; 0: none."""
+    """Videos that are made: with settings on the Pareto front, spread over it, and if it has fewer, with the fastest
+    others. 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,8 +19,8 @@ from monarchrt.models.attention.registry import SHORT, exact
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
-from monarchrt.models.media.metrics import fidelity
 from monarchrt.train.config import to_dict
+from monarchrt.train.evaluation.metrics import psnr, relative_error
 from monarchrt.train.evaluation.subject import Subject, check_example, noisy_example, open_subject, probed_call
 from monarchrt.train.studies import pictures
 from monarchrt.train.studies.approximations import tiles_of
@@ -219,12 +219,12 @@ def command(config: TilesConfig, choice: Choice) -> str:
 
 
 def _add_videos(points: list[dict[str, Any]], config: TilesConfig, partial: Partial) -> None:
-    """Makes videos with settings on the front, spread over it, and compares them with dense attention's."""
-    front = [point for point in points if point["front"]]
+    """Makes videos with settings on the front, spread over it, then with others; compares with dense attention's."""
+    front, others = ([point for point in points if point["front"] == on] for on in (True, False))
     places = sorted({round(float(x)) for x in np.linspace(0, len(front) - 1, min(config.videos, len(front)))})
-    chosen = [front[place] for place in places]
+    chosen = [front[place] for place in places] + others[: max(0, config.videos - len(front))]
     material = video_material(config)
-    with progress("videos", len(places), quiet=config.quiet) as advance:
+    with progress("videos", len(chosen), quiet=config.quiet) as advance:
 
         @functools.cache  # made when the first is compared with it
         def reference() -> tuple[np.ndarray, np.ndarray]:
@@ -236,13 +236,33 @@ def _add_videos(points: list[dict[str, Any]], config: TilesConfig, partial: Part
                 frames, latents = _video(material, parse(point["setting"]))
             except ValueError as error:  # the video's blocks may be smaller than the examples
                 return {"no_video": " ".join(str(error).split())}
-            apart = float(np.linalg.norm(latents - expected) / np.linalg.norm(expected))
-            return {"psnr": fidelity(frames, dense).psnr, "latent_error": apart}
+            given = 0 if material.initial is None else material.initial.shape[1]
+            return apart((frames, latents), (dense, expected), given=given)
 
         for point in chosen:
             advance(0, point["label"])
             point |= partial.of(_of_video(point), lambda point=point: compared(point))
             advance()
+
+
+def apart(
+    made: tuple[np.ndarray, np.ndarray], dense: tuple[np.ndarray, np.ndarray], *, given: int = 0
+) -> dict[str, float]:
+    """PSNR and the latents' error as `monarchrt evaluate` has them; what a video begins with was not made.
+
+    Args:
+        made: Frames [T, H, W, 3] and latents [1, F, h, w, C].
+        dense: Of dense attention, from the same noise.
+        given: Latent frames that both begin with.
+
+    Returns:
+        `psnr`, dB averaged over frames, and `latent_error`.
+    """
+    (frames, latents), (others, expected) = made, dense
+    per_latent = (len(frames) - 1) // (latents.shape[1] - 1) if latents.shape[1] > 1 else 1  # the first is one frame
+    left = 1 + (given - 1) * per_latent if given else 0
+    error = relative_error(latents[:, given:], expected[:, given:])
+    return {"psnr": float(psnr(frames, others)[left:].mean()), "latent_error": error}
 
 
 def _of_video(point: dict[str, Any]) -> str:

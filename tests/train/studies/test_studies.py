@@ -24,6 +24,7 @@ from monarchrt.train.studies.approximations import (
     tile_order,
     tiles_of,
 )
+from monarchrt.train.studies.config import TilesConfig
 from monarchrt.train.studies.maps import _factored, equation_1
 from monarchrt.train.studies.partial import Partial
 from tests.untyped import there
@@ -240,6 +241,31 @@ class TestCommands:
         whole, mine = (json.loads((tmp_path / name / "tiles.json").read_text()) for name in ("whole", "out"))
         assert mine == whole
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiles.json", "tiles.png"]
+
+
+def test_what_a_video_begins_with_is_not_measured():
+    """Four latents of four frames each but the first, two given: frames 5 to 12, latents 2 and 3."""
+    frames, latents = np.full((13, 4, 4, 3), 100, np.uint8), np.ones((1, 4, 2, 2, 3))
+    other, further = frames.copy(), latents.copy()
+    other[:5], other[5:9], other[9:] = 0, 110, 120  # in the given ones too
+    further[:, :2], further[:, 2] = 7.0, 1.5
+    found = tiles.apart((other, further), (frames, latents), given=2)
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / np.array([100, 400])).mean())
+    assert found["latent_error"] == pytest.approx(np.sqrt(0.25 / 2))
+    assert tiles.apart((frames, latents), (frames, latents)) == {"psnr": 100.0, "latent_error": 0.0}
+
+
+def test_more_videos_than_the_front_has(tmp_path, monkeypatch):
+    """Those of the front, then the fastest others."""
+    points = [{"setting": str(n), "label": str(n), "front": n in (0, 3)} for n in range(5)]
+    monkeypatch.setattr(tiles, "video_material", lambda config: None)
+    asked: list[str] = []
+    monkeypatch.setattr(Partial, "of", lambda self, name, make: asked.append(name) or {})
+    partial = Partial(tmp_path / "part.json", {}, resume=False)
+    for count, chosen in ((1, [0]), (2, [0, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4])):
+        asked.clear()
+        tiles._add_videos(points, TilesConfig(videos=count, quiet=True), partial)
+        assert sorted(asked) == [f"video of {n}" for n in chosen]
 
 
 def test_maps_that_were_stopped_go_on(tmp_path, monkeypatch, capsys):
