@@ -234,7 +234,8 @@ def splits_weights() -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x: jax.Array, narrow: Any) -> jax.Array:
     split = weight_spec(get_abstract_mesh(), x.shape)
-    sent = x if narrow is None else jax.lax.with_sharding_constraint(x.astype(narrow), split)
+    # first split: else the compiler may gather what a barrier around a layer takes, and keep it for the backward pass
+    sent = jax.lax.with_sharding_constraint(x if narrow is None else x.astype(narrow), split)
     return jax.lax.with_sharding_constraint(sent, PartitionSpec(*(None,) * x.ndim)).astype(x.dtype)
 
 
@@ -258,10 +259,16 @@ def no_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "name":
         return params["name"] != WHOLE_WEIGHTS
     if primitive.name == "custom_vjp_call":
-        return any(no_whole_weights(step.primitive, **step.params) for step in params["call_jaxpr"].eqns)
-    if primitive.name == "sharding_constraint":  # to be whole on every device, as only weights are
+        steps = params["call_jaxpr"].eqns
+        return not any(map(_gathers, steps)) and any(no_whole_weights(step.primitive, **step.params) for step in steps)
+    if primitive.name == "sharding_constraint":
         return not params["sharding"].is_fully_replicated
     return primitive.name not in ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")
+
+
+def _gathers(step: Any) -> bool:
+    """Whether a step of a program makes an array whole on every device, as only weights are."""
+    return step.primitive.name == "sharding_constraint" and step.params["sharding"].is_fully_replicated
 
 
 def _auto(mesh: Any) -> bool:

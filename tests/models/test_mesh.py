@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
-from monarchrt.models.sharding import partition, weight_spec
+from monarchrt.models.sharding import no_whole_weights, partition, weight_spec, whole
 from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, padded
 
 
@@ -106,9 +107,23 @@ def test_tokens_that_are_added():
 
 
 def test_nothing_is_split_without_a_mesh():
-    from monarchrt.models.sharding import constrain, on_each_device, whole
+    from monarchrt.models.sharding import constrain, on_each_device
 
     x = jax.numpy.ones((2, 3, 4, 5))
     assert constrain(x, "batch", None, "tokens", None) is x
     assert whole(x) is x
     assert on_each_device(lambda weights, x: x * weights, 2.0, (x,), (("batch", None, "tokens", None),)).sum() == 240
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gathered_weights_are_no_residuals(capsys, dtype):
+    """Also where they are rounded before they travel."""
+    weights, x = jnp.ones((64, 96)), jnp.ones((4, 64), dtype)
+
+    def loss(weights, x):
+        return jnp.sin(x @ whole(weights, dtype=dtype).astype(dtype)).sum()
+
+    with use_abstract_mesh(abstract(fsdp=2)):
+        print_saved_residuals(jax.checkpoint(loss, policy=no_whole_weights), weights, x)
+    kept = {line.partition("]")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("f32[64,96]")}
+    assert kept == {" from the argument weights"}

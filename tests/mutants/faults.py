@@ -41,6 +41,7 @@ TEXTS = ("tests/train/test_texts.py",)
 DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
+MESH = ("tests/models/test_mesh.py",)
 ROWS = ("tests/kernels/test_rows.py",)
 PIXELS = ("tests/kernels/test_pixels.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
@@ -550,6 +551,7 @@ FAULTS = (
     ),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
     # several processes
+    Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),
     Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),
     Fault("models/processes/service.py", "dict.fromkeys((*right, *values))", "dict.fromkeys(right)", PROCESSES, "told"),
     Fault(

@@ -390,6 +390,28 @@ def test_an_empty_value_is_no_folder(arguments, name, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("evaluate", "--mesh"),
+        ("convert", "--mesh"),
+        ("inspect", "--sharding"),
+        ("study map", "--mesh"),
+        ("pairs", "--mesh"),
+    ],
+)
+@pytest.mark.parametrize("between", [" ", "="])
+def test_a_mesh_where_none_is_taken(capsys, command, option, between):
+    assert cli.main(f"{command} {option}{between}fsdp".split()) == 2
+    said = f"error: monarchrt {command} takes no {option}: it works on one device, also on what a mesh has trained; "
+    assert capsys.readouterr().err == f"{said}leave {option} out\n"
+
+
+def test_other_options_that_do_not_exist_say_so(capsys):
+    assert cli.main(["generate", "--sharding", "fsdp"]) == 2  # there is a mesh
+    assert capsys.readouterr().err.startswith("error: Unrecognized options: --sharding, fsdp")
+
+
 def test_unknown_command_and_no_command(capsys):
     assert cli.main(["trian"]) == 2
     assert "command 'trian' is unknown; choose from train" in capsys.readouterr().err

@@ -14,6 +14,8 @@ import sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
+from monarchrt.models.mesh import MeshShape
+from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
@@ -23,9 +25,10 @@ from monarchrt.train.state import create_role, create_state, make_training, spli
 from monarchrt.train.step import make_train_step
 
 config = wan_config("tiny", dim=384, ffn_dim=1024, num_heads=3, num_layers=3, dtype="bfloat16", remat=sys.argv[1])
+mesh = MeshShape.parse(sys.argv[2])
 training = make_training(OptimizerConfig(ema_decay=None), updates=1)
-topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
-placement = Placement(batch=1, mesh="data=1", devices=list(topology.devices))
+topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology=f"1x1x{mesh.size}")
+placement = Placement(batch=mesh.size, mesh=str(mesh), devices=list(topology.devices))
 
 def create():
     _, params, fixed = split_model(WanModel(config, rngs=nnx.Rngs(0)))
@@ -38,25 +41,70 @@ step = make_train_step(
     make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, shardings=places
 )
 state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
-here = jax.NamedSharding(placement.mesh, jax.P())
+here = jax.NamedSharding(placement.mesh, partition(placement.mesh, (mesh.size,), ("batch",)))
 batch = Batch(*(
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
-    for shape in ((1, 6, 32, 32, config.in_channels), (1, config.text_len, config.text_dim))
+    for shape in ((mesh.size, 6, 32, 32, config.in_channels), (mesh.size, config.text_len, config.text_dim))
 ))
 print(step.lower(state, {"student": batch}, due=("student",)).compile().as_text())
 """
+
+
+def compiled(remat: str, mesh: str, flags: str = "") -> str:
+    """The text of a step's program."""
+    pytest.importorskip("jax_cuda13_plugin")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    command = [sys.executable, "-c", STEP, remat, mesh]
+    done = subprocess.run(command, input=H200, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("remat", "times"), [("cheap", 2), ("full", 3)])
 def test_products_are_done_once(remat, times):
     """Of each product with a layer's weights, of the tokens: itself, its input's gradient, and again if recomputed."""
-    pytest.importorskip("jax_cuda13_plugin")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", STEP, remat]
-    done = subprocess.run(command, input=H200, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    layouts = re.findall(r"= \(bf16\[1536,\d+\]\{(.*?)\}.* custom-call\(.*__cublas\$lt\$matmul", done.stdout)
+    text = compiled(remat, "data=1")
+    layouts = re.findall(r"= \(bf16\[1536,\d+\]\{(.*?)\}.* custom-call\(.*__cublas\$lt\$matmul", text)
     assert len(layouts) == times * 8 + 1  # and what patches are embedded by
     if remat == "cheap":  # else what is kept would be transposed beside gradients that lie otherwise
         assert set(layouts) == {"1,0"}
+
+
+AHEAD = "--xla_gpu_enable_pipelined_all_gather=true --xla_gpu_enable_while_loop_double_buffering=true"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "ahead"), [("", 0.0), (AHEAD, 0.5)])  # two layers a turn, of which one is used in it
+def test_weights_may_be_gathered_a_layer_ahead(flags, ahead):
+    """What is gathered in a turn of a loop over layers, forward and backward, leaves it for the next."""
+    shares = gathered_for_the_next_turn(compiled("full", "fsdp=2", flags))
+    assert shares == [ahead, ahead]
+
+
+def gathered_for_the_next_turn(text: str) -> list[float]:
+    """Of each loop whose body gathers: the share of these arrays that nothing but its result reads."""
+    shares = []
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    for computation in re.split(r"\n(?=%|ENTRY )", text):
+        name = re.match(r"%([\w.\-]+) \(", computation)
+        if name is None or name[1] not in bodies:
+            continue
+        lines = re.findall(r"^ +(ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$", computation, re.MULTILINE)
+        readers: dict[str, list[str]] = {}
+        kinds = {own: "ROOT" if root else kind for root, own, kind, _ in lines}
+        for _, own, _, rest in lines:
+            for operand in set(re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])):
+                readers.setdefault(operand, []).append(own)
+        passes = ("all-gather-done", "get-tuple-element", "bitcast", "copy")
+
+        def leaves(array: str, kinds=kinds, readers=readers, passes=passes) -> bool:
+            return all(
+                kinds[reader] == "ROOT" or (kinds[reader] in passes and leaves(reader)) for reader in readers[array]
+            )
+
+        gathers = [own for own, kind in kinds.items() if kind in ("all-gather", "all-gather-start")]
+        if gathers:
+            shares.append(sum(map(leaves, gathers)) / len(gathers))
+    return shares

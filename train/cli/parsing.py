@@ -54,8 +54,18 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
                 raise cause from None
             cause = cause.__context__
         if stop.code:
-            raise UserError(_one_line(messages.getvalue())) from None
+            raise UserError(_no_mesh(kind, arguments, options) or _one_line(messages.getvalue())) from None
         raise
+
+
+def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> str | None:
+    """What is said to those who give a mesh where none is taken."""
+    given = next((word for word in arguments if word.partition("=")[0] in ("--mesh", "--sharding")), None)
+    fields = dataclasses.fields(kind)
+    if given is None or any(field.name == "mesh" or dataclasses.is_dataclass(field.type) for field in fields):
+        return None
+    option, command = given.partition("=")[0], options.get("prog", "this command")
+    return f"{command} takes no {option}: it works on one device, also on what a mesh has trained; leave {option} out"
 
 
 def last_value(arguments: Sequence[str], option: str) -> str | None:
