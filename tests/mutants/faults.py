@@ -27,6 +27,7 @@ OBJECTIVE = ("tests/train/test_objective.py",)
 CONSISTENCY = ("tests/train/objectives/test_consistency.py",)
 ROLL_OUTS = ("tests/train/objectives/test_windows.py",)
 ADVERSARIAL = ("tests/train/objectives/test_adversarial.py",)
+DURATION = ("tests/train/test_duration.py",)
 WATCH = ("tests/train/test_watch.py",)
 SEEN = ("tests/models/media/test_seen.py",)
 WINDOWS = ("tests/models/sampling/test_windows.py",)
@@ -433,6 +434,10 @@ FAULTS = (
         ("tests/train/test_plan.py",),
         "as_json",
     ),
+    Fault("train/duration.py", "share = sum(name in roles for roles in due) / max(1, len(due))", "share = 1", DURATION),
+    Fault("train/duration.py", "shapes)[name], objective.turns(name)", "shapes)[name], 1.0", DURATION, "updates_parts"),
+    Fault("train/arithmetic.py", ".times(turns)", "", DURATION, "loops"),
+    Fault("train/rates.py", "longer * (work.products", "(work.products", DURATION, "data_sheet"),
     Fault("train/watch.py", "value < self._reference", "value > self._reference", WATCH),
     # files: pictures and videos
     Fault("models/media/frames.py", 'interpolation="AREA"', 'interpolation="POINT"', SEEN, "averages"),

@@ -24,6 +24,7 @@ from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.settings import (
     ConsistencyConfig,
     FlowConfig,
+    ODEConfig,
     SelfForcingConfig,
     TeacherForcingConfig,
 )
@@ -141,6 +142,9 @@ CASES: dict[str, Any] = {
     "consistency": (
         ConsistencyConfig(block=3, **GUIDED), "student", MONARCH, "full", True, {}, timed("stages", stage="consistency")
     ),
+    "ode regression, measured after the rates were chosen": (
+        ODEConfig(block=3), "student", MONARCH, "full", True, {}, timed("stages", stage="ode")
+    ),
     **{
         f"self-forcing, {role}, {attention}": (
             SelfForcingConfig(**GUIDED), role, MONARCH if attention != "dense" else "dense", "full", True, {},
@@ -165,7 +169,8 @@ def test_steps_that_were_measured_lie_within_what_is_said(case):
     objective.negative = np.zeros((8, 4096), np.float32)
     objective.turns = lambda role: 2.0  # the student's last step is the third in what was measured
     found = networks(settings, attention=attention, remat=remat, causal=causal, presets=presets)
-    batch = Batch(array(1, 21, 60, 104, 16), array(1, 512, 4096))  # type: ignore[arg-type]
+    states = len(settings.student_steps) + 1 if isinstance(settings, ODEConfig) else 1
+    batch = Batch(array(1, states * 21, 60, 104, 16), array(1, 512, 4096))  # type: ignore[arg-type]
     device = types.SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
     state = found.template.roles[role]
     held = sum(
