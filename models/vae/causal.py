@@ -10,7 +10,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from monarch_jax.devices import on_cuda
+from monarch_jax.devices import cuda_capability, on_cuda
 from monarchrt.models.broadcasting import along_last
 
 type Implementation = Literal["mosaic", "xla"]
@@ -96,8 +96,8 @@ def silu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 
 def norm_by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a kernel makes norm and SiLU of pixels [..., C]: XLA takes a pass for each."""
-    if implementation != "mosaic" or not on_cuda(capability=9):
+    """Whether a kernel makes norm and SiLU of pixels [..., C], a pass each for XLA: where it was measured."""
+    if implementation == "xla" or int(cuda_capability() or 0) != 9:
         return False
     from monarchrt.triton_kernels.pixel_passes import supports
 
