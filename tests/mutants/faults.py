@@ -66,6 +66,7 @@ FAULTS = (
         PIXELS,
         "grad",
     ),
+    Fault("models/sampling/rollout.py", "@lru_cache(maxsize=64)", "", LIVE, "second_video"),
     Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
     Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
     Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),

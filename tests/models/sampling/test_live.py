@@ -258,3 +258,14 @@ def test_counting_anew_is_one_program_for_all_distances(model, monkeypatch):
     video.recache(27, past)
     ours = video.generate()
     np.testing.assert_allclose(ours, from_latents(model, OLD, [(0, past[0]), (24, past[24])], 27), atol=2e-4)
+
+
+def test_a_second_video_is_begun_without_tracing(model, monkeypatch):
+    """Checks of sizes are part of the time to its first frames."""
+    begun(model, ROLLED, blocks=0)
+    traced = []
+    monkeypatch.setattr(jax, "eval_shape", lambda *x, **y: traced.append(x))
+    begun(model, ROLLED, blocks=0, key=KEY + 1)
+    assert not traced
+    with pytest.raises(ValueError, match="tile"):
+        LiveRollout(model, OLD, height=H, width=W + 2, key=jax.random.key(KEY), rollout=ROLLED)
