@@ -20,9 +20,14 @@ PIXELS = [struct(6, 120, 208, 384), struct(12, 240, 416, 192), struct(12, 480, 8
 
 
 @missing("triton", "torch")
-def test_interpreter_agrees_with_xla():
-    (found,) = interpreted("pixel_interpreter")
-    assert set(found) == {"norm", "doubled"}
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kernels", "decoder"])
+def test_interpreter_agrees_with_xla(whole):
+    """Each kernel, and all frames of a small decoder."""
+    (found,) = interpreted("pixel_interpreter", *["decoder"] * whole)
+    if whole:
+        assert found.pop("taken") == ["channel_norm", "doubled_norm"]
+    assert set(found) == {"norm", "doubled"} | ({"decoder"} if whole else set())
+    assert found.pop("decoder", 0.0) <= 1e-5, found
     assert all(error <= 2e-6 for error in found.values()), found
 
 
