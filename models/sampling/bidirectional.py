@@ -209,8 +209,11 @@ def _windows(model, text, negative, frames, size, key, settings, initial, noise)
         initial = jnp.asarray(initial[:, :frames], jnp.float32)
         context, done = initial[:, -settings.context :], initial.shape[1]
         yield initial
-    used = 0
+    used, part = 0, None
     for number, new in enumerate(settings.new_frames(frames, given=done)):
+        if part is not None:  # not after the last one, where it would be compiled for nothing
+            past = part if context is None else jnp.concatenate([context, part], axis=1)
+            context = past[:, -settings.context :]
         shape = (text.shape[0], new, *size, model.config.out_channels)
         key_of_window = jax.random.fold_in(key, number)
         given = None if noise is None else noise.part(used, new)
@@ -218,6 +221,4 @@ def _windows(model, text, negative, frames, size, key, settings, initial, noise)
             graph, params, text, negative, context, key_of_window, given, settings=settings, shape=shape
         )
         yield part[:, : frames - done]
-        past = part if context is None else jnp.concatenate([context, part], axis=1)
-        context = past[:, -settings.context :]
         done, used = done + new, used + new

@@ -11,6 +11,7 @@ from flax import nnx
 
 from monarchrt.models.sampling import Windows, uniform_schedule, windows
 from monarchrt.models.sampling.bidirectional import generate_window
+from tests.compiled import compiled_here
 from tests.untyped import programs
 
 H, W = 8, 12
@@ -56,9 +57,13 @@ def test_a_whole_clip(tiny):
 
 
 def test_four_steps_bidirectional_take_all_four(tiny):
-    """One program, and the flow at 625 counts."""
+    """One program, the flow at 625 counts, and nothing is compiled once the clip is there."""
     model, text = tiny
-    (out,) = windows(model, text, frames=3, settings=Windows(sampler="few-step"), **SHAPE)
+    clip = windows(model, text, frames=3, settings=Windows(sampler="few-step"), **SHAPE)
+    out = next(clip)
+    with compiled_here() as later:
+        assert list(clip) == []
+    assert not later
     key = jax.random.split(jax.random.fold_in(SHAPE["key"], 0))[1]
     forward = nnx.jit(lambda model, *args: model(*args))
     x = noise(0, (1, 3, H, W, 6))
