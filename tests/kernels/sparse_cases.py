@@ -125,6 +125,7 @@ CASES = {
     "two parts, padded dim": Case(rows=27, columns=40, dim=12, heads=1, query_blocks=2, keep=0.9),
     "two parts, ragged, band": Case(rows=32, columns=33, band=(30, 2), ragged=True, heads=1, query_blocks=2),
     "sharp": Case(sharpness=20.0, heads=1, ragged=True),
+    "short blocks": Case(ragged=True, key_blocks=9, keep=0.9, heads=1, rest=5, seed=1),
     "half": Case(half=True, ragged=True, heads=1),
 }
 

@@ -32,7 +32,7 @@ INTERPRETED = (  # a process each: that takes seconds to start
     (
         "plain", "causal", "half", "newest tile", "two parts, apart", "two parts, keys first", "stream, causal",
         "sharp, padded dim", "split", "two steps", "three steps, causal, chunks", "two steps, half, sharp",
-        "sparse: ragged", "sparse: band, ragged", "sparse: two parts, padded dim",
+        "sparse: ragged", "sparse: short blocks", "sparse: band, ragged", "sparse: two parts, padded dim",
     ),
 )  # fmt: skip
 INTERPRETED_SLOWLY = (

@@ -36,6 +36,7 @@ CHECKPOINTS = ("tests/models/test_checkpoints.py", "tests/models/test_torch_chec
 ARCHIVES = ("tests/models/test_hostile_archives.py",)
 SCHEDULE = ("tests/models/attention/test_schedule.py",)
 SPARSE = ("tests/models/attention/test_sparse.py",)
+SPARSE_KERNELS = ("tests/kernels/test_block_sparse.py",)
 COMMANDS = ("tests/train/test_command_line.py",)
 INTERRUPT = ("tests/train/test_interrupt.py",)
 TEXTS = ("tests/train/test_texts.py",)
@@ -240,11 +241,19 @@ FAULTS = (
     Fault("triton_kernels/sparse.py", "| (key_place < SINK)", "| (key_place <= SINK)", TRITON, "interpreter_agrees"),
     Fault(
         "monarch_jax/block_sparse.py",
-        "uncut & (lengths[1] == sizes[1])",
-        "uncut & (lengths[1] > 0)",
+        "uncut & (shorter[1] == 0)",
+        "uncut & (shorter[1] >= 0)",
         TRITON,
         "interpreter_agrees",
     ),
+    Fault(
+        "monarch_jax/block_sparse.py", "blocks * (1 + shorter[", "blocks * (1 + 0 * shorter[", TRITON, "interpreter_"
+    ),
+    Fault("monarch_jax/block_sparse.py", "np.diff(starts), (0, size)", "np.diff(starts), (0, 1, size)", SPARSE_KERNELS),
+    Fault(
+        "triton_kernels/sparse.py", "level = tl.where(part >= n_all", "level = tl.where(part > n_all", TRITON, "interp"
+    ),
+    Fault("triton_kernels/block_sparse.py", "(lengths > begin)", "(lengths >= begin)", TRITON, "interpreter_agrees"),
     Fault("models/attention/listed.py", "_permuted(g, saved[1], saved[0])", "_permuted(g, saved[0], saved[1])", LISTED),
     Fault(
         "models/attention/sliding_tile.py",
