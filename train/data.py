@@ -291,6 +291,12 @@ class LatentFolder:
             digest.update(content)
         return digest.hexdigest()
 
+    @property
+    def listing(self) -> str:
+        """SHA-256 over the names and sizes of the files, which is quick; of other contents it knows nothing."""
+        files = [(path.name, path.stat().st_size) for path in self.train_files + self.held_out_files]
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+
     def keep_digests(self) -> None:
         """Writes what `fingerprint` found to the file of digests, if one was named."""
         self._digests.keep()

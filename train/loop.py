@@ -179,6 +179,14 @@ def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
     )
 
 
+def _same_data(own: str) -> None:
+    """Raises UserError in all processes unless the data of each are those of the first, by a digest of its own."""
+    right = from_first("data", lambda: own)
+    wrong = None if own == right else f"its data are not those of process 0 ({own[:12]} and {right[:12]})"
+    if (difference := all_agree("same data", wrong)) is not None:
+        raise UserError(f"{difference}; give all processes the same data")
+
+
 def _close(
     checkpoints: Checkpoints, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
@@ -318,14 +326,15 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before.
 
-        Of several processes, the first reads it; those that have all of it in memory must have the same.
+        Of several processes, the first reads it; those that have all of it in memory must have the same, and those that
+        read files as they go, files of the same names and sizes.
         """
         source = self.source
+        if isinstance(source, LatentFolder):
+            _same_data(source.listing)
         agreed = from_first("fingerprint", lambda: source.fingerprint)
-        own = agreed if isinstance(source, LatentFolder) or first() else source.fingerprint
-        wrong = None if own == agreed else f"its data are not those of process 0 ({own[:12]} and {agreed[:12]})"
-        if (difference := all_agree("data", wrong)) is not None:
-            raise UserError(f"{difference}; give all processes the same data")
+        if not isinstance(source, LatentFolder):
+            _same_data(agreed if first() else source.fingerprint)
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:

@@ -110,6 +110,11 @@ def check_options(coordinator: str | None, processes: int | None, process: int |
             raise UserError(
                 f"coordinator is {coordinator!r}; it must be the address of process 0 and a port, such as {_EXAMPLE}"
             )
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            bracketed = f"[{host.strip('[]')}]:{port}"
+            raise UserError(
+                f"coordinator is {coordinator!r}; write an address of IPv6 in brackets, such as {bracketed}"
+            )
     if processes is not None and processes < 1:
         raise UserError(f"processes is {processes}; it must be at least 1")
     if process is not None and process < 0:

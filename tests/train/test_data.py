@@ -1,13 +1,14 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 from einops import rearrange
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import UserError
@@ -132,6 +133,18 @@ def test_latent_folder(latents):
     assert batches[0].latents.dtype == batches[0].text.dtype == np.float32
     np.testing.assert_array_equal(batches[0].text[:, 0, 0], -batches[0].latents[:, 0, 0, 0, 0])
     assert sorted(folder.held_out_batch([0, 1, 2]).latents[:, 0, 0, 0, 0]) == [7, 8, 9]
+
+
+def test_a_listing_follows_names_and_sizes(latents):
+    """It is what processes compare, of which all but the first read no more than their own part."""
+    before = LatentFolder(latents, config()).listing
+    first, *_, last = sorted(latents.glob("*.safetensors"))
+    shutil.copy(first, latents / "9.safetensors")
+    more = LatentFolder(latents, config()).listing
+    (latents / "9.safetensors").unlink()
+    assert LatentFolder(latents, config()).listing == before != more
+    save_file(load_file(last), last, metadata={"caption": "of another length"})
+    assert LatentFolder(latents, config()).listing != before
 
 
 def test_latent_folder_fingerprint_follows_the_content(latents):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.train.logs import read_log
 
 pytestmark = pytest.mark.slow
@@ -36,13 +37,15 @@ def free_port() -> int:
 class Job:
     """Processes of one run, their output in files."""
 
-    def __init__(self, folder: Path, commands: list[list[str]], environment: dict[str, str]):
+    def __init__(
+        self, folder: Path, commands: list[list[str]], environment: dict[str, str], begun_in: list[Path] | None = None
+    ):
         self.outputs = [folder / f"{number}.txt" for number in range(len(commands))]
         self.processes = []
-        for command, path in zip(commands, self.outputs, strict=True):
+        for command, path, cwd in zip(commands, self.outputs, begun_in or [None] * len(commands), strict=True):
             with path.open("wb") as file:
                 arguments = [sys.executable, "-m", "monarchrt", *command]
-                self.processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment))
+                self.processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment, cwd=cwd))
 
     def wait(self, seconds: float = 600) -> list[int]:
         limit = time.monotonic() + seconds
@@ -66,6 +69,7 @@ def start(tmp_path, environment, clip):
         differing: list[list[str]] | None = None,
         devices: int = 4,
         command: list[str] | None = None,
+        begun_in: list[Path] | None = None,
     ) -> Job:
         devices = devices // max(processes, 1)
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
@@ -79,7 +83,7 @@ def start(tmp_path, environment, clip):
             own += more
         folder = tmp_path / f"job{len(jobs)}"
         folder.mkdir()
-        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}))
+        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}, begun_in))
         return jobs[-1]
 
     yield run
@@ -221,6 +225,22 @@ def test_what_is_refused_before_anything_is_compiled(start, tmp_path, differing,
         [line] = job.lines(number)
         assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_lacks_a_file(start, tmp_path):
+    """Under the same path, as on machines that do not share it: known before anything is compiled."""
+    sizes = dict(num_layers=1, dim=24, num_heads=2, ffn_dim=16, text_dim=4, text_len=2, freq_dim=16)
+    for process, files in ((0, 4), (1, 3)):
+        for number in range(files):
+            arrays = {"latents": np.ones((3, 4, 8, 16), np.float32), "text": np.ones((2, 4), np.float32)}
+            write_arrays(tmp_path / str(process) / "latents" / f"{number}.safetensors", arrays, metadata={})
+    network = ["--overrides", *(f"{name}={value}" for name, value in sizes.items()), "--attention", "dense"]
+    command = ["train", "--latents", "latents", *network, "--held-out", "0.3", "--batch", "2", "--steps", "2"]
+    options = [*MESH, "--folder", str(tmp_path / "run")]
+    job = start(options, command=command, begun_in=[tmp_path / "0", tmp_path / "1"])
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        assert "process 1: its data are not those of process 0" in job.lines(number)[-1]
 
 
 def test_a_port_that_is_taken(start, tmp_path):

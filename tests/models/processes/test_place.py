@@ -118,6 +118,10 @@ def test_a_port_from_the_environment():
         (("a:1", 2, -1), "process is -1; it must be at least 0"),
         (("a:1", 0, 0), "processes is 0; it must be at least 1"),
         (("a", 2, 0), "coordinator is 'a'; it must be the address of process 0 and a port"),
+        (
+            ("fe80::1:1234", 2, 0),
+            r"coordinator is 'fe80::1:1234'; write an address of IPv6 in brackets, such as \[fe80::1\]:1234",
+        ),
         ((":1", 2, 0), "coordinator is ':1'; it must be"),
         (("a:0", 2, 0), "coordinator is 'a:0'; it must be"),
         (("a:65536", 2, 0), "it must be"),
