@@ -214,7 +214,9 @@ class DMDObjective(Objective):
             noise = lax.dynamic_index_in_dim(draws.fresh, index, axis=1, keepdims=False)
             return add_noise(data, noise, following)
 
-        z = lax.fori_loop(0, draws.last, advance, draws.noise)
+        z = draws.noise
+        if draws.fresh.shape[1]:  # a student of one step has none before it
+            z = lax.fori_loop(0, draws.last, advance, z)
         return self._denoise(student, lax.stop_gradient(z), text, draws.last)
 
     def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:

@@ -139,7 +139,9 @@ class SelfForcingObjective(DMDObjective):
                 following = self._sigma(index + 1, batch)
                 return add_noise(data, lax.dynamic_index_in_dim(fresh, index, axis=1, keepdims=False), following), cache
 
-            z, cache = lax.fori_loop(0, draws.last, advance, (noise, cache))
+            z = noise
+            if draws.fresh.shape[1]:  # a student of one step has none before it
+                z, cache = lax.fori_loop(0, draws.last, advance, (z, cache))
             data, cache = self._denoise_block(student, z, cache, frame, number, draws.last, in_place=True)
             kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
             cache = self._keep_block(student, kept, cache, frame, number, in_place=True)

@@ -17,6 +17,7 @@ from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.models.wan.layers import computed_dtype
 from monarchrt.train.objectives import self_forcing
 from monarchrt.train.objectives.dmd import DMDObjective
+from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.scores import draw_scores, levels_of, matching_gradient, matching_loss, sample_metrics
 from monarchrt.train.objectives.self_forcing import SelfForcingObjective
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
@@ -54,6 +55,36 @@ def test_a_bidirectional_student_learns_by_its_last_step():
         (value, grads), expected = compiled(jnp.int32(last)), gradient(partial(plain, last=last), student)()
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         assert_same(grads, expected[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [DMDConfig(student_steps=(1000,)), SelfForcingConfig(student_steps=(1000,), block=2)],
+    ids=lambda x: x.name,
+)
+def test_a_student_of_one_step_makes_its_clip_of_noise_at_once(settings):
+    """Block by block or whole: what it sees in the noise, with the gradient of just that."""
+    objective: Any = make_objective(settings)
+    causal = settings.name == "self-forcing"
+    student: Any = wan(0, causal_block=2) if causal else Small(0)
+    draws, text = draws_of(objective), jnp.asarray(batch(SHAPE).text)
+    assert draws.fresh.shape[1] == draws.last == 0
+
+    def ours(model):
+        clip = objective.samples(model, text, draws)
+        return jnp.sum(clip**2), clip
+
+    (_, clip), grads = gradient(ours, student, has_aux=True)()
+    if causal:  # its first block sees no other
+        flow = jax.jit(lambda z: student.with_config(causal_block=None)(z, jnp.full((1, 2), 1000.0), text))
+        np.testing.assert_allclose(clip[:, :2], draws.noise[:, :2] - flow(draws.noise[:, :2]), rtol=1e-4, atol=1e-5)
+        assert all(bool(jnp.isfinite(leaf).all()) and jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads["head"]))
+        return
+    expected = gradient(
+        lambda model: jnp.sum((draws.noise - model(draws.noise, jnp.array([1e3]), text)) ** 2), student
+    )()
+    np.testing.assert_allclose(jnp.sum(clip**2), expected[0], rtol=1e-5)
+    assert_same(grads, expected[1], 1e-5)
 
 
 WINDOW = {"window": 3, "sink_frames": 1}
