@@ -388,10 +388,11 @@ def forms_of(grid: tuple[int, int, int]) -> dict[str, tuple[str, MonarchSpec]]:
     return {name: (family, spec) for name, (family, spec) in forms.items() if spec.density <= MOST}
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "tile"))
-def apart(query: jax.Array, key: jax.Array, exact: jax.Array, *, grid: Any, tile: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="spec")
+def apart(query: jax.Array, key: jax.Array, exact: jax.Array, *, spec: MonarchSpec) -> jax.Array:
     """Relative error of the factored map, T = 1, of one head: query and key [N, d], exact [N, N]."""
-    made = monarch_factors(query[None, :, None], key[None, :, None], grid=grid, tile=tile, num_iters=1).attention[0, 0]
+    query, key = (x[None, :, None] for x in (query, key))
+    made = monarch_factors(query, key, grid=spec.grid, tile=spec.tile_shape, num_iters=1).attention[0, 0]
     return jnp.sqrt(jnp.square(made - exact).sum(1).sum() / jnp.square(exact).sum(1).sum())
 
 
@@ -404,8 +405,7 @@ def errors_of(model: Model) -> dict[str, dict[str, list[float]]]:
         there = jnp.asarray(exact)
         for name, (_, spec) in forms_of(grid).items():
             values = errors.setdefault(name, {"T=1": [], "projection": []})
-            tile = None if spec.tile_shape == spec.grid else spec.tile_shape
-            values["T=1"].append(float(apart(scores.query, scores.key, there, grid=spec.grid, tile=tile)))
+            values["T=1"].append(float(apart(scores.query, scores.key, there, spec=spec)))
             if len(exact) <= WHOLE:
                 values["projection"].append(error_of(monarch_projection(exact, spec), exact).relative)
     return errors

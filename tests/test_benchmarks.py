@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax import monarch_factors
+from monarch_jax import MonarchSpec, monarch_factors
 from monarchrt.models.wan import wan_config
 from monarchrt.train.objectives.registry import objective_names, settings_class
 from monarchrt.train.studies.approximations import dense_map, error_of
@@ -479,10 +479,15 @@ def test_errors_of_maps_and_the_order_of_claims(monkeypatch):
     claims = importlib.import_module("claims")
     query, key = jax.random.normal(jax.random.key(0), (2, 24, 8)) * 2
     exact = dense_map(np.asarray(query), np.asarray(key))
-    for grid, tile in (((2, 3, 4), None), ((2, 3, 4), (1, 3, 2)), ((1, 8, 3), None)):
-        made = monarch_factors(query[None, :, None], key[None, :, None], grid=grid, tile=tile, num_iters=1)
+    found = []
+    for grid, tile in (((2, 3, 4), (2, 3, 4)), ((1, 6, 4), None), ((2, 3, 4), (1, 3, 2)), ((1, 8, 3), None)):
+        spec = MonarchSpec(grid=grid, tile=tile)
+        given = {"grid": grid, "tile": grid if tile is None else tile}
+        made = monarch_factors(query[None, :, None], key[None, :, None], num_iters=1, **given)
         expected = error_of(np.asarray(made.attention[0, 0]), exact).relative
-        assert float(claims.apart(query, key, exact, grid=grid, tile=tile)) == pytest.approx(expected, rel=1e-5)
+        found.append(float(claims.apart(query, key, exact, spec=spec)))
+        assert found[-1] == pytest.approx(expected, rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-5) != found[2]  # untiled blocks are one tile of all tokens
     settings = tuple("abcdef")
     orders = [claims.turned(settings, [types.SimpleNamespace(seed=seed)]) for seed in range(4)]
     assert orders == [tuple("abcdef"), tuple("cdefab"), tuple("efabcd"), tuple("abcdef")]
