@@ -31,7 +31,9 @@ def write_report(path: Path) -> str:
 
 
 def share(density: dict[str, float]) -> str:
-    return f"{density['kept']:.1%}" if "kept" in density else f"{density['measured']:.1%} (measured)"
+    if "kept" in density:
+        return f"{density['kept']:.1%}"
+    return f"{density['measured']:.1%} (measured)" if "measured" in density else "by the data"
 
 
 def within(values: list[float], digits: int = 4, sign: str = "+") -> str:
@@ -150,6 +152,8 @@ def draw_order(axis: Axes, result: dict[str, Any]) -> None:
     bars(axis, [(f"{row['setting']}\n{share(row['density'])}", row["more"]) for row in rows], color="C0")
     axis.set(xlabel="held-out loss more than dense attention's (blue)", title="(a) swapped in, nothing trained")
     axis.invert_yaxis()
+    if min(row["more"][1] for row in rows) > 0:
+        axis.set_xscale("log")
     shown = [(place, row["videos"]["psnr"]) for place, row in enumerate(rows) if "videos" in row]
     if shown:
         other = axis.twiny()

@@ -469,7 +469,9 @@ def test_claims_are_printed_and_drawn_again(run, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "| 32 x 14 | aligned | 10.3% | 0.543 (0.442 to 0.642) | 0.298 |" in said
     assert "| (2, 8, 14) | 13.4% | 0.5384 | +0.0018 (+0.0013 to +0.0022) |" in said
-    assert "1 surely farther: 4,8,14 to 2,8,14." in said
+    assert "On maps, nested, from each form to each denser one (6 pairs): 6 surely nearer, 0 surely farther." in said
+    assert "| `monarch(tile=(4,4,14))` | 25.4 (25.0 to 25.8) | +3.1 (+2.5 to +3.7) |" in said
+    assert "| `monarch(tile=(4,4,14))` | 13.4% | 0.4192 | 0.3471 | +0.0043 (+0.0038 to +0.0049) |" in said
     assert (tmp_path / "results" / "claims.md").read_text() == said
     assert (tmp_path / "results" / "claims.png").stat().st_size > 10_000
 
