@@ -218,6 +218,7 @@ def packed_parts(problem: "SparseProblem", config: Config) -> int:
 
 def shorter(queries: "Side", columns: int, part: int) -> jax.Array:
     """Of the blocks that are not whole, how many have a first part, a second and so on; int32 [B, H, blocks, parts]."""
+    queries = jax.lax.optimization_barrier(queries)  # as in `slots`
     at = jnp.arange(queries.first.shape[-1], dtype=jnp.int32)[None, None, None]
     listed = (at >= queries.whole[..., None]) & (at < queries.count[..., None])
     lengths = jnp.where(listed, queries.last - queries.first, 0)
