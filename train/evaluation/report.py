@@ -10,6 +10,7 @@ from monarchrt.train.evaluation.metrics import paired_interval
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 PICTURE = "report.png"
 DENSITIES = {
@@ -130,6 +131,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> Path:
                 errors = report["steps"][row["setting"]]
                 axis.plot(list(errors.values()), "o-", ms=4, label=row["setting"])
                 axis.set(xlabel="call of the network", ylabel="relative error of its latents")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     path = folder / PICTURE

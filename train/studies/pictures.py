@@ -10,8 +10,21 @@ import numpy as np
 
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
-MARKS = "osD^vPX<>*"
+MARKS = "osD^vPX<>*p"  # 11, and ten colours, so that pairs do not come again
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # % of a map
+
+
+def looks_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a mark for each, no two alike.
+
+    Examples:
+        >>> looks = looks_of([str(n) for n in range(14)])
+        >>> len(set(looks.values())), looks["10"]
+        (14, ('C0', 'p'))
+    """
+    return {name: (f"C{n % 10}", MARKS[n % len(MARKS)]) for n, name in enumerate(names)}
 
 
 def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
@@ -28,7 +41,7 @@ def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
         1, len(panels), figsize=(6.5 * len(panels) + 2.5, 5), layout="constrained", squeeze=False
     )
     methods = list(dict.fromkeys(point.method for points in panels.values() for point in points))
-    looks = {name: (f"C{n % 10}", MARKS[n % len(MARKS)]) for n, name in enumerate(methods)}
+    looks = looks_of(methods)
     for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
         for name in methods:
             of_method = sorted((point for point in points if point.method == name), key=lambda point: point.density)
@@ -40,6 +53,11 @@ def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
             line = "none" if "tiled" in name or "misaligned" in name else "-"
             axis.plot(density, error, marker=mark, ls=line, color=colour, ms=4, lw=1, label=name)
         axis.set(xscale="log", yscale="log", xlabel="density, % of the map's entries", title=title)
+        low, high = axis.get_xlim()
+        shown = [tick for tick in TICKS if low <= tick <= high]
+        if len(shown) > 1:
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("relative error of the map, ||A' - A|| / ||A||")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
