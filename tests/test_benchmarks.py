@@ -484,8 +484,7 @@ def test_errors_of_maps_and_the_order_of_claims(monkeypatch):
     found = []
     for grid, tile in (((2, 3, 4), (2, 3, 4)), ((1, 6, 4), None), ((2, 3, 4), (1, 3, 2)), ((1, 8, 3), None)):
         spec = MonarchSpec(grid=grid, tile=tile)
-        given = {"grid": grid, "tile": grid if tile is None else tile}
-        made = monarch_factors(query[None, :, None], key[None, :, None], num_iters=1, **given)
+        made = monarch_factors(query[None, :, None], key[None, :, None], grid=grid, tile=tile or grid, num_iters=1)
         expected = error_of(np.asarray(made.attention[0, 0]), exact).relative
         found.append(float(claims.apart(query, key, exact, spec=spec)))
         assert found[-1] == pytest.approx(expected, rel=1e-5)
