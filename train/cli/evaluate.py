@@ -1,5 +1,6 @@
 """`monarchrt evaluate`: attention settings under the same weights; VBench's videos and scores."""
 
+import json
 from collections.abc import Sequence
 
 from monarchrt.train.cli.parsing import parse
@@ -18,9 +19,9 @@ monarchrt evaluate vbench --help and monarchrt evaluate scores --help are about 
 _VBENCH = """Write the videos that VBench's tools expect: five of each prompt, under the names they look for.
 
 monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan2.1-T2V-1.3B --out videos"""
-_SCORES = """Read VBench's results into the quality, semantic and total scores.
+_SCORES = """Read VBench's results into the quality, semantic and total scores, a column for each folder.
 
-monarchrt evaluate scores --results evaluation_results"""
+monarchrt evaluate scores --results results/dense results/monarch"""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
@@ -48,20 +49,33 @@ def _vbench(arguments: Sequence[str]) -> int:
     config = parse(VBenchConfig, arguments, prog="monarchrt evaluate vbench", description=_VBENCH)
     from monarchrt.train.evaluation.vbench import write_videos
 
-    made, there = write_videos(config, report=say)
+    made, there = write_videos(config)
     say(f"{made} videos were made, {there} were there, in {config.out}")
     return 0
 
 
 def _scores(arguments: Sequence[str]) -> int:
     config = parse(ScoresConfig, arguments, prog="monarchrt evaluate scores", description=_SCORES)
-    from monarchrt.train.evaluation.vbench import read_results, scores
+    from monarchrt.train.evaluation.vbench import DIMENSIONS, read_columns, scores
 
-    dimensions = read_results(config.results)
-    result = scores(dimensions)
-    print_table(["dimension", "score"], [[name, f"{value:.4f}"] for name, value in dimensions.items()])
-    rows = [[name, "" if value is None else f"{value:.4f}"] for name, value in result.scores.items()]
-    print_table(["score", ""], rows)
-    if result.missing:
-        say(f"not there, so that scores that need them are left out: {', '.join(result.missing)}")
+    columns = read_columns(config.results)
+    results = {title: scores(values) for title, values in columns.items()}
+    if config.json:
+        both = {title: {"dimensions": columns[title], **result._asdict()} for title, result in results.items()}
+        print(json.dumps(both, indent=1))
+        return 0
+    by_name = {title: columns[title] | result.scores for title, result in results.items()}
+    names = [name for name in DIMENSIONS if any(name in values for values in columns.values())]
+    names += next(iter(results.values())).scores
+    cells = [[values.get(name) for values in by_name.values()] for name in names]
+    print_table(
+        ["dimension or score", *by_name],
+        [
+            [name, *("" if value is None else f"{value:.4f}" for value in row)]
+            for name, row in zip(names, cells, strict=True)
+        ],
+    )
+    for title, result in results.items():
+        if result.missing:
+            say(f"{title}: not there, so that scores that need them are left out: {', '.join(result.missing)}")
     return 0

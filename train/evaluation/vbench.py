@@ -14,7 +14,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.files import decoded
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.begun import check_begun, read_begun
-from monarchrt.train.studies.results import write_json
+from monarchrt.train.studies.results import progress, write_json
 
 SAMPLES = 5  # videos of each prompt
 STILL = 25  # of those for temporal flickering, of which its filter keeps still ones
@@ -83,6 +83,9 @@ class VBenchConfig:
     """Folder of the videos. Those that are there are kept, so that a run that was stopped goes on; settings.json in it
     says what they were made with, and others are refused."""
 
+    quiet: bool = False
+    """Show no progress."""
+
     def __post_init__(self) -> None:
         for name in self.dimensions:
             if name not in DIMENSIONS:
@@ -101,7 +104,10 @@ class ScoresConfig:
     """Read VBench's results."""
 
     results: tuple[Path, ...] = ()
-    """Its files of results, *_eval_results.json, or folders of them."""
+    """Folders of its files of results, *_eval_results.json, or such files: a column for each folder."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
 
 
 class Task(NamedTuple):
@@ -162,6 +168,7 @@ def _claim(config: VBenchConfig) -> bool:
     """
     values = {"checkpoint": config.checkpoint, "attention": config.attention, "frames": config.frames}
     values |= {"steps": config.steps, "seed": config.seed}
+    values["components"] = None if config.components is None else str(config.components)
     config.out.mkdir(parents=True, exist_ok=True)
     there = config.out / SETTINGS
     if not there.is_file():
@@ -171,12 +178,11 @@ def _claim(config: VBenchConfig) -> bool:
     return False
 
 
-def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tuple[int, int]:
+def write_videos(config: VBenchConfig) -> tuple[int, int]:
     """Makes the videos that are not there.
 
     Args:
         config: The settings.
-        report: Takes lines for the person who waits.
 
     Returns:
         How many were made, and how many were there.
@@ -201,7 +207,7 @@ def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tupl
     was_there = config.out.is_dir()
     begun = _claim(config)
     try:
-        return _make(config, tasks, report)
+        return _make(config, tasks)
     except UserError:
         if begun and [path.name for path in config.out.iterdir()] == [SETTINGS]:  # the command works once it is mended
             (config.out / SETTINGS).unlink()
@@ -210,50 +216,75 @@ def write_videos(config: VBenchConfig, *, report: Callable[[str], None]) -> tupl
         raise
 
 
-def _make(config: VBenchConfig, tasks: list[Task], report: Callable[[str], None]) -> tuple[int, int]:
+def _make(config: VBenchConfig, tasks: list[Task]) -> tuple[int, int]:
     """As `write_videos`, in a folder that is claimed."""
-    from monarchrt.models.generate.load import load_material
-    from monarchrt.models.generate.make import make_video
-
     made = there = 0
-    for place, task in enumerate(tasks):
-        paths = [config.out / video_name(task.prompt, n) for n in range(task.videos)]
-        missing = [n for n, path in enumerate(paths) if not path.is_file()]
-        there += task.videos - len(missing)
-        if not missing:
-            continue
-        report(f"prompt {place + 1} of {len(tasks)}: {task.prompt}")
-        options: dict[str, Any] = {} if config.attention is None else {"attention": config.attention}
-        given = GenerateConfig(
-            checkpoint=config.checkpoint,
-            prompt=task.prompt,
-            components=config.components,
-            frames=config.frames,
-            steps=config.steps,
-            zoom=1,
-            quiet=True,
-            **options,
-        )
-        material = load_material(given)
-        for n in missing:
-            own = replace(material.plan.config, seed=config.seed + n, out=paths[n])
-            plan = replace(material.plan, config=own)
-            make_video(material.pipeline, material.text, **replace(material, plan=plan).options())
-            made += 1
+    with progress("videos", sum(task.videos for task in tasks), quiet=config.quiet) as advance:
+        for task in tasks:
+            missing = [n for n in range(task.videos) if not (config.out / video_name(task.prompt, n)).is_file()]
+            there += task.videos - len(missing)
+            advance(task.videos - len(missing), task.prompt)
+            if missing:
+                made += _make_of_prompt(config, task.prompt, missing, advance)
     return made, there
 
 
-def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
+def _make_of_prompt(config: VBenchConfig, prompt: str, missing: list[int], advance: Callable[[], None]) -> int:
+    """Makes the videos of these numbers; how many they were."""
+    from monarchrt.models.generate.load import load_material
+    from monarchrt.models.generate.make import make_video
+
+    options: dict[str, Any] = {} if config.attention is None else {"attention": config.attention}
+    given = GenerateConfig(
+        checkpoint=config.checkpoint,
+        prompt=prompt,
+        components=config.components,
+        frames=config.frames,
+        steps=config.steps,
+        zoom=1,
+        quiet=True,
+        **options,
+    )
+    material = load_material(given)
+    for n in missing:
+        own = replace(material.plan.config, seed=config.seed + n, out=config.out / video_name(prompt, n))
+        plan = replace(material.plan, config=own)
+        make_video(material.pipeline, material.text, **replace(material, plan=plan).options())
+        advance()
+    return len(missing)
+
+
+def read_columns(paths: tuple[Path, ...]) -> dict[str, dict[str, float]]:
+    """The value of each dimension by folder of results, in the order given; files by themselves count to theirs.
+
+    Args:
+        paths: Folders, or files in them.
+
+    Returns:
+        Values by the folder's name, or by its path where two have the same name.
+
+    Raises:
+        UserError: If there are none, one is no such file, or two of a folder differ in a dimension.
+    """
+    if not paths:
+        raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
+    files: dict[Path, list[Path]] = {}
+    for path in paths:
+        inside = sorted(path.glob("*eval_results.json")) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"results {path} holds no *eval_results.json; give the folder that VBench wrote them to")
+        files.setdefault((path if path.is_dir() else path.parent).resolve(), []).extend(inside)
+    names = [folder.name for folder in files]
+    titles = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, files, strict=True)]
+    return {title: read_results(own) for title, own in zip(titles, files.values(), strict=True)}
+
+
+def read_results(files: list[Path]) -> dict[str, float]:
     """The value of each dimension in VBench's files of results.
 
     Raises:
-        UserError: If there are none, one is no such file, or two differ in a dimension.
+        UserError: If one is no such file, or two differ in a dimension.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*eval_results.json")) if path.is_dir() else [path])]
-    if paths and not files:
-        raise UserError(f"results {paths[0]} holds no *eval_results.json; give the folder that VBench wrote them to")
-    if not files:
-        raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
     scores: dict[str, float] = {}
     for file in files:
         try:
@@ -272,7 +303,8 @@ def read_results(paths: tuple[Path, ...]) -> dict[str, float]:
                 raise UserError(f"results {file}: {name} is {value}, and VBench's values lie in [-1, 1]")
             if scores.setdefault(name, float(value)) != float(value):
                 raise UserError(
-                    f"results {file}: {name} is {value}, and {scores[name]} in another file; give one of them"
+                    f"results {file}: {name} is {value}, and {scores[name]} in another file beside it; leave one "
+                    f"of them, or give each setting's results a folder of its own"
                 )
     if not scores:
         raise UserError(f"results {files[0]} has no dimension of VBench")

@@ -1,5 +1,6 @@
 """Measures of videos against PyTorch and formulas of their own; LPIPS of random weights; VBench's scores."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,7 +19,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate import load, make
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.cli import main
-from monarchrt.train.evaluation import compare, metrics
+from monarchrt.train.evaluation import compare, metrics, vbench
 from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.lpips import NETWORKS, read_lpips
 from monarchrt.train.evaluation.vbench import (
@@ -301,8 +302,41 @@ class TestVBench:
         (tmp_path / "a_eval_results.json").write_text(json.dumps(values))
         assert main(["evaluate", "scores", "--results", str(tmp_path)]) == 0
         captured = capsys.readouterr()
-        assert f"left out: {', '.join(SEMANTIC)}" in captured.err
+        assert (
+            f"{tmp_path.name}: not there, so that scores that need them are left out: {', '.join(SEMANTIC)}"
+            in captured.err
+        )
         assert "quality" in captured.out
+
+    def test_columns_side_by_side(self, tmp_path, capsys):
+        """Folders of one file or of two that complete each other; files count to their folder."""
+        whole = {name: [0.5, []] for name in DIMENSIONS}
+        for folder, files in (("a", [QUALITY, SEMANTIC]), ("b", [DIMENSIONS]), ("c/b", [["scene"]])):
+            (tmp_path / folder).mkdir(parents=True)
+            for number, names in enumerate(files):
+                (tmp_path / folder / f"{number}_eval_results.json").write_text(json.dumps({n: whole[n] for n in names}))
+        given = [str(tmp_path / "b"), *map(str, sorted((tmp_path / "a").iterdir()))]
+        assert main(["evaluate", "scores", "--results", *given]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].replace("┃", "").split() == ["dimension", "or", "score", "b", "a"]
+        rows = [line.replace("│", "").split() for line in lines[3:-1]]
+        assert [row[0] for row in rows] == [*DIMENSIONS, "quality", "semantic", "total"]
+        assert {tuple(row[1:]) for row in rows[:-3]} == {("0.5000", "0.5000")}
+        assert all(first == second for _, first, second in rows)
+
+        several = [str(tmp_path / "b"), str(tmp_path / "c" / "b")]
+        assert main(["evaluate", "scores", "--json", "--results", *several]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert list(found) == [str(Path(path).resolve()) for path in several]  # two of one name
+        one, other = found.values()
+        assert one == {"dimensions": dict.fromkeys(DIMENSIONS, 0.5), **scores(one["dimensions"])._asdict()}
+        assert other["dimensions"] == {"scene": 0.5}
+        assert other["scores"] == dict.fromkeys(("quality", "semantic", "total"))
+        assert other["missing"] == [name for name in DIMENSIONS if name != "scene"]
+
+        (tmp_path / "b" / "1_eval_results.json").write_text(json.dumps({"scene": [0.25, []]}))
+        assert main(["evaluate", "scores", "--results", *several]) == 2
+        assert "scene is 0.25, and 0.5 in another file beside it; leave one of them, or give" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "says"),
@@ -368,13 +402,36 @@ class TestVBench:
         monkeypatch.setattr(make, "make_video", lambda *_, plan: made.append(plan.config))
         for part, counts in (((1, 3), (4, 1)), ((2, 3), (5, 0))):
             config = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, part=part)
-            assert write_videos(config, report=lambda line: None) == counts
+            assert write_videos(config) == counts
         asked = [(config.prompt, config.seed, config.out.name) for config in made]
         of_b = [("b", 7 + n, f"b-{n}.mp4") for n in (0, 1, 2, 4)]
         assert asked == of_b + [("c", 7 + n, f"c-{n}.mp4") for n in range(5)]
         other = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, attention="monarch")
         with pytest.raises(UserError, match=r"attention is 'monarch', but the set of videos in .* was begun with None"):
-            write_videos(other, report=lambda line: None)
+            write_videos(other)
+        other = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7, components=Path("wan14b"))
+        with pytest.raises(UserError, match=r"components is 'wan14b', but the set of videos in .* was begun with None"):
+            write_videos(other)
+
+    @pytest.mark.parametrize("quiet", [False, True])
+    def test_a_bar_of_all_videos(self, quiet, tmp_path, monkeypatch, capsys):
+        """On a terminal, those that are there at once; no line for a prompt."""
+        path, out, shown = tmp_path / "info.json", tmp_path / "out", []
+        path.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["scene"]} for prompt in "ab"]))
+        out.mkdir()
+        (out / "a-3.mp4").touch()
+
+        @contextlib.contextmanager
+        def bar(label, total, *, quiet):
+            shown.append((label, total, quiet))
+            yield lambda done=1, words=None: shown.append((done, words))
+
+        monkeypatch.setattr(vbench, "progress", bar)
+        monkeypatch.setattr(load, "load_material", lambda config: Loaded(plan=Planned(config=config)))
+        monkeypatch.setattr(make, "make_video", lambda *_, plan: None)
+        assert write_videos(VBenchConfig(full_info=path, checkpoint="wan", out=out, quiet=quiet)) == (9, 1)
+        assert shown == [("videos", 10, quiet), (1, "a"), *4 * [(1, None)], (0, "b"), *5 * [(1, None)]]
+        assert capsys.readouterr() == ("", "")
 
     def test_nothing_is_left_of_what_could_not_begin(self, tmp_path, monkeypatch):
         """So that the same folder takes the command once it is mended."""
@@ -387,8 +444,8 @@ class TestVBench:
         monkeypatch.setattr(load, "load_material", refuse)
         config = VBenchConfig(full_info=path, checkpoint="wan", out=out, seed=7)
         with pytest.raises(UserError, match="does not fit"):
-            write_videos(config, report=lambda line: None)
+            write_videos(config)
         assert not out.exists()
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         with pytest.raises(UserError, match="is a run folder, which knows no text; give one that takes prompts"):
-            write_videos(dataclasses.replace(config, checkpoint=str(tmp_path / "run")), report=lambda line: None)
+            write_videos(dataclasses.replace(config, checkpoint=str(tmp_path / "run")))
