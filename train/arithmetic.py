@@ -12,6 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+# calls of kernels, whose products are not in the program
+KERNELS = ("triton_kernel_call", "pallas_call", "mosaic_gpu", "dot_product_attention", "core_map", "run_state")
+
+
+class UncountedError(ValueError):
+    """A program calls kernels, of which nothing can be counted."""
+
 
 class Work(NamedTuple):
     """Multiply-adds, counted as 2.
@@ -54,6 +61,9 @@ def work(run: Callable[..., Any], *arguments: Any, turns: float = 1.0) -> Work:
         run: The function.
         arguments: Arrays or shapes.
         turns: Of each loop whose number of turns is not known from shapes.
+
+    Raises:
+        UncountedError: If it calls a kernel, as attention does whose implementation is asked for.
     """
     # as on a CPU: there attention is arithmetic that can be read, not kernels
     with jax.default_device("cpu"):
@@ -85,6 +95,8 @@ def _equation(equation: Any, turns: float) -> Work:
             return max((_of(branch.jaxpr, turns) for branch in params["branches"]), key=lambda found: found.total)
         case "shard_map":
             return _of(params["jaxpr"], turns).times(float(params["mesh"].size))
+    if equation.primitive.name.startswith(KERNELS):
+        raise UncountedError(f"it calls a kernel, {equation.primitive.name}, whose products cannot be counted")
     total = Work()
     for inner in _within(tuple(params.values())):
         total = total.plus(_of(inner, turns))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from monarchrt.train.arithmetic import Work, work
+from monarchrt.train.arithmetic import UncountedError, Work, work
 from monarchrt.train.data import Batch
 from monarchrt.train.logs import duration
 from monarchrt.train.objectives.base import Objective
@@ -139,9 +139,13 @@ def estimated(
         jax.devices("cpu")
     except RuntimeError:
         return Estimate(rates=None, why="it is traced for a CPU, which JAX_PLATFORMS leaves out")
-    found = {
-        name: _parts(name, objective, graphs, template, batch, accumulation[name]) for name, batch in batches.items()
-    }
+    try:
+        found = {
+            name: _parts(name, objective, graphs, template, batch, accumulation[name])
+            for name, batch in batches.items()
+        }
+    except (UncountedError, NotImplementedError) as reason:  # the second: a kernel that no CPU is traced for
+        return Estimate(rates=None, why=f"{reason}; leave implementation out, and it is")
     whole = Work()
     for parts in found.values():
         whole = whole.plus(list(parts.values())[-1])

@@ -15,7 +15,7 @@ from flax import nnx
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train import rates
-from monarchrt.train.arithmetic import Work, work
+from monarchrt.train.arithmetic import UncountedError, Work, work
 from monarchrt.train.config import OptimizerConfig, TrainConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.duration import Estimate, UpdateTime, estimated
@@ -74,6 +74,18 @@ class TestWork:
         assert work(drawn, array(dtype="int32"), x, turns=1.5).products == 1.5 * 7 * product
         choice = lambda c, x: jax.lax.cond(c, lambda: x @ x, lambda: scanned(x))  # noqa: E731
         assert work(choice, array(dtype="bool"), x).products == 7 * product
+
+    @pytest.mark.parametrize(
+        "attention", ["monarch(tile=(1,4,4),implementation=mosaic)", "dense(implementation=cudnn)"]
+    )
+    def test_kernels_are_not_passed_over(self, attention):
+        config = wan_config(
+            "tiny", num_layers=1, dim=256, num_heads=2, dtype="bfloat16", attention=parse(attention)
+        )  # fmt: skip
+        graph, params = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
+        inputs = array(1, 3, 8, 8, 16), array(1), array(1, config.text_len, config.text_dim)
+        with pytest.raises(UncountedError, match="calls a kernel"):
+            work(lambda params, *inputs: nnx.merge(graph, params)(*inputs), params, *inputs)
 
     def test_convolutions(self):
         def convolved(x, w):
