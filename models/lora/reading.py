@@ -79,7 +79,7 @@ class LoRA:
         """The difference of a tensor of a checkpoint, in its layout; read anew at each call.
 
         Raises:
-            ValueError: If a number of it is NaN or infinite.
+            ValueError: If a number of it is NaN or infinite, or it is stored in integers without a scale.
         """
         change = self.changes[name]
         total = np.zeros(change.shape, np.float32)
@@ -95,7 +95,10 @@ class LoRA:
         return total
 
     def _read(self, name: str) -> np.ndarray:
-        return check_finite(self.file.read(name), name, self.path).astype(np.float32)
+        array = self.file.read(name)
+        if np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{self.path}: {printable(name)} is of {array.dtype} without a scale; floats are needed.")
+        return check_finite(array, name, self.path).astype(np.float32)
 
     @functools.cached_property
     def width(self) -> int | None:
@@ -355,6 +358,8 @@ class _Stored:
         """Alpha of a layer; None if nothing is said."""
         theirs = write_name(module, "", "diffusers").removeprefix("transformer.")
         for pattern, value in self.patterns.items():
-            if any(re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", name) for name in (theirs, module)):
+            # PEFT's ^ is for a whole name
+            whole, bare = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
+            if any(name == bare or (not whole and name.endswith(f".{bare}")) for name in (theirs, module)):
                 return value
         return self.value

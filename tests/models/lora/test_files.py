@@ -70,6 +70,7 @@ class TestAlpha:
     @pytest.mark.parametrize(
         ("more", "scale"),
         [({"alpha_pattern": {"blocks.1.attn1.to_q": 9}}, 3.0), ({"alpha_pattern": {"attn1.to_q": 9}}, 3.0),
+         ({"alpha_pattern": {"^blocks.1.attn1.to_q": 9}}, 3.0), ({"alpha_pattern": {"^attn1.to_q": 9}}, 2 / 3),
          ({"alpha_pattern": {"attn2.to_q": 9}}, 2 / 3), ({"use_rslora": True}, 2 / 3**0.5)],
     )  # fmt: skip
     def test_patterns_of_peft(self, loras, factors, tmp_path, more, scale):
@@ -106,6 +107,13 @@ def test_half_precision_is_multiplied_in_float32(loras, factors, tmp_path, dtype
     half = {name: tuple(x.astype(dtype) for x in pair) for name, pair in factors.items()}
     lora = open_lora(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(half)))
     np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(half, Q, 2 / 3), atol=1e-6)
+
+
+def test_integers_have_no_scale(loras, factors, tmp_path):
+    whole = {Q: tuple((9 * x).astype(np.int8) for x in factors[Q])}
+    lora = open_lora(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(whole)))
+    with pytest.raises(ValueError, match=r"a\.safetensors: lora_unet_blocks_1_.* is of int8 without a scale"):
+        lora.delta(f"{Q}.weight")
 
 
 def test_whole_differences(loras, factors, wan, small, tmp_path):
