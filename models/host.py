@@ -17,7 +17,8 @@ def check_host(what: str) -> None:
     try:
         jax.local_devices(backend="cpu")
     except RuntimeError as reason:
-        platforms = jax.config.read("jax_platforms")
+        if not (platforms := jax.config.read("jax_platforms")):
+            raise  # JAX found no CPU by itself, which is not the user's doing
         raise UserError(
             f"{what} takes arrays out of running programs through a CPU device, which JAX_PLATFORMS={platforms!r} "
             f"leaves out; it could be {platforms},cpu."

@@ -145,7 +145,7 @@ def estimated(
             for name, batch in batches.items()
         }
     except (UncountedError, NotImplementedError) as reason:  # the second: a kernel that no CPU is traced for
-        return Estimate(rates=None, why=f"{reason}; leave implementation out, and it is")
+        return Estimate(rates=None, why=f"{reason}; it is reckoned where attention names no implementation")
     whole = Work()
     for parts in found.values():
         whole = whole.plus(list(parts.values())[-1])

@@ -179,10 +179,16 @@ def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
     )
 
 
-def _same_data(own: str) -> None:
+def _same_data(read: Callable[[], str]) -> None:
     """Raises UserError in all processes unless the data of each are those of the first, by a digest of its own."""
+    own, wrong = "", None
+    try:
+        own = read()
+    except (OSError, UserError) as reason:  # the others are told, they would wait for an answer
+        wrong = str(reason)
     right = from_first("data", lambda: own)
-    wrong = None if own == right else f"its data are not those of process 0 ({own[:12]} and {right[:12]})"
+    if wrong is None and own != right:
+        wrong = f"its data are not those of process 0 ({own[:12]} and {right[:12]})"
     if (difference := all_agree("same data", wrong)) is not None:
         raise UserError(f"{difference}; give all processes the same data")
 
@@ -331,10 +337,10 @@ class _Run:
         """
         source = self.source
         if isinstance(source, LatentFolder):
-            _same_data(source.listing)
+            _same_data(lambda: source.listing)
         agreed = from_first("fingerprint", lambda: source.fingerprint)
         if not isinstance(source, LatentFolder):
-            _same_data(agreed if first() else source.fingerprint)
+            _same_data(lambda: agreed if first() else source.fingerprint)
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from monarchrt.train.arithmetic import Work
 
-# by the beginning of their names, data sheets: dense products in bfloat16, FLOP/s; memory, bytes/s
+# by their names, data sheets: dense products in bfloat16, FLOP/s; memory, bytes/s
 DEVICES = {
     "NVIDIA H200": (989e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
@@ -64,11 +64,10 @@ def known_rates(kind: str) -> Rates | None:
         >>> known_rates("NVIDIA H200").attention / 1e12, known_rates("cpu")
         (593.4, None)
     """
-    name = next((name for name in DEVICES if kind.startswith(name)), None)
-    if name is None:
+    if kind not in DEVICES:
         return None
-    flops, memory = DEVICES[name]
-    also = "" if name == MEASURED else f"; only an {MEASURED.removeprefix('NVIDIA ')} was measured, no {name}"
+    flops, memory = DEVICES[kind]
+    also = "" if kind == MEASURED else f"; only an {MEASURED.removeprefix('NVIDIA ')} was measured, no {kind}"
     shares = f"{PRODUCTS:.0%} and {ATTENTION:.0%} of {flops / 1e12:.0f} TFLOP/s"
     return Rates(
         products=PRODUCTS * flops,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
 from monarch_jax.devices import cuda_capability, on_cuda
@@ -109,7 +110,7 @@ def norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[A
     """`silu` of `channel_norm`, by the kernel."""
     from monarchrt.triton_kernels.pixel_passes import channel_norm as kernel
 
-    return kernel(x, gamma)
+    return sequential_vmap(kernel)(x, gamma)
 
 
 def plain_norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
@@ -124,7 +125,7 @@ def doubled_norm_silu(
     """`doubled`, and norm and SiLU of it, by the kernel."""
     from monarchrt.triton_kernels.pixel_passes import doubled_norm as kernel
 
-    return kernel(y, gamma)
+    return sequential_vmap(kernel)(y, gamma)
 
 
 def plain_doubled_norm_silu(

@@ -176,7 +176,7 @@ class WanVAE(nnx.Module):
         param_dtype: Of the parameters.
         implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper wherever it serves;
             "xla"; None: where JAX runs on such a GPU, the kernel where it was measured to be quicker. Norms that it
-            does not do are Triton's on such a GPU, but with "xla".
+            does not do are Triton's on Hopper where they serve (half precision), unless "xla"; elsewhere XLA's.
     """
 
     def __init__(

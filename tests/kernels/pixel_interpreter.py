@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -21,14 +20,20 @@ from monarchrt.triton_kernels.pixel_passes import PixelConfig
 
 
 def run(call: Any, arrays: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """`pixel_passes._call` in the interpreter."""
-    tensors = {name: torch.tensor(np.asarray(x)) for name, x in arrays.items()}
-    for name, x in made.items():
-        tensors[name] = torch.full(x.shape, float("nan"), dtype=torch.float32)
-    kernel = getattr(pixels, call.kernel)
-    names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
-    kernel[call.grid](**{name: tensors[name] for name in names}, **call.constants)
-    return {name: jnp.asarray(tensors[name].numpy()) for name in call.writes}
+    """`pixel_passes._call` in the interpreter; on the host, as the call may be traced."""
+
+    def interpret(*values: Any) -> tuple[np.ndarray, ...]:
+        tensors = {name: torch.tensor(np.asarray(x)) for name, x in zip(arrays, values, strict=True)}
+        for name, x in made.items():
+            tensors[name] = torch.full(x.shape, float("nan"), dtype=torch.float32)
+        kernel = getattr(pixels, call.kernel)
+        names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
+        kernel[call.grid](**{name: tensors[name] for name in names}, **call.constants)
+        return tuple(tensors[name].numpy() for name in call.writes)
+
+    shapes = tuple(made[name] for name in call.writes)
+    results = jax.pure_callback(interpret, shapes, *arrays.values())
+    return dict(zip(call.writes, results, strict=True))
 
 
 def error(found: Any, right: Any) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.vae import causal
+from monarchrt.models.vae import causal, layers
 from monarchrt.models.vae.layers import ChannelNorm, Upsample
 from monarchrt.triton_kernels import compile_for, pixel_passes
 from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, interpreted, missing
@@ -61,7 +61,10 @@ def test_lowered():
     for what, x in ((causal.norm_silu, struct(64, 96)), (causal.doubled_norm_silu, struct(1, 5, 9, 384))):
         with compile_for(90):
             text = jax.jit(what).trace(x, gamma).lower(lowering_platforms=("cuda",)).as_text()
+            several = jax.jit(jax.vmap(what, (0, None))).trace(struct(2, *x.shape), gamma)
+            looped = several.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("stablehlo.custom_call @triton_kernel_call") == 1
+        assert looped.count("stablehlo.custom_call @triton_kernel_call") == 1
 
 
 @pytest.mark.parametrize("doubles", [False, True])
@@ -89,8 +92,8 @@ def test_layers_take_them_where_they_serve(monkeypatch):
         return lambda *x: taken.append(name) or plain(*x)
 
     monkeypatch.setattr(pixel_passes, "missing_packages", lambda: None)
-    monkeypatch.setattr(pixel_passes, "channel_norm", kernel("norm", causal.plain_norm_silu))
-    monkeypatch.setattr(pixel_passes, "doubled_norm", kernel("doubled", causal.plain_doubled_norm_silu))
+    monkeypatch.setattr(layers, "norm_silu", kernel("norm", causal.plain_norm_silu))
+    monkeypatch.setattr(layers, "doubled_norm_silu", kernel("doubled", causal.plain_doubled_norm_silu))
     results = {}
     for dtype in (jnp.bfloat16, jnp.float32):
         up = Upsample(32, temporal=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
