@@ -492,3 +492,11 @@ def test_errors_of_maps_and_the_order_of_claims(monkeypatch):
     settings = tuple("abcdef")
     orders = [claims.turned(settings, [types.SimpleNamespace(seed=seed)]) for seed in range(4)]
     assert orders == [tuple("abcdef"), tuple("cdefab"), tuple("efabcd"), tuple("abcdef")]
+    errors = {"4,4": np.full(5, 0.5), "2,4": np.full(5, 0.3), "4,3": np.full(5, 0.6), "8 x 2": np.full(5, 0.1)}
+    of = {"4,4": ("tiled", 0.1), "2,4": ("tiled", 0.2), "4,3": ("tiled", 0.3), "8 x 2": ("aligned", 0.4)}
+    rows = {name: {"family": family, "density": density} for name, (family, density) in of.items()}
+    steps = {kind: claims.steps_of(rows, errors, kind) for kind in ("nested", "tiled", "untiled")}
+    assert [(step["from"], step["to"]) for step in steps["tiled"]] == [("4,4", "2,4"), ("4,4", "4,3"), ("2,4", "4,3")]
+    assert steps["untiled"] == []
+    (nested,) = steps["nested"]  # from the tile that holds the other
+    assert (nested["from"], nested["to"], nested["change"]) == ("4,4", "2,4", pytest.approx([-0.2] * 3))

@@ -44,4 +44,39 @@ MEASURED = (
         COMPARED,
         "that_begin",
     ),
+    Fault("train/evaluation/lpips.py", " and arrays[key].shape == shape for", " for", MEASURES, "do_not_fit"),
+    Fault("train/evaluation/lpips.py", "np.isfinite(array).all()", "np.isfinite(array).any()", MEASURES, "do_not_fit"),
+    Fault("train/evaluation/vbench.py", "self.seed <= 2**32 - STILL", "self.seed < 2**32", MEASURES, "do_not_reach"),
+    Fault("train/evaluation/vbench.py", "else str(config.components)", "else None", MEASURES, "each_part"),
+    Fault(
+        "train/evaluation/vbench.py",
+        "advance(task.videos - len(missing), task.prompt)",
+        "advance(len(missing), task.prompt)",
+        MEASURES,
+        "a_bar",
+    ),
+    Fault(
+        "train/evaluation/vbench.py",
+        "if path.is_dir() else path.parent).resolve()",
+        "if path.is_dir() else path).resolve()",
+        MEASURES,
+        "side_by_side",
+    ),
+    Fault(
+        "train/evaluation/config.py", "if not 0 <= seed < 2**32:", "if not 0 <= seed <= 2**32:", COMPARED, "bad_input"
+    ),
+    Fault(
+        "train/studies/tiles.py",
+        "1 + (given - 1) * per_latent if given",
+        "given * per_latent if given",
+        STUDIES,
+        "begins_with",
+    ),
+    Fault(
+        "train/studies/tiles.py",
+        "relative_error(latents[:, given:], expected[:, given:])",
+        "relative_error(latents, expected)",
+        STUDIES,
+        "begins_with",
+    ),
 )

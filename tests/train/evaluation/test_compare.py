@@ -161,6 +161,7 @@ def test_fewer_held_out_examples_than_asked_for_are_said(baseline, tmp_path, cap
         ("--attention dense --windows 0 --height 15", "height is 15, which is not a multiple of 8"),
         ("--attention dense --seeds", "seeds"),
         ("--attention dense --seeds 0 -1", "seeds has -1; each must lie in [0, 2**32), such as 0 1 2"),
+        ("--attention dense --seeds 4294967296", "seeds has 4294967296; each must lie in [0, 2**32)"),
         ("--attention dense --seeds 1 2 1", "seeds has 1 twice; give each once"),
         ("--attention top_k(keep=0.5) top_k(keep=0.50)", "attention has top_k(keep=0.50) twice; give each once"),
         ("--attention dense --timesteps 1001", "timesteps is 1001; it must be at most 1000"),

@@ -159,7 +159,9 @@ class TestLPIPS:
                 read_lpips(tmp_path / "net.pth", folder / "lin.pth")
         for part, file in ((state, "net.pth"), (torch.load(folder / "lin.pth"), "lin.pth")):
             first = next(iter(part))
-            torch.save(part | {first: part[first] * torch.nan}, tmp_path / file)
+            damaged = part[first].clone()
+            damaged.view(-1)[-1] = torch.nan  # one number
+            torch.save(part | {first: damaged}, tmp_path / file)
             given = {"net.pth": folder / "net.pth", "lin.pth": folder / "lin.pth"} | {file: tmp_path / file}
             with pytest.raises(UserError, match=f"{file} is damaged: {first} has numbers that are not finite"):
                 read_lpips(given["net.pth"], given["lin.pth"])
