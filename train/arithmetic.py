@@ -26,14 +26,14 @@ class Work(NamedTuple):
     Attributes:
         products: With weights: one matrix for the whole batch.
         attended: Of attention: a matrix for each sample and head.
-        single: How many of both have operands of float32.
-        precise: How many of these may not be rounded to TensorFloat-32 by a GPU.
+        float32: How many of both have operands of float32.
+        full_precision: How many of these may not be rounded to TensorFloat-32 by a GPU.
     """
 
     products: float = 0.0
     attended: float = 0.0
-    single: float = 0.0
-    precise: float = 0.0
+    float32: float = 0.0
+    full_precision: float = 0.0
 
     @property
     def total(self) -> float:
@@ -117,7 +117,7 @@ def _kinds(equation: Any, count: float) -> dict[str, float]:
     precision = equation.params.get("precision")
     asked = precision if isinstance(precision, tuple) else (precision,)
     precise = any(x in (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGH) for x in asked)
-    return {"single": count} | ({"precise": count} if precise else {})
+    return {"float32": count} | ({"full_precision": count} if precise else {})
 
 
 def _within(values: Any) -> Iterator[Any]:

@@ -151,8 +151,8 @@ def estimated(
         whole = whole.plus(list(parts.values())[-1])
     rates = known_rates(getattr(device, "device_kind", device.platform))
     if rates is None:
-        rates = timed_rates(device, single=2 * whole.single > whole.total)
-    elif 100 * whole.precise > whole.total:
+        rates = timed_rates(device, single=2 * whole.float32 > whole.total)
+    elif 100 * whole.full_precision > whole.total:
         why = "it has products of float32 that may not be rounded, of which none were measured; see precision"
         return Estimate(rates=None, why=why)
     counted = range(left, max(0, left - _COUNTED), -1)  # those at the end, which are like all others

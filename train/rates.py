@@ -49,7 +49,7 @@ class Rates:
 
     def seconds(self, work: Work) -> float:
         """What so many products take."""
-        longer = 1.0 + (self.single - 1.0) * work.single / work.total if work.total else 1.0
+        longer = 1.0 + (self.single - 1.0) * work.float32 / work.total if work.total else 1.0
         return longer * (work.products / self.products + work.attended / self.attention)
 
     def moving(self, size: int) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from monarchrt.triton_kernels import missing_packages
-from monarchrt.triton_kernels.config import power_of_two, target
+from monarchrt.triton_kernels.config import power_of_two
+from monarchrt.triton_kernels.one_kernel import call_kernel
 from monarchrt.triton_kernels.plan import Launch
 
 DTYPES = ("bfloat16", "float16")
@@ -69,11 +70,4 @@ def _run(
     grid = (math.prod(pixels) // rows, 1, 1)
     launch = Launch(kernel, made, grid, constants, config.warps, 1)
     dtype = next(iter(arrays.values())).dtype
-    return _call(launch, arrays, dict.fromkeys(made, jax.ShapeDtypeStruct(shape, dtype)))
-
-
-def _call(call: Launch, arrays: dict[str, jax.Array], made: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    from monarchrt.triton_kernels import launch
-
-    shapes = made | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    return launch.call(call, arrays, shapes, target().compute_capability)
+    return call_kernel(launch, arrays, dict.fromkeys(made, jax.ShapeDtypeStruct(shape, dtype)))

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from monarchrt.triton_kernels import missing_packages
-from monarchrt.triton_kernels.config import power_of_two, target
+from monarchrt.triton_kernels.config import power_of_two
+from monarchrt.triton_kernels.one_kernel import call_kernel
 from monarchrt.triton_kernels.plan import Launch
 
 DTYPES = ("bfloat16", "float16")
@@ -79,7 +80,7 @@ def norm_rotate_write(
         config.warps,
         1,
     )
-    results = _run(call, arrays, {"query": jax.ShapeDtypeStruct((batch, tokens, width), q.dtype)})
+    results = call_kernel(call, arrays, {"query": jax.ShapeDtypeStruct((batch, tokens, width), q.dtype)})
     return results["query"], results["keys"], results["values"]
 
 
@@ -120,12 +121,5 @@ def gated_norm(
         1,
     )
     made = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    results = _run(call, arrays, {"total": made, "normed": made})
+    results = call_kernel(call, arrays, {"total": made, "normed": made})
     return results["total"], results["normed"]
-
-
-def _run(call: Launch, arrays: dict[str, jax.Array], made: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    from monarchrt.triton_kernels import launch
-
-    shapes = made | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    return launch.call(call, arrays, shapes, target().compute_capability)

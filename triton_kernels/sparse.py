@@ -160,11 +160,11 @@ def softmax_step(
 
 @kernel
 def sparse_forward(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole:
-    tl.tensor, count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse:
-    tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP:
-    tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M:
-    tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
+    count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
     BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Output and log-sum-exp of M queries. Grid (parts of blocks of queries, H, B)."""
@@ -244,9 +244,9 @@ def query_step(
 def sparse_query_backward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, key_places: tl.tensor,
-    dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP:
-    tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M:
-    tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
+    dq: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr,
     BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """dQ of M queries, over the same list. Grid (parts of blocks of queries, H, B)."""
@@ -337,10 +337,10 @@ def through_keys(
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
     query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
     NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND:
-    tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION:
-    tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, SLOTS:
-    tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
 ) -> None:  # fmt: skip
     """dK and dV of N keys; with KEEP also the scores' gradients, in `d_scores` [B, HEADS, SLOTS, WIDE, TALL]."""
     PARTS: tl.constexpr = (COLUMNS + N - 1) // N
@@ -419,11 +419,12 @@ def through_keys(
 @kernel
 def sparse_key_backward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, d_out: tl.tensor, lse: tl.tensor, delta: tl.tensor, starts: tl.tensor,
-    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places:
-    tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
-    tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr,
-    EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, places: tl.tensor, query_places: tl.tensor,
+    dk: tl.tensor, dv: tl.tensor, scale: tl.tensor, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
+    SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """dK and dV of N keys, over the list of blocks of queries that see them. Grid (parts of blocks of keys, H, B)."""
     through_keys(
@@ -439,10 +440,10 @@ def sparse_key_scores(
     first: tl.tensor, last: tl.tensor, whole: tl.tensor, count: tl.tensor, slots: tl.tensor, places: tl.tensor,
     query_places: tl.tensor, head: tl.tensor, d_scores: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,
     NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BAND:
-    tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr, PRECISION:
-    tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, WIDE:
-    tl.constexpr, TALL: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDE: tl.constexpr, TALL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The same of some heads from `head` on, which also keeps the scores' gradients for `sparse_query_product`."""
     through_keys(

@@ -20,7 +20,7 @@ from monarchrt.triton_kernels.pixel_passes import PixelConfig
 
 
 def run(call: Any, arrays: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """`pixel_passes._call` in the interpreter; on the host, as the call may be traced."""
+    """`pixel_passes.call_kernel` in the interpreter; on the host, as the call may be traced."""
 
     def interpret(*values: Any) -> tuple[np.ndarray, ...]:
         tensors = {name: torch.tensor(np.asarray(x)) for name, x in zip(arrays, values, strict=True)}
@@ -63,13 +63,13 @@ def whole_decoder() -> tuple[float, list[str]]:
         taken.append(call.kernel)
         return run(call, arrays, made)
 
-    pixel_passes._call = call
+    pixel_passes.call_kernel = call
     layers.norm_by_kernel = lambda implementation, x: True
     return max(map(error, decoded(), plain)), sorted(set(taken))
 
 
 if __name__ == "__main__":
-    pixel_passes._call = run
+    pixel_passes.call_kernel = run
     pixel_passes.SIZES = {name: PixelConfig(numbers=64, warps=4) for name in pixel_passes.SIZES}
     gamma = 1 + normal(0, 24) / 8
     x = normal(1, 2, 3, 4, 24).at[1, 2].set(0.0)  # pixels without a length too

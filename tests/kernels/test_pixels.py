@@ -42,7 +42,7 @@ def test_compiled_ahead_of_time(monkeypatch, x):
         calls.append(call)
         return {name: jnp.zeros(y.shape, y.dtype) for name, y in made.items()}
 
-    monkeypatch.setattr(pixel_passes, "_call", keep)
+    monkeypatch.setattr(pixel_passes, "call_kernel", keep)
     frames, height, width, channels = x.shape
     y = struct(frames, height // 2 + 1, width // 2 + 1, 4 * channels)
     jax.eval_shape(causal.norm_silu, x, struct(channels))

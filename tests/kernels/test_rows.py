@@ -56,7 +56,7 @@ def test_compiled_ahead_of_time(monkeypatch):
         calls.append(call)
         return {name: jnp.zeros(made.get(name, arrays.get(name)).shape, jnp.bfloat16) for name in call.writes}
 
-    monkeypatch.setattr(row_passes, "_run", keep)
+    monkeypatch.setattr(row_passes, "call_kernel", keep)
     jax.eval_shape(write, *WRITTEN)
     for affine in (False, True):
         jax.eval_shape(partial(gated, affine=affine), *GATED)

@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 from tests.mutants.measures import MEASURED
+from tests.mutants.passes import PASSES
 from tests.mutants.serving import SERVING
 from tests.mutants.sparse import BESIDE_PUBLISHED
 
@@ -44,8 +45,6 @@ DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
 MESH = ("tests/models/test_mesh.py",)
-ROWS = ("tests/kernels/test_rows.py",)
-PIXELS = ("tests/kernels/test_pixels.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
@@ -54,22 +53,8 @@ DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
-    # passes over rows of tokens, and what follows a block
-    Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
-    Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
-    Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
-    Fault("triton_kernels/pixels.py", "column // 2 + b\n", "column // 2 + a\n", PIXELS, "interpreter"),
-    Fault("triton_kernels/pixels.py", "tl.maximum(tl.sum(x * x, 1), 1e-24)", "tl.sum(x * x, 1)", PIXELS, "interpreter"),
-    Fault(
-        "models/vae/causal.py",
-        "plain_doubled_norm_silu))",
-        "lambda y, g: plain_doubled_norm_silu(y, g * g)))",
-        PIXELS,
-        "grad",
-    ),
+    *PASSES,
     Fault("models/sampling/rollout.py", "@lru_cache(maxsize=64)", "", LIVE, "second_video"),
-    Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
-    Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
     Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),
     Fault(
         "models/wan/fused.py", "(joined, width), (joined, 2 * width)", "(joined, 2 * width), (joined, width)", UNROLLED

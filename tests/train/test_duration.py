@@ -42,13 +42,13 @@ class TestWork:
 
     def test_products_with_a_matrix_and_of_each_sample(self):
         found = work(lambda x, w: jnp.einsum("bnd,bmd->bnm", x @ w, x @ w), array(2, 3, 4), array(4, 4))
-        assert found == Work(products=2 * (2 * 6 * 4 * 4), attended=2 * 2 * 3 * 3 * 4, single=384 + 144)
+        assert found == Work(products=2 * (2 * 6 * 4 * 4), attended=2 * 2 * 3 * 3 * 4, float32=384 + 144)
         half = work(lambda x, w: x @ w, array(3, 4, dtype="bfloat16"), array(4, 4, dtype="bfloat16"))
         assert half == Work(products=96)
 
     def test_products_that_may_not_be_rounded(self):
         found = work(lambda x, w: jnp.dot(x, w, precision="highest"), array(3, 4), array(4, 4))
-        assert found == Work(products=96, single=96, precise=96)
+        assert found == Work(products=96, float32=96, full_precision=96)
 
     def test_gradients_and_what_is_recomputed_for_them(self):
         def loss(recomputed):
@@ -214,7 +214,7 @@ class TestRates:
     def test_products_attention_and_memory_of_a_data_sheet(self):
         assert known().seconds(Work(products=0.43 * 989e12)) == pytest.approx(1.0)
         assert known().seconds(Work(products=0.43 * 989e12, attended=0.6 * 989e12)) == pytest.approx(2.0)
-        assert known().seconds(Work(products=0.43 * 989e12, single=0.43 * 989e12)) == pytest.approx(2.0)
+        assert known().seconds(Work(products=0.43 * 989e12, float32=0.43 * 989e12)) == pytest.approx(2.0)
         assert known().seconds(Work()) == 0.0
         assert known().moving(2_880_000_000_000) == pytest.approx(1.0)
 
@@ -234,7 +234,7 @@ class TestRates:
         assert found.products == found.attention == pytest.approx(2 * 64**3 / 1e-3)
         assert (found.low, found.high, found.moving(9)) == (1.0, None, 0.0)
         assert f"64 by 64 numbers of {'float32' if single else 'bfloat16'}" in found.basis
-        assert found.seconds(Work(products=2 * 64**3, single=9)) == pytest.approx(1e-3)
+        assert found.seconds(Work(products=2 * 64**3, float32=9)) == pytest.approx(1e-3)
 
 
 class TestEstimate:

@@ -1,0 +1,24 @@
+"""Faults of passes over rows of tokens and over pixels, which `faults.py` has among its own."""
+
+from tests.mutants.fault import Fault
+
+ROWS = ("tests/kernels/test_rows.py",)
+PIXELS = ("tests/kernels/test_pixels.py",)
+
+PASSES = (
+    # passes over rows of tokens, and what follows a block
+    Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
+    Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
+    Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
+    Fault("triton_kernels/pixels.py", "column // 2 + b\n", "column // 2 + a\n", PIXELS, "interpreter"),
+    Fault("triton_kernels/pixels.py", "tl.maximum(tl.sum(x * x, 1), 1e-24)", "tl.sum(x * x, 1)", PIXELS, "interpreter"),
+    Fault(
+        "models/vae/causal.py",
+        "plain_doubled_norm_silu))",
+        "lambda y, g: plain_doubled_norm_silu(y, g * g)))",
+        PIXELS,
+        "grad",
+    ),
+    Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
+    Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
+)
