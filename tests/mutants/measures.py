@@ -46,6 +46,7 @@ MEASURED = (
     ),
     Fault("train/evaluation/lpips.py", " and arrays[key].shape == shape for", " for", MEASURES, "do_not_fit"),
     Fault("train/evaluation/lpips.py", "np.isfinite(array).all()", "np.isfinite(array).any()", MEASURES, "do_not_fit"),
+    Fault("train/studies/config.py", "<= seed < 2**32", "<= seed <= 2**32", STUDIES, "bad_input"),
     Fault("train/evaluation/vbench.py", "self.seed <= 2**32 - STILL", "self.seed < 2**32", MEASURES, "do_not_reach"),
     Fault("train/evaluation/vbench.py", "else str(config.components)", "else None", MEASURES, "each_part"),
     Fault(

@@ -339,6 +339,7 @@ class TestPartial:
         ("map --grid 21 30 52", "a map of 32760 tokens (21, 30, 52) has 1.1 thousand million entries; give --grid"),
         ("map --levels 1.5", "levels has 1.5"),
         ("map --seed -1", "seed is -1; it must lie in [0, 2**32)"),
+        ("map --seed 4294967296", "seed is 4294967296; it must lie in [0, 2**32)"),
         ("mass --checkpoint run --seed 4294967296", "seed is 4294967296; it must lie in [0, 2**32)"),
         ("tiles --checkpoint run --seed -1", "seed is -1; it must lie in [0, 2**32)"),
         ("map --windows 0", "windows is 0; it must be at least 1"),
