@@ -333,7 +333,7 @@ class _Run:
         """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before.
 
         Of several processes, the first reads it; those that have all of it in memory must have the same, and those that
-        read files as they go, files of the same names and sizes.
+        read files as they go, files that are alike by name, size and samples of the content.
         """
         source = self.source
         if isinstance(source, LatentFolder):

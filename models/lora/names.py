@@ -113,6 +113,18 @@ def read_names(names: Iterable[str]) -> Names:
     return Names(keys, unknown, "musubi" if flat else "diffusers" if diffusers else "comfyui")
 
 
+def layer_names(name: str) -> tuple[str, ...]:
+    """What the network that was trained may have called the layer of a tensor, as PEFT's patterns want it.
+
+    Examples:
+        >>> layer_names("base_model.model.dit.blocks.3.attn2.to_q.lora_B.weight")
+        ('dit.blocks.3.attn2.to_q', 'blocks.3.attn2.to_q')
+    """
+    stem = _split(name)[0]
+    names = (stem.removeprefix("base_model.model.").removeprefix("transformer."), _DOTTED.sub("", stem, count=1))
+    return tuple(dict.fromkeys(names))
+
+
 def family(names: Iterable[str]) -> str | None:
     """The model that a LoRA with such names is for, if it is known and none of Wan 2.1's.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,19 +11,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from monarchrt.models.checkpoints.json_files import parse_json, read_json
+from monarchrt.models.checkpoints.json_files import parse_json
 from monarchrt.models.checkpoints.reading import open_tensors, some, weights_file
 from monarchrt.models.checkpoints.recognize import what_has
 from monarchrt.models.checkpoints.scaled import check_finite
 from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.errors import printable
-from monarchrt.models.lora.names import UNSUPPORTED, Key, LoRAFormat, family, is_lora, read_names, write_name
+from monarchrt.models.lora.alphas import Pair, settle
+from monarchrt.models.lora.names import UNSUPPORTED, Key, LoRAFormat, family, is_lora, layer_names, read_names
 from monarchrt.models.wan.checkpoints.mapping import BLOCK, BLOCK_I2V, OUTER, OUTER_I2V, checkpoint_shape, tensors
 from monarchrt.models.wan.checkpoints.settings import OWN_KEY
 from monarchrt.models.wan.config import WanConfig
 
-HEADER = "lora_adapter_metadata"  # diffusers' entry in a header: JSON of what PEFT was told
-BESIDE = "adapter_config.json"  # PEFT's own file of it
 RANK = "lora_rank"  # of ours in a header
 NAMES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B", 3072: "Wan 2.2 5B"}  # by the width
 _PREFERRED = ("pytorch_lora_weights", "adapter_model")
@@ -61,7 +59,8 @@ class LoRA:
         changes: By Wan's own name of the tensor, such as `blocks.0.self_attn.q.weight`.
         ranks: Of each layer that a pair of matrices changes, by its name.
         alphas: Likewise; the rank where the file has none.
-        said: Where alpha is from: "tensors", "header", "adapter_config.json", or "" if the file has none.
+        said: Where alpha is from: "tensors", "header", "adapter_config.json", "ss_network_alpha", or "" if the file has
+            none.
         settings: What `monarchrt` stored of how it was trained; {} elsewhere.
         file: The tensors.
     """
@@ -196,7 +195,7 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
 
     Args:
         path: A file, or a folder with one.
-        warn: Called with a line if the file does not say its alpha, which is then the rank.
+        warn: Called with a line if the file does not say its alpha, which is then the rank, or says it in an odd way.
 
     Returns:
         The LoRA.
@@ -235,29 +234,21 @@ def _assemble(
         if key.part in parts:
             raise ValueError(f"{path}: {printable(parts[key.part])} and {printable(name)} are the same part of a LoRA.")
         parts[key.part] = name
-    stored = _Stored.of(path, file)
-    changes: dict[str, Change] = {}
     ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    silent = False
     for module, parts in modules.items():
         lacks = [part for part in ("down", "up") if part not in parts]
         if len(lacks) == 1 or (len(lacks) == 2 and parts.keys() & {"alpha", "up_bias"}):
             raise ValueError(
                 f"{path} lacks the {lacks[0]} matrix of {module}, of which it has {printable(min(parts.values()))}."
             )
-        scale = 1.0
         if not lacks:
-            rank = _rank(path, file, parts)
-            alpha = _alpha(path, file, parts["alpha"]) if "alpha" in parts else stored.alpha(module)
-            silent |= alpha is None
-            ranks[module], alphas[module] = rank, float(rank) if alpha is None else alpha
-            scale = alphas[module] / (math.sqrt(rank) if stored.rslora and "alpha" not in parts else rank)
-        _add(changes, path, file, module, parts, scale)
-    said = "tensors" if any("alpha" in parts for parts in modules.values()) else stored.where
-    if silent:
-        warn(f"note: {path} does not say its alpha; it is taken to be the rank, so that the LoRA counts in full")
-        said = ""
+            ranks[module] = _rank(path, file, parts)
+    own_alphas = {name: _alpha(path, file, parts["alpha"]) for name, parts in modules.items() if "alpha" in parts}
+    pairs = {name: Pair(rank, own_alphas.get(name), layer_names(modules[name]["down"])) for name, rank in ranks.items()}
+    alphas, scales, said = settle(pairs, path, file, format, warn)
+    changes: dict[str, Change] = {}
+    for module, parts in modules.items():
+        _add(changes, path, file, module, parts, scales.get(module, 1.0))
     own = parse_json(file.metadata[OWN_KEY], "the file's header") if OWN_KEY in file.metadata else {}
     return LoRA(
         path=path, format=format, changes=changes, ranks=ranks, alphas=alphas, said=said, settings=own, file=file
@@ -322,44 +313,3 @@ def _alpha(path: Path, file: TensorFile, name: str) -> float:
     if math.prod(file.infos[name].shape) != 1:
         raise ValueError(f"{path}: {printable(name)} is {list(file.infos[name].shape)}, not one number.")
     return float(check_finite(file.read(name), name, path).reshape(()))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """What a header, or PEFT's file beside, says of alpha."""
-
-    where: str = ""
-    value: float | None = None
-    patterns: dict[str, float] = dataclasses.field(default_factory=dict)
-    rslora: bool = False
-
-    @classmethod
-    def of(cls, path: Path, file: TensorFile) -> "_Stored":
-        if HEADER in file.metadata:
-            data, where = parse_json(file.metadata[HEADER], f"{HEADER} in the header of {path}"), "header"
-            # parts of a pipeline are told by prefixes
-            data = {name.removeprefix("transformer."): value for name, value in data.items()}
-        elif path.name.startswith("adapter_model") and (path.parent / BESIDE).is_file():
-            data, where = read_json(path.parent / BESIDE), BESIDE
-        else:
-            return cls()
-        if data.get("use_dora"):
-            raise ValueError(f"{path} holds DoRA (use_dora), which is not supported.")
-        patterns = data.get("alpha_pattern") or {}
-        value = data.get("lora_alpha")
-        numbers = [value, *patterns.values()] if isinstance(patterns, dict) else [patterns]
-        if not all(n is None or (type(n) in (int, float) and math.isfinite(n)) for n in numbers):
-            raise ValueError(f"{path}: its {where} says of alpha what is no number: {json.dumps(numbers)[:80]}.")
-        known = {name: float(number) for name, number in patterns.items() if number is not None}
-        alpha = None if value is None else float(value)
-        return cls("" if alpha is None else where, alpha, known, bool(data.get("use_rslora")))
-
-    def alpha(self, module: str) -> float | None:
-        """Alpha of a layer; None if nothing is said."""
-        theirs = write_name(module, "", "diffusers").removeprefix("transformer.")
-        for pattern, value in self.patterns.items():
-            # PEFT's ^ is for a whole name
-            whole, bare = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
-            if any(name == bare or (not whole and name.endswith(f".{bare}")) for name in (theirs, module)):
-                return value
-        return self.value

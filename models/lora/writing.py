@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.lora.alphas import HEADER
 from monarchrt.models.lora.names import write_name
-from monarchrt.models.lora.reading import HEADER, LoRA
+from monarchrt.models.lora.reading import LoRA
 from monarchrt.models.wan.checkpoints.settings import OWN_KEY
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}

@@ -49,6 +49,7 @@ UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
+DATA = ("tests/train/test_data.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
@@ -550,6 +551,13 @@ FAULTS = (
         LORA_FILES,
         "bias_of_a_pair",
     ),
+    Fault("models/lora/alphas.py", "expression.match(name)", "expression.fullmatch(name[-8:])", LORA_FILES, "of_peft"),
+    Fault("models/lora/alphas.py", 'if format != "musubi"', "if not format", LORA_FILES, "does_not_count"),
+    Fault("models/lora/alphas.py", "if rank and pair.rank != rank", "if False", LORA_FILES, "does_not_count"),
+    Fault("models/lora/alphas.py", "begun.lower().startswith", "begun.startswith", LORA_FILES, "peft_may_not"),
+    Fault("train/digests.py", "* number // (_BLOCKS - 1)", "* number // _BLOCKS", DATA, "large_file"),
+    Fault("train/digests.py", "digest.update(file.read())\n", "pass\n", DATA, "listing"),
+    Fault("train/cli/parsing.py", "        seen.add(option)", "        pass", COMMANDS, "given_twice"),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
     # several processes
     Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),

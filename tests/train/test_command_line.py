@@ -369,6 +369,25 @@ def test_ctrl_c_waits_for_the_imports(monkeypatch, capsys, module, arguments):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"], "lora"),
+        (["convert", "a", "b", "--lora=a.safetensors", "--lora", "b.safetensors"], "lora"),
+        (["evaluate", "--seeds", "1", "--seeds", "2"], "seeds"),
+        (["train", "--overrides", "num_layers=1", "--steps", "2", "--overrides", "dim=96"], "overrides"),
+        (["train", "--objective", "dmd", *("--student.lora-layers", "q", "--student.lora_layers", "ffn")],
+         "student.lora-layers"),
+    ],
+)  # fmt: skip
+def test_a_list_that_is_given_twice(arguments, option, capsys, tmp_path, monkeypatch):
+    """The last alone would count, without a word; of single values that is as everywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option} is given twice; give all values after one --{option}, for example")
+
+
+@pytest.mark.parametrize(
     ("arguments", "name"),
     [
         (["generate", "--checkpoint", ""], "checkpoint"),

@@ -135,7 +135,7 @@ def test_latent_folder(latents):
     assert sorted(folder.held_out_batch([0, 1, 2]).latents[:, 0, 0, 0, 0]) == [7, 8, 9]
 
 
-def test_a_listing_follows_names_and_sizes(latents):
+def test_a_listing_follows_names_and_contents(latents):
     """It is what processes compare, of which all but the first read no more than their own part."""
     before = LatentFolder(latents, config()).listing
     first, *_, last = sorted(latents.glob("*.safetensors"))
@@ -143,8 +143,30 @@ def test_a_listing_follows_names_and_sizes(latents):
     more = LatentFolder(latents, config()).listing
     (latents / "9.safetensors").unlink()
     assert LatentFolder(latents, config()).listing == before != more
-    save_file(load_file(last), last, metadata={"caption": "of another length"})
-    assert LatentFolder(latents, config()).listing != before
+    size, arrays = last.stat().st_size, load_file(last)
+    save_file(arrays | {"latents": arrays["latents"] + np.float16(1)}, last)
+    assert last.stat().st_size == size
+    assert LatentFolder(latents, config()).listing not in (before, more)
+
+
+def test_samples_of_a_large_file(tmp_path):
+    """Either end and three blocks between them, with the size; nothing else is read."""
+    size, file = 2**25 + 3, tmp_path / "large"
+    file.write_bytes(bytes(size))
+    [before] = digests.samples([file])
+
+    def changed(place):
+        with file.open("r+b") as opened:
+            opened.seek(place)
+            opened.write(b"1")
+        [after] = digests.samples([file])
+        file.write_bytes(bytes(size))
+        return after != before
+
+    assert [changed(n) for n in (0, size // 4, size // 2, 3 * size // 4, size - 1)] == [True] * 5
+    assert not changed(size // 8)
+    file.write_bytes(bytes(size + 1))
+    assert digests.samples([file]) != [before]
 
 
 def test_latent_folder_fingerprint_follows_the_content(latents):

@@ -228,12 +228,14 @@ def test_what_is_refused_before_anything_is_compiled(start, tmp_path, differing,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_lacks_a_file(start, tmp_path):
+@pytest.mark.parametrize(("files", "value"), [(3, 1), (4, 2)])
+def test_a_process_that_sees_other_files(start, tmp_path, files, value):
     """Under the same path, as on machines that do not share it: known before anything is compiled."""
     sizes = dict(num_layers=1, dim=24, num_heads=2, ffn_dim=16, text_dim=4, text_len=2, freq_dim=16)
-    for process, files in ((0, 4), (1, 3)):
-        for number in range(files):
-            arrays = {"latents": np.ones((3, 4, 8, 16), np.float32), "text": np.ones((2, 4), np.float32)}
+    for process, count, last in ((0, 4, 1), (1, files, value)):
+        for number in range(count):
+            latents = np.full((3, 4, 8, 16), last if number == count - 1 else 1, np.float32)
+            arrays = {"latents": latents, "text": np.ones((2, 4), np.float32)}
             write_arrays(tmp_path / str(process) / "latents" / f"{number}.safetensors", arrays, metadata={})
     network = ["--overrides", *(f"{name}={value}" for name, value in sizes.items()), "--attention", "dense"]
     command = ["train", "--latents", "latents", *network, "--held-out", "0.3", "--batch", "2", "--steps", "2"]

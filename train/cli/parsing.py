@@ -9,7 +9,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,7 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
     """
     messages = io.StringIO()
     parsed: Any = kind
+    _check_lists(kind, arguments)
     if not prefixes:
         explain(kind)
         parsed = tyro.conf.OmitArgPrefixes[kind]
@@ -56,6 +57,32 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
         if stop.code:
             raise UserError(_no_mesh(kind, arguments, options) or _one_line(messages.getvalue())) from None
         raise
+
+
+def _check_lists(kind: type, arguments: Sequence[str]) -> None:
+    """Raises UserError where an option that takes any number of values is there twice: the last alone would count."""
+    lists, seen = set(_lists(kind)), set[str]()
+    for word in arguments:
+        option = word.partition("=")[0].replace("_", "-")
+        if not option.startswith("--") or option.rpartition(".")[2].removeprefix("--") not in lists:
+            continue
+        if option in seen:
+            name = option.removeprefix("--")
+            raise UserError(f"{name} is given twice; give all values after one {option}, for example {option} ONE TWO")
+        seen.add(option)
+
+
+def _lists(kind: type) -> Iterator[str]:
+    """Options of a dataclass, and of those in it, that take any number of values, without what is before them."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _lists(hint)
+        parts = [hint] if typing.get_origin(hint) is tuple else typing.get_args(hint)
+        ends = [typing.get_args(part)[-1:] for part in parts if typing.get_origin(part) is tuple]
+        if (...,) in ends and int not in parts:  # of one number or several, as of one number, the last counts
+            yield field.name.rstrip("_").replace("_", "-")
 
 
 def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> str | None:

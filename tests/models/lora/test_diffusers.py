@@ -1,6 +1,7 @@
 """The same LoRA in three formats, in diffusers and here."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -49,6 +50,25 @@ def test_outputs(pair, small, loras, tmp_path, format):
     without = outputs_of_theirs(theirs, inputs)
     assert np.abs(wanted - without).max() > 0.1 * without.std()  # it does something
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, wanted.std()))
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [{r"blocks\.\d\.attn1\.to_[qk]": 5, "to_q": 9}, {"^attn1.to_q": 5, "^blocks.1.attn1.to_q": 9},
+     {"attn1.to_q|ffn.net.2": 0.5, ".*to_out.0": 7, "o_v": 9}, {r"(?!.*attn1).*": 5}],
+)  # fmt: skip
+def test_patterns_of_names(pair, small, loras, tmp_path, patterns):
+    theirs, ours, inputs = pair
+    tensors, metadata = loras.as_diffusers(loras.factors(small))
+    header = json.loads(metadata["lora_adapter_metadata"])
+    found = {}
+    for name, more in (("plain", {}), ("of-patterns", {"transformer.alpha_pattern": patterns})):
+        said = {"lora_adapter_metadata": json.dumps(header | more)}
+        file = loras.save(tmp_path / f"{name}.safetensors", tensors, metadata | said)
+        wanted = outputs_of_theirs(theirs, inputs, file)
+        found[name] = np.asarray(forward(merged(ours, opened([str(file)])), *inputs))
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-5 * max(1, wanted.std()))
+    assert np.abs(found["plain"] - found["of-patterns"]).max() > 0.05 * found["plain"].std()
 
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui", "musubi"])

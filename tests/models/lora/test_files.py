@@ -1,6 +1,7 @@
 """Files of LoRAs: what each changes, and what is refused by name."""
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -71,13 +72,107 @@ class TestAlpha:
         ("more", "scale"),
         [({"alpha_pattern": {"blocks.1.attn1.to_q": 9}}, 3.0), ({"alpha_pattern": {"attn1.to_q": 9}}, 3.0),
          ({"alpha_pattern": {"^blocks.1.attn1.to_q": 9}}, 3.0), ({"alpha_pattern": {"^attn1.to_q": 9}}, 2 / 3),
-         ({"alpha_pattern": {"attn2.to_q": 9}}, 2 / 3), ({"use_rslora": True}, 2 / 3**0.5)],
+         ({"alpha_pattern": {"attn2.to_q": 9}}, 2 / 3), ({"use_rslora": True}, 2 / 3**0.5),
+         ({"alpha_pattern": {r"blocks\.[12]\.attn1\.to_[qk]": 9}}, 3.0), ({"alpha_pattern": {"to_k|to_q": 9}}, 3.0),
+         ({"alpha_pattern": {"to": 7, "attn2.*": 5, "attn1.*": 9, ".*": 8}}, 3.0),
+         ({"alpha_pattern": {"o_q": 9}}, 2 / 3), ({"lora_alpha": None, "alpha_pattern": {".*": 9}}, 3.0)],
     )  # fmt: skip
     def test_patterns_of_peft(self, loras, factors, tmp_path, more, scale):
         tensors, metadata = loras.as_diffusers(factors)
         data = json.loads(metadata["lora_adapter_metadata"]) | {f"transformer.{k}": v for k, v in more.items()}
         file = loras.save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(data)})
         np.testing.assert_allclose(open_lora(file).delta(f"{Q}.weight"), product(factors, Q, scale), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [({"alpha_pattern": {"attn1.(to_q": 9}}, r'alpha_pattern in its header has "attn1.\(to_q", which is no reg'),
+         ({"rank_pattern": {"*": 9}}, r'rank_pattern in its header has "\*", which is no regular expression: '),
+         ({"rank_pattern": ["to_q"]}, r'rank_pattern in its header is \["to_q"\], not names with a number each'),
+         ({"rank_pattern": {"to_q": 2.5}}, "rank_pattern in its header has 2.5, not a whole number of at least 1"),
+         ({"alpha_pattern": {"to_q": None}}, "alpha_pattern in its header has null, not a number"),
+         ({"alpha_pattern": {"to_q": True}}, "alpha_pattern in its header has true, not a number"),
+         ({"lora_alpha": "8"}, 'lora_alpha in its header has "8", not a number'),
+         ({"r": 0}, "r in its header has 0, not a whole number of at least 1"),
+         ({"use_rslora": "false"}, 'use_rslora in its header is "false", not true or false'),
+         ({"use_dora": True}, r"holds DoRA \(use_dora in its header\), which is not supported"),
+         ({"alora_invocation_tokens": [1]}, "holds aLoRA"),
+         ({"init_lora_weights": "pissa_niter_4"}, "began as PiSSA .*make a plain LoRA of it by PEFT's save_pretrained"),
+         ({"init_lora_weights": "OLoRA"}, "began as OLoRA")],
+    )  # fmt: skip
+    def test_what_peft_may_not_say(self, loras, factors, tmp_path, more, message):
+        tensors, metadata = loras.as_diffusers(factors)
+        data = json.loads(metadata["lora_adapter_metadata"]) | {f"transformer.{k}": v for k, v in more.items()}
+        file = loras.save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(data)})
+        with pytest.raises(ValueError, match=message) as raised:
+            open_lora(file)
+        assert str(file) in str(raised.value)
+
+    @pytest.mark.parametrize("beginning", [True, False, "gaussian", "eva"])
+    def test_beginnings_that_leave_the_weights_alone(self, loras, factors, tmp_path, beginning):
+        tensors, metadata = loras.as_diffusers(factors)
+        data = json.loads(metadata["lora_adapter_metadata"]) | {"transformer.init_lora_weights": beginning}
+        file = loras.save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(data)})
+        np.testing.assert_allclose(open_lora(file).delta(f"{Q}.weight"), product(factors, Q, 2 / 3), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("more", "lines"),
+        [
+            ({"r": 4, "rank_pattern": {".*": 3}}, 0),
+            ({"rank_pattern": {r"blocks\.1\.attn1\.to_q": 4}}, 1),
+            ({"r": 4}, 1),
+        ],
+    )
+    def test_another_rank_than_that_of_the_matrices_is_said(self, loras, factors, tmp_path, more, lines):
+        tensors, metadata = loras.as_diffusers({Q: factors[Q]})
+        data = json.loads(metadata["lora_adapter_metadata"]) | {f"transformer.{k}": v for k, v in more.items()}
+        file = loras.save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(data)})
+        said = []
+        lora = open_lora(file, warn=said.append)
+        np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(factors, Q, 2 / 3), atol=1e-6)
+        assert len(said) == lines
+        assert all(f"the rank of {Q} is 4, and its matrices have 3, which counts" in line for line in said)
+
+    def test_of_kohyas_header(self, loras, factors, tmp_path):
+        """Where a file has no tensors of alpha; those of a layer count before it."""
+        tensors = {k: x for k, x in loras.as_musubi(factors)[0].items() if not k.endswith("alpha")}
+        header = {"ss_network_alpha": "6.0", "ss_network_dim": "3"}
+        said = []
+        lora = open_lora(loras.save(tmp_path / "a.safetensors", tensors, header), warn=said.append)
+        assert (lora.said, set(lora.alphas.values())) == ("ss_network_alpha", {6.0})
+        assert [line.partition("; ")[2] for line in said] == ["ss_network_alpha 6 of its header counts"]
+        np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(factors, Q, 2.0), atol=1e-6)
+        one = {f"lora_unet_{Q.replace('.', '_')}.alpha": np.float32(9.0)}
+        mixed = open_lora(loras.save(tmp_path / "b.safetensors", tensors | one, header))
+        assert (mixed.said, mixed.alphas[Q], mixed.alphas["blocks.0.self_attn.q"]) == ("tensors", 9.0, 6.0)
+
+    @pytest.mark.parametrize(
+        ("style", "header", "why"),
+        [("as_musubi", {"ss_network_alpha": "None"}, "in full$"), ("as_musubi", {"ss_network_alpha": "0"}, "in full$"),
+         ("as_musubi", {"ss_network_alpha": "6", "ss_network_dim": "4"},
+          r"; ss_network_alpha 6 in its header is left out: it is for rank 4 \(ss_network_dim\), and there .* rank 3$"),
+         ("as_comfyui", {"ss_network_alpha": "6", "ss_network_dim": "3"}, "left out: Musubi's converter to")],
+    )  # fmt: skip
+    def test_kohyas_header_that_does_not_count(self, loras, factors, tmp_path, style, header, why):
+        """Musubi's converter has multiplied alpha in, and keeps the header."""
+        tensors = {k: x for k, x in getattr(loras, style)(factors)[0].items() if not k.endswith("alpha")}
+        said = []
+        lora = open_lora(loras.save(tmp_path / "a.safetensors", tensors, header), warn=said.append)
+        assert (lora.said, set(lora.alphas.values()), len(said)) == ("", {3.0}, 1)
+        assert re.search(f"does not say its alpha; it is taken to be the rank.*{why}", said[0])
+
+    @pytest.mark.parametrize(
+        "header", [{"ss_network_alpha": "x"}, {"ss_network_alpha": "nan"}, {"ss_network_alpha": "-1"},
+                   {"ss_network_alpha": "4", "ss_network_dim": "(3,)"}],
+    )  # fmt: skip
+    def test_kohyas_header_that_is_malformed(self, loras, factors, tmp_path, header):
+        tensors = loras.as_musubi(factors)[0]
+        open_lora(loras.save(tmp_path / "a.safetensors", tensors, header), warn=pytest.fail)  # they say it themselves
+        tensors = {k: x for k, x in tensors.items() if not k.endswith("alpha")}
+        entry, text = list(header.items())[-1]
+        with pytest.raises(
+            ValueError, match=re.escape(f'{entry} in its header is "{text}", not a number of 0 or more')
+        ):
+            open_lora(loras.save(tmp_path / "b.safetensors", tensors, header))
 
     def test_beside_the_file(self, loras, factors, tmp_path):
         tensors = {
