@@ -12,6 +12,7 @@ from monarch_jax.contract import SAVED
 
 PRODUCT = "product"  # what policies of `jax.checkpoint` call a product with weights
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 _NAMED = jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT)
 
 

@@ -16,7 +16,7 @@ from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
-from monarchrt.models.wan.kept import kept
+from monarchrt.models.wan.kept import PRODUCTS, kept
 from monarchrt.models.wan.passes import Passes
 from monarchrt.models.wan.rope import rotate
 from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
@@ -216,8 +216,10 @@ class WanBlock(nnx.Module):
         shift, scale = self.modulations(time)[:2]
         return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
 
-    def gated(self, x: Array, y: Array, gate: Array) -> Array:
-        """x + y * gate, formed in float32 at least."""
+    def gated(self, x: Array, y: Array, gate: Array | None) -> Array:
+        """x + y * gate, formed in float32 at least; None: it is in y."""
+        if gate is None:
+            return x + y
         return (x.astype(gate.dtype) + y.astype(gate.dtype) * gate).astype(self.dtype)
 
     def __call__(
@@ -254,8 +256,8 @@ class WanBlock(nnx.Module):
                 self.modulated(self.norm1, x, shift, scale), rope, x.shape[2] if tokens is None else tokens
             )
 
-        if groups > 1:  # what leads to q and k is formed again after the attention's gradient, not kept through it
-            project = jax.checkpoint(project)
+        if groups > 1:  # what follows the products is formed again after the attention's gradient, not kept through it
+            project = jax.checkpoint(project, policy=PRODUCTS)
         out = heads_to_tokens(attend(*project(x, shift, scale)), *x.shape[1:3])
         if groups > 1:
             return self.after_attention_by_groups(x, out, after, keys_values, groups)
@@ -265,7 +267,7 @@ class WanBlock(nnx.Module):
         self,
         x: Float[Array, "B F S D"],
         out: Float[Array, "B F S D"],
-        modulations: Sequence[Modulation],
+        modulations: Sequence[Any],
         keys_values: tuple[tuple[Array, Array], ...],
     ) -> Float[Array, "B F S D"]:
         """The rest of the block, each token for itself: projection and gate, cross-attention, feed-forward.
@@ -273,7 +275,8 @@ class WanBlock(nnx.Module):
         Args:
             x: Residual stream that entered the block.
             out: Of the self-attention.
-            modulations: Gate of the self-attention; shift, scale and gate of the feed-forward.
+            modulations: Gate of the self-attention; shift, scale and gate of the feed-forward. A gate that is None
+                is in the weights.
             keys_values: Of the cross-attention.
 
         Returns:
@@ -284,6 +287,19 @@ class WanBlock(nnx.Module):
         x = x + self.cross_attn(self.norm3(x).astype(self.dtype), keys_values)
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
         return self.gated(x, y, gate2)
+
+    def gates_in_weights(self, modulations: Sequence[Modulation]) -> list[Any]:
+        """Modulations as `after_attention` takes them, without the gates that dense layers before them could take.
+
+        One gate for all tokens is that of the weights' columns. The gate's gradient is then made of the weights', and
+        the backward pass need not compute the feed-forward's last product again, which nothing else reads.
+        """
+        gate1, shift, scale, gate2 = modulations
+        if type(self.self_attn.o) is nnx.Linear:
+            self.self_attn.o, gate1 = with_gate(self.self_attn.o, gate1), None
+        if type(self.ffn.fc2) is nnx.Linear:
+            self.ffn.fc2, gate2 = with_gate(self.ffn.fc2, gate2), None
+        return [gate1, shift, scale, gate2]
 
     def after_attention_by_groups(self, x, out, modulations, keys_values, groups: int):
         """`after_attention` for one group of frames after the other, each recomputed in its backward pass.
@@ -296,6 +312,8 @@ class WanBlock(nnx.Module):
 
         def run(weights, x, out, modulations, keys_values):
             block = nnx.merge(graph, weights)
+            if x.shape[0] == 1 and not per_frame:
+                modulations = block.gates_in_weights(modulations)
 
             def split(array):  # [B, F, ...] to [groups, B, F/groups, ...]
                 return jnp.moveaxis(array.reshape(array.shape[0], groups, -1, *array.shape[2:]), 1, 0)
@@ -311,6 +329,19 @@ class WanBlock(nnx.Module):
         tokens, of_batch = ("batch", None, "tokens", None), ("batch", None, None, None)
         arrays = (x, out, tuple(modulations), keys_values)
         return on_each_device(run, weights, arrays, (tokens, tokens, of_batch, of_batch))
+
+
+def with_gate(linear: nnx.Linear, gate: Modulation) -> nnx.Linear:
+    """A dense layer whose output is multiplied by the one gate that there is.
+
+    Examples:
+        >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> with_gate(layer, jnp.zeros((1, 1, 1, 3)))(jnp.ones(2)).tolist()
+        [0.0, 0.0, 0.0]
+    """
+    gate = gate.reshape(-1)
+    graph, state = nnx.split(linear)
+    return nnx.merge(graph, jax.tree.map(lambda x: (x.astype(gate.dtype) * along_last(gate, x)).astype(x.dtype), state))
 
 
 def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:

@@ -294,10 +294,31 @@ class TestLayers:
         for a, b in zip(jax.tree.leaves(again_grad), jax.tree.leaves(grad), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
+    def test_gates_in_weights(self, wan, monkeypatch):
+        """One clip of one timestep, by groups: the feed-forward's last product is not done again, others but once."""
+        model, inputs = wan.model(num_layers=2, remat="full"), wan.sample(wan.SMALL, batch=1)
+        graph, state = nnx.split(model)
+        found = []
+        for hidden_bytes in (2**30, 1):
+            monkeypatch.setattr(layers, "HIDDEN_BYTES", hidden_bytes)
+            step = jax.jit(jax.value_and_grad(lambda state: jnp.mean(nnx.merge(graph, state)(*inputs) ** 2)))
+            dots = [
+                [eqn.invars[0].aval.shape[axis] for axis in eqn.params["dimension_numbers"][0][0]]
+                for eqn in equations(step.trace(state).jaxpr, "dot_general")
+            ]
+            found.append(([dots.count([width]) for width in (wan.SMALL.ffn_dim, wan.SMALL.dim)], *step(state)))
+        (products, loss, grad), (fewer, again, others) = found
+        assert fewer == [2, products[1]]
+        assert products[0] == 3  # the last product of two passes, and the first one's gradient
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(grad), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
     @pytest.mark.slow
-    def test_groups_of_frames_in_bfloat16(self, wan, monkeypatch):
-        """Gradients summed over groups are as near to float32's as those formed at once."""
-        inputs = wan.sample(wan.SMALL)
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_groups_of_frames_in_bfloat16(self, wan, monkeypatch, batch):
+        """Gradients summed over groups are as near to float32's as those at once; one clip has gates in weights."""
+        inputs = wan.sample(wan.SMALL, batch=batch)
 
         def gradient(hidden_bytes, dtype):
             monkeypatch.setattr(layers, "HIDDEN_BYTES", hidden_bytes)

@@ -277,6 +277,8 @@ FAULTS = (
         WAN,
         "small_numbers",
     ),
+    Fault("models/wan/layers.py", "project, policy=PRODUCTS", "project", WAN, "gates_in_weights"),
+    Fault("models/wan/layers.py", "with_gate(self.ffn.fc2, gate2)", "self.ffn.fc2", WAN, "gates_in_weights"),
     Fault(
         "models/vae/vae.py",
         "return jnp.clip(frames.astype(self.precise_dtype), -1, 1), cache",
