@@ -23,6 +23,7 @@ from monarchrt.train.objectives.base import Objective
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.settings import (
     ConsistencyConfig,
+    DMDConfig,
     FlowConfig,
     ODEConfig,
     SelfForcingConfig,
@@ -154,9 +155,17 @@ CASES: dict[str, Any] = {
     "consistency": (
         ConsistencyConfig(block=3, **GUIDED), "student", MONARCH, "full", True, {}, timed("stages", stage="consistency")
     ),
-    "ode regression, measured after the rates were chosen": (
-        ODEConfig(block=3), "student", MONARCH, "full", True, {}, timed("stages", stage="ode")
+    # measured after the rates were chosen
+    "ode regression": (ODEConfig(block=3), "student", MONARCH, "full", True, {}, timed("stages", stage="ode")),
+    "diffusion forcing": (
+        FlowConfig(frames_per_level=3), "student", MONARCH, "full", True, {}, timed("stages", stage="diffusion forcing")
     ),
+    **{
+        f"dmd, {role}": (
+            DMDConfig(**GUIDED), role, MONARCH, "full", False, {}, timed("stages", stage=f"dmd {role}")
+        )
+        for role in ("student", "critic")
+    },
     **{
         f"self-forcing, {role}, {attention}": (
             SelfForcingConfig(**GUIDED), role, MONARCH if attention != "dense" else "dense", "full", True, {},
