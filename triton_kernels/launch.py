@@ -34,6 +34,7 @@ KERNELS = {
     "gated_norm": rows.gated_norm,
     "channel_norm": pixels.channel_norm,
     "doubled_norm": pixels.doubled_norm,
+    "normed_taps": pixels.normed_taps,
 }
 # enable_fp_fusion: Triton's default up to 3.9. ptx_version: XLA assembles with the ptxas it finds, with jax[cuda13]
 # CUDA 13.0's at the oldest, while Triton would write for its own, which may be newer

@@ -27,7 +27,8 @@ class PixelConfig:
         return max(1, self.numbers // power_of_two(channels, 16))
 
 
-SIZES = {"channel_norm": PixelConfig(numbers=4096, warps=4), "doubled_norm": PixelConfig(numbers=4096, warps=4)}
+KERNELS = "channel_norm", "doubled_norm", "normed_taps"
+SIZES: dict[str, PixelConfig] = {name: PixelConfig(numbers=4096, warps=4) for name in KERNELS}
 
 
 def supports(x: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -47,27 +48,54 @@ def supports(x: jax.Array | jax.ShapeDtypeStruct) -> str | None:
 def channel_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
     """Norm over channels, with weights [C], and SiLU of pixels [..., C]."""
     *pixels, channels = x.shape
-    results = _run("channel_norm", {"x": x, "gamma": gamma}, ("normed",), (*pixels, channels), {})
-    return results["normed"]
+    grid, sizes = _sizes("channel_norm", channels, math.prod(pixels))
+    return _run("channel_norm", {"x": x, "gamma": gamma}, {"normed": x.shape}, grid, sizes)["normed"]
 
 
 def doubled_norm(y: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Frames of twice the size out of [n, H + 1, W + 1, 4 C], see `pixels.doubled_norm`; and their norm and SiLU."""
     frames, height, width, channels = y.shape[0], y.shape[1] - 1, y.shape[2] - 1, y.shape[3] // 4
     shape = frames, 2 * height, 2 * width, channels
-    sizes = {"HEIGHT": height, "WIDTH": width}
-    results = _run("doubled_norm", {"y": y, "gamma": gamma}, ("x", "normed"), shape, sizes)
+    grid, sizes = _sizes("doubled_norm", channels, math.prod(shape[:3]))
+    sizes |= {"HEIGHT": height, "WIDTH": width}
+    results = _run("doubled_norm", {"y": y, "gamma": gamma}, dict.fromkeys(("x", "normed"), shape), grid, sizes)
     return results["x"], results["normed"]
 
 
+def normed_taps(past: jax.Array, x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Norm and SiLU of frames x, and what a kernel of three steps in time meets, see `pixels.normed_taps`.
+
+    Args:
+        past: [B, 2, H, W, C], the frames before, normalised.
+        x: [B, T, H, W, C].
+        gamma: Weights [C].
+
+    Returns:
+        [B, T, H, W, 3 C], of each frame the two before it and itself; and the past of the frames after x.
+    """
+    batch, frames, height, width, channels = x.shape
+    (pixels, *_), sizes = _sizes("normed_taps", channels, height * width)
+    sizes |= {"FRAMES": frames, "PIXELS": height * width}
+    made = {"taps": (*x.shape[:4], 3 * channels), "latest": past.shape}
+    arrays = {"past": past, "x": x, "gamma": gamma}
+    results = _run("normed_taps", arrays, made, (pixels, batch * (frames + 2), 1), sizes)
+    return results["taps"], results["latest"]
+
+
+def _sizes(kernel: str, channels: int, pixels: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Programs for so many pixels, and a kernel's constants."""
+    rows = SIZES[kernel].rows(channels)
+    return (pixels // rows, 1, 1), {"C": channels, "CP": power_of_two(channels, 16), "ROWS": rows}
+
+
 def _run(
-    kernel: str, arrays: dict[str, jax.Array], made: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, Any]
+    kernel: str,
+    arrays: dict[str, jax.Array],
+    made: dict[str, tuple[int, ...]],
+    grid: tuple[int, int, int],
+    constants: dict[str, Any],
 ) -> dict[str, jax.Array]:
-    """The arrays that a kernel makes, all of one shape [..., C] and of the first operand's dtype."""
-    config, (*pixels, channels) = SIZES[kernel], shape
-    rows = config.rows(channels)
-    constants = sizes | {"C": channels, "CP": power_of_two(channels, 16), "ROWS": rows}
-    grid = (math.prod(pixels) // rows, 1, 1)
-    launch = Launch(kernel, made, grid, constants, config.warps, 1)
+    """The arrays that a kernel makes, of the first operand's dtype."""
+    launch = Launch(kernel, tuple(made), grid, constants, SIZES[kernel].warps, 1)
     dtype = next(iter(arrays.values())).dtype
-    return call_kernel(launch, arrays, dict.fromkeys(made, jax.ShapeDtypeStruct(shape, dtype)))
+    return call_kernel(launch, arrays, {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in made.items()})

@@ -59,3 +59,35 @@ def doubled_norm(
     tl.store(x + place, value, mask=wanted)
     activated = normed_activated(value.to(tl.float32), weights, normed.dtype.element_ty)
     tl.store(normed + place, activated, mask=wanted)
+
+
+@kernel
+def normed_taps(
+    past: tl.tensor, x: tl.tensor, gamma: tl.tensor, taps: tl.tensor, latest: tl.tensor,
+    FRAMES: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Norm over channels and SiLU of frames x, and three of them side by side, as a kernel of three steps meets them.
+
+    past is [B, 2, PIXELS, C], frames before that are normalised; x [B, FRAMES, PIXELS, C]; taps [B, FRAMES, PIXELS, 3,
+    C], of each frame the two before it and itself; latest, as past, the last two of all. PIXELS is a multiple of ROWS.
+    """
+    c = tl.arange(0, CP)
+    inside = c < C
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wanted = inside[None, :] & (row[:, None] >= 0)
+    sample = tl.program_id(1).to(tl.int64) // (FRAMES + 2)
+    frame = tl.program_id(1) % (FRAMES + 2)  # of the past and x together
+    if frame < 2:
+        place = (((sample * 2 + frame) * PIXELS + row) * C)[:, None] + c[None, :]
+        value = tl.load(past + place, mask=wanted, other=0.0)
+    else:
+        weights = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32) * C**0.5
+        place = (((sample * FRAMES + frame - 2) * PIXELS + row) * C)[:, None] + c[None, :]
+        value = tl.load(x + place, mask=wanted, other=0.0).to(tl.float32)
+        value = normed_activated(value, weights, taps.dtype.element_ty)
+    for tap in tl.static_range(3):
+        at = frame - tap
+        place = ((((sample * FRAMES + at) * PIXELS + row) * 3 + tap) * C)[:, None] + c[None, :]
+        tl.store(taps + place, value, mask=wanted & (at >= 0) & (at < FRAMES))
+    place = (((sample * 2 + frame - FRAMES) * PIXELS + row) * C)[:, None] + c[None, :]
+    tl.store(latest + place, value, mask=wanted & (frame >= FRAMES))

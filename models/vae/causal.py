@@ -119,6 +119,28 @@ def plain_norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> F
 
 
 @jax.custom_vjp
+def normed_taps(
+    past: Float[Array, "B 2 H W C"], x: Float[Array, "B T H W C"], gamma: Float[Array, " C"]
+) -> tuple[Float[Array, "B T H W CCC"], Float[Array, "B 2 H W C"]]:
+    """Norm and SiLU of frames after a past of such, as three steps of a kernel in time meet them, by the kernel.
+
+    Returns:
+        Each frame after the two before it, in the channels; and the past of what follows.
+    """
+    from monarchrt.triton_kernels.pixel_passes import normed_taps as kernel
+
+    return sequential_vmap(kernel)(past, x, gamma)
+
+
+def plain_normed_taps(
+    past: Float[Array, "B 2 H W C"], x: Float[Array, "B T H W C"], gamma: Float[Array, " C"]
+) -> tuple[Float[Array, "B T H W CCC"], Float[Array, "B 2 H W C"]]:
+    """The same as XLA does it."""
+    joined = jnp.concatenate([past, plain_norm_silu(x, gamma)], axis=1)
+    return jnp.concatenate([joined[:, k : k + x.shape[1]] for k in range(3)], axis=-1), joined[:, -2:]
+
+
+@jax.custom_vjp
 def doubled_norm_silu(
     y: Float[Array, "N h w abC"], gamma: Float[Array, " C"]
 ) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]]:
@@ -155,6 +177,7 @@ def _by_xla(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 norm_silu.defvjp(lambda *x: (norm_silu(*x), x), _by_xla(plain_norm_silu))
+normed_taps.defvjp(lambda *x: (normed_taps(*x), x), _by_xla(plain_normed_taps))
 doubled_norm_silu.defvjp(lambda *x: (doubled_norm_silu(*x), x), _by_xla(plain_doubled_norm_silu))
 
 

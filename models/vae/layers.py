@@ -24,6 +24,7 @@ from monarchrt.models.vae.causal import (
     doubled_norm_silu,
     norm_by_kernel,
     norm_silu,
+    normed_taps,
     norms,
     plain_norm_silu,
 )
@@ -138,28 +139,37 @@ class Conv(nnx.Module):
         x: Float[Array, "B T H W C"],
         norm: "ChannelNorm | None",
         *,
+        before: "ChannelNorm | None" = None,
         added: Video | None = None,
         both: bool = True,
         first: bool = False,
-    ) -> tuple[tuple[Video, Video], Past]:
-        """The same, and after a norm and SiLU, if there is one.
+    ) -> tuple[tuple[Video, Video | None], Past]:
+        """The same, and after a norm and SiLU, if that is one with the convolution.
 
         Args:
             past: Of `empty_past` or an earlier call.
             x: Frames.
             norm: What their convolution is normalised by.
+            before: What they are normalised by, and SiLU, before it; None: they are.
             added: To the convolution.
             both: Whether it is wanted as it was before the norm; else the first result may be the second.
             first: Whether x is a clip's first frame, alone: its past is zeros, so it meets a third of the kernel.
 
         Returns:
-            Frames, and frames after norm and SiLU; and the new past.
+            Frames, and frames after norm and SiLU or None, if they are still to be normalised; and the new past.
         """
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
+        kernel = self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape)
+        if before is not None:
+            frame = jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
+            if not first and not kernel and count == 2 and norm_by_kernel(before.implementation, frame):
+                taps, latest = normed_taps(past, x, before.gamma[...])
+                return (self._convolve(taps, added), None), latest
+            x = before(x, silu=True)
         latest = jnp.concatenate([past, x[:, -count:]], axis=1)[:, -count:]
         if first:
             y = self._convolve(x, added, steps=1)
-        elif self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape):
+        elif kernel and self.bias is not None:
             whole = norm is not None and norms(self.implementation, x, self.kernel.shape)
             ys = causal_convolution(
                 past,
@@ -180,7 +190,7 @@ class Conv(nnx.Module):
                 for k in range(count + 1)
             ]
             y = self._convolve(jnp.concatenate(taps, axis=-1), added)
-        return (y, y if norm is None else norm(y, silu=True)), latest
+        return (y, None), latest
 
 
 class ChannelNorm(nnx.Module):
@@ -228,7 +238,7 @@ class ResidualBlock(nnx.Module):
         normed: Video | None = None,
         norm: ChannelNorm | None = None,
         both: bool = True,
-    ) -> tuple[tuple[Video, Video], Past]:
+    ) -> tuple[tuple[Video, Video | None], Past]:
         """The next frames, and after a norm and SiLU.
 
         Args:
@@ -240,12 +250,13 @@ class ResidualBlock(nnx.Module):
             both: Whether they are wanted as they were before; else the first may be the second.
 
         Returns:
-            Frames, and frames after `norm` and SiLU; and the new past.
+            Frames, and frames after `norm` and SiLU or None, if they are still to be normalised; and the new past.
         """
-        normed = self.norm1(x, silu=True) if normed is None else normed
-        (_, y), past1 = self.conv1.after_normed(past[0], normed, self.norm2, both=False, first=first)
+        start, before = (x, self.norm1) if normed is None else (normed, None)
+        (y, normed), past1 = self.conv1.after_normed(past[0], start, self.norm2, before=before, both=False, first=first)
+        start, before = (y, self.norm2) if normed is None else (normed, None)
         shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
-        ys, past2 = self.conv2.after_normed(past[1], y, norm, added=shortcut, both=both, first=first)
+        ys, past2 = self.conv2.after_normed(past[1], start, norm, before=before, added=shortcut, both=both, first=first)
         return ys, (past1, past2)
 
 

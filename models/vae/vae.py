@@ -73,8 +73,7 @@ class Coder(nnx.Module):
         for block, following, old in zip(blocks, [*blocks[1:], None], pasts[1:], strict=True):
             if isinstance(block, ResidualBlock):  # what the next block normalises, it may be able to
                 norm, both = _norm_of(following), not isinstance(following, Head)
-                (x, after), past = block(x, old, first=first, normed=normed, norm=norm, both=both)
-                normed = None if norm is None else after
+                (x, normed), past = block(x, old, first=first, normed=normed, norm=norm, both=both)
             elif isinstance(block, Upsample):
                 (x, normed), past = block(x, old, first=first, norm=_norm_of(following))
             elif isinstance(block, Head):

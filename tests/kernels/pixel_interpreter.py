@@ -18,6 +18,8 @@ from monarchrt.models.vae import WanVAE, causal, layers, vae_config
 from monarchrt.triton_kernels import pixel_passes, pixels
 from monarchrt.triton_kernels.pixel_passes import PixelConfig
 
+TAPS = causal.normed_taps, causal.plain_normed_taps
+
 
 def run(call: Any, arrays: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """`pixel_passes.call_kernel` in the interpreter; on the host, as the call may be traced."""
@@ -74,9 +76,11 @@ if __name__ == "__main__":
     gamma = 1 + normal(0, 24) / 8
     x = normal(1, 2, 3, 4, 24).at[1, 2].set(0.0)  # pixels without a length too
     y = normal(2, 3, 5, 4, 4 * 24)  # frames of 4 x 3
+    taps = [(normal(4, 2, 2, 3, 4, 24), normal(5, 2, frames, 3, 4, 24), gamma) for frames in (1, 2, 3)]
     found: dict[str, Any] = {
         "norm": error(causal.norm_silu(x, gamma), causal.plain_norm_silu(x, gamma)),
         "doubled": max(map(error, causal.doubled_norm_silu(y, gamma), causal.plain_doubled_norm_silu(y, gamma))),
+        "taps": max(error(*pair) for x in taps for pair in zip(*(of(*x) for of in TAPS), strict=True)),
     }
     if sys.argv[1:] == ["decoder"]:
         found["decoder"], found["taken"] = whole_decoder()

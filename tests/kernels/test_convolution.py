@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -177,17 +178,20 @@ def test_the_vae_calls_it(monkeypatch):
 
     norm = ChannelNorm(3, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
 
-    def run(state, past, x, added):
+    def run(state, past, x, added, taken):
         y, new = nnx.merge(graph, state).after(past, x, added=added)
-        (_, normed), _ = nnx.merge(graph, state).after_normed(past, x, norm, both=False)
+        last, _ = nnx.merge(graph, state).after_normed(past, x, norm, both=False)
         pair, _ = nnx.merge(graph, state).after_normed(past, x, norm, added=added)
+        assert (last[1] is None) == (pair[1] is None) == (not taken)
+        normed, second = (norm(y, silu=True) if z is None else z for y, z in (last, pair))
+        pair = pair[0], second
         return sum((jnp.sin(out) ** 2).sum() for out in (y, normed, *pair)), (y, normed, pair, new)
 
     results = []
     monkeypatch.setattr("monarchrt.models.vae.layers.norms", lambda *_: True)
     for taken in (False, True):
         monkeypatch.setattr("monarchrt.models.vae.layers.by_kernel", lambda *_, taken=taken: taken)
-        both = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True))
+        both = jax.jit(jax.value_and_grad(partial(run, taken=taken), argnums=(0, 1, 2, 3), has_aux=True))
         results.append(jax.tree.leaves(both(state, past, x, added)))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

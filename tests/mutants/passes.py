@@ -19,6 +19,9 @@ PASSES = (
         PIXELS,
         "grad",
     ),
+    Fault("triton_kernels/pixels.py", "at = frame - tap", "at = frame - 2 + tap", PIXELS, "interpreter"),
+    Fault("triton_kernels/pixels.py", "(frame >= FRAMES)", "(frame > FRAMES)", PIXELS, "interpreter"),
+    Fault("models/vae/layers.py", "not first and not kernel", "not kernel", PIXELS, "normalised_taps"),
     Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
     Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
 )
