@@ -67,6 +67,16 @@ def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
     return jnp.clip(jnp.rint((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
+def to_host(*arrays: Array | np.ndarray) -> None:
+    """Begins to copy arrays to the host as soon as they are made, whether anyone waits for them then or not.
+
+    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy.
+    """
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            array.copy_to_host_async()
+
+
 class PatchDecoder:
     """The inverse of a fixed patch transform: each latent frame is one frame.
 

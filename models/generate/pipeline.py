@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from monarchrt.models.errors import UserError
-from monarchrt.models.generate.decoders import FrameDecoder
+from monarchrt.models.generate.decoders import FrameDecoder, to_host
 from monarchrt.models.generate.plan import PIECE, Plan
 from monarchrt.models.sampling import Noise, Rollout, autoregressive, windows
 from monarchrt.models.sharding import whole_here
@@ -126,9 +126,11 @@ class VideoPipeline:
             if state is None:  # the network is under way meanwhile
                 state = self.decoder.start(1, *plan.latents[1:])
             frames, state = self.decoder.decode(latents, state)
+            made = frames, jnp.isfinite(latents).all(), self.decoder.finite(state)
+            to_host(*made)
             if waiting is not None:
                 yield _fetched(*waiting)
-            waiting = frames, jnp.isfinite(latents).all(), self.decoder.finite(state)
+            waiting = made
         if waiting is not None:
             yield _fetched(*waiting)
 

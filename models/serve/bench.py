@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import monarch_jax
+from monarchrt.models.generate.decoders import to_host
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.web.encodings import ENCODINGS
 
@@ -167,6 +168,7 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
             latents = video.generate()
             state = engine.start_decoder() if state is None else state
             shown, _, state = engine.decode(latents, state)
+            to_host(shown)
             waiting.append(shown)
             if len(waiting) > 1:
                 frames.append(np.asarray(waiting.pop(0)).shape[1])

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from monarchrt.models.errors import UserError, printable
+from monarchrt.models.generate.decoders import to_host
 from monarchrt.models.media.writer import Mp4Writer
 from monarchrt.models.sampling import LiveRollout
 from monarchrt.models.serve.engine import Engine, blended
@@ -437,6 +438,7 @@ class Session:
         if self._decoder is None:  # the network is under way meanwhile
             self._decoder = self._engine.start_decoder()
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
+        to_host(finite, latents, frames)
         block = Block(number=self.block, latents=latents, frames=frames, finite=finite, began=began)
         self._under_way.append(block)
         self._past[self.block] = latents

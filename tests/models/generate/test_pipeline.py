@@ -140,13 +140,21 @@ class TestPipeline:
             events.append("decoder")
             return decode(part, state)
 
+        copy = type(TEXT).copy_to_host_async
+
+        def noted_copy(array):
+            if array.ndim == 5:
+                events.append("copy")
+            copy(array)
+
         monkeypatch.setattr(pipeline.decoder, "decode", noted_decode)
         monkeypatch.setattr(pipeline, "latents", noted_latents)
+        monkeypatch.setattr(type(TEXT), "copy_to_host_async", noted_copy)
         for n, _ in enumerate(pipeline(TEXT, plan=plan())):
             events.append(f"frames {n}")
         assert events == [
-            *["network 0", "decoder", "network 1", "decoder", "frames 0"],
-            *["network 2", "decoder", "frames 1", "frames 2"],
+            *["network 0", "decoder", "copy", "network 1", "decoder", "copy", "frames 0"],
+            *["network 2", "decoder", "copy", "frames 1", "frames 2"],
         ]
 
     def test_the_seed_decides(self, tiny):

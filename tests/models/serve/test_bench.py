@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from monarchrt.models.serve.bench import cadence, measure, percentiles
@@ -38,6 +39,19 @@ def test_an_engine(engine):
     assert set(found["cadence"]) == {"fps", "first", "gap_ms", "deadlines_met", "underruns", "stood"}
     assert found["cadence"]["fps"] == 8.0
     assert {"monarchrt", "jax", "jaxlib"} < set(found["versions"])
+
+
+def test_frames_are_copied_before_anyone_waits(engine, monkeypatch):
+    """Of each block of a stream, as they are in generation."""
+    copied, copy = [], type(jnp.zeros(())).copy_to_host_async
+
+    def noted(array):
+        copied.append(array.shape)
+        copy(array)
+
+    monkeypatch.setattr(type(jnp.zeros(())), "copy_to_host_async", noted)
+    measure(engine, blocks=4)
+    assert copied == [(1, 3, 8, 16, 3)] * (3 + 4)
 
 
 def test_the_prompt_is_one_that_the_engine_knows(engine, monkeypatch):

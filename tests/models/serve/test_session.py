@@ -6,6 +6,7 @@ from typing import Any
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -315,6 +316,19 @@ def test_a_block_is_under_way_before_the_one_before_is_fetched(stage, client, lo
     assert log == ["a 0", "a 1", "a 0 sent", "a 2", "a 1 sent", "a 2 sent", "a 3", "a 3 sent"]
     assert of(events, "prompt")[0]["block"] == 3
     assert types(events)[-2:] == ["block", "paused"]
+
+
+def test_what_is_handed_out_is_copied_before_anyone_waits(stage, client, log, monkeypatch):
+    """Frames, latents, and whether they are numbers."""
+    copy = type(jnp.zeros(())).copy_to_host_async
+
+    def noted(array):
+        log.append(array.ndim)
+        copy(array)
+
+    monkeypatch.setattr(type(jnp.zeros(())), "copy_to_host_async", noted)
+    client(stage(), start("a", frames=6)).run()
+    assert log == ["a 0", 0, 5, 5, "a 1", 0, 5, 5, "a 0 sent", "a 1 sent"]
 
 
 @pytest.mark.parametrize("message", [Prompt(prompt="another"), Seek(block=1)])
