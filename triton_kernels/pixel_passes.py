@@ -27,8 +27,11 @@ class PixelConfig:
         return max(1, self.numbers // power_of_two(channels, 16))
 
 
-KERNELS = "channel_norm", "doubled_norm", "normed_taps"
-SIZES: dict[str, PixelConfig] = {name: PixelConfig(numbers=4096, warps=4) for name in KERNELS}
+SIZES = {
+    "channel_norm": PixelConfig(numbers=2048, warps=4),
+    "doubled_norm": PixelConfig(numbers=4096, warps=4),
+    "normed_taps": PixelConfig(numbers=4096, warps=4),
+}
 
 
 def supports(x: jax.Array | jax.ShapeDtypeStruct) -> str | None:

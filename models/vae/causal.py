@@ -34,9 +34,9 @@ def norms(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct
 
 
 def causal_convolution(
-    past: Float[Array, "B 2 H W C"],
+    past: Float[Array, "B 2 H W C"] | None,
     x: Float[Array, "B T H W C"],
-    kernel: Float[Array, "3 3 3 C D"],
+    kernel: Float[Array, "times 3 3 C D"],
     bias: Float[Array, " D"],
     *,
     added: Float[Array, "B T H W D"] | None = None,
@@ -44,13 +44,14 @@ def causal_convolution(
     both: bool = False,
 ) -> tuple[Float[Array, "B T H W D"], ...]:
     """Convolves `x` as the continuation of `past`, plus `bias` and `added`, by the kernel; see `convolution`."""
-    each = [_one(past[n], x[n], kernel, bias, None if added is None else added[n], gamma, both) for n in range(len(x))]
+    parts = [[None if y is None else y[n] for y in (past, x, added)] for n in range(len(x))]
+    each = [_one(before, frames, kernel, bias, more, gamma, both) for before, frames, more in parts]
     return tuple(map(jnp.stack, zip(*each, strict=True)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _one(
-    past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, gamma: Array | None, both: bool
+    past: Array | None, x: Array, kernel: Array, bias: Array, added: Array | None, gamma: Array | None, both: bool
 ) -> tuple[Array, ...]:
     from monarchrt.pallas_kernels.sm90.convolution import convolution
 
@@ -58,7 +59,7 @@ def _one(
 
 
 def plain(
-    past: Array,
+    past: Array | None,
     x: Array,
     kernel: Array,
     bias: Array,
@@ -69,7 +70,7 @@ def plain(
 ) -> tuple[Array, ...]:
     """The same as one convolution in three dimensions, [T, H, W, D]."""
     y = lax.conv_general_dilated(
-        jnp.concatenate([past, x])[None],
+        (x if past is None else jnp.concatenate([past, x]))[None],
         kernel,
         (1, 1, 1),
         ((0, 0), (1, 1), (1, 1)),

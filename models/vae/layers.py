@@ -193,6 +193,50 @@ class Conv(nnx.Module):
         return (y, None), latest
 
 
+class FoldedConv(Conv):
+    """A causal 3x3x3 convolution to few channels, its three steps in time channels of one 3x3 convolution of a frame.
+
+    So every frame is read once instead of three times, and the past is what two frames give to those after them. Sums
+    of three numbers, each rounded to the dtype, are handed out in float32 at least.
+    """
+
+    def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B 2 H W DDD"]:
+        """The past of a clip's beginning."""
+        return jnp.zeros((batch, self.past_frames, height, width, 3 * self.kernel.shape[4]), self.dtype)
+
+    def after(
+        self,
+        past: Float[Array, "B 2 H W DDD"],
+        x: Float[Array, "B T H W C"],
+        *,
+        added: None = None,
+        first: bool = False,
+    ) -> tuple[Float[Array, "B T H W D"], Past]:
+        """As `Conv.after`; nothing is added, and a clip's first frame is as any."""
+        out, x = self.kernel.shape[4], x.astype(self.dtype)
+        kernel = rearrange(self.kernel[...].astype(self.dtype), "t h w c d -> 1 h w c (t d)")
+        bias = jnp.zeros(out, self.dtype) if self.bias is None else self.bias[...].astype(self.dtype)
+        bias = jnp.pad(bias, (2 * out, 0))  # with the last step
+        if by_kernel(self.implementation, x, kernel.shape):
+            (parts,) = causal_convolution(None, x, kernel, bias)
+        else:
+            more = -len(bias) % 8 if self.dtype.itemsize == 2 else 0  # as `Conv`'s
+            planes = rearrange(x, "b t h w c -> (b t) h w c")
+            parts = jax.lax.conv_general_dilated(
+                planes,
+                jnp.pad(kernel[0], ((0, 0), (0, 0), (0, 0), (0, more))),
+                (1, 1),
+                self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            parts = (parts + along_last(jnp.pad(bias, (0, more)), parts))[..., : len(bias)]
+            parts = rearrange(parts, "(b t) h w d -> b t h w d", b=len(x))
+        joined = jnp.concatenate([past, parts], axis=1)
+        precise = jnp.promote_types(self.dtype, jnp.float32)
+        steps = [joined[:, k : k + x.shape[1], ..., k * out : (k + 1) * out].astype(precise) for k in range(3)]
+        return steps[0] + steps[1] + steps[2], joined[:, -2:]
+
+
 class ChannelNorm(nnx.Module):
     """x / |x| over channels, times sqrt(C) and a weight; computed in float32 at least."""
 

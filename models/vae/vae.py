@@ -22,6 +22,7 @@ from monarchrt.models.vae.layers import (
     ChannelNorm,
     Conv,
     Downsample,
+    FoldedConv,
     FrameAttention,
     Past,
     ResidualBlock,
@@ -29,13 +30,16 @@ from monarchrt.models.vae.layers import (
     Video,
 )
 
+PIXEL = 3  # channels of a pixel
+
 
 class Head(nnx.Module):
     """norm, SiLU, convolution: the last layer of both halves."""
 
     def __init__(self, features: int, out: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = ChannelNorm(features, param_dtype=param_dtype, rngs=rngs)
-        self.conv = Conv(features, out, (3, 3, 3), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kind = FoldedConv if out == PIXEL else Conv
+        self.conv = kind(features, out, (3, 3, 3), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
         """The past of a clip's beginning."""
@@ -96,7 +100,7 @@ class Encoder(Coder):
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.conv1 = Conv(3, config.dim, (3, 3, 3), **options)
+        self.conv1 = Conv(PIXEL, config.dim, (3, 3, 3), **options)
         blocks: list[Any] = []
         features = config.dim
         for level, width in enumerate(config.widths):
@@ -132,7 +136,7 @@ class Decoder(Coder):
                 blocks.append(Upsample(width, temporal=temporal[level], **options))
                 features = width // 2
         self.upsamples = nnx.List(blocks)
-        self.head = Head(features, 3, **options)
+        self.head = Head(features, PIXEL, **options)
 
     def blocks(self) -> list[Any]:
         """The blocks after the first convolution, in order."""

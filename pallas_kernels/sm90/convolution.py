@@ -1,9 +1,10 @@
 """Causal 3x3x3 convolution on Hopper, with wgmma and TMA: no pixels are put side by side in memory.
 
 out[t, h, w] = bias + added[t, h, w] + sum over k, i, j of x[t + k - 2, h + i - 1, w + j - 1] @ kernel[k, i, j], with
-frames before the first from `past` and zeros around each frame. A frame's rows are 8 segments, one below the other; the
-8 pixels at the same place of each segment are 8 rows of an operand, so a shift by one pixel is one by a whole tile of
-shared memory. A block loads a patch of pixels with its rim once, for 9 of the kernel's 27 steps.
+frames before the first from `past` and zeros around each frame; or of each frame by itself, by a kernel of 1x3x3. A
+frame's rows are 8 segments, one below the other; the 8 pixels at the same place of each segment are 8 rows of an
+operand, so a shift by one pixel is one by a whole tile of shared memory. A block loads a patch of pixels with its rim
+once, for 9 of the kernel's steps.
 """
 
 import dataclasses
@@ -76,7 +77,12 @@ def norms(kernel: tuple[int, ...]) -> bool:
 
 
 def measured(kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel was quicker than XLA on an H200: with 192, 96 and, of 96, 3 channels out; not with 384."""
+    """Whether the kernel was quicker than XLA on an H200: with 192, 96 and, of 96, 3 channels out; not with 384.
+
+    Of frames by themselves, few channels out, it is not timed: it does a third of what it does with 3.
+    """
+    if kernel[0] == 1:
+        return kernel[3] == OUT and kernel[4] <= SLAB
     return kernel[4] in (OUT, 2 * OUT) or kernel[3:] == (OUT, 3)
 
 
@@ -85,7 +91,7 @@ def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> 
 
     Args:
         x: [B, T, H, W, C], shape and dtype.
-        kernel: Shape of the weights, (3, 3, 3, C, D).
+        kernel: Shape of the weights, (3, 3, 3, C, D), or (1, 3, 3, C, D).
 
     Returns:
         The reason, or None.
@@ -95,8 +101,8 @@ def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> 
         return f"the GPU has compute capability {capability}; the kernel is for Hopper's {CAPABILITY}.0 alone."
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the frames are {x.dtype}; the tensor cores take bfloat16 or float16."
-    if kernel[:3] != (STEPS,) * 3:
-        return f"a kernel of {kernel[:3]} is not one of {(STEPS,) * 3}."
+    if kernel[:3] not in ((STEPS,) * 3, (1, STEPS, STEPS)):
+        return f"a kernel of {kernel[:3]} is not one of {(STEPS,) * 3}, nor of {(1, STEPS, STEPS)}."
     if kernel[3] % SLAB or (kernel[4] % OUT and kernel[4] > SLAB):
         return f"{kernel[3]} and {kernel[4]} channels in and out are no multiples of {SLAB} and {OUT}, nor few out."
     if x.shape[2] % SEGMENTS or x.shape[3] % 8 or x.shape[2] < SEGMENTS * ConvConfig.rows:
@@ -106,9 +112,9 @@ def supports(x: "jax.ShapeDtypeStruct | jax.Array", kernel: tuple[int, ...]) -> 
 
 @functools.partial(jax.jit, static_argnames=("both", "config"))  # of equal shapes, traced and lowered once
 def convolution(
-    past: Float[Array, "2 H W C"],
+    past: Float[Array, "2 H W C"] | None,
     x: Float[Array, "T H W C"],
-    kernel: Float[Array, "3 3 3 C D"],
+    kernel: Float[Array, "times 3 3 C D"],
     bias: Float[Array, " D"],
     added: Float[Array, "T H W D"] | None = None,
     gamma: Float[Array, " D"] | None = None,
@@ -119,9 +125,9 @@ def convolution(
     """Convolves frames as the continuation of a past, and adds a bias and frames; then norm and SiLU, if wanted.
 
     Args:
-        past: The two frames before.
+        past: The two frames before; None, with a kernel of one step in time.
         x: Frames, bfloat16 or float16, of a shape that `supports` accepts.
-        kernel: Weights, of x's dtype.
+        kernel: Weights, of x's dtype; times is 3 or 1.
         bias: Of each output channel.
         added: Frames to add.
         gamma: Weights of a norm over channels, x / |x| * sqrt(D) * gamma, that SiLU follows; None: neither. All
@@ -133,6 +139,8 @@ def convolution(
         As many frames, in x's dtype, from sums in float32; with `both`, those before the norm and those after it.
     """
     frames, height, width, channels = x.shape
+    if (past is None) != (kernel.shape[0] == 1):
+        raise ValueError(f"kernel has {kernel.shape[0]} steps in time; give past with {STEPS}, None with 1.")
     config = config or ConvConfig(out=OUT if kernel.shape[-1] > SLAB else SLAB)
     if kernel.shape[-1] < config.out and gamma is None:
         return _with_zeros(past, x, kernel, bias, added, config)
@@ -141,7 +149,7 @@ def convolution(
     # step in time and slab of channels, row, column, D, C of the slab: as shared memory has them
     thin = kernel.reshape(*kernel.shape[:3], channels // SLAB, SLAB, out).transpose(0, 3, 1, 2, 5, 4)
     inputs = [
-        past.reshape(-1, SEGMENTS, segment, width, channels),
+        (x if past is None else past).reshape(-1, SEGMENTS, segment, width, channels),
         x.reshape(-1, SEGMENTS, segment, width, channels),
         thin.reshape(-1, STEPS, STEPS, out, SLAB),
         jnp.stack([x.astype(jnp.float32) for x in vectors]).reshape(len(vectors), -1, SLAB),
@@ -153,6 +161,7 @@ def convolution(
     if both and gamma is None:
         raise ValueError("both=True asks for frames before and after a norm; give gamma.")
     items = _Items(
+        times=kernel.shape[0],
         frames=frames,
         segment=segment,
         width=width,
@@ -167,7 +176,7 @@ def convolution(
 
 
 def _with_zeros(
-    past: Array, x: Array, kernel: Array, bias: Array, added: Array | None, config: ConvConfig
+    past: Array | None, x: Array, kernel: Array, bias: Array, added: Array | None, config: ConvConfig
 ) -> tuple[Array]:
     out = kernel.shape[-1]
     wide = [
@@ -181,6 +190,7 @@ def _with_zeros(
 class _Items:
     """The work: a patch of a frame and some output channels are an item."""
 
+    times: int
     frames: int
     segment: int
     width: int
@@ -206,7 +216,7 @@ class _Items:
     @property
     def steps(self) -> int:
         """Loads of a patch: steps in time, and slabs of channels."""
-        return STEPS * self.channels // SLAB
+        return self.times * self.channels // SLAB
 
     def place(self, item: Index) -> tuple[Index, Index, Index, Index]:
         """Frame, row, column and output channel that an item begins at."""
@@ -459,7 +469,7 @@ class _Block:
     def load_patch(self, step: Index, place: tuple[Index, ...], time: Index, channel: Index) -> None:
         """Starts the copies of a patch and its rim, row by row; above a segment's first row is the last of another."""
         frame, first, column, _ = place
-        config, segment, frame = self.config, self.items.segment, frame + time - (STEPS - 1)
+        config, segment, frame = self.config, self.items.segment, frame + time - (self.items.times - 1)
         patch = lax.rem(step, config.patches)
         full = self.patch_full.at[patch]
         plgpu.barrier_wait(self.patch_free.at[patch])
@@ -473,5 +483,8 @@ class _Block:
             def copy(ref: Ref, at: Index, box=box, target=target) -> Callable[[], None]:
                 return lambda: load_row(ref, (at, *box), target, full)
 
+            if self.items.times == 1:
+                copy(self.x, frame)()
+                continue
             pl.when(frame < 0)(copy(self.past, frame + STEPS - 1))
             pl.when(frame >= 0)(copy(self.x, frame))

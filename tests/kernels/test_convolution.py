@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from monarchrt.models.vae import WanVAE, causal, vae_config
-from monarchrt.models.vae.layers import ChannelNorm, Conv
+from monarchrt.models.vae.layers import ChannelNorm, Conv, FoldedConv
 from monarchrt.pallas_kernels.sm90 import convolution as kernel
 from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 from tests.kernels.mosaic_interpreter import interpreted
@@ -128,6 +128,20 @@ def test_is_a_causal_convolution(interpreter, shape, config, adds):
     assert np.abs(np.asarray(out, np.float64) - wanted).max() < 2**-7 * np.abs(wanted).max()
 
 
+def test_frames_by_themselves(interpreter):
+    """A kernel of one step in time, few channels out of two slabs; a past is then no more taken than it is left out."""
+    past, x, weights, bias, _ = arrays(2, 16, 8, 64, 9)
+    config = ConvConfig(rows=1, out=32, groups=1, blocks=2)
+    (found,) = jax.jit(lambda *x: convolution(None, *x, config=config))(x, weights[:1], bias)
+    whole = np.zeros(weights.shape)
+    whole[2] = weights[0]  # the frame's own step
+    wanted = expected(past, x, whole, bias)
+    assert np.abs(np.asarray(found, np.float64) - wanted).max() < 2**-7 * np.abs(wanted).max()
+    for wrong in ((past, x, weights[:1], bias), (None, x, weights, bias)):
+        with pytest.raises(ValueError, match="give past with 3, None with 1"):
+            convolution(*wrong, config=config)
+
+
 def test_hands_out_what_it_normalises(interpreter):
     """With what is added, and more than one slab of channels."""
     *others, added = arrays(2, 16, 8, 32, 64)
@@ -153,6 +167,7 @@ def frames_of(*shape, dtype=jnp.bfloat16):
         (frames_of(480, 832, 96, dtype=jnp.float32), (3, 3, 3, 96, 96), "the frames are float32"),
         (frames_of(480, 832, 96), (3, 1, 1, 96, 192), "a kernel of"),
         (frames_of(480, 832, 96), (3, 3, 3, 96, 3), None),
+        (frames_of(480, 832, 96), (1, 3, 3, 96, 9), None),
         (frames_of(480, 832, 96), (3, 3, 3, 96, 64), "no multiples"),
         (frames_of(480, 832, 96), (3, 3, 3, 3, 96), "no multiples"),
         (frames_of(60, 104, 384), (3, 3, 3, 384, 384), "equal segments"),
@@ -200,6 +215,35 @@ def test_the_vae_calls_it(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_last_convolution_folds_its_steps(monkeypatch, taken):
+    """A clip in pieces of 1, 3 and 2 frames is what a plain convolution makes of it, and so is the gradient."""
+    monkeypatch.setattr(kernel, "convolution", causal.plain)
+    options = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    plain, folded = (of(16, 3, (3, 3, 3), rngs=nnx.Rngs(0), **options) for of in (Conv, FoldedConv))
+    for conv in (plain, folded):
+        there(conv.bias)[...] = jnp.array([1.0, 2.0, 3.0])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 4, 5, 16)), jnp.float32)
+
+    def run(state, x, graph):
+        conv, frames = nnx.merge(graph, state), []
+        past = conv.empty_past(2, 4, 5)
+        for piece in (x[:, :1], x[:, 1:4], x[:, 4:]):
+            y, past = conv.after(past, piece, first=not frames)
+            frames.append(y)
+        y = jnp.concatenate(frames, axis=1)
+        return (jnp.sin(y) ** 2).sum(), y
+
+    results = []
+    for conv, way in ((plain, False), (folded, taken)):
+        monkeypatch.setattr("monarchrt.models.vae.layers.by_kernel", lambda *_, way=way: way)
+        graph, state = nnx.split(conv)
+        both = jax.jit(jax.value_and_grad(partial(run, graph=graph), argnums=(0, 1), has_aux=True))
+        results.append(jax.tree.leaves(both(state, x)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_decoder_is_the_same_with_norms_in_its_convolutions(monkeypatch):
     """Where a block hands the next one what it would normalise, and where it hands on nothing else."""
     vae = WanVAE(vae_config("tiny"), rngs=nnx.Rngs(0))
@@ -241,13 +285,14 @@ def test_a_vae_says_how(monkeypatch):
     ways: tuple[Any, ...] = ("mosaic", "xla", None)
     frames = frames_of(480, 832, 96)
 
-    def taken(out):
-        return [causal.by_kernel(way, frames, (3, 3, 3, 96, out)) for way in ways]
+    def taken(out, times=3):
+        return [causal.by_kernel(way, frames, (times, 3, 3, 96, out)) for way in ways]
 
     assert taken(96) == taken(384) == [True, False, False]
     monkeypatch.setattr("monarchrt.models.vae.causal.on_cuda", lambda: True)
     assert taken(96) == taken(192) == [True, False, True]
-    assert taken(3) == [True, False, True]
+    assert taken(3) == taken(9, times=1) == [True, False, True]
+    assert taken(96, times=1) == [True, False, False]
     assert taken(384) == [True, False, False]
     assert [causal.norms(way, frames, (3, 3, 3, 96, 96)) for way in ways] == [True, False, True]
     assert not causal.norms("mosaic", frames, (3, 3, 3, 96, 192))
@@ -262,7 +307,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from monarchrt.pallas_kernels.sm90.convolution import convolution
 
-channels, out, adds, norm = map(int, sys.argv[1:])
+channels, out, adds, norm, times = map(int, sys.argv[1:])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
@@ -271,19 +316,23 @@ def half(*shape):
 
 frames = half(12, 240, 416, channels), half(12, 240, 416, out) if adds else None, half(out) if norm else None
 x, added, gamma = frames
-inputs = half(2, *x.shape[1:]), x, half(3, 3, 3, channels, out), half(out), added, gamma
+past = half(2, *x.shape[1:]) if times == 3 else None
+inputs = past, x, half(times, 3, 3, channels, out), half(out), added, gamma
 jax.jit(convolution).trace(*inputs).lower().compile()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
-@pytest.mark.parametrize(("channels", "out", "adds", "norm"), [(192, 192, 1, 0), (96, 96, 0, 1), (96, 3, 0, 0)])
-def test_compiles_for_sm_90a(tmp_path, channels, out, adds, norm):
+@pytest.mark.parametrize(
+    ("channels", "out", "adds", "norm", "times"),
+    [(192, 192, 1, 0, 3), (96, 96, 0, 1, 3), (96, 3, 0, 0, 3), (96, 9, 0, 0, 1)],
+)
+def test_compiles_for_sm_90a(tmp_path, channels, out, adds, norm, times):
     """In the shared memory that a block has, with few spilled numbers and the products left as they are."""
     dump = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_PLATFORMS": "cpu"}
     path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", PROGRAM, *map(str, (channels, out, adds, norm))]
+    command = [sys.executable, "-c", PROGRAM, *map(str, (channels, out, adds, norm, times))]
     done = subprocess.run(
         command, input=H200, env=os.environ | dump | path, capture_output=True, text=True, timeout=600
     )

@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 
 ROWS = ("tests/kernels/test_rows.py",)
+CONVOLUTION = ("tests/kernels/test_convolution.py",)
 PIXELS = ("tests/kernels/test_pixels.py",)
 
 PASSES = (
@@ -22,6 +23,15 @@ PASSES = (
     Fault("triton_kernels/pixels.py", "at = frame - tap", "at = frame - 2 + tap", PIXELS, "interpreter"),
     Fault("triton_kernels/pixels.py", "(frame >= FRAMES)", "(frame > FRAMES)", PIXELS, "interpreter"),
     Fault("models/vae/layers.py", "not first and not kernel", "not kernel", PIXELS, "normalised_taps"),
+    Fault("models/vae/layers.py", "jnp.pad(bias, (2 * out, 0))", "jnp.pad(bias, (0, 2 * out))", CONVOLUTION, "folds"),
+    Fault("models/vae/layers.py", "joined[:, k : k + x", "joined[:, 2 - k : 2 - k + x", CONVOLUTION, "folds"),
+    Fault(
+        "pallas_kernels/sm90/convolution.py",
+        "self.times * self.channels // SLAB",
+        "3 * self.channels // SLAB",
+        CONVOLUTION,
+        "themselves",
+    ),
     Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
     Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
 )
