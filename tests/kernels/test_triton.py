@@ -114,10 +114,11 @@ def compile_launch(call, capability, dtype="bf16"):
         right,
         rows,
         sparse,
+        sparse_rounds,
         streamed,
     )
 
-    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed)
+    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, sparse_rounds, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
     listed = (
         "starts",
