@@ -136,7 +136,7 @@ def test_a_client_that_goes(engine):
             (peer,) = (client._peer for client in server._clients)
             ws._response.connection.transport.abort()
             await viewer.gone()
-            while server.peers or server.sessions.active:
+            while server.peers or server.sessions.active or not peer.outbox.over:  # the session ends in another thread
                 await asyncio.sleep(0.01)
             assert len(peer.outbox) == 0
 
