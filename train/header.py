@@ -38,7 +38,7 @@ def run_header(
     lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
     lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
     run = config.run
-    origin = "scratch" if run.init_from is None else run.init_from
+    origin = config.origin(config.objective.exported) or "scratch"
     optimizers = [_optimizer(config, role) for role in config.objective.training]
     lines.append(
         f"run: {run.steps:,} steps of {run.batch} samples from {origin}, seed {run.seed}; {'; '.join(optimizers)}; "

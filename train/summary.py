@@ -75,7 +75,8 @@ def run_summary(folder: Path) -> Summary:
         report["taken by"] = (
             "neither generate nor convert, which take the newest checkpoint that can be read, and its settings"
         )
-    return Summary([f"{name:<12}{value}" for name, value in report.items()], usable)
+    width = max(12, 1 + max(map(len, report)))
+    return Summary([f"{name:<{width}}{value}" for name, value in report.items()], usable)
 
 
 def _reason(error: Exception) -> str:

@@ -106,6 +106,9 @@ def settle(
         alphas[name] = float(pair.rank) if alpha is None else alpha
         scales[name] = alphas[name] / (math.sqrt(pair.rank) if stored.roots and name in silent else pair.rank)
     _tell_of_ranks(silent, stored, path, warn)
+    if zero := [name for name, alpha in alphas.items() if alpha == 0]:
+        most = "nothing is changed there, where kohya's tools take 0 for the rank"
+        warn(f"note: {path} has an alpha of 0 for {len(zero)} of {len(pairs)} layers, such as {zero[0]}; {most}")
     if unsaid:
         warn(f"note: {path} does not say its alpha; it is taken to be the rank, so that the LoRA counts in full{why}")
         return alphas, scales, ""

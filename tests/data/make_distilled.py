@@ -47,7 +47,8 @@ def published(checkout: Path) -> types.SimpleNamespace:
         sys.modules[name] = package
     pipeline: Any = sys.modules["pipeline"]
     rolls = importlib.import_module("pipeline.self_forcing_training").SelfForcingTrainingPipeline
-    pipeline.SelfForcingTrainingPipeline, pipeline.BidirectionalTrainingPipeline = rolls, None
+    pipeline.SelfForcingTrainingPipeline = rolls
+    pipeline.BidirectionalTrainingPipeline = pipeline.TeacherForcingTrainingPipeline = None
     modules: Any = sys.modules["wan.modules"]
     modules.__path__ = [str(checkout / "wan" / "modules")]
     found = types.SimpleNamespace(

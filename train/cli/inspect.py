@@ -1,5 +1,6 @@
 """`monarchrt inspect`: what a Wan checkpoint, a LoRA or a run folder holds, and whether it can be used."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
     with user_input():
         if (file := lora_file(path)) is not None:
             refuse_of_a_lora(options.path, options)
-            print("\n".join(report(open_lora(file))))
+            print("\n".join(report(open_lora(file, warn=lambda line: print(line, file=sys.stderr)))))
             return 0
         info = options.run()
     print("\n".join(info.lines()))

@@ -174,6 +174,13 @@ class TestAlpha:
         ):
             open_lora(loras.save(tmp_path / "b.safetensors", tensors, header))
 
+    def test_zero_is_said(self, loras, factors, tmp_path):
+        said = []
+        lora = open_lora(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(factors, alpha=0.0)), warn=said.append)
+        assert not lora.delta(f"{Q}.weight").any()
+        [line] = said
+        assert "has an alpha of 0 for 20 of 20 layers, such as blocks.0." in line
+
     def test_beside_the_file(self, loras, factors, tmp_path):
         tensors = {
             f"base_model.model.{k.removeprefix('transformer.')}": x for k, x in loras.as_diffusers(factors)[0].items()

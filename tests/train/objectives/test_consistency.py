@@ -285,7 +285,7 @@ def test_blocks_that_do_not_fit(block, student, teacher, word):
 
 
 @pytest.mark.slow
-def test_a_causal_student_is_distilled_and_resumed(tmp_path):
+def test_a_causal_student_is_distilled_and_resumed(tmp_path, capsys):
     """A run that was stopped and went on is the one that was not, bit for bit; its student knows steps and blocks."""
     for number in range(3):
         one = batch((1, *SHAPE[1:]), seed=number)
@@ -304,6 +304,7 @@ def test_a_causal_student_is_distilled_and_resumed(tmp_path):
         assert main([str(word) for word in words]) == 0
 
     command(*arguments, "--steps", "4", "--folder", tmp_path / "whole")
+    assert f"run: 4 steps of 1 samples from {tmp_path / 'teacher'}, seed 0" in capsys.readouterr().err  # as it starts
     command(*arguments, "--steps", "4", "--folder", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped/checkpoints/4")
     command("train", "--folder", tmp_path / "stopped", "--resume")
