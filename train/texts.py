@@ -14,6 +14,7 @@ from monarchrt.train.data import Batch, example_order
 from monarchrt.train.data_settings import DataConfig
 
 CHANNELS = 16  # of latents of Wan 2.1's VAE
+_DAY = 86400.0  # seconds that other processes wait for texts to be encoded
 TEMPORAL, SPATIAL = 4, 8  # frames of a latent frame after the first, pixels of a latent, either way
 
 
@@ -58,6 +59,7 @@ class Embeddings:
         unread: int | None = None,
     ):
         self._rows, self._unread = config.rows, unread
+        self._files: dict[str, Path] = {}
         if unread is not None:
             return
         import jax
@@ -65,6 +67,7 @@ class Embeddings:
         from monarchrt.models.generate.config import GenerateConfig
         from monarchrt.models.generate.load import find_components
         from monarchrt.models.generate.text import encode_once
+        from monarchrt.models.processes.agreement import by_first, first
 
         if config.components is None:
             raise UserError(
@@ -72,15 +75,22 @@ class Embeddings:
                 f"Wan-AI/Wan2.1-T2V-1.3B"
             )
         parts = find_components(GenerateConfig(components=config.components), config.components)
-        if parts.text_encoder is None or parts.tokenizer is None:
+        encoder, tokenizer = parts.text_encoder, parts.tokenizer
+        if encoder is None or tokenizer is None:
             raise UserError(f"components {config.components} has no text encoder or tokenizer")
         folder = config.text_cache or beside.with_name(f"{beside.name}.texts")
         different = list(dict.fromkeys(texts))
-        report(f"{len(different)} texts of {beside}; their embeddings are in {folder}, those that are not yet are made")
-        self._files = encode_once(
-            different, folder, encoder=parts.text_encoder, tokenizer=parts.tokenizer, rows=config.rows,
-            dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
-        )  # fmt: skip
+
+        def encode(report: Callable[[str], None]) -> None:
+            report(f"{len(different)} texts of {beside}; their embeddings are in {folder}, those that are not yet are made")
+            self._files = encode_once(
+                different, folder, encoder=encoder, tokenizer=tokenizer, rows=config.rows,
+                dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
+            )  # fmt: skip
+
+        by_first("texts", lambda: encode(report), seconds=_DAY)
+        if not first():  # it finds them, unless the folder is another one here
+            encode(lambda line: None)
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings [n, rows, D], float32, zero past each text's end."""

@@ -58,12 +58,13 @@ def said(prefix: str) -> dict[str, str]:
     return {key.removeprefix(_PREFIX + prefix): value for key, value in entries}
 
 
-def from_first[T](name: str, value: Callable[[], T]) -> T:
+def from_first[T](name: str, value: Callable[[], T], *, seconds: float = _HOUR) -> T:
     """What the first process finds, in all of them; a UserError of it is raised in all of them.
 
     Args:
         name: Of the question, which all processes ask equally often.
         value: Called in the first process; returns what JSON can hold.
+        seconds: How long the others wait for it, at most.
 
     Examples:
         >>> from_first("devices", lambda: 3)
@@ -72,7 +73,7 @@ def from_first[T](name: str, value: Callable[[], T]) -> T:
     if client() is None:
         return value()
     if not first():
-        error, answered = json.loads(get(f"{_answer(name, '')}/0"))
+        error, answered = json.loads(get(f"{_answer(name, '')}/0", seconds=seconds))
         if error is not None:
             raise UserError(error)
         return answered
@@ -85,13 +86,13 @@ def from_first[T](name: str, value: Callable[[], T]) -> T:
     return answered
 
 
-def by_first(name: str, act: Callable[[], None]) -> None:
+def by_first(name: str, act: Callable[[], None], *, seconds: float = _HOUR) -> None:
     """Does in the first process what only one may do, before any goes on. Arguments and errors are as in `from_first`.
 
     Examples:
         >>> by_first("clean", lambda: None)
     """
-    from_first(name, act)
+    from_first(name, act, seconds=seconds)
 
 
 def all_agree(name: str, wrong: str | None) -> str | None:

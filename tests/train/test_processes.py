@@ -246,6 +246,31 @@ def test_a_process_that_sees_other_files(start, tmp_path, files, value):
         assert "process 1: its data are not those of process 0" in job.lines(number)[-1]
 
 
+def test_captions_of_an_lmdb(start, wan_folder, tmp_path):
+    """The first process encodes them, all read them; the log is that of one process."""
+    lmdb = pytest.importorskip("lmdb")
+    clips = np.random.default_rng(0).standard_normal((6, 2, 16, 4, 8)).astype(np.float16)
+    with lmdb.open(str(tmp_path / "data"), map_size=2**24) as file, file.begin(write=True) as transaction:
+        for number, clip in enumerate(clips):
+            transaction.put(f"latents_{number}_data".encode(), clip.tobytes())
+            transaction.put(f"prompts_{number}_data".encode(), f"a cat on {number}".encode())
+        transaction.put(b"latents_shape", " ".join(map(str, clips.shape)).encode())
+    sizes = dict(num_layers=1, dim=24, num_heads=2, ffn_dim=16, text_dim=32, text_len=16, freq_dim=16)
+    network = ["--overrides", *(f"{name}={value}" for name, value in sizes.items()), "--attention", "dense"]
+    data = ["--latents", str(tmp_path / "data"), "--components", str(wan_folder), "--held-out", "0.3", "--batch", "2"]
+    command = ["train", *data, "--rows", "16", *network, "--steps", "3", *MESH]
+    for name, processes in (("split", 2), ("whole", 0)):
+        texts = ["--text-cache", str(tmp_path / f"{name}.texts"), "--folder", str(tmp_path / name)]
+        job = start(texts, processes=processes, command=command)
+        assert set(job.wait()) == {0}, [job.lines(n) for n in range(len(job.processes))]
+        assert any("6 texts of" in line for line in job.lines(0))
+        assert not any(job.lines(n) for n in range(1, len(job.processes)))
+        assert len(list((tmp_path / f"{name}.texts").iterdir())) == 6
+    found, expected = numbers(tmp_path / "split"), numbers(tmp_path / "whole")
+    for row, right in zip(found, expected, strict=True):
+        assert row == pytest.approx(right, rel=2e-5)
+
+
 def test_a_port_that_is_taken(start, tmp_path):
     with socket.create_server(("", 0)) as taken:
         place = ["--coordinator", f"localhost:{taken.getsockname()[1]}", "--processes", "2", "--process", "0"]
