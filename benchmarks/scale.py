@@ -171,7 +171,9 @@ def line(row):
     """One row for the terminal."""
     if "error" in row:
         return f"{row['mesh']:24} {row['error']}"
-    timed = f"{row['ms']:9.1f} ms {row['rate']:6.1%}" if "rate" in row else ""
+    timed = f"{row['ms']:9.1f} ms" if "ms" in row else ""
+    if "rate" in row:
+        timed += f" {row['rate']:6.1%}"
     return f"{row['mesh']:24} {timed} {row['planned_bytes']['total'] / 2**30:6.1f} GiB {row['collectives']}"
 
 

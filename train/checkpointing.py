@@ -10,6 +10,7 @@ import errno
 import itertools
 import shlex
 import shutil
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,41 @@ FOLDER_NAME = CHECKPOINTS_NAME
 _OWN = f"self_attn.{PLACE}."  # in the names of parameters that belong to a kind of attention
 
 
+class _Written:
+    """What Orbax waits for by a thread of its own until arrays are written.
+
+    Args:
+        future: Of Orbax.
+        failed: Called with what goes wrong.
+    """
+
+    def __init__(self, future: Any, failed: Callable[[BaseException], None]):
+        self._future, self._failed = future, failed
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See Orbax."""
+        try:
+            return self._future.result(timeout)
+        except BaseException as error:
+            self._failed(error)
+            raise
+
+
+def _arrays_written(failed: Callable[[BaseException], None]) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's own handler of arrays, which says as soon as this process could not write its part.
+
+    Orbax itself says it when all processes have written theirs, for which the others then wait in vain.
+    """
+    handler: Any = ocp.PyTreeCheckpointHandler()
+    save = handler.async_save
+
+    async def async_save(*args: Any, **options: Any) -> list[Any]:
+        return [_Written(future, failed) for future in await save(*args, **options) or ()]
+
+    handler.async_save = async_save  # not a subclass: Orbax knows what arguments a handler takes by its type
+    return handler
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -52,11 +88,12 @@ class Checkpoints:
             # what a process killed in the middle of saving left behind only takes up room
             self._remove_unfinished()
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._failures: list[BaseException] = []  # of this process, in writing its part
         with report_full_disk(self.path):
             self._manager = ocp.CheckpointManager(
                 self.path,
                 options=options,
-                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
+                item_handlers={"state": _arrays_written(self._failures.append), "about": ocp.JsonCheckpointHandler()},
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -97,8 +134,7 @@ class Checkpoints:
         about = {"step": step, "identity": identity, "exported": self._exported, "arrays": contents}
         with self._reporting():
             # the one before may still be on its way; look at the room that is left when it is there
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._finished()
             needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(self.path).free
             if needed > free:
                 raise OSError(errno.ENOSPC, f"a checkpoint takes {needed} bytes and {free} are left")
@@ -113,8 +149,23 @@ class Checkpoints:
             DiskFullError: If there was no room.
         """
         with self._reporting():
+            self._finished()
+
+    def _finished(self) -> None:
+        """Waits for what is on its way; not for the other processes, once this one has failed."""
+        if jax.process_count() > 1:
+            waiting = threading.Thread(target=self._wait, daemon=True)
+            waiting.start()
+            while waiting.is_alive():
+                waiting.join(timeout=0.2)
+                if self._failures:
+                    raise self._failures[0]
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _wait(self) -> None:
+        with contextlib.suppress(Exception):  # raised once in each thread
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then lets go of the folder.
@@ -122,6 +173,8 @@ class Checkpoints:
         Raises:
             DiskFullError: If there was no room.
         """
+        if jax.process_count() > 1 and self._failures:
+            return  # it has been raised, and closing would wait for the others, too
         try:
             self.wait()
         finally:

@@ -82,7 +82,7 @@ class Embeddings:
         different = list(dict.fromkeys(texts))
 
         def encode(report: Callable[[str], None]) -> None:
-            report(f"{len(different)} texts of {beside}; their embeddings are in {folder}, those that are not yet are made")
+            report(f"{len(different)} texts of {beside}; embeddings are in {folder}, those that are not yet are made")
             self._files = encode_once(
                 different, folder, encoder=encoder, tokenizer=tokenizer, rows=config.rows,
                 dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,

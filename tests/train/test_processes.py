@@ -39,13 +39,20 @@ class Job:
     """Processes of one run, their output in files."""
 
     def __init__(
-        self, folder: Path, commands: list[list[str]], environment: dict[str, str], begun_in: list[Path] | None = None
+        self,
+        folder: Path,
+        commands: list[list[str]],
+        environment: dict[str, str],
+        begun_in: list[Path] | None = None,
+        file_sizes: list[int | None] | None = None,
     ):
         self.outputs = [folder / f"{number}.txt" for number in range(len(commands))]
         self.processes = []
-        for command, path, cwd in zip(commands, self.outputs, begun_in or [None] * len(commands), strict=True):
+        none = [None] * len(commands)
+        for command, path, cwd, size in zip(commands, self.outputs, begun_in or none, file_sizes or none, strict=True):
+            limit = [] if size is None else ["prlimit", f"--fsize={size}"]
             with path.open("wb") as file:
-                arguments = [sys.executable, "-m", "monarchrt", *command]
+                arguments = [*limit, sys.executable, "-m", "monarchrt", *command]
                 self.processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment, cwd=cwd))
 
     def wait(self, seconds: float = 600) -> list[int]:
@@ -71,6 +78,7 @@ def start(tmp_path, environment, clip):
         devices: int = 4,
         command: list[str] | None = None,
         begun_in: list[Path] | None = None,
+        file_sizes: list[int | None] | None = None,
     ) -> Job:
         devices = devices // max(processes, 1)
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
@@ -84,7 +92,7 @@ def start(tmp_path, environment, clip):
             own += more
         folder = tmp_path / f"job{len(jobs)}"
         folder.mkdir()
-        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}, begun_in))
+        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}, begun_in, file_sizes))
         return jobs[-1]
 
     yield run
@@ -195,6 +203,26 @@ def test_two_processes_stream_a_video_by_heads(start, tmp_path):
     for command in (["inspect", str(folder)], ["convert", str(folder), str(tmp_path / "model")]):
         job = start([], processes=0, command=command)
         assert job.wait() == [0], job.lines(0)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+def test_one_that_has_no_room_for_its_part_of_a_checkpoint(start, tmp_path):
+    """It ends, and the other, which would wait for it, is told why; then the run goes on."""
+    options = [*MESH, "--checkpoint-every", "2", "--folder", str(tmp_path / "run")]
+    begun = start([*options, "--steps", "2"])
+    assert begun.wait() == [0, 0], [begun.lines(n) for n in (0, 1)]
+    for poor in (1, 0):
+        sizes = [50_000 if number == poor else None for number in (0, 1)]
+        job = start([*options, "--steps", "4000", "--resume"], file_sizes=sizes)
+        assert job.wait(200) == [2 if number == poor else 1 for number in (0, 1)]
+        reason = (
+            f"cannot write {tmp_path}/run/checkpoints: a file size limit was reached; the checkpoint of step 2 is kept"
+        )
+        assert job.lines(poor)[-1] == f"error: {reason}; free some space and use --resume"
+        assert job.lines(1 - poor)[-1].startswith(f"error: process {poor} of 2 has ended: {reason}")
+    again = start([*options, "--steps", "4", "--resume"])
+    assert again.wait() == [0, 0], [again.lines(n) for n in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "2", "4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
