@@ -209,9 +209,10 @@ def main():
             row = {"mesh": str(mesh), "devices": mesh.size, "error": "out of memory"}
         rows.append(row)
         one = next((other for other in rows if other["devices"] == 1 and "ms" in other), None)
-        for other in rows if one is not None else ():
-            if "ms" in other:  # clips a second for each device
-                other["rate"] = other["clips"] / other["devices"] / other["ms"] * one["ms"] / one["clips"]
+        if one is not None:
+            for other in rows:
+                if "ms" in other:  # clips a second for each device
+                    other["rate"] = other["clips"] / other["devices"] / other["ms"] * one["ms"] / one["clips"]
         print(line(row), flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
