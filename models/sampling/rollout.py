@@ -6,7 +6,7 @@ calls of the network are by one compiled program, the same for every step and bl
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -346,11 +346,15 @@ class LiveRollout:
             return 0
         return 1 if rollout.independent_first_frame and not self.frame else rollout.block
 
-    def generate(self, noise: Noise | None = None) -> Float[Array, "B F H W C"]:
+    def generate(
+        self, noise: Noise | None = None, *, meanwhile: Callable[[], object] | None = None
+    ) -> Float[Array, "B F H W C"]:
         """Makes the next block.
 
         Args:
             noise: The block's, instead of what the key gives; what is None of it is drawn.
+            meanwhile: Called when the device has the block's first call to do: the time to wait for what came before.
+                Sending all calls can take as long as the device for them: its queue may hold less than a block.
 
         Returns:
             Its latents, float32.
@@ -362,6 +366,8 @@ class LiveRollout:
             fresh = None if noise is None else noise.by_step(table, rows=table.steps + 1)
             for number in range(table.steps):
                 state, cache = self._call(cache, state, number, where, None if fresh is None else fresh[number])
+                if number == 0 and meanwhile is not None:
+                    meanwhile()
         self._cache, self._unwritten = cache, (state, where, None if fresh is None else fresh[-1])
         self.frame += shape[1]
         return state.x

@@ -152,7 +152,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[int], int]:
     """Seconds until each block's frames are on the host, how many they are, and programs compiled on the way.
 
-    As in generation, a block is under way before the one before is waited for.
+    As in sessions, a block is under way before the one before is waited for.
     """
     programs: list[str] = []
 
@@ -163,18 +163,20 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         begin, arrivals, frames, waiting = time.perf_counter(), [], [], []
+
+        def fetch() -> None:
+            while waiting:
+                frames.append(np.asarray(waiting.pop(0)).shape[1])
+                arrivals.append(time.perf_counter() - begin)
+
         video, state = engine.video(texts, 0), None
         for _ in range(blocks):
-            latents = video.generate()
+            latents = video.generate(meanwhile=fetch)
             state = engine.start_decoder() if state is None else state
             shown, _, state = engine.decode(latents, state)
             to_host(shown)
             waiting.append(shown)
-            if len(waiting) > 1:
-                frames.append(np.asarray(waiting.pop(0)).shape[1])
-                arrivals.append(time.perf_counter() - begin)
-        frames.append(np.asarray(waiting.pop(0)).shape[1])
-        arrivals.append(time.perf_counter() - begin)
+        fetch()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     return arrivals, frames, len(programs)

@@ -293,13 +293,14 @@ class Session:
 
     # Turns, in the one thread that computes
 
-    def turn(self, *, free: float = 0.0) -> Block | None:
+    def turn(self, *, free: float = 0.0, meanwhile: Callable[[], object] | None = None) -> Block | None:
         """Does what was asked for, then begins a block if one is due, which `finish` hands out.
 
         Before anything else is done, blocks under way are finished. What goes wrong ends this session, no more.
 
         Args:
             free: As `finish`.
+            meanwhile: Called while the device begins with the block, and the rest is still to be sent; if one is made.
 
         Returns:
             The block that was begun.
@@ -321,7 +322,7 @@ class Session:
             elif self._saving is not None:
                 self._go_on_saving()
             elif (self._playing or self._steps) and self.block < self._last:
-                return self._begin_block()
+                return self._begin_block(meanwhile)
         except Exception as error:
             self._fail(error)
         return None
@@ -424,17 +425,19 @@ class Session:
     def _latents(self) -> dict[int, Array | np.ndarray]:
         return {self._engine.first_latent(block): latents for block, latents in self._past.items()}
 
-    def _begin_block(self) -> Block:
-        """Tells the device to make the next block, and waits for nothing."""
+    def _begin_block(self, meanwhile: Callable[[], object] | None) -> Block | None:
+        """Tells the device to make the next block, and waits for nothing itself."""
         video, began = self._begun(), self._clock()
         if self._mixed != self.block:
             self._mix(video)
         latents: Array | np.ndarray
         if (given := self._given.get(self.block)) is None:
-            latents = video.generate()
+            latents = video.generate(meanwhile=meanwhile)
         else:
             latents = given
             video.write(jnp.asarray(given))
+        if self.ended is not None:  # by what was wrong with the block before
+            return None
         if self._decoder is None:  # the network is under way meanwhile
             self._decoder = self._engine.start_decoder()
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)

@@ -136,8 +136,9 @@ class Sessions:
     def turn(self) -> bool:
         """The turn of the session that is due and had none for the longest time.
 
-        Frames of a block are fetched when the next block, of this session or another, is under way: the device does
-        not wait for what is done here, and the network is done with the block before anything else is begun.
+        Frames of a block are fetched when the next block, of this session or another, is under way, before all of it is
+        sent: the device does not wait for what is done here, nor frames for room in its queue; and the network is done
+        with the block before anything else is begun.
 
         Returns:
             Whether there was anything to do.
@@ -151,7 +152,7 @@ class Sessions:
             if due:
                 self._active.remove(due[0])  # to the end
                 self._active.append(due[0])
-        begun = due[0].turn(free=self._free) if due else None
+        begun = due[0].turn(free=self._free, meanwhile=self.finish) if due else None
         self.finish(None if begun is None else (due[0], begun))
         with self._changed:
             for session in due[:1]:

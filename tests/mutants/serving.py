@@ -3,10 +3,19 @@
 from tests.mutants.fault import Fault
 
 SESSIONS = tuple(f"tests/models/serve/test_{name}.py" for name in ("session", "session_faults", "engine"))
+LIVE = ("tests/models/sampling/test_live.py",)
 PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 
 SERVING = (
+    Fault(
+        "models/serve/session.py",
+        "if self.ended is not None:  # by what was wrong with the block before",
+        "if False:",
+        SESSIONS,
+        "while_its_next",
+    ),
+    Fault("models/sampling/rollout.py", "if number == 0 and meanwhile", "if meanwhile", LIVE, "meanwhile"),
     Fault(
         "models/serve/engine.py",
         "self._negative if negative is None else negative",

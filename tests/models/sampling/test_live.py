@@ -269,3 +269,20 @@ def test_a_second_video_is_begun_without_tracing(model, monkeypatch):
     assert not traced
     with pytest.raises(ValueError, match="tile"):
         LiveRollout(model, OLD, height=H, width=W + 2, key=jax.random.key(KEY), rollout=ROLLED)
+
+
+def test_what_is_done_meanwhile_comes_after_the_first_call(model, monkeypatch):
+    """Of each block: the call that rewrites the one before, the first, whatever is to be done, and the rest."""
+    done, call = [], LiveRollout._call
+
+    def noted(self, cache, state, number, where, fresh):
+        done.append(number)
+        return call(self, cache, state, number, where, fresh)
+
+    monkeypatch.setattr(LiveRollout, "_call", noted)
+    video = LiveRollout(model, OLD, height=H, width=W, key=jax.random.key(KEY), rollout=ROLLED)
+    blocks = [video.generate(meanwhile=lambda: done.append("meanwhile")) for _ in range(2)]
+    assert done == [0, "meanwhile", 1, 2, 0, "meanwhile", 1]
+    _, past = begun(model, ROLLED, blocks=2)
+    for made, (_, expected) in zip(blocks, past.items(), strict=True):
+        np.testing.assert_array_equal(made, expected)

@@ -281,9 +281,9 @@ def log(monkeypatch):
     """What is begun and what is handed out, by the order of both."""
     done, begin, send = [], Session._begin_block, Session._send
 
-    def begun(self):
+    def begun(self, meanwhile):
         done.append(f"{self._start.prompt} {self.block}")
-        return begin(self)
+        return begin(self, meanwhile)
 
     def sent(self, first, block, pictures):
         done.append(f"{self._start.prompt} {block} sent")
@@ -319,7 +319,7 @@ def test_a_block_is_under_way_before_the_one_before_is_fetched(stage, client, lo
 
 
 def test_what_is_handed_out_is_copied_before_anyone_waits(stage, client, log, monkeypatch):
-    """Frames, latents, and whether they are numbers."""
+    """Frames, latents, and whether they are numbers; and handed out before all of the next block is sent."""
     copy = type(jnp.zeros(())).copy_to_host_async
 
     def noted(array):
@@ -328,7 +328,7 @@ def test_what_is_handed_out_is_copied_before_anyone_waits(stage, client, log, mo
 
     monkeypatch.setattr(type(jnp.zeros(())), "copy_to_host_async", noted)
     client(stage(), start("a", frames=6)).run()
-    assert log == ["a 0", 0, 5, 5, "a 1", 0, 5, 5, "a 0 sent", "a 1 sent"]
+    assert log == ["a 0", 0, 5, 5, "a 1", "a 0 sent", 0, 5, 5, "a 1 sent"]
 
 
 @pytest.mark.parametrize("message", [Prompt(prompt="another"), Seek(block=1)])

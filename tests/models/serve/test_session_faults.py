@@ -71,6 +71,18 @@ def test_not_a_number_ends_the_session_and_no_other(stage, client, engine, monke
     assert after.run()[0][-1]["reason"] == "finished"
 
 
+def test_nothing_is_decoded_of_a_session_that_ends_while_its_next_block_is_sent(stage, client, engine, monkeypatch):
+    """What was wrong with a block is found when the next one's first call is sent."""
+    sessions, decoded, decode, embed = stage(), [], engine.decode, engine.embed
+    monkeypatch.setattr(engine, "decode", lambda *x: decoded.append(x) or decode(*x))
+    bad = client(sessions, start(frames=9))
+    monkeypatch.setattr(engine, "embed", lambda *texts: (embed(*texts)[0] * np.nan, None))
+    events, frames = bad.run()
+    assert (events[-1]["reason"], frames, len(decoded)) == ("error", [], 1)
+    assert (bad.session._decoder, bad.session._past, list(bad.session._under_way)) == (None, {}, [])
+    assert sessions.active == 0
+
+
 def test_an_error_that_nobody_thought_of(stage, client, engine, monkeypatch):
     session = client(stage(), start())
     monkeypatch.setattr(engine, "decode", lambda *_: 1 // 0)
