@@ -106,8 +106,9 @@ def _collective(kind: str, result: str, times: int, loops: int) -> Collective:
     started = bool(after)
     if not started:
         before = result.partition(f"{kind}(")[0]
-    arrays = [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(before)]
-    if started and kind not in ("all-reduce",) and len(arrays) > 1:  # operands come first
+    _, apart, results = before.partition("), ") if before.startswith("((") else ("", "", before)
+    arrays = [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(results)]
+    if started and not apart and kind != "all-reduce" and len(arrays) > 1:  # operands come first
         arrays = arrays[len(arrays) // 2 :]
     size = sum(math.prod(shape) * _BYTES.get(dtype, 1) for dtype, shape in arrays)
     return Collective(kind, tuple(shape for _, shape in arrays), size, times, loops)
