@@ -65,9 +65,6 @@ CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's 
     ),
     "sparse_forward": (
         {"packed": 16},  # where blocks are of different sizes
-        {"programs": 264},  # where no block needs a mask: two to a multiprocessor of an H200
-        {"programs": 264, "registers": None},
-        {"programs": 396, "keys": 32, "registers": 168},
         {"keys": 32, "stages": 3, "registers": None},  # three programs to a multiprocessor, which short lists need most
         {"keys": 32, "stages": 2, "registers": 128},  # four
         {"keys": 64, "stages": 2, "registers": 168},

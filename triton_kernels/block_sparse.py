@@ -4,13 +4,12 @@ The contract is `SparseProblem`, `Side` and `SparseResiduals` of `monarch_jax.co
 the lists of the queries; dK and dV over those of the keys. Both of the latter compute the scores and their gradients,
 seven products for a pair of blocks. Where `sparse_query_product` is set, dK and dV come first and keep the scores'
 gradients, in the inputs' dtype, for dQ to be one product: five products, for the memory, as many heads at a time as
-`scratch_bytes` holds. `sparse.py` has the kernels; `sparse_rounds.py` has that of the output for few, whole blocks.
+`scratch_bytes` holds. `sparse.py` has the kernels.
 """
 
 import contextlib
 import contextvars
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ MAX_DIM = 128
 FEW = 32  # blocks of keys in a list, at most, whose programs begin and end more than they loop
 KERNELS = ("sparse_forward", "sparse_query_backward", "sparse_key_backward")
 PRODUCT = "sparse_query_product"  # set, it stands for `sparse_query_backward`
-ROUNDS = "sparse_forward_rounds"  # `sparse_forward` with `programs`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,8 +192,6 @@ def launches(
 
     packed = packed_parts(problem, chosen.sparse_forward)
     first = one(KERNELS[0], chosen.sparse_forward, ("out", "lse"), of_queries=True, **mask, PACKED=packed)
-    if problem.even and chosen.sparse_forward.programs:
-        first = in_rounds(first, chosen.sparse_forward.programs)
     of_keys, product = chosen.sparse_key_backward, chosen.sparse_query_product
     if scores is None or product is None:
         return (
@@ -213,14 +209,6 @@ def launches(
         calls.append(one("sparse_key_scores", of_keys, writes, of_queries=False, heads=n, **key_sizes))
         calls.append(one(PRODUCT, product, ("dq",), of_queries=True, heads=n, **slot))
     return tuple(calls)
-
-
-def in_rounds(call: Launch, programs: int) -> Launch:
-    """The forward pass over whole blocks, by at most so many programs."""
-    programs = min(programs, math.prod(call.grid))
-    unread = ("BAND", "WIDTH", "SINK", "EVEN", "PACKED")
-    constants = {name: x for name, x in call.constants.items() if name not in unread} | {"PROGRAMS": programs}
-    return dataclasses.replace(call, kernel=ROUNDS, grid=(programs, 1, 1), constants=constants)
 
 
 def packed_parts(problem: "SparseProblem", config: Config) -> int:

@@ -33,8 +33,6 @@ class Config:
         early: `sparse_key_backward`: the product with the values comes before the exponential.
         packed: `sparse_forward` without a band: blocks of fewer keys than others go in parts of so many, a power of two
             of them in one step. 0: a block at a time.
-        programs: `sparse_forward` where all blocks are whole: so many programs in all, each of which goes through
-            blocks of queries and reads ahead. 0: a program for each part of a block of queries.
     """
 
     rows: int
@@ -48,7 +46,6 @@ class Config:
     registers: int | None = None
     early: bool = False
     packed: int = 0
-    programs: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

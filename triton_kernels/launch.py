@@ -9,18 +9,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import (
-    left,
-    overlapped,
-    pixels,
-    refine,
-    refine_backward,
-    right,
-    rows,
-    sparse,
-    sparse_rounds,
-    streamed,
-)
+from monarchrt.triton_kernels import left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
@@ -37,7 +26,6 @@ KERNELS = {
     "right_further_query": refine_backward.right_further_query,
     "left_refine_backward": refine_backward.left_refine_backward,
     "sparse_forward": sparse.sparse_forward,
-    "sparse_forward_rounds": sparse_rounds.sparse_forward_rounds,
     "sparse_query_backward": sparse.sparse_query_backward,
     "sparse_key_backward": sparse.sparse_key_backward,
     "sparse_key_scores": sparse.sparse_key_scores,

@@ -159,19 +159,6 @@ def softmax_step(
 
 
 @kernel
-def write_rows(
-    out: tl.tensor, lse: tl.tensor, r: tl.tensor, end: tl.tensor, d: tl.tensor, top: tl.tensor, total: tl.tensor,
-    o_r: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr,
-) -> None:  # fmt: skip
-    """Output and log-sum-exp of tokens r of one head, those before `end`."""
-    none = top < SEES_NONE
-    total = tl.where(none, 1.0, total)
-    o_r = tl.where(none[:, None], 0.0, o_r / total[:, None])
-    store_rows(out, wide(r, SIZE) * ROW, r < end, d, o_r, D)
-    tl.store(lse + r, tl.where(none, INFINITY, top + tl.log2(total)), mask=r < end)
-
-
-@kernel
 def sparse_forward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
     count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor,
@@ -232,8 +219,12 @@ def sparse_forward(
             )  # fmt: skip
             top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
             at = following(first, n, n_all, SLICES)
+    none = top < SEES_NONE
+    total = tl.where(none, 1.0, total)
+    o_r = tl.where(none[:, None], 0.0, o_r / total[:, None])
     out += (b * NQ * H + h) * D
-    write_rows(out, lse + bh * NQ, r, end, d, top, total, o_r, BATCH * NQ * H * D, H * D, D)
+    store_rows(out, wide(r, BATCH * NQ * H * D) * (H * D), live_r, d, o_r, D)
+    tl.store(lse + bh * NQ + r, tl.where(none, INFINITY, top + tl.log2(total)), mask=live_r)
     if is_last:
         clear_rest(out, end, NQ, d, BATCH * NQ * H * D, H * D, D, DP, M)
 

@@ -18,8 +18,8 @@ import torch
 
 from monarch_jax.block_sparse import _side, block_mask
 from monarch_jax.contract import Side, SparseProblem
-from monarchrt.triton_kernels import sparse, sparse_rounds
-from monarchrt.triton_kernels.block_sparse import KERNELS, ROUNDS, SparseConfigs, kept, launches, shorter, slots
+from monarchrt.triton_kernels import sparse
+from monarchrt.triton_kernels.block_sparse import KERNELS, SparseConfigs, kept, launches, shorter, slots
 from monarchrt.triton_kernels.config import Config
 from tests.kernels.sparse_cases import CASES, Case, error
 
@@ -30,10 +30,7 @@ def few(problem: SparseProblem, part: int, queries: Side):
 
 
 def run_case(case: Case) -> dict[str, float]:
-    """The larger relative errors of out, dq, dk, dv: scores' gradients are computed twice, or kept.
-
-    Where they are kept, the forward pass is the other one too: short blocks in parts, whole ones by few programs.
-    """
+    """The larger relative errors of out, dq, dk, dv: scores' gradients are computed twice, or kept."""
     again, kept_once = (run(case, keep) for keep in (False, True))
     return {name: float(np.maximum(x, kept_once[name])) for name, x in again.items()}
 
@@ -53,9 +50,9 @@ def run(case: Case, keep: bool) -> dict[str, float]:
     q_struct, k_struct = (jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k))
     chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16, early=case.ragged)))
     if keep:  # with parts of other sizes, short blocks in parts of their own, and one head at a time
-        other = dataclasses.replace(chosen.sparse_forward, packed=4, programs=3)
+        packed = dataclasses.replace(chosen.sparse_forward, packed=4)
         chosen = dataclasses.replace(
-            chosen, sparse_forward=other, sparse_query_product=Config(rows=32, keys=32), scratch_bytes=2**40
+            chosen, sparse_forward=packed, sparse_query_product=Config(rows=32, keys=32), scratch_bytes=2**40
         )
         whole = kept(problem, q_struct, queries, chosen)
         assert whole is not None
@@ -80,7 +77,7 @@ def run(case: Case, keep: bool) -> dict[str, float]:
             if name in arrays and name != "d_scores":
                 continue
             arrays[name] = torch.full(shape.shape, float("nan"), dtype=getattr(torch, shape.dtype.name))
-        kernel = getattr(sparse_rounds if call.kernel == ROUNDS else sparse, call.kernel)
+        kernel = getattr(sparse, call.kernel)
         arrays["few"] = torch.tensor(np.asarray(few(problem, call.constants.get("PACKED", 0), queries)))
         names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
         kernel[call.grid](**{name: arrays[name] for name in names}, **call.constants)

@@ -168,10 +168,10 @@ def test_interpreter_agrees_with_whole_maps():
         assert all(x <= (2e-3 if CASES[name].half else 1e-5) for x in errors.values()), (name, errors)
 
 
-def launches(capability, rows, columns, *, band=False, even=False, dim=128, dtype=jnp.bfloat16, changes=None):
+def launches(capability, rows, columns, *, band=False, dim=128, dtype=jnp.bfloat16, changes=None):
     """The calls for 480p, with some sizes changed."""
     tokens, heads = 21 * 30 * 52, 12
-    problem = SparseProblem(scale=0.1, rows=rows, columns=columns, width=2560 if band else None, sink=1560, even=even)
+    problem = SparseProblem(scale=0.1, rows=rows, columns=columns, width=2560 if band else None, sink=1560)
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)
 
     def side(size):
@@ -219,21 +219,6 @@ def test_kept_gradients_compile_ahead_of_time(capability, rows, columns, band):
         assert registers <= 255
         assert spills <= 320, f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
-
-
-@missing("triton")
-def test_rounds_compile_ahead_of_time():
-    """Two programs on a multiprocessor of Hopper, whose 65,536 registers and 228 KB of shared memory they share."""
-    plain = launches(90, 60, 60, even=True)[0]
-    config = Config(rows=64, keys=64, stages=3, programs=264)
-    call = launches(90, 60, 60, even=True, changes={"sparse_forward": config})[0]
-    assert (plain.kernel, call.kernel, call.grid) == ("sparse_forward", "sparse_forward_rounds", (264, 1, 1))
-    registers, spills, shared = compile_launch(call, 90)
-    assert (2 * 128 * registers <= 65_536, spills, 2 * (shared + 1024) <= 228 * 1024) == (True, 0, True)
-    uneven = launches(90, 60, 60, changes={"sparse_forward": config})[0]
-    assert uneven.kernel == "sparse_forward"
-    few = launches(90, 60, 60, even=True, changes={"sparse_forward": dataclasses.replace(config, programs=10**6)})[0]
-    assert few.grid == (546 * 12, 1, 1)
 
 
 class TestKeptGradients:
@@ -332,33 +317,26 @@ def test_every_candidate_of_the_sweep_is_a_program_of_its_own(monkeypatch):
     """`benchmarks/sparse.py --sweep` times what it says: the settings reach the kernels, each time it asks."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     sweep = importlib.import_module("sparse")
-    made = {}
-    for whole in (False, True):
-        case = Case(rows=60, columns=60, query_blocks=3, key_blocks=3, dim=64, ragged=not whole)
-        q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in case.arrays())
-        made[whole] = (q, k, v, g, *sweep.parts_of(mask_of(case), q))
+    case = Case(rows=60, columns=60, query_blocks=3, key_blocks=3, dim=64, ragged=True)
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in case.arrays())
+    problem, queries, keys = sweep.parts_of(mask_of(case), q)
+    saved = (q, k, v, g, jnp.zeros((1, 2, q.shape[1])), queries, keys)
 
-    def forward(problem, *given):
-        return block_sparse.forward(problem, *given)
-
-    def backward(problem, *given):
-        return block_sparse.vjp(problem, SparseResiduals(*given[:-1]), given[-1])
+    def backward(*x):
+        return block_sparse.vjp(problem, SparseResiduals(*x[:-1]), x[-1])
 
     plain = block_sparse.configs(Target(90), rows=60, columns=60, dim=64, itemsize=2)
     with triton_kernels.compile_for(90):
         for kernel, candidates in sweep.CHANGES.items():
             ahead, programs, tried = kernel == block_sparse.KERNELS[0], set(), set()
+            run = functools.partial(block_sparse.forward, problem) if ahead else backward
+            given = (q, k, v, queries, keys) if ahead else (*saved, g)
             for changes in ({}, *candidates):
-                q, k, v, g, problem, queries, keys = made["programs" in changes]  # these are for whole blocks alone
-                given = (q, k, v, queries, keys)
-                if not ahead:
-                    given = (q, k, v, g, jnp.zeros((1, 2, q.shape[1])), queries, keys, g)
                 one = sweep.changed(plain, kernel, changes)
                 if "scratch_bytes" in changes:  # one head's, as it counts for so small a case
                     both = block_sparse.kept(problem, q, queries, one)
                     assert both is not None
                     one = dataclasses.replace(one, scratch_bytes=both.size * both.dtype.itemsize // 2)
-                run = functools.partial(forward if ahead else backward, problem)
                 with block_sparse.use(one):
                     lowered = jax.jit(lambda *x, run=run: run(*x)).trace(*given).lower(lowering_platforms=("cuda",))
                 tried.add(one)

@@ -114,11 +114,10 @@ def compile_launch(call, capability, dtype="bf16"):
         right,
         rows,
         sparse,
-        sparse_rounds,
         streamed,
     )
 
-    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, sparse_rounds, streamed)
+    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
     listed = (
         "starts",

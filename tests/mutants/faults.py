@@ -4,7 +4,7 @@ from tests.mutants.fault import Fault
 from tests.mutants.measures import MEASURED
 from tests.mutants.passes import PASSES
 from tests.mutants.serving import SERVING
-from tests.mutants.sparse import SPARSE_FAULTS
+from tests.mutants.sparse import BESIDE_PUBLISHED
 
 DEFINITION = ("tests/attention/test_definition.py",)
 BACKENDS = ("tests/attention/test_backends.py",)
@@ -596,5 +596,5 @@ FAULTS = (
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
     *MEASURED,
     *SERVING,
-    *SPARSE_FAULTS,
+    *BESIDE_PUBLISHED,
 )

@@ -1,19 +1,10 @@
-"""Faults of sparse attention, those among them that comparisons with published functions should notice."""
+"""Faults that comparisons with published functions should notice."""
 
 from tests.mutants.fault import Fault
 
-TRITON = ("tests/kernels/test_triton.py",)
 PUBLISHED = ("tests/models/attention/test_published.py",)
 
-SPARSE_FAULTS = (
-    Fault("triton_kernels/sparse_rounds.py", "turn + PROGRAMS, TURNS", "turn + 1, TURNS", TRITON, "interpreter_agrees"),
-    Fault(
-        "triton_kernels/sparse_rounds.py",
-        "* (BLOCKS + 1) + block + 1)",
-        "* (BLOCKS + 1) + block)",
-        TRITON,
-        "interpreter_agrees",
-    ),
+BESIDE_PUBLISHED = (
     Fault(
         "models/attention/radial.py",
         "> sizes) > 3 * by_block(count > 0)",
