@@ -26,6 +26,7 @@ from monarchrt.models.processes.agreement import all_agree, by_first, check_shar
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
+from monarchrt.train.digests import samples
 from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
@@ -179,18 +180,20 @@ def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
     )
 
 
-def _same_data(read: Callable[[], str]) -> None:
-    """Raises UserError in all processes unless the data of each are those of the first, by a digest of its own."""
+def _same(what: str, read: Callable[[], str]) -> None:
+    """Raises UserError in all processes unless what each has is that of the first, by a digest of its own."""
+    if jax.process_count() == 1:
+        return
     own, wrong = "", None
     try:
         own = read()
     except (OSError, UserError) as reason:  # the others are told, they would wait for an answer
         wrong = str(reason)
-    right = from_first("data", lambda: own)
+    right = from_first(what, lambda: own)
     if wrong is None and own != right:
-        wrong = f"its data are not those of process 0 ({own[:12]} and {right[:12]})"
-    if (difference := all_agree("same data", wrong)) is not None:
-        raise UserError(f"{difference}; give all processes the same data")
+        wrong = f"its {what} are not those of process 0 ({own[:12]} and {right[:12]})"
+    if (difference := all_agree(f"same {what}", wrong)) is not None:
+        raise UserError(f"{difference}; give all processes the same {what}")
 
 
 def _close(
@@ -248,6 +251,9 @@ class _Run:
                 whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
                 self.placement.shape.check_heads(heads, whose=whose)
         self.networks.check_origins(resumed=bool(done))
+        _same("weights", lambda: self.networks.listing)
+        if (negative := getattr(config.objective, "negative", None)) is not None:
+            _same("embeddings of the negative prompt", lambda: samples([negative.expanduser()])[0].hex())
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         self.step_fn = self._step_fn(self.networks)
         self._check_step()
@@ -337,10 +343,10 @@ class _Run:
         """
         source = self.source
         if isinstance(source, LatentFolder):
-            _same_data(lambda: source.listing)
+            _same("data", lambda: source.listing)
         agreed = from_first("fingerprint", lambda: source.fingerprint)
         if not isinstance(source, LatentFolder):
-            _same_data(lambda: agreed if first() else source.fingerprint)
+            _same("data", lambda: agreed if first() else source.fingerprint)
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:
@@ -542,10 +548,11 @@ class _Run:
 
     def _header(self) -> list[str]:
         with user_input():
-            return run_header(
+            lines = run_header(
                 self.config,
                 self.networks.template,
                 latent_shape=self.source.latent_shape,
                 networks=self.networks.configs,
                 devices=list(self.placement.mesh.devices.flat),
             )
+        return lines + self.networks.notes

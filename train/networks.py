@@ -13,11 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from monarchrt.models.attention.notation import to_text
 from monarchrt.models.checkpoints.checksums import checksums
+from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import NonFiniteError, UserError, user_input
+from monarchrt.models.generate.run_arrays import run_config
+from monarchrt.models.generate.runs import find_run
 from monarchrt.models.lora.layers import LAYERS, Adapter, with_adapter
-from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
+from monarchrt.models.wan import WanConfig
+from monarchrt.train.checkpointing import ABOUT, FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
+from monarchrt.train.digests import samples
 from monarchrt.train.model import (
     build_model,
     check_pretrained,
@@ -77,6 +83,8 @@ class Networks:
         self._config, self._channels, self._placement, self._models = config, channels, placement, models
         self._objective = objective
         self._sources: dict[str, Any] = {}  # checkpoints that were opened and looked through
+        self._files: dict[str, list[Path]] = {}  # by which a role's origin is told from others
+        self._trained: dict[str, WanConfig] = {}  # networks as they were trained before, where that is stored
         settings = objective.settings
         steps = range(1, config.run.steps + 1)
         updates = {name: sum(name in objective.due(step) for step in steps) for name in settings.training}
@@ -129,6 +137,33 @@ class Networks:
                 option = self._config.option(name, "init_from").replace("_", "-")
                 lacks = "no weights" if not role.random else "no weights that a LoRA could change"
                 raise UserError(f"the {name} has {lacks}; give --{option}, a run folder or a Wan checkpoint")
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines on networks that do not train, and attend or see blocks otherwise than in their own training."""
+        lines = []
+        for name, before in self._trained.items():
+            if name in self.trainings:
+                continue
+            now, then = _attends(self.configs[name]), _attends(before)
+            if now != then:
+                origin = self._config.origin(name)
+                lines.append(f"note: the {name} does not train, and has {now}; {origin} was trained with {then}")
+        return lines
+
+    @property
+    def listing(self) -> str:
+        """SHA-256 over samples of the files that parameters are read from (`digests.samples`).
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for name, files in sorted(self._files.items()):
+            digest.update(name.encode())
+            for path, sample in zip(files, samples(files), strict=True):
+                digest.update(path.name.encode() + sample)
+        return digest.hexdigest()
 
     def start(self) -> TrainState:
         """The state at step 0, made where it lives: no device need hold the whole of it."""
@@ -287,11 +322,21 @@ class Networks:
 
     def _check_origin(self, origin: Path, name: str) -> None:
         if not (origin / FOLDER_NAME).is_dir():
-            self._sources[name] = check_pretrained(origin, self.configs[name])
+            source = self._sources[name] = check_pretrained(origin, self.configs[name])
+            self._files[name] = _files(source.file.path)
+            if source.trained is not None:
+                self._trained[name] = source.config
             return
+
+        def check(saved: dict[str, Any], step: int) -> None:
+            check_same_network(origin, saved, self._config.role(name).model)
+            self._files[name] = [origin / FOLDER_NAME / str(step) / ABOUT]  # has a checksum of each array
+
         with Checkpoints(origin, read_only=True) as checkpoints:
-            model = self._config.role(name).model
-            checkpoints.check_newest(lambda saved, step: check_same_network(origin, saved, model))
+            checkpoints.check_newest(check)
+        with contextlib.suppress(UserError):  # settings that are gone are not needed
+            if (run := find_run(origin)) is not None:
+                self._trained[name] = run_config(run, channels=self._channels)
 
     def _role(self, name: str, made: Mapping[str, RoleState]) -> RoleState:
         """One network at step 0; `made` has the one whose variables it shares."""
@@ -352,6 +397,26 @@ class Networks:
 def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
     """The arrays of a network, or of a part of one, with their names."""
     return zip(parameter_names(tree), jax.tree.leaves(tree), strict=True)
+
+
+def _attends(config: WanConfig) -> str:
+    """A network's attention, and how it cuts clips, in words."""
+    layers = config.layer_attention
+    text = to_text(layers[0] if len(set(layers)) == 1 else layers)
+    if config.causal_block is None:
+        return f"attention {text} over all frames"
+    apart = ", the first by itself" if config.independent_first_frame else ""
+    return f"attention {text} in blocks of {config.causal_block} frames{apart}"
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of tensors: those that an index lists with it, all of a folder."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.suffix != ".json":
+        return [path]
+    shards = set(read_json(path)["weight_map"].values())
+    return [path, *(path.parent / shard for shard in sorted(shards))]
 
 
 def _digest(frozen: Any) -> str:

@@ -50,6 +50,7 @@ LIVE = ("tests/models/sampling/test_live.py",)
 LORA_FILES = ("tests/models/lora/test_files.py",)
 LORA = ("tests/train/test_lora_training.py",)
 DATA = ("tests/train/test_data.py",)
+NETWORKS = ("tests/train/test_networks.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
@@ -559,7 +560,22 @@ FAULTS = (
     Fault("models/lora/alphas.py", "begun.lower().startswith", "begun.startswith", LORA_FILES, "peft_may_not"),
     Fault("train/digests.py", "* number // (_BLOCKS - 1)", "* number // _BLOCKS", DATA, "large_file"),
     Fault("train/digests.py", "digest.update(file.read())\n", "pass\n", DATA, "listing"),
-    Fault("train/cli/parsing.py", "        seen.add(option)", "        pass", COMMANDS, "given_twice"),
+    Fault(
+        "train/networks.py",
+        'shards = set(read_json(path)["weight_map"].values())',
+        "shards = set()",
+        NETWORKS,
+        "told_apart",
+    ),
+    Fault(
+        "train/networks.py",
+        "if name in self.trainings:\n                continue\n            now",
+        "if name not in self.trainings:\n                continue\n            now",
+        NETWORKS,
+        "noted",
+    ),
+    Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", COMMANDS, "are_joined"),
+    Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", COMMANDS, "given_twice"),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
     # several processes
     Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),

@@ -18,7 +18,10 @@ import pytest
 
 import monarch_jax
 from monarchrt.models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
+from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train import cli
+from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.cli.train import _parse_train
 from monarchrt.train.config import (
     DataConfig,
@@ -371,10 +374,8 @@ def test_ctrl_c_waits_for_the_imports(monkeypatch, capsys, module, arguments):
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["generate", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"], "lora"),
-        (["convert", "a", "b", "--lora=a.safetensors", "--lora", "b.safetensors"], "lora"),
         (["evaluate", "--seeds", "1", "--seeds", "2"], "seeds"),
-        (["train", "--overrides", "num_layers=1", "--steps", "2", "--overrides", "dim=96"], "overrides"),
+        (["evaluate", "--attention=dense", "--steps", "2", "--attention", "vsa"], "attention"),
         (["train", "--objective", "dmd", *("--student.lora-layers", "q", "--student.lora_layers", "ffn")],
          "student.lora-layers"),
     ],
@@ -385,6 +386,33 @@ def test_a_list_that_is_given_twice(arguments, option, capsys, tmp_path, monkeyp
     assert cli.main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {option} is given twice; give all values after one --{option}, for example")
+
+
+@pytest.mark.parametrize(
+    ("words", "lora", "prompt"),
+    [
+        ("--lora a:2 --prompt x --lora b c", ("a:2", "b", "c"), "x"),
+        ("--lora=a --lora=a --prompt x --prompt y", ("a", "a"), "y"),
+        ("--prompt x --lora a b", ("a", "b"), "x"),
+    ],
+)
+def test_loras_are_joined(words, lora, prompt):
+    config = parse(GenerateConfig, words.split())
+    assert (config.lora, config.prompt) == (lora, prompt)
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        ("--overrides dim=96 num_layers=1 --steps 3 --overrides dim=24", ("num_layers=1", "dim=24")),
+        ("--overrides dim=96 --steps 3 --overrides=text_len=4 --overrides qk_norm=false",
+         ("dim=96", "text_len=4", "qk_norm=false")),
+    ],
+)  # fmt: skip
+def test_overrides_are_joined(words, overrides):
+    """Of one name the later counts."""
+    config = parse_roles(words.split(), default=TrainConfig())
+    assert (config.model.overrides, config.run.steps) == (overrides, 3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import types
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,10 @@ CASES: dict[str, Any] = {
         ConsistencyConfig(block=3, **GUIDED), "student", MONARCH, "full", True, {}, timed("stages", stage="consistency")
     ),
     # measured after the rates were chosen
+    "flow in blocks, beside --plan itself": (
+        FlowConfig(), "student", MONARCH, "full", True, {},
+        statistics.median(row["seconds"] for row in json.loads((H200 / "plan.json").read_text())["steps"][1:]),
+    ),
     "ode regression": (ODEConfig(block=3), "student", MONARCH, "full", True, {}, timed("stages", stage="ode")),
     "diffusion forcing": (
         FlowConfig(frames_per_level=3), "student", MONARCH, "full", True, {}, timed("stages", stage="diffusion forcing")

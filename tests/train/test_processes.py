@@ -18,7 +18,10 @@ import pytest
 import tensorstore as ts
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.umt5 import save_embeddings
+from monarchrt.models.wan.checkpoints import save_checkpoint
 from monarchrt.train.logs import read_log
+from tests.train.objectives.networks import wan
 
 pytestmark = pytest.mark.slow
 
@@ -297,6 +300,30 @@ def test_captions_of_an_lmdb(start, wan_folder, tmp_path):
     found, expected = numbers(tmp_path / "split"), numbers(tmp_path / "whole")
     for row, right in zip(found, expected, strict=True):
         assert row == pytest.approx(right, rel=2e-5)
+
+
+@pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])
+def test_a_process_that_reads_other_files(start, tmp_path, differs):
+    teacher = wan(7)
+    sizes = ("dim", "num_heads", "ffn_dim", "num_layers", "freq_dim", "text_dim", "text_len")
+    network = [f"{name}={getattr(teacher.config, name)}" for name in sizes]
+    for process in (0, 1):
+        folder, other = tmp_path / str(process), process if differs == "weights" else 0
+        save_checkpoint(wan(7 + other), folder / "teacher")
+        text = np.full((2, 4), 1 + process, np.float32)
+        save_embeddings(folder / "negative.safetensors", {"": text})
+        for number in range(3):
+            arrays = {"latents": np.ones((2, 4, 8, 2), np.float32), "text": np.ones((2, 4), np.float32)}
+            write_arrays(folder / "latents" / f"{number}.safetensors", arrays, metadata={})
+    command = ["train", "--objective", "consistency", "--latents", "latents", "--held-out", "0.3", "--batch", "2"]
+    command += ["--negative", "negative.safetensors", "--teacher.init-from", "teacher", "--attention", "dense"]
+    command += ["--overrides", *network, "--teacher.overrides", *network, "--steps", "2"]
+    options = [*MESH, "--folder", str(tmp_path / "run")]
+    job = start(options, command=command, begun_in=[tmp_path / "0", tmp_path / "1"])
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        assert f"process 1: its {differs} are not those of process 0" in job.lines(number)[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_port_that_is_taken(start, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.resources
 import io
+import itertools
 import json
 import re
 import tomllib
@@ -40,7 +41,7 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
     """
     messages = io.StringIO()
     parsed: Any = kind
-    _check_lists(kind, arguments)
+    arguments = _joined(kind, arguments)
     if not prefixes:
         explain(kind)
         parsed = tyro.conf.OmitArgPrefixes[kind]
@@ -59,17 +60,46 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
         raise
 
 
-def _check_lists(kind: type, arguments: Sequence[str]) -> None:
-    """Raises UserError where an option that takes any number of values is there twice: the last alone would count."""
-    lists, seen = set(_lists(kind)), set[str]()
+def _joined(kind: type, arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments with options of any number of values there once: of several the parser takes the last alone.
+
+    `--lora` and `--overrides` are joined, as they add to what was given; of overrides of one name the later counts.
+
+    Raises:
+        UserError: If another such option is there twice.
+    """
+    lists = set(_lists(kind))
+    rest: list[str] = []
+    found: dict[str, list[list[str]]] = {}
+    values = rest
     for word in arguments:
-        option = word.partition("=")[0].replace("_", "-")
-        if not option.startswith("--") or option.rpartition(".")[2].removeprefix("--") not in lists:
-            continue
-        if option in seen:
-            name = option.removeprefix("--")
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-")
+        if not word.startswith("--"):
+            values.append(word)
+        elif option.rpartition(".")[2].removeprefix("--") in lists:
+            values = [value] if equals else []
+            found.setdefault(option, []).append(values)
+        else:
+            rest.append(word)
+            values = rest
+    if all(len(groups) == 1 for groups in found.values()):
+        return arguments
+    for option, groups in found.items():
+        name = option.removeprefix("--")
+        if name.endswith("overrides"):
+            groups = [
+                [one for one in group if not any(_name(one) in map(_name, after) for after in groups[number + 1 :])]
+                for number, group in enumerate(groups)
+            ]
+        elif name != "lora" and len(groups) > 1:
             raise UserError(f"{name} is given twice; give all values after one {option}, for example {option} ONE TWO")
-        seen.add(option)
+        rest += [option, *itertools.chain(*groups)]
+    return rest
+
+
+def _name(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _lists(kind: type) -> Iterator[str]:

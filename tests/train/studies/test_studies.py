@@ -234,7 +234,7 @@ class TestCommands:
         assert main(command) == 130
         assert main(command) == 2
         assert "holds a study that was stopped; give --resume to go on with it" in capsys.readouterr().err
-        assert main([*command, "--resume", "--levels", "0.6"]) == 2
+        assert main([*("0.6" if word == "0.5" else word for word in command), "--resume"]) == 2
         assert "cannot resume: levels is [0.6], but the study in" in capsys.readouterr().err
         assert main([*command, "--resume"]) == 0
         assert tried[3:] == ["dense", tried[2]]
