@@ -194,25 +194,35 @@ class Conv(nnx.Module):
 
 
 class FoldedConv(Conv):
-    """A causal 3x3x3 convolution to few channels, its three steps in time channels of one 3x3 convolution of a frame.
+    """A causal 3x3x3 convolution to few channels, which can be told to read every frame once.
 
-    So every frame is read once instead of three times, and the past is what two frames give to those after them. Sums
-    of three numbers, each rounded to the dtype, are handed out in float32 at least.
+    With `implementation="mosaic"` its three steps in time are channels of one 3x3 convolution of a frame. So every
+    frame is read once instead of three times, and the past is what two frames give to those after them. Sums of three
+    numbers, each rounded to the dtype, are handed out in float32 at least. No card has run that: it is no default.
     """
 
-    def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B 2 H W DDD"]:
+    @property
+    def folds(self) -> bool:
+        """Whether it goes that way."""
+        return self.implementation == "mosaic"
+
+    def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B 2 H W _"]:
         """The past of a clip's beginning."""
+        if not self.folds:
+            return super().empty_past(batch, height, width)
         return jnp.zeros((batch, self.past_frames, height, width, 3 * self.kernel.shape[4]), self.dtype)
 
     def after(
         self,
-        past: Float[Array, "B 2 H W DDD"],
+        past: Float[Array, "B 2 H W _"],
         x: Float[Array, "B T H W C"],
         *,
-        added: None = None,
+        added: Video | None = None,
         first: bool = False,
     ) -> tuple[Float[Array, "B T H W D"], Past]:
-        """As `Conv.after`; nothing is added, and a clip's first frame is as any."""
+        """As `Conv.after`; where steps are folded nothing can be added, and a clip's first frame is as any."""
+        if not self.folds:
+            return super().after(past, x, added=added, first=first)
         out, x = self.kernel.shape[4], x.astype(self.dtype)
         kernel = rearrange(self.kernel[...].astype(self.dtype), "t h w c d -> 1 h w c (t d)")
         bias = jnp.zeros(out, self.dtype) if self.bias is None else self.bias[...].astype(self.dtype)
