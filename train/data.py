@@ -18,8 +18,9 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.files import listed
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, held_out_count, window_starts
+from monarchrt.models.processes.alike import listing
 from monarchrt.train.data_settings import DataConfig
-from monarchrt.train.digests import FileDigests, samples
+from monarchrt.train.digests import FileDigests
 
 _NAMES = ("latents", "text")  # of the tensors in a file of latents
 _WAN_CHANNELS = (16, 48)  # of the VAEs of versions 2.1 and 2.2
@@ -293,17 +294,12 @@ class LatentFolder:
 
     @property
     def listing(self) -> str:
-        """SHA-256 over the names of the files, their sizes and samples of their contents (`digests.samples`).
+        """SHA-256 over the names of the files, their sizes and samples of their contents (`alike.samples`).
 
         Raises:
             OSError: If a file cannot be read.
         """
-        files = self.train_files + self.held_out_files
-        digest = hashlib.sha256()
-        for path, sample in zip(files, samples(files), strict=True):
-            digest.update(path.name.encode())
-            digest.update(sample)
-        return digest.hexdigest()
+        return listing(self.train_files + self.held_out_files)
 
     def keep_digests(self) -> None:
         """Writes what `fingerprint` found to the file of digests, if one was named."""

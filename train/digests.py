@@ -11,9 +11,6 @@ from pathlib import Path
 
 _SETTLED = 2 * 10**9  # nanoseconds; a file may change again within the clock of its file system
 _THREADS = 8
-_WHOLE = 4 * 2**20  # bytes up to which a file is looked at as a whole
-_BLOCK = 2**18  # bytes of each block that is looked at of a larger one
-_BLOCKS = 5
 
 
 class FileDigests:
@@ -71,35 +68,3 @@ class FileDigests:
         except OSError:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-
-
-def samples(files: Iterable[Path]) -> list[bytes]:
-    """A digest of each file that is quick however large the file is.
-
-    It is of the whole content up to 4 MiB; of more, of the size and of five blocks of 256 KiB, the first and the last
-    bytes among them, at even distances.
-
-    Args:
-        files: The files.
-
-    Returns:
-        Digests.
-
-    Raises:
-        OSError: If a file cannot be read.
-    """
-
-    def sample(path: Path) -> bytes:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(str(size).encode())
-            if size <= _WHOLE:
-                digest.update(file.read())
-                return digest.digest()
-            for number in range(_BLOCKS):
-                file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-        return digest.digest()
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(sample, files))

@@ -23,10 +23,10 @@ from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import CONFIG_NAME
 from monarchrt.models.memory import device_memory
 from monarchrt.models.processes.agreement import all_agree, by_first, check_shared, first, from_first
+from monarchrt.models.processes.alike import listing, same
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
-from monarchrt.train.digests import samples
 from monarchrt.train.evaluate import held_out_losses
 from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
@@ -180,22 +180,6 @@ def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
     )
 
 
-def _same(what: str, read: Callable[[], str]) -> None:
-    """Raises UserError in all processes unless what each has is that of the first, by a digest of its own."""
-    if jax.process_count() == 1:
-        return
-    own, wrong = "", None
-    try:
-        own = read()
-    except (OSError, UserError) as reason:  # the others are told, they would wait for an answer
-        wrong = str(reason)
-    right = from_first(what, lambda: own)
-    if wrong is None and own != right:
-        wrong = f"its {what} are not those of process 0 ({own[:12]} and {right[:12]})"
-    if (difference := all_agree(f"same {what}", wrong)) is not None:
-        raise UserError(f"{difference}; give all processes the same {what}")
-
-
 def _close(
     checkpoints: Checkpoints, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
@@ -251,9 +235,9 @@ class _Run:
                 whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
                 self.placement.shape.check_heads(heads, whose=whose)
         self.networks.check_origins(resumed=bool(done))
-        _same("weights", lambda: self.networks.listing)
+        same("weights", lambda: self.networks.listing)
         if (negative := getattr(config.objective, "negative", None)) is not None:
-            _same("embeddings of the negative prompt", lambda: samples([negative.expanduser()])[0].hex())
+            same("embeddings of the negative prompt", lambda: listing([negative.expanduser()]))
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         self.step_fn = self._step_fn(self.networks)
         self._check_step()
@@ -343,10 +327,10 @@ class _Run:
         """
         source = self.source
         if isinstance(source, LatentFolder):
-            _same("data", lambda: source.listing)
+            same("data", lambda: source.listing)
         agreed = from_first("fingerprint", lambda: source.fingerprint)
         if not isinstance(source, LatentFolder):
-            _same("data", lambda: agreed if first() else source.fingerprint)
+            same("data", lambda: agreed if first() else source.fingerprint)
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:

@@ -15,15 +15,14 @@ from flax import nnx
 
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.checkpoints.checksums import checksums
-from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import NonFiniteError, UserError, user_input
 from monarchrt.models.generate.run_arrays import run_config
 from monarchrt.models.generate.runs import find_run
 from monarchrt.models.lora.layers import LAYERS, Adapter, with_adapter
+from monarchrt.models.processes.alike import listing, weight_files
 from monarchrt.models.wan import WanConfig
 from monarchrt.train.checkpointing import ABOUT, FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
-from monarchrt.train.digests import samples
 from monarchrt.train.model import (
     build_model,
     check_pretrained,
@@ -153,17 +152,13 @@ class Networks:
 
     @property
     def listing(self) -> str:
-        """SHA-256 over samples of the files that parameters are read from (`digests.samples`).
+        """A digest of samples of the files that parameters are read from (`alike.listing`).
 
         Raises:
             OSError: If a file cannot be read.
         """
-        digest = hashlib.sha256()
-        for name, files in sorted(self._files.items()):
-            digest.update(name.encode())
-            for path, sample in zip(files, samples(files), strict=True):
-                digest.update(path.name.encode() + sample)
-        return digest.hexdigest()
+        found = {name: listing(files) for name, files in sorted(self._files.items())}
+        return hashlib.sha256(repr(found).encode()).hexdigest()
 
     def start(self) -> TrainState:
         """The state at step 0, made where it lives: no device need hold the whole of it."""
@@ -323,7 +318,7 @@ class Networks:
     def _check_origin(self, origin: Path, name: str) -> None:
         if not (origin / FOLDER_NAME).is_dir():
             source = self._sources[name] = check_pretrained(origin, self.configs[name])
-            self._files[name] = _files(source.file.path)
+            self._files[name] = weight_files(source.file.path)
             if source.trained is not None:
                 self._trained[name] = source.config
             return
@@ -407,16 +402,6 @@ def _attends(config: WanConfig) -> str:
         return f"attention {text} over all frames"
     apart = ", the first by itself" if config.independent_first_frame else ""
     return f"attention {text} in blocks of {config.causal_block} frames{apart}"
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of tensors: those that an index lists with it, all of a folder."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.suffix != ".json":
-        return [path]
-    shards = set(read_json(path)["weight_map"].values())
-    return [path, *(path.parent / shard for shard in sorted(shards))]
 
 
 def _digest(frozen: Any) -> str:

@@ -14,7 +14,7 @@ from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
-from monarchrt.models.generate.loras import given_loras
+from monarchrt.models.generate.loras import given_loras, lora_files
 from monarchrt.models.generate.material import (
     Material,
     Opened,
@@ -30,6 +30,7 @@ from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, ch
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.lora.merging import with_loras
+from monarchrt.models.processes.alike import listing, same, weight_files
 from monarchrt.models.vae import TINY_FILES, load_tiny_vae, load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
@@ -300,6 +301,7 @@ def load_wan(
         raise UserError("no prompt was given; say what the video shows, for example 'a cat on a wall'")
     with user_input():
         source.check()
+        same("weights", lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
     components = find_components(config, source.path)
     _tell_of_schedulers(source, report)
     for note in plan.notes:

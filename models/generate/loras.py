@@ -13,7 +13,7 @@ from monarchrt.models.generate.run_arrays import run_arrays, run_config, trained
 from monarchrt.models.generate.runs import RunSettings, find_run
 from monarchrt.models.lora.layers import factors_of
 from monarchrt.models.lora.merging import Scaled, parse_scaled
-from monarchrt.models.lora.reading import Change, LoRA, open_lora
+from monarchrt.models.lora.reading import Change, LoRA, lora_file, open_lora
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import settings
 
@@ -37,6 +37,13 @@ def given_loras(config: GenerateConfig, *, report: Callable[[str], None]) -> tup
     for lora, scale in opened:
         report(f"lora {lora.path}: {lora.summary}, strength {scale:g}")
     return opened
+
+
+def lora_files(config: GenerateConfig) -> list[Path]:
+    """The files of what `--lora` names, but for run folders."""
+    texts = () if config.lora == NO_LORA else config.lora
+    found = [lora_file(Path(parse_scaled(text)[0])) for text in texts]
+    return [file for file in found if file is not None]
 
 
 def open_loras(texts: Iterable[str], *, report: Callable[[str], None]) -> tuple[Scaled, ...]:

@@ -1,6 +1,7 @@
 """The faults: one line each, in the kind of a slip, and the tests that should notice it."""
 
 from tests.mutants.fault import Fault
+from tests.mutants.files import FILES
 from tests.mutants.measures import MEASURED
 from tests.mutants.passes import PASSES
 from tests.mutants.serving import SERVING
@@ -47,15 +48,12 @@ PROCESSES = ("tests/models/processes",)
 MESH = ("tests/models/test_mesh.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
-LORA_FILES = ("tests/models/lora/test_files.py",)
-LORA = ("tests/train/test_lora_training.py",)
-DATA = ("tests/train/test_data.py",)
-NETWORKS = ("tests/train/test_networks.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
     *PASSES,
+    *FILES,
     Fault("models/sampling/rollout.py", "@lru_cache(maxsize=64)", "", LIVE, "second_video"),
     Fault("models/wan/fused.py", "time, (before, 5),", "time, (table, 5),", UNROLLED, "passes"),
     Fault(
@@ -546,37 +544,6 @@ FAULTS = (
         ODE,
         "made_alike",
     ),
-    # LoRAs
-    Fault(
-        "models/lora/reading.py",
-        "np.float32(change.scale) * self._read(change.bias)",
-        "self._read(change.bias)",
-        LORA_FILES,
-        "bias_of_a_pair",
-    ),
-    Fault("models/lora/alphas.py", "expression.match(name)", "expression.fullmatch(name[-8:])", LORA_FILES, "of_peft"),
-    Fault("models/lora/alphas.py", 'if format != "musubi"', "if not format", LORA_FILES, "does_not_count"),
-    Fault("models/lora/alphas.py", "if rank and pair.rank != rank", "if False", LORA_FILES, "does_not_count"),
-    Fault("models/lora/alphas.py", "begun.lower().startswith", "begun.startswith", LORA_FILES, "peft_may_not"),
-    Fault("train/digests.py", "* number // (_BLOCKS - 1)", "* number // _BLOCKS", DATA, "large_file"),
-    Fault("train/digests.py", "digest.update(file.read())\n", "pass\n", DATA, "listing"),
-    Fault(
-        "train/networks.py",
-        'shards = set(read_json(path)["weight_map"].values())',
-        "shards = set()",
-        NETWORKS,
-        "told_apart",
-    ),
-    Fault(
-        "train/networks.py",
-        "if name in self.trainings:\n                continue\n            now",
-        "if name not in self.trainings:\n                continue\n            now",
-        NETWORKS,
-        "noted",
-    ),
-    Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", COMMANDS, "are_joined"),
-    Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", COMMANDS, "given_twice"),
-    Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
     # several processes
     Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),
     Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),

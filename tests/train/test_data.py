@@ -149,26 +149,6 @@ def test_a_listing_follows_names_and_contents(latents):
     assert LatentFolder(latents, config()).listing not in (before, more)
 
 
-def test_samples_of_a_large_file(tmp_path):
-    """Either end and three blocks between them, with the size; nothing else is read."""
-    size, file = 2**25 + 3, tmp_path / "large"
-    file.write_bytes(bytes(size))
-    [before] = digests.samples([file])
-
-    def changed(place):
-        with file.open("r+b") as opened:
-            opened.seek(place)
-            opened.write(b"1")
-        [after] = digests.samples([file])
-        file.write_bytes(bytes(size))
-        return after != before
-
-    assert [changed(n) for n in (0, size // 4, size // 2, 3 * size // 4, size - 1)] == [True] * 5
-    assert not changed(size // 8)
-    file.write_bytes(bytes(size + 1))
-    assert digests.samples([file]) != [before]
-
-
 def test_latent_folder_fingerprint_follows_the_content(latents):
     before = LatentFolder(latents, config()).fingerprint
     save_file({"latents": np.ones((3, 4, 6, 16), np.float16), "text": np.ones((5, 32), np.float32)},

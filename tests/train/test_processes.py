@@ -18,6 +18,7 @@ import pytest
 import tensorstore as ts
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
+from monarchrt.models.lora.writing import Factors, write_lora
 from monarchrt.models.umt5 import save_embeddings
 from monarchrt.models.wan.checkpoints import save_checkpoint
 from monarchrt.train.logs import read_log
@@ -324,6 +325,23 @@ def test_a_process_that_reads_other_files(start, tmp_path, differs):
     for number in (0, 1):
         assert f"process 1: its {differs} are not those of process 0" in job.lines(number)[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("differs", ["base", "style"])
+def test_a_video_of_processes_that_read_other_weights(start, tmp_path, differs):
+    for process in (0, 1):
+        seeds = {name: process if name == differs else 0 for name in ("base", "style")}
+        base = wan(seeds["base"])
+        folder = save_checkpoint(base, tmp_path / str(process) / "base")
+        factors = Factors(np.full((2, 24), 1 + seeds["style"], np.float32), np.ones((24, 2), np.float32), alpha=2.0)
+        write_lora(folder.parent / "style.safetensors", {"blocks.0.self_attn.q": factors})
+    command = ["generate", "--checkpoint", "base", "--lora", "style.safetensors", "--prompt", "a cat"]
+    options = ["--mesh", "heads=2", "--out", str(tmp_path / "a.mp4")]
+    job = start(options, command=command, devices=2, begun_in=[tmp_path / "0", tmp_path / "1"])
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        assert "process 1: its weights are not those of process 0" in job.lines(number)[-1]
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_a_port_that_is_taken(start, tmp_path):
