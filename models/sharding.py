@@ -29,6 +29,9 @@ BATCH_AXIS = "data"
 WHOLE_WEIGHTS = "whole_weights"  # name of gathered weights, which are no residuals
 LONG = 64  # numbers along each axis of a matrix that is worth a collective
 type Logical = str | None
+# queries, keys and values on a mesh. Each device attends with its part (`on_each_device`): the compiler would split a
+# kernel by a callback, whose address is in the program, and no other process then finds it among those that are kept
+BY_HEADS: tuple[Logical, ...] = ("batch", None, "heads", None)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:

@@ -358,6 +358,24 @@ class MonarchKVCache:
             out = attend_tiles(spec, *tiles, kv_frames=frames, **options)
         return split_like(tiles_to_tokens(out, spec), query)
 
+    def of_arrays(
+        self, key: Float[Array, "*layers B C b1 b2 H D"], value: Float[Array, "*layers B C b1 b2 H D"], length: Any
+    ) -> "MonarchKVCache":
+        """The same cache of other arrays, such as a device's part of each inside `jax.shard_map`.
+
+        Examples:
+            >>> cache = MonarchKVCache.init(batch=2, frames=3, height=4, width=5, heads=2, head_dim=8)
+            >>> half = cache.of_arrays(cache.key[:1], cache.value[:1], cache.length)
+            >>> half.key.shape, half.spec == cache.spec
+            ((1, 3, 4, 5, 2, 8), True)
+
+        Args:
+            key: As the cache's; another batch and other heads.
+            value: Likewise.
+            length: int32 scalar.
+        """
+        return self._with(key, value, length, newest=self._newest)
+
     def tokens(
         self, *, layer: int | Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
@@ -388,8 +406,11 @@ class MonarchKVCache:
     ) -> "MonarchKVCache":
         """The cache with other arrays, whose newest block has these frames."""
         length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
+        return self._with(key, value, length, newest=frames)
+
+    def _with(self, key: jax.Array, value: jax.Array, length: jax.Array, *, newest: int | None) -> "MonarchKVCache":
         cache = dataclasses.replace(self, key=key, value=value, length=length)
-        object.__setattr__(cache, "_newest", frames)
+        object.__setattr__(cache, "_newest", newest)
         return cache
 
     def _misplaced(self, first: jax.Array, frames: int) -> jax.Array:

@@ -19,6 +19,7 @@ from monarch_jax.checks import one_of
 from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import HOW
 from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention, say_exact
+from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
 
@@ -104,8 +105,20 @@ class Blocks:
             query = self.queries.apply(query)
         if self.keys is not None:
             key, value = self.keys.apply(key), self.keys.apply(value)
-        out = block_sparse_attention(query, key, value, self.mask, implementation=implementation)
+        out = _on_each_device(query, key, value, self.mask, implementation=implementation)
         return out if self.queries is None else self.queries.undo(out)
+
+
+def _on_each_device(query: Array, key: Array, value: Array, mask: BlockMask, *, implementation: str | None) -> Array:
+    """`block_sparse_attention` of each device's samples and heads, on a mesh."""
+    parts, structure = jax.tree.flatten(mask)  # [B, H, ...] each, for all of which one may stand
+
+    def attend(_: None, query: Array, key: Array, value: Array, *parts: Any) -> Array:
+        mask = jax.tree.unflatten(structure, parts)
+        return block_sparse_attention(query, key, value, mask, implementation=implementation)
+
+    names = [("batch", "heads", *(None,) * (x.ndim - 2)) for x in parts]
+    return on_each_device(attend, None, (query, key, value, *parts), (*(BY_HEADS,) * 3, *names))
 
 
 def _attend_stack(
@@ -124,10 +137,10 @@ def _attend_stack(
         keys, values, first = stack
         mask = whole(given)
         mask = dataclasses.replace(mask, key_starts=mask.key_starts + first)
-        return block_sparse_attention(query, keys, values, mask, implementation=implementation)
+        return _on_each_device(query, keys, values, mask, implementation=implementation)
 
     def forward(query, key, value, given, stack):
-        attend = functools.partial(block_sparse_attention, mask=whole(given), implementation=implementation)
+        attend = functools.partial(_on_each_device, mask=whole(given), implementation=implementation)
         return jax.vjp(attend, query, key, value)
 
     attend.defvjp(forward, lambda pull, g: (*pull(g), None, None))

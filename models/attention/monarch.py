@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 from monarch_jax import MonarchKVCache, flops, monarch_attention
@@ -23,6 +24,7 @@ from monarchrt.models.attention.base import (
     Tokens,
     visible_share,
 )
+from monarchrt.models.sharding import BY_HEADS, Logical, on_each_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,19 +82,23 @@ class MonarchAttention(Attention):
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """See `Attention`."""
-        return monarch_attention(
-            query,
-            key,
-            value,
-            grid=clip.grid,
-            tile=self.tile,
-            blocks=self.blocks,
-            num_iters=self.num_iters,
-            causal_block=clip.causal_block,
-            keep_intermediates=self.keep_intermediates,
-            intermediates=self.intermediates,
-            implementation=self.implementation,
-        )
+
+        def attend(_, query, key, value):
+            return monarch_attention(
+                query,
+                key,
+                value,
+                grid=clip.grid,
+                tile=self.tile,
+                blocks=self.blocks,
+                num_iters=self.num_iters,
+                causal_block=clip.causal_block,
+                keep_intermediates=self.keep_intermediates,
+                intermediates=self.intermediates,
+                implementation=self.implementation,
+            )
+
+        return on_each_device(attend, None, (query, key, value), (BY_HEADS,) * 3)
 
     def init_cache(self, shape: CacheShape) -> MonarchKVCache:
         """Keys and values in tiled order, so that only a new block is rearranged."""
@@ -108,13 +114,20 @@ class MonarchAttention(Attention):
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):
             cache, layer = _retiled(cache, tile, self.blocks, layer), None
-        return cache.attend(
-            query,
-            num_iters=self.num_iters,
-            layer=layer,
-            intermediates=self.intermediates,
-            implementation=self.implementation,
-        )
+
+        def attend(_, query, key, value, length, *traced):
+            return cache.of_arrays(key, value, length).attend(
+                query,
+                num_iters=self.num_iters,
+                layer=traced[0] if traced else layer,
+                intermediates=self.intermediates,
+                implementation=self.implementation,
+            )
+
+        kept: tuple[Logical, ...] = (*(None,) * (cache.key.ndim - 6), "batch", None, None, None, "heads", None)
+        arrays: tuple[Array, ...] = (query, cache.key, cache.value, cache.length)
+        arrays += (layer,) if isinstance(layer, jax.Array) else ()  # what is known stays known
+        return on_each_device(attend, None, arrays, (BY_HEADS, kept, kept, (), ())[: len(arrays)])
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """Numbers stored for each entry of the map, 1/b1 + 1/b2 (paper, Section 4.2)."""

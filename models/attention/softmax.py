@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from monarch_jax.devices import on_cuda
-from monarchrt.models.sharding import on_each_device
+from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 BLOCKS = 132  # of keys and heads that keep a Hopper GPU busy, one for each of its multiprocessors
 KEYS, QUERIES = 64, 1024  # of a block; that a group has at least
 type Attend = Callable[..., Array]
-BY_HEADS = ("batch", None, "heads", None)
 
 
 def softmax_attention(

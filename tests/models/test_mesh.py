@@ -1,5 +1,7 @@
 """The notation of meshes, what it refuses, and what the rules make of it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,15 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
+from monarchrt import triton_kernels
+from monarchrt.models.attention.base import CacheShape
+from monarchrt.models.attention.notation import parse
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
 from monarchrt.models.sharding import no_whole_weights, partition, weight_spec, whole
 from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, padded
+from tests.kernels.test_triton import missing
+from tests.models.test_wan import equations
 
 
 def abstract(**sizes: int) -> AbstractMesh:
@@ -127,3 +134,32 @@ def test_gathered_weights_are_no_residuals(capsys, dtype):
         print_saved_residuals(jax.checkpoint(loss, policy=no_whole_weights), weights, x)
     kept = {line.partition("]")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("f32[64,96]")}
     assert kept == {" from the argument weights"}
+
+
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize("setting", ["monarch(tile=(3,4,8))", "sliding_tile(tile=(3,2,4),window=(1,1,3))"])
+@pytest.mark.parametrize("mesh", [{"heads": 2}, {"data": 2}], ids=str)
+def test_programs_hold_no_address(setting, mesh):
+    """Each device calls a kernel with its part; else the program would differ in each process, and none find it."""
+    attention = dataclasses.replace(parse(setting), implementation="triton")
+    shape = CacheShape(batch=2, frames=6, height=4, width=8, heads=2, head_dim=64, layers=2)
+
+    def clip(*arrays):
+        return jax.grad(lambda q, k, v: attention(q, k, v, grid=(6, 4, 8)).sum(), argnums=(0, 1, 2))(*arrays)
+
+    def block(cache, query, layer):
+        cache = cache.append(query, query, frame=0, layer=layer)
+        return attention.attend_cache(cache, query, layer=layer)
+
+    def split_by_a_callback(fn, *arrays):
+        """Calls that the compiler is to split; what lies in a `shard_map` is a device's own."""
+        program, name = jax.jit(fn).trace(*arrays).jaxpr, "custom_partitioning"
+        own = [call for part in equations(program, "shard_map") for call in equations(part.params["jaxpr"], name)]
+        return len(list(equations(program, name))) - len(own)
+
+    tokens = jnp.ones((2, 192, 2, 64), jnp.bfloat16)
+    programs = (clip, tokens, tokens, tokens), (block, attention.init_cache(shape), tokens[:, :96], jnp.int32(0))
+    with triton_kernels.compile_for(90):
+        assert all(split_by_a_callback(*program) for program in programs)  # without a mesh: a user's own, say
+        with use_abstract_mesh(abstract(**mesh)):
+            assert [split_by_a_callback(*program) for program in programs] == [0, 0]

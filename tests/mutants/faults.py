@@ -546,6 +546,20 @@ FAULTS = (
     ),
     # several processes
     Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),
+    Fault(
+        "models/attention/monarch.py",
+        "return on_each_device(attend, None, arrays, (BY",
+        "return attend(None, *arrays) if arrays else on_each_device(attend, None, arrays, (BY",
+        MESH,
+        "address",
+    ),
+    Fault(
+        "models/attention/listed.py",
+        "return on_each_device(attend, None, (query, key, value, *parts)",
+        "return attend(None, query, key, value, *parts) if parts else on_each_device(attend, None, (query, key, value)",
+        MESH,
+        "address",
+    ),
     Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),
     Fault("models/processes/service.py", "dict.fromkeys((*right, *values))", "dict.fromkeys(right)", PROCESSES, "told"),
     Fault(
