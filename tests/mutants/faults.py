@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 from tests.mutants.files import FILES
 from tests.mutants.measures import MEASURED
+from tests.mutants.meshes import MESHES
 from tests.mutants.passes import PASSES
 from tests.mutants.serving import SERVING
 from tests.mutants.sparse import BESIDE_PUBLISHED
@@ -45,13 +46,13 @@ TEXTS = ("tests/train/test_texts.py",)
 DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
-MESH = ("tests/models/test_mesh.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
+    *MESHES,
     *PASSES,
     *FILES,
     Fault("models/sampling/rollout.py", "@lru_cache(maxsize=64)", "", LIVE, "second_video"),
@@ -545,21 +546,6 @@ FAULTS = (
         "made_alike",
     ),
     # several processes
-    Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),
-    Fault(
-        "models/attention/monarch.py",
-        "return on_each_device(attend, None, arrays, (BY",
-        "return attend(None, *arrays) if arrays else on_each_device(attend, None, arrays, (BY",
-        MESH,
-        "address",
-    ),
-    Fault(
-        "models/attention/listed.py",
-        "return on_each_device(attend, None, (query, key, value, *parts)",
-        "return attend(None, query, key, value, *parts) if parts else on_each_device(attend, None, (query, key, value)",
-        MESH,
-        "address",
-    ),
     Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),
     Fault("models/processes/service.py", "dict.fromkeys((*right, *values))", "dict.fromkeys(right)", PROCESSES, "told"),
     Fault(
