@@ -162,3 +162,36 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+CAUSAL = dict(num_layers=1, dim=96, num_heads=2, ffn_dim=96, text_dim=64, text_len=8, freq_dim=64, causal_block=1)
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory):
+    """A causal network none of whose parameters is zero, its sizes `CAUSAL`; clips, and pairs of a solver."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from monarchrt.models.checkpoints.tensor_files import write_arrays
+    from monarchrt.models.wan import WanModel, wan_config
+    from monarchrt.models.wan.checkpoints import save_checkpoint
+    from monarchrt.train.pair_folder import Made
+
+    folder, rng = tmp_path_factory.mktemp("causal"), np.random.default_rng(0)
+    graph, state = nnx.split(WanModel(wan_config("tiny", **CAUSAL), rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: x + 0.1 * jnp.cos(1.7 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state)
+    save_checkpoint(nnx.merge(graph, state), folder / "network")
+    sigmas = tuple(5 * u / (1 + 4 * u) for u in (1.0, 0.75, 0.5, 0.25))
+    made = Made(sigmas=sigmas, shift=5.0, steps=8, solver="euler", guidance=1.0, teacher="none", seed=0)
+    for number in range(6):
+        clip = {
+            "latents": rng.standard_normal((3, 4, 8, 16)).astype(np.float32),
+            "text": rng.standard_normal((8, 64)).astype(np.float32),
+        }
+        states = rng.standard_normal((4, 3, 4, 8, 16)).astype(np.float32)
+        write_arrays(folder / f"clips/{number}.safetensors", clip, metadata={})
+        write_arrays(folder / f"pairs/{number}.safetensors", clip | {"states": states}, metadata=made.to_header())
+    return folder

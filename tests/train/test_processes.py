@@ -24,6 +24,8 @@ from monarchrt.models.wan.checkpoints import save_checkpoint
 from monarchrt.train.logs import read_log
 from tests.train.objectives.networks import wan
 
+from .conftest import CAUSAL
+
 pytestmark = pytest.mark.slow
 
 NETWORK = ["--overrides", "num_layers=1", "dim=96", "num_heads=2", "ffn_dim=96"]
@@ -342,6 +344,44 @@ def test_a_video_of_processes_that_read_other_weights(start, tmp_path, differs):
     for number in (0, 1):
         assert "process 1: its weights are not those of process 0" in job.lines(number)[-1]
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_distillation_that_loses_a_process_goes_on_elsewhere(start, causal, tmp_path):
+    """On one device, then on four of one process, then by two again; its log is that of one process throughout."""
+    roles = ("student", "critic", "teacher")
+    sizes = {role: [f"{k}={v}" for k, v in CAUSAL.items() if role == "student" or "block" not in k] for role in roles}
+    command = ["train", "--objective", "self-forcing", "--latents", str(causal / "clips"), "--held-out", "0.34"]
+    command += ["--batch", "2", "--block", "1", "--student-every", "2", "--checkpoint-every", "2", "--keep", "9"]
+    command += ["--student.learning-rate", "1e-3", "--critic.learning-rate", "1e-3"]
+    for role, words in sizes.items():
+        command += [f"--{role}.overrides", *words]
+    for role in ("student", "teacher"):
+        command += [f"--{role}.init-from", str(causal / "network")]
+    whole, parts = (["--folder", str(tmp_path / name)] for name in ("whole", "parts"))
+    one = start([*whole, *MESH, "--steps", "8"], processes=0, command=command)
+    assert one.wait() == [0], one.lines(0)
+    lost = start([*parts, *MESH, "--steps", "4000"], command=command)
+    until(lambda: (tmp_path / "parts" / "checkpoints" / "2").is_dir(), lost)
+    lost.processes[1].kill()
+    assert lost.processes[0].wait(timeout=ENDS_WITHIN + 25) == 1
+    for step in (tmp_path / "parts" / "checkpoints").iterdir():  # as if it had been lost at step 2
+        if step.name.isdigit() and int(step.name) > 2:
+            shutil.rmtree(step)
+    for steps, processes, devices, mesh in (
+        (4, 0, 1, "data=1"),
+        (6, 0, 4, "data=2,heads=2"),
+        (8, 2, 4, "fsdp=2,heads=2"),
+    ):
+        again = ["--steps", str(steps), "--resume", "--mesh", mesh]
+        job = start([*parts, *again], processes=processes, devices=devices, command=command)
+        assert set(job.wait()) == {0}, [job.lines(n) for n in range(len(job.processes))]
+    found, expected = ({(row["step"], *sorted(row)): row for row in numbers(tmp_path / x)} for x in ("parts", "whole"))
+    assert [key[0] for key in expected if "student/loss" in key] == [1, 3, 5, 7]
+    for key, right in expected.items():
+        for name, value in right.items():
+            np.testing.assert_allclose(
+                float(found[key][name]), float(value), rtol=1e-4, atol=1e-7, err_msg=f"{name} at {key[0]}"
+            )
 
 
 def test_a_port_that_is_taken(start, tmp_path):
