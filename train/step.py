@@ -154,13 +154,16 @@ def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
 
     slices = jax.tree.map(split, batch)
     shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda x: x[0], slices))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, _), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, loss_and_grads(*part)), None
+        (loss, extra), grads = loss_and_grads(*part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), extra
 
-    total, _ = jax.lax.scan(add, zero, slices)
-    return jax.tree.map(lambda leaf: leaf / parts, total)
+    total, extra = jax.lax.scan(add, (loss, grads), slices)
+    loss, grads = jax.tree.map(lambda leaf: leaf / parts, total)
+    # NaN: that part has nothing to say of it, such as no sample of a noise level
+    return (loss, jax.tree.map(lambda leaf: jnp.nanmean(leaf, axis=0), extra)), grads
 
 
 def mesh_of(shardings: TrainState | None) -> AbstractMesh:

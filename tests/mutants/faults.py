@@ -433,6 +433,13 @@ FAULTS = (
         ("tests/train/test_plan.py",),
         "as_json",
     ),
+    Fault(
+        "train/step.py",
+        "jnp.nanmean(leaf, axis=0), extra",
+        "jnp.mean(leaf, axis=0), extra",
+        ("tests/train/test_state.py",),
+        "accumulation_shows",
+    ),
     Fault("train/duration.py", "share = sum(name in roles for roles in due) / max(1, len(due))", "share = 1", DURATION),
     Fault("train/duration.py", "shapes)[name], objective.turns(name)", "shapes)[name], 1.0", DURATION, "updates_parts"),
     Fault("train/arithmetic.py", ".times(turns)", "", DURATION, "loops"),

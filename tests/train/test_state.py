@@ -14,6 +14,7 @@ from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.scores import in_bins
 from monarchrt.train.state import (
     all_finite,
     check_trainable,
@@ -30,7 +31,7 @@ from monarchrt.train.state import (
     trainable_filter,
     update_ema,
 )  # fmt: skip
-from monarchrt.train.step import make_train_step
+from monarchrt.train.step import _accumulate, make_train_step
 from tests.untyped import untyped
 
 SHAPE = (4, 2, 3, 3, 5)
@@ -122,6 +123,20 @@ def test_accumulation_is_the_same_step(parts):
     assert float(metrics["grad_norm"]) == pytest.approx(float(split_metrics["grad_norm"]), rel=1e-5)
     for a, b in zip(leaves(params_of(whole)), leaves(params_of(split)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_what_accumulation_shows_is_of_all_parts():
+    """Noise levels that most parts have no sample of; a loss that is not finite is not hidden."""
+
+    def loss_and_grads(errors, times):
+        return (jnp.mean(errors), in_bins(errors, times) | {"last": times[-1]}), jnp.mean(errors)
+
+    errors, times = jnp.array([1.0, 4.0, 2.0, 8.0]), jnp.array([10.0, 950.0, 190.0, 300.0])
+    (loss, shown), gradient = _accumulate(loss_and_grads, (errors, times), 4)
+    assert float(loss) == float(gradient) == 3.75
+    assert float(shown.pop("last")) == times.mean()
+    np.testing.assert_array_equal(list(shown.values()), [1.5, 8.0, np.nan, np.nan, 4.0])
+    assert not jnp.isfinite(_accumulate(loss_and_grads, (errors.at[2].set(jnp.nan), times), 4)[0][0])
 
 
 def test_the_average_is_a_copy_until_it_starts_and_then_decays():

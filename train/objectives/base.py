@@ -132,7 +132,8 @@ class Objective(abc.ABC):
             draws: What `draws` made for the role.
 
         Returns:
-            The loss and whatever else the log should show; scalars, averaged over the parts of an accumulation.
+            The loss and whatever else the log should show; scalars, averaged over those parts of an accumulation that
+            have one: NaN says that there is none.
         """
 
     def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:
