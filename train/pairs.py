@@ -93,6 +93,10 @@ class PairsConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.shift < float("inf"):
             raise UserError(f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")  # others would be one of these
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise UserError(f"guidance is {self.guidance}; it must be at least 0, for example 6.0; 1 is none")
         if self.guidance not in (None, 1.0) and self.negative is None:
             raise UserError(
                 f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, "

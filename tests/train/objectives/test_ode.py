@@ -1,6 +1,8 @@
 """Pairs of a teacher's solver, and the regression of a student of few steps on them."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +200,11 @@ def test_data_that_are_no_pairs(texts):
         ({"checkpoint": None}, "no checkpoint was given"),
         ({"latents": None}, "no texts were given; give --latents FOLDER"),
         ({"guidance": 6.0}, "guidance is 6.0, but there is no embedding"),
+        ({"guidance": -1.0, "negative": Path("bad")}, r"guidance is -1.0; it must be at least 0, for example 6.0"),
+        ({"guidance": math.nan, "negative": Path("bad")}, "guidance is nan; it must be at least 0"),
+        ({"guidance": math.inf, "negative": Path("bad")}, "guidance is inf; it must be at least 0"),
+        ({"seed": -1}, r"seed is -1; it must lie in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, "seed is 4294967296; it must lie in"),
         ({"student_steps": (1000, 700)}, "steps is 4, and 700 of student_steps is none of them; give --steps 10"),
         ({"student_steps": (500, 1000)}, "student_steps is 500 1000; give falling times"),
         ({"batch": 0}, "batch is 0"),
