@@ -194,6 +194,8 @@ def on_each_device(
 ) -> jax.Array:
     """fn(weights, *arrays) on every device's part, where parts are independent of each other: without collectives.
 
+    Where nothing divides the arrays, as one clip on devices along the batch, each device computes all.
+
     The gradients of the weights are summed over the devices once, after all of `fn`: a loop in it, whose parts the
     compiler would else sum one by one, sums none.
 
@@ -214,7 +216,7 @@ def on_each_device(
         for tree, names in zip(arrays, logical, strict=True)
     ]
     axes = tuple(axis for entry in specs[0] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-    if not axes:
+    if mesh.size == 1:
         return fn(weights, *arrays)
 
     def vary(x: jax.Array) -> jax.Array:  # where it is not split, its gradient is summed here

@@ -138,7 +138,7 @@ def test_gathered_weights_are_no_residuals(capsys, dtype):
 
 @missing("triton", "jax_triton")
 @pytest.mark.parametrize("setting", ["monarch(tile=(3,4,8))", "sliding_tile(tile=(3,2,4),window=(1,1,3))"])
-@pytest.mark.parametrize("mesh", [{"heads": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"heads": 2}, {"data": 2}, {"data": 3}], ids=str)  # the last divides nothing
 def test_programs_hold_no_address(setting, mesh):
     """Each device calls a kernel with its part; else the program would differ in each process, and none find it."""
     attention = dataclasses.replace(parse(setting), implementation="triton")

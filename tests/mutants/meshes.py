@@ -20,4 +20,5 @@ MESHES = (
         MESH,
         "address",
     ),
+    Fault("models/sharding.py", "if mesh.size == 1:", "if not axes:", MESH, "address"),
 )
