@@ -394,6 +394,7 @@ def test_a_list_that_is_given_twice(arguments, option, capsys, tmp_path, monkeyp
         ("--lora a:2 --prompt x --lora b c", ("a:2", "b", "c"), "x"),
         ("--lora=a --lora=a --prompt x --prompt y", ("a", "a"), "y"),
         ("--prompt x --lora a b", ("a", "b"), "x"),
+        ("--lora=-a:2 --lora=b --lora=--c --prompt x", ("./-a:2", "b", "./--c"), "x"),
     ],
 )
 def test_loras_are_joined(words, lora, prompt):

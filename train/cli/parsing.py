@@ -78,7 +78,8 @@ def _joined(kind: type, arguments: Sequence[str]) -> Sequence[str]:
         if not word.startswith("--"):
             values.append(word)
         elif option.rpartition(".")[2].removeprefix("--") in lists:
-            values = [value] if equals else []
+            # apart from its option, a file's name that begins with a dash would be an option itself
+            values = [f"./{value}" if option == "--lora" and value.startswith("-") else value] if equals else []
             found.setdefault(option, []).append(values)
         else:
             rest.append(word)
