@@ -159,13 +159,14 @@ class OptimizerConfig(LoRASettings):
     """Clip the gradient to this global L2 norm; None turns it off."""
 
     warmup: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Updates of the network over which the learning rate rises linearly from 0; at most one a step."""
 
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up: constant, or down to 0 at `decay_steps`."""
 
     decay_steps: int | None = None
-    """Step at which a cosine or linear schedule reaches 0. Default: the number of steps of the run."""
+    """Update of the network at which a cosine or linear schedule reaches 0. Default: the number of its updates in the
+    run, which are fewer than the steps where not every step updates it."""
 
     accumulation: int = 1
     """Split each batch into this many parts and add up their gradients: less memory, the same mathematics."""

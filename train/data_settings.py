@@ -122,6 +122,13 @@ class DataConfig:
                 f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
             )
 
+        for name in ("fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
+            value = getattr(self, name)
+            _require(
+                self.prompts is None or value == getattr(type(self), name),
+                f"{name} is {value}, which is of a video, but the texts of prompts have none; leave {name} out",
+            )
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width, in pixels."""

@@ -37,6 +37,7 @@ def run_header(
     """
     lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
     lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
+    lines += [line for role in config.objective.training for line in _undecayed(config, role)]
     run = config.run
     origin = config.origin(config.objective.exported) or "scratch"
     optimizers = [_optimizer(config, role) for role in config.objective.training]
@@ -112,6 +113,18 @@ def _narrow(network: Any) -> list[str]:
         f"warning: a token holds {numbers} numbers and the network is {network.dim} wide: noise does not fit through, "
         f"and the loss stays above about {1 - network.dim / numbers:.2f}; take a smaller --patch, or a larger dim with "
         f"--overrides"
+    ]
+
+
+def _undecayed(config: TrainConfig, role: str) -> list[str]:
+    """A warning, if it is said where the learning rate ends but not how it gets there."""
+    settings = config.trained(role)
+    if settings.decay_steps is None or settings.schedule != "constant":
+        return []
+    decay, schedule = (config.option(role, name) for name in ("decay_steps", "schedule"))
+    return [
+        f"warning: {decay} is {settings.decay_steps}, but {schedule} is constant, so that the learning rate stays as "
+        f"it is; give --{schedule.replace('_', '-')} cosine or linear"
     ]
 
 

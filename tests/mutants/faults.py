@@ -440,6 +440,13 @@ FAULTS = (
         ("tests/train/test_state.py",),
         "accumulation_shows",
     ),
+    Fault(
+        "train/data_settings.py",
+        "self.prompts is None or value ==",
+        "True or value ==",
+        ("tests/train/test_texts.py",),
+        "do_not_go_with",
+    ),
     Fault("train/duration.py", "share = sum(name in roles for roles in due) / max(1, len(due))", "share = 1", DURATION),
     Fault("train/duration.py", "shapes)[name], objective.turns(name)", "shapes)[name], 1.0", DURATION, "updates_parts"),
     Fault("train/arithmetic.py", ".times(turns)", "", DURATION, "loops"),

@@ -19,7 +19,7 @@ import pytest
 import monarch_jax
 from monarchrt.models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.train import cli
+from monarchrt.train import cli, header
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.cli.train import _parse_train
@@ -35,6 +35,7 @@ from monarchrt.train.config import (
 )
 from monarchrt.train.logs import RunLog, read_log
 from monarchrt.train.model import attention_setting, model_settings
+from monarchrt.train.objectives.settings import DMDConfig
 from monarchrt.train.run_folder import FolderLock, claim_folder, compare_identity, identity, read_config, write_config
 
 
@@ -254,6 +255,17 @@ def test_a_decaying_schedule_remembers_where_it_ends():
     assert of(10) == of(20)
     notes = compare_identity(of(10, schedule="cosine"), of(20, schedule="cosine"), step=1, folder=Path("run"))
     assert notes == ["note: decay_steps changes from 10 to 20"]
+
+
+def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
+    def lines(objective, **optimizer):
+        return header._undecayed(TrainConfig(objective=objective, optimizer=OptimizerConfig(**optimizer)), "student")
+
+    said = "warning: {0}decay_steps is 9, but {0}schedule is constant, .*; give --{0}schedule cosine or linear"
+    for objective, prefix in ((ObjectiveConfig(), ""), (DMDConfig(), r"student\.")):
+        (line,) = lines(objective, decay_steps=9)
+        assert re.fullmatch(said.format(prefix), line)
+        assert lines(objective) == lines(objective, decay_steps=9, schedule="linear") == []
 
 
 def test_optimizer_changes_are_noted():
