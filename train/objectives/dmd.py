@@ -205,7 +205,17 @@ class DMDObjective(Objective):
         return clip
 
     def samples(self, student: Any, text: Array, draws: StudentDraws) -> Float32[Array, "b f h w c"]:
-        """Clips of the student, differentiable by its parameters through the last step alone."""
+        """Clips of the student, differentiable by its parameters through the last step alone.
+
+        Raises:
+            UserError: If it is causal: whole clips at one level are not what it is sampled by.
+        """
+        block = getattr(getattr(student, "config", None), "causal_block", None)
+        if block is not None:
+            raise UserError(
+                f"the student's causal_block is {block}, but {self.settings.name} makes whole clips at once; give "
+                f"--objective self-forcing, or a student without causal_block"
+            )
         early = detached(student)
 
         def advance(index: Array, z: Array) -> Array:

@@ -398,6 +398,13 @@ def test_blocks_that_do_not_fit(block, network, frames, word):
         objective.roll_out(nnx.eval_shape(lambda: wan(0, **network)), jnp.asarray(examples.text), draws)
 
 
+def test_a_causal_student_does_not_make_whole_clips():
+    objective = DMDObjective(DMDConfig(student_steps=STEPS))
+    student = nnx.eval_shape(lambda: wan(0, causal_block=2))
+    with pytest.raises(UserError, match=r"the student.s causal_block is 2, but dmd makes whole clips .* self-forcing"):
+        objective.samples(student, jnp.asarray(batch(SHAPE).text), draws_of(objective))
+
+
 def test_levels_on_the_grid_are_of_shift_5_whatever_the_times_are_of():
     """Its least level is that of 0.001, not 0."""
     levels = levels_of(jnp.array([0, 999]), shift=3.0, low=0.0, high=1.0, conversion="grid")
