@@ -336,9 +336,8 @@ class MonarchKVCache:
             NotImplementedError: If the implementation asked for cannot serve this call.
         """
         query = array("query", query)
+        self.check_query(query, layer=layer)
         block = self._block_spec(query, "query")
-        self._check_layer(layer)
-        self._check_filled(block.grid[0])
         if causal_block is not None and self.rolling:
             if positive("causal_block", causal_block) % block.grid[0]:
                 raise ValueError(
@@ -357,6 +356,27 @@ class MonarchKVCache:
         else:
             out = attend_tiles(spec, *tiles, kv_frames=frames, **options)
         return split_like(tiles_to_tokens(out, spec), query)
+
+    def check_query(self, query: Float[Array, "B N H D"], *, layer: int | Int[Array, ""] | None = None) -> None:
+        """What `attend` checks of its queries: for who calls it inside `jax.shard_map`, where less is known.
+
+        Examples:
+            >>> cache = MonarchKVCache.init(batch=1, frames=3, height=4, width=5, heads=2, head_dim=8)
+            >>> cache.check_query(jnp.ones((1, 20, 2, 8), jnp.bfloat16))
+            Traceback (most recent call last):
+            ...
+            ValueError: query: the cache holds none of the 1 frames that it has; append their keys and values first.
+
+        Args:
+            query: As in `attend`.
+            layer: Likewise.
+
+        Raises:
+            ValueError: As `attend`.
+        """
+        block = self._block_spec(query, "query")
+        self._check_layer(layer)
+        self._check_filled(block.grid[0])
 
     def of_arrays(
         self, key: Float[Array, "*layers B C b1 b2 H D"], value: Float[Array, "*layers B C b1 b2 H D"], length: Any

@@ -122,6 +122,19 @@ def test_nothing_is_split_without_a_mesh():
     assert on_each_device(lambda weights, x: x * weights, 2.0, (x,), (("batch", None, "tokens", None),)).sum() == 240
 
 
+def test_what_is_known_is_checked_before_each_device_attends():
+    """Outside of `jax.jit`, as on one device: inside of a device's part nothing is known."""
+    attention, tokens = parse("monarch(tile=(3,4,8))"), jnp.ones((2, 96, 2, 8))
+    shape = CacheShape(batch=2, frames=6, height=4, width=8, heads=2, head_dim=8, layers=2, dtype="float32")
+    empty = attention.init_cache(shape)
+    filled = empty.append(tokens, tokens, frame=0, layer=0)
+    with use_abstract_mesh(abstract(heads=2)):
+        with pytest.raises(ValueError, match="the cache holds none of the 3 frames"):
+            attention.attend_cache(empty, tokens, layer=jnp.int32(0))
+        with pytest.raises(ValueError, match="layer=7 is not from 0 to 1"):
+            attention.attend_cache(filled, tokens, layer=jnp.int32(7))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gathered_weights_are_no_residuals(capsys, dtype):
     """Also where they are rounded before they travel."""
