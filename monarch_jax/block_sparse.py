@@ -7,7 +7,7 @@ each head and block of queries, and, for bands that cut through blocks, a predic
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from monarch_jax._typing import Array, Bool, Float, Int
 from monarch_jax.checks import array
 from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, accumulator_dtype, vary_alike
 from monarch_jax.devices import on_cuda
-from monarch_jax.partitioning import anywhere
+from monarch_jax.partitioning import anywhere, left_to_the_compiler
 
 IMPLEMENTATIONS = ("triton", "xla")
 
@@ -157,6 +157,25 @@ def block_mask(
     )  # fmt: skip
 
 
+def apart(mask: BlockMask) -> tuple[list[Array], Callable[[list[Array]], BlockMask]]:
+    """A mask's arrays of JAX, and a function that makes a mask of such arrays: what is known when tracing stays known.
+
+    Examples:
+        >>> mask = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
+        >>> given, with_arrays = apart(mask)
+        >>> given, with_arrays(given).rows
+        ([], 4)
+    """
+    parts, structure = jax.tree.flatten(mask)
+    traced = [isinstance(x, jax.Array) for x in parts]
+
+    def with_arrays(given: list[Array]) -> BlockMask:
+        rest = iter(given)
+        return jax.tree.unflatten(structure, [next(rest) if at else x for x, at in zip(parts, traced, strict=True)])
+
+    return [x for x, at in zip(parts, traced, strict=True) if at], with_arrays
+
+
 def _even(starts: Any, size: int) -> bool:
     """Whether blocks are known to hold `size` tokens, or none."""
     return isinstance(starts, np.ndarray) and bool(np.isin(np.diff(starts), (0, size)).all())
@@ -226,13 +245,13 @@ def block_sparse_attention(
         scale=float(dim**-0.5 if scale is None else scale), rows=mask.rows, columns=mask.columns, width=mask.width,
         sink=mask.sink, even=mask.even,
     )  # fmt: skip
-    if chosen == "xla":
-        return _attend(problem, query, key, value, mask)
-    batch, heads = query.shape[0], query.shape[2]
-    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, batch, heads)
-    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, batch, heads)
-    flat = vary_alike(query, key, value, *queries, *keys)
-    return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
+    run = functools.partial(_attend if chosen == "xla" else _by_kernels, problem)
+    given, with_arrays = apart(mask)
+
+    def attend(query: Array, key: Array, value: Array, given: list[Array]) -> Array:
+        return run(query, key, value, with_arrays(given))
+
+    return left_to_the_compiler(attend, query, key, value, given)
 
 
 def choose(implementation: str | None, query: Any, key: Any) -> str:
@@ -306,6 +325,15 @@ def _side(lists: BlockLists, starts: Any, others: Any, places: Any, batch: int, 
     places = np.zeros((1, 1, 1), np.int32) if places is None else places
     arrays = (starts, first, last, lists.whole, lists.count, places)
     return Side(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, heads, *x.shape[2:])) for x in arrays))
+
+
+def _by_kernels(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
+    """The Triton kernels."""
+    batch, heads = query.shape[0], query.shape[2]
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, batch, heads)
+    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, batch, heads)
+    flat = vary_alike(query, key, value, *queries, *keys)
+    return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
 
 
 @functools.cache  # one function for all calls, so that what JAX has traced serves again

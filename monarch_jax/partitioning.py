@@ -99,6 +99,35 @@ def split_like(x: jax.Array, example: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, to) if to.mesh.explicit_axes else x
 
 
+def left_to_the_compiler(
+    fn: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any
+) -> jax.Array:
+    """fn(query, key, value, *rest) of arrays whose types say how they are split, for a fn that has no types for that.
+
+    Its tokens are gathered first, see `whole_tokens`; without explicit axes this is the call alone.
+
+    Examples:
+        >>> x = jnp.ones((1, 6, 2, 4))
+        >>> left_to_the_compiler(lambda q, k, v: q + k * v, x, x, x).shape
+        (1, 6, 2, 4)
+
+    Args:
+        fn: Gives an array [B, N, H, D] as the query, and closes over no arrays of JAX.
+        query: [B, N, H, D].
+        key: [B, K, H, D].
+        value: As `key`.
+        rest: Trees of arrays.
+
+    Returns:
+        The array, split as the query.
+    """
+    if not (explicit := jax.typeof(query).sharding.mesh.explicit_axes):
+        return fn(query, key, value, *rest)
+    arrays = whole_tokens(query, key, value)
+    run = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=jax.typeof(arrays[0]).sharding)
+    return split_like(cast(jax.Array, run(*arrays, *rest)), query)
+
+
 def _flat(fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
     return lambda *arrays: tuple(jax.tree.leaves(fn(*arrays)))
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from monarch_jax import MonarchKVCache
+from monarchrt.models.attention.explicit import on_explicit_axes
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 type Number = int | Int[Array, ""] | None  # known, traced, or not there
@@ -446,7 +448,13 @@ class Attention(abc.ABC):
             if tokens.shape[1] != clip.tokens:
                 raise ValueError(f"{name} has {tokens.shape[1]} tokens; grid={grid} has {clip.tokens}.")
         self.check(grid, causal_block=causal_block)
-        return self.attend_clip(query, key, value, clip)
+        if not jax.typeof(query).sharding.mesh.explicit_axes:
+            return self.attend_clip(query, key, value, clip)
+
+        def attend(query: Tokens, key: Tokens, value: Tokens, context: Context) -> Tokens:
+            return self.attend_clip(query, key, value, dataclasses.replace(clip, context=context))
+
+        return on_explicit_axes(attend, query, key, value, context)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """What a kind does in a call; grid and causal block were checked.

@@ -125,12 +125,7 @@ def _attend_stack(
     query: Array, key: Array, value: Array, mask: BlockMask, stack: tuple[Array, Array, Array], implementation: Any
 ) -> Array:
     """Attention that reads keys and values in the stack; for gradients, which are those of one layer, it does not."""
-    parts, structure = jax.tree.flatten(mask)
-    traced = [isinstance(x, jax.Array) for x in parts]
-
-    def whole(given: list[Array]) -> BlockMask:
-        rest = iter(given)  # what is known stays known
-        return jax.tree.unflatten(structure, [next(rest) if at else x for x, at in zip(parts, traced, strict=True)])
+    arrays, whole = block_sparse.apart(mask)
 
     @jax.custom_vjp
     def attend(query, key, value, given, stack):
@@ -144,7 +139,7 @@ def _attend_stack(
         return jax.vjp(attend, query, key, value)
 
     attend.defvjp(forward, lambda pull, g: (*pull(g), None, None))
-    return attend(query, key, value, [x for x, at in zip(parts, traced, strict=True) if at], stack)
+    return attend(query, key, value, arrays, stack)
 
 
 def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> BlockMask:

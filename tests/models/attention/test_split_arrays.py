@@ -1,0 +1,76 @@
+"""Every kind on arrays that a user has split over devices, on meshes of either type of axis, beside one device."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.models.attention.test_sparse_in_wan import KINDS
+
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from monarchrt.models.attention.base import Context
+from monarchrt.models.attention.notation import parse
+
+numbers = np.random.default_rng(0).standard_normal((3, 2, 6 * 4 * 6, 4, 16)).astype(np.float32)
+inputs = np.random.default_rng(1).standard_normal((2, 6 * 4 * 6, 8)).astype(np.float32)
+sizes = SimpleNamespace(dim=8, num_heads=4, head_dim=16, dtype="float32", param_dtype="float32")
+
+def program(attention, causal_block):
+    layer = attention.init(sizes, rngs=nnx.Rngs(0))
+    graph, params = nnx.split({} if layer is None else {attention.name: layer})
+    params = jax.tree.map(lambda x: np.asarray(x) + 0.3, params)
+
+    def run(q, k, v, inputs, params, step):
+        context = Context(inputs=lambda: inputs, modules=nnx.merge(graph, params), step=step)
+        def attend(*x):
+            return attention(*x, grid=(6, 4, 6), causal_block=causal_block, context=context)
+        return attend(q, k, v), *jax.grad(lambda *x: (x[0] * attend(*x)).sum(), (0, 1, 2))(q, k, v)
+
+    return jax.jit(run), params
+
+for text in sys.argv[1:]:
+    for causal_block in (None, 3) if len(sys.argv) > 3 else (3,):
+        run, params = program(parse(text), causal_block)
+        rest = params, np.int32(1)
+        right = run(*numbers, inputs, *rest)
+        for kind in AxisType.Auto, AxisType.Explicit:
+            mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(kind,) * 2)
+            for spec in P("data", None, "heads"), P(None, "heads"):
+                split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in numbers]
+                with jax.set_mesh(mesh):
+                    found = run(*split, jax.device_put(inputs, NamedSharding(mesh, P("data"))), *rest)
+                for x, y in zip(found, right, strict=True):
+                    np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5, err_msg=f"{text} {kind} {spec}")
+                if kind == AxisType.Explicit:
+                    assert jax.typeof(found[0]).sharding.spec == jax.typeof(split[0]).sharding.spec
+print("all right")
+"""
+LISTED = ("svg(", "radial(", "sliding_tile(", "vsa(", "sla(")
+BY_LISTS = tuple(f"{text[:-1]}, implementation=xla)" for text in KINDS if text.startswith(LISTED))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("vsa(keep=0.3, cube=(3,2,3), implementation=xla)",),  # lists that depend on data, a gate
+        pytest.param(("dense", "monarch(tile=(3,4,6))", *KINDS, *BY_LISTS), marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_right_however_arrays_are_split(texts):
+    """Along batch and heads, or along tokens, which are gathered."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    texts = [text.replace("cube=(3,2,4)", "cube=(3,2,3)") for text in texts]  # on a grid of (6, 4, 6)
+    command = [sys.executable, "-c", PROGRAM, *texts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "all right"
