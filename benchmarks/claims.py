@@ -21,6 +21,8 @@ on, and seeds and parts may be processes side by side:
 
     for s in 0 1 2; do python benchmarks/claims.py --seeds $s & done; wait; python benchmarks/claims.py
 
+With --there, the report is of the videos that are measured by then, and says how many.
+
 It chooses nothing by the outcome.
 """
 
@@ -44,6 +46,7 @@ from low_rank import LowRankAttention  # settings can name it then
 from monarch_jax import MonarchSpec, monarch_factors
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.attention.notation import parse
+from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.media.video import read_clip
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
@@ -284,22 +287,46 @@ def videos(model: Model, settings: list[str], seeds: tuple[int, ...]) -> list[di
     return evaluate(config)["samples"]
 
 
+def videos_there(model: Model, settings: list[str], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """As `videos`, of those alone that are measured already, on whatever machine; nothing is made."""
+    folder = model.folder / "videos"
+    if not (folder / "settings.json").is_file():
+        return []
+    asked, made = read_json(folder / "settings.json"), EvaluateConfig()
+    wanted = {"frames": FILMED[model.subject.grid[0]], "steps": made.steps, "reference": DENSE, "mode": made.mode}
+    if other := [name for name, value in wanted.items() if asked[name] != value]:
+        raise SystemExit(f"error: {folder} has videos with {other[0]}={asked[other[0]]}, not {wanted[other[0]]}")
+    names, records = (DENSE, *settings), []
+    for seed, (number, name) in itertools.product(seeds, enumerate((DENSE, *asked["attention"]))):
+        path = folder / "samples" / f"0-{seed}" / f"{number}.json"
+        if name in names and path.is_file():
+            records.append({"prompt": 0, "seed": seed, "setting": names.index(name), **read_json(path)})
+    return records
+
+
 def interval(differences: list[np.ndarray] | np.ndarray) -> list[float]:
     """Mean of paired differences and the ends of its interval."""
     values = np.concatenate(differences) if isinstance(differences, list) else np.asarray(differences)
     return [float(values.mean()), *paired_interval(values)]
 
 
-def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Losses and videos of all settings over all models, in pairs with dense attention's and the oracle's."""
+def order(models: list[Model], loss: Loss, seeds: tuple[int, ...], *, there: bool = False) -> list[dict[str, Any]]:
+    """Losses and videos of all settings over all models, in pairs with dense attention's and the oracle's.
+
+    Args:
+        models: The models.
+        loss: What is measured of a loss.
+        seeds: Of the videos; none: there are no videos.
+        there: Whether videos are only those that are measured already.
+    """
     grid = models[0].subject.grid
-    there = settings_on(grid)
     terms = {}
-    for text in turned((DENSE, *there), models):
+    for text in turned((DENSE, *settings_on(grid)), models):
         terms[text] = [model.loss(text, loss) for model in models]
         print(f"{np.mean(terms[text]):.4f}  {text}", flush=True)
     shown = filmed(grid)
-    made = [videos(model, shown, seeds) for model in models] if seeds else []
+    films = videos_there if there else videos
+    made = [films(model, shown, seeds) for model in models] if seeds else []
     rows: list[dict[str, Any]] = []
     for text in (DENSE, *SWAPPED[grid[0]]):
         if text not in terms:
@@ -310,31 +337,46 @@ def order(models: list[Model], loss: Loss, seeds: tuple[int, ...]) -> list[dict[
         if text != DENSE:
             row["more"] = interval([a - b for a, b in zip(terms[text], terms[DENSE], strict=True)])
             row["more_than_oracle"] = interval([a - b for a, b in zip(terms[text], terms[ORACLE], strict=True)])
-        if made and text in (DENSE, *shown):
-            row["videos"] = of_videos(made, (DENSE, *shown).index(text), (DENSE, *shown).index(ORACLE))
+        if text in (DENSE, *shown):
+            of = of_videos(made, (DENSE, *shown).index(text), (DENSE, *shown).index(ORACLE))
+            row |= {"videos": of} if of else {}
         rows.append(row)
     return rows
 
 
 def of_videos(made: list[list[dict[str, Any]]], place: int, oracle: int) -> dict[str, Any]:
-    """Measures of one setting's videos over models and noise, as `monarchrt evaluate` has them."""
+    """Measures of one setting's videos over models and noise, as `monarchrt evaluate` has them; empty without any.
 
-    def of(setting: int) -> list[dict[str, Any]]:
-        return [record for records in made for record in records if record["setting"] == setting]
+    Differences are over the pairs of model and noise that both have videos of.
+    """
 
-    own, theirs, dense = of(place), of(oracle), of(0)
+    def of(setting: int) -> dict[Any, dict[str, Any]]:
+        return {
+            (number, record["prompt"], record["seed"]): record
+            for number, records in enumerate(made)
+            for record in records
+            if record["setting"] == setting
+        }
+
+    own, others = of(place), {"oracle": of(oracle), "dense": of(0)}
+    if not own:
+        return {}
+
+    def more(than: str, value: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
+        pairs = [value(record) - value(others[than][key]) for key, record in own.items() if key in others[than]]
+        return {f"more_than_{than}": interval(np.array(pairs))} if pairs else {}
+
     values: dict[str, Any] = {"count": len(own)}
     for name in ("psnr", "ssim_gaussian", "ssim_box"):
-        series, others = (np.array([record["drift"][name] for record in records]) for records in (own, theirs))
+        series = np.array([record["drift"][name] for record in own.values()])
         values[name] = interval(series.mean(1))
-        values[f"{name}_more_than_oracle"] = interval((series - others).mean(1))
+        against = more("oracle", lambda record, name=name: float(np.mean(record["drift"][name])))
+        values |= {f"{name}_{key}": x for key, x in against.items()}
         values[f"{name}_by_block"] = series.mean(0).tolist()
         values[f"{name}_drift"] = interval(series[:, -1] - series[:, 0])
-    values["latent_error"] = interval(np.array([record["latent_error"] for record in own]))
-    flicker = np.array([record["flicker"] for record in own])
-    values["flicker"] = interval(flicker)
-    values["flicker_more_than_dense"] = interval(flicker - np.array([record["flicker"] for record in dense]))
-    return values
+    values["latent_error"] = interval(np.array([record["latent_error"] for record in own.values()]))
+    values["flicker"] = interval(np.array([record["flicker"] for record in own.values()]))
+    return values | {f"flicker_{key}": x for key, x in more("dense", lambda record: record["flicker"]).items()}
 
 
 # (b)
@@ -476,6 +518,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dense-steps", type=int, default=1500, help="of those")
     parser.add_argument("--steps", type=int, default=250, help="of each finetuning")
     parser.add_argument("--videos", type=int, default=3, help="of each model and setting; 0: none")
+    parser.add_argument("--there", action="store_true", help="make no videos: take those that are measured already")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of the loss")
     parser.add_argument("--parts", default="abcd", help="letters of the parts; v: the videos of a alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims"))
@@ -512,11 +555,11 @@ def main() -> None:
             "models": len(models),
             "finetuned": args.steps,
         }
-        if "v" in args.parts:  # of (a), beside its losses
+        if "v" in args.parts and not args.there:  # of (a), beside its losses
             for model in models:
                 videos(model, filmed(model.subject.grid), tuple(range(args.videos)))
         if "a" in args.parts:
-            result["order"] = order(models, loss, tuple(range(args.videos)))
+            result["order"] = order(models, loss, tuple(range(args.videos)), there=args.there)
         if "b" in args.parts:
             result["tuned"] = tuned(models, loss)
         if set("cd") & set(args.parts):

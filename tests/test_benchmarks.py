@@ -470,10 +470,47 @@ def test_claims_are_printed_and_drawn_again(run, capsys, tmp_path):
     assert "| 32 x 14 | aligned | 10.3% | 0.543 (0.442 to 0.642) | 0.298 |" in said
     assert "| (2, 8, 14) | 13.4% | 0.5384 | +0.0018 (+0.0013 to +0.0022) |" in said
     assert "On maps, nested, from each form to each denser one (6 pairs): 6 surely nearer, 0 surely farther." in said
-    assert "| `monarch(tile=(4,4,14))` | 25.4 (25.0 to 25.8) | +3.1 (+2.5 to +3.7) |" in said
+    assert "| `monarch(tile=(4,4,14))` | 9 | 25.4 (25.0 to 25.8) | +3.1 (+2.5 to +3.7) |" in said
     assert "| `monarch(tile=(4,4,14))` | 13.4% | 0.4192 | 0.3471 | +0.0043 (+0.0038 to +0.0049) |" in said
     assert (tmp_path / "results" / "claims.md").read_text() == said
     assert (tmp_path / "results" / "claims.png").stat().st_size > 10_000
+
+
+def test_claims_take_the_videos_that_are_there(monkeypatch, tmp_path):
+    """Of two models and two noises: in pairs with those that both settings have, whatever their numbers then were."""
+    monkeypatch.syspath_prepend(FOLDER)
+    claims = importlib.import_module("claims")
+
+    def model(seed, made, attention=("svg(keep=0.3)", "top_k(keep=0.15)"), **changes):
+        folder = tmp_path / str(seed)
+        settings = {"attention": attention, "frames": 31, "steps": None, "reference": "dense", "mode": "auto"} | changes
+        for (noise, number), psnr in made.items():
+            at = folder / "videos" / "samples" / f"0-{noise}"
+            at.mkdir(parents=True, exist_ok=True)
+            drift = {name: [psnr, psnr - 2] for name in ("psnr", "ssim_gaussian", "ssim_box")}
+            record = {"drift": drift, "latent_error": 0.5, "flicker": psnr / 100}
+            (at / f"{number}.json").write_text(json.dumps(record))
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        (folder / "videos" / "settings.json").write_text(json.dumps(settings))
+        return types.SimpleNamespace(folder=folder, subject=types.SimpleNamespace(grid=(16, 8, 28)))
+
+    first = model(0, {(0, 0): 90.0, (0, 1): 30.0, (0, 2): 21.0, (1, 1): 40.0})
+    second = model(1, {(0, 0): 91.0, (0, 2): 50.0, (2, 0): 80.0}, attention=("top_k(keep=0.15)", "svg(keep=0.3)"))
+    made = [claims.videos_there(x, ["top_k(keep=0.15)", "svg(keep=0.3)"], (0, 1)) for x in (first, second)]
+    assert [[(r["seed"], r["setting"]) for r in records] for records in made] == [
+        [(0, 0), (0, 2), (0, 1), (1, 2)],
+        [(0, 0), (0, 2)],
+    ]
+    found = claims.of_videos(made, 2, 1)
+    assert (found["count"], found["psnr"][0]) == (3, pytest.approx((30 + 40 + 50) / 3 - 1))
+    assert found["psnr_more_than_oracle"] == pytest.approx([9.0] * 3)  # of the one pair
+    assert found["flicker_more_than_dense"][0] == pytest.approx(((0.3 - 0.9) + (0.5 - 0.91)) / 2)
+    assert claims.of_videos(made[1:], 1, 1) == {}
+    (first.folder / "videos" / "samples" / "0-0" / "0.json").unlink()
+    without = claims.of_videos([claims.videos_there(first, ["svg(keep=0.3)"], (0,))], 1, 1)
+    assert (without["count"], "flicker_more_than_dense" in without) == (1, False)
+    with pytest.raises(SystemExit, match="videos with steps=1, not None"):
+        claims.videos_there(model(2, {}, steps=1), [], (0,))
 
 
 def test_errors_of_maps_and_the_order_of_claims(monkeypatch):

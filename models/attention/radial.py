@@ -27,7 +27,8 @@ class RadialAttention(ListedAttention):
     only every so many distances are kept. All see the first frame. The band is rounded to blocks of tokens.
 
     rule="published" is the rule as published, with blocks of 128 that run on across frames: frames at distance 0 and 1
-    are dense and the narrowing stops at a block whatever the decay, so that it keeps 33.8% or more at 480p.
+    are dense (1 only where a frame has a block's tokens or more) and the narrowing stops at a block whatever the decay,
+    so that it keeps 33.8% or more at 480p.
     rule="general" is dense at distance 0 alone, thins out distances by the decay too, and has blocks that begin anew in
     each frame; it reaches 9.3% at 480p and 720p.
 
@@ -179,12 +180,14 @@ class RadialAttention(ListedAttention):
 
 def _width(distance: int, *, decay: float, per_frame: int, block: int, general: bool) -> float | None:
     """Half of the band's width at a distance of frames; None: nothing is kept."""
-    if distance <= (0 if general else 1):
+    if distance == 0:
         return float(per_frame)
     length = 2.0 ** (per_frame.bit_length() - distance.bit_length())
     split = length * decay if general else length
     if split * (distance + 1) <= block or (split < block and distance % int(block / split)):
         return None  # not one of every int(block / split) distances
+    if distance == 1 and not general:
+        return float(per_frame)
     return max(float(block), length * decay)
 
 

@@ -72,6 +72,7 @@ def radial(checkout: Path) -> dict[str, np.ndarray]:
         (35, 128, 0.5, 128),  # most distances are thinned out
         (17, 200, 1.0, 128),  # blocks run on across frames, and the last is a part
         (17, 200, 3.0, 128),
+        (50, 96, 1.0, 128),  # a frame of less than a block, whose neighbours are left out too
         (21, 1560, 0.2, 128),
         (21, 1560, 1.0, 128),
         (21, 3600, 0.2, 128),

@@ -7,6 +7,13 @@ PUBLISHED = ("tests/models/attention/test_published.py",)
 BESIDE_PUBLISHED = (
     Fault(
         "models/attention/radial.py",
+        "    if distance == 0:\n",
+        "    if distance <= (0 if general else 1):\n",
+        PUBLISHED,
+        "Radial",
+    ),
+    Fault(
+        "models/attention/radial.py",
         "> sizes) > 3 * by_block(count > 0)",
         "> sizes) >= 3 * by_block(count > 0)",
         PUBLISHED,
