@@ -480,6 +480,15 @@ class Attention(abc.ABC):
         """Whether `attend_cache` takes a cache that another kind made; kinds in a schedule share one."""
         return isinstance(cache, MonarchKVCache)
 
+    @property
+    def layers_apart(self) -> bool:
+        """Whether generation with layers apart (`unroll_layers`) makes each a cache of its own, read with `layer` 0.
+
+        A kernel that cannot read one layer where those of all lie reads a copy of it, of all frames that there is room
+        for, in every call.
+        """
+        return False
+
     @abc.abstractmethod
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """Attention of the newest block's queries over one layer's cache, the block written.

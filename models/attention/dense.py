@@ -52,6 +52,11 @@ class DenseAttention(Attention):
             outputs.append(softmax_attention(*block, implementation=self.implementation))
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
+    @property
+    def layers_apart(self) -> bool:
+        """See `Attention`: cuDNN reads whole arrays."""
+        return True
+
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """See `Attention`. The order of keys is of no matter, so that a cache in any tiled order is read as it lies."""
         key, value = cache.key, cache.value

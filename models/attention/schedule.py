@@ -199,6 +199,11 @@ class _OneThenOther(Attention):
         """What both read."""
         return self.first.reads(cache) and self.after.reads(cache)
 
+    @property
+    def layers_apart(self) -> bool:
+        """As one of both would have it."""
+        return self.first.layers_apart or self.after.layers_apart
+
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """As the kind whose turn it is."""
         return self._pick(context, lambda kind: kind.attend_cache(cache, query, layer=layer, context=context))

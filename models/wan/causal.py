@@ -34,7 +34,8 @@ class WanCache:
 
     Attributes:
         runs: For each run of layers with equal attention, the cache that its kind made: each array has a leading axis
-            of these layers, [layers, B, ...], and `length` is left out.
+            of these layers, [layers, B, ...], and `length` is left out. Where layers are apart, and the kind's caches
+            should be (`Attention.layers_apart`): a tuple of such caches, of one layer each.
         length: int32 scalar, frames written so far.
         cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; or, where
             layers are apart, such pairs of each, [B, rows, heads, head_dim].
@@ -49,12 +50,12 @@ class WanCache:
     @property
     def keys(self) -> tuple[Any, ...]:
         """Keys of each run in the order that its attention keeps them in, [layers, B, ...]."""
-        return tuple(run.key for run in self.runs)
+        return tuple(cache.key for run in self.runs for cache in _each(run))
 
     @property
     def values(self) -> tuple[Any, ...]:
         """Values, as `keys`."""
-        return tuple(run.value for run in self.runs)
+        return tuple(cache.value for run in self.runs for cache in _each(run))
 
 
 def init_cache(
@@ -107,7 +108,7 @@ def init_cache(
     model.check_context(text.shape[0], text, image)
     room: Any = dict(frames=frames, rolling=rolling, sink_frames=sink_frames, detach_past=detach_past, block=block)
     shape = cache_shape(config, text.shape[0], height=height, width=width, **room)
-    runs = split_heads(empty_runs(config, shape), config.num_heads)
+    runs = split_heads(empty_runs(config, shape, apart=layers is not None), config.num_heads)
     cross = cross_keys_values(model, text, image, layers=layers)
     return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
 
@@ -126,9 +127,9 @@ def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **roo
     )
 
 
-def empty_runs(config: WanConfig, shape: CacheShape) -> tuple[Any, ...]:
-    """The caches of all runs of layers, without their lengths."""
-    return tuple(empty_run(run, shape) for run in attention_runs(config.layer_attention))
+def empty_runs(config: WanConfig, shape: CacheShape, *, apart: bool = False) -> tuple[Any, ...]:
+    """The caches of all runs of layers, without their lengths; `apart` says whether layers are."""
+    return tuple(empty_run(run, shape, apart=apart) for run in attention_runs(config.layer_attention))
 
 
 def split_heads[Tree](caches: Tree, heads: int) -> Tree:
@@ -171,10 +172,27 @@ def cross_keys_values(
     return over_layers(of_layer, state, layers)
 
 
-def empty_run(run: AttentionRun, shape: CacheShape) -> Any:
-    """The cache of some layers, as their kind makes it, without its length."""
-    cache = run.setting.init_cache(dataclasses.replace(shape, layers=run.stop - run.start))
-    return dataclasses.replace(cache, length=None)
+def empty_run(run: AttentionRun, shape: CacheShape, *, apart: bool = False) -> Any:
+    """The cache of some layers, as their kind makes it, without its length; or one of each, as `WanCache` says."""
+
+    def of_layers(count: int) -> Any:
+        cache = run.setting.init_cache(dataclasses.replace(shape, layers=count))
+        return dataclasses.replace(cache, length=None)
+
+    layers = run.stop - run.start
+    if apart and run.setting.layers_apart:
+        return tuple(of_layers(1) for _ in range(layers))
+    return of_layers(layers)
+
+
+def _each(run: Any) -> tuple[Any, ...]:
+    """The caches of a run of layers."""
+    return run if isinstance(run, tuple) else (run,)
+
+
+def _map_caches(change: Callable[[Any], Any], run: Any) -> Any:
+    """A run's cache or caches, each changed."""
+    return tuple(map(change, run)) if isinstance(run, tuple) else change(run)
 
 
 def cached_forward(
@@ -222,7 +240,7 @@ def cached_forward(
         raise ValueError("layers are given, which are for in_place=True; leave one of the two.")
     grid = model.check_latents(latents, timesteps, cached=True)
     runs = attention_runs(config.layer_attention)
-    check_cache(model, cache, latents.shape[0], grid)
+    check_cache(model, cache, latents.shape[0], grid, apart=layers is not None)
     start = cache.length if frame is None else frame
     rope, in_row = rope_table(grid, config.head_dim, start_frame=start), grid[1] * grid[2]
     if joined := in_place and joins_frames(timesteps):
@@ -232,7 +250,7 @@ def cached_forward(
     written = []
     x: Any = tokens.x if layers is None else Pending(tokens.x)
     for run, cached in zip(runs, cache.runs, strict=True):
-        past = dataclasses.replace(cached, length=cache.length)
+        past = _map_caches(partial(dataclasses.replace, length=cache.length), cached)
         if layers is not None:
             through, (own, cross) = _layers_unrolled, (x[run.start : run.stop] for x in (layers, cache.cross))
         else:
@@ -263,7 +281,7 @@ def cached_forward(
             return x if layers is None else Pending(x)
 
         x, past = through(run_block, x, (own, cross), past, run, start, config)
-        written.append(dataclasses.replace(past, length=None))
+        written.append(_map_caches(partial(dataclasses.replace, length=None), past))
     x = x if layers is None else settled(x, tokens.time_projection)
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
@@ -298,24 +316,24 @@ def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) 
 
 
 class _OfLayer:
-    """How one layer attends: it writes and reads where the cache of all lies."""
+    """How one layer attends: it writes and reads where the cache of all lies, at a place in it."""
 
-    def __init__(self, cache: Any, number: Array, *, run: AttentionRun, start: Any):
-        self.cache, self._number, self._run, self._start = cache, number, run, start
+    def __init__(self, cache: Any, at: Array, number: Array, *, run: AttentionRun, start: Any):
+        self.cache, self._at, self._number, self._run, self._start = cache, at, number, run, start
 
     def __call__(self, query: Array, key: Array, value: Array, context: Context) -> Array:
         return self.write(lambda cache, **where: (cache.append(key, value, **where), query), context)
 
     def write(self, write: Callable[..., tuple[Any, Array]], context: Context) -> Array:
         """Attends with the queries of a function that writes the block."""
-        self.cache, query = write(self.cache, frame=self._start, layer=self._number)
+        self.cache, query = write(self.cache, frame=self._start, layer=self._at)
         where = dataclasses.replace(context, layer=self._run.start + self._number)
-        return self._run.setting.attend_cache(self.cache, query, layer=self._number, context=where)
+        return self._run.setting.attend_cache(self.cache, query, layer=self._at, context=where)
 
 
-def _through_one(run_block, x, past, number, layer, cross, *, run: AttentionRun, start) -> tuple[Any, Any]:
+def _through_one(run_block, x, past, at, number, layer, cross, *, run: AttentionRun, start) -> tuple[Any, Any]:
     """Through one layer, which writes and reads where the cache of all lies."""
-    attention = _OfLayer(past, number, run=run, start=start)
+    attention = _OfLayer(past, at, number, run=run, start=start)
     x = run_block(x, layer, cross, attention)
     return x, dataclasses.replace(attention.cache, length=past.length)
 
@@ -329,7 +347,7 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
 
     def body(carry, layer):
         x, past, number = carry
-        return (*_through_one(run_block, x, past, number, *layer, run=run, start=start), number + 1), None
+        return (*_through_one(run_block, x, past, number, number, *layer, run=run, start=start), number + 1), None
 
     (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
     return x, past
@@ -339,9 +357,11 @@ def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, confi
     """The same through layers with arrays of their own, one after the other; traced and lowered once."""
     states, cross = layers
     through = jax.jit(partial(_through_one, run_block, run=run, start=start))
+    caches = list(_each(past))
     for number, layer in enumerate(zip(states, cross, strict=True)):
-        x, past = through(x, past, jnp.int32(number), *layer)
-    return x, past
+        at = 0 if isinstance(past, tuple) else number
+        x, caches[number - at] = through(x, caches[number - at], jnp.int32(at), jnp.int32(number), *layer)
+    return x, tuple(caches) if isinstance(past, tuple) else caches[0]
 
 
 def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
@@ -404,13 +424,15 @@ def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | in
     def turn(keys):
         return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)
 
-    runs = tuple(map_keys(run, turn) for run in cache.runs)
+    runs = tuple(_map_caches(lambda cache: map_keys(cache, turn), run) for run in cache.runs)
     return dataclasses.replace(cache, runs=runs, length=cache.length - frames)
 
 
-def check_cache(model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int]) -> None:
+def check_cache(
+    model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int], *, apart: bool = False
+) -> None:
     """Raises ValueError unless the cache was made for this model's layers, batch and frame size."""
-    expected = jax.eval_shape(partial(empty_runs, model.config, cache.shape))
+    expected = jax.eval_shape(partial(empty_runs, model.config, cache.shape, apart=apart))
     if jax.tree.structure(expected) != jax.tree.structure(cache.runs) or any(
         wanted.shape != given.shape
         for wanted, given in zip(jax.tree.leaves(expected), jax.tree.leaves(cache.runs), strict=True)

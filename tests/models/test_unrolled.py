@@ -1,5 +1,6 @@
 """Layers with arrays of their own: the numbers of stacked ones, for generation alone."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from monarchrt.models.attention.base import NOWHERE
+from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.sampling import LiveRollout, Rollout
 from monarchrt.models.wan import WanModel, causal, count_parameters, wan_config
-from monarchrt.models.wan.causal import cached_forward, init_cache
+from monarchrt.models.wan.causal import cached_forward, init_cache, turn_cache
 from monarchrt.models.wan.fused import fuses
 from monarchrt.models.wan.unrolled import unroll_layers
 
@@ -105,6 +108,45 @@ def test_keys_and_values_of_the_text_are_apart_too(model, text):
     apart = init_cache(unrolled.model, text, **size, layers=unrolled.params.each()).cross
     for keys, layer in zip(stacked, apart, strict=True):
         np.testing.assert_allclose(layer[0][0], keys, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbered(DenseAttention):
+    """Dense, and tells which layer it is in."""
+
+    name = "numbered"
+
+    def attend_cache(self, cache, query, *, layer=None, context=NOWHERE):
+        """Times 1, 2, ..."""
+        assert context.layer is not None
+        return super().attend_cache(cache, query, layer=layer, context=context) * (context.layer + 1)
+
+
+@pytest.mark.parametrize("passes", [None, "plain"])
+def test_layers_of_dense_attention_have_caches_of_their_own(model, text, passes):
+    """cuDNN reads whole arrays: of a stack every call would copy each layer's keys and values."""
+    settings: Any = (Numbered(), Numbered(), parse("monarch(tile=(3,2,4))"))
+    model = model.with_attention(settings)
+    blocks = jax.random.normal(jax.random.key(3), (3, 1, 3, 4, 8, 16))
+
+    def video(network, layers):
+        cache = init_cache(network, text, frames=6, height=4, width=8, rolling=True, layers=layers)
+        flows = []
+        for latents in blocks:
+            how: Any = dict(in_place=True, layers=layers)
+            flow, cache = cached_forward(network, latents, jnp.ones(1), cache, **how)
+            flows.append(flow)
+        return np.concatenate(flows, axis=1), turn_cache(cache, frames=3, head_dim=model.config.head_dim)
+
+    unrolled = unroll_layers(model, passes=passes)
+    (expected, stacked), (found, apart) = video(model, None), video(unrolled.model, unrolled.params.each())
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    for name in ("keys", "values"):
+        of_stack, each = getattr(stacked, name), getattr(apart, name)
+        assert [x.shape[0] for x in each] == [1, 1, 1]  # two of dense layers, and a stack of one
+        own = [x.reshape(x.shape[0], -1) for x in (*of_stack, np.concatenate(each[:2]), each[2])]
+        for one, other in zip(own[:2], own[2:], strict=True):
+            np.testing.assert_allclose(other, one, atol=1e-5)
 
 
 def test_a_video_begins_before_the_network_is_put_together(model, text, monkeypatch):

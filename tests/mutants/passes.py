@@ -5,8 +5,19 @@ from tests.mutants.fault import Fault
 ROWS = ("tests/kernels/test_rows.py",)
 CONVOLUTION = ("tests/kernels/test_convolution.py",)
 PIXELS = ("tests/kernels/test_pixels.py",)
+UNROLLED = ("tests/models/test_unrolled.py",)
 
 PASSES = (
+    # layers apart, each with its own cache
+    Fault("models/attention/dense.py", "return True", "return False", UNROLLED, "own"),
+    Fault(
+        "models/wan/causal.py",
+        "jnp.int32(at), jnp.int32(number), *",
+        "jnp.int32(at), jnp.int32(at), *",
+        UNROLLED,
+        "own",
+    ),
+    Fault("models/wan/causal.py", "cache: map_keys(cache, turn), run", "cache: cache, run", UNROLLED, "own"),
     # passes over rows of tokens, and what follows a block
     Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
