@@ -178,8 +178,8 @@ class WanVAE(nnx.Module):
         dtype: Of the convolutions and of the cache; norms, softmax and what goes in and out are float32 at least.
         param_dtype: Of the parameters.
         implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper wherever it serves, and
-            the last one's steps in time folded (`FoldedConv`); "xla"; None: where JAX runs on such a GPU, the kernel
-            where it was measured to be quicker. Norms that it does not do are Triton's on Hopper where they serve (half
+            the last one's steps in time folded (`FoldedConv`); "xla"; None: where JAX runs on such a GPU, both where
+            they were measured to be quicker. Norms that it does not do are Triton's on Hopper where they serve (half
             precision), unless "xla"; elsewhere XLA's.
     """
 

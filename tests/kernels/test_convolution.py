@@ -295,7 +295,16 @@ def test_a_vae_says_how(monkeypatch):
     monkeypatch.setattr("monarchrt.models.vae.causal.on_cuda", lambda: True)
     assert taken(96) == taken(192) == [True, False, True]
     assert taken(3) == [True, False, True]
-    assert taken(9, times=1) == taken(96, times=1) == [True, False, False]
+    assert taken(9, times=1) == [True, False, True]
+    assert taken(96, times=1) == [True, False, False]
+    last = [conv for conv in asked if isinstance(conv, FoldedConv)]
+    assert len(last) == 1
+    last[0].dtype = jnp.dtype(jnp.bfloat16)
+    assert [last[0].folds(480, 832), last[0].folds(480, 4)] == [True, True]
+    last[0].implementation = None
+    assert [last[0].folds(480, 832), last[0].folds(480, 4)] == [True, False]
+    last[0].implementation = "xla"
+    assert not last[0].folds(480, 832)
     assert taken(384) == [True, False, False]
     assert [causal.norms(way, frames, (3, 3, 3, 96, 96)) for way in ways] == [True, False, True]
     assert not causal.norms("mosaic", frames, (3, 3, 3, 96, 192))

@@ -17,7 +17,6 @@ PASSES = (
         UNROLLED,
         "own",
     ),
-    Fault("models/wan/causal.py", "cache: map_keys(cache, turn), run", "cache: cache, run", UNROLLED, "own"),
     # passes over rows of tokens, and what follows a block
     Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
