@@ -23,6 +23,7 @@ PATIENCE = 10.0  # seconds for a client to read something, and to ask for someth
 CLOSING = 2.0  # seconds that saying goodbye may take
 MOST_CLIENTS = 256  # websockets
 MOST_CONNECTIONS = 320
+MESSAGES, AT_ONCE = 50, 100  # of a client, a second, and at most at once; others are read later
 OPEN_PATHS = ("/", "/healthz")  # without a token
 PAGE_HEADERS = {
     "Cache-Control": "no-store",
@@ -184,7 +185,9 @@ class WebServer:
     async def _session(self, request: web.Request) -> web.WebSocketResponse:
         if len(self._sockets) >= self.most_clients:
             raise web.HTTPServiceUnavailable(text=f"{len(self._sockets)} clients are connected; try again later\n")
-        socket = web.WebSocketResponse(heartbeat=10.0, timeout=CLOSING, max_msg_size=self._message)
+        # frames are compressed already
+        how: Any = dict(heartbeat=10.0, timeout=CLOSING, compress=False, autoping=False)
+        socket = web.WebSocketResponse(max_msg_size=self._message, **how)
         self._sockets[socket] = request.transport
         try:
             await socket.prepare(request)
@@ -235,10 +238,19 @@ async def _send(socket: web.WebSocketResponse, client: Client, news: asyncio.Eve
 
 
 async def _listen(socket: web.WebSocketResponse, client: Client) -> None:
+    """Hears a client, and one that says very much only as fast as is good for others: they share this thread's time."""
+    loop = asyncio.get_running_loop()
+    heard = loop.time()  # when all would have been said, at the most a second
     async for message in socket:
-        if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+        if message.type is WSMsgType.PING:
+            await socket.pong(message.data)
+        elif message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            client.hear(message.data)
+        elif message.type is not WSMsgType.PONG:
             break
-        client.hear(message.data)
+        now = loop.time()
+        heard = max(heard, now) + 1 / MESSAGES
+        await asyncio.sleep(max(0.0, heard - now - AT_ONCE / MESSAGES))
 
 
 def _token(request: web.Request) -> str:

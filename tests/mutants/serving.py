@@ -7,7 +7,11 @@ LIVE = ("tests/models/sampling/test_live.py",)
 PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 
+SERVER = ("tests/models/serve/test_server.py",)
+
 SERVING = (
+    Fault("models/web/server.py", "heard = max(heard, now) + 1 / MESSAGES", "heard = now", SERVER, "very_much"),
+    Fault("models/web/server.py", "compress=False, ", "", SERVER, "compressed_again"),
     Fault(
         "models/serve/session.py",
         "if self.ended is not None:  # by what was wrong with the block before",

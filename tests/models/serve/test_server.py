@@ -217,6 +217,43 @@ def test_a_client_that_stops_reading(engine, video, monkeypatch):
     against(engine, talk, limits=Limits(frames=8))
 
 
+@pytest.mark.parametrize("kind", ["text", "control"])
+def test_who_says_very_much_is_heard_slowly(engine, kind, monkeypatch):
+    """Or it would take the time of the others, who share a thread with it. Nothing of it is lost."""
+    monkeypatch.setattr("monarchrt.models.web.server.MESSAGES", 100)
+    monkeypatch.setattr("monarchrt.models.web.server.AT_ONCE", 20)
+
+    async def talk(client, server):
+        async with client.ws_connect("/session") as ws:
+            await ws.receive_json()
+            begin = time.monotonic()
+            for number in range(20):
+                await ws.send_json({"type": "ping", "id": str(number)})
+                assert (await ws.receive_json())["id"] == str(number)
+            few = time.monotonic() - begin
+            for _ in range(60):
+                await (ws.ping() if kind == "control" else ws.send_json({"type": "ping"}))
+            await ws.send_json({"type": "ping", "id": "last"})
+            answers = [await ws.receive_json()]
+            while answers[-1].get("id") != "last":
+                answers.append(await ws.receive_json())
+            return few, time.monotonic() - begin, len(answers)
+
+    few, seconds, answers = against(engine, talk)
+    assert few < 0.5 < seconds
+    assert answers == (1 if kind == "control" else 61)
+
+
+def test_frames_are_not_compressed_again(engine):
+    """It takes milliseconds for a JPEG, and makes it no smaller."""
+
+    async def talk(client, server):
+        async with client.ws_connect("/session", compress=15) as ws:
+            return ws.compress
+
+    assert against(engine, talk) == 0
+
+
 def test_it_ends_cleanly(engine):
     """Sessions are told; the thread is over, and saved videos are gone."""
 
@@ -538,4 +575,33 @@ def test_in_two_browsers(engine):
         tab.reload()
         tab.wait_for_function("!document.getElementById('go').disabled")
         assert "frames/s seen" in other.inner_text("#numbers")
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_who_waits_in_a_browser(engine):
+    """It may go again, cannot begin once more, and what is remembered is what was sent."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with running(engine, limits=Limits(sessions=1, waiting=1)) as server, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        first, second = browser.new_page(), browser.new_page()
+        for each in (first, second):
+            each.goto(server.url)
+            each.wait_for_function("!document.getElementById('go').disabled")
+            each.fill("#prompt", "a cat")
+            each.click("#go")
+            said = "the first frames" if each is first else "waiting for a place, number 1"
+            each.wait_for_function(f"document.getElementById('status').textContent.includes('{said}')")
+        assert second.is_disabled("#go")
+        second.fill("#prompt", "a dog")
+        second.press("#prompt", "Control+Enter")
+        second.click("#stop")
+        second.wait_for_function("document.body.dataset.ended === 'stopped'")
+        second.click("#go")
+        second.wait_for_function("document.getElementById('go').disabled")
+        second.fill("#prompt", "a bird")
+        first.click("#stop")
+        second.wait_for_function("document.body.dataset.on === 'yes'")
+        assert second.inner_text("#history") == "block 0: a dog"
         browser.close()
