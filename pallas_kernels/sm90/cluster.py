@@ -25,7 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 from jaxtyping import Array, Float, Float32
 
-from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS
+from monarchrt.pallas_kernels.sm90.config import CLUSTER_VECTORS, ROWS, FusedConfig
 from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
@@ -33,10 +33,9 @@ wgmma = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the pack
 LAYOUT = plgpu.Layout.WGMMA
 REF, INT = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 LINE = 128  # bytes of a row of a slab
-SLAB_BYTES = 2 * CLUSTER_DEPTH * LINE  # alpha or Y of two columns' key rows, 64 of D
-PAIR_BYTES = 2 * SLAB_BYTES  # two columns, all of D
-STAGE_BYTES = CLUSTER_COLUMNS // 2 * PAIR_BYTES
-COLUMN_BYTES = 4 * CLUSTER_DEPTH  # c_L of a column
+SLAB_BYTES = CLUSTER_VECTORS * LINE  # alpha or Y of the key rows of a warpgroup's columns, 64 of D
+PART_BYTES = 2 * SLAB_BYTES  # all of D
+STAGE_BYTES = 2 * PART_BYTES
 TILE_SLAB = ROWS * LINE  # 64 rows of a slab
 
 
@@ -223,8 +222,8 @@ def expect(barriers: Ref, n: Index, size: int) -> None:
     run(barriers, jnp.int32(n))
 
 
-def give_back(barriers: Ref, n: Index) -> None:
-    """Arrives once at barrier n of every block, when the whole warpgroup has read what the blocks will write over.
+def give_back(barriers: Ref, n: Index, blocks: int) -> None:
+    """Arrives once at barrier n of each of the cluster's blocks, when the warpgroup has read what they will write over.
 
     Nothing was written that others must see, so the arrivals are relaxed: releasing costs 1,300 cycles on an H200.
     """
@@ -233,11 +232,11 @@ def give_back(barriers: Ref, n: Index) -> None:
     def run(barriers, n):
         utils.warpgroup_barrier()
         lane = _part(_thread(), 0, 7)
-        to = _peer(_add(_address(barriers), _times(_scalar(n), 8)), _part(lane, 0, 4))
+        to = _peer(_add(_address(barriers), _times(_scalar(n), 8)), _part(lane, 0, blocks.bit_length() - 1))
         _ptx(
             "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$0]; }",
             to,
-            _flag(_below(lane, CLUSTER)),
+            _flag(_below(lane, blocks)),
             constraints="r,r,~{memory}",
         )
 
@@ -247,6 +246,27 @@ def give_back(barriers: Ref, n: Index) -> None:
 # --- stores into other blocks ---------------------------------------------------------------------------------------
 
 _STORE = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+
+
+def _owners(form: FusedConfig, warp: ir.Value, lane: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """The blocks that own columns j = 16 * warp + lane / 4 and 8 more, and which of their columns these are."""
+    if form.columns & (form.columns - 1) == 0:
+        bits = form.columns.bit_length() - 1
+        column = _part(lane, 2, bits)
+        first = _add(_times(warp, 16 // form.columns), _part(lane, 2 + bits, 3 - bits))
+        return [(_add(first, _constant(half * (8 // form.columns))), column) for half in range(2)]
+    found = []
+    for half in range(2):
+        j = _add(_times(warp, 16), _part(lane, 2, 3), _constant(8 * half))
+        owner = arith.shrui(_times(j, -(-256 // form.columns)), _constant(8))  # j / 7 below 64
+        found.append((owner, arith.subi(j, _times(owner, form.columns))))
+    return found
+
+
+def _vector(form: FusedConfig, column: ir.Value, block: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Which warpgroup sums a column of its owner's, and where the key row of `block` is among its vectors."""
+    bits = form.together.bit_length() - 1
+    return arith.shrui(column, _constant(bits)), _add(_times(_part(column, 0, bits), form.blocks), block)
 
 
 def send(
@@ -259,29 +279,31 @@ def send(
     *,
     stage: Index,
     slab: int,
+    form: FusedConfig,
 ) -> None:
-    """Sends rows j of alpha or Y, for key row `block` of a step, to the blocks that own the columns: j / 4.
+    """Sends rows j of alpha or Y, for key row `block` of a step, to the blocks that own the columns.
 
     Args:
         barriers: Barrier n of the owner waits for the bytes.
         n: See above.
-        target: int32 view of [stages, 2 pairs of columns, 2 slabs, 2 * 16 key rows, 64], swizzled.
+        target: int32 view of [stages, 2 warpgroups, 2 slabs, 32 vectors, 64], swizzled; a warpgroup's vectors are its
+            columns' key rows.
         block: This block's rank.
         owners: Blocks that own columns.
         values: [64, 64] in 16 bits, rows j.
         stage: Which of the stages.
         slab: Which of the slabs.
+        form: Of the cluster.
     """
 
     @_inline(REF, REF, INT, INT, INT, LAYOUT)
     def run(barriers, target, n, block, stage, values):
         block, thread = _scalar(block), _thread()
         warp, lane = _part(thread, 5, 2), _part(thread, 0, 5)
-        column, part = _part(lane, 2, 2), _part(lane, 0, 2)  # of the owner's four columns; of four chunks
-        row = _add(_times(_part(column, 0, 1), CLUSTER_DEPTH), block)
-        offset = _add(_times(_scalar(stage), STAGE_BYTES), _times(_part(column, 1, 1), PAIR_BYTES), _times(row, LINE))
-        for half in range(2):
-            owner = _add(_times(warp, 4), _part(lane, 4, 1), _constant(2 * half))
+        part = _part(lane, 0, 2)  # of four chunks
+        for half, (owner, column) in enumerate(_owners(form, warp, lane)):
+            group, row = _vector(form, column, block)
+            offset = _add(_times(_scalar(stage), STAGE_BYTES), _times(group, PART_BYTES), _times(row, LINE))
             barrier = _add(_peer(_address(barriers), owner), _times(_scalar(n), 8))
             to = _add(_peer(_address(target), owner), offset, _constant(slab * SLAB_BYTES))
             for g in range(2):
@@ -298,18 +320,26 @@ def send(
 
 
 def send_entropies(
-    barriers: Ref, n: Index, target: Ref, block: Index, owners: int, values: Float32[Array, "64"], *, stage: Index
+    barriers: Ref,
+    n: Index,
+    target: Ref,
+    block: Index,
+    owners: int,
+    values: Float32[Array, "64"],
+    *,
+    stage: Index,
+    form: FusedConfig,
 ) -> None:
-    """Sends c_L [64] of rows j, as `send`, to [stages, 4 columns, 16 key rows] in float32."""
+    """Sends c_L [64] of rows j, as `send`, to [stages, 2 warpgroups, 32 vectors] in float32."""
 
     @_inline(REF, REF, INT, INT, INT, LAYOUT.reduce(1))
     def run(barriers, target, n, block, stage, values):
         thread = _thread()
         warp, lane = _part(thread, 5, 2), _part(thread, 0, 5)
-        to = _add(_address(target), _times(_scalar(stage), CLUSTER_COLUMNS * COLUMN_BYTES))
-        to = _add(to, _times(_part(lane, 2, 2), COLUMN_BYTES), _times(_scalar(block), 4))
-        for half in range(2):
-            owner = _add(_times(warp, 4), _part(lane, 4, 1), _constant(2 * half))
+        base = _add(_address(target), _times(_scalar(stage), 2 * 4 * CLUSTER_VECTORS))
+        for half, (owner, column) in enumerate(_owners(form, warp, lane)):
+            group, row = _vector(form, column, _scalar(block))
+            to = _add(base, _times(group, 4 * CLUSTER_VECTORS), _times(row, 4))
             first = arith.cmpi(arith.CmpIPredicate.eq, _part(lane, 0, 2), _constant(0))
             _ptx(
                 _STORE + ".b32 [$0], $3, [$2]; }",
@@ -321,6 +351,55 @@ def send_entropies(
             )
 
     run(barriers, target, jnp.int32(n), jnp.int32(block), jnp.int32(stage), values)
+
+
+# --- products in flight ---------------------------------------------------------------------------------------------
+
+
+def start_product(p: Float[Array, "64 64"], keys: Ref, at: Index) -> Float32[Array, "64 64"]:
+    """Starts p [64, 64] @ a slab [64 l, 64 d] of K or V, from byte `at` of `keys` on; `finish_product` gives it.
+
+    Pallas waits for every product before it hands out one. Between the two nothing may touch what comes back.
+    """
+
+    @_inline(LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct((ROWS, 64), jnp.float32, LAYOUT))
+    def run(p, keys, at):
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        start = arith.shrui(arith.andi(_add(_address(keys), _scalar(at)), _constant(0x3FFFF)), _constant(4))
+        fields = (8 * LINE >> 4) << 16 | (8 * LINE >> 4) << 32 | 1 << 62  # matrix descriptor, as in `add_products`
+        descriptor = arith.ori(arith.extui(i64, start), arith.constant(i64, ir.IntegerAttr.get(i64, fields)))
+        count, steps = 32, 4
+        kind = "f16" if isinstance(p.mlir_dtype, ir.F16Type) else "bf16"
+        results = ",".join(f"${n}" for n in range(count))
+        text = "{ .reg .pred none, all; .reg .b64 d; setp.ne.b32 none, 0, 0; setp.eq.b32 all, 0, 0; "
+        text += "wgmma.fence.sync.aligned; "
+        for n in range(steps):
+            factors = ",".join(f"${count + 4 * n + m}" for m in range(4))
+            text += f"add.s64 d, ${count + 4 * steps}, {n * (16 * LINE >> 4)}; "
+            text += f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{results}}}, {{{factors}}}, d, "
+            text += f"{'all' if n else 'none'}, 1, 1, 1; "
+        text += "wgmma.commit_group.sync.aligned; }"
+        constraints = ",".join(["=&f"] * count + ["r"] * (4 * steps) + ["l"])
+        factors = [*_registers(p, range(4 * steps)), descriptor]
+        result = llvm.StructType.get_literal([f32] * count)
+        made = _unpack(_ptx(text, *factors, constraints=constraints, result=result), count, f32)
+        two = ir.VectorType.get((2,), f32)
+        pairs = [vector.from_elements(two, made[n : n + 2]) for n in range(0, count, 2)]
+        lead, _, *rest = p.registers.shape
+        return _array(pairs, p, (lead, 8, *rest))
+
+    return run(p, keys, jnp.int32(at))
+
+
+def finish_product(made: Float32[Array, "64 64"], pending: int) -> Float32[Array, "64 64"]:
+    """What a product gave, when at most `pending` later ones are still under way."""
+
+    @_inline(LAYOUT, returns=plgpu.ShapeDtypeStruct(made.shape, jnp.float32, LAYOUT))
+    def run(made):
+        _ptx(f"wgmma.wait_group.sync.aligned {pending};", constraints="~{memory}")
+        return fa.optimization_barrier(made)
+
+    return run(made)
 
 
 # --- steps on registers ---------------------------------------------------------------------------------------------
@@ -365,46 +444,63 @@ def put(tile: Ref, at: Index, values: Float[Array, "64 128"]) -> None:
     run(tile, jnp.int32(at), values)
 
 
-def logits(products: Float32[Array, "64 32"], entropies: Ref, at: Index, scale: float) -> Float32[Array, "64 16"]:
-    """The scores of L of two columns: of each row the half of the products that is its column's, scaled, less c_L.
+def _column(together: int) -> ir.Value:
+    """Which of a warpgroup's columns this thread's rows are of."""
+    bits = together.bit_length() - 1
+    return _part(_thread(), 7 - bits, bits)
+
+
+def _chosen(among: Sequence[ir.Value], n: ir.Value) -> ir.Value:
+    """The n-th, by selects."""
+    found = among[-1]
+    for m in reversed(range(len(among) - 1)):
+        found = arith.select(arith.cmpi(arith.CmpIPredicate.eq, n, _constant(m)), among[m], found)
+    return found
+
+
+def logits(
+    products: Float32[Array, "64 32"], entropies: Ref, at: Index, scale: float, together: int
+) -> Float32[Array, "64 ..."]:
+    """The scores of L of the columns: of each row the part of the products that is its column's, scaled, less c_L.
 
     Args:
-        products: [64, 32] float32: rows i of a column, below 32, and of the next; key rows of the first and the second.
-        entropies: c_L, [.., 16] float32; the two columns' are at byte `at`.
+        products: [64, 32] float32: rows i of one column after another; key rows of one column after another.
+        entropies: c_L, in float32; the columns' are at byte `at`, 32 of them.
         at: See above.
         scale: Multiplies the products.
+        together: Columns.
 
     Returns:
-        [64, 16] float32.
+        [64, 32 / together] float32.
     """
-    shape = (ROWS, CLUSTER_DEPTH)
+    depth = CLUSTER_VECTORS // together
+    shape = (ROWS, depth)
 
     @_inline(LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct(shape, jnp.float32, LAYOUT))
     def run(products, entropies, at):
-        thread = _part(_thread(), 0, 7)
-        column = _part(thread, 6, 1)
-        second = arith.cmpi(arith.CmpIPredicate.ne, column, _constant(0))
-        base = _add(_address(entropies), _scalar(at), _times(column, COLUMN_BYTES), _times(_part(thread, 0, 2), 8))
+        column = _column(together)
+        parts = _times(_part(_thread(), 0, 2), 8)
+        base = _add(_address(entropies), _scalar(at), _times(column, 4 * depth), parts)
         f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
         pair = llvm.StructType.get_literal([f32] * 2)
         factor = vector.broadcast(two, _float(scale))
         x, made = products.registers.flat, []
-        for n in range(2):
+        for n in range(depth // 8):
             load = "ld.shared.v2.f32 {$0, $1}, [$2];"
             c = _ptx(load, _add(base, _constant(32 * n)), constraints="=f,=f,r,~{memory}", result=pair)
             c = vector.from_elements(two, _unpack(c, 2, f32))
             for half in range(2):
-                mine = arith.select(second, x[2 * (n + 2) + half], x[2 * n + half])
+                mine = _chosen([x[2 * (m * depth // 8 + n) + half] for m in range(together)], column)
                 made.append(arith.subf(arith.mulf(mine, factor), c))
         lead, _, *rest = products.registers.shape
-        return _array(made, products, (lead, 2, *rest))
+        return _array(made, products, (lead, depth // 8, *rest))
 
     return run(products, entropies, jnp.int32(at))
 
 
 def softmax_step(
-    scores: Float32[Array, "64 16"],
+    scores: Float32[Array, "64 ..."],
     top: Float32[Array, "64"],
     total: Float32[Array, "64 8"],
     sums: Float32[Array, "64 128"],
@@ -416,19 +512,21 @@ def softmax_step(
     across lanes nor rescale; weights are then at most 2^8 as large, and the sums of them too.
 
     Args:
-        scores: [64, 16] float32, of powers of 2: rows i of a column, below 32, and of the next.
+        scores: [64, 16] or [64, 8] float32, of powers of 2: rows i of two or four columns.
         top: [64] float32, what is subtracted from scores.
         total: [64, 8] float32, sums of weights so far, to be added up at the end.
         sums: [64, 128] float32, weighted sums of Y so far.
         dtype: Of the weights.
 
     Returns:
-        Weights [64, 32] for the key rows of the first and the second column, zero for the other column's; then what
-        top, total and sums have become.
+        Weights [64, 32] for the key rows of one column after another, zero for the other columns'; then what top,
+        total and sums have become.
     """
     low, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    blocks = scores.shape[1] // 8  # of 8 key rows
+    together = CLUSTER_VECTORS // scores.shape[1]
     returned = (
-        plgpu.ShapeDtypeStruct((ROWS, 2 * CLUSTER_DEPTH), low, LAYOUT),
+        plgpu.ShapeDtypeStruct((ROWS, CLUSTER_VECTORS), low, LAYOUT),
         plgpu.ShapeDtypeStruct((ROWS,), wide, LAYOUT.reduce(1)),
         plgpu.ShapeDtypeStruct((ROWS, 8), wide, LAYOUT),
         plgpu.ShapeDtypeStruct(sums.shape, wide, LAYOUT),
@@ -438,9 +536,11 @@ def softmax_step(
     def run(scores, top, total, sums):
         f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
-        second = arith.cmpi(arith.CmpIPredicate.ne, _part(_thread(), 6, 1), _constant(0))
+        column = _column(together)
         x = scores.registers.flat
-        rows = [[vector.extract(x[2 * n + half], [], [m]) for n in range(2) for m in range(2)] for half in range(2)]
+        rows = [
+            [vector.extract(x[2 * n + half], [], [m]) for n in range(blocks) for m in range(2)] for half in range(2)
+        ]
         tops = [t if t.type == f32 else vector.extract(t, [], [0]) for t in top.registers.flat]
         most = [functools.reduce(arith.maximumf, row) for row in rows]
         limits = (arith.addf(t, _float(8.0)) for t in tops)
@@ -457,13 +557,14 @@ def softmax_step(
         narrow = ir.VectorType.get((2,), utils.dtype_to_ir_type(low))
         nothing = vector.broadcast(two, _float(0.0))
         weights: list = [None] * 8
+        mine = [arith.cmpi(arith.CmpIPredicate.eq, column, _constant(m)) for m in range(together)]
         for half in range(2):
-            for n in range(2):
+            for n in range(blocks):
                 pair = [_power(arith.subf(s, tops[half])) for s in rows[half][2 * n : 2 * n + 2]]
                 p = vector.from_elements(two, pair)
                 totals[half] = arith.addf(totals[half], p)
-                weights[2 * n + half] = arith.truncf(narrow, arith.select(second, nothing, p))
-                weights[2 * n + 4 + half] = arith.truncf(narrow, arith.select(second, p, nothing))
+                for m in range(together):
+                    weights[2 * (m * blocks + n) + half] = arith.truncf(narrow, arith.select(mine[m], p, nothing))
         kinds = (x.type for x in top.registers.flat)
         tops = [t if kind == f32 else vector.broadcast(kind, t) for kind, t in zip(kinds, tops, strict=True)]
         lead, _, *rest = scores.registers.shape
@@ -490,7 +591,7 @@ def add_products(
         # matrix descriptor: bytes / 16 to the next 64 columns and to the next 8 rows; 128-byte swizzle
         fields = (SLAB_BYTES >> 4) << 16 | (8 * LINE >> 4) << 32 | 1 << 62
         descriptor = arith.ori(arith.extui(i64, start), arith.constant(i64, ir.IntegerAttr.get(i64, fields)))
-        kind, depth, instruction = weights.mlir_dtype, 2 * CLUSTER_DEPTH, CLUSTER_DEPTH * LINE
+        kind, depth, instruction = weights.mlir_dtype, CLUSTER_VECTORS, 16 * LINE
         registers = wgmma.wgmma_m64(
             sums._value.registers, weights, descriptor, None, True, None, instruction, 128, 2 * depth, kind, kind
         )

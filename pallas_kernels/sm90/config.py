@@ -442,34 +442,62 @@ def left_config(rows: int, dim: int) -> LeftConfig:
     return next(c for c in candidates if c.shared_memory(dim) <= SHARED_MEMORY)
 
 
-CLUSTER = 16  # blocks of a cluster; each makes one key row in a step
-CLUSTER_DEPTH = CLUSTER  # key rows of a step
-CLUSTER_COLUMNS = 4  # columns j that a block sums
+CLUSTER_VECTORS = 32  # key rows of a step times the columns that a warpgroup sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusedConfig:
-    """Both stages in one kernel, whose clusters of 16 blocks pass alpha and Y on without device memory.
+    """Both stages in one kernel, whose clusters of blocks pass alpha and Y on without device memory.
 
     Attributes:
         clusters: Persistent clusters, at most as many as the card can run at a time; 0: not this kernel.
+        blocks: Blocks of a cluster, each of which makes a key row in a step: 16, or 8 for b1 of up to 16 rows.
+        columns: Columns j that a block sums: 4 with 16 blocks; 8, or 7 for less to the busiest block, with 8.
+        resident: Whether a block takes the key rows with one k after another, whose query row it then loads once.
+        overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums.
     """
 
     clusters: int = 0
+    blocks: int = 16
+    columns: int = 4
+    resident: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.clusters < 0:
             raise ValueError(f"clusters={self.clusters} is negative; 0 is for two kernels.")
+        if (self.blocks, self.columns) not in ((16, 4), (8, 8), (8, 7)):
+            raise ValueError(
+                f"blocks={self.blocks} with columns={self.columns} must be 16 with 4, 8 with 8 or 8 with 7: two "
+                f"warpgroups of a block sum what the cluster makes of up to 64 columns."
+            )
 
-    @staticmethod
-    def serves(rows: int, cols: int, dim: int) -> bool:
-        """Whether two columns' rows fit a product, all columns the cluster's blocks, and D two slabs."""
-        return 2 * rows <= ROWS and cols <= CLUSTER * CLUSTER_COLUMNS and dim == 2 * SLAB
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers for a thread of a warpgroup that sums, one that makes key rows and the one that loads.
+
+        A launch has 96 for each of 640, and a block that asks for more waits for ever.
+        """
+        return (112, 112, 32) if self.overlap else (128, 96, 32)
+
+    @property
+    def together(self) -> int:
+        """Columns that a warpgroup sums, whose rows i share the 64 of a product."""
+        return CLUSTER_VECTORS // self.blocks
+
+    @property
+    def rows(self) -> int:
+        """Rows of a product for each of them."""
+        return ROWS // self.together
+
+    def serves(self, rows: int, cols: int, dim: int) -> bool:
+        """Whether columns' rows fit their share of a product, all columns the cluster's blocks, and D two slabs."""
+        return rows <= self.rows and cols <= self.blocks * self.columns and dim == 2 * SLAB
 
     @staticmethod
     def shared_memory() -> int:
         """Bytes a block uses: two Q of columns, two of rows, three pairs of key and value rows; alpha and Y twice."""
-        tile, vectors = ROWS * 2 * SLAB * 2, 2 * CLUSTER_COLUMNS * CLUSTER_DEPTH
+        tile, vectors = ROWS * 2 * SLAB * 2, 2 * 2 * CLUSTER_VECTORS
         return _block_bytes(10 * tile, 2 * vectors * 2 * SLAB * 2, vectors * 4 + 2 * ROWS * 4, 16 * 4, barriers=12)
 
 

@@ -6,6 +6,9 @@ their output as in stage 2. Nothing in between goes to device memory; K and V ar
 
 Five warpgroups: 0 and 1 sum two columns each, whose rows i share the 64 of a product, 32 each; 2 and 3 make key rows in
 turn; 4 loads. What a sum reads has two buffers; the blocks that write there wait until it has been given back.
+
+Tiles of up to 16 rows can have clusters of 8 blocks, of which each sums 7 or 8 columns, four in a warpgroup, 16 rows
+each: fewer blocks to send to, and more of a card's multiprocessors in clusters.
 """
 
 import dataclasses
@@ -20,17 +23,15 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import cluster, shared
-from monarchrt.pallas_kernels.sm90.config import CLUSTER, CLUSTER_COLUMNS, CLUSTER_DEPTH, ROWS, SLAB, FusedConfig
-from monarchrt.pallas_kernels.sm90.types import Index, Refs
+from monarchrt.pallas_kernels.sm90.config import CLUSTER_VECTORS, ROWS, SLAB, FusedConfig
+from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
 
 LOG2E = math.log2(math.e)
-# registers for a thread of each kind; a launch has 96 for each of 640, and a block that asks for more waits for ever
-SUM_REGISTERS, MAKE_REGISTERS, LOAD_REGISTERS = 128, 96, 32
 STAGES = 2  # buffers of alpha, c_L and Y
 KEY_SLOTS = 3  # pairs of a key row and its value row
 
 Sums = tuple[Float32[Array, "64"], Float32[Array, "64 8"], Float32[Array, "64 128"]]
-"""Of two columns' rows: what is subtracted from scores, sums of weights, weighted sums of Y."""
+"""Of some columns' rows: what is subtracted from scores, sums of weights, weighted sums of Y."""
 
 
 def fused(
@@ -58,7 +59,7 @@ def fused(
         out [B, A, b1, b2, H, 128] and lse [B, A, b1, b2, H] in float32.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
-    slabs, half = dim // SLAB, ROWS // 2
+    slabs = dim // SLAB
     thin = (slabs, SLAB)
     count = batch * tiles
     pairs = k.shape[1] * rows
@@ -76,7 +77,7 @@ def fused(
         heads=heads,
         pairs=pairs,
         items=count * heads,
-        clusters=clusters,
+        form=dataclasses.replace(config, clusters=clusters),
         scale=scale,
         masked=masked,
         dtype=q.dtype,
@@ -89,32 +90,32 @@ def fused(
         monarch_fused,
         out_type=(
             jax.ShapeDtypeStruct((count, rows, cols * heads, *thin), q.dtype),
-            jax.ShapeDtypeStruct((count, heads, cols, half), jnp.float32),
+            jax.ShapeDtypeStruct((count, heads, cols, config.rows), jnp.float32),
         ),
-        scratch_types=_scratch(q.dtype),
+        scratch_types=_scratch(q.dtype, config),
         grid=(clusters,),
         grid_names=("unit",),
-        cluster=(CLUSTER,),
+        cluster=(config.blocks,),
         cluster_names=("block",),
         num_threads=5,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs)
-    lse = lse.reshape(batch, tiles, heads, cols, half)[..., :rows].transpose(0, 1, 4, 3, 2)
+    lse = lse.reshape(batch, tiles, heads, cols, config.rows)[..., :rows].transpose(0, 1, 4, 3, 2)
     return shared.varying(out.reshape(q.shape), q, k), shared.varying(lse, q, k)
 
 
-def _scratch(dtype: jnp.dtype) -> tuple[Any, ...]:
+def _scratch(dtype: jnp.dtype, form: FusedConfig) -> tuple[Any, ...]:
     """Types of a block's shared memory, as `_Block` takes it apart."""
     slabs = _Block.slabs
     swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
     tiled = plgpu.TilingTransform((8, SLAB))  # pyright: ignore[reportAbstractUsage]
     shapes = (
-        (2, slabs, ROWS, SLAB),  # Q of two columns, for each warpgroup that sums; then their output
+        (2, slabs, ROWS, SLAB),  # Q of the columns of each warpgroup that sums; then their output
         (2, slabs, ROWS, SLAB),  # a row of Q for each warpgroup that makes key rows
         (KEY_SLOTS, 2, slabs, ROWS, SLAB),  # key and value rows; rows beyond b2 are zero
     )
-    between = (STAGES, CLUSTER_COLUMNS // 2, slabs, 2 * CLUSTER_DEPTH, SLAB)  # alpha and Y
+    between = (STAGES, 2, slabs, CLUSTER_VECTORS, SLAB)  # alpha and Y
 
     def plain(shape):
         return plgpu.SMEM((math.prod(shape) // 2,), jnp.int32)
@@ -127,20 +128,20 @@ def _scratch(dtype: jnp.dtype) -> tuple[Any, ...]:
         ),
         plgpu.RefUnion(plgpu.SMEM(between, dtype, transforms=(tiled, swizzle)), plain(between)),
         plain(between),
-        plgpu.SMEM((STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + 2 * ROWS,), jnp.float32),  # c_L; log-sum-exp
+        plgpu.SMEM((STAGES * 2 * CLUSTER_VECTORS + 2 * ROWS,), jnp.float32),  # c_L; log-sum-exp
         plgpu.SMEM((4 * STAGES * 2,), jnp.int32),  # barriers of the cluster: alpha full, Y full, alpha free, Y free
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=2 * slabs, num_barriers=KEY_SLOTS),
         plgpu.Barrier(num_barriers=KEY_SLOTS),
-        plgpu.Barrier(num_arrivals=CLUSTER_COLUMNS * slabs),
+        plgpu.Barrier(num_arrivals=form.columns * slabs),
         plgpu.Barrier(num_arrivals=2),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Of the whole call: query tiles of a batch entry, rows and columns of a tile, heads, pairs; items; clusters."""
+    """Of the whole call: query tiles of a batch entry, rows and columns of a tile, heads, pairs, items; clusters."""
 
     tiles: int
     rows: int
@@ -148,7 +149,7 @@ class _Sizes:
     heads: int
     pairs: int
     items: int
-    clusters: int
+    form: FusedConfig
     scale: float
     masked: bool
     dtype: jnp.dtype
@@ -156,7 +157,7 @@ class _Sizes:
     @property
     def owners(self) -> int:
         """Blocks of a cluster that have columns."""
-        return -(-self.cols // CLUSTER_COLUMNS)
+        return -(-self.cols // self.form.columns)
 
     @property
     def width(self) -> int:
@@ -168,7 +169,9 @@ def _run(sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
     """What each warpgroup of each block does."""
     work = _Block(sizes, arrays, scratch)
     cluster.initialise(work.passed, [1] * (2 * STAGES) + [2 * sizes.owners] * (2 * STAGES))
-    pl.when(work.group == 0)(work.clear_keys)
+    pl.when(work.group == 0)(lambda: _clear(work.key_words))
+    if sizes.form.columns % sizes.form.together:
+        pl.when(work.group == 1)(lambda: _clear(work.y_bytes))
     cluster.synchronise()
     pl.when(work.group < 2)(work.sum_up)
     pl.when((work.group == 2) | (work.group == 3))(work.make)
@@ -176,13 +179,21 @@ def _run(sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
     cluster.synchronise()
 
 
+def _clear(words: Ref) -> None:
+    """What no copy reaches is multiplied with zeros and must be finite: behind b2 columns, or of a column too many."""
+    zeros = plgpu.layout_cast(jnp.zeros((512,), jnp.int32), plgpu.Layout.WG_STRIDED((512,), 4))
+    for n in range(words.shape[0] // 512):
+        words[pl.ds(512 * n, 512)] = zeros
+    plgpu.commit_smem()
+
+
 class _Block:
     """A block of a cluster: the arrays, its shared memory, and the cluster's turns, a query tile of a head each."""
 
-    slabs, dim, half = 2, 2 * SLAB, ROWS // 2
+    slabs, dim = 2, 2 * SLAB
 
     def __init__(self, sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
-        self.sizes = sizes
+        self.sizes, self.form = sizes, sizes.form
         self.q_rows, self.q_columns, self.k, self.v, self.limits, self.out, self.lse = arrays
         smem, alpha, self.y_bytes, self.small, self.passed, *barriers = scratch
         self.q_full, self.q_free, self.key_full, self.key_free, self.columns_full, self.columns_free = barriers
@@ -193,35 +204,53 @@ class _Block:
         self.alpha_mma, self.alpha_bytes = alpha
         self.group, self.block, self.unit = (lax.axis_index(name) for name in ("group", "block", "unit"))
         self.exponent = sizes.scale * LOG2E
-        self.rounds = lax.div(sizes.items - self.unit + sizes.clusters - 1, sizes.clusters)
+        self.rounds = lax.div(sizes.items - self.unit + self.form.clusters - 1, self.form.clusters)
 
     def place(self, r: Index) -> tuple[Index, Index, Index, Index, Index]:
         """Query tile of the whole batch, its batch entry, head, pairs seen and steps of the cluster's r-th item."""
         tiles, heads = self.sizes.tiles, self.sizes.heads
-        item = self.unit + r * self.sizes.clusters  # clusters side by side read the same keys
+        item = self.unit + r * self.form.clusters  # clusters side by side read the same keys
         entry, tile, head = lax.div(item, tiles * heads), lax.rem(item, tiles), lax.rem(lax.div(item, tiles), heads)
         limit = self.limits[tile] if self.sizes.masked else jnp.int32(self.sizes.pairs)
-        return entry * tiles + tile, entry, head, limit, lax.div(limit + CLUSTER_DEPTH - 1, CLUSTER_DEPTH)
+        return entry * tiles + tile, entry, head, limit, lax.div(limit + self.form.blocks - 1, self.form.blocks)
+
+    def pair(self, i: Index, limit: Index, steps: Index) -> tuple[Index, Index, jax.Array]:
+        """The block's pair in step i of an item, its k, and whether there is one; else it is the last."""
+        if not self.form.resident:
+            n = i * self.form.blocks + self.block
+            pair = jnp.minimum(n, limit - 1)
+            return pair, lax.rem(pair, self.sizes.rows), n < limit
+        n, rows = self.block * steps + i, self.sizes.rows  # of pairs in the order of k, then c
+        k, c = self.turn(n, limit)
+        return c * rows + k, k, n < limit
+
+    def turn(self, n: Index, limit: Index) -> tuple[Index, Index]:
+        """k and c of the n-th pair in the order of k, then c."""
+        n, seen = jnp.minimum(n, limit - 1), lax.div(limit, self.sizes.rows)
+        k = lax.div(n, seen)
+        return k, n - k * seen
+
+    def anew(self, i: Index, before: int, limit: Index, steps: Index) -> "jax.Array | bool":
+        """Whether step i of an item has another query row than the step two before or after, of the same warpgroup."""
+        if not self.form.resident:
+            return True
+        j = i + before
+        first = self.block * steps
+        other = self.turn(first + j, limit)[0] != self.turn(first + i, limit)[0]
+        return (j < 0) | (j >= steps) | other
 
     def stage_of(self, t: Index) -> tuple[Index, Index]:
         """Stage of step t, counted over all items, and the parity of its being full."""
         return lax.rem(t, STAGES), lax.rem(lax.div(t, STAGES), 2)
 
-    def clear_keys(self) -> None:
-        """What lies behind b2 columns is multiplied with zeros and must be finite; copies never reach it."""
-        zeros = plgpu.layout_cast(jnp.zeros((512,), jnp.int32), plgpu.Layout.WG_STRIDED((512,), 4))
-        for n in range(self.key_words.shape[0] // 512):
-            self.key_words[pl.ds(512 * n, 512)] = zeros
-        plgpu.commit_smem()
-
     def sum_up(self) -> None:
-        """What the two warpgroups of the second stage do, in blocks that have columns: two columns each."""
-        plgpu.set_max_registers(SUM_REGISTERS, action="increase")
+        """What the two warpgroups of the second stage do, in blocks that have columns: half of them each."""
+        plgpu.set_max_registers(self.form.registers[0], action="increase")
 
         @pl.when(self.block < self.sizes.owners)
         def _():
             my_bytes = self.group * cluster.TILE_SLAB * self.slabs
-            my_lse = STAGES * CLUSTER_COLUMNS * CLUSTER_DEPTH + self.group * ROWS
+            my_lse = STAGES * 2 * CLUSTER_VECTORS + self.group * ROWS
             plgpu.barrier_arrive(self.columns_free)
 
             def item(r, done):
@@ -251,15 +280,16 @@ class _Block:
             plgpu.wait_smem_to_gmem(0)
 
     def sum_step(self, t: Index, carry: Sums) -> Sums:
-        """Adds the pairs of step t to the running softmax of two columns."""
+        """Adds the pairs of step t to the running softmax of the columns."""
         sizes, group, passed = self.sizes, self.group, self.passed
         top, total, sums = carry
         stage, parity = self.stage_of(t)
 
         @pl.when(group == 0)
         def _():
-            cluster.expect(passed, stage, CLUSTER * CLUSTER_COLUMNS * (2 * self.dim + 4))
-            cluster.expect(passed, STAGES + stage, CLUSTER * CLUSTER_COLUMNS * 2 * self.dim)
+            vectors = self.form.blocks * self.form.columns
+            cluster.expect(passed, stage, vectors * (2 * self.dim + 4))
+            cluster.expect(passed, STAGES + stage, vectors * 2 * self.dim)
 
         cluster.wait(passed, stage, parity)
 
@@ -269,33 +299,37 @@ class _Block:
                 plgpu.wgmma(acc, self.columns_mma.at[group, n], alpha)
             return acc[...]
 
-        s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, 2 * CLUSTER_DEPTH), jnp.float32))
-        entropies = (stage * CLUSTER_COLUMNS + 2 * group) * cluster.COLUMN_BYTES
-        s = cluster.logits(s, self.small, entropies, self.exponent)
-        cluster.give_back(passed, 2 * STAGES + stage)
+        s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, CLUSTER_VECTORS), jnp.float32))
+        entropies = (stage * 2 + group) * (4 * CLUSTER_VECTORS)
+        s = cluster.logits(s, self.small, entropies, self.exponent, self.form.together)
+        cluster.give_back(passed, 2 * STAGES + stage, self.form.blocks)
         weights, top, total, sums = cluster.softmax_step(s, top, total, sums, sizes.dtype)
         cluster.wait(passed, STAGES + stage, parity)
-        at = stage * cluster.STAGE_BYTES + group * cluster.PAIR_BYTES
+        at = stage * cluster.STAGE_BYTES + group * cluster.PART_BYTES
         sums = cluster.add_products(sums, weights, self.y_bytes, at)
-        cluster.give_back(passed, 3 * STAGES + stage)
+        cluster.give_back(passed, 3 * STAGES + stage, self.form.blocks)
         return top, total, sums
 
     def send_columns(self, tile: Index, head: Index, my_lse: Index) -> None:
-        """Starts the copies of two columns' output and log-sum-exp."""
-        half = self.half
-        for n in range(2):
-            j, part = self.block * CLUSTER_COLUMNS + 2 * self.group + n, pl.ds(half * n, half)
+        """Starts the copies of the columns' output and log-sum-exp."""
+        height, together = self.form.rows, self.form.together
+        for n in range(together):
+            mine = together * self.group + n
+            j, part = self.block * self.form.columns + mine, pl.ds(height * n, height)
 
-            @pl.when(j < self.sizes.cols)
+            @pl.when((j < self.sizes.cols) & (mine < self.form.columns))
             def _(j=j, part=part, n=n):
                 for m in range(self.slabs):
-                    target = self.out.at[tile, pl.ds(tile * 0, half), j * self.sizes.heads + head, m]
+                    target = self.out.at[tile, pl.ds(tile * 0, height), j * self.sizes.heads + head, m]
                     plgpu.copy_smem_to_gmem(self.columns_in.at[self.group, m, part], target)
-                plgpu.copy_smem_to_gmem(self.small.at[pl.ds(my_lse + half * n, half)], self.lse.at[tile, head, j])
+                numbers = self.small.at[pl.ds(my_lse + height * n, height)]
+                plgpu.copy_smem_to_gmem(numbers, self.lse.at[tile, head, j])
 
     def make(self) -> None:
         """What the two warpgroups of the first stage do: alpha, c_L and Y of every other key row, to all blocks."""
         mine = self.group - 2
+        if self.form.overlap:
+            plgpu.set_max_registers(self.form.registers[1], action="increase")
         last = lax.fori_loop(0, self.rounds, lambda r, n: n + self.place(r)[-1], jnp.int32(0)) - 1
         plgpu.barrier_arrive(self.q_free.at[mine])
 
@@ -316,7 +350,7 @@ class _Block:
 
             def step(n, _):
                 i = first + 2 * n
-                self.make_step(i, done + i, mine, limit, last)
+                self.make_step(i, done + i, mine, limit, steps, last)
                 return ()
 
             lax.fori_loop(0, lax.div(steps - first + 1, 2), step, ())
@@ -324,14 +358,15 @@ class _Block:
 
         lax.fori_loop(0, self.rounds, item, jnp.int32(0))
 
-    def make_step(self, i: Index, t: Index, mine: Index, limit: Index, last: Index) -> None:
+    def make_step(self, i: Index, t: Index, mine: Index, limit: Index, steps: Index, last: Index) -> None:
         """The block's key row of an item's step i, step t of all, with its query rows."""
         passed, block, owners = self.passed, self.block, self.sizes.owners
         stage, parity = self.stage_of(t)
+        to = {"stage": stage, "form": self.form}
         slot = lax.rem(t, KEY_SLOTS)
-        plgpu.barrier_wait(self.q_full.at[mine])
+        pl.when(self.anew(i, -2, limit, steps))(lambda: plgpu.barrier_wait(self.q_full.at[mine]))
         plgpu.barrier_wait(self.key_full.at[slot])
-        p, entropies = self.probabilities(mine, slot)
+        p, entropies = self.probabilities(mine, slot, self.anew(i, 2, limit, steps))
 
         def vectors(factor, n):
             def run(acc):
@@ -341,16 +376,35 @@ class _Block:
             made = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((ROWS, SLAB), jnp.float32))
             return made.astype(self.sizes.dtype)
 
+        under_way = []
+
+        def start(factor, n):
+            at = (slot * 2 + factor) * self.slabs + n
+            under_way.append(cluster.start_product(p, self.key_words, at * cluster.TILE_SLAB))
+
+        def next_vectors(factor, n):
+            """The oldest product, and the one after the next started."""
+            follows = 2 * factor + n + 1
+            made = cluster.finish_product(under_way.pop(0), int(follows < 4))
+            return made.astype(self.sizes.dtype)
+
+        if self.form.overlap:
+            vectors = next_vectors
+            start(0, 0)
+            start(0, 1)
+
         def wait_free(which):
             pl.when(t >= STAGES)(lambda: cluster.wait(passed, which * STAGES + stage, 1 - parity))
 
-        hidden = jnp.where(i * CLUSTER_DEPTH + block < limit, jnp.float32(0), jnp.float32(jnp.inf))
+        hidden = jnp.where(self.pair(i, limit, steps)[2], jnp.float32(0), jnp.float32(jnp.inf))
         for n in range(self.slabs):
             made = vectors(0, n)
             if n == 0:
                 wait_free(2)
-                cluster.send_entropies(passed, stage, self.small, block, owners, entropies + hidden, stage=stage)
-            cluster.send(passed, stage, self.alpha_bytes, block, owners, made, stage=stage, slab=n)
+                cluster.send_entropies(passed, stage, self.small, block, owners, entropies + hidden, **to)
+            cluster.send(passed, stage, self.alpha_bytes, block, owners, made, slab=n, **to)
+            if self.form.overlap:
+                start(1, n)
         for n in range(self.slabs):
             made = vectors(1, n)
             if n == 0:
@@ -358,10 +412,18 @@ class _Block:
             else:  # before the slot can be filled twice more
                 pl.when(t < last)(lambda: plgpu.barrier_wait(self.key_full.at[lax.rem(t + 1, KEY_SLOTS)]))
                 plgpu.barrier_arrive(self.key_free.at[slot])
-            cluster.send(passed, STAGES + stage, self.y_bytes, block, owners, made, stage=stage, slab=n)
+            cluster.send(passed, STAGES + stage, self.y_bytes, block, owners, made, slab=n, **to)
 
-    def probabilities(self, mine: Index, slot: Index) -> tuple[Float[Array, "64 64"], Float32[Array, "64"]]:
-        """R, [64 j, 64 l] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64]."""
+    def probabilities(
+        self, mine: Index, slot: Index, done: "jax.Array | bool"
+    ) -> tuple[Float[Array, "64 64"], Float32[Array, "64"]]:
+        """R, [64 j, 64 l] in the inputs' dtype, and its sum of R log R over l in units of log 2 [64].
+
+        Args:
+            mine: Which of the two warpgroups this is.
+            slot: Of the key row.
+            done: Whether the query row is not needed any more.
+        """
         width, cols, dtype, exponent = self.sizes.width, self.sizes.cols, self.sizes.dtype, self.exponent
         layout = plgpu.Layout.WGMMA
 
@@ -372,7 +434,7 @@ class _Block:
             return acc[...]
 
         s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
-        plgpu.barrier_arrive(self.q_free.at[mine])
+        pl.when(done)(lambda: plgpu.barrier_arrive(self.q_free.at[mine]))
         if width != cols:
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 1, layout=layout) + (width - 8)
             end = jnp.where(columns < cols, s[:, width - 8 :], -1e30)
@@ -390,7 +452,7 @@ class _Block:
 
     def load(self) -> None:
         """What the loading warpgroup does: K, V and q of each step, and the columns' queries of an item."""
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(self.form.registers[2], action="decrease")
 
         def item(r, done):
             tile, entry, head, limit, steps = self.place(r)
@@ -399,16 +461,14 @@ class _Block:
             def load(i, _):
                 t = done + i
                 slot, maker = lax.rem(t, KEY_SLOTS), lax.rem(t, 2)
-                pair = jnp.minimum(i * CLUSTER_DEPTH + self.block, limit - 1)
+                pair, row, _ = self.pair(i, limit, steps)
                 plgpu.barrier_wait(self.key_free.at[slot])
                 for n, source in enumerate((self.k, self.v)):
                     for m in range(self.slabs):
                         box = source.at[entry * self.sizes.pairs + pair, window, head, m]
                         target = self.key_in.at[slot, n, m, pl.ds(0, self.sizes.width)]
                         plgpu.copy_gmem_to_smem(box, target, self.key_full.at[slot])
-                plgpu.barrier_wait(self.q_free.at[maker])
-                box = self.q_rows.at[tile, lax.rem(pair, self.sizes.rows), pl.ds(tile * 0, ROWS), head]
-                plgpu.copy_gmem_to_smem(box, self.q_in.at[maker].transpose((1, 0, 2)), self.q_full.at[maker])
+                pl.when(self.anew(i, -2, limit, steps))(lambda: self.load_row(tile, row, head, maker))
                 # first what makers wait for
                 pl.when((i == 1) & (self.block < self.sizes.owners))(lambda: self.load_columns(tile, head))
                 return ()
@@ -424,12 +484,18 @@ class _Block:
             plgpu.barrier_wait(self.q_free.at[n])
         pl.when(self.block < self.sizes.owners)(lambda: plgpu.barrier_wait(self.columns_free))
 
+    def load_row(self, tile: Index, row: Index, head: Index, maker: Index) -> None:
+        """Starts the copy of a row of queries."""
+        plgpu.barrier_wait(self.q_free.at[maker])
+        box = self.q_rows.at[tile, row, pl.ds(tile * 0, ROWS), head]
+        plgpu.copy_gmem_to_smem(box, self.q_in.at[maker].transpose((1, 0, 2)), self.q_full.at[maker])
+
     def load_columns(self, tile: Index, head: Index) -> None:
         """Starts the copies of the queries of the block's columns."""
-        half = self.half
+        height, together = self.form.rows, self.form.together
         plgpu.barrier_wait(self.columns_free)
-        for n in range(CLUSTER_COLUMNS):
-            j, part = self.block * CLUSTER_COLUMNS + n, pl.ds(half * (n % 2), half)
+        for n in range(self.form.columns):
+            j, part = self.block * self.form.columns + n, pl.ds(height * (n % together), height)
             for m in range(self.slabs):
-                box = self.q_columns.at[tile, pl.ds(tile * 0, half), j * self.sizes.heads + head, m]
-                plgpu.copy_gmem_to_smem(box, self.columns_in.at[n // 2, m, part], self.columns_full)
+                box = self.q_columns.at[tile, pl.ds(tile * 0, height), j * self.sizes.heads + head, m]
+                plgpu.copy_gmem_to_smem(box, self.columns_in.at[n // together, m, part], self.columns_full)

@@ -130,6 +130,8 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
         assert tuning.forward(30, 52, 128) == expected
     with pytest.raises(ValueError, match="clusters=-1 is negative"):
         tuning.changed(measured, {"fused": {"clusters": -1}})
+    with pytest.raises(ValueError, match="blocks=8 with columns=4 must be 16 with 4, 8 with 8 or 8 with 7"):
+        tuning.changed(measured, {"fused": {"blocks": 8}})
 
 
 def test_tuned_files_fit_a_block():

@@ -177,6 +177,14 @@ def test_chunks_change_nothing(rows):
     np.testing.assert_array_equal(np.asarray(other), np.asarray(lse))
 
 
+FUSED = [
+    dict(clusters=7),
+    dict(clusters=7, resident=True, overlap=True),
+    dict(clusters=15, blocks=8, columns=8),
+    dict(clusters=15, blocks=8, columns=7, resident=True, overlap=True),
+]
+
+
 @pytest.mark.parametrize(
     ("rows", "cols", "tiles", "key_tiles", "visible", "dtype"),
     [
@@ -187,10 +195,16 @@ def test_chunks_change_nothing(rows):
         (7, 61, 3, 5, [1, 2, 5], "bfloat16"),
         (16, 5, 4, 4, None, "float16"),
         (4, 4, 2, 3, [1, 3], "bfloat16"),  # fewer pairs than a cluster has blocks
+        (15, 52, 6, 42, [36] * 6, "bfloat16"),
+        (15, 53, 7, 7, None, "float16"),
     ],
 )
-def test_fused(rows, cols, tiles, key_tiles, visible, dtype):
+@pytest.mark.parametrize("form", FUSED, ids=str)
+def test_fused(rows, cols, tiles, key_tiles, visible, dtype, form):
     """One kernel as two, for several batch entries and heads; twice the same bits; what is not seen is NaN."""
+    form = FusedConfig(**form)
+    if not form.serves(rows, cols, 128):
+        pytest.skip("tiles that this kernel does not take")
     keys = jax.random.split(jax.random.key(12), 3)
     shapes = ((2, tiles, rows, cols, 5, 128), *[(2, key_tiles, rows, cols, 5, 128)] * 2)
     q, k, v = (jax.random.normal(r, s, dtype) for r, s in zip(keys, shapes, strict=True))
@@ -198,7 +212,7 @@ def test_fused(rows, cols, tiles, key_tiles, visible, dtype):
     seen = jnp.array(visible or [key_tiles] * tiles, jnp.int32)
     k, v = (x.at[:, int(seen.max()) :].set(jnp.nan) for x in (k, v))
     config = there(forward_config(rows, cols, 128))
-    one = jax.jit(lambda *x: forward(*x, config=dataclasses.replace(config, fused=FusedConfig(clusters=7)), **options))
+    one = jax.jit(lambda *x: forward(*x, config=dataclasses.replace(config, fused=form), **options))
     out, lse, _ = one(q, k, v, seen)
     expected = forward(q, k, v, seen, config=config, **options)
     assert error(out, expected[0]) <= BOUNDS[dtype] / 2

@@ -7,9 +7,11 @@ import contextlib
 import types
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import ml_dtypes
 import numpy as np
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
@@ -66,11 +68,13 @@ def _operation(compute, kind=None):
 
 
 def _compare(predicate, a, b):
+    name = f"{type(predicate).__name__}.{predicate.name}"  # integers' predicates equal floats' of the same number
     compute = {
-        arith.CmpIPredicate.ne: np.not_equal,
-        arith.CmpIPredicate.eq: np.equal,
-        arith.CmpFPredicate.OGT: np.greater,
-    }[predicate]
+        "CmpIPredicate.ne": np.not_equal,
+        "CmpIPredicate.eq": np.equal,
+        "CmpIPredicate.slt": np.less,
+        "CmpFPredicate.OGT": np.greater,
+    }[name]
     return Value(compute(a.x, b.x), None)
 
 
@@ -79,6 +83,9 @@ _arith = types.SimpleNamespace(
     CmpFPredicate=arith.CmpFPredicate,
     constant=lambda kind, attribute: Value(np.full(128, attribute.value, _dtype(kind)), kind),
     addi=_operation(np.add),
+    subi=_operation(np.subtract),
+    xori=_operation(np.bitwise_xor),
+    shli=_operation(np.left_shift),
     muli=_operation(np.multiply),
     andi=_operation(np.bitwise_and),
     ori=_operation(np.bitwise_or),
@@ -119,8 +126,20 @@ def _dtype(kind):
     return np.float32 if kind == ir.F32Type.get() else np.int32
 
 
-def run(monkeypatch, cluster, step, *args):
-    """Calls a step of `pallas_kernels.sm90.cluster` on what `registers` gives and other arguments."""
+def number(x):
+    """A scalar that all threads have."""
+    return types.SimpleNamespace(registers=np.array([Value(np.full(128, int(x)), None)], object))
+
+
+BLOCK_BYTES = 1 << 20  # from the shared memory of a block of a cluster to the next block's
+
+
+def run(monkeypatch, cluster, step, *args, memory=None, **options):
+    """Calls a step of `pallas_kernels.sm90.cluster` on what `registers` gives and other arguments.
+
+    A reference is the byte at which it starts. `memory`, of the whole cluster, has a number for every 4 bytes, or a
+    pair where they are two of 16 bits: by byte. What is stored there is noted with the byte of the barrier.
+    """
     block = []
 
     @contextlib.contextmanager
@@ -133,6 +152,16 @@ def run(monkeypatch, cluster, step, *args):
         if "%tid.x" in text:
             return Value(THREAD, result)
         [x, *rest] = [operand.x for operand in operands]
+        if "mapa" in text:
+            return Value(x + rest[0] * BLOCK_BYTES, result)
+        if "st.async" in text:
+            flag, barrier, *stored = rest
+            for n, value in enumerate(stored):
+                for thread in np.flatnonzero(flag):
+                    memory[int(x[thread]) + 4 * n] = (int(barrier[thread]), value[thread])
+            return None
+        if "ld.shared.v2" in text:
+            return [np.array([memory[int(at) + 4 * n] for at in x], np.float32) for n in range(2)]
         if "ex2" in text:
             return Value(np.exp2(x), result)
         if "vote.sync.any" in text:
@@ -148,6 +177,13 @@ def run(monkeypatch, cluster, step, *args):
         "scf": types.SimpleNamespace(IfOp=_If, yield_=lambda values: block[-1].extend(values)),
         "_ptx": ptx,
         "_inline": lambda *_, **__: lambda function: function,
+        "_address": lambda reference: Value(np.full(128, reference), None),
+        "_unpack": lambda loaded, count, kind=None: [Value(x, kind) for x in loaded[:count]],
+        "utils": types.SimpleNamespace(bitcast=lambda x, _: x, dtype_to_ir_type=utils.dtype_to_ir_type),
+        "llvm": types.SimpleNamespace(StructType=types.SimpleNamespace(get_literal=lambda kinds: kinds)),
+        "jnp": types.SimpleNamespace(
+            int32=lambda x: number(x) if isinstance(x, int) else x, float32=jnp.float32, dtype=jnp.dtype
+        ),
         "_array": lambda found, like, shape=None: types.SimpleNamespace(
             registers=np.array(list(found), object).reshape(shape or like.registers.shape)
         ),
@@ -157,7 +193,7 @@ def run(monkeypatch, cluster, step, *args):
             patch.setattr(cluster, name, value)
         jaxtyping.config.update("jaxtyping_disable", True)  # what it is given are no arrays of JAX
         try:
-            return getattr(cluster, step)(*args)
+            return getattr(cluster, step)(*args, **options)
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
 
