@@ -1,5 +1,8 @@
 """What the fused Mosaic kernel does on registers, on a warpgroup in NumPy; the rest of it needs a Hopper GPU."""
 
+import types
+from typing import Any, cast
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,7 +92,6 @@ def test_every_vector_is_sent_where_it_is_summed(monkeypatch, form, cols):
             numbers = registers(mine[:, 0])
             args = (barriers, 2, entropies, number(block), owners, numbers)
             run(monkeypatch, cluster, "send_entropies", *args, **options)
-    size = form.blocks * form.columns
     for owner in range(owners):
         for column in range(form.columns):
             group, place = divmod(column, form.together)
@@ -109,7 +111,7 @@ def test_every_vector_is_sent_where_it_is_summed(monkeypatch, form, cols):
                 barrier, number_ = memory.pop(owner * BLOCK_BYTES + entropies + 4 * ((stage * 2 + group) * 32 + row))
                 assert barrier == owner * BLOCK_BYTES + barriers + 8 * 2
                 assert number_ == right[0]
-    assert not memory, size
+    assert not memory
 
 
 @pytest.mark.parametrize("together", [2, 4])
@@ -136,8 +138,8 @@ def test_every_key_row_is_made_once(form, resident, rows, seen):
     for rank in range(form.blocks):
         block = object.__new__(fused._Block)
         block.form = FusedConfig(blocks=form.blocks, columns=form.columns, resident=resident)
-        block.sizes, block.block = _Rows(rows), jnp.int32(rank)
-        held, free = [None, None], [True, True]  # of the two warpgroups that make key rows in turn
+        block.sizes, block.block = cast(Any, types.SimpleNamespace(rows=rows)), jnp.int32(rank)
+        held, free = [-1, -1], [True, True]  # of the two warpgroups that make key rows in turn
         for i in range(steps):
             pair, k, live = (int(x) for x in block.pair(jnp.int32(i), jnp.int32(limit), steps))
             assert pair % rows == k
@@ -151,10 +153,3 @@ def test_every_key_row_is_made_once(form, resident, rows, seen):
         assert free == [True, True]
     assert sorted(found) == list(range(limit))
     assert not resident or loads <= form.blocks * 2 * min(steps, 1 + -(-steps // seen))
-
-
-class _Rows:
-    """As much of a call's sizes as the order of key rows needs."""
-
-    def __init__(self, rows):
-        self.rows = rows

@@ -140,7 +140,7 @@ def run(monkeypatch, cluster, step, *args, memory=None, **options):
     A reference is the byte at which it starts. `memory`, of the whole cluster, has a number for every 4 bytes, or a
     pair where they are two of 16 bits: by byte. What is stored there is noted with the byte of the barrier.
     """
-    block = []
+    block, memory = [], {} if memory is None else memory
 
     @contextlib.contextmanager
     def insertion_point(into):
