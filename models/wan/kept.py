@@ -5,10 +5,11 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import get_abstract_mesh
+from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array, Float
 
 from monarch_jax.contract import SAVED
+from monarchrt.models.sharding import on_each_device
 
 PRODUCT = "product"  # what policies of `jax.checkpoint` call a product with weights
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -37,10 +38,15 @@ def _row_major(x):
 
 
 def _gradient(_, gradient):
-    if get_abstract_mesh().size > 1:  # not said to be known where arrays are split
+    if AxisType.Explicit in get_abstract_mesh().axis_types:  # a user's own: only of parts can it be said
         return (gradient,)
-    gradient = with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
-    return (jax.lax.optimization_barrier(gradient),)
+
+    def laid_out(_, part):
+        return jax.lax.optimization_barrier(with_layout_constraint(part, Layout(tuple(range(part.ndim)))))
+
+    # of each device's part: of an array that is split the compiler takes no word for it
+    axes = ("batch", None, "tokens", None) if gradient.ndim == 4 else ("batch", *(None,) * (gradient.ndim - 1))
+    return (on_each_device(laid_out, None, (gradient,), (axes,)),)
 
 
 _row_major.defvjp(lambda x: (x, None), _gradient)

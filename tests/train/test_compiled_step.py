@@ -54,7 +54,7 @@ def compiled(remat: str, mesh: str, flags: str = "") -> str:
     """The text of a step's program."""
     pytest.importorskip("jax_cuda13_plugin")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     command = [sys.executable, "-c", STEP, remat, mesh]
     done = subprocess.run(command, input=H200, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -62,14 +62,21 @@ def compiled(remat: str, mesh: str, flags: str = "") -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "times"), [("cheap", 2), ("full", 3)])
-def test_products_are_done_once(remat, times):
+@pytest.mark.parametrize(
+    ("remat", "times", "mesh", "rows"),
+    [
+        ("cheap", 2, "data=1", 1536),
+        ("full", 3, "data=1", 1536),
+        ("cheap", 2, "heads=3", 1584),
+        ("full", 3, "heads=3", 1584),
+    ],
+)
+def test_products_are_done_once(remat, times, mesh, rows):
     """Of each product with a layer's weights, of the tokens: itself, its input's gradient, and again if recomputed."""
-    text = compiled(remat, "data=1")
-    layouts = re.findall(r"= \(bf16\[1536,\d+\]\{(.*?)\}.* custom-call\(.*__cublas\$lt\$matmul", text)
+    text = compiled(remat, mesh)
+    layouts = re.findall(rf"= \(bf16\[{rows},\d+\]\{{(.*?)\}}.* custom-call\(.*__cublas\$lt\$matmul", text)
     assert len(layouts) == times * 8 + 1  # and what patches are embedded by
-    if remat == "cheap":  # else what is kept would be transposed beside gradients that lie otherwise
-        assert set(layouts) == {"1,0"}
+    assert set(layouts) == {"1,0"}  # else what is kept, or travels, is transposed beside gradients that lie otherwise
 
 
 AHEAD = "--xla_gpu_enable_pipelined_all_gather=true --xla_gpu_enable_while_loop_double_buffering=true"
