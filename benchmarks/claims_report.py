@@ -37,9 +37,9 @@ def share(density: dict[str, float]) -> str:
 
 
 def within(values: list[float], digits: int = 4, sign: str = "+") -> str:
-    """A mean with its interval."""
+    """A mean with its interval; one value alone has none."""
     mean, low, high = (f"{x:{sign}.{digits}f}" for x in values)
-    return f"{mean} ({low} to {high})"
+    return mean if values[1] == values[2] else f"{mean} ({low} to {high})"
 
 
 def swapped(result: dict[str, Any]) -> list[str]:
