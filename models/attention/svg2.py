@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -68,9 +69,10 @@ class SVG2Attention(MaskedAttention):
             self._set(**{name: positive(name, getattr(self, name))})
         self._set(iterations=positive("iterations", self.iterations, most=MOST_ITERATIONS))
         self._set(top_p=check_share(self.name, "top_p", self.top_p))
-        if self.min_keep != 0 or isinstance(self.min_keep, bool):
-            check_share(self.name, "min_keep", self.min_keep)
-        self._set(min_keep=float(self.min_keep))
+        least = self.min_keep
+        if isinstance(least, bool) or not isinstance(least, int | float | np.floating) or not 0 <= least <= 1:
+            raise ValueError(f"svg2: min_keep={least!r} is not a number from 0 to 1, such as 0.1.")
+        self._set(min_keep=float(least))
         self._set(seed=check_seed(self.name, self.seed))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:

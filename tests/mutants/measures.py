@@ -69,6 +69,13 @@ MEASURED = (
     ),
     Fault(
         "train/studies/tiles.py",
+        'point["video_front"] = point["psnr"] > best',
+        'point["video_front"] = point["front"]',
+        STUDIES,
+        "both_fronts",
+    ),
+    Fault(
+        "train/studies/tiles.py",
         "1 + (given - 1) * per_latent if given",
         "given * per_latent if given",
         STUDIES,

@@ -72,13 +72,15 @@ def _tiles(config: TilesConfig) -> None:
     rows = []
     for point in result["points"]:
         psnr = "" if point.get("psnr") is None else f"{point['psnr']:.1f} dB"
-        mark = "*" if point["front"] else ""
+        mark = "*" * point["front"] + "+" * point.get("video_front", False)
         shown = (mark, point["label"], f"{point['density']:.1%}", f"{point['time']:.3g}", f"{point['error']:.3f}", psnr)
         rows.append(shown)
     print_table(["", "tile", "density", "time", "error", "video"], rows)
-    say(f"time: {result['unit']}; * none is both faster and nearer to dense attention, and these make videos so:")
+    filmed = any("video_front" in point for point in result["points"])
+    likewise = "; + likewise by the videos that there are" if filmed else ""
+    say(f"time: {result['unit']}; * none is both faster and nearer to dense attention{likewise}. These make videos so:")
     for point in result["points"]:
-        if point["front"]:
+        if point["front"] or point.get("video_front"):
             say(f"  {point['command']}")
     say(f"{config.out}: {', '.join(FILES)}")
 

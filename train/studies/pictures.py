@@ -125,7 +125,7 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, unit: str) ->
 
     Args:
         path: The png.
-        points: `setting`, `time`, `error`, `front`, and perhaps `psnr`.
+        points: `label`, `time`, `error`, `front`, and perhaps `psnr` and `video_front`.
         unit: Of the time.
 
     Returns:
@@ -135,16 +135,15 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, unit: str) ->
     figure, axes = plt.subplots(
         1, 2 if videos else 1, figsize=(14 if videos else 8, 5), layout="constrained", squeeze=False
     )
-    front = sorted((point for point in points if point["front"]), key=lambda point: point["time"])
-    panels = [("error", points, front, "relative error of the layers' outputs")]
+    panels = [("error", points, "front", "relative error of the layers' outputs")]
     if videos:
-        panels.append(("psnr", videos, [], "PSNR of the video to dense attention's, dB"))
-    for axis, (name, shown, line, label) in zip(axes[0], panels, strict=True):
+        panels.append(("psnr", videos, "video_front", "PSNR of the video to dense attention's, dB"))
+    for axis, (name, shown, front, label) in zip(axes[0], panels, strict=True):
+        line = sorted((point for point in shown if point[front]), key=lambda point: point["time"])
         axis.plot([p["time"] for p in shown], [p[name] for p in shown], "o", color="0.6", ms=4)
-        if line:
-            axis.plot([p["time"] for p in line], [p[name] for p in line], "o-", color="C3", ms=5, label="Pareto front")
-            axis.legend()
-        for point in line or shown:
+        axis.plot([p["time"] for p in line], [p[name] for p in line], "o-", color="C3", ms=5, label="Pareto front")
+        axis.legend()
+        for point in line:
             axis.annotate(point["label"], (point["time"], point[name]), (4, 3), textcoords="offset points", fontsize=7)
         axis.set(xlabel=unit, ylabel=label)
         axis.grid(alpha=0.3)

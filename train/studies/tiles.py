@@ -70,7 +70,8 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
 
     Returns:
         What the JSON holds: `points` by time, each with `setting`, `density`, `error`, `time`, `front` (whether none is
-        both faster and nearer), `command`, and for some `psnr` and `latent_error` of a video.
+        both faster and nearer), `command`, and for some `psnr` and `latent_error` of a video, and `video_front`, the
+        same by that among them.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -122,6 +123,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     mark_front(points)
     if config.videos:
         _add_videos(points, config, partial)
+        mark_video_front(points)
     unit = "milliseconds of a layer, measured" if measured else "arithmetic over dense attention's"
     result = {
         "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "exact": of_dense if measured else 1.0,
@@ -207,6 +209,22 @@ def mark_front(points: list[dict[str, Any]]) -> None:
     for point in points:
         point["front"] = point["error"] < best
         best = min(best, point["error"])
+
+
+def mark_video_front(points: list[dict[str, Any]]) -> None:
+    """Says likewise of each point that has a video whether no other that has one is both faster and nearer by it.
+
+    Examples:
+        >>> points = [{"time": 1, "psnr": 20.0}, {"time": 2}, {"time": 3, "psnr": 19.0}, {"time": 3, "psnr": 30.0}]
+        >>> mark_video_front(points)
+        >>> [point.get("video_front") for point in points]
+        [True, None, False, True]
+    """
+    best = -float("inf")
+    filmed = [point for point in points if point.get("psnr") is not None]
+    for point in sorted(filmed, key=lambda point: (point["time"], -point["psnr"])):
+        point["video_front"] = point["psnr"] > best
+        best = max(best, point["psnr"])
 
 
 def command(config: TilesConfig, choice: Choice) -> str:

@@ -145,7 +145,7 @@ class TestErrors:
             ("svg(rows=0)", r"rows=0"),
             ("svg(rows=(1,-2))", r"svg: rows=\(1, -2\)"),
             ("svg2(top_p=0)", r"svg2: top_p=0 is not"),
-            ("svg2(min_keep=2)", r"svg2: min_keep=2 is not"),
+            ("svg2(min_keep=2)", r"svg2: min_keep=2 is not a number from 0 to 1"),
             ("svg2(iterations=0)", r"iterations=0"),
             ("sla(block=0)", r"block=0"),
             ("radial(keep=0.1, decay=0.2)", r"radial: keep=0.1 and decay=0.2 are both given; leave one out"),

@@ -12,7 +12,7 @@ from PIL import Image
 from monarch_jax import MonarchSpec
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
-from monarchrt.train.studies import maps, mass, tiles
+from monarchrt.train.studies import maps, mass, pictures, tiles
 from monarchrt.train.studies.approximations import (
     TOP_K,
     dense_map,
@@ -212,6 +212,7 @@ class TestCommands:
         assert first["density"] == pytest.approx(1 / 6 + 1 / 4)
         assert first["error"] > 0
         assert first["psnr"] > 5
+        assert (first["video_front"], "video_front" in second) == (True, False)
         with Image.open(tmp_path / "tiles.png") as picture:
             assert picture.width > 600
 
@@ -253,6 +254,36 @@ def test_what_a_video_begins_with_is_not_measured():
     assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / np.array([100, 400])).mean())
     assert found["latent_error"] == pytest.approx(np.sqrt(0.25 / 2))
     assert tiles.apart((frames, latents), (frames, latents)) == {"psnr": 100.0, "latent_error": 0.0}
+
+
+def test_both_fronts_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
+    """A setting that is behind by its layers' error and not by its video has its command too; the picture has a line
+    for each front, and names what is on it."""
+    errors, decibels = {"a": 0.4, "b": 0.5, "c": 0.2, "d": 0.3}, {"a": 20.0, "b": 26.0, "d": 25.0}
+    points = [
+        {"label": name, "time": place + 1.0, "density": 0.1, "error": error, "command": f"command {name}"}
+        | ({"psnr": decibels[name]} if name in decibels else {})
+        for place, (name, error) in enumerate(errors.items())
+    ]
+    tiles.mark_front(points)
+    tiles.mark_video_front(points)
+    monkeypatch.setattr(tiles, "study_tiles", lambda config: {"points": points, "unit": "unit"})
+    assert main(["study", "tiles", "--checkpoint", "run", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    rows = [line.strip("│").split("│") for line in (said.out + said.err).splitlines() if line.startswith("│")]
+    marks = {label.strip(): mark.strip() for mark, label, *_ in rows}
+    assert marks == {"a": "*+", "b": "+", "c": "*", "d": ""}
+    assert [word for word in said.err.split() if word in errors] == ["a", "b", "c"]
+    assert "+ likewise by the videos that there are. These make" in said.err
+    drawn = []
+    monkeypatch.setattr(pictures, "_saved", lambda figure, path: drawn.append(figure) or path)
+    pictures.draw_front(tmp_path / "a.png", points, unit="unit")
+    lines = [
+        [line.get_xydata().tolist() for line in axis.lines if line.get_label() == "Pareto front"]
+        for axis in drawn[0].axes
+    ]
+    assert lines == [[[[1, 0.4], [3, 0.2]]], [[[1, 20], [2, 26]]]]
+    assert [[text.get_text() for text in axis.texts] for axis in drawn[0].axes] == [["a", "c"], ["a", "b"]]
 
 
 def test_more_videos_than_the_front_has(tmp_path, monkeypatch):
