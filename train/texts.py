@@ -68,6 +68,7 @@ class Embeddings:
         from monarchrt.models.generate.load import find_components
         from monarchrt.models.generate.text import encode_once
         from monarchrt.models.processes.agreement import by_first, first
+        from monarchrt.models.processes.alike import listing, same, weight_files
 
         if config.components is None:
             raise UserError(
@@ -80,6 +81,7 @@ class Embeddings:
             raise UserError(f"components {config.components} has no text encoder or tokenizer")
         folder = config.text_cache or beside.with_name(f"{beside.name}.texts")
         different = list(dict.fromkeys(texts))
+        same("text encoders", lambda: listing([*weight_files(encoder), *weight_files(tokenizer)]))
 
         def encode(report: Callable[[str], None]) -> None:
             report(f"{len(different)} texts of {beside}; embeddings are in {folder}, those that are not yet are made")

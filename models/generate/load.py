@@ -31,6 +31,7 @@ from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.lora.merging import with_loras
 from monarchrt.models.processes.alike import listing, same, weight_files
+from monarchrt.models.processes.arrays import of_first
 from monarchrt.models.vae import TINY_FILES, load_tiny_vae, load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
@@ -193,7 +194,7 @@ def load_material(config: GenerateConfig) -> Material:
     """
     opened = open_checkpoint(config)
     if config.compare is None:
-        return opened.material(config)
+        return _inputs_of_first(opened.material(config))
     apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, lora=())
     if not Path(config.compare).is_file():  # a folder says its heads
         apart = dataclasses.replace(apart, num_heads=None, head_dim=None)
@@ -207,12 +208,21 @@ def load_material(config: GenerateConfig) -> Material:
             raise UserError(
                 f"compare {config.compare} has {name} {theirs}, and checkpoint {config.checkpoint} has {ours}"
             )
-    material = opened.material(config)
+    if isinstance(other, WanCheckpoint):
+        other.check_same(apart, what="weights to compare with")
+    material = _inputs_of_first(opened.material(config))
     check_attention(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
     decoder = material.pipeline.decoder
     find_places(apart, heads=other.sizes.num_heads)  # what does not fit is found here
     mesh = material.pipeline.mesh
     return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder, mesh=mesh))
+
+
+def _inputs_of_first(material: Material) -> Material:
+    """The same embeddings, first frames and noise in all processes that make the video."""
+    names = ("text", "negative", "initial", "noise")
+    read = {name: getattr(material, name) for name in names}
+    return dataclasses.replace(material, **of_first("embeddings, first frames and noise", read))
 
 
 def half_precision(config: GenerateConfig) -> str:
@@ -231,6 +241,11 @@ class WanCheckpoint:
     def sizes(self) -> WanConfig:
         """Of the network."""
         return self.source.config
+
+    def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
+        """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
+        with user_input():
+            same(what, lambda: listing([*weight_files(self.source.file.path), *lora_files(config)]))
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""
@@ -301,7 +316,7 @@ def load_wan(
         raise UserError("no prompt was given; say what the video shows, for example 'a cat on a wall'")
     with user_input():
         source.check()
-        same("weights", lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
+    opened.check_same(config)
     components = find_components(config, source.path)
     _tell_of_schedulers(source, report)
     for note in plan.notes:

@@ -211,6 +211,34 @@ def test_two_processes_stream_a_video_by_heads(start, tmp_path):
         assert job.wait() == [0], job.lines(0)
 
 
+def test_a_video_begins_with_what_the_first_process_reads(start, tmp_path):
+    """Noise, where the same name is another file elsewhere."""
+    folder = tmp_path / "run"
+    trained = start([*MESH, "--steps", "1", "--folder", str(folder)])
+    assert trained.wait() == [0, 0], [trained.lines(n) for n in (0, 1)]
+    for number in (0, 1):
+        (tmp_path / str(number)).mkdir()
+        noise = np.random.default_rng(number).standard_normal((6, 4, 8, 48)).astype(np.float32)
+        write_arrays(tmp_path / str(number) / "noise.safetensors", {"noise": noise}, metadata={})
+    command = ["generate", "--checkpoint", str(folder), "--mode", "autoregressive", "--frames", "6", "--steps", "2"]
+    command += ["--mesh", "heads=2"]
+    found: dict[str, np.ndarray] = {}
+    for name, places in (("one", ["0"]), ("two", ["0", "1"]), ("other", ["1"])):
+        job = start(
+            ["--condition", "none", "--noise", "noise.safetensors", "--out", str(tmp_path / f"{name}.mkv")],
+            processes=len(places) if len(places) > 1 else 0,
+            devices=2,
+            command=command,
+            begun_in=[tmp_path / place for place in places],
+        )
+        assert set(job.wait()) == {0}, [job.lines(n) for n in range(len(job.processes))]
+        with av.open(str(tmp_path / f"{name}.mkv"), mode="r") as container:
+            found[name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    np.testing.assert_array_equal(found["two"], found["one"])
+    for part in (slice(0, 8), slice(8, 16)):  # rows that either process has the tokens of
+        assert np.abs(found["other"].astype(int) - found["one"])[:, 10 * part.start : 10 * part.stop].max() > 50
+
+
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
 def test_one_that_has_no_room_for_its_part_of_a_checkpoint(start, tmp_path):
     """It ends, and the other, which would wait for it, is told why; then the run goes on."""
@@ -329,20 +357,24 @@ def test_a_process_that_reads_other_files(start, tmp_path, differs):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("differs", ["base", "style"])
-def test_a_video_of_processes_that_read_other_weights(start, tmp_path, differs):
+@pytest.mark.parametrize(
+    ("differs", "what"),
+    [("base", "weights"), ("style", "weights"), ("other", "weights to compare with")],
+)
+def test_a_video_of_processes_that_read_other_weights(start, tmp_path, differs, what):
     for process in (0, 1):
-        seeds = {name: process if name == differs else 0 for name in ("base", "style")}
+        seeds = {name: process if name == differs else 0 for name in ("base", "style", "other")}
         base = wan(seeds["base"])
         folder = save_checkpoint(base, tmp_path / str(process) / "base")
+        save_checkpoint(wan(7 + seeds["other"]), tmp_path / str(process) / "other")
         factors = Factors(np.full((2, 24), 1 + seeds["style"], np.float32), np.ones((24, 2), np.float32), alpha=2.0)
         write_lora(folder.parent / "style.safetensors", {"blocks.0.self_attn.q": factors})
     command = ["generate", "--checkpoint", "base", "--lora", "style.safetensors", "--prompt", "a cat"]
-    options = ["--mesh", "heads=2", "--out", str(tmp_path / "a.mp4")]
+    options = ["--mesh", "heads=2", "--out", str(tmp_path / "a.mp4"), *["--compare", "other"] * (differs == "other")]
     job = start(options, command=command, devices=2, begun_in=[tmp_path / "0", tmp_path / "1"])
     assert job.wait(200) == [2, 2]
     for number in (0, 1):
-        assert "process 1: its weights are not those of process 0" in job.lines(number)[-1]
+        assert f"process 1: its {what} are not those of process 0" in job.lines(number)[-1]
     assert not (tmp_path / "a.mp4").exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.places import find_places
+from tests.models.attention.test_split_arrays import BY_LISTS
 
 PROGRAM = """
 import sys
@@ -122,6 +123,13 @@ def test_every_way_to_share_the_work(mode, attention):
         "decoder_device:0",
         *["mesh:fsdp=2,heads=2/unroll_layers:yes"] * (mode == "autoregressive"),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["autoregressive", "bidirectional"])
+@pytest.mark.parametrize("attention", ["top_k(keep=0.3)", "vsa(keep=0.3, cube=(3,2,3))", *BY_LISTS])
+def test_kinds_that_leave_keys_out(mode, attention):
+    on_devices(mode, attention.replace("cube=(3,2,4)", "cube=(3,2,3)"), "mesh:fsdp=2,heads=2")
 
 
 def test_one_device_is_left_alone():
