@@ -220,7 +220,7 @@ def test_a_client_that_stops_reading(engine, video, monkeypatch):
 @pytest.mark.parametrize("kind", ["text", "control"])
 def test_who_says_very_much_is_heard_slowly(engine, kind, monkeypatch):
     """Or it would take the time of the others, who share a thread with it. Nothing of it is lost."""
-    monkeypatch.setattr("monarchrt.models.web.server.MESSAGES", 100)
+    monkeypatch.setattr("monarchrt.models.web.server.MESSAGES", 40)
     monkeypatch.setattr("monarchrt.models.web.server.AT_ONCE", 20)
 
     async def talk(client, server):
@@ -240,7 +240,7 @@ def test_who_says_very_much_is_heard_slowly(engine, kind, monkeypatch):
             return few, time.monotonic() - begin, len(answers)
 
     few, seconds, answers = against(engine, talk)
-    assert few < 0.5 < seconds
+    assert few < 1.3 < seconds
     assert answers == (1 if kind == "control" else 61)
 
 
