@@ -76,7 +76,12 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
             )
         return Places(decoder=decoder)
     own = [device for device in devices if device != decoder] or devices
-    shape = MeshShape.parse(config.mesh, devices=len(own))
+    try:
+        shape = MeshShape.parse(config.mesh, devices=len(own))
+    except UserError as error:
+        if len(own) == len(devices):
+            raise
+        raise UserError(f"{error}, since decoder_device {config.decoder_device} is none of the mesh") from error
     shape.check_one_clip()
     shape.check_heads(heads)
     here = [device for device in own if device.process_index == jax.process_index()]
