@@ -107,7 +107,8 @@ def _forward(
     from monarchrt.pallas_kernels.sm90.forward import forward as run
 
     _, tiles, rows, cols, _, dim = q.shape
-    config = tuning.forward(rows, cols, dim, few=tiles < k.shape[1], e4m3=problem.intermediates == "e4m3")
+    few, e4m3 = tiles < k.shape[1], problem.intermediates == "e4m3"
+    config = tuning.forward(rows, cols, dim, few=few, e4m3=e4m3, masked=problem.masked)
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit

@@ -170,6 +170,16 @@ def synchronise() -> None:
     run()
 
 
+def together() -> None:
+    """Waits until all threads of the warpgroup are here."""
+
+    @_inline()
+    def run():
+        utils.warpgroup_barrier()
+
+    run()
+
+
 def initialise(barriers: Ref, counts: Sequence[int]) -> None:
     """Sets barrier n to complete at counts[n] arrivals; for the whole block, before `synchronise`."""
 

@@ -455,6 +455,7 @@ class FusedConfig:
         columns: Columns j that a block sums: 4 with 16 blocks; 8, or 7 for less to the busiest block, with 8.
         resident: Whether a block takes the key rows with one k after another, whose query row it then loads once.
         overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums.
+            With the wait of its warps for each other that this needs, no card has run it.
     """
 
     clusters: int = 0

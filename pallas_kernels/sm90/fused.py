@@ -411,8 +411,14 @@ class _Block:
                 wait_free(3)
             else:  # before the slot can be filled twice more
                 pl.when(t < last)(lambda: plgpu.barrier_wait(self.key_full.at[lax.rem(t + 1, KEY_SLOTS)]))
-                plgpu.barrier_arrive(self.key_free.at[slot])
+                self.finished(self.key_free.at[slot])
             cluster.send(passed, STAGES + stage, self.y_bytes, block, owners, made, slab=n, **to)
+
+    def finished(self, free: Ref) -> None:
+        """Gives back what products have read. A product's wait ends per warp, and one may be far behind the first."""
+        if self.form.overlap:
+            cluster.together()
+        plgpu.barrier_arrive(free)
 
     def probabilities(
         self, mine: Index, slot: Index, done: "jax.Array | bool"
@@ -434,7 +440,7 @@ class _Block:
             return acc[...]
 
         s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
-        pl.when(done)(lambda: plgpu.barrier_arrive(self.q_free.at[mine]))
+        pl.when(done)(lambda: self.finished(self.q_free.at[mine]))
         if width != cols:
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 1, layout=layout) + (width - 8)
             end = jnp.where(columns < cols, s[:, width - 8 :], -1e30)

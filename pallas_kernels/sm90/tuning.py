@@ -14,25 +14,29 @@ FOLDER = pathlib.Path(__file__).parents[1] / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many
 
 
-def shape_key(rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False) -> str:
-    """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache; `e4m3` as in `forward`.
+def shape_key(rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False, masked: bool = False) -> str:
+    """Key of an entry; `few` are fewer query tiles than key tiles, as with a KV cache; `e4m3` as in `forward`;
+    `masked` where query tiles may see fewer key tiles than there are.
 
     Examples:
         >>> shape_key(30, 52, 128, few=True)
         'b1=30 b2=52 dim=128 few'
     """
-    return f"b1={rows} b2={cols} dim={dim}" + " few" * few + " e4m3" * e4m3
+    return f"b1={rows} b2={cols} dim={dim}" + " few" * few + " e4m3" * e4m3 + " masked" * masked
 
 
-def forward(rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False) -> ForwardConfig | None:
+def forward(
+    rows: int, cols: int, dim: int, *, few: bool = False, e4m3: bool = False, masked: bool = False
+) -> ForwardConfig | None:
     """The forward pass's sizes for the local card, or for an H200 where there is none; None when nothing fits.
 
-    An entry for few query tiles stands instead of the shape's. With `e4m3`, alpha and Y are stored in 8 bits.
+    An entry for few query tiles or for masked calls stands instead of the shape's. With `e4m3`, alpha and Y are stored
+    in 8 bits.
     """
     config = forward_config(rows, cols, dim, e4m3=e4m3)
     keys = [shape_key(rows, cols, dim, few=x) for x in ((True, False) if few else (False,))]
     if not e4m3:
-        return _choose(config, "forward", *keys)
+        return _choose(config, "forward", *(key + " masked" for key in keys if masked), *keys)
     config = _choose(config, "forward", *keys, only=("right",))  # what was measured of stage 1 with 16 bits
     return _choose(config, "forward", *(shape_key(rows, cols, dim, few=" few" in key, e4m3=True) for key in keys))
 

@@ -102,6 +102,7 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
     entry = {"forward": {"chunk_bytes": 2**20, "left": {"stages": 2}}, "backward": {"keys": {"stages": 2}}}
     few = {"forward": {"left": {"stages": 1}}}
     entries = {tuning.shape_key(30, 52, 128): entry, tuning.shape_key(30, 52, 128, few=True): few}
+    entries[tuning.shape_key(30, 52, 128, masked=True)] = {"forward": {"chunk_bytes": 2**21}}
     (tmp_path / "NVIDIA_H200.json").write_text(json.dumps(entries))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning._entries.cache_clear()
@@ -112,6 +113,9 @@ def test_tuned_sizes_come_before_the_heuristics(monkeypatch, tmp_path):
     assert there(tuning.backward(30, 52, 128)).keys.stages == 2
     decode = there(tuning.forward(30, 52, 128, few=True))
     assert (decode.left.stages, decode.chunk_bytes) == (1, ForwardConfig.chunk_bytes)
+    assert there(tuning.forward(30, 52, 128, masked=True)).chunk_bytes == 2**21
+    assert there(tuning.forward(30, 52, 128, few=True, masked=True)).chunk_bytes == 2**21
+    assert tuning.forward(45, 80, 128, few=True, masked=True) == forward_config(45, 80, 128)
     assert tuning.forward(45, 80, 128, few=True) == forward_config(45, 80, 128)
     assert tuning.forward(45, 80, 128) == forward_config(45, 80, 128)
     tuning._entries.cache_clear()
@@ -134,10 +138,33 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
         tuning.changed(measured, {"fused": {"blocks": 8}})
 
 
+def test_clusters_of_8_are_for_calls_without_masks():
+    """A card has run them without masks alone."""
+    plain, masked = (there(tuning.forward(15, 52, 128, few=True, masked=x)).fused for x in (False, True))
+    assert (plain.blocks, plain.clusters) == (8, 15)
+    assert (masked.blocks, masked.clusters) == (16, 7)
+    ran = []
+    problem = Problem(scale=1.0, masked=True)
+    x = jax.ShapeDtypeStruct((1, 2, 15, 52, 1, 128), jnp.bfloat16)
+    original = tuning.forward
+
+    def forward(*args, **options):
+        ran.append(options["masked"])
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "forward", forward)
+        seen = jax.ShapeDtypeStruct((2,), jnp.int32)
+        jax.eval_shape(lambda *a: pallas_kernels.forward(problem, *a), x, x, x, seen)
+    assert ran == [True]
+
+
 def test_tuned_files_fit_a_block():
     for path in tuning.FOLDER.glob("*.json"):
         for key, entry in json.loads(path.read_text()).items():
-            rows, cols, dim = (int(x.partition("=")[2]) for x in key.removesuffix(" few").split())
+            rows, cols, dim = (
+                int(x.partition("=")[2]) for x in key.removesuffix(" masked").removesuffix(" few").split()
+            )
             forward = tuning.changed(forward_config(rows, cols, dim), entry.get("forward", {}))
             backward = tuning.changed(backward_config(rows, cols, dim), entry.get("backward", {}))
             assert forward.right.shared_memory(cols, dim) <= SHARED_MEMORY
