@@ -1,4 +1,4 @@
-"""Faults of passes over rows of tokens and over pixels, which `faults.py` has among its own."""
+"""Faults of passes over rows of tokens and over pixels, and of clusters, which `faults.py` has among its own."""
 
 from tests.mutants.fault import Fault
 
@@ -6,6 +6,8 @@ ROWS = ("tests/kernels/test_rows.py",)
 CONVOLUTION = ("tests/kernels/test_convolution.py",)
 PIXELS = ("tests/kernels/test_pixels.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
+CLUSTER = ("tests/kernels/test_cluster.py",)
+MOSAIC = ("tests/kernels/test_mosaic.py",)
 
 PASSES = (
     # layers apart, each with its own cache
@@ -44,4 +46,17 @@ PASSES = (
     ),
     Fault("models/vae/causal.py", "or 0) != 9", "or 0) < 9", PIXELS, "where_they_serve"),
     Fault("models/wan/passes.py", "or 0) != 9", "or 0) < 9", ROWS, "default"),
+    # the kernel whose clusters exchange alpha and Y
+    Fault("pallas_kernels/sm90/cluster.py", "-(-256 // form.columns)", "256 // form.columns", CLUSTER, "sent"),
+    Fault(
+        "pallas_kernels/sm90/cluster.py", "_times(_part(column, 0, bits), form", "_times(column, form", CLUSTER, "sent"
+    ),
+    Fault("pallas_kernels/sm90/cluster.py", "_times(column, 4 * depth)", "_times(column, 4)", CLUSTER, "logits"),
+    Fault("pallas_kernels/sm90/fused.py", "(j < 0) | (j >= steps) | other", "(j < 0) | other", CLUSTER, "key_row"),
+    Fault(
+        "pallas_kernels/sm90/fused.py", "c * rows + k, k, n < limit", "c * rows + k, c, n < limit", CLUSTER, "key_row"
+    ),
+    Fault(
+        "pallas_kernels/sm90/tuning.py", "for key in keys if masked)", "for key in keys if not masked)", MOSAIC, "masks"
+    ),
 )
