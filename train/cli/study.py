@@ -40,7 +40,13 @@ def study_command(arguments: Sequence[str]) -> int:
         raise UserError(f"study {kind!r} is unknown; choose from {', '.join(_KINDS)}")
     config_class, description, run = _KINDS[kind]
     config = parse(config_class, rest, prog=f"monarchrt study {kind}", description=description)
-    run(config)
+    was_there = config.out.exists()
+    try:
+        run(config)
+    except UserError:  # nothing is left of what could not begin
+        if not was_there and config.out.is_dir() and not any(config.out.iterdir()):
+            config.out.rmdir()
+        raise
     return 0
 
 
@@ -76,6 +82,9 @@ def _tiles(config: TilesConfig) -> None:
         shown = (mark, point["label"], f"{point['density']:.1%}", f"{point['time']:.3g}", f"{point['error']:.3f}", psnr)
         rows.append(shown)
     print_table(["", "tile", "density", "time", "error", "video"], rows)
+    for point in result["points"]:
+        if "no_video" in point:
+            say(f"{point['label']} made no video: {point['no_video']}")
     filmed = any("video_front" in point for point in result["points"])
     likewise = "; + likewise by the videos that there are" if filmed else ""
     say(f"time: {result['unit']}; * none is both faster and nearer to dense attention{likewise}. These make videos so:")

@@ -262,7 +262,7 @@ def test_both_fronts_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
     errors, decibels = {"a": 0.4, "b": 0.5, "c": 0.2, "d": 0.3}, {"a": 20.0, "b": 26.0, "d": 25.0}
     points = [
         {"label": name, "time": place + 1.0, "density": 0.1, "error": error, "command": f"command {name}"}
-        | ({"psnr": decibels[name]} if name in decibels else {})
+        | ({"psnr": decibels[name]} if name in decibels else {"no_video": "why not"})
         for place, (name, error) in enumerate(errors.items())
     ]
     tiles.mark_front(points)
@@ -273,7 +273,8 @@ def test_both_fronts_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
     rows = [line.strip("│").split("│") for line in (said.out + said.err).splitlines() if line.startswith("│")]
     marks = {label.strip(): mark.strip() for mark, label, *_ in rows}
     assert marks == {"a": "*+", "b": "+", "c": "*", "d": ""}
-    assert [word for word in said.err.split() if word in errors] == ["a", "b", "c"]
+    assert [line.split()[-1] for line in said.err.splitlines() if "command" in line] == ["a", "b", "c"]
+    assert "c made no video: why not" in said.err
     assert "+ likewise by the videos that there are. These make" in said.err
     drawn = []
     monkeypatch.setattr(pictures, "_saved", lambda figure, path: drawn.append(figure) or path)
@@ -382,6 +383,7 @@ class TestPartial:
 def test_bad_input(words, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["study", *words.split()]) == 2
+    assert not list(tmp_path.iterdir())
     if says is not None:
         error = capsys.readouterr().err
         assert says in error
