@@ -331,6 +331,18 @@ def test_captions_of_an_lmdb(start, wan_folder, tmp_path):
     found, expected = numbers(tmp_path / "split"), numbers(tmp_path / "whole")
     for row, right in zip(found, expected, strict=True):
         assert row == pytest.approx(right, rel=2e-5)
+    places = [tmp_path / "0", tmp_path / "1"]
+    for place in places:
+        shutil.copytree(wan_folder, place / "parts")
+    weights = places[1] / "parts" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    command[command.index("--components") + 1] = "parts"
+    texts = ["--text-cache", str(tmp_path / "other.texts"), "--folder", str(tmp_path / "other")]
+    job = start(texts, command=command, begun_in=places)
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        assert "process 1: its text encoders are not those of process 0" in job.lines(number)[-1]
+    assert not (tmp_path / "other.texts").exists()
 
 
 @pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])

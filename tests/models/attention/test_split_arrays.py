@@ -34,43 +34,47 @@ def program(attention, causal_block):
 
     return jax.jit(run), params
 
-for text in sys.argv[1:]:
-    for causal_block in (None, 3) if len(sys.argv) > 3 else (3,):
-        run, params = program(parse(text), causal_block)
-        rest = params, np.int32(1)
-        right = run(*numbers, inputs, *rest)
-        for kind in AxisType.Auto, AxisType.Explicit:
-            mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(kind,) * 2)
-            for spec in P("data", None, "heads"), P(None, "heads"):
-                split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in numbers]
-                with jax.set_mesh(mesh):
-                    found = run(*split, jax.device_put(inputs, NamedSharding(mesh, P("data"))), *rest)
-                for x, y in zip(found, right, strict=True):
-                    np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5, err_msg=f"{text} {kind} {spec}")
-                if kind == AxisType.Explicit:
-                    assert jax.typeof(found[0]).sharding.spec == jax.typeof(split[0]).sharding.spec
+text, some = sys.argv[1], len(sys.argv) > 2
+for causal_block in (3,) if some else (None, 3):
+    run, params = program(parse(text), causal_block)
+    rest = params, np.int32(1)
+    right = run(*numbers, inputs, *rest)
+    for kind in (AxisType.Explicit,) if some else (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(kind,) * 2)
+        for spec in (P(None, "heads"),) if some else (P("data", None, "heads"), P(None, "heads")):
+            split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in numbers]
+            with jax.set_mesh(mesh):
+                found = run(*split, jax.device_put(inputs, NamedSharding(mesh, P("data"))), *rest)
+            for x, y in zip(found, right, strict=True):
+                np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5, err_msg=f"{text} {kind} {spec}")
+            if kind == AxisType.Explicit:
+                assert jax.typeof(found[0]).sharding.spec == jax.typeof(split[0]).sharding.spec
 print("all right")
 """
+FITTING = [text.replace("cube=(3,2,4)", "cube=(3,2,3)") for text in KINDS]  # a grid of (6, 4, 6)
 LISTED = ("svg(", "radial(", "sliding_tile(", "vsa(", "sla(")
-BY_LISTS = tuple(f"{text[:-1]}, implementation=xla)" for text in KINDS if text.startswith(LISTED))
+BY_LISTS = [f"{text[:-1]}, implementation=xla)" for text in FITTING if text.startswith(LISTED)]
+QUICK = "vsa(keep=0.3, cube=(3,2,3), implementation=xla)"  # lists that depend on data, a gate
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ("vsa(keep=0.3, cube=(3,2,3), implementation=xla)",),  # lists that depend on data, a gate
-        pytest.param(("dense", "monarch(tile=(3,4,6))", *KINDS, *BY_LISTS), marks=pytest.mark.slow),
-    ],
-    ids=len,
-)
-def test_right_however_arrays_are_split(texts):
-    """Along batch and heads, or along tokens, which are gathered."""
+def run_on_devices(*arguments: str) -> None:
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    texts = [text.replace("cube=(3,2,4)", "cube=(3,2,3)") for text in texts]  # on a grid of (6, 4, 6)
-    command = [sys.executable, "-c", PROGRAM, *texts]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "all right"
+
+
+def test_split_along_tokens():
+    """On explicit axes, which JAX has no rule for in most of what a kind does."""
+    run_on_devices(QUICK, "some")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["dense", "monarch(tile=(3,4,6))", *FITTING, *BY_LISTS])
+def test_right_however_arrays_are_split(text):
+    """Along batch and heads, or along tokens, which are gathered."""
+    run_on_devices(text)
