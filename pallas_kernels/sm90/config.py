@@ -495,6 +495,15 @@ class FusedConfig:
         """Whether columns' rows fit their share of a product, all columns the cluster's blocks, and D two slabs."""
         return rows <= self.rows and cols <= self.blocks * self.columns and dim == 2 * SLAB
 
+    def check(self, rows: int, cols: int, dim: int) -> None:
+        """Raises where these clusters are asked for and cannot serve tiles of rows x cols."""
+        if self.clusters and not self.serves(rows, cols, dim):
+            raise ValueError(
+                f"clusters={self.clusters} with blocks={self.blocks}, columns={self.columns} are for tiles of up to "
+                f"{self.rows} x {self.blocks * self.columns} and head_dim={2 * SLAB}, not {rows} x {cols} and {dim}; "
+                f"clusters=0 is for two kernels."
+            )
+
     @staticmethod
     def shared_memory() -> int:
         """Bytes a block uses: two Q of columns, two of rows, three pairs of key and value rows; alpha and Y twice."""

@@ -161,10 +161,14 @@ def forward(
 
     Returns:
         out [B, A, b1, b2, H, D], lse [B, A, b1, b2, H] in float32, and if wanted alpha, Y and c_L as `right_role` says.
+
+    Raises:
+        ValueError: If the sizes have clusters that cannot serve these tiles.
     """
     batch, tiles, rows, cols, heads, dim = q.shape
     limits = tiles_seen(visible, k.shape[1], masked) * rows
-    if config.fused.clusters and config.fused.serves(rows, cols, dim) and not keep:
+    config.fused.check(rows, cols, dim)
+    if config.fused.clusters and not keep:
         from monarchrt.pallas_kernels.sm90.fused import fused
 
         return *fused(q, k, v, limits, scale=scale, masked=masked, config=config.fused), None

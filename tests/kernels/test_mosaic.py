@@ -138,6 +138,14 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
         tuning.changed(measured, {"fused": {"blocks": 8}})
 
 
+def test_clusters_that_cannot_serve_a_tile_are_refused():
+    """Two kernels would run instead, and be timed as if they were one."""
+    x, seen = jax.ShapeDtypeStruct((1, 2, 30, 52, 1, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    config = tuning.changed(forward_config(30, 52, 128), {"fused": dict(clusters=15, blocks=8, columns=8)})
+    with pytest.raises(ValueError, match="columns=8 are for tiles of up to 16 x 64 and head_dim=128, not 30 x 52"):
+        jax.eval_shape(lambda *a: forward(*a, scale=1.0, masked=False, config=config), x, x, x, seen)
+
+
 def test_clusters_of_8_are_for_calls_without_masks():
     """A card has run them without masks alone."""
     plain, masked = (there(tuning.forward(15, 52, 128, few=True, masked=x)).fused for x in (False, True))
