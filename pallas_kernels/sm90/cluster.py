@@ -170,16 +170,6 @@ def synchronise() -> None:
     run()
 
 
-def together() -> None:
-    """Waits until all threads of the warpgroup are here."""
-
-    @_inline()
-    def run():
-        utils.warpgroup_barrier()
-
-    run()
-
-
 def initialise(barriers: Ref, counts: Sequence[int]) -> None:
     """Sets barrier n to complete at counts[n] arrivals; for the whole block, before `synchronise`."""
 
@@ -381,20 +371,19 @@ def start_product(p: Float[Array, "64 64"], keys: Ref, at: Index) -> Float32[Arr
         count, steps = 32, 4
         kind = "f16" if isinstance(p.mlir_dtype, ir.F16Type) else "bf16"
         results = ",".join(f"${n}" for n in range(count))
-        text = "{ .reg .pred none, all; .reg .b64 d; setp.ne.b32 none, 0, 0; setp.eq.b32 all, 0, 0; "
-        text += "wgmma.fence.sync.aligned; "
+        text = (
+            "{ .reg .pred no, yes; .reg .b64 d; setp.ne.b32 no, 0, 0; setp.eq.b32 yes, 0, 0; wgmma.fence.sync.aligned; "
+        )
         for n in range(steps):
             factors = ",".join(f"${count + 4 * n + m}" for m in range(4))
             text += f"add.s64 d, ${count + 4 * steps}, {n * (16 * LINE >> 4)}; "
             text += f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{results}}}, {{{factors}}}, d, "
-            text += f"{'all' if n else 'none'}, 1, 1, 1; "
+            text += f"{'yes' if n else 'no'}, 1, 1, 1; "
         text += "wgmma.commit_group.sync.aligned; }"
         constraints = ",".join(["=&f"] * count + ["r"] * (4 * steps) + ["l"])
-        factors = [*_registers(p, range(4 * steps)), descriptor]
-        result = llvm.StructType.get_literal([f32] * count)
+        factors, result = [*_registers(p, range(4 * steps)), descriptor], llvm.StructType.get_literal([f32] * count)
         made = _unpack(_ptx(text, *factors, constraints=constraints, result=result), count, f32)
-        two = ir.VectorType.get((2,), f32)
-        pairs = [vector.from_elements(two, made[n : n + 2]) for n in range(0, count, 2)]
+        pairs = [vector.from_elements(ir.VectorType.get((2,), f32), made[n : n + 2]) for n in range(0, count, 2)]
         lead, _, *rest = p.registers.shape
         return _array(pairs, p, (lead, 8, *rest))
 
@@ -462,9 +451,9 @@ def _column(together: int) -> ir.Value:
 
 def _chosen(among: Sequence[ir.Value], n: ir.Value) -> ir.Value:
     """The n-th, by selects."""
-    found = among[-1]
-    for m in reversed(range(len(among) - 1)):
-        found = arith.select(arith.cmpi(arith.CmpIPredicate.eq, n, _constant(m)), among[m], found)
+    found = among[0]
+    for m, x in enumerate(among[1:], 1):
+        found = arith.select(arith.cmpi(arith.CmpIPredicate.eq, n, _constant(m)), x, found)
     return found
 
 
@@ -484,21 +473,19 @@ def logits(
         [64, 32 / together] float32.
     """
     depth = CLUSTER_VECTORS // together
-    shape = (ROWS, depth)
 
-    @_inline(LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct(shape, jnp.float32, LAYOUT))
+    @_inline(LAYOUT, REF, INT, returns=plgpu.ShapeDtypeStruct((ROWS, depth), jnp.float32, LAYOUT))
     def run(products, entropies, at):
         column = _column(together)
-        parts = _times(_part(_thread(), 0, 2), 8)
-        base = _add(_address(entropies), _scalar(at), _times(column, 4 * depth), parts)
+        base = _add(_address(entropies), _scalar(at), _times(column, 4 * depth), _times(_part(_thread(), 0, 2), 8))
         f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
         pair = llvm.StructType.get_literal([f32] * 2)
         factor = vector.broadcast(two, _float(scale))
         x, made = products.registers.flat, []
         for n in range(depth // 8):
-            load = "ld.shared.v2.f32 {$0, $1}, [$2];"
-            c = _ptx(load, _add(base, _constant(32 * n)), constraints="=f,=f,r,~{memory}", result=pair)
+            place, load = _add(base, _constant(32 * n)), "ld.shared.v2.f32 {$0, $1}, [$2];"
+            c = _ptx(load, place, constraints="=f,=f,r,~{memory}", result=pair)
             c = vector.from_elements(two, _unpack(c, 2, f32))
             for half in range(2):
                 mine = _chosen([x[2 * (m * depth // 8 + n) + half] for m in range(together)], column)

@@ -417,7 +417,7 @@ class _Block:
     def finished(self, free: Ref) -> None:
         """Gives back what products have read. A product's wait ends per warp, and one may be far behind the first."""
         if self.form.overlap:
-            cluster.together()
+            plgpu.commit_smem()  # waits for all warps
         plgpu.barrier_arrive(free)
 
     def probabilities(
