@@ -419,6 +419,7 @@ class _Run:
         if restored is not None:
             return restored, notes
         state = self.networks.start()
+        all_agree("start", None)  # they read for unlike times, and collectives of CPUs wait for half a minute at most
         self.networks.check_finite(state)
         return state, notes
 

@@ -51,14 +51,17 @@ class Job:
         environment: dict[str, str],
         begun_in: list[Path] | None = None,
         file_sizes: list[int | None] | None = None,
+        programs: list[list[str]] | None = None,
     ):
         self.outputs = [folder / f"{number}.txt" for number in range(len(commands))]
         self.processes = []
         none = [None] * len(commands)
-        for command, path, cwd, size in zip(commands, self.outputs, begun_in or none, file_sizes or none, strict=True):
+        programs = programs or [["-m", "monarchrt"]] * len(commands)
+        others = begun_in or none, file_sizes or none, programs
+        for command, path, cwd, size, program in zip(commands, self.outputs, *others, strict=True):
             limit = [] if size is None else ["prlimit", f"--fsize={size}"]
             with path.open("wb") as file:
-                arguments = [*limit, sys.executable, "-m", "monarchrt", *command]
+                arguments = [*limit, sys.executable, *program, *command]
                 self.processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment, cwd=cwd))
 
     def wait(self, seconds: float = 600) -> list[int]:
@@ -85,6 +88,7 @@ def start(tmp_path, environment, clip):
         command: list[str] | None = None,
         begun_in: list[Path] | None = None,
         file_sizes: list[int | None] | None = None,
+        programs: list[list[str]] | None = None,
     ) -> Job:
         devices = devices // max(processes, 1)
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
@@ -98,7 +102,7 @@ def start(tmp_path, environment, clip):
             own += more
         folder = tmp_path / f"job{len(jobs)}"
         folder.mkdir()
-        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}, begun_in, file_sizes))
+        jobs.append(Job(folder, commands, environment | {"XLA_FLAGS": flags}, begun_in, file_sizes, programs))
         return jobs[-1]
 
     yield run
@@ -343,6 +347,22 @@ def test_captions_of_an_lmdb(start, wan_folder, tmp_path):
     for number in (0, 1):
         assert "process 1: its text encoders are not those of process 0" in job.lines(number)[-1]
     assert not (tmp_path / "other.texts").exists()
+
+
+LATE = """
+import runpy, time
+from monarchrt.train.networks import Networks
+start = Networks.start
+Networks.start = lambda self: (time.sleep(40), start(self))[1]
+runpy.run_module("monarchrt", run_name="__main__")
+"""
+
+
+def test_one_that_reads_weights_for_longer(start, tmp_path):
+    """The other waits for it: the first collective of CPUs would not, for more than 30 seconds."""
+    options = [*MESH, "--steps", "1", "--folder", str(tmp_path / "run")]
+    job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE]])
+    assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
 
 
 @pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])
