@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from monarchrt.models.compiling import TRAINING
+from monarchrt.models.compiling import training_options
 from monarchrt.train.data import Batch
 from monarchrt.train.gradients import gradient_norms
 from monarchrt.train.objectives.base import Metrics, Objective, average_of
@@ -114,7 +114,8 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=TRAINING, **places)
+    options = training_options() if shardings is None else _options_on(_everywhere(shardings).mesh)
+    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
 
 
 def networks_of(
@@ -173,6 +174,10 @@ def mesh_of(shardings: TrainState | None) -> AbstractMesh:
 
 def _everywhere(shardings: TrainState) -> NamedSharding:
     return NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+
+
+def _options_on(mesh: Any) -> dict[str, Any]:
+    return training_options(list(mesh.devices.flat), heads=mesh.shape.get("heads", 1))
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:

@@ -1,6 +1,7 @@
 """The notation of meshes, what it refuses, and what the rules make of it."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mes
 from monarchrt import triton_kernels
 from monarchrt.models.attention.base import CacheShape
 from monarchrt.models.attention.notation import parse
+from monarchrt.models.compiling import TRAINING, training_options
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
 from monarchrt.models.sharding import no_whole_weights, partition, weight_spec, whole
@@ -111,6 +113,20 @@ def test_tokens_that_are_added():
     x = jnp.arange(24.0).reshape(1, 3, 4, 2)
     np.testing.assert_array_equal(join_frames(x), x.reshape(1, 1, 12, 2))
     np.testing.assert_array_equal(join_frames(x[0]), x.reshape(1, 12, 2))
+
+
+def test_halves_are_copied_where_that_was_measured():
+    """Between two Hopper GPUs of one process."""
+
+    def copied(heads: int, capability: str, processes: int = 1) -> bool:
+        devices = [SimpleNamespace(compute_capability=capability, process_index=n % processes) for n in range(4)]
+        options = training_options(devices, heads=heads)
+        assert options.items() >= TRAINING.items()
+        return options.get("xla_gpu_collective_permute_mode") == "COLLECTIVES_PEER_MEMORY"
+
+    assert copied(2, "9.0")
+    assert not any((copied(4, "9.0"), copied(1, "9.0"), copied(2, "8.9"), copied(2, "10.0"), copied(2, "9.0", 2)))
+    assert training_options(jax.devices(), heads=2) == TRAINING
 
 
 def test_nothing_is_split_without_a_mesh():

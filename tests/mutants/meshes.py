@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 
 MESH = ("tests/models/test_mesh.py",)
+TRAINS = ("tests/train/test_sharding.py",)
 
 MESHES = (
     Fault("models/sharding.py", "not any(map(_gathers, steps)) and any", "any", MESH, "residuals"),
@@ -28,4 +29,7 @@ MESHES = (
         ("tests/models/attention/test_split_arrays.py",),
     ),
     Fault("models/sharding.py", "if mesh.size == 1:", "if not axes:", MESH, "address"),
+    Fault("models/wan/tokens.py", "[own, got, own]", "[got, own, got]", TRAINS, "gradients"),
+    Fault("models/wan/tokens.py", "_moved(gradient, not to_heads)", "gradient", TRAINS, "gradients"),
+    Fault("models/compiling.py", "or len({device.process", "or not len({device.process", MESH, "halves"),
 )

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental import topologies
 from monarchrt.models.mesh import MeshShape
 from monarchrt.models.sharding import partition
-from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan import WanModel, layers, wan_config
 from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -24,6 +24,7 @@ from monarchrt.train.sharding import Placement
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 
+layers.HIDDEN_BYTES = 2**20  # as of a large clip, which goes by groups of frames
 config = wan_config("tiny", dim=384, ffn_dim=1024, num_heads=3, num_layers=3, dtype="bfloat16", remat=sys.argv[1])
 mesh = MeshShape.parse(sys.argv[2])
 training = make_training(OptimizerConfig(ema_decay=None), updates=1)

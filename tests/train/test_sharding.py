@@ -218,9 +218,10 @@ for mesh in meshes:
         if x.kind == "all-gather":  # of matrices; neither of vectors nor of activations
             gathered = {tuple(n for n in shape if n != 1) for shape in x.shapes}
             assert gathered <= weights and all(len(shape) == 2 for shape in gathered), x
-    kinds = ("all-gather", "all-reduce", "all-to-all")
-    counts = [sum(x.times for x in exchanged if x.kind == kind) for kind in kinds]
-    print(mesh, *counts, *parts, flush=True)
+    counts = [sum(x.times for x in exchanged if x.kind == kind) for kind in ("all-gather", "all-reduce")]
+    halves = [x.kind == "collective-permute" and x.shapes[0][-2:] == (2, 24) for x in exchanged]  # of 4 heads
+    sent = sum(x.times for x, half in zip(exchanged, halves, strict=True) if half or x.kind == "all-to-all")
+    print(mesh, *counts, sent, *parts, flush=True)
 """
 MATRICES = 10  # of a block: four projections of each attention, two of the feed-forward
 
@@ -248,7 +249,7 @@ def test_a_mesh_has_the_gradients_of_one_device(environment):
     assert parts == [1.0, 0.5]  # vectors are whole everywhere
     assert gathers <= 2 * (2 * MATRICES) + 8
     assert reduces < 40
-    # q, k and v together, and the output, of 2 layers, in the forward pass, its repetition and the backward pass
+    # halves of q, k and v together, and of the output, of 2 layers, forward, again, and backward
     assert exchanges == 2 * 2 * 3
 
 
