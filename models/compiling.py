@@ -1,5 +1,6 @@
 """How XLA compiles the programs of large networks."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def training_options(devices: Sequence[Any] = (), *, heads: int = 1) -> dict[str
 
     Hopper GPUs of one process copy them, which takes none of the multiprocessors that products hold: a training clip of
     Wan 1.3B on two H200s takes 485 ms, with all-to-alls by NCCL's kernels 500. No other GPUs were tried, and XLA
-    refuses it between processes.
+    refuses it between processes. A mode that `XLA_FLAGS` names is left as it is.
 
     Args:
         devices: Those of the mesh.
@@ -28,7 +29,8 @@ def training_options(devices: Sequence[Any] = (), *, heads: int = 1) -> dict[str
         >>> training_options() == TRAINING
         True
     """
+    chosen = "xla_gpu_collective_permute_mode" in os.environ.get("XLA_FLAGS", "")
     hopper = all(str(getattr(device, "compute_capability", "")).startswith("9.") for device in devices)
-    if heads != 2 or not hopper or len({device.process_index for device in devices}) != 1:
+    if heads != 2 or chosen or not hopper or len({device.process_index for device in devices}) != 1:
         return dict(TRAINING)
     return TRAINING | {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}

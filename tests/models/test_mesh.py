@@ -115,8 +115,8 @@ def test_tokens_that_are_added():
     np.testing.assert_array_equal(join_frames(x[0]), x.reshape(1, 12, 2))
 
 
-def test_halves_are_copied_where_that_was_measured():
-    """Between two Hopper GPUs of one process."""
+def test_halves_are_copied_where_that_was_measured(monkeypatch):
+    """Between two Hopper GPUs of one process, if the user has not said how."""
 
     def copied(heads: int, capability: str, processes: int = 1) -> bool:
         devices = [SimpleNamespace(compute_capability=capability, process_index=n % processes) for n in range(4)]
@@ -127,6 +127,8 @@ def test_halves_are_copied_where_that_was_measured():
     assert copied(2, "9.0")
     assert not any((copied(4, "9.0"), copied(1, "9.0"), copied(2, "8.9"), copied(2, "10.0"), copied(2, "9.0", 2)))
     assert training_options(jax.devices(), heads=2) == TRAINING
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_collective_permute_mode=COLLECTIVES_PRIVATE_MEMORY")
+    assert not copied(2, "9.0")
 
 
 def test_nothing_is_split_without_a_mesh():
