@@ -249,8 +249,6 @@ FAULTS = (
         "wherever_tiles_begin",
     ),
     Fault("models/attention/sliding_tile.py", "+ first % depth) //", "+ 0) //", LISTED, "wherever_tiles_begin"),
-    Fault("models/attention/listed.py", "if x.shape[:2] == (1, 1)", "if x.shape[0] == 1", LISTED, "heads_first"),
-    Fault("models/attention/listed.py", "self.queries.undo(jnp.moveaxis(", "(jnp.moveaxis(", LISTED, "heads_first"),
     Fault("models/attention/listed.py", "mask.key_starts + first", "mask.key_starts", LISTED, "read_where_they_lie"),
     Fault("models/attention/masked.py", "(layer, jnp.int32) * keys", "(layer, jnp.int32) * 0", LISTED, "read_where"),
     Fault("models/attention/masked.py", "transpose(0, 2, 4, 1, 3, 5)", "ravel()", LISTED, "wherever"),
