@@ -155,6 +155,11 @@ void run(const char* kv, size_t kv_bytes, int piece, float* out) {
 }
 
 int main() {
+  int gpus = 0;
+  if (cudaGetDeviceCount(&gpus) != cudaSuccess || gpus == 0) {
+    fprintf(stderr, "there is no NVIDIA GPU here\n");
+    return 2;
+  }
   size_t bytes = 201ull << 20;
   char* kv;
   float* out;

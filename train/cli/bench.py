@@ -21,7 +21,7 @@ _BENCH = """Time videos, block by block: cold and steady, percentiles, stages, a
 
 monarchrt bench generate                                   random weights of Wan 2.1 1.3B: how fast is this machine?
 
-monarchrt bench generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --tile 3 30 52 --json"""
+monarchrt bench generate --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --tile 3 30 52 --json"""
 LEAST = 4  # blocks, for anything to be steady
 
 

@@ -25,7 +25,7 @@ monarchrt convert runs/wan finetuned      the newest checkpoint of a run of `mon
 
 monarchrt convert runs/few student.pt --to torch      for Self-Forcing's code
 
-monarchrt convert Wan2.1-T2V-1.3B wan-ink --lora ink.safetensors:0.8      merged
+monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-ink --lora ink.safetensors:0.8      merged
 
 monarchrt convert ink.safetensors ink-diffusers.safetensors --to diffusers      a LoRA under other names"""
 _OF_LORAS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"}

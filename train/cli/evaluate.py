@@ -18,7 +18,7 @@ monarchrt evaluate --checkpoint runs/demo/dense --attention 'monarch(tile=(4,8,1
 monarchrt evaluate vbench --help and monarchrt evaluate scores --help are about VBench."""
 _VBENCH = """Write the videos that VBench's tools expect: five of each prompt, under the names they look for.
 
-monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan2.1-T2V-1.3B --out videos"""
+monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan-AI/Wan2.1-T2V-1.3B --out videos"""
 _SCORES = """Read VBench's results into the quality, semantic and total scores, a column for each folder.
 
 monarchrt evaluate scores --results results/dense results/monarch"""

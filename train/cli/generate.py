@@ -30,11 +30,11 @@ from monarchrt.train.interrupt import finish_first
 
 _GENERATE = """Make a video: frames are written, and shown with --stream, as they come.
 
-monarchrt generate --checkpoint Wan2.1-T2V-1.3B --prompt "a cat on a wall" --out cat.mp4
+monarchrt generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B --prompt "a cat on a wall" --out cat.mp4
 
-monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --prompt "a cat" --tile 3 30 52
+monarchrt generate --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --prompt "a cat" --tile 3 30 52
 
-monarchrt generate --checkpoint Wan2.1-T2V-1.3B --lora style.safetensors:0.8 fast.safetensors --prompt "a cat"
+monarchrt generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B --lora style.safetensors:0.8 fast.safetensors --prompt "a cat"
 
 monarchrt generate --checkpoint runs/demo/monarch --out demo.mp4 --stream
 

@@ -17,11 +17,11 @@ from monarchrt.train.interrupt import finish_first
 
 _SERVE = """Serve sessions: videos that are watched while they are made, and whose prompt may change meanwhile.
 
-monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --tile 3 30 52 --decoder tiny
+monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --tile 3 30 52 --decoder tiny
 
 monarchrt serve --checkpoint runs/demo/monarch
 
-monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan2.1-T2V-1.3B --host 0.0.0.0 --token "$TOKEN" \\
+monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --host 0.0.0.0 --token "$TOKEN" \\
     --certificate cert.pem --key key.pem"""
 
 

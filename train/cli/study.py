@@ -21,7 +21,7 @@ _MAP = """Error of the attention map against density, on maps of the paper's equ
 
 monarchrt study map --checkpoint runs/demo/dense --out study
 
-monarchrt study map --checkpoint Wan2.1-T2V-1.3B --latents latents --layers 10 20 --heads 0 5 --crop 3 30 52"""
+monarchrt study map --checkpoint Wan-AI/Wan2.1-T2V-1.3B --latents latents --layers 10 20 --heads 0 5 --crop 3 30 52"""
 _MASS = """Share of the keys that reach a share of the attention, by block of the roll-out, while a video is made.
 
 monarchrt study mass --checkpoint runs/demo/dense --out study"""
