@@ -429,6 +429,40 @@ def test_overrides_are_joined(words, overrides):
 
 
 @pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ("--overrides num_layers=2", {"num_layers": 2}),
+        ("--overrides=qk_norm=false --steps 3 --overrides dim=96", {"dim": 96, "qk_norm": False}),
+        ("--student.overrides num_layers=2", {"num_layers": 2}),
+        ("--preset tiny", {}),
+    ],
+)
+def test_overrides_are_joined_to_those_of_the_config(options, values):
+    """Else one of them would make another network, in silence, of small's."""
+    small = _parse_train(["--config", "small", "--video", "a.mp4"]).model.override_values()
+    assert small["dim"] == 64
+    assert _parse_train(["--config", "small", "--video", "a.mp4", *options.split()]).model.override_values() == (
+        small | values
+    )
+
+
+def test_overrides_of_a_role_are_joined_to_its_own(tmp_path):
+    (tmp_path / "a.json").write_text(
+        '{"objective": {"name": "dmd"}, "model": {"overrides": ["dim=24"]},'
+        ' "roles": {"critic": {"model": {"overrides": ["dim=48", "num_layers=3"]}}}}'
+    )
+    options = ["--critic.overrides", "num_layers=1", "--student.overrides", "text_len=4"]
+    config = _parse_train(["--config", str(tmp_path / "a.json"), *options])
+    assert config.model.overrides == ("dim=24", "text_len=4")
+    assert config.role("critic").model.overrides == ("dim=48", "num_layers=1")
+    assert config.role("teacher").model.overrides == ()
+
+
+def test_overrides_without_any_are_none():
+    assert _parse_train(["--config", "small", "--video", "a.mp4", "--overrides"]).model.overrides == ()
+
+
+@pytest.mark.parametrize(
     ("arguments", "name"),
     [
         (["generate", "--checkpoint", ""], "checkpoint"),

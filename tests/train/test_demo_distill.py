@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import ClassVar
 
 import av
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from monarchrt.train.cli import main
+from monarchrt.models.errors import UserError
+from monarchrt.train.cli import demo, main
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.demo import distil
 from monarchrt.train.demo.config import DemoConfig, dense_run
@@ -171,6 +173,50 @@ def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_pat
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+@pytest.mark.parametrize("distils", [True, False])
+def test_neither_demo_is_begun_in_the_folder_of_the_other(distils, options, tmp_path, capsys):
+    """A demo that is done, all of whose runs are there: none of them is said to be gone, nor to be gone on with."""
+    config = DemoConfig(folder=tmp_path / "demo", distill=distils)
+    write_settings(config)
+    (config.folder / ("distillation.json" if distils else "results.json")).write_text("{}")
+    before = contents(config.folder)
+    assert main(["demo", "--folder", str(config.folder), "--no-distill" if distils else "--distill", *options]) == 2
+    there, here = ("with", "without") if distils else ("without", "with")
+    assert capsys.readouterr().err == (
+        f"error: folder {config.folder} is that of a demo {there} --distill, and this one is {here} --distill; give "
+        f"another --folder\n"
+    )
+    assert contents(config.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ((), "runs/demo"),
+        (("--distill",), "runs/distil"),
+        (("--distill", "--no-distill"), "runs/demo"),
+        (("--distill", "--folder", "other"), "other"),
+        (("--distill", "--resume"), "runs/distil"),
+        (("--resume",), "runs/demo"),
+    ],
+)
+def test_each_demo_has_a_folder_of_its_own(options, folder, tmp_path, monkeypatch):
+    claimed = []
+
+    def claim(config):
+        claimed.append(config)
+        raise UserError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "claim_demo", claim)
+    for name in ("demo", "distil"):
+        write_settings(DemoConfig(folder=Path("runs") / name, distill=name == "distil", seed=7))
+    assert main(["demo", *options]) == 2
+    assert str(claimed[0].folder) == folder
+    assert claimed[0].seed == (7 if "--resume" in options else 0)
+
+
 def test_that_of_another_version_is_not_gone_on_with(tmp_path, capsys):
     """Whose student was updated at every second step; it is said before anything is computed, and nothing changes."""
     config = DemoConfig(folder=tmp_path / "demo", distill=True)
@@ -220,6 +266,7 @@ def test_what_it_leaves(tmp_path, capsys):
     assert {path: path.read_bytes() for path in folder.rglob("log.jsonl")} == logs
     before = contents(folder)
     assert main(["demo", "--folder", str(folder), "--resume", "--no-distill"]) == 2
+    assert f"{folder} is that of a demo with --distill, and this one is without" in capsys.readouterr().err
     assert main(["demo", "--folder", str(folder), "--resume", "--clips", "9"]) == 2
     assert "clips is 9, but the demo in" in capsys.readouterr().err
     assert contents(folder) == before

@@ -57,7 +57,7 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
     settings = type(default.objective)
     form = _form(settings)
     options |= {"prefixes": bool(settings().further), "default": _fill(form, default)}
-    words = _short(arguments, settings)
+    words = _with_overrides(_short(arguments, settings), default)
     try:
         return _config(parse(form, words, **options))
     except UserError as error:
@@ -120,6 +120,27 @@ def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[
             given = [f"--{role}.{option[2:]}" for role in (settings.roles if every else training)]
             raise UserError(f"{option} is an option of each role of {settings.name}; give {' or '.join(given)}")
     return list(arguments)
+
+
+def _with_overrides(words: Sequence[str], default: TrainConfig) -> list[str]:
+    """The arguments with what the defaults override before what they do, which is joined: given ones count, by name.
+
+    `--overrides` without any stands for none, not those of the defaults either.
+
+    Examples:
+        >>> small = TrainConfig(model=ModelConfig(overrides=("dim=64", "num_layers=5")))
+        >>> _with_overrides(["--overrides", "num_layers=2"], small)
+        ['--overrides', 'dim=64', 'num_layers=5', '--overrides', 'num_layers=2']
+    """
+    stored: dict[str, tuple[str, ...]] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        found = re.fullmatch(r"(--(?:(\w+)\.)?overrides)(=.+)?", word)
+        if found is None or not (found[3] or not after.startswith("--")):
+            continue
+        role = found[2] or default.objective.exported
+        if role in default.objective.roles:
+            stored[found[1]] = default.role(role).model.overrides
+    return [word for option, values in stored.items() if values for word in (option, *values)] + list(words)
 
 
 def _form(settings: type[ObjectiveSettings]) -> type:

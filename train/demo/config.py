@@ -7,6 +7,7 @@ from pathlib import Path
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 
+DISTILLED = Path("runs/distil")  # where `monarchrt demo --distill` puts everything, if not told
 PATCH = 4  # pixels of a latent position; a token is one position
 
 
@@ -18,7 +19,8 @@ class DemoConfig:
     """Any video of at least 45 frames. Default: five seconds of Big Buck Bunny that come with the package."""
 
     folder: Path = Path("runs/demo")
-    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and the three training runs."""
+    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and the three training runs. Of
+    `monarchrt demo --distill` by default runs/distil."""
 
     resume: bool = False
     """Continue a demo that was stopped; settings that are not given are those it was begun with."""

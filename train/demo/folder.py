@@ -34,6 +34,7 @@ def claim_demo(config: DemoConfig) -> None:
     names = {path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_litter(path)}
     if CONFIG_NAME in names:
         raise UserError(f"folder {folder} is that of a single run, not of a demo; give the folder above, or a new one")
+    _check_kind(config, exists=SETTINGS_NAME in names)
     further = distillations(config).values() if config.distill else further_runs(config)
     runs = {run.run.folder.name: run for run in (dense_run(config), *further)}
     known = names & {SETTINGS_NAME, *runs}
@@ -62,6 +63,20 @@ def claim_demo(config: DemoConfig) -> None:
                 f"cannot resume: {field} is {here}, but the demo in {folder} was begun with {there}; use that value, "
                 f"or another --folder"
             )
+
+
+def _check_kind(config: DemoConfig, *, exists: bool) -> None:
+    """The demo and the distillation have other runs and results: neither is begun or gone on with over the other."""
+    try:
+        begun = read_settings(config.folder) if exists else None
+    except UserError:
+        if config.resume:
+            raise
+        return  # damaged: what is there is not touched
+    if begun is None or begun.distill == config.distill:
+        return
+    there, here = (f"with{'' if distils else 'out'} --distill" for distils in (begun.distill, config.distill))
+    raise UserError(f"folder {config.folder} is that of a demo {there}, and this one is {here}; give another --folder")
 
 
 def _check_objective(name: str, run: TrainConfig) -> None:
