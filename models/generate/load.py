@@ -208,8 +208,7 @@ def load_material(config: GenerateConfig) -> Material:
             raise UserError(
                 f"compare {config.compare} has {name} {theirs}, and checkpoint {config.checkpoint} has {ours}"
             )
-    if isinstance(other, WanCheckpoint):
-        other.check_same(apart, what="weights to compare with")
+    other.check_same(apart, what="weights to compare with")
     material = _inputs_of_first(opened.material(config))
     check_attention(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
     decoder = material.pipeline.decoder

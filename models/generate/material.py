@@ -66,6 +66,10 @@ class Opened(Protocol):
         """Everything for a video; sizes and files are checked before any weights are read."""
         ...
 
+    def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
+        """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
+        ...
+
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network, with its own attention unless another is given."""
         ...

@@ -14,7 +14,7 @@ import numpy as np
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
-from monarchrt.models.generate.loras import given_loras
+from monarchrt.models.generate.loras import given_loras, lora_files
 from monarchrt.models.generate.material import (
     Material,
     condition_latents,
@@ -26,10 +26,11 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.run_arrays import run_config, run_network, trained_as
-from monarchrt.models.generate.runs import Generation, RunSettings, find_run
+from monarchrt.models.generate.runs import CHECKPOINTS_NAME, Generation, RunSettings, checkpoint_steps, find_run
 from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, read_videos, window_starts
+from monarchrt.models.processes.alike import listing, same
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.checkpoints.settings import few_step_from_json, trained_from_json
 
@@ -86,6 +87,12 @@ class RunCheckpoint:
         with user_input():
             return as_trained(AsTrained(config), self.loras).config
 
+    def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
+        """As `WanCheckpoint.check_same`: what the newest checkpoint says of itself has a checksum of each array."""
+        places = [self.run.path / CHECKPOINTS_NAME / str(step) for step in checkpoint_steps(self.run.path)[-1:]]
+        with user_input():
+            same(what, lambda: listing([*(place / "about" / "metadata" for place in places), *lora_files(config)]))
+
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""
         model = run_network(self.run, dtype="bfloat16" if config.precision in ("bf16", "fp8") else "float32")
@@ -117,6 +124,7 @@ class RunCheckpoint:
             report(note)
         if config.prompt or config.negative_prompt or config.embeddings:
             report(f"note: {path} was trained without text; the prompt does nothing")
+        self.check_same(config)
         initial = _begin(plan, decoder, self.run, report)
         noise = given_noise(plan, decoder.channels, given=0 if initial is None else initial.shape[1])
         return Material(

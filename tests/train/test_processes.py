@@ -456,3 +456,17 @@ def test_a_port_that_is_taken(start, tmp_path):
     [line] = job.lines(0)
     assert "cannot listen at port" in line
     assert "Address already in use" in line
+
+
+def test_a_video_of_processes_that_read_other_runs(start, tmp_path):
+    """Run folders of other weights: all are told."""
+    train = ["--steps", "1", "--folder"]
+    for n in (0, 1):
+        job = start([*train, str(tmp_path / str(n) / "run"), "--seed", str(n)], processes=0, devices=1)
+        assert job.wait() == [0], job.lines(0)
+    command = ["generate", "--checkpoint", "run", "--mode", "autoregressive", "--frames", "6", "--steps", "2"]
+    options = ["--mesh", "heads=2", "--condition", "none", "--out", str(tmp_path / "a.mkv")]
+    job = start(options, command=command, devices=2, begun_in=[tmp_path / "0", tmp_path / "1"])
+    assert job.wait(200) == [2, 2], [job.lines(n)[-4:] for n in (0, 1)]
+    for number in (0, 1):
+        assert "process 1: its weights are not those of process 0" in job.lines(number)[-1]
