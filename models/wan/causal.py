@@ -233,7 +233,7 @@ def cached_forward(
 
     Raises:
         ValueError: If shapes do not fit the model or the cache, a static `frame` is beyond its capacity, or `layers`
-            are given and it is not to be done in place.
+            are given and it is not to be done in place or the cache was made without; or the reverse of the last.
     """
     config = model.config
     if layers is not None and not in_place:
@@ -432,6 +432,8 @@ def check_cache(
     model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int], *, apart: bool = False
 ) -> None:
     """Raises ValueError unless the cache was made for this model's layers, batch and frame size."""
+    if apart != (jax.tree.leaves(cache.cross)[0].ndim == 4):  # stacked, with an axis of layers
+        raise ValueError("layers are given to one of init_cache and cached_forward; give them to both, or to none.")
     expected = jax.eval_shape(partial(empty_runs, model.config, cache.shape, apart=apart))
     if jax.tree.structure(expected) != jax.tree.structure(cache.runs) or any(
         wanted.shape != given.shape

@@ -170,6 +170,18 @@ def test_layers_are_read_in_place_only(model, text):
         cached_forward(unrolled.model, latents, times, cache, layers=layers)
 
 
+@pytest.mark.parametrize("attention", ["dense", "monarch(tile=(3,2,4))"])
+def test_a_cache_is_of_layers_that_are_apart_or_not(model, text, attention):
+    """One made for the others says so, whether the kind keeps each layer's keys by themselves or not."""
+    model = model.with_attention(parse(attention))
+    unrolled, latents = unroll_layers(model), jnp.zeros((1, 3, 4, 8, 16))
+    ways: Any = (dict(model=model), dict(model=unrolled.model, layers=unrolled.params.each()))
+    for made, read in (ways, ways[::-1]):
+        cache = init_cache(**made, text=text, frames=3, height=4, width=8)
+        with pytest.raises(ValueError, match="layers are given to one of init_cache and cached_forward; give them to"):
+            cached_forward(**read, latents=latents, timesteps=jnp.zeros(1), cache=cache, in_place=True)
+
+
 def test_a_model_without_its_layers_says_so(model, text):
     """Or else it would make videos of none."""
     rest, latents, times = unroll_layers(model).model, jnp.zeros((1, 3, 4, 8, 16)), jnp.zeros(1)
