@@ -12,7 +12,8 @@ from PIL import Image
 from monarchrt.models.errors import UserError
 from monarchrt.models.serve import Address, Outbox, Server, peers
 from monarchrt.models.serve.peers import Ice, MediaOutbox, read_offer, yuv420
-from tests.models.serve.test_server import CHROMIUM, browser_page, running, until
+from tests.models.serve.test_browser import CHROMIUM, browser_page
+from tests.models.serve.test_server import running, until
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is not installed (pip install 'monarchrt[webrtc]')")
 
