@@ -470,7 +470,7 @@ class FusedConfig:
         if (self.blocks, self.columns) not in ((16, 4), (8, 8), (8, 7)):
             raise ValueError(
                 f"blocks={self.blocks} with columns={self.columns} must be 16 with 4, 8 with 8 or 8 with 7: two "
-                f"warpgroups of a block sum what the cluster makes of up to 64 columns."
+                f"warpgroups of a block sum what the cluster makes of up to 64 (8 blocks of 7: 56) columns."
             )
 
     @property
