@@ -304,7 +304,8 @@ def main() -> None:
         return
     theirs = run_published(args) if args.published else None  # before this process takes memory
     if not args.small and jax.default_backend() == "cpu":
-        raise SystemExit("there is no GPU, and a CPU would take hours; --small and --shapes run anywhere")
+        print("error: there is no GPU, and a CPU would take hours; --small and --shapes run anywhere", file=sys.stderr)
+        raise SystemExit(2)
     error, gradient_error = check(args)
     print(f"clips agree to {error:.1e}, gradients to {gradient_error:.1e}", flush=True)
     if not (error <= MAX_ERROR and gradient_error <= MAX_GRADIENT_ERROR):

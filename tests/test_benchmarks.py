@@ -86,6 +86,7 @@ def run(monkeypatch, tmp_path):
         ("claims", ["--redraw"], "--out results has no claims.json to draw"),
         ("distill", ["--small", "--attention", "monarch 95"], "a name: dense, monarch 95%, monarch 97%"),
         ("stages", [], "there is no GPU"),
+        ("distill", [], "there is no GPU"),
         ("stages", ["--small", "--stages", "sampling"], "invalid choice: 'sampling'"),
         ("stages", ["--small", "--seconds", "0"], "--seconds 0.0 must be more than 0"),
         ("stages", ["--small", "--last", "4"], "--last one of 0 to 3"),

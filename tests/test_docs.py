@@ -63,6 +63,18 @@ def test_every_page_is_in_the_navigation():
     assert [page.name for page in PAGES if str(page.relative_to(ROOT / "docs")) not in navigation] == []
 
 
+def test_what_pages_include_is_whole():
+    """A file, or a section with a beginning and an end; lines by their numbers move when others are written."""
+    included = [found for page in PAGES for found in re.findall(r'^--8<-- "(.*)"$', page.read_text(), re.MULTILINE)]
+    assert "models/attention/README.md:kinds" in included
+    for found in included:
+        name, _, section = found.partition(":")
+        text = (ROOT / name).read_text()
+        if section:
+            marks = re.findall(rf"--8<-- \[(start|end):{re.escape(section)}\]", text)
+            assert marks == ["start", "end"], found
+
+
 def test_the_pictures_are_drawn_by_a_command(tmp_path):
     """The script draws those that the pages show."""
     script = (ROOT / "docs" / "pictures.py").read_text()

@@ -10,6 +10,7 @@ import pytest
 from monarchrt.models.processes.place import find_place
 from monarchrt.train.cli.train import _parse_train
 from monarchrt.train.config import TrainConfig
+from monarchrt.train.model import model_settings
 
 JOBS = Path(__file__).parent.parent / "examples" / "jobs"
 
@@ -72,3 +73,6 @@ def test_by_hand(commands):
     runs = [parsed(command).run for command in found]
     assert sorted(run.process or 0 for run in runs) == [0, 1]
     assert {(run.coordinator, run.processes, run.mesh) for run in runs} == {("localhost:4567", 2, "fsdp=2,heads=2")}
+    config = parsed(found[0])
+    network = model_settings(config.model, channels=3 * config.data.patch**2)
+    assert network.patch_features <= network.dim  # else noise does not fit through, of which there is a warning

@@ -235,9 +235,12 @@ def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: Store
             "convert": f"monarchrt convert {path} NEW.safetensors    writes the LoRA, {what}; --to names the format",
             "generate": f"monarchrt generate --checkpoint NETWORK --lora {path}    with the one that it was trained on",
         }
-    lines = {"convert": f"monarchrt convert {path} NEW    makes a model of {what}"}
     if settings.data.precomputed is not None:
-        return lines | {"generate": "needs a model that convert made, and --components for VAE and text encoder"}
+        return {
+            "convert": f"monarchrt convert {path} NEW    makes a model of {what}",
+            "generate": "needs a model that convert made, and --components for VAE and text encoder",
+        }
     defaults = run_defaults(settings, network)
     sampled = f"{defaults.frames} frames of {defaults.height} x {defaults.width}, {defaults.mode}, {defaults.sampler}"
-    return lines | {"generate": f"monarchrt generate --checkpoint {path}    makes {sampled}"}
+    # of blocks of pixels, for which there is no VAE: a model of it would have nothing to decode with
+    return {"generate": f"monarchrt generate --checkpoint {path}    makes {sampled}, of {what}"}

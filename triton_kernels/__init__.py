@@ -26,7 +26,8 @@ def missing_packages() -> str | None:
     """Which packages the kernels need and do not find, as a reason not to take a call; None: all are there."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing).replace('_', '-')} is not installed: pip install 'monarchrt[cuda]'."
+        names, verb = " and ".join(missing).replace("_", "-"), "is" if len(missing) == 1 else "are"
+        return f"{names} {verb} not installed: pip install 'monarchrt[cuda]'."
     return None
 
 

@@ -2,7 +2,7 @@
 # bash examples/jobs/by_hand.sh CLIP FOLDER: two processes on this machine, two devices each; without a GPU, CPU devices.
 set -euo pipefail
 clip=$1 folder=$2
-network=(--overrides num_layers=1 dim=96 num_heads=2 ffn_dim=96)
+network=(--overrides num_layers=1 dim=192 num_heads=2 ffn_dim=96)
 data=(--frames 3 --height 16 --width 32 --patch 4 --gap 1 --held-out 0.3)
 
 run() {  # on several machines, the same command on each, with the first one's address and a number of its own

@@ -40,5 +40,16 @@ def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) ->
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"path={name!r} does not exist here and cannot be had from the hub: {reason}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        hint = "; if it is a run folder, it is not here" if _may_be_a_run(name) else ""
+        raise ValueError(f"path={name!r} does not exist here and cannot be had from the hub: {reason}{hint}") from error
+
+
+def _may_be_a_run(name: str) -> bool:
+    """Whether a folder of this name would more likely be a run's here than a repository, by what it would be in.
+
+    Examples:
+        >>> _may_be_a_run("runs/few"), _may_be_a_run("./few"), _may_be_a_run("no-such-owner/Wan2.1-T2V-1.3B")
+        (True, True, False)
+    """
+    return name.startswith(("runs/", "./", "../")) or Path(name).parent.is_dir()

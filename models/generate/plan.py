@@ -230,9 +230,12 @@ def _notes(
             "samplers unipc and euler suit it"
         )
     if config.mode == "autoregressive" and defaults.causal is False:
+        mode, suits = "bidirectional", "whole clips suit"
+        if defaults.mode == "windows":  # whole, its clips may be longer than it was trained on
+            mode, suits = "windows", "windows that continue each other suit"
         notes.append(
-            "note: nothing says that this checkpoint was trained block by block, and one that was not drifts; whole "
-            "clips suit it: monarchrt generate --mode bidirectional"
+            f"note: nothing says that this checkpoint was trained block by block, and one that was not drifts; {suits} "
+            f"it: monarchrt generate --mode {mode}"
         )
     return (*notes, *_differences(settings, defaults, model))
 

@@ -206,7 +206,7 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"lora {str(path)!r} does not exist; give a .safetensors file.")
+        raise ValueError(f"lora {str(path)!r} does not exist; give a .safetensors file or a run folder.")
     where = weights_file(path, preferred=_PREFERRED) if path.is_dir() else path
     file = open_tensors(where)
     if (other := family(file.infos)) is not None:

@@ -376,7 +376,9 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     if names is not None and (frames := _frames_there(names)):
         path = frames[0]
     if not path.is_file():
-        raise UserError(f"video {path} does not exist; give an .mp4 made by monarchrt generate")
+        raise UserError(
+            f"video {path} does not exist; give an .mp4, an .mkv or a folder of PNG files, made by monarchrt generate"
+        )
     try:
         return dict(parse_json(_comment(path), "its comment")[KEY].items())
     except (av.error.FFmpegError, OSError) as error:

@@ -17,6 +17,20 @@ from monarchrt.triton_kernels.config import Stream, Target, heuristic, use
 from tests.kernels.test_triton import ROOT, missing
 
 
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ((), None),
+        (("triton",), "triton is not installed: pip install 'monarchrt[cuda]'."),
+        (("jax_triton",), "jax-triton is not installed: pip install 'monarchrt[cuda]'."),
+        (("triton", "jax_triton"), "triton and jax-triton are not installed: pip install 'monarchrt[cuda]'."),
+    ],
+)
+def test_packages_that_are_missing(lacking, said, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in lacking else name)
+    assert triton_kernels.missing_packages() == said
+
+
 @missing("triton", "jax_triton", "jax_cuda13_plugin")
 @pytest.mark.parametrize("gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lowers_for_cuda_without_a_card(gradient):

@@ -101,8 +101,8 @@ def _local(path: str | Path, revision: str | None) -> Path:
         raise ValueError(f"path={str(path)[:200]!r} is no path: {error}.") from error
     if not names_repository(path):
         raise ValueError(
-            f"path={str(path)!r} does not exist; give a checkpoint's file or folder, or a repository of the Hugging "
-            f"Face hub, owner/name."
+            f"path={str(path)!r} does not exist; give a checkpoint's file or folder, a run folder, or a repository of "
+            f"the Hugging Face hub, owner/name."
         )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from monarchrt.models.checkpoints.hub import fetch
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.load import find_components, load_material, open_checkpoint, wan_defaults
@@ -129,8 +130,14 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     apart = config(checkpoint=str(elsewhere), components=Path("wan/official"))
     assert find_components(apart, elsewhere).text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
     shutil.rmtree(storage)
-    with pytest.raises(UserError, match="'wan/official' does not exist here and cannot be had from the hub: Cannot"):
+    said = "does not exist here and cannot be had from the hub: Cannot"
+    with pytest.raises(UserError, match=f"'wan/official' {said}") as caught:
         find_components(apart, elsewhere)
+    assert "run folder" not in str(caught.value)
+    (tmp_path / "mine").mkdir()
+    for name in ("runs/few", "mine/few"):
+        with pytest.raises(ValueError, match=f"'{name}' {said}.*[^.]; if it is a run folder, it is not here$"):
+            fetch(name, ["*"])
 
 
 @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])

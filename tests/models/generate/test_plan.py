@@ -51,6 +51,17 @@ class TestDefaults:
             assert dataclasses.asdict(made) == given
             assert all(getattr(kind(), name) != value for name, value in given.items())
 
+    @pytest.mark.parametrize(
+        ("mode", "suits"), [("bidirectional", "whole clips suit"), ("windows", "windows that continue each other suit")]
+    )
+    def test_block_by_block_a_network_that_is_not_is_told_what_suits_it(self, mode, suits):
+        """That runs: a whole clip of a network of windows would have more frames than its tile divides."""
+        model = dataclasses.replace(WAN, attention=MonarchAttention(tile=(4, 30, 52)))
+        defaults = Defaults(mode=mode, causal=False, window=4, frames=61 if mode == "bidirectional" else 65)
+        (note,) = plan(defaults, model=model, mode="autoregressive", sampler="unipc").notes[1:]
+        assert note.endswith(f"{suits} it: monarchrt generate --mode {mode}")
+        assert plan(defaults, model=model, mode=mode).config.mode == mode
+
     def test_no_weight_for_the_prompt(self):
         made = plan(WHOLE, guidance=0.0)
         assert made.settings.guidance == 0.0

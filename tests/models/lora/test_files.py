@@ -390,7 +390,7 @@ def test_no_lora(wan, small, tmp_path):
     file = save_checkpoint(wan.model(small), tmp_path / "base") / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError, match=r"is no LoRA: it holds "):
         open_lora(file)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"does not exist; give a .safetensors file or a run folder"):
         open_lora(tmp_path / "none.safetensors")
 
 

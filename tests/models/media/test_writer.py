@@ -117,8 +117,10 @@ class TestWriter:
         (tmp_path / "broken.mp4").write_bytes(b"no video")
         with pytest.raises(UserError, match="damaged or not a video"):
             read_settings(tmp_path / "broken.mp4")
-        with pytest.raises(UserError, match="does not exist"):
-            read_settings(tmp_path / "nowhere.mp4")
+        with pytest.raises(
+            UserError, match=r"does not exist; give an \.mp4, an \.mkv or a folder of PNG files, made by"
+        ):
+            read_settings(tmp_path / "nowhere.mkv")
 
     def test_a_picture_of_more_pixels_than_there_is_memory(self, tmp_path):
         """By its header alone, which is all that is read."""
