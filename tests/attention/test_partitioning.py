@@ -1,8 +1,6 @@
 """Kernels under vmap and on arrays split over devices, with the XLA path in the place of kernels."""
 
-import os
-import subprocess
-import sys
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 
 from monarch_jax import partitioning
+from tests.devices import on_devices
 
 PROGRAM = """
 import sys
@@ -72,15 +71,9 @@ print(*sorted({(shape[0], shape[4]) for shape in seen}), "all-gather" in program
     ],
 )
 def test_devices_work_on_their_part(split, keep, axes, parts, gathers):
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-c", PROGRAM, split, str(int(keep)), axes]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = on_devices(PROGRAM, split, str(int(keep)), axes)
     # traced once for the whole arrays, then for what a device has
-    assert done.stdout.strip().split("; ") == [*sorted({parts, "(4, 4)"}), str(gathers)]
+    assert said.split("; ") == [*sorted({parts, "(4, 4)"}), str(gathers)]
 
 
 ANYHOW = """
@@ -165,14 +158,8 @@ print("all right")
 )
 def test_right_however_a_users_arrays_are_split(shape, grid, tile, some):
     """Along any axes, evenly into tiles or not: what is not split by batch or heads is gathered."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={np.prod(shape)}",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-c", ANYHOW, repr((shape, grid, tile, some))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "all right"
+    said = on_devices(ANYHOW, repr((shape, grid, tile, some)), count=math.prod(shape))
+    assert said == "all right"
 
 
 @pytest.mark.parametrize("mapped", [(True, False, False), (True, True, False), (True, True, True), (False, True, True)])

@@ -1,11 +1,8 @@
 """Every kind on arrays that a user has split over devices, on meshes of either type of axis, beside one device."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.devices import on_devices
 from tests.models.attention.test_sparse_in_wan import KINDS
 
 PROGRAM = """
@@ -57,24 +54,13 @@ BY_LISTS = [f"{text[:-1]}, implementation=xla)" for text in FITTING if text.star
 QUICK = "vsa(keep=0.3, cube=(3,2,3), implementation=xla)"  # lists that depend on data, a gate
 
 
-def run_on_devices(*arguments: str) -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "all right"
-
-
 def test_split_along_tokens():
     """On explicit axes, which JAX has no rule for in most of what a kind does."""
-    run_on_devices(QUICK, "some")
+    assert on_devices(PROGRAM, QUICK, "some") == "all right"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["dense", "monarch(tile=(3,4,6))", *FITTING, *BY_LISTS])
 def test_right_however_arrays_are_split(text):
     """Along batch and heads, or along tokens, which are gathered."""
-    run_on_devices(text)
+    assert on_devices(PROGRAM, text) == "all right"

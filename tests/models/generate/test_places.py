@@ -1,15 +1,12 @@
 """A video on several devices: a mesh for the network, a device of its own for the decoder."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.places import find_places
+from tests.devices import on_devices
 from tests.models.attention.test_split_arrays import BY_LISTS
 
 PROGRAM = """
@@ -89,19 +86,12 @@ print("all right")
 """
 
 
-def on_devices(*arguments: str, count: int = 4) -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "all right"
+def make_videos(*arguments: str, count: int = 4) -> None:
+    assert on_devices(PROGRAM, *arguments, count=count).splitlines()[-1] == "all right"
 
 
 def test_blocks_by_heads_and_a_decoder_of_its_own():
-    on_devices("autoregressive", "dense", "mesh:heads=2/decoder_device:2", count=3)
+    make_videos("autoregressive", "dense", "mesh:heads=2/decoder_device:2", count=3)
 
 
 @pytest.mark.slow
@@ -115,7 +105,7 @@ def test_blocks_by_heads_and_a_decoder_of_its_own():
     ],
 )
 def test_every_way_to_share_the_work(mode, attention):
-    on_devices(
+    make_videos(
         mode,
         attention,
         "mesh:heads=4",
@@ -131,7 +121,7 @@ def test_every_way_to_share_the_work(mode, attention):
 @pytest.mark.parametrize("mode", ["autoregressive", "bidirectional"])
 @pytest.mark.parametrize("attention", ["top_k(keep=0.3)", "vsa(keep=0.3, cube=(3,2,3))", *BY_LISTS])
 def test_kinds_that_leave_keys_out(mode, attention):
-    on_devices(mode, attention, "mesh:fsdp=2,heads=2")
+    make_videos(mode, attention, "mesh:fsdp=2,heads=2")
 
 
 def test_one_device_is_left_alone():
