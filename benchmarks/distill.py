@@ -3,18 +3,21 @@
     python benchmarks/distill.py                      # Wan 1.3B student, critic and teacher, 81 frames of 480p
     python benchmarks/distill.py --small              # a tiny network; runs anywhere
     python benchmarks/distill.py --teacher wan2.1-t2v-14b --shapes        # what is held, traced; runs anywhere
+    python benchmarks/distill.py --mesh fsdp=2        # on several GPUs: one clip for each part of the batch
     python benchmarks/distill.py --published PATH     # beside the published updates; PATH: a checkout of Self-Forcing
 
 Random weights; student and critic with float32 parameters and moments, computed in bfloat16 with every block
-recomputed, the teacher in bfloat16 and dense. One clip. The student stops at a given step (--last, by default the third
-of four; the mean is half a step less). Numbers are checked first: the kernels' clip is XLA's, and so is its gradient.
-The parts of the student's update are timed as programs of their own as well: roll-out, scores (critic and guided
-teacher), backward (the last steps again, with their gradient), optimizer (with the average). The published code is
-timed first, in a process of its own (`published_distill.py` says what is put in its way), with a dense student.
-Writes distill.json.
+recomputed, the teacher in bfloat16 and dense. One clip, or with --mesh one for each part of the batch. The student
+stops at a given step (--last, by default the third of four; the mean is half a step less). Numbers are checked first:
+the kernels' clip is XLA's, and so is its gradient; on a mesh, a small network's update has the loss and the norm of
+the gradient that it has on one device. The parts of the student's update are timed as programs of their own as well:
+roll-out, scores (critic and guided teacher), backward (the last steps again, with their gradient), optimizer (with
+the average). The published code is timed first, in a process of its own (`published_distill.py` says what is put in
+its way), with a dense student. Writes distill.json.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
@@ -30,14 +33,18 @@ import numpy as np
 import optax
 from attention_settings import CHECKED, EXACT, name_or_notation, setting
 from flax import nnx
+from jax.sharding import use_abstract_mesh
 
-from monarchrt.models.compiling import TRAINING
+from monarchrt.models.compiling import training_options
+from monarchrt.models.errors import UserError
+from monarchrt.models.mesh import MeshShape
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.scores import matching_gradient, matching_loss
 from monarchrt.train.objectives.self_forcing import RolloutDraws, SelfForcingObjective
 from monarchrt.train.objectives.settings import SelfForcingConfig
+from monarchrt.train.sharding import Placement
 from monarchrt.train.state import (
     Training,
     TrainState,
@@ -52,6 +59,7 @@ from monarchrt.train.step import make_train_step
 
 MAX_ERROR = 3e-2  # of a clip in bfloat16, after several calls of the network
 MAX_GRADIENT_ERROR = 1e-1  # of that of its last steps
+MAX_MESH_ERROR = 1e-3  # of a float32 update's loss and norm of its gradient, from those of one device
 GUIDED = 8  # rows of the negative prompt
 ROLES = ("student", "critic")  # that train
 
@@ -80,23 +88,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", help="preset of the teacher, as wan2.1-t2v-14b; the student's is the default")
     parser.add_argument("--updates", nargs="+", choices=ROLES, default=ROLES, help="those that are timed")
     parser.add_argument("--shapes", action="store_true", help="trace, say what is held, and compute nothing")
+    parser.add_argument("--mesh", help="axes of several devices, as fsdp=2; default: one device, without a mesh")
     parser.add_argument("--published", type=Path, help="a checkout of guandeh17/Self-Forcing, to time as well")
     args = parser.parse_args()
     if args.repeats < 1 or not 0 <= args.last <= 3:
         parser.error("--repeats must be at least 1 and --last one of 0 to 3")
     if args.published and not (args.published / "model" / "dmd.py").is_file():
         parser.error(f"--published is {args.published}, which has no model/dmd.py; give a checkout of Self-Forcing")
+    try:
+        args.placement = placed(args)
+    except UserError as error:
+        parser.error(f"--mesh {args.mesh}: {error}")
     return args
 
 
-def shape_of(small: bool) -> tuple[int, ...]:
-    """Latents of one clip, [B, F, H, W, C]."""
-    return (1, 6, 8, 16, 16) if small else (1, 21, 60, 104, 16)
+def placed(args: argparse.Namespace) -> Placement | None:
+    """The mesh; None without --mesh, and with --shapes, which are those of one device."""
+    if args.mesh is None or args.shapes:
+        return None
+    mesh = MeshShape.parse(args.mesh)
+    mesh.check_heads(wan_config("tiny" if args.small else "wan2.1-t2v-1.3b").num_heads)
+    return Placement(batch=mesh.batch_parts, mesh=args.mesh, devices=jax.devices()[: mesh.size])
+
+
+def on_mesh(placement: Placement | None) -> contextlib.AbstractContextManager[Any]:
+    """In which a program is traced."""
+    return contextlib.nullcontext() if placement is None else use_abstract_mesh(placement.mesh.abstract_mesh)
+
+
+def shape_of(args: argparse.Namespace) -> tuple[int, ...]:
+    """Latents of a batch, [B, F, H, W, C]: a clip for each part of it."""
+    clips = 1 if args.placement is None else args.placement.shape.batch_parts
+    return (clips, 6, 8, 16, 16) if args.small else (clips, 21, 60, 104, 16)
 
 
 def network(name: str, args: argparse.Namespace, *, trains: bool, preset: str | None = None, **changes) -> WanModel:
-    """A network with random weights, of the attention of that name; of shapes alone with --shapes."""
-    _, _, height, width, _ = shape_of(args.small)
+    """A network with random weights, of the attention of that name."""
+    _, _, height, width, _ = shape_of(args)
     config = wan_config(
         preset or ("tiny" if args.small else "wan2.1-t2v-1.3b"),
         dtype="bfloat16",
@@ -105,17 +133,13 @@ def network(name: str, args: argparse.Namespace, *, trains: bool, preset: str | 
         attention=setting(name, height // 2, width // 2),
         **changes,
     )
-
-    def make() -> WanModel:
-        return WanModel(config, rngs=nnx.Rngs(0))
-
-    return nnx.eval_shape(make) if args.shapes else nnx.jit(make)()
+    return WanModel(config, rngs=nnx.Rngs(0))
 
 
 def check(args: argparse.Namespace) -> tuple[float, float]:
     """Relative errors of a clip and of its gradient by all parameters, against XLA's, of a shallow network."""
     changes: dict[str, Any] = {"num_layers": 2, "causal_block": 3}
-    model = network(CHECKED, args, trains=True, **changes)
+    model = nnx.jit(lambda: network(CHECKED, args, trains=True, **changes))()
     kernel = model.head.proj.kernel  # starts at zero, which would make all clips equal
     kernel[...] = 0.02 * jax.random.normal(jax.random.key(1), kernel.shape)
     objective = Fixed(SelfForcingConfig(), 2, model.config.text_dim)
@@ -147,12 +171,58 @@ def check(args: argparse.Namespace) -> tuple[float, float]:
     return clip, gradient
 
 
+def check_mesh(args: argparse.Namespace) -> float:
+    """Relative error of the loss and gradient's norm of a small student's float32 update, from those on one device."""
+    config = wan_config(
+        "tiny", dim=192, ffn_dim=384, num_heads=12, text_len=8, causal_block=3, attention=setting(EXACT, 4, 8)
+    )
+    role = make_training(OptimizerConfig(learning_rate=1e-3), updates=1)
+    objective = Fixed(SelfForcingConfig(), 2, config.text_dim)
+    graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
+    batch = args.placement.shape.batch_parts
+    text = np.random.default_rng(0).normal(size=(batch, config.text_len, config.text_dim)).astype(np.float32)
+    data = Batch(np.zeros((batch, 6, 8, 16, 16), np.float32), text)
+
+    def create() -> TrainState:
+        def made(seed: int) -> Any:
+            params, frozen = split_model(WanModel(config, rngs=nnx.Rngs(seed)))[1:]
+            waves = jax.tree.map(
+                lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params
+            )
+            return create_role(waves, frozen, role)
+
+        return create_state({name: made(seed) for seed, name in enumerate(("student", "critic", "teacher"))}, seed=0)
+
+    def update(placement: Placement | None) -> np.ndarray:
+        where = placement and placement.shardings(jax.eval_shape(create))
+        step = make_train_step(
+            objective, dict.fromkeys((*ROLES, "teacher"), graph), dict.fromkeys(ROLES, role), shardings=where
+        )
+        state = jax.jit(create, **({} if where is None else {"out_shardings": where}))()
+        with jax.default_matmul_precision("highest"):
+            metrics = step(state, {"student": placement.batch(data) if placement else data}, due=("student",))[1]
+        return np.array([float(metrics["student"][name]) for name in ("loss", "grad_norm")])
+
+    one, ours = update(None), update(args.placement)
+    return float(np.max(np.abs(ours - one) / np.abs(one)))
+
+
 def time_parts(
     objective: Fixed, graphs: dict[str, Any], state: TrainState, batch: Batch, training: Training, args: Any
 ) -> dict[str, float]:
     """Seconds of the parts of the student's update, each a program of its own, on the same numbers."""
-    compiled = functools.partial(jax.jit, compiler_options=TRAINING)  # as the whole update
+
+    def compiled(run: Any) -> Any:  # as the whole update
+        @functools.partial(jax.jit, compiler_options=options_on(args.placement))
+        def program(*arguments: Any) -> Any:
+            with on_mesh(args.placement):
+                return run(*arguments)
+
+        return program
+
     draws, text = objective.draws(jax.random.key(5), batch)["student"], jnp.asarray(batch.text)
+    if args.placement is not None:
+        draws = args.placement.batch(draws)
     rolls, levels = cast(RolloutDraws, draws.student), objective._levels(draws.scores)
     negative = np.asarray(objective.negative)
     given = jnp.broadcast_to(jnp.asarray(negative), (text.shape[0], *negative.shape))
@@ -206,37 +276,43 @@ def time_parts(
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times both updates with one kind of student."""
-    student = network(name, args, trains=True, causal_block=3)
-    networks = {
-        "student": student,
-        "critic": network(EXACT, args, trains=True),
-        "teacher": network(EXACT, args, trains=False, preset=args.teacher),
+    make = {
+        "student": functools.partial(network, name, args, trains=True, causal_block=3),
+        "critic": functools.partial(network, EXACT, args, trains=True),
+        "teacher": functools.partial(network, EXACT, args, trains=False, preset=args.teacher),
     }
+    networks = {role: nnx.eval_shape(made) for role, made in make.items()}
+    student = networks["student"]
     trainings = {
         "student": make_training(OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999), updates=1000),
         "critic": make_training(
             OptimizerConfig(learning_rate=4e-7, beta1=0.0, beta2=0.999, ema_decay=None), updates=1000
         ),
     }
-    parts = {role: split_model(model) for role, model in networks.items()}
 
-    def create(parts: dict[str, Any]) -> TrainState:
-        roles = {
-            role: create_role(params, frozen, trainings[role])
-            if role in trainings
-            else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
-            for role, (params, frozen) in parts.items()
-        }
+    def create() -> TrainState:
+        roles = {}
+        for role, made in make.items():
+            params, frozen = split_model(made())[1:]
+            roles[role] = (
+                create_role(params, frozen, trainings[role])
+                if role in trainings
+                else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
+            )
         return create_state(roles, seed=0)
 
-    arrays = {role: part[1:] for role, part in parts.items()}
-    state = jax.eval_shape(create, arrays) if args.shapes else create(arrays)
+    state, placement = jax.eval_shape(create), args.placement
+    shardings = placement and placement.shardings(state)
+    if not args.shapes:
+        state = jax.jit(create, **({} if shardings is None else {"out_shardings": shardings}))()
     objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
-    graphs = {role: part[0] for role, part in parts.items()}
-    step = make_train_step(objective, graphs, trainings)
-    shape = shape_of(args.small)
-    text = jax.random.normal(jax.random.key(1), (1, student.config.text_len, student.config.text_dim), jnp.bfloat16)
+    graphs = {role: split_model(model)[0] for role, model in networks.items()}
+    step = make_train_step(objective, graphs, trainings, shardings=shardings)
+    shape = shape_of(args)
+    sizes = shape[0], student.config.text_len, student.config.text_dim
+    text = jax.random.normal(jax.random.key(1), sizes, jnp.bfloat16)
     batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
+    batch = placement.batch(batch) if placement else batch
     if args.shapes:
         for role in args.updates:
             step.eval_shape(state, {role: batch}, due=(role,))
@@ -269,6 +345,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "state_gb": memory.argument_size_in_bytes / 1e9,
             "compile_seconds": compiling,
             "finite": bool(metrics[role]["finite"]),
+            "clips": shape[0],
+            "peak_bytes": [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices_of(placement)],
         }
         if role == "student":
             row["parts"] = seconds_of
@@ -279,6 +357,17 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         rows.append(row)
     return rows
+
+
+def devices_of(placement: Placement | None) -> list[Any]:
+    """The devices of the mesh; the first without one."""
+    return jax.devices()[:1] if placement is None else list(placement.mesh.devices.flat)
+
+
+def options_on(placement: Placement | None) -> dict[str, Any]:
+    """How a program is compiled there."""
+    heads = 1 if placement is None else placement.mesh.shape.get("heads", 1)
+    return training_options(devices_of(placement), heads=heads)
 
 
 def run_published(args: argparse.Namespace) -> dict[str, Any]:
@@ -310,11 +399,18 @@ def main() -> None:
     print(f"clips agree to {error:.1e}, gradients to {gradient_error:.1e}", flush=True)
     if not (error <= MAX_ERROR and gradient_error <= MAX_GRADIENT_ERROR):
         raise SystemExit(f"that is more than {MAX_ERROR:.0e} and {MAX_GRADIENT_ERROR:.0e}")
+    mesh_error = None if args.placement is None else check_mesh(args)
+    if mesh_error is not None:
+        print(f"update on {args.mesh} agrees to {mesh_error:.1e} with one device's", flush=True)
+        if not mesh_error <= MAX_MESH_ERROR:
+            raise SystemExit(f"that is more than {MAX_MESH_ERROR:.0e}")
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "error": error,
         "gradient_error": gradient_error,
+        "mesh": args.mesh,
+        "mesh_error": mesh_error,
         "teacher": args.teacher,
         "published": theirs,
         "rows": [],
