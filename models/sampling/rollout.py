@@ -35,6 +35,7 @@ from monarchrt.models.wan.causal import (
     rebase_cache,
     turn_cache,
 )
+from monarchrt.models.wan.passes import rows_apart
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
@@ -492,11 +493,25 @@ class LiveRollout:
             cache, self._begun = self._begin(self._graph, self._params, self._text), True
             self._times = embed_calls(self._graph, self._params, rollout=self._rollout)
         if window is not None and self.frame - self._base + self.next_count > MAX_POSITIONS:
-            rolls = window - self._rollout.sink_frames
-            back = (self.frame - self._base - window) // rolls * rolls
-            cache = rebase_cache(cache, frames=back, head_dim=self._head_dim)
-            self._base += back
+            cache = self._counted_anew(cache, window)
         return cache
+
+    def count_anew(self) -> None:
+        """Counts positions from the window's beginning, which is done by itself before the rotary table ends.
+
+        That comes after hundreds of blocks, and takes a program of its own: called early, nothing is compiled then.
+        """
+        if self._cache is not None and (window := self._rollout.window) is not None:
+            with self._on_mesh():
+                self._rewrite()
+                cache, self._cache = self._cache, None
+                self._cache = self._counted_anew(cache, window)
+
+    def _counted_anew(self, cache: WanCache, window: int) -> WanCache:
+        rolls = window - self._rollout.sink_frames
+        back = max(0, self.frame - self._base - window) // rolls * rolls
+        self._base += back
+        return rebase_cache(cache, frames=back, head_dim=self._head_dim)
 
     def _where(self) -> Array:
         """Where the next block is: absolute and in the cache."""

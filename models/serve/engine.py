@@ -309,6 +309,7 @@ class Engine:
                 finite.block_until_ready()
         video.set_text(*blended(texts, texts, 0.5))
         video.recache(video.frame, past)
+        video.count_anew()
         jax.block_until_ready(video.generate())
         for blocks in given:
             video = self.video(texts, 0, attention=attention)

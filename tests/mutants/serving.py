@@ -10,6 +10,8 @@ ENCODINGS = ("tests/models/web/test_encodings.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
+    Fault("models/serve/engine.py", "        video.count_anew()\n", "", SESSIONS, "long_stream"),
+    Fault("models/serve/bench.py", "    video.count_anew()  #", "    #", SESSIONS, "long_stream"),
     Fault("models/web/server.py", "heard = max(heard, now) + 1 / MESSAGES", "heard = now", SERVER, "very_much"),
     Fault("models/web/server.py", "compress=False, ", "", SERVER, "compressed_again"),
     Fault(

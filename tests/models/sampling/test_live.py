@@ -286,3 +286,12 @@ def test_what_is_done_meanwhile_comes_after_the_first_call(model, monkeypatch):
     _, past = begun(model, ROLLED, blocks=2)
     for made, (_, expected) in zip(blocks, past.items(), strict=True):
         np.testing.assert_array_equal(made, expected)
+
+
+def test_counting_anew_early_changes_nothing(model):
+    """Of a block that is not written yet, too."""
+    expected, video = (begun(model, ROLLED, blocks=5)[0] for _ in range(2))
+    video.count_anew()
+    assert (video.frame, video._base) == (15, 6)
+    np.testing.assert_allclose(video.generate(), expected.generate(), atol=2e-4)
+    begun(model, ROLLED, blocks=0)[0].count_anew()

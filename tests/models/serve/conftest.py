@@ -19,9 +19,8 @@ def encode(prompts):
     return [jnp.asarray(9 * np.random.default_rng(seed).standard_normal((1, 4, 32)), jnp.float32) for seed in seeds]
 
 
-@pytest.fixture(scope="session")
-def engine():
-    """Blocks of 3 frames of 8 x 16 pixels; every parameter random, so that the text matters."""
+def pipeline():
+    """One whose parameters are all random, so that the text matters."""
     config = wan_config("tiny", num_layers=1, in_channels=12, out_channels=12)
     graph, state = nnx.split(WanModel(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
@@ -30,8 +29,14 @@ def engine():
         for path, leaf in nnx.to_flat_state(state)
     ]
     model = nnx.merge(graph, nnx.from_flat_state(values))
+    return VideoPipeline(model, PatchDecoder(PatchDCT(patch=2)))
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Blocks of 3 frames of 8 x 16 pixels."""
     engine = Engine(
-        VideoPipeline(model, PatchDecoder(PatchDCT(patch=2))),
+        pipeline(),
         rollout=Rollout(steps=1, window=6, sink_frames=3),
         height=4,
         width=8,

@@ -9,8 +9,13 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.sampling import Rollout
 from monarchrt.models.serve import Engine, Outbox
+from monarchrt.models.serve.bench import measure
 from monarchrt.models.serve.engine import blended
+from monarchrt.models.wan.causal import _turned
+from tests.compiled import compiled_here
+from tests.models.serve.conftest import encode, pipeline
 from tests.untyped import untyped
 
 
@@ -37,6 +42,21 @@ class TestMemory:
             UserError, match=r"is used up: the weights take .*a session .*Out of memory allocating 9 by"
         ):
             engine.warm_up()
+
+
+@pytest.mark.parametrize("prepare", [Engine.warm_up, lambda engine: measure(engine, blocks=3)])
+def test_a_long_stream_compiles_nothing_where_positions_are_counted_anew(prepare, monkeypatch):
+    """After 1024 frames; without sinks nothing else takes that program."""
+    own = Engine(pipeline(), rollout=Rollout(steps=1, window=6), height=4, width=8, encode=encode, unroll=True)
+    untyped(_turned).clear_cache()
+    prepare(own)
+    monkeypatch.setattr("monarchrt.models.sampling.rollout.MAX_POSITIONS", 12)
+    video = own.video(own.embed("a cat", None), 0)
+    with compiled_here() as compiled:
+        for _ in range(5):
+            video.generate()
+    assert (video.frame, video._base) == (15, 6)
+    assert compiled == []
 
 
 class TestOutbox:
