@@ -110,7 +110,8 @@ def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[
 def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Array, "B L E"]) -> WanCache:
     """Another text for the blocks that follow; `text` as in `start_cache`, of as many rows."""
     model, layers = merged(graph, params)
-    return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers))
+    rows = None if layers is None else rows_apart(text)
+    return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers), text_rows=rows)
 
 
 def _flow(
