@@ -251,7 +251,7 @@ def block_sparse_attention(
     def attend(query: Array, key: Array, value: Array, given: list[Array]) -> Array:
         return run(query, key, value, with_arrays(given))
 
-    return left_to_the_compiler(attend, query, key, value, given)
+    return left_to_the_compiler(attend, (query, key, value), given)
 
 
 def choose(implementation: str | None, query: Any, key: Any) -> str:

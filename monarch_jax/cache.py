@@ -210,6 +210,8 @@ class MonarchKVCache:
     ) -> "MonarchKVCache":
         """Writes a block of frames and returns the new cache.
 
+        Of tokens on a mesh of explicit axes JAX has gradients of this only where the mesh is set (`jax.set_mesh`).
+
         Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
         newest: frames after it are forgotten. A block that cannot be placed (before frame 0, with a gap before it, past
         the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing, or

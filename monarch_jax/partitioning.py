@@ -7,7 +7,7 @@ each. Here it is told which axes are independent.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -99,33 +99,30 @@ def split_like(x: jax.Array, example: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, to) if to.mesh.explicit_axes else x
 
 
-def left_to_the_compiler(
-    fn: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, *rest: Any
-) -> jax.Array:
-    """fn(query, key, value, *rest) of arrays whose types say how they are split, for a fn that has no types for that.
+def left_to_the_compiler(fn: Callable[..., jax.Array], tokens: Sequence[jax.Array], *rest: Any) -> jax.Array:
+    """fn(*tokens, *rest) of arrays whose types say how they are split, for a fn that has no types for that.
 
     Its tokens are gathered first, see `whole_tokens`; without explicit axes this is the call alone.
 
     Examples:
         >>> x = jnp.ones((1, 6, 2, 4))
-        >>> left_to_the_compiler(lambda q, k, v: q + k * v, x, x, x).shape
+        >>> left_to_the_compiler(lambda q, k, v, number: q + k * v * number, (x, x, x), 2).shape
         (1, 6, 2, 4)
 
     Args:
-        fn: Gives an array [B, N, H, D] as the query, and closes over no arrays of JAX.
-        query: [B, N, H, D].
-        key: [B, K, H, D].
-        value: As `key`.
-        rest: Trees of arrays.
+        fn: Gives an array [B, N, H, D] as the first of the tokens, and closes over no arrays of JAX.
+        tokens: [B, N, H, D] each, the queries first.
+        rest: Trees of arrays; those on no mesh are put on the queries', whole on each device.
 
     Returns:
-        The array, split as the query.
+        The array, split as the queries.
     """
-    if not (explicit := jax.typeof(query).sharding.mesh.explicit_axes):
-        return fn(query, key, value, *rest)
-    arrays = whole_tokens(query, key, value)
+    if not (explicit := jax.typeof(tokens[0]).sharding.mesh.explicit_axes):
+        return fn(*tokens, *rest)
+    arrays = whole_tokens(*tokens)
+    rest = jax.tree.map(functools.partial(on_mesh_of, example=arrays[0]), rest)
     run = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=jax.typeof(arrays[0]).sharding)
-    return split_like(cast(jax.Array, run(*arrays, *rest)), query)
+    return split_like(cast(jax.Array, run(*arrays, *rest)), tokens[0])
 
 
 def _flat(fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from monarchrt.models.attention.base import density_of_network
+from monarchrt.models.attention.densities import density_of_network
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.errors import UserError
 from monarchrt.models.memory import device_memory

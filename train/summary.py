@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from monarchrt.models.attention.base import density_of_network
+from monarchrt.models.attention.densities import density_of_network
 from monarchrt.models.attention.notation import to_text
 from monarchrt.models.checkpoints.orbax_arrays import open_arrays
 from monarchrt.models.errors import UserError, printable

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from monarch_jax import MonarchKVCache
-from monarchrt.models.attention.explicit import on_explicit_axes
+from monarchrt.models.attention.explicit import on_explicit_axes, over_any_cache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 type Number = int | Int[Array, ""] | None  # known, traced, or not there
@@ -247,72 +247,6 @@ def mean_density(parts: Iterable[tuple[int | float, Density]]) -> Density:
     return Density(*(sum(weight * values[n] for weight, values in parts) / total for n in range(3)))
 
 
-class NetworkDensity(NamedTuple):
-    """How much of the attention maps of a network there is, the mean over its layers, in the four ways that are in use.
-
-    Examples:
-        >>> print(NetworkDensity(asked=0.15, kept=0.19, visible=0.19, with_warm_up=0.4))
-        19.0% of the map (asked for: 15.0%), 40.0% with the warm-up
-
-    Attributes:
-        asked: As `Density`, after the warm-up: without the first layers, steps or blocks that have another kind.
-        kept: Likewise.
-        visible: Likewise.
-        with_warm_up: Share of the entries that are not masked, warm-up included; its steps count only if it is known
-            how many there are in all.
-    """
-
-    asked: float
-    kept: float
-    visible: float
-    with_warm_up: float
-
-    def __str__(self) -> str:
-        text = str(Density(*self[:3]))
-        if abs(self.with_warm_up - self.visible) > 5e-4:
-            text += f", {self.with_warm_up:.1%} with the warm-up"
-        return text
-
-
-FULL = NetworkDensity(1.0, 1.0, 1.0, 1.0)
-
-
-def density_of_network(
-    attention: "Attention | Sequence[Attention]",
-    num_layers: int,
-    grid: Grid,
-    *,
-    causal_block: int | None = None,
-    steps: int | None = None,
-) -> NetworkDensity:
-    """Mean over the layers of a network.
-
-    Examples:
-        >>> from monarchrt.models.attention.notation import parse
-        >>> warmed = parse("first_layers(1, dense, monarch)")
-        >>> print(density_of_network(warmed, 4, (2, 4, 4)))
-        50.0% of the map, 62.5% with the warm-up
-
-    Args:
-        attention: One setting, or one per layer.
-        num_layers: How many layers there are.
-        grid: Tokens (F, h, w).
-        causal_block: As `Attention.density`.
-        steps: Likewise.
-
-    Returns:
-        The density after the warm-up, and with it.
-    """
-    settings = [attention] * num_layers if isinstance(attention, Attention) else list(attention)
-    after = [setting.after_warm_up() for setting in settings]
-
-    def mean(settings: "Sequence[Attention]") -> Density:
-        layers = (setting.for_layer(layer) for layer, setting in enumerate(settings))
-        return mean_density((1, layer.density(grid, causal_block=causal_block, steps=steps)) for layer in layers)
-
-    return NetworkDensity(*mean(after), mean(settings).visible)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention(abc.ABC):
     """A kind of self-attention and its settings. Subclasses are frozen, keyword-only dataclasses with a `name`.
@@ -334,6 +268,11 @@ class Attention(abc.ABC):
 
     repeated: ClassVar[str | None] = None
     """A field, a tuple of kinds, that the notation writes as all its positional arguments."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "attend_cache" in vars(cls):
+            cls.attend_cache = over_any_cache(cls.attend_cache, nowhere=NOWHERE)
 
     def __str__(self) -> str:
         from monarchrt.models.attention.notation import to_text
@@ -454,7 +393,7 @@ class Attention(abc.ABC):
         def attend(query: Tokens, key: Tokens, value: Tokens, context: Context) -> Tokens:
             return self.attend_clip(query, key, value, dataclasses.replace(clip, context=context))
 
-        return on_explicit_axes(attend, query, key, value, context)
+        return on_explicit_axes(attend, (query, key, value), context)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
         """What a kind does in a call; grid and causal block were checked.
@@ -492,6 +431,8 @@ class Attention(abc.ABC):
     @abc.abstractmethod
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
         """Attention of the newest block's queries over one layer's cache, the block written.
+
+        On a mesh of explicit axes it sees none of them, as `attend_clip` (`explicit.over_any_cache`).
 
         Args:
             cache: One that `init_cache` made, or that this kind `reads`.

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from monarchrt.models.attention.base import FULL, Attention, NetworkDensity, density_of_network, leaves
+from monarchrt.models.attention.base import Attention, leaves
+from monarchrt.models.attention.densities import FULL, NetworkDensity, density_of_network
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import EXACT, SHORT, exact
 from monarchrt.models.errors import UserError, printable, user_input

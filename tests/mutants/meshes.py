@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 
 MESH = ("tests/models/test_mesh.py",)
+SPLIT = ("tests/models/attention/test_split_arrays.py",)
 TRAINS = ("tests/train/test_sharding.py",)
 
 MESHES = (
@@ -26,7 +27,23 @@ MESHES = (
         "models/attention/explicit.py",
         "inputs=make, ",
         "",
-        ("tests/models/attention/test_split_arrays.py",),
+        SPLIT,
+    ),
+    Fault(
+        "models/attention/base.py",
+        "over_any_cache(cls.attend_cache, nowhere=NOWHERE)",
+        "cls.attend_cache",
+        SPLIT,
+        "cache",
+    ),
+    Fault("models/attention/explicit.py", "whole = cache.of_arrays(", "(", SPLIT, "known"),
+    Fault("models/attention/explicit.py", "x in (query, *parts) if", "x in (query,) if", SPLIT, "known"),
+    Fault(
+        "monarch_jax/partitioning.py",
+        "rest = jax.tree.map(functools.partial(on",
+        "jax.tree.map(functools.partial(on",
+        SPLIT,
+        "cache",
     ),
     Fault("models/sharding.py", "if mesh.size == 1:", "if not axes:", MESH, "address"),
     Fault("models/wan/tokens.py", "[own, got, own]", "[got, own, got]", TRAINS, "gradients"),

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from monarchrt.models.attention.base import Attention, NetworkDensity, density_of_network
+from monarchrt.models.attention.base import Attention
+from monarchrt.models.attention.densities import NetworkDensity, density_of_network
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError, report_full_disk, user_input

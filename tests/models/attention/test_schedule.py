@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.attention.base import CacheShape, Context, density_of_network
+from monarchrt.models.attention.base import CacheShape, Context
 from monarchrt.models.attention.blocks import attend_blocks
 from monarchrt.models.attention.dense import DenseAttention
+from monarchrt.models.attention.densities import density_of_network
 from monarchrt.models.attention.monarch import MonarchAttention
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.schedule import FirstBlocks
