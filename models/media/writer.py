@@ -196,6 +196,7 @@ class Mp4Writer:
         self._growing = contextlib.ExitStack()
         self._container: Any = None
         self._stream: Any = None
+        self._failed = False  # to write, and FFmpeg then crashes if it is to write more without its header
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         """Appends frames. Odd sizes are padded by repeating the last row or column, since yuv420p needs even ones.
@@ -209,7 +210,11 @@ class Mp4Writer:
             for picture in frames:
                 if self._container is None:
                     self._container = self._open(*picture.shape[:2])
-                self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                try:
+                    self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                except (OSError, av.error.FFmpegError):
+                    self._failed = True
+                    raise
                 self.frames += 1
 
     def _open(self, height: int, width: int) -> Any:
@@ -235,7 +240,7 @@ class Mp4Writer:
         return stream
 
     def close(self) -> None:
-        """Completes the file.
+        """Completes the file; if something of it could not be written, none is left.
 
         Raises:
             DiskFullError: If there is no room.
@@ -243,6 +248,13 @@ class Mp4Writer:
         """
         container, self._container = self._container, None
         if container is None:
+            return
+        if self._failed:
+            self._stream = None
+            with contextlib.suppress(OSError, av.error.FFmpegError):
+                container.close()
+            self._growing.close()
+            unfinished(self.path).unlink(missing_ok=True)
             return
         with report_full_disk(self.path, then=FREE):
             try:

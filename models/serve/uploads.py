@@ -12,7 +12,7 @@ import numpy as np
 from aiohttp import web
 from jaxtyping import UInt8
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import UserError, disk_full_reason
 from monarchrt.models.media.reading import read_stranger
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.session import Limits
@@ -78,6 +78,10 @@ class Uploads:
                     raise web.HTTPRequestTimeout(text=f"the upload took more than {ARRIVAL:.0f} s\n") from None
                 async with self._reading:
                     frames = await asyncio.to_thread(self._read, path, request.query.get("frames"))
+        except OSError as error:
+            if (why := disk_full_reason(error)) is None:
+                raise
+            raise web.HTTPInsufficientStorage(text=f"the upload cannot be stored: {why} on the server\n") from error
         except UserError as error:
             raise web.HTTPUnprocessableEntity(text=f"{error}\n") from error
         finally:

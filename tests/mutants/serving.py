@@ -7,9 +7,12 @@ LIVE = ("tests/models/sampling/test_live.py",)
 PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 
+WRITER = ("tests/models/media/test_writer.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
+    Fault("models/media/writer.py", "        if self._failed:\n", "        if False:\n", WRITER, "first_byte"),
+    Fault("models/serve/uploads.py", "disk_full_reason(error)) is None", "None) is None", SERVER, "full"),
     Fault("models/serve/engine.py", "        video.count_anew()\n", "", SESSIONS, "long_stream"),
     Fault("models/serve/bench.py", "    video.count_anew()  #", "    #", SESSIONS, "long_stream"),
     Fault("models/web/server.py", "heard = max(heard, now) + 1 / MESSAGES", "heard = now", SERVER, "very_much"),

@@ -86,6 +86,25 @@ class TestWriter:
             writer.write(np.zeros((1, 16, 16, 3), np.uint8))
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+    def test_a_disk_that_is_full_from_the_first_byte_on(self, tmp_path, name):
+        """In a process of its own: FFmpeg crashed, where its header could not be written."""
+        program = (
+            "import contextlib, sys; from pathlib import Path; import numpy as np\n"
+            "from monarchrt.models.media import writer\n"
+            "writer.growing = lambda path: contextlib.nullcontext(Path('/dev/full'))\n"
+            "rng = np.random.default_rng(0)\n"
+            "with writer.open_writer(Path(sys.argv[1])) as video:\n"
+            "    for _ in range(8): video.write(rng.integers(0, 255, (3, 64, 64, 3), np.uint8))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program, tmp_path / name], capture_output=True, text=True)
+        assert done.returncode == 1, done
+        assert re.search(
+            r"DiskFullError: cannot write .*a\.m..: the disk is full; free some space$", done.stderr.strip()
+        )
+        assert not list(tmp_path.iterdir())
+
     def test_nothing_under_the_name_before_it_is_complete(self, tmp_path):
         path = tmp_path / "clip.mp4"
         with Mp4Writer(path) as writer:

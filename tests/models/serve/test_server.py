@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import gc
 import importlib.util
 import io
@@ -23,7 +24,7 @@ from PIL import Image
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.video import read_clip, write_mp4
-from monarchrt.models.serve import Address, Limits, Server
+from monarchrt.models.serve import Address, Limits, Server, uploads
 from monarchrt.models.serve.uploads import Uploads
 from monarchrt.models.web.encodings import ENCODINGS
 from monarchrt.models.web.server import MOST_CLIENTS
@@ -405,6 +406,18 @@ class TestUploads:
         clock.now = 301.0
         assert uploads.get("c") is None
         assert len(uploads) == 0
+
+    def test_a_full_disk(self, engine, monkeypatch):
+        async def full(request, path, most):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        async def talk(client, server):
+            answer = await client.post("/upload", data=b"x")
+            said = "the upload cannot be stored: the disk is full on the server\n"
+            assert (answer.status, await answer.text()) == (507, said)
+
+        monkeypatch.setattr(uploads, "_save", full)
+        against(engine, talk)
 
     def test_nowhere_to_begin(self, engine, monkeypatch):
         async def talk(client, server):
