@@ -1,20 +1,41 @@
 """What `remat="cheap"` keeps of a block for its backward pass."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array, Float
 
 from monarch_jax.contract import SAVED
+from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device
 
 PRODUCT = "product"  # what policies of `jax.checkpoint` call a product with weights
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 _NAMED = jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT)
+_FOR_STACKS: ContextVar[bool] = ContextVar("for_stacks", default=False)
+
+
+@contextlib.contextmanager
+def for_stacks() -> Iterator[None]:
+    """Where layers are traced by `through_stacks`."""
+    token = _FOR_STACKS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_STACKS.reset(token)
+
+
+def in_stacks() -> bool:
+    """Whether layers are traced by `through_stacks`."""
+    return _FOR_STACKS.get()
 
 
 def kept(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -23,6 +44,25 @@ def kept(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Kept without its bias, the product's library could not add it, and what reads it would be a pass of its own.
     """
     return checkpoint_name(_row_major(x), PRODUCT)
+
+
+def kept_apart(linear: Any, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+    """`kept(linear(x))`; by `through_stacks` without its bias, so that the product writes into the stack."""
+    return _row_major(_bias_apart(linear, x, lambda y: y)) if in_stacks() else kept(linear(x))
+
+
+def bias_apart(linear: Any, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+    """`linear(x)`, whose bias what reads it adds: XLA has no product with a bias read a stack."""
+    return _bias_apart(linear, x, jax.lax.optimization_barrier)
+
+
+def _bias_apart(linear, x, formed):
+    if type(linear) is not nnx.Linear or linear.bias is None:
+        return linear(x)
+    plain = nnx.merge(*nnx.split(linear))
+    plain.bias, plain.use_bias = None, False
+    y = formed(plain(x))
+    return y + along_last(linear.bias[...].astype(y.dtype), y)
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
-from monarchrt.models.wan.kept import PRODUCTS, kept
+from monarchrt.models.wan.kept import PRODUCTS, bias_apart, in_stacks, kept, kept_apart
 from monarchrt.models.wan.passes import Passes
 from monarchrt.models.wan.rope import rotate
 from monarchrt.models.wan.tokens import heads_to_tokens, tokens_to_heads
@@ -111,7 +111,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D_in"]) -> Float[Array, "*batch D_out"]:
         """fc2(act(fc1(x)))."""
-        return kept(self.fc2(self.act(kept(self.fc1(x)))))
+        return kept(self.fc2(self.act(kept_apart(self.fc1, x))))
 
 
 gelu_exact = partial(jax.nn.gelu, approximate=False)
@@ -175,13 +175,20 @@ class CrossAttention(nnx.Module):
         to_text: Attend = softmax_attention,
     ) -> Float[Array, "B F S D"]:
         """The sum of one attention for each source of keys and values, the text's by `to_text` on one device."""
+        return kept(self.o(self.attended(x, keys_values, to_text)))
+
+    def attended(
+        self,
+        x: Float[Array, "B F S D"],
+        keys_values: tuple[tuple[Array, Array], ...],
+        to_text: Attend = softmax_attention,
+    ) -> Float[Array, "B F S D"]:
+        """The same, before the last projection."""
         query = self.norm_q(kept(self.q(x)))
         if parts("tokens", x.shape[2]) > 1:  # each device attends for its own tokens, to all heads
             tokens, whole = ("batch", None, "tokens", None), ("batch", None, None, None)
-            out = on_each_device(self.attend, None, (query, keys_values), (tokens, whole))
-        else:
-            out = self.attend(None, query, keys_values, to_text)
-        return kept(self.o(out))
+            return on_each_device(self.attend, None, (query, keys_values), (tokens, whole))
+        return self.attend(None, query, keys_values, to_text)
 
     def attend(
         self,
@@ -292,9 +299,14 @@ class WanBlock(nnx.Module):
         Returns:
             The residual stream.
         """
-        gate1, shift2, scale2, gate2 = modulations
-        x = self.gated(x, kept(self.self_attn.o(out)), gate1)
-        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), keys_values)
+        if in_stacks() and x.shape[0] == modulations[0].shape[1] == 1:
+            gate1, shift2, scale2, gate2 = self.gates_in_weights(modulations)
+            x = kept(self.gated(x, bias_apart(self.self_attn.o, out), gate1))
+        else:
+            gate1, shift2, scale2, gate2 = modulations
+            x = self.gated(x, kept(self.self_attn.o(out)), gate1)
+        attended = self.cross_attn.attended(self.norm3(x).astype(self.dtype), keys_values)
+        x = kept(x + bias_apart(self.cross_attn.o, attended)) if in_stacks() else x + kept(self.cross_attn.o(attended))
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
         return self.gated(x, y, gate2)
 

@@ -1,0 +1,196 @@
+"""A loop over layers that writes what the backward pass needs right into stacks of all layers'."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from monarchrt.models.wan.kept import for_stacks
+
+
+class Place(NamedTuple):
+    """Where the backward pass finds a residual."""
+
+    source: str  # "stacks", "layers", "constants", "own" (of the program) or "value"
+    at: Any
+
+
+class Program(NamedTuple):
+    """A layer's forward pass with what its backward pass needs."""
+
+    closed: ClosedJaxpr  # (x, layer, constants) to (x, residuals)
+    structure: Any  # of the residuals: a function of the gradient
+    places: tuple[Place, ...]
+    shapes: tuple[Any, ...]  # of the residuals
+    rows: tuple[int, ...]  # which residual each stack has; the last stack, -1, has x
+    written: frozenset[int]  # of these, those that all else reads where they lie
+
+
+def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, stacked: Any) -> jax.Array:
+    """What `jax.lax.scan(body, x, stacked)[0]` gives; gradients are those of the body's `jax.vjp`, one layer at a time.
+
+    A scan forms what a layer keeps and copies it into the stack of all layers'. XLA can have products and kernels write
+    there at once, but forms them a second time for what else reads them. Here that reads the stack.
+
+    Args:
+        body: (x, layer) to (x, None), recomputed in its backward pass as its `jax.checkpoint` says.
+        x: What goes through the layers.
+        stacked: A tree with a leading axis of layers.
+
+    Returns:
+        x after the last of them.
+    """
+    leaves, tree = jax.tree.flatten(stacked)
+    trained: list[bool] = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    length = leaves[0].shape[0]
+
+    def split(layer: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(layer, trained, strict=True))
+        return [leaf for leaf, own in pairs if own], [leaf for leaf, own in pairs if not own]
+
+    def layer_of(learned: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        sources = {True: iter(learned), False: iter(fixed)}
+        return jax.tree.unflatten(tree, [next(sources[own]) for own in trained])
+
+    def run(x, learned, fixed):
+        with for_stacks():
+            return body(x, layer_of(learned, fixed))[0]
+
+    learned, fixed = split(leaves)
+    run, constants = jax.closure_convert(run, x, *split([leaf[0] for leaf in leaves]))
+
+    @functools.cache
+    def program() -> Program:
+        def residuals(x, learned, fixed, constants):
+            def own(x, learned, constants):
+                return run(x, learned, fixed, *constants)
+
+            out, back = jax.vjp(own, x, learned, constants)
+            values, structures[:] = jax.tree.flatten(back)[0], [jax.tree.structure(back)]
+            return out, values
+
+        structures: list[Any] = []
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, constants))
+        layer = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+        closed = jax.make_jaxpr(residuals)(shapes[0], *split(layer), shapes[1])
+        return _planned(closed, structures[0], len(leaves))
+
+    @jax.custom_vjp
+    def loop(x, learned, fixed, constants):
+        return jax.lax.scan(lambda x, layer: (run(x, *layer, *constants), None), x, (learned, fixed))[0]
+
+    def forward(x, learned, fixed, constants):
+        plan = program()
+        shapes = [plan.shapes[row] for row in plan.rows[:-1]] + [x]
+        stacks = [jax.lax.empty((length, *_rows(shape.shape)), shape.dtype) for shape in shapes]
+
+        def turn(number, carry):
+            x, stacks = carry
+            layer = [_at(leaf, number) for leaf in (*learned, *fixed)]
+            return _turn(plan, number, (x, *layer, *constants), list(stacks))
+
+        x, stacks = jax.lax.fori_loop(0, length, turn, (x, stacks))
+        return x, (stacks, learned, fixed, constants)
+
+    def backward(kept, gradient):
+        stacks, learned, fixed, constants = kept
+        plan = program()
+        sources = {"layers": [*learned, *fixed], "constants": constants, "own": plan.closed.consts}
+
+        def turn(carry, number):
+            gradient, sums = carry
+            values = []
+            for place, residual in zip(plan.places, plan.shapes, strict=True):
+                if place.source == "stacks":
+                    values.append(_at(stacks[place.at], number).reshape(residual.shape))
+                elif place.source == "layers":
+                    values.append(_at(sources["layers"][place.at], number))
+                else:
+                    values.append(place.at if place.source == "value" else sources[place.source][place.at])
+            gradient, layer, more = jax.tree.unflatten(plan.structure, values)(gradient)
+            return (gradient, jax.tree.map(jnp.add, sums, more)), layer
+
+        zeros = jax.tree.map(jnp.zeros_like, constants)
+        (gradient, sums), layers = jax.lax.scan(turn, (gradient, zeros), jnp.arange(length), reverse=True)
+        return gradient, layers, None, sums
+
+    loop.defvjp(forward, backward)
+    return loop(x, learned, fixed, constants)
+
+
+def _planned(closed: ClosedJaxpr, structure: Any, leaves: int) -> Program:
+    """Where each residual comes from, each in one stack only."""
+    jaxpr = closed.jaxpr
+    inputs = {var: number for number, var in enumerate(jaxpr.invars)}
+    own = {var: number for number, var in enumerate(jaxpr.constvars)}
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    rows: dict[Any, int] = {}
+    written, places = set(), []
+    for number, var in enumerate(jaxpr.outvars[1:]):
+        if isinstance(var, Literal):
+            places.append(Place("value", var.val))
+        elif var in own:
+            places.append(Place("own", own[var]))
+        elif (at := inputs.get(var)) is not None:
+            own_layer = Place("layers", at - 1) if at <= leaves else Place("constants", at - 1 - leaves)
+            places.append(own_layer if at else Place("stacks", -1))
+        else:
+            if rows.setdefault(var, number) == number and not _summed(var, made):
+                written.add(number)
+            places.append(Place("stacks", list(rows).index(var)))
+    shapes = tuple(jax.eval_shape(jaxpr_as_fun(closed), *closed.in_avals)[1:])
+    return Program(closed, structure, tuple(places), shapes, (*rows.values(), -1), frozenset(written))
+
+
+def _summed(var: Any, made: dict[Any, Any]) -> bool:
+    """Whether it is a sum, such as that of a product and a bias, which XLA has no product or kernel write."""
+    while (eqn := made.get(var)) is not None and eqn.primitive.name in ("reduce_precision", "name"):
+        var = eqn.invars[0]
+    return eqn is not None and eqn.primitive.name == "add"
+
+
+def _turn(
+    plan: Program, number: jax.Array, inputs: Sequence[Any], stacks: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    """A layer's forward pass, operation by operation, and the stacks with what it keeps."""
+    jaxpr = plan.closed.jaxpr
+    outvars = jaxpr.outvars[1:]
+    stack_of = {outvars[row]: at for at, row in enumerate(plan.rows[:-1])}
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*plan.closed.consts, *inputs), strict=True))
+
+    def read(var):
+        return var.val if isinstance(var, Literal) else values[var]
+
+    def write(at, value):
+        stacks[at] = jax.lax.dynamic_update_index_in_dim(
+            stacks[at], value.reshape(_rows(value.shape)), number, 0, allow_negative_indices=False
+        )
+
+    write(-1, inputs[0])
+    for eqn in jaxpr.eqns:
+        one = jaxpr.replace(constvars=(), invars=[*filter(_is_var, eqn.invars)], outvars=eqn.outvars, eqns=[eqn])
+        results = jaxpr_as_fun(ClosedJaxpr(one, ()))(*map(read, one.invars))
+        for var, value in zip(eqn.outvars, results, strict=True):
+            if (at := stack_of.get(var)) is not None:
+                write(at, value)
+                if plan.rows[at] in plan.written:  # behind a barrier, or else XLA reads the value that was written
+                    value = _at(jax.lax.optimization_barrier(stacks[at]), number).reshape(value.shape)
+            values[var] = value
+    return read(jaxpr.outvars[0]), stacks
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, Literal)
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an array as rows of its last axis: with axes of one, XLA would choose orders that products cannot write."""
+    return shape if len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
+
+
+def _at(stack: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, number, 0, keepdims=False, allow_negative_indices=False)

@@ -1,0 +1,86 @@
+"""A loop over layers that writes what it keeps into stacks: values and gradients of a scan."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from monarchrt.models.attention.notation import parse
+from monarchrt.models.wan import WanModel, dit, wan_config
+from monarchrt.models.wan.kept import cheap
+from monarchrt.models.wan.stacks import through_stacks
+
+
+def layers(x, stacked, scale, *, through, policy=None):
+    """Layers whose kept values are a product, a sum, both of one value, and what all layers share."""
+
+    def body(x, layer):
+        weights, number = layer
+        product = x @ weights["w"]
+        summed = checkpoint_name(product + weights["b"][None, None], "product")
+        return x + jnp.tanh(summed) * jnp.sin(product) * scale.mean() + number, None
+
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return through(body, x, stacked)
+
+
+def scanned(body, x, stacked):
+    return jax.lax.scan(body, x, stacked)[0]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = {"w": 0.2 * jax.random.normal(keys[0], (3, 4, 4)), "b": jax.random.normal(keys[1], (3, 4))}
+    return jax.random.normal(keys[2], (2, 5, 4)), (weights, jnp.arange(3)), jax.random.normal(keys[3], (6,))
+
+
+@pytest.mark.parametrize("policy", [None, cheap, jax.checkpoint_policies.everything_saveable])
+def test_values_and_gradients_are_the_scans(arrays, policy):
+    x, (weights, numbers), scale = arrays
+
+    def loss(x, weights, scale, through):
+        return (layers(x, (weights, numbers), scale, through=through, policy=policy) ** 2).sum()
+
+    of = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    mine, right = (jax.jit(partial(of, through=through))(x, weights, scale) for through in (through_stacks, scanned))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), mine, right)
+    np.testing.assert_allclose(loss(x, weights, scale, through_stacks), right[0], rtol=1e-5)  # with no gradient
+
+
+def test_what_is_kept_is_written_where_it_is_made(arrays):
+    """A product is read from its stack, behind a barrier; a sum, which XLA has no product write, is not."""
+    x, (weights, numbers), scale = arrays
+
+    def loss(x):
+        return layers(x, (weights, numbers), scale, through=through_stacks, policy=cheap).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x))
+    assert len(set(re.findall(r"(\w+):f32\[3,10,4\] = empty", text))) == 3  # stacks of x, the product, the sum
+    assert text.count("optimization_barrier") == 1
+
+
+@pytest.mark.parametrize(("batch", "times"), [(1, ()), (2, (3,))])  # gates in weights, and not
+def test_a_network_has_the_gradients_of_the_scan(monkeypatch, batch, times):
+    config = wan_config("tiny", num_layers=2, remat="cheap", attention=parse("monarch(tile=(3,2,4))"))
+    graph, params = nnx.split(WanModel(config, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    draw = np.random.default_rng(0)
+    latents = jnp.asarray(draw.normal(size=(batch, 3, 4, 8, config.in_channels)), jnp.float32)
+    text = jnp.asarray(draw.normal(size=(batch, 5, config.text_dim)), jnp.float32)
+
+    def loss(params, latents, text):
+        flow = nnx.merge(graph, params)(latents, jnp.full((batch, *times), 500.0), text)
+        return (flow * latents[..., : config.out_channels]).sum()
+
+    def gradients(stacks):
+        monkeypatch.setattr(dit, "STACKS", stacks)
+        return jax.jit(jax.grad(lambda *arrays: loss(*arrays), argnums=(0, 1, 2)))(params, latents, text)
+
+    for mine, right in zip(*map(jax.tree.leaves, map(gradients, (True, False))), strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()))
