@@ -12,15 +12,15 @@ import aiohttp
 async def watch(url, file, prompts, *, blocks=8, **options):
     """Writes a video to a file while it comes; `options` are more fields of `start`. Returns how it ended."""
     async with aiohttp.ClientSession() as http, http.ws_connect(url) as ws:
-        await ws.send_json({"type": "start", "prompt": prompts[0], "video": "mp4", **options})
+        await ws.send_json({"type": "start", "prompt": prompts.pop(0), "video": "mp4", **options})
         async for message in ws:
             if message.type is aiohttp.WSMsgType.BINARY:  # index and block, 4 bytes each, then a piece of the mp4
                 file.write(message.data[8:])
             elif (event := message.json())["type"] in ("ended", "error"):
                 return event
             elif event["type"] == "block" and (event["block"] + 1) % blocks == 0:
-                prompts = prompts[1:]
-                await ws.send_json({"type": "prompt", "prompt": prompts[0]} if prompts else {"type": "stop"})
+                await ws.send_json({"type": "prompt", "prompt": prompts.pop(0)} if prompts else {"type": "stop"})
+        return {"type": "error", "message": f"the connection is gone ({ws.close_code})"}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Sessions: videos whose prompt changes while they are made, for several clients with one loaded model."""
 
 from monarchrt.models.serve.engine import Engine
+from monarchrt.models.serve.limits import Limits
 from monarchrt.models.serve.messages import MESSAGES, Refusal, parse_message
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.serve.server import Server, run_server
-from monarchrt.models.serve.session import Limits, Session
+from monarchrt.models.serve.session import Session
 from monarchrt.models.serve.sessions import Sessions
 from monarchrt.models.web.access import Address
 

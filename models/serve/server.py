@@ -17,11 +17,12 @@ from aiohttp import web
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.serve.engine import Engine
-from monarchrt.models.serve.messages import MESSAGES, Ping, Refusal, Start, Stop, parse_message
+from monarchrt.models.serve.limits import Limits
+from monarchrt.models.serve.messages import MESSAGES, Ping, Refusal, Save, Start, Stop, parse_message
 from monarchrt.models.serve.metrics import Metrics
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.serve.peers import INSTALL, MEDIA, WEBRTC, Ice, Peer, installed
-from monarchrt.models.serve.session import Limits, Session
+from monarchrt.models.serve.session import Session
 from monarchrt.models.serve.sessions import Sessions
 from monarchrt.models.serve.uploads import Uploads
 from monarchrt.models.web.access import Address
@@ -231,6 +232,8 @@ class _Client:
             self._session = self._begin(message)
         elif isinstance(message, Ping):
             self._outbox.event("pong", id=message.id)
+        elif isinstance(message, Save) and self._session is not None:
+            self._server.sessions.tell(self._session, message)
         elif not isinstance(message, Stop):
             raise Refusal(f"{message.type}: there is no session; begin with start", code="no_session", id=message.id)
 

@@ -1,7 +1,6 @@
 """One client's video: a turn begins one block, or does what the client asked for; no network, no threads, any clock."""
 
 import contextlib
-import dataclasses
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from monarchrt.models.errors import UserError, printable
+from monarchrt.models.errors import UserError, disk_full_reason, printable
 from monarchrt.models.generate.decoders import to_host
 from monarchrt.models.media.writer import Mp4Writer
 from monarchrt.models.sampling import LiveRollout
 from monarchrt.models.serve.engine import Engine, blended
+from monarchrt.models.serve.limits import Limits
 from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusal, Resume, Save, Seek, Start, Step, Stop
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.web.encodings import ENCODINGS, Encoding
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
-MOST_OF_ALL = 10_000_000  # of what a server may be told, such as four months of seconds
 AT_ONCE = float("-inf")
+KEEPING = ("finished", "longest", "stopped")  # ends after which a video may still be saved
 AHEAD = 1.0  # seconds that a paced video is made before it is played
 WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
 
@@ -37,45 +37,6 @@ type Submit = Callable[..., bytes | Future[Any]]
 def at_once(encode: Callable[..., bytes], *arguments: Any) -> bytes:
     """Encodes here and now; a pool's `submit` does it beside the next block."""
     return encode(*arguments)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What clients may ask for.
-
-    Attributes:
-        sessions: That make videos at once; each holds a cache of keys and values.
-        waiting: That wait for one of these to end.
-        seconds: Of video in a session.
-        idle: Seconds without a message after which a session ends.
-        prompt: Characters of a prompt.
-        message: Bytes of a message.
-        kept: Blocks of latents that are kept of each, to go back to and to save.
-        frames: That wait for a client to read them.
-        videos: Saved ones that can be fetched; the oldest goes.
-        upload: Bytes of an image or a clip to begin with.
-        uploads: Of them that wait for their session; the oldest goes.
-    """
-
-    sessions: int = 4
-    waiting: int = 16
-    seconds: float = 600.0
-    idle: float = 300.0
-    prompt: int = 4000
-    message: int = 65536
-    kept: int = 120
-    frames: int = 96
-    videos: int = 16
-    upload: int = 2**23
-    uploads: int = 8
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            least = 0 if field.name == "waiting" else 1
-            value = getattr(self, field.name)
-            if not least <= value <= MOST_OF_ALL:
-                bound = f"at most {MOST_OF_ALL}" if value > least else f"at least {least}"
-                raise UserError(f"{field.name} is {value}; it must be {bound}")
 
 
 @dataclass
@@ -135,6 +96,7 @@ class Session:
 
     Attributes:
         ended: Why it is over; None while it is not.
+        ended_at: When, by its clock.
         block: The number of the next one to make.
         sent: Blocks that were handed out, of those that still count.
 
@@ -162,7 +124,7 @@ class Session:
         self._last, self._why_last = self._check(start)
         self._encoding, self._given = encoding or self._encoding_of(start), dict[int, np.ndarray]()
         self._commands: deque[Message] = deque()
-        self.heard = clock()
+        self.heard = self.ended_at = clock()
         self._playing, self._steps, self._drops = not start.paused, 0, 0
         self._video: LiveRollout | None = None
         self._decoder: Any = None
@@ -243,17 +205,31 @@ class Session:
         self.heard = self._clock()
         if isinstance(message, Ping):
             self.outbox.event("pong", id=message.id)
+        elif self.ended is not None:
+            self._tell_ended(message)
         elif isinstance(message, Start):
             raise Refusal("start: this session has begun; stop it, or open another", code="begun", id=message.id)
         elif len(self._commands) >= MOST_COMMANDS and not isinstance(message, Stop):
             raise Refusal(f"{message.type}: {MOST_COMMANDS} messages wait already", code="busy", id=message.id)
         else:
             self._commands.append(message)
+            if self.ended is not None:  # meanwhile
+                self._answer_late()
+
+    def _tell_ended(self, message: Message) -> None:
+        """Begins to save what is still kept; there is nothing else to do."""
+        if not isinstance(message, Save):
+            raise Refusal(f"{message.type}: the session has ended ({self.ended})", code="no_session", id=message.id)
+        try:
+            self._begin_saving(message)
+        except Refusal as refusal:
+            said = f"{refusal}; the session has ended ({self.ended})"
+            raise Refusal(said, code=refusal.code, id=message.id) from refusal
 
     def due(self) -> float | None:
-        """When it wants its next turn, perhaps long ago; None if it is over."""
+        """When it wants its next turn, perhaps long ago; None if it is over, and saves nothing."""
         if self.ended is not None:
-            return None
+            return None if self._saving is None else AT_ONCE
         if self._left or self._commands or self._saving is not None:
             return AT_ONCE
         if self.block >= self._last:  # the last one is under way
@@ -269,6 +245,8 @@ class Session:
     def leave(self, reason: str) -> None:
         """The client is gone: it ends at its next turn."""
         self._left = reason
+        if self.ended is not None:
+            self.forget()
 
     def welcome(self) -> None:
         """Says that it has a place."""
@@ -306,6 +284,9 @@ class Session:
             The block that was begun.
         """
         try:
+            if self.ended is not None:
+                self._go_on_saving()
+                return None
             if self._left is not None or self._commands or self._saving is not None:
                 while self._under_way:
                     self.finish(self._under_way[0], free=free)
@@ -348,18 +329,43 @@ class Session:
         )
 
     def end(self, reason: str, *, message: str | None = None) -> None:
-        """Ends it, and lets its memory go."""
+        """Ends it, and lets its memory go; of a video that was not broken off, latents stay to be saved (`forget`)."""
         if self.ended is not None:
             return
-        self.ended = reason
-        self._video = self._decoder = self._texts = self._blend = self._saving = self._begin_with = None
+        self.ended, self.ended_at = reason, self._clock()
+        self._video = self._decoder = self._texts = self._blend = self._begin_with = None
         for block in self._under_way:
             block.done = True
+        self.block -= len(self._under_way)
         self._under_way.clear()
-        self._past.clear()
         self._given.clear()
+        if reason not in KEEPING or self._folder is None:
+            self.forget()
         self._observed.ended(reason)
         self.outbox.event("ended", reason=reason, message=message, blocks=self.sent)
+        self._answer_late()
+
+    def _answer_late(self) -> None:
+        """Messages that waited for their turn when it ended."""
+        while self._commands:
+            message = self._commands.popleft()
+            try:
+                if not isinstance(message, Stop):
+                    self._tell_ended(message)
+            except Refusal as refusal:
+                self.outbox.event("error", id=message.id, code=refusal.code, message=str(refusal))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is something to save, or it is under way."""
+        return bool(self._past) or self._saving is not None
+
+    def forget(self) -> None:
+        """Lets go of what is kept to be saved; a file that is not complete is removed."""
+        if self._saving is not None and self.ended in KEEPING:
+            self.outbox.event("error", id=self._saved_for, code="cannot_save", message="save: others took its place")
+        self._past.clear()
+        self._saving = None
 
     def _do(self, message: Message) -> None:
         try:
@@ -526,6 +532,8 @@ class Session:
         except Exception as error:
             self._saving, said = None, " ".join(str(error).split())[:300]
             said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+            if why := disk_full_reason(error):  # which says where, and what the server's owner is to do
+                said = f"{why} on the server"
             self.outbox.event("error", id=self._saved_for, code="cannot_save", message=f"save: {said}")
 
     def _save(self, message: Save, blocks: list[int], path: Path) -> Iterator[None]:

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from monarchrt.models.serve.engine import Engine
+from monarchrt.models.serve.limits import Limits
 from monarchrt.models.serve.messages import Message, Refusal, Start
 from monarchrt.models.serve.outbox import Outbox
-from monarchrt.models.serve.session import Block, Limits, Observed, Session, Submit, at_once
+from monarchrt.models.serve.session import Block, Observed, Session, Submit, at_once
 from monarchrt.models.web.encodings import Encoding
 
 
@@ -46,7 +47,7 @@ class Sessions:
     ):
         self.engine, self.limits = engine, limits
         self._clock, self._folder, self._observed, self._submit = clock, folder, observed or Observed(), submit
-        self._active: list[Session] = []
+        self._active: list[Session] = []  # and those that are over, but may still save their video
         self._waiting: list[Session] = []
         self._videos: list[Path] = []
         self._under_way: tuple[Session, Block] | None = None
@@ -67,7 +68,7 @@ class Sessions:
     @property
     def frames_waiting(self) -> int:
         """Frames that clients have not read yet."""
-        return sum(len(session.outbox) for session in list(self._active))
+        return sum(len(session.outbox) for session in list(self._active) if session.ended is None)
 
     def open(
         self,
@@ -92,9 +93,9 @@ class Sessions:
             if self._closing is not None:
                 raise Refusal(f"start: the server is closing ({self._closing})", code="closing", id=start.id)
             self._seat()  # those that have just ended make room
-            if len(self._active) >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
+            if self.active >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
                 raise Refusal(
-                    f"start: {len(self._active)} sessions are on and {len(self._waiting)} wait; try again later",
+                    f"start: {self.active} sessions are on and {len(self._waiting)} wait; try again later",
                     code="full",
                     id=start.id,
                 )
@@ -196,11 +197,14 @@ class Sessions:
     def _seat(self) -> None:
         """Lets those go that are over, and gives places to the ones that wait, telling all of their new positions."""
         before = list(self._waiting)
-        self._active = [session for session in self._active if session.ended is None]
+        over = [session for session in self._active if session.ended is not None and session.keeps]
+        for session in sorted(over, key=lambda session: session.ended_at)[: -self.limits.sessions]:
+            session.forget()
+        self._active = [session for session in self._active if session.ended is None or session.keeps]
         for session in list(self._waiting):
             session.give_up_waiting()
         self._waiting = [session for session in self._waiting if session.ended is None]
-        while self._waiting and len(self._active) < self.limits.sessions:
+        while self._waiting and self.active < self.limits.sessions:
             session = self._waiting.pop(0)
             session.welcome()
             self._active.append(session)

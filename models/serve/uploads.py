@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from monarchrt.models.errors import UserError, disk_full_reason
 from monarchrt.models.media.reading import read_stranger
 from monarchrt.models.serve.engine import Engine
-from monarchrt.models.serve.session import Limits
+from monarchrt.models.serve.limits import Limits
 
 ARRIVING = 8  # at once
 ARRIVAL = 60.0  # seconds that sending one may take

@@ -8,9 +8,16 @@ PEERS = ("tests/models/serve/test_peers.py",)
 ENCODINGS = ("tests/models/web/test_encodings.py",)
 
 WRITER = ("tests/models/media/test_writer.py",)
+SAVING = ("tests/models/serve/test_saving_after_the_end.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
+    Fault("models/serve/session.py", "        self.block -= len(self._under_way)\n", "", SAVING),
+    Fault("models/serve/session.py", "        self._answer_late()\n\n", "\n", SAVING, "late"),
+    Fault("models/serve/sessions.py", "key=lambda session: session.ended_at)", "key=lambda session: 0)", SAVING),
+    Fault(
+        "models/serve/sessions.py", "self._waiting and self.active <", "self._waiting and len(self._active) <", SAVING
+    ),
     Fault("models/media/writer.py", "        if self._failed:\n", "        if False:\n", WRITER, "first_byte"),
     Fault("models/serve/uploads.py", "disk_full_reason(error)) is None", "None) is None", SERVER, "full"),
     Fault("models/serve/engine.py", "        video.count_anew()\n", "", SESSIONS, "long_stream"),

@@ -121,10 +121,10 @@ def serve_command(arguments: Sequence[str]) -> int:
             "no checkpoint was given; give --checkpoint, for example runs/demo/monarch after `monarchrt demo`"
         )
     with finish_first():
+        from monarchrt.models.serve.limits import Limits
         from monarchrt.models.serve.load import load_engine
         from monarchrt.models.serve.peers import INSTALL, Ice, installed
         from monarchrt.models.serve.server import Server, run_server
-        from monarchrt.models.serve.session import Limits
         from monarchrt.models.web.access import Address, check_port
 
     def of(kind: Any) -> Any:

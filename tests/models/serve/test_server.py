@@ -87,6 +87,8 @@ def test_a_whole_session(engine):
             await ws.send_json({"type": "start", "prompt": "again", "frames": 3, "pace": False})  # on one connection
             events, frames = await until(ws, "ended")
             assert (events[-1]["reason"], len(frames)) == ("finished", 3)
+            await ws.send_json({"type": "save"})
+            assert (await until(ws, "saved"))[0][-1]["frames"] == 3
         health = await (await client.get("/healthz")).json()
         assert health == {"ok": True, "active": 0, "waiting": 0}
         text = await (await client.get("/metrics")).text()
@@ -340,6 +342,11 @@ def test_the_example(engine, tmp_path):
     async def talk(http, server):
         url = f"{http.make_url('/session')}?token={TOKEN}"
         with path.open("wb") as file:
+            lost = asyncio.create_task(client.watch(url, io.BytesIO(), ["a cat"], paused=True))
+            while not server._sockets:
+                await asyncio.sleep(0.01)
+            there(next(iter(server._sockets.values()))).abort()  # as if the server was killed
+            assert await lost == {"type": "error", "message": "the connection is gone (1006)"}
             return await client.watch(url, file, ["a cat", "a dog"], blocks=2, seed=3, pace=False)
 
     ended = against(engine, talk, token=TOKEN)

@@ -6,13 +6,14 @@ import numpy as np
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.writer import Mp4Writer
-from monarchrt.models.serve.messages import Prompt, Save, Stop
+from monarchrt.models.serve.messages import Prompt, Save
 from tests.models.serve.test_session import of, pictures, start, types
 
 
 def test_a_file_that_cannot_be_written(stage, client, tmp_path, monkeypatch):
-    """Is said; the session goes on, and nothing of it is left. Nor of one that the session did not wait for."""
-    session = client(stage(), start(frames=30))
+    """Is said; the session goes on, and nothing of it is left. Nor of one that the client did not wait for."""
+    sessions = stage()
+    session = client(sessions, start(frames=30))
     session.run(turns=3)
 
     def full(self, frames):
@@ -24,13 +25,13 @@ def test_a_file_that_cannot_be_written(stage, client, tmp_path, monkeypatch):
         patch.setattr(Mp4Writer, "write", full)
         (error,) = of(session.run(turns=1)[0], "error")
     assert (error["id"], error["code"], error["message"]) == (
-        "v", "cannot_save", "save: OSError: [Errno 28] No space left on device"
+        "v", "cannot_save", "save: the disk is full on the server"
     )  # fmt: skip
     assert not list(tmp_path.iterdir())
     session.tell(Save())
     session.run(turns=2)
-    session.tell(Stop())
-    assert session.run()[0][-1]["reason"] == "stopped"
+    sessions.close(session.session, "disconnected")
+    assert session.run()[0][-1]["reason"] == "disconnected"
     assert not list(tmp_path.iterdir())
 
 
