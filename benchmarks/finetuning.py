@@ -20,7 +20,9 @@ chosen by the outcome.
 import argparse
 import dataclasses
 import json
+import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,9 @@ def main() -> None:
         print(f"{args.pack}: {', '.join(f'{len(clip)} frames' for clip in clips)}")
         return
     claim(args)
+    if jax.default_backend() == "cpu" and (args.dense_steps > 400 or math.prod(args.size) > 8 * 14):
+        smaller = "--size 8 14 --dense-steps 400 --steps 100 --seeds 0"
+        print(f"note: there is no GPU; what a CPU does in minutes is {smaller}", file=sys.stderr)
     rows = rows_of(args, run(args, clips))
     report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "seeds": args.seeds, "rows": rows}
     (args.out / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -14,23 +14,53 @@ LIBRARY_PRODUCTS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_thr
 TRAINING = LIBRARY_PRODUCTS | {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
-def training_options(devices: Sequence[Any] = (), *, heads: int = 1) -> dict[str, Any]:
-    """How a training step is compiled: `TRAINING`, and how two devices that share heads swap halves of arrays.
+# Of meshes that split weights: each layer's are gathered while the layer before it computes, in both passes, two layers
+# a turn, without which arrays that were gathered would be copied from turn to turn. A step of Wan 14B on two H200s
+# takes as long as with gathers beside their own layer's products (6,055 and 6,046 ms), and 1 GB more.
+GATHERED_AHEAD = {
+    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_enable_while_loop_double_buffering": True,
+}
+_SAYS_WHEN = ("pipeline_all_gather", "pipelined_all_gather", "pipelined_collectives")
 
-    Hopper GPUs of one process copy them, which takes none of the multiprocessors that products hold: a training clip of
-    Wan 1.3B on two H200s takes 485 ms, with all-to-alls by NCCL's kernels 500. No other GPUs were tried, and XLA
-    refuses it between processes. A mode that `XLA_FLAGS` names is left as it is.
+
+def gathers_ahead(devices: Sequence[Any], *, fsdp: int = 1) -> bool:
+    """Whether `training_options` can have weights gathered a layer ahead: on GPUs, unless `XLA_FLAGS` says otherwise.
+
+    Args:
+        devices: Those of the mesh.
+        fsdp: Devices along its axis of that name.
+    """
+    chosen = any(name in os.environ.get("XLA_FLAGS", "") for name in _SAYS_WHEN)
+    return fsdp > 1 and not chosen and all(device.platform in ("gpu", "cuda") for device in devices)
+
+
+def training_options(
+    devices: Sequence[Any] = (), *, heads: int = 1, fsdp: int = 1, ahead: bool = True
+) -> dict[str, Any]:
+    """How a training step is compiled: `TRAINING`, when weights are gathered, and how halves of arrays are swapped.
+
+    Two devices that share heads swap halves. Hopper GPUs of one process copy them, which takes none of the
+    multiprocessors that products hold: a training clip of Wan 1.3B on two H200s takes 485 ms, with all-to-alls by
+    NCCL's kernels 500. No other GPUs were tried, and XLA refuses it between processes.
+
+    A mode that `XLA_FLAGS` names is left as it is.
 
     Args:
         devices: Those of the mesh.
         heads: Devices along its axis of that name.
+        fsdp: Likewise.
+        ahead: Whether a layer's weights are gathered while the one before computes: `GATHERED_AHEAD`.
 
     Examples:
         >>> training_options() == TRAINING
         True
     """
-    chosen = "xla_gpu_collective_permute_mode" in os.environ.get("XLA_FLAGS", "")
+    named = os.environ.get("XLA_FLAGS", "")
+    options: dict[str, Any] = dict(TRAINING)
     hopper = all(str(getattr(device, "compute_capability", "")).startswith("9.") for device in devices)
-    if heads != 2 or chosen or not hopper or len({device.process_index for device in devices}) != 1:
-        return dict(TRAINING)
-    return TRAINING | {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+    if heads == 2 and hopper and len({device.process_index for device in devices}) == 1:
+        options["xla_gpu_collective_permute_mode"] = "COLLECTIVES_PEER_MEMORY"
+    if ahead and gathers_ahead(devices, fsdp=fsdp):
+        options |= GATHERED_AHEAD
+    return {name: value for name, value in options.items() if name in TRAINING or name not in named}

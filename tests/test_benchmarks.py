@@ -297,9 +297,23 @@ class TestFinetuning:
         assert 0.0999 <= low < rows[1]["more"] < high <= 0.2001
         assert rows[1]["more"] == pytest.approx(0.15)
         assert rows[1]["won_back"] == pytest.approx(1 - 0.15 / 0.4)
-        assert "(+0.1" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "(+0.1" in said.out
+        assert not said.err
         with pytest.raises(SystemExit, match="holds results of other settings"):
             run("finetuning", *options, "--steps", "3")
+
+    def test_a_cpu_is_told_what_it_can_do(self, run, capsys):
+        class Stopped(Exception):
+            pass
+
+        def stop(args, clips):
+            raise Stopped
+
+        with pytest.raises(Stopped):
+            run("finetuning", *self.packed(), "--dense-steps", "3000", run=stop)
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("note: there is no GPU; what a CPU does in minutes is --size 8 14 --dense-steps 400")
 
     @pytest.mark.slow
     def test_a_run_goes_on(self, run, capsys):

@@ -30,7 +30,6 @@ from monarchrt.train.run_folder import SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
 
 FOLDER_NAME = CHECKPOINTS_NAME
-ABOUT = "about/metadata"  # of a checkpoint, what it belongs to and a checksum of each array
 _OWN = f"self_attn.{PLACE}."  # in the names of parameters that belong to a kind of attention
 
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from monarchrt.models.compiling import gathers_ahead
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import CONFIG_NAME
 from monarchrt.models.memory import device_memory
@@ -28,6 +29,7 @@ from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
+from monarchrt.train.gathering import Gathering, fitting
 from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
@@ -37,7 +39,7 @@ from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.part_times import PartTimes
 from monarchrt.train.pictures import Pictures, pictures
-from monarchrt.train.plan import Plan, StepPlan, make_plan, role_plans, step_plans
+from monarchrt.train.plan import Plan, StepPlan, make_plan, most_of, role_plans, step_plans
 from monarchrt.train.remat import Choice, automatic, choose, with_remat
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
@@ -49,6 +51,7 @@ from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
 
 _LOOKED_AT = 10_000  # steps, for all kinds of steps that there are
+type _Step = tuple[StepFn, tuple[StepPlan, ...]]  # with what its programs take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +244,7 @@ class _Run:
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         self.step_fn = self._step_fn(self.networks)
         self._check_step()
+        self.gathering: Gathering | None = None
         self.remat, self.steps = self._choose_remat()
         if self.remat is not None:
             self.networks.check_origins(resumed=bool(done))
@@ -263,16 +267,39 @@ class _Run:
         channels = self.source.latent_shape[-1]
         return Networks(config, self.objective, channels=channels, placement=self.placement, models=self._models)
 
-    def _step_fn(self, networks: Networks) -> StepFn:
+    def _step_fn(self, networks: Networks, *, ahead: bool = True) -> StepFn:
         shardings = self.placement.shardings(networks.template)
-        return make_train_step(self.objective, networks.graphs, networks.trainings, shardings=shardings)
+        return make_train_step(self.objective, networks.graphs, networks.trainings, shardings=shardings, ahead=ahead)
 
     def _choose_remat(self) -> tuple[Choice | None, tuple[StepPlan, ...] | None]:
-        """What networks recompute whose settings leave it open, and what steps then take; compiles them."""
+        """What networks recompute whose settings leave it open, and what steps then take; compiles them.
+
+        With that, whether weights are gathered a layer ahead, where they can be.
+        """
         roles = automatic(self.config, given=self._models)
-        if not roles:
+        shape, devices = self.placement.shape, list(self.placement.mesh.devices.flat)
+        may_be_ahead = gathers_ahead(devices, fsdp=shape.fsdp)
+        if not roles and not may_be_ahead:
             return None, None
         batches, programs = self._first_batches(), {}
+        own = self.placement.mesh.local_devices
+        available = from_first("device memory", lambda: min(map(device_memory, own)))  # all try the same kinds
+
+        def agreed(fits: bool) -> bool:
+            return all_agree("memory", None if fits else "it does not fit") is None
+
+        def programs_of(networks: Networks) -> tuple[_Step, Gathering | None]:
+            def compiled(ahead: bool) -> _Step:
+                step_fn = self._step_fn(networks, ahead=ahead)
+                return step_fn, step_plans(networks, placement=self.placement, step_fn=step_fn, batches=batches)
+
+            if not may_be_ahead:
+                return compiled(False), None
+            return fitting(compiled, lambda step: most_of(step[1]), available=available, agreed=agreed)
+
+        if not roles:
+            (self.step_fn, steps), self.gathering = programs_of(self.networks)
+            return None, steps
 
         @functools.cache
         def made(kind: str) -> tuple[TrainConfig, Networks]:
@@ -287,23 +314,12 @@ class _Run:
             return sum(plan.held for plan in plans)
 
         def compiled(kind: str) -> int | None:
-            _, networks = made(kind)
-            step_fn = self._step_fn(networks)
-            steps = step_plans(networks, placement=self.placement, step_fn=step_fn, batches=batches)
-            programs[kind] = networks, step_fn, steps
-            said = [step.memory.total for step in steps if step.memory is not None]
-            return max(said, default=None)
+            networks = made(kind)[1]
+            programs[kind] = networks, *programs_of(networks)
+            return most_of(programs[kind][1][1])
 
-        devices = self.placement.mesh.local_devices
-        available = from_first("device memory", lambda: min(map(device_memory, devices)))  # all try the same kinds
-        choice = choose(
-            roles,
-            available=available,
-            estimate=estimate,
-            compiled=compiled,
-            agreed=lambda fits: all_agree("remat", None if fits else "it does not fit") is None,
-        )
-        self.networks, self.step_fn, steps = programs[choice.kind]
+        choice = choose(roles, available=available, estimate=estimate, compiled=compiled, agreed=agreed)
+        self.networks, (self.step_fn, steps), self.gathering = programs[choice.kind]
         return choice, steps
 
     def _first_batches(self) -> dict[tuple[str, ...], Mapping[str, Batch]]:
@@ -397,6 +413,7 @@ class _Run:
             step_fn=self.step_fn,
             batches=self._first_batches(),
             remat=self.remat,
+            gathering=self.gathering,
             steps=self.steps,
             done=self.previous.steps()[-1] if self.previous and self.previous.steps() else 0,
             log=read_log(self.config.run.folder) if self.previous else (),
@@ -406,6 +423,7 @@ class _Run:
         """The state to go on from, and what is to be said of it."""
         run, restored = self.config.run, None
         notes = [] if self.remat is None else [str(self.remat)]
+        notes += [] if self.gathering is None or self.gathering.ahead else [f"note: {self.gathering}"]
         if self.previous and self.previous.steps():
             template = self.networks.frozen()
             digests = self.networks.digests(template)

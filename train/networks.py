@@ -17,11 +17,11 @@ from monarchrt.models.attention.notation import to_text
 from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import NonFiniteError, UserError, user_input
 from monarchrt.models.generate.run_arrays import run_config
-from monarchrt.models.generate.runs import find_run
+from monarchrt.models.generate.runs import ABOUT, find_run
 from monarchrt.models.lora.layers import LAYERS, Adapter, with_adapter
 from monarchrt.models.processes.alike import listing, weight_files
 from monarchrt.models.wan import WanConfig
-from monarchrt.train.checkpointing import ABOUT, FOLDER_NAME, Checkpoints
+from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.model import (
     build_model,

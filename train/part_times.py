@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import use_abstract_mesh
 
+from monarchrt.models.processes.programs import compiled_by_all
 from monarchrt.train.data import Batch
 from monarchrt.train.logs import RunLog
 from monarchrt.train.objectives.base import Objective
@@ -121,7 +122,7 @@ def part_programs(
 
     parts = {name: own(part or forward) for name, part in objective.parts(role).items()}
     programs = parts | {"backward": own(forward, gradient=True), "optimizer": optimizer}
-    return {name: jax.jit(run) for name, run in programs.items()}
+    return {name: compiled_by_all(jax.jit(run)) for name, run in programs.items()}
 
 
 def _seconds(programs: Mapping[str, Callable[..., Any]], arguments: tuple) -> dict[str, float]:

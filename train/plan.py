@@ -18,6 +18,7 @@ from monarchrt.models.memory import Memory, device_memory, reported, shown
 from monarchrt.train.config import AUTO, TrainConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.duration import Estimate, estimated
+from monarchrt.train.gathering import Gathering
 from monarchrt.train.logs import duration
 from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.base import Objective
@@ -84,6 +85,7 @@ class Plan:
         networks: Each network.
         steps: Each kind of step.
         remat: What was chosen where it was left open, and why.
+        gathering: When weights are gathered, where devices share them that can do so ahead.
         advice: Options that make it take less.
         left: Steps that the run has before it.
         seconds: That one of them takes, the mean of those that it has behind it; None before it has begun.
@@ -96,6 +98,7 @@ class Plan:
     networks: tuple[RolePlan, ...]
     steps: tuple[StepPlan, ...]
     remat: Choice | None = None
+    gathering: Gathering | None = None
     advice: tuple[str, ...] = ()
     left: int = 0
     seconds: float | None = None
@@ -104,8 +107,7 @@ class Plan:
     @property
     def most(self) -> int | None:
         """The most bytes that any step takes on a device, as its compiler planned it; None if none says so."""
-        totals = [step.memory.total for step in self.steps if step.memory is not None]
-        return max(totals, default=None)
+        return most_of(self.steps)
 
     @property
     def fits(self) -> bool | None:
@@ -132,10 +134,16 @@ class Plan:
             "most": self.most,
             "fits": self.fits,
             "remat": None if self.remat is None else dataclasses.asdict(self.remat) | {"kind": self.remat.kind},
+            "gathered_ahead": None if self.gathering is None else self.gathering.ahead,
             "steps_left": self.left,
             "seconds_per_step": None if self.seconds is None else round(self.seconds, 4),
             "estimate": None if self.estimate is None else self.estimate.to_dict(),
         }
+
+
+def most_of(steps: Sequence[StepPlan]) -> int | None:
+    """The most bytes that any of the steps takes on a device; None if their compiler does not say."""
+    return max((step.memory.total for step in steps if step.memory is not None), default=None)
 
 
 def make_plan(
@@ -147,6 +155,7 @@ def make_plan(
     step_fn: StepFn,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
     remat: Choice | None = None,
+    gathering: Gathering | None = None,
     steps: Sequence[StepPlan] | None = None,
     done: int = 0,
     log: Sequence[Mapping[str, Any]] = (),
@@ -161,6 +170,7 @@ def make_plan(
         step_fn: The step, which is compiled and not run.
         batches: For each set of roles that a step updates, the batches that it sees, or their shapes.
         remat: What was chosen where it was left open.
+        gathering: When weights are gathered.
         steps: What its programs take, if they were compiled already.
         done: Steps that it has behind it.
         log: Of these.
@@ -190,6 +200,7 @@ def make_plan(
         networks=roles,
         steps=tuple(steps or step_plans(networks, placement=placement, step_fn=step_fn, batches=batches)),
         remat=remat,
+        gathering=gathering,
         advice=_advice(config),
         left=config.run.steps - done,
         seconds=mean_seconds(log),
@@ -319,7 +330,7 @@ def plan_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """What the table does not say: what compiled programs take, and whether it fits."""
-    lines = [] if plan.remat is None else [str(plan.remat)]
+    lines = [str(choice) for choice in (plan.remat, plan.gathering) if choice is not None]
     for step in plan.steps:
         what = f"a step that updates {' and '.join(step.roles)}"
         if step.memory is None:

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from monarchrt.models.media.video import side_by_side, write_mp4
 from monarchrt.models.processes.agreement import first
+from monarchrt.models.processes.programs import compiled_by_all
 from monarchrt.train.data import Source
 from monarchrt.train.objectives.base import Sampler
 from monarchrt.train.objectives.flow import euler_sample, evaluation_noise, flow_sampler, sampling_levels
@@ -36,7 +37,8 @@ def make_sampler(graph: nnx.GraphDef, sampler: Sampler, *, mesh: Mesh | None = N
         with use_abstract_mesh(AbstractMesh((), ()) if mesh is None else mesh.abstract_mesh):
             return sampler(nnx.merge(graph, params, frozen), *arrays)
 
-    return jax.jit(sample, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return compiled_by_all(jax.jit(sample, out_shardings=where))
 
 
 def write_held_out_sample(

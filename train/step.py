@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from monarchrt.models.compiling import training_options
+from monarchrt.models.processes.programs import compiled_by_all
 from monarchrt.train.data import Batch
 from monarchrt.train.gradients import gradient_norms
 from monarchrt.train.objectives.base import Metrics, Objective, average_of
@@ -47,6 +48,7 @@ def make_train_step(
     trainings: Mapping[str, Training],
     *,
     shardings: TrainState | None = None,
+    ahead: bool = True,
 ) -> StepFn:
     """Makes the compiled training step, a program for each set of roles that it updates.
 
@@ -57,6 +59,7 @@ def make_train_step(
         graphs: Structure of each role's network, from `monarchrt.train.state.split_model`.
         trainings: How each role that trains does so, from `monarchrt.train.state.make_training`.
         shardings: Where the new state lives, from `monarchrt.train.sharding.Placement`; None leaves it to the compiler.
+        ahead: Whether a layer's weights are gathered while the one before computes, on GPUs that share them.
 
     Returns:
         (state, {role: batch}, due=(role, ...)) -> (state, {role: metrics}), where metrics are scalars: loss,
@@ -114,8 +117,10 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    options = training_options() if shardings is None else _options_on(_everywhere(shardings).mesh)
-    return jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
+    options = training_options() if shardings is None else _options_on(_everywhere(shardings).mesh, ahead)
+    return compiled_by_all(
+        jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
+    )
 
 
 def networks_of(
@@ -176,8 +181,9 @@ def _everywhere(shardings: TrainState) -> NamedSharding:
     return NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
 
 
-def _options_on(mesh: Any) -> dict[str, Any]:
-    return training_options(list(mesh.devices.flat), heads=mesh.shape.get("heads", 1))
+def _options_on(mesh: Any, ahead: bool) -> dict[str, Any]:
+    along = {axis: mesh.shape.get(axis, 1) for axis in ("heads", "fsdp")}
+    return training_options(list(mesh.devices.flat), **along, ahead=ahead)
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:
@@ -199,4 +205,4 @@ def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState
             return objective.held_out_errors(merged, Batch(*batch), draws)
 
     # on every device, as each process looks at all of them
-    return jax.jit(errors, out_shardings=None if shardings is None else _everywhere(shardings))
+    return compiled_by_all(jax.jit(errors, out_shardings=None if shardings is None else _everywhere(shardings)))

@@ -15,6 +15,7 @@ from monarchrt.train.data_settings import DataConfig
 
 CHANNELS = 16  # of latents of Wan 2.1's VAE
 _DAY = 86400.0  # seconds that other processes wait for texts to be encoded
+_GLANCE = 2**16  # bytes of a file of embeddings that is looked at whole
 TEMPORAL, SPATIAL = 4, 8  # frames of a latent frame after the first, pixels of a latent, either way
 
 
@@ -68,7 +69,7 @@ class Embeddings:
         from monarchrt.models.generate.load import find_components
         from monarchrt.models.generate.text import encode_once
         from monarchrt.models.processes.agreement import by_first, first
-        from monarchrt.models.processes.alike import listing, same, weight_files
+        from monarchrt.models.processes.alike import digest_of, listing, same, samples, weight_files
 
         if config.components is None:
             raise UserError(
@@ -93,6 +94,8 @@ class Embeddings:
         by_first("texts", lambda: encode(report), seconds=_DAY)
         if not first():  # it finds them, unless the folder is another one here
             encode(lambda line: None)
+        kept = list(self._files.values())
+        same("kept text embeddings", lambda: digest_of(samples(kept, whole=_GLANCE, block=_GLANCE // 8)))
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings [n, rows, D], float32, zero past each text's end."""

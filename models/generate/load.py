@@ -14,7 +14,7 @@ from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, TinyDecoder, WanDecoder
-from monarchrt.models.generate.loras import given_loras, lora_files
+from monarchrt.models.generate.loras import given_loras, lora_files, lora_settings
 from monarchrt.models.generate.material import (
     Material,
     Opened,
@@ -30,7 +30,7 @@ from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, ch
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.lora.merging import with_loras
-from monarchrt.models.processes.alike import listing, same, weight_files
+from monarchrt.models.processes.alike import digest_of, listing, same, weight_files
 from monarchrt.models.processes.arrays import of_first
 from monarchrt.models.vae import TINY_FILES, load_tiny_vae, load_vae
 from monarchrt.models.wan import WanConfig, WanModel
@@ -244,7 +244,10 @@ class WanCheckpoint:
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
         """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
         with user_input():
-            same(what, lambda: listing([*weight_files(self.source.file.path), *lora_files(config)]))
+            source = self.source
+            same(what, lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
+            settings = digest_of(source.config, source.few_step, source.trained, lora_settings(config))
+            same(what.replace("weights", "settings"), lambda: settings)
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""

@@ -10,10 +10,11 @@ from monarchrt.models.checkpoints.tensor_files import TensorInfo
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NO_LORA, GenerateConfig
 from monarchrt.models.generate.run_arrays import run_arrays, run_config, trained_as
-from monarchrt.models.generate.runs import RunSettings, find_run
+from monarchrt.models.generate.runs import RunSettings, find_run, is_run, told_apart_by
 from monarchrt.models.lora.layers import factors_of
 from monarchrt.models.lora.merging import Scaled, parse_scaled
 from monarchrt.models.lora.reading import Change, LoRA, lora_file, open_lora
+from monarchrt.models.processes.alike import digest_of
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import settings
 
@@ -40,10 +41,21 @@ def given_loras(config: GenerateConfig, *, report: Callable[[str], None]) -> tup
 
 
 def lora_files(config: GenerateConfig) -> list[Path]:
-    """The files of what `--lora` names, but for run folders."""
-    texts = () if config.lora == NO_LORA else config.lora
-    found = [lora_file(Path(parse_scaled(text)[0])) for text in texts]
-    return [file for file in found if file is not None]
+    """Files that differ if what `--lora` names does: LoRAs themselves, and of run folders what they say of theirs."""
+    found: list[Path] = []
+    for text in () if config.lora == NO_LORA else config.lora:
+        path = Path(parse_scaled(text)[0])
+        file = None if is_run(path) else lora_file(path)
+        found += told_apart_by(path) if file is None else [file]
+    return found
+
+
+def lora_settings(config: GenerateConfig) -> str:
+    """A digest of how the runs that `--lora` names trained theirs: what is merged follows from it, too."""
+    paths = () if config.lora == NO_LORA else (Path(parse_scaled(text)[0]) for text in config.lora)
+    runs = [find_run(path) for path in paths]
+    kept = [(run.preset, run.overrides, run.attention, run.generation, run.lora_alpha) for run in runs if run]
+    return digest_of(kept)
 
 
 def open_loras(texts: Iterable[str], *, report: Callable[[str], None]) -> tuple[Scaled, ...]:

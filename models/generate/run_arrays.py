@@ -20,7 +20,7 @@ from monarchrt.models.checkpoints.orbax_arrays import read_arrays
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.files import listed
-from monarchrt.models.generate.runs import CHECKPOINTS_NAME, RunSettings, checkpoint_steps
+from monarchrt.models.generate.runs import ABOUT, CHECKPOINTS_NAME, RunSettings, checkpoint_steps
 from monarchrt.models.processes.agreement import all_agree
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.checkpoints.settings import Trained
@@ -92,9 +92,10 @@ def read_checked(
     if complaint is not None:
         raise wrong or ValueError(complaint)
     sums = jax.device_get(checksums(arrays))
-    for name in wanted:
-        if int(sums[name]) != contents[name]["checksum"]:
-            raise ValueError(f"the checksum of {name} is wrong")
+    damaged = (name for name in wanted if int(sums[name]) != contents[name]["checksum"])
+    complaint = next((f"the checksum of {name} is wrong" for name in damaged), None)
+    if (complaint := all_agree(f"checked/{folder}", complaint)) is not None:
+        raise ValueError(complaint)
     return arrays
 
 
@@ -127,7 +128,7 @@ def stored_network(folder: Path, step: int) -> StoredNetwork:
         ValueError: If what it says of itself is damaged.
     """
     place = folder / CHECKPOINTS_NAME / str(step)
-    about = read_json(place / "about" / "metadata")
+    about = read_json(place / ABOUT)
     arrays = about.get("arrays")
     whole = isinstance(arrays, dict) and all(
         isinstance(entry, dict)

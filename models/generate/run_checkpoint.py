@@ -14,7 +14,7 @@ import numpy as np
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
-from monarchrt.models.generate.loras import given_loras, lora_files
+from monarchrt.models.generate.loras import given_loras, lora_files, lora_settings
 from monarchrt.models.generate.material import (
     Material,
     condition_latents,
@@ -26,11 +26,11 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.run_arrays import run_config, run_network, trained_as
-from monarchrt.models.generate.runs import CHECKPOINTS_NAME, Generation, RunSettings, checkpoint_steps, find_run
+from monarchrt.models.generate.runs import Generation, RunSettings, find_run, told_apart_by
 from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, read_videos, window_starts
-from monarchrt.models.processes.alike import listing, same
+from monarchrt.models.processes.alike import digest_of, listing, same
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.checkpoints.settings import few_step_from_json, trained_from_json
 
@@ -88,10 +88,12 @@ class RunCheckpoint:
             return as_trained(AsTrained(config), self.loras).config
 
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
-        """As `WanCheckpoint.check_same`: what the newest checkpoint says of itself has a checksum of each array."""
-        places = [self.run.path / CHECKPOINTS_NAME / str(step) for step in checkpoint_steps(self.run.path)[-1:]]
+        """As `WanCheckpoint.check_same`."""
         with user_input():
-            same(what, lambda: listing([*(place / "about" / "metadata" for place in places), *lora_files(config)]))
+            same(what, lambda: listing([*told_apart_by(self.run.path), *lora_files(config)]))
+            data = dataclasses.replace(self.run.data, video=None)  # may be elsewhere there
+            settings = digest_of(self.sizes, self.run.generation, data, lora_settings(config))
+            same(what.replace("weights", "settings"), lambda: settings)
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""

@@ -20,6 +20,7 @@ from monarchrt.models.generate.config import revived
 CONFIG_NAME = "config.json"
 LOG_NAME = "log.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+ABOUT = "about/metadata"  # of a checkpoint, what it belongs to and a checksum of each array
 GENERATION = "generation"  # in config.json: how the network is sampled, for readers that know no objective
 # options of older files beside the attention's kind, with what they were where nothing was said
 _BESIDE = {"tile": None, "blocks": "fh,w", "num_iters": 1, "implementation": None, "keep_intermediates": False}
@@ -120,6 +121,11 @@ def is_run(path: Path) -> bool:
         False
     """
     return (path / CONFIG_NAME).is_file() and (path / CHECKPOINTS_NAME).is_dir()
+
+
+def told_apart_by(path: Path) -> list[Path]:
+    """Files that differ between two run folders of other weights: what the newest checkpoint says of each array."""
+    return [path / CHECKPOINTS_NAME / str(step) / ABOUT for step in checkpoint_steps(path)[-1:]]
 
 
 def is_begun(path: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -42,14 +43,14 @@ def same(what: str, read: Callable[[], str]) -> None:
         raise UserError(f"{difference}; give all processes the same {what}")
 
 
-def listing(files: Iterable[Path]) -> str:
-    """SHA-256 over the names of files and `samples` of them.
+def listing(files: Iterable[Path], *, whole: int = _WHOLE, block: int = _BLOCK) -> str:
+    """SHA-256 over the names of files and `samples` of them, with the same arguments.
 
     Raises:
         OSError: If a file cannot be read.
     """
     files, digest = list(files), hashlib.sha256()
-    for path, sample in zip(files, samples(files), strict=True):
+    for path, sample in zip(files, samples(files, whole=whole, block=block), strict=True):
         digest.update(path.name.encode())
         digest.update(sample)
     return digest.hexdigest()
@@ -65,7 +66,17 @@ def weight_files(path: Path) -> list[Path]:
     return [path, *(path.parent / shard for shard in sorted(shards))]
 
 
-def samples(files: Iterable[Path]) -> list[bytes]:
+def digest_of(*values: Any) -> str:
+    """SHA-256 of what values are written as.
+
+    Examples:
+        >>> digest_of({"steps": 4}) == digest_of({"steps": 5})
+        False
+    """
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def samples(files: Iterable[Path], *, whole: int = _WHOLE, block: int = _BLOCK) -> list[bytes]:
     """A digest of each file that is quick however large the file is.
 
     It is of the whole content up to 4 MiB; of more, of the size and of five blocks of 256 KiB, the first and the last
@@ -73,6 +84,8 @@ def samples(files: Iterable[Path]) -> list[bytes]:
 
     Args:
         files: The files.
+        whole: Bytes up to which a file is looked at as a whole.
+        block: Bytes of each block of a larger one.
 
     Returns:
         Digests.
@@ -85,12 +98,12 @@ def samples(files: Iterable[Path]) -> list[bytes]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(str(size).encode())
-            if size <= _WHOLE:
+            if size <= whole:
                 digest.update(file.read())
                 return digest.digest()
             for number in range(_BLOCKS):
-                file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+                file.seek((size - block) * number // (_BLOCKS - 1))
+                digest.update(file.read(block))
         return digest.digest()
 
     with ThreadPoolExecutor(_THREADS) as pool:

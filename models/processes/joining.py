@@ -1,7 +1,6 @@
 """Joins several processes, and makes one that dies, or fails, end the others."""
 
 import contextlib
-import importlib.metadata
 import json
 import socket
 import subprocess
@@ -15,11 +14,11 @@ from typing import Any
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.processes import service
+from monarchrt.models.processes.identity import compilation, versions
 from monarchrt.models.processes.place import Place
 
 JOINING = 300.0  # seconds in which all processes must have begun
 _SAY_AFTER = 10.0  # seconds of waiting
-_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
 
 @contextlib.contextmanager
@@ -57,7 +56,7 @@ def joined(
 
     from monarchrt.models.processes.watch import Watch, leave
 
-    whole = {**_versions(), **(identity or {})}
+    whole = {**versions(), **compilation(), **(identity or {})}
     with _service(place, seconds):
         _join(place, whole, seconds, say)
         _connect(place, seconds)
@@ -116,12 +115,6 @@ def _words(error: BaseException) -> tuple[str, int]:
         case OSError(filename=str(name)):
             return f"error: {name}: {error.strerror}", 2
     return f"error: {type(error).__name__}: {text}", 1
-
-
-def _versions() -> dict[str, str]:
-    versions = {f"version of {name}": importlib.metadata.version(name) for name in _PACKAGES}
-    own = importlib.import_module("monarch_jax").__version__
-    return {**versions, "version of monarchrt": own, "version of Python": sys.version.split()[0]}
 
 
 @contextlib.contextmanager

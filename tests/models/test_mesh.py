@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mes
 from monarchrt import triton_kernels
 from monarchrt.models.attention.base import CacheShape
 from monarchrt.models.attention.notation import parse
-from monarchrt.models.compiling import TRAINING, training_options
+from monarchrt.models.compiling import GATHERED_AHEAD, TRAINING, gathers_ahead, training_options
 from monarchrt.models.errors import UserError
 from monarchrt.models.mesh import AXES, MeshShape, mesh_shape
 from monarchrt.models.sharding import no_whole_weights, partition, weight_spec, whole
@@ -129,6 +129,24 @@ def test_halves_are_copied_where_that_was_measured(monkeypatch):
     assert training_options(jax.devices(), heads=2) == TRAINING
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_collective_permute_mode=COLLECTIVES_PRIVATE_MEMORY")
     assert not copied(2, "9.0")
+
+
+def test_weights_are_gathered_a_layer_ahead_on_gpus(monkeypatch):
+    """Where devices share them; what the user says of it stays."""
+
+    def ahead(*, fsdp: int = 2, platform: str = "gpu", asked: bool = True, flags: str = "") -> set[str]:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        devices = [SimpleNamespace(platform=platform, process_index=0)] * fsdp
+        options = training_options(devices, fsdp=fsdp, ahead=asked)
+        assert gathers_ahead(devices, fsdp=fsdp) == (fsdp > 1 and platform == "gpu" and "_all_gather" not in flags)
+        return set(options) - set(TRAINING)
+
+    assert ahead() == ahead(flags="--xla_gpu_autotune_level=0") == set(GATHERED_AHEAD)
+    assert ahead(fsdp=1) == ahead(platform="cpu") == ahead(asked=False) == set()
+    for flag in ("--xla_gpu_enable_pipelined_all_gather=false", "--xla_gpu_pipeline_all_gather=off"):
+        assert ahead(flags=flag) == set()
+    one = ahead(flags="--xla_gpu_enable_while_loop_double_buffering=false")
+    assert one == {"xla_gpu_pipeline_all_gather"}
 
 
 def test_nothing_is_split_without_a_mesh():

@@ -84,14 +84,22 @@ def test_nothing_is_transposed_by_heads():
     assert set(layouts) == {"1,0"}
 
 
-AHEAD = "--xla_gpu_enable_pipelined_all_gather=true --xla_gpu_enable_while_loop_double_buffering=true"
+BESIDE = "--xla_gpu_enable_pipelined_all_gather=false"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "ahead"), [("", 0.0), (AHEAD, 0.5)])  # two layers a turn, of which one is used in it
-def test_weights_may_be_gathered_a_layer_ahead(flags, ahead):
+@pytest.mark.parametrize(
+    ("remat", "mesh", "flags", "ahead"),
+    [
+        ("full", "fsdp=2", "", 0.5),  # two layers a turn, of which one is used in it
+        ("none", "fsdp=2", "", 0.5),
+        ("cheap", "data=2,fsdp=2", "", 0.5),
+        ("full", "fsdp=2", BESIDE, 0.0),
+    ],
+)
+def test_weights_are_gathered_a_layer_ahead(remat, mesh, flags, ahead):
     """What is gathered in a turn of a loop over layers, forward and backward, leaves it for the next."""
-    shares = gathered_for_the_next_turn(compiled("full", "fsdp=2", flags=flags))
+    shares = gathered_for_the_next_turn(compiled(remat, mesh, flags=flags))
     assert shares == [ahead, ahead]
 
 

@@ -338,6 +338,13 @@ def test_captions_of_an_lmdb(start, wan_folder, tmp_path):
     places = [tmp_path / "0", tmp_path / "1"]
     for place in places:
         shutil.copytree(wan_folder, place / "parts")
+        shutil.copytree(tmp_path / "split.texts", place / "kept.texts")
+    kept = min((places[1] / "kept.texts").iterdir())  # as if another machine had kept another embedding
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
+    job = start(["--text-cache", "kept.texts", "--folder", str(tmp_path / "kept")], command=command, begun_in=places)
+    assert job.wait(200) == [2, 2]
+    for number in (0, 1):
+        assert "process 1: its kept text embeddings are not those of process 0" in job.lines(number)[-1]
     weights = places[1] / "parts" / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     command[command.index("--components") + 1] = "parts"
@@ -363,6 +370,26 @@ def test_one_that_reads_weights_for_longer(start, tmp_path):
     options = [*MESH, "--steps", "1", "--folder", str(tmp_path / "run")]
     job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE]])
     assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
+
+
+LATE_STEP = """
+import runpy, time
+from jax._src.interpreters import pxla
+compiled = pxla.MeshComputation.compile
+def late(self, *arguments, **options):
+    time.sleep(40 if "step_fn" in self._name else 0)
+    return compiled(self, *arguments, **options)
+pxla.MeshComputation.compile = late
+runpy.run_module("monarchrt", run_name="__main__")
+"""
+
+
+def test_one_that_compiles_for_longer(start, tmp_path):
+    """As on a machine that has kept no programs: the other waits with the first collective of the step, too."""
+    options = [*MESH, "--steps", "2", "--folder", str(tmp_path / "run")]
+    job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE_STEP]])
+    assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
+    assert len(read_log(tmp_path / "run")) > 2
 
 
 @pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])
@@ -470,3 +497,33 @@ def test_a_video_of_processes_that_read_other_runs(start, tmp_path):
     assert job.wait(200) == [2, 2], [job.lines(n)[-4:] for n in (0, 1)]
     for number in (0, 1):
         assert "process 1: its weights are not those of process 0" in job.lines(number)[-1]
+
+
+@pytest.mark.parametrize("differs", ["weights", "settings"])
+def test_a_video_of_processes_that_read_other_loras_of_runs(start, tmp_path, differs):
+    """Run folders that trained one: of another seed, or the same with another scale in its settings."""
+    save_checkpoint(wan(7), tmp_path / "base")
+    for number in range(3):
+        arrays = {"latents": np.ones((2, 4, 8, 2), np.float32), "text": np.ones((2, 4), np.float32)}
+        write_arrays(tmp_path / "latents" / f"{number}.safetensors", arrays, metadata={})
+    sizes = ("dim", "num_heads", "ffn_dim", "num_layers", "freq_dim", "text_dim", "text_len")
+    network = [f"{name}={getattr(wan(7).config, name)}" for name in sizes]
+    command = ["train", "--latents", str(tmp_path / "latents"), "--held-out", "0.3", "--batch", "2", "--steps", "1"]
+    command += ["--init-from", str(tmp_path / "base"), "--lora-rank", "2", "--attention", "dense"]
+    command += ["--overrides", *network]
+    for number in (0, 1):
+        seed = ["--seed", str(number if differs == "weights" else 0)]
+        job = start([*seed, "--folder", str(tmp_path / str(number) / "lora")], processes=0, devices=1, command=command)
+        assert job.wait() == [0], job.lines(0)
+    if differs == "settings":
+        settings = tmp_path / "1" / "lora" / "config.json"
+        values = json.loads(settings.read_text())
+        values["optimizer"]["lora_alpha"] = 7.0
+        settings.write_text(json.dumps(values))
+    command = ["generate", "--checkpoint", str(tmp_path / "base"), "--lora", "lora", "--prompt", "a cat"]
+    options = ["--mesh", "heads=2", "--out", str(tmp_path / "a.mp4")]
+    job = start(options, command=command, devices=2, begun_in=[tmp_path / "0", tmp_path / "1"])
+    assert job.wait(200) == [2, 2], [job.lines(n)[-4:] for n in (0, 1)]
+    for number in (0, 1):
+        assert f"process 1: its {differs} are not those of process 0" in job.lines(number)[-1]
+    assert not (tmp_path / "a.mp4").exists()

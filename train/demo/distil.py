@@ -266,7 +266,8 @@ def run_distillation(
     for line in verdicts(rows):
         console.print(line)
     names = ", ".join(path.name for path in written)
-    console.print(f"\n{time.monotonic() - begun:.0f} s; everything is in {config.folder}: {names}")
+    seconds = time.monotonic() - begun
+    console.print(f"\n{seconds:.0f} s, the program's start aside; everything is in {config.folder}: {names}")
     return rows
 
 
