@@ -372,26 +372,6 @@ def test_one_that_reads_weights_for_longer(start, tmp_path):
     assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
 
 
-LATE_STEP = """
-import runpy, time
-from jax._src.interpreters import pxla
-compiled = pxla.MeshComputation.compile
-def late(self, *arguments, **options):
-    time.sleep(40 if "step_fn" in self._name else 0)
-    return compiled(self, *arguments, **options)
-pxla.MeshComputation.compile = late
-runpy.run_module("monarchrt", run_name="__main__")
-"""
-
-
-def test_one_that_compiles_for_longer(start, tmp_path):
-    """As on a machine that has kept no programs: the other waits with the first collective of the step, too."""
-    options = [*MESH, "--steps", "2", "--folder", str(tmp_path / "run")]
-    job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE_STEP]])
-    assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
-    assert len(read_log(tmp_path / "run")) > 2
-
-
 @pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])
 def test_a_process_that_reads_other_files(start, tmp_path, differs):
     teacher = wan(7)
