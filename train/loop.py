@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from monarchrt.models.compiling import gathers_ahead
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import CONFIG_NAME
 from monarchrt.models.memory import device_memory
@@ -46,7 +45,7 @@ from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
 from monarchrt.train.sinks import check_sinks, open_sinks
 from monarchrt.train.state import TrainState
-from monarchrt.train.step import StepFn, make_error_fn, make_train_step
+from monarchrt.train.step import StepFn, make_error_fn, make_train_step, may_gather_ahead
 from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
 
@@ -277,8 +276,7 @@ class _Run:
         With that, whether weights are gathered a layer ahead, where they can be.
         """
         roles = automatic(self.config, given=self._models)
-        shape, devices = self.placement.shape, list(self.placement.mesh.devices.flat)
-        may_be_ahead = gathers_ahead(devices, fsdp=shape.fsdp)
+        may_be_ahead = may_gather_ahead(self.objective, self.networks.trainings, self.placement.mesh)
         if not roles and not may_be_ahead:
             return None, None
         batches, programs = self._first_batches(), {}

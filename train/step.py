@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from monarchrt.models.compiling import training_options
+from monarchrt.models.compiling import gathers_ahead, training_options
 from monarchrt.models.processes.programs import compiled_by_all
 from monarchrt.train.data import Batch
 from monarchrt.train.gradients import gradient_norms
@@ -117,7 +117,12 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    options = training_options() if shardings is None else _options_on(_everywhere(shardings).mesh, ahead)
+    options = training_options()
+    if shardings is not None:
+        mesh: Any = _everywhere(shardings).mesh
+        ahead = ahead and may_gather_ahead(objective, trainings, mesh)
+        devices, heads, fsdp = _shared_by(mesh)
+        options = training_options(devices, heads=heads, fsdp=fsdp, ahead=ahead)
     return compiled_by_all(
         jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
     )
@@ -181,9 +186,25 @@ def _everywhere(shardings: TrainState) -> NamedSharding:
     return NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
 
 
-def _options_on(mesh: Any, ahead: bool) -> dict[str, Any]:
-    along = {axis: mesh.shape.get(axis, 1) for axis in ("heads", "fsdp")}
-    return training_options(list(mesh.devices.flat), **along, ahead=ahead)
+def _shared_by(mesh: Any) -> tuple[list[Any], int, int]:
+    """The devices of a mesh, and how many share heads and weights."""
+    return list(mesh.devices.flat), mesh.shape.get("heads", 1), mesh.shape.get("fsdp", 1)
+
+
+def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: Any) -> bool:
+    """Whether a step's weights can be gathered a layer ahead: on GPUs that share them, if layers are its only loops.
+
+    What XLA does to the loops over layers it would do to those over parts of a batch or blocks of a roll-out too: two
+    turns in one, which takes memory, and twice as long to compile.
+
+    Args:
+        objective: Its losses.
+        trainings: How each role that trains does so.
+        mesh: Of the devices.
+    """
+    devices, _, fsdp = _shared_by(mesh)
+    whole = all(training.settings.accumulation == 1 for training in trainings.values())
+    return whole and not objective.rolls_out and gathers_ahead(devices, fsdp=fsdp)
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:

@@ -1,14 +1,22 @@
 """Weights that are gathered a layer ahead, where that fits. The program itself: test_compiled_step.py."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
-from monarchrt.train import loop
+from monarchrt.train import loop, step
 from monarchrt.train.cli import main
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.gathering import fitting
 from monarchrt.train.logs import read_log
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import DMDConfig, FlowConfig, SelfForcingConfig
+from monarchrt.train.state import make_training
+from monarchrt.train.step import may_gather_ahead
 
 NETWORK = ["num_layers=1", "dim=24", "num_heads=2", "ffn_dim=16", "text_dim=4", "text_len=2", "freq_dim=16"]
 
@@ -19,14 +27,30 @@ NETWORK = ["num_layers=1", "dim=24", "num_heads=2", "ffn_dim=16", "text_dim=4", 
 def test_ahead_where_it_leaves_a_tenth(taken, there, ahead):
     """Of what every process has; where no compiler says what a program takes, nothing speaks against it."""
     asked = []
-    step, choice = fitting(
+    made, choice = fitting(
         lambda ahead: asked.append(ahead) or ahead,
-        lambda step: taken if step else 80,
+        lambda made: taken if made else 80,
         available=100,
         agreed=lambda fits: fits and there,
     )
-    assert (step, choice.ahead, asked) == (ahead, ahead, [True] if ahead else [True, False])
+    assert (made, choice.ahead, asked) == (ahead, ahead, [True] if ahead else [True, False])
     assert ("91 B of 100 B" in str(choice)) == (taken == 91)
+
+
+def test_only_loops_over_layers_are_changed(monkeypatch):
+    """Not with parts of a batch or blocks of a roll-out around them, whose turns would be put together as well."""
+    monkeypatch.setattr(step, "gathers_ahead", lambda devices, fsdp: fsdp == 2)
+    mesh = SimpleNamespace(devices=np.array(["a", "b"]), shape={"fsdp": 2})
+
+    def may(objective: type[Any] = FlowConfig, accumulation=1, shared=mesh):
+        settings = OptimizerConfig(accumulation=accumulation)
+        trainings = {"student": make_training(settings, updates=1)}
+        return may_gather_ahead(make_objective(objective()), trainings, shared)
+
+    assert may()
+    assert may(DMDConfig)
+    assert not any((may(SelfForcingConfig), may(accumulation=2)))
+    assert not may(shared=SimpleNamespace(devices=mesh.devices, shape={"data": 2}))
 
 
 @pytest.fixture
@@ -49,12 +73,12 @@ def test_what_does_not_fit_is_left_off_and_said(command, tmp_path, monkeypatch, 
         made.append(ahead)
         return whole(*arguments, ahead=ahead, **options)
 
-    def count(event, seconds, **of):
-        if event.endswith("backend_compile_duration") and "step_fn" in of.get("fun_name", ""):
+    def count(event: str, duration_secs: float, **of: str | int) -> None:
+        if event.endswith("backend_compile_duration") and "step_fn" in str(of.get("fun_name")):
             compiled.append(of["fun_name"])
 
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    monkeypatch.setattr(loop, "gathers_ahead", lambda devices, fsdp: True)
+    monkeypatch.setattr(loop, "may_gather_ahead", lambda objective, trainings, mesh: True)
     monkeypatch.setattr(loop, "device_memory", lambda device: 2**30)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:

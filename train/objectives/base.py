@@ -7,7 +7,7 @@ that role -> hooks. Settings and roles, which need no JAX, are declared in `mona
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -65,7 +65,12 @@ class Objective(abc.ABC):
 
     Whatever is random is a draw: a value that `draws` makes of a key and shapes, and an argument of `loss`, so that a
     loss can be compared with another implementation draw for draw.
+
+    Attributes:
+        rolls_out: Whether losses make clips block by block, in a loop around those over layers.
     """
+
+    rolls_out: ClassVar[bool] = False
 
     def __init__(self, settings: Any):
         self.settings: ObjectiveSettings = settings

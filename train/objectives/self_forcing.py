@@ -77,6 +77,7 @@ class RolledOut(NamedTuple):
 class SelfForcingObjective(DMDObjective):
     """DMD of a causal student on its own roll-outs."""
 
+    rolls_out = True
     settings: SelfForcingConfig
 
     def _draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
