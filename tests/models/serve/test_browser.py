@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from monarchrt.models.media.video import write_mp4
+from monarchrt.models.media.video import read_clip, write_mp4
 from monarchrt.models.serve import Limits
 from tests.models.serve.test_server import running
 
@@ -91,6 +91,10 @@ def test_in_two_browsers(engine):
         tab.click("#stop")
         tab.wait_for_function("document.body.dataset.ended === 'stopped'")
         assert other.evaluate("document.body.dataset.on") == "yes"
+        with tab.expect_download() as download:  # after the end, too
+            tab.click("#save")
+        assert len(read_clip(download.value.path(), height=8, width=16)) >= 6
+        assert tab.is_disabled("#pause")
         tab.reload()
         tab.wait_for_function("!document.getElementById('go').disabled")
         assert "frames/s seen" in other.inner_text("#numbers")
