@@ -70,11 +70,17 @@ def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
 def to_host(*arrays: Array | np.ndarray) -> None:
     """Begins to copy arrays to the host as soon as they are made, whether anyone waits for them then or not.
 
-    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy.
+    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy. On a CPU
+    there is nothing to copy, and jaxlib aborts a process that ends before such a copy was made.
     """
     for array in arrays:
-        if isinstance(array, jax.Array):
+        if isinstance(array, jax.Array) and not on_cpu(array):
             array.copy_to_host_async()
+
+
+def on_cpu(array: Array) -> bool:
+    """Whether an array is where the host's own are."""
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 class PatchDecoder:

@@ -336,7 +336,6 @@ class Session:
         self._video = self._decoder = self._texts = self._blend = self._begin_with = None
         for block in self._under_way:
             block.done = True
-        self.block -= len(self._under_way)
         self._under_way.clear()
         self._given.clear()
         if reason not in KEEPING or self._folder is None:

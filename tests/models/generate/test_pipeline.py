@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -149,6 +151,7 @@ class TestPipeline:
 
         monkeypatch.setattr(pipeline.decoder, "decode", noted_decode)
         monkeypatch.setattr(pipeline, "latents", noted_latents)
+        monkeypatch.setattr("monarchrt.models.generate.decoders.on_cpu", lambda array: False)  # as on a GPU
         monkeypatch.setattr(type(TEXT), "copy_to_host_async", noted_copy)
         for n, _ in enumerate(pipeline(TEXT, plan=plan())):
             events.append(f"frames {n}")
@@ -169,6 +172,19 @@ class TestPipeline:
         np.testing.assert_array_equal(plain, np.concatenate(list(pipeline(TEXT, plan=plan()))))
         guided = np.concatenate(list(pipeline(TEXT, plan=plan(guidance=9.0), negative=-TEXT)))
         assert (guided != plain).any()
+
+
+def test_a_process_may_end_while_frames_are_on_their_way():
+    """In a process of its own, which was aborted: by an error, a full disk, or Ctrl-C."""
+    program = (
+        "import jax, jax.numpy as jnp; from monarchrt.models.generate.decoders import to_host\n"
+        "f = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y @ y), x))\n"
+        "x = f(jnp.ones((1000, 1000))).block_until_ready()\n"
+        "made = [f(x + n) for n in range(3)]; to_host(*made)\n"
+        "raise SystemExit(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 class TestMakeVideo:

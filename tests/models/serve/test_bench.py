@@ -49,6 +49,7 @@ def test_frames_are_copied_before_anyone_waits(engine, monkeypatch):
         copied.append(array.shape)
         copy(array)
 
+    monkeypatch.setattr("monarchrt.models.generate.decoders.on_cpu", lambda array: False)  # as on a GPU
     monkeypatch.setattr(type(jnp.zeros(())), "copy_to_host_async", noted)
     measure(engine, blocks=4)
     assert copied == [(1, 3, 8, 16, 3)] * (3 + 4)

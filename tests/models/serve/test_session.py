@@ -326,6 +326,7 @@ def test_what_is_handed_out_is_copied_before_anyone_waits(stage, client, log, mo
         log.append(array.ndim)
         copy(array)
 
+    monkeypatch.setattr("monarchrt.models.generate.decoders.on_cpu", lambda array: False)  # as on a GPU
     monkeypatch.setattr(type(jnp.zeros(())), "copy_to_host_async", noted)
     client(stage(), start("a", frames=6)).run()
     assert log == ["a 0", 0, 5, 5, "a 1", "a 0 sent", 0, 5, 5, "a 1 sent"]
