@@ -22,6 +22,9 @@ from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, mas
 from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
+# blocks of keys in a list, at most, for which tokens that are put in another order are written head by head: it costs
+# nothing there, and a block is then one piece of memory; numbers are the same
+HEADS_FIRST = 40
 
 
 class Order(NamedTuple):
@@ -101,6 +104,13 @@ class Blocks:
             query = query if self.queries is None else self.queries.apply(query)
             out = _attend_stack(query, key, value, self.mask, stack, implementation)
             return out if self.queries is None else self.queries.undo(out)
+        queries, keys = self.queries, self.keys
+        if queries is not None and keys is not None and self.mask.keys.entries.shape[-1] <= HEADS_FIRST:
+            query, key, value = (
+                jnp.moveaxis(x, 2, 1) for x in (queries.apply(query), keys.apply(key), keys.apply(value))
+            )
+            out = _on_each_device(query, key, value, self.mask, implementation=implementation, heads_first=True)
+            return queries.undo(jnp.moveaxis(out, 1, 2))
         if self.queries is not None:
             query = self.queries.apply(query)
         if self.keys is not None:
@@ -109,16 +119,36 @@ class Blocks:
         return out if self.queries is None else self.queries.undo(out)
 
 
-def _on_each_device(query: Array, key: Array, value: Array, mask: BlockMask, *, implementation: str | None) -> Array:
-    """`block_sparse_attention` of each device's samples and heads, on a mesh."""
+def _on_each_device(
+    query: Array, key: Array, value: Array, mask: BlockMask, *, implementation: str | None, heads_first: bool = False
+) -> Array:
+    """`block_sparse_attention` of each device's samples and heads, on a mesh; heads first, of [B, n, N, d]."""
     parts, structure = jax.tree.flatten(mask)  # [B, H, ...] each, for all of which one may stand
 
     def attend(_: None, query: Array, key: Array, value: Array, *parts: Any) -> Array:
-        mask = jax.tree.unflatten(structure, parts)
-        return block_sparse_attention(query, key, value, mask, implementation=implementation)
+        if not heads_first:
+            mask = jax.tree.unflatten(structure, parts)
+            return block_sparse_attention(query, key, value, mask, implementation=implementation)
+        mask = jax.tree.unflatten(structure, [by_head(x, query.shape[:2]) for x in parts])
+        q, k, v = (x.reshape(-1, x.shape[2], 1, x.shape[3]) for x in (query, key, value))
+        return block_sparse_attention(q, k, v, mask, implementation=implementation).reshape(query.shape)
 
     names = [("batch", "heads", *(None,) * (x.ndim - 2)) for x in parts]
-    return on_each_device(attend, None, (query, key, value, *parts), (*(BY_HEADS,) * 3, *names))
+    tokens = ("batch", "heads", None, None) if heads_first else BY_HEADS
+    return on_each_device(attend, None, (query, key, value, *parts), (*(tokens,) * 3, *names))
+
+
+def by_head(x: Any, lead: tuple[int, ...]) -> Any:
+    """A mask's array [B, H, ...], for all of which one may stand, as [B * H, 1, ...]: each head a sample.
+
+    Examples:
+        >>> by_head(np.array([[[3], [5]]]), (2, 2)).tolist()
+        [[[3]], [[5]], [[3]], [[5]]]
+    """
+    if x.shape[:2] == (1, 1):
+        return x
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    return xp.broadcast_to(x, (*lead, *x.shape[2:])).reshape(-1, 1, *x.shape[2:])
 
 
 def _attend_stack(

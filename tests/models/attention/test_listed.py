@@ -136,6 +136,35 @@ class TestNumbers:
         dense = parse("dense")(*jnp.asarray(x), grid=GRID, causal_block=block)
         assert np.abs(dense - expected[0]).max() > 1e-2
 
+    @pytest.mark.parametrize("block", [None, pytest.param(2, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "vsa(keep=0.3, cube=(2,2,3), gate=False)",  # a list for each sample and head
+            "sliding_tile(tile=(1,1,2), window=((3,1,1),(1,1,3)))",  # for each head
+            pytest.param("svg(keep=0.2, block=4, rows=(0,3,3,11))", marks=pytest.mark.slow),  # and an order for each
+        ],
+    )
+    def test_heads_first(self, monkeypatch, text, block):
+        """The numbers of tokens first: each head is a sample of one head."""
+        x, weights = qkv(GRID, seed=3), qkv(GRID, seed=4, count=1)[0]
+        setting, options, shapes = both(text)[1], {"grid": GRID, "causal_block": block}, []
+        attend = listed_kinds.block_sparse_attention
+
+        def record(query, *args, **rest):
+            shapes.append(query.shape)
+            return attend(query, *args, **rest)
+
+        monkeypatch.setattr(listed_kinds, "block_sparse_attention", record)
+        results = []
+        for most in (0, listed_kinds.HEADS_FIRST):  # blocks in a list
+            monkeypatch.setattr(listed_kinds, "HEADS_FIRST", most)
+            results.append(with_gradients(setting, x, weights, **options))
+        for found, right in zip(*map(jax.tree.leaves, reversed(results)), strict=True):
+            np.testing.assert_array_equal(found, right)
+        half = len(shapes) // 2
+        assert shapes[half:] == [(b * n, tokens, 1, d) for b, tokens, n, d in shapes[:half]]
+
     @pytest.mark.slow
     @pytest.mark.parametrize("text", CACHED)
     def test_over_a_cache(self, text):
