@@ -20,6 +20,7 @@ def run_header(
     template: TrainState,
     *,
     latent_shape: Sequence[int],
+    held_out: int,
     networks: Mapping[str, Any],
     devices: Sequence[Any],
 ) -> list[str]:
@@ -29,6 +30,7 @@ def run_header(
         config: The settings.
         template: Shapes and shardings of the state.
         latent_shape: Shape [F, h, w, C] of a sample.
+        held_out: How many examples are not trained on.
         networks: Each role's `WanConfig`; anything else leaves its tokens and attention out.
         devices: What the run works on.
 
@@ -39,6 +41,7 @@ def run_header(
     lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
     lines += [line for role in config.objective.training for line in _undecayed(config, role)]
     run = config.run
+    lines += _few_examples(held_out, run.eval_windows)
     origin = config.origin(config.objective.exported) or "scratch"
     optimizers = [_optimizer(config, role) for role in config.objective.training]
     lines.append(
@@ -126,6 +129,15 @@ def _undecayed(config: TrainConfig, role: str) -> list[str]:
         f"warning: {decay} is {settings.decay_steps}, but {schedule} is constant, so that the learning rate stays as "
         f"it is; give --{schedule.replace('_', '-')} cosine or linear"
     ]
+
+
+def _few_examples(held_out: int, windows: int) -> list[str]:
+    """A note, if fewer examples are held out than are to be measured."""
+    if held_out >= windows:
+        return []
+    few = f"{held_out} examples are held out: the held-out loss is of all of them"
+    one = "1 example is held out: the held-out loss is of it alone"
+    return [f"note: {few if held_out > 1 else one}, not of --eval-windows {windows}"]
 
 
 def _devices(devices: Sequence[Any]) -> str:

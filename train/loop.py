@@ -553,6 +553,7 @@ class _Run:
                 self.config,
                 self.networks.template,
                 latent_shape=self.source.latent_shape,
+                held_out=self.source.held_out,
                 networks=self.networks.configs,
                 devices=list(self.placement.mesh.devices.flat),
             )

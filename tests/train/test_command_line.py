@@ -268,6 +268,13 @@ def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
         assert lines(objective) == lines(objective, decay_steps=9, schedule="linear") == []
 
 
+def test_fewer_held_out_examples_than_asked_for_are_noted():
+    said = "held out: the held-out loss is of"
+    assert header._few_examples(3, 4) == [f"note: 3 examples are {said} all of them, not of --eval-windows 4"]
+    assert header._few_examples(1, 4) == [f"note: 1 example is {said} it alone, not of --eval-windows 4"]
+    assert header._few_examples(4, 4) == []
+
+
 def test_optimizer_changes_are_noted():
     saved, wanted = {"learning_rate": 0.1, "dim": 3}, {"learning_rate": 0.2, "dim": 3}
     notes = compare_identity(saved, wanted, step=1, folder=Path("run"))

@@ -241,12 +241,13 @@ def test_a_run_on_bf16_latents_reads_all_of_them_once(read, tmp_path, capsys):
         write_arrays(tmp_path / f"latents/{index}.safetensors", arrays, metadata={})
     time.sleep(0.05)
     run = ["--latents", str(tmp_path / "latents"), "--folder", str(tmp_path / "run")]
-    run += [*NETWORK, "--tile", "1", "2", "3", "--batch", "2", "--eval-windows", "1", "--eval-timesteps", "1"]
+    run += [*NETWORK, "--tile", "1", "2", "3", "--batch", "2", "--eval-windows", "2", "--eval-timesteps", "1"]
     # what is quick to check comes before the data is read
     assert main(["train", *run, "--steps", "1", "--tile", "2", "2", "3"]) == 2
     assert "tile=(2, 2, 3): 2 does not divide the 3" in capsys.readouterr().err
     assert read == []
     assert main(["train", *run, "--steps", "1"]) == 0
+    assert "note: 1 example is held out: the held-out loss is of it alone" in capsys.readouterr().err
     assert sorted(read) == [f"{index}.safetensors" for index in range(4)]
     assert main(["train", *run, "--steps", "2", "--resume"]) == 0
     assert len(read) == 4
