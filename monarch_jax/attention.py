@@ -11,7 +11,7 @@ from jax.core import Tracer
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import choose
-from monarch_jax.checks import array, flag, index, positive
+from monarch_jax.checks import array, check_scale, flag, index, positive
 from monarch_jax.contract import Problem
 from monarch_jax.intermediates import check_intermediates
 from monarch_jax.partitioning import split_like, whole_tokens
@@ -63,7 +63,7 @@ def monarch_attention(
         blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
             "h,fw" (Section 4.1).
         num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
-        scale: Softmax scale, a number known when tracing; default D**-0.5.
+        scale: Softmax scale, a number of at most 1e6 known when tracing; default D**-0.5.
         causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
@@ -246,7 +246,7 @@ def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -
         factor = math.nan
     if not math.isfinite(factor):
         raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
-    return Problem(scale=factor, num_iters=spec.num_iters, masked=masked)
+    return Problem(scale=check_scale(factor, shown=scale), num_iters=spec.num_iters, masked=masked)
 
 
 def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:

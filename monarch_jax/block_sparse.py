@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from monarch_jax._typing import Array, Bool, Float, Int
-from monarch_jax.checks import array
+from monarch_jax.checks import array, check_scale
 from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, accumulator_dtype, vary_alike
 from monarch_jax.devices import on_cuda
 from monarch_jax.partitioning import anywhere, left_to_the_compiler
@@ -222,7 +222,7 @@ def block_sparse_attention(
         key: [B, Nk, H, D], likewise.
         value: [B, Nk, H, D].
         mask: Blocks and lists.
-        scale: Softmax scale, above 0; default D**-0.5.
+        scale: Softmax scale, above 0 and at most 1e6; default D**-0.5.
         implementation: "triton" (kernels, NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or None:
             the first that can serve the call where JAX runs.
 
@@ -241,8 +241,9 @@ def block_sparse_attention(
     ):
         raise ValueError(f"scale={scale!r} is not a number above 0; leave it out for head_dim ** -0.5.")
     chosen = choose(implementation, query, key)
+    factor = float(check_scale(dim**-0.5 if scale is None else scale, shown=scale))
     problem = SparseProblem(
-        scale=float(dim**-0.5 if scale is None else scale), rows=mask.rows, columns=mask.columns, width=mask.width,
+        scale=factor, rows=mask.rows, columns=mask.columns, width=mask.width,
         sink=mask.sink, even=mask.even,
     )  # fmt: skip
     run = functools.partial(_attend if chosen == "xla" else _by_kernels, problem)

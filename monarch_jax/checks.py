@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 LARGEST = 2**31 - 1  # of a size: indices are int32
+LARGEST_SCALE = 1e6  # of a softmax; of scores beyond 1e9 float32 has no digits left that exp could take
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -26,6 +27,30 @@ def brief(value: object) -> str:
     except ValueError:  # Python writes no integers of more digits
         return "an integer of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def check_scale(scale: float, *, shown: object) -> float:
+    """The scale of a softmax; raises ValueError if it is so large that scores of plain tokens are beyond float32.
+
+    Examples:
+        >>> check_scale(1e38, shown=1e38)
+        Traceback (most recent call last):
+        ...
+        ValueError: scale=1e+38 is too large for a softmax in float32; use at most 1e+06, or multiply query by the rest.
+
+    Args:
+        scale: A finite number.
+        shown: What was given.
+
+    Returns:
+        The scale.
+    """
+    if abs(scale) > LARGEST_SCALE:
+        raise ValueError(
+            f"scale={brief(shown)} is too large for a softmax in float32; use at most {LARGEST_SCALE:g}, or multiply "
+            f"query by the rest."
+        )
+    return scale
 
 
 def positive(name: str, value: int, *, most: int = LARGEST) -> int:

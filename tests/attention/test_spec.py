@@ -47,6 +47,7 @@ GRID = (4, 6, 8)
         (dict(num_iters=jnp.ones(2, int)), r"num_iters=Array.* is not a positive integer"),
         (dict(grid=(4.0, 6, 8)), r"grid\[0\]=4.0 is not a positive integer"),
         (dict(scale=jnp.inf), r"scale=inf is not a finite number; multiply query"),
+        (dict(scale=-1e38), r"scale=-1e\+38 is too large for a softmax in float32; use at most 1e\+06, or multiply"),
         (dict(scale="half"), r"scale='half' is not a finite number"),
         (dict(kv_frames=2.5), r"kv_frames=2.5 is not an integer or an integer scalar of JAX"),
         (dict(kv_frames=True), r"kv_frames=True is not an integer"),

@@ -150,6 +150,8 @@ class TestDefinition:
             ((x, x[:, :3], x[:, :3]), {}, "key_starts end with 4; there are 3"),
             ((x, x, x.astype(jnp.bfloat16)), {}, "value is bfloat16, query float32"),
             ((x, x, x), dict(scale=0.0), "scale=0.0 is not a number above 0"),
+            ((x, x, x), dict(scale=1e38), r"scale=1e\+38 is too large for a softmax in float32"),
+            ((x, x, x), dict(scale=10**400), r"scale=1000.* is too large for a softmax in float32"),
             ((x, x, x), dict(implementation="mosaic"), "is not None or one of triton, xla"),
         )
         for arrays, options, word in calls:
