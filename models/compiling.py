@@ -11,7 +11,9 @@ LIBRARY_PRODUCTS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_thr
 
 # Of training steps. XLA would write what a layer keeps for its backward pass right into the stack of all layers', and
 # form it a second time for what else reads it: with `remat="cheap"` all products of the forward pass were done twice.
-TRAINING = LIBRARY_PRODUCTS | {"xla_gpu_enable_dynamic_slice_fusion": False}
+# Unless all else reads the stack, as by `through_stacks`.
+IN_STACKS = "xla_gpu_enable_dynamic_slice_fusion"
+TRAINING = LIBRARY_PRODUCTS | {IN_STACKS: False}
 
 
 # Of meshes that split weights: each layer's are gathered while the layer before it computes, in both passes, two layers
@@ -36,7 +38,7 @@ def gathers_ahead(devices: Sequence[Any], *, fsdp: int = 1) -> bool:
 
 
 def training_options(
-    devices: Sequence[Any] = (), *, heads: int = 1, fsdp: int = 1, ahead: bool = True
+    devices: Sequence[Any] = (), *, heads: int = 1, fsdp: int = 1, ahead: bool = True, stacks: bool = False
 ) -> dict[str, Any]:
     """How a training step is compiled: `TRAINING`, when weights are gathered, and how halves of arrays are swapped.
 
@@ -51,13 +53,15 @@ def training_options(
         heads: Devices along its axis of that name.
         fsdp: Likewise.
         ahead: Whether a layer's weights are gathered while the one before computes: `GATHERED_AHEAD`.
+        stacks: Whether what layers keep for the backward pass is written right into the stacks of all layers', which
+            is for steps all of whose layers that train go through `through_stacks`.
 
     Examples:
         >>> training_options() == TRAINING
         True
     """
     named = os.environ.get("XLA_FLAGS", "")
-    options: dict[str, Any] = dict(TRAINING)
+    options: dict[str, Any] = TRAINING | {IN_STACKS: stacks}
     hopper = all(str(getattr(device, "compute_capability", "")).startswith("9.") for device in devices)
     if heads == 2 and hopper and len({device.process_index for device in devices}) == 1:
         options["xla_gpu_collective_permute_mode"] = "COLLECTIVES_PEER_MEMORY"

@@ -126,11 +126,6 @@ def parts(name: Logical, size: int) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, name, size)) if _auto(mesh) else 1
 
 
-def on_one_device() -> bool:
-    """Whether the mesh that is set has one device, or none is."""
-    return get_abstract_mesh().size <= 1
-
-
 def weight_axes(shape: Sequence[int]) -> tuple[Logical, ...]:
     """Logical axes of a parameter, by its shape: the longest axis of a matrix is "weights"; vectors have none.
 

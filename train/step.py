@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstrac
 
 from monarchrt.models.compiling import gathers_ahead, training_options
 from monarchrt.models.processes.programs import compiled_by_all
+from monarchrt.models.wan.config import WanConfig
+from monarchrt.models.wan.stacks import STACKED, stacks_written
 from monarchrt.train.data import Batch
 from monarchrt.train.gradients import gradient_norms
 from monarchrt.train.objectives.base import Metrics, Objective, average_of
@@ -76,7 +78,7 @@ def make_train_step(
             return objective.loss(role, networks, Batch(*batch), draws)
 
         def loss_and_grads(batch: Batch, draws: Any) -> Any:
-            with use_abstract_mesh(mesh_of(shardings)):
+            with use_abstract_mesh(mesh_of(shardings)), stacks_written(stacks):
                 return jax.value_and_grad(loss_of, has_aux=True)(own.params, batch, draws)
 
         if settings.accumulation == 1:
@@ -117,12 +119,13 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    options = training_options()
+    stacks = may_write_stacks(objective, graphs, trainings, shardings)
+    options = training_options(stacks=stacks)
     if shardings is not None:
         mesh: Any = _everywhere(shardings).mesh
         ahead = ahead and may_gather_ahead(objective, trainings, mesh)
         devices, heads, fsdp = _shared_by(mesh)
-        options = training_options(devices, heads=heads, fsdp=fsdp, ahead=ahead)
+        options = training_options(devices, heads=heads, fsdp=fsdp, ahead=ahead, stacks=stacks)
     return compiled_by_all(
         jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
     )
@@ -205,6 +208,36 @@ def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], me
     devices, _, fsdp = _shared_by(mesh)
     whole = all(training.settings.accumulation == 1 for training in trainings.values())
     return whole and not objective.rolls_out and gathers_ahead(devices, fsdp=fsdp)
+
+
+def may_write_stacks(
+    objective: Objective, graphs: Graphs, trainings: Mapping[str, Training], shardings: TrainState | None
+) -> bool:
+    """Whether what layers keep can be written right into stacks: on one GPU, if such layers are a step's only loops.
+
+    Args:
+        objective: Its losses.
+        graphs: Structure of each role's network.
+        trainings: How each role that trains does so.
+        shardings: Where the state lives.
+    """
+    mesh: Any = None if shardings is None else _everywhere(shardings).mesh
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    if objective.rolls_out or [device.platform in ("gpu", "cuda") for device in devices] != [True]:
+        return False
+    for role, training in trainings.items():
+        configs = [config for config in map(_config, graphs[role].attributes) if config is not None]
+        if training.settings.accumulation > 1 or len(configs) != 1:
+            return False
+        if configs[0].remat != STACKED or configs[0].unroll_layers:
+            return False
+    return True
+
+
+def _config(attribute: tuple[Any, Any]) -> WanConfig | None:
+    """The configuration that an attribute of a network is."""
+    value = getattr(attribute[1], "value", None)
+    return value if isinstance(value, WanConfig) else None
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:

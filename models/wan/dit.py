@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.base import Attention, Context, Grid, Steps
 from monarchrt.models.attention.blocks import attend_blocks
-from monarchrt.models.sharding import no_whole_weights, on_one_device, split_batch, splits_weights, whole
+from monarchrt.models.sharding import no_whole_weights, split_batch, splits_weights, whole
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.kept import BY_GROUPS, POLICIES
@@ -31,11 +31,8 @@ from monarchrt.models.wan.layers import (
     small_normal,
 )
 from monarchrt.models.wan.rope import rope_table
-from monarchrt.models.wan.stacks import through_stacks
+from monarchrt.models.wan.stacks import STACKED, stacks_are_written, through_stacks
 from monarchrt.models.wan.tokens import join_frames, pad, pad_rope, padded, split_tokens, whole_tokens
-
-# Whether a loop over layers on one device writes what `remat="cheap"` keeps right into stacks: until it is timed, not.
-STACKS = False
 
 
 class Tokens(NamedTuple):
@@ -421,7 +418,7 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
 
 def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
     """The residual stream after stacked layers, each (x, layer) -> (x, None) by `body`, in a loop or unrolled."""
-    if STACKS and config.remat == "cheap" and not config.unroll_layers and on_one_device():
+    if stacks_are_written() and config.remat == STACKED and not config.unroll_layers:
         return through_stacks(rematerialized(body, config), x, stacked)
     if not config.unroll_layers:
         return jax.lax.scan(rematerialized(body, config), x, stacked)[0]

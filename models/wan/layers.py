@@ -308,8 +308,6 @@ class WanBlock(nnx.Module):
         attended = self.cross_attn.attended(self.norm3(x).astype(self.dtype), keys_values)
         x = kept(x + bias_apart(self.cross_attn.o, attended)) if in_stacks() else x + kept(self.cross_attn.o(attended))
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
-        if in_stacks():  # or the product would add x to itself where it lies, in a copy of what is kept
-            y = jax.lax.optimization_barrier(y)
         return self.gated(x, y, gate2)
 
     def gates_in_weights(self, modulations: Sequence[Modulation]) -> list[Any]:

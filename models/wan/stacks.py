@@ -1,8 +1,10 @@
 """A loop over layers that writes what the backward pass needs right into stacks of all layers'."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,27 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from monarchrt.models.wan.kept import for_stacks
+
+STACKED = "cheap"  # the kind of recomputation that it is for
+_WRITTEN: ContextVar[bool] = ContextVar("stacks_are_written", default=False)
+
+
+@contextlib.contextmanager
+def stacks_written(written: bool) -> Iterator[None]:
+    """Whether a network goes through its layers by `through_stacks`.
+
+    For programs with the options `training_options(stacks=True)`: else what reads the stacks would copy out of them.
+    """
+    token = _WRITTEN.set(written)
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)
+
+
+def stacks_are_written() -> bool:
+    """Whether it does."""
+    return _WRITTEN.get()
 
 
 class Place(NamedTuple):

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from monarchrt.models.attention.notation import parse
-from monarchrt.models.wan import WanModel, dit, wan_config
+from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.kept import cheap
-from monarchrt.models.wan.stacks import through_stacks
+from monarchrt.models.wan.stacks import stacks_written, through_stacks
 
 
 def layers(x, stacked, scale, *, through, policy=None):
@@ -66,7 +66,7 @@ def test_what_is_kept_is_written_where_it_is_made(arrays):
 
 
 @pytest.mark.parametrize(("batch", "times"), [(1, ()), (2, (3,))])  # gates in weights, and not
-def test_a_network_has_the_gradients_of_the_scan(monkeypatch, batch, times):
+def test_a_network_has_the_gradients_of_the_scan(batch, times):
     config = wan_config("tiny", num_layers=2, remat="cheap", attention=parse("monarch(tile=(3,2,4))"))
     graph, params = nnx.split(WanModel(config, rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
@@ -79,8 +79,8 @@ def test_a_network_has_the_gradients_of_the_scan(monkeypatch, batch, times):
         return (flow * latents[..., : config.out_channels]).sum()
 
     def gradients(stacks):
-        monkeypatch.setattr(dit, "STACKS", stacks)
-        return jax.jit(jax.grad(lambda *arrays: loss(*arrays), argnums=(0, 1, 2)))(params, latents, text)
+        with stacks_written(stacks):
+            return jax.jit(jax.grad(lambda *arrays: loss(*arrays), argnums=(0, 1, 2)))(params, latents, text)
 
     for mine, right in zip(*map(jax.tree.leaves, map(gradients, (True, False))), strict=True):
         np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()))

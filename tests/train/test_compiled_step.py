@@ -4,9 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
+from flax import nnx
 
+from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.state import make_training, split_model
+from monarchrt.train.step import may_write_stacks
 from tests.kernels.test_mosaic_compile import H200
 
 STEP = """
@@ -71,8 +79,29 @@ def test_products_are_done_once(remat, times):
     text = compiled(remat, "data=1")
     layouts = re.findall(r"= \(bf16\[1536,\d+\]\{(.*?)\}.* custom-call\(.*__cublas\$lt\$matmul", text)
     assert len(layouts) == times * 8 + 1  # and what patches are embedded by
+    in_place = re.findall(r"= \(bf16\[3,1536,1024\].* kind=kCustom", text)  # hidden layers, by the product itself
+    assert len(in_place) == (remat == "cheap")
     if remat == "cheap":  # else what is kept would be transposed beside gradients that lie otherwise
         assert set(layouts) == {"1,0"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "network", "accumulation", "written"),
+    [
+        ("gpu", {"remat": "cheap"}, 1, True),
+        ("cpu", {"remat": "cheap"}, 1, False),
+        ("gpu", {"remat": "dots"}, 1, False),
+        ("gpu", {"remat": "cheap", "unroll_layers": True}, 1, False),
+        ("gpu", {"remat": "cheap"}, 2, False),
+    ],
+)
+def test_stacks_are_written_by_one_gpu_alone(monkeypatch, platform, network, accumulation, written):
+    """Where anything else were in a loop, XLA would form what is kept twice."""
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)])
+    graph = split_model(nnx.eval_shape(lambda: WanModel(wan_config("tiny", **network), rngs=nnx.Rngs(0))))[0]
+    training = make_training(OptimizerConfig(accumulation=accumulation), updates=1)
+    found = may_write_stacks(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, None)
+    assert found == written
 
 
 @pytest.mark.slow
