@@ -9,18 +9,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import (
-    left,
-    overlapped,
-    pixels,
-    refine,
-    refine_backward,
-    right,
-    rows,
-    sparse,
-    streamed,
-    text,
-)
+from monarchrt.triton_kernels import left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
 
 KERNELS = {
@@ -43,7 +32,6 @@ KERNELS = {
     "sparse_query_product": sparse.sparse_query_product,
     "norm_rotate_write": rows.norm_rotate_write,
     "gated_norm": rows.gated_norm,
-    "text_attention": text.text_attention,
     "channel_norm": pixels.channel_norm,
     "doubled_norm": pixels.doubled_norm,
     "normed_taps": pixels.normed_taps,

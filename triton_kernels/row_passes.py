@@ -23,17 +23,6 @@ class RowConfig:
     warps: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """Queries and keys of a block of attention to a text, warps, and steps whose keys are under way at once."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-TEXT = TextConfig(queries=128, keys=64, warps=8, stages=2)
 SIZES = {"norm_rotate_write": RowConfig(rows=1, warps=2), "gated_norm": RowConfig(rows=1, warps=2)}
 
 
@@ -134,29 +123,3 @@ def gated_norm(
     made = jax.ShapeDtypeStruct(x.shape, x.dtype)
     results = call_kernel(call, arrays, {"total": made, "normed": made})
     return results["total"], results["normed"]
-
-
-def text_attention(query: jax.Array, keys: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
-    """Softmax attention to keys of which the last are all alike, scale d^-1/2; these are read once.
-
-    Args:
-        query: [B, N, heads, head_dim], head_dim a power of two, 16 to 128.
-        keys: [B, L, heads, head_dim].
-        values: As keys.
-        rows: int32 [B], 1 to L: keys that are read. The last of them counts as often as there are keys from it on.
-
-    Returns:
-        As the query.
-    """
-    batch, tokens, heads, dim = query.shape
-    call = Launch(
-        "text_attention",
-        ("out",),
-        (-(-tokens // TEXT.queries), heads, batch),
-        {"TOKENS": tokens, "KEYS": keys.shape[1], "HEADS": heads, "D": dim, "SCALE": dim**-0.5}
-        | {"M": TEXT.queries, "L": TEXT.keys, "PRECISION": "ieee"},
-        TEXT.warps,
-        TEXT.stages,
-    )
-    arrays = dict(query=query, keys=keys, values=values, rows=rows)
-    return call_kernel(call, arrays, {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)})["out"]

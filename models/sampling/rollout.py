@@ -35,7 +35,6 @@ from monarchrt.models.wan.causal import (
     rebase_cache,
     turn_cache,
 )
-from monarchrt.models.wan.passes import rows_apart
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
@@ -110,8 +109,7 @@ def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[
 def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Array, "B L E"]) -> WanCache:
     """Another text for the blocks that follow; `text` as in `start_cache`, of as many rows."""
     model, layers = merged(graph, params)
-    rows = None if layers is None else rows_apart(text)
-    return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers), text_rows=rows)
+    return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers))
 
 
 def _flow(

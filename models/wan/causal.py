@@ -22,7 +22,6 @@ from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_ru
 from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
 from monarchrt.models.wan.kept import BY_GROUPS
 from monarchrt.models.wan.kinds import modules_of
-from monarchrt.models.wan.passes import rows_apart
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
 from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, split_tokens
 from monarchrt.models.wan.unrolled import over_layers
@@ -41,13 +40,11 @@ class WanCache:
         cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; or, where
             layers are apart, such pairs of each, [B, rows, heads, head_dim].
         shape: What the caches were made to hold.
-        text_rows: int32 [B], `rows_apart` of the text, where layers are apart; else None.
     """
 
     runs: Any
     length: Any
     cross: Any
-    text_rows: Any = None
     shape: CacheShape = dataclasses.field(metadata={"static": True})
 
     @property
@@ -112,8 +109,8 @@ def init_cache(
     room: Any = dict(frames=frames, rolling=rolling, sink_frames=sink_frames, detach_past=detach_past, block=block)
     shape = cache_shape(config, text.shape[0], height=height, width=width, **room)
     runs = split_heads(empty_runs(config, shape, apart=layers is not None), config.num_heads)
-    cross, rows = cross_keys_values(model, text, image, layers=layers), None if layers is None else rows_apart(text)
-    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, text_rows=rows, shape=shape)
+    cross = cross_keys_values(model, text, image, layers=layers)
+    return WanCache(runs=runs, length=jnp.zeros((), jnp.int32), cross=cross, shape=shape)
 
 
 def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **room: Any) -> CacheShape:
@@ -272,7 +269,7 @@ def cached_forward(
                 def attend_written(x, normed):
                     return attention.write(partial(write_products, block_of_layer, normed, rope), context(x))
 
-                return fused_block(block_of_layer, x, time, cross, attend_written, text_rows=cache.text_rows)
+                return fused_block(block_of_layer, x, time, cross, attend_written)
 
             def attend(query, key, value):
                 return attention(query, key, value, context(x))

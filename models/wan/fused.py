@@ -1,7 +1,6 @@
 """A layer for generation whose query, key and value are one product, and whose other passes are few (`passes`)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from monarchrt.models.sharding import parts
 from monarchrt.models.wan.kept import kept
 from monarchrt.models.wan.kinds import PLACE
 from monarchrt.models.wan.layers import SelfAttention, WanBlock
-from monarchrt.models.wan.passes import gated_norm, norm_rotate_write, text_attention
-
-TEXT_BY_KERNEL = False  # whether "triton" is for the cross-attention too: not before it is timed
+from monarchrt.models.wan.passes import gated_norm, norm_rotate_write
 
 
 class JoinedAttention(SelfAttention):
@@ -81,8 +78,6 @@ def fused_block(
     time: Float[Array, "B T 6 D"],
     keys_values: Any,
     attend: Callable[[Array, Array], Array],
-    *,
-    text_rows: Int[Array, " B"],
 ) -> Pending:
     """One block, as `WanBlock` says.
 
@@ -92,7 +87,6 @@ def fused_block(
         time: Projected timestep embedding.
         keys_values: Of the cross-attention.
         attend: Of the residual stream and what is normalised of it, the attention's output, [B, N, n, d].
-        text_rows: `rows_apart` of the text.
 
     Returns:
         The residual stream.
@@ -108,8 +102,7 @@ def fused_block(
     norm: Any = block.norm3
     weights = (norm.bias[...], -1), (norm.scale[...], -1)
     x, normed = gated_norm(passes, x, kept(block.self_attn.o(out)), time, (table, 2), *weights, eps=norm.epsilon)
-    to_text = partial(text_attention, passes if TEXT_BY_KERNEL or passes == "plain" else None, rows=text_rows)
-    x = x + block.cross_attn(normed, keys_values, to_text)
+    x = x + block.cross_attn(normed, keys_values)
     return Pending(x, block.ffn(block.modulated(block.norm2, x, shift2, scale2)), table)
 
 

@@ -169,38 +169,25 @@ class CrossAttention(nnx.Module):
         return pairs
 
     def __call__(
-        self,
-        x: Float[Array, "B F S D"],
-        keys_values: tuple[tuple[Array, Array], ...],
-        to_text: Attend = softmax_attention,
+        self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
-        """The sum of one attention for each source of keys and values, the text's by `to_text` on one device."""
-        return kept(self.o(self.attended(x, keys_values, to_text)))
+        """The sum of one attention for each source of keys and values."""
+        return kept(self.o(self.attended(x, keys_values)))
 
     def attended(
-        self,
-        x: Float[Array, "B F S D"],
-        keys_values: tuple[tuple[Array, Array], ...],
-        to_text: Attend = softmax_attention,
+        self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
         """The same, before the last projection."""
         query = self.norm_q(kept(self.q(x)))
         if parts("tokens", x.shape[2]) > 1:  # each device attends for its own tokens, to all heads
             tokens, whole = ("batch", None, "tokens", None), ("batch", None, None, None)
             return on_each_device(self.attend, None, (query, keys_values), (tokens, whole))
-        return self.attend(None, query, keys_values, to_text)
+        return self.attend(None, query, keys_values)
 
-    def attend(
-        self,
-        _: None,
-        query: Float[Array, "B F S D"],
-        keys_values: tuple[tuple[Array, Array], ...],
-        to_text: Attend = softmax_attention,
-    ) -> Array:
+    def attend(self, _: None, query: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]) -> Array:
         """The sum of one attention for each source, [B, F, S, D]."""
         own = rearrange(query, "b f s (n d) -> b (f s) n d", n=self.num_heads)
-        each = (to_text, *(softmax_attention,) * len(keys_values[1:]))
-        out = [attend(own, key, value) for attend, (key, value) in zip(each, keys_values, strict=True)]
+        out = [softmax_attention(own, key, value) for key, value in keys_values]
         return sum(out[1:], start=out[0]).reshape(query.shape)
 
 

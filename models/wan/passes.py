@@ -8,13 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from monarch_jax.devices import cuda_capability
-from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.wan.rope import rotate
 
@@ -146,38 +144,3 @@ def gated_norm(
     normed = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + eps)
     weights = of_time(*scale) if scale[1] < 0 else 1 + of_time(*scale)
     return total, (normed * weights + of_time(*shift)).astype(x.dtype)
-
-
-def rows_apart(text: Float[Array, "B L E"]) -> Int[Array, " B"]:
-    """Rows of a text up to the first of those that are all alike up to the end: past a prompt all are zeros.
-
-    Examples:
-        >>> rows_apart(jnp.array([[[1.0], [2.0], [0.0], [0.0], [0.0]], [[1.0], [1.0], [1.0], [1.0], [1.0]]])).tolist()
-        [3, 1]
-    """
-    other = (text != text[:, -1:]).any(axis=-1)
-    last = jnp.max(jnp.where(other, jnp.arange(1, text.shape[1] + 1), 0), axis=1)
-    return last.astype(jnp.int32) + 1
-
-
-def text_attention(
-    passes: Passes | None,
-    query: Float[Array, "B N n d"],
-    key: Float[Array, "B L n d"],
-    value: Float[Array, "B L n d"],
-    rows: Int[Array, " B"],
-) -> Float[Array, "B N n d"]:
-    """Softmax attention to a text whose rows are all alike from the last of `rows` (`rows_apart`) on.
-
-    That one is read once, and counts as often as there are; if `passes` is None, all are read.
-    """
-    if passes == "triton":
-        from monarchrt.triton_kernels.row_passes import text_attention as kernel
-
-        return kernel(query, key, value, rows)
-    if passes is None:
-        return softmax_attention(query, key, value)
-    after = rows[:, None] - jnp.arange(1, key.shape[1] + 1)[None]
-    counted = jnp.log((key.shape[1] - rows + 1).astype(jnp.float32))[:, None]
-    bias = jnp.where(after > 0, 0.0, jnp.where(after == 0, counted, -jnp.inf))
-    return jax.nn.dot_product_attention(query, key, value, bias[:, None, None].astype(query.dtype))

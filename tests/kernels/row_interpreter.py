@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from monarchrt.models.wan import passes
-from monarchrt.triton_kernels import row_passes, rows, text
-from monarchrt.triton_kernels.row_passes import RowConfig, TextConfig
+from monarchrt.triton_kernels import row_passes, rows
+from monarchrt.triton_kernels.row_passes import RowConfig
 
 EPS = 1e-2  # large enough to count
 
@@ -24,7 +24,7 @@ def run(call: Any, arrays: dict[str, Any], made: dict[str, Any]) -> dict[str, An
     tensors = {name: torch.tensor(np.asarray(x)) for name, x in arrays.items()}
     for name, x in made.items():
         tensors[name] = torch.full(x.shape, float("nan"), dtype=torch.float32)
-    kernel = getattr(text if call.kernel == "text_attention" else rows, call.kernel)
+    kernel = getattr(rows, call.kernel)
     names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
     kernel[call.grid](**{name: tensors[name] for name in names}, **call.constants)
     return {name: jnp.asarray(tensors[name].numpy()) for name in call.writes}
@@ -68,21 +68,9 @@ def gated(*, times: int, affine: bool) -> float:
     return max(error(found, right) for found, right in zip(*results, strict=True))
 
 
-def to_text(*lengths: int) -> float:
-    """A sample for each length, of 20 tokens with 2 heads, to 40 keys that are all alike from the length on."""
-    batch, keys = len(lengths), 40
-    query, key, value = (normal(n, batch, size, 2, 16) for n, size in enumerate((20, keys, keys)))
-    own = np.minimum(np.arange(keys), np.array(lengths)[:, None])[..., None, None]
-    key, value = (jnp.take_along_axis(x, own, axis=1) for x in (3 * key, value))
-    rows = jnp.array([min(length + 1, keys) for length in lengths], jnp.int32)
-    found, plain, right = (passes.text_attention(how, query, key, value, rows) for how in ("triton", "plain", None))
-    return max(error(found, right), error(plain, right))
-
-
 if __name__ == "__main__":
     row_passes.call_kernel = run
     row_passes.SIZES = {name: RowConfig(rows=3, warps=4) for name in row_passes.SIZES}
-    row_passes.TEXT = TextConfig(queries=16, keys=16, warps=4, stages=1)
     found = {
         "joined": write(joined=True, misplaced=False),
         "apart": write(joined=False, misplaced=False),
@@ -91,7 +79,5 @@ if __name__ == "__main__":
         "modulated": gated(times=2, affine=False),
         "one time": gated(times=1, affine=False),
         "affine": gated(times=2, affine=True),
-        "text": to_text(0, 7, 15),
-        "longer text": to_text(16, 39, 40),
     }
     print(json.dumps(found))

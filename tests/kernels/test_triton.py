@@ -115,10 +115,9 @@ def compile_launch(call, capability, dtype="bf16"):
         rows,
         sparse,
         streamed,
-        text,
     )
 
-    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed, text)
+    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
     listed = (
         "starts",
@@ -133,7 +132,6 @@ def compile_launch(call, capability, dtype="bf16"):
         "few",
         "layer",
         "at",
-        "rows",
     )
     integers = dict.fromkeys(("step", "visible", "first_tile", "counters", "layer", "at", *listed), "*i32")
     integers |= {"scale": "fp32", "head": "i32"}

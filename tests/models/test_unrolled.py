@@ -63,23 +63,6 @@ def test_passes_change_nothing(model, text, window):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_rows_of_a_text_that_are_alike_are_read_once(model):
-    """Past its prompt's end it is zeros; another text, of another length, takes the same program."""
-    texts = [jax.random.normal(jax.random.key(n), (1, 8, 32)).at[:, length:].set(0) for n, length in enumerate((3, 6))]
-    network = model.with_attention(parse("monarch(tile=(3,2,4))"))
-
-    def blocks(network):
-        video = LiveRollout(
-            network, texts[0], height=4, width=8, key=jax.random.key(0), rollout=Rollout(window=6, steps=2)
-        )
-        first = video.generate()
-        video.set_text(texts[1])
-        return np.concatenate([first, video.generate()], axis=1)
-
-    expected, found = (blocks(unroll_layers(network, passes=name)) for name in (None, "plain"))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
 def test_passes_are_of_caches_in_the_order_of_tokens(model, text, monkeypatch):
     """Others are written as ever."""
     asked = []

@@ -23,16 +23,6 @@ PASSES = (
     Fault("triton_kernels/rows.py", "even * c - odd * s", "even * c + odd * s", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "at + 1 + token // GROUP", "at + 1", ROWS, "interpreter"),
     Fault("triton_kernels/rows.py", "1.0 + (tl.load(time + SCALE", "(tl.load(time + SCALE", ROWS, "interpreter"),
-    Fault("triton_kernels/text.py", "key == count - 1", "key == count", ROWS, "interpreter"),
-    Fault("triton_kernels/text.py", "(KEYS - count + 1)", "(KEYS - count)", ROWS, "interpreter"),
-    Fault("models/wan/passes.py", "last.astype(jnp.int32) + 1", "last.astype(jnp.int32)", UNROLLED, "alike"),
-    Fault(
-        "models/sampling/rollout.py",
-        "layers=layers), text_rows=rows)",
-        "layers=layers))",
-        UNROLLED,
-        "alike",
-    ),
     Fault("triton_kernels/pixels.py", "column // 2 + b\n", "column // 2 + a\n", PIXELS, "interpreter"),
     Fault("triton_kernels/pixels.py", "tl.maximum(tl.sum(x * x, 1), 1e-24)", "tl.sum(x * x, 1)", PIXELS, "interpreter"),
     Fault(

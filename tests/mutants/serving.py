@@ -14,7 +14,13 @@ SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
     Fault("models/generate/decoders.py", "jax.Array) and not on_cpu(array)", "jax.Array)", PIPELINE, "may_end"),
-    Fault("models/serve/session.py", "        self._answer_late()\n\n", "\n", SAVING, "late"),
+    Fault(
+        "models/serve/session.py",
+        "        while self._commands:\n            message",
+        "        while False:\n            message",
+        SAVING,
+        "late",
+    ),
     Fault("models/serve/sessions.py", "key=lambda session: session.ended_at)", "key=lambda session: 0)", SAVING),
     Fault(
         "models/serve/sessions.py", "self._waiting and self.active <", "self._waiting and len(self._active) <", SAVING
