@@ -113,6 +113,15 @@ def test_a_port_that_is_taken(baseline, capsys):
     assert f"port {port} of 127.0.0.1 cannot be listened on" in capsys.readouterr().err
 
 
+def test_no_folder_for_what_is_sent_and_saved(baseline, capsys, tmp_path, monkeypatch):
+    """Found before anything is loaded."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert serve("--checkpoint", baseline, "--port", 0) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no folder can be made for uploads and saved videos (")
+    assert said.endswith("; set TMPDIR to one that can be written\n")
+
+
 class TestBench:
     @pytest.mark.slow
     def test_a_run(self, baseline, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def serve_command(arguments: Sequence[str]) -> int:
     if (options.webrtc == "yes" or options.ice_servers) and not installed():
         raise UserError(f"WebRTC was asked for, but {INSTALL}")
     check_port(address.host, address.port)
+    try:
+        tempfile.TemporaryDirectory(prefix="monarchrt-").cleanup()
+    except OSError as error:
+        raise UserError(
+            f"no folder can be made for uploads and saved videos ({error}); set TMPDIR to one that can be written"
+        ) from error
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]
     engine = load_engine(
