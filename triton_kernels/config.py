@@ -13,7 +13,13 @@ import jax
 
 DEFAULT_CAPABILITY = 90
 KERNELS = ("right_forward", "left_forward", "left_backward", "right_backward", "right_query")
-OPTIONAL = ("left_last", "right_first", "right_again", "left_refine")  # as one of those, unless set
+OPTIONAL = (
+    "left_last",
+    "right_first",
+    "right_again",
+    "left_refine",
+    "left_refine_backward",
+)  # as one of those, unless set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,8 @@ class Configs:
 
     `stream` is for the forward pass; without it, it takes a launch per chunk of `scratch_bytes / 2`, in the last of
     which L runs alone, with `left_last` or as `left_forward` says. Of several refinement steps, `right_first` is for R
-    of the first, `right_again` of the others, and `left_refine` for L of all but the last, where they are set.
+    of the first, `right_again` of the others, and `left_refine` and `left_refine_backward` for L of all but the last,
+    where they are set, and `refine_scratch_bytes` is instead of `scratch_bytes`.
     """
 
     right_forward: Config
@@ -94,6 +101,8 @@ class Configs:
     right_first: Config | None = None
     right_again: Config | None = None
     left_refine: Config | None = None
+    left_refine_backward: Config | None = None
+    refine_scratch_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

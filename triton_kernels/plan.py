@@ -142,7 +142,7 @@ def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
 
 def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> Plan:
     """The forward pass of several refinement steps: R and back to its next queries through L, then R and L as ever."""
-    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
+    steps, pairs, tiles = _chunks(shape, configs.refine_scratch_bytes or configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     rights = (configs.right_first or configs.right_forward, configs.right_again or configs.right_forward)
     launches = []
@@ -157,7 +157,7 @@ def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> P
 
 def refined_backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None, num_iters: int) -> Plan:
     """All steps of a chunk again, each with a `mid` and `stats` of its own, then back from the last to the first."""
-    steps, pairs, tiles = _chunks(shape, configs.scratch_bytes // num_iters)
+    steps, pairs, tiles = _chunks(shape, (configs.refine_scratch_bytes or configs.scratch_bytes) // num_iters)
     common = _common(shape, pairs, tiles, precision)
     last = num_iters - 1
     first = configs.right_first or configs.right_forward
@@ -226,6 +226,7 @@ def _left_refine_backward(shape: Shape, configs: Configs, common: dict, n: int) 
     """Back from step n + 1 to step n."""
     arrays = {"further_mid": _of("mid", n + 1), "further_stats": _of("stats", n + 1)}
     launches = []
+    configs = dataclasses.replace(configs, left_backward=configs.left_refine_backward or configs.left_backward)
     for launch in _left_backward(shape, configs, common):
         constants = {name: x for name, x in launch.constants.items() if name != "TRANSPOSED"}
         writes = launch.writes + ("delta",) * constants["QUERY"]

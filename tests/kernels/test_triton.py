@@ -343,11 +343,26 @@ def test_scratch_stays_bounded(setting):
             assert todo.pairs * todo.tiles * tiles * b1 * b2 * 512 <= max(chosen.scratch_bytes, tiles * b1 * b2 * 512)
             covered = {(pair, tile) for pair, tile, *_ in todo.steps if pair < shape.pairs}
             assert covered == {(p, t) for p in range(0, shape.pairs, todo.pairs) for t in range(0, tiles, todo.tiles)}
-        for steps in (2, 4):  # those of every refinement step at once
-            todo = plan.refined_backward(shape, chosen, "ieee", None, steps)
+        for steps, limit in ((2, None), (4, None), (2, 2**32)):  # those of every refinement step at once
+            own = dataclasses.replace(chosen, refine_scratch_bytes=limit)
+            todo = plan.refined_backward(shape, own, "ieee", None, steps)
             sizes = plan.scratch_shapes(shape, todo, backward=True)
             held = sum(2 * math.prod(size) for name, size in sizes.items() if name.startswith("mid"))
-            assert held <= max(chosen.scratch_bytes, steps * tiles * b1 * b2 * 512)
+            assert held <= max(limit or chosen.scratch_bytes, steps * tiles * b1 * b2 * 512)
+            if limit is not None and tiles == 21:
+                assert len(todo.steps) < len(plan.refined_backward(shape, chosen, "ieee", None, steps).steps)
+                assert len(plan.refined(shape, own, "ieee", 2).steps) < len(
+                    plan.refined(shape, chosen, "ieee", 2).steps
+                )
+
+
+def test_left_of_earlier_steps_has_blocks_of_its_own():
+    chosen = heuristic(Target(90), b1=30, b2=52, dim=128, itemsize=2)
+    own = dataclasses.replace(chosen, left_refine_backward=Config(rows=32, keys=16, warps=2, stages=1))
+    shape = plan.Shape(batch=1, query_tiles=7, key_tiles=7, b1=30, b2=52, heads=12, dim=128, itemsize=2)
+    calls = {x.kernel: x for x in plan.refined_backward(shape, own, "ieee", None, 2).launches}
+    assert (calls["left_refine_backward"].constants["N"], calls["left_refine_backward"].warps) == (16, 2)
+    assert calls["left_backward"].constants["N"] == chosen.left_backward.keys
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
