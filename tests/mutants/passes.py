@@ -8,6 +8,9 @@ PIXELS = ("tests/kernels/test_pixels.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 CLUSTER = ("tests/kernels/test_cluster.py",)
 MOSAIC = ("tests/kernels/test_mosaic.py",)
+STACKS = ("tests/models/test_stacks.py",)
+STEP = ("tests/train/test_compiled_step.py",)
+TRITON = ("tests/kernels/test_triton.py",)
 
 PASSES = (
     # layers apart, each with its own cache
@@ -58,5 +61,19 @@ PASSES = (
     ),
     Fault(
         "pallas_kernels/sm90/tuning.py", "for key in keys if masked)", "for key in keys if not masked)", MOSAIC, "masks"
+    ),
+    # what layers keep, in stacks
+    Fault("models/wan/stacks.py", "and not _summed(var", "and _summed(var", STACKS, "written"),
+    Fault("models/wan/stacks.py", "if at <= leaves else", "if at < leaves else", STACKS, "scans"),
+    Fault("models/wan/stacks.py", "jnp.arange(length), reverse=True", "jnp.arange(length)", STACKS, "scans"),
+    Fault("train/step.py", "configs[0].remat != STACKED or ", "", STEP, "one_gpu"),
+    Fault("train/step.py", "settings.accumulation > 1 or len", "settings.accumulation > 2 or len", STEP, "one_gpu"),
+    # several refinement steps
+    Fault(
+        "triton_kernels/plan.py",
+        "configs.left_refine_backward or configs.left_backward",
+        "configs.left_backward",
+        TRITON,
+        "of_its_own",
     ),
 )
