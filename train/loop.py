@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.runs import CONFIG_NAME
+from monarchrt.models.generate.runs import checkpoint_steps
 from monarchrt.models.memory import device_memory
-from monarchrt.models.processes.agreement import all_agree, by_first, check_shared, first, from_first
+from monarchrt.models.processes.agreement import all_agree, by_first, check_seen, check_shared, first, from_first
 from monarchrt.models.processes.alike import listing, same
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
@@ -213,6 +213,8 @@ class _Run:
         self.config, self.source, self.opened, self._dry = config, source, opened, dry
         self.pictures: Pictures | None = None
         run = config.run
+        if run.resume:
+            check_seen("checkpoints", lambda: checkpoint_steps(run.folder), option="folder", path=run.folder)
         continues = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = self._open() if continues else None
         done = self.previous.steps() if self.previous else []
@@ -461,7 +463,7 @@ class _Run:
         resumed = bool(self.previous and self.previous.steps())
         by_first("folder", self._check_folder)
         by_first("settings", lambda: write_config(config, latents=self.source.latent_shape[:3]))
-        check_shared(run.folder / CONFIG_NAME, option="folder")
+        check_shared(run.folder, option="folder")
         if first() and isinstance(self.source, LatentFolder):
             self.source.keep_digests()
         checkpoints = self.previous or self._open()

@@ -1,10 +1,10 @@
 """What processes say to each other, through the coordinator of `jax.distributed`; one process says it to itself."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import jax
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import growing
 
 AHEAD = 2  # steps; no process is further than one ahead of another, as each waits for the numbers of the step before
 SETTLES = 15.0  # seconds that a file may take to be seen on another machine
 _HOUR = 3600.0
+_TOKEN = "shared"  # name of a file that is made to look whether a folder is one
 _PREFIX = "monarchrt/"
 
 
@@ -113,31 +115,65 @@ def all_agree(name: str, wrong: str | None) -> str | None:
     return next((f"process {n}: {answer}" for n, answer in enumerate(answers) if answer is not None), None)
 
 
-def check_shared(path: Path, *, option: str) -> None:
-    """Checks that all processes see a file as the first one does, which has just written it.
+def check_shared(folder: Path, *, option: str) -> None:
+    """Checks that all processes see one folder: a file that the first makes in it, and removes again.
 
     Args:
-        path: The file.
-        option: That names its folder.
+        folder: The folder; another one of the same content is not it.
+        option: That names it.
 
     Raises:
-        UserError: In all of them, if one sees another file: its machine does not share the file system.
+        UserError: In all of them, if one sees another folder: its machine does not share the file system.
     """
+    if client() is None:
+        return
+    with growing(folder / _TOKEN) if first() else contextlib.nullcontext(folder) as part:
 
-    def digest() -> str | None:
-        with contextlib.suppress(OSError):
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        return None
+        def write() -> list[str]:
+            part.write_text(token := uuid.uuid4().hex)
+            return [part.name, token]
 
-    right, wrong = from_first(f"written/{path}", digest), None
+        (name, token), wrong = from_first(f"written/{folder.name}", write), None
+        limit = time.monotonic() + SETTLES
+        while _text(folder / name) != token:
+            if time.monotonic() > limit:
+                wrong = f"{option} {folder} is not that of process 0"
+                break
+            time.sleep(0.5)
+        difference = all_agree(f"shared/{folder.name}", wrong)
+    if difference is not None:
+        raise UserError(f"{difference}; give a --{option} on a file system that all machines share")
+
+
+def check_seen[T](what: str, look: Callable[[], T], *, option: str, path: Path) -> None:
+    """Checks that all processes find the same in a folder that all are to share, before they go by it.
+
+    Args:
+        what: Of it is looked at, for the message.
+        look: Says what this process finds, as JSON.
+        option: That names the folder.
+        path: The folder.
+
+    Raises:
+        UserError: In all of them, if one does not, also after some seconds.
+    """
+    right, wrong = from_first(f"seen/{what}", look), None
     limit = time.monotonic() + SETTLES
-    while digest() != right:
+    while (own := look()) != right:
         if time.monotonic() > limit:
-            wrong = f"{option} {path.parent} is not that of process 0"
+            wrong = (
+                f"{option} {path} is not that of process 0: {what} are {own or 'none'} here and {right or 'none'} there"
+            )
             break
         time.sleep(0.5)
-    if (difference := all_agree(f"shared/{path}", wrong)) is not None:
+    if (difference := all_agree(f"seen alike/{what}", wrong)) is not None:
         raise UserError(f"{difference}; give a --{option} on a file system that all machines share")
+
+
+def _text(path: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 def _answer(name: str, value: str) -> str:

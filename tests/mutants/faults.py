@@ -46,6 +46,8 @@ TEXTS = ("tests/train/test_texts.py",)
 DISTILLATION = ("tests/train/objectives/test_distillation.py",)
 ODE = ("tests/train/objectives/test_ode.py",)
 PROCESSES = ("tests/models/processes",)
+GATHERING = ("tests/train/test_gathering.py",)
+MESH = ("tests/models/test_mesh.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
 DEMO = ("tests/train/test_demo_distill.py",)
@@ -577,6 +579,12 @@ FAULTS = (
         PROCESSES,
         "same_step",
     ),
+    Fault("models/processes/identity.py", "if not _OWN.search(name)", "if _OWN.search(name)", PROCESSES, "flags"),
+    # weights that are gathered a layer ahead
+    Fault("models/compiling.py", "fsdp > 1 and not chosen and", "fsdp > 1 and", MESH, "layer_ahead"),
+    Fault("train/step.py", "training.settings.accumulation == 1", "training.settings", GATHERING, "loops"),
+    Fault("train/step.py", "whole and not objective.rolls_out and", "whole and", GATHERING, "loops"),
+    Fault("train/gathering.py", "int(available * (1 - SPARE))", "available", GATHERING, "tenth"),
     # sessions
     Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
     Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),

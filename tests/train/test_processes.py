@@ -243,6 +243,31 @@ def test_a_video_begins_with_what_the_first_process_reads(start, tmp_path):
         assert np.abs(found["other"].astype(int) - found["one"])[:, 10 * part.start : 10 * part.stop].max() > 50
 
 
+def test_a_folder_that_is_not_shared(start, tmp_path):
+    """Another one for each process, of the same name: not there, with other checkpoints, a copy; then begun anew."""
+    whole = start([*MESH, "--steps", "1", "--folder", str(tmp_path / "0" / "run")], processes=0)
+    assert whole.wait() == [0], whole.lines(0)
+    (tmp_path / "1").mkdir()
+    places = [tmp_path / "0", tmp_path / "1"]
+    again = [*MESH, "--steps", "2", "--folder", "run", "--resume"]
+    seen = "process 1: folder run is not that of process 0: checkpoints are none here and [0, 1] there; give a --folder"
+    not_shared = "process 1: folder run is not that of process 0; give a --folder on a file system that all"
+    for left, message in (((), seen), (("0",), seen.replace("none", "[0]")), (("0", "1"), not_shared)):
+        shutil.rmtree(tmp_path / "1" / "run", ignore_errors=True)
+        if left:
+            shutil.copytree(tmp_path / "0" / "run", tmp_path / "1" / "run")
+        for step in {"0", "1"} - set(left) if left else ():
+            shutil.rmtree(tmp_path / "1" / "run" / "checkpoints" / step)
+        job = start(again, begun_in=places)
+        assert job.wait(200) == [2, 2], [job.lines(n)[-3:] for n in (0, 1)]
+        assert all(message in job.lines(n)[-1] for n in (0, 1)), job.lines(0)[-1]
+        assert sorted(path.name for path in (tmp_path / "0" / "run" / "checkpoints").iterdir()) == ["0", "1"]
+        assert not list((tmp_path / "0" / "run").glob("shared*"))
+    job = start([*MESH, "--steps", "1", "--folder", "new"], begun_in=places)
+    assert job.wait(200) == [2, 2], [job.lines(n)[-3:] for n in (0, 1)]
+    assert all(not_shared.replace("run", "new") in job.lines(n)[-1] for n in (0, 1))
+
+
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
 def test_one_that_has_no_room_for_its_part_of_a_checkpoint(start, tmp_path):
     """It ends, and the other, which would wait for it, is told why; then the run goes on."""
@@ -370,6 +395,29 @@ def test_one_that_reads_weights_for_longer(start, tmp_path):
     options = [*MESH, "--steps", "1", "--folder", str(tmp_path / "run")]
     job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE]])
     assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
+
+
+LATE_STEP = """
+import runpy, time
+from jax._src.interpreters import pxla
+compiled = pxla.MeshComputation.compile
+def late(self, *arguments, **options):
+    time.sleep(40 if "step_fn" in self._name else 0)
+    return compiled(self, *arguments, **options)
+pxla.MeshComputation.compile = late
+runpy.run_module("monarchrt", run_name="__main__")
+"""
+
+
+def test_one_that_compiles_for_longer(start, tmp_path):
+    """As on a machine that has kept no programs: the other waits for it before the first collective between them.
+
+    That is the step's on this mesh; processes that do not meet within 30 seconds then end in an error of Gloo's.
+    """
+    options = ["--mesh", "data=2,heads=2", "--steps", "2", "--folder", str(tmp_path / "run")]
+    job = start(options, programs=[["-m", "monarchrt"], ["-c", LATE_STEP]])
+    assert job.wait(300) == [0, 0], [job.lines(n) for n in (0, 1)]
+    assert len(read_log(tmp_path / "run")) > 2
 
 
 @pytest.mark.parametrize("differs", ["weights", "embeddings of the negative prompt"])

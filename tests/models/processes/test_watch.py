@@ -42,7 +42,7 @@ def test_alone(tmp_path):
         assert first()
         assert from_first("question", lambda: {"a": 1}) == {"a": 1}
         assert all_agree("question", "wrong") == "wrong"
-        check_shared(tmp_path / "file", option="folder")
+        check_shared(tmp_path, option="folder")
         with pytest.raises(UserError, match="no"):
             by_first("question", refuse)
     stop = AgreedStop()
