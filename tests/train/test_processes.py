@@ -402,7 +402,7 @@ import runpy, time
 from jax._src.interpreters import pxla
 compiled = pxla.MeshComputation.compile
 def late(self, *arguments, **options):
-    time.sleep(40 if "step_fn" in self._name else 0)
+    time.sleep(40 if "step_fn" in self._name and self._executable is None else 0)
     return compiled(self, *arguments, **options)
 pxla.MeshComputation.compile = late
 runpy.run_module("monarchrt", run_name="__main__")
