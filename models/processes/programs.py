@@ -1,7 +1,7 @@
 """Programs that several processes run together: none begins one before all have compiled it.
 
-On CPUs, processes that meet in a collective for the first time wait for each other for half a minute, and a compiler may
-take longer on one machine, or where nothing is kept of an earlier start, than on another.
+On CPUs, processes that meet in a collective for the first time wait for each other for half a minute; a compiler may
+take longer than that on one machine, or where nothing is kept of an earlier start, than on another.
 """
 
 from typing import Any
