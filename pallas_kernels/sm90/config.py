@@ -454,8 +454,8 @@ class FusedConfig:
         blocks: Blocks of a cluster, each of which makes a key row in a step: 16, or 8 for b1 of up to 16 rows.
         columns: Columns j that a block sums: 4 with 16 blocks; 8, or 7 for less to the busiest block, with 8.
         resident: Whether a block takes the key rows with one k after another, whose query row it then loads once.
-        overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums.
-            With the wait of its warps for each other that this needs, no card has run it.
+        overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums;
+            its warps then wait for each other before they give room back.
     """
 
     clusters: int = 0
