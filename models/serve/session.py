@@ -26,7 +26,7 @@ from monarchrt.models.web.encodings import ENCODINGS, Encoding
 
 MOST_COMMANDS = 16  # of a session that wait for its turn
 AT_ONCE = float("-inf")
-KEEPING = ("finished", "longest", "stopped")  # ends after which a video may still be saved
+KEEPING = ("finished", "longest", "stopped", "idle")  # ends after which a video may still be saved
 AHEAD = 1.0  # seconds that a paced video is made before it is played
 WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
 
@@ -246,7 +246,7 @@ class Session:
         """The client is gone: it ends at its next turn."""
         self._left = reason
         if self.ended is not None:
-            self.forget()
+            self.forget("the connection is gone")
 
     def welcome(self) -> None:
         """Says that it has a place."""
@@ -339,7 +339,7 @@ class Session:
         self._under_way.clear()
         self._given.clear()
         if reason not in KEEPING or self._folder is None:
-            self.forget()
+            self.forget(f"the session has ended ({reason})")
         self._observed.ended(reason)
         self.outbox.event("ended", reason=reason, message=message, blocks=self.sent)
         self._answer_late()
@@ -359,10 +359,10 @@ class Session:
         """Whether there is something to save, or it is under way."""
         return bool(self._past) or self._saving is not None
 
-    def forget(self) -> None:
+    def forget(self, why: str) -> None:
         """Lets go of what is kept to be saved; a file that is not complete is removed."""
-        if self._saving is not None and self.ended in KEEPING:
-            self.outbox.event("error", id=self._saved_for, code="cannot_save", message="save: others took its place")
+        if self._saving is not None:
+            self.outbox.event("error", id=self._saved_for, code="cannot_save", message=f"save: {why}")
         self._past.clear()
         self._saving = None
 

@@ -199,7 +199,7 @@ class Sessions:
         before = list(self._waiting)
         over = [session for session in self._active if session.ended is not None and session.keeps]
         for session in sorted(over, key=lambda session: session.ended_at)[: -self.limits.sessions]:
-            session.forget()
+            session.forget("others took its place")
         self._active = [session for session in self._active if session.ended is None or session.keeps]
         for session in list(self._waiting):
             session.give_up_waiting()

@@ -79,11 +79,28 @@ def test_only_the_newest_are_kept(stage, client, clock, tmp_path):
     assert not of(fourth.run()[0], "saved")
 
 
-@pytest.mark.parametrize("reason", ["idle", "error", "disconnected"])
-def test_what_is_broken_off_is_not_kept(stage, client, clock, reason):
-    one = client(stage(idle=5.0), start())
+def test_saving_while_nothing_is_heard(stage, client, clock):
+    """The session ends, the file is completed."""
+    sessions = stage(idle=5.0)
+    one = client(sessions, start())
+    one.run(turns=3)
+    one.tell(Save(id="v"))
+    sessions.turn()
+    clock.now += 5.0
+    events, _ = one.run()
+    assert [event.get("reason", event.get("id")) for event in events[-2:]] == ["idle", "v"]
+    assert events[-1]["frames"] == 9
+
+
+@pytest.mark.parametrize("reason", ["error", "disconnected"])
+def test_what_is_broken_off_is_not_kept(stage, client, reason):
+    """And it is said of a file that was begun."""
+    one = client(stage(), start())
     one.run(turns=2)
+    one.tell(Save(id="v"))
+    one.sessions.turn()
     one.session.end(reason)
+    assert of(one.run()[0], "error")[0]["message"] == f"save: the session has ended ({reason})"
     with pytest.raises(Refusal, match=rf"the session has ended \({reason}\)"):
         one.tell(Save())
 
