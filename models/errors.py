@@ -21,6 +21,16 @@ class UserError(ValueError):
     """
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds.
+
+    Examples:
+        >>> require(3 > 0, "frames is 3; it must be positive")
+    """
+    if not condition:
+        raise UserError(message)
+
+
 def printable(text: str, limit: int = 200) -> str:
     """A text out of a file for a message: on one line, without what steers a terminal, and not for ever.
 

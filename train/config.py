@@ -15,21 +15,20 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from monarchrt.models.attention.notation import split_options, with_options
+from monarchrt.models.attention.options import AttentionOptions
 from monarchrt.models.attention.registry import SHORT
-from monarchrt.models.errors import UserError
+from monarchrt.models.bounds import check_bounds
+from monarchrt.models.errors import UserError, require
 from monarchrt.models.generate.runs import GENERATION, override_values
-from monarchrt.train.bounds import check_bounds
+from monarchrt.train.bounds import WHOLE_NUMBERS
 from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.lora_settings import LoRASettings
 from monarchrt.train.objectives.registry import ObjectiveSettings, settings_class
 from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.run_settings import RunConfig
 
-# the options that are fields of the attention, and what they are
-_OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str, "keep_intermediates": bool}
 # what a backward pass may recompute, from the quickest to the smallest
 REMAT = ("none", "cheap", "dots", "attention", "full")
 AUTO = "auto"
@@ -45,14 +44,17 @@ def remat_kind(value: Any) -> Any:
     return {False: "none", True: "full"}[value] if isinstance(value, bool) else value
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(AttentionOptions):
     """The network and its attention."""
+
+    attention_fields: ClassVar[Mapping[str, type]] = {
+        "tile": tuple,
+        "blocks": str,
+        "num_iters": int,
+        "implementation": str,
+        "keep_intermediates": bool,
+    }
 
     preset: str = "tiny"
     """Name of the Wan configuration: tiny, wan2.1-t2v-1.3b or wan2.1-t2v-14b."""
@@ -89,35 +91,20 @@ class ModelConfig:
     full."""
 
     def __post_init__(self) -> None:
-        try:  # one form for what is equal
-            attention, options = split_options(self.attention, self.attention_options(), _OF_ATTENTION)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        for name, value in {"attention": attention, **options}.items():
-            object.__setattr__(self, name, value)
+        self.normalize_attention()
         object.__setattr__(self, "remat", remat_kind(self.remat))
-        _require(self.remat in (*REMAT, AUTO), f"remat is {self.remat!r}; choose from {', '.join((*REMAT, AUTO))}")
-        _require(self.num_iters >= 1, f"num_iters is {self.num_iters}; it must be at least 1")
+        require(self.remat in (*REMAT, AUTO), f"remat is {self.remat!r}; choose from {', '.join((*REMAT, AUTO))}")
+        require(self.num_iters >= 1, f"num_iters is {self.num_iters}; it must be at least 1")
         self.override_values()
 
-    def attention_options(self) -> dict[str, Any]:
-        """The options beside `attention` that are not left out."""
-        values = {name: getattr(self, name) for name in _OF_ATTENTION}
-        return {name: value for name, value in values.items() if value != getattr(type(self), name)}
-
-    def attention_text(self) -> str:
-        """The attention in its notation, options put in.
+    def stored(self) -> dict[str, Any]:
+        """JSON values by name, with the attention in its notation.
 
         Examples:
-            >>> ModelConfig(tile=(3, 30, 52)).attention_text()
+            >>> ModelConfig(tile=(3, 30, 52)).stored()["attention"]
             'monarch(tile=(3,30,52))'
         """
-        return with_options(self.attention, self.attention_options())
-
-    def stored(self) -> dict[str, Any]:
-        """JSON values by name, with the attention in its notation."""
-        plain = {name: getattr(type(self), name) for name in _OF_ATTENTION}
-        return to_dict(self) | plain | {"attention": self.attention_text()}
+        return to_dict(self) | self.plain_options() | {"attention": self.attention_text()}
 
     def override_values(self) -> dict[str, Any]:
         """The overrides by name; values are read as JSON, or else taken as text.
@@ -127,9 +114,6 @@ class ModelConfig:
             {'dim': 96, 'remat': 'dots'}
         """
         return override_values(self.overrides)
-
-
-ObjectiveConfig = FlowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +165,17 @@ class OptimizerConfig(LoRASettings):
         super().__post_init__()
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
+            require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
-            _require(0 <= beta < 1, f"{name} is {beta}; it must lie in [0, 1)")
+            require(0 <= beta < 1, f"{name} is {beta}; it must lie in [0, 1)")
         decay = self.weight_decay
-        _require(0 <= decay < math.inf, f"weight_decay is {decay}; it must be at least 0, and finite")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
-        check_bounds(self)
+        require(0 <= decay < math.inf, f"weight_decay is {decay}; it must be at least 0, and finite")
+        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
+        check_bounds(self, WHOLE_NUMBERS)
         average = self.ema_decay
-        _require(average is None or 0 <= average < 1, f"ema_decay is {average}; it must lie in [0, 1) or be None")
-        _require(
+        require(average is None or 0 <= average < 1, f"ema_decay is {average}; it must lie in [0, 1) or be None")
+        require(
             self.decay_steps is None or self.decay_steps > self.warmup,
             f"decay_steps is {self.decay_steps}; it must be larger than warmup ({self.warmup})",
         )
@@ -235,7 +219,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         further = self.objective.further
         unknown = [name for name in self.roles if name not in further]
-        _require(
+        require(
             not unknown,
             f"roles has {', '.join(unknown)}, but objective {self.objective.name!r} has "
             f"{', '.join(further) or 'no further ones'} beside {self.objective.exported}",
@@ -244,17 +228,17 @@ class TrainConfig:
         object.__setattr__(self, "roles", roles)
         for name in further:
             trains = self.objective.roles[name].trains
-            _require(
+            require(
                 trains or roles[name].optimizer is None, f"{name}.optimizer is given, but the {name} does not train"
             )
         for name in self.objective.training:
-            _require(
+            require(
                 not self.objective.roles[name].averaged or self.trained(name).ema_decay is not None,
                 f"{self.option(name, 'ema_decay')} is None, but {self.objective.name} learns from the moving average "
                 f"of the {name}; give it a decay, for example 0.99",
             )
             accumulation, batch = self.trained(name).accumulation, self.run.batch
-            _require(
+            require(
                 batch % accumulation == 0,
                 f"{self.option(name, 'accumulation')} is {accumulation}, which does not divide batch {batch}; "
                 f"it could be {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}",
@@ -414,7 +398,7 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
     asked = values.get("objective")
     name = asked.get("name", config.objective.name) if isinstance(asked, dict) else asked
     if name is not None:
-        _require(isinstance(name, str), f"objective is {_shown(name)}; it must be a name, or a table with one")
+        require(isinstance(name, str), f"objective is {_shown(name)}; it must be a name, or a table with one")
         config = with_objective(config, str(name))
     if not isinstance(asked, dict):
         values = {key: value for key, value in values.items() if key != "objective"}
@@ -429,7 +413,7 @@ def _put(values: dict[str, Any], target: dict[str, Any], exported: str, given: s
     tables = {exported: target, "roles": target.get("roles", {})} | target.get("roles", {}) | own
     for name, value in values.items():
         if name in tables:
-            _require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table of settings")
+            require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table of settings")
             _put(value, tables[name], exported, given)
             continue
         owner = next((part for part in (target, *own.values()) if name in part), None)
@@ -440,7 +424,7 @@ def _put(values: dict[str, Any], target: dict[str, Any], exported: str, given: s
                 f"there is no setting {name}; "
                 + (f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}")
             )
-        _require((id(owner), name) not in given, f"{name} is given twice")
+        require((id(owner), name) not in given, f"{name} is given twice")
         given.add((id(owner), name))
         owner[name] = value
 
@@ -462,13 +446,13 @@ def from_dict(kind: type, values: Any) -> Any:
         >>> from_dict(ModelConfig, {"tile": [1, 2, 3]}).tile
         (1, 2, 3)
     """
-    _require(isinstance(values, dict), f"{kind.__name__} is {_shown(values)}; it must be a table of settings")
+    require(isinstance(values, dict), f"{kind.__name__} is {_shown(values)}; it must be a table of settings")
     if kind is ObjectiveSettings:  # runs written before there were others have no name
         kind = settings_class(str(values.get("name", FlowConfig.name)))
         values = {name: value for name, value in values.items() if name != "name"}
     hints = _fields(kind)
     unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
+    require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
     make: Any = kind
     if kind is TrainConfig:
         return make(**_revive_roles(hints, values))
@@ -479,7 +463,7 @@ def _revive_roles(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, An
     """The parts of a `TrainConfig`; what is wrong with those of a role is said with the role."""
     objective = _revive("objective", hints["objective"], values.get("objective", {}))
     plain, roles = TrainConfig(objective=objective), values.get("roles", {})
-    _require(isinstance(roles, dict), f"roles is {_shown(roles)}; it must be a table")
+    require(isinstance(roles, dict), f"roles is {_shown(roles)}; it must be a table")
     made: dict[str, Any] = {"objective": objective, "roles": {}}
     for name, value in values.items():
         if name in ("model", "optimizer"):
@@ -509,23 +493,23 @@ def _revive(name: str, hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
     if typing.get_origin(hint) is Mapping:
-        _require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table")
+        require(isinstance(value, dict), f"{name} is {_shown(value)}; it must be a table")
         return {key: _revive(key, typing.get_args(hint)[1], part) for key, part in value.items()}
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         value = remat_kind(value) if name == "remat" else value
-        _require(value in choices, f"{name} is {_shown(value)}; choose from {', '.join(map(str, choices))}")
+        require(value in choices, f"{name} is {_shown(value)}; choose from {', '.join(map(str, choices))}")
         return value
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
-        _require(isinstance(value, list | tuple), f"{name} is {_shown(value)}; it must be a list")
+        require(isinstance(value, list | tuple), f"{name} is {_shown(value)}; it must be a list")
         if Ellipsis not in parts:
-            _require(len(value) == len(parts), f"{name} is {_shown(value)}; it must have {len(parts)} entries")
+            require(len(value) == len(parts), f"{name} is {_shown(value)}; it must have {len(parts)} entries")
         return tuple(_revive(name, parts[0], part) for part in value)
     accepted = {Path: (str, Path), float: (float, int)}.get(hint, (hint,))
     fits = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
     fits = fits and not (hint is float and abs(value) > sys.float_info.max and value not in (math.inf, -math.inf))
-    _require(fits, f"{name} is {_shown(value)}; it must be {_KINDS[hint]}")
+    require(fits, f"{name} is {_shown(value)}; it must be {_KINDS[hint]}")
     return typing.cast(Any, hint)(value)
 
 

@@ -3,14 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import require
 
 LARGEST = 8192  # pixels, either way
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,54 +72,54 @@ class DataConfig:
     """Mirror half of the training windows left to right."""
 
     def __post_init__(self) -> None:
-        _require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
-        _require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
-        _require(
+        require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
+        require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
+        require(
             self.fps == 0 or 0.1 <= self.fps <= 1000,
             f"fps is {self.fps}; it must lie in [0.1, 1000], for example 16, or be 0 for the frames that are stored",
         )
-        _require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
-        _require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
-        _require(self.rows >= 1, f"rows is {self.rows}; it must be at least 1, for example 512")
-        _require(
+        require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
+        require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
+        require(self.rows >= 1, f"rows is {self.rows}; it must be at least 1, for example 512")
+        require(
             self.prompts is None or (self.video is None and self.latents is None),
             f"both prompts and {'video' if self.video is not None else 'latents'} were given; give one",
         )
         if self.prompts is not None:
             near = (1 + 4 * max(0, round((self.frames - 1) / 4)), *(16 * max(1, round(n / 16)) for n in self.size))
-            _require(
+            require(
                 (self.frames, *self.size) == near,
                 f"frames, height and width are {self.frames}, {self.height} and {self.width}; with prompts they must "
                 f"be 1 + 4 k and multiples of 16, for example {' '.join(map(str, near))}",
             )
         for name in ("components", "text_cache", "rows"):
-            _require(
+            require(
                 self.prompts is not None
                 or self.latents is not None
                 or getattr(self, name) == getattr(type(self), name),
                 f"{name} is {getattr(self, name)}, which is of texts, but a video has none here; leave it out",
             )
-        _require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
-        _require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
-        _require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
+        require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
+        require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
+        require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
         for name in ("height", "width"):
             size = getattr(self, name)
-            _require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
-            _require(
+            require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
+            require(
                 size >= self.patch and size % self.patch == 0,
                 f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
                 f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
             )
         for name in ("frames", "height", "width", "fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
             value = getattr(self, name)
-            _require(
+            require(
                 self.latents is None or self.video is not None or value == getattr(type(self), name),
                 f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
             )
 
         for name in ("fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
             value = getattr(self, name)
-            _require(
+            require(
                 self.prompts is None or value == getattr(type(self), name),
                 f"{name} is {value}, which is of a video, but the texts of prompts have none; leave {name} out",
             )

@@ -4,16 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from monarchrt.models.errors import UserError
+from monarchrt.models.bounds import check_bounds
+from monarchrt.models.errors import require
 from monarchrt.models.mesh import MeshShape
 from monarchrt.models.processes.place import check_options
-from monarchrt.train.bounds import check_bounds
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError unless a condition holds."""
-    if not condition:
-        raise UserError(message)
+from monarchrt.train.bounds import WHOLE_NUMBERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +93,7 @@ class RunConfig:
     the run folder). log.jsonl and TensorBoard are always written."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_bounds(self, WHOLE_NUMBERS)
         require(self.wandb is None or bool(self.wandb.strip()), "wandb is empty; give the name of a project")
         if self.mesh is not None:
             MeshShape.parse(self.mesh)

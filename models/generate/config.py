@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from monarchrt.models.attention.notation import split_options, with_options
+from monarchrt.models.attention.options import AttentionOptions
 from monarchrt.models.attention.registry import SHORT
-from monarchrt.models.errors import UserError, printable
+from monarchrt.models.bounds import check_bounds, short
+from monarchrt.models.errors import UserError, printable, require
 from monarchrt.models.mesh import MeshShape
 
 type Mode = Literal["auto", "autoregressive", "bidirectional", "windows"]
@@ -22,12 +24,24 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
-MOST_FRAMES, MOST_STEPS = 1_000_000, 10_000
+MOST_FRAMES, MOST_STEPS = 1_000_000, 10_000  # far beyond use, and too few to fill the memory before the error
 NO_LORA = (NO_CONDITION,)  # although a video names some
 STORED = "stored"  # with the weights
 EXACT_DECODER, TINY_DECODER = DECODERS = ("exact", "tiny")
-# the options that are fields of the attention, and what they are
-_OF_ATTENTION = {"tile": tuple, "blocks": str, "num_iters": int, "implementation": str}
+_BOUNDS = {
+    **dict.fromkeys(("frames", "window", "block", "condition_frames", "context"), (1, MOST_FRAMES)),
+    "sink_frames": (0, MOST_FRAMES),
+    **dict.fromkeys(("height", "width", "zoom", "num_heads", "head_dim", "num_iters"), (1, math.inf)),
+    "decoder_device": (0, math.inf),
+    "context_noise": (0, 1000),
+    "fps": (0.1, 1000),
+    "shift": (0.001, 1000),  # beyond, float32 has no noise levels and flows, which would look like broken weights
+    "guidance": (0, 1000),
+    "linger": (0, 10**9),
+    "seed": (0, 2**32 - 1),
+    "quality": (0, 51),
+    "port": (0, 65535),
+}
 # how a file was made is no property of it, nor what else was made with it
 NOT_STORED = (
     *("out", "overwrite", "stream", "host", "port", "linger", "quiet", "compare", "compare_dense"),
@@ -39,19 +53,16 @@ ONCE_STORED = ("compare_dense", "save_embeddings")
 NAMES_FILES = ("checkpoint", "lora", "components", "decoder", "embeddings", "condition", "noise")
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Make a video from a prompt, with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
+class GenerateConfig(AttentionOptions):
+    """Generate a video from a prompt with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
+
+    attention_fields: ClassVar[Mapping[str, type]] = {
+        "tile": tuple,
+        "blocks": str,
+        "num_iters": int,
+        "implementation": str,
+    }
 
     checkpoint: str | None = None
     """A run folder of train or demo; or a Wan model: an official or diffusers folder, a file such as Self-Forcing's
@@ -237,70 +248,34 @@ class GenerateConfig:
         object.__setattr__(self, "lora", tuple(self.lora))
         if isinstance(self.steps, list | tuple):
             object.__setattr__(self, "steps", tuple(self.steps))
-            _require(
-                bool(self.steps), "steps is an empty list; give a number, or decreasing steps such as 1000 757 522"
-            )
-        else:
-            _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; it must be at least 1")
-        _require(
-            0 <= self.context_noise <= 1000,
-            f"context_noise is {self.context_noise}; it must lie in [0, 1000], 0 is clean",
-        )
-        _require(
-            not (self.compare_dense and self.compare),
-            f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
-        )
-        sizes = ("frames", "height", "width", "window", "block", "condition_frames", "zoom", "num_heads", "head_dim")
-        for name in sizes:
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        # far beyond use, and short of what would fill the memory before it fails
-        for name in ("frames", "window", "block", "condition_frames", "context", "sink_frames"):
-            value = getattr(self, name)
-            _require(
-                value is None or value <= MOST_FRAMES, f"{name} is {_short(value)}; it must be at most {MOST_FRAMES}"
-            )
-        calls = () if self.steps is None else self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        _require(
-            all(step <= MOST_STEPS for step in calls) and len(calls) <= MOST_STEPS,
-            f"steps is {_short(self.steps)}; it must be at most {MOST_STEPS}",
-        )
-        for name in ("context", "num_iters"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("fps", "shift"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
-        _require(self.fps is None or 0.1 <= self.fps <= 1000, f"fps is {self.fps}; it must lie in [0.1, 1000]")
-        # beyond, noise levels and flows are numbers that float32 does not have, which looks like broken weights
-        _require(
-            self.shift is None or 1e-3 <= self.shift <= 1e3, f"shift is {self.shift}; it must lie in [0.001, 1000]"
-        )
-        _require(
-            self.guidance is None or not self.guidance > 1e3, f"guidance is {self.guidance}; it must be at most 1000"
-        )
-        for name in ("guidance", "linger"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, and finite")
-        _require(
+        self._check_steps()
+        check_bounds(self, _BOUNDS)
+        require(
             not self.condition_fps or 0.1 <= self.condition_fps <= 1000,
             f"condition_fps is {self.condition_fps}; it must lie in [0.1, 1000], for example 16, or be 0",
         )
-        if self.mesh is not None:
-            MeshShape.parse(self.mesh)
-        _require(
-            self.decoder_device is None or self.decoder_device >= 0,
-            f"decoder_device is {self.decoder_device}; it must be at least 0",
+        require(
+            not (self.compare_dense and self.compare),
+            f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
         )
-        sinks = self.sink_frames
-        _require(sinks is None or sinks >= 0, f"sink_frames is {sinks}; it must be at least 0")
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")
-        _require(0 <= self.quality <= 51, f"quality is {self.quality}; it must lie in [0, 51]")
-        _require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in [0, 65535]")
-        self._settle_attention()
-        _require(
+        require(
             self.prompt is None or bool(self.prompt.strip()),
             f"prompt is empty ({self.prompt!r}); say what the video shows, for example --prompt 'a cat on a wall'",
         )
+        if self.mesh is not None:
+            MeshShape.parse(self.mesh)
+        self._settle_attention()
+
+    def _check_steps(self) -> None:
+        """Of the sampler: a number, or a list of timesteps; which of them, the sampler checks."""
+        steps = self.steps
+        if isinstance(steps, tuple):
+            require(bool(steps), "steps is an empty list; give a number, or decreasing steps such as 1000 757 522")
+            fits = len(steps) <= MOST_STEPS and max(steps) <= MOST_STEPS
+        else:
+            require(steps is None or steps >= 1, f"steps is {steps}; it must be at least 1")
+            fits = steps is None or steps <= MOST_STEPS
+        require(fits, f"steps is {short(steps)}; it must be at most {MOST_STEPS}")
 
     @property
     def unroll(self) -> bool | None:
@@ -311,31 +286,12 @@ class GenerateConfig:
         """One form for what is equal: the name of the kind and its options, if the short form can say it."""
         if self.tile is not None:
             fits = self.attention == STORED or self.attention.startswith(SHORT)
-            _require(fits, f"tile is {self.tile}, but attention is {self.attention!r}; leave one of them out")
+            require(fits, f"tile is {self.tile}, but attention is {self.attention!r}; leave one of them out")
             object.__setattr__(self, "tile", tuple(self.tile))
             object.__setattr__(self, "attention", SHORT if self.attention == STORED else self.attention)
         if not self.attention.strip().startswith(SHORT):
             return  # the plan says what goes with what
-        try:
-            attention, options = split_options(self.attention, self.attention_options(), _OF_ATTENTION)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        for name, value in {"attention": attention, **options}.items():
-            object.__setattr__(self, name, value)
-
-    def attention_options(self) -> dict[str, Any]:
-        """The options beside `attention` that are not left out."""
-        values = {name: getattr(self, name) for name in _OF_ATTENTION}
-        return {name: value for name, value in values.items() if value != getattr(type(self), name)}
-
-    def attention_text(self) -> str:
-        """The attention in its notation, options put in.
-
-        Examples:
-            >>> GenerateConfig(tile=(3, 30, 52)).attention_text()
-            'monarch(tile=(3,30,52))'
-        """
-        return with_options(self.attention, self.attention_options())
+        self.normalize_attention()
 
     def stored(self) -> dict[str, Any]:
         """What goes into the video's metadata: JSON values by name.
@@ -346,8 +302,7 @@ class GenerateConfig:
         """
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_STORED}
         if self.attention == SHORT:
-            plain = {name: getattr(type(self), name) for name in _OF_ATTENTION}
-            values |= plain | {"attention": self.attention_text()}
+            values |= self.plain_options() | {"attention": self.attention_text()}
         return json.loads(json.dumps(values, default=str))
 
 
@@ -367,8 +322,8 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
     fields = {field.name for field in dataclasses.fields(GenerateConfig)} - set(NOT_STORED)
     values = {name: value for name, value in values.items() if name not in ONCE_STORED}
     unknown = sorted(set(values) - fields)
-    some = ", ".join(_short(ascii(name)[1:-1]) for name in unknown[:5]) + ", ..." * (len(unknown) > 5)
-    _require(not unknown, f"{source} was made by another version: it has the settings {some}")
+    some = ", ".join(short(ascii(name)[1:-1]) for name in unknown[:5]) + ", ..." * (len(unknown) > 5)
+    require(not unknown, f"{source} was made by another version: it has the settings {some}")
     hints = get_type_hints(GenerateConfig)
     return GenerateConfig(**{name: revived(name, hints[name], value, source) for name, value in values.items()})
 

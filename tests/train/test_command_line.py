@@ -26,7 +26,6 @@ from monarchrt.train.cli.train import _parse_train
 from monarchrt.train.config import (
     DataConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -35,7 +34,7 @@ from monarchrt.train.config import (
 )
 from monarchrt.train.logs import RunLog, read_log
 from monarchrt.train.model import attention_setting, model_settings
-from monarchrt.train.objectives.settings import DMDConfig
+from monarchrt.train.objectives.settings import DMDConfig, FlowConfig
 from monarchrt.train.run_folder import FolderLock, claim_folder, compare_identity, identity, read_config, write_config
 
 
@@ -112,7 +111,7 @@ def test_every_option_is_explained_in_the_help(part, capsys):
         (DataConfig, "width", 30),
         (ModelConfig, "num_iters", 0),
         (ModelConfig, "overrides", ("dim",)),
-        (ObjectiveConfig, "shift", float("inf")),
+        (FlowConfig, "shift", float("inf")),
         (OptimizerConfig, "learning_rate", 0.0),
         (OptimizerConfig, "learning_rate", float("inf")),
         (OptimizerConfig, "weight_decay", float("nan")),
@@ -262,7 +261,7 @@ def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
         return header._undecayed(TrainConfig(objective=objective, optimizer=OptimizerConfig(**optimizer)), "student")
 
     said = "warning: {0}decay_steps is 9, but {0}schedule is constant, .*; give --{0}schedule cosine or linear"
-    for objective, prefix in ((ObjectiveConfig(), ""), (DMDConfig(), r"student\.")):
+    for objective, prefix in ((FlowConfig(), ""), (DMDConfig(), r"student\.")):
         (line,) = lines(objective, decay_steps=9)
         assert re.fullmatch(said.format(prefix), line)
         assert lines(objective) == lines(objective, decay_steps=9, schedule="linear") == []

@@ -86,7 +86,8 @@ def test_fsdp_splits_the_large_arrays_and_trains_as_one_device_does(environment)
 import jax, jax.numpy as jnp
 from flax import nnx
 from monarchrt.models.checkpoints.checksums import checksums
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -105,7 +106,7 @@ def kinds(state):
 settings = OptimizerConfig(accumulation=2)
 graph, params, fixed = split_model(Network())
 training = make_training(settings, updates=5)
-parts = make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}
+parts = make_objective(FlowConfig()), {"student": graph}, {"student": training}
 batch = Batch(jax.random.normal(jax.random.key(1), (4, 1, 2, 2, 64)), jnp.zeros((4, 1, 1)))
 def create():
     return create_state({"student": create_role(params, fixed, training)}, seed=0)
@@ -157,7 +158,8 @@ from jax.sharding import use_abstract_mesh
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.collectives import collectives
 from monarchrt.models.wan import WanModel, layers, wan_config
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
@@ -193,7 +195,7 @@ def compute(mesh, devices):
         program = network(placement).lower(params, data).compile()
         results = program(params, data)
     else:
-        step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training},
+        step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training},
                                shardings=shardings)
         program, data = step.lower(state, {"student": data}, due=("student",)).compile(), {"student": data}
         state, metrics = program(state, data)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.objectives.settings import FlowConfig
 
 DISTILLED = Path("runs/distil")  # where `monarchrt demo --distill` puts everything, if not told
 PATCH = 4  # pixels of a latent position; a token is one position
@@ -111,7 +112,7 @@ def dense_run(config: DemoConfig) -> TrainConfig:
             ),
             attention="dense",
         ),
-        objective=ObjectiveConfig(shift=3.0, frames_per_level=1),
+        objective=FlowConfig(shift=3.0, frames_per_level=1),
         optimizer=OptimizerConfig(learning_rate=6e-3, warmup=20, schedule="cosine", ema_decay=0.98),
         run=RunConfig(
             folder=config.folder / "dense",

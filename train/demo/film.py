@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from monarchrt.models.media.video import write_mp4
 from monarchrt.models.sampling.solve import flow_at
 from monarchrt.models.wan import WanModel
-from monarchrt.train.config import ObjectiveConfig, TrainConfig
+from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.objectives.flow import evaluation_noise
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.sample import sampling_levels
 from monarchrt.train.state import as_velocity, split_model
 
@@ -25,7 +26,7 @@ CAPTION, MARGIN = 34, 6  # pixels
 HOLD = 12  # frames for which the last picture stays
 
 
-def make_continuation(graph: nnx.GraphDef, *, objective: ObjectiveConfig) -> Callable[..., jax.Array]:
+def make_continuation(graph: nnx.GraphDef, *, objective: FlowConfig) -> Callable[..., jax.Array]:
     """Makes a compiled sampler that keeps the first frame of a window and draws the others from noise.
 
     Args:
@@ -98,7 +99,7 @@ def continue_clip(model: WanModel, source: ClipWindows, config: TrainConfig, *, 
         Frames, uint8 [frames, H, W, 3].
     """
     graph, params, fixed = split_model(model)
-    sample = make_continuation(graph, objective=cast(ObjectiveConfig, config.objective))
+    sample = make_continuation(graph, objective=cast(FlowConfig, config.objective))
     latents, text = source.held_out_batch([0])
     window = np.asarray(latents)
     made = [window[0, :1]]

@@ -8,27 +8,22 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from monarchrt.models.attention.registry import EXACT
-from monarchrt.models.errors import UserError
+from monarchrt.models.errors import require
 from monarchrt.train.objectives.registry import Generation, ObjectiveSettings, Role, register
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 def _check_steps(steps: tuple[int, ...]) -> None:
     falling = all(a > b for a, b in itertools.pairwise(steps))
     shown = " ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
-    _require(
+    require(
         bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
         f"student_steps is {shown or 'empty'}; give falling times from 1000 to 1, such as 1000 750 500 250",
     )
 
 
 def _check_block(block: int | None, *, independent: bool) -> None:
-    _require(block is None or block >= 1, f"block is {block}; it must be at least 1, for example 3")
-    _require(
+    require(block is None or block >= 1, f"block is {block}; it must be at least 1, for example 3")
+    require(
         not independent or block is not None,
         "independent_first_frame is true, but there are no blocks; give block, for example 3",
     )
@@ -58,16 +53,16 @@ class FlowConfig(ObjectiveSettings):
     causal network cuts its blocks alike: `--overrides causal_block=3 independent_first_frame=true`."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        _require(
+        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        require(
             self.num_train_timesteps >= 2,
             f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
         )
-        _require(
+        require(
             self.frames_per_level is None or self.frames_per_level >= 1,
             f"frames_per_level is {self.frames_per_level}; it must be at least 1, for example 3, or None",
         )
-        _require(
+        require(
             not self.independent_first_frame or self.frames_per_level is not None,
             "independent_first_frame is true, but all frames share a level; give frames_per_level, for example 3",
         )
@@ -96,8 +91,8 @@ class TeacherForcingConfig(FlowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.frames_per_level is not None, "frames_per_level is None; give the frames per block, such as 3")
-        _require(
+        require(self.frames_per_level is not None, "frames_per_level is None; give the frames per block, such as 3")
+        require(
             0 <= self.context_sigma < 1,
             f"context_sigma is {self.context_sigma}; it must lie in [0, 1), for example 0.1, or 0 for clean",
         )
@@ -128,7 +123,7 @@ class ODEConfig(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         _check_steps(self.student_steps)
-        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
         _check_block(self.block, independent=self.independent_first_frame)
 
     @property
@@ -183,13 +178,13 @@ class ConsistencyConfig(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         _check_steps(self.student_steps)
-        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        _require(2 <= self.grid <= 1000, f"grid is {self.grid}; it must lie in 2...1000, for example 48")
-        _require(
+        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        require(2 <= self.grid <= 1000, f"grid is {self.grid}; it must lie in 2...1000, for example 48")
+        require(
             self.guidance is None or 0 <= self.guidance < math.inf,
             f"guidance is {self.guidance}; it must be at least 0, for example 3.0; 1 is none",
         )
-        _require(
+        require(
             self.guidance in (None, 1.0) or self.negative is not None,
             f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
             f"generate --save-embeddings writes it, or leave guidance out",
@@ -276,34 +271,34 @@ class DMDConfig(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         _check_steps(self.student_steps)
-        _require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        _require(
+        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        require(
             self.guidance is None or 0 <= self.guidance < math.inf,
             f"guidance is {self.guidance}; it must be at least 0, for example 3.0",
         )
-        _require(
+        require(
             not self.guidance or self.negative is not None,
             f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
             f"generate --save-embeddings writes it, or leave guidance out",
         )
-        _require(self.student_every >= 1, f"student_every is {self.student_every}; it must be at least 1")
-        _require(
+        require(self.student_every >= 1, f"student_every is {self.student_every}; it must be at least 1")
+        require(
             0 < self.low < self.high < 1,
             f"low is {self.low} and high {self.high}; give 0 < low < high < 1, for example 0.02 and 0.98",
         )
         for name in ("gan_weight", "gan_critic_weight", "gan_r1", "gan_r2"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, such as 0.03")
+            require(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be at least 0, such as 0.03")
         for name in ("critic_weight", "relativistic", "layers", "r1", "r2", "sigma"):
             value = getattr(self, f"gan_{name}")
             changed = value != getattr(DMDConfig, f"gan_{name}")
-            _require(
+            require(
                 self.adversarial or not changed,
                 f"gan_{name} is {value}, but gan_weight is 0: there is no discriminator; give --gan-weight 0.03",
             )
         layers, sigma = self.gan_layers, self.gan_sigma
-        _require(layers is None or layers >= 1, f"gan_layers is {layers}; it must be at least 1")
-        _require(0 < sigma < math.inf, f"gan_sigma is {sigma}; it must be positive and finite, for example 0.1")
+        require(layers is None or layers >= 1, f"gan_layers is {layers}; it must be at least 1")
+        require(0 < sigma < math.inf, f"gan_sigma is {sigma}; it must be positive and finite, for example 0.1")
 
     @property
     def adversarial(self) -> bool:
@@ -359,26 +354,26 @@ class SelfForcingConfig(DMDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
-        _require(
+        require(self.block >= 1, f"block is {self.block}; it must be at least 1, for example 3")
+        require(
             self.context_sigma is None or 0 <= self.context_sigma < 1,
             f"context_sigma is {self.context_sigma}; it must lie in [0, 1), for example 0",
         )
         frames = self.scored_frames
-        _require(frames is None or frames >= 1, f"scored_frames is {frames}; it must be at least 1, for example 21")
+        require(frames is None or frames >= 1, f"scored_frames is {frames}; it must be at least 1, for example 21")
         if self.scored_anywhere:
-            _require(frames is not None, "scored_anywhere is true, but all frames are scored; give --scored-frames 21")
+            require(frames is not None, "scored_anywhere is true, but all frames are scored; give --scored-frames 21")
             least = (frames or 0) // self.block * self.block
-            _require(
+            require(
                 frames == least,
                 f"scored_frames is {frames}, which are not whole blocks of {self.block}; the nearest that are: "
                 f"{' or '.join(str(n) for n in (least, least + self.block) if n)}",
             )
         window, sinks = self.window, self.sink_frames
-        _require(sinks >= 0, f"sink_frames is {sinks}; it must be at least 0, for example 3")
-        _require(not sinks or window is not None, f"sink_frames is {sinks}, but there is no window; give --window 21")
+        require(sinks >= 0, f"sink_frames is {sinks}; it must be at least 0, for example 3")
+        require(not sinks or window is not None, f"sink_frames is {sinks}, but there is no window; give --window 21")
         least = self.block + sinks
-        _require(
+        require(
             window is None or window >= least,
             f"window is {window}, which has no room for a block of {self.block} and {sinks} sink_frames; give {least} "
             f"or more, for example {max(21, least)}",
