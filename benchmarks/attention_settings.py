@@ -34,6 +34,11 @@ EXACT = "dense"  # what critics and teachers have
 CHECKED = "monarch 95%"  # whose numbers are compared with those of XLA before anything is timed
 
 
+def latent_shape(small: bool) -> tuple[int, int, int, int, int]:
+    """Latents of one clip of 81 frames at 480x832, or of a small one for CPUs: [B, F, H, W, C]."""
+    return (1, 6, 8, 16, 16) if small else (1, 21, 60, 104, 16)
+
+
 def setting(
     name: str,
     rows: int,

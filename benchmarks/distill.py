@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from attention_settings import CHECKED, EXACT, name_or_notation, setting
+from attention_settings import CHECKED, EXACT, latent_shape, name_or_notation, setting
 from flax import nnx
 from jax.sharding import use_abstract_mesh
 
@@ -72,8 +72,8 @@ class Fixed(SelfForcingObjective):
         self.last = last
         self.negative = np.full((GUIDED, text_dim), 0.1, np.float32)
 
-    def _draw(self, key, shape):
-        draws = super()._draw(key, shape)
+    def draw_role(self, key, shape):
+        draws = super().draw_role(key, shape)
         return draws._replace(student=draws.student._replace(last=jnp.int32(self.last)))
 
 
@@ -119,7 +119,7 @@ def on_mesh(placement: Placement | None) -> contextlib.AbstractContextManager[An
 def shape_of(args: argparse.Namespace) -> tuple[int, ...]:
     """Latents of a batch, [B, F, H, W, C]: a clip for each part of it."""
     clips = 1 if args.placement is None else args.placement.shape.batch_parts
-    return (clips, 6, 8, 16, 16) if args.small else (clips, 21, 60, 104, 16)
+    return (clips, *latent_shape(args.small)[1:])
 
 
 def network(name: str, args: argparse.Namespace, *, trains: bool, preset: str | None = None, **changes) -> WanModel:
@@ -144,7 +144,7 @@ def check(args: argparse.Namespace) -> tuple[float, float]:
     kernel[...] = 0.02 * jax.random.normal(jax.random.key(1), kernel.shape)
     objective = Fixed(SelfForcingConfig(), 2, model.config.text_dim)
     shape = (1, 6, 16, 16, 16)
-    draws = cast(RolloutDraws, objective._draw(jax.random.key(2), shape).student)
+    draws = cast(RolloutDraws, objective.draw_role(jax.random.key(2), shape).student)
     text = jax.random.normal(jax.random.key(3), (1, 8, model.config.text_dim))
 
     weights = jax.random.normal(jax.random.key(4), shape)
@@ -223,7 +223,7 @@ def time_parts(
     draws, text = objective.draws(jax.random.key(5), batch)["student"], jnp.asarray(batch.text)
     if args.placement is not None:
         draws = args.placement.batch(draws)
-    rolls, levels = cast(RolloutDraws, draws.student), objective._levels(draws.scores)
+    rolls, levels = cast(RolloutDraws, draws.student), objective.score_levels(draws.scores)
     negative = np.asarray(objective.negative)
     given = jnp.broadcast_to(jnp.asarray(negative), (text.shape[0], *negative.shape))
     roles, student = state.roles, state.roles["student"]

@@ -37,7 +37,7 @@ from monarchrt.models.wan import WanModel
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.data import ClipWindows, Source
 from monarchrt.train.demo.config import DemoConfig, dense_run, further_runs
-from monarchrt.train.evaluate import _measure
+from monarchrt.train.evaluate import weighted_errors
 from monarchrt.train.evaluation.metrics import paired_interval
 from monarchrt.train.model import build_model
 from monarchrt.train.objectives.registry import make_objective
@@ -86,8 +86,8 @@ class Program:
         """The held-out loss's terms, in an order that is the same for all networks."""
         _, params, frozen = split_model(model)
         parts = {self.role: (params, frozen)}
-        sizes = args.windows, args.levels, self.settings.run.batch
-        return _measure(self.errors, parts, source, self.objective, *sizes, jax.device_put)[self.role]
+        sizes = {"windows": args.windows, "timesteps": args.levels, "batch": self.settings.run.batch}
+        return weighted_errors(self.errors, parts, source=source, objective=self.objective, **sizes)[self.role]
 
 
 def parse() -> argparse.Namespace:

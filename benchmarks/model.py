@@ -44,9 +44,10 @@ from monarchrt.models.wan.causal import cached_forward, init_cache
 from monarchrt.models.wan.config import REMAT
 from monarchrt.models.wan.unrolled import merged
 from monarchrt.models.wan.unrolled import unroll_layers as unrolled_model
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
 
@@ -251,7 +252,7 @@ def training_step(config: WanConfig, clip: Clip, **how) -> Timed:
     # the step overwrites its state; the parameters serve other cases too
     params = jax.tree.map(jnp.copy, params)
     training = make_training(OptimizerConfig(learning_rate=1e-6, ema_decay=None), updates=1000)
-    step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+    step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
     state = create_state({"student": create_role(params, fixed, training)}, seed=0)
     latents, _, text = example(config, clip.shape)
     batches = {"student": Batch(cast(Any, latents), cast(Any, text))}  # on the device already

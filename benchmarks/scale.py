@@ -34,9 +34,10 @@ from monarchrt.models.mesh import MeshShape
 from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.config import REMAT
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
@@ -95,7 +96,7 @@ class Case:
         self.shardings = self.placement.shardings(state)
         self.create = create
         step = make_train_step(
-            make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, shardings=self.shardings
+            make_objective(FlowConfig()), {"student": graph}, {"student": training}, shardings=self.shardings
         )
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
         abstract: Any = Batch  # of arrays that are not there

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from attention import MAX_ERROR, attempt, clocked, dense_attention, timed, with_gradients
 
-from monarch_jax.block_sparse import _side, block_sparse_attention
+from monarch_jax.block_sparse import block_sparse_attention, kernel_sides
 from monarch_jax.contract import SparseProblem, SparseResiduals
 from monarchrt.models.attention import listed
 from monarchrt.triton_kernels import block_sparse, config
@@ -272,7 +272,7 @@ def entry(configs: block_sparse.SparseConfigs) -> dict:
 
 
 def parts_of(mask, q):
-    """The problem and its two sides, as the kernels are given them."""
+    """The problem and its two sides, as the kernels read them."""
     problem = SparseProblem(
         scale=q.shape[-1] ** -0.5,
         rows=mask.rows,
@@ -281,9 +281,7 @@ def parts_of(mask, q):
         sink=mask.sink,
         even=mask.even,
     )
-    sizes = q.shape[0], q.shape[2]
-    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *sizes)
-    return problem, queries, _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, *sizes)
+    return problem, *kernel_sides(mask, batch=q.shape[0], heads=q.shape[2])
 
 
 def candidate(run, given, right, programs: set[str]):

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_settings import CHECKED, EXACT, name_or_notation, setting
+from attention_settings import CHECKED, EXACT, latent_shape, name_or_notation, setting
 from flax import nnx
 
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
@@ -153,14 +153,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def shape_of(small: bool) -> tuple[int, int, int, int, int]:
-    """Latents of one clip, [B, F, H, W, C]."""
-    return (1, 6, 8, 16, 16) if small else (1, 21, 60, 104, 16)
-
-
 def frame_of(small: bool) -> tuple[int, int]:
     """Rows and columns of tokens of one of its frames."""
-    _, _, height, width, _ = shape_of(small)
+    _, _, height, width, _ = latent_shape(small)
     return height // 2, width // 2
 
 
@@ -169,13 +164,13 @@ def objective_of(settings: ObjectiveSettings, last: int, text_dim: int) -> Objec
     objective: Any = make_objective(settings)
     objective.negative = np.full((GUIDED, text_dim), 0.1, np.float32)  # instead of reading a file
     if isinstance(settings, DMDConfig):
-        draw = objective._draw
+        draw = objective.draw_role
 
         def fixed(key: Any, shape: tuple[int, ...]) -> Any:
             draws = draw(key, shape)
             return draws._replace(student=draws.student._replace(last=jnp.int32(last)))
 
-        objective._draw = fixed
+        objective.draw_role = fixed
     return objective
 
 
@@ -302,7 +297,7 @@ def update(stage: Stage, attention: str, args: argparse.Namespace) -> tuple[Any,
     graphs, state = state_of(settings, {name: network(config) for name, config in configs.items()})
     objective = objective_of(settings, args.last, configs["student"].text_dim)
     trainings = {name: training_of(settings, name) for name in settings.training}
-    batches = {stage.role: batch_of(settings, configs["student"], shape_of(args.small))}
+    batches = {stage.role: batch_of(settings, configs["student"], latent_shape(args.small))}
     step = make_train_step(objective, graphs, trainings)
     compiled = step.lower(state, batches, due=(stage.role,)).compile()
     held = [state]
@@ -321,8 +316,8 @@ def pairs(stage: Stage, attention: str, args: argparse.Namespace) -> tuple[Any, 
     graph, params = nnx.split(network(config))
     made = PairsConfig(steps=SOLVER_STEPS, negative=NEGATIVE)
     negative = np.full((GUIDED, config.text_dim), 0.1, np.float32)
-    text = batch_of(None, config, shape_of(args.small)).text
-    follow = follower(made, graph, shape_of(args.small)[1:], negative=negative)
+    text = batch_of(None, config, latent_shape(args.small)).text
+    follow = follower(made, graph, latent_shape(args.small)[1:], negative=negative)
     inputs = params, np.zeros(1, np.int32), text
     compiled = follow.lower(*inputs).compile()
     return compiled, lambda: jnp.isfinite(jax.block_until_ready(compiled(*inputs))[1]).all()

@@ -328,11 +328,24 @@ def _side(lists: BlockLists, starts: Any, others: Any, places: Any, batch: int, 
     return Side(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, heads, *x.shape[2:])) for x in arrays))
 
 
+def kernel_sides(mask: BlockMask, *, batch: int, heads: int) -> tuple[Side, Side]:
+    """A mask as the kernels read it: blocks of queries with their blocks of keys, and the reverse.
+
+    Examples:
+        >>> mask = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
+        >>> queries, keys = kernel_sides(mask, batch=1, heads=3)
+        >>> queries.first.shape
+        (1, 3, 2, 1)
+    """
+    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, batch, heads)
+    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, batch, heads)
+    return queries, keys
+
+
 def _by_kernels(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
     """The Triton kernels."""
     batch, heads = query.shape[0], query.shape[2]
-    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, batch, heads)
-    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, batch, heads)
+    queries, keys = kernel_sides(mask, batch=batch, heads=heads)
     flat = vary_alike(query, key, value, *queries, *keys)
     return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
 

@@ -319,8 +319,13 @@ class LatentFolder:
         return self._load(self.held_out_files[index] for index in indices)
 
     def _load(self, paths: Iterable[Path]) -> Batch:
-        latents, text = zip(*map(_read, paths), strict=True)
+        latents, text = zip(*map(self.read, paths), strict=True)
         return Batch(np.stack(latents), np.stack(text))
+
+    @staticmethod
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """An example: latents [F, h, w, C] and text [L, D], float32."""
+        return _read(path)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -47,7 +47,16 @@ def held_out_losses(
         For each role that the objective measures, the mean of weight times error.
     """
     networks = {name: (role.evaluated, state.frozen(name)) for name, role in state.roles.items()}
-    terms = _measure(errors, networks, source, objective, windows, timesteps, batch, place)
+    terms = weighted_errors(
+        errors,
+        networks,
+        source=source,
+        objective=objective,
+        windows=windows,
+        timesteps=timesteps,
+        batch=batch,
+        place=place,
+    )
     return {role: float(values.mean()) for role, values in terms.items()}
 
 
@@ -94,21 +103,38 @@ def held_out_terms(
     made, role = make_objective(objective), objective.exported
     graph, params, frozen = split_model(model)
     errors = make_error_fn(made, {role: graph})
-    parts = {role: (params, frozen)}
-    return _measure(errors, parts, source, made, windows, timesteps, batch, jax.device_put)[role]
+    networks = {role: (params, frozen)}
+    return weighted_errors(
+        errors, networks, source=source, objective=made, windows=windows, timesteps=timesteps, batch=batch
+    )[role]
 
 
-def _measure(
+def weighted_errors(
     errors: ErrorFn,
     networks: Mapping[str, tuple[Any, Any]],
+    *,
     source: Source,
     objective: Objective,
     windows: int,
     timesteps: int,
     batch: int,
-    place: Place,
-) -> dict[str, np.ndarray]:
-    """Weight times error of each example, by role."""
+    place: Place = jax.device_put,
+) -> dict[str, Float64[np.ndarray, "n"]]:
+    """Weight times error of each example at each of its draws, by role, in an order that is the same for all networks.
+
+    Args:
+        errors: From `monarchrt.train.step.make_error_fn`.
+        networks: Trained and frozen parameters of each role.
+        source: As `held_out_losses`, like the remaining arguments.
+        objective: Says which examples and draws, and with what weights.
+        windows: Examples.
+        timesteps: Noise levels.
+        batch: Samples per call of the networks.
+        place: Moves a batch to the devices.
+
+    Returns:
+        [examples x draws] for each role that the objective measures.
+    """
     terms: dict[str, list[np.ndarray]] = {}
     for part in objective.held_out(source, windows=windows, timesteps=timesteps, batch=batch):
         for role, measured in errors(networks, place(part.batch), place(part.draws)).items():

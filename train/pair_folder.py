@@ -6,7 +6,7 @@ trajectory ends, and `text` [L, D]; its header says how it was made. It serves a
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.train.config import DataConfig
-from monarchrt.train.data import Batch, LatentFolder
+from monarchrt.train.data import LatentFolder
 
 FORMAT = "monarchrt pairs"
 TOLERANCE = 2e-3  # between a state's noise level and the one that a student is told
@@ -102,9 +102,16 @@ class PairFolder(LatentFolder):
             f"steps at shift {shift:g} are at {ours}{hint}, or make other pairs"
         )
 
-    def _load(self, paths: Iterable[Path]) -> Batch:
-        latents, text = zip(*map(_read, paths), strict=True)
-        return Batch(np.stack(latents), np.stack(text))
+    @staticmethod
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """An example: states and end [(n + 1) F, h, w, C] and text [L, D], float32."""
+        with user_input():
+            file = SafetensorsFile(path)
+            parts: dict[str, Any] = {name: file.read(name).astype(np.float32) for name in ("states", "latents", "text")}
+        trajectory = np.concatenate([*parts["states"], parts["latents"]])
+        if not np.isfinite(trajectory).all():
+            raise UserError(f"latents {path} has states that are NaN or infinite; make it again")
+        return trajectory, parts["text"]
 
 
 def _header(path: Path) -> tuple[Made, tuple[int, ...]]:
@@ -117,14 +124,3 @@ def _header(path: Path) -> tuple[Made, tuple[int, ...]]:
     if shape != (len(made.sigmas), *file.infos["latents"].shape):
         raise UserError(f"latents {path} has states of shape {shape}, which do not go with its latents; make it again")
     return made, shape
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """States and end, along the frames, and text; float32."""
-    with user_input():
-        file = SafetensorsFile(path)
-        parts: dict[str, Any] = {name: file.read(name).astype(np.float32) for name in ("states", "latents", "text")}
-    trajectory = np.concatenate([*parts["states"], parts["latents"]])
-    if not np.isfinite(trajectory).all():
-        raise UserError(f"latents {path} has states that are NaN or infinite; make it again")
-    return trajectory, parts["text"]

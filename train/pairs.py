@@ -124,7 +124,7 @@ class PairsConfig:
         steps = self.student_steps
         if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= 1000:
             shown = " ".join(map(str, steps)) or "empty"
-            raise UserError(f"student_steps is {shown}; give falling times from 1000 to 1, such as 1000 750 500 250")
+            raise UserError(f"student_steps is {shown}; give decreasing timesteps from 1000 to 1, such as 1000 750 500 250")
         for step in steps:
             if (1000 - step) * self.steps % 1000:
                 least = min(n for n in range(1, 1001) if all((1000 - s) * n % 1000 == 0 for s in steps))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from monarch_jax.block_sparse import _side, block_mask
+from monarch_jax.block_sparse import block_mask, kernel_sides
 from monarch_jax.contract import Side, SparseProblem
 from monarchrt.models.attention.listed import by_head
 from monarchrt.triton_kernels import sparse
@@ -61,8 +61,7 @@ def run(case: Case, keep: bool, *, apart: bool = False) -> list[np.ndarray]:
     if apart:
         mask = jax.tree.map(lambda x: by_head(x, (case.batch, case.heads)), mask)
     lead = (q.shape[0], q.shape[2])
-    queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, *lead)
-    keys = _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, *lead)
+    queries, keys = kernel_sides(mask, batch=lead[0], heads=lead[1])
     q_struct, k_struct = (jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in (q, k))
     chosen = SparseConfigs(**dict.fromkeys(KERNELS, Config(rows=16, keys=16, early=case.ragged)))
     if keep:  # with parts of other sizes, short blocks in parts of their own, and one head at a time

@@ -13,7 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from monarch_jax.block_sparse import IMPLEMENTATIONS, _side, block_mask, block_sparse_attention, choose
+from monarch_jax.block_sparse import IMPLEMENTATIONS, block_mask, block_sparse_attention, choose, kernel_sides
 from monarch_jax.contract import Side, SparseProblem, SparseResiduals
 from monarchrt import triton_kernels
 from monarchrt.triton_kernels import block_sparse
@@ -227,9 +227,8 @@ class TestKeptGradients:
     CASE = Case(rows=16, columns=16, dim=16, heads=3, ragged=True, query_blocks=7, key_blocks=9)
 
     def sides(self):
-        mask, heads = mask_of(self.CASE), self.CASE.heads
-        queries = _side(mask.keys, mask.query_starts, mask.key_starts, mask.query_places, 1, heads)
-        return mask, queries, _side(mask.queries, mask.key_starts, mask.query_starts, mask.key_places, 1, heads)
+        mask = mask_of(self.CASE)
+        return mask, *kernel_sides(mask, batch=1, heads=self.CASE.heads)
 
     def test_slots_are_places_in_the_lists_of_queries(self):
         """Pair by pair, with blocks that are empty or not whole."""

@@ -12,9 +12,10 @@ from flax import nnx
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.checkpointing import Checkpoints
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.state import create_role, create_state, make_training, split_model, to_arrays
 from monarchrt.train.step import make_train_step
 
@@ -31,7 +32,7 @@ class Network(nnx.Module):
 def training():
     graph, params, frozen = split_model(Network(nnx.Rngs(0)))
     training = make_training(OptimizerConfig(), updates=10)
-    step = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+    step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
     batches = {"student": Batch(np.ones((2, 1, 2, 2, 64), np.float32), np.zeros((2, 1, 1), np.float32))}
 
     def fresh():

@@ -25,7 +25,8 @@ from jax.experimental import topologies
 from monarchrt.models.mesh import MeshShape
 from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, layers, wan_config
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.sharding import Placement
@@ -49,7 +50,7 @@ state = jax.eval_shape(create)
 graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
 places = placement.shardings(state)
 step = make_train_step(
-    make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, shardings=places
+    make_objective(FlowConfig()), {"student": graph}, {"student": training}, shardings=places
 )
 state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 here = jax.NamedSharding(placement.mesh, partition(placement.mesh, (batch,), ("batch",)))

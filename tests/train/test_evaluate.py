@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.train.config import ObjectiveConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.evaluate import held_out_loss
+from monarchrt.train.objectives.settings import FlowConfig
 
 SHAPE = (2, 2, 2, 3)
 
@@ -39,7 +39,7 @@ class Silent(nnx.Module):
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 6, 7, 16])
 def test_what_fills_the_last_batch_up_does_not_count(batch, frames):
     """Three examples at five levels are 15 pairs, which most of these batches do not divide."""
-    config = ObjectiveConfig(frames_per_level=frames)
+    config = FlowConfig(frames_per_level=frames)
     found = held_out_loss(Silent(), Source(), objective=config, windows=3, timesteps=5, batch=batch)
     # by its definition: weights of the middles of five equal parts of the grid, noise by example and level
     grid = np.arange(1, 1001) / 1000

@@ -15,13 +15,14 @@ from monarchrt.models.errors import DiskFullError, NonFiniteError, UserError
 from monarchrt.models.media.video import read_clip
 from monarchrt.train import loop, networks
 from monarchrt.train.checkpointing import Checkpoints
-from monarchrt.train.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from monarchrt.train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.data import ClipWindows
 from monarchrt.train.evaluate import held_out_loss
 from monarchrt.train.interrupt import Interrupted
 from monarchrt.train.loop import train
 from monarchrt.train.objectives import base, flow
 from monarchrt.train.objectives.flow import draw_noise, flow_loss
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.state import create_role
 from tests.untyped import there
 
@@ -111,9 +112,9 @@ def test_each_step_reads_its_batch(source, tmp_path):
     train(settings(tmp_path / "run", steps=4, resume=True), source=Spied(), model=Network())
     assert asked[-2:] == [2, 3]
     # by its number: the loss of the first step, from the objective's definition
-    level, noise = draw_noise(jax.random.fold_in(jax.random.key(0), 0), (2, *source.latent_shape), ObjectiveConfig())
+    level, noise = draw_noise(jax.random.fold_in(jax.random.key(0), 0), (2, *source.latent_shape), FlowConfig())
     latents, text = map(jnp.asarray, source.train_batch(0, 2, 0))
-    loss = flow_loss(Network(), latents, text, level=level, noise=noise, config=ObjectiveConfig())
+    loss = flow_loss(Network(), latents, text, level=level, noise=noise, config=FlowConfig())
     assert history(tmp_path / "run")[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 

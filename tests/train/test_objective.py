@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.config import ObjectiveConfig
 from monarchrt.train.objectives.flow import (
     add_noise,
     draw_noise,
@@ -17,12 +16,13 @@ from monarchrt.train.objectives.flow import (
     flow_loss,
     noise_levels,
 )  # fmt: skip
+from monarchrt.train.objectives.settings import FlowConfig
 
 SHAPE = (5, 2, 3, 4, 6)
 
 
 def test_published_weights_at_shift_5():
-    sigma, weight = noise_levels(ObjectiveConfig(shift=5.0))
+    sigma, weight = noise_levels(FlowConfig(shift=5.0))
     assert sigma.shape == weight.shape == (1000,)
     assert weight.mean() == pytest.approx(1, abs=1e-6)
     assert weight.max() == pytest.approx(2.0764, abs=5e-5)
@@ -34,7 +34,7 @@ def test_published_weights_at_shift_5():
 
 
 def test_shift_1_is_the_plain_grid_and_uniform_weights_are_one():
-    sigma, weight = noise_levels(ObjectiveConfig(shift=1.0, weighting="uniform", num_train_timesteps=10))
+    sigma, weight = noise_levels(FlowConfig(shift=1.0, weighting="uniform", num_train_timesteps=10))
     np.testing.assert_allclose(sigma, np.arange(1, 11) / 10, rtol=1e-6)
     np.testing.assert_array_equal(weight, 1)
 
@@ -50,7 +50,7 @@ def test_noise_mixes_linearly_and_each_sample_has_its_own_level():
 
 
 def test_loss_is_the_definition():
-    config = ObjectiveConfig()
+    config = FlowConfig()
     rng = np.random.default_rng(1)
     clean, guess = (rng.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
     level, noise = draw_noise(jax.random.key(3), SHAPE, config)
@@ -76,7 +76,7 @@ def test_loss_is_the_definition():
 
 def test_levels_of_frames():
     """With frames_per_level, runs of frames share a level, the network is told every frame's, the loss weights each."""
-    config = ObjectiveConfig(frames_per_level=2)
+    config = FlowConfig(frames_per_level=2)
     shape = (3, 6, 2, 2, 4)
     level, noise = draw_noise(jax.random.key(0), shape, config)
     assert level.shape == (3, 6)
@@ -98,18 +98,18 @@ def test_levels_of_frames():
     s = sigma[:, :, None, None, None]
     np.testing.assert_allclose(seen["latents"], (1 - s) * clean + s * np.asarray(noise), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"frames_per_level is 4, which does not divide the 6 frames .* 1, 2, 3, 6"):
-        draw_noise(jax.random.key(0), shape, ObjectiveConfig(frames_per_level=4))
+        draw_noise(jax.random.key(0), shape, FlowConfig(frames_per_level=4))
 
 
 def test_every_run_of_frames_is_evaluated_at_every_level():
-    config = ObjectiveConfig(frames_per_level=1)
+    config = FlowConfig(frames_per_level=1)
     found = np.stack([evaluation_indices(config, level, 8, 5) for level in range(8)])
     assert found.shape == (8, 5)
     np.testing.assert_array_equal(np.sort(found, axis=0), np.arange(8)[:, None].repeat(5, 1))
 
 
 def test_levels_are_uniform_over_the_grid_and_drawn_per_sample():
-    level, noise = draw_noise(jax.random.key(0), (20_000, 1, 1, 1, 1), ObjectiveConfig(num_train_timesteps=10))
+    level, noise = draw_noise(jax.random.key(0), (20_000, 1, 1, 1, 1), FlowConfig(num_train_timesteps=10))
     counts = np.bincount(np.asarray(level), minlength=10)
     assert len(counts) == 10
     assert abs(counts - 2000).max() < 6 * np.sqrt(2000)
@@ -126,7 +126,7 @@ def test_half_precision_predictions_are_compared_in_float32():
 
 
 def test_evaluation_has_no_chance_in_it():
-    config = ObjectiveConfig()
+    config = FlowConfig()
     first, second = evaluation_levels(config, 8), evaluation_levels(config, 8)
     np.testing.assert_array_equal(first.sigma, second.sigma)
     assert len(set(first.sigma)) == 8
@@ -139,6 +139,6 @@ def test_evaluation_has_no_chance_in_it():
 
 def test_evaluation_levels_average_to_the_training_loss():
     # for a network whose error depends on the level only, many levels give the mean over the grid
-    config = ObjectiveConfig()
+    config = FlowConfig()
     grid, few = noise_levels(config), evaluation_levels(config, 50)
     assert (few.weight * few.sigma).mean() == pytest.approx((grid.weight * grid.sigma).mean(), rel=0.01)

@@ -11,10 +11,11 @@ from flax import nnx
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.wan import WanModel, wan_config
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.scores import in_bins
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.state import (
     all_finite,
     check_trainable,
@@ -51,7 +52,7 @@ def setup(**settings):
     graph, params, frozen = split_model(Linear(nnx.Rngs(0)))
     training = make_training(OptimizerConfig(**settings), updates=10)
     state = create_state({"student": create_role(params, frozen, training)}, seed=3)
-    step_fn = make_train_step(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training})
+    step_fn = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
 
     def step(state, latents, text):
         state, metrics = step_fn(state, {"student": Batch(latents, text)}, due=("student",))

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS, uniform_schedule
 from monarchrt.models.wan.teacher_forced import teacher_forced
 from monarchrt.train.data import Batch
-from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler, average_of
+from monarchrt.train.objectives.base import Metrics, Networks, Sampler, average_of
 from monarchrt.train.objectives.flow import Velocity, add_noise, check_blocks
-from monarchrt.train.objectives.negative import negative_embedding
+from monarchrt.train.objectives.negative import GuidedObjective
 from monarchrt.train.objectives.scores import in_bins, nearest_level, to_data
 from monarchrt.train.objectives.self_forcing import few_step_samplers
 from monarchrt.train.objectives.settings import ConsistencyConfig
@@ -41,7 +41,7 @@ class ConsistencyDraws(NamedTuple):
     noise: Float32[Array, "b f h w c"]
 
 
-class ConsistencyObjective(Objective):
+class ConsistencyObjective(GuidedObjective):
     """A student whose predictions agree along the teacher's flow."""
 
     settings: ConsistencyConfig
@@ -50,20 +50,6 @@ class ConsistencyObjective(Objective):
     def sigmas(self) -> Float32[np.ndarray, "n"]:
         """The grid of noise levels, from 1 down; 0 is not among them."""
         return uniform_schedule(self.settings.grid, self.settings.shift).sigmas[:-1].astype(np.float32)
-
-    @cached_property
-    def negative(self) -> np.ndarray | None:
-        """Embedding [M, D] of the negative prompt; None where the teacher is not guided.
-
-        Raises:
-            UserError: If the file cannot be read, or it is not clear which of its embeddings it is.
-        """
-        path = self.settings.negative
-        return None if path is None or self.settings.weight == 1 else negative_embedding(path)
-
-    def texts(self) -> Mapping[str, np.ndarray]:
-        """The negative prompt's, where the teacher is guided."""
-        return {} if self.negative is None else {f"negative {self.settings.negative}": self.negative}
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, ConsistencyDraws]:
         """A level of the grid for each clip, the last left out, and noise."""

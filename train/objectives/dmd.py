@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int, Key
 
@@ -21,10 +20,10 @@ from monarchrt.models.sampling.solve import flow_at
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import Batch, Source
 from monarchrt.train.objectives.adversarial import GanDraws, Logits, discriminate, draw_gan, student_loss
-from monarchrt.train.objectives.base import Metrics, Networks, Objective, Sampler
+from monarchrt.train.objectives.base import Metrics, Networks, Sampler
 from monarchrt.train.objectives.discriminator import logits_of, with_discriminator
 from monarchrt.train.objectives.flow import add_noise
-from monarchrt.train.objectives.negative import negative_embedding
+from monarchrt.train.objectives.negative import GuidedObjective
 from monarchrt.train.objectives.scores import (
     Levels,
     ScoreDraws,
@@ -58,7 +57,7 @@ class DMDDraws(NamedTuple):
     gan: GanDraws | None = None
 
 
-class DMDObjective(Objective):
+class DMDObjective(GuidedObjective):
     """Distribution matching distillation: student, critic and teacher."""
 
     settings: DMDConfig
@@ -68,20 +67,6 @@ class DMDObjective(Objective):
         """The student's steps."""
         return few_step_schedule(self.settings.student_steps, self.settings.shift)
 
-    @cached_property
-    def negative(self) -> np.ndarray | None:
-        """Embedding [M, D] of the negative prompt; None where the teacher is not guided.
-
-        Raises:
-            UserError: If the file cannot be read, or it is not clear which of its embeddings it is.
-        """
-        path = self.settings.negative
-        return None if path is None or not self.settings.weight else negative_embedding(path)
-
-    def texts(self) -> Mapping[str, np.ndarray]:
-        """The negative prompt's, where the teacher is guided."""
-        return {} if self.negative is None else {f"negative {self.settings.negative}": self.negative}
-
     def due(self, step: int) -> tuple[str, ...]:
         """The critic at every step, the student at every `student_every`-th, from the first on."""
         student = (step - 1) % self.settings.student_every == 0
@@ -90,7 +75,7 @@ class DMDObjective(Objective):
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, DMDDraws]:
         """Noise of the student's steps, its last step, a time and noise to compare at; for each role its own."""
         shape, keys = shapes.latents.shape, jax.random.split(key, len(self.settings.training))
-        draws = {role: self._draw(key_of, shape) for role, key_of in zip(self.settings.training, keys, strict=True)}
+        draws = {role: self.draw_role(key_of, shape) for role, key_of in zip(self.settings.training, keys, strict=True)}
         if not self.settings.adversarial:
             return draws
         r1, r2 = self.settings.gan_r1 > 0, self.settings.gan_r2 > 0
@@ -100,7 +85,8 @@ class DMDObjective(Objective):
             for (role, (r1, r2)), key_of in zip(also.items(), keys, strict=True)
         }
 
-    def _draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
+    def draw_role(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
+        """The draws of one role, for latents of this shape [B, F, H, W, C]."""
         first, fresh, last, scores = jax.random.split(key, 4)
         steps = len(self.settings.student_steps)
         return DMDDraws(
@@ -117,7 +103,7 @@ class DMDObjective(Objective):
         text, noise = jnp.asarray(batch.text), self._scored(draws.scores.noise, draws.student)
         if role == "critic":
             clip = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
-            levels = self._levels(draws.scores)
+            levels = self.score_levels(draws.scores)
             x = self._scored(clip, draws.student)
             loss, metrics = critic_loss(x, text, critic=networks["critic"], levels=levels, noise=noise)
             metrics |= {"last_step": jnp.float32(draws.student.last)}
@@ -137,7 +123,7 @@ class DMDObjective(Objective):
             critic=detached(networks["critic"]),
             teacher=detached(networks["teacher"]),
             guidance=self.settings.weight,
-            levels=self._levels(draws.scores),
+            levels=self.score_levels(draws.scores),
             noise=noise,
         )
         metrics |= self._metrics(clip, draws.student) | {"last_step": jnp.float32(draws.student.last)}
@@ -172,7 +158,7 @@ class DMDObjective(Objective):
         def scored(clip: Any) -> Array:
             return self._scored(jnp.asarray(clip, jnp.float32), draws.student)
 
-        levels, noise = self._levels(ScoreDraws(gan.time, gan.noise)), scored(gan.noise)
+        levels, noise = self.score_levels(ScoreDraws(gan.time, gan.noise)), scored(gan.noise)
         text, layers = jnp.asarray(batch.text), self.settings.gan_layers
         return (
             lambda clip: logits_of(critic, clip, levels.timesteps, text, layers=layers),
@@ -272,7 +258,8 @@ class DMDObjective(Objective):
         t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
         return to_data(z, flow_at(student, z, jnp.full(batch, t), text, step=index), self._sigma(index, z.shape[0]))
 
-    def _levels(self, draws: ScoreDraws) -> Levels:
+    def score_levels(self, draws: ScoreDraws) -> Levels:
+        """The noise levels that critic and teacher are compared at."""
         settings = self.settings
         return levels_of(
             draws.time, shift=settings.shift, low=settings.low, high=settings.high, conversion=settings.conversion

@@ -1,5 +1,7 @@
-"""The embedding of the negative prompt, for a teacher that is guided."""
+"""Objectives whose teacher is guided, and the embedding of the negative prompt for that."""
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,28 @@ from jaxtyping import Float32
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NEGATIVE_PROMPT
 from monarchrt.models.umt5 import load_embeddings
+from monarchrt.train.objectives.base import Objective
+from monarchrt.train.objectives.settings import GuidedSettings
+
+
+class GuidedObjective(Objective):
+    """Base of objectives with a guided teacher."""
+
+    settings: GuidedSettings
+
+    @cached_property
+    def negative(self) -> Float32[np.ndarray, "m d"] | None:
+        """Embedding of the negative prompt; None if the teacher is not guided.
+
+        Raises:
+            UserError: As `negative_embedding`.
+        """
+        path, unguided = self.settings.negative, self.settings.weight == self.settings.unguided
+        return None if path is None or unguided else negative_embedding(path)
+
+    def texts(self) -> Mapping[str, np.ndarray]:
+        """The negative prompt's embedding, if the teacher is guided."""
+        return {} if self.negative is None else {f"negative {self.settings.negative}": self.negative}
 
 
 def negative_embedding(path: Path) -> Float32[np.ndarray, "m d"]:

@@ -80,7 +80,8 @@ class SelfForcingObjective(DMDObjective):
     rolls_out = True
     settings: SelfForcingConfig
 
-    def _draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
+    def draw_role(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
+        """As `DMDObjective.draw_role`, with the noise that finished blocks get in the cache."""
         first, fresh, context, last, scores = jax.random.split(key, 5)
         steps = len(self.settings.student_steps)
         student = RolloutDraws(

@@ -17,8 +17,12 @@ def _check_steps(steps: tuple[int, ...]) -> None:
     shown = " ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
     require(
         bool(steps) and falling and steps[0] <= 1000 and steps[-1] > 0,
-        f"student_steps is {shown or 'empty'}; give falling times from 1000 to 1, such as 1000 750 500 250",
+        f"student_steps is {shown or 'empty'}; give decreasing timesteps from 1000 to 1, such as 1000 750 500 250",
     )
+
+
+def _check_shift(shift: float) -> None:
+    require(0 < shift < math.inf, f"shift is {shift}; it must be positive and finite, for example 5.0")
 
 
 def _check_block(block: int | None, *, independent: bool) -> None:
@@ -53,7 +57,7 @@ class FlowConfig(ObjectiveSettings):
     causal network cuts its blocks alike: `--overrides causal_block=3 independent_first_frame=true`."""
 
     def __post_init__(self) -> None:
-        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        _check_shift(self.shift)
         require(
             self.num_train_timesteps >= 2,
             f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
@@ -102,17 +106,68 @@ register(TeacherForcingConfig, "monarchrt.train.objectives.teacher_forcing:Teach
 
 
 @dataclass(frozen=True, kw_only=True)
-class ODEConfig(ObjectiveSettings):
+class FewStepSettings(ObjectiveSettings):
+    """Base of the settings of objectives whose student is sampled in a few steps."""
+
+    student_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    """The student's steps: timesteps before the shift, decreasing from 1000."""
+
+    shift: float = 5.0
+    """Timestep shift of the student's steps."""
+
+    def __post_init__(self) -> None:
+        _check_steps(self.student_steps)
+        _check_shift(self.shift)
+
+    @property
+    def generation(self) -> Generation:
+        """The student's steps."""
+        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSettings(FewStepSettings):
+    """Base of the settings of objectives with a guided teacher."""
+
+    unguided: ClassVar[float] = 1.0
+    """The weight of guidance that stands for none."""
+
+    guidance: float | None = None
+    """Weight of the teacher's guidance. Default: 3 with `negative`; without it there is none."""
+
+    negative: Path | None = None
+    """File with the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.guidance is None or 0 <= self.guidance < math.inf,
+            f"guidance is {self.guidance}; it must be at least 0, for example 3.0; {self.unguided:g} is none",
+        )
+        require(
+            self.guidance in (None, self.unguided) or self.negative is not None,
+            f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
+            f"generate --save-embeddings writes it, or leave guidance out",
+        )
+
+    @property
+    def weight(self) -> float:
+        """Of the teacher's guidance."""
+        return self.unguided if self.negative is None else 3.0 if self.guidance is None else self.guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class ODEConfig(FewStepSettings):
     """ODE regression: a student of few steps learns where the teacher's solver ends, from the states it passes."""
 
     name: ClassVar[str] = "ode"
     roles: ClassVar[Mapping[str, Role]] = {"student": Role(defaults={"learning_rate": 2e-6, "beta2": 0.999})}
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """The student's steps, those of the pairs: times before the shift, falling, from 1000."""
+    """The student's steps, which must be those of the pairs: timesteps before the shift, decreasing from 1000."""
 
     shift: float = 5.0
-    """Timestep shift of the student's steps; that of the pairs."""
+    """Timestep shift of the student's steps, which must be that of the pairs."""
 
     block: int | None = None
     """Latent frames per block of a causal student, each from a state of its own; the network's causal_block. Default: a
@@ -122,21 +177,15 @@ class ODEConfig(ObjectiveSettings):
     """Whether the first frame of a causal student's clips is a block of its own. The network's, likewise."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.student_steps)
-        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        super().__post_init__()
         _check_block(self.block, independent=self.independent_first_frame)
-
-    @property
-    def generation(self) -> Generation:
-        """The student's steps."""
-        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(ObjectiveSettings):
+class ConsistencyConfig(GuidedSettings):
     """Consistency distillation: a student agrees with its own average one Euler step of the teacher further on."""
 
     name: ClassVar[str] = "consistency"
@@ -150,7 +199,8 @@ class ConsistencyConfig(ObjectiveSettings):
     }
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """The steps that the student is sampled in: times before the shift, falling, from 1000. It learns all times."""
+    """The steps that the student is sampled in: timesteps before the shift, decreasing from 1000. It learns all of
+    them."""
 
     shift: float = 5.0
     """Timestep shift of the grid and of the student's steps."""
@@ -161,9 +211,6 @@ class ConsistencyConfig(ObjectiveSettings):
     guidance: float | None = None
     """Weight g of the teacher's guidance, v_negative + g (v_text - v_negative). Default: 3 with `negative`; without it
     there is none."""
-
-    negative: Path | None = None
-    """File of the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
 
     conversion: Literal["clean", "published"] = "clean"
     """Noise levels that turn predictions into data: clean, those of the grid; published, as the published code has it,
@@ -177,29 +224,9 @@ class ConsistencyConfig(ObjectiveSettings):
     """Whether the first frame of causal networks' clips is a block of its own. The networks', likewise."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.student_steps)
-        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        super().__post_init__()
         require(2 <= self.grid <= 1000, f"grid is {self.grid}; it must lie in 2...1000, for example 48")
-        require(
-            self.guidance is None or 0 <= self.guidance < math.inf,
-            f"guidance is {self.guidance}; it must be at least 0, for example 3.0; 1 is none",
-        )
-        require(
-            self.guidance in (None, 1.0) or self.negative is not None,
-            f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
-            f"generate --save-embeddings writes it, or leave guidance out",
-        )
         _check_block(self.block, independent=self.independent_first_frame)
-
-    @property
-    def weight(self) -> float:
-        """Of the teacher's guidance; 1 is none."""
-        return (3.0 if self.guidance is None else self.guidance) if self.negative is not None else 1.0
-
-    @property
-    def generation(self) -> Generation:
-        """The student's steps."""
-        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 register(ConsistencyConfig, "monarchrt.train.objectives.consistency:ConsistencyObjective")
@@ -211,7 +238,7 @@ _CRITIC = {"learning_rate": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMDConfig(ObjectiveSettings):
+class DMDConfig(GuidedSettings):
     """Distribution matching distillation: a student of few steps, a critic that follows it, a frozen teacher."""
 
     name: ClassVar[str] = "dmd"
@@ -222,17 +249,13 @@ class DMDConfig(ObjectiveSettings):
         "teacher": Role(trains=False, random=False, defaults={"attention": EXACT}),
     }
 
-    student_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """The student's steps: times before the shift, falling, from 1000."""
+    unguided: ClassVar[float] = 0.0
 
     shift: float = 5.0
-    """Timestep shift of the student's steps and of the times that samples are compared at."""
+    """Timestep shift of the student's steps and of the times at which samples are compared."""
 
     guidance: float | None = None
     """Weight w of the teacher's guidance, x_c + w (x_c - x_u). Default: 3 with `negative`; without it there is none."""
-
-    negative: Path | None = None
-    """File of the embedding of the negative prompt, as `generate --save-embeddings` writes it."""
 
     student_every: int = 5
     """The student is updated at every so many steps, the critic at each."""
@@ -270,17 +293,7 @@ class DMDConfig(ObjectiveSettings):
     """How far R1 and R2 move them, in standard deviations of their noise."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.student_steps)
-        require(0 < self.shift < math.inf, f"shift is {self.shift}; it must be positive and finite, for example 5.0")
-        require(
-            self.guidance is None or 0 <= self.guidance < math.inf,
-            f"guidance is {self.guidance}; it must be at least 0, for example 3.0",
-        )
-        require(
-            not self.guidance or self.negative is not None,
-            f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, as "
-            f"generate --save-embeddings writes it, or leave guidance out",
-        )
+        super().__post_init__()
         require(self.student_every >= 1, f"student_every is {self.student_every}; it must be at least 1")
         require(
             0 < self.low < self.high < 1,
@@ -309,16 +322,6 @@ class DMDConfig(ObjectiveSettings):
     def critic_weight(self) -> float:
         """Of the discriminator's loss."""
         return self.gan_weight if self.gan_critic_weight is None else self.gan_critic_weight
-
-    @property
-    def weight(self) -> float:
-        """Of the teacher's guidance; 0 is none."""
-        return (3.0 if self.guidance is None else self.guidance) if self.negative is not None else 0.0
-
-    @property
-    def generation(self) -> Generation:
-        """The student's steps."""
-        return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

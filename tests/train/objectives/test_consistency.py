@@ -231,7 +231,7 @@ def test_settings_of_the_published_training():
         ({"guidance": -1.0, "negative": Path("a")}, "guidance is -1.0"),
         ({"block": 0}, "block is 0"),
         ({"independent_first_frame": True}, "there are no blocks; give block"),
-        ({"student_steps": (250, 500)}, "falling times"),
+        ({"student_steps": (250, 500)}, "decreasing timesteps"),
         ({"shift": 0.0}, "shift is 0.0"),
     ],
 )

@@ -206,7 +206,7 @@ def test_data_that_are_no_pairs(texts):
         ({"seed": -1}, r"seed is -1; it must lie in \[0, 2\*\*32\)"),
         ({"seed": 2**32}, "seed is 4294967296; it must lie in"),
         ({"student_steps": (1000, 700)}, "steps is 4, and 700 of student_steps is none of them; give --steps 10"),
-        ({"student_steps": (500, 1000)}, "student_steps is 500 1000; give falling times"),
+        ({"student_steps": (500, 1000)}, "student_steps is 500 1000; give decreasing timesteps"),
         ({"batch": 0}, "batch is 0"),
         ({"shift": 0.0}, "shift is 0.0"),
     ],

@@ -9,7 +9,6 @@ from flax import nnx
 from monarchrt.models.sampling.solve import guided, keep_context
 from monarchrt.models.sampling.tables import sampler_table
 from monarchrt.models.wan.teacher_forced import teacher_forced
-from monarchrt.train.config import ObjectiveConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.demo.film import make_continuation
 from monarchrt.train.objectives.dmd import DMDObjective
@@ -105,7 +104,7 @@ def test_a_network_that_has_no_such_argument_is_not_told():
 
 def test_the_film_of_the_demo():
     parts = split_model(Numbered())
-    sample = make_continuation(parts[0], objective=ObjectiveConfig(shift=1.0))
+    sample = make_continuation(parts[0], objective=FlowConfig(shift=1.0))
     made = sample(*parts[1:], NOISE, TEXT, NOISE)
     np.testing.assert_array_equal(made[:, 0], NOISE[:, 0])
     np.testing.assert_allclose(made[:, 1:], 1 - sum(range(16)) / 16, rtol=1e-5)
