@@ -64,8 +64,8 @@ class ModelConfig(AttentionOptions):
 
     attention: str = SHORT
     """Self-attention: a kind, such as dense (exact softmax attention) or monarch (tiled MonarchAttention), with its
-    fields, as in `monarch(tile=(3,30,52))`, or of several kinds: `first_layers(2, dense, monarch)`, and likewise
-    first_steps and first_blocks, and `per_layer(2 * dense, 28 * monarch)`."""
+    fields, as in `monarch(tile=(3,30,52))`; or a combination such as `first_layers(2, dense, monarch)`, likewise
+    first_steps and first_blocks, or `per_layer(2 * dense, 28 * monarch)`."""
 
     tile: tuple[int, int, int] | None = None
     """Tile of MonarchAttention in tokens (frames, height, width), for example `--tile 1 4 7`. Each must divide the
@@ -78,17 +78,17 @@ class ModelConfig(AttentionOptions):
     """Refinement steps of MonarchAttention; the paper uses 1."""
 
     implementation: str | None = None
-    """Backend of MonarchAttention: reference, xla, ...; the default picks the fastest that can do it."""
+    """Backend of MonarchAttention: reference, xla, ... Default: the fastest that supports the call."""
 
     keep_intermediates: bool = False
-    """Let MonarchAttention keep more of the forward pass for the backward pass, on Hopper: a little faster, and up to
-    4 GB more per block of the network at 81 frames of 480p; with remat, of one block at a time."""
+    """Let MonarchAttention keep more of the forward pass for the backward pass, on Hopper: slightly faster, but up to
+    4 GB more per block of the network at 81 frames of 480p; with remat, only one block's at a time."""
 
     remat: Literal["none", "cheap", "dots", "attention", "full", "auto"] = "none"
-    """What the backward pass recomputes of each block, to keep less memory: none; cheap, norms, activations and rotary
-    embedding; dots, all but products with weights; attention, all but what kernels attend; full, all of it, for about
-    a third more time. auto: the least that fits into the device's memory, by the compiled program. `--remat` alone:
-    full."""
+    """What the backward pass recomputes in each block, to save memory: none; cheap, norms, activations and rotary
+    embedding; dots, everything but products with weights; attention, everything but the outputs of attention kernels;
+    full, everything, for about a third more time. auto: the least that fits the device's memory, according to the
+    compiled program. `--remat` alone: full."""
 
     def __post_init__(self) -> None:
         self.normalize_attention()
@@ -118,11 +118,11 @@ class ModelConfig(AttentionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(LoRASettings):
-    """AdamW, its learning rate over time, what it trains, and the moving average of that."""
+    """AdamW, its learning-rate schedule, which parameters it trains, and their moving average."""
 
     trainable: tuple[str, ...] = ("all",)
-    """Parameters to train: all, or patterns of their names, for example `--trainable "blocks.self_attn.*" "head.*"`;
-    the others stay as they are. Names are those of `monarchrt.train.state.parameter_names`."""
+    """Parameters to train: all, or patterns of names, for example `--trainable "blocks.self_attn.*" "head.*"`; the
+    others are frozen. Names are those of `monarchrt.train.state.parameter_names`."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -143,20 +143,20 @@ class OptimizerConfig(LoRASettings):
     """Clip the gradient to this global L2 norm; None turns it off."""
 
     warmup: int = 0
-    """Updates of the network over which the learning rate rises linearly from 0; at most one a step."""
+    """Updates of the network over which the learning rate rises linearly from 0. A step makes at most one update."""
 
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at `decay_steps`."""
+    """The learning rate after the warm-up: constant, or decreasing to 0 at `decay_steps`."""
 
     decay_steps: int | None = None
     """Update of the network at which a cosine or linear schedule reaches 0. Default: the number of its updates in the
-    run, which are fewer than the steps where not every step updates it."""
+    run, which is below the number of steps if not every step updates it."""
 
     accumulation: int = 1
-    """Split each batch into this many parts and add up their gradients: less memory, the same mathematics."""
+    """Split each batch into this many parts and accumulate their gradients: less memory, the same result."""
 
     ema_decay: float | None = 0.99
-    """Decay of the moving average of the parameters, which is what gets evaluated; None turns it off."""
+    """Decay of the moving average of the parameters, which is what is evaluated; None turns it off."""
 
     ema_start: int = 0
     """Step at which the average starts, as a copy of the parameters."""
@@ -183,17 +183,17 @@ class OptimizerConfig(LoRASettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RoleConfig:
-    """A network beside the one that a run exports; its settings are those of a run with one network."""
+    """A network other than the one a run exports; it has the settings of a run with one network."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
 
     optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
 
     init_from: Path | None = None
-    """Where its parameters come from: a run folder, whose exported network it takes, or a Wan checkpoint."""
+    """Where its parameters come from: a run folder, whose exported network is used, or a Wan checkpoint."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute type of the network; of one that does not train, also of its parameters."""
+    """Compute dtype of the network; if it is not trained, also the dtype of its parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class TrainConfig:
         objective: Settings of the objective, whose class says which roles there are.
         optimizer: Of the exported network.
         run: The run; `init_from` and `precision` are the exported network's.
-        roles: The objective's other networks by role; those left out have its defaults.
+        roles: The objective's other networks by role; omitted ones have the objective's defaults.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

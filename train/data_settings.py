@@ -13,26 +13,26 @@ class DataConfig:
     """What to train on: windows of one clip, or a folder of precomputed latents."""
 
     video: Path | None = None
-    """A video file, or a folder of them. Frames are read once, resized to cover height x width, cropped in the middle
-    and cut into windows; of a folder, the last clips are held out whole."""
+    """A video file, or a folder of them. Frames are read once, resized to cover height x width, center-cropped and cut
+    into windows; of a folder, the last clips are held out entirely."""
 
     latents: Path | None = None
-    """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]; or
-    an LMDB of Self-Forcing's, its folder, its file, or the folder of its parts, with `components`."""
+    """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]; or one of
+    Self-Forcing's LMDBs (its folder, its file, or the folder of its parts), with `components`."""
 
     prompts: Path | None = None
-    """Instead of either, for dmd and self-forcing, which need no clips: a text file with a prompt on each line. frames,
-    height and width are then those of a video, 1 + 4 k and multiples of 16, such as 81 480 832."""
+    """Instead of either, for dmd and self-forcing, which need no clips: a text file with one prompt per line. frames,
+    height and width are then those of a video, 4 k + 1 and multiples of 16, such as 81 480 832."""
 
     components: Path | None = None
-    """With prompts, or latents in an LMDB, whose captions are texts: folder or Hugging Face repository with VAE, text
-    encoder and tokenizer. Texts are encoded once, before the run begins. With `sample_every`, its VAE shows latents."""
+    """Folder or Hugging Face repository with VAE, text encoder and tokenizer; for prompts and for the captions of an
+    LMDB, which are encoded once before the run starts, and for `sample_every`, whose latents the VAE decodes."""
 
     text_cache: Path | None = None
-    """Folder for the embeddings of these texts. Default: beside their file, under its name with .texts at the end."""
+    """Folder for the embeddings of these texts. Default: beside their file, its name with .texts appended."""
 
     rows: int = 512
-    """Tokens of such an embedding; longer texts are cut."""
+    """Tokens of such an embedding; longer texts are truncated."""
 
     frames: int = 9
     """Frames in one training window."""
@@ -44,7 +44,7 @@ class DataConfig:
     """Width of a frame in pixels; a multiple of the patch."""
 
     fps: float = 0.0
-    """Frames per second to read a video at, by its timestamps, such as 16. 0 takes the frames that are stored, whatever
+    """Frames per second at which to read a video, by its timestamps, such as 16. 0 takes the frames as stored, whatever
     their times."""
 
     stride: int = 1
@@ -59,14 +59,14 @@ class DataConfig:
     as natural images have it)."""
 
     held_out: float = 0.2
-    """Fraction of the frames (or of the files of a folder) at the end that is never trained on."""
+    """Fraction of the frames (or of a folder's files) at the end that is never trained on."""
 
     gap: int = 4
     """Frames left out between the training part and the held-out part of a clip."""
 
     crop: float = 1.0
-    """Read the video this much larger than height x width and train on random crops of it; 1 turns it off.
-    Held-out windows are always cropped in the middle."""
+    """Read the video this much larger than height x width and train on random crops of it; 1 turns this off.
+    Held-out windows are always center-cropped."""
 
     flip: bool = False
     """Mirror half of the training windows left to right."""

@@ -11,15 +11,16 @@ class LoRASettings:
     """Whether a network trains whole, or a LoRA of it."""
 
     lora_rank: int | None = None
-    """Train a LoRA of this rank, such as 32: two thin matrices beside each of `lora_layers`. All else stays as
-    `init_from` has it, in the type of `precision`, and is no part of checkpoints. Default: train the network itself."""
+    """Train a LoRA of this rank, such as 32: two low-rank matrices for each of `lora_layers`. Everything else stays as
+    loaded from `init_from`, in the dtype of `precision`, and is not saved in checkpoints. Default: train the network
+    itself."""
 
     lora_alpha: float | None = None
-    """Strength of the LoRA, as alpha / rank. Default: the rank, so that it counts in full."""
+    """The LoRA is scaled by alpha / rank. Default: the rank, a scale of 1."""
 
     lora_layers: tuple[str, ...] | None = None
-    """Layers that it changes: parts of their names, such as self_attn or ffn.fc1, or patterns, such as "blocks.*.q".
-    Default: self_attn cross_attn ffn, all layers of the blocks."""
+    """Layers to adapt: parts of their names, such as self_attn or ffn.fc1, or patterns, such as "blocks.*.q". Default:
+    self_attn cross_attn ffn, which are all layers of the blocks."""
 
     def __post_init__(self) -> None:
         if self.lora_rank is None:

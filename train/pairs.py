@@ -28,30 +28,30 @@ type Size = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """Follow a teacher from noise to data and keep the states at a student's steps, for `--objective ode`."""
+    """Follow a teacher from noise to data and save the states at a student's steps, for `--objective ode`."""
 
     checkpoint: str | None = None
     """The teacher: a run folder, a Wan checkpoint, or the name of one on Hugging Face."""
 
     latents: Path | None = None
-    """A folder of .safetensors files as `--latents` of training, of which sizes and texts are taken."""
+    """A folder of .safetensors files as for `train --latents`, of which only sizes and texts are used."""
 
     embeddings: Path | None = None
-    """Instead: a file of text embeddings, of `generate --save-embeddings`. A run folder that was trained on a clip
-    needs neither."""
+    """Instead: a file of text embeddings from `generate --save-embeddings`. A run that was trained on a clip needs
+    neither."""
 
     negative: Path | None = None
-    """File of the embedding of the negative prompt, for guidance."""
+    """File with the embedding of the negative prompt, for guidance."""
 
     out: Path = Path("pairs")
-    """Folder to write one .safetensors file per example into. Files that are there already are kept, so what was
-    stopped goes on; those made otherwise are refused."""
+    """Folder for one .safetensors file per example. Existing files are kept, so a stopped run can continue; files made
+    with other settings are refused."""
 
     count: int | None = None
-    """Examples; texts are taken in turn, each time with other noise. Default: one for each text."""
+    """Number of examples; texts are used in turn, each time with other noise. Default: one per text."""
 
     frames: int = 81
-    """With embeddings: frames of a video, 1 + 4 k."""
+    """With embeddings: frames of a video, 4 k + 1."""
 
     height: int = 480
     """With embeddings: pixels, a multiple of 16."""
@@ -60,32 +60,32 @@ class PairsConfig:
     """With embeddings: pixels, a multiple of 16."""
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """The student's steps, times before the shift: the states that are kept, beside the end. Each must be one of the
+    """The student's steps, as timesteps before the shift: the states to save, beside the end. Each must be one of the
     solver's."""
 
     solver: Literal["euler", "unipc", "dpm++"] = "euler"
-    """How the teacher is followed."""
+    """The solver that follows the teacher."""
 
     steps: int = 48
     """Steps of the solver."""
 
     shift: float = 5.0
-    """Timestep shift of the solver's noise levels. The student must be trained and sampled at the same."""
+    """Timestep shift of the solver's noise levels. The student must be trained and sampled with the same."""
 
     guidance: float | None = None
     """Weight g of guidance, v_negative + g (v_text - v_negative). Default: 6 with `negative`; without it none."""
 
     batch: int = 1
-    """Examples at a time."""
+    """Examples per call of the network."""
 
     seed: int = 0
     """Seed of the noise."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute type of the teacher; auto is bf16 on a GPU."""
+    """Compute dtype of the teacher; auto is bf16 on a GPU."""
 
     store: Literal["fp16", "fp32"] = "fp16"
-    """What states are stored in; fp16 as in published data."""
+    """Dtype of the stored states; fp16 as in the published data."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", *(("count",) if self.count is not None else ())):
@@ -124,7 +124,9 @@ class PairsConfig:
         steps = self.student_steps
         if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= 1000:
             shown = " ".join(map(str, steps)) or "empty"
-            raise UserError(f"student_steps is {shown}; give decreasing timesteps from 1000 to 1, such as 1000 750 500 250")
+            raise UserError(
+                f"student_steps is {shown}; give decreasing timesteps from 1000 to 1, such as 1000 750 500 250"
+            )
         for step in steps:
             if (1000 - step) * self.steps % 1000:
                 least = min(n for n in range(1, 1001) if all((1000 - s) * n % 1000 == 0 for s in steps))

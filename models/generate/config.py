@@ -70,37 +70,38 @@ class GenerateConfig(AttentionOptions):
 
     lora: tuple[str, ...] = ()
     """LoRAs to merge into the network, FILE or FILE:SCALE, such as `style.safetensors:0.8`, in the format of diffusers,
-    ComfyUI or Musubi; or a run folder that trained one. `none`: none of those that a video of --from names."""
+    ComfyUI or Musubi; or a run folder that trained one. `none` ignores those named by the video of --from."""
 
     prompt: str | None = None
     """What the video shows. Not used by a run folder, which has no text encoder."""
 
     out: Path = Path("video.mp4")
-    """The video to write; these settings are stored in it. An .mp4 for every player; for exactly the frames that were
-    made, an .mkv (FFV1), or PNG files: a folder, or names such as frames/%05d.png."""
+    """The video to write; these settings are stored in it. An .mp4 plays everywhere; for lossless frames give an .mkv
+    (FFV1), or for PNG files a folder or a pattern such as frames/%05d.png."""
 
     overwrite: bool = False
-    """Replace files that exist: `out`, and whatever else is written."""
+    """Replace existing files: `out`, and whatever else is written."""
 
     negative_prompt: str | None = None
     """What the video should not show, for samplers with guidance; "" for an empty prompt. Default: Wan's own."""
 
     components: Path | None = None
-    """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers, if they are not
-    beside the checkpoint."""
+    """Folder or Hugging Face repository with the text encoder, tokenizer and VAE, in the official or diffusers layout,
+    if they are not beside the checkpoint."""
 
     decoder: str | None = None
-    """Latents to frames: exact, Wan's VAE; tiny, the small autoencoder `taew2_1` (.pth or .safetensors, beside the
-    checkpoint or in --components), which is quicker and less sharp; or the file of one such. Default: exact."""
+    """What decodes latents: exact, Wan's VAE; tiny, the small autoencoder `taew2_1` (.pth or .safetensors, beside the
+    checkpoint or in --components), which is faster and less sharp; or the file of such an autoencoder. Default:
+    exact."""
 
     embeddings: Path | None = None
-    """A file of text embeddings, saved with --save-embeddings: no text encoder is loaded."""
+    """A file of text embeddings, saved with --save-embeddings; the text encoder is then not loaded."""
 
     save_embeddings: Path | None = None
-    """Write the embeddings of the prompts there, for --embeddings."""
+    """Write the embeddings of the prompts to this file, for --embeddings."""
 
     frames: int | None = None
-    """Frames of the video: 1 + 4 k for Wan, in whole blocks if autoregressive. Default: 81, or the run's choice."""
+    """Frames of the video: 4 k + 1 for Wan, in whole blocks if autoregressive. Default: 81, or the run's choice."""
 
     height: int | None = None
     """Height in pixels, a multiple of 16 for Wan. Default: 480, or the run's."""
@@ -112,75 +113,76 @@ class GenerateConfig(AttentionOptions):
     """Frames per second of the file. Default: 16, or 8 for a run."""
 
     zoom: int | None = None
-    """Enlarge each pixel of the file and the page. Default: 1; small runs are enlarged to at least 320 across."""
+    """Enlarge each pixel in the file and on the page. Default: 1; small runs are enlarged to a width of at least
+    320."""
 
     seed: int = 0
     """Seed of all noise."""
 
     condition: str | None = None
-    """An image or a video that the result begins with; `none` starts a run folder's video from noise alone. Default:
+    """An image or a video that the result starts with; `none` starts a run folder's video from noise alone. Default:
     nothing, or a held-out frame for a run folder."""
 
     condition_frames: int | None = None
-    """Frames of a `condition` video to begin with. Default: the first block, 9 with Wan's VAE and blocks of 3."""
+    """Frames of a `condition` video to start with. Default: the first block, 9 with Wan's VAE and blocks of 3."""
 
     condition_fps: float | None = None
-    """Frames per second to read a `condition` video at, by its timestamps; 0 takes the frames that are stored. Default:
+    """Frames per second at which to read a `condition` video, by its timestamps; 0 takes the frames as stored. Default:
     16 for Wan, 0 for a run."""
 
     mode: Mode = "auto"
     """autoregressive: block by block with a cache, for causal models; bidirectional: all frames at once; windows:
-    clips that continue each other, for models trained with a noise level per frame. auto: what suits the checkpoint."""
+    clips that continue each other, for models trained with a noise level per frame. auto: chosen by the checkpoint."""
 
     noise: Path | None = None
-    """A file of noise to use instead of the seed's, of --save-noise or made elsewhere: safetensors with `noise`
+    """A file of noise to use instead of the seed's, from --save-noise or from elsewhere: safetensors with `noise`
     [frames, height, width, channels] of the new latents and, for few-step, `fresh` [steps that add noise, frames,
     height, width, channels]."""
 
     save_noise: Path | None = None
-    """Write the noise there, for --noise or another implementation."""
+    """Write the noise to this file, for --noise or another implementation."""
 
     save_latents: Path | None = None
-    """Write the finished latents there: safetensors with `latents` [frames, height, width, channels], float32."""
+    """Write the final latents to this file: safetensors with `latents` [frames, height, width, channels], float32."""
 
     sampler: SamplerName = "auto"
-    """few-step for distilled models; unipc, dpm++ or euler follow the flow in many steps. auto: few-step for
-    Self-Forcing's generators, converted ones included; euler for a run; unipc otherwise."""
+    """few-step for distilled models; unipc, dpm++ or euler integrate the flow in many steps. auto: few-step for
+    Self-Forcing's generators, including converted ones; euler for a run; unipc otherwise."""
 
     steps: int | tuple[int, ...] | None = None
-    """Calls of the network per frame, or for few-step the list of its steps, such as 1000 757 522; 1 is the step 1000.
-    Default: 4 for few-step, 50 otherwise; 20 for a run."""
+    """Network calls per frame, or for few-step the list of its timesteps, such as 1000 757 522; 1 stands for the single
+    timestep 1000. Default: 4 for few-step, 50 otherwise; 20 for a run."""
 
     shift: float | None = None
-    """Shift of the noise levels towards high noise. Default: that of the pipeline's scheduler_config.json (diffusers)
-    or of the run, else 5."""
+    """Shift of the noise levels towards high noise. Default: from the pipeline's scheduler_config.json (diffusers) or
+    the run, else 5."""
 
     guidance: float | None = None
     """Weight of classifier-free guidance. Default: 1 (none) for few-step and runs, 5 otherwise."""
 
     block: int | None = None
-    """Latent frames per block, autoregressive. Default: those that the model was trained on, or 3."""
+    """Latent frames per block, autoregressive. Default: as the model was trained, or 3."""
 
     independent_first_frame: bool = False
-    """Autoregressive: the first latent frame is a block of its own, as models that begin with an image need."""
+    """Autoregressive: the first latent frame is a block of its own, as models that start from an image need."""
 
     window: int | None = None
-    """Latent frames that attention reaches back over, the block included. Default: as the model was trained; or all, up
-    to 21, and longer videos let go of the oldest. In mode windows: the window's frames."""
+    """Latent frames that attention can see, including the block. Default: as the model was trained; or all, up to 21,
+    beyond which the oldest are dropped. In mode windows: the window's frames."""
 
     sink_frames: int | None = None
-    """Leading latent frames that a window never lets go. Default: as the model was trained, or 0."""
+    """Leading latent frames that the window always keeps. Default: as the model was trained, or 0."""
 
     context: int = 1
     """In mode windows: finished latent frames that each window starts with."""
 
     context_noise: float = 0.0
-    """Timestep, 0 to 1000, that the network is told of finished frames, as Self-Forcing's setting of this name."""
+    """Timestep, 0 to 1000, given to the network for finished frames, like Self-Forcing's setting of this name."""
 
     attention: str = STORED
-    """Self-attention: stored, the one that the weights are for (dense, if nothing says so); or a kind, such as dense
-    or monarch, with its fields, as in `monarch(tile=(3,30,52))`, or of several: `first_steps(1, dense, monarch)`, and
-    likewise first_layers and first_blocks."""
+    """Self-attention: stored, the one recorded with the weights (else dense); or a kind, such as dense or monarch, with
+    its fields, as in `monarch(tile=(3,30,52))`; or a combination such as `first_steps(1, dense, monarch)`, likewise
+    first_layers and first_blocks."""
 
     tile: tuple[int, int, int] | None = None
     """Tile of Monarch attention in tokens (frames, height, width); implies --attention monarch."""
@@ -192,45 +194,45 @@ class GenerateConfig(AttentionOptions):
     """Refinement steps of Monarch attention."""
 
     implementation: str | None = None
-    """Backend of the attention; the default picks."""
+    """Backend of the attention. Default: the fastest that supports the call."""
 
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """Compute type. auto: bf16 for Wan on a GPU, fp32 otherwise. fp8: as bf16, with weights and inputs of the network's
-    large products in 8 bits (e4m3, a scale for each row), on Ada and Hopper GPUs and later."""
+    """Compute dtype. auto: bf16 for Wan on a GPU, fp32 otherwise. fp8: as bf16, with weights and inputs of the
+    network's large products in 8 bits (e4m3, one scale per row), for Ada, Hopper and newer GPUs."""
 
     mesh: str | None = None
-    """Share the network among several devices: `heads=4` splits each block of frames (heads inside of attention, tokens
-    outside), `fsdp=2` splits the weights where they are too large for one device. Default: the first device."""
+    """Split the network over several devices: `heads=4` splits each block of frames (by heads inside attention, by
+    tokens outside), `fsdp=2` splits weights that are too large for one device. Default: the first device."""
 
     decoder_device: int | None = None
-    """Device that decodes, counted from 0, so that a block is decoded while the network makes the next one; it is then
-    none of the mesh. Default: the network's first device."""
+    """Number of the device that decodes, from 0, so that a block is decoded while the network generates the next one;
+    it is then not part of the mesh. Default: the network's first device."""
 
     unroll_layers: Literal["auto", "yes", "no"] = "auto"
-    """Autoregressive: copy each layer's weights out of their stack, so that no call does: with a GPU it takes some 5%
-    less, and longer to compile. Auto: for sessions with a GPU, and no mesh (on one, yes takes it too)."""
+    """Autoregressive: copy each layer's weights out of the stacked array once, so that calls need not: some 5% faster
+    on a GPU, but slower to compile. auto: for sessions on a GPU without a mesh (with a mesh, give yes)."""
 
     weights: str | None = None
-    """Set of weights of a .pt file, for example generator_ema."""
+    """Set of weights in a .pt file, for example generator_ema."""
 
     num_heads: int | None = None
-    """Attention heads of the network, for files without config.json whose heads are not of 128 channels."""
+    """Attention heads of the network, for files without config.json whose heads do not have 128 channels."""
 
     head_dim: int | None = None
-    """Channels of a head, likewise."""
+    """Channels per head, likewise."""
 
     quality: int = 16
-    """The video encoder's CRF: 16 looks the same, 30 is coarse; 0 loses nothing but the resolution of colours."""
+    """The video encoder's CRF: 16 is visually lossless, 30 coarse; 0 loses only chroma resolution."""
 
     compare_dense: bool = False
-    """Also make the video with the same weights and dense attention, from the same noise, and write both side by side,
-    with PSNR and SSIM, to OUT-compare.mp4."""
+    """Also generate the video with dense attention, from the same weights and noise, and write both side by side, with
+    PSNR and SSIM, to OUT-compare.mp4."""
 
     compare: str | None = None
-    """Likewise with another checkpoint as it is, for example the dense one that was finetuned."""
+    """Likewise with another checkpoint and its own attention, for example the dense one that was finetuned."""
 
     stream: bool = False
-    """Show frames as they come on a page of this machine."""
+    """Show frames on a local page as they are generated."""
 
     host: str = "127.0.0.1"
     """Address of the page."""
@@ -239,7 +241,7 @@ class GenerateConfig(AttentionOptions):
     """Port of the page; 0 takes a free one."""
 
     linger: float = 60.0
-    """With --stream: seconds that the page stays up after the last frame for a browser that has not got all."""
+    """With --stream: seconds that the page stays up after the last frame, for a browser that has not received all."""
 
     quiet: bool = False
     """No progress bar."""

@@ -30,40 +30,40 @@ class EncodeConfig:
     """Encode a folder of captioned clips once, so that training needs neither VAE nor text encoder in memory."""
 
     clips: Path = Path("clips")
-    """Folder of videos, each with its caption beside it: cat.mp4 and cat.txt; pictures with --frames 1."""
+    """Folder of videos, each with its caption beside it: cat.mp4 and cat.txt; with --frames 1, images."""
 
     components: Path | None = None
     """Folder or Hugging Face repository with text encoder, tokenizer and VAE, official or diffusers."""
 
     out: Path = Path("latents")
-    """Folder to write one .safetensors file per clip into, for `monarchrt train --latents`. Files that are there
-    already are kept, so a run that was stopped goes on; those of other captions or sizes are refused. Until it is done,
-    encoded captions are in OUT.texts."""
+    """Folder for one .safetensors file per clip, for `monarchrt train --latents`. Existing files are kept, so a stopped
+    run can continue; files with other captions or sizes are refused. Encoded captions are in OUT.texts until it is
+    done."""
 
     frames: int = 81
-    """Frames of a clip that are taken, 1 + 4 k."""
+    """Frames to use from each clip, 4 k + 1."""
 
     height: int = 480
-    """Pixels, a multiple of 16. A clip is resized to cover height x width and cropped in the middle."""
+    """Pixels, a multiple of 16. Clips are resized to cover height x width and center-cropped."""
 
     width: int = 832
     """Pixels, a multiple of 16."""
 
     fps: float = 16.0
-    """Frames per second to read at, by the timestamps of a clip; 16 is what Wan was trained on. 0 takes the frames that
-    are stored, whatever their times."""
+    """Frames per second at which to read a clip, by its timestamps; Wan was trained on 16. 0 takes the frames as
+    stored, whatever their times."""
 
     stride: int = 1
     """Take every n-th of these frames."""
 
     rows: int = 512
-    """Tokens of a text embedding; longer captions are cut."""
+    """Tokens of a text embedding; longer captions are truncated."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of both networks; auto is bf16 on a GPU."""
+    """Compute dtype of both networks; auto is bf16 on a GPU."""
 
     keep_going: bool = False
-    """Leave out clips that cannot be used, and list them at the end; else the first one ends it."""
+    """Skip clips that cannot be used and list them at the end; otherwise the first one stops the command."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:

@@ -187,7 +187,7 @@ def test_compilers_that_say_nothing():
 
 def test_options(latents, tmp_path, capsys):
     assert main(train("--latents", latents, "--folder", tmp_path / "run", "--json")) == 2
-    assert "error: json is of --plan, which was not given" in capsys.readouterr().err
+    assert "error: json is for --plan, which was not given" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run/a").touch()
     assert main(train("--latents", latents, "--folder", tmp_path / "run", "--plan")) == 2

@@ -17,7 +17,7 @@ from monarchrt.train.cli.parsing import parse
 from monarchrt.train.cli.serve import VideoOptions
 from monarchrt.train.interrupt import finish_first
 
-_BENCH = """Time videos, block by block: cold and steady, percentiles, stages, and whether play would stand still.
+_BENCH = """Time video generation block by block: cold and steady, percentiles, stages, and whether playback stalls.
 
 monarchrt bench generate                                   random weights of Wan 2.1 1.3B: how fast is this machine?
 
@@ -30,16 +30,16 @@ class BenchOptions(VideoOptions):
     """Time a Wan 2.1 checkpoint or a run."""
 
     preset: str | None = None
-    """Without a checkpoint: random weights of these sizes. Default: wan2.1-t2v-1.3b, with a GPU."""
+    """Without a checkpoint: random weights of this preset's sizes. Default, with a GPU: wan2.1-t2v-1.3b."""
 
     count: int = 28
-    """Blocks of the stream that is timed; percentiles want many, such as 2000 for five minutes."""
+    """Blocks of the timed stream; percentiles need many, such as 2000 for five minutes."""
 
     rate: float = 16.0
-    """Frames per second of play that blocks should come for."""
+    """Frames per second at which the stream is played."""
 
     json: bool = False
-    """Print JSON, and nothing else, to the standard output."""
+    """Print only JSON to standard output."""
 
     host: Annotated[str, tyro.conf.Suppress] = "127.0.0.1"
     port: Annotated[int, tyro.conf.Suppress] = 0

@@ -14,9 +14,9 @@ CASES = (Case(grid=(21, 30, 52), tile=(1, 30, 52)), Case(grid=(21, 30, 52), tile
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Look at this machine: versions, driver, devices, which implementation serves which call, folders, and speed.
+    """Check this machine: versions, driver, devices, which implementation supports which call, folders, and speed.
 
-    Leaves with exit code 1 if something is to be mended.
+    Exits with code 1 if something needs fixing.
 
     monarchrt doctor
 
@@ -24,7 +24,7 @@ class DoctorConfig:
     """
 
     grid: tuple[int, int, int] | None = None
-    """Latent frames, rows and columns of tokens of a case to look at. Default: Wan's at 480p."""
+    """Latent frames, rows and columns of tokens of a case to check. Default: Wan's at 480p."""
 
     tile: tuple[int, int, int] | None = None
     """Frames, rows and columns of a tile. Default: one frame, (1, h, w)."""
@@ -33,13 +33,13 @@ class DoctorConfig:
     """Heads of the attention."""
 
     head_dim: int = 128
-    """Size of a head."""
+    """Channels per head."""
 
     num_iters: int = 1
     """Refinement steps."""
 
     speed: bool = True
-    """Time the case, for about ten seconds."""
+    """Time the case, which takes about ten seconds."""
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "num_iters"):

@@ -9,9 +9,9 @@ from monarchrt.train.evaluation.config import EvaluateConfig
 from monarchrt.train.evaluation.vbench import ScoresConfig, VBenchConfig
 from monarchrt.train.interrupt import finish_first
 
-_EVALUATE = """Compare attention settings under the same weights, prompts or clips, seeds and noise.
+_EVALUATE = """Compare attention settings with the same weights, prompts or clips, seeds and noise.
 
-Held-out flow loss with paired intervals; PSNR, SSIM, flicker, drift and the latents' error of videos; LPIPS and VMAF.
+Held-out flow loss with paired intervals; PSNR, SSIM, flicker, drift and latent error of videos; LPIPS and VMAF.
 
 monarchrt evaluate --checkpoint runs/demo/dense --attention 'monarch(tile=(4,8,14))' 'top_k(keep=0.1)' --seeds 0 1 2
 
@@ -19,7 +19,7 @@ monarchrt evaluate vbench --help and monarchrt evaluate scores --help are about 
 _VBENCH = """Write the videos that VBench's tools expect: five of each prompt, under the names they look for.
 
 monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan-AI/Wan2.1-T2V-1.3B --out videos"""
-_SCORES = """Read VBench's results into the quality, semantic and total scores, a column for each folder.
+_SCORES = """Turn VBench's results into quality, semantic and total scores, with a column per folder.
 
 monarchrt evaluate scores --results results/dense results/monarch"""
 

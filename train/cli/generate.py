@@ -28,7 +28,7 @@ from monarchrt.models.processes.place import Place, find_place
 from monarchrt.train.cli.parsing import last_value, parse
 from monarchrt.train.interrupt import finish_first
 
-_GENERATE = """Make a video: frames are written, and shown with --stream, as they come.
+_GENERATE = """Generate a video. Frames are written, and with --stream shown, as they are generated.
 
 monarchrt generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B --prompt "a cat on a wall" --out cat.mp4
 
@@ -43,23 +43,23 @@ monarchrt generate --from cat.mp4 --trust --out again.mp4"""
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(GenerateConfig):
-    """Make a video from a prompt, with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
+    """Generate a video from a prompt with a Wan 2.1 checkpoint or a run of `monarchrt train` or `monarchrt demo`."""
 
     from_: Path | None = None
     """`--from VIDEO.mp4`: take all settings that are not given from a video made by this command."""
 
     trust: bool = False
-    """With --from: also read the checkpoint and the other files that the video names; else they are to be given."""
+    """With --from: also read the checkpoint and other files that the video names; otherwise they must be given."""
 
     coordinator: str | None = None
-    """Of one video by several processes, each with its own devices of --mesh: address of process 0 and a free port.
-    With --mesh, Slurm's srun and Open MPI's mpirun say it, and the next two, by themselves."""
+    """For one video by several processes, each with its own devices of --mesh: address of process 0 and a free port.
+    With --mesh, this and the next two are found automatically under Slurm's srun and Open MPI's mpirun."""
 
     processes: int | None = None
-    """How many processes there are; goes with coordinator. 1 alone: a video of its own, also under a job manager."""
+    """Number of processes; requires coordinator. 1 without it: a separate video, even under a job manager."""
 
     process: int | None = None
-    """Which of them this is, counted from 0; goes with coordinator. The first writes the video."""
+    """Number of this process, from 0; requires coordinator. The first one writes the video."""
 
     def place(self) -> Place | None:
         """Which of several processes this is."""

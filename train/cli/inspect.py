@@ -9,13 +9,13 @@ from monarchrt.models.generate.runs import find_run, is_begun
 from monarchrt.train.cli.convert import refuse_of_a_lora, refuse_of_a_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
 
-_INSPECT = """Say what a Wan checkpoint holds: format, model, attention, parameters, what is missing or too much.
+_INSPECT = """Show what a Wan checkpoint holds: format, model, attention, parameters, missing and unexpected tensors.
 
-Of a LoRA: its format, the model that it is for, rank, alpha and layers.
+For a LoRA: its format, the model it is for, rank, alpha and layers.
 
-Of a run folder of `monarchrt train`: its newest checkpoint, losses, settings, and what can be made of it.
+For a run folder of `monarchrt train`: its newest checkpoint, losses, settings, and how to use it.
 
-Leaves with exit code 2 if it could not be loaded.
+Exits with code 2 if it could not be loaded.
 
 monarchrt inspect Wan-AI/Wan2.1-T2V-1.3B
 

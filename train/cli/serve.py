@@ -28,7 +28,7 @@ monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(GenerateConfig):
-    """The options of a generation that are not of one video, nor of a session."""
+    """The options of a generation that belong neither to one video nor to a session."""
 
     prompt: Annotated[str | None, tyro.conf.Suppress] = None
     out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
@@ -61,7 +61,7 @@ class ServeOptions(VideoOptions):
     """Port; 0 takes a free one."""
 
     token: str | None = None
-    """What clients must have, 16 characters or more: needed beyond this machine."""
+    """Token of at least 16 characters that clients must send; required to serve other machines."""
 
     certificate: Path | None = None
     """PEM file of a certificate, for https."""
@@ -70,40 +70,40 @@ class ServeOptions(VideoOptions):
     """PEM file of the certificate's key, if it is in another file."""
 
     webrtc: Literal["auto", "yes", "no"] = "auto"
-    """Frames over WebRTC too, to clients that ask for it. Auto: if aiortc is installed, of `monarchrt[webrtc]`."""
+    """Whether clients may ask for frames over WebRTC. auto: if aiortc is installed (`monarchrt[webrtc]`)."""
 
     ice_servers: tuple[str, ...] = ()
     """For WebRTC across networks: `stun:HOST:PORT`, and `turn:HOST:PORT` or `turns:HOST:PORT?transport=tcp`. Default:
-    none, and no server of others is asked."""
+    none, so no third-party server is contacted."""
 
     ice_username: str | None = None
-    """Of the TURN server."""
+    """User name for the TURN server."""
 
     ice_credential: str | None = None
-    """Of the TURN server; clients are told it."""
+    """Credential for the TURN server; it is sent to clients."""
 
     sessions: int = 4
-    """Sessions that make videos at once; each holds a cache of keys and values."""
+    """Sessions that may generate at the same time; each holds a cache of keys and values."""
 
     waiting: int = 16
-    """Sessions that wait for a place."""
+    """Sessions that may wait for a free place."""
 
     seconds: float = 600.0
-    """Longest video of a session."""
+    """Longest video of a session, in seconds."""
 
     idle: float = 300.0
     """Seconds without a message after which a session ends."""
 
     kept: int = 120
-    """Blocks of latents that are kept of each session, to go back to and to save."""
+    """Blocks of latents kept for each session, for seeking and saving."""
 
     begin: tuple[int, ...] | None = None
-    """Numbers of frames that sessions may begin with, of an image or a clip that is sent; each takes a program. 0: they
-    begin with nothing. Default: those of the first block."""
+    """Numbers of frames that sessions may start from, of an uploaded image or clip; each takes a compiled program. 0:
+    none. Default: the frames of the first block."""
 
     attentions: tuple[str, ...] = ()
-    """More settings of attention that sessions may ask for, such as `dense` or `monarch(tile=(1,30,52))`; each takes a
-    program."""
+    """Further attention settings that sessions may ask for, such as `dense` or `monarch(tile=(1,30,52))`; each takes a
+    compiled program."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

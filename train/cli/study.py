@@ -12,8 +12,8 @@ from monarchrt.train.studies.config import MapConfig, MassConfig, TilesConfig
 _USAGE = """usage: monarchrt study {map,mass,tiles} ...
 
   map    error of the attention map against density: top-k, low rank, Monarch by tile and refinement steps
-  mass   share of the keys that reach 95% of the attention, by block of the roll-out
-  tiles  which tile should I use? error of outputs and videos against time, and the command that uses the choice
+  mass   fraction of the keys that hold 95% of the attention, by block of the roll-out
+  tiles  which tile is best? error of outputs and videos against time, and the command that uses the choice
 
 `monarchrt study map --help` lists its options; likewise the others."""
 
@@ -22,7 +22,7 @@ _MAP = """Error of the attention map against density, on maps of the paper's equ
 monarchrt study map --checkpoint runs/demo/dense --out study
 
 monarchrt study map --checkpoint Wan-AI/Wan2.1-T2V-1.3B --latents latents --layers 10 20 --heads 0 5 --crop 3 30 52"""
-_MASS = """Share of the keys that reach a share of the attention, by block of the roll-out, while a video is made.
+_MASS = """Fraction of the keys that hold a given fraction of the attention, by block of the roll-out of a video.
 
 monarchrt study mass --checkpoint runs/demo/dense --out study"""
 _TILES = """Error of the layers' outputs and of a sampled video against time, per tile and layout.

@@ -32,12 +32,12 @@ monarchrt train --config small --video clip.mp4 --folder runs/monarch --init-fro
 
 monarchrt train --folder runs/monarch --resume --steps 400
 
-monarchrt train --config settings.toml --folder runs/third: settings that are not given come from the file, TOML or
-JSON, under the names of the options, such as steps = 500, or as in the config.json of a run; small stands for those
-of the demo, a network for a CPU, and is taken with --video where nothing is said of the network (--config, --preset,
---overrides)
+monarchrt train --config settings.toml --folder runs/third: settings that are not given come from a TOML or JSON file
+with the names of the options, such as steps = 500, or in the form of a run's config.json. `small` is the demo's
+configuration, a network for a CPU; it is the default with --video unless --config, --preset or --overrides describes a
+network
 
-monarchrt train ... --plan: what the run would take, without beginning it"""
+monarchrt train ... --plan: report the memory and time the run would take, without starting it"""
 _SMALL = Path("small")
 _NETWORK = ("--preset", "--overrides")
 
@@ -120,15 +120,15 @@ def train_command(arguments: Sequence[str]) -> int:
     config = _parse_train(arguments)
     plans, as_json = "--plan" in arguments, "--json" in arguments
     if as_json and not plans:
-        raise UserError("json is of --plan, which was not given; leave it out, or add --plan")
+        raise UserError("json is for --plan, which was not given; leave it out, or add --plan")
     run = config.run
     place = find_place(run.coordinator, run.processes, run.process)
     if place is None:
         claim_folder(config)  # before JAX is loaded
     if takes_small(arguments):
         print(
-            f"note: what is not given is as --config {_SMALL} has it, a network for a CPU; say another with --preset "
-            f"or --overrides",
+            f"note: settings that are not given come from --config {_SMALL}, a network for a CPU; choose another with "
+            f"--preset or --overrides",
             file=sys.stderr,
         )
     with joined(place, identity=_shared(config), advice="go on with --resume"):

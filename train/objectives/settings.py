@@ -40,21 +40,21 @@ class FlowConfig(ObjectiveSettings):
     name: ClassVar[str] = "flow"
 
     shift: float = 5.0
-    """Timestep shift s: sigma = s*u / (1 + (s-1)*u). Larger means more training at high noise."""
+    """Timestep shift s: sigma = s*u / (1 + (s-1)*u). A larger shift trains more at high noise."""
 
     weighting: Literal["gaussian", "uniform"] = "gaussian"
-    """Weight of a noise level in the loss: a bell around t = 500 with mean 1, or 1 everywhere."""
+    """Weight of a noise level in the loss: a bell curve around t = 500 with mean 1, or 1 everywhere."""
 
     num_train_timesteps: int = 1000
     """Number of noise levels; the network sees t = num_train_timesteps * sigma."""
 
     frames_per_level: int | None = None
-    """Frames that share a noise level. Default: the whole window. 1 or more: each run of so many frames draws a level
-    of its own (diffusion forcing); 3 is what Self-Forcing trains causal models with."""
+    """Frames that share a noise level (diffusion forcing): each run of this many frames draws its own level. Default:
+    one level for the whole window. Self-Forcing trains causal models with 3."""
 
     independent_first_frame: bool = False
-    """Whether the first frame has a level of its own and the runs are counted after it: windows of 1 + 3 k frames. A
-    causal network cuts its blocks alike: `--overrides causal_block=3 independent_first_frame=true`."""
+    """Whether the first frame has its own level and the runs start after it: windows of 3 k + 1 frames. A causal
+    network needs the same blocks: `--overrides causal_block=3 independent_first_frame=true`."""
 
     def __post_init__(self) -> None:
         _check_shift(self.shift)
@@ -82,7 +82,7 @@ register(FlowConfig, "monarchrt.train.objectives.flow:FlowObjective")
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcingConfig(FlowConfig):
-    """Teacher forcing: the flow of noisy blocks that see the clean blocks before them, for a causal student."""
+    """Teacher forcing: the flow of noisy blocks that see the clean blocks before them, for a causal network."""
 
     name: ClassVar[str] = "teacher-forcing"
 
@@ -90,8 +90,8 @@ class TeacherForcingConfig(FlowConfig):
     """Latent frames per block, which share a noise level; the network's causal_block."""
 
     context_sigma: float = 0.0
-    """Largest noise level of the clean blocks that later ones see, drawn for each block between 0 and this, and told to
-    the network. 0 leaves them clean."""
+    """Largest noise level of the context blocks that later ones see; each block's is drawn between 0 and this, and
+    given to the network. 0 leaves them clean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,7 +158,7 @@ class GuidedSettings(FewStepSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ODEConfig(FewStepSettings):
-    """ODE regression: a student of few steps learns where the teacher's solver ends, from the states it passes."""
+    """ODE regression: a few-step student learns to predict the end of the teacher's trajectory from its states."""
 
     name: ClassVar[str] = "ode"
     roles: ClassVar[Mapping[str, Role]] = {"student": Role(defaults={"learning_rate": 2e-6, "beta2": 0.999})}
@@ -170,11 +170,11 @@ class ODEConfig(FewStepSettings):
     """Timestep shift of the student's steps, which must be that of the pairs."""
 
     block: int | None = None
-    """Latent frames per block of a causal student, each from a state of its own; the network's causal_block. Default: a
-    bidirectional student, with one state for the whole clip."""
+    """Latent frames per block of a causal student, each starting from its own state; the network's causal_block.
+    Default: a bidirectional student, with one state for the whole clip."""
 
     independent_first_frame: bool = False
-    """Whether the first frame of a causal student's clips is a block of its own. The network's, likewise."""
+    """Whether the first frame of a causal student's clips is a block of its own, as it must be in the network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,7 +186,7 @@ register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig(GuidedSettings):
-    """Consistency distillation: a student agrees with its own average one Euler step of the teacher further on."""
+    """Consistency distillation: a student learns to agree with its own average one Euler step of the teacher later."""
 
     name: ClassVar[str] = "consistency"
     roles: ClassVar[Mapping[str, Role]] = {
@@ -206,22 +206,22 @@ class ConsistencyConfig(GuidedSettings):
     """Timestep shift of the grid and of the student's steps."""
 
     grid: int = 48
-    """Noise levels of the grid; one Euler step of the teacher goes from one to the next."""
+    """Number of noise levels in the grid; one Euler step of the teacher goes from one to the next."""
 
     guidance: float | None = None
     """Weight g of the teacher's guidance, v_negative + g (v_text - v_negative). Default: 3 with `negative`; without it
     there is none."""
 
     conversion: Literal["clean", "published"] = "clean"
-    """Noise levels that turn predictions into data: clean, those of the grid; published, as the published code has it,
-    the nearest of a grid of 1000 at the same shift."""
+    """Noise levels that convert predictions to data: clean, those of the grid; published, as in the published code, the
+    nearest of a grid of 1000 at the same shift."""
 
     block: int | None = None
     """Latent frames per block of a causal student and teacher, each seen after the clean blocks before it; their
     causal_block. Default: both are bidirectional."""
 
     independent_first_frame: bool = False
-    """Whether the first frame of causal networks' clips is a block of its own. The networks', likewise."""
+    """Whether the first frame of causal networks' clips is a block of its own, as it must be in the networks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,7 +239,7 @@ _CRITIC = {"learning_rate": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 
 
 @dataclass(frozen=True, kw_only=True)
 class DMDConfig(GuidedSettings):
-    """Distribution matching distillation: a student of few steps, a critic that follows it, a frozen teacher."""
+    """Distribution matching distillation: a few-step student, a critic that follows it, and a frozen teacher."""
 
     name: ClassVar[str] = "dmd"
     needs_clips: ClassVar[bool] = False
@@ -258,21 +258,21 @@ class DMDConfig(GuidedSettings):
     """Weight w of the teacher's guidance, x_c + w (x_c - x_u). Default: 3 with `negative`; without it there is none."""
 
     student_every: int = 5
-    """The student is updated at every so many steps, the critic at each."""
+    """The student is updated once in this many steps, the critic at every step."""
 
     low: float = 0.02
-    """Least time that samples are compared at, as a share of 1000."""
+    """Smallest time at which samples are compared, as a fraction of 1000."""
 
     high: float = 0.98
-    """Largest time that samples are compared at."""
+    """Largest time at which samples are compared, as a fraction of 1000."""
 
     conversion: Literal["clean", "grid", "published"] = "clean"
-    """Noise levels of these times: clean, t/1000; grid, the nearest of the shift-5 grid; published, as the published
-    code has it, which turns predictions into data with a grid of shift 8."""
+    """Noise levels of these times: clean, t/1000; grid, the nearest of the shift-5 grid; published, as in the published
+    code, which converts predictions to data with a grid of shift 8."""
 
     gan_weight: float = 0.0
     """Weight of the adversarial term in the student's loss, 0.03 in one-step recipes; 0 is none. A head on the critic's
-    features learns to tell the student's clips from those of the data, so that clips are needed."""
+    features learns to distinguish the student's clips from the data, so clips are needed."""
 
     gan_critic_weight: float | None = None
     """Weight of the discriminator's loss in the critic's. Default: gan_weight."""
@@ -284,13 +284,13 @@ class DMDConfig(GuidedSettings):
     """Blocks of the critic whose output the discriminator sees. Default: all."""
 
     gan_r1: float = 0.02
-    """Weight of R1, which keeps the discriminator flat around noisy clips of the data, by a finite difference."""
+    """Weight of R1, which keeps the discriminator flat around noisy data clips, by a finite difference."""
 
     gan_r2: float = 0.001
-    """Weight of R2, the same around those of the student."""
+    """Weight of R2, the same around the student's clips."""
 
     gan_sigma: float = 0.1
-    """How far R1 and R2 move them, in standard deviations of their noise."""
+    """How far R1 and R2 move the clips, in standard deviations of their noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -326,7 +326,8 @@ class DMDConfig(GuidedSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfForcingConfig(DMDConfig):
-    """Self-Forcing: distribution matching of what a causal student makes block by block of its own earlier blocks."""
+    """Self-Forcing: distribution matching of clips that a causal student generates block by block from its own
+    blocks."""
 
     name: ClassVar[str] = "self-forcing"
 
@@ -334,26 +335,26 @@ class SelfForcingConfig(DMDConfig):
     """Latent frames per block; the student's causal_block."""
 
     independent_first_frame: bool = False
-    """Whether the first frame is a block of its own: clips of 1 + 3 k frames. The student's, likewise."""
+    """Whether the first frame is a block of its own, as it must be in the student: clips of 3 k + 1 frames."""
 
     context_sigma: float | None = None
     """Noise level that finished blocks have in the cache. Default: the lowest of the grid, 0.00498 at shift 5, as
     published; 0 is clean, as in generation."""
 
     scored_frames: int | None = None
-    """Latent frames at the end of a clip, whole blocks, that critic and teacher see and the student learns from; those
-    before are rolled out only. For clips longer than the teacher knows, 21 for Wan. Default: all."""
+    """Latent frames at the end of a clip, in whole blocks, that critic and teacher see and the student learns from;
+    earlier ones are only rolled out. For clips longer than the teacher can process, 21 for Wan. Default: all."""
 
     scored_anywhere: bool = False
-    """Whether the scored_frames are a random run of whole blocks, the same in all clips of a step, instead of the last;
-    what would follow is not made. Else a student of long clips learns nothing of how they begin."""
+    """Whether the scored_frames are a random run of whole blocks, the same for all clips of a step, instead of the last
+    ones; what would follow is not generated. Otherwise a student of long clips does not learn how they begin."""
 
     window: int | None = None
-    """Latent frames of keys and values that a block sees, with its own: what is older is let go, as by `generate
-    --window`, so that clips may be longer than a cache has room for. Default: all."""
+    """Latent frames that a block sees, including its own; older ones are dropped, as with `generate --window`, so clips
+    may be longer than the cache. Default: all."""
 
     sink_frames: int = 0
-    """With window: leading latent frames that it never lets go."""
+    """With window: leading latent frames that are always kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,28 +24,28 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Study:
-    """What every study is of."""
+    """Settings of every study."""
 
     checkpoint: str | None = None
     """A run folder of train or demo; or a Wan checkpoint, with --latents."""
 
     video: Path | None = None
-    """For a run folder: a clip instead of its own."""
+    """For a run folder: a clip to use instead of its own."""
 
     layers: tuple[int, ...] = ()
-    """Numbers of the layers. Default: the first, the middle and the last."""
+    """Layers to study, numbered from 0. Default: the first, the middle and the last."""
 
     heads: tuple[int, ...] = ()
-    """Numbers of the heads. Default: all."""
+    """Heads to study, numbered from 0. Default: all."""
 
     out: Path = Path("study")
-    """Folder of the results: a picture and a JSON file."""
+    """Folder for the results: a plot and a JSON file."""
 
     overwrite: bool = False
     """Replace the results of an earlier study there."""
 
     resume: bool = False
-    """Go on with a study that was stopped; its settings must be the same."""
+    """Continue a study that was stopped; its settings must be the same."""
 
     quiet: bool = False
     """Show no progress."""
@@ -56,13 +56,13 @@ class _Examples(_Study):
     """Which examples a network is shown."""
 
     latents: Path | None = None
-    """A folder of `monarchrt encode`, whose held-out examples are taken; needed for Wan checkpoints."""
+    """A folder written by `monarchrt encode`, whose held-out examples are used; needed for Wan checkpoints."""
 
     levels: tuple[float, ...] = (0.3, 0.6, 0.9)
     """Noise levels sigma, above 0 and at most 1."""
 
     windows: int = 1
-    """Held-out examples, spread over all."""
+    """Number of held-out examples, spread over all of them."""
 
     def __post_init__(self) -> None:
         check_numbers("levels", self.levels, 0, 1, "0.3 0.9")
@@ -72,13 +72,13 @@ class _Examples(_Study):
 
 @dataclass(frozen=True, kw_only=True)
 class _Videos(_Study):
-    """How a video is made."""
+    """How a video is generated."""
 
     frames: int | None = None
-    """Frames of the video that is made. Default: as `monarchrt generate`."""
+    """Frames of the generated video. Default: as in `monarchrt generate`."""
 
     sample_steps: int | None = None
-    """Steps of its sampler. Default: as `monarchrt generate`."""
+    """Steps of the sampler. Default: as in `monarchrt generate`."""
 
     prompt: str | None = None
     """As `monarchrt generate`."""
@@ -90,7 +90,7 @@ class _Videos(_Study):
     """As `monarchrt generate`."""
 
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +98,19 @@ class MapConfig(_Examples):
     """Error of the attention map against density (paper, Figure 1a), on maps of equation 1 and of a checkpoint."""
 
     densities: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-    """Densities of top-k and low rank. Monarch has those of its tiles."""
+    """Densities of top-k and low rank; Monarch's follow from its tiles."""
 
     steps: tuple[int, ...] = (1, 2, 3)
-    """Refinement steps T of Monarch."""
+    """Numbers of refinement steps T of Monarch."""
 
     grid: tuple[int, int, int] = (4, 6, 10)
-    """Frames, rows and columns of tokens of the maps of equation 1."""
+    """Frames, rows and columns of tokens for the maps of equation 1."""
 
     crop: tuple[int, int, int] | None = None
-    """Take the first frames, rows and columns of tokens of the captured queries and keys: maps have N^2 entries.
-    Default: all."""
+    """Use only the first frames, rows and columns of the captured tokens, since maps have N^2 entries. Default: all."""
 
     seed: int = 0
-    """Of the maps of equation 1."""
+    """Seed of the maps of equation 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,13 +126,13 @@ class MapConfig(_Examples):
 
 @dataclass(frozen=True, kw_only=True)
 class MassConfig(_Videos):
-    """Share of the keys that reach a share of the attention, by block of the roll-out (paper, Figure 4a)."""
+    """Fraction of the keys that hold a given fraction of the attention, by block of the roll-out (paper, Figure 4a)."""
 
     mass: float = 0.95
-    """Share of the attention to reach, p."""
+    """The fraction p of the attention."""
 
     step: int = 0
-    """Call of the network within the sampler, from 0."""
+    """Network call within the sampler, from 0."""
 
     mode: Literal["auto", "autoregressive", "bidirectional", "windows"] = "auto"
     """As `monarchrt generate`."""
@@ -147,30 +146,30 @@ class MassConfig(_Videos):
 
 @dataclass(frozen=True, kw_only=True)
 class TilesConfig(_Examples, _Videos):
-    """Which tile should I use? Error of the layers' outputs and of a video against time, per tile and layout."""
+    """Which tile is best? Error of the layers' outputs and of a video against time, per tile and layout."""
 
     tiles: tuple[str, ...] = ()
-    """Tiles to try, such as 1,30,52 3,30,52. Default: all that divide the tokens and store at most `most`."""
+    """Tiles to try, such as 1,30,52 3,30,52. Default: all that divide the grid and have a density of at most `most`."""
 
     layouts: tuple[str, ...] = ("fh,w",)
-    """Layouts of the blocks to try; `all` for the six."""
+    """Layouts of the blocks to try; `all` for all six."""
 
     steps: tuple[int, ...] = (1,)
-    """Refinement steps T to try."""
+    """Numbers of refinement steps T to try."""
 
     most: float = 0.5
-    """Largest density of the tiles that are tried."""
+    """Largest density of the tiles to try."""
 
     time: Literal["auto", "measured", "estimated"] = "auto"
-    """measured: milliseconds of one layer on this machine; estimated: its arithmetic over dense attention's. auto:
-    measured on a GPU, estimated elsewhere."""
+    """measured: milliseconds of one layer on this machine; estimated: its arithmetic relative to dense attention's.
+    auto: measured on a GPU, estimated elsewhere."""
 
     repeats: int = 5
-    """Runs that a measured time is the median of."""
+    """Runs per measured time, which is their median."""
 
     videos: int = 3
-    """Videos that are made: with settings on the Pareto front, spread over it, and if it has fewer, with the fastest
-    others. 0: none."""
+    """Videos to generate, with settings spread over the Pareto front and, if it has fewer, with the fastest others. 0:
+    none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -302,17 +302,17 @@ class ConvertOptions:
 
     Attributes:
         src: A folder or file with weights, or a Hugging Face repository owner/name.
-        dst: The folder to write; it must not exist yet, or be empty. For torch a file, such as student.pt.
-        to: Format: official, diffusers, orbax or torch (a .pt file with the names of Self-Forcing's, which holds no
-            settings); of a LoRA official (ComfyUI's), diffusers or musubi.
-        lora: LoRAs to merge into it, FILE or FILE:SCALE, as `monarchrt generate` takes them.
-        dtype: float32, bfloat16 or float16; left out, the file's own.
-        weights: Which set of a .pt file: generator_ema, generator, critic or model.
+        dst: The folder to write, which must be new or empty; for torch a file, such as student.pt.
+        to: Format: official, diffusers, orbax or torch (a .pt file with Self-Forcing's names and no settings); for a
+            LoRA official (ComfyUI's), diffusers or musubi.
+        lora: LoRAs to merge, FILE or FILE:SCALE, as in `monarchrt generate`.
+        dtype: float32, bfloat16 or float16. Default: the file's own.
+        weights: Which set in a .pt file: generator_ema, generator, critic or model.
         max_shard_gb: Split larger weights into numbered files of at most this many GB (10^9 bytes).
-        few_step: Store that the model is distilled for few steps; of Self-Forcing's .pt files it is known.
-        revision: Of a Hugging Face repository.
-        num_heads: Attention heads, for files without config.json whose heads are not of 128 channels.
-        head_dim: Channels of a head, likewise.
+        few_step: Record that the model is distilled to a few steps; for Self-Forcing's .pt files this is known.
+        revision: Revision of a Hugging Face repository.
+        num_heads: Attention heads, for files without config.json whose heads do not have 128 channels.
+        head_dim: Channels per head, likewise.
     """
 
     src: str
