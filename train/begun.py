@@ -34,6 +34,6 @@ def check_begun(settings: Mapping[str, Any], begun: Mapping[str, Any], *, of: st
     for name, value in settings.items():
         if name != "out" and begun.get(name) != value:
             raise UserError(
-                f"cannot resume: {name} is {value!a}, but {of} was begun with {begun.get(name)!a}; use that value, or "
-                f"another --out"
+                f"cannot resume: {name} is {value!a}, but {of} was started with {begun.get(name)!a}; use that value, "
+                f"or another --out"
             )

@@ -291,8 +291,9 @@ class Checkpoints:
                     arrays = {name: made[name] for name in own}
             if any(name.endswith(".lora_a") for name in stored.names):
                 raise UserError(
-                    f"{self.path.parent} trained a LoRA, which is no network by itself; merge it into the one that it "
-                    f"was trained on first: monarchrt convert NETWORK NEW --lora {shlex.quote(str(self.path.parent))}"
+                    f"{self.path.parent} trained a LoRA, which is not a network by itself; merge it into the one that "
+                    f"it was trained on first: monarchrt convert NETWORK NEW --lora "
+                    f"{shlex.quote(str(self.path.parent))}"
                 )
             missing = sorted(set(names) - set(stored.names) - set(arrays))
             if missing:

@@ -97,7 +97,7 @@ class DataConfig:
                 self.prompts is not None
                 or self.latents is not None
                 or getattr(self, name) == getattr(type(self), name),
-                f"{name} is {getattr(self, name)}, which is of texts, but a video has none here; leave it out",
+                f"{name} is {getattr(self, name)}, which is for texts, but a video has none here; leave it out",
             )
         require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
         require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
@@ -121,7 +121,7 @@ class DataConfig:
             value = getattr(self, name)
             require(
                 self.prompts is None or value == getattr(type(self), name),
-                f"{name} is {value}, which is of a video, but the texts of prompts have none; leave {name} out",
+                f"{name} is {value}, which is for videos, but prompts have none; leave {name} out",
             )
 
     @property

@@ -70,7 +70,7 @@ def check_fits(template: TrainState, devices: Sequence[Any]) -> None:
     count = sum(math.prod(leaf.shape) for role in template.roles.values() for leaf in jax.tree.leaves(role.params))
     raise UserError(
         f"the state of the run takes {_bytes(held)} on each device, which has {_bytes(there)}: {_short(count)} "
-        f"parameters, their averages and the optimizer's; take a smaller --preset or smaller --overrides, or more "
+        f"parameters, their averages and the optimizer's; use a smaller --preset or smaller --overrides, or more "
         f"devices and --sharding fsdp"
     )
 

@@ -162,7 +162,9 @@ class _Shard:
         with self._file.begin(buffers=False) as transaction:
             value = transaction.get(key.encode())
         if value is None:
-            raise UserError(f"latents {self.path} has no {key}; it is no LMDB of latents of Self-Forcing's, or cut off")
+            raise UserError(
+                f"latents {self.path} has no {key}; it is not an LMDB of Self-Forcing latents, or it is cut off"
+            )
         return value
 
     def _row(self, number: int) -> bytes:

@@ -80,7 +80,7 @@ class PairFolder(LatentFolder):
         self.made, self.states = headers[files[0]]
         for path, (made, states) in headers.items():
             if dataclasses.replace(made, seed=self.made.seed) != self.made or states != self.states:
-                raise UserError(f"latents {path} was made otherwise than {files[0]}: {made}, {self.made}")
+                raise UserError(f"latents {path} was made with other settings than {files[0]}: {made}, {self.made}")
 
     def check(self, sigmas: Sequence[float], shift: float) -> None:
         """Looks whether the states are at the noise levels that a student is told.

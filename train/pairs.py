@@ -291,7 +291,9 @@ def make_pairs(
             text = np.stack([texts[number % len(texts)] for number in full])
             states, end = map(np.asarray, follow(params, np.asarray(full), text))
             if not (np.isfinite(states).all() and np.isfinite(end).all()):
-                raise UserError(f"the teacher {config.checkpoint} gives states that are NaN or infinite; check it")
+                raise UserError(
+                    f"the teacher {config.checkpoint} produces states that are NaN or infinite; check its weights"
+                )
             for place, number in enumerate(numbers):
                 arrays = {"states": states[:, place], "latents": end[place]}
                 arrays = {name: x.astype(config.store.replace("fp", "float")) for name, x in arrays.items()}
@@ -318,7 +320,7 @@ def _check_kept(path: Path, made: Made) -> None:
         if getattr(stored, field.name) != getattr(made, field.name)
     ]
     if differ:
-        raise UserError(f"{path} is there already, made with {', '.join(differ)}; give another --out, or remove it")
+        raise UserError(f"{path} already exists, made with {', '.join(differ)}; give another --out, or remove it")
 
 
 def _examples(config: PairsConfig, opened: Any) -> tuple[Size, list[np.ndarray]]:

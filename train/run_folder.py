@@ -216,7 +216,7 @@ def read_config(folder: Path) -> TrainConfig | None:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # no JSON or text, numbers of thousands of digits, a million brackets
-        raise UserError(f"{path} is damaged ({error}); mend it or give another run folder") from error
+        raise UserError(f"{path} is damaged ({error}); repair it or give another run folder") from error
     if isinstance(values, dict):
         values.pop(GENERATION, None)  # follows from the objective
     try:

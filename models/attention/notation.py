@@ -233,7 +233,9 @@ def _value(node: ast.expr, text: str, depth: int) -> Any:
             fields = []
             for keyword in keywords:
                 if keyword.arg is None or keyword.arg in dict(fields):
-                    raise ValueError(f"{_quoted(text)}: {keyword.arg or '**'} cannot be given there, or twice.")
+                    raise ValueError(
+                        f"{_quoted(text)}: {keyword.arg or '**'} cannot be given there, or is given twice."
+                    )
                 fields.append((keyword.arg, _value(keyword.value, text, depth + 1)))
             return Call(name, tuple(_value(item, text, depth + 1) for item in arguments), tuple(fields))
     what = ast.get_source_segment(text.strip(), node) or type(node).__name__

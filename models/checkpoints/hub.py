@@ -42,7 +42,9 @@ def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) ->
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         hint = "; if it is a run folder, it is not here" if _may_be_a_run(name) else ""
-        raise ValueError(f"path={name!r} does not exist here and cannot be had from the hub: {reason}{hint}") from error
+        raise ValueError(
+            f"path={name!r} does not exist here and cannot be downloaded from the hub: {reason}{hint}"
+        ) from error
 
 
 def _may_be_a_run(name: str) -> bool:

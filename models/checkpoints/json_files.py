@@ -53,7 +53,7 @@ def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
         The object.
 
     Raises:
-        ValueError: If it is no JSON object: also with NaN, Infinity, numbers beyond float64, keys that repeat, halves
+        ValueError: If it is not JSON object: also with NaN, Infinity, numbers beyond float64, keys that repeat, halves
             of surrogate pairs, deep nesting, or a million of objects and lists.
     """
     try:
@@ -74,7 +74,7 @@ def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:

@@ -103,7 +103,7 @@ class SafetensorsFile:
         for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
             shown = f"{self.path}: {printable(name)}"
             if begin != reached or end < begin:
-                raise ValueError(f"{shown} is said to lie at bytes {begin} to {end}; those before end at {reached}.")
+                raise ValueError(f"{shown} claims bytes {begin} to {end}; those before end at {reached}.")
             reached = end
             if only is not None and name not in only:
                 continue
@@ -138,7 +138,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
     header = parse_json(text.decode("utf-8"), "it")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no object of strings")
+        raise ValueError("its metadata is not an object of strings")
     rows: list[_Row] = []
     for name, entry in header.items():
         try:
@@ -179,7 +179,7 @@ class ShardedSafetensors:
         shards = {shard: index.parent / shard for shard in weight_map.values()}
         for shard in shards:
             if shard in ("", ".", "..") or "\0" in shard or "/" in shard or "\\" in shard:
-                raise ValueError(f"{index} names {printable(shard)!r}, which is no file of its own folder.")
+                raise ValueError(f"{index} names {printable(shard)!r}, which is not a file in the same folder.")
         self.metadata: dict[str, str] = {}
         self._shards: dict[str, SafetensorsFile] = {}
         self.infos: dict[str, TensorInfo] = {}

@@ -258,11 +258,11 @@ class GenerateConfig(AttentionOptions):
         )
         require(
             not (self.compare_dense and self.compare),
-            f"compare is {self.compare}, but compare_dense compares already; leave one of them out",
+            f"compare is {self.compare}, but compare_dense already compares; leave one of them out",
         )
         require(
             self.prompt is None or bool(self.prompt.strip()),
-            f"prompt is empty ({self.prompt!r}); say what the video shows, for example --prompt 'a cat on a wall'",
+            f"prompt is empty ({self.prompt!r}); describe what the video shows, for example --prompt 'a cat on a wall'",
         )
         if self.mesh is not None:
             MeshShape.parse(self.mesh)

@@ -196,7 +196,7 @@ def _latents(video: Path, vae: "WanDecoder", config: EncodeConfig) -> np.ndarray
     latents = np.asarray(vae.encode(frames[None])[0], np.float32)
     if not np.isfinite(latents).all():
         raise UserError(
-            f"clip {video} gives latents that are NaN or infinite; check the VAE's weights, or use --precision fp32"
+            f"clip {video} produces latents that are NaN or infinite; check the VAE's weights, or use --precision fp32"
         )
     return latents
 
@@ -243,4 +243,4 @@ def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> 
     stored = wanted | {name: str(value) for name, value in derived.items()} | rate | file.metadata
     if other := [name for name in wanted if stored[name] != wanted[name]]:
         differences = ", ".join(f"{name} {stored[name]!r} instead of {wanted[name]!r}" for name in other)
-        raise UserError(f"{path} is there already, of {differences}; delete it, or give another --out")
+        raise UserError(f"{path} already exists, with {differences}; delete it, or give another --out")

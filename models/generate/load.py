@@ -103,7 +103,9 @@ def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
     if name in DECODERS:
         return ("VAE" if name == EXACT_DECODER else "tiny decoder"), None
     if not Path(name).exists():
-        raise UserError(f"decoder is {name}, which is no file; give {' or '.join(DECODERS)}, or the file of a tiny one")
+        raise UserError(
+            f"decoder is {name}, which is not a file; give {' or '.join(DECODERS)}, or the file of a tiny one"
+        )
     return "tiny decoder", Path(name)
 
 
@@ -315,7 +317,7 @@ def load_wan(
     plan = make_plan(config, defaults=wan_defaults(source), model=source.config)
     where = find_places(config, heads=source.config.num_heads)
     if texts and config.prompt is None and config.embeddings is None:
-        raise UserError("no prompt was given; say what the video shows, for example 'a cat on a wall'")
+        raise UserError("no prompt was given; describe what the video shows, for example 'a cat on a wall'")
     with user_input():
         source.check()
     opened.check_same(config)

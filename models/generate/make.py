@@ -114,7 +114,7 @@ def _check_tensor_file(name: str, path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{name} {path} exists already; give another name, or --overwrite")
     check_folder(name, path)
     if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"{name} {path} exists and may not be written")
+        raise UserError(f"{name} {path} exists and cannot be written to")
 
 
 def make_video(

@@ -45,7 +45,7 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
         heads: Attention heads of the network.
 
     Returns:
-        The places; a decoder's own device is none of the mesh.
+        The places; a decoder's own device is not part of the mesh.
 
     Raises:
         UserError: If there are not so many devices, or the mesh does not suit one video or the heads.
@@ -59,7 +59,7 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
         if config.decoder_device >= len(devices):
             last = f"use at most {len(devices) - 1}" if len(devices) > 1 else "leave it out"
             raise UserError(
-                f"decoder_device is {config.decoder_device}, and there {'are' if len(devices) > 1 else 'is'} "
+                f"decoder_device is {config.decoder_device}, but there {'are' if len(devices) > 1 else 'is'} "
                 f"{len(devices)} device{'s' * (len(devices) > 1)}, counted from 0; {last}"
             )
         decoder = devices[config.decoder_device]
@@ -81,7 +81,7 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
     except UserError as error:
         if len(own) == len(devices):
             raise
-        raise UserError(f"{error}, since decoder_device {config.decoder_device} is none of the mesh") from error
+        raise UserError(f"{error}, since decoder_device {config.decoder_device} is not part of the mesh") from error
     shape.check_one_clip()
     shape.check_heads(heads)
     here = [device for device in own if device.process_index == jax.process_index()]

@@ -144,7 +144,9 @@ class Plan:
                 f" (condition_frames){hint}"
             )
         if latents >= self.latents[0]:
-            raise UserError(f"condition has {frames} frames, which leaves none of frames {self.config.frames} to make")
+            raise UserError(
+                f"condition has {frames} frames, which leaves none of the frames {self.config.frames} to make"
+            )
         return latents
 
 
@@ -316,7 +318,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         window = defaults.window
         if window is None:
             raise UserError(
-                "mode is 'windows', but there is no window; monarchrt generate --mode windows --window 6 says one"
+                "mode is 'windows', but there is no window; give one: monarchrt generate --mode windows --window 6"
             )
     sinks, known = config.sink_frames, defaults.trained
     if mode == "autoregressive" and known is not None and known.window is not None:
@@ -413,7 +415,7 @@ def _check_positions(
     if window is None and latents[0] > frames:
         most = 1 + (frames - 1) * temporal
         raise UserError(
-            f"frames is {config.frames}; at once it must be at most {most}; longer ones come of a window: monarchrt "
+            f"frames is {config.frames}; at once it must be at most {most}; for longer ones use a window: monarchrt "
             f"generate --mode autoregressive --window 21"
         )
     for name, at, most in (("height", 1, height), ("width", 2, width)):

@@ -228,7 +228,7 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
     """
     if run.lora:
         raise UserError(
-            f"{run.path} trained a LoRA, which is no network; give the one that it was trained on, or make one "
+            f"{run.path} trained a LoRA, which is not a network; give the one that it was trained on, or make one "
             f"of both: `monarchrt convert NETWORK NEW --lora {shlex.quote(str(run.path))}`"
         )
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

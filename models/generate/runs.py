@@ -180,7 +180,7 @@ def read_run(path: Path) -> RunSettings:
     try:
         values = read_json(where)
     except ValueError as error:
-        raise UserError(f"{where} is damaged ({error}); mend it or give another run folder") from error
+        raise UserError(f"{where} is damaged ({error}); repair it or give another run folder") from error
     tables = {name: values.get(name, {}) for name in ("data", "model", "objective", "optimizer", GENERATION)}
     for name, table in tables.items():
         if not isinstance(table, dict):

@@ -71,7 +71,7 @@ def read_noise(path: Path, plan: Plan, *, channels: int, given: int = 0) -> Nois
     with user_input():
         file = SafetensorsFile(path)
     if "noise" not in file.infos:
-        raise UserError(f"noise {path} holds {', '.join(sorted(file.infos)) or 'nothing'}, and no tensor named noise")
+        raise UserError(f"noise {path} holds {', '.join(sorted(file.infos)) or 'nothing'}, but no tensor named noise")
     shape = (new_latents(plan, given=given), *plan.latents[1:], channels)
     first = _read(file, "noise", shape, path)
     if "fresh" not in file.infos:

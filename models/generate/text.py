@@ -203,8 +203,8 @@ def encode_once(
         for text, embedding in encoded:
             if not np.isfinite(np.asarray(embedding, np.float32)).all():
                 raise UserError(
-                    f"caption {text[:60]!r} gives text embeddings that are NaN or infinite; check the text encoder's "
-                    f"weights, or use precision fp32"
+                    f"caption {text[:60]!r} produces text embeddings that are NaN or infinite; check the text "
+                    f"encoder's weights, or use precision fp32"
                 )
             save_embeddings(files[text], {text: embedding})
     return files

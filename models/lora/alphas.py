@@ -206,7 +206,8 @@ def _patterns(given: Any, setting: str, path: Path, where: str) -> tuple[_Patter
             expression = re.compile(rf"(.*\.)?({text})$")
         except re.error as error:
             raise ValueError(
-                f"{path}: {setting} in its {where} has {_shown(text)}, which is no regular expression: {error}."
+                f"{path}: {setting} in its {where} has {_shown(text)}, which is not a valid regular "
+                f"expression: {error}."
             ) from error
         found.append(_Pattern(expression, float(value)))
     return tuple(found)

@@ -212,7 +212,7 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
     if (other := family(file.infos)) is not None:
         raise ValueError(f"{where} is for {other}, not for Wan 2.1: it holds {some(list(file.infos), 1)}.")
     if not is_lora(file.infos):
-        raise ValueError(f"{where} is no LoRA: it holds {some(list(file.infos), 2)}.")
+        raise ValueError(f"{where} is not a LoRA: it holds {some(list(file.infos), 2)}.")
     if (kind := what_has(file.infos, UNSUPPORTED)) is not None:
         raise ValueError(f"{where} holds {kind[0]}, which are not supported: {some(kind[1], 2)}.")
     names = read_names(file.infos)

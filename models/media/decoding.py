@@ -47,7 +47,7 @@ def open_video(path: Path, taken: Sequence[object]) -> Iterator[Shown]:
         with path.open("rb") as file, av.open(file, "r", options=_OFFLINE) as container:
             yield from _shown(container, path)
     except PermissionError as error:
-        raise UserError(f"video {path} may not be read: {error.strerror}") from error
+        raise UserError(f"video {path} cannot be read: {error.strerror}") from error
     except av.error.FFmpegError as error:
         raise UserError(
             f"video {path} is cut off, damaged or not a video ({error.strerror or error}) after {len(taken)} good "
@@ -69,17 +69,17 @@ def _video_stream(container: "av.container.InputContainer", path: Path) -> Any:
     kind = container.format.name
     if kind.endswith("_pipe") or kind == "image2":
         raise UserError(
-            f"picture {path} is cut off, damaged or of a kind that is not read ({kind}); save it as PNG or JPEG"
+            f"picture {path} is cut off, damaged or of an unsupported kind ({kind}); save it as PNG or JPEG"
         )
     if beginnings := _BARE.get(kind):
         with path.open("rb") as file:
             if not file.read(4).startswith(beginnings):
                 raise UserError(
-                    f"video {path} is no video, but has pictures somewhere in it ({kind}), as documents and raw photos "
-                    f"have; give {_EXAMPLE}"
+                    f"video {path} is not a video, but has pictures somewhere in it ({kind}), as documents and raw "
+                    f"photos have; give {_EXAMPLE}"
                 )
     if kind in ("hls", "dash", "concat"):
-        raise UserError(f"video {path} is a list of other files ({kind}), which is not read; give {_EXAMPLE}")
+        raise UserError(f"video {path} is a list of other files ({kind}), which is not supported; give {_EXAMPLE}")
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not moving:
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"}) or ["nothing"]
@@ -88,7 +88,7 @@ def _video_stream(container: "av.container.InputContainer", path: Path) -> Any:
     best = container.streams.best("video")
     stream: Any = best if best in moving else moving[0]
     if any(name.lower() == "alpha_mode" and value != "0" for name, value in stream.metadata.items()):
-        raise UserError(f"video {path} has transparency that is not read (WebM's); give it on a background")
+        raise UserError(f"video {path} has transparency, which is not supported (WebM's); put it on a background")
     return stream
 
 
@@ -168,7 +168,7 @@ def _orientation(frame: Any, path: Path) -> Orientation:
     transposed = abs(a) + abs(d) < abs(b) + abs(c)
     along, across = ((c, b), (a, d)) if transposed else ((a, d), (c, b))
     if max(map(abs, across)) > 0.02 * min(map(abs, along)):
-        raise UserError(f"video {path} is to be shown turned by an odd angle, which is not read; turn it upright")
+        raise UserError(f"video {path} has a rotation that is not supported; rotate it upright")
     return Orientation(transposed, across=along[0] < 0, down=along[1] < 0)
 
 
@@ -180,7 +180,7 @@ def _colours(frame: Any, path: Path) -> Colours:
     elif colours.transfer == UNSPECIFIED and matrix == UNSPECIFIED and SideData.DOVI_METADATA in frame.side_data:
         problem = "Dolby Vision colours"
     if problem:
-        raise UserError(f"video {path} has {problem} that cannot be read as it is seen; convert it to BT.709")
+        raise UserError(f"video {path} has {problem} that cannot be converted to RGB correctly; convert it to BT.709")
     return colours
 
 

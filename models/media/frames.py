@@ -72,7 +72,7 @@ def at_rate(frames: Iterable[Shown], fps: float | int, path: Path) -> Iterator[S
         else:
             gap = frame.time - seen.time
             if gap * fps > _LONGEST_HOLD:
-                raise UserError(f"video {path} has a hole of {gap:.0f} seconds in its timestamps; cut it out")
+                raise UserError(f"video {path} has a gap of {gap:.0f} seconds in its timestamps; cut it out")
             while begin + count / fps < frame.time - jitter:
                 yield seen
                 count += 1

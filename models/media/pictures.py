@@ -48,7 +48,7 @@ def open_picture(path: Path) -> Iterator[Shown] | None:
                         f"picture {path} is cut off: {missing} bytes are missing; give a whole file"
                     ) from None
                 raise UserError(
-                    f"picture {path} is of the kind {brand} (HEIC, HEIF or raw), which is not read; {_SAVE}"
+                    f"picture {path} is of the kind {brand} (HEIC, HEIF or raw), which is not supported; {_SAVE}"
                 ) from None
             return None
         if problem := _problem(image, path):
@@ -157,5 +157,5 @@ def _said(path: Path) -> Iterator[None]:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         if isinstance(error, PermissionError):
-            raise UserError(f"picture {path} may not be read: {error.strerror}") from error
+            raise UserError(f"picture {path} cannot be read: {error.strerror}") from error
         raise UserError(f"picture {path} is cut off or damaged ({error}); give a whole file") from error

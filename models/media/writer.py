@@ -53,7 +53,7 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
         raise UserError(f"out {path} exists already; give another --out, or --overwrite")
     check_folder("out", path)
     if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"out {path} exists and may not be written")
+        raise UserError(f"out {path} exists and cannot be written to")
 
 
 def _check_frames_writable(path: Path, names: Path, overwrite: bool) -> None:
@@ -274,7 +274,7 @@ class Mp4Writer:
             return
         other = self.path.with_stem(f"{self.path.stem}-{os.getpid()}")
         unfinished(self.path).replace(other)
-        raise UserError(f"out {self.path} exists by now, of another process; this video is kept as {other}")
+        raise UserError(f"out {self.path} was created by another process meanwhile; this video is kept as {other}")
 
     def __enter__(self) -> "Mp4Writer":
         return self
@@ -324,7 +324,7 @@ class PngWriter:
         self.path, self.frames = Path(path), 0
         names = _frame_names(self.path)
         if names is None:
-            raise UserError(f"out {path} is no folder, nor names of PNG files such as frames/%05d.png")
+            raise UserError(f"out {path} is neither a folder nor a pattern for PNG files such as frames/%05d.png")
         self._names, self._overwrite = names, overwrite
         self._texts = {} if settings is None else {"comment": json.dumps({KEY: settings}, ensure_ascii=False)}
         if title:
@@ -347,7 +347,9 @@ class PngWriter:
                         old.unlink()
                 file = self._names.with_name(self._names.name % self.frames)
                 if file.exists():
-                    raise UserError(f"out {file} exists by now, of another process; {self.frames} frames are kept")
+                    raise UserError(
+                        f"out {file} was created by another process meanwhile; {self.frames} frames are kept"
+                    )
                 texts = PngImagePlugin.PngInfo()
                 for name, text in self._texts.items() if self.frames == 0 else ():
                     texts.add_itxt(name, text)

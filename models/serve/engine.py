@@ -151,7 +151,8 @@ class Engine:
             raise UserError(f"attention: {error}") from error
         if name not in self.models:
             raise Refusal(
-                f"attention is {name}, which would need another program; this server has {', '.join(self.models)}",
+                f"attention is {name}, which would need another compiled program; this server has "
+                f"{', '.join(self.models)}",
                 code="other_program",
             )
         return name
@@ -167,7 +168,7 @@ class Engine:
             UserError: If they are of another size, or not as many as a video may begin with.
         """
         if not self.begins:
-            raise UserError("videos begin with nothing here; the server has no --begin")
+            raise UserError("this server starts no videos from images or clips: its --begin is 0")
         if len(frames) not in self.begins:
             raise UserError(f"begin has {len(frames)} frames; videos begin with {_either(self.begins)} here")
         if frames.shape[1:3] != self.size:

@@ -115,7 +115,7 @@ def random_engine(
 def _block_by_block(config: GenerateConfig) -> GenerateConfig:
     """The settings, block by block; refused if several processes would have to take turns in step."""
     if (count := jax.process_count()) > 1:
-        raise UserError(f"there are {count} processes, but sessions are made by one, on devices of its own; start one")
+        raise UserError(f"there are {count} processes, but sessions run in one process, on its own devices; start one")
     return dataclasses.replace(config, mode="autoregressive", unroll_layers="auto")  # the engine does that
 
 

@@ -168,7 +168,7 @@ def parse_message(text: str, *, longest_prompt: int = 4000) -> Message:
         The message.
 
     Raises:
-        Refusal: If it is no JSON object, of no known type, lacks a field, or has one that is unknown or out of range.
+        Refusal: If it is not JSON object, of no known type, lacks a field, or has one that is unknown or out of range.
     """
     try:
         values = json.loads(text, parse_constant=_no_number)
@@ -211,11 +211,11 @@ def _check_range(name: str, value: Any, longest_prompt: int) -> None:
         if len(value) > longest:
             raise UserError(f"{name} has {len(value)} characters; at most {longest} are taken")
         if name == "prompt" and not value.strip():
-            raise UserError("prompt is empty; say what the video shows")
+            raise UserError("prompt is empty; describe what the video shows")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{name} has half of a surrogate pair, which is no text") from None
+            raise UserError(f"{name} has half of a surrogate pair, which is not valid text") from None
     elif isinstance(value, int) and not isinstance(value, bool):
         least, most = LEAST.get(name, 0), MOST.get(name, 2**31 - 1)
         if not least <= value <= most:
@@ -230,4 +230,4 @@ def _shown(value: Any) -> str:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

@@ -87,7 +87,7 @@ class Ice:
             raise UserError("ice_servers has a TURN server; give --ice-username and --ice-credential too")
         if "turn" not in kinds and any(given):
             name = "ice_username" if given[0] else "ice_credential"
-            raise UserError(f"{name} is of no use without a TURN server; give one with --ice-servers turn:HOST:PORT")
+            raise UserError(f"{name} has no effect without a TURN server; give one with --ice-servers turn:HOST:PORT")
 
     def described(self) -> list[dict[str, str]]:
         """As `RTCPeerConnection` takes it in browsers, and aiortc's `RTCIceServer`."""

@@ -101,7 +101,7 @@ class Session:
         sent: Blocks that were handed out, of those that still count.
 
     Raises:
-        Refusal: If what it asks for would need another program, or more than the limits.
+        Refusal: If what it asks for would need another compiled program, or more than the limits.
     """
 
     def __init__(
@@ -152,7 +152,8 @@ class Session:
             wanted = getattr(start, name)
             if wanted not in (None, value):
                 raise Refusal(
-                    f"start: {name} is {wanted}, which would need another program; this server makes {name} {value}",
+                    f"start: {name} is {wanted}, which would need another compiled program; this server's {name} is "
+                    f"{value}",
                     code="other_program",
                     id=start.id,
                 )
@@ -165,8 +166,8 @@ class Session:
         last, why = self._find_last(start)
         if given >= last:
             raise Refusal(
-                f"start: it begins with {engine.frames(given)} frames, which leaves none of {engine.frames(last)} to "
-                f"make; ask for {engine.frames(given + 1)} or more",
+                f"start: the video starts with {engine.frames(given)} frames, which leaves none of the "
+                f"{engine.frames(last)} to generate; ask for {engine.frames(given + 1)} or more",
                 id=start.id,
             )
         return last, why
@@ -177,7 +178,7 @@ class Session:
             known = "cannot be made here" if start.video in ENCODINGS else "is unknown"
             raise Refusal(f"start: video {start.video!a} {known}; there is {', '.join(formats)}", id=start.id)
         if start.offer is not None:
-            raise Refusal(f"start: offer is of no use with video {start.video!a}; leave it out", id=start.id)
+            raise Refusal(f"start: offer has no effect with video {start.video!a}; leave it out", id=start.id)
         return ENCODINGS[start.video]
 
     def _find_last(self, start: Start) -> tuple[int, str]:
@@ -210,7 +211,7 @@ class Session:
         elif isinstance(message, Start):
             raise Refusal("start: this session has begun; stop it, or open another", code="begun", id=message.id)
         elif len(self._commands) >= MOST_COMMANDS and not isinstance(message, Stop):
-            raise Refusal(f"{message.type}: {MOST_COMMANDS} messages wait already", code="busy", id=message.id)
+            raise Refusal(f"{message.type}: {MOST_COMMANDS} messages are already waiting", code="busy", id=message.id)
         else:
             self._commands.append(message)
             if self.ended is not None:  # meanwhile
@@ -458,7 +459,7 @@ class Session:
     def _finish(self, block: Block, free: float) -> None:
         block.done = True
         if not block.finite:
-            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or take precision fp32")
+            raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or use precision fp32")
         number, first = block.number, self._engine.frames(block.number)
         if number in self._past:
             self._past[number] = np.asarray(block.latents)
@@ -504,7 +505,7 @@ class Session:
         have = self._latents()
         if message.block > self.block or any(start not in have for start in video.past_of(frame)):
             last = f"; blocks {kept[0]} to {kept[-1]} are kept" if kept else "; none is made yet"
-            raise Refusal(f"seek: block is {message.block}, which cannot be gone back to{last}", code="not_kept")
+            raise Refusal(f"seek: block is {message.block}, which cannot be returned to{last}", code="not_kept")
         video.recache(frame, have)
         for block in [block for block in self._past if block >= message.block]:
             del self._past[block]

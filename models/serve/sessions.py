@@ -95,7 +95,7 @@ class Sessions:
             self._seat()  # those that have just ended make room
             if self.active >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
                 raise Refusal(
-                    f"start: {self.active} sessions are on and {len(self._waiting)} wait; try again later",
+                    f"start: {self.active} sessions are active and {len(self._waiting)} wait; try again later",
                     code="full",
                     id=start.id,
                 )

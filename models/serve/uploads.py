@@ -61,7 +61,7 @@ class Uploads:
             Its name for `start`, and how many frames it has.
         """
         if not self._engine.begins:
-            raise web.HTTPNotFound(text="videos begin with nothing here; the server has no --begin\n")
+            raise web.HTTPNotFound(text="this server starts no videos from images or clips: its --begin is 0\n")
         most, length = self._limits.upload, request.content_length
         if length is not None and length > most:
             raise _too_large(most, length)

@@ -129,7 +129,7 @@ def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str,
             prompt = file.metadata[f"{name}.prompt"]
             rows = int(file.metadata[f"{name}.rows"]) if length is None else length
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path} does not say which prompt {name} is of; make it anew") from error
+            raise UserError(f"{path} does not say which prompt {name} is of; make it again") from error
         if array.ndim != 2:
             raise UserError(f"{path}: the embedding of {prompt[:40]!r} is {list(array.shape)}; it must be [L, D]")
         if len(array) > rows:

@@ -84,7 +84,7 @@ class Tokenizer:
             if sentencepiece or path.name == "spiece.model":
                 at = (sentencepiece[0] if sentencepiece else path).parent
                 raise UserError(
-                    f"{at} has spiece.model only, which is not read; make the tokenizer.json beside it with "
+                    f"{at} has only spiece.model, which is not supported; make the tokenizer.json beside it with "
                     f'transformers and sentencepiece installed: python -c "import transformers; '
                     f"transformers.AutoTokenizer.from_pretrained('{at}').save_pretrained('{at}')\""
                 )
@@ -130,7 +130,9 @@ class Tokenizer:
         for row, prompt in enumerate(prompts):
             text = clean_text(prompt)
             if not text and not empty:
-                raise UserError(f"prompt {prompt!r} is empty; say what the video shows, for example 'a cat on a wall'")
+                raise UserError(
+                    f"prompt {prompt!r} is empty; describe what the video shows, for example 'a cat on a wall'"
+                )
             tokens = list(self.inner.encode(text).ids)
             if tokens[-1:] == [self.end]:
                 tokens.pop()

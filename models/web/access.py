@@ -55,7 +55,7 @@ class Address:
             if path is not None and not path.is_file():
                 raise UserError(f"{name} {path} is not a file; give a PEM file")
         if self.key is not None and self.certificate is None:
-            raise UserError(f"key {self.key} is of no use without a certificate; give --certificate too")
+            raise UserError(f"key {self.key} has no effect without a certificate; give --certificate too")
 
     @property
     def url(self) -> str:

@@ -226,7 +226,9 @@ class TestOthersRead:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.chdir(tmp_path)
         assert_same(load_checkpoint("someone/Wan-small"), wan.model(small))
-        with pytest.raises(ValueError, match="'someone/Wan-large' does not exist here and cannot be had from the hub"):
+        with pytest.raises(
+            ValueError, match="'someone/Wan-large' does not exist here and cannot be downloaded from the hub"
+        ):
             load_checkpoint("someone/Wan-large")
 
 

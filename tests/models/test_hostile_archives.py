@@ -180,8 +180,8 @@ HEADER = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 32]}}, "is said to lie at bytes 16 to 32"),
-        ({"b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}, "is said to lie at bytes 0 to 16"),
+        ({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 32]}}, "claims bytes 16 to 32"),
+        ({"b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}, "claims bytes 0 to 16"),
         ({"b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "those before end at 16"),
         ({"b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]}}, "those before end at 16"),
         ({"b": {"dtype": "F32", "shape": [2**40], "data_offsets": [16, 16 + 2**42]}}, "is truncated"),
@@ -195,7 +195,7 @@ HEADER = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
         ({"b": {"dtype": "F32", "shape": 1, "data_offsets": [16, 20]}}, "lacks dtype, shape or data_offsets"),
         ({"b": []}, "lacks dtype, shape or data_offsets"),
         ({"b": {"dtype": "F4", "shape": [1], "data_offsets": [16, 20]}}, "has dtype F4; these can be read: F64, F32"),
-        ({"__metadata__": {"a": 1}}, "metadata is no object of strings"),
+        ({"__metadata__": {"a": 1}}, "metadata is not an object of strings"),
     ],
 )
 def test_safetensors_headers(tmp_path, change, message):
@@ -225,14 +225,14 @@ def test_an_index_names_files_of_its_own_folder(tmp_path, shard):
     index.parent.mkdir()
     write_arrays(index.parent / "b.safetensors", {"w": LINEAR}, metadata={})
     index.write_text(json.dumps({"weight_map": {"w": shard}}))
-    with pytest.raises(ValueError, match="which is no file of its own folder"):
+    with pytest.raises(ValueError, match="which is not a file in the same folder"):
         ShardedSafetensors(index)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"a": NaN}', "NaN is no number of JSON"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": [-Infinity]}', "-Infinity is no number"),
         (b'{"a": 1e999}', "the number 1e999 is too large"),
         (b'{"a": ' + b"9" * 5000 + b"}", "digits"),

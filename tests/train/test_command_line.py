@@ -485,7 +485,7 @@ def test_an_empty_value_is_no_folder(arguments, name, capsys, tmp_path, monkeypa
     """As a path it would be the one that one is in."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
-    said = f"error: {name} is empty, as of a variable that is not set; give a value, or leave it out\n"
+    said = f"error: {name} is empty, perhaps from a variable that is not set; give a value, or leave it out\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())
 

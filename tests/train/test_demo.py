@@ -79,7 +79,7 @@ def test_what_it_leaves(clip, tmp_path, capsys):
 
 
 def test_stopped_it_says_how_to_go_on(clip, tmp_path, capsys, monkeypatch):
-    """With the command of the demo, not that of the run inside; the settings are those it was begun with."""
+    """With the command of the demo, not that of the run inside; the settings are those it was started with."""
     folder = tmp_path / "my demo"
     stop = functools.partial(run.train, after_step=lambda *_: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(run, "train", stop)
@@ -92,7 +92,7 @@ def test_stopped_it_says_how_to_go_on(clip, tmp_path, capsys, monkeypatch):
     before = contents(folder)
     for option, said in (("--seed=3", "seed is 3, but the demo in"), ("--steps=9", "steps is 9, but the demo in")):
         assert main(["demo", "--folder", str(folder), "--resume", option]) == 2
-        assert f"cannot resume: {said} {folder} was begun with" in capsys.readouterr().err
+        assert f"cannot resume: {said} {folder} was started with" in capsys.readouterr().err
     assert contents(folder) == before
     for more in ([], ["--resume"]):
         assert main(["demo", "--folder", str(folder / "dense"), *more]) == 2

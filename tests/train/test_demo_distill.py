@@ -160,8 +160,8 @@ def test_the_dense_student_differs_in_attention_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--clips", "9"), "clips is 9, which is of the distillation; give --distill too"),
-        (("--distill-steps", "9"), "distill_steps is 9, which is of the distillation; give --distill too"),
+        (("--clips", "9"), "clips is 9, which is for the distillation; give --distill too"),
+        (("--distill-steps", "9"), "distill_steps is 9, which is for the distillation; give --distill too"),
         (("--distill", "--distill-steps", "0"), "distill_steps is 0; it must be at least 1"),
         (("--distill", "--clips", "2"), "clips is 2; it must be at least 8"),
     ],

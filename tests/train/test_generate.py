@@ -99,7 +99,7 @@ class TestWan:
         (["--checkpoint", "{wan}", *CAT, "--frames", "6"], "frames is 6; it must be 1 + 4 k; the nearest: 5 or 9"),
         (["--checkpoint", "{causal}", *CAT, "--frames", "13"], "whole blocks of 3 latent frames; the nearest: 9 or 21"),
         (["--checkpoint", "{causal}", *CAT, "--frames", "9", "--tile", "1", "30", "7"], "7 does not divide the 52"),
-        (["--checkpoint", "{wan}"], "no prompt was given; say what the video shows"),
+        (["--checkpoint", "{wan}"], "no prompt was given; describe what the video shows"),
         (["--checkpoint", "{wan}", "--prompt", " "], "prompt is empty"),
         (
             ["--checkpoint", "{causal}", *CAT, "--frames", "9"],
@@ -353,7 +353,7 @@ class TestEncode:
     @pytest.mark.parametrize(
         ("change", "arguments", "message"),
         [
-            ({"caption": "a dog"}, [], "0.safetensors is there already, of caption 'a dog' instead of 'a cat'; delete"),
+            ({"caption": "a dog"}, [], "0.safetensors already exists, with caption 'a dog' instead of 'a cat'; delete"),
             ({"clip": "0.webm"}, [], "of clip '0.webm' instead of '0.mp4'"),
             ({}, ["--width", "48"], "of width '64' instead of '48'; delete it, or give another --out"),
             ({}, ["--height", "16", "--frames", "9"], "of frames '5' instead of '9', height '32' instead of '16'; "),
@@ -457,7 +457,7 @@ class TestEncode:
         (clips / "1.mp4").rename(clips / "1")
         (clips / "4.mp4").unlink()
         assert self.encode(clips, out, "--components", wan_folder) == 2
-        assert "3.mp4 gives latents that are NaN or infinite" in capsys.readouterr().err
+        assert "3.mp4 produces latents that are NaN or infinite" in capsys.readouterr().err
         assert not (out / "3.safetensors").exists()
         (clips / "aside").rename(clips / "1.txt")
         (clips / "1").rename(clips / "1.mp4")

@@ -219,6 +219,6 @@ class TestTinyDecoder:
         assert generate(*common, "tiny") == 2
         assert "lacks: tiny decoder (taew2_1.safetensors or taew2_1.pth)" in said()
         assert generate(*common, "small") == 2
-        assert "decoder is small, which is no file; give exact or tiny, or the file of a tiny one" in said()
+        assert "decoder is small, which is not a file; give exact or tiny, or the file of a tiny one" in said()
         assert generate("--checkpoint", baseline, "--decoder", "tiny", "--out", tmp_path / "a.mp4") == 2
         assert "which has its own; leave it out" in said()

@@ -160,7 +160,7 @@ class TestFiles:
             (lambda noise: {"noise": noise.transpose(3, 0, 1, 2)}, "its channels are not last, as in PyTorch"),
             (lambda noise: {"noise": noise[1:]}, "and [4, 4, 8, 48] is needed"),
             (lambda noise: {"noise": noise * np.nan}, "noise is NaN or infinite"),
-            (lambda noise: {"latents": noise}, "holds latents, and no tensor named noise"),
+            (lambda noise: {"latents": noise}, "holds latents, but no tensor named noise"),
             (
                 lambda noise: {"noise": noise, "fresh": noise[None]},
                 "holds fresh noise, which the sampler euler does not",

@@ -84,7 +84,7 @@ def test_a_session(kind, baseline, causal_folder, wan_folder, environment, tmp_p
         (["--begin", "9", "-1"], "begin is (9, -1); give numbers of frames, such as 9 21, or 0 for none"),
         (["--ice-servers", "a.example"], "ice_servers has 'a.example'; give stun:HOST:PORT, turn:HOST:PORT or turns:"),
         (["--ice-servers", "turn:a"], "ice_servers has a TURN server; give --ice-username and --ice-credential too"),
-        (["--ice-username", "u"], "ice_username is of no use without a TURN server"),
+        (["--ice-username", "u"], "ice_username has no effect without a TURN server"),
         (["--webrtc", "no", "--ice-servers", "stun:a"], "ice_servers is stun:a, but webrtc is no; leave one of them"),
         (["--prompt", "a cat"], "--prompt"),
         (["--decoder", "tiny"], "which has its own; leave it out"),

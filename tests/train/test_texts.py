@@ -102,9 +102,9 @@ def test_what_prompts_do_not_go_with(prompts, tmp_path):
         ({"latents": tmp_path}, "both prompts and latents were given"),
         ({"video": tmp_path}, "both prompts and video were given"),
         ({"rows": 0}, "rows is 0"),
-        ({"fps": 16.0}, "fps is 16.0, which is of a video, but the texts of prompts have none; leave fps out"),
-        ({"patch": 16}, "patch is 16, which is of a video"),
-        ({"flip": True}, "flip is True, which is of a video"),
+        ({"fps": 16.0}, "fps is 16.0, which is for videos, but prompts have none; leave fps out"),
+        ({"patch": 16}, "patch is 16, which is for videos"),
+        ({"flip": True}, "flip is True, which is for videos"),
     ):
         with pytest.raises(UserError, match=said):
             DataConfig(**{"prompts": prompts, **SIZE, **changes})

@@ -154,7 +154,7 @@ def _check_none_is_empty(arguments: list[str]) -> None:
             value = value if equals else word
         if not value and option.replace("_", "-") not in _MAY_BE_EMPTY:
             name = option[2:].replace("-", "_")
-            raise UserError(f"{name} is empty, as of a variable that is not set; give a value, or leave it out")
+            raise UserError(f"{name} is empty, perhaps from a variable that is not set; give a value, or leave it out")
 
 
 def _quiet_storage() -> None:

@@ -160,7 +160,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"config {path} is no {path.suffix[1:].upper()}: {_one_line(str(error))}") from error
+        raise UserError(f"config {path} is not {path.suffix[1:].upper()}: {_one_line(str(error))}") from error
     if not isinstance(values, dict):
         raise UserError(f'config {path} holds no settings by name, such as {{"steps": 500}}')
     return values

@@ -62,7 +62,7 @@ class DemoConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("distill_steps", "clips"):
             if not self.distill and getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"{name} is {getattr(self, name)}, which is of the distillation; give --distill too")
+                raise UserError(f"{name} is {getattr(self, name)}, which is for the distillation; give --distill too")
         dense_run(self)  # the other settings are checked there
 
     @property

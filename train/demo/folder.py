@@ -1,4 +1,4 @@
-"""A demo's folder: what may be begun or gone on with there, and the settings it was begun with. No JAX here.
+"""A demo's folder: what may be begun or gone on with there, and the settings it was started with. No JAX here.
 
 demo.json                  the settings
 dense/ control/ monarch/   the run folders of the three trainings; with --distill those of `few_steps.distillations`
@@ -60,7 +60,7 @@ def claim_demo(config: DemoConfig) -> None:
         there, here = getattr(begun, field), getattr(config, field)
         if there != here:
             raise UserError(
-                f"cannot resume: {field} is {here}, but the demo in {folder} was begun with {there}; use that value, "
+                f"cannot resume: {field} is {here}, but the demo in {folder} was started with {there}; use that value, "
                 f"or another --folder"
             )
 
@@ -98,7 +98,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def read_settings(folder: Path) -> DemoConfig | None:
-    """The settings that a demo was begun with; None if the folder has none.
+    """The settings that a demo was started with; None if the folder has none.
 
     Raises:
         UserError: If they are damaged.
@@ -113,7 +113,7 @@ def read_settings(folder: Path) -> DemoConfig | None:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); mend it, or remove it and give all settings") from error
+        raise UserError(f"{path} is damaged ({error}); repair it, or remove it and give all settings") from error
     try:
         config = from_dict(DemoConfig, values)
     except UserError as error:

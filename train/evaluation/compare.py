@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         plan_sets(network, videos=len(prompts) * len(config.seeds), frames=max(network.widths) + 1)
     if config.prompts is not None and not _is_wan(config):
         raise UserError(
-            f"prompts is {config.prompts}, but checkpoint {config.checkpoint} is a run folder, which knows no text; "
+            f"prompts is {config.prompts}, but checkpoint {config.checkpoint} is a run folder, which takes no text; "
             f"leave it out"
         )
     with _claimed(config):

@@ -111,4 +111,4 @@ class EvaluateConfig:
         if twice := [seed for n, seed in enumerate(self.seeds) if seed in self.seeds[:n]]:
             raise UserError(f"seeds has {twice[0]} twice; give each once")
         if not self.videos and not self.windows:
-            raise UserError("videos is false and windows is 0, so that there is nothing to measure; use one of them")
+            raise UserError("videos is false and windows is 0, so there is nothing to measure; use one of them")

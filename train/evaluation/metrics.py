@@ -86,7 +86,7 @@ def flicker(video: Video) -> float:
         ValueError: If there are fewer than two frames.
     """
     if len(video) < 2:
-        raise ValueError(f"video has {len(video)} frame; flicker needs two at least.")
+        raise ValueError(f"video has {len(video)} frame; flicker needs at least two.")
     differences = [np.abs(b.astype(np.float64) - a).mean() for a, b in itertools.pairwise(video)]
     return float(1 - np.mean(differences) / 255)
 

@@ -104,7 +104,7 @@ def _data_and_objective(
     if not isinstance(opened, RunCheckpoint):
         if latents is None:
             raise UserError(
-                f"checkpoint {checkpoint} is no run folder, so that no clips are known; give --latents, a folder of "
+                f"checkpoint {checkpoint} is not a run folder, so its clips are not known; give --latents, a folder of "
                 f"`monarchrt encode`"
             )
         shift = wan_defaults(cast(Any, opened).source).shift

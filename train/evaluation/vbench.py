@@ -130,7 +130,7 @@ def read_tasks(path: Path, *, dimensions: tuple[str, ...] = (), still: bool = Fa
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"full_info {path} is no JSON: {error}") from error
+        raise UserError(f"full_info {path} is not JSON: {error}") from error
     tasks: dict[str, int] = {}
     entries = values if isinstance(values, list) else []
     for entry in entries:
@@ -196,7 +196,7 @@ def write_videos(config: VBenchConfig) -> tuple[int, int]:
         raise UserError("no checkpoint was given; give one that takes prompts, such as Wan2.1-T2V-1.3B")
     if (Path(config.checkpoint) / "checkpoints").is_dir():
         raise UserError(
-            f"checkpoint {config.checkpoint} is a run folder, which knows no text; give one that takes prompts, such "
+            f"checkpoint {config.checkpoint} is a run folder, which takes no text; give one that takes prompts, such "
             f"as Wan2.1-T2V-1.3B"
         )
     tasks = read_tasks(config.full_info, dimensions=config.dimensions, still=config.still)
@@ -294,11 +294,11 @@ def read_results(files: list[Path]) -> dict[str, float]:
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"results {file} is no JSON: {error}") from error
+            raise UserError(f"results {file} is not JSON: {error}") from error
         for name, value in values.items() if isinstance(values, dict) else ():
             value = value[0] if isinstance(value, list) and value else value
             if name not in DIMENSIONS or isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"results {file} is not VBench's: {name!a:.60} is no dimension with a number")
+                raise UserError(f"results {file} is not VBench's: {name!a:.60} is not a dimension with a number")
             if not math.isfinite(value) or abs(value) > 1:
                 raise UserError(f"results {file}: {name} is {value}, and VBench's values lie in [-1, 1]")
             if scores.setdefault(name, float(value)) != float(value):

@@ -52,5 +52,5 @@ def negative_embedding(path: Path) -> Float32[np.ndarray, "m d"]:
         raise UserError(f"negative {path} has no embedding; give a file of generate --save-embeddings")
     embedding = np.asarray(embeddings.get(NEGATIVE_PROMPT, next(iter(embeddings.values()))), np.float32)
     if not np.isfinite(embedding).all():
-        raise UserError(f"negative {path} is NaN or infinite; make it anew with generate --save-embeddings")
+        raise UserError(f"negative {path} is NaN or infinite; make it again with generate --save-embeddings")
     return embedding

@@ -92,7 +92,7 @@ def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Obje
         raise ValueError(f"exported is {settings.exported!r}; it must be a role of {name} that trains")
     for role in roles.values():
         if role.starts_as is not None and role.starts_as not in roles:
-            raise ValueError(f"starts_as is {role.starts_as!r}, which is no role of {name}: {', '.join(roles)}")
+            raise ValueError(f"starts_as is {role.starts_as!r}, which is not a role of {name}: {', '.join(roles)}")
     _SETTINGS[name], _MAKERS[name] = settings, objective
 
 

@@ -350,7 +350,7 @@ class SelfForcingObjective(DMDObjective):
             options="student.",
         )
         if frames > MAX_POSITIONS:
-            raise UserError(f"clips have {frames} latent frames; the network's positions end at {MAX_POSITIONS}")
+            raise UserError(f"clips have {frames} latent frames; the network supports positions up to {MAX_POSITIONS}")
         with user_input():
             return block_sizes(frames, settings.block, independent_first_frame=settings.independent_first_frame)
 

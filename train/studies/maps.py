@@ -232,7 +232,7 @@ def _cropped(
     tokens = part[0] * part[1] * part[2]
     if tokens > LARGEST:
         raise UserError(
-            f"a map of {tokens} tokens {part} has {tokens**2 / 1e9:.1f} thousand million entries; give --{option}, at "
+            f"a map of {tokens} tokens {part} has {tokens**2 / 1e9:.1f} billion entries; give --{option}, at "
             f"most {LARGEST} tokens, such as --{option} {max(1, LARGEST // (part[1] * part[2]))} {part[1]} {part[2]}"
         )
     return part

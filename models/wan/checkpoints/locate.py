@@ -98,7 +98,7 @@ def _local(path: str | Path, revision: str | None) -> Path:
         if local.exists():
             return local
     except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
-        raise ValueError(f"path={str(path)[:200]!r} is no path: {error}.") from error
+        raise ValueError(f"path={str(path)[:200]!r} is not a path: {error}.") from error
     if not names_repository(path):
         raise ValueError(
             f"path={str(path)!r} does not exist; give a checkpoint's file or folder, a run folder, or a repository of "

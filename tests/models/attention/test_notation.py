@@ -71,7 +71,7 @@ def test_other_ways_to_write_it(text, same):
         ("monarch(num_iters=1.5)", "num_iters=1.5 is not a whole number"),
         ("monarch(blocks=wh)", "blocks='wh' is unknown"),
         ("monarch(keep_intermediates=3)", "keep_intermediates=3 is not True or False"),
-        ("monarch(num_iters=1, num_iters=2)", "cannot be given there, or twice|repeated"),
+        ("monarch(num_iters=1, num_iters=2)", "cannot be given there, or is given twice|repeated"),
         ("dense(implementation=triton)", "implementation='triton'"),
         ("first_layers(2, dense)", "first_layers needs after; its fields: layers, first, after"),
         ("first_layers(2, dense, monarch, dense)", "takes layers, first, after in this order, not 4 values"),

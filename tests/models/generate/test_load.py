@@ -109,7 +109,7 @@ class TestHub:
         folder = fill(tmp_path / "cache" / "someone/network-alone", OFFICIAL[:2])
         with pytest.raises(UserError, match=r"lacks: VAE .*; text encoder .* looked in someone/network-alone and "):
             find_components(config(checkpoint="someone/network-alone"), folder)
-        with pytest.raises(UserError, match="'no/such' does not exist here and cannot be had from the hub: 404"):
+        with pytest.raises(UserError, match="'no/such' does not exist here and cannot be downloaded from the hub: 404"):
             find_components(config(checkpoint=str(folder), components=Path("no/such")), folder)
         with pytest.raises(UserError, match="components /no/such/folder is not a folder"):
             find_components(config(checkpoint=str(folder), components=Path("/no/such/folder")), folder)
@@ -130,7 +130,7 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     apart = config(checkpoint=str(elsewhere), components=Path("wan/official"))
     assert find_components(apart, elsewhere).text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
     shutil.rmtree(storage)
-    said = "does not exist here and cannot be had from the hub: Cannot"
+    said = "does not exist here and cannot be downloaded from the hub: Cannot"
     with pytest.raises(UserError, match=f"'wan/official' {said}") as caught:
         find_components(apart, elsewhere)
     assert "run folder" not in str(caught.value)

@@ -255,7 +255,9 @@ class TestMakeVideo:
         pipeline, plan = tiny
         out = tmp_path / "a.mp4"
         out.write_bytes(b"another's")  # `check_outputs` would have refused it earlier
-        with pytest.raises(UserError, match=r"a\.mp4 exists by now, .* kept as .*a-\d+\.mp4"):
+        with pytest.raises(
+            UserError, match=r"a\.mp4 was created by another process meanwhile; .* kept as .*a-\d+\.mp4"
+        ):
             make_video(pipeline, TEXT, plan=plan(out=out))
         assert out.read_bytes() == b"another's"
         (kept,) = tmp_path.glob("a-*.mp4")

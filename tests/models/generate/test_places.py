@@ -152,7 +152,7 @@ def test_the_decoders_own_device_is_counted(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     with pytest.raises(UserError) as error:
         find_places(GenerateConfig(mesh="heads=2", decoder_device=3), heads=12)
-    assert "there are 3; it could be heads=3, since decoder_device 3 is none of the mesh" in str(error.value)
+    assert "there are 3; it could be heads=3, since decoder_device 3 is not part of the mesh" in str(error.value)
     with pytest.raises(UserError, match=r"there are 4; it could be heads=4$"):
         find_places(GenerateConfig(mesh="heads=2"), heads=12)
 

@@ -281,7 +281,7 @@ class TestBeginning:
         for frames in (8, 13, 1):
             with pytest.raises(UserError, match=f"condition has {frames} frames, .*9, 21, 33"):
                 made.begins_with(frames)
-        with pytest.raises(UserError, match="which leaves none of frames 81"):
+        with pytest.raises(UserError, match="which leaves none of the frames 81"):
             made.begins_with(81)
 
     def test_an_image(self):

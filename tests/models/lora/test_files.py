@@ -85,8 +85,8 @@ class TestAlpha:
 
     @pytest.mark.parametrize(
         ("more", "message"),
-        [({"alpha_pattern": {"attn1.(to_q": 9}}, r'alpha_pattern in its header has "attn1.\(to_q", which is no reg'),
-         ({"rank_pattern": {"*": 9}}, r'rank_pattern in its header has "\*", which is no regular expression: '),
+        [({"alpha_pattern": {"attn1.(to_q": 9}}, r'alpha_pattern in its header has "attn1.\(to_q", which is not'),
+         ({"rank_pattern": {"*": 9}}, r'rank_pattern in its header has "\*", which is not a valid regular '),
          ({"rank_pattern": ["to_q"]}, r'rank_pattern in its header is \["to_q"\], not names with a number each'),
          ({"rank_pattern": {"to_q": 2.5}}, "rank_pattern in its header has 2.5, not a whole number of at least 1"),
          ({"alpha_pattern": {"to_q": None}}, "alpha_pattern in its header has null, not a number"),
@@ -388,7 +388,7 @@ class TestOtherModels:
 
 def test_no_lora(wan, small, tmp_path):
     file = save_checkpoint(wan.model(small), tmp_path / "base") / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(ValueError, match=r"is no LoRA: it holds "):
+    with pytest.raises(ValueError, match=r"is not a LoRA: it holds "):
         open_lora(file)
     with pytest.raises(ValueError, match=r"does not exist; give a .safetensors file or a run folder"):
         open_lora(tmp_path / "none.safetensors")

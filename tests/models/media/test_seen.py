@@ -79,7 +79,7 @@ def test_display_matrices(tmp_path, matrix, expected):
 
     assert order(_orientation(Frame, tmp_path).apply(quarters())) == expected
     Frame.side_data = {SideData.DISPLAYMATRIX: struct.pack("<9i", 50000, 42000, 0, -42000, 50000, 0, 0, 0, 1 << 30)}
-    with pytest.raises(UserError, match="odd angle"):
+    with pytest.raises(UserError, match="rotation that is not supported"):
         _orientation(Frame, tmp_path)
     Frame.side_data = {}
     assert _orientation(Frame, tmp_path) == Orientation()
@@ -313,7 +313,7 @@ def test_webm_with_transparency_is_refused(tmp_path):
         stream.metadata["alpha_mode"] = "1"
 
     path = encode_video(tmp_path / "a.webm", [quarters()] * 2, codec="libvpx-vp9", prepare=prepare)
-    with pytest.raises(UserError, match="transparency that is not read"):
+    with pytest.raises(UserError, match="transparency, which is not supported"):
         read_clip(path, height=32, width=32)
 
 
@@ -379,5 +379,5 @@ def test_a_preview_in_another_file_is_no_video(tmp_path):
         for inside in (picture, bare):
             path = tmp_path / f"b.{ending}"
             path.write_bytes(head + bytes(120) + inside + bytes(3000))
-            with pytest.raises(UserError, match=r"is no video, but has pictures somewhere|damaged or not a video"):
+            with pytest.raises(UserError, match=r"is not a video, but has pictures somewhere|damaged or not a video"):
                 read_clip(path, height=96, width=128)

@@ -269,7 +269,7 @@ class TestExact:
             writer.write(self.NOISE[:1])
         assert sorted(os.listdir(tmp_path)) == ["00000.png", "mine.png"]
         with (
-            pytest.raises(UserError, match="exists by now"),
+            pytest.raises(UserError, match="was created by another process meanwhile"),
             open_writer(tmp_path / "%05d.png", overwrite=False) as writer,
         ):
             writer.write(self.NOISE)

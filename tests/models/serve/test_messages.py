@@ -29,7 +29,7 @@ def test_messages():
         ('{"type": "delete"}', 'type is "delete"; it must be one of'),
         ('{"type": "start"}', "start: prompt is missing"),
         ('{"type": "start", "prompt": 3}', "start: prompt is 3; it must be str"),
-        ('{"type": "start", "prompt": "  "}', "start: prompt is empty; say what the video shows"),
+        ('{"type": "start", "prompt": "  "}', "start: prompt is empty; describe what the video shows"),
         ('{"type": "start", "prompt": "a", "size": 3}', 'start: field "size" is unknown; there are id, prompt, neg'),
         ('{"type": "start", "prompt": "a", "seed": -1}', r"seed is -1; it must lie in \[0, 4294967295\]"),
         ('{"type": "start", "prompt": "a", "seed": 1.5}', "seed is 1.5; it must be int"),

@@ -198,9 +198,9 @@ def test_what_is_tried_of_an_offer():
         ({"offer": OFFER.replace("VP8", "XYZ")}, "no_peer", "start: offer cannot be answered"),
         ({"offer": OFFER.replace("a=recvonly", "a=sendonly")}, "no_peer", "start: offer receives no video"),
         ({"offer": "x" * 40000}, "invalid", "start: offer has 40000 characters; at most 32768 are taken"),
-        ({"offer": OFFER, "video": "jpeg"}, "invalid", "start: offer is of no use with video 'jpeg'; leave it out"),
+        ({"offer": OFFER, "video": "jpeg"}, "invalid", "start: offer has no effect with video 'jpeg'; leave it out"),
         ({"video": "webm"}, "invalid", "start: video 'webm' is unknown; there is jpeg, mp4, webrtc"),
-        ({"offer": OFFER, "height": 720}, "other_program", "would need another program"),
+        ({"offer": OFFER, "height": 720}, "other_program", "would need another compiled program"),
     ],
 )
 def test_bad_offers(engine, start, code, message):
@@ -294,8 +294,8 @@ def test_ice():
         ),
         (dict(servers=("turn:a",)), "give --ice-username and --ice-credential too"),
         (dict(servers=("turns:a?transport=udp",), username="u", credential="c"), "turns goes over tcp"),
-        (dict(username="u"), "ice_username is of no use without a TURN server"),
-        (dict(credential="u"), "ice_credential is of no use without a TURN server"),
+        (dict(username="u"), "ice_username has no effect without a TURN server"),
+        (dict(credential="u"), "ice_credential has no effect without a TURN server"),
     ],
 )
 def test_bad_ice(values, message):

@@ -122,7 +122,7 @@ def test_a_decoder_of_its_own():
 def test_one_process_serves(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     for make in (load_engine, partial(random_engine, preset="tiny")):
-        with pytest.raises(UserError, match="there are 2 processes, but sessions are made by one"):
+        with pytest.raises(UserError, match="there are 2 processes, but sessions run in one process"):
             make(GenerateConfig(checkpoint="nowhere", mesh="heads=2"), report=print)
 
 

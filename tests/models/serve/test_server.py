@@ -111,7 +111,7 @@ def test_bad_messages_leave_the_session_alone(engine):
                 ('{"type": "pause"}', "there is no session; begin with start"),
                 ('{"type": "start", "prompt": "a", "sise": 3}', 'field "sise" is unknown'),
                 (json.dumps({"type": "start", "prompt": "x" * 10000}), "prompt has 10000 characters"),
-                ('{"type": "start", "prompt": "a", "height": 720}', "would need another program"),
+                ('{"type": "start", "prompt": "a", "height": 720}', "would need another compiled program"),
             ):
                 await ws.send_str(text)
                 error = await ws.receive_json()
@@ -430,7 +430,7 @@ class TestUploads:
         async def talk(client, server):
             answer = await client.post("/upload", data=b"x")
             assert (answer.status, await answer.text()) == (
-                404, "videos begin with nothing here; the server has no --begin\n"
+                404, "this server starts no videos from images or clips: its --begin is 0\n"
             )  # fmt: skip
 
         monkeypatch.setattr(engine, "begins", ())

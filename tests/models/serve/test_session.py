@@ -122,7 +122,7 @@ def test_going_back(stage, client):
     np.testing.assert_allclose(pictures(again), pictures(first)[3:], atol=1)
     session.tell(Seek(block=7))
     events, _ = session.run(turns=1)
-    assert "block is 7, which cannot be gone back to; blocks 0 to 2 are kept" in of(events, "error")[0]["message"]
+    assert "block is 7, which cannot be returned to; blocks 0 to 2 are kept" in of(events, "error")[0]["message"]
     session.tell(Seek(block=0))
     assert session.run(turns=1)[0][0]["frame"] == 0
 
@@ -145,7 +145,7 @@ def test_what_is_kept_is_bounded(stage, client):
     session.run(turns=20)
     assert len(session.session._past) == 1 + 3 + 2  # the sinks' block besides those of the window, with room
     session.tell(Seek(block=4))
-    assert "cannot be gone back to; blocks 1" in of(session.run(turns=1)[0], "error")[0]["message"]
+    assert "cannot be returned to; blocks 1" in of(session.run(turns=1)[0], "error")[0]["message"]
     session.tell(Seek(block=19))
     assert of(session.run(turns=1)[0], "sought")
 
@@ -182,7 +182,7 @@ def test_a_queue_with_positions(stage, client):
     sessions = stage(sessions=1, waiting=2)
     first, second, third = (client(sessions, start(frames=3)) for _ in range(3))
     assert [types(x.run(turns=0)[0]) for x in (first, second, third)] == [["started"], ["queued"], ["queued"]]
-    with pytest.raises(Refusal, match="1 sessions are on and 2 wait; try again later"):
+    with pytest.raises(Refusal, match="1 sessions are active and 2 wait; try again later"):
         client(sessions, start())
     sessions.close(second.session, "disconnected")
     sessions.turn()
@@ -250,10 +250,13 @@ def test_the_longest_video(stage, client):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (dict(height=16), "height is 16, which would need another program; this server makes height 8"),
-        (dict(width=8), "width is 8, which would need another program; this server makes width 16"),
+        (dict(height=16), "height is 16, which would need another compiled program; this server's height is 8"),
+        (dict(width=8), "width is 8, which would need another compiled program; this server's width is 16"),
         (dict(window=9), "window is 9, which would need"),
-        (dict(sink_frames=0), "sink_frames is 0, which would need another program; this server makes sink_frames 3"),
+        (
+            dict(sink_frames=0),
+            "sink_frames is 0, which would need another compiled program; this server's sink_frames is 3",
+        ),
         (dict(frames=10), "frames is 10, which do not make whole blocks; 9 or 12 do"),
         (dict(frames=10**9), "frames is 1000000000; a session makes at most 18000"),
     ],
@@ -268,7 +271,7 @@ def test_too_many_commands_wait(stage, client):
     session = client(stage(), start(paused=True))
     for _ in range(16):
         session.tell(Pause())
-    with pytest.raises(Refusal, match="pause: 16 messages wait already"):
+    with pytest.raises(Refusal, match="pause: 16 messages are already waiting"):
         session.tell(Pause())
     with pytest.raises(Refusal, match="start: this session has begun"):
         session.tell(start())
@@ -436,7 +439,11 @@ class TestBeginning:
         [
             (given(3), {}, "start: begin has 3 frames; videos begin with 6 here"),
             (given(6)[:, :4], {}, r"begin has frames of 4x16; videos have \(8, 16\) here"),
-            (given(6), dict(frames=6), "begins with 6 frames, which leaves none of 6 to make; ask for 9 or more"),
+            (
+                given(6),
+                dict(frames=6),
+                "starts with 6 frames, which leaves none of the 6 to generate; ask for 9 or more",
+            ),
         ],
     )
     def test_what_does_not_fit(self, stage, client, clip, more, message):
@@ -445,7 +452,7 @@ class TestBeginning:
 
     def test_nowhere_to_begin(self, engine, stage, client, monkeypatch):
         monkeypatch.setattr(engine, "begins", ())
-        with pytest.raises(Refusal, match="videos begin with nothing here; the server has no --begin"):
+        with pytest.raises(Refusal, match="this server starts no videos from images or clips: its --begin is 0"):
             client(stage(), start(), begin=given(6))
         with pytest.raises(UserError, match="begin is 7, which do not make whole blocks; 6 or 9 do"):
             rebuilt(engine, begins=(7,))
@@ -472,7 +479,11 @@ class TestAttention:
     @pytest.mark.parametrize(
         ("attention", "code", "message"),
         [
-            ("monarch(tile=(1,2,2))", "other_program", "would need another program; this server has dense, monarch"),
+            (
+                "monarch(tile=(1,2,2))",
+                "other_program",
+                "would need another compiled program; this server has dense, monarch",
+            ),
             ("sparse", "invalid", "attention: "),
             ("monarch(tile=(3,2,2)", "invalid", "attention: "),
         ],

@@ -78,7 +78,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("prompt", ["", "  \n", "&nbsp;"])
     def test_an_empty_prompt(self, tokenizer, prompt):
-        with pytest.raises(UserError, match=r"prompt .* is empty; say what the video shows"):
+        with pytest.raises(UserError, match=r"prompt .* is empty; describe what the video shows"):
             tokenizer(["a cat", prompt])
 
     def test_errors(self, tmp_path, tokenizer):

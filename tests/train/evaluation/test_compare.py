@@ -165,7 +165,7 @@ def test_fewer_held_out_examples_than_asked_for_are_said(baseline, tmp_path, cap
         ("--attention dense --seeds 1 2 1", "seeds has 1 twice; give each once"),
         ("--attention top_k(keep=0.5) top_k(keep=0.50)", "attention has top_k(keep=0.50) twice; give each once"),
         ("--attention dense --timesteps 1001", "timesteps is 1001; it must be at most 1000"),
-        ("--attention dense --prompts one.txt", "is a run folder, which knows no text; leave it out"),
+        ("--attention dense --prompts one.txt", "is a run folder, which takes no text; leave it out"),
         (
             "--attention dense --lpips junk.pth",
             "--lpips cannot be read: input length 1 did",

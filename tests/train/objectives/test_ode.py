@@ -86,7 +86,7 @@ def test_what_was_stopped_goes_on(pairs, settings):
     make_pairs(settings, report=lines.append)
     assert "2 of 3 examples are in" in lines[0]
     assert {path: path.read_bytes() for path in before} == before
-    with pytest.raises(UserError, match=r"is there already, made with .*shift 5.0 \(now 8.0\); give another --out"):
+    with pytest.raises(UserError, match=r"already exists, made with .*shift 5.0 \(now 8.0\); give another --out"):
         make_pairs(dataclasses.replace(settings, shift=8.0, count=1))
 
 
@@ -114,7 +114,7 @@ def test_pairs_are_made_alike_but_for_their_seed(tmp_path):
         if says is None:
             assert PairFolder(folder, config).made == made
         else:
-            with pytest.raises(UserError, match=f"2.safetensors was made otherwise than .*{says}"):
+            with pytest.raises(UserError, match=f"2.safetensors was made with other settings than .*{says}"):
                 PairFolder(folder, config)
 
 

@@ -206,5 +206,5 @@ def test_a_window_that_holds_all_is_none():
 
 def test_clips_longer_than_positions():
     objective = SelfForcingObjective(SelfForcingConfig(block=1, window=21))
-    with pytest.raises(UserError, match="clips have 1025 latent frames; the network's positions end at 1024"):
+    with pytest.raises(UserError, match="clips have 1025 latent frames; the network supports positions up to 1024"):
         objective.block_sizes(Toy(), 1025)

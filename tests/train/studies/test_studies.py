@@ -368,7 +368,7 @@ class TestPartial:
         ("shape", "study 'shape' is unknown; choose from map, mass, tiles"),
         ("map --layers 0", "layers, heads and crop are of captured maps; give --checkpoint too"),
         ("map --densities 0 0.1", "densities has 0; each must be above 0 and at most 1"),
-        ("map --grid 21 30 52", "a map of 32760 tokens (21, 30, 52) has 1.1 thousand million entries; give --grid"),
+        ("map --grid 21 30 52", "a map of 32760 tokens (21, 30, 52) has 1.1 billion entries; give --grid"),
         ("map --levels 1.5", "levels has 1.5"),
         ("map --seed -1", "seed is -1; it must lie in [0, 2**32)"),
         ("map --seed 4294967296", "seed is 4294967296; it must lie in [0, 2**32)"),
