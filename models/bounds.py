@@ -6,7 +6,7 @@ from typing import Any
 from monarchrt.models.errors import UserError
 
 
-def check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
+def check_bounds(settings: Any, bounds: Mapping[str, tuple[int | float, int | float]]) -> None:
     """Checks that numbers lie in their ranges.
 
     Examples:

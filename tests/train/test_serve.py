@@ -150,7 +150,7 @@ class TestBench:
             (["--preset", "tiny", "--lora", "x.safetensors"], "but weights are random here; leave it out"),
             (["--preset", "tiny", "--decoder", "x.pth"], "decoder is x.pth, but weights are random here"),
             (["--preset", "tiny", "--mesh", "data=2"], "mesh is data=2, which takes 2 devices, and there is 1"),
-            (["--preset", "tiny", "--decoder-device", "1"], "decoder_device is 1, and there is 1 device"),
+            (["--preset", "tiny", "--decoder-device", "1"], "decoder_device is 1, but there is 1 device"),
             (["generate", "--count", "1"], "count is 1; it must be at least 4"),
             (["generate", "--rate", "nan"], "rate is nan; it must lie in [0.1, 1000]"),
         ],

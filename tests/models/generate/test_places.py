@@ -134,7 +134,7 @@ def test_one_device_is_left_alone():
     ("settings", "message"),
     [
         ({"mesh": "heads=2"}, "mesh is heads=2, which takes 2 devices, and there is 1; it could be data=1"),
-        ({"decoder_device": 3}, "decoder_device is 3, and there is 1 device, counted from 0; leave it out"),
+        ({"decoder_device": 3}, "decoder_device is 3, but there is 1 device, counted from 0; leave it out"),
     ],
 )
 def test_devices_that_are_not_there(settings, message):
