@@ -19,7 +19,7 @@ from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
 
-_NOT_NUMBERS = (bool, np.bool_, str, bytes)  # though float() takes them
+_NOT_NUMBERS = (bool, np.bool_, str, bytes)  # which float() would accept
 
 
 def monarch_attention(
@@ -53,8 +53,8 @@ def monarch_attention(
         (2, 192, 3, 16)
 
     Args:
-        query: [B, F_q*h*w, H, D], tokens in (frame, height, width) order, RoPE applied. An array of JAX, or of NumPy as
-            JAX takes it: float64 is float32 unless `jax_enable_x64` is set.
+        query: [B, F_q*h*w, H, D], tokens in (frame, height, width) order, RoPE applied. A JAX or NumPy array; NumPy's
+            float64 becomes float32 unless `jax_enable_x64` is set.
         key: [B, F_k*h*w, H, D]. F_k follows from its length.
         value: [B, F_k*h*w, H, D].
         grid: (F_q, h, w) of the query tokens.
@@ -63,25 +63,24 @@ def monarch_attention(
         blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
             "h,fw" (Section 4.1).
         num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
-        scale: Softmax scale, a number of at most 1e6 known when tracing; default D**-0.5.
+    return check_scale(factor, shown=scale)
         causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
-            traced, so that one compiled program serves every fill of a KV cache. A traced one is not checked. Default
-            None: all.
-        keep_intermediates: Trades memory for time when differentiated: "mosaic" keeps alpha, Y and c_L of the forward
-            pass instead of computing them again, 4*D bytes for every tile column of queries, tile row of keys and head
-            (4.3 GB a call for 81 frames of 480p with tile (1, h, w), a third of it with (3, h, w)). For calls whose
-            residuals do not pile up, as in a checkpointed layer. The others compute them again in any case; results
-            are the same.
+            traced, so that one compiled program serves a KV cache however full it is. A traced one is not checked.
+            Default None: all.
+        keep_intermediates: Trades memory for time in differentiated calls: "mosaic" keeps alpha, Y and c_L from the
+            forward pass instead of recomputing them, 4*D bytes for every tile column of queries, tile row of keys and
+            head (4.3 GB per call for 81 frames of 480p with tile (1, h, w), a third of that with (3, h, w)). Useful
+            when residuals do not accumulate, as in a checkpointed layer. The other implementations always recompute
+            them; results are the same.
         intermediates: What alpha and Y are rounded to between the two stages: None, the inputs' dtype; or "e4m3", 8
-            bits with a scale for every vector [D] (`monarch_jax.intermediates`), for half the bytes through memory
-            where memory bounds the kernels. Changes the numbers, by 3 to 9 times what bfloat16 does: for inference.
-            "reference" and "xla" compute the same numbers at their own speed; "mosaic" stores 8 bits, on Hopper alone;
-            "triton" does not serve it, so that None takes "xla" on other cards. Gradients are XLA's, at the rounded
-            alpha and Y.
+            bits with one scale per vector [D] (`monarch_jax.intermediates`), which halves the memory traffic that
+            limits the kernels. The error is 3 to 9 times that of bfloat16, so this is for inference. "mosaic" stores 8
+            bits, on Hopper only; "reference" and "xla" compute the same numbers, no faster; "triton" does not support
+            it, so that None uses "xla" on other cards. Gradients are computed by XLA at the rounded alpha and Y.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
-            or None: the first of `monarch_jax.backends.automatic()` that can serve the call.
+            or None: the first of `monarch_jax.backends.automatic()` that supports the call.
 
     Returns:
         [B, F_q*h*w, H, D] in the inputs' dtype.
@@ -89,7 +88,7 @@ def monarch_attention(
     Raises:
         ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames, intermediates or the implementation's name
             do not fit.
-        NotImplementedError: If the implementation asked for cannot serve this call; says why.
+        NotImplementedError: If the requested implementation does not support this call; the message says why.
     """
     query, key, value = _arrays(query, key, value)
     spec = _check(query, key, value, grid, tile, blocks, num_iters, causal_block)
@@ -116,7 +115,7 @@ def monarch_attention_1d(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Nq H D"]:
-    """MonarchAttention over a sequence with free block sizes (Yaras et al. 2025; MonarchRT, Section 2.1).
+    """MonarchAttention over a sequence with arbitrary block sizes (Yaras et al. 2025; MonarchRT, Section 2.1).
 
     Token n is in row n // b2 and column n % b2. With b1*b2 equal to the sequence this is the original, untiled form;
     when b1*b2 divides it, tiles are runs of b1*b2 tokens. On a video's tokens, block sizes that cut across
@@ -142,7 +141,7 @@ def monarch_attention_1d(
 
     Raises:
         ValueError: If shapes, dtypes or block sizes do not fit.
-        NotImplementedError: If the implementation asked for cannot serve this call.
+        NotImplementedError: If the requested implementation does not support this call.
     """
     query, key, value = _arrays(query, key, value)
     try:
@@ -230,7 +229,7 @@ def attend_tiles(
     keep: bool = False,
     intermediates: str | None = None,
 ) -> Float[Array, "B A b1 b2 H D"]:
-    """The operation on arrays that are in tiles already (a KV cache keeps its keys so); arguments are checked."""
+    """The operation on arrays already in tiles, as a KV cache keeps its keys; the shapes have been checked."""
     check_intermediates(intermediates)
     changes = {"grad_tiles": grad_tiles, "keep": keep, "intermediates": intermediates}
     problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), **changes)
@@ -240,13 +239,24 @@ def attend_tiles(
 
 def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -> Problem:
     masked = kv_frames is not None or min(spec.visible_tiles()) < spec.key_tiles
+    return Problem(scale=_scale(scale, head_dim), num_iters=spec.num_iters, masked=masked)
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale as a float."""
+    if scale is None:
+        return head_dim**-0.5
     try:
-        factor = head_dim**-0.5 if scale is None else math.nan if isinstance(scale, _NOT_NUMBERS) else float(scale)
-    except (TypeError, ValueError, OverflowError):  # a tracer's too
+        factor = math.nan if isinstance(scale, _NOT_NUMBERS) else float(scale)
+    except (TypeError, ValueError, OverflowError):  # also raised by a tracer
         factor = math.nan
     if not math.isfinite(factor):
         raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
+<<<<<<< HEAD
     return Problem(scale=check_scale(factor, shown=scale), num_iters=spec.num_iters, masked=masked)
+=======
+    return factor
+>>>>>>> cec227c (Docstrings of attention, block-sparse attention and samplers in plainer English)
 
 
 def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:

@@ -1,6 +1,6 @@
-"""The registry: which backends there are, in what order they are tried, and the choice for a call.
+"""The registry of backends, the order in which they are tried, and the choice for a call.
 
-What a backend is says `contract`. Adding one means adding a row to `_REGISTRY`.
+`contract` defines what a backend is. To add one, add a row to `_REGISTRY`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from monarch_jax.devices import cuda_capability, on_cuda
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
 
-@functools.cache  # one function for all calls, so that what JAX has traced serves again
+@functools.cache  # the same function in every call, so that JAX reuses what it has traced
 def _reference() -> Backend:
     from monarch_jax import reference
 
@@ -45,7 +45,7 @@ def _mosaic() -> Backend:
 
 
 def _first_vjp(*kernels) -> Vjp:
-    """The gradient by the first of these packages that can compute it, else XLA's, all from the same residuals."""
+    """The vjp of the first of these packages that supports the call, else XLA's, from the same residuals."""
 
     def vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
         from monarch_jax import xla
@@ -65,9 +65,9 @@ _REGISTRY: dict[str, Callable[[], Backend]] = {
 }
 IMPLEMENTATIONS = tuple(_REGISTRY)
 AUTOMATIC = ("triton", "xla")  # what None tries, in order
-# the same where the GPU's compute capability begins with that number: kernels need Ampere, those of Mosaic Hopper
+# the same by the major version of the GPU's compute capability: Triton kernels need Ampere, Mosaic kernels Hopper
 AUTOMATIC_ON = {7: ("xla",), 9: ("mosaic", "triton", "xla")}
-_ON_CUDA = frozenset({"mosaic", "triton"})  # None takes these on NVIDIA GPUs only; by name they lower anywhere
+_ON_CUDA = frozenset({"mosaic", "triton"})  # None uses these only on NVIDIA GPUs; by name they lower anywhere
 
 
 def check_name(implementation: str | None) -> None:
@@ -78,11 +78,11 @@ def check_name(implementation: str | None) -> None:
 
 
 def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:
-    """The backend for a call: the named one, or the first of `automatic()` that can serve it.
+    """The backend for a call: the named one, or the first of `automatic()` that supports it.
 
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
-        problem: The call.
+        problem: The static part of the call.
         q: Query tiles, shape and dtype.
         k: Key tiles, shape and dtype.
 
@@ -91,7 +91,7 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
 
     Raises:
         ValueError: If the name is unknown.
-        NotImplementedError: If the named backend, or none of the automatic ones, can serve the call; says why.
+        NotImplementedError: If the named backend, or every automatic one, does not support the call; says why.
     """
     check_name(implementation)
     reasons = []

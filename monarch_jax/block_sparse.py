@@ -1,7 +1,7 @@
 """Block-sparse attention: each block of queries attends to the blocks of keys that its list names.
 
-What sparse kinds of attention have in common once they have chosen: the tokens in blocks, a list of blocks of keys for
-each head and block of queries, and, for bands that cut through blocks, a predicate on tokens. One kernel serves them.
+This is what sparse kinds of attention share once they have chosen keys: tokens in blocks, a list of key blocks for each
+head and query block and, for bands that cut through blocks, a predicate on tokens. One set of kernels serves them all.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ class BlockLists:
     """For each block of one side, the blocks of the other side that it meets, each once.
 
     Attributes:
-        entries: int32 [B, H, blocks, L], numbers of blocks; what follows the first `count` is not read. After those
-            that are whole, longer blocks come first.
-        whole: int32 [B, H, blocks], how many of the first hold as many tokens as a block can and are seen whole.
-        count: int32 [B, H, blocks], how many there are.
+        entries: int32 [B, H, blocks, L], block numbers, of which the first `count` are read. Whole blocks come first,
+            then the others, longest first.
+        whole: int32 [B, H, blocks], how many leading entries are whole: of the largest size, and seen without a mask.
+        count: int32 [B, H, blocks], number of entries.
     """
 
     entries: Any
@@ -45,22 +45,23 @@ class BlockLists:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMask:
-    """Which keys each query sees, by blocks; `block_mask` makes one. B and H may be 1, for all samples or heads.
+    """Which keys each query sees, by blocks; made by `block_mask`. B and H may be 1, for all samples or heads.
 
-    Arrays may be of NumPy, which are known when tracing, or of JAX.
+    Arrays are NumPy's, which are known when tracing, or JAX's.
 
     Attributes:
         query_starts: int32 [B, H, Qb + 1], the first token of each block of queries, and one past the last block's.
         key_starts: int32 [B, H, Kb + 1], likewise; keys beyond are seen by none.
         keys: For each block of queries, its blocks of keys.
         queries: For each block of keys, its blocks of queries: the same pairs.
-        rows: Queries that a block holds at most.
-        columns: Keys that a block holds at most.
-        query_places: int32 [B, H, Nq], the place of each query in the order that the band is for; None without one.
+        rows: Largest number of queries in a block.
+        columns: Largest number of keys in a block.
+        query_places: int32 [B, H, Nq], position of each query in the order in which the band is defined; None without
+            a band.
         key_places: int32 [B, H, Nk], likewise.
-        width: In blocks that are not seen whole, keys at most so many places from the query are seen; None: all.
-        sink: And keys whose places are below this one.
-        even: A promise that each block holds as many tokens as it can, or none, and that there is no band.
+        width: In blocks that are not whole, keys within this distance of the query's position are seen; None: all.
+        sink: Keys at positions below this one are seen too.
+        even: A promise that each block has the largest size or is empty, and that there is no band.
     """
 
     query_starts: Any
@@ -90,7 +91,7 @@ def block_mask(
     width: int | None = None,
     sink: int = 0,
 ) -> BlockMask:
-    """The lists of a map of blocks, for both directions. Without traced arguments it is made by NumPy, once.
+    """Builds the block lists of a map, for both directions; with NumPy, once, unless arguments are traced.
 
     Examples:
         >>> mask = block_mask(np.array([[[[True, True], [False, True]]]]), query_starts=[0, 2, 3], key_starts=[0, 2, 4])
@@ -99,24 +100,25 @@ def block_mask(
 
     Args:
         seen: bool [B, H, Qb, Kb], which blocks of keys each block of queries sees, at least in part; B and H may be 1.
-        query_starts: [Qb + 1] or [B, H, Qb + 1], where blocks of queries begin, from 0 on, and one past the last query.
+        query_starts: [Qb + 1] or [B, H, Qb + 1], the first query of each block, from 0, and one past the last query.
             A block may be empty.
         key_starts: [Kb + 1] or [B, H, Kb + 1], likewise; keys beyond the last are seen by none.
-        rows: Queries that a block holds at most; needed if `query_starts` is traced.
-        columns: Keys that a block holds at most; needed if `key_starts` is traced.
-        most: Blocks of keys that a block of queries sees at most, for a traced map: lists are so long. None: all.
-        cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False promises that all of a pair is
-            in the band or the sink, which saves the kernels the predicate. None: any may be cut.
-        query_places: int32 [B, H, Nq], places in the order that the band is for.
+        rows: Largest number of queries in a block; needed if `query_starts` is traced.
+        columns: Largest number of keys in a block; needed if `key_starts` is traced.
+        most: Largest number of key blocks that a query block sees, which is the length of the lists of a traced map.
+            None: all.
+        cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False promises that the whole pair is
+            in the band or the sink, so that kernels need no predicate. None: any may be cut.
+        query_places: int32 [B, H, Nq], positions in the order in which the band is defined.
         key_places: int32 [B, H, Nk], likewise.
-        width: Of listed blocks, keys at most so many places from the query are seen. None: all; there is no band.
-        sink: And keys whose places are below this one.
+        width: Within listed blocks, keys up to this distance from the query's position are seen. None: all; no band.
+        sink: Keys at positions below this one are seen too.
 
     Returns:
         The mask.
 
     Raises:
-        ValueError: If shapes do not fit each other, sizes are missing, or places come without a band.
+        ValueError: If shapes do not match, sizes are missing, or positions are given without a band.
     """
     given = (seen, query_starts, key_starts, cut)
     xp: Any = jnp if any(isinstance(x, jax.Array) for x in given) else np
@@ -158,7 +160,7 @@ def block_mask(
 
 
 def apart(mask: BlockMask) -> tuple[list[Array], Callable[[list[Array]], BlockMask]]:
-    """A mask's arrays of JAX, and a function that makes a mask of such arrays: what is known when tracing stays known.
+    """A mask's JAX arrays, and a function that rebuilds the mask from them; NumPy arrays stay known when tracing.
 
     Examples:
         >>> mask = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
@@ -207,9 +209,9 @@ def block_sparse_attention(
 ) -> Float[Array, "B Nq H D"]:
     """Softmax attention of each block of queries to the blocks of keys in its list.
 
-    What sparse attention such as SVG, Radial, STA, VSA and SLA computes once it has chosen (MonarchRT compares with
-    these in Section 5). Softmax and sums are in float32 for half precision. Differentiable in query, key and value in
-    reverse mode; the mask has no gradient. Memory is linear in the tokens.
+    Computes what sparse attention such as SVG, Radial, STA, VSA and SLA needs once it has chosen keys (MonarchRT
+    compares with these in Section 5). Softmax and sums are in float32 for half precision. Differentiable in query, key
+    and value in reverse mode; the mask has no gradient. Memory is linear in the tokens.
 
     Examples:
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
@@ -224,14 +226,14 @@ def block_sparse_attention(
         mask: Blocks and lists.
         scale: Softmax scale, above 0 and at most 1e6; default D**-0.5.
         implementation: "triton" (kernels, NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or None:
-            the first that can serve the call where JAX runs.
+            the first that supports the call where JAX runs.
 
     Returns:
         [B, Nq, H, D] in the inputs' dtype; zero for a query that sees no key.
 
     Raises:
         ValueError: If shapes, dtypes, scale or the implementation's name do not fit.
-        NotImplementedError: If the implementation asked for cannot serve this call; says why.
+        NotImplementedError: If the requested implementation does not support this call; the message says why.
     """
     query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     _check(query, key, value, mask)
@@ -256,7 +258,7 @@ def block_sparse_attention(
 
 
 def choose(implementation: str | None, query: Any, key: Any) -> str:
-    """The implementation for a call: the named one, or "triton" on a GPU that it can serve the call on, else "xla".
+    """The implementation for a call: the named one, or "triton" if it runs here and supports the call, else "xla".
 
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
@@ -268,7 +270,7 @@ def choose(implementation: str | None, query: Any, key: Any) -> str:
 
     Raises:
         ValueError: If the name is unknown.
-        NotImplementedError: If the one that is named cannot serve the call; says why.
+        NotImplementedError: If the named one does not support the call; the message says why.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not None or one of {', '.join(IMPLEMENTATIONS)}.")
@@ -350,7 +352,7 @@ def _by_kernels(problem: SparseProblem, query: Array, key: Array, value: Array, 
     return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
 
 
-@functools.cache  # one function for all calls, so that what JAX has traced serves again
+@functools.cache  # the same function in every call, so that JAX reuses what it has traced
 def _triton() -> Any:
     """The kernels, differentiable, under vmap and on split operands."""
     from monarchrt.triton_kernels import block_sparse

@@ -16,7 +16,7 @@ _SHOWN = 80  # characters of a value in a message
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it, however long it is.
+    """The repr of a value, shortened for a message.
 
     Examples:
         >>> brief("w,hf"), len(brief(10**5000)), len(brief("x" * 5000))
@@ -67,15 +67,15 @@ def positive(name: str, value: int, *, most: int = LARGEST) -> int:
         ValueError: num_layers=10000000000 is too large; it should be at most 1000.
 
     Args:
-        name: Of the argument.
-        value: Its value.
-        most: What it may be.
+        name: Name of the argument, for the message.
+        value: The value to check.
+        most: Largest valid value.
 
     Returns:
         A positive int.
 
     Raises:
-        ValueError: If it is not a positive integer, or too large; True is not one.
+        ValueError: If it is not a positive integer (booleans are not), or is too large.
     """
     number = _integer(value)
     if number is None or number < 1:
@@ -86,7 +86,7 @@ def positive(name: str, value: int, *, most: int = LARGEST) -> int:
 
 
 def small(name: str, value: float) -> None:
-    """Checks a number such as a norm's epsilon.
+    """Checks a number between 0 and 1, such as a norm's epsilon.
 
     Examples:
         >>> small("eps", float("nan"))
@@ -95,8 +95,8 @@ def small(name: str, value: float) -> None:
         ValueError: eps=nan is not a number above 0 and below 1.
 
     Args:
-        name: Of the argument.
-        value: Its value.
+        name: Name of the argument, for the message.
+        value: The value to check.
 
     Raises:
         ValueError: If it is not a number above 0 and below 1.
@@ -106,7 +106,7 @@ def small(name: str, value: float) -> None:
 
 
 def index(name: str, value: int | jax.Array) -> int | jax.Array:
-    """An integer that may be traced.
+    """An integer, which may be traced.
 
     Examples:
         >>> index("frame", 2.5)
@@ -115,14 +115,14 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
         ValueError: frame=2.5 is not an integer or an integer scalar of JAX.
 
     Args:
-        name: Of the argument.
-        value: Its value.
+        name: Name of the argument, for the message.
+        value: The value to check.
 
     Returns:
         An int, or the array as it is.
 
     Raises:
-        ValueError: If it is neither an integer nor a scalar array of integers; True is not one.
+        ValueError: If it is neither an integer (booleans are not) nor a scalar array of integers.
     """
     if isinstance(value, jax.Array):
         if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
@@ -135,7 +135,7 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
 
 
 def array(name: str, value: object) -> jax.Array:
-    """An array as JAX computes with it: NumPy's float64 is float32 unless `jax_enable_x64` is set.
+    """The value as a JAX array; NumPy's float64 becomes float32 unless `jax_enable_x64` is set.
 
     Examples:
         >>> array("query", [1.0, 2.0])
@@ -144,8 +144,8 @@ def array(name: str, value: object) -> jax.Array:
         ValueError: query is a list; it should be an array of JAX or NumPy.
 
     Args:
-        name: Of the argument.
-        value: Its value.
+        name: Name of the argument, for the message.
+        value: The value to check.
 
     Returns:
         The array of JAX, or a traced one.
@@ -161,7 +161,7 @@ def array(name: str, value: object) -> jax.Array:
 
 
 def flag(name: str, value: bool) -> bool:
-    """The value, if it is a bool: "no" would count as true.
+    """The value, if it is a bool; a string such as "no" would be truthy.
 
     Examples:
         >>> flag("rolling", "no")
@@ -170,8 +170,8 @@ def flag(name: str, value: bool) -> bool:
         ValueError: rolling='no' is not True or False.
 
     Args:
-        name: Of the argument.
-        value: Its value.
+        name: Name of the argument, for the message.
+        value: The value to check.
 
     Returns:
         The bool.
@@ -185,7 +185,7 @@ def flag(name: str, value: bool) -> bool:
 
 
 def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
-    """A dtype that attention computes with; float64 is float32 unless `jax_enable_x64` is set.
+    """A floating dtype that attention supports; float64 becomes float32 unless `jax_enable_x64` is set.
 
     Examples:
         >>> float_dtype("dtype", "int8")
@@ -194,8 +194,8 @@ def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
         ValueError: dtype='int8' is not one of bfloat16, float16, float32, float64.
 
     Args:
-        name: Of the argument.
-        value: Its value.
+        name: Name of the argument, for the message.
+        value: The value to check.
 
     Returns:
         The dtype.
@@ -228,9 +228,9 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
         (1, 30, 52)
 
     Args:
-        name: Of the argument.
-        value: Its value.
-        form: What the three stand for.
+        name: Name of the argument, for the message.
+        value: The value to check.
+        form: What the three stand for, for the message, such as "(n_f, n_h, n_w)".
 
     Returns:
         A tuple of three.
@@ -248,7 +248,7 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
-    """The value, if it is a choice.
+    """The value, if it is one of the choices.
 
     Examples:
         >>> one_of("remat", "ful", ("none", "full"))
@@ -257,9 +257,9 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
         ValueError: remat='ful' is unknown; did you mean 'full'? Choices: 'none', 'full'.
 
     Args:
-        name: Of the argument.
-        value: Its value.
-        choices: What it may be.
+        name: Name of the argument, for the message.
+        value: The value to check.
+        choices: The valid values.
 
     Returns:
         The value.
@@ -274,7 +274,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:
-    """The closest choice, if one is close, and all of them.
+    """The end of a message: the closest choice, if one is close, and all choices.
 
     Examples:
         >>> suggestion("w,hf", ("fh,w", "w,fh"))

@@ -40,7 +40,7 @@ def attention_fn(
         (1, 48, 16)
 
     Args:
-        grid: (F, h, w) of the tokens; the other arguments are those of `monarch_attention` as well.
+        grid: (F, h, w) of the tokens; this and the other arguments are those of `monarch_attention`.
         tile: (n_f, n_h, n_w).
         blocks: Layout.
         num_iters: Refinement steps T.
@@ -49,9 +49,9 @@ def attention_fn(
         implementation: Backend.
 
     Returns:
-        A function of query, key, value [..., tokens, heads, head_dim] that returns the query's shape. It raises
-        ValueError for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`, `sow_weights`.
-        `precision` has no effect, `jax.default_matmul_precision` does.
+        A function of query, key, value [..., tokens, heads, head_dim] that returns an array of the query's shape. It
+        raises ValueError for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`, `sow_weights`.
+        Its `precision` has no effect; use `jax.default_matmul_precision`.
 
     Raises:
         ValueError: If grid, tile, blocks or numbers do not fit.

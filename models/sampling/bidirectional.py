@@ -20,17 +20,17 @@ from monarchrt.models.wan import WanModel
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """The fixed part of a generation of whole windows.
+    """The settings of a generation by windows.
 
     Attributes:
-        sampler: As in `sampler_table`, a table of one's own included.
-        steps: Calls of the network per window, or for few-step the list of its steps; None: the sampler's own number.
+        sampler: As in `sampler_table`, which may be a table of your own.
+        steps: Network calls per window, or for few-step the list of its timesteps; None: the sampler's default.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none.
         window: Latent frames that are denoised together; None: all.
-        context: Of those, finished ones that a following window starts with; needs a model that was trained with a
-            noise level for each frame.
-        context_noise: Timestep, 0 to 1000, that the network is told of those finished frames, which are shown clean.
+        context: How many of these are finished frames that a following window starts with; needs a model trained with
+            a noise level per frame.
+        context_noise: Timestep, 0 to 1000, given to the network for these finished frames, which are clean.
     """
 
     sampler: str | SamplerTable = "unipc"
@@ -54,15 +54,15 @@ class Windows:
         return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
 
     def new_frames(self, frames: int, *, given: int = 0) -> list[int]:
-        """Latent frames that each window denoises; the last may make more than are wanted.
+        """Latent frames that each window denoises; the last may denoise more than are needed.
 
         Examples:
             >>> Windows(window=3).new_frames(6), Windows(window=3).new_frames(6, given=1)
             ([3, 2, 2], [2, 2, 2])
 
         Args:
-            frames: Of the video, given ones included.
-            given: Finished ones that come first.
+            frames: Latent frames of the video, including given ones.
+            given: Finished frames at the start.
         """
         windows, done = [], given
         while done < frames:
@@ -71,7 +71,7 @@ class Windows:
         return windows
 
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
-        """The noise that `windows` draws of a key, to take it elsewhere.
+        """The noise that `windows` draws from a key, to use it elsewhere.
 
         Examples:
             >>> noise = Windows(window=3).noise(jax.random.key(0), (1, 6, 4, 8, 16))
@@ -79,9 +79,9 @@ class Windows:
             ((1, 7, 4, 8, 16), None)
 
         Args:
-            key: As there.
-            shape: Of the whole video's latents, [B, F, H, W, C].
-            given: Leading frames that are given.
+            key: As in `windows`.
+            shape: Shape of the whole video's latents, [B, F, H, W, C].
+            given: Number of leading frames that are given.
 
         Returns:
             The noise of the windows' new frames, one window after the other.
@@ -111,15 +111,15 @@ def generate_window(
     """Denoises the new frames of one window, all steps in one program.
 
     Args:
-        graph: Of `nnx.split(model)`.
-        params: Of `nnx.split(model)`.
+        graph: From `nnx.split(model)`.
+        params: From `nnx.split(model)`.
         text: Embedding of the prompt.
-        negative: Of the negative prompt, for guidance.
+        negative: Embedding of the negative prompt, for guidance.
         context: Finished latents before the new frames.
-        key: Of the noise.
-        given: The window's noise; what is None of it is drawn.
+        key: Key of the noise.
+        given: The window's noise; parts that are None are drawn.
         settings: Settings.
-        shape: Of the new frames, [B, F, H, W, C].
+        shape: Shape of the new frames, [B, F, H, W, C].
 
     Returns:
         The new latents, float32.
@@ -159,17 +159,17 @@ def windows(
         [3, 2, 1]
 
     Args:
-        model: Bidirectional.
+        model: A bidirectional model.
         text: Embedding of the prompt.
-        frames: Latent frames in all, given ones included.
-        height: Of the latents.
-        width: Of the latents.
-        key: Of all noise.
+        frames: Total number of latent frames, including given ones.
+        height: Height of the latents.
+        width: Width of the latents.
+        key: Key of all noise.
         settings: Settings.
         negative: Embedding of the negative prompt, for guidance.
-        initial: Finished latents that come first, at least `settings.context`; they are handed out too.
-        noise: Of the windows' new frames, one window after the other, `sum(settings.new_frames(...))` of them, instead
-            of what the key gives (`Windows.noise` is that).
+        initial: Finished latents at the start, at least `settings.context` frames; they are yielded too.
+        noise: Noise of the windows' new frames, one window after the other, `sum(settings.new_frames(...))` of them,
+            instead of the key's, which is `Windows.noise`.
 
     Yields:
         Latents, float32.

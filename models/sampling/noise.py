@@ -1,4 +1,4 @@
-"""Noise that is given, or taken to be given elsewhere: what a video starts from, and what stochastic samplers add."""
+"""Noise to exchange with other implementations: a video's initial noise, and what stochastic samplers add."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ class Noise(NamedTuple):
     """All unit Gaussian noise of a video's new frames, so that two implementations can be compared.
 
     Attributes:
-        first: What the frames start from, [B, F, H, W, C].
-        fresh: What is added after each step that adds noise, [n, B, F, H, W, C], with n = `len(table.noisy)`: 3 for a
-            few-step sampler of 4. None: drawn from the key, or not needed.
+        first: Initial noise of the frames, [B, F, H, W, C].
+        fresh: Noise added after each step that adds noise, [n, B, F, H, W, C], with n = `len(table.noisy)`: 3 for a
+            few-step sampler with 4 steps. None: drawn from the key, or not needed.
     """
 
     first: Float[Array, "B F H W C"]
     fresh: Float[Array, "n B F H W C"] | None = None
 
     def check(self, table: SamplerTable, shape: tuple[int, ...]) -> None:
-        """Raises ValueError unless this is the noise of frames of this shape and sampler.
+        """Raises ValueError unless this is noise for frames of this shape and this sampler.
 
         Examples:
             >>> from monarchrt.models.sampling import sampler_table
@@ -45,12 +45,12 @@ class Noise(NamedTuple):
             )
 
     def part(self, start: int, count: int) -> "Noise":
-        """Of some frames."""
+        """The noise of some of the frames."""
         fresh = None if self.fresh is None else self.fresh[:, :, start : start + count]
         return Noise(self.first[:, start : start + count], fresh)
 
     def by_step(self, table: SamplerTable, *, rows: int | None = None) -> Float[Array, "steps B F H W C"] | None:
-        """`fresh` with a place for each step (or row), zero where none is added; None if there is none."""
+        """`fresh` with an entry for each step (or row), zero where no noise is added; None if there is none."""
         if self.fresh is None:
             return None
         places = jnp.zeros((rows or table.steps, *self.fresh.shape[1:]), self.fresh.dtype)
@@ -58,7 +58,7 @@ class Noise(NamedTuple):
 
 
 def joined(parts: list[Noise]) -> Noise:
-    """The noise of one part of a video after the other."""
+    """The noise of consecutive parts of a video, concatenated."""
     fresh = [part.fresh for part in parts if part.fresh is not None]
     return Noise(
         jnp.concatenate([part.first for part in parts], axis=1), jnp.concatenate(fresh, axis=2) if fresh else None

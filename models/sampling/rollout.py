@@ -1,7 +1,7 @@
 """One block of frames after another with a cache of what came before (Self-Forcing, arXiv:2506.08009, algorithm 1).
 
-A block is denoised, and its keys and values are rewritten from the finished latents at time 0 before the next one. All
-calls of the network are by one compiled program, the same for every step and block, with the cache donated.
+A block is denoised, and before the next one its keys and values are rewritten from the finished latents at time 0. All
+network calls use one compiled program, the same for every step and block, with the cache donated.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from monarchrt.models.wan.causal import (
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
-FEW = 64  # calls whose timesteps are embedded once for a video
+FEW = 64  # up to this many calls, timesteps are embedded once per video
 
 
 @partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS)
@@ -55,22 +55,22 @@ def call_network(
     *,
     rollout: Rollout,
 ) -> tuple[SolverState, WanCache]:
-    """A call of the network on a block, which also writes it into the cache: all that is done with the network.
+    """One call of the network on a block, which also writes the block into the cache; there is no other call.
 
     Args:
-        graph: Of `nnx.split(model)`.
-        params: Of `nnx.split(model)`, or `Layers`.
-        cache: Of `start_cache`; it is donated.
-        state: Of `begin_block`, or after the call before.
-        number: int32 row of `Rollout.calls`: a step of the sampler, or what rewrites the cache.
-        key: Of the whole video; a block's noise depends on it and `frame` only.
-        frame: Index of the block's first frame, of which the noise is drawn: int32 [2], absolute and in the cache.
-        times: Of `embed_calls`, or None: embedded here.
-        fresh: What this step adds; None: drawn.
+        graph: From `nnx.split(model)`.
+        params: From `nnx.split(model)`, or `Layers`.
+        cache: From `start_cache`; it is donated.
+        state: From `begin_block` or the previous call.
+        number: int32 row of `Rollout.calls`: a step of the sampler, or a call that rewrites the cache.
+        key: Key of the whole video; a block's noise depends only on it and `frame`.
+        frame: Index of the block's first frame, int32 [2]: absolute, which selects the noise, and within the cache.
+        times: From `embed_calls`, or None to embed them here.
+        fresh: Noise that this step adds; None: drawn.
         rollout: Settings.
 
     Returns:
-        The state after it, its latents unchanged by rows that are no steps, and the cache.
+        The state after the call, with unchanged latents if the row is not a step, and the cache.
     """
     table = rollout.calls()
     row = jax.tree.map(lambda x: x[number], rows(table))
@@ -87,16 +87,16 @@ def call_network(
 def begin_block(
     key: Key[Array, ""], frame: Array, first: Array | None = None, *, shape: tuple[int, ...]
 ) -> SolverState:
-    """What a block begins with: noise, or latents that are given. Arguments as `call_network`."""
+    """The state a block starts from: noise, or given latents. Arguments as for `call_network`."""
     noise = block_noise(jax.random.fold_in(key, frame[0]), shape) if first is None else first.astype(jnp.float32)
     return SolverState.init(noise)
 
 
 @partial(jax.jit, static_argnames=("graph", "rollout"))
 def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[Array, Array] | None:
-    """What the network makes of the timesteps of all calls, [calls, D] and [calls, 6, D]; None of too many.
+    """Embeddings of the timesteps of all calls, [calls, D] and [calls, 6, D]; None if there are too many.
 
-    Each call would else read as many bytes for it, of weights in float32, as for a layer.
+    Without them, each call would read as many bytes of float32 weights for this as for a layer.
     """
     table = rollout.calls()
     if table.steps > FEW:
@@ -107,7 +107,7 @@ def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def write_text(graph: nnx.GraphDef, params: Any, cache: WanCache, text: Float[Array, "B L E"]) -> WanCache:
-    """Another text for the blocks that follow; `text` as in `start_cache`, of as many rows."""
+    """Sets another text for the following blocks; `text` as in `start_cache`, with the same number of rows."""
     model, layers = merged(graph, params)
     return dataclasses.replace(cache, cross=cross_keys_values(model, text, layers=layers))
 
@@ -122,7 +122,7 @@ def _flow(
     rollout: Rollout,
     times: tuple[Array, Array] | None = None,
 ) -> tuple[Array, WanCache]:
-    """The flow at the block; a cache of twice the batch has the negative text's half after the prompt's.
+    """The flow at the block; in a cache of twice the batch, the second half is the negative text's.
 
     `times` is the timestep's embedding, [D], and its projection, [6, D], if they are known.
     """
@@ -146,7 +146,7 @@ def _flow(
 
 
 def _of_each(of_one: Array, x: Array) -> Array:
-    """Of each sample of a batch, for all of its frames: [B, 1, ...]."""
+    """Broadcast to each sample of a batch, for all of its frames: [B, 1, ...]."""
     return jnp.broadcast_to(of_one, (x.shape[0], 1, *of_one.shape))
 
 
@@ -161,7 +161,7 @@ def start_cache(
     width: int,
     rollout: Rollout,
 ) -> WanCache:
-    """An empty cache; `text` is `paired` with the negative one for guidance. `frames` counts if there is no window."""
+    """An empty cache; for guidance, `text` is `paired` with the negative one. `frames` is used without a window."""
     model, layers = merged(graph, params)
     return init_cache(
         model,
@@ -186,7 +186,7 @@ def autoregressive(
     initial: Float[Array, "B K H W C"] | None = None,
     noise: Noise | None = None,
 ) -> Iterator[Float[Array, "B F H W C"]]:
-    """Generates latents block by block; each is handed out as soon as it is under way (asynchronous dispatch).
+    """Generates latents block by block; each is yielded as soon as it is dispatched, before it is computed.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -200,21 +200,21 @@ def autoregressive(
     Args:
         model: A causal model, trained on blocks of `rollout.block` frames.
         text: Embedding of the prompt.
-        frames: Latent frames in all, given ones included; None, with a window: without end.
-        height: Of the latents.
-        width: Of the latents.
-        key: Of all noise. The first blocks do not depend on how many follow.
+        frames: Total number of latent frames, including given ones; None, with a window: endless.
+        height: Height of the latents.
+        width: Width of the latents.
+        key: Key of all noise. A block does not depend on how many follow.
         rollout: Settings.
         negative: Embedding of the negative prompt, for guidance.
-        initial: Finished latents that come first, such as an encoded image (one frame, which needs
-            `independent_first_frame`) or clip. They are handed out too.
-        noise: Of the new frames, instead of what the key gives (`Rollout.noise` is that); needs a number of frames.
+        initial: Finished latents at the start, such as an encoded image (one frame, which needs
+            `independent_first_frame`) or clip. They are yielded too.
+        noise: Noise of the new frames, instead of the key's, which is `Rollout.noise`; needs a number of frames.
 
     Yields:
         Latents of one block, float32.
 
     Raises:
-        ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
+        ValueError: If frames are not whole blocks, or a size does not fit the model; before anything is computed.
     """
     video = LiveRollout(
         model, text, frames=frames, height=height, width=width, key=key, rollout=rollout, negative=negative
@@ -247,11 +247,12 @@ def _blocks(video: "LiveRollout", initial: Array | None, noise: Noise | None) ->
 
 
 class LiveRollout:
-    """A video in the making, a block at a call, of which the text and the past may be changed in between.
+    """A video that is generated one block per call, whose text and past may be changed in between.
 
-    Calls dispatch and do not wait. All calls of the network take one program, the same for all videos of equal sizes
-    and settings; a new text and counting anew take one more each. The call that rewrites a finished block in the cache
-    comes with what follows the block, so that its frames do not wait for it, and after the last block there is none.
+    Calls dispatch work and do not wait. All network calls use one program, the same for all videos of equal sizes and
+    settings; setting a text and restarting frame numbers take one more each. The call that rewrites a finished block in
+    the cache is made together with what follows the block, so that the block's frames do not wait for it; after the
+    last block it is not made.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -270,21 +271,21 @@ class LiveRollout:
     Args:
         model: A causal model, trained on blocks of `rollout.block` frames; or `unroll_layers` of it, for speed.
         text: Embedding of the prompt.
-        height: Of the latents.
-        width: Of the latents.
-        key: Of all noise. The first blocks do not depend on how many follow.
+        height: Height of the latents.
+        width: Width of the latents.
+        key: Key of all noise. A block does not depend on how many follow.
         rollout: Settings.
-        frames: Latent frames in all, given ones included; None, with a window: without end.
+        frames: Total number of latent frames, including given ones; None, with a window: endless.
         negative: Embedding of the negative prompt, for guidance.
-        mesh: The devices that share the network's work, where its parameters are; None: the mesh that is set, if any.
+        mesh: The devices that share the network's work and hold its parameters; None: the current mesh, if any.
 
     Attributes:
         frame: Index of the next block's first frame.
-        key: As given; another one is for the blocks that follow.
-        shape: Of a frame's latents with the batch, (B, H, W, C).
+        key: As given; setting another one affects the following blocks.
+        shape: Shape of a frame's latents with the batch, (B, H, W, C).
 
     Raises:
-        ValueError: If frames do not make whole blocks, or a size does not fit the model; before anything is computed.
+        ValueError: If frames are not whole blocks, or a size does not fit the model; before anything is computed.
     """
 
     def __init__(
@@ -334,7 +335,7 @@ class LiveRollout:
 
     @property
     def held(self) -> int:
-        """Bytes that the cache of keys and values takes, on each device of a mesh."""
+        """Bytes of the cache of keys and values, on each device of a mesh."""
         with self._on_mesh():
             return bytes_on_each(jax.eval_shape(partial(self._begin, self._graph), self._params, self._text))
 
@@ -349,12 +350,13 @@ class LiveRollout:
     def generate(
         self, noise: Noise | None = None, *, meanwhile: Callable[[], object] | None = None
     ) -> Float[Array, "B F H W C"]:
-        """Makes the next block.
+        """Generates the next block.
 
         Args:
-            noise: The block's, instead of what the key gives; what is None of it is drawn.
-            meanwhile: Called when the device has the block's first call to do: the time to wait for what came before.
-                Sending all calls can take as long as the device for them: its queue may hold less than a block.
+            noise: The block's noise, instead of the key's; parts that are None are drawn.
+            meanwhile: Called once the block's first network call is dispatched, which is the time to wait for earlier
+                results. Dispatching all calls can take as long as computing them, as the device's queue may be shorter
+                than a block.
 
         Returns:
             Its latents, float32.
@@ -373,16 +375,16 @@ class LiveRollout:
         return state.x
 
     def write(self, latents: Float[Array, "B F H W C"]) -> None:
-        """Takes given latents, such as an image's or a clip's, as the next block."""
+        """Uses given latents, such as those of an image or a clip, as the next block."""
         with self._on_mesh():
             self._write(latents, given=True)
         self._given = self.frame
 
     def set_text(self, text: Float[Array, "B L E"], negative: Float[Array, "B M E"] | None = None) -> None:
-        """Takes another text for the blocks that follow, of as many rows as the first one.
+        """Sets another text for the following blocks, with as many rows as the first one.
 
         Raises:
-            ValueError: If it has another shape, with which another program would have to be compiled.
+            ValueError: If it has another shape, which would need another compiled program.
         """
         context = self._context(text, negative)
         if context.shape != self._text.shape:
@@ -394,21 +396,21 @@ class LiveRollout:
                 self._cache = write_text(self._graph, self._params, self._cache, context)
 
     def past_of(self, frame: int) -> list[int]:
-        """First frames of the blocks that the block at `frame` can see, sinks and window, in order."""
+        """First frames of the blocks visible to the block at `frame`, by sinks and window, in order."""
         return self._past(frame)[0]
 
     def recache(self, frame: int, past: Mapping[int, Float[Array | np.ndarray, "B F H W C"]]) -> None:
-        """Goes on at `frame`, earlier or the same, with keys and values recomputed from finished latents and the text.
+        """Continues from `frame`, the current or an earlier one, with keys and values recomputed from latents and text.
 
-        Positions are as they were; the network sees of the past what is within reach now, and of the frames before
-        that nothing, not even through others.
+        Positions stay the same. The network sees only the past that is within reach now; what lies before that has no
+        influence, not even indirectly.
 
         Args:
             frame: First frame of a block.
-            past: Latents of at least the blocks of `past_of`, by first frame; on the host or a device.
+            past: Latents of at least the blocks in `past_of`, by first frame, on the host or a device.
 
         Raises:
-            ValueError: If no block begins there, or the past lacks one.
+            ValueError: If no block starts there, or a block of the past is missing.
         """
         starts, sinks, base = self._past(frame)
         if missing := [start for start in starts if start not in past]:

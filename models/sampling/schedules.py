@@ -1,4 +1,4 @@
-"""Noise schedules of flow matching: which noise levels a sampler visits and what time the network is told there.
+"""Noise schedules of flow matching: the noise levels a sampler visits and the timesteps given to the network.
 
 A latent at noise level sigma is (1 - sigma) data + sigma noise. Levels are shifted towards high noise by
 sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). All in float64 NumPy.
@@ -17,11 +17,11 @@ UNIPC_FIRST = 0.999  # first u of Wan's UniPC grid
 
 
 class Schedule(NamedTuple):
-    """Where a sampler goes.
+    """The noise levels that a sampler visits.
 
     Attributes:
         sigmas: Noise levels, decreasing, [steps + 1]; the last is 0.
-        timesteps: What the network is told at all but the last, [steps].
+        timesteps: Timestep given to the network at each but the last, [steps].
     """
 
     sigmas: Float64[np.ndarray, "steps_plus_1"]
@@ -50,7 +50,7 @@ def _ending_in_data(sigmas: np.ndarray) -> np.ndarray:
 
 
 def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> Schedule:
-    """Levels even in u down to 0, shifted; the network is told 1000 sigma.
+    """Levels evenly spaced in u down to 0, shifted; the timestep is 1000 sigma.
 
     Examples:
         >>> uniform_schedule(4, 5.0).timesteps.round(1).tolist()
@@ -59,9 +59,9 @@ def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> S
         [0.5, 0.3125, 0.0]
 
     Args:
-        steps: Calls of the network.
+        steps: Number of network calls.
         shift: s.
-        start: First level sigma in (0, 1]; below 1 a noised clip is restored rather than a new one made.
+        start: First level sigma in (0, 1]; below 1, to restore a noised clip rather than generate a new one.
 
     Returns:
         The schedule.
@@ -78,9 +78,9 @@ def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> S
 
 
 def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
-    """As `uniform_schedule`, with times cut to whole numbers, as Wan's DPM-Solver++ has them.
+    """As `uniform_schedule`, with timesteps truncated to whole numbers, as in Wan's DPM-Solver++.
 
-    Wan cuts what float64 gives, so a level that is 600 on paper and 599.9999999999999 in float64 becomes 599.
+    Wan truncates float64 values, so a timestep that is 600 in theory and 599.9999999999999 in float64 becomes 599.
 
     Examples:
         >>> truncated_schedule(4, 5.0).timesteps.tolist()
@@ -91,14 +91,14 @@ def truncated_schedule(steps: int, shift: float = 5.0) -> Schedule:
 
 
 def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
-    """The grid of Wan 2.1's UniPC: even in u from 0.999 down, shifted; times are cut to whole numbers, levels are not.
+    """The grid of Wan 2.1's UniPC: even in u from 0.999 down, shifted; timesteps are truncated, levels are not.
 
     Examples:
         >>> unipc_schedule(50, 8.0).timesteps[:4].tolist()
         [999.0, 997.0, 994.0, 991.0]
 
     Args:
-        steps: Calls of the network.
+        steps: Number of network calls.
         shift: s; Wan advises 8 for 1.3B at 480p, 5 otherwise.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The fixed part of a generation block by block."""
+"""The settings of block-by-block generation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +16,19 @@ from monarchrt.models.sampling.tables import SamplerTable, sampler_table
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """The fixed part of an autoregressive generation.
+    """The settings of an autoregressive generation.
 
     Attributes:
-        sampler: As in `sampler_table`, a table of one's own included; few-step for distilled models.
-        steps: Calls of the network per block, or for few-step the list of its steps; None: the sampler's own number.
+        sampler: As in `sampler_table`, which may be a table of your own; few-step for distilled models.
+        steps: Network calls per block, or for few-step the list of its timesteps; None: the sampler's default.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none (distilled models need none).
         block: Latent frames per block.
         independent_first_frame: Whether the first frame is a block of its own.
-        window: Frames of keys and values that are kept, with the block in the making; None keeps all.
-        sink_frames: Leading frames that a window never lets go.
-        context_noise: Timestep, 0 to 1000, that the network is told when it puts a finished block into the cache.
-            Self-Forcing's setting of this name; as in its inference, the latents themselves are not noised.
+        window: Frames of keys and values to keep, including the current block; None keeps all.
+        sink_frames: Leading frames that a window always keeps.
+        context_noise: Timestep, 0 to 1000, given to the network when it writes a finished block into the cache.
+            Self-Forcing's setting of this name; as in its inference, no noise is added to the latents themselves.
     """
 
     sampler: str | SamplerTable = "few-step"
@@ -58,11 +58,11 @@ class Rollout:
         return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
 
     def calls(self) -> SamplerTable:
-        """The sampler, and two calls that put finished latents into the cache: of own blocks, and of what is given."""
+        """The sampler, and two calls that write finished latents into the cache: generated blocks, and given ones."""
         return self.table().with_rewrite(self.context_noise).with_rewrite()
 
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
-        """The noise that `autoregressive` draws of a key, to take it elsewhere.
+        """The noise that `autoregressive` draws from a key, to use it elsewhere.
 
         Examples:
             >>> noise = Rollout().noise(jax.random.key(0), (1, 6, 4, 8, 16), given=3)
@@ -70,9 +70,9 @@ class Rollout:
             ((1, 3, 4, 8, 16), (3, 1, 3, 4, 8, 16))
 
         Args:
-            key: As there.
-            shape: Of the whole video's latents, [B, F, H, W, C].
-            given: Leading frames that are given and need none.
+            key: As in `autoregressive`.
+            shape: Shape of the whole video's latents, [B, F, H, W, C].
+            given: Number of leading frames that are given and need no noise.
 
         Returns:
             The noise of the new frames.
@@ -88,14 +88,14 @@ class Rollout:
         return joined(parts)
 
     def blocks(self, frames: int) -> list[int]:
-        """Sizes of the blocks that make `frames` latent frames.
+        """Sizes of the blocks that make up `frames` latent frames.
 
         Examples:
             >>> Rollout().blocks(9), Rollout(independent_first_frame=True).blocks(7)
             ([3, 3, 3], [1, 3, 3])
 
         Raises:
-            ValueError: If they do not make whole blocks.
+            ValueError: If they are not whole blocks.
         """
         return block_sizes(frames, self.block, independent_first_frame=self.independent_first_frame)
 
@@ -106,7 +106,7 @@ def block_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B 
 
 
 def check_sampler(settings: Any) -> None:
-    """Raises ValueError unless sampler, steps and context noise of frozen settings suit; lists become tuples."""
+    """Raises ValueError unless sampler, steps and context noise of frozen settings are valid; lists become tuples."""
     if isinstance(settings.steps, list):
         object.__setattr__(settings, "steps", tuple(settings.steps))
     settings.table()

@@ -1,4 +1,4 @@
-"""Carrying out a sampler: pure functions over pytrees of latents, for use under `jit`."""
+"""Running a sampler: pure functions over pytrees of latents, for use under `jit`."""
 
 import inspect
 from collections.abc import Callable
@@ -25,13 +25,13 @@ class SolverState(NamedTuple):
 
     @classmethod
     def init(cls, noise: Any) -> "SolverState":
-        """Before the first step."""
+        """The state before the first step."""
         zeros = jax.tree.map(jnp.zeros_like, noise)
         return cls(noise, zeros, zeros, zeros)
 
 
 class Rows(NamedTuple):
-    """A `SamplerTable` in float32 on the device, whole or one row of it."""
+    """A `SamplerTable` in float32 on the device, or one row of it."""
 
     sigmas: Array
     timesteps: Array
@@ -56,13 +56,13 @@ def solver_step(state: SolverState, row: Rows, flow: Any, noise: Any = None) -> 
     """One step, given the flow at `state.x`.
 
     Args:
-        state: Before the step.
-        row: One row of the table, of `rows`.
-        flow: The network's prediction, of the structure of `state.x`.
+        state: The state before the step.
+        row: One row of the table, from `rows`.
+        flow: The network's prediction, with the structure of `state.x`.
         noise: Fresh unit Gaussian noise, for stochastic samplers.
 
     Returns:
-        After the step; `x` is at the next noise level.
+        The state after the step, with `x` at the next noise level.
     """
     x, corrected, data, older = state
     predicted = jax.tree.map(lambda x, v: (x.astype(jnp.float32) - row.sigmas * v).astype(x.dtype), x, flow)
@@ -90,18 +90,18 @@ def sample(
         3.0
 
     Args:
-        flow: The network with its text, as `guided` or `keep_context` make it.
+        flow: The network with its text, as returned by `guided` or `keep_context`.
         noise: Unit Gaussian noise, an array or a pytree of arrays.
         table: The sampler, for example `sampler_table("unipc", steps=50, shift=8.0)`.
-        key: For the fresh noise of a stochastic sampler.
-        fresh: That noise itself, of the structure of `noise` with the steps in front; instead of a key.
-        numbered: Whether the flow is told the number of the step too, as a third argument.
+        key: Key for the fresh noise of a stochastic sampler.
+        fresh: That noise itself, with the structure of `noise` and a leading axis of steps, instead of a key.
+        numbered: Whether the flow takes the number of the step as a third argument.
 
     Returns:
-        Latents of the structure and dtype of `noise`.
+        Latents with the structure and dtype of `noise`.
 
     Raises:
-        ValueError: If the sampler is stochastic and there is neither key nor noise.
+        ValueError: If the sampler is stochastic and neither key nor noise is given.
     """
     if table.stochastic and key is None and fresh is None:
         raise ValueError("key is None, but this sampler adds fresh noise at each step; give a jax.random.key.")
@@ -119,7 +119,7 @@ def sample(
 
 
 def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
-    """Step number -> the noise that it adds, of the structure of `like`; the same bits as noise that is given."""
+    """A function from step number to the noise it adds, with the structure of `like`; equals explicitly given noise."""
     leaves, structure = jax.tree.flatten(like)
 
     def draw(number: Array | int) -> Any:
@@ -155,7 +155,7 @@ def guided(
         guidance: g; 1 is no guidance.
 
     Returns:
-        (latents, timestep) -> flow; the number of the step may follow, which the network is told as in `flow_at`.
+        (latents, timestep) -> flow, with the number of the step as an optional third argument; see `flow_at`.
     """
     both = None if negative is None or guidance == 1.0 else paired(text, negative)
 
@@ -179,12 +179,12 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
         Array([[1.]], dtype=float32)
 
     Args:
-        model: (latents, timesteps, text) -> flow, told the number as `step` if it has such an argument.
+        model: (latents, timesteps, text) -> flow; called with the number as `step` if it has such an argument.
         x: Latents, [B, ...].
         timesteps: [B], or [B, frames].
         text: Embedding of the prompt.
-        step: Number of the call within the sampler, from 0, traced or not, or one for each sample or frame; None: there
-            is no sampler.
+        step: Number of the call within the sampler, from 0, traced or not, or one per sample or frame; None without a
+            sampler.
 
     Returns:
         The flow.
@@ -194,7 +194,7 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
 
 
 def paired(text: Array, negative: Array) -> Array:
-    """Both in one batch, conditional first; embeddings of unequal length are padded with zero rows, as the model does.
+    """Both in one batch, conditional first; the shorter embedding is padded with zero rows, as the model does.
 
     Examples:
         >>> paired(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3))).shape
@@ -214,9 +214,9 @@ def unpair(flow: Array, guidance: float) -> Array:
 def keep_context(
     model: Callable[..., Array], context: Float[Array, "B K H W C"], *, timestep: float = 0.0
 ) -> Callable[..., Array]:
-    """A network that sees new frames after given ones; for networks trained with a noise level for each frame.
+    """A network that sees new frames after given ones, for networks trained with a noise level per frame.
 
-    The context is shown clean (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
+    The context is clean (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 
     Examples:
         >>> model = lambda x, t, text: x * t[:, :, None, None, None]
@@ -226,8 +226,8 @@ def keep_context(
 
     Args:
         model: (latents [B, F, H, W, C], timesteps [B, F], text) -> flow.
-        context: Finished latents that come first, of the batch or, for guidance, half of it.
-        timestep: What the network is told of the context.
+        context: Finished latents at the start, with the batch size or, for guidance, half of it.
+        timestep: Timestep given to the network for the context.
 
     Returns:
         (latents of the new frames, timesteps [B], text, step=None) -> their flow.

@@ -1,6 +1,6 @@
 """Solvers as tables of coefficients, computed once in float64.
 
-Every solver here is linear in what it has seen. At step n, with m_n = x - sigma_n v the data that the network predicts:
+Every solver here is linear in its history. At step n, with the data prediction m_n = x - sigma_n v of the network:
 
     x      <- correct[n] . (x, y, m_n, m_{n-1}, m_{n-2})      y is the last step's corrected x
     x_next <- predict[n] . (x, m_n, m_{n-1}, fresh noise)
@@ -29,13 +29,13 @@ UNCHANGED = (1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class SamplerTable(NamedTuple):
-    """A sampler: a row per call of the network.
+    """A sampler: one row per network call.
 
     Attributes:
-        sigmas: Noise level, [steps].
-        timesteps: What the network is told, [steps].
-        correct: [steps, 5], see the module.
-        predict: [steps, 4], see the module.
+        sigmas: Noise levels, [steps].
+        timesteps: Timesteps given to the network, [steps].
+        correct: Corrector coefficients, [steps, 5]; see the module.
+        predict: Predictor coefficients, [steps, 4]; see the module.
     """
 
     sigmas: Float64[np.ndarray, "steps"]
@@ -45,7 +45,7 @@ class SamplerTable(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Calls of the network."""
+        """Number of network calls."""
         return len(self.sigmas)
 
     @property
@@ -55,7 +55,7 @@ class SamplerTable(NamedTuple):
 
     @property
     def noisy(self) -> Int[np.ndarray, "n"]:
-        """The steps that add fresh noise, by number."""
+        """The numbers of the steps that add fresh noise."""
         return np.flatnonzero(self.predict[:, 3])
 
     def __hash__(self) -> int:  # a static argument of compiled programs, as part of their settings
@@ -68,7 +68,7 @@ class SamplerTable(NamedTuple):
         return not self == other
 
     def check(self) -> None:
-        """Raises ValueError unless the columns are of one length and finite, and there are steps.
+        """Raises ValueError unless the columns have one length, at least one row and finite values.
 
         Examples:
             >>> euler(uniform_schedule(2))._replace(sigmas=np.ones(3)).check()  # doctest: +ELLIPSIS
@@ -88,7 +88,7 @@ class SamplerTable(NamedTuple):
                 raise ValueError(f"sampler: {name} is not finite: {np.asarray(column).tolist()}.")
 
     def with_rewrite(self, timestep: float = 0.0) -> "SamplerTable":
-        """Followed by a call on the finished latents at `timestep`, which changes nothing: it rewrites a cache.
+        """The table with a further call on the finished latents at `timestep`, which only rewrites a cache.
 
         Examples:
             >>> few_step(few_step_schedule()).with_rewrite().timesteps.round(1).tolist()
@@ -136,7 +136,7 @@ def euler(schedule: Schedule) -> SamplerTable:
 def dpmpp_2m(schedule: Schedule) -> SamplerTable:
     """DPM-Solver++ of order 2, multistep, midpoint (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
-    The first step and the last, to sigma = 0, are of order 1.
+    The first step and the last one, to sigma = 0, have order 1.
 
     Examples:
         >>> dpmpp_2m(uniform_schedule(4, 1.0)).predict[[0, 3]].tolist()
@@ -156,10 +156,10 @@ def unipc(schedule: Schedule) -> SamplerTable:
         ([1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
 
     Args:
-        schedule: From below sigma = 1 down to 0.
+        schedule: A schedule from below sigma = 1 down to 0.
 
     Returns:
-        The table. The first step and the last are of order 1.
+        The table. The first and the last step have order 1.
 
     Raises:
         ValueError: If the schedule begins at sigma = 1.
@@ -196,7 +196,7 @@ def _correct(sigmas: np.ndarray, n: int, order: int) -> tuple[float, float, floa
 
 
 def few_step(schedule: Schedule) -> SamplerTable:
-    """Predict the data, noise it afresh to the next level, and so on: the sampler of distilled models.
+    """Predict the data, add fresh noise up to the next level, and repeat: the sampler of distilled models.
 
     Self-Forcing (arXiv:2506.08009), algorithm 1; consistency models (arXiv:2303.01469), algorithm 1.
 
@@ -210,7 +210,7 @@ def few_step(schedule: Schedule) -> SamplerTable:
 def sampler_table(
     name: str | SamplerTable, *, steps: int | Sequence[int] | None = None, shift: float = 5.0
 ) -> SamplerTable:
-    """A sampler by name, on the schedule that Wan uses it with.
+    """A sampler by name, with the schedule that Wan uses for it.
 
     Examples:
         >>> sampler_table("few-step").steps, sampler_table("unipc", steps=20).steps
@@ -220,16 +220,16 @@ def sampler_table(
 
     Args:
         name: One of `SAMPLERS`: unipc, dpm++ and euler follow the flow in many steps; few-step is for distilled models.
-            A table of one's own is checked and handed back.
-        steps: Calls of the network; None: 50, or 4 for few-step. For few-step also the list of its steps, as
-            `few_step_schedule` takes them: a model is to be sampled at those that it was distilled at.
+            A table of your own is checked and returned.
+        steps: Number of network calls; None: 50, or 4 for few-step. For few-step also the list of its timesteps, as for
+            `few_step_schedule`; sample a model at those it was distilled at.
         shift: Shift of the noise levels.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: If the name is unknown, or the steps do not suit.
+        ValueError: If the name is unknown, or the steps are not valid for it.
     """
     if isinstance(name, SamplerTable):
         if steps is not None:
