@@ -252,11 +252,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
         factor = math.nan
     if not math.isfinite(factor):
         raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
-<<<<<<< HEAD
-    return Problem(scale=check_scale(factor, shown=scale), num_iters=spec.num_iters, masked=masked)
-=======
-    return factor
->>>>>>> cec227c (Docstrings of attention, block-sparse attention and samplers in plainer English)
+    return check_scale(factor, shown=scale)
 
 
 def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:

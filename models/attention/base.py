@@ -17,18 +17,18 @@ from monarch_jax import MonarchKVCache
 from monarchrt.models.attention.explicit import on_explicit_axes, over_any_cache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
-type Number = int | Int[Array, ""] | None  # known, traced, or not there
+type Number = int | Int[Array, ""] | None  # known, traced, or absent
 type Steps = (
     Number | Int[Array, "B"] | Int[Array, "B frames"]
 )  # of the whole call, each sample, or each frame of tokens
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
 type Layer = Int[Array, ""] | None  # which of a cache of several
-HOW = {"how": True}  # metadata of a field that says how, not what, is computed: weights do not depend on it
+HOW = {"how": True}  # metadata of a field that selects how the same numbers are computed; not stored with weights
 
 
 @runtime_checkable
 class Sizes(Protocol):
-    """What a kind is told of the network when it makes its parameters; `WanConfig` is one."""
+    """What a kind knows of the network when it creates its parameters; `WanConfig` is one."""
 
     @property
     def dim(self) -> int:
@@ -42,31 +42,31 @@ class Sizes(Protocol):
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head, d."""
+        """Channels per head, d."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Of the computation."""
+        """Dtype of the computation."""
         ...
 
     @property
     def param_dtype(self) -> str:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where in the network and in the generation an attention is called, and what is a kind's own there.
+    """Where in the network and in generation an attention is called, and the kind's own parameters there.
 
     Attributes:
         layer: Number of the layer, from 0; traced inside a scan over layers.
-        step: Call of the network within the sampler, from 0; the call that rewrites the cache comes after the last.
-            In training on states of a sampler one for each sample, [B], or each frame of queries, [B, F]. None where
-            there are no steps.
-        block: Number of the block of frames in a roll-out, from 0. None where a whole clip is seen at once.
-        inputs: () -> what queries, keys and values are projections of, [B, N, D], for gates.
+        step: Number of the network call within the sampler, from 0; the call that rewrites the cache comes last. In
+            training on states of a sampler, one per sample, [B], or per frame of queries, [B, F]. None without a
+            sampler.
+        block: Number of the block of frames in a roll-out, from 0. None for a whole clip.
+        inputs: () -> the input that queries, keys and values are projected from, [B, N, D], for gates.
         modules: Parameters of this layer by the name of the kind that made them.
     """
 
@@ -77,7 +77,7 @@ class Context:
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def own(self, setting: "Attention") -> Any:
-        """The module that `setting.init` made for this layer.
+        """The module that `setting.init` created for this layer.
 
         Raises:
             ValueError: If there is none, as in a model built for another attention.
@@ -87,12 +87,12 @@ class Context:
         return self.modules[setting.name]
 
     def of_frames(self, first: int | Int[Array, ""], frames: int, per_frame: int) -> "Context":
-        """The context of some frames' queries: with their own steps and inputs.
+        """The context restricted to the queries of some frames.
 
         Args:
-            first: The first of them, known or traced.
-            frames: How many.
-            per_frame: Tokens of a frame.
+            first: The first frame, known or traced.
+            frames: Number of frames.
+            per_frame: Tokens per frame.
         """
 
         def own(x: Array, size: int) -> Array:
@@ -111,12 +111,12 @@ NOWHERE = Context()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clip:
-    """What a call without a cache is about, the arguments of `Attention.__call__` as a kind gets them.
+    """The checked arguments of a call without a cache, as `Attention.attend_clip` gets them.
 
     Attributes:
         grid: (F, h, w) tokens.
         causal_block: Frames per block: a block sees itself and earlier ones. None sees everything.
-        context: Where this is.
+        context: Where in the network and in generation this is.
     """
 
     grid: Grid
@@ -129,7 +129,7 @@ class Clip:
 
     @property
     def per_frame(self) -> int:
-        """Tokens of a frame."""
+        """Tokens per frame."""
         return self.grid[1] * self.grid[2]
 
     @property
@@ -139,7 +139,7 @@ class Clip:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """Where each causal block begins and ends, in frames; what it sees ends with it.
+        """First and last frame (exclusive) of each causal block; a block sees nothing after its end.
 
         Examples:
             >>> Clip(grid=(5, 1, 1), causal_block=2).blocks, Clip(grid=(5, 1, 1)).blocks
@@ -152,9 +152,9 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a cache should hold; the fields but the last are the arguments of `monarch_jax.MonarchKVCache.init`.
+    """What a cache must hold; all fields but the last are arguments of `monarch_jax.MonarchKVCache.init`.
 
-    `block` is how many frames are written at a time, where that is always as many; None: it is not known.
+    `block` is the number of frames written at a time, if it is always the same; None: not known.
     """
 
     batch: int
@@ -176,40 +176,40 @@ class CacheShape:
 
 
 class Cache(Protocol):
-    """Keys and values of frames: a dataclass and a pytree whose arrays all have a leading axis of layers, if any has.
+    """Keys and values of frames: a dataclass and pytree whose arrays all have, or all lack, a leading axis of layers.
 
-    `monarch_jax.MonarchKVCache` is one; a kind that keeps more, such as pooled keys, brings its own. One that holds
-    rotated keys elsewhere than in `key` has a method `map_keys(function)` too.
+    `monarch_jax.MonarchKVCache` is one; a kind that keeps more, such as pooled keys, has its own. One that holds
+    rotated keys outside `key` also has a method `map_keys(function)`.
     """
 
     length: Any
-    """int32 scalar, frames written so far. The same for all layers, it is kept once, and put in before each use."""
+    """int32 scalar, frames written so far; the same for all layers, so it is stored once and set before each use."""
 
     def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Any:
-        """With the tokens of a block of frames written at `frame`, in the given layer."""
+        """The cache with the tokens of a block of frames written at `frame`, in the given layer."""
         ...
 
 
 def map_keys(cache: Any, function: Callable[[Array], Array]) -> Any:
-    """The cache with its keys passed through a function that keeps shapes, such as a rotation."""
+    """The cache with a shape-preserving function, such as a rotation, applied to its keys."""
     if hasattr(cache, "map_keys"):
         return cache.map_keys(function)
     return dataclasses.replace(cache, key=function(cache.key))
 
 
 class Density(NamedTuple):
-    """How much of the attention map, N^2 entries for N tokens, there is.
+    """How much of the attention map, N^2 entries for N tokens, is kept.
 
     Examples:
         >>> print(Density(asked=0.03, kept=0.017, visible=0.03))
         1.7% of the map, 3.0% of what is visible
 
     Attributes:
-        asked: Share that the setting names.
-        kept: Share of all N^2 entries that is computed or, for a structured map, stored.
-        visible: Share of the entries that are not masked: `kept`, unless attention is block-causal.
+        asked: Fraction that the setting asks for.
+        kept: Fraction of all N^2 entries that is computed or, for a structured map, stored.
+        visible: Fraction kept of the entries that are not masked: `kept`, unless attention is block-causal.
 
-    Shares that depend on the data are NaN.
+    Fractions that depend on the data are NaN.
     """
 
     asked: float
@@ -228,7 +228,7 @@ class Density(NamedTuple):
 
 
 def visible_share(grid: Grid, causal_block: int | None) -> float:
-    """Share of the map that is not masked.
+    """Fraction of the map that is not masked.
 
     Examples:
         >>> round(visible_share((21, 30, 52), 3), 3)
@@ -241,7 +241,7 @@ def visible_share(grid: Grid, causal_block: int | None) -> float:
 
 
 def mean_density(parts: Iterable[tuple[int | float, Density]]) -> Density:
-    """The mean of densities by weight."""
+    """The weighted mean of densities."""
     parts = list(parts)
     total = sum(weight for weight, _ in parts)
     return Density(*(sum(weight * values[n] for weight, values in parts) / total for n in range(3)))
@@ -251,23 +251,23 @@ def mean_density(parts: Iterable[tuple[int | float, Density]]) -> Density:
 class Attention(abc.ABC):
     """A kind of self-attention and its settings. Subclasses are frozen, keyword-only dataclasses with a `name`.
 
-    Only `attend_clip`, `attend_cache` and `density` must be written; the rest has defaults for a kind that has no
-    parameters and reads keys in token order. `attend_clip` gets what `__call__` has checked. `str(setting)` is its
-    notation, see `monarchrt.models.attention.notation`.
+    Only `attend_clip`, `attend_cache` and `density` are required; the other methods have defaults for a kind without
+    parameters that reads keys in token order. `__call__` checks its arguments and calls `attend_clip`. `str(setting)`
+    is its notation, see `monarchrt.models.attention.notation`.
 
-    Fields hold numbers, strings, bools, None, tuples of these, or other kinds; they should be checked in
-    `__post_init__`, as far as that is possible without a grid. A field with `metadata=HOW`, such as the name of a
-    backend, says how the same numbers are computed; it is not stored with weights.
+    Fields hold numbers, strings, bools, None, tuples of these, or other kinds; check them in `__post_init__` as far as
+    that is possible without a grid. A field with `metadata=HOW`, such as the name of a backend, selects how the same
+    numbers are computed and is not stored with weights.
     """
 
     name: ClassVar[str]
-    """In the registry and in the notation."""
+    """Name in the registry and in the notation."""
 
     positional: ClassVar[tuple[str, ...]] = ()
-    """Fields that the notation writes without their names, first."""
+    """Fields that the notation writes first and without their names."""
 
     repeated: ClassVar[str | None] = None
-    """A field, a tuple of kinds, that the notation writes as all its positional arguments."""
+    """A field holding a tuple of kinds, which the notation writes as its positional arguments."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -280,30 +280,30 @@ class Attention(abc.ABC):
         return to_text(self)
 
     def _set(self, **values: Any) -> None:
-        """Fields in their normal form, for `__post_init__`."""
+        """Sets fields to their normal form, in `__post_init__`."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     # Composition
 
     def parts(self) -> tuple["Attention", ...]:
-        """The kinds that this one is made of; none unless it is a wrapper."""
+        """The kinds that this one combines; none unless it is a wrapper."""
         return ()
 
     def for_layer(self, layer: int) -> "Attention":
-        """The setting of one layer. Layers of equal settings that follow each other are one scan."""
+        """The setting of one layer. Consecutive layers with equal settings form one scan."""
         return self
 
     def for_frames(self, frames: int) -> "Attention":
-        """The setting for a call on the beginning of a clip of so many frames, where what it keeps depends on that."""
+        """The setting for a call on the start of a clip with this many frames, if what it keeps depends on that."""
         return self._with_parts(lambda part: part.for_frames(frames))
 
     def after_warm_up(self) -> "Attention":
-        """The setting without first layers, steps or blocks that have another kind."""
+        """The setting without the warm-up: first layers, steps or blocks that have another kind."""
         return self._with_parts(lambda part: part.after_warm_up())
 
     def _with_parts(self, change: "Callable[[Attention], Attention]", **changes: Any) -> "Attention":
-        """With every kind in a field changed, and other changes."""
+        """The setting with every kind in its fields changed, and other changes."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Attention):
@@ -313,24 +313,24 @@ class Attention(abc.ABC):
         return dataclasses.replace(self, **changes) if changes else self
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError unless the setting suits a network of so many layers."""
+        """Raises ValueError unless the setting is valid for a network with this many layers."""
         for part in self.parts():
             part.check_layers(num_layers)
 
     @property
     def unit(self) -> Grid | None:
-        """Tokens that must divide a grid, for advice; None if any grid will do, or if it cannot be told."""
+        """Tokens (f, h, w) that must divide a grid, for advice; None if any grid is valid, or if unknown."""
         return next((part.unit for part in self.parts() if part.unit is not None), None)
 
     @property
     def by_blocks(self) -> bool:
-        """Whether it must be told the block of frames, so that a whole clip needs `causal_block`."""
+        """Whether it needs the number of the block of frames, so that a whole clip needs `causal_block`."""
         return any(part.by_blocks for part in self.parts())
 
     # Without a cache
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """Raises ValueError unless the setting fits a grid, or some grid if it is None, and the causal blocks."""
+        """Raises ValueError unless the setting fits the grid (None: some grid) and the causal blocks."""
         for part in self.parts():
             part.check(grid, causal_block=causal_block)
 
@@ -339,7 +339,7 @@ class Attention(abc.ABC):
 
         Args:
             grid: Tokens (F, h, w) of the block.
-            whole: Those of the clip, or that the cache holds, if that is known by now.
+            whole: Tokens of the clip, or that the cache holds, if already known.
         """
         for part in self.parts():
             part.check_block(grid, whole=whole)
@@ -347,10 +347,10 @@ class Attention(abc.ABC):
             self.check(grid)
 
     def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
-        """Parameters of one layer, `nnx.Param`s in a module, which come back as `context.own(self)`; None: it has none.
+        """Creates the parameters of one layer, a module later returned by `context.own(self)`; None: there are none.
 
-        All layers have them, stacked like the block's other parameters. They live in the block, so the optimizer,
-        checkpoints, averages and exports hold them as they hold the others.
+        All layers have them, stacked like the block's other parameters. They are part of the block, so the optimizer,
+        checkpoints, averages and exports include them.
         """
         return None
 
@@ -375,7 +375,7 @@ class Attention(abc.ABC):
             context: Where this is.
 
         Returns:
-            As `query`, in its dtype.
+            An array like `query`, in its dtype.
 
         Raises:
             ValueError: If the setting, or the tokens, do not fit the grid.
@@ -396,7 +396,7 @@ class Attention(abc.ABC):
         return on_explicit_axes(attend, (query, key, value), context)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """What a kind does in a call; grid and causal block were checked.
+        """The attention of a clip; arguments have been checked.
 
         Args:
             query: [B, F*h*w, heads, head_dim].
@@ -405,7 +405,7 @@ class Attention(abc.ABC):
             clip: Grid, causal block and context.
 
         Returns:
-            As `query`, in its dtype.
+            An array like `query`, in its dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attend_clip, which a kind must have.")
 
@@ -416,29 +416,29 @@ class Attention(abc.ABC):
         return MonarchKVCache.init(**shape.fields())
 
     def reads(self, cache: Any) -> bool:
-        """Whether `attend_cache` takes a cache that another kind made; kinds in a schedule share one."""
+        """Whether `attend_cache` can read a cache created by another kind; kinds in a schedule share one."""
         return isinstance(cache, MonarchKVCache)
 
     @property
     def layers_apart(self) -> bool:
-        """Whether generation with layers apart (`unroll_layers`) makes each a cache of its own, read with `layer` 0.
+        """Whether generation with unrolled layers (`unroll_layers`) gives each layer its own cache, read as `layer` 0.
 
-        A kernel that cannot read one layer where those of all lie reads a copy of it, of all frames that there is room
-        for, in every call.
+        A kernel that cannot read one layer of a stacked cache in place reads a copy of it, of the whole capacity, in
+        every call.
         """
         return False
 
     @abc.abstractmethod
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
-        """Attention of the newest block's queries over one layer's cache, the block written.
+        """Attention of the newest block's queries over one layer's cache, which already contains the block.
 
         On a mesh of explicit axes it sees none of them, as `attend_clip` (`explicit.over_any_cache`).
 
         Args:
-            cache: One that `init_cache` made, or that this kind `reads`.
+            cache: A cache from `init_cache`, or one that this kind `reads`.
             query: [B, F*h*w, heads, head_dim].
-            layer: Which layer, if the cache is that of several.
-            context: Where this is.
+            layer: Which layer, if the cache holds several.
+            context: Where in the network and in generation this is.
 
         Returns:
             As `query`.
@@ -448,7 +448,7 @@ class Attention(abc.ABC):
 
     @abc.abstractmethod
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """How much of the attention map there is.
+        """How much of the attention map is kept.
 
         Args:
             grid: (F, h, w) tokens.
@@ -456,7 +456,7 @@ class Attention(abc.ABC):
             steps: Sampling steps to average over, for settings that depend on the step.
 
         Returns:
-            The shares.
+            The fractions.
 
         Raises:
             ValueError: If the setting does not fit the grid.
@@ -472,8 +472,8 @@ class Attention(abc.ABC):
             head_dim: Channels of a head.
 
         Returns:
-            The count for one sample; by default the product of dense attention with the density, or dense attention's
-            if that depends on the data.
+            The count for one sample; by default dense attention's times the density, or dense attention's if the
+            density depends on the data.
         """
         tokens = grid[0] * grid[1] * grid[2]
         keys = (key_frames or grid[0]) * grid[1] * grid[2]
@@ -489,9 +489,9 @@ class Attention(abc.ABC):
         causal_block: int | None = None,
         context: Context = NOWHERE,
     ) -> Float[Array, "B n N N"]:
-        """The map that the output is the product of with the values, in small cases and for pictures.
+        """The attention map, for small cases and plots: the matrix by which the values are multiplied.
 
-        It is what comes out for values that are unit vectors, head_dim of them at a time.
+        It is computed as the output for values that are unit vectors, head_dim of them at a time.
         """
         batch, tokens, heads, width = query.shape
         units = jnp.eye(tokens, -(-tokens // width) * width, dtype=query.dtype)
@@ -505,18 +505,18 @@ class Attention(abc.ABC):
     # As data
 
     def stored(self) -> "Attention":
-        """The setting as it is kept with weights: without what says how, not what, is computed."""
+        """The setting as stored with weights: without fields that select how the same numbers are computed."""
         how = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("how")}
         return self._with_parts(lambda part: part.stored(), **how)
 
     @classmethod
     def from_old_json(cls, data: Any) -> "Attention | None":
-        """The setting in a form that files had before the notation, if it is one of this kind; else None."""
+        """Reads the form that files had before the notation; None if it is not of this kind."""
         return None
 
 
 def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer that starts at zero, [inputs, outputs] and a bias: with it a kind begins as without.
+    """A linear layer initialized to zero, with a bias: a kind that adds its output starts as without it.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -529,7 +529,7 @@ def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> n
 
 
 def leaves(setting: Attention) -> list[Attention]:
-    """The kinds that a setting is made of in the end, which attend themselves.
+    """The innermost kinds of a setting, which compute the attention.
 
     Examples:
         >>> from monarchrt.models.attention.notation import parse

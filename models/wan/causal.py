@@ -1,7 +1,7 @@
-"""Wan one block of frames after another, with caches of fixed shapes: one compiled program for a whole video.
+"""Wan applied to one block of frames after another, with caches of fixed shapes: one program for a whole video.
 
 The parameters are the bidirectional model's. Training sees the whole clip at once with `WanConfig.causal_block`;
-generation calls `cached_forward` for each block, as often as it is denoised, and both give the same numbers.
+generation calls `cached_forward` for each denoising step of each block. Both give the same numbers.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from monarchrt.models.wan.unrolled import over_layers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanCache:
-    """Keys and values of the frames so far, of every layer, and of the text. A pytree of fixed shapes.
+    """Keys and values of the frames so far, for every layer, and of the text. A pytree of fixed shapes.
 
     Attributes:
-        runs: For each run of layers with equal attention, the cache that its kind made: each array has a leading axis
-            of these layers, [layers, B, ...], and `length` is left out. Where layers are apart, and the kind's caches
-            should be (`Attention.layers_apart`): a tuple of such caches, of one layer each.
+        runs: For each run of layers with equal attention, its kind's cache, whose arrays have a leading axis of these
+            layers, [layers, B, ...], and no `length`. With unrolled layers, if the kind wants separate caches
+            (`Attention.layers_apart`): a tuple of such caches, with one layer each.
         length: int32 scalar, frames written so far.
-        cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; or, where
-            layers are apart, such pairs of each, [B, rows, heads, head_dim].
-        shape: What the caches were made to hold.
+        cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; with
+            unrolled layers, such pairs for each layer, [B, rows, heads, head_dim].
+        shape: What the caches were created for.
     """
 
     runs: Any
@@ -49,12 +49,12 @@ class WanCache:
 
     @property
     def keys(self) -> tuple[Any, ...]:
-        """Keys of each run in the order that its attention keeps them in, [layers, B, ...]."""
+        """Keys of each run, in the order in which its attention keeps them, [layers, B, ...]."""
         return tuple(cache.key for run in self.runs for cache in _each(run))
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Values, as `keys`."""
+        """Values of each run, like `keys`."""
         return tuple(cache.value for run in self.runs for cache in _each(run))
 
 
@@ -72,7 +72,7 @@ def init_cache(
     block: int | None = None,
     layers: list[Any] | None = None,
 ) -> WanCache:
-    """Caches for a new video: the cross-attention's filled from the text, the self-attention's empty.
+    """Caches for a new video: filled from the text for cross-attention, empty for self-attention.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -84,18 +84,18 @@ def init_cache(
         ((1, 3, 4, 8, 16), 3)
 
     Args:
-        model: Its attention decides the order that keys and values are kept in.
+        model: The model; its attention determines the order of keys and values in the cache.
         text: Output of the text encoder, as in the model's call.
         image: Output of the image encoder, for i2v.
         frames: Capacity in frames of tokens: all frames of the video, or the window of a rolling cache, which
             includes the block being generated.
-        height: Of the latents.
-        width: Of the latents.
+        height: Height of the latents.
+        width: Width of the latents.
         rolling: Whether frames past the capacity evict the oldest.
         sink_frames: Leading frames that a rolling cache never evicts.
         detach_past: Whether gradients reach only the newest block's keys and values.
-        block: Frames of tokens of every block that is written, if they are always as many: some kinds keep keys in
-            tiles of several frames then.
+        block: Frames of tokens of each written block, if always the same; some kinds then keep keys in tiles of
+            several frames.
         layers: As in `cached_forward`.
 
     Returns:
@@ -208,32 +208,32 @@ def cached_forward(
     layers: list[Any] | None = None,
     times: Times | None = None,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
-    """Predicts the flow of a block of frames that see each other and all cached frames.
+    """Predicts the flow of a block of frames, which see each other and all cached frames.
 
-    Called again with the same `frame`, it rewrites the block in the cache: for every denoising step, and once more
-    with the finished block at timestep 0, before the next block (Self-Forcing, Section 3; causal Wan's cache rewrite).
-    Shapes do not depend on how full the cache is, so that jitted with `frame` traced it compiles once.
+    Called again with the same `frame`, it overwrites the block in the cache, as every denoising step does, and finally
+    a call with the finished block at timestep 0 before the next block (Self-Forcing, Section 3). Shapes do not depend
+    on how full the cache is, so under `jit` with a traced `frame` it compiles once.
 
     Args:
-        model: The model that the cache was made for.
+        model: The model that the cache was created for.
         latents: The block, channels last.
         timesteps: One per sample or one per frame.
-        cache: Of `init_cache` or an earlier call.
+        cache: From `init_cache` or an earlier call.
         frame: Absolute index of the block's first frame; None: after the newest one. Traced frames past the capacity
-            of a cache that does not roll, or past the rotary table's 1024, give NaN.
+            of a cache that does not roll, or past the rotary table's 1024 positions, give NaN.
         step: Number of the call within the sampler, from 0, traced or not, for attention that depends on it.
         block: Number of the block of frames, from 0, likewise.
         in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
-            reads it there, without a copy of its own. Gradients are right, but take the memory of whole caches.
+            reads it there, without a copy. Gradients are correct but take the memory of whole caches.
         layers: The state of each layer, instead of those stacked in the model (`unroll_layers`); in place only.
-        times: What `model.embed_times` makes of the timesteps, if that is known; one for all frames will do.
+        times: Result of `model.embed_times` for the timesteps, if known; one for all frames suffices.
 
     Returns:
         The flow, in float32 at least, and the cache with this block as its newest.
 
     Raises:
-        ValueError: If shapes do not fit the model or the cache, a static `frame` is beyond its capacity, or `layers`
-            are given and it is not to be done in place or the cache was made without; or the reverse of the last.
+        ValueError: If shapes do not fit the model or the cache, a known `frame` is beyond its capacity, `layers` are
+            given without `in_place`, or only one of the cache and this call has `layers`.
     """
     config = model.config
     if layers is not None and not in_place:
@@ -365,10 +365,10 @@ def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, confi
 
 
 def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
-    """Counts the frames of a rolling cache from `frames` later on, so that a video can outgrow the rotary table.
+    """Restarts the frame numbers of a rolling cache `frames` later, so that a video can outgrow the rotary table.
 
-    Only differences of positions matter to attention, so the cached keys are turned back by `frames` positions, each
-    in its slot; what follows is as before, with every frame index less by `frames`. One program serves all `frames`.
+    Attention depends only on differences of positions, so the cached keys are rotated back by `frames` positions, each
+    in its slot; afterwards every frame index is smaller by `frames`. One program serves all values of `frames`.
 
     Examples:
         >>> from monarchrt.models.wan import WanModel, wan_config
@@ -379,9 +379,9 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
         6
 
     Args:
-        cache: Rolling, with at least `frames` frames more written than it holds; it is donated.
-        frames: A multiple of the frames that roll, capacity less sinks.
-        head_dim: The model's.
+        cache: A rolling cache in which at least `frames` more frames were written than it holds; it is donated.
+        frames: A multiple of the frames that roll, the capacity minus the sinks.
+        head_dim: The model's channels per head.
 
     Returns:
         The cache.
@@ -396,15 +396,15 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
 
 
 def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
-    """Moves all cached frames `frames` positions into the past, as if so many had been there since.
+    """Moves all cached frames `frames` positions into the past, as if that many frames had followed them.
 
     Args:
-        cache: It is donated.
-        frames: Positions.
-        head_dim: The model's.
+        cache: The cache, which is donated.
+        frames: Number of positions.
+        head_dim: The model's channels per head.
 
     Returns:
-        The cache; slots and length are as they were.
+        The cache, with unchanged slots and length.
     """
     return _turned(cache, *_turn(-frames, head_dim), 0)
 

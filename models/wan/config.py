@@ -1,4 +1,4 @@
-"""What a Wan 2.1 diffusion transformer is: sizes, attention of each layer, numerical policy, and the presets."""
+"""The configuration of a Wan 2.1 diffusion transformer: sizes, attention, numerical policy, and the presets."""
 
 import dataclasses
 import math
@@ -40,30 +40,30 @@ class WanConfig:
         dim: Width D of the residual stream.
         ffn_dim: Hidden width of the feed-forward layers.
         num_heads: Attention heads n; D / n must be even.
-        num_layers: Blocks.
+        num_layers: Number of blocks.
         freq_dim: Width of the sinusoidal timestep embedding, even.
         text_dim: Width of the text encoder's output.
-        text_len: Rows that the text is zero-padded to; the padding is attended to.
+        text_len: Rows to which the text is zero-padded; the padding is attended to.
         patch_size: (frames, rows, columns) of latents per token.
         in_channels: Channels of the latents given to the model (36 for i2v: noisy, mask, conditioning).
         out_channels: Channels of the prediction.
-        eps: Of every LayerNorm and RMSNorm.
+        eps: Epsilon of every LayerNorm and RMSNorm.
         model_type: "t2v", or "i2v" (an image embedding and image keys and values in the cross-attention).
         image_dim: Width of the image encoder's output, for i2v.
         attention: Self-attention of the layers, a kind of `monarchrt.models.attention`: one setting for all, or one per
             layer.
         causal_block: Frames per block of a block-causal model; None is bidirectional.
         independent_first_frame: Whether the first frame of a block-causal model's clips is a block of its own.
-        param_dtype: Dtype that parameters are created in.
+        param_dtype: Dtype of newly created parameters.
         dtype: Dtype of the residual stream and the large matrix products. Timestep embedding, modulation, norms and
-            head compute in float32 at least, whatever it is.
+            head always compute in float32 or wider.
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
-            of frames; "attention", all but what kernels attend (Monarch and block-sparse; cuDNN's is recomputed);
-            "dots", everything but the products with weights; "cheap", what is cheap to: norms, activations
-            and rotary embedding, since products with weights and the attention of kernels and cuDNN are kept.
-        unroll_layers: Whether the layers of whole clips follow each other in the program instead of in a loop. A loop
-            fills what it keeps for the backward pass with zeros first, and copies most of it; unrolled, the program
-            takes several times as long to compile. Generation with a cache has `unroll_layers` of its own.
+            of frames; "attention", everything but the outputs of attention kernels (Monarch and block-sparse; cuDNN's
+            is recomputed); "dots", everything but products with weights; "cheap", norms, activations and rotary
+            embedding, keeping products with weights and the attention of kernels and cuDNN.
+        unroll_layers: Whether the layers are unrolled for whole clips instead of a loop over them. A loop first zeroes
+            what it keeps for the backward pass, and copies most of it; unrolled, the program takes several times as
+            long to compile. Generation with a cache has a separate `unroll_layers`.
 
     Raises:
         ValueError: If a size or a name is invalid.
@@ -135,7 +135,7 @@ class WanConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head, d."""
+        """Channels per attention head, d."""
         return self.dim // self.num_heads
 
     @property
@@ -152,18 +152,18 @@ class WanConfig:
 
     @property
     def precise_dtype(self) -> jnp.dtype:
-        """Dtype of what must not be rounded to half precision: float32, or float64 in a float64 model."""
+        """Dtype of values that must not be rounded to half precision: float32, or float64 in a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def block_sizes(self, frames: int) -> list[int]:
-        """Frames of tokens of each block that a clip is seen in, one block where the model is not causal.
+        """Frames of tokens in each block of a clip; a single block if the model is not causal.
 
         Examples:
             >>> wan_config("tiny", causal_block=3, independent_first_frame=True).block_sizes(7)
             [1, 3, 3]
 
         Raises:
-            ValueError: If they do not make whole blocks.
+            ValueError: If the frames are not whole blocks.
         """
         if self.causal_block is None:
             return [frames]

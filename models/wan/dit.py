@@ -36,7 +36,7 @@ from monarchrt.models.wan.tokens import join_frames, pad, pad_rope, padded, spli
 
 
 class Tokens(NamedTuple):
-    """What the blocks and the head work on."""
+    """Inputs of the blocks and the head."""
 
     x: Array  # [B, F, h*w, D] residual stream
     time: Array  # [B, T, D] timestep embedding, T = F or 1
@@ -47,7 +47,7 @@ type Times = tuple[Float[Array, "B T D"], Float[Array, "B T 6 D"]]  # of `WanMod
 
 
 class CrossInputs(NamedTuple):
-    """What the cross-attention reads."""
+    """Inputs of the cross-attention."""
 
     text: Array  # [B, text_len, D]
     image: Array | None  # [B, image rows, D]
@@ -56,8 +56,8 @@ class CrossInputs(NamedTuple):
 class WanModel(nnx.Module):
     """Wan 2.1 DiT (Wan technical report, Section 4); `blocks` holds all layers, stacked on a leading axis and scanned.
 
-    Which attention the layers use is part of `config`; `with_attention` swaps it. A kind with parameters of its own has
-    them in the blocks, at `blocks.self_attn.kinds`.
+    `config` contains the layers' attention; `with_attention` replaces it. Parameters of a kind of attention are in the
+    blocks, at `blocks.self_attn.kinds`.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -279,7 +279,7 @@ class WanModel(nnx.Module):
         *,
         layer: int,
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"], tuple[int, int, int]]:
-        """Query, key and value that the self-attention of one layer sees, and the grid: for analysis and pictures.
+        """Query, key and value of the self-attention of one layer, and the grid: for analysis and plots.
 
         Args:
             latents: As in the call.
@@ -323,10 +323,10 @@ class WanModel(nnx.Module):
     def with_attention(
         self, attention: Attention | tuple[Attention, ...], *, rngs: nnx.Rngs | None = None
     ) -> "WanModel":
-        """The same arrays under another attention; nothing is trained or copied.
+        """The model with another attention and the same arrays; nothing is trained or copied.
 
-        Parameters of a kind's own are kept where the new attention has that kind too, and in the same shapes. Those of
-        other kinds in it are initialised, and those of kinds that are not in it are left behind.
+        Parameters of a kind are kept if the new attention has that kind too, with the same shapes. Parameters of its
+        other kinds are initialized, and those of kinds it does not have are dropped.
 
         Examples:
             >>> from monarchrt.models.wan import MonarchAttention, wan_config
@@ -336,7 +336,7 @@ class WanModel(nnx.Module):
 
         Args:
             attention: One setting, or one per layer.
-            rngs: For what is initialised; None: seed 0.
+            rngs: Keys for initialized parameters; None: seed 0.
 
         Returns:
             A new model; `self` keeps its setting.
@@ -347,7 +347,7 @@ class WanModel(nnx.Module):
         return self.with_config(attention=attention, rngs=rngs)
 
     def with_config(self, *, rngs: nnx.Rngs | None = None, **changes) -> "WanModel":
-        """The same arrays under another `attention` (see `with_attention`), causal blocks, `remat` or `unroll_layers`.
+        """The model with another `attention` (see `with_attention`), `causal_block`, `remat` or `unroll_layers`.
 
         Raises:
             ValueError: If a change would need other layers.
