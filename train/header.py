@@ -113,9 +113,9 @@ def _narrow(network: Any) -> list[str]:
     if numbers <= network.dim:
         return []
     return [
-        f"warning: a token holds {numbers} numbers and the network is {network.dim} wide: noise does not fit through, "
-        f"and the loss stays above about {1 - network.dim / numbers:.2f}; take a smaller --patch, or a larger dim with "
-        f"--overrides"
+        f"warning: a token holds {numbers} numbers and the network is {network.dim} wide: noise cannot pass "
+        f"through it, and the loss stays above about {1 - network.dim / numbers:.2f}; use a smaller --patch, or a "
+        f"larger dim with --overrides"
     ]
 
 
@@ -126,8 +126,8 @@ def _undecayed(config: TrainConfig, role: str) -> list[str]:
         return []
     decay, schedule = (config.option(role, name) for name in ("decay_steps", "schedule"))
     return [
-        f"warning: {decay} is {settings.decay_steps}, but {schedule} is constant, so that the learning rate stays as "
-        f"it is; give --{schedule.replace('_', '-')} cosine or linear"
+        f"warning: {decay} is {settings.decay_steps}, but {schedule} is constant, so the learning rate does not "
+        f"change; give --{schedule.replace('_', '-')} cosine or linear"
     ]
 
 

@@ -147,7 +147,7 @@ class Networks:
             now, then = _attends(self.configs[name]), _attends(before)
             if now != then:
                 origin = self._config.origin(name)
-                lines.append(f"note: the {name} does not train, and has {now}; {origin} was trained with {then}")
+                lines.append(f"note: the {name} is not trained and uses {now}, but {origin} was trained with {then}")
         return lines
 
     @property

@@ -80,7 +80,7 @@ class Wandb:
             action()
         except Exception as error:
             self._stopped = True
-            print(f"warning: wandb failed ({_one_line(error)}); the run goes on without it", file=sys.stderr)
+            print(f"warning: wandb failed ({_one_line(error)}); the run continues without it", file=sys.stderr)
 
 
 _SINKS: dict[str, Callable[[TrainConfig], Sink]] = {"wandb": Wandb}

@@ -178,7 +178,7 @@ def read_newest[T](
             wrong.append(f"the checkpoint of step {step} in {path} is corrupt ({reason})")
             continue
         if wrong:
-            report(f"warning: {wrong[0]}; that of step {step} is taken instead")
+            report(f"warning: {wrong[0]}; that of step {step} is used instead")
         return result
     others = f"; nor can those of steps {', '.join(map(str, complete[:-1]))} be read" if len(wrong) > 1 else ""
     raise UserError(wrong[0] + others)

@@ -125,7 +125,7 @@ class RunCheckpoint:
         for note in plan.notes:
             report(note)
         if config.prompt or config.negative_prompt or config.embeddings:
-            report(f"note: {path} was trained without text; the prompt does nothing")
+            report(f"note: {path} was trained without text; the prompt has no effect")
         self.check_same(config)
         initial = _begin(plan, decoder, self.run, report)
         noise = given_noise(plan, decoder.channels, given=0 if initial is None else initial.shape[1])
@@ -196,7 +196,7 @@ def _begin(plan: Plan, decoder: FrameDecoder, run: RunSettings, report: Callable
     try:
         frames = held_out_window(run)[: plan.first_block]
     except UserError as error:
-        report(f"note: the run's clip cannot be read ({error}); the video begins with noise")
+        report(f"note: the run's clip cannot be read ({error}); the video starts from noise")
         return None
     return decoder.encode(frames[None])
 

@@ -110,22 +110,22 @@ def settle(
         most = "nothing is changed there, where kohya's tools take 0 for the rank"
         warn(f"note: {path} has an alpha of 0 for {len(zero)} of {len(pairs)} layers, such as {zero[0]}; {most}")
     if unsaid:
-        warn(f"note: {path} does not say its alpha; it is taken to be the rank, so that the LoRA counts in full{why}")
+        warn(f"note: {path} does not say its alpha; it is taken to be the rank, a scale of 1{why}")
         return alphas, scales, ""
     if silent and stored.where == KOHYA_ALPHA:
-        warn(f"note: {path} has no alpha beside its matrices; {KOHYA_ALPHA} {stored.alpha:g} of its header counts")
+        warn(f"note: {path} has no alpha beside its matrices; {KOHYA_ALPHA} {stored.alpha:g} from its header is used")
     return alphas, scales, "tensors" if len(silent) < len(pairs) else stored.where
 
 
 def _tell_of_ranks(pairs: Mapping[str, Pair], stored: _Stored, path: Path, warn: Callable[[str], None]) -> None:
-    """Says where the matrices are of another rank than is said."""
+    """Notes matrices whose rank differs from the stated one."""
     said = {name: _first(stored.ranks, pair.called, stored.rank) for name, pair in pairs.items()}
     other = [name for name, rank in said.items() if rank not in (None, pairs[name].rank)]
     if other:
         name = other[0]
         warn(
-            f"note: {path} says in its {stored.where} that the rank of {name} is {said[name]:g}, and its matrices have "
-            f"{pairs[name].rank}, which counts{f'; {len(other) - 1} more are so' if len(other) > 1 else ''}"
+            f"note: {path} says in its {stored.where} that the rank of {name} is {said[name]:g}, but its matrices have "
+            f"{pairs[name].rank}, which is used{f'; likewise {len(other) - 1} more' if len(other) > 1 else ''}"
         )
 
 

@@ -52,7 +52,7 @@ def load_engine(
         encode, material = _wan(config, opened, report)
     else:
         material = opened.material(dataclasses.replace(config, condition=NO_CONDITION))
-        report("note: a run folder was trained without text; prompts do nothing")
+        report("note: a run folder was trained without text; prompts have no effect")
         encode = _untold(material)
     return _engine(material.plan, material.pipeline, encode, unroll, report, begins=begins, attentions=attentions)
 

@@ -73,7 +73,7 @@ def test_names_and_shapes_are_self_forcings(model, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     save_checkpoint(model, tmp_path / "official", few_step=True)
     assert main(["convert", str(tmp_path / "official"), str(tmp_path / "student.pt"), "--to", "torch"]) == 0
-    assert "holds no settings: attention, blocks, shift and steps are to be given" in capsys.readouterr().err
+    assert "holds no settings; give attention, blocks, shift and steps" in capsys.readouterr().err
     found = torch.load(tmp_path / "student.pt", weights_only=True)
     assert list(found) == ["generator_ema"]
     shapes = {f"model.{t.official}": checkpoint_shape(model.config, t) for t in tensors(model.config)}

@@ -75,7 +75,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged(baseline, tmp_path, capsys):
     shutil.rmtree(older / "checkpoints/30")
     assert cli.main(["convert", str(damaged), str(tmp_path / "one")]) == 0
     assert "the checkpoint of step 30" in (said := capsys.readouterr().err)
-    assert "that of step 28 is taken instead" in said
+    assert "that of step 28 is used instead" in said
     assert cli.main(["convert", str(older), str(tmp_path / "other")]) == 0
     assert "instead" not in capsys.readouterr().err
     pairs = zip(*(jax.tree.leaves(nnx.state(load_checkpoint(tmp_path / x))) for x in ("one", "other")), strict=True)

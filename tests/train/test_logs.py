@@ -134,7 +134,7 @@ def test_a_sink_that_fails_is_told_once_and_the_log_goes_on(wandb, tmp_path, cap
             log.write(step, {"loss": 1.0})
     assert len(history(tmp_path)) == 3
     assert (
-        capsys.readouterr().err == "warning: wandb failed (ConnectionError: no network); the run goes on without it\n"
+        capsys.readouterr().err == "warning: wandb failed (ConnectionError: no network); the run continues without it\n"
     )
     wandb.init = fail
     with pytest.raises(UserError, match=r"wandb cannot start .*; run `wandb login`, or set WANDB_MODE.* with --resume"):

@@ -68,6 +68,6 @@ def test_a_teacher_that_is_used_otherwise_than_it_was_trained_is_noted(tmp_path,
     settings = ConsistencyConfig(block=3, independent_first_frame=independent) if more else DMDConfig()
     notes = opened(settings, base, *more, attention=attention).notes
     then = f"{base} was trained with attention dense in blocks of 3 frames"
-    assert notes == ([] if said is None else [f"note: the teacher does not train, and has {said}; {then}"])
+    assert notes == ([] if said is None else [f"note: the teacher is not trained and uses {said}, but {then}"])
     unknown = save_checkpoint(wan(1, causal_block=3), tmp_path / "unknown")
     assert opened(settings, unknown, *more, attention=attention).notes == []

@@ -50,7 +50,7 @@ def convert_command(arguments: Sequence[str]) -> int:
             loras = open_loras(options.lora, report=_say)
             written = options.run(progress, adapt=lambda source: with_loras(source, loras))
     if options.to == "torch":
-        _say(f"note: {written} holds no settings: attention, blocks, shift and steps are to be given when it is used")
+        _say(f"note: {written} holds no settings; give attention, blocks, shift and steps when using it")
     print(written)
     return 0
 

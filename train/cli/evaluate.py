@@ -40,7 +40,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     titles, rows = table(report)
     print_table(titles, rows)
     if report.get("examples", config.windows) < config.windows:
-        say(f"note: {report['examples']} examples are held out: the loss is of all of them, not of {config.windows}")
+        say(f"note: {report['examples']} examples are held out; the loss uses all of them instead of {config.windows}")
     say(f"{config.out}: {REPORT}, {PICTURE}{', samples' if config.videos else ''}")
     return 0
 

@@ -130,7 +130,7 @@ class TestAlpha:
         lora = open_lora(file, warn=said.append)
         np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(factors, Q, 2 / 3), atol=1e-6)
         assert len(said) == lines
-        assert all(f"the rank of {Q} is 4, and its matrices have 3, which counts" in line for line in said)
+        assert all(f"the rank of {Q} is 4, but its matrices have 3, which is used" in line for line in said)
 
     def test_of_kohyas_header(self, loras, factors, tmp_path):
         """Where a file has no tensors of alpha; those of a layer count before it."""
@@ -139,7 +139,7 @@ class TestAlpha:
         said = []
         lora = open_lora(loras.save(tmp_path / "a.safetensors", tensors, header), warn=said.append)
         assert (lora.said, set(lora.alphas.values())) == ("ss_network_alpha", {6.0})
-        assert [line.partition("; ")[2] for line in said] == ["ss_network_alpha 6 of its header counts"]
+        assert [line.partition("; ")[2] for line in said] == ["ss_network_alpha 6 from its header is used"]
         np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(factors, Q, 2.0), atol=1e-6)
         one = {f"lora_unet_{Q.replace('.', '_')}.alpha": np.float32(9.0)}
         mixed = open_lora(loras.save(tmp_path / "b.safetensors", tensors | one, header))

@@ -142,7 +142,7 @@ def test_fewer_held_out_examples_than_asked_for_are_said(baseline, tmp_path, cap
     assert main(["evaluate", "--checkpoint", str(baseline), *options]) == 0
     count = json.loads((tmp_path / "report.json").read_text())["examples"]
     assert count == len(np.load(tmp_path / "losses" / "0.npy")) < 999
-    assert f"note: {count} examples are held out: the loss is of all of them, not of 999" in capsys.readouterr().err
+    assert f"note: {count} examples are held out; the loss uses all of them instead of 999" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
