@@ -9,15 +9,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from monarchrt.models.broadcasting import along_last
+from monarchrt.models.norms import rms_norm
 from monarchrt.models.umt5.config import UMT5Config
 
 
 def relative_buckets(config: UMT5Config, length: int) -> Int[np.ndarray, "query key"]:
     """The bucket of each pair of positions (T5, arXiv:1910.10683, section 2.1).
 
-    Half of the buckets are for keys after the query. Of each half, the first half are single distances, the others
-    grow logarithmically up to `max_distance`, and the last holds all that is farther.
+    Half of the buckets are for keys after the query. In each half, the first half are single distances, the others grow
+    logarithmically up to `max_distance`, and the last one holds everything farther away.
 
     Examples:
         >>> from monarchrt.models.umt5 import umt5_config
@@ -26,7 +26,7 @@ def relative_buckets(config: UMT5Config, length: int) -> Int[np.ndarray, "query 
 
     Args:
         config: Number of buckets and largest distance.
-        length: Positions.
+        length: Number of positions.
 
     Returns:
         Integers from 0 to num_buckets - 1.
@@ -51,9 +51,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises; keeps the dtype."""
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = precise * jax.lax.rsqrt(jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * along_last(self.scale[...].astype(x.dtype), x)
+        return rms_norm(x, self.scale[...], eps=self.eps)
 
 
 def _linear(features: int, out: int, std: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Real
 
 from monarchrt.models.attention.softmax import softmax_attention
 from monarchrt.models.broadcasting import along_last
+from monarchrt.models.norms import rms_norm
 from monarchrt.models.sharding import on_each_device, parts
 from monarchrt.models.wan.activations import gelu_tanh
 from monarchrt.models.wan.config import WanConfig
@@ -96,9 +97,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """x / sqrt(mean(x^2) + eps) * scale, in the dtype of `x`."""
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = precise * jax.lax.rsqrt(jnp.mean(precise**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * along_last(self.scale[...].astype(x.dtype), x)
+        return rms_norm(x, self.scale[...], eps=self.eps)
 
 
 class MLP(nnx.Module):
