@@ -20,21 +20,21 @@ from monarchrt.models.wan.dit import WanModel
 
 
 class Scaled(NamedTuple):
-    """A LoRA and the strength s that it is merged with."""
+    """A LoRA and its strength s."""
 
     lora: LoRA
     scale: float = 1.0
 
 
 def parse_scaled(text: str) -> tuple[str, float]:
-    """A path and a strength, from `FILE` or `FILE:SCALE`; a file whose name ends like that is taken for what it is.
+    """Path and strength, from `FILE` or `FILE:SCALE`; if a file of the whole name exists, the strength is 1.
 
     Examples:
         >>> parse_scaled("styles/ink.safetensors:0.8"), parse_scaled("ink.safetensors")
         (('styles/ink.safetensors', 0.8), ('ink.safetensors', 1.0))
 
     Raises:
-        ValueError: If there is no file, or the strength is not finite.
+        ValueError: If the name of the file is empty, or the strength is not finite.
     """
     path, colon, number = text.rpartition(":")
     if colon and not Path(text).expanduser().exists():
@@ -49,15 +49,15 @@ def parse_scaled(text: str) -> tuple[str, float]:
 
 
 def merge_arrays(weight: np.ndarray, name: str, loras: Sequence[Scaled]) -> np.ndarray:
-    """One tensor of a checkpoint, in its layout, with what LoRAs change of it.
+    """One tensor of a checkpoint, in its layout, with LoRAs merged.
 
     Args:
-        weight: The tensor; it is not changed.
-        name: Wan's own name of it.
-        loras: With their strengths.
+        weight: The tensor, which is not modified.
+        name: Wan's own name for it.
+        loras: LoRAs with their strengths.
 
     Returns:
-        A new array in float32; the tensor itself if no LoRA changes it.
+        A new float32 array; the tensor itself if no LoRA changes it.
     """
     changing = [(lora, scale) for lora, scale in loras if name in lora.changes]
     if not changing:
@@ -71,12 +71,12 @@ def merge_arrays(weight: np.ndarray, name: str, loras: Sequence[Scaled]) -> np.n
 class MergedFile:
     """A checkpoint's tensors with LoRAs merged.
 
-    What a LoRA changes is read in float32; `infos` has the dtype of the file, which it is to be kept in.
+    Changed tensors are read in float32; `infos` has the dtype of the file, in which they should be stored.
 
     Args:
         file: The tensors.
-        names: Wan's own name of each tensor by its name in the file.
-        loras: That fit.
+        names: Wan's own name of each tensor, by its name in the file.
+        loras: LoRAs for this model.
     """
 
     def __init__(self, file: TensorFile, names: dict[str, str], loras: Sequence[Scaled]):
@@ -92,18 +92,17 @@ class MergedFile:
 def with_loras(source: Source, loras: Sequence[Scaled]) -> Source:
     """An opened checkpoint as if it had been written with LoRAs merged.
 
-    Where a LoRA of `monarchrt train` says which attention and sampler it was trained for, that counts; of several, the
-    last one's.
+    The attention and sampler recorded in a LoRA from `monarchrt train` take precedence; of several, the last one's.
 
     Args:
-        source: Which is left as it is.
-        loras: With their strengths.
+        source: The checkpoint, which is not modified.
+        loras: LoRAs with their strengths.
 
     Returns:
-        The checkpoint.
+        The checkpoint with LoRAs merged.
 
     Raises:
-        ValueError: If one is for another model; says for which, and which is loaded.
+        ValueError: If a LoRA is for another model; names both.
     """
     if not loras:
         return source
@@ -117,7 +116,7 @@ def with_loras(source: Source, loras: Sequence[Scaled]) -> Source:
 
 
 class AsTrained(NamedTuple):
-    """The attention that weights are for and how they are sampled."""
+    """The attention that weights were trained for, and how to sample them."""
 
     config: WanConfig
     few_step: bool = False
@@ -125,10 +124,10 @@ class AsTrained(NamedTuple):
 
 
 def as_trained(before: AsTrained, loras: Sequence[Scaled]) -> AsTrained:
-    """What LoRAs of `monarchrt train` say of attention and sampling, the last of them; else what there was before.
+    """Attention and sampling recorded in the last LoRA from `monarchrt train`; otherwise those given.
 
     Raises:
-        ValueError: If what one says cannot be understood.
+        ValueError: If what a LoRA records cannot be read.
     """
     for lora, _ in loras:
         if lora.settings:
@@ -152,14 +151,14 @@ def merged(model: WanModel, loras: Sequence[Scaled]) -> WanModel:
         True
 
     Args:
-        model: Which is left as it is.
-        loras: With their strengths.
+        model: The model, which is not modified.
+        loras: LoRAs with their strengths.
 
     Returns:
-        A new model, of the same dtypes and attention.
+        A new model, with the same dtypes and attention.
 
     Raises:
-        ValueError: If one is for another model.
+        ValueError: If a LoRA is for another model.
     """
     if not loras:
         return model

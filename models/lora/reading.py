@@ -1,4 +1,4 @@
-"""Files of LoRAs: what each changes of a Wan transformer, and by how much. Tensors are read when they are asked for."""
+"""LoRA files: what each changes in a Wan transformer, and by how much. Tensors are read lazily."""
 
 import dataclasses
 import functools
@@ -30,15 +30,15 @@ _PREFERRED = ("pytorch_lora_weights", "adapter_model")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """How one tensor changes: by scale * up @ down, by a whole difference, or both. Names are those in the file.
+    """The change of one tensor: scale * up @ down, a whole difference, or both. Names are those in the file.
 
     Attributes:
-        down: Matrix [r, in], of a convolution [r, in, t, h, w].
-        up: Matrix [out, r], of a convolution with axes of size 1.
-        scale: alpha / r, with which the product counts, and a bias of `up`.
-        whole: Difference of the tensor's shape.
-        bias: Bias of `up`, which changes that of the layer.
-        shape: Of the tensor, as a checkpoint has it.
+        down: Matrix [r, in]; for a convolution [r, in, t, h, w].
+        up: Matrix [out, r]; for a convolution with further axes of size 1.
+        scale: alpha / r, the factor of the product and of a bias of `up`.
+        whole: A difference with the tensor's shape.
+        bias: Bias of `up`, which is added to that of the layer.
+        shape: Shape of the tensor in a checkpoint.
     """
 
     down: str | None = None
@@ -55,13 +55,13 @@ class LoRA:
 
     Attributes:
         path: The file.
-        format: Whose names it has.
-        changes: By Wan's own name of the tensor, such as `blocks.0.self_attn.q.weight`.
-        ranks: Of each layer that a pair of matrices changes, by its name.
-        alphas: Likewise; the rank where the file has none.
-        said: Where alpha is from: "tensors", "header", "adapter_config.json", "ss_network_alpha", or "" if the file has
-            none.
-        settings: What `monarchrt` stored of how it was trained; {} elsewhere.
+        format: Whose key names it uses.
+        changes: Change by Wan's own name of the tensor, such as `blocks.0.self_attn.q.weight`.
+        ranks: Rank by name of the layer, for layers changed by a pair of matrices.
+        alphas: Alpha, likewise; the rank if the file has none.
+        said: Where alpha comes from: "tensors", "header", "adapter_config.json", "ss_network_alpha", or "" if the file
+            has none.
+        settings: Training settings stored by `monarchrt`; {} for other files.
         file: The tensors.
     """
 
@@ -75,10 +75,10 @@ class LoRA:
     file: TensorFile = dataclasses.field(repr=False, compare=False)
 
     def delta(self, name: str) -> Float32[np.ndarray, "*shape"]:
-        """The difference of a tensor of a checkpoint, in its layout; read anew at each call.
+        """The change of a checkpoint's tensor, in its layout; read from the file at each call.
 
         Raises:
-            ValueError: If a number of it is NaN or infinite, or it is stored in integers without a scale.
+            ValueError: If it contains NaN or infinity, or is stored in integers without a scale.
         """
         change = self.changes[name]
         total = np.zeros(change.shape, np.float32)
@@ -101,7 +101,7 @@ class LoRA:
 
     @functools.cached_property
     def width(self) -> int | None:
-        """Width of the transformer that it is for, if a tensor tells."""
+        """Width of the transformer it is for, if a tensor shows it."""
         for name, change in self.changes.items():
             if re.search(r"(self_attn|cross_attn)\.[qo]\.weight$|ffn\.0\.weight$|time_projection", name):
                 return change.shape[-1]
@@ -111,17 +111,17 @@ class LoRA:
 
     @functools.cached_property
     def blocks(self) -> int:
-        """One more than the number of the last block that it changes."""
+        """One more than the number of the last block it changes."""
         return 1 + max((int(name.split(".")[1]) for name in self.changes if name.startswith("blocks.")), default=-1)
 
     @property
     def is_i2v(self) -> bool:
-        """Whether it changes what only image-to-video transformers have."""
+        """Whether it changes layers that only image-to-video transformers have."""
         return any(re.search(r"_img\b|^img_emb\.", name) for name in self.changes)
 
     @property
     def model(self) -> str:
-        """The transformer that it is for, in words."""
+        """The transformer it is for, in words."""
         width = [] if self.width is None else [f"width {self.width}"]
         kind = [*width, f"{self.blocks} blocks" if self.blocks else "", "image-to-video" if self.is_i2v else ""]
         return f"{NAMES.get(self.width or 0, 'a Wan transformer')} ({', '.join(filter(None, kind))})"

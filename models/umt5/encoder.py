@@ -43,7 +43,7 @@ def relative_buckets(config: UMT5Config, length: int) -> Int[np.ndarray, "query 
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) in float32 at least, rounded to the input's dtype, times the weight."""
+    """x / sqrt(mean(x^2) + eps) in float32 or wider, rounded to the input's dtype, times the weight."""
 
     def __init__(self, config: UMT5Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps = config.eps
@@ -60,7 +60,7 @@ def _linear(features: int, out: int, std: float, *, dtype: DTypeLike, param_dtyp
 
 
 class SelfAttention(nnx.Module):
-    """Attention with a bias by relative position and without a scale; the softmax is in float32 at least."""
+    """Attention with a relative-position bias and without a scale; the softmax is in float32 or wider."""
 
     def __init__(self, config: UMT5Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -106,7 +106,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
+    """One layer: attention, then feed-forward, each applied to the normalised input and added to it."""
 
     def __init__(self, config: UMT5Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(config, param_dtype=param_dtype, rngs=rngs)
@@ -134,9 +134,9 @@ class UMT5Encoder(nnx.Module):
 
     Args:
         config: Sizes.
-        rngs: Stream `params`.
-        dtype: Of the residual stream and the matrix products; norms and softmax are float32 at least.
-        param_dtype: Of the parameters.
+        rngs: Its `params` stream.
+        dtype: Dtype of the residual stream and the matrix products; norms and softmax are float32 or wider.
+        param_dtype: Dtype of the parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Prompts to the embeddings that Wan's transformer takes, and files of them."""
+"""Text embeddings for Wan's transformer, and files of them."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,23 +33,23 @@ def encode_prompts(
     warn: Callable[[str], None] = warnings.warn,
     empty: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan cuts and pads, which is the same).
+    """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan truncates and pads, which is the same).
 
-    Each is on the host as soon as it is made, by one compiled program, so the device holds one of them.
+    One compiled program computes them one at a time, and each is moved to the host, so the device holds only one.
 
     Args:
         prompts: Texts.
         encoder: The encoder.
         tokenizer: Its tokenizer.
         length: Rows per prompt.
-        warn: Called with a line for each prompt that is cut.
-        empty: Whether a prompt may be empty, as negative ones are.
+        warn: Called with a line for each prompt that is truncated.
+        empty: Whether a prompt may be empty, as negative prompts may.
 
     Yields:
         [length, D] in the encoder's compute dtype, for each prompt.
 
     Raises:
-        UserError: If a prompt is empty, or the tokenizer has ids that the encoder has not; before the first is encoded.
+        UserError: If a prompt is empty, or the tokenizer has ids that the encoder lacks; before anything is encoded.
     """
     ids, mask = tokenizer(prompts, length=length, warn=warn, empty=empty)
     if ids.max() >= encoder.config.vocab_size:
@@ -63,7 +63,7 @@ def encode_prompts(
 
 
 def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarray]) -> Path:
-    """Writes embeddings of prompts to a safetensors file, without their zero rows at the end.
+    """Writes embeddings of prompts to a safetensors file, without their trailing zero rows.
 
     Examples:
         >>> import tempfile
@@ -72,14 +72,14 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarra
         {'a cat': (8, 4)}
 
     Args:
-        path: The file, replaced if it exists; folders above it are made.
-        embeddings: By prompt, [L, D].
+        path: The file, replaced if it exists; parent folders are created.
+        embeddings: Embedding [L, D] by prompt.
 
     Returns:
         The path.
 
     Raises:
-        UserError: If there are none, one is not [L, D] of floats, or the file cannot be written.
+        UserError: If there are none, one is not a float array [L, D], or the file cannot be written.
     """
     path = Path(path).expanduser()
     if not embeddings:
@@ -101,17 +101,17 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Array | np.ndarra
 
 
 def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str, np.ndarray]:
-    """Reads a file of `save_embeddings`.
+    """Reads a file written by `save_embeddings`.
 
     Args:
         path: The file.
-        length: Rows to pad each embedding to with zeros; None gives as many as were saved, 512 by default.
+        length: Rows to which each embedding is zero-padded; None: as many as were saved, by default 512.
 
     Returns:
-        Embeddings [L, D] by prompt, in the order saved and in the dtype saved.
+        Embedding [L, D] by prompt, in the saved order and dtype.
 
     Raises:
-        UserError: If there is no such file, it is another kind of file, or an embedding has more rows than `length`.
+        UserError: If the file does not exist or is of another kind, or an embedding has more rows than `length`.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -1,9 +1,9 @@
 """The Wan 2.1 autoencoder: video to latents and back, for whole clips or as a stream.
 
-A clip's first frame has a latent frame of its own; every further latent frame stands for 4. Nothing looks ahead in
-time, so both directions can run frame by frame, with what the convolutions remember in a pytree that goes in and comes
-out. Whole clips are a scan over the same step, `chunk` latent frames at a time: memory does not grow with the clip,
-and a stream gives the same frames.
+A clip's first frame has its own latent frame; every further latent frame stands for 4 frames. Nothing looks ahead in
+time, so both directions can run frame by frame, with the state of the convolutions in a pytree that is passed in and
+returned. Whole clips are a scan over the same step, `chunk` latent frames at a time, so memory does not grow with the
+clip and a stream gives the same frames.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ PIXEL = 3  # channels of a pixel
 
 
 class Head(nnx.Module):
-    """norm, SiLU, convolution: the last layer of both halves."""
+    """Norm, SiLU, convolution: the last layers of encoder and decoder."""
 
     def __init__(self, features: int, out: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = ChannelNorm(features, param_dtype=param_dtype, rngs=rngs)
@@ -51,7 +51,7 @@ class Head(nnx.Module):
 
 
 class Coder(nnx.Module):
-    """What encoder and decoder share: a first convolution, then blocks one after another."""
+    """Base of encoder and decoder: a first convolution followed by blocks."""
 
     conv1: Conv
 
@@ -164,7 +164,7 @@ class WanVAE(nnx.Module):
         >>> latents.shape, nnx.jit(WanVAE.decode)(vae, latents).shape
         ((1, 2, 2, 3, 16), (1, 5, 16, 24, 3))
 
-    As a stream, each step one compiled program for all latent frames after the first:
+    As a stream, where one compiled program serves all latent frames after the first:
 
         >>> cache = vae.init_decoder_cache(1, 16, 24)
         >>> first, cache = nnx.jit(WanVAE.decode_first)(vae, latents[:, :1], cache)
@@ -174,13 +174,13 @@ class WanVAE(nnx.Module):
 
     Args:
         config: Sizes.
-        rngs: Stream `params`.
-        dtype: Of the convolutions and of the cache; norms, softmax and what goes in and out are float32 at least.
-        param_dtype: Of the parameters.
-        implementation: Of 3x3x3 convolutions in half precision: "mosaic", the kernel for Hopper wherever it serves, and
-            the last one's steps in time folded (`FoldedConv`); "xla"; None: where JAX runs on such a GPU, both where
-            they were measured to be quicker. Norms that it does not do are Triton's on Hopper where they serve (half
-            precision), unless "xla"; elsewhere XLA's.
+        rngs: Its `params` stream.
+        dtype: Dtype of the convolutions and of the cache; norms, softmax, inputs and outputs are float32 or wider.
+        param_dtype: Dtype of the parameters.
+        implementation: How 3x3x3 convolutions in half precision are computed: "mosaic", by the Hopper kernel wherever
+            it is supported, with the last one's steps in time folded (`FoldedConv`); "xla"; None: on a Hopper GPU, by
+            either where it was measured to be faster. Other norms use Triton kernels on Hopper where supported (half
+            precision), unless "xla"; elsewhere XLA.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class WanVAE(nnx.Module):
 
     @property
     def precise_dtype(self) -> jnp.dtype:
-        """Dtype of latents and frames handed out: float32, or float64 in a float64 model."""
+        """Dtype of returned latents and frames: float32, or float64 in a float64 model."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     # Latents to frames
@@ -218,7 +218,7 @@ class WanVAE(nnx.Module):
             chunk: Latent frames per step; more use more memory and may be faster.
 
         Returns:
-            Frames in [-1, 1], float32 at least; T = 1 + 4 (F - 1), H = 8 h, W = 8 w.
+            Frames in [-1, 1], float32 or wider; T = 1 + 4 (F - 1), H = 8 h, W = 8 w.
 
         Raises:
             ValueError: If there is no frame, or the channels are not the model's.
@@ -231,10 +231,10 @@ class WanVAE(nnx.Module):
         return _in_chunks(latents, cache, self.decode_first, self.decode_next, chunk)
 
     def init_decoder_cache(self, batch: int, height: int, width: int) -> Past:
-        """The decoder's memory before the first latent frame.
+        """The decoder's state before the first latent frame.
 
         Args:
-            batch: Clips at once.
+            batch: Number of clips.
             height: Rows of pixels, a multiple of 8.
             width: Columns of pixels, a multiple of 8.
 
@@ -242,13 +242,13 @@ class WanVAE(nnx.Module):
             A pytree of zeros.
 
         Raises:
-            ValueError: If height or width is not such a multiple.
+            ValueError: If height or width is not a multiple of 8.
         """
         _, h, w, _ = self.config.latent_shape(1, height, width)
         return self.decoder.empty_past(positive("batch", batch), h, w)
 
     def decode_first(self, latent: Float[Array, "B F h w Z"], cache: Past) -> tuple[Float[Array, "B 1 H W 3"], Past]:
-        """The first frame of a clip.
+        """Decodes the first frame of a clip.
 
         Args:
             latent: The first latent frame, normalised.
@@ -265,7 +265,7 @@ class WanVAE(nnx.Module):
         return self._decode(latent, cache, first=True)
 
     def decode_next(self, latents: Float[Array, "B F h w Z"], cache: Past) -> tuple[Float[Array, "B T H W 3"], Past]:
-        """The frames after those decoded so far: 4 per latent frame.
+        """Decodes the frames that follow, 4 per latent frame.
 
         Args:
             latents: Any number of latent frames, normalised; each number is one compiled program.
@@ -304,10 +304,10 @@ class WanVAE(nnx.Module):
             chunk: Latent frames per step.
 
         Returns:
-            (mu - mean) / std, float32 at least; F = 1 + (T - 1) / 4, h = H / 8, w = W / 8. Nothing is sampled.
+            (mu - mean) / std, float32 or wider; F = 1 + (T - 1) / 4, h = H / 8, w = W / 8. Nothing is sampled.
 
         Raises:
-            ValueError: If T is not 1 + 4 k, H or W not a multiple of 8, or the channels not 3.
+            ValueError: If T is not 4 k + 1, H or W is not a multiple of 8, or there are not 3 channels.
         """
         positive("chunk", chunk)
         self._check_video(video)
@@ -317,15 +317,15 @@ class WanVAE(nnx.Module):
         return _in_chunks(video, cache, self.encode_first, self.encode_next, chunk * self.config.temporal_factor)
 
     def init_encoder_cache(self, batch: int, height: int, width: int) -> Past:
-        """The encoder's memory before the first frame; arguments as `init_decoder_cache`."""
+        """The encoder's state before the first frame; arguments as for `init_decoder_cache`."""
         self.config.latent_shape(1, height, width)
         return self.encoder.empty_past(positive("batch", batch), height, width)
 
     def encode_first(self, frame: Real[Array, "B T H W C"], cache: Past) -> tuple[Float[Array, "B 1 h w Z"], Past]:
-        """The latent frame of a clip's first frame.
+        """Encodes a clip's first frame.
 
         Args:
-            frame: In [-1, 1].
+            frame: The frame, in [-1, 1].
             cache: From `init_encoder_cache`.
 
         Returns:
@@ -339,17 +339,17 @@ class WanVAE(nnx.Module):
         return self._encode(frame, cache, first=True)
 
     def encode_next(self, frames: Real[Array, "B T H W C"], cache: Past) -> tuple[Float[Array, "B F h w Z"], Past]:
-        """The latent frames after those so far, one for every 4 frames.
+        """Encodes the frames that follow, 4 per latent frame.
 
         Args:
-            frames: In [-1, 1]; a multiple of 4.
+            frames: Frames in [-1, 1], a multiple of 4 of them.
             cache: From `encode_first` or `encode_next`.
 
         Returns:
             Normalised latent frames, and the new cache.
 
         Raises:
-            ValueError: If the frames are no multiple of 4, or shapes do not fit the cache.
+            ValueError: If their number is not a multiple of 4, or shapes do not fit the cache.
         """
         time = self.config.temporal_factor
         if frames.ndim == 5 and (frames.shape[1] % time or not frames.shape[1]):
