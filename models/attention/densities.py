@@ -1,4 +1,4 @@
-"""How much of the attention maps of a whole network there is."""
+"""How much of the attention maps of a whole network is kept."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,18 +7,18 @@ from monarchrt.models.attention.base import Attention, Density, Grid, mean_densi
 
 
 class NetworkDensity(NamedTuple):
-    """How much of the attention maps of a network there is, the mean over its layers, in the four ways that are in use.
+    """How much of a network's attention maps is kept, averaged over its layers, in the four ways in use.
 
     Examples:
         >>> print(NetworkDensity(asked=0.15, kept=0.19, visible=0.19, with_warm_up=0.4))
         19.0% of the map (asked for: 15.0%), 40.0% with the warm-up
 
     Attributes:
-        asked: As `Density`, after the warm-up: without the first layers, steps or blocks that have another kind.
+        asked: As in `Density`, without the warm-up: the first layers, steps or blocks that have another kind.
         kept: Likewise.
         visible: Likewise.
-        with_warm_up: Share of the entries that are not masked, warm-up included; its steps count only if it is known
-            how many there are in all.
+        with_warm_up: Fraction kept of the entries that are not masked, including the warm-up; warm-up steps count only
+            if the total number of steps is known.
     """
 
     asked: float
@@ -44,7 +44,7 @@ def density_of_network(
     causal_block: int | None = None,
     steps: int | None = None,
 ) -> NetworkDensity:
-    """Mean over the layers of a network.
+    """The density averaged over the layers of a network.
 
     Examples:
         >>> from monarchrt.models.attention.notation import parse
@@ -54,13 +54,13 @@ def density_of_network(
 
     Args:
         attention: One setting, or one per layer.
-        num_layers: How many layers there are.
+        num_layers: Number of layers.
         grid: Tokens (F, h, w).
-        causal_block: As `Attention.density`.
-        steps: Likewise.
+        causal_block: As in `Attention.density`.
+        steps: As in `Attention.density`.
 
     Returns:
-        The density after the warm-up, and with it.
+        The density without the warm-up, and with it.
     """
     settings = [attention] * num_layers if isinstance(attention, Attention) else list(attention)
     after = [setting.after_warm_up() for setting in settings]

@@ -590,7 +590,7 @@ FAULTS = (
     Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),
     Fault("models/checkpoints/torch_legacy.py", "at += 8 + count", "at += count", CHECKPOINTS, "before_1_6"),
     Fault(
-        "models/attention/base.py",
+        "models/attention/densities.py",
         "*mean(after), mean(settings).visible",
         "*mean(after), mean(after).visible",
         SCHEDULE,

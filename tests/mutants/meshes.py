@@ -48,5 +48,5 @@ MESHES = (
     Fault("models/sharding.py", "if mesh.size == 1:", "if not axes:", MESH, "address"),
     Fault("models/wan/tokens.py", "[own, got, own]", "[got, own, got]", TRAINS, "gradients"),
     Fault("models/wan/tokens.py", "_moved(gradient, not to_heads)", "gradient", TRAINS, "gradients"),
-    Fault("models/compiling.py", "or len({device.process", "or not len({device.process", MESH, "halves"),
+    Fault("models/compiling.py", "and len({device.process", "and not len({device.process", MESH, "halves"),
 )
