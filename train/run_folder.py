@@ -83,11 +83,11 @@ def claim_folder(config: TrainConfig) -> None:
     left = None if resumable else _left_behind(folder, names)
     if left:
         raise UserError(
-            f"folder {folder} holds {left}, and no checkpoint to go on from; nothing was changed: put its "
+            f"folder {folder} holds {left}, and no checkpoint to continue from; nothing was changed: put its "
             f"{CHECKPOINTS_NAME}/ back and give --resume, or give another --folder"
         )
     if not config.run.resume:
-        raise UserError(f"folder {folder} already holds a run; go on with it with --resume, or give another --folder")
+        raise UserError(f"folder {folder} already holds a run; continue it with --resume, or give another --folder")
     if not resumable:
         _check_same_settings(config, read_config(folder))
 

@@ -61,7 +61,7 @@ class Wandb:
         except Exception as error:
             raise UserError(
                 f"wandb cannot start ({_one_line(error)}); run `wandb login`, or set WANDB_MODE=offline to keep its "
-                f"files in {folder}, and go on with --resume; or leave --wandb out, with another --folder"
+                f"files in {folder}, and continue with --resume; or leave --wandb out, with another --folder"
             ) from error
         self._stopped = False
 

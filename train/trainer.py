@@ -124,7 +124,7 @@ class Trainer:
         self._save(step, self.state)
         folder = shlex.quote(str(self._run.folder))
         raise Interrupted(
-            f"stopped at step {step} and saved; go on with --folder {folder} --resume",
+            f"stopped at step {step} and saved; continue with --folder {folder} --resume",
             code=128 + number,
             step=step,
         )

@@ -37,7 +37,7 @@ def masked_attention(
     visible: Bool[Array, "K"] | None = None,
     rows: int = ROWS,
 ) -> Float[Array, "B Q n e"]:
-    """Softmax attention, scale d^-1/2, to the keys that a mask keeps; softmax in float32 at least.
+    """Softmax attention, scale d^-1/2, to the keys that a mask keeps; softmax in float32 or wider.
 
     Gradients are those of the masked softmax; the choice of keys has none.
 

@@ -104,7 +104,7 @@ class SLAttention(ListedAttention):
         return out + linear.astype(out.dtype)
 
     def _means(self, tokens: Float[Array, "B N n d"], there: Bool[Array, "N"]) -> tuple[Array, Bool[Array, "C"]]:
-        """Of each block, in float32 at least, and which blocks hold any token."""
+        """Of each block, in float32 or wider, and which blocks hold any token."""
         blocks, block = self._blocks(tokens.shape[1]), min(self.block, tokens.shape[1])
         rest = blocks * block - tokens.shape[1]
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
@@ -114,7 +114,7 @@ class SLAttention(ListedAttention):
         return x / jnp.maximum(count, 1)[None, :, None, None], count > 0
 
     def _linear(self, query: Array, key: Array, value: Array, there: Bool[Array, "K"]) -> Float[Array, "B Q n d"]:
-        """In float32 at least, but for the factors of products, which are in the inputs' dtype."""
+        """In float32 or wider, but for the factors of products, which are in the inputs' dtype."""
         dtype, narrow = jnp.promote_types(query.dtype, jnp.float32), query.dtype
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
         query, key = (jax.nn.softmax(x.astype(dtype), axis=-1) for x in (query, key))

@@ -134,7 +134,7 @@ class VSAttention(ListedAttention):
         return ((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel().astype(np.int32)
 
     def _means(self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False) -> Float[Array, "B C n d"]:
-        """Of each cube, summed in float32 at least; `in_cubes` if tokens lie cube by cube."""
+        """Of each cube, summed in float32 or wider; `in_cubes` if tokens lie cube by cube."""
         cubes, of = self.cubes(grid), self._cube_of(grid)
         batch, _, heads, width = tokens.shape
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)

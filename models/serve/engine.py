@@ -67,7 +67,7 @@ class Engine:
         unroll: bool = False,
     ):
         if rollout.window is None:
-            raise UserError("sessions may go on without end, for which attention needs a --window, such as 21")
+            raise UserError("sessions may be endless, which needs a --window, such as 21")
         self.pipeline, self.rollout, self.fps, self.latents = pipeline, rollout, fps, (height, width)
         self._encode, self._negative, self.sample = encode, negative, sample
         self._texts: OrderedDict[str, Array] = OrderedDict()

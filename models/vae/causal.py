@@ -85,7 +85,7 @@ def plain(
 
 
 def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
-    """x / |x| over channels, times sqrt(C) and weights; computed in float32 at least, in x's dtype."""
+    """x / |x| over channels, times sqrt(C) and weights; computed in float32 or wider, in x's dtype."""
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # |x| is at least 1e-12
     scale = lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
@@ -93,7 +93,7 @@ def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Floa
 
 
 def silu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """x / (1 + exp(-x)), in x's dtype; computed in float32 at least, or each step would be rounded."""
+    """x / (1 + exp(-x)), in x's dtype; computed in float32 or wider, or each step would be rounded."""
     return jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 

@@ -198,7 +198,7 @@ class FoldedConv(Conv):
 
     With `implementation="mosaic"`, and where that was measured to be quicker, its three steps in time are channels of
     one 3x3 convolution of a frame. So every frame is read once instead of three times, and the past is what two frames
-    give to those after them. Sums of three numbers, each rounded to the dtype, are handed out in float32 at least.
+    give to those after them. Sums of three numbers, each rounded to the dtype, are handed out in float32 or wider.
     """
 
     def folds(self, height: int, width: int) -> bool:
@@ -249,7 +249,7 @@ class FoldedConv(Conv):
 
 
 class ChannelNorm(nnx.Module):
-    """x / |x| over channels, times sqrt(C) and a weight; computed in float32 at least."""
+    """x / |x| over channels, times sqrt(C) and a weight; computed in float32 or wider."""
 
     def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.implementation: Implementation | None = None  # as `WanVAE` says

@@ -13,7 +13,7 @@ _SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # of the usual form: x / (
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by its usual approximation, `jax.nn.gelu(x, approximate=True)`.
 
-    JAX's own gradient rounds each of its steps to the dtype of `x`; this one computes in float32 at least, and of what
+    JAX's own gradient rounds each of its steps to the dtype of `x`; this one computes in float32 or wider, and of what
     it needs only `x` is kept.
 
     Examples:

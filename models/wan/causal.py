@@ -229,7 +229,7 @@ def cached_forward(
         times: Result of `model.embed_times` for the timesteps, if known; one for all frames suffices.
 
     Returns:
-        The flow, in float32 at least, and the cache with this block as its newest.
+        The flow, in float32 or wider, and the cache with this block as its newest.
 
     Raises:
         ValueError: If shapes do not fit the model or the cache, a known `frame` is beyond its capacity, `layers` are

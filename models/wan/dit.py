@@ -115,7 +115,7 @@ class WanModel(nnx.Module):
                 sample or per frame of tokens.
 
         Returns:
-            The flow, in float32 at least.
+            The flow, in float32 or wider.
 
         Raises:
             ValueError: If a shape does not fit the configuration, or a tile the grid.

@@ -30,7 +30,7 @@ HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, wher
 
 
 def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
-    """A dense layer with bias in the compute dtype, or in float32 at least if `precise`."""
+    """A dense layer with bias in the compute dtype, or in float32 or wider if `precise`."""
     dtype = config.precise_dtype if precise else jnp.dtype(config.dtype)
     return nnx.Linear(
         features,
@@ -75,7 +75,7 @@ def computed_dtype[M: nnx.Module](model: M) -> M:
 
 
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
-    """LayerNorm that computes and returns float32 at least, with two-pass variance."""
+    """LayerNorm that computes and returns float32 or wider, with two-pass variance."""
     return nnx.LayerNorm(
         width,
         epsilon=config.eps if eps is None else eps,
@@ -211,7 +211,7 @@ class WanBlock(nnx.Module):
         return [table[:, :, None, i] for i in range(6)]
 
     def modulated(self, norm, x: Array, shift: Array, scale: Array) -> Array:
-        """norm(x) * (1 + scale) + shift, formed in float32 at least."""
+        """norm(x) * (1 + scale) + shift, formed in float32 or wider."""
         return (norm(x) * (1 + scale) + shift).astype(self.dtype)
 
     def attention_inputs(self, x: Float[Array, "B F S D"], time: Float[Array, "B T 6 D"]) -> Float[Array, "B N D"]:
@@ -220,7 +220,7 @@ class WanBlock(nnx.Module):
         return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
 
     def gated(self, x: Array, y: Array, gate: Array | None) -> Array:
-        """x + y * gate, formed in float32 at least; None: it is in y."""
+        """x + y * gate, formed in float32 or wider; None: it is in y."""
         if gate is None:
             return x + y
         return (x.astype(gate.dtype) + y.astype(gate.dtype) * gate).astype(self.dtype)
@@ -406,7 +406,7 @@ class ImageEmbedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated norm and projection of each token to its patch, in float32 at least."""
+    """Modulated norm and projection of each token to its patch, in float32 or wider."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(modulation_table(config, 2, rngs))

@@ -109,7 +109,7 @@ def gated_norm(
     *,
     eps: float,
 ) -> tuple[Float[Array, "B F S D"], Float[Array, "B F S D"]]:
-    """x + y * gate, and its LayerNorm, scaled and shifted; formed in float32 at least.
+    """x + y * gate, and its LayerNorm, scaled and shifted; formed in float32 or wider.
 
     Args:
         passes: By the kernel, or as the definition says.

@@ -85,7 +85,7 @@ def rope_table(
 def rotate(
     x: Float[Array, "B F S n d"], cos: Float[Array, "F S half"], sin: Float[Array, "F S half"]
 ) -> Float[Array, "B F S n d"]:
-    """Rotates adjacent channel pairs (2m, 2m+1) by angle m, in float32 at least; returns the dtype of `x`.
+    """Rotates adjacent channel pairs (2m, 2m+1) by angle m, in float32 or wider; returns the dtype of `x`.
 
     Examples:
         >>> cos, sin = rope_table((1, 1, 2), 12)

@@ -53,7 +53,7 @@ def teacher_forced(
             per sample or per frame of tokens. The clean half is after all steps, as the blocks of a cache are.
 
     Returns:
-        The flow of the noisy half, in float32 at least.
+        The flow of the noisy half, in float32 or wider.
 
     Raises:
         ValueError: If the model is not causal, shapes do not fit it, or frames are not whole blocks.

@@ -214,7 +214,7 @@ def test_nothing_to_resume(tmp_path, capsys, exists):
     if exists:
         folder.mkdir()
     assert cli.main(["train", "--folder", str(folder), "--resume"]) == 2
-    assert f"error: folder {folder} holds no run to resume; give that of one, or begin" in capsys.readouterr().err
+    assert f"error: folder {folder} holds no run to resume; give the folder of one, or start" in capsys.readouterr().err
     assert cli.main(["train", "--folder", str(folder)]) == 2
     assert "neither video nor latents was given" in capsys.readouterr().err
     assert folder.exists() == exists

@@ -84,7 +84,7 @@ def test_stopped_it_says_how_to_go_on(clip, tmp_path, capsys, monkeypatch):
     stop = functools.partial(run.train, after_step=lambda *_: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(run, "train", stop)
     assert main(["demo", "--video", str(clip), "--folder", str(folder), *SMALL]) == 143
-    said, _, command = capsys.readouterr().err.splitlines()[-1].partition("; go on with ")
+    said, _, command = capsys.readouterr().err.splitlines()[-1].partition("; continue with ")
     assert said == "stopped at step 1 and saved"
     assert shlex.split(command) == ["monarchrt", "demo", "--folder", str(folder), "--resume"]
     expected = DemoConfig(video=clip, folder=folder, steps=2, finetune_steps=2, height=16, width=24, tile=(2, 4, 6))
@@ -154,11 +154,11 @@ def a_log_alone(folder):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: None, "holds no demo to go on with"),
-        (lambda folder: folder.mkdir(), "holds no demo to go on with"),
-        (lambda folder: (folder / "photos").mkdir(parents=True), "holds other files, and no demo to go on with"),
+        (lambda folder: None, "holds no demo to continue"),
+        (lambda folder: folder.mkdir(), "holds no demo to continue"),
+        (lambda folder: (folder / "photos").mkdir(parents=True), "holds other files, and no demo to continue"),
         (half_deleted, "holds the results of a demo whose run dense/ is gone; nothing was changed"),
-        (a_log_alone, "holds the log of a run up to step 7, and no checkpoint to go on from"),
+        (a_log_alone, "holds the log of a run up to step 7, and no checkpoint to continue from"),
     ],
 )
 def test_resume_needs_a_demo_and_loses_nothing(make, said, tmp_path, capsys):

@@ -121,8 +121,8 @@ def test_each_step_reads_its_batch(source, tmp_path):
 @pytest.mark.parametrize(
     ("where", "resume", "message"),
     [
-        ("open_source", False, "already holds a run; go on with it with --resume"),  # the folder is there: soon locked
-        ("make_train_step", False, "already holds a run; go on with it with --resume"),
+        ("open_source", False, "already holds a run; continue it with --resume"),  # the folder is there: soon locked
+        ("make_train_step", False, "already holds a run; continue it with --resume"),
         ("make_train_step", True, "was begun by another run meanwhile; try again with --resume"),
     ],
 )
@@ -225,7 +225,7 @@ class TestHoweverItEnds:
 
 def test_advice_can_be_pasted(source, tmp_path):
     config = settings(tmp_path / "my run")
-    with pytest.raises(Interrupted, match=r"go on with --folder '.*/my run' --resume") as stopped:
+    with pytest.raises(Interrupted, match=r"continue with --folder '.*/my run' --resume") as stopped:
         train(config, source=source, model=Network(), after_step=lambda *_: signal.raise_signal(signal.SIGINT))
     assert (stopped.value.step, stopped.value.code) == (1, 130)
 

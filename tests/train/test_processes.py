@@ -145,7 +145,7 @@ def test_a_run_that_loses_a_process_goes_on_and_ends_as_that_of_one_process(star
     assert time.monotonic() - began < ENDS_WITHIN
     said = [line for line in lost.lines(0) if line.startswith("error: ")]
     assert said == [
-        "error: process 1 of 2 has given no sign of life for 30 s; this one ends too, go on with --resume"
+        "error: process 1 of 2 has given no sign of life for 30 s; this one ends too, continue with --resume"
     ], lost.lines(0)
 
     for step in (split / "checkpoints").iterdir():  # as if it had been lost at step 8
@@ -298,7 +298,7 @@ def test_one_that_is_asked_to_stop_stops_all_at_the_same_step(start, tmp_path, n
     assert job.wait(120) == [128 + number] * 2, [job.lines(n) for n in (0, 1)]
     last = {job.lines(n)[-1] for n in (0, 1)}
     assert len(last) == 1
-    assert "and saved; go on with" in last.pop()
+    assert "and saved; continue with" in last.pop()
     step = max(row["step"] for row in read_log(folder))
     assert (folder / "checkpoints" / str(step)).is_dir()
 

@@ -75,7 +75,7 @@ def test_what_is_left_of_a_run_is_not_run_over(baseline, arguments, tmp_path, ca
     before = contents(folder)
     assert main([*arguments, "--folder", str(folder), *resume]) == 2
     error = capsys.readouterr().err
-    assert f"error: folder {folder} holds {said}, and no checkpoint to go on from; nothing was changed" in error
+    assert f"error: folder {folder} holds {said}, and no checkpoint to continue from; nothing was changed" in error
     assert "give another --folder" in error
     assert contents(folder) == before
 

@@ -131,7 +131,7 @@ def train_command(arguments: Sequence[str]) -> int:
             f"--preset or --overrides",
             file=sys.stderr,
         )
-    with joined(place, identity=_shared(config), advice="go on with --resume"):
+    with joined(place, identity=_shared(config), advice="continue with --resume"):
         return _train(config, plans=plans, as_json=as_json)
 
 
@@ -158,7 +158,7 @@ def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     if config.data.video is None and config.data.precomputed is None:
         if config.run.resume and read_config(config.run.folder) is None:
             raise UserError(
-                f"folder {config.run.folder} holds no run to resume; give that of one, or begin one there with "
+                f"folder {config.run.folder} holds no run to resume; give the folder of one, or start one there with "
                 f"--video CLIP.mp4 or --latents FOLDER"
             )
         raise UserError("neither video nor latents was given; give --video CLIP.mp4 or --latents FOLDER")

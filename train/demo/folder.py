@@ -40,7 +40,9 @@ def claim_demo(config: DemoConfig) -> None:
     known = names & {SETTINGS_NAME, *runs}
     if config.resume and not known:
         what = "other files, and no demo" if names else "no demo"
-        raise UserError(f"folder {folder} holds {what} to go on with; give that of one, or begin one without --resume")
+        raise UserError(
+            f"folder {folder} holds {what} to continue; give the folder of one, or start one without --resume"
+        )
     if not config.resume and names:
         advice = "give --resume to continue it, or another --folder" if known else "give another --folder"
         raise UserError(f"folder {folder} exists already; {advice}")

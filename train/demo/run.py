@@ -143,7 +143,7 @@ def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
         if stop.step is None:
             raise
         raise Interrupted(
-            f"stopped at step {stop.step} and saved; go on with {_resume_command(config)}",
+            f"stopped at step {stop.step} and saved; continue with {_resume_command(config)}",
             code=stop.code,
             step=stop.step,
         ) from None

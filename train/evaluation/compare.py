@@ -167,7 +167,7 @@ def _claim(config: EvaluateConfig) -> None:
         write_json(there, values)
         return
     if not config.resume:
-        raise UserError(f"out {folder} holds an evaluation already; give --resume to go on with it, or another --out")
+        raise UserError(f"out {folder} holds an evaluation already; give --resume to continue it, or another --out")
     check_begun(values, read_begun(there), of=f"the evaluation in {folder}")
 
 

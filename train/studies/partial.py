@@ -24,7 +24,7 @@ class Partial:
             overwrite: Begin anew whatever is there.
 
         Raises:
-            UserError: If there is one and nobody asked to go on with it, or it is of other settings, or damaged.
+            UserError: If there is one and nobody asked to continue it, or it is of other settings, or damaged.
         """
         self._path = path
         self._values: dict[str, Any] = {}
@@ -33,7 +33,7 @@ class Partial:
             return
         if not resume:
             raise UserError(
-                f"out {path.parent} holds a study that was stopped; give --resume to go on with it, or --overwrite"
+                f"out {path.parent} holds a study that was stopped; give --resume to continue it, or --overwrite"
             )
         begun = read_begun(path)
         before, values = begun.get("settings"), begun.get("values")

@@ -190,7 +190,7 @@ class TestCommands:
         command.append(str(tmp_path / "out"))
         assert main(command) == 130
         assert main(command) == 2
-        assert "holds a study that was stopped; give --resume to go on with it" in capsys.readouterr().err
+        assert "holds a study that was stopped; give --resume to continue it" in capsys.readouterr().err
         assert main([*command, "--resume", "--mass", "0.9"]) == 2
         assert "cannot resume: mass is 0.9, but the study in" in capsys.readouterr().err
         assert main([*command, "--resume"]) == 0
@@ -234,7 +234,7 @@ class TestCommands:
         command = ["study", "tiles", *options, str(tmp_path / "out")]
         assert main(command) == 130
         assert main(command) == 2
-        assert "holds a study that was stopped; give --resume to go on with it" in capsys.readouterr().err
+        assert "holds a study that was stopped; give --resume to continue it" in capsys.readouterr().err
         assert main([*("0.6" if word == "0.5" else word for word in command), "--resume"]) == 2
         assert "cannot resume: levels is [0.6], but the study in" in capsys.readouterr().err
         assert main([*command, "--resume"]) == 0
@@ -350,7 +350,7 @@ class TestPartial:
     def test_what_it_refuses(self, tmp_path):
         path = tmp_path / "part.json"
         Partial(path, self.SETTINGS, resume=False).of("a", lambda: 1)
-        with pytest.raises(UserError, match="give --resume to go on with it, or --overwrite"):
+        with pytest.raises(UserError, match="give --resume to continue it, or --overwrite"):
             Partial(path, self.SETTINGS, resume=False)
         with pytest.raises(UserError, match=r"cannot resume: levels is \[0.6\], but the study .* with \[0.5\]"):
             Partial(path, {"levels": [0.6]}, resume=True)
