@@ -257,16 +257,16 @@ class TrainConfig:
 
     def origin(self, name: str) -> Path | None:
         """Where the parameters of a role come from: its own `init_from`, or that of the role it starts as."""
-        owner = self.named_by(name)
+        owner = self.origin_role(name)
         return self.role(name).init_from if owner == name else self.origin(owner)
 
-    def named_by(self, name: str) -> str:
+    def origin_role(self, name: str) -> str:
         """The role whose `init_from` says where the parameters of a role come from."""
         starts_as = self.objective.roles[name].starts_as
         return starts_as if self.role(name).init_from is None and starts_as is not None else name
 
     def option(self, name: str, setting: str) -> str:
-        """How errors call a setting of a role: with the role, if there are several.
+        """The name of a role's setting in messages: with the role as a prefix, if there are several.
 
         Examples:
             >>> TrainConfig().option("student", "learning_rate")
@@ -275,16 +275,16 @@ class TrainConfig:
         return setting if self._alone(name) else f"{name}.{setting}"
 
     def _alone(self, name: str) -> bool:
-        """Whether the settings of a role have no prefix."""
+        """Whether the role's settings need no prefix."""
         return name == self.objective.exported and len(self.objective.training) == 1
 
     @contextlib.contextmanager
-    def told_of(self, name: str) -> Iterator[None]:
-        """What is wrong with a role's settings is said with the role, if there are several.
+    def naming_role(self, name: str) -> Iterator[None]:
+        """Adds the role to the messages of errors in its settings, if there are several roles.
 
         Examples:
             >>> config = with_objective(TrainConfig(), "dmd")
-            >>> with config.told_of("critic"):
+            >>> with config.naming_role("critic"):
             ...     raise UserError("tile is wrong")
             Traceback (most recent call last):
             ...
@@ -299,7 +299,7 @@ class TrainConfig:
 
 
 def of_role(name: str, message: str) -> str:
-    """A message about a setting of a role, with the role.
+    """A message about a role's setting, with the role.
 
     Examples:
         >>> of_role("critic", "tile is wrong"), of_role("critic", "no weights")
@@ -310,7 +310,7 @@ def of_role(name: str, message: str) -> str:
 
 
 def train_defaults(objective: type[ObjectiveSettings]) -> TrainConfig:
-    """What the command line begins with for an objective: the defaults of all its roles."""
+    """The defaults of an objective and all its roles, from which the command line starts."""
     settings = objective()
     exported = role_defaults(settings, settings.exported)
     run = RunConfig(init_from=exported.init_from, precision=exported.precision)
@@ -467,12 +467,12 @@ def _revive_roles(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, An
     made: dict[str, Any] = {"objective": objective, "roles": {}}
     for name, value in values.items():
         if name in ("model", "optimizer"):
-            with plain.told_of(objective.exported):
+            with plain.naming_role(objective.exported):
                 made[name] = _revive(name, hints[name], value)
         elif name not in made:
             made[name] = _revive(name, hints[name], value)
     for name, value in roles.items():
-        with plain.told_of(name):
+        with plain.naming_role(name):
             made["roles"][name] = from_dict(RoleConfig, value)
     return made
 

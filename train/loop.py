@@ -174,7 +174,7 @@ def _attention_errors(network: Any, latents: Sequence[int]) -> set[str]:
 
 
 def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
-    with config.told_of(config.objective.exported):
+    with config.naming_role(config.objective.exported):
         text_dim = model_settings(config.model, precision=config.run.precision).text_dim
     digests = config.run.folder / DIGESTS_NAME
     return make_objective(config.objective).open_source(
@@ -217,38 +217,20 @@ class _Run:
             check_seen("checkpoints", lambda: checkpoint_steps(run.folder), option="folder", path=run.folder)
         continues = run.resume and (run.folder / FOLDER_NAME).is_dir()
         self.previous = self._open() if continues else None
-        done = self.previous.steps() if self.previous else []
-        if self.previous:
-            if not dry:
-                self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
-            if done and done[-1] > run.steps:
-                raise UserError(
-                    f"steps is {run.steps}, but {run.folder} has {done[-1]} already; give {done[-1]} or more"
-                )
+        resumed = self._check_previous()
         self.objective = make_objective(config.objective)
         parts = math.lcm(*(config.trained(role).accumulation for role in config.objective.training))
         self.placement = Placement(batch=run.batch, accumulation=parts, mesh=run.mesh, state=run.sharding)
         self._models = models
         self.networks = self._networks(config)
-        if not dry:  # which says what it takes
-            check_fits(self.networks.template, list(self.placement.mesh.local_devices))
-        for role, settings in self.networks.configs.items():
-            if settings is not None and isinstance(source, ClipWindows):
-                check_frame_size(config.data, settings)
-            if (heads := getattr(settings, "num_heads", None)) is not None:
-                whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
-                self.placement.shape.check_heads(heads, whose=whose)
-        self.networks.check_origins(resumed=bool(done))
-        same("weights", lambda: self.networks.listing)
-        if (negative := getattr(config.objective, "negative", None)) is not None:
-            same("embeddings of the negative prompt", lambda: listing([negative.expanduser()]))
+        self._check_networks(resumed=resumed)
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
         self.step_fn = self._step_fn(self.networks)
         self._check_step()
         self.gathering: Gathering | None = None
         self.remat, self.steps = self._choose_remat()
         if self.remat is not None:
-            self.networks.check_origins(resumed=bool(done))
+            self.networks.check_origins(resumed=resumed)
         if not dry:
             _ = self.identity  # reads the data where it has to
         self.measure = functools.partial(
@@ -263,6 +245,32 @@ class _Run:
             batch=run.batch,
             place=self.placement.batch,
         )
+
+    def _check_previous(self) -> bool:
+        """Whether the folder has a checkpoint to continue from; checks that the settings suit it."""
+        if self.previous is None:
+            return False
+        if not self._dry:
+            self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
+        run, done = self.config.run, self.previous.steps()
+        if done and done[-1] > run.steps:
+            raise UserError(f"steps is {run.steps}, but {run.folder} has {done[-1]} already; give {done[-1]} or more")
+        return bool(done)
+
+    def _check_networks(self, *, resumed: bool) -> None:
+        """Checks that the networks fit the devices, the data and the mesh, and are the same in all processes."""
+        if not self._dry:  # a dry run reports how much they take instead
+            check_fits(self.networks.template, list(self.placement.mesh.local_devices))
+        for role, settings in self.networks.configs.items():
+            if settings is not None and isinstance(self.source, ClipWindows):
+                check_frame_size(self.config.data, settings)
+            if (heads := getattr(settings, "num_heads", None)) is not None:
+                whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
+                self.placement.shape.check_heads(heads, whose=whose)
+        self.networks.check_origins(resumed=resumed)
+        same("weights", lambda: self.networks.listing)
+        if (negative := getattr(self.config.objective, "negative", None)) is not None:
+            same("embeddings of the negative prompt", lambda: listing([negative.expanduser()]))
 
     def _networks(self, config: TrainConfig) -> Networks:
         channels = self.source.latent_shape[-1]
@@ -394,7 +402,7 @@ class _Run:
         except UserError as error:
             for name, network in self.networks.configs.items():
                 if str(error) in _attention_errors(network, self.source.latent_shape):
-                    with self.config.told_of(name):
+                    with self.config.naming_role(name):
                         raise
             raise
 

@@ -130,7 +130,7 @@ class Networks:
             if resumed and self._keeps_frozen(name):
                 continue
             if origin is not None:
-                with self._told_of(name):
+                with self._naming_option(name):
                     self._check_origin(origin, name)
             elif name not in self._models and not (role.random and self._keeps_frozen(name)):
                 option = self._config.option(name, "init_from").replace("_", "-")
@@ -184,7 +184,7 @@ class Networks:
             parts = [part for part in (role.params, role.frozen) if not isinstance(part, SameAs)]
             named = ((key, leaf) for part in parts for key, leaf in _named(part))
             wrong = next(key for key, leaf in named if not bool(all_finite(leaf)))
-            owner, origin = self._config.named_by(name), self._config.origin(name)
+            owner, origin = self._config.origin_role(name), self._config.origin(name)
             option = self._config.option(owner, "init_from").replace("_", "-")
             whose = f"a parameter of the {name}" if several else "a parameter"
             source = "" if origin is None else f" of {origin}"
@@ -259,7 +259,7 @@ class Networks:
                 return with_adapter(model, adapter, rngs=nnx.Rngs(seed))
 
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
-        with self._config.told_of(name), user_input():
+        with self._config.naming_role(name), user_input():
             return nnx.eval_shape(change, model) if abstract else change(model)
 
     def _build(self, name: str) -> Callable[[], nnx.Module]:
@@ -267,7 +267,7 @@ class Networks:
         role = self._config.role(name)
 
         def build() -> nnx.Module:
-            with self._config.told_of(name):
+            with self._config.naming_role(name):
                 return build_model(
                     role.model,
                     channels=self._channels,
@@ -302,10 +302,10 @@ class Networks:
                 )
 
     @contextlib.contextmanager
-    def _told_of(self, name: str) -> Iterator[None]:
-        """What is wrong with a role's parameters is said of the option that they were given by."""
+    def _naming_option(self, name: str) -> Iterator[None]:
+        """Errors in a role's parameters name the option that gave them."""
         config = self._config
-        owner = config.named_by(name)
+        owner = config.origin_role(name)
         option, prefix = config.option(owner, "init_from"), f"init_from {config.origin(name)} "
         try:
             yield
@@ -347,7 +347,7 @@ class Networks:
         if name in self._owners:
             model = nnx.merge(split_model(self._bases[name])[0], made[self._owners[name]].frozen)
         elif origin is not None:
-            with self._told_of(name):
+            with self._naming_option(name):
                 model = self._load(name, origin)
         params, frozen = split_model(self._adapted(name, model), trains)[1:]
         frozen = self._shared(name, frozen)

@@ -316,7 +316,7 @@ class TestWhatDoesNotFit:
         fake: Any = SimpleNamespace(_config=TrainConfig(objective=objective, roles=roles))
         lines = []
         for name in ("teacher", "student"):
-            with pytest.raises(UserError) as caught, Networks._told_of(fake, name):
+            with pytest.raises(UserError) as caught, Networks._naming_option(fake, name):
                 raise UserError("init_from a is b is not a run folder")
             lines.append(str(caught.value))
         assert lines == [
