@@ -366,8 +366,8 @@ def test_who_is_due_and_what_is_drawn():
     ("settings", "word"),
     [
         ({"student_steps": ()}, "student_steps is empty"),
-        ({"student_steps": (500, 750)}, "falling"),
-        ({"student_steps": (1001, 750)}, "falling"),
+        ({"student_steps": (500, 750)}, "decreasing timesteps"),
+        ({"student_steps": (1001, 750)}, "decreasing timesteps"),
         (
             {"student_steps": tuple(range(1001, 0, -1))},
             "student_steps is 1001 1000 999 998 997 996 995 994 and 993 more",
