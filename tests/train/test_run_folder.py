@@ -211,7 +211,7 @@ class TestSettingsFile:
         [
             ("no.toml", None, "cannot be read: No such file"),
             ("a.yaml", "steps: 7", "ends in neither .toml nor .json"),
-            ("a.toml", "steps = ", "is no TOML"),
+            ("a.toml", "steps = ", "is not TOML"),
             ("a.json", "[" * 100_000, "is not JSON"),
             ("a.json", "[]", "holds no settings by name"),
             ("a.toml", 'folder = "café"'.encode("cp1252"), "is not UTF-8 (byte 14 is 0xe9), probably cp1252; "),

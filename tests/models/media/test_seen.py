@@ -271,7 +271,7 @@ class TestRates:
 
     def test_a_hole(self, tmp_path):
         path = encode_video(tmp_path / "a.mkv", numbered(2), times=[0, 10**8])
-        with pytest.raises(UserError, match="hole of 100000 seconds"):
+        with pytest.raises(UserError, match="gap of 100000 seconds"):
             read_clip(path, height=32, width=32, fps=16)
 
 

@@ -22,7 +22,7 @@ def test_messages():
         ("", "the message is not JSON"),
         ("{", "the message is not JSON"),
         ("[" * 100000, "the message is not JSON"),
-        ('{"type": "start", "prompt": "a", "seed": NaN}', r"not JSON \(NaN is no number\)"),
+        ('{"type": "start", "prompt": "a", "seed": NaN}', r"not JSON \(NaN is not a number\)"),
         ("[]", r'the message is \[\]; it must be an object such as {"type": "pause"}'),
         ("{}", "type is null; it must be one of start, prompt, pause, resume, step, seek, save, stop, ping"),
         ('{"type": {"a": 1}}', 'type is {"a": 1}; it must be one of'),
