@@ -354,14 +354,14 @@ class TestEncode:
         ("change", "arguments", "message"),
         [
             ({"caption": "a dog"}, [], "0.safetensors already exists, with caption 'a dog' instead of 'a cat'; delete"),
-            ({"clip": "0.webm"}, [], "of clip '0.webm' instead of '0.mp4'"),
-            ({}, ["--width", "48"], "of width '64' instead of '48'; delete it, or give another --out"),
-            ({}, ["--height", "16", "--frames", "9"], "of frames '5' instead of '9', height '32' instead of '16'; "),
-            ({}, ["--rows", "8"], "of rows '16' instead of '8'"),
-            ({"stride": "2", "fps": "16"}, [], "of stride '2' instead of '1'"),
-            ({"stride": "1"}, [], "of fps '0' instead of '16'"),  # made before there was a rate
-            ({"stride": "1", "fps": "16"}, ["--fps", "24"], "of fps '16' instead of '24'"),
-            ({"frames": "7"}, [], "of frames '7' instead of '5'"),  # of a VAE of another factor
+            ({"clip": "0.webm"}, [], "with clip '0.webm' instead of '0.mp4'"),
+            ({}, ["--width", "48"], "with width '64' instead of '48'; delete it, or give another --out"),
+            ({}, ["--height", "16", "--frames", "9"], "with frames '5' instead of '9', height '32' instead of '16'; "),
+            ({}, ["--rows", "8"], "with rows '16' instead of '8'"),
+            ({"stride": "2", "fps": "16"}, [], "with stride '2' instead of '1'"),
+            ({"stride": "1"}, [], "with fps '0' instead of '16'"),  # made before there was a rate
+            ({"stride": "1", "fps": "16"}, ["--fps", "24"], "with fps '16' instead of '24'"),
+            ({"frames": "7"}, [], "with frames '7' instead of '5'"),  # of a VAE of another factor
             ({"latents": (2, 4, 8)}, [], "0.safetensors holds no latents and text of a clip; delete it"),
             ({"damage": True}, [], "0.safetensors is truncated: "),
             ({}, [], "checkpoint lacks: VAE"),  # no complaint

@@ -162,7 +162,7 @@ def test_cut_off(tmp_path, ending, kept):
 @pytest.mark.parametrize(("name", "content"), [("a.png", b"\x89PNG\r\n\x1a\n\0\0\0"), ("a.svg", b"<svg xmlns='x'/>")])
 def test_what_is_no_whole_picture_of_a_known_kind(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is cut off, damaged or (not|of a kind)"):
+    with pytest.raises(UserError, match=rf"{name} is cut off, damaged or (not|of an unsupported kind)"):
         read(tmp_path / name)
 
 
