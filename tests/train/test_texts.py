@@ -108,7 +108,7 @@ def test_what_prompts_do_not_go_with(prompts, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             DataConfig(**{"prompts": prompts, **SIZE, **changes})
-    with pytest.raises(UserError, match="components is wan, which is of texts, but a video has none"):
+    with pytest.raises(UserError, match="components is wan, which is for texts, but a video has none"):
         DataConfig(components=Path("wan"))
     with pytest.raises(UserError, match="there is no text encoder; give --components"):
         PromptFile(DataConfig(prompts=prompts, **SIZE))
