@@ -150,7 +150,10 @@ class TestRefusals:
             (dict(mode="windows", window=1), "use a window of at least 2"),
             (dict(mode="windows", window=1025), "window is 1025; it must be at most 1024 latent frames"),
             (dict(frames=9, window=10**50), r"window is 1000000.*\.\.\.; it must be at most 1000000"),
-            (dict(mode="bidirectional", frames=4097), "frames is 4097; at once it must be at most 4093; for longer ones"),
+            (
+                dict(mode="bidirectional", frames=4097),
+                "frames is 4097; at once it must be at most 4093; for longer ones",
+            ),
             (
                 dict(mode="bidirectional", window=6),
                 "window is 6, for mode autoregressive or windows, .*; leave it out$",
