@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from monarchrt.models.wan import WanModel, wan_config
-from monarchrt.train.config import ObjectiveConfig, OptimizerConfig
+from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.state import make_training, split_model
 from monarchrt.train.step import may_write_stacks
 from tests.kernels.test_mosaic_compile import H200
@@ -29,6 +30,7 @@ from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
+from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.sharding import Placement
 from monarchrt.train.state import create_role, create_state, make_training, split_model
 from monarchrt.train.step import make_train_step
@@ -101,7 +103,7 @@ def test_stacks_are_written_by_one_gpu_alone(monkeypatch, platform, network, acc
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)])
     graph = split_model(nnx.eval_shape(lambda: WanModel(wan_config("tiny", **network), rngs=nnx.Rngs(0))))[0]
     training = make_training(OptimizerConfig(accumulation=accumulation), updates=1)
-    found = may_write_stacks(make_objective(ObjectiveConfig()), {"student": graph}, {"student": training}, None)
+    found = may_write_stacks(make_objective(FlowConfig()), {"student": graph}, {"student": training}, None)
     assert found == written
 
 

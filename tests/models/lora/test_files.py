@@ -147,7 +147,7 @@ class TestAlpha:
 
     @pytest.mark.parametrize(
         ("style", "header", "why"),
-        [("as_musubi", {"ss_network_alpha": "None"}, "a scale of 1$"), ("as_musubi", {"ss_network_alpha": "0"}, "a scale of 1$"),
+        [("as_musubi", {"ss_network_alpha": "None"}, "of 1$"), ("as_musubi", {"ss_network_alpha": "0"}, "of 1$"),
          ("as_musubi", {"ss_network_alpha": "6", "ss_network_dim": "4"},
           r"; ss_network_alpha 6 in its header is left out: it is for rank 4 \(ss_network_dim\), and there .* rank 3$"),
          ("as_comfyui", {"ss_network_alpha": "6", "ss_network_dim": "3"}, "left out: Musubi's converter to")],
