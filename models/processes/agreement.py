@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -116,14 +117,15 @@ def all_agree(name: str, wrong: str | None) -> str | None:
 
 
 def check_shared(folder: Path, *, option: str) -> None:
-    """Checks that all processes see one folder: a file that the first makes in it, and removes again.
+    """Checks that all processes see one folder, and may write there: the first makes a file in it, and removes it.
 
     Args:
         folder: The folder; another one of the same content is not it.
         option: That names it.
 
     Raises:
-        UserError: In all of them, if one sees another folder: its machine does not share the file system.
+        UserError: In all of them, if one sees another folder, as its machine does not share the file system, or one
+            that it may only read.
     """
     if client() is None:
         return
@@ -140,9 +142,11 @@ def check_shared(folder: Path, *, option: str) -> None:
                 wrong = f"{option} {folder} is not that of process 0"
                 break
             time.sleep(0.5)
+        if wrong is None and not os.access(folder, os.W_OK):
+            wrong = f"{option} {folder} may not be written to"
         difference = all_agree(f"shared/{folder.name}", wrong)
     if difference is not None:
-        raise UserError(f"{difference}; give a --{option} on a file system that all machines share")
+        raise UserError(f"{difference}; give a --{option} on a file system that all machines share and may write to")
 
 
 def check_seen[T](what: str, look: Callable[[], T], *, option: str, path: Path) -> None:

@@ -268,6 +268,32 @@ def test_a_folder_that_is_not_shared(start, tmp_path):
     assert all(not_shared.replace("run", "new") in job.lines(n)[-1] for n in (0, 1))
 
 
+READ_ONLY = """
+import os, runpy, subprocess, sys
+folder = sys.argv[sys.argv.index("--folder") + 1]
+os.unshare(os.CLONE_NEWNS)
+for words in (["--make-rprivate", "/"], ["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+    subprocess.run(["mount", *words], check=True)
+runpy.run_module("monarchrt", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0,
+    reason="no namespace of mounts may be made",
+)
+def test_a_folder_that_one_may_only_read(start, tmp_path):
+    """As a file system that is mounted so on one machine: known before a step is taken."""
+    folder = tmp_path / "run"
+    begun = start([*MESH, "--steps", "1", "--folder", str(folder)], processes=0)
+    assert begun.wait() == [0], begun.lines(0)
+    again = [*MESH, "--steps", "2", "--folder", str(folder), "--resume"]
+    job = start(again, programs=[["-m", "monarchrt"], ["-c", READ_ONLY]])
+    assert job.wait(200) == [2, 2], [job.lines(n)[-3:] for n in (0, 1)]
+    assert all(f"process 1: folder {folder} may not be written to" in job.lines(n)[-1] for n in (0, 1))
+    assert not (folder / "checkpoints" / "2").exists()
+
+
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
 def test_one_that_has_no_room_for_its_part_of_a_checkpoint(start, tmp_path):
     """It ends, and the other, which would wait for it, is told why; then the run goes on."""
