@@ -22,7 +22,7 @@ from flax import nnx
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import checkpoint_steps
 from monarchrt.models.memory import device_memory
-from monarchrt.models.processes.agreement import all_agree, by_first, check_seen, check_shared, first, from_first
+from monarchrt.models.processes.agreement import all_agree, by_first, check_seen, check_shared, first, from_first, least
 from monarchrt.models.processes.alike import listing, same
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
@@ -291,7 +291,7 @@ class _Run:
             return None, None
         batches, programs = self._first_batches(), {}
         own = self.placement.mesh.local_devices
-        available = from_first("device memory", lambda: min(map(device_memory, own)))  # all try the same kinds
+        available = least("device memory", min(map(device_memory, own)))  # all try the same kinds
 
         def agreed(fits: bool) -> bool:
             return all_agree("memory", None if fits else "it does not fit") is None

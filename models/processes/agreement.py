@@ -111,9 +111,18 @@ def all_agree(name: str, wrong: str | None) -> str | None:
     """
     if client() is None:
         return wrong
-    question = _answer(name, json.dumps(wrong))
-    answers = [json.loads(get(f"{question}/{process}")) for process in range(jax.process_count())]
+    answers = _answers(name, wrong)
     return next((f"process {n}: {answer}" for n, answer in enumerate(answers) if answer is not None), None)
+
+
+def least(name: str, value: int) -> int:
+    """The smallest of a number that each process has; waits for all.
+
+    Examples:
+        >>> least("memory", 80)
+        80
+    """
+    return value if client() is None else min(_answers(name, value))
 
 
 def check_shared(folder: Path, *, option: str) -> None:
@@ -178,6 +187,12 @@ def _text(path: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8")
     return None
+
+
+def _answers(name: str, value: Any) -> list[Any]:
+    """What all processes answer to a question, in their order."""
+    question = _answer(name, json.dumps(value))
+    return [json.loads(get(f"{question}/{process}")) for process in range(jax.process_count())]
 
 
 def _answer(name: str, value: str) -> str:

@@ -5,7 +5,15 @@ import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.processes import agreement
-from monarchrt.models.processes.agreement import AgreedStop, all_agree, by_first, check_shared, first, from_first
+from monarchrt.models.processes.agreement import (
+    AgreedStop,
+    all_agree,
+    by_first,
+    check_shared,
+    first,
+    from_first,
+    least,
+)
 from monarchrt.models.processes.joining import _words, joined
 from monarchrt.models.processes.watch import PATIENCE, Silence
 
@@ -66,6 +74,23 @@ def test_all_stop_after_the_same_step(monkeypatch):
     assert (other.due(5, None), one.due(6, 15), other.due(6, 2)) == (None, None, None)
     assert (one.due(7, None), other.due(7, None)) == (None, None)
     assert (one.due(8, None), other.due(8, None)) == (15, 15)
+
+
+def test_the_least_of_what_all_have(monkeypatch):
+    """Devices of one process may have less memory than those of the first."""
+    kept = {"monarchrt/memory/0/1": "40"}
+
+    class Coordinator:
+        def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None:
+            kept[key] = value
+
+        def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+            return kept[key]
+
+    monkeypatch.setattr(agreement, "client", Coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert least("memory", 80) == 40
+    assert kept["monarchrt/memory/0/0"] == "80"
 
 
 def test_what_is_said_of_an_error_and_how_the_process_ends():
