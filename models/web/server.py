@@ -282,11 +282,11 @@ def offered(messages: Sequence[str], formats: Sequence[str]) -> dict[str, Any]:
 
 
 def request_log() -> logging.Logger:
-    """Where aiohttp reports what goes wrong here; what is wrong with a request its sender is told, and nobody else."""
+    """Where aiohttp reports what goes wrong here; not what is wrong with a request, or with who broke it off."""
     log = logging.getLogger(__name__)
     log.addFilter(_is_ours)  # the same function is added once
     return log
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))

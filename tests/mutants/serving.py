@@ -13,6 +13,7 @@ PIPELINE = ("tests/models/generate/test_pipeline.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
+    Fault("models/web/server.py", "HttpProcessingError | ConnectionError", "HttpProcessingError", SERVER, "broken_off"),
     Fault("models/serve/session.py", '"stopped", "idle")', '"stopped")', SAVING, "nothing_is_heard"),
     Fault("models/generate/decoders.py", "jax.Array) and not on_cpu(array)", "jax.Array)", PIPELINE, "may_end"),
     Fault(

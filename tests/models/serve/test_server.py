@@ -426,6 +426,19 @@ class TestUploads:
         monkeypatch.setattr(uploads, "_save", full)
         against(engine, talk)
 
+    def test_one_that_is_broken_off(self, engine, caplog):
+        """It is nobody's fault here: nothing is logged, and nothing is left of it."""
+        head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+        with running(engine) as server:
+            with socket.create_connection((server.address.host, server.address.port)) as other:
+                other.sendall(head + bytes(100))
+                while not server.uploads._arriving:
+                    time.sleep(0.01)
+            while server.uploads._arriving:
+                time.sleep(0.01)
+            time.sleep(0.1)
+        assert [record.getMessage() for record in caplog.records] == []
+
     def test_nowhere_to_begin(self, engine, monkeypatch):
         async def talk(client, server):
             answer = await client.post("/upload", data=b"x")
