@@ -170,7 +170,7 @@ def make_video(
             stack.enter_context(page)
             report(f"frames are shown as they come at {page.url}")
         try:
-            result = _write(parts, plan, page, kept if compares else None)
+            result = _write(parts, plan, page, kept if compares else None, report)
         finally:
             if config.save_latents is not None and latents:  # of the frames so far
                 report(
@@ -210,8 +210,9 @@ def _write(
     plan: Plan,
     page: LivePage | None,
     kept: list[np.ndarray] | None,
+    report: Callable[[str], None],
 ) -> Result:
-    """Writes the file; on Ctrl-C with the frames so far."""
+    """Writes the file; on Ctrl-C, and where an error ends it, with the frames so far."""
     config = plan.config
     begin, first = time.monotonic(), 0.0
     writer = open_writer(
@@ -239,6 +240,12 @@ def _write(
         count = writer.frames
         what = f"{count} of {config.frames} frames are kept in {config.out}" if count else "no frame was ready"
         raise _stopped(f"stopped; {what}", stop) from None
+    except UserError:  # of writing; it says what there is
+        raise
+    except Exception:
+        if writer.frames:
+            report(f"{writer.frames} of {config.frames} frames are kept in {config.out}; then came an error")
+        raise
     if page is not None:
         page.end("finished")
     return Result(path=config.out, frames=writer.frames, seconds=time.monotonic() - begin, first_frame=first)

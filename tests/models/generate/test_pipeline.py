@@ -251,6 +251,22 @@ class TestMakeVideo:
             assert len(read_clip(out, height=16, width=24)) == 3 * after
         assert not list(tmp_path.glob("*.part"))
 
+    def test_an_error_keeps_the_frames_so_far_and_says_so(self, tiny, tmp_path, monkeypatch):
+        """Such as of a collective, when another process that makes the video with this one is lost."""
+        pipeline, plan = tiny
+        out, real = tmp_path / "a.mp4", VideoPipeline._decoded
+
+        def lost(self, parts, plan):
+            yield next(real(self, parts, plan))
+            raise RuntimeError("lost")
+
+        monkeypatch.setattr(VideoPipeline, "_decoded", lost)
+        said: list[str] = []
+        with pytest.raises(RuntimeError, match="lost"):
+            make_video(pipeline, TEXT, plan=plan(out=out), report=said.append)
+        assert said == [f"3 of 9 frames are kept in {out}; then came an error"]
+        assert len(read_clip(out, height=16, width=24)) == 3
+
     def test_a_video_that_another_process_made_meanwhile_stays(self, tiny, tmp_path):
         pipeline, plan = tiny
         out = tmp_path / "a.mp4"
