@@ -10,9 +10,12 @@ ENCODINGS = ("tests/models/web/test_encodings.py",)
 WRITER = ("tests/models/media/test_writer.py",)
 SAVING = ("tests/models/serve/test_saving_after_the_end.py",)
 PIPELINE = ("tests/models/generate/test_pipeline.py",)
+COMMAND = ("tests/train/test_serve.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
 SERVING = (
+    Fault("train/cli/compile_cache.py", ".free < LEAST_FREE", ".free < 0", COMMAND, "almost_full"),
+    Fault("train/cli/compile_cache.py", "and found.st_mtime < old", "", COMMAND, "almost_full"),
     Fault("models/web/server.py", "HttpProcessingError | ConnectionError", "HttpProcessingError", SERVER, "broken_off"),
     Fault("models/serve/session.py", '"stopped", "idle")', '"stopped")', SAVING, "nothing_is_heard"),
     Fault("models/generate/decoders.py", "jax.Array) and not on_cpu(array)", "jax.Array)", PIPELINE, "may_end"),

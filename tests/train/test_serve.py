@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -163,7 +166,8 @@ class TestBench:
 class TestPrograms:
     """Where compiled programs are kept."""
 
-    def test_in_the_users_cache_folder(self, tmp_path):
+    def test_in_the_users_cache_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(compile_cache, "LEAST_FREE", 0)
         environment = {"XDG_CACHE_HOME": str(tmp_path)}
         compile_cache.keep_programs(environment)
         assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "monarchrt" / "programs")
@@ -182,6 +186,21 @@ class TestPrograms:
         environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
         compile_cache.keep_programs(environment)
         assert environment == {"XDG_CACHE_HOME": str(tmp_path / "file")}
+
+    def test_an_almost_full_disk(self, tmp_path, monkeypatch):
+        """Nothing is kept; what a full one left empty is removed, but for what is being written."""
+        folder = compile_cache.programs_folder({"XDG_CACHE_HOME": str(tmp_path)})
+        folder.mkdir(parents=True)
+        for name, age in (("a-cache", 100.0), ("b-cache", 0.0), ("c-atime", 100.0)):
+            (folder / name).touch()
+            os.utime(folder / name, (time.time() - age, time.time() - age))
+        (folder / "d-cache").write_bytes(b"program")
+        os.utime(folder / "d-cache", (0, 0))
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**29))
+        environment = {"XDG_CACHE_HOME": str(tmp_path)}
+        compile_cache.keep_programs(environment)
+        assert environment == {"XDG_CACHE_HOME": str(tmp_path)}
+        assert sorted(os.listdir(folder)) == ["b-cache", "c-atime", "d-cache"]
 
     @pytest.mark.slow
     def test_a_second_process_compiles_nothing(self, tmp_path, environment):
