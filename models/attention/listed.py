@@ -22,9 +22,6 @@ from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, mas
 from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
-# blocks of keys in a list, at most, for which tokens that are put in another order are written head by head: it costs
-# nothing there, and a block is then one piece of memory; numbers are the same
-HEADS_FIRST = 40
 
 
 class Order(NamedTuple):
@@ -105,18 +102,18 @@ class Blocks:
             out = _attend_stack(query, key, value, self.mask, stack, implementation)
             return out if self.queries is None else self.queries.undo(out)
         queries, keys = self.queries, self.keys
-        if queries is not None and keys is not None and self.mask.keys.entries.shape[-1] <= HEADS_FIRST:
+        if queries is not None and keys is not None:  # written head by head, so that a block is one piece of memory
             query, key, value = (
                 jnp.moveaxis(x, 2, 1) for x in (queries.apply(query), keys.apply(key), keys.apply(value))
             )
             out = _on_each_device(query, key, value, self.mask, implementation=implementation, heads_first=True)
             return queries.undo(jnp.moveaxis(out, 1, 2))
-        if self.queries is not None:
-            query = self.queries.apply(query)
-        if self.keys is not None:
-            key, value = self.keys.apply(key), self.keys.apply(value)
+        if queries is not None:
+            query = queries.apply(query)
+        if keys is not None:
+            key, value = keys.apply(key), keys.apply(value)
         out = _on_each_device(query, key, value, self.mask, implementation=implementation)
-        return out if self.queries is None else self.queries.undo(out)
+        return out if queries is None else queries.undo(out)
 
 
 def _on_each_device(
