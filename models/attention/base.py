@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from monarch_jax import MonarchKVCache
+from monarch_jax.checks import array
 from monarchrt.models.attention.explicit import on_explicit_axes, over_any_cache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
@@ -24,6 +25,7 @@ type Steps = (
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
 type Layer = Int[Array, ""] | None  # which of a cache of several
 HOW = {"how": True}  # metadata of a field that selects how the same numbers are computed; not stored with weights
+WRITTEN = {"written": True}  # metadata of a field that the notation never leaves out: tables say which share is kept
 
 
 @runtime_checkable
@@ -383,9 +385,15 @@ class Attention(abc.ABC):
         if causal_block is not None and causal_block < 1:
             raise ValueError(f"causal_block={causal_block} must be at least 1, or None for attention to all frames.")
         clip = Clip(grid=grid, causal_block=causal_block, context=context)
+        query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         for name, tokens in {"query": query, "key": key, "value": value}.items():
+            if tokens.ndim != 4:
+                raise ValueError(f"{name} has shape {tokens.shape}; it should be [B, {clip.tokens}, heads, head_dim].")
             if tokens.shape[1] != clip.tokens:
                 raise ValueError(f"{name} has {tokens.shape[1]} tokens; grid={grid} has {clip.tokens}.")
+            if tokens.shape != query.shape or tokens.dtype != query.dtype:
+                what = f"shape {tokens.shape}, dtype {tokens.dtype.name}; query has {query.shape}, {query.dtype.name}"
+                raise ValueError(f"{name} has {what}.")
         self.check(grid, causal_block=causal_block)
         if not jax.typeof(query).sharding.mesh.explicit_axes:
             return self.attend_clip(query, key, value, clip)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from monarch_jax import MonarchKVCache
+from monarch_jax.checks import array
 from monarch_jax.partitioning import left_to_the_compiler, on_mesh_of
 
 
@@ -47,18 +48,21 @@ def on_explicit_axes(attend: Callable[..., Array], tokens: Sequence[Array], cont
 
 
 def over_any_cache(attend_cache: Callable[..., Array], *, nowhere: Any) -> Callable[..., Array]:
-    """A kind's `attend_cache`, also for queries, or a cache, whose types say how they are split.
+    """A kind's `attend_cache` with what all check first, also for arrays whose types say how they are split.
 
     Args:
         attend_cache: (kind, cache, query, *, layer, context) -> an array as the query.
         nowhere: The context where none is given.
 
     Returns:
-        The same; on explicit axes the array is split as the query, and axes that are the cache's only are put in.
+        The same; on explicit axes the array is split as the query.
     """
 
     @functools.wraps(attend_cache)
-    def run(self: Any, cache: Any, query: Array, **where: Any) -> Array:
+    def run(self: Any, cache: Any, query: Any, **where: Any) -> Array:
+        query = array("query", query)
+        if isinstance(cache, MonarchKVCache):
+            cache.check_query(query, layer=where.get("layer"))
         parts, structure = jax.tree.flatten(cache)
         example = next((x for x in (query, *parts) if jax.typeof(x).sharding.mesh.explicit_axes), None)
         if example is None:

@@ -114,7 +114,6 @@ class MonarchAttention(Attention):
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):
             cache, layer = _retiled(cache, tile, self.blocks, layer), None
-        cache.check_query(query, layer=layer)
 
         def attend(_, query, key, value, length, *traced):
             return cache.of_arrays(key, value, length).attend(

@@ -69,13 +69,17 @@ def parse(text: str) -> "Attention":
 
 
 def to_text(setting: "Attention | Sequence[Attention]") -> str:
-    """The text of a setting, or of one setting per layer, on one line; fields that have their default are left out.
+    """The text of a setting, or of one setting per layer, on one line.
+
+    Fields that have their default are left out, but for those that are always written (`base.WRITTEN`).
 
     Examples:
         >>> to_text(parse("monarch( tile = [3, 30, 52], num_iters = 1 )"))
         'monarch(tile=(3,30,52))'
         >>> to_text([parse("dense")] * 3)
         'per_layer(3 * dense)'
+        >>> to_text(parse("top_k"))
+        'top_k(keep=0.1)'
     """
     if isinstance(setting, Sequence):
         return f"{PER_LAYER}({_repeated(setting)})"
@@ -84,7 +88,9 @@ def to_text(setting: "Attention | Sequence[Attention]") -> str:
         parts.append(_repeated(getattr(setting, setting.repeated)))
     for field in dataclasses.fields(setting):
         value = getattr(setting, field.name)
-        if field.name not in (*setting.positional, setting.repeated) and value != field.default:
+        if field.name in (*setting.positional, setting.repeated):
+            continue
+        if value != field.default or field.metadata.get("written"):
             parts.append(f"{field.name}={_printed(value)}")
     return f"{setting.name}({', '.join(parts)})" if parts else setting.name
 

@@ -22,7 +22,7 @@ MESHES = (
         MESH,
         "address",
     ),
-    Fault("models/attention/monarch.py", "cache.check_query(query, layer=layer)", "pass", MESH, "known"),
+    Fault("models/attention/explicit.py", 'cache.check_query(query, layer=where.get("layer"))', "pass", MESH, "known"),
     Fault(
         "models/attention/explicit.py",
         "inputs=make, ",

@@ -46,6 +46,10 @@ def test_round_trip(text):
         ("first_layers(2, after=monarch, first=dense)", "first_layers(2, dense, monarch)"),
         ("per_layer(dense, dense, 1 * monarch)", "per_layer(2 * dense, monarch)"),
         ("per_layer(settings=(dense, dense))", "per_layer(2 * dense)"),
+        ("first_steps(1, top_k, svg)", "first_steps(1, top_k(keep=0.1), svg(keep=0.25))"),  # a share is always said
+        ("vsa(gate=False)", "vsa(keep=0.1, gate=False)"),
+        ("sla(keep=0.1)", "sla(keep=0.1)"),
+        ("radial(decay=0.5)", "radial(decay=0.5)"),
     ],
 )
 def test_other_ways_to_write_it(text, same):

@@ -150,11 +150,11 @@ def test_what_is_known_stays_known():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((1, 12, 2, 8)), NamedSharding(mesh, PartitionSpec("data")))
     cache = MonarchKVCache.init(batch=1, frames=3, height=2, width=3, heads=2, head_dim=8, layers=2, dtype=x.dtype)
-    at = jnp.int32(1)
+    at, plain = jnp.int32(1), jnp.ones(x.shape)
     with jax.set_mesh(mesh):
         cache = cache.append(x, x, frame=0, layer=at)
         out = Spy().attend_cache(cache, x, layer=at, context=Context(step=3))
-        Spy().attend_cache(cache, jnp.ones(x.shape), layer=at)  # the cache alone is on the mesh
+        Spy().attend_cache(cache, plain, layer=at)  # the cache alone is on the mesh
     assert out.shape == x.shape
     assert jax.typeof(out).sharding == jax.typeof(x).sharding
     assert seen == [((), (), 2, 1, 3), ((), (), 2, 1, None)]
