@@ -1,5 +1,6 @@
 """Weights that are gathered a layer ahead, where that fits. The program itself: test_compiled_step.py."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,29 +64,43 @@ def command(tmp_path):
     return list(map(str, arguments))
 
 
-@pytest.mark.parametrize("remat", ["none", "auto"])
-def test_what_does_not_fit_is_left_off_and_said(command, tmp_path, monkeypatch, capsys, remat):
-    """The program that was looked at is the one that is run: no step is compiled again for it."""
-    made, compiled = [], []
-    whole = loop.make_train_step
+@pytest.fixture
+def made(monkeypatch):
+    """Whether the weights of each step that is made are gathered ahead, as on GPUs; there is 1 GiB of memory."""
+    found, whole = [], loop.make_train_step
 
     def make_train_step(*arguments, ahead, **options):
-        made.append(ahead)
+        found.append(ahead)
         return whole(*arguments, ahead=ahead, **options)
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    monkeypatch.setattr(loop, "may_gather_ahead", lambda objective, trainings, mesh: True)
+    monkeypatch.setattr(loop, "device_memory", lambda device: 2**30)
+    return found
+
+
+def test_a_plan_says_it(command, made, monkeypatch, capsys):
+    assert main([*command, "--plan"]) == 0
+    assert "a layer's weights are gathered while the layer before it computes" in capsys.readouterr().out
+    assert made[-1]
+    monkeypatch.setattr(loop, "device_memory", lambda device: 2**17)
+    assert main([*command, "--plan", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["gathered_ahead"]
+    assert not made[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "auto"])
+def test_what_does_not_fit_is_left_off_and_said(command, made, tmp_path, monkeypatch, capsys, remat):
+    """The program that was looked at is the one that is run: no step is compiled again for it."""
+    compiled = []
 
     def count(event: str, duration_secs: float, **of: str | int) -> None:
         if event.endswith("backend_compile_duration") and "step_fn" in str(of.get("fun_name")):
             compiled.append(of["fun_name"])
 
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    monkeypatch.setattr(loop, "may_gather_ahead", lambda objective, trainings, mesh: True)
-    monkeypatch.setattr(loop, "device_memory", lambda device: 2**30)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        assert main([*command, "--remat", remat, "--plan"]) == 0
-        assert "a layer's weights are gathered while the layer before it computes" in capsys.readouterr().out
-        assert made[-1]
-        compiled.clear()
         assert main([*command, "--remat", remat]) == 0
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
