@@ -212,13 +212,14 @@ def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on: card, driver, versions, and the commit of a checkout."""
+    """What it ran on, and how: card, driver, priority (as `nice` sets it), versions, the commit of a checkout."""
     device = jax.devices()[0]
     folder = Path(__file__).parent
     return {
         "device": device.device_kind,
         "devices": jax.device_count(),
         "cores": os.cpu_count(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "platform": device.platform,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """What `monarchrt bench generate` says of the time, by hand-made arrivals and of a tiny engine."""
 
 import json
+import os
 
 import jax.numpy as jnp
 import pytest
@@ -35,6 +36,7 @@ def test_an_engine(engine):
         assert set(found["steady"][f"{stage}_ms"]) == {"p50", "p90", "p99"}
     assert found["memory"]["host_peak"] > 2**20
     assert {"device", "driver", "commit", "cores"} < set(found)
+    assert found["nice"] == os.nice(0)
     assert set(found["cold"]) == {"text", "first_frames"}
     assert set(found["cadence"]) == {"fps", "first", "gap_ms", "deadlines_met", "underruns", "stood"}
     assert found["cadence"]["fps"] == 8.0
