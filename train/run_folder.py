@@ -261,6 +261,19 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
     return {"attention": str(setting.stored()), "implementation": how}
 
 
+def _as_written_now(name: str, value: Any) -> Any:
+    """A saved value as it would be saved now: an attention's text may be of another form that says the same."""
+    setting = name.rpartition(".")[2]
+    if setting == "remat":
+        return remat_kind(value)
+    if setting not in ("attention", "implementation") or not isinstance(value, str):
+        return value
+    try:
+        return str(parse(value))
+    except ValueError:  # the name of an implementation, or a kind that is not there any more
+        return value
+
+
 def _defaults(objective: str) -> dict[str, Any]:
     """Settings by name with their defaults: what a checkpoint had that is older than the setting."""
     parts = (DataConfig(), ModelConfig(), OptimizerConfig(), RunConfig(), settings_class(objective)())
@@ -292,7 +305,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
     notes = []
     defaults = _defaults(wanted.get("objective", _LATER["objective"]))
     older = {name: defaults[setting] for name in wanted if (setting := name.rpartition(".")[2]) in defaults}
-    saved = older | {name: remat_kind(value) if name.endswith("remat") else value for name, value in saved.items()}
+    saved = older | {name: _as_written_now(name, value) for name, value in saved.items()}
     for name in dict.fromkeys([*saved, *wanted]):
         old, new = saved.get(name), wanted.get(name)
         role, dot, setting = name.rpartition(".")

@@ -91,7 +91,9 @@ class SLAttention(ListedAttention):
                 key.shape[1], self.block, end=places.seen * places.per_frame
             )  # what is there comes first
             most = self.blocks_kept(len(ends) - 1)
-            mask = block_mask(chosen, query_starts=starts, key_starts=ends, columns=self.block, most=most)
+            mask = block_mask(
+                chosen, query_starts=starts, key_starts=ends, columns=min(self.block, key.shape[1]), most=most
+            )
             return Blocks(mask=mask)
 
         def keep(rows, scores):

@@ -274,6 +274,20 @@ def test_fewer_held_out_examples_than_asked_for_are_noted():
     assert header._few_examples(4, 4) == []
 
 
+def test_an_attention_that_was_written_otherwise_is_the_same():
+    """Notation that left out what it says now, in a checkpoint of before."""
+
+    def of(attention):
+        return identity(TrainConfig(model=ModelConfig(attention=attention)), fingerprint="x")
+
+    now = of("vsa(gate=False, implementation=xla)")
+    before = now | {"attention": "vsa(gate=False)", "implementation": "vsa(implementation='xla', gate=False)"}
+    assert now["attention"] == "vsa(keep=0.1, gate=False)"
+    assert compare_identity(before, now, step=1, folder=Path("run")) == []
+    with pytest.raises(UserError, match=r"attention is vsa\(keep=0.2, gate=False\), but the checkpoint"):
+        compare_identity(before, of("vsa(keep=0.2, gate=False)"), step=1, folder=Path("run"))
+
+
 def test_optimizer_changes_are_noted():
     saved, wanted = {"learning_rate": 0.1, "dim": 3}, {"learning_rate": 0.2, "dim": 3}
     notes = compare_identity(saved, wanted, step=1, folder=Path("run"))

@@ -169,6 +169,12 @@ class TestNumbers:
             np.testing.assert_array_equal(one, other)
         assert shapes[:half] == [(b * n, tokens, 1, d) for b, tokens, n, d in shapes[half:]]
 
+    def test_a_block_longer_than_the_clip(self):
+        """Takes the memory of what there is."""
+        x = jnp.asarray(qkv(GRID, seed=3))
+        setting = parse("sla(keep=1.0, block=2147483647, linear=False, implementation=xla)")
+        close(setting(*x, grid=GRID), parse("dense")(*x, grid=GRID))
+
     @pytest.mark.slow
     @pytest.mark.parametrize("text", CACHED)
     def test_over_a_cache(self, text):
