@@ -226,7 +226,7 @@ def may_write_stacks(
     if objective.rolls_out or [device.platform in ("gpu", "cuda") for device in devices] != [True]:
         return False
     for role, training in trainings.items():
-        configs = [config for config in map(_config, graphs[role].attributes) if config is not None]
+        configs = [config for config in map(_config, getattr(graphs[role], "attributes", ())) if config is not None]
         if training.settings.accumulation > 1 or len(configs) != 1:
             return False
         if configs[0].remat != STACKED or configs[0].unroll_layers:
