@@ -147,7 +147,7 @@ def test_clusters_that_cannot_serve_a_tile_are_refused():
 
 
 def test_clusters_of_8_are_for_calls_without_masks():
-    """A card has run them without masks alone."""
+    """With masks they are right, but have not been timed."""
     plain, masked = (there(tuning.forward(15, 52, 128, few=True, masked=x)).fused for x in (False, True))
     assert (plain.blocks, plain.clusters) == (8, 15)
     assert (masked.blocks, masked.clusters) == (16, 7)
