@@ -63,7 +63,7 @@ def monarch_attention(
         blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
             "h,fw" (Section 4.1).
         num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
-    return check_scale(factor, shown=scale)
+        scale: Softmax scale, a number of at most 1e6 known when tracing; default D**-0.5.
         causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
         kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be

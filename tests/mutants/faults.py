@@ -251,6 +251,21 @@ FAULTS = (
         "wherever_tiles_begin",
     ),
     Fault("models/attention/sliding_tile.py", "+ first % depth) //", "+ 0) //", LISTED, "wherever_tiles_begin"),
+    Fault(
+        "models/attention/notation.py",
+        ' or field.metadata.get("written")',
+        "",
+        ("tests/models/attention/test_notation.py",),
+        "other_ways",
+    ),
+    Fault(
+        "train/run_folder.py",
+        "return str(parse(value))",
+        "return value",
+        ("tests/train/test_command_line.py",),
+        "written_otherwise",
+    ),
+    Fault("monarch_jax/attention.py", "check_scale(factor, shown=scale)", "factor", ("tests/attention/test_spec.py",)),
     Fault("models/attention/listed.py", "if x.shape[:2] == (1, 1)", "if x.shape[0] == 1", LISTED, "heads_first"),
     Fault(
         "models/attention/listed.py",
