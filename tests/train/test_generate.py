@@ -1,5 +1,6 @@
 """`monarchrt generate` from the outside: a run folder, and a Wan folder with every part, all tiny."""
 
+import dataclasses
 import signal
 import time
 
@@ -260,7 +261,7 @@ def test_every_option_is_explained(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     from monarchrt.train.cli.generate import GenerateOptions
 
-    for name in GenerateOptions.__dataclass_fields__:
+    for name in (field.name for field in dataclasses.fields(GenerateOptions)):
         assert f"--{name.strip('_').replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
     assert "monarchrt generate --from cat.mp4 --trust" in text
 
