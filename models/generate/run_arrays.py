@@ -88,13 +88,13 @@ def read_checked(
         if of_the_machine(error):
             raise
         wrong = error
-    complaint = all_agree(f"read/{folder}", None if wrong is None else str(wrong))
+    complaint = all_agree("read", None if wrong is None else str(wrong))
     if complaint is not None:
         raise wrong or ValueError(complaint)
     sums = jax.device_get(checksums(arrays))
     damaged = (name for name in wanted if int(sums[name]) != contents[name]["checksum"])
     complaint = next((f"the checksum of {name} is wrong" for name in damaged), None)
-    if (complaint := all_agree(f"checked/{folder}", complaint)) is not None:
+    if (complaint := all_agree("checked", complaint)) is not None:
         raise ValueError(complaint)
     return arrays
 
