@@ -42,9 +42,10 @@ _BOUNDS = {
     "quality": (0, 51),
     "port": (0, 65535),
 }
+OF_THE_PAGE = ("host", "port", "linger")
 # how a file was made is no property of it, nor what else was made with it
 NOT_STORED = (
-    *("out", "overwrite", "stream", "host", "port", "linger", "quiet", "compare", "compare_dense"),
+    *("out", "overwrite", "stream", *OF_THE_PAGE, "quiet", "compare", "compare_dense"),
     *("save_embeddings", "save_latents", "save_noise", "mesh", "decoder_device", "unroll_layers"),
 )
 # those of them that were stored once, and are passed over
@@ -266,7 +267,18 @@ class GenerateConfig(AttentionOptions):
         )
         if self.mesh is not None:
             MeshShape.parse(self.mesh)
+        self._check_page()
         self._settle_attention()
+
+    def _check_page(self) -> None:
+        """That what is said of the page goes with one."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in OF_THE_PAGE:
+            value = getattr(self, name)
+            require(
+                self.stream or value == defaults[name],
+                f"{name} is {value}, but there is no page without stream; add --stream, or leave --{name} out",
+            )
 
     def _check_steps(self) -> None:
         """Of the sampler: a number, or a list of timesteps; which of them, the sampler checks."""
