@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from monarchrt.models.wan.kept import for_stacks
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 class Program(NamedTuple):
     """A layer's forward pass with what its backward pass needs."""
 
-    closed: ClosedJaxpr  # (x, layer, constants) to (x, residuals)
+    closed: ClosedJaxpr  # (x, layer, constants, numbers) to (x, residuals)
     structure: Any  # of the residuals: a function of the gradient
     places: tuple[Place, ...]
     shapes: tuple[Any, ...]  # of the residuals
@@ -79,34 +80,34 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
         sources = {True: iter(learned), False: iter(fixed)}
         return jax.tree.unflatten(tree, [next(sources[own]) for own in trained])
 
-    def run(x, learned, fixed):
+    def one(x, learned, fixed):
         with for_stacks():
             return body(x, layer_of(learned, fixed))[0]
 
     learned, fixed = split(leaves)
-    run, constants = jax.closure_convert(run, x, *split([leaf[0] for leaf in leaves]))
+    run, constants, numbers = _closed_over(one, x, *split([leaf[0] for leaf in leaves]))
 
     @functools.cache
     def program() -> Program:
-        def residuals(x, learned, fixed, constants):
+        def residuals(x, learned, fixed, constants, numbers):
             def own(x, learned, constants):
-                return run(x, learned, fixed, *constants)
+                return run(x, learned, fixed, constants, numbers)
 
             out, back = jax.vjp(own, x, learned, constants)
             values, structures[:] = jax.tree.flatten(back)[0], [jax.tree.structure(back)]
             return out, values
 
         structures: list[Any] = []
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, constants))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, constants, numbers))
         layer = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
-        closed = jax.make_jaxpr(residuals)(shapes[0], *split(layer), shapes[1])
+        closed = jax.make_jaxpr(residuals)(shapes[0], *split(layer), *shapes[1:])
         return _planned(closed, structures[0], len(leaves))
 
     @jax.custom_vjp
-    def loop(x, learned, fixed, constants):
-        return jax.lax.scan(lambda x, layer: (run(x, *layer, *constants), None), x, (learned, fixed))[0]
+    def loop(x, learned, fixed, constants, numbers):
+        return jax.lax.scan(lambda x, layer: (run(x, *layer, constants, numbers), None), x, (learned, fixed))[0]
 
-    def forward(x, learned, fixed, constants):
+    def forward(x, learned, fixed, constants, numbers):
         plan = program()
         shapes = [plan.shapes[row] for row in plan.rows[:-1]] + [x]
         stacks = [jax.lax.empty((length, *_rows(shape.shape)), shape.dtype) for shape in shapes]
@@ -114,15 +115,15 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
         def turn(number, carry):
             x, stacks = carry
             layer = [_at(leaf, number) for leaf in (*learned, *fixed)]
-            return _turn(plan, number, (x, *layer, *constants), list(stacks))
+            return _turn(plan, number, (x, *layer, *constants, *numbers), list(stacks))
 
         x, stacks = jax.lax.fori_loop(0, length, turn, (x, stacks))
-        return x, (stacks, learned, fixed, constants)
+        return x, (stacks, learned, fixed, constants, numbers)
 
     def backward(kept, gradient):
-        stacks, learned, fixed, constants = kept
+        stacks, learned, fixed, constants, numbers = kept
         plan = program()
-        sources = {"layers": [*learned, *fixed], "constants": constants, "own": plan.closed.consts}
+        sources = {"layers": [*learned, *fixed], "constants": [*constants, *numbers], "own": plan.closed.consts}
 
         def turn(carry, number):
             gradient, sums = carry
@@ -139,10 +140,29 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
 
         zeros = jax.tree.map(jnp.zeros_like, constants)
         (gradient, sums), layers = jax.lax.scan(turn, (gradient, zeros), jnp.arange(length), reverse=True)
-        return gradient, layers, None, sums
+        return gradient, layers, None, sums, None
 
     loop.defvjp(forward, backward)
-    return loop(x, learned, fixed, constants)
+    return loop(x, learned, fixed, constants, numbers)
+
+
+def _closed_over(run: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+    """run as a function of what it closes over too, and that: traced numbers with gradients, and those without.
+
+    `jax.closure_convert` leaves the second, such as steps and masks, where they are, and a gradient of `jax.jit`, a
+    scan, `jax.checkpoint` or `jax.vmap` of the loop then has tracers that are over.
+    """
+    closed = jax.make_jaxpr(run)(*arguments)
+    traced = [at for at, value in enumerate(closed.consts) if isinstance(value, Tracer)]
+    learned = [at for at in traced if jnp.issubdtype(closed.consts[at].dtype, jnp.inexact)]
+    fixed = [at for at in traced if at not in learned]
+
+    def converted(x: Any, layer: Any, more: Any, constants: Sequence[Any], numbers: Sequence[Any]) -> Any:
+        given = dict(zip((*learned, *fixed), (*constants, *numbers), strict=True))
+        values = [given.get(at, value) for at, value in enumerate(closed.consts)]
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, values))(*jax.tree.leaves((x, layer, more)))[0]
+
+    return converted, [closed.consts[at] for at in learned], [closed.consts[at] for at in fixed]
 
 
 def _planned(closed: ClosedJaxpr, structure: Any, leaves: int) -> Program:

@@ -65,6 +65,34 @@ def test_what_is_kept_is_written_where_it_is_made(arrays):
     assert text.count("optimization_barrier") == 1
 
 
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda loss, numbers: jax.jit(loss)(numbers[0]),
+        lambda loss, numbers: jax.checkpoint(loss)(numbers[0]),
+        lambda loss, numbers: jax.vmap(loss)(numbers).sum(),
+        lambda loss, numbers: jax.lax.scan(lambda total, step: (total + loss(step), None), 0.0, numbers)[0],
+    ],
+    ids=["jit", "checkpoint", "vmap", "scan"],
+)
+def test_layers_may_close_over_numbers_and_masks(arrays, inside):
+    """Such as steps, which `jax.closure_convert` leaves where they are; in any function that has a gradient."""
+    x, (weights, _), _ = arrays
+
+    def gradients(through):
+        def loss(x, step):
+            mask = jnp.arange(5) < step
+
+            def body(x, layer):
+                return x + jnp.where(mask[:, None], jnp.tanh(x @ layer), x * step), None
+
+            return (through(jax.checkpoint(body, prevent_cse=False), x, weights["w"]) ** 2).sum()
+
+        return jax.grad(lambda x: inside(partial(loss, x), jnp.asarray([2, 3])))(x)
+
+    np.testing.assert_allclose(gradients(through_stacks), gradients(scanned), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("batch", "times"), [(1, ()), (2, (3,))])  # gates in weights, and not
 def test_a_network_has_the_gradients_of_the_scan(batch, times):
     config = wan_config("tiny", num_layers=2, remat="cheap", attention=parse("monarch(tile=(3,2,4))"))
