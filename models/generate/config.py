@@ -267,18 +267,7 @@ class GenerateConfig(AttentionOptions):
         )
         if self.mesh is not None:
             MeshShape.parse(self.mesh)
-        self._check_page()
         self._settle_attention()
-
-    def _check_page(self) -> None:
-        """That what is said of the page goes with one."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in OF_THE_PAGE:
-            value = getattr(self, name)
-            require(
-                self.stream or value == defaults[name],
-                f"{name} is {value}, but there is no page without stream; add --stream, or leave --{name} out",
-            )
 
     def _check_steps(self) -> None:
         """Of the sampler: a number, or a list of timesteps; which of them, the sampler checks."""

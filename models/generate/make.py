@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from monarchrt.models.attention.registry import EXACT, exact
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.config import NAMES_FILES, GenerateConfig
+from monarchrt.models.generate.config import NAMES_FILES, OF_THE_PAGE, GenerateConfig
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import Plan
 from monarchrt.models.generate.stream import LivePage, check_port
@@ -92,6 +92,11 @@ def check_outputs(config: GenerateConfig, *, also_read: Mapping[str, Path] | Non
             check_writable(path, overwrite=config.overwrite)
     if config.stream:
         check_port(config.host, config.port)
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in OF_THE_PAGE:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise UserError(f"{name} is {value}, but there is no page without stream; add --stream, or leave it out")
 
 
 def _check_collisions(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:

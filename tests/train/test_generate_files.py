@@ -120,6 +120,9 @@ class TestFiles:
         [
             (["--save-noise", "{a}", "--save-latents", "{a}"], "save_latents {a} is the file of save_noise, too"),
             (["--out", "{a}.mp4", "--save-latents", "{here}/../{name}/a.mp4"], "is the file of out, too"),
+            (["--linger", "5"], "linger is 5.0, but there is no page without stream; add --stream, or leave it out"),
+            (["--port", "1"], "port is 1, but there is no page"),
+            (["--host", "::1"], "host is ::1, but there is no page"),
             (["--condition", "{clip}", "--out", "{clip}", "--overwrite"], "out {clip} is the file of condition {clip}"),
             (["--noise", "{clip}", "--save-noise", "{clip}", "--overwrite"], "save_noise {clip} is the file of noise"),
             (

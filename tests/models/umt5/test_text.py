@@ -88,7 +88,7 @@ class TestTokenizer:
             Tokenizer.load(tmp_path / "only")
         (tmp_path / "only").mkdir()
         (tmp_path / "only" / "spiece.model").write_bytes(b"x")
-        with pytest.raises(UserError, match=r"only has spiece.model only, .*AutoTokenizer.from_pretrained"):
+        with pytest.raises(UserError, match=r"only has only spiece.model, .*AutoTokenizer.from_pretrained"):
             Tokenizer.load(tmp_path / "only")
         (tmp_path / "only" / "tokenizer.json").write_text("{")
         with pytest.raises(UserError, match=r"tokenizer.json cannot be read: "):
