@@ -58,7 +58,8 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
     """What `jax.lax.scan(body, x, stacked)[0]` gives; gradients are those of the body's `jax.vjp`, one layer at a time.
 
     A scan forms what a layer keeps and copies it into the stack of all layers'. XLA can have products and kernels write
-    there at once, but forms them a second time for what else reads them. Here that reads the stack.
+    there at once, but forms them a second time for what else reads them. Here that reads the stack. There is no forward
+    mode (`jax.jvp`).
 
     Args:
         body: (x, layer) to (x, None), recomputed in its backward pass as its `jax.checkpoint` says.

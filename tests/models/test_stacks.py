@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from monarchrt.models.attention.notation import parse
+from monarchrt.models.lora.layers import Adapter, with_adapter
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.kept import cheap
 from monarchrt.models.wan.stacks import stacks_written, through_stacks
@@ -93,22 +94,52 @@ def test_layers_may_close_over_numbers_and_masks(arrays, inside):
     np.testing.assert_allclose(gradients(through_stacks), gradients(scanned), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "times"), [(1, ()), (2, (3,))])  # gates in weights, and not
-def test_a_network_has_the_gradients_of_the_scan(batch, times):
-    config = wan_config("tiny", num_layers=2, remat="cheap", attention=parse("monarch(tile=(3,2,4))"))
-    graph, params = nnx.split(WanModel(config, rngs=nnx.Rngs(0)))
-    params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+def same_gradients(config, *, batch=1, times=(), image=False, adapter=None):
+    """Checks those of a network by stacks and by the scan: of its parameters, or a LoRA's, and of its inputs."""
+    model = WanModel(config, rngs=nnx.Rngs(0))
+    trains = nnx.Param if adapter is None else nnx.LoRAParam
+    model = model if adapter is None else with_adapter(model, adapter, rngs=nnx.Rngs(1))
+    graph, params, frozen = nnx.split(model, trains, ...)
+    params, frozen = jax.tree.map(
+        lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), (params, frozen)
+    )
     draw = np.random.default_rng(0)
     latents = jnp.asarray(draw.normal(size=(batch, 3, 4, 8, config.in_channels)), jnp.float32)
     text = jnp.asarray(draw.normal(size=(batch, 5, config.text_dim)), jnp.float32)
+    seen = jnp.asarray(draw.normal(size=(batch, 257, config.image_dim)), jnp.float32) if image else None
 
     def loss(params, latents, text):
-        flow = nnx.merge(graph, params)(latents, jnp.full((batch, *times), 500.0), text)
+        flow = nnx.merge(graph, params, frozen)(latents, jnp.full((batch, *times), 500.0), text, seen)
         return (flow * latents[..., : config.out_channels]).sum()
 
     def gradients(stacks):
         with stacks_written(stacks):
             return jax.jit(jax.grad(lambda *arrays: loss(*arrays), argnums=(0, 1, 2)))(params, latents, text)
 
-    for mine, right in zip(*map(jax.tree.leaves, map(gradients, (True, False))), strict=True):
-        np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-4 * float(jnp.abs(right).max()))
+    mine, right = map(gradients, (True, False))
+    assert float(max(jnp.abs(x).max() for x in jax.tree.leaves(right[0]))) > 1e-3
+    for x, y in zip(*map(jax.tree.leaves, (mine, right)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize(("batch", "times"), [(1, ()), (2, (3,))])  # gates in weights, and not
+def test_a_network_has_the_gradients_of_the_scan(batch, times):
+    config = wan_config("tiny", num_layers=2, remat="cheap", attention=parse("monarch(tile=(3,2,4))"))
+    same_gradients(config, batch=batch, times=times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attention", "sizes", "given"),
+    [
+        ("monarch(tile=(3,2,4))", {"num_layers": 1}, {}),
+        ("monarch(tile=(3,2,4))", {}, {"adapter": Adapter(rank=2)}),
+        ("monarch(tile=(3,2,4))", {"model_type": "i2v", "in_channels": 36, "image_dim": 24}, {"image": True}),
+        ("monarch(tile=(1,2,4))", {"causal_block": 1}, {"times": (3,)}),
+        ("first_layers(1, dense, top_k(keep=0.5))", {}, {}),
+        ("vsa(keep=0.5)", {}, {"batch": 2}),
+    ],
+    ids=["one layer", "LoRA", "image", "causal", "two runs of layers", "own parameters"],
+)
+def test_so_have_others(attention, sizes, given):
+    same_gradients(wan_config("tiny", **{"num_layers": 2} | sizes, remat="cheap", attention=parse(attention)), **given)

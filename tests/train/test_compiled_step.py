@@ -27,7 +27,6 @@ from monarchrt.models.mesh import MeshShape
 from monarchrt.models.sharding import partition
 from monarchrt.models.wan import WanModel, layers, wan_config
 from monarchrt.train.config import OptimizerConfig
-from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.data import Batch
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.settings import FlowConfig

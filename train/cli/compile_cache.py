@@ -1,5 +1,6 @@
 """Programs that were compiled are kept on disk, so that a command's second run begins at once. No JAX is imported."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -60,5 +61,6 @@ def _remove_empty(folder: Path) -> None:
     """Removes files of programs that a full disk left empty: JAX would fail to read them, and not replace them."""
     old = time.time() - BEING_WRITTEN
     for entry in os.scandir(folder):
-        if entry.name.endswith("-cache") and (found := entry.stat()).st_size == 0 and found.st_mtime < old:
-            Path(entry).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another command has removed it by now
+            if entry.name.endswith("-cache") and (found := entry.stat()).st_size == 0 and found.st_mtime < old:
+                Path(entry).unlink(missing_ok=True)
