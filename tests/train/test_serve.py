@@ -202,6 +202,14 @@ class TestPrograms:
         assert environment == {"XDG_CACHE_HOME": str(tmp_path)}
         assert sorted(os.listdir(folder)) == ["b-cache", "c-atime", "d-cache"]
 
+    def test_a_program_that_another_command_removes(self, tmp_path):
+        """Between the listing of the folder and the look at the file, as a link to nothing is."""
+        (tmp_path / "a-cache").symlink_to(tmp_path / "gone")
+        (tmp_path / "b-cache").touch()
+        os.utime(tmp_path / "b-cache", (0, 0))
+        compile_cache._remove_empty(tmp_path)
+        assert os.listdir(tmp_path) == ["a-cache"]
+
     @pytest.mark.slow
     def test_a_second_process_compiles_nothing(self, tmp_path, environment):
         """The command's own process is told, JAX keeps its programs there, and reads them."""
