@@ -144,7 +144,7 @@ def test_what_is_known_stays_known():
     class Spy(DenseAttention):
         def attend_cache(self, cache, query, *, layer=None, context=Context()):  # noqa: B008
             axes = (x.sharding.mesh.explicit_axes for x in map(jax.typeof, (query, cache.key)))
-            seen.append((*axes, cache._newest, int(layer), context.step))
+            seen.append((*axes, cache._newest, layer if layer is None else int(layer), context.step))
             return super().attend_cache(cache, query, layer=layer, context=context)
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
