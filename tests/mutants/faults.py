@@ -1,5 +1,6 @@
 """The faults: one line each, in the kind of a slip, and the tests that should notice it."""
 
+from tests.mutants.distilling import DISTILLING
 from tests.mutants.fault import Fault
 from tests.mutants.files import FILES
 from tests.mutants.measures import MEASURED
@@ -44,13 +45,8 @@ COMMANDS = ("tests/train/test_command_line.py",)
 INTERRUPT = ("tests/train/test_interrupt.py",)
 TEXTS = ("tests/train/test_texts.py",)
 DISTILLATION = ("tests/train/objectives/test_distillation.py",)
-ODE = ("tests/train/objectives/test_ode.py",)
-PROCESSES = ("tests/models/processes",)
-GATHERING = ("tests/train/test_gathering.py",)
-MESH = ("tests/models/test_mesh.py",)
 UNROLLED = ("tests/models/test_unrolled.py",)
 LIVE = ("tests/models/sampling/test_live.py",)
-DEMO = ("tests/train/test_demo_distill.py",)
 STRANGERS = ("tests/train/test_generate_files.py",)
 
 FAULTS = (
@@ -547,59 +543,6 @@ FAULTS = (
     ),
     Fault("models/attention/sla.py", "1e-5 + jnp.einsum", "1e-2 + jnp.einsum", SPARSE, "sla"),
     Fault("models/attention/vsa.py", "tuple(map(min, self.cube, grid))", "self.cube", SPARSE, "holds_no_more"),
-    # distillation
-    Fault(
-        "train/objectives/consistency.py",
-        "nearest_level(t, shift=settings.shift)",
-        "nearest_level(t, shift=5.0)",
-        CONSISTENCY,
-        "made_of_a_flow",
-    ),
-    Fault(
-        "train/objectives/dmd.py",
-        'critic=detached(networks["critic"]),\n            teacher',
-        'critic=detached(networks["teacher"]),\n            teacher',
-        DISTILLATION,
-        "of_its_settings",
-    ),
-    Fault(
-        "train/objectives/self_forcing.py",
-        "step=jnp.int32(len(self.settings.student_steps))",
-        "step=jnp.int32(0)",
-        DISTILLATION,
-        "after_all_steps",
-    ),
-    Fault(
-        "train/demo/distil.py",
-        "{name: result.model for",
-        "{name: nnx.merge(result.graphs['student'], (own := result.state.roles['student']).params, own.frozen) for",
-        DEMO,
-        "it_is_the_average",
-    ),
-    Fault("train/demo/few_steps.py", "ema_decay=0.98", "ema_decay=None", DEMO, "it_is_the_average"),
-    Fault(
-        "train/pair_folder.py",
-        "dataclasses.replace(made, seed=self.made.seed) != self.made",
-        "made.sigmas != self.made.sigmas",
-        ODE,
-        "made_alike",
-    ),
-    # several processes
-    Fault("models/processes/place.py", "tasks[node] if", "tasks[0] if", PROCESSES, "slurm"),
-    Fault("models/processes/service.py", "dict.fromkeys((*right, *values))", "dict.fromkeys(right)", PROCESSES, "told"),
-    Fault(
-        "models/processes/agreement.py",
-        "step >= self._last[0]",
-        "step > self._last[0]",
-        PROCESSES,
-        "same_step",
-    ),
-    Fault("models/processes/identity.py", "if not _OWN.search(name)", "if _OWN.search(name)", PROCESSES, "flags"),
-    # weights that are gathered a layer ahead
-    Fault("models/compiling.py", "fsdp > 1 and not chosen and", "fsdp > 1 and", MESH, "layer_ahead"),
-    Fault("train/step.py", "training.settings.accumulation == 1", "training.settings", GATHERING, "loops"),
-    Fault("train/step.py", "whole and not objective.rolls_out and", "whole and", GATHERING, "loops"),
-    Fault("train/gathering.py", "int(available * (1 - SPARE))", "available", GATHERING, "tenth"),
     # sessions
     Fault("models/wan/fp8.py", "1.2 * lengths * norms", "0.02 * lengths * norms", FP8, "bound"),
     Fault("models/wan/fp8.py", "axis=-1) / LARGEST, SMALLEST)", "axis=-1) / 480, SMALLEST)", FP8, "rows_are"),
@@ -622,6 +565,7 @@ FAULTS = (
     Fault("monarch_jax/checks.py", "if number > most:", "if number > LARGEST:", COMMANDS, "sizes_beyond"),
     Fault("train/interrupt.py", "        if asked:", "        if False:", INTERRUPT, "import_turns"),
     Fault("train/latent_lmdb.py", "if 2 * self.count > entries:", "if False:", TEXTS, "not_of_latents"),
+    *DISTILLING,
     *MEASURED,
     *SERVING,
     *BESIDE_PUBLISHED,

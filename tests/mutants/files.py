@@ -7,7 +7,7 @@ LORA = ("tests/train/test_lora_training.py",)
 DATA = ("tests/train/test_data.py",)
 NETWORKS = ("tests/train/test_networks.py",)
 ALIKE = ("tests/models/processes/test_alike.py",)
-COMMANDS = ("tests/train/test_command_line.py",)
+REPEATED = ("tests/train/test_repeated_options.py",)
 
 FILES = (
     Fault(
@@ -37,7 +37,7 @@ FILES = (
         NETWORKS,
         "noted",
     ),
-    Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", COMMANDS, "are_joined"),
-    Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", COMMANDS, "given_twice"),
+    Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", REPEATED, "are_joined"),
+    Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", REPEATED, "given_twice"),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
 )
