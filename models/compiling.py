@@ -18,7 +18,7 @@ TRAINING = LIBRARY_PRODUCTS | {IN_STACKS: False}
 
 # Of meshes that split weights: each layer's are gathered while the layer before it computes, in both passes, two layers
 # a turn, without which arrays that were gathered would be copied from turn to turn. A step of Wan 14B on two H200s
-# takes as long as with gathers beside their own layer's products (6,055 and 6,046 ms), and 1 GB more.
+# takes as long as with gathers beside their own layer's products (6,055, by `XLA_FLAGS`, and 6,046 ms), and 1 GB more.
 GATHERED_AHEAD = {
     "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
     "xla_gpu_enable_while_loop_double_buffering": True,

@@ -31,7 +31,7 @@ from monarchrt.models.wan.layers import (
     small_normal,
 )
 from monarchrt.models.wan.rope import rope_table
-from monarchrt.models.wan.stacks import STACKED, stacks_are_written, through_stacks
+from monarchrt.models.wan.stacks import STACKED, stacks_written, through_stacks
 from monarchrt.models.wan.tokens import join_frames, pad, pad_rope, padded, split_tokens, whole_tokens
 
 
@@ -418,7 +418,7 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
 
 def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
     """The residual stream after stacked layers, each (x, layer) -> (x, None) by `body`, in a loop or unrolled."""
-    if stacks_are_written() and config.remat == STACKED and not config.unroll_layers:
+    if stacks_written.on and config.remat == STACKED and not config.unroll_layers:
         return through_stacks(rematerialized(body, config), x, stacked)
     if not config.unroll_layers:
         return jax.lax.scan(rematerialized(body, config), x, stacked)[0]

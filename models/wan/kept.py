@@ -1,8 +1,5 @@
 """What `remat="cheap"` keeps of a block for its backward pass."""
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -15,27 +12,13 @@ from jaxtyping import Array, Float
 from monarch_jax.contract import SAVED
 from monarchrt.models.broadcasting import along_last
 from monarchrt.models.sharding import on_each_device
+from monarchrt.models.switch import Switch
 
 PRODUCT = "product"  # what policies of `jax.checkpoint` call a product with weights
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 _NAMED = jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT)
-_FOR_STACKS: ContextVar[bool] = ContextVar("for_stacks", default=False)
-
-
-@contextlib.contextmanager
-def for_stacks() -> Iterator[None]:
-    """Where layers are traced by `through_stacks`."""
-    token = _FOR_STACKS.set(True)
-    try:
-        yield
-    finally:
-        _FOR_STACKS.reset(token)
-
-
-def in_stacks() -> bool:
-    """Whether layers are traced by `through_stacks`."""
-    return _FOR_STACKS.get()
+in_stacks = Switch("in_stacks")  # on where layers are traced by `through_stacks`
 
 
 def kept(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -48,7 +31,7 @@ def kept(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def kept_apart(linear: Any, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
     """`kept(linear(x))`; by `through_stacks` without its bias, so that the product writes into the stack."""
-    return _row_major(_bias_apart(linear, x, lambda y: y)) if in_stacks() else kept(linear(x))
+    return _row_major(_bias_apart(linear, x, lambda y: y)) if in_stacks.on else kept(linear(x))
 
 
 def bias_apart(linear: Any, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:

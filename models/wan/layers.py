@@ -285,14 +285,14 @@ class WanBlock(nnx.Module):
         Returns:
             The residual stream.
         """
-        if in_stacks() and x.shape[0] == modulations[0].shape[1] == 1:
+        if in_stacks.on and x.shape[0] == modulations[0].shape[1] == 1:
             gate1, shift2, scale2, gate2 = self.gates_in_weights(modulations)
             x = kept(self.gated(x, bias_apart(self.self_attn.o, out), gate1))
         else:
             gate1, shift2, scale2, gate2 = modulations
             x = self.gated(x, kept(self.self_attn.o(out)), gate1)
         attended = self.cross_attn.attended(self.norm3(x).astype(self.dtype), keys_values)
-        x = kept(x + bias_apart(self.cross_attn.o, attended)) if in_stacks() else x + kept(self.cross_attn.o(attended))
+        x = kept(x + bias_apart(self.cross_attn.o, attended)) if in_stacks.on else x + kept(self.cross_attn.o(attended))
         y = self.ffn(self.modulated(self.norm2, x, shift2, scale2))
         return self.gated(x, y, gate2)
 

@@ -1,10 +1,8 @@
 """A loop over layers that writes what the backward pass needs right into stacks of all layers'."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,28 +10,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from monarchrt.models.wan.kept import for_stacks
+from monarchrt.models.switch import Switch
+from monarchrt.models.wan.kept import in_stacks
 
 STACKED = "cheap"  # the kind of recomputation that it is for
-_WRITTEN: ContextVar[bool] = ContextVar("stacks_are_written", default=False)
-
-
-@contextlib.contextmanager
-def stacks_written(written: bool) -> Iterator[None]:
-    """Whether a network goes through its layers by `through_stacks`.
-
-    For programs with the options `training_options(stacks=True)`: else what reads the stacks would copy out of them.
-    """
-    token = _WRITTEN.set(written)
-    try:
-        yield
-    finally:
-        _WRITTEN.reset(token)
-
-
-def stacks_are_written() -> bool:
-    """Whether it does."""
-    return _WRITTEN.get()
+# on where a network goes through its layers by `through_stacks`: for programs with `training_options(stacks=True)`, as
+# else what reads the stacks would copy out of them
+stacks_written = Switch("stacks_written")
 
 
 class Place(NamedTuple):
@@ -82,7 +65,7 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
         return jax.tree.unflatten(tree, [next(sources[own]) for own in trained])
 
     def one(x, learned, fixed):
-        with for_stacks():
+        with in_stacks():
             return body(x, layer_of(learned, fixed))[0]
 
     learned, fixed = split(leaves)
