@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from monarchrt.models.attention.base import NOWHERE, Attention, Cache, Clip, Context, Density, Grid, Layer, Tokens
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, Cache, Clip, Context, Density, Grid, Layer, Tokens
 from monarchrt.models.attention.registry import register
 
 MORE, ROUNDS = 8, 6  # directions beyond the rank, and steps, of the iteration
@@ -87,8 +87,8 @@ class LowRankAttention(Attention):
         out = best_of_rank(jax.nn.softmax(scores), values, self._rank(clip.grid))
         return out.swapaxes(1, 2).astype(query.dtype)
 
-    def attend_cache(self, cache: Cache, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
-        """Not there."""
+    def attend_cache(self, cache: Cache, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT):
+        """Raises ValueError: this kind is for the analysis of whole clips."""
         raise ValueError("low_rank is for analysis of whole clips; it reads no cache.")
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:

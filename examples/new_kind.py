@@ -44,7 +44,7 @@ class NearFrames(base.Attention):
         out = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
         return out * (1 + clip.context.own(self).gain[...])
 
-    def attend_cache(self, cache, query, *, layer=None, context=base.NOWHERE):
+    def attend_cache(self, cache, query, *, layer=None, context=base.NO_CONTEXT):
         _, height, width = cache.spec.grid
         key, value = cache.tokens(layer=layer)
         frames = jnp.arange(key.shape[1]) // (height * width)

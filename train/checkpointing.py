@@ -24,7 +24,7 @@ from monarchrt.models.checkpoints.checksums import checksums
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.generate.run_arrays import of_the_machine, read_checked, read_newest, stored_network
 from monarchrt.models.generate.runs import CHECKPOINTS_NAME
-from monarchrt.models.processes.agreement import by_first, first
+from monarchrt.models.processes.agreement import is_first_process, run_in_first
 from monarchrt.models.wan.kinds import PLACE
 from monarchrt.train.run_folder import SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
@@ -190,7 +190,7 @@ class Checkpoints:
             raise
 
     def _remove_unfinished(self) -> None:
-        if not first():
+        if not is_first_process():
             return
         for leftover in self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -336,7 +336,7 @@ class Checkpoints:
             target = next(path for name in names if not (path := self._set_aside / name).exists())
             shutil.move(self.path / str(step), target)
 
-        by_first(f"aside/{step}", move)
+        run_in_first(f"aside/{step}", move)
         self._manager.reload()
 
 

@@ -22,8 +22,17 @@ from flax import nnx
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import checkpoint_steps
 from monarchrt.models.memory import device_memory
-from monarchrt.models.processes.agreement import all_agree, by_first, check_seen, check_shared, first, from_first, least
-from monarchrt.models.processes.alike import listing, same
+from monarchrt.models.processes.agreement import (
+    broadcast_value,
+    check_seen,
+    check_shared,
+    first_problem,
+    is_first_process,
+    run_in_first,
+    smallest,
+    wait_for_all,
+)
+from monarchrt.models.processes.alike import check_same, listing
 from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
@@ -115,7 +124,7 @@ def train(
         Interrupted: If a signal asked to stop; the state has been saved.
     """
     _check_joined(config.run)
-    by_first("claim", lambda: claim_folder(config))
+    run_in_first("claim", lambda: claim_folder(config))
     check_sinks(config)
     source = source or _open_source(config)
     with FolderLock(config.run.folder) as lock, contextlib.ExitStack() as opened:
@@ -124,11 +133,11 @@ def train(
             lock.take()
             claim_folder(config)  # while the data was read, another run may have come and gone
 
-        by_first("claim again", lambda: claim() if config.run.folder.is_dir() else None)
+        run_in_first("claim again", lambda: claim() if config.run.folder.is_dir() else None)
         models = model if isinstance(model, Mapping) else {} if model is None else {config.objective.exported: model}
         run = _Run(config, source, models, opened)
         state, notes = run.begin()
-        by_first("claim at last", claim)
+        run_in_first("claim at last", claim)
         return run.train(state, notes, quiet=quiet, after_step=after_step)
 
 
@@ -154,7 +163,7 @@ def plan(config: TrainConfig, *, source: Source | None = None) -> Plan:
         UserError: If the settings, the data or the run folder cannot be used.
     """
     _check_joined(config.run)
-    by_first("claim", lambda: claim_folder(config))
+    run_in_first("claim", lambda: claim_folder(config))
     check_sinks(config)
     with contextlib.ExitStack() as opened:
         run = _Run(config, source or _open_source(config, encode=False), {}, opened, dry=True)
@@ -268,9 +277,9 @@ class _Run:
                 whose = f"the {role}" if len(self.networks.configs) > 1 else "the network"
                 self.placement.shape.check_heads(heads, whose=whose)
         self.networks.check_origins(resumed=resumed)
-        same("weights", lambda: self.networks.listing)
+        check_same("weights", lambda: self.networks.listing)
         if (negative := getattr(self.config.objective, "negative", None)) is not None:
-            same("embeddings of the negative prompt", lambda: listing([negative.expanduser()]))
+            check_same("embeddings of the negative prompt", lambda: listing([negative.expanduser()]))
 
     def _networks(self, config: TrainConfig) -> Networks:
         channels = self.source.latent_shape[-1]
@@ -291,10 +300,10 @@ class _Run:
             return None, None
         batches, programs = self._first_batches(), {}
         own = self.placement.mesh.local_devices
-        available = least("device memory", min(map(device_memory, own)))  # all try the same kinds
+        available = smallest("device memory", min(map(device_memory, own)))  # all try the same kinds
 
         def agreed(fits: bool) -> bool:
-            return all_agree("memory", None if fits else "it does not fit") is None
+            return first_problem("memory", None if fits else "it does not fit") is None
 
         def programs_of(networks: Networks) -> tuple[_Step, Gathering | None]:
             def compiled(ahead: bool) -> _Step:
@@ -351,10 +360,10 @@ class _Run:
         """
         source = self.source
         if isinstance(source, LatentFolder):
-            same("data", lambda: source.listing)
-        agreed = from_first("fingerprint", lambda: source.fingerprint)
+            check_same("data", lambda: source.listing)
+        agreed = broadcast_value("fingerprint", lambda: source.fingerprint)
         if not isinstance(source, LatentFolder):
-            same("data", lambda: agreed if first() else source.fingerprint)
+            check_same("data", lambda: agreed if is_first_process() else source.fingerprint)
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:
@@ -445,7 +454,7 @@ class _Run:
         if restored is not None:
             return restored, notes
         state = self.networks.start()
-        all_agree("start", None)  # they read for unlike times, and collectives of CPUs wait for half a minute at most
+        wait_for_all("start")  # they read for unlike times, and collectives of CPUs wait for half a minute at most
         self.networks.check_finite(state)
         return state, notes
 
@@ -469,24 +478,24 @@ class _Run:
         """Opens the run folder's files, and trains."""
         config, run, start = self.config, self.config.run, int(state.step)
         resumed = bool(self.previous and self.previous.steps())
-        by_first("folder", self._check_folder)
-        by_first("settings", lambda: write_config(config, latents=self.source.latent_shape[:3]))
+        run_in_first("folder", self._check_folder)
+        run_in_first("settings", lambda: write_config(config, latents=self.source.latent_shape[:3]))
         check_shared(run.folder, option="folder")
-        if first() and isinstance(self.source, LatentFolder):
+        if is_first_process() and isinstance(self.source, LatentFolder):
             self.source.keep_digests()
         checkpoints = self.previous or self._open()
         several = len(config.objective.roles) > 1
         failure = Failure(config, checkpoints)
         with (
             self._log(start if resumed else -1, checkpoints) as log,
-            Progress(run.steps, start=start, quiet=quiet if first() else True) as progress,
+            Progress(run.steps, start=start, quiet=quiet if is_first_process() else True) as progress,
             StopRequest() as stop,
         ):
-            for note in notes if first() else []:
+            for note in notes if is_first_process() else []:
                 progress.note(note)
             progress.header(self._header())
-            watch = Watch(self.objective.checks() if first() else ())
-            if resumed and first():
+            watch = Watch(self.objective.checks() if is_first_process() else ())
+            if resumed and is_first_process():
                 watch.replay(read_log(run.folder))
             metrics = MetricsLog(
                 log, progress, every=run.log_every, total=run.steps, prefix=several, failure=failure, watch=watch
@@ -525,7 +534,7 @@ class _Run:
     def _log(self, step: int, checkpoints: Checkpoints) -> RunLog:
         """The log of the run; only the first process writes one."""
         folder = self.config.run.folder
-        if not first():
+        if not is_first_process():
             return NoLog(folder)
         return RunLog(folder, step=step, kept=checkpoints.kept, sinks=open_sinks(self.config))
 

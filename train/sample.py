@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_a
 from jaxtyping import Array
 
 from monarchrt.models.media.video import side_by_side, write_mp4
-from monarchrt.models.processes.agreement import first
+from monarchrt.models.processes.agreement import is_first_process
 from monarchrt.models.processes.programs import compiled_by_all
 from monarchrt.train.data import Source
 from monarchrt.train.objectives.base import Sampler
@@ -76,7 +76,7 @@ def write_held_out_sample(
         shown = (("average", params), ("latest", latest))
         makers = [(f"{label}, {name}", make, of) for label, make, _ in makers for name, of in shown]
     sampled = [np.asarray(make(of, frozen, latents, text, noise), np.float32) for _, make, of in makers]
-    if not first():  # all processes make them, one writes them
+    if not is_first_process():  # all processes make them, one writes them
         return path
     clips, labels = [pictures.decode(made[0]) for made in sampled], [label for label, _, _ in makers]
     if pictures.clip is not None:

@@ -68,8 +68,8 @@ class Embeddings:
         from monarchrt.models.generate.config import GenerateConfig
         from monarchrt.models.generate.load import find_components
         from monarchrt.models.generate.text import encode_once
-        from monarchrt.models.processes.agreement import by_first, first
-        from monarchrt.models.processes.alike import digest_of, listing, same, samples, weight_files
+        from monarchrt.models.processes.agreement import is_first_process, run_in_first
+        from monarchrt.models.processes.alike import check_same, digest_of, listing, samples, weight_files
 
         if config.components is None:
             raise UserError(
@@ -82,7 +82,7 @@ class Embeddings:
             raise UserError(f"components {config.components} has no text encoder or tokenizer")
         folder = config.text_cache or beside.with_name(f"{beside.name}.texts")
         different = list(dict.fromkeys(texts))
-        same("text encoders", lambda: listing([*weight_files(encoder), *weight_files(tokenizer)]))
+        check_same("text encoders", lambda: listing([*weight_files(encoder), *weight_files(tokenizer)]))
 
         def encode(report: Callable[[str], None]) -> None:
             report(f"{len(different)} texts of {beside}; embeddings are in {folder}, those that are not yet are made")
@@ -91,11 +91,11 @@ class Embeddings:
                 dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
             )  # fmt: skip
 
-        by_first("texts", lambda: encode(report), seconds=_DAY)
-        if not first():  # it finds them, unless the folder is another one here
+        run_in_first("texts", lambda: encode(report), seconds=_DAY)
+        if not is_first_process():  # it finds them, unless the folder is another one here
             encode(lambda line: None)
         kept = list(self._files.values())
-        same("kept text embeddings", lambda: digest_of(samples(kept, whole=_GLANCE, block=_GLANCE // 8)))
+        check_same("kept text embeddings", lambda: digest_of(samples(kept, whole=_GLANCE, block=_GLANCE // 8)))
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings [n, rows, D], float32, zero past each text's end."""

@@ -24,8 +24,12 @@ type Steps = (
 )  # of the whole call, each sample, or each frame of tokens
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
 type Layer = Int[Array, ""] | None  # which of a cache of several
-HOW = {"how": True}  # metadata of a field that selects how the same numbers are computed; not stored with weights
-WRITTEN = {"written": True}  # metadata of a field that the notation never leaves out: tables say which share is kept
+NOT_STORED = {
+    "stored": False
+}  # metadata of a field that selects how the same numbers are computed: not stored with weights
+ALWAYS_WRITTEN = {
+    "written": True
+}  # metadata of a field that the notation never leaves out: tables say which share is kept
 
 
 @runtime_checkable
@@ -108,7 +112,7 @@ class Context:
         )
 
 
-NOWHERE = Context()
+NO_CONTEXT = Context()  # nothing is known of where the call is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,7 @@ class Clip:
 
     grid: Grid
     causal_block: int | None = None
-    context: Context = NOWHERE
+    context: Context = NO_CONTEXT
 
     def fields(self) -> dict[str, Any]:
         """The fields by name."""
@@ -258,8 +262,9 @@ class Attention(abc.ABC):
     is its notation, see `monarchrt.models.attention.notation`.
 
     Fields hold numbers, strings, bools, None, tuples of these, or other kinds; check them in `__post_init__` as far as
-    that is possible without a grid. A field with `metadata=HOW`, such as the name of a backend, selects how the same
-    numbers are computed and is not stored with weights.
+    that is possible without a grid. A field with `metadata=NOT_STORED`, such as the name of a backend, selects how the
+    same numbers are computed and is not stored with weights. One with `metadata=ALWAYS_WRITTEN` is in the notation even
+    with its default.
     """
 
     name: ClassVar[str]
@@ -274,7 +279,7 @@ class Attention(abc.ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "attend_cache" in vars(cls):
-            cls.attend_cache = over_any_cache(cls.attend_cache, nowhere=NOWHERE)
+            cls.attend_cache = over_any_cache(cls.attend_cache, no_context=NO_CONTEXT)
 
     def __str__(self) -> str:
         from monarchrt.models.attention.notation import to_text
@@ -364,7 +369,7 @@ class Attention(abc.ABC):
         *,
         grid: Grid,
         causal_block: int | None = None,
-        context: Context = NOWHERE,
+        context: Context = NO_CONTEXT,
     ) -> Tokens:
         """Attention among all tokens of a grid, after the rotary embedding.
 
@@ -437,7 +442,7 @@ class Attention(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """Attention of the newest block's queries over one layer's cache, which already contains the block.
 
         On a mesh of explicit axes it sees none of them, as `attend_clip` (`explicit.over_any_cache`).
@@ -495,7 +500,7 @@ class Attention(abc.ABC):
         *,
         grid: Grid,
         causal_block: int | None = None,
-        context: Context = NOWHERE,
+        context: Context = NO_CONTEXT,
     ) -> Float[Array, "B n N N"]:
         """The attention map, for small cases and plots: the matrix by which the values are multiplied.
 
@@ -514,8 +519,10 @@ class Attention(abc.ABC):
 
     def stored(self) -> "Attention":
         """The setting as stored with weights: without fields that select how the same numbers are computed."""
-        how = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("how")}
-        return self._with_parts(lambda part: part.stored(), **how)
+        defaults = {
+            field.name: field.default for field in dataclasses.fields(self) if not field.metadata.get("stored", True)
+        }
+        return self._with_parts(lambda part: part.stored(), **defaults)
 
     @classmethod
     def from_old_json(cls, data: Any) -> "Attention | None":

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from monarchrt.models.attention.base import NOWHERE, Attention, CacheShape, Context, Density, Grid
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, CacheShape, Context, Density, Grid
 from monarchrt.models.attention.masked import frames_of_slots
 from monarchrt.models.host import check_host
 
@@ -83,7 +83,7 @@ class _Probe(Attention):
         *,
         grid: Grid,
         causal_block: int | None = None,
-        context: Context = NOWHERE,
+        context: Context = NO_CONTEXT,
     ) -> Float[Array, "B N n d"]:
         """As the kind itself."""
         self._hand_on(query, key, value, np.arange(grid[0]), context, grid=grid, causal_block=causal_block)
@@ -103,7 +103,7 @@ class _Probe(Attention):
         query: Float[Array, "B N n d"],
         *,
         layer: Int[Array, ""] | None = None,
-        context: Context = NOWHERE,
+        context: Context = NO_CONTEXT,
     ) -> Float[Array, "B N n d"]:
         """As the kind itself."""
         _, height, width = cache.spec.grid

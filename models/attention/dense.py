@@ -8,8 +8,8 @@ from jax import lax
 
 from monarch_jax.checks import one_of
 from monarchrt.models.attention.base import (
-    HOW,
-    NOWHERE,
+    NO_CONTEXT,
+    NOT_STORED,
     Attention,
     Clip,
     Context,
@@ -36,7 +36,7 @@ class DenseAttention(Attention):
     """
 
     name = "dense"
-    implementation: str | None = dataclasses.field(default=None, metadata=HOW)
+    implementation: str | None = dataclasses.field(default=None, metadata=NOT_STORED)
 
     def __post_init__(self):
         if self.implementation is not None:
@@ -57,7 +57,7 @@ class DenseAttention(Attention):
         """See `Attention`: cuDNN reads whole arrays."""
         return True
 
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """See `Attention`. The order of keys is of no matter, so that a cache in any tiled order is read as it lies."""
         key, value = cache.key, cache.value
         if layer is not None:

@@ -47,12 +47,12 @@ def on_explicit_axes(attend: Callable[..., Array], tokens: Sequence[Array], cont
     return left_to_the_compiler(run, tokens, *rest, arrays, inputs, state)
 
 
-def over_any_cache(attend_cache: Callable[..., Array], *, nowhere: Any) -> Callable[..., Array]:
+def over_any_cache(attend_cache: Callable[..., Array], *, no_context: Any) -> Callable[..., Array]:
     """A kind's `attend_cache` with what all check first, also for arrays whose types say how they are split.
 
     Args:
         attend_cache: (kind, cache, query, *, layer, context) -> an array as the query.
-        nowhere: The context where none is given.
+        no_context: The context where none is given.
 
     Returns:
         The same; on explicit axes the array is split as the query.
@@ -74,7 +74,7 @@ def over_any_cache(attend_cache: Callable[..., Array], *, nowhere: Any) -> Calla
                 whole = cache.of_arrays(whole.key, whole.value, whole.length)
             return attend_cache(self, whole, query, layer=layers[0] if layers else layer, context=context)
 
-        layer, context = where.get("layer"), where.get("context", nowhere)
+        layer, context = where.get("layer"), where.get("context", no_context)
         layers = [layer] if isinstance(layer, jax.Array) else []  # what is known stays known
         return on_explicit_axes(attend, (on_mesh_of(query, example),), context, parts, layers)
 

@@ -17,7 +17,7 @@ from monarch_jax import block_sparse
 from monarch_jax.block_sparse import BlockMask, block_sparse_attention
 from monarch_jax.checks import one_of
 from monarch_jax.devices import on_cuda
-from monarchrt.models.attention.base import HOW
+from monarchrt.models.attention.base import NOT_STORED
 from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention, say_exact
 from monarchrt.models.sharding import BY_HEADS, on_each_device
 
@@ -190,7 +190,7 @@ class ListedAttention(MaskedAttention):
             else "exact".
     """
 
-    implementation: str | None = dataclasses.field(default=None, metadata=HOW)
+    implementation: str | None = dataclasses.field(default=None, metadata=NOT_STORED)
 
     def __post_init__(self):
         if self.implementation is not None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax import MonarchKVCache
 from monarch_jax.checks import brief, index
-from monarchrt.models.attention.base import NOWHERE, Attention, Clip, Context, Grid, Layer, Tokens
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, Clip, Context, Grid, Layer, Tokens
 
 SORTED = 4096  # scores of a row that are sorted; longer ones are those of tokens
 ROWS = 512  # queries whose scores are there at a time
@@ -241,7 +241,7 @@ class MaskedAttention(Attention):
             outputs.append(self.attend(query[:, rows], key[:, seen], value[:, seen], places, here))
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """See `Attention`. Tokens are put in order first, if the cache has the tiles of another kind."""
         _, height, width = cache.spec.grid
         grid = (cache.capacity, height, width)
@@ -295,7 +295,7 @@ class MaskedAttention(Attention):
         *,
         grid: Grid,
         causal_block: int | None = None,
-        context: Context = NOWHERE,
+        context: Context = NO_CONTEXT,
     ) -> Float[Array, "B n N N"]:
         """The map: what comes out for values that are unit vectors."""
         batch, tokens, heads, _ = query.shape

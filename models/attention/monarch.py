@@ -12,8 +12,8 @@ from monarch_jax.intermediates import check_intermediates
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tokens_to_tiles
 from monarchrt.models.attention.base import (
-    HOW,
-    NOWHERE,
+    NO_CONTEXT,
+    NOT_STORED,
     Attention,
     CacheShape,
     Clip,
@@ -53,8 +53,8 @@ class MonarchAttention(Attention):
     blocks: str = "fh,w"
     num_iters: int = 1
     intermediates: str | None = None
-    implementation: str | None = dataclasses.field(default=None, metadata=HOW)
-    keep_intermediates: bool = dataclasses.field(default=False, metadata=HOW)
+    implementation: str | None = dataclasses.field(default=None, metadata=NOT_STORED)
+    keep_intermediates: bool = dataclasses.field(default=False, metadata=NOT_STORED)
 
     def __post_init__(self):
         if self.tile is not None:
@@ -109,7 +109,7 @@ class MonarchAttention(Attention):
         n_f = 1 if self.tile is None else self.tile[0]
         return isinstance(cache, MonarchKVCache) and cache.spec.tile_shape[0] % n_f == 0
 
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """See `Attention`. A cache in the order of another tile is rearranged, a layer at a time, unless both agree."""
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):

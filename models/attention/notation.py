@@ -71,7 +71,7 @@ def parse(text: str) -> "Attention":
 def to_text(setting: "Attention | Sequence[Attention]") -> str:
     """The text of a setting, or of one setting per layer, on one line.
 
-    Fields that have their default are left out, but for those that are always written (`base.WRITTEN`).
+    Fields that have their default are left out, but for those that are always written (`base.ALWAYS_WRITTEN`).
 
     Examples:
         >>> to_text(parse("monarch( tile = [3, 30, 52], num_iters = 1 )"))

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from monarch_jax.checks import index
 from monarchrt.models.attention.base import (
-    NOWHERE,
+    NO_CONTEXT,
     Attention,
     CacheShape,
     Clip,
@@ -53,7 +53,7 @@ class _ByLayer(Attention):
         """Layers have caches of their own: ValueError."""
         raise ValueError(f"{self} has a cache for each layer's setting; take self.for_layer(number).")
 
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """As the layer's own setting; its number must be known."""
         return self._here(context).attend_cache(cache, query, layer=layer, context=context)
 
@@ -204,7 +204,7 @@ class _OneThenOther(Attention):
         """As one of both would have it."""
         return self.first.layers_apart or self.after.layers_apart
 
-    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NOWHERE) -> Tokens:
+    def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """As the kind whose turn it is."""
         return self._pick(context, lambda kind: kind.attend_cache(cache, query, layer=layer, context=context))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import flag, positive
-from monarchrt.models.attention.base import WRITTEN, Context, Density, Grid, Sizes, zero_linear
+from monarchrt.models.attention.base import ALWAYS_WRITTEN, Context, Density, Grid, Sizes, zero_linear
 from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts
 from monarchrt.models.attention.masked import Places, check_share, largest, seen_frames
 
@@ -42,7 +42,7 @@ class SLAttention(ListedAttention):
     """
 
     name = "sla"
-    keep: float | int = dataclasses.field(default=0.1, metadata=WRITTEN)
+    keep: float | int = dataclasses.field(default=0.1, metadata=ALWAYS_WRITTEN)
     block: int = 64
     linear: bool = True
 

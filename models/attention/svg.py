@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax.block_sparse import BlockMask, block_mask
 from monarch_jax.checks import index, positive
-from monarchrt.models.attention.base import WRITTEN, Context, Density, Grid
+from monarchrt.models.attention.base import ALWAYS_WRITTEN, Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of
 from monarchrt.models.attention.masked import (
     MOST_FRAMES,
@@ -66,7 +66,7 @@ class SVGAttention(ListedAttention):
     """
 
     name = "svg"
-    keep: float | int = dataclasses.field(default=0.25, metadata=WRITTEN)
+    keep: float | int = dataclasses.field(default=0.25, metadata=ALWAYS_WRITTEN)
     rows: int | tuple[int, ...] = 64
     seed: int = 0
     drawn_from: int = 10_000

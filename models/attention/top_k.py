@@ -6,7 +6,7 @@ import math
 from jaxtyping import Array
 
 from monarch_jax.devices import on_cuda
-from monarchrt.models.attention.base import WRITTEN, Context, Density, Grid, visible_share
+from monarchrt.models.attention.base import ALWAYS_WRITTEN, Context, Density, Grid, visible_share
 from monarchrt.models.attention.masked import (
     MaskedAttention,
     Places,
@@ -41,7 +41,7 @@ class TopKAttention(MaskedAttention):
     """
 
     name = "top_k"
-    keep: float | int = dataclasses.field(default=0.1, metadata=WRITTEN)
+    keep: float | int = dataclasses.field(default=0.1, metadata=ALWAYS_WRITTEN)
 
     def __post_init__(self):
         self._set(keep=check_share(self.name, "keep", self.keep))

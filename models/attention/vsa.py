@@ -13,7 +13,16 @@ from jaxtyping import Array, Float
 from monarch_jax import MonarchKVCache
 from monarch_jax.block_sparse import block_mask
 from monarch_jax.checks import flag, triple
-from monarchrt.models.attention.base import WRITTEN, Attention, CacheShape, Context, Density, Grid, Sizes, zero_linear
+from monarchrt.models.attention.base import (
+    ALWAYS_WRITTEN,
+    Attention,
+    CacheShape,
+    Context,
+    Density,
+    Grid,
+    Sizes,
+    zero_linear,
+)
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order
 from monarchrt.models.attention.masked import (
     Places,
@@ -53,7 +62,7 @@ class VSAttention(ListedAttention):
     """
 
     name = "vsa"
-    keep: float | int = dataclasses.field(default=0.1, metadata=WRITTEN)
+    keep: float | int = dataclasses.field(default=0.1, metadata=ALWAYS_WRITTEN)
     cube: tuple[int, int, int] = (3, 5, 4)
     gate: bool = True
 

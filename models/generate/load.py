@@ -30,8 +30,8 @@ from monarchrt.models.generate.plan import SPATIAL, TEMPORAL, Defaults, Plan, ch
 from monarchrt.models.generate.run_checkpoint import open_run
 from monarchrt.models.generate.text import text_embeddings
 from monarchrt.models.lora.merging import with_loras
-from monarchrt.models.processes.alike import digest_of, listing, same, weight_files
-from monarchrt.models.processes.arrays import of_first
+from monarchrt.models.processes.alike import check_same, digest_of, listing, weight_files
+from monarchrt.models.processes.arrays import broadcast_arrays
 from monarchrt.models.vae import TINY_FILES, load_tiny_vae, load_vae
 from monarchrt.models.wan import WanConfig, WanModel
 
@@ -223,7 +223,7 @@ def _inputs_of_first(material: Material) -> Material:
     """The same embeddings, first frames and noise in all processes that make the video."""
     names = ("text", "negative", "initial", "noise")
     read = {name: getattr(material, name) for name in names}
-    return dataclasses.replace(material, **of_first("embeddings, first frames and noise", read))
+    return dataclasses.replace(material, **broadcast_arrays("embeddings, first frames and noise", read))
 
 
 def half_precision(config: GenerateConfig) -> str:
@@ -247,9 +247,9 @@ class WanCheckpoint:
         """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
         with user_input():
             source = self.source
-            same(what, lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
+            check_same(what, lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
             settings = digest_of(source.config, source.few_step, source.trained, lora_settings(config))
-            same(what.replace("weights", "settings"), lambda: settings)
+            check_same(what.replace("weights", "settings"), lambda: settings)
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""

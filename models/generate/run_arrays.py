@@ -21,7 +21,7 @@ from monarchrt.models.checkpoints.tensor_files import SafetensorsFile
 from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.files import listed
 from monarchrt.models.generate.runs import ABOUT, CHECKPOINTS_NAME, RunSettings, checkpoint_steps
-from monarchrt.models.processes.agreement import all_agree
+from monarchrt.models.processes.agreement import first_problem
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.checkpoints.settings import Trained
 
@@ -88,13 +88,13 @@ def read_checked(
         if of_the_machine(error):
             raise
         wrong = error
-    complaint = all_agree("read", None if wrong is None else str(wrong))
+    complaint = first_problem("read", None if wrong is None else str(wrong))
     if complaint is not None:
         raise wrong or ValueError(complaint)
     sums = jax.device_get(checksums(arrays))
     damaged = (name for name in wanted if int(sums[name]) != contents[name]["checksum"])
     complaint = next((f"the checksum of {name} is wrong" for name in damaged), None)
-    if (complaint := all_agree("checked", complaint)) is not None:
+    if (complaint := first_problem("checked", complaint)) is not None:
         raise ValueError(complaint)
     return arrays
 

@@ -30,7 +30,7 @@ from monarchrt.models.generate.runs import Generation, RunSettings, find_run, to
 from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, read_videos, window_starts
-from monarchrt.models.processes.alike import digest_of, listing, same
+from monarchrt.models.processes.alike import check_same, digest_of, listing
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.checkpoints.settings import few_step_from_json, trained_from_json
 
@@ -90,10 +90,10 @@ class RunCheckpoint:
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
         """As `WanCheckpoint.check_same`."""
         with user_input():
-            same(what, lambda: listing([*told_apart_by(self.run.path), *lora_files(config)]))
+            check_same(what, lambda: listing([*told_apart_by(self.run.path), *lora_files(config)]))
             data = dataclasses.replace(self.run.data, video=None)  # may be elsewhere there
             settings = digest_of(self.sizes, self.run.generation, data, lora_settings(config))
-            same(what.replace("weights", "settings"), lambda: settings)
+            check_same(what.replace("weights", "settings"), lambda: settings)
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
         """The network."""

@@ -1,4 +1,7 @@
-"""What processes say to each other, through the coordinator of `jax.distributed`; one process says it to itself."""
+"""Values that the processes of a run exchange through the key-value store of `jax.distributed`'s coordinator.
+
+Every function also works in a run of one process, where it needs no coordinator.
+"""
 
 import contextlib
 import itertools
@@ -15,30 +18,30 @@ import jax
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import growing
 
-AHEAD = 2  # steps; no process is further than one ahead of another, as each waits for the numbers of the step before
-SETTLES = 15.0  # seconds that a file may take to be seen on another machine
+AHEAD = 2  # steps from a signal to the stop; each process waits for the previous step, so none is more than one ahead
+SETTLES = 15.0  # seconds until a file must be visible on the other machines
 _HOUR = 3600.0
-_TOKEN = "shared"  # name of a file that is made to look whether a folder is one
+_TOKEN = "shared"  # name of the file that tests whether a folder is shared
 _PREFIX = "monarchrt/"
 
 
 def client() -> Any:
-    """What reaches the coordinator; None in a run of one process."""
+    """The client of the coordinator's key-value store; None in a run of one process."""
     from jax._src import distributed  # JAX's own modules take it from there
 
     return distributed.global_state.client if jax.process_count() > 1 else None
 
 
-def first() -> bool:
-    """Whether this process writes what is written once: logs, samples, settings."""
+def is_first_process() -> bool:
+    """Whether this is process 0, which writes what must be written once: logs, samples, settings."""
     return jax.process_index() == 0
 
 
 def get(key: str, *, seconds: float = _HOUR) -> str:
-    """What a process says under a key, once it does; a signal does not wait for it.
+    """The value of a key; waits until a process has set it, a second at a time, so that signals are handled.
 
     Raises:
-        TimeoutError: If it does not in time.
+        TimeoutError: If no process sets it in time.
     """
     caller = client()
     for _ in range(max(1, round(seconds))):
@@ -47,35 +50,51 @@ def get(key: str, *, seconds: float = _HOUR) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-    raise TimeoutError(f"no process said {key} in {seconds:.0f} s")
+    raise TimeoutError(f"no process set {key} in {seconds:.0f} s")
 
 
 def put(key: str, value: str, *, again: bool = False) -> None:
-    """Says something under a key; `again`: it may have been said before."""
+    """Sets the value of a key, for all processes.
+
+    Args:
+        key: The key.
+        value: Its value.
+        again: Whether the key may have a value already, which is replaced.
+
+    Raises:
+        jax.errors.JaxRuntimeError: If it has one, and `again` is False.
+    """
     client().key_value_set(_PREFIX + key, value, allow_overwrite=again)
 
 
-def said(prefix: str) -> dict[str, str]:
-    """What has been said under keys that begin so, by the rest of the key."""
+def get_all(prefix: str) -> dict[str, str]:
+    """The values that are set now of all keys with a prefix, by the rest of the key."""
     entries = client().key_value_dir_get(_PREFIX + prefix)
     return {key.removeprefix(_PREFIX + prefix): value for key, value in entries}
 
 
-def from_first[T](name: str, value: Callable[[], T], *, seconds: float = _HOUR) -> T:
-    """What the first process finds, in all of them; a UserError of it is raised in all of them.
+def broadcast_value[T](name: str, value: Callable[[], T], *, seconds: float = _HOUR) -> T:
+    """Computes a value in process 0 and returns it in all processes.
 
     Args:
-        name: Of the question, which all processes ask equally often.
-        value: Called in the first process; returns what JSON can hold.
-        seconds: How long the others wait for it, at most.
+        name: Names the value. All processes must call this equally often with the same name.
+        value: Called in process 0 only; its result must be serializable as JSON.
+        seconds: How long the other processes wait, at most.
+
+    Returns:
+        The value, as read from JSON in processes other than 0: tuples are lists.
+
+    Raises:
+        UserError: In all processes, if `value` raised one.
+        TimeoutError: In the others, if process 0 has no value in time.
 
     Examples:
-        >>> from_first("devices", lambda: 3)
+        >>> broadcast_value("devices", lambda: 3)
         3
     """
     if client() is None:
         return value()
-    if not first():
+    if not is_first_process():
         error, answered = json.loads(get(f"{_answer(name, '')}/0", seconds=seconds))
         if error is not None:
             raise UserError(error)
@@ -89,24 +108,27 @@ def from_first[T](name: str, value: Callable[[], T], *, seconds: float = _HOUR) 
     return answered
 
 
-def by_first(name: str, act: Callable[[], None], *, seconds: float = _HOUR) -> None:
-    """Does in the first process what only one may do, before any goes on. Arguments and errors are as in `from_first`.
+def run_in_first(name: str, act: Callable[[], None], *, seconds: float = _HOUR) -> None:
+    """Calls `act` in process 0 alone; all processes wait for it. Other arguments and errors as in `broadcast_value`.
 
     Examples:
-        >>> by_first("clean", lambda: None)
+        >>> run_in_first("clean", lambda: None)
     """
-    from_first(name, act, seconds=seconds)
+    broadcast_value(name, act, seconds=seconds)
 
 
-def all_agree(name: str, wrong: str | None) -> str | None:
-    """What is wrong in any of the processes, in the first of them that has something; waits for all.
+def first_problem(name: str, wrong: str | None) -> str | None:
+    """The problem of the first process that reports one, in all processes; waits for all of them.
 
     Args:
-        name: Of the question, which all processes ask equally often.
-        wrong: What is wrong in this one; None: nothing.
+        name: Names the check. All processes must call this equally often with the same name.
+        wrong: What is wrong in this process; None if nothing is.
+
+    Returns:
+        `wrong` of the lowest process that has a problem, after "process N: "; None if none has.
 
     Examples:
-        >>> all_agree("restored", None) is None
+        >>> first_problem("restored", None) is None
         True
     """
     if client() is None:
@@ -115,36 +137,47 @@ def all_agree(name: str, wrong: str | None) -> str | None:
     return next((f"process {n}: {answer}" for n, answer in enumerate(answers) if answer is not None), None)
 
 
-def least(name: str, value: int) -> int:
-    """The smallest of a number that each process has; waits for all.
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have called this equally often with the same name.
 
     Examples:
-        >>> least("memory", 80)
+        >>> wait_for_all("compiled")
+    """
+    first_problem(name, None)
+
+
+def smallest(name: str, value: int) -> int:
+    """The smallest of the processes' values, in all processes; waits for all of them.
+
+    Examples:
+        >>> smallest("memory", 80)
         80
     """
     return value if client() is None else min(_answers(name, value))
 
 
 def check_shared(folder: Path, *, option: str) -> None:
-    """Checks that all processes see one folder, and may write there: the first makes a file in it, and removes it.
+    """Checks that all processes see the same folder and may write to it.
+
+    Process 0 creates a file in it, which the others look for, and removes it at the end. A folder with equal content
+    on another file system does not pass.
 
     Args:
-        folder: The folder; another one of the same content is not it.
-        option: That names it.
+        folder: The folder.
+        option: The command's option that names it, for errors.
 
     Raises:
-        UserError: In all of them, if one sees another folder, as its machine does not share the file system, or one
-            that it may only read.
+        UserError: In all processes, if one of them does not see the file or may not write.
     """
     if client() is None:
         return
-    with growing(folder / _TOKEN) if first() else contextlib.nullcontext(folder) as part:
+    with growing(folder / _TOKEN) if is_first_process() else contextlib.nullcontext(folder) as part:
 
         def write() -> list[str]:
             part.write_text(token := uuid.uuid4().hex)
             return [part.name, token]
 
-        (name, token), wrong = from_first(f"written/{folder.name}", write), None
+        (name, token), wrong = broadcast_value(f"written/{folder.name}", write), None
         limit = time.monotonic() + SETTLES
         while _text(folder / name) != token:
             if time.monotonic() > limit:
@@ -153,24 +186,24 @@ def check_shared(folder: Path, *, option: str) -> None:
             time.sleep(0.5)
         if wrong is None and not os.access(folder, os.W_OK):
             wrong = f"{option} {folder} may not be written to"
-        difference = all_agree(f"shared/{folder.name}", wrong)
+        difference = first_problem(f"shared/{folder.name}", wrong)
     if difference is not None:
         raise UserError(f"{difference}; give a --{option} on a file system that all machines share and may write to")
 
 
 def check_seen[T](what: str, look: Callable[[], T], *, option: str, path: Path) -> None:
-    """Checks that all processes find the same in a folder that all are to share, before they go by it.
+    """Checks that all processes find the same content in a shared folder, before they act on it.
 
     Args:
-        what: Of it is looked at, for the message.
-        look: Says what this process finds, as JSON.
-        option: That names the folder.
+        what: The content, in the plural, for errors.
+        look: Returns what this process finds, serializable as JSON.
+        option: The command's option that names the folder, for errors.
         path: The folder.
 
     Raises:
-        UserError: In all of them, if one does not, also after some seconds.
+        UserError: In all processes, if one of them still finds something else than process 0 after 15 seconds.
     """
-    right, wrong = from_first(f"seen/{what}", look), None
+    right, wrong = broadcast_value(f"seen/{what}", look), None
     limit = time.monotonic() + SETTLES
     while (own := look()) != right:
         if time.monotonic() > limit:
@@ -179,7 +212,7 @@ def check_seen[T](what: str, look: Callable[[], T], *, option: str, path: Path) 
             )
             break
         time.sleep(0.5)
-    if (difference := all_agree(f"seen alike/{what}", wrong)) is not None:
+    if (difference := first_problem(f"seen alike/{what}", wrong)) is not None:
         raise UserError(f"{difference}; give a --{option} on a file system that all machines share")
 
 
@@ -190,13 +223,13 @@ def _text(path: Path) -> str | None:
 
 
 def _answers(name: str, value: Any) -> list[Any]:
-    """What all processes answer to a question, in their order."""
+    """The values of all processes, ordered by process."""
     question = _answer(name, json.dumps(value))
     return [json.loads(get(f"{question}/{process}")) for process in range(jax.process_count())]
 
 
 def _answer(name: str, value: str) -> str:
-    """Says something in answer to a question; returns the question, numbered by how often this process answered."""
+    """Stores this process's value under a name; returns the name with the number of earlier calls, for reading it."""
     for count in itertools.count():
         try:
             put(f"{name}/{count}/{jax.process_index()}", value)
@@ -209,17 +242,20 @@ def _answer(name: str, value: str) -> str:
 
 
 class AgreedStop:
-    """Makes all processes stop after the same step when one of them is asked to."""
+    """Makes all processes stop after the same training step once one of them has received a signal."""
 
     def __init__(self) -> None:
         self._last: tuple[int, int] | None = None
 
     def due(self, step: int, signal: int | None) -> int | None:
-        """The signal, once it is time to stop for it.
+        """The signal to stop for, if the run stops after this step.
 
         Args:
-            step: The step that is done.
-            signal: What this process was sent; None: nothing.
+            step: The step just completed.
+            signal: Number of the signal that this process received; None if it received none.
+
+        Returns:
+            The number of the signal that any process received; None to continue.
 
         Examples:
             >>> AgreedStop().due(3, 15)
@@ -230,8 +266,8 @@ class AgreedStop:
             return signal
         if self._last is None:
             if signal is not None:
-                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
                     put("stop/at", json.dumps([step + AHEAD, signal]))
-            if (agreed := said("stop/").get("at")) is not None:
+            if (agreed := get_all("stop/").get("at")) is not None:
                 self._last = tuple(json.loads(agreed))
         return self._last[1] if self._last is not None and step >= self._last[0] else None

@@ -1,4 +1,4 @@
-"""What several processes read by themselves, compared before anything is computed with it."""
+"""Compares what each of several processes has read, by digests, before anything is computed with it."""
 
 import hashlib
 import os
@@ -11,40 +11,43 @@ import jax
 
 from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError
-from monarchrt.models.processes.agreement import all_agree, from_first
+from monarchrt.models.processes.agreement import broadcast_value, first_problem
 
 _THREADS = 8
-_WHOLE = 4 * 2**20  # bytes up to which a file is looked at as a whole
-_BLOCK = 2**18  # bytes of each block that is looked at of a larger one
+_WHOLE = 4 * 2**20  # bytes up to which a whole file is hashed
+_BLOCK = 2**18  # bytes of each block that is hashed of a larger file
 _BLOCKS = 5
 
 
-def same(what: str, read: Callable[[], str]) -> None:
-    """Looks whether what each process has is that of the first, by a digest of its own; one process has nobody to ask.
+def check_same(what: str, read: Callable[[], str]) -> None:
+    """Checks that all processes have the digest of process 0; does nothing in a run of one process.
 
     Args:
-        what: In the plural, for the message.
-        read: Makes the digest.
+        what: What is compared, in the plural, for errors.
+        read: Returns this process's digest; not called in a run of one process.
 
     Raises:
-        UserError: In all processes, if it is not, or a digest could not be made.
+        UserError: In all processes, if a digest differs or `read` raised UserError or OSError.
     """
     if jax.process_count() == 1:
         return
     own, wrong = "", None
     try:
         own = read()
-    except (OSError, UserError) as reason:  # the others are told, they would wait for an answer
+    except (OSError, UserError) as reason:  # reported below, as the other processes wait for an answer
         wrong = str(reason)
-    right = from_first(what, lambda: own)
+    right = broadcast_value(what, lambda: own)
     if wrong is None and own != right:
         wrong = f"its {what} are not those of process 0 ({own[:12]} and {right[:12]})"
-    if (difference := all_agree(f"same {what}", wrong)) is not None:
+    if (difference := first_problem(f"same {what}", wrong)) is not None:
         raise UserError(f"{difference}; give all processes the same {what}")
 
 
 def listing(files: Iterable[Path], *, whole: int = _WHOLE, block: int = _BLOCK) -> str:
-    """SHA-256 over the names of files and `samples` of them, with the same arguments.
+    """SHA-256 of the names of files and of `samples` of their contents; arguments as in `samples`.
+
+    Returns:
+        The digest in hexadecimal.
 
     Raises:
         OSError: If a file cannot be read.
@@ -57,7 +60,7 @@ def listing(files: Iterable[Path], *, whole: int = _WHOLE, block: int = _BLOCK) 
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of tensors that a path is: one, those that an index lists with it, or all of a folder."""
+    """The files of a checkpoint: the file itself, an index (.json) and the shards that it lists, or all in a folder."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.suffix != ".json":
@@ -67,7 +70,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def digest_of(*values: Any) -> str:
-    """SHA-256 of what values are written as.
+    """SHA-256, in hexadecimal, of the `repr` of values.
 
     Examples:
         >>> digest_of({"steps": 4}) == digest_of({"steps": 5})
@@ -77,18 +80,18 @@ def digest_of(*values: Any) -> str:
 
 
 def samples(files: Iterable[Path], *, whole: int = _WHOLE, block: int = _BLOCK) -> list[bytes]:
-    """A digest of each file that is quick however large the file is.
+    """SHA-256 of a sample of each file, which takes no longer for large files.
 
-    It is of the whole content up to 4 MiB; of more, of the size and of five blocks of 256 KiB, the first and the last
-    bytes among them, at even distances.
+    A file of up to `whole` bytes is hashed completely. Of a larger one, its size and five blocks are hashed, evenly
+    spaced from its first to its last byte.
 
     Args:
         files: The files.
-        whole: Bytes up to which a file is looked at as a whole.
-        block: Bytes of each block of a larger one.
+        whole: Bytes up to which a file is hashed completely; 4 MiB by default.
+        block: Bytes of each block of a larger file; 256 KiB by default.
 
     Returns:
-        Digests.
+        A digest of 32 bytes for each file.
 
     Raises:
         OSError: If a file cannot be read.

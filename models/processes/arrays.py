@@ -1,4 +1,4 @@
-"""Arrays that each of several processes has made or read by itself, of which all are to have the same."""
+"""Arrays of process 0, given to all processes: what each would otherwise read or compute by itself."""
 
 import hashlib
 
@@ -7,32 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from monarchrt.models.processes.alike import same
+from monarchrt.models.processes.alike import check_same
 from monarchrt.models.sharding import whole_here
 
 
-def of_first[Tree](what: str, tree: Tree) -> Tree:
-    """The first process's arrays, in all of them; one process keeps its own.
+def broadcast_arrays[Tree](what: str, tree: Tree) -> Tree:
+    """The arrays of process 0, in all processes; a run of one process keeps its own.
 
     Examples:
-        >>> of_first("embeddings", [np.ones(2)])
+        >>> broadcast_arrays("embeddings", [np.ones(2)])
         [array([1., 1.])]
 
     Args:
-        what: In the plural, for the message.
-        tree: Arrays, of the same shapes in all processes.
+        what: What they are, in the plural, for errors.
+        tree: Arrays; structure, shapes and dtypes must be equal in all processes.
 
     Returns:
-        A tree of arrays of this process alone, on its default device.
+        The same tree with arrays of this process alone, on its default device.
 
     Raises:
-        UserError: In all processes, if there are other arrays or shapes in one of them.
+        UserError: In all processes, if structure, shapes or dtypes differ.
     """
     if jax.process_count() == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     shapes = [(x.shape, str(x.dtype)) for x in leaves]
-    same(what, lambda: hashlib.sha256(repr((structure, shapes)).encode()).hexdigest())
+    check_same(what, lambda: hashlib.sha256(repr((structure, shapes)).encode()).hexdigest())
     devices = np.array(jax.devices())
     mesh = Mesh(devices, ("all",))
 

@@ -1,4 +1,4 @@
-"""What must be alike in all processes besides a command's settings: versions, and how programs are made."""
+"""What must be equal in all processes besides a command's settings: versions, and settings of compilation."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "orbax-checkpoint", "numpy")
-# settings of JAX that change a program, or the random numbers that all of them draw
+# settings of JAX that change a compiled program or random numbers
 _SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -19,12 +19,12 @@ _SETTINGS = (
     "jax_numpy_dtype_promotion",
     "jax_use_shardy_partitioner",
 )
-# flags that may well be another in each process: how many devices it has, where it writes, what it says
+# flags that may differ between processes: number of devices, paths, logging
 _OWN = re.compile(r"dump|device_count|path|file|directory|_dir\b|cache|log|cuda_data|parallelism|threads")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the packages that programs, data and checkpoints depend on."""
+    """Versions of this package, Python and the installed packages that programs, data and checkpoints depend on."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a plugin of other devices
@@ -34,10 +34,13 @@ def versions() -> dict[str, str]:
 
 
 def compilation(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings of JAX, and flags of XLA, by which processes would make unlike programs of the same functions.
+    """Settings of JAX and flags of XLA that change the program compiled from a function.
 
     Args:
-        environment: Variables of the process.
+        environment: Environment variables of the process.
+
+    Returns:
+        Values by name, such as "jax_enable_x64" or "--xla_gpu_autotune_level in XLA_FLAGS".
 
     Examples:
         >>> flags = {"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_force_host_platform_device_count=2"}

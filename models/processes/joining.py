@@ -1,4 +1,4 @@
-"""Joins several processes, and makes one that dies, or fails, end the others."""
+"""Joins the processes of a run; a process that dies or fails ends the others."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from monarchrt.models.processes import service
 from monarchrt.models.processes.identity import compilation, versions
 from monarchrt.models.processes.place import Place
 
-JOINING = 300.0  # seconds in which all processes must have begun
-_SAY_AFTER = 10.0  # seconds of waiting
+JOINING = 300.0  # seconds in which all processes must join
+_SAY_AFTER = 10.0  # seconds of waiting after which a line says so
 
 
 @contextlib.contextmanager
@@ -30,20 +30,21 @@ def joined(
     seconds: float = JOINING,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Iterator[None]:
-    """Joins the other processes, if there are any, before JAX looks for its devices; a program does so once.
+    """Joins the other processes of a run, once in a program, before JAX initializes its devices.
 
-    While it is active, a process that dies, or fails, ends the others within a minute and with one line, and one that
-    fails itself ends at once, as what waits for others cannot be stopped in another way.
+    Inside the context, a process that dies or fails ends the others within a minute, each with one line. A process
+    that fails ends at once with `os._exit`, because threads that wait in a collective cannot be interrupted.
 
     Args:
-        place: From `find_place`; None: this process is alone.
-        identity: What must be the same in all processes, besides versions.
-        advice: Said in a process that another one has ended.
-        seconds: To wait for the others.
-        say: Takes lines for people.
+        place: From `find_place`; None for a run of one process, in which nothing happens.
+        identity: Values that must be equal in all processes, besides versions and compilation settings.
+        advice: Added to the line of a process that ends because of another one.
+        seconds: How long to wait for the others to join.
+        say: Called with progress lines; prints to stderr by default.
 
     Raises:
-        UserError: If they cannot be found in time, or differ.
+        UserError: If not all processes join in time, or their values differ.
+        ValueError: If JAX has initialized its devices already.
 
     Examples:
         >>> with joined(None):
@@ -63,7 +64,7 @@ def joined(
         lock = threading.Lock()
 
         def end(line: str, code: int) -> None:
-            with lock:  # one line, whoever comes first
+            with lock:  # one line, from the first thread to get here
                 leave(f"error: {line}; this one ends too{advice and f', {advice}'}", code)
 
         watch = Watch(place.process, place.processes, end=end)
@@ -72,11 +73,11 @@ def joined(
             yield
         except BaseException as error:
             if getattr(error, "step", None) is not None and isinstance(error, KeyboardInterrupt):
-                _part(watch)  # all have stopped at the same step
+                _part(watch)  # all processes have stopped after the same step
                 jax.distributed.shutdown()
                 raise
             if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
-                _await_verdict(watch)  # most likely another process is gone: the watch says which
+                _await_verdict(watch)  # most likely another process died: the watch says which
                 traceback.print_exc()
             line, code = _words(error)
             with lock:
@@ -87,23 +88,24 @@ def joined(
 
 
 def _part(watch: Any) -> None:
-    """Waits until all have come to the end; one that dies on the way is still noticed."""
-    from monarchrt.models.processes.agreement import all_agree
+    """Waits until all processes are done, then stops the watch; a process that dies before is still noticed."""
+    from monarchrt.models.processes.agreement import wait_for_all
 
-    all_agree("end", None)
+    wait_for_all("end")
     watch.stop()
 
 
 def _await_verdict(watch: Any) -> None:
+    """Waits until the watch has decided whether another process is lost; if one is, it ends this process."""
     from monarchrt.models.processes.watch import BEAT, PATIENCE
 
     time.sleep(5 * BEAT)
     if watch.suspects():
-        time.sleep(PATIENCE + 5 * BEAT)  # it ends this process
+        time.sleep(PATIENCE + 5 * BEAT)
 
 
 def _words(error: BaseException) -> tuple[str, int]:
-    """What is said of an error, and the exit code."""
+    """The line that reports an error, and the exit code."""
     text = " ".join(str(error).split())
     match error:
         case UserError():
@@ -119,15 +121,15 @@ def _words(error: BaseException) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _service(place: Place, seconds: float) -> Iterator[None]:
-    """In process 0, the coordinator, which ends after it.
+    """Runs the coordinator beside process 0; does nothing in other processes.
 
     Raises:
-        UserError: If its port is taken.
+        UserError: If its port is in use.
     """
     if place.process:
         yield
         return
-    wait = time.monotonic() + min(seconds, service.LATE + 2)  # what served a run that has just ended may be about to go
+    wait = time.monotonic() + min(seconds, service.LATE + 2)  # the coordinator of an earlier run may be about to end
     while True:
         process = _serve(place, seconds)
         said = process.stdout.readline().decode().strip()  # type: ignore[union-attr]
@@ -149,20 +151,20 @@ def _service(place: Place, seconds: float) -> Iterator[None]:
 def _serve(place: Place, seconds: float) -> subprocess.Popen:
     server = Path(__file__).with_name("service.py")
     command = [sys.executable, "-P", str(server), str(place.port), str(place.processes), str(seconds)]
-    # out of the group that a terminal sends Ctrl-C to
+    # outside of the process group that a terminal sends Ctrl-C to
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
 
 
 def _join(place: Place, identity: Mapping[str, Any], seconds: float, say: Callable[[str], None]) -> None:
-    """Says who this is, and waits until all have come.
+    """Registers this process with the coordinator and waits until all have registered.
 
     Raises:
-        UserError: If the coordinator does not answer in time, not all come, or they differ.
+        UserError: If the coordinator does not answer in time, a process is missing, or their values differ.
     """
     message = {"process": place.process, "processes": place.processes, "identity": dict(identity)}
-    limit = time.monotonic() + seconds + _SAY_AFTER  # the coordinator, which began later, says what is wrong
+    limit = time.monotonic() + seconds + _SAY_AFTER  # the coordinator started later, and reports a time-out itself
     with _reach(place, seconds) as connection:
         connection.sendall(json.dumps(message, default=str).encode() + b"\n")
         connection.settimeout(1.0)
@@ -190,12 +192,16 @@ def _join(place: Place, identity: Mapping[str, Any], seconds: float, say: Callab
 
 
 def _reach(place: Place, seconds: float) -> socket.socket:
-    """A connection to the coordinator, as soon as there is one."""
+    """Connects to the coordinator; tries again until it listens, for `seconds`.
+
+    Raises:
+        UserError: If it does not answer in time.
+    """
     began = time.monotonic()
     while True:
         try:
             return socket.create_connection((place.host, place.port), timeout=5)
-        except socket.gaierror as error:  # a name may come up with its machine
+        except socket.gaierror as error:  # a host name may become known when its machine has started
             reason = f"the name is not known: {error.strerror}"
         except OSError as error:
             reason = error.strerror or "it does not answer"
@@ -208,9 +214,13 @@ def _reach(place: Place, seconds: float) -> socket.socket:
 
 
 def _connect(place: Place, seconds: float) -> None:
-    """Makes this process known to JAX, which waits for all others."""
+    """Connects `jax.distributed`'s client, which waits for all other processes.
+
+    Raises:
+        ValueError: If JAX has initialized its devices already.
+    """
     import jax
-    from jax._src import distributed, xla_bridge  # the public function would run the service in process 0
+    from jax._src import distributed, xla_bridge  # jax.distributed.initialize would run the service in process 0
     from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
     if xla_bridge.backends_are_initialized():
@@ -220,7 +230,7 @@ def _connect(place: Place, seconds: float) -> None:
     client = _jax.get_distributed_runtime_client(
         place.coordinator,
         place.process,
-        init_timeout=max(60, round(seconds)),  # all are there
+        init_timeout=max(60, round(seconds)),  # all have registered already
         heartbeat_timeout=600,
         shutdown_timeout=5,
         use_compression=True,

@@ -1,4 +1,4 @@
-"""Which of several processes this is, from options or from a job manager. Nothing here imports JAX."""
+"""Which process of a run this is, from options or from a job manager. Does not import JAX."""
 
 import os
 import re
@@ -14,13 +14,13 @@ _EXAMPLE = "10.0.0.1:1234"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One process among several.
+    """Which of the processes of a run this is.
 
     Attributes:
-        coordinator: Address and port of process 0.
-        processes: How many there are.
-        process: Which of them this is, counted from 0.
-        devices: Which of the GPUs that it sees it takes; None: all.
+        coordinator: Address and port of process 0, HOST:PORT; IPv6 addresses in brackets.
+        processes: Number of processes.
+        process: Index of this process, from 0.
+        devices: Indices of the GPUs that it uses, among those visible to it; None for all.
     """
 
     coordinator: str
@@ -30,18 +30,18 @@ class Place:
 
     @property
     def host(self) -> str:
-        """Of the coordinator."""
+        """Host of the coordinator, without brackets."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """Of the coordinator."""
+        """Port of the coordinator."""
         return int(self.coordinator.rpartition(":")[2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a job manager says."""
+    """What a job manager says about this process; fields as in `Place`, None if it does not say."""
 
     name: str
     processes: int
@@ -60,16 +60,16 @@ def find_place(
     """The place of this process, from options and, for what they leave out, from Slurm's srun or Open MPI's mpirun.
 
     Args:
-        coordinator: Address and port of process 0.
-        processes: How many there are.
-        process: Which of them this is.
-        environment: Variables of the process.
+        coordinator: Address and port of process 0, HOST:PORT.
+        processes: Number of processes.
+        process: Index of this process, from 0.
+        environment: Environment variables of the process.
 
     Returns:
-        The place; None where there is one process and no option, or `processes` alone says that it is 1.
+        The place; None if there is no option and no job manager, or the only option is `processes=1`.
 
     Raises:
-        UserError: If something is missing, or out of range.
+        UserError: If a value is missing or out of range.
 
     Examples:
         >>> find_place(environment={}) is None
@@ -103,7 +103,7 @@ def find_place(
 
 
 def check_options(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Raises UserError for an option that cannot be right whatever the others are."""
+    """Raises UserError for an option that is invalid regardless of the job manager."""
     if coordinator is not None:
         host, colon, port = coordinator.rpartition(":")
         if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
@@ -127,7 +127,7 @@ def check_options(coordinator: str | None, processes: int | None, process: int |
 
 
 def _slurm(environment: Mapping[str, str]) -> _Job | None:
-    """A step of srun; a batch script itself is none, however many tasks its job has."""
+    """A step of srun; None outside of one, as in a batch script itself."""
     count = _count(environment, "SLURM_STEP_NUM_TASKS")
     process, job = _count(environment, "SLURM_PROCID"), _count(environment, "SLURM_JOB_ID")
     if count is None or count < 2 or process is None or job is None:
@@ -173,23 +173,23 @@ def _open_mpi(environment: Mapping[str, str]) -> _Job | None:
     )
 
 
-# of each job manager, what it says of this process, or None
+# read in this order; each returns None if its job manager did not start this process
 _MANAGERS: tuple[Callable[[Mapping[str, str]], _Job | None], ...] = (_slurm, _open_mpi)
 
 
 def device_share(
     process: int, processes: int, *, visible: str | None, on_node: int | None = None
 ) -> tuple[int, ...] | None:
-    """Which of the GPUs that it sees a process takes, where several run on one machine.
+    """The GPUs that a process uses if several processes run on one machine.
 
     Args:
-        process: Which of those on this machine it is.
-        processes: How many there are on it.
+        process: Index of the process among those on this machine.
+        processes: Number of processes on this machine.
         visible: CUDA_VISIBLE_DEVICES; None if it is not set.
-        on_node: GPUs that the job has on this machine, if it is known.
+        on_node: Number of GPUs that the job has on this machine; None if unknown.
 
     Returns:
-        Positions among those that it sees; None: all, as there is one process, or each was given its own.
+        Indices among the visible GPUs; None for all of them, if there is one process or each already has its own.
 
     Examples:
         >>> device_share(1, 2, visible="0,1,2,3"), device_share(1, 2, visible="2,3", on_node=4)
@@ -210,7 +210,7 @@ def device_share(
 
 
 def _tasks_per_node(text: str) -> list[str]:
-    """Slurm's `2(x3),1` in full: 2, 2, 2, 1."""
+    """Expands Slurm's notation: `2(x3),1` is 2, 2, 2, 1."""
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [count for count, times in groups for _ in range(int(times or 1))]
 
@@ -221,7 +221,7 @@ def _count(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _port(environment: Mapping[str, str], job: int) -> int:
-    """One that all processes of a job find without asking, of those that are given out to nobody in particular."""
+    """A port that all processes of a job derive alike from its number; from the top of the dynamic range."""
     if (text := environment.get(PORT_VARIABLE)) is not None:
         port = _count(environment, PORT_VARIABLE)
         if port is None or not 0 < port < 2**16:

@@ -1,24 +1,25 @@
-"""Programs that several processes run together: none begins one before all have compiled it.
+"""Programs with collectives of several processes, compiled by all processes before any of them runs one.
 
-On CPUs, processes that meet in a collective for the first time wait for each other for half a minute; a compiler may
-take longer than that on one machine, or where nothing is kept of an earlier start, than on another.
+On CPUs, a process waits for the others in the first collective for half a minute and then fails. Compilation can take
+longer than that on one machine than on another, for example without a compilation cache.
 """
 
 from typing import Any
 
 import jax
 
-from monarchrt.models.processes.agreement import all_agree
+from monarchrt.models.processes.agreement import wait_for_all
 
 
 def compiled_by_all(fn: Any) -> Any:
-    """The same function, whose processes wait for each other before they run a program of it for the first time.
+    """Wraps a jitted function so that its first call waits until all processes have compiled the program.
 
     Args:
-        fn: Of `jax.jit`; arguments by position keep their shapes, those by name are static.
+        fn: From `jax.jit`. Positional arguments must keep their shapes; keyword arguments are static, and each
+            combination of them is a program of its own.
 
     Returns:
-        A function of the same arguments, with `lower` and `eval_shape`; `fn` itself where there is one process.
+        A function of the same arguments with `lower` and `eval_shape`; `fn` itself in a run of one process.
 
     Examples:
         >>> int(compiled_by_all(jax.jit(lambda x: x + 1))(1))
@@ -35,6 +36,6 @@ class _Waiting:
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         if (which := repr(static)) not in self._compiled:
             self._fn.lower(*arguments, **static).compile()  # the call finds it
-            all_agree("compiled", None)
+            wait_for_all("compiled")
             self._compiled.add(which)
         return self._fn(*arguments, **static)

@@ -1,9 +1,9 @@
-"""The coordinator of several processes, a process of its own, run as a file: `service.py PORT PROCESSES SECONDS`.
+"""The coordinator of a run of several processes, a separate process: `service.py PORT PROCESSES SECONDS`.
 
-First it calls the roll: every process says its number, its settings and versions, and none begins before all have come
-and agree. Then it runs the service of `jax.distributed`. JAX would run that inside process 0, whose death then kills
-the others at once, with a dump of the C++ library; here it outlives process 0 until the others have gone, so that they
-can say what happened. It ends by its stdin: a pipe that process 0 holds, and that closes with it.
+First it calls the roll: every process registers its index, settings and versions, and none continues until all have
+registered and agree. Then it runs the service of `jax.distributed`. JAX would run the service inside process 0, whose
+death would kill the others at once, with a dump of the C++ library. Here it outlives process 0 until the others have
+ended, so that they can report what happened. It ends when its stdin closes, a pipe held by process 0.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-LINGER = 60.0  # seconds, at most, that it stays for others after process 0
-LATE = 8.0  # seconds, at most, that it stays for those who come after something was wrong
-MESSAGE = 2**20  # bytes, at most
+LINGER = 60.0  # seconds that it stays, at most, for the other processes after process 0 has ended
+LATE = 8.0  # seconds that it stays, at most, to refuse processes that come after the roll call failed
+MESSAGE = 2**20  # bytes of a registration, at most
 _ADVICE = "start all processes with the same settings and versions"
 _ESTABLISHED = "01"
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
 
 class RollCall:
-    """Who has come, and what is wrong with it.
+    """Which processes have registered, and whether their values agree.
 
     Args:
-        processes: How many there are.
+        processes: Number of processes of the run.
 
     Examples:
         >>> roll = RollCall(2)
@@ -45,16 +45,23 @@ class RollCall:
 
     @property
     def complete(self) -> bool:
-        """Whether all are there."""
+        """Whether all processes have registered."""
         return len(self._here) == self._count
 
     @property
     def missing(self) -> list[int]:
-        """Those that are not there."""
+        """Indices of the processes that have not registered."""
         return [process for process in range(self._count) if process not in self._here]
 
     def take(self, message: dict[str, Any]) -> str | None:
-        """Takes what a process says of itself; returns what is wrong for all of them, if something is."""
+        """Registers a process.
+
+        Args:
+            message: Its "process" (index), "processes" (their number) and "identity" (values that must be equal).
+
+        Returns:
+            The reason why the run cannot start, for all processes; None if there is none so far.
+        """
         process, count, identity = message["process"], message["processes"], message["identity"]
         if count != self._count:
             return f"processes is {self._count} in process 0 and {count} in process {process}; {_ADVICE}"
@@ -70,7 +77,7 @@ class RollCall:
 
 
 def difference(right: dict[str, Any], values: dict[str, Any], *, process: int) -> str | None:
-    """The first value in which a process differs from process 0, in words."""
+    """The first value that a process does not share with process 0, as text for an error; None if all are equal."""
     for name in dict.fromkeys((*right, *values)):
         if right.get(name) != values.get(name):
             return f"{name} is {right.get(name)} in process 0 and {values.get(name)} in process {process}"
@@ -78,23 +85,23 @@ def difference(right: dict[str, Any], values: dict[str, Any], *, process: int) -
 
 
 def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[list[socket.socket], str | None]:
-    """Waits until all have come.
+    """Waits until all processes have registered and agree, process 0 has ended, or the time is over.
 
     Args:
-        listener: Where they come.
-        processes: How many there are.
-        seconds: To wait.
+        listener: The socket that they connect to.
+        processes: Number of processes of the run.
+        seconds: How long to wait.
 
     Returns:
-        Connections that wait for an answer, and what is wrong, if something is; then, of those too that were about to
-        say who they are.
+        The open connections, which wait for `answer`, and the reason why the run cannot start; None if it can. With a
+        reason, connections that have not registered yet are among them.
     """
     roll, limit = RollCall(processes), time.monotonic() + seconds
-    texts: dict[socket.socket, bytes] = {}  # of those that have not said all
+    texts: dict[socket.socket, bytes] = {}  # received so far of those that have not registered
     there: dict[socket.socket, int] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        with contextlib.suppress(OSError, ValueError):  # of a file
+        with contextlib.suppress(OSError, ValueError):  # stdin is a file
             selector.register(sys.stdin, selectors.EVENT_READ)
         while not roll.complete:
             if time.monotonic() > limit:
@@ -125,7 +132,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
                     if data and not texts[file].endswith(b"\n") and len(texts[file]) < MESSAGE:
                         continue
                     message = _read(texts.pop(file))
-                    if message is None:  # whoever that was
+                    if message is None:  # not one of our processes
                         selector.unregister(file)
                         file.close()
                         continue
@@ -136,6 +143,7 @@ def call_roll(listener: socket.socket, processes: int, seconds: float) -> tuple[
 
 
 def _read(text: bytes) -> dict[str, Any] | None:
+    """A registration; None if the text is not one."""
     try:
         message = json.loads(text)
         whole = isinstance(message["process"], int) and isinstance(message["identity"], dict)
@@ -145,26 +153,26 @@ def _read(text: bytes) -> dict[str, Any] | None:
 
 
 def answer(connections: Iterable[socket.socket], wrong: str | None) -> None:
-    """Tells all who have come whether they may begin."""
+    """Tells the connected processes whether they may start, and closes the connections; `wrong` is None if they may."""
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.settimeout(1.0)
             connection.sendall(json.dumps({"error": wrong}).encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
-            for _ in range(100):  # what is not read would tear the answer away
+            for _ in range(100):  # unread input would reset the connection, and lose the answer
                 if not connection.recv(MESSAGE):
                     break
         connection.close()
 
 
 def refuse(listener: socket.socket, wrong: str, *, count: int, seconds: float = LATE) -> None:
-    """Tells those who come later, too.
+    """Refuses the processes that connect after the roll call has failed.
 
     Args:
-        listener: Where they come.
-        wrong: What they are told.
+        listener: The socket that they connect to.
+        wrong: The reason, which they are told.
         count: How many are expected.
-        seconds: To wait for them.
+        seconds: How long to wait for them.
     """
     limit = time.monotonic() + seconds
     while count > 0 and (left := limit - time.monotonic()) > 0:
@@ -178,7 +186,7 @@ def refuse(listener: socket.socket, wrong: str, *, count: int, seconds: float = 
 
 
 def connections_to(port: int) -> int:
-    """How many are open to a port of this machine; 0 where the system does not say."""
+    """Number of established connections to a local TCP port; 0 where the system has no /proc/net/tcp."""
     total = 0
     for table in _TABLES:
         try:
@@ -191,10 +199,10 @@ def connections_to(port: int) -> int:
 
 
 def listen(port: int) -> socket.socket:
-    """Listens at a port, by IPv6 and IPv4 where there are both.
+    """A socket that listens at a port, for IPv6 and IPv4 where the system has both.
 
     Raises:
-        OSError: If it is taken.
+        OSError: If the port is in use.
     """
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
@@ -203,8 +211,8 @@ def listen(port: int) -> socket.socket:
 
 
 def main(port: int, processes: int, seconds: float) -> None:
-    """Serves until stdin ends and nobody is connected any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job; process 0 decides
+    """Runs the coordinator until stdin is closed and no process is connected any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # job managers signal all processes; process 0 decides
         signal.signal(number, signal.SIG_IGN)
     try:
         listener = listen(port)
@@ -218,15 +226,15 @@ def main(port: int, processes: int, seconds: float) -> None:
         refuse(listener, wrong, count=processes - len(there))
         return
     listener.close()
-    # a third of a second; all of jax takes several
+    # takes a third of a second to import; all of jax takes several
     from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
     service = _jax.get_distributed_runtime_service(
         f"[::]:{port}",
         processes,
-        heartbeat_timeout=600,  # the watch is quicker, and says what happened
+        heartbeat_timeout=600,  # `watch.py` is quicker, and reports what happened
         shutdown_timeout=1,
-        recoverable=True,  # one that is gone ends the others by the watch, not by an error of the library
+        recoverable=True,  # the watch ends the other processes, not an error of the library
     )
     answer(there, None)
     sys.stdin.buffer.read()

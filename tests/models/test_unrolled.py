@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from monarchrt.models.attention.base import NOWHERE
+from monarchrt.models.attention.base import NO_CONTEXT
 from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.sampling import LiveRollout, Rollout
@@ -116,7 +116,7 @@ class Numbered(DenseAttention):
 
     name = "numbered"
 
-    def attend_cache(self, cache, query, *, layer=None, context=NOWHERE):
+    def attend_cache(self, cache, query, *, layer=None, context=NO_CONTEXT):
         """Times 1, 2, ..."""
         assert context.layer is not None
         return super().attend_cache(cache, query, layer=layer, context=context) * (context.layer + 1)

@@ -33,7 +33,7 @@ MESHES = (
     ),
     Fault(
         "models/attention/base.py",
-        "over_any_cache(cls.attend_cache, nowhere=NOWHERE)",
+        "over_any_cache(cls.attend_cache, no_context=NO_CONTEXT)",
         "cls.attend_cache",
         SPLIT,
         "cache",

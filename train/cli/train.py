@@ -166,15 +166,15 @@ def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     with finish_first():
         from monarchrt.train.loop import plan, train
 
-    from monarchrt.models.processes.agreement import first
+    from monarchrt.models.processes.agreement import is_first_process
 
     if plans:
         planned = plan(config)
-        if first():
+        if is_first_process():
             _print_plan(planned, as_json=as_json)
         return 0
     result = train(config)
-    if not first():
+    if not is_first_process():
         return 0
     print(
         f"step {int(result.state.step)}: held-out loss {result.held_out_loss:.4f}; everything is in {result.folder}",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from monarch_jax import MonarchKVCache
-from monarchrt.models.attention.base import NOWHERE, Attention, Density, visible_share
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, Density, visible_share
 from monarchrt.models.attention.registry import register
 from monarchrt.models.attention.softmax import softmax_attention
 
@@ -86,7 +86,7 @@ class Gated(Attention):
     def reads(self, cache):
         return isinstance(cache, PooledCache)
 
-    def attend_cache(self, cache, query, *, layer=None, context=NOWHERE):
+    def attend_cache(self, cache, query, *, layer=None, context=NO_CONTEXT):
         inner = dataclasses.replace(cache.inner, length=cache.length)
         valid = inner.valid_frames
         tokens = valid * (inner.spec.grid[1] * inner.spec.grid[2])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarchrt.models.attention.base import NOWHERE, Attention, CacheShape, Context
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, CacheShape, Context
 from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.notation import parse
 
@@ -113,4 +113,4 @@ def test_a_kind_without_its_own_part_says_so():
         attend_clip = Attention.attend_clip
 
     with pytest.raises(NotImplementedError, match="Unfinished has no attend_clip"):
-        Unfinished()(*[jnp.zeros((1, 96, 2, 8))] * 3, grid=GRID, context=NOWHERE)
+        Unfinished()(*[jnp.zeros((1, 96, 2, 8))] * 3, grid=GRID, context=NO_CONTEXT)

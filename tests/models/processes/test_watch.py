@@ -7,12 +7,12 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.processes import agreement
 from monarchrt.models.processes.agreement import (
     AgreedStop,
-    all_agree,
-    by_first,
+    broadcast_value,
     check_shared,
-    first,
-    from_first,
-    least,
+    first_problem,
+    is_first_process,
+    run_in_first,
+    smallest,
 )
 from monarchrt.models.processes.joining import _words, joined
 from monarchrt.models.processes.watch import PATIENCE, Silence
@@ -47,12 +47,12 @@ def test_alone(tmp_path):
         raise UserError("no")
 
     with joined(None):
-        assert first()
-        assert from_first("question", lambda: {"a": 1}) == {"a": 1}
-        assert all_agree("question", "wrong") == "wrong"
+        assert is_first_process()
+        assert broadcast_value("question", lambda: {"a": 1}) == {"a": 1}
+        assert first_problem("question", "wrong") == "wrong"
         check_shared(tmp_path, option="folder")
         with pytest.raises(UserError, match="no"):
-            by_first("question", refuse)
+            run_in_first("question", refuse)
     stop = AgreedStop()
     assert (stop.due(1, None), stop.due(2, 15)) == (None, 15)
 
@@ -89,7 +89,7 @@ def test_the_least_of_what_all_have(monkeypatch):
 
     monkeypatch.setattr(agreement, "client", Coordinator)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert least("memory", 80) == 40
+    assert smallest("memory", 80) == 40
     assert kept["monarchrt/memory/0/0"] == "80"
 
 
