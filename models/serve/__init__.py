@@ -1,4 +1,4 @@
-"""Sessions: videos whose prompt changes while they are made, for several clients with one loaded model."""
+"""Sessions: videos whose prompt can change while they are generated, for several clients of one loaded model."""
 
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.limits import Limits

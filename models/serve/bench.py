@@ -1,4 +1,4 @@
-"""How fast videos are made: cold and steady, by stage, and whether play would stand still."""
+"""Timing of video generation: first and steady blocks, stages, and whether playback would stall."""
 
 import contextlib
 import importlib.metadata
@@ -23,20 +23,20 @@ from monarchrt.models.web.encodings import ENCODINGS
 
 PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-triton", "triton", "av", "numpy")
 SHARES = (50, 90, 99)
-STAGED = 28  # blocks at most that are made a stage at a time
-ENCODED = 5  # times that the text is encoded again
+STAGED = 28  # blocks, at most, that are timed stage by stage
+ENCODED = 5  # timed encodings of the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How blocks come, seen by who plays them.
+    """When blocks arrive, relative to playback at a fixed frame rate.
 
     Attributes:
-        first: Seconds to the first block.
-        gap_ms: Milliseconds between blocks, by percentile.
-        deadlines_met: Share of the blocks after the first that were there when their first frame was due.
-        underruns: How often play stood still.
-        stood: Seconds that it stood still for.
+        first: Seconds from the request to the first block.
+        gap_ms: Milliseconds between consecutive blocks, by percentile.
+        deadlines_met: Fraction of the blocks after the first that arrived before their first frame was due.
+        underruns: Number of times that playback stalled.
+        stood: Total seconds that it stalled.
     """
 
     first: float
@@ -47,7 +47,7 @@ class Cadence:
 
 
 def percentiles(values: Sequence[float], *, scale: float = 1000.0) -> dict[str, float]:
-    """The 50th, 90th and 99th percentile, of seconds in milliseconds.
+    """The 50th, 90th and 99th percentile, by default in milliseconds of values in seconds.
 
     Examples:
         >>> percentiles([0.1, 0.2, 0.3])
@@ -57,7 +57,7 @@ def percentiles(values: Sequence[float], *, scale: float = 1000.0) -> dict[str, 
 
 
 def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> Cadence:
-    """What play at a frame rate would see: it begins with the first block, and stands still for one that is late.
+    """Simulates playback that starts with the first block and stalls until a late block arrives.
 
     Examples:
         >>> seen = cadence([1.0, 1.4, 2.9], [8, 8, 8], fps=16.0)
@@ -65,12 +65,12 @@ def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> 
         (1.0, 0.5, 1, 0.9)
 
     Args:
-        arrivals: Seconds from the request to each block.
-        frames: Frames of each.
-        fps: Of play.
+        arrivals: Seconds from the request to each block, two blocks or more.
+        frames: Number of frames of each block.
+        fps: Frame rate of playback.
 
     Returns:
-        What is seen.
+        Delays and stalls.
     """
     due, late = arrivals[0], []
     for arrival, before in zip(arrivals[1:], frames, strict=False):
@@ -88,16 +88,16 @@ def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> 
 
 
 def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | None = None) -> dict[str, Any]:
-    """Makes three videos: one that compiles, one block after another as a stream, and one a stage at a time.
+    """Times three videos: one that includes compilation, one streamed block by block, and one stage by stage.
 
     Args:
-        engine: What makes them; nothing need be compiled.
-        blocks: Of the stream, 3 or more; and, up to 28, of the last.
-        fps: Of play.
-        prompt: Of the videos; None: the engine's sample.
+        engine: Generates them; its programs need not be compiled.
+        blocks: Blocks of the streamed video, at least 3. The staged one has as many, at most 28.
+        fps: Frame rate of playback.
+        prompt: Prompt of the videos; None for the engine's sample.
 
     Returns:
-        JSON values, by name; seconds unless the name says ms.
+        JSON values by name; times in seconds unless the name ends in `_ms`, memory in bytes.
     """
     said = engine.sample if prompt is None else prompt
     begin = time.perf_counter()
@@ -107,10 +107,10 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | Non
     cold, _, _ = _stream(engine, texts, 3)
     video = engine.video(texts, 0)
     video.generate()
-    video.count_anew()  # a long stream takes this program too, and sessions find it compiled
+    video.count_anew()  # long streams run this program too; sessions compile it when they start
     jax.block_until_ready(video.generate())
     arrivals, frames, compiled = _stream(engine, texts, blocks)
-    steady = np.diff(arrivals)[1:]  # the second block has the decoder's second program, and is still the start
+    steady = np.diff(arrivals)[1:]  # without the second block, whose decoder program differs from the later ones
     stages = _stages(engine, texts, min(blocks, STAGED))
     whole = [_seconds(lambda: engine.embed_anew(said)) for _ in range(ENCODED)]
     seen = cadence(arrivals, frames, fps=fps)
@@ -142,7 +142,7 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | Non
 
 
 def _on_each_device(engine: Engine) -> dict[str, Any]:
-    """The memory of each device, by its number, if there are several."""
+    """Memory in bytes by device number, if there are several devices."""
     devices = list(engine.held_on(1))
     return {} if len(devices) == 1 else {"memory_of_devices": {str(device.id): memory(device) for device in devices}}
 
@@ -154,9 +154,11 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[int], int]:
-    """Seconds until each block's frames are on the host, how many they are, and programs compiled on the way.
+    """Streams a video, as sessions do: the next block is dispatched before the frames of the previous one are fetched.
 
-    As in sessions, a block is under way before the one before is waited for.
+    Returns:
+        Seconds until each block's frames are on the host, the number of frames of each block, and the number of
+        programs compiled meanwhile.
     """
     programs: list[str] = []
 
@@ -187,9 +189,9 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
 
 
 def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
-    """Seconds of each block by stage, one waited for before the next; without the first two blocks.
+    """Seconds of each stage of each block, without the first two blocks; each stage ends before the next starts.
 
-    The network's latents, the decoder's frames until they are on the host, and each way in which they can go out.
+    The stages are the network, the decoder with the copy of its frames to the host, and each encoding.
     """
     video, state = engine.video(texts, 1), engine.start_decoder()
     names = ["network", "decoder", *engine.formats()]
@@ -212,7 +214,7 @@ def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on, and how: card, driver, priority (as `nice` sets it), versions, the commit of a checkout."""
+    """The environment of a measurement: device, driver, priority (as set by `nice`), versions, git commit."""
     device = jax.devices()[0]
     folder = Path(__file__).parent
     return {
@@ -229,7 +231,7 @@ def machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Of what is installed and may matter."""
+    """Versions of the installed packages among `PACKAGES`."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -238,7 +240,7 @@ def _versions() -> dict[str, str]:
 
 
 def _said(*command: str) -> str | None:
-    """The first line of a program's output; None if there is no such program, or it fails."""
+    """The first line that a program prints; None if it is not installed, or fails."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -247,7 +249,14 @@ def _said(*command: str) -> str | None:
 
 
 def memory(device: Any = None) -> dict[str, int]:
-    """Bytes on a device, by default the first, now and at most, where it says so; and of this process on the host."""
+    """Bytes in use, and at their peak, on a device.
+
+    Args:
+        device: The device; None for the first one, and the peak of this process on the host.
+
+    Returns:
+        `in_use` and `peak`, if the device reports them; `host_peak` without a device.
+    """
     stats = (device or jax.devices()[0]).memory_stats() or {}
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
     own = {name: int(stats[theirs]) for name, theirs in names.items() if theirs in stats}
@@ -255,6 +264,6 @@ def memory(device: Any = None) -> dict[str, int]:
 
 
 def _host_peak() -> int:
-    """Most bytes that this process had in memory; Linux counts them in KiB, macOS does not."""
+    """Peak resident bytes of this process; Linux reports KiB, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

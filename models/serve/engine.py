@@ -1,4 +1,4 @@
-"""What all sessions share: the network, the decoder and the text encoder, loaded once, and one set of programs."""
+"""What all sessions share: network, decoder and text encoder, loaded once, and one set of compiled programs."""
 
 import bisect
 import functools
@@ -32,23 +32,24 @@ type Encode = Callable[[Sequence[str]], Sequence[Float[Array, "1 L E"]]]
 
 
 class Engine:
-    """Makes videos of one size, with one set of compiled programs for all of them.
+    """Generates videos of one size, with one set of compiled programs for all of them.
 
     Args:
-        pipeline: Network and decoder, each on the devices that it was made for: blocks go from one to the other.
-        rollout: How blocks are made; it needs a window.
-        height: Of the latents.
-        width: Of the latents.
-        encode: Prompts to embeddings, all of one shape.
-        fps: Frames per second of play.
-        negative: The prompt of what is not wanted, if nothing else is said.
-        sample: A prompt that `encode` knows, to compile with.
-        begins: Numbers of frames that a video may begin with; none: it begins with nothing.
-        attentions: More settings of attention that a video may have, in their notation.
+        pipeline: Network and decoder, which may be on different devices; latents are copied from one to the other.
+        rollout: Sampling block by block; its window must be set.
+        height: Height of the latents.
+        width: Width of the latents.
+        encode: Maps prompts to embeddings, all of the same shape.
+        fps: Frames per second of playback.
+        negative: Default negative prompt.
+        sample: A prompt that `encode` accepts, for compilation.
+        begins: Allowed numbers of given frames at the start of a video; empty if videos cannot start from frames.
+        attentions: Attention settings that a video may use besides the network's own, in their notation.
         unroll: Whether to unroll the network's layers (`unroll_layers`).
 
     Raises:
-        UserError: If the roll-out has no window, or a number of frames does not make whole blocks.
+        UserError: If the roll-out has no window, a number in `begins` is not a whole number of blocks, or an attention
+            setting is invalid or does not fit the size.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class Engine:
             passes = default_passes(config.dtype, config.dim) if pipeline.mesh is None else None
             unrolled = {name: unroll_layers(model, cut=cut, passes=passes) for name, model in self.models.items()}
             self.networks, self.models = unrolled, {name: network.model for name, network in unrolled.items()}
-            # the stacked layers are let go of
+            # the stacked layers can be freed
             self.pipeline = VideoPipeline(next(iter(self.models.values())), pipeline.decoder, mesh=pipeline.mesh)
         self._finite = jax.jit(lambda latents, decoded: jnp.isfinite(latents).all() & decoded)
 
     def _check_sizes(self) -> None:
-        """Raises UserError unless blocks suit each setting of attention."""
+        """Raises UserError unless every attention setting accepts the blocks' shapes."""
         channels = self.pipeline.model.config.in_channels
         for name, model in self.models.items():
             try:
@@ -100,32 +101,32 @@ class Engine:
 
     @property
     def window(self) -> int:
-        """Latent frames that attention reaches back over."""
+        """Length of the attention window in latent frames."""
         return self.rollout.window or 0
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of the frames in pixels."""
         spatial = self.pipeline.decoder.spatial
         return self.latents[0] * spatial, self.latents[1] * spatial
 
     def count(self, block: int) -> int:
-        """Latent frames of a block."""
+        """Number of latent frames of a block, by its index."""
         return 1 if self.rollout.independent_first_frame and not block else self.rollout.block
 
     def first_latent(self, block: int) -> int:
-        """Index of a block's first latent frame; `first_latent(n)` is also how many the first n blocks have."""
+        """Index of a block's first latent frame, and so the number of latent frames of all blocks before it."""
         return 0 if not block else self.count(0) + (block - 1) * self.rollout.block
 
     def frames(self, blocks: int) -> int:
-        """Frames of the first blocks of a video."""
+        """Number of frames that the first `blocks` blocks of a video have."""
         return 0 if not blocks else 1 + (self.first_latent(blocks) - 1) * self.pipeline.decoder.temporal
 
     def blocks(self, frames: int, *, name: str = "frames") -> int:
-        """Blocks that make so many frames; errors call the number by a name.
+        """The number of blocks that a number of frames is; `name` is that of the number, for errors.
 
         Raises:
-            UserError: If they do not; names the numbers nearby that do.
+            UserError: If it is not a whole number of blocks; says which nearby numbers are.
         """
         blocks = self.most_blocks(frames)
         if not blocks or self.frames(blocks) != frames:
@@ -134,14 +135,18 @@ class Engine:
         return blocks
 
     def most_blocks(self, frames: int) -> int:
-        """Blocks that make at most so many frames."""
+        """The largest number of blocks with at most this many frames."""
         return bisect.bisect_right(range(frames + 1), frames, key=self.frames) - 1
 
     def attention(self, notation: str | None) -> str:
-        """The attention that is meant, as `models` names it.
+        """The key in `models` of an attention setting.
+
+        Args:
+            notation: The setting; None for the network's own.
 
         Raises:
-            UserError: If there is no such kind; `Refusal` if it is none of this engine's.
+            UserError: If the notation is invalid.
+            Refusal: If the engine has no programs for the setting.
         """
         if notation is None:
             return next(iter(self.models))
@@ -158,14 +163,14 @@ class Engine:
         return name
 
     def formats(self) -> list[str]:
-        """Ways in which frames of this size can go out."""
+        """Names of the encodings that can send frames of this size."""
         return [name for name, encoding in ENCODINGS.items() if encoding.mime(*self.size, self.fps)]
 
     def begins_with(self, frames: UInt8[np.ndarray, "T H W 3"]) -> int:
-        """Blocks that frames to begin with make.
+        """The number of blocks that given frames at the start of a video fill.
 
         Raises:
-            UserError: If they are of another size, or not as many as a video may begin with.
+            UserError: If their size is not the engine's, or their number is not in `begins`.
         """
         if not self.begins:
             raise UserError("this server starts no videos from images or clips: its --begin is 0")
@@ -176,19 +181,27 @@ class Engine:
         return self.blocks(len(frames))
 
     def encode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[Float[np.ndarray, "1 F h w C"]]:
-        """Latents of frames to begin with, by block."""
+        """The latents of given frames at the start of a video, one array for each block."""
         latents = np.asarray(self.pipeline.decoder.encode(frames[None]), np.float32)
         ends = [self.first_latent(block) for block in range(1, self.blocks(len(frames)))]
         return np.split(latents, ends, axis=1)
 
     def embed(self, prompt: str, negative: str | None) -> tuple[Array, Array | None]:
-        """Embeddings of a prompt and, with guidance, of the negative one; those of late are kept."""
+        """Embeddings of a prompt and of its negative prompt, from a cache of the 64 that were used last.
+
+        Args:
+            prompt: The prompt.
+            negative: The negative prompt; None for the engine's.
+
+        Returns:
+            Two embeddings; the second is None without guidance.
+        """
         if self.rollout.guidance == 1.0:
             return self._embedded(prompt), None
         return self._embedded(prompt), self._embedded(self._negative if negative is None else negative)
 
     def embed_anew(self, prompt: str) -> Array:
-        """The embedding of a prompt, computed whether it is kept or not."""
+        """The embedding of a prompt, without the cache."""
         return self._encode([prompt])[0]
 
     def _embedded(self, prompt: str) -> Array:
@@ -200,7 +213,16 @@ class Engine:
         return self._texts[prompt]
 
     def video(self, texts: tuple[Array, Array | None], seed: int, *, attention: str | None = None) -> LiveRollout:
-        """A video to be made."""
+        """A new video.
+
+        Args:
+            texts: Embeddings, as from `embed`.
+            seed: Seed of all noise.
+            attention: As in `attention`.
+
+        Returns:
+            The roll-out, before its first block.
+        """
         height, width = self.latents
         return LiveRollout(
             self.networks[self.attention(attention)],
@@ -220,21 +242,29 @@ class Engine:
     def decode(
         self, latents: Float[Array | np.ndarray, "1 F h w C"], state: Any
     ) -> tuple[UInt8[Array, "1 T H W 3"], Bool[Array, ""], Any]:
-        """Frames, whether they and the latents are numbers, and the state after; dispatched, not waited for."""
+        """Decodes a block; dispatches the computation and does not wait for it.
+
+        Args:
+            latents: The block's latents.
+            state: The decoder's state, from `start_decoder` or the block before.
+
+        Returns:
+            The frames, whether they and the latents are finite, and the next state.
+        """
         decoder, latents = self.pipeline.decoder, jnp.asarray(latents)
         frames, state = decoder.decode(latents, state)
-        decoded = decoder.finite(state)  # where the decoder is, to which the latents are copied while both go on
+        decoded = decoder.finite(state)  # on the decoder's device, to which the latents are copied asynchronously
         return frames, self._finite(jax.device_put(latents, decoded.sharding), decoded), state
 
     def held(self, sessions: int) -> tuple[int, int]:
-        """Bytes of the weights, and of the keys and values and the decoder's state of so many sessions.
+        """Bytes of the weights, and bytes of the caches and decoder states of a number of sessions.
 
-        Of several devices it is the one with the least room left for them.
+        Of several devices, those of the one with the least memory left.
         """
         return self._fullest(sessions)[1]
 
     def held_on(self, sessions: int) -> dict[Any, tuple[int, int]]:
-        """The same on each device that the network or the decoder is on."""
+        """As `held`, for every device that the network or the decoder is on."""
         config, decoder = self.pipeline.model.config, self.pipeline.decoder
         text = jnp.zeros((1, config.text_len, config.text_dim))
         texts = text, None if self.rollout.guidance == 1.0 else text
@@ -250,21 +280,21 @@ class Engine:
         return {device: on(device) for device in dict.fromkeys([*own, *others])}
 
     def _weights(self) -> tuple[list[Array], list[Array]]:
-        """Arrays of the network and of the decoder."""
+        """The weights of the network and of the decoder."""
         network = list(self.networks.values())[-1]
         params = network.params if isinstance(network, UnrolledWan) else nnx.state(network)
         parts = vars(self.pipeline.decoder)
         return jax.tree.leaves(params), jax.tree.leaves([parts.get("_state"), parts.get("_synthesis")])
 
     def _fullest(self, sessions: int) -> tuple[Any, tuple[int, int]]:
-        """The device with the least room left, and what it holds."""
+        """The device with the least memory left, and its two numbers of `held_on`."""
         return min(self.held_on(sessions).items(), key=lambda item: device_memory(item[0]) - sum(item[1]))
 
     def check_memory(self, sessions: int) -> None:
-        """Looks whether so many sessions fit into the memory of each device; before anything is compiled.
+        """Checks, before anything is compiled, that a number of sessions fits into the memory of every device.
 
         Raises:
-            UserError: If they do not; says how much they need.
+            UserError: If it does not; says how much memory they need.
         """
         device, (weights, each) = self._fullest(sessions)
         if weights + each > (there := device_memory(device)):
@@ -274,14 +304,14 @@ class Engine:
             )
 
     def _named(self, device: Any) -> str:
-        """What a message calls a device: its number, if there is more than one in use."""
+        """A device's name in messages, with its number if several devices are in use."""
         return "the device" if len(self.held_on(1)) == 1 else f"device {device.id}"
 
     def warm_up(self) -> None:
-        """Compiles everything that sessions run: blocks, another text, computing the past anew, coding both ways.
+        """Compiles all programs of sessions: blocks, a change of prompt, recomputing the cache, encoder and decoder.
 
         Raises:
-            UserError: If the device's memory is used up; says what was needed.
+            UserError: If a device runs out of memory; says how much was needed.
         """
         try:
             given = [self.encode(np.zeros((frames, *self.size, 3), np.uint8)) for frames in self.begins]
@@ -301,7 +331,7 @@ class Engine:
     def _warm_up(self, attention: str, given: Sequence[Sequence[np.ndarray]]) -> None:
         texts = self.embed(self.sample, None)
         video, state, past = self.video(texts, 0, attention=attention), self.start_decoder(), {}
-        needed = -(-self.window // self.rollout.block) + 2  # until frames are let go
+        needed = -(-self.window // self.rollout.block) + 2  # until the window drops frames
         for number in range(needed):
             frame = video.frame
             past[frame] = np.asarray(video.generate())
@@ -320,7 +350,7 @@ class Engine:
 
 
 def blended(old: tuple[Array, Array | None], new: tuple[Array, Array | None], share: float) -> tuple[Array, Any]:
-    """Embeddings between two pairs of them."""
+    """Linear interpolation between two pairs of embeddings of `Engine.embed`; share 0 is the old pair, 1 the new."""
     weight = np.float32(share)
     (text, negative), (next_text, next_negative) = old, new
     mixed = None
@@ -330,7 +360,7 @@ def blended(old: tuple[Array, Array | None], new: tuple[Array, Array | None], sh
 
 
 def _with_attentions(model: WanModel, attentions: Sequence[str]) -> Mapping[str, WanModel]:
-    """The network with each setting of attention, its own first; all share their weights."""
+    """The network with each attention setting, its own first; all share the same weights."""
     models = {to_text(model.config.attention): model}
     for notation in attentions:
         try:
@@ -346,12 +376,12 @@ def _bytes(arrays: Sequence[Any]) -> int:
 
 
 def _devices(arrays: Sequence[Array]) -> list[Any]:
-    """Those that arrays are on, in order."""
+    """The devices that arrays are on, ordered by number."""
     return sorted({device for array in arrays for device in array.devices()}, key=lambda device: device.id)
 
 
 def _bytes_on(device: Any, arrays: Sequence[Array]) -> int:
-    """Of the parts of arrays that are on a device."""
+    """Bytes of the parts of arrays that are on a device."""
     shapes = [array.sharding.shard_shape(array.shape) if device in array.devices() else (0,) for array in arrays]
     return sum(math.prod(shape) * array.dtype.itemsize for shape, array in zip(shapes, arrays, strict=True))
 

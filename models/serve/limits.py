@@ -1,29 +1,32 @@
-"""What the clients of a server may ask for."""
+"""Limits of what the clients of a server may ask for."""
 
 import dataclasses
 from dataclasses import dataclass
 
 from monarchrt.models.errors import UserError
 
-MOST_OF_ALL = 10_000_000  # of what a server may be told, such as four months of seconds
+MOST_OF_ALL = 10_000_000  # upper bound of every limit; as seconds, four months
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What clients may ask for.
+    """Limits for the clients of a server.
 
     Attributes:
-        sessions: That make videos at once; each holds a cache of keys and values.
-        waiting: That wait for one of these to end.
-        seconds: Of video in a session.
+        sessions: Sessions that generate at the same time; each holds a cache of keys and values.
+        waiting: Sessions in the queue for one of these places.
+        seconds: Seconds of video in a session.
         idle: Seconds without a message after which a session ends.
         prompt: Characters of a prompt.
         message: Bytes of a message.
-        kept: Blocks of latents that are kept of each, to go back to and to save.
-        frames: That wait for a client to read them.
-        videos: Saved ones that can be fetched; the oldest goes.
-        upload: Bytes of an image or a clip to begin with.
-        uploads: Of them that wait for their session; the oldest goes.
+        kept: Blocks of latents that a session keeps, for `seek` and `save`.
+        frames: Frames that wait for a client to read them; the oldest are dropped.
+        videos: Saved videos that can be fetched; the oldest are deleted.
+        upload: Bytes of an uploaded image or clip.
+        uploads: Uploads that wait for their session; the oldest are deleted.
+
+    Raises:
+        UserError: If a limit is less than 1 (`waiting`: 0) or more than 10 million.
     """
 
     sessions: int = 4

@@ -1,4 +1,4 @@
-"""From a checkpoint to an engine."""
+"""Creates an engine from a checkpoint, or with random weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,20 +31,20 @@ def load_engine(
     begins: Sequence[int] | None = (),
     attentions: Sequence[str] = (),
 ) -> Engine:
-    """Loads everything that sessions are made with: of a Wan checkpoint and its parts, or of a run folder.
+    """Loads the network, decoder and text encoder of a Wan checkpoint, or the network and decoder of a run folder.
 
     Args:
-        config: The settings of a generation; of all its videos.
-        unroll: Whether to unroll the network's layers (`unroll_layers`); None: with a GPU, and no mesh.
-        report: Takes lines for the person who waits.
-        begins: As `Engine`; None: the frames of the first block.
-        attentions: As `Engine`.
+        config: Settings that apply to all videos; `mode` is always autoregressive.
+        unroll: Whether to unroll the network's layers (`unroll_layers`); None: on a GPU without a mesh.
+        report: Called with lines of progress.
+        begins: As in `Engine`; None: as many frames as the first block has.
+        attentions: As in `Engine`.
 
     Returns:
-        The engine; nothing is compiled yet.
+        The engine, before compilation.
 
     Raises:
-        UserError: If something is missing, or a setting does not fit.
+        UserError: If a file is missing, a setting is invalid, or there are several processes.
     """
     config = _block_by_block(config)
     opened = open_checkpoint(config)
@@ -53,26 +53,26 @@ def load_engine(
     else:
         material = opened.material(dataclasses.replace(config, condition=NO_CONDITION))
         report("note: a run folder was trained without text; prompts have no effect")
-        encode = _untold(material)
+        encode = _without_text(material)
     return _engine(material.plan, material.pipeline, encode, unroll, report, begins=begins, attentions=attentions)
 
 
 def random_engine(
     config: GenerateConfig, *, preset: str, unroll: bool | None = None, report: Callable[[str], None]
 ) -> Engine:
-    """An engine with random weights, to see how fast a machine is with networks of a size; it makes noise.
+    """An engine with random weights, for timing: it generates noise, by few-step sampling as Self-Forcing models do.
 
     Args:
-        config: The settings of a generation; of `decoder`, the name of one.
-        preset: Sizes of the network, a name of `wan_config`; it makes videos as Self-Forcing's generators do.
+        config: Settings as in `load_engine`; `decoder` must be the name of one.
+        preset: Preset of `wan_config` for the network's sizes.
         unroll: As in `load_engine`.
-        report: Takes lines for the person who waits.
+        report: Called with lines of progress.
 
     Returns:
-        The engine; nothing is compiled yet.
+        The engine, before compilation.
 
     Raises:
-        UserError: If the preset is unknown, or a setting does not fit or needs weights.
+        UserError: If the preset is unknown, or a setting is invalid or needs a checkpoint.
     """
     config = _block_by_block(config)
     check_precision(config)
@@ -113,10 +113,14 @@ def random_engine(
 
 
 def _block_by_block(config: GenerateConfig) -> GenerateConfig:
-    """The settings, block by block; refused if several processes would have to take turns in step."""
+    """The settings for generation block by block.
+
+    Raises:
+        UserError: If there are several processes.
+    """
     if (count := jax.process_count()) > 1:
         raise UserError(f"there are {count} processes, but sessions run in one process, on its own devices; start one")
-    return dataclasses.replace(config, mode="autoregressive", unroll_layers="auto")  # the engine does that
+    return dataclasses.replace(config, mode="autoregressive", unroll_layers="auto")  # the engine unrolls
 
 
 def _engine(
@@ -170,8 +174,8 @@ def _wan(config: GenerateConfig, opened: WanCheckpoint, report: Callable[[str], 
     return encoder, material
 
 
-def _untold(material: Material) -> Encode:
-    """Of a network without text."""
+def _without_text(material: Material) -> Encode:
+    """The encoder for a network trained without text: every prompt has the same embedding."""
 
     def encode(prompts: Sequence[str]):
         return [jnp.asarray(material.text) for _ in prompts]

@@ -1,4 +1,4 @@
-"""What a client may say to a session, one JSON object a message; and what is wrong with other messages."""
+"""The messages of clients, one JSON object each: parsing and validation."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ LARGEST_SEED = 2**32 - 1
 
 
 class Refusal(UserError):
-    """A message that is not done; the session goes on.
+    """A message that is refused; the session continues.
 
     Attributes:
-        code: A name for programs, such as "invalid" or "full".
-        id: The message's, if it had one.
+        code: Machine-readable reason, such as "invalid" or "full".
+        id: The message's id, if it had one.
     """
 
     def __init__(self, message: str, *, code: str = "invalid", id: str | None = None):
@@ -26,10 +26,10 @@ class Refusal(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Any message.
+    """Base class of the messages.
 
     Attributes:
-        id: The client's own name for it, which comes back in the answer.
+        id: Chosen by the client; the answer repeats it.
     """
 
     type: ClassVar[str]
@@ -38,23 +38,23 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Message):
-    """Begins the session's video. Sizes, window and sinks are the server's; to name others is an error.
+    """Starts a video. `height`, `width`, `window` and `sink_frames` must be the server's, if given.
 
     Attributes:
         prompt: What the video shows.
-        negative: What it should not show, for models with guidance; None: the model's own.
-        seed: Of all noise.
-        frames: Frames of the video, whole blocks of them; None: until it is stopped, or the server's limit.
-        height: In pixels.
-        width: In pixels.
-        window: Latent frames that attention reaches back over.
-        sink_frames: Leading latent frames that it never lets go.
-        pace: Whether frames are made as fast as they are played, not faster.
-        paused: Whether it waits for `resume` or `step`.
-        video: How frames go out: "jpeg", one a message, "mp4", a block a message, or "webrtc".
-        offer: With "webrtc", the client's description of its connection, SDP with all candidates.
-        begin: Of an image or a clip that was sent to `/upload`: the video begins with it.
-        attention: Its notation, one of those that the server has; None: the first of them.
+        negative: Negative prompt, for models with guidance; None for the server's.
+        seed: Seed of all noise.
+        frames: Number of frames, a whole number of blocks; None: until it is stopped or reaches the server's limit.
+        height: Height in pixels.
+        width: Width in pixels.
+        window: Length of the attention window in latent frames.
+        sink_frames: First latent frames, which the window never drops.
+        pace: Whether to generate at the speed of playback instead of as fast as possible.
+        paused: Whether to wait for `resume` or `step` before the first block.
+        video: Encoding: "jpeg" (a message for each frame), "mp4" (a message for each block) or "webrtc".
+        offer: For "webrtc", the client's SDP offer with all ICE candidates.
+        begin: Name of an upload (`/upload`), an image or a clip that the video starts with.
+        attention: One of the server's attention settings; None for the first.
     """
 
     type = "start"
@@ -76,14 +76,13 @@ class Start(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Message):
-    """Another text for the blocks that follow.
+    """Changes the prompt from the next block on.
 
     Attributes:
         prompt: What the video shows from now on.
         negative: As in `start`.
-        recache: Whether keys and values of the frames so far are computed anew, as the new text has them: the change
-            is quicker to see.
-        blend: Blocks over which the old text's embedding goes over into the new one's.
+        recache: Whether to recompute the cached keys and values with the new text, so that the change shows sooner.
+        blend: Number of additional blocks over which the old embedding is interpolated to the new one.
     """
 
     type = "prompt"
@@ -95,21 +94,25 @@ class Prompt(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Pause(Message):
-    """Makes no more blocks for now."""
+    """Pauses generation after the current block."""
 
     type = "pause"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(Message):
-    """Goes on."""
+    """Resumes generation after `pause` or `step`."""
 
     type = "resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Message):
-    """Makes some blocks, and is paused after them."""
+    """Generates some blocks, then pauses.
+
+    Attributes:
+        blocks: Number of blocks, in addition to those of earlier `step` messages that are still to come.
+    """
 
     type = "step"
     blocks: int = 1
@@ -117,7 +120,11 @@ class Step(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Seek(Message):
-    """Goes on at a block again, from the latents before it; those from it on are forgotten."""
+    """Goes back to a block and generates it again; it and all later blocks are discarded.
+
+    Attributes:
+        block: Index of the block; the latents before it that attention needs must still be kept.
+    """
 
     type = "seek"
     block: int
@@ -125,7 +132,7 @@ class Seek(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Save(Message):
-    """Makes an mp4 of the blocks that are kept, to be fetched."""
+    """Saves the blocks that are kept as an mp4 on the server, from where it can be fetched."""
 
     type = "save"
 
@@ -139,7 +146,7 @@ class Stop(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Ping(Message):
-    """Says that the client is there; the answer is `pong`."""
+    """Keeps the session from being idle; the answer is `pong`."""
 
     type = "ping"
 
@@ -154,7 +161,7 @@ MOST = {"seed": LARGEST_SEED, "blend": 64, "blocks": 1024, "block": 2**31 - 1}
 
 
 def parse_message(text: str, *, longest_prompt: int = 4000) -> Message:
-    """The message that a client sent.
+    """Parses a client's message.
 
     Examples:
         >>> parse_message('{"type": "seek", "block": 3}')
@@ -165,10 +172,10 @@ def parse_message(text: str, *, longest_prompt: int = 4000) -> Message:
         longest_prompt: Characters that a prompt may have.
 
     Returns:
-        The message.
+        The message, with all values checked.
 
     Raises:
-        Refusal: If it is not JSON object, of no known type, lacks a field, or has one that is unknown or out of range.
+        Refusal: If it is not a JSON object, its type is unknown, or a field is missing, unknown or out of range.
     """
     try:
         values = json.loads(text, parse_constant=_no_number)

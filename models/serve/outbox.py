@@ -1,4 +1,4 @@
-"""What waits to be sent to a client: never more than a few seconds of it, whether the client reads or not."""
+"""The queue of frames and events for a client, of bounded size whether the client reads or not."""
 
 import threading
 from collections import deque
@@ -14,7 +14,7 @@ MOST_EVENTS = 512
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Frames in order, of which the first has this index; encoded, or on the way to it."""
+    """Consecutive frames in one message, the first of which has this index; encoded, or a future of it."""
 
     index: int
     block: int
@@ -27,7 +27,7 @@ class _Pictures:
 
 
 class Outbox:
-    """Frames and events in order. If there are too many frames the oldest go, and the client is told how many.
+    """A thread-safe queue of frames and events. If it is full, the oldest frames are dropped; an event says how many.
 
     Examples:
         >>> box = Outbox(frames=2)
@@ -39,8 +39,11 @@ class Outbox:
         (b'\\x00\\x00\\x00\\x01', 1)
 
     Args:
-        frames: That may wait; of a message that holds more, one may.
-        notify: Called, in any thread, when there is something to take.
+        frames: Frames that may wait; a single message may hold more.
+        notify: Called, from any thread, when there is something to take.
+
+    Attributes:
+        dropped: Number of frames dropped so far.
     """
 
     def __init__(self, *, frames: int, notify: Callable[[], None] = lambda: None):
@@ -55,13 +58,13 @@ class Outbox:
 
     @property
     def empty(self) -> bool:
-        """Whether everything was taken."""
+        """Whether nothing waits."""
         return not self._items and not self._untold
 
     def event(self, type: str, **values: Any) -> None:
-        """Adds an event; values that are None are left out."""
+        """Adds an event of a type; values that are None are left out."""
         with self._lock:
-            if self._events >= MOST_EVENTS:  # it has not read for very long, and will be let go
+            if self._events >= MOST_EVENTS:  # the client has not read for long, and will be disconnected
                 self._forget(dict)
             self._events += 1
             self._items.append({"type": type} | {name: value for name, value in values.items() if value is not None})
@@ -72,7 +75,14 @@ class Outbox:
         self.pictures(index, block, encoded)
 
     def pictures(self, index: int, block: int, encoded: bytes | Future[Any], *, frames: int = 1) -> None:
-        """Adds frames, of which the first has an index, in one message; they may still be under way."""
+        """Adds the frames of one message.
+
+        Args:
+            index: Index of the first frame in the video.
+            block: Index of their block.
+            encoded: The encoded frames, or a future of them.
+            frames: How many they are.
+        """
         with self._lock:
             while self._waiting and self._waiting + frames > self._limit:
                 gone = self._forget(_Pictures)
@@ -86,31 +96,35 @@ class Outbox:
             self._notify()
 
     def _forget(self, kind: type) -> int:
-        """Lets the oldest of a kind go; its frames."""
+        """Removes the oldest item of a kind; returns its number of frames."""
         at = next(at for at, item in enumerate(self._items) if isinstance(item, kind))
         item = self._items[at]
         del self._items[at]
         return self._gone(item)
 
     def _gone(self, item: dict[str, Any] | _Pictures) -> int:
-        """Counts what is not here any more."""
+        """Updates the counts for an item that was removed; returns its number of frames."""
         if isinstance(item, dict):
             self._events -= 1
             return 0
         self._waiting -= item.frames
         if isinstance(item.encoded, Future):
-            item.encoded.cancel()  # of no use, if it has not begun
+            item.encoded.cancel()  # not needed any more; does nothing if it is running
         return item.frames
 
     def clear_frames(self) -> None:
-        """Lets all frames go that were not sent: after a seek they are of another past, and not missed."""
+        """Removes all frames without counting them as dropped, as after a seek."""
         with self._lock:
             for item in [item for item in self._items if isinstance(item, _Pictures)]:
                 self._gone(item)
             self._items = deque(item for item in self._items if isinstance(item, dict))
 
     def take(self) -> dict[str, Any] | bytes | None:
-        """The next to be sent; None if there is nothing, or it is still being encoded."""
+        """Removes and returns the next message: an event, or the bytes of frames (`picture`).
+
+        Returns:
+            The message; None if there is none, or its frames are still being encoded.
+        """
         with self._lock:
             if self._untold:
                 told, self._untold = self._untold, 0
@@ -126,7 +140,7 @@ class Outbox:
 
 
 def _sent(item: _Pictures) -> dict[str, Any] | bytes:
-    """A message with the frames; or an error, if they could not be encoded."""
+    """The message with the frames, or an error event if encoding failed."""
     encoded = item.encoded
     if isinstance(encoded, Future):
         if (error := encoded.exception()) is not None:

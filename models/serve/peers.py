@@ -1,7 +1,7 @@
-"""Frames as the media of a WebRTC connection, one for each video: offer and answer go over the session's websocket.
+"""Frames over WebRTC, one connection for each video; offer and answer go over the session's websocket.
 
-The extra `monarchrt[webrtc]` (aiortc). No server of others is asked for addresses unless `Ice` names one, and frames
-leave from the address that the server listens on, no other.
+Needs the extra `monarchrt[webrtc]` (aiortc). No STUN or TURN server is contacted unless `Ice` names one, and frames are
+sent only from the address that the server listens on.
 """
 
 import asyncio
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from aiortc import RTCPeerConnection
     from aiortc.mediastreams import MediaStreamTrack
 
-WEBRTC = "webrtc"  # of `video` in `start`
+WEBRTC = "webrtc"  # value of `video` in `start`
 INSTALL = "aiortc is not installed (pip install 'monarchrt[webrtc]')"
-CONNECTING = 20.0  # seconds for a connection to come about
-LINGERING = 0.5  # seconds after the last frame, which is still on its way
-CLOSING = 2.0  # seconds for a connection to be closed
-MOST_CANDIDATES = 16  # addresses of an offer that are tried
-CLOCK = 90_000  # ticks a second, of RTP video
+CONNECTING = 20.0  # seconds until a connection must be established
+LINGERING = 0.5  # seconds for the last frame to arrive before the connection closes
+CLOSING = 2.0  # seconds that closing a connection may take
+MOST_CANDIDATES = 16  # candidates of an offer that are tried
+CLOCK = 90_000  # ticks per second of RTP video
 _ICE = re.compile(r"(?P<scheme>stun|turns?):(?P<host>[^\s:?/@]+)(:(?P<port>\d{1,5}))?(\?transport=(?P<over>udp|tcp))?")
 
 
 def installed() -> bool:
-    """Whether the extra is there."""
+    """Whether aiortc is installed."""
     return importlib.util.find_spec("aiortc") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ice:
-    """Servers that help peers to find each other across networks; none is asked by default.
+    """STUN and TURN servers, by which peers in different networks connect; none by default.
 
     Examples:
         >>> Ice(servers=("stun:stun.example.org",)).described()
@@ -55,11 +55,11 @@ class Ice:
 
     Attributes:
         servers: At most one `stun:HOST:PORT`, and one `turn:HOST:PORT` or `turns:HOST:PORT?transport=tcp`.
-        username: Of the TURN server.
-        credential: Of the TURN server; clients are told it too, since they need it.
+        username: User name for the TURN server.
+        credential: Password for the TURN server. Clients get it too, since they use the same server.
 
     Raises:
-        UserError: If an address is none, there are two of a kind, or a TURN server lacks its name or credential.
+        UserError: If an address is invalid, there are two of a kind, or a TURN server lacks user name or credential.
     """
 
     servers: tuple[str, ...] = ()
@@ -90,21 +90,21 @@ class Ice:
             raise UserError(f"{name} has no effect without a TURN server; give one with --ice-servers turn:HOST:PORT")
 
     def described(self) -> list[dict[str, str]]:
-        """As `RTCPeerConnection` takes it in browsers, and aiortc's `RTCIceServer`."""
+        """The servers in the form of `iceServers` in browsers, and of aiortc's `RTCIceServer`."""
         secret = {"username": self.username or "", "credential": self.credential or ""}
         return [{"urls": url} | (secret if url.startswith("turn") else {}) for url in self.servers]
 
 
 class MediaOutbox(Outbox):
-    """Frames wait for a connection of their own, and events in the outbox of the client.
+    """Queues frames for a WebRTC connection, and passes events on to the client's own outbox.
 
     Args:
-        events: Of the client.
-        frames: That may wait.
-        notify: As in `Outbox`, of frames, and at the end.
+        events: The client's outbox.
+        frames: Frames that may wait.
+        notify: As in `Outbox`, for frames and for the end of the video.
 
     Attributes:
-        over: Whether no more frames come.
+        over: Whether the video has ended, so that no more frames come.
     """
 
     def __init__(self, events: Outbox, *, frames: int, notify: Callable[[], None]):
@@ -112,7 +112,7 @@ class MediaOutbox(Outbox):
         self._told, self.over = events, False
 
     def event(self, type: str, **values: Any) -> None:
-        """Adds an event to the client's. After the end no frames come; those of a video that was broken off all go."""
+        """Adds an event to the client's outbox; "ended" ends the video, and drops its frames unless it was complete."""
         self._told.event(type, **values)
         if type == "ended":
             if values["reason"] not in ("finished", "longest"):
@@ -121,14 +121,14 @@ class MediaOutbox(Outbox):
             self._notify()
 
     def next_frame(self) -> bytes | None:
-        """The next frame; None if there is none now. What was dropped before it, or went wrong, the client is told."""
+        """Removes and returns the next frame, None if none is ready; events before it go to the client."""
         while isinstance(item := self.take(), dict):
             self.event(**item)
         return item
 
 
 def yuv420(frames: UInt8[np.ndarray, "t H W 3"], index: int = 0, fps: float = 0.0) -> bytes:
-    """The first of the frames as planes, brightness and colours at half the resolution, as video codecs take them.
+    """The first frame in planar YUV 4:2:0, the input format of video codecs; `index` and `fps` are not used.
 
     Examples:
         >>> len(yuv420(np.zeros((1, 8, 16, 3), np.uint8)))
@@ -142,22 +142,22 @@ MEDIA = Encoding(WEBRTC, False, yuv420, lambda height, width, fps: None)
 
 
 class Peer:
-    """A connection to one client, for the frames of one video.
+    """A WebRTC connection to one client, for the frames of one video.
 
-    Frames go out at the rate of play, whatever they are made at; the oldest of too many are dropped, and the client is
-    told. A connection ends with its video, when the last frame was sent.
+    Frames are sent at the playback rate, however fast they are generated; if too many wait, the oldest are dropped and
+    the client is told. The connection closes after the last frame of its video.
 
     Args:
         events: The client's outbox.
-        offer: Its description of the connection, SDP, which receives one video.
-        size: Height and width of the frames; even.
-        fps: Of play.
-        frames: That may wait.
-        host: What the server listens on.
-        ice: Servers that help.
+        offer: The client's SDP offer to receive one video.
+        size: Height and width of the frames, both even.
+        fps: Frame rate of playback.
+        frames: Frames that may wait.
+        host: Address that the server listens on.
+        ice: STUN and TURN servers.
 
     Raises:
-        UserError: If it is no offer of a connection that receives one video.
+        UserError: If the offer is not one to receive one video.
     """
 
     def __init__(
@@ -172,29 +172,31 @@ class Peer:
         self._began = self._due = time.monotonic()
 
     def _notify(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is told any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._news.set)
 
     def close(self) -> None:
-        """It ends now."""
+        """Closes the connection now; `run` returns."""
         self._closed = True
         self._over.set()
 
     async def run(self, *, answered: Callable[[str], None], lost: Callable[[str], None]) -> None:
-        """Connects, and lasts as long as the connection.
+        """Connects and sends frames; returns when the connection is closed.
 
         Args:
-            answered: Takes the answer to the offer, SDP.
-            lost: Takes the reason why the connection did not come about, or broke off.
+            answered: Called with the SDP answer to the offer.
+            lost: Called with the reason if connecting fails or the connection breaks.
         """
         from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection
 
-        servers = [RTCIceServer(**each) for each in self._ice.described()]  # else aiortc's default, a server of others
+        servers = [
+            RTCIceServer(**each) for each in self._ice.described()
+        ]  # without, aiortc would use a public STUN server
         connection = RTCPeerConnection(RTCConfiguration(iceServers=servers))
         connection.on("connectionstatechange", lambda: self._changed(connection.connectionState))
         try:
             why = await self._last_as_long(connection, answered)
-        except Exception as error:  # of a library that trusts what it reads
+        except Exception as error:  # aiortc does not validate its input
             why = f"offer cannot be answered ({type(error).__name__}: {printable(str(error), 80)})"
         if why is not None and not self._closed:
             lost(why)
@@ -205,7 +207,7 @@ class Peer:
         self.outbox.clear_frames()
 
     async def _last_as_long(self, connection: "RTCPeerConnection", answered: Callable[[str], None]) -> str | None:
-        """Until it is over; why, if it should not be."""
+        """Connects and waits for the end; returns the reason if it ended too early, else None."""
         from aiortc import RTCSessionDescription
 
         transceiver = connection.addTransceiver(_track(self._picture), direction="sendonly")
@@ -241,7 +243,7 @@ class Peer:
                 await asyncio.sleep(LINGERING)
                 self._over.set()
                 return None
-            self._news.clear()  # what comes from now on sets it when this waits
+            self._news.clear()  # before waiting: a frame that comes now sets it again
             await self._news.wait()
         now = time.monotonic()
         await asyncio.sleep(max(0.0, self._due - now))
@@ -253,7 +255,11 @@ class Peer:
 
 
 def _track(picture: Callable[[], Awaitable[av.VideoFrame | None]]) -> "MediaStreamTrack":
-    """Frames as aiortc takes them; it encodes them, and asks for the next."""
+    """A video track of aiortc, which asks for frames and encodes them.
+
+    Args:
+        picture: Returns the next frame when it is due; None after the last.
+    """
     from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 
     class Track(MediaStreamTrack):
@@ -268,17 +274,25 @@ def _track(picture: Callable[[], Awaitable[av.VideoFrame | None]]) -> "MediaStre
 
 
 def read_offer(offer: str, host: str) -> str:
-    """An offer, less the addresses that a server at `host` does not try: clients reach it, it need not reach them.
+    """Validates an SDP offer and removes candidates that the server should not try.
 
-    One on this machine only tries none, and others none that are names.
+    A server that only this machine can reach tries none, since clients connect to it. Others try at most 16, only over
+    UDP, and no host names, which would have to be resolved.
 
     Examples:
         >>> read_offer("hello", "127.0.0.1")
         Traceback (most recent call last):
         monarchrt.models.errors.UserError: offer has 0 media; it must be SDP that receives one video
 
+    Args:
+        offer: The client's SDP.
+        host: Address that the server listens on.
+
+    Returns:
+        The offer with the remaining candidates.
+
     Raises:
-        UserError: If it is no description of a connection that receives one video.
+        UserError: If it is not an offer to receive one video.
     """
     lines = offer.splitlines()
     media = [line for line in lines if line.startswith("m=")]
@@ -294,7 +308,7 @@ def read_offer(offer: str, host: str) -> str:
     text = "\r\n".join(kept) + "\r\n"
     try:
         described = SessionDescription.parse(text).media[0]
-    except Exception as error:  # of a parser that trusts what it reads
+    except Exception as error:  # the parser does not validate its input
         raise UserError(f"offer is not SDP ({type(error).__name__}: {printable(str(error), 80)})") from error
     ice, dtls = described.ice, described.dtls
     if ice is None or not ice.usernameFragment or not ice.password or dtls is None or not dtls.fingerprints:
@@ -303,7 +317,7 @@ def read_offer(offer: str, host: str) -> str:
 
 
 def _is_address(candidate: str) -> bool:
-    """Whether a candidate is an address over UDP, and no name that would have to be looked up; RFC 8839, 5.1."""
+    """Whether a candidate is an IP address over UDP, not a host name; RFC 8839, section 5.1."""
     parts = candidate.split()
     try:
         return parts[2].lower() == "udp" and bool(ipaddress.ip_address(parts[4]))
@@ -312,14 +326,14 @@ def _is_address(candidate: str) -> bool:
 
 
 def _addresses(host: str) -> list[str] | None:
-    """Where frames leave from, if a server listens on `host`; None: all addresses of this machine."""
+    """Addresses that frames are sent from if the server listens on `host`; None for all of this machine."""
     if host in ("", "0.0.0.0", "::"):
         return None
     return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)))
 
 
 def _listen_at(connection: "RTCPeerConnection", addresses: list[str] | None) -> None:
-    """Has a connection listen on these addresses alone: by itself, aioice takes all but that of this machine alone."""
+    """Restricts a connection to these local addresses; by default aioice uses all except the loopback address."""
     if addresses is None:
         return
     for transceiver in connection.getTransceivers():

@@ -1,6 +1,6 @@
-"""Sessions over the network: their websocket, images and clips to begin with, saved videos, health and metrics.
+"""The server of sessions: websocket, uploads, saved videos, health and metrics.
 
-A client that reads too slowly misses frames, and none is ever waited for.
+Generation never waits for a client: one that reads too slowly misses frames.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ __all__ = ["Address", "Server", "run_server"]
 
 
 class Server(WebServer):
-    """Serves an engine's sessions while open: computing in one thread, the network in the loop that it is opened in.
+    """Serves an engine's sessions. One thread generates; networking runs in the event loop in which it is opened.
 
     Args:
-        engine: What makes videos.
+        engine: Generates the videos.
         address: Where to listen.
-        limits: For clients.
-        title: Of the page.
-        ice: With it, frames may go over WebRTC too, for which the extra `webrtc` is needed.
+        limits: Limits for clients.
+        title: Title of the page.
+        ice: STUN and TURN servers, perhaps none; if given, frames can be sent over WebRTC.
 
     Raises:
-        UserError: If `ice` is given, and the extra is not installed.
+        UserError: If `ice` is given, but the extra `webrtc` is not installed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Server(WebServer):
         self._stack = contextlib.ExitStack()
 
     def extend(self, app: web.Application) -> None:
-        """Sessions begin and end with the application."""
+        """Adds the routes; the sessions' thread starts and stops with the application."""
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/metrics", self._measured)
         app.router.add_get("/video/{name}", self._video)
@@ -75,7 +75,7 @@ class Server(WebServer):
         app.cleanup_ctx.append(self._computing)
 
     def connect(self, notify: Callable[[], None]) -> "_Client":
-        """A client whose sessions follow each other."""
+        """A client of one connection, which can have several sessions, one after the other."""
         client = _Client(self, notify)
         self._clients.add(client)
         return client
@@ -97,11 +97,11 @@ class Server(WebServer):
         self._stack.close()
 
     async def _goodbye(self, app: web.Application) -> None:
-        """All sessions end after the block in the making; clients are told so."""
+        """Ends all sessions after the current block and tells the clients."""
         self.sessions.shut("server stopped")
         await asyncio.to_thread(self._thread.join)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSING):  # for the last frames, which may still be encoded
+            async with asyncio.timeout(CLOSING):  # the last frames may still be being encoded
                 while not all(client.told for client in self._clients):
                     await asyncio.sleep(0.01)
         await super()._goodbye(app)
@@ -126,12 +126,12 @@ class Server(WebServer):
         return await self.uploads.receive(request)
 
     def formats(self) -> list[str]:
-        """Ways in which frames go out."""
+        """Names of the encodings that clients can choose."""
         even = not any(side % 2 for side in self.engine.size)
         return self.engine.formats() + [WEBRTC] * (self.ice is not None and even)
 
     def check_format(self, start: Start) -> None:
-        """Raises Refusal unless frames can go out as a client wants them; says how they can."""
+        """Raises Refusal unless the server has the encoding that a client asks for; says which ones it has."""
         if start.video in (formats := self.formats()):
             return
         why = "cannot be made here" if start.video in ENCODINGS else "is unknown"
@@ -140,10 +140,10 @@ class Server(WebServer):
         raise Refusal(f"start: video {start.video!a} {why}; there is {', '.join(formats)}", id=start.id)
 
     def peer(self, start: Start, outbox: Outbox) -> Peer:
-        """The connection that a client wants for its video; it is not connected yet.
+        """The WebRTC connection for a client's video, before it is connected.
 
         Raises:
-            Refusal: If it is not offered as it should be.
+            Refusal: If the offer is missing or invalid.
         """
         if start.offer is None:
             raise Refusal(f"start: offer is missing, which video {WEBRTC!a} needs; give the client's SDP", id=start.id)
@@ -154,7 +154,7 @@ class Server(WebServer):
             raise Refusal(f"start: {error}", id=start.id) from error
 
     def hello(self) -> dict[str, Any]:
-        """What a client is told first: what is served here, and the limits."""
+        """The first event for a client: sizes, encodings, attention settings and limits of this server."""
         engine, limits = self.engine, self.limits
         served = dict(height=engine.size[0], width=engine.size[1], fps=engine.fps, window=engine.window)
         served |= dict(sink_frames=engine.rollout.sink_frames, block_frames=engine.frames(2) - engine.frames(1))
@@ -167,7 +167,7 @@ class Server(WebServer):
 
 
 class _Client:
-    """A connection, and its sessions one after the other; without one, it ends if nothing is heard."""
+    """One websocket connection and its current session; without a session, it is closed when idle for too long."""
 
     over = False
 
@@ -182,7 +182,7 @@ class _Client:
         self._looking = self._loop.call_later(server.limits.idle, self._look)
 
     def _look(self) -> None:
-        """Ends the connection if it has no session, and nothing was heard for a while: others need the place."""
+        """Closes the connection if it has no session and sent nothing for `limits.idle` seconds."""
         idle, now = self._server.limits.idle, self._loop.time()
         if self._active() is not None:
             self._heard = now
@@ -193,29 +193,29 @@ class _Client:
             self._looking = self._loop.call_later(self._heard + idle - now, self._look)
 
     def _active(self) -> Session | None:
-        """Its session, if that is not over."""
+        """The session, unless it has ended."""
         return None if self._session is None or self._session.ended is not None else self._session
 
     def take(self) -> dict[str, Any] | bytes | None:
-        """The next to be sent."""
+        """The next message to send; None if there is none."""
         return self._outbox.take()
 
     @property
     def told(self) -> bool:
-        """Whether everything was sent."""
+        """Whether all messages were taken."""
         return self._outbox.empty
 
     def leave(self) -> None:
-        """The connection is gone."""
+        """Ends the session, after the connection was closed."""
         self._server._clients.discard(self)
         self._looking.cancel()
-        self._outbox.clear_frames()  # nobody encodes them any more
+        self._outbox.clear_frames()  # cancels their encoding
         self._leave_peer()
         if self._session is not None:
             self._server.sessions.close(self._session, "disconnected")
 
     def hear(self, said: str | bytes) -> None:
-        """Does what a message asks for, or says why not."""
+        """Handles a message of the client, or answers with an error."""
         try:
             self._hear(said)
         except Refusal as refusal:
@@ -259,7 +259,7 @@ class _Client:
         return session
 
     def _join(self, peer: Peer, session: Session, id: str | None) -> None:
-        """Connects, for the frames of a session; without a connection it is over."""
+        """Starts the WebRTC connection of a session, which ends if the connection fails."""
         self._leave_peer()
         self._peer = peer
 
@@ -279,7 +279,7 @@ class _Client:
 
 
 def run_server(server: Server) -> None:
-    """Serves until SIGINT or SIGTERM, then ends cleanly."""
+    """Serves until SIGINT or SIGTERM, then ends all sessions and closes."""
     import signal
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""One client's video: a turn begins one block, or does what the client asked for; no network, no threads, any clock."""
+"""One client's video, a state machine of turns: each starts a block or handles messages. No networking, no threads."""
 
 import contextlib
 import secrets
@@ -24,46 +24,46 @@ from monarchrt.models.serve.messages import Message, Pause, Ping, Prompt, Refusa
 from monarchrt.models.serve.outbox import Outbox
 from monarchrt.models.web.encodings import ENCODINGS, Encoding
 
-MOST_COMMANDS = 16  # of a session that wait for its turn
+MOST_COMMANDS = 16  # messages of a session that may wait for its next turn
 AT_ONCE = float("-inf")
-KEEPING = ("finished", "longest", "stopped", "idle")  # ends after which a video may still be saved
-AHEAD = 1.0  # seconds that a paced video is made before it is played
-WARMED = 2  # blocks that the decoder is shown again before it goes on at an earlier one
+KEEPING = ("finished", "longest", "stopped", "idle")  # reasons of ending after which the video can still be saved
+AHEAD = 1.0  # seconds that a paced video is generated ahead of playback
+WARMED = 2  # blocks that are decoded again before a seek's target, for the decoder's state
 
 type Texts = tuple[Array, Array | None]
 type Submit = Callable[..., bytes | Future[Any]]
 
 
 def at_once(encode: Callable[..., bytes], *arguments: Any) -> bytes:
-    """Encodes here and now; a pool's `submit` does it beside the next block."""
+    """Encodes in the calling thread; a pool's `submit` would do it while the next block is generated."""
     return encode(*arguments)
 
 
 @dataclass
 class Observed:
-    """Takes what there is to measure; replaced by a server that shows it."""
+    """Receives measurements and ignores them; `Metrics` overrides it."""
 
     def block(self, seconds: float, frames: int) -> None:
-        """A block was made."""
+        """A block was generated in `seconds`."""
 
     def dropped(self, frames: int) -> None:
-        """Frames were not sent."""
+        """Frames were dropped."""
 
     def ended(self, reason: str) -> None:
-        """A session is over."""
+        """A session has ended."""
 
 
 @dataclass(kw_only=True)
 class Block:
-    """A block that a device was told to make.
+    """A block whose computation was dispatched.
 
     Attributes:
-        number: In the video.
-        latents: Of the network; those that were given are on the host.
-        frames: Of the decoder.
-        finite: Whether both are numbers.
-        began: When the device was told.
-        done: Whether it was sent, or its session is over.
+        number: Index in the video.
+        latents: The network's latents; on the host if they were encoded from given frames.
+        frames: The decoder's frames.
+        finite: Whether latents and frames are finite.
+        began: Time of dispatch, by the session's clock.
+        done: Whether its frames were handed out, or its session has ended.
     """
 
     number: int
@@ -74,34 +74,39 @@ class Block:
     done: bool = False
 
     def wait(self) -> None:
-        """Until the network is done with it; what went wrong is found where it is fetched."""
+        """Waits until the network has computed it; errors are raised where the results are fetched, not here."""
         with contextlib.suppress(Exception):
             jax.block_until_ready(self.latents)
 
 
 class Session:
-    """A video in the making, and what its client may do to it.
+    """A video that is being generated, controlled by its client's messages.
 
     Args:
-        engine: What all sessions share.
+        engine: Shared by all sessions.
         start: The client's first message.
-        outbox: Takes what it is told.
-        limits: What it may ask for.
-        clock: Seconds; it never goes back.
-        folder: Where videos are saved; None: they cannot be.
-        observed: Takes measurements.
-        submit: Encodes frames: `at_once`, or the `submit` of a pool of threads.
-        begin: Frames that the video begins with.
-        encoding: How frames go out; None: as `start` says.
+        outbox: Receives events and frames.
+        limits: Limits for the client.
+        clock: Monotonic time in seconds.
+        folder: Where videos are saved; None: `save` is refused.
+        observed: Receives measurements.
+        submit: Runs the encoder: `at_once`, or the `submit` of a thread pool.
+        begin: Frames that the video starts with, of the engine's size.
+        encoding: Encoding of the frames; None: the one that `start` names.
 
     Attributes:
-        ended: Why it is over; None while it is not.
-        ended_at: When, by its clock.
-        block: The number of the next one to make.
-        sent: Blocks that were handed out, of those that still count.
+        name: Random name of the session.
+        outbox: As given.
+        ended: Reason why the session has ended; None while it is running.
+        ended_at: Time of the end, by its clock.
+        heard: Time of the last message, by its clock.
+        block: Index of the next block to generate.
+        sent: Number of blocks handed out, up to the newest; a seek lowers it.
+        saved: Files of saved videos.
 
     Raises:
-        Refusal: If what it asks for would need another compiled program, or more than the limits.
+        Refusal: If `start` asks for another size, window, attention setting or encoding than the server has, or for
+            more than the limits allow.
     """
 
     def __init__(
@@ -128,19 +133,19 @@ class Session:
         self._playing, self._steps, self._drops = not start.paused, 0, 0
         self._video: LiveRollout | None = None
         self._decoder: Any = None
-        self._past: dict[int, Array | np.ndarray] = {}  # latents by block; on the host but for those under way
+        self._past: dict[int, Array | np.ndarray] = {}  # latents by block; on the host once their block is finished
         self._under_way: deque[Block] = deque()
         self._texts: Texts | None = None
         self._blend: Iterator[tuple[Texts, bool]] | None = None
-        self._mixed = -1  # the block that the text was last changed for
+        self._mixed = -1  # index of the block for which the text last changed
         self._saving: Iterator[None] | None = None
-        self._saved_for: str | None = None  # the id of the message that asked for it
-        self._begin, self._shown = clock(), 0  # when a paced video's frame 0 was due, less the ones before a pause
+        self._saved_for: str | None = None  # id of the `save` message
+        self._begin, self._shown = clock(), 0  # start of playback, and frames generated, since the last pause or seek
         self.saved: list[Path] = []
         self._left: str | None = None
 
     def _check(self, start: Start) -> tuple[int, str]:
-        """The block after the last, and why it is."""
+        """The number of blocks of the video, and the reason for ending there."""
         engine = self._engine
         served = dict(
             height=engine.size[0],
@@ -173,7 +178,7 @@ class Session:
         return last, why
 
     def _encoding_of(self, start: Start) -> Encoding:
-        """How frames go out, as it is asked for."""
+        """The encoding that `start` names."""
         if start.video not in (formats := self._engine.formats()):
             known = "cannot be made here" if start.video in ENCODINGS else "is unknown"
             raise Refusal(f"start: video {start.video!a} {known}; there is {', '.join(formats)}", id=start.id)
@@ -182,6 +187,7 @@ class Session:
         return ENCODINGS[start.video]
 
     def _find_last(self, start: Start) -> tuple[int, str]:
+        """As `_check`, from the requested number of frames and the limits."""
         engine = self._engine
         most = int(self._limits.seconds * engine.fps)
         if start.frames is not None:
@@ -195,13 +201,13 @@ class Session:
                 raise Refusal(f"start: {error}", id=start.id) from error
         return max(1, engine.most_blocks(most)), "longest"
 
-    # What the client says, in any thread
+    # Called from any thread
 
     def tell(self, message: Message) -> None:
-        """Takes a message; it is done at the session's next turn.
+        """Queues a message for the session's next turn; `ping` is answered at once.
 
         Raises:
-            Refusal: If it begins again, or too many wait already.
+            Refusal: If it is another `start`, too many messages wait, or the session has ended (except for `save`).
         """
         self.heard = self._clock()
         if isinstance(message, Ping):
@@ -214,11 +220,11 @@ class Session:
             raise Refusal(f"{message.type}: {MOST_COMMANDS} messages are already waiting", code="busy", id=message.id)
         else:
             self._commands.append(message)
-            if self.ended is not None:  # meanwhile
+            if self.ended is not None:  # another thread has ended it meanwhile
                 self._answer_late()
 
     def _tell_ended(self, message: Message) -> None:
-        """Begins to save what is still kept; there is nothing else to do."""
+        """Handles a message after the end: only `save` is possible, while latents are kept."""
         if not isinstance(message, Save):
             raise Refusal(f"{message.type}: the session has ended ({self.ended})", code="no_session", id=message.id)
         try:
@@ -228,12 +234,12 @@ class Session:
             raise Refusal(said, code=refusal.code, id=message.id) from refusal
 
     def due(self) -> float | None:
-        """When it wants its next turn, perhaps long ago; None if it is over, and saves nothing."""
+        """The time from which it wants a turn, by its clock; None if there is nothing left to do."""
         if self.ended is not None:
             return None if self._saving is None else AT_ONCE
         if self._left or self._commands or self._saving is not None:
             return AT_ONCE
-        if self.block >= self._last:  # the last one is under way
+        if self.block >= self._last:  # the last block was dispatched
             return None
         if self._steps:
             return AT_ONCE
@@ -244,13 +250,13 @@ class Session:
         return min(idle, paced if self._start.pace else AT_ONCE)
 
     def leave(self, reason: str) -> None:
-        """The client is gone: it ends at its next turn."""
+        """Ends the session at its next turn, because the client has disconnected."""
         self._left = reason
         if self.ended is not None:
             self.forget("the connection is gone")
 
     def welcome(self) -> None:
-        """Says that it has a place."""
+        """Sends "started": the session has a place and may generate."""
         engine, self.heard = self._engine, self._clock()
         frames = None if self._start.frames is None else engine.frames(self._last)
         self.outbox.event(
@@ -266,23 +272,23 @@ class Session:
         )
 
     def give_up_waiting(self) -> None:
-        """Ends it if the client has gone, or stopped it, before it had a place."""
+        """Ends a session in the queue whose client has disconnected or sent `stop`."""
         if self._left is not None or any(isinstance(message, Stop) for message in self._commands):
             self.end(self._left or "stopped")
 
-    # Turns, in the one thread that computes
+    # Called from the thread that computes
 
     def turn(self, *, free: float = 0.0, meanwhile: Callable[[], object] | None = None) -> Block | None:
-        """Does what was asked for, then begins a block if one is due, which `finish` hands out.
+        """Handles messages, then dispatches a block if one is due; `finish` hands it out.
 
-        Before anything else is done, blocks under way are finished. What goes wrong ends this session, no more.
+        Messages are handled after the blocks under way are finished. An error ends this session only.
 
         Args:
-            free: As `finish`.
-            meanwhile: Called while the device begins with the block, and the rest is still to be sent; if one is made.
+            free: As in `finish`.
+            meanwhile: Called once the first part of the block is dispatched, while the device computes it.
 
         Returns:
-            The block that was begun.
+            The block; None if none was dispatched.
         """
         try:
             if self.ended is not None:
@@ -295,7 +301,7 @@ class Session:
                 self.end(self._left)
             while self._commands and self.ended is None:
                 self._do(message := self._commands.popleft())
-                if isinstance(message, Prompt | Seek):  # the past may be computed anew: once a turn, for others' sake
+                if isinstance(message, Prompt | Seek):  # may recompute the cache, which takes time: one per turn
                     break
             if self.ended is not None:
                 return None
@@ -310,11 +316,11 @@ class Session:
         return None
 
     def finish(self, block: Block, *, free: float = 0.0) -> None:
-        """Waits for a block of this session, the oldest under way, and hands out its frames.
+        """Waits for the oldest block under way, which must be `block`, and hands out its frames.
 
         Args:
-            block: Of `turn`.
-            free: When the device was done with the block before, of any session.
+            block: From `turn`; nothing happens if it is done.
+            free: Time at which the device finished the previous block of any session, for measurements.
         """
         if block.done:
             return
@@ -324,13 +330,14 @@ class Session:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
+        """Ends the session because of an error."""
         message = " ".join(str(error).split())
         self.end(
             "error", message=message if isinstance(error, UserError) else f"{type(error).__name__}: {message[:300]}"
         )
 
     def end(self, reason: str, *, message: str | None = None) -> None:
-        """Ends it, and lets its memory go; of a video that was not broken off, latents stay to be saved (`forget`)."""
+        """Ends the session and frees its memory; unless it failed or was disconnected, latents are kept for `save`."""
         if self.ended is not None:
             return
         self.ended, self.ended_at = reason, self._clock()
@@ -346,7 +353,7 @@ class Session:
         self._answer_late()
 
     def _answer_late(self) -> None:
-        """Messages that waited for their turn when it ended."""
+        """Answers the messages that still waited at the end."""
         while self._commands:
             message = self._commands.popleft()
             try:
@@ -357,11 +364,11 @@ class Session:
 
     @property
     def keeps(self) -> bool:
-        """Whether there is something to save, or it is under way."""
+        """Whether latents are kept for `save`, or it is running."""
         return bool(self._past) or self._saving is not None
 
     def forget(self, why: str) -> None:
-        """Lets go of what is kept to be saved; a file that is not complete is removed."""
+        """Frees the latents kept for `save`; a `save` that is running fails with this reason."""
         if self._saving is not None:
             self.outbox.event("error", id=self._saved_for, code="cannot_save", message=f"save: {why}")
         self._past.clear()
@@ -385,13 +392,14 @@ class Session:
                 if self._playing:
                     self._begin, self._shown = self._clock() + AHEAD, 0
                 self.outbox.event("resumed" if self._playing else "paused", id=message.id, block=self.block)
-        except UserError as error:  # the session goes on as it was
+        except UserError as error:  # the session continues unchanged
             code, said = ("invalid", f"{message.type}: {error}")
             if isinstance(error, Refusal):
                 code, said = error.code, str(error)
             self.outbox.event("error", id=message.id, code=code, message=said)
 
     def _begun(self) -> LiveRollout:
+        """The roll-out, which is created at the first call."""
         if self._video is None:
             self._texts = self._engine.embed(self._start.prompt, self._start.negative)
             self._video = self._engine.video(self._texts, self._start.seed, attention=self._start.attention)
@@ -404,7 +412,7 @@ class Session:
     def _change_prompt(self, message: Prompt) -> None:
         video, steps = self._begun(), message.blend + 1
         new = self._engine.embed(message.prompt, message.negative)
-        old = self._texts or new  # there since the video was begun
+        old = self._texts or new  # set by _begun
         shares = [n / steps for n in range(1, steps + 1)]
         self._blend = iter([(new if share == 1 else blended(old, new, share), message.recache) for share in shares])
         self._mix(video)
@@ -419,7 +427,7 @@ class Session:
         )
 
     def _mix(self, video: LiveRollout) -> None:
-        """The text of the next block, if one is on its way to another."""
+        """Sets the next interpolated text, while the prompt is being blended."""
         if self._blend is None or (following := next(self._blend, None)) is None:
             self._blend = None
             return
@@ -429,10 +437,11 @@ class Session:
             video.recache(video.frame, self._latents())
 
     def _latents(self) -> dict[int, Array | np.ndarray]:
+        """The latents that are kept, by the index of their first latent frame."""
         return {self._engine.first_latent(block): latents for block, latents in self._past.items()}
 
     def _begin_block(self, meanwhile: Callable[[], object] | None) -> Block | None:
-        """Tells the device to make the next block, and waits for nothing itself."""
+        """Dispatches the next block without waiting for it; None if the session ends meanwhile."""
         video, began = self._begun(), self._clock()
         if self._mixed != self.block:
             self._mix(video)
@@ -442,9 +451,9 @@ class Session:
         else:
             latents = given
             video.write(jnp.asarray(given))
-        if self.ended is not None:  # by what was wrong with the block before
+        if self.ended is not None:  # by an error in the previous block, finished by `meanwhile`
             return None
-        if self._decoder is None:  # the network is under way meanwhile
+        if self._decoder is None:  # created here, while the network computes
             self._decoder = self._engine.start_decoder()
         frames, finite, self._decoder = self._engine.decode(latents, self._decoder)
         to_host(finite, latents, frames)
@@ -457,6 +466,7 @@ class Session:
         return block
 
     def _finish(self, block: Block, free: float) -> None:
+        """Fetches a block, sends it, and ends the session after the last one."""
         block.done = True
         if not block.finite:
             raise UserError("the frames are NaN or infinite; check the checkpoint's weights, or use precision fp32")
@@ -479,27 +489,28 @@ class Session:
             self.end(self._why_last, message=longest if self._why_last == "longest" else None)
 
     def _send(self, first: int, block: int, pictures: UInt8[np.ndarray, "t H W 3"]) -> None:
-        """Encodes frames, beside what follows here, and puts them where they wait to be sent."""
+        """Submits frames to the encoder and adds them to the outbox."""
         encoding, fps, size = self._encoding, self._engine.fps, len(pictures) if self._encoding.by_block else 1
         for index in range(0, len(pictures), size):
             encoded = self._submit(encoding.encode, pictures[index : index + size], first + index, fps)
             self.outbox.pictures(first + index, block, encoded, frames=size)
 
     def _forget(self) -> None:
-        """Lets go of the oldest block that neither attention's sinks nor its window need."""
+        """Drops the oldest block of latents beyond the limit; never sinks or blocks in the attention window."""
         sinks = self._engine.rollout.sink_frames
         window = -(-self._engine.window // self._engine.rollout.block) + 1
         if len(self._past) > max(self._limits.kept, window + sinks):
             del self._past[next(block for block in self._past if self._engine.first_latent(block) >= sinks)]
 
     def _kept(self) -> list[int]:
-        """The blocks without a gap up to the newest."""
+        """Indices of the consecutive blocks of latents that are kept, up to the newest."""
         first = self.block
         while first - 1 in self._past:
             first -= 1
         return list(range(first, self.block))
 
     def _seek(self, message: Seek) -> None:
+        """Goes back to a block; raises Refusal if latents that it needs are no longer kept."""
         video, kept = self._begun(), self._kept()
         frame = self._engine.first_latent(message.block)
         have = self._latents()
@@ -518,6 +529,7 @@ class Session:
         self.outbox.event("sought", id=message.id, block=self.block, frame=self._engine.frames(self.block))
 
     def _begin_saving(self, message: Save) -> None:
+        """Starts to save, a block per turn; raises Refusal if that is not possible."""
         if self._folder is None or self._saving is not None or not (kept := self._kept()):
             why = "is not on" if self._folder is None else "has nothing" if self._saving is None else "is under way"
             raise Refusal(f"save: saving {why}", code="cannot_save")
@@ -525,19 +537,19 @@ class Session:
         self._saving, self._saved_for = self._save(message, kept, path), message.id
 
     def _go_on_saving(self) -> None:
-        """One block more of the file; what goes wrong with it, such as a full disk, ends no session."""
+        """Saves one more block; an error, such as a full disk, is reported and does not end the session."""
         try:
             if self._saving is not None and next(self._saving, self) is self:
                 self._saving = None
         except Exception as error:
             self._saving, said = None, " ".join(str(error).split())[:300]
             said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
-            if why := disk_full_reason(error):  # which says where, and what the server's owner is to do
+            if why := disk_full_reason(error):  # without the server's path and the advice for its owner
                 said = f"{why} on the server"
             self.outbox.event("error", id=self._saved_for, code="cannot_save", message=f"save: {said}")
 
     def _save(self, message: Save, blocks: list[int], path: Path) -> Iterator[None]:
-        """Decodes the kept blocks again, one a turn; nothing is left of a file that is not complete."""
+        """Decodes the kept blocks again and writes them, one for each `next`; an incomplete file is deleted."""
         state = self._engine.start_decoder()
         kept = {block: self._past[block] for block in blocks}
         try:

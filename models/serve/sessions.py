@@ -1,4 +1,4 @@
-"""Which session is next: turns by block, a queue for who comes when all places are taken, and limits."""
+"""Schedules sessions on one device: turns of one block each, a queue for places, and limits."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from monarchrt.models.web.encodings import Encoding
 
 
 class Sessions:
-    """The sessions of an engine. `open`, `tell` and `close` may be called in any thread; `turn` in one.
+    """The sessions of an engine. `turn` and `run` must be called from a single thread, other methods from any.
 
     Examples:
         >>> sessions = Sessions(engine, limits=Limits())  # doctest: +SKIP
@@ -27,12 +27,12 @@ class Sessions:
         ...     print(outbox.take())
 
     Args:
-        engine: What makes videos.
-        limits: For clients.
-        clock: Seconds; it never goes back.
-        folder: Where videos are saved.
-        observed: Takes measurements.
-        submit: Encodes frames: `at_once`, or the `submit` of a pool of threads.
+        engine: Generates the videos.
+        limits: Limits for clients.
+        clock: Monotonic time in seconds.
+        folder: Where videos are saved; None: `save` is refused.
+        observed: Receives measurements.
+        submit: Runs the encoder: `at_once`, or the `submit` of a thread pool.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class Sessions:
     ):
         self.engine, self.limits = engine, limits
         self._clock, self._folder, self._observed, self._submit = clock, folder, observed or Observed(), submit
-        self._active: list[Session] = []  # and those that are over, but may still save their video
+        self._active: list[Session] = []  # also sessions that have ended, but can still save
         self._waiting: list[Session] = []
         self._videos: list[Path] = []
         self._under_way: tuple[Session, Block] | None = None
-        self._free = clock()  # when the device was done with the last block
+        self._free = clock()  # time at which the device finished the last block
         self._changed = threading.Condition()
         self._closing: str | None = None
 
     @property
     def active(self) -> int:
-        """Sessions that have a place."""
+        """Number of sessions that have a place."""
         return sum(session.ended is None for session in list(self._active))
 
     @property
     def waiting(self) -> int:
-        """Sessions that wait for one."""
+        """Number of sessions in the queue."""
         return sum(session.ended is None for session in list(self._waiting))
 
     @property
     def frames_waiting(self) -> int:
-        """Frames that clients have not read yet."""
+        """Number of frames that clients have not read yet."""
         return sum(len(session.outbox) for session in list(self._active) if session.ended is None)
 
     def open(
@@ -78,21 +78,24 @@ class Sessions:
         begin: UInt8[np.ndarray, "T H W 3"] | None = None,
         encoding: Encoding | None = None,
     ) -> Session:
-        """A new session; it begins, or waits for a place.
+        """Opens a session, which starts at once or waits in the queue for a place.
 
         Args:
-            start: What the client asks for; of `begin`, it is the caller who knows what is meant.
-            outbox: Takes what it is told.
-            begin: Frames that the video begins with, of the engine's size, as many as one of `engine.begins`.
-            encoding: How frames go out, if that is no way of `start`.
+            start: The client's message; its `begin` is ignored, the caller passes the frames.
+            outbox: Receives events and frames.
+            begin: Frames that the video starts with, of the engine's size; their number is one of `engine.begins`.
+            encoding: Encoding of the frames; None: the one that `start` names.
+
+        Returns:
+            The session.
 
         Raises:
-            Refusal: If there is no place to wait, or what it asks for cannot be made.
+            Refusal: If the queue is full, the server is closing, or the message cannot be satisfied.
         """
         with self._changed:
             if self._closing is not None:
                 raise Refusal(f"start: the server is closing ({self._closing})", code="closing", id=start.id)
-            self._seat()  # those that have just ended make room
+            self._seat()  # sessions that have just ended free their places
             if self.active >= self.limits.sessions and len(self._waiting) >= self.limits.waiting:
                 raise Refusal(
                     f"start: {self.active} sessions are active and {len(self._waiting)} wait; try again later",
@@ -119,27 +122,27 @@ class Sessions:
         return session
 
     def tell(self, session: Session, message: Message) -> None:
-        """Takes a session's message.
+        """Queues a message for a session, as `Session.tell`.
 
         Raises:
-            Refusal: If it cannot be taken now.
+            Refusal: If the session cannot take it.
         """
         with self._changed:
             session.tell(message)
             self._changed.notify_all()
 
     def close(self, session: Session, reason: str) -> None:
-        """Ends a session, of which the client is gone; at once, or after the block in the making."""
+        """Ends a session whose client has disconnected; a block that is being generated is completed first."""
         with self._changed:
             session.leave(reason)
             self._changed.notify_all()
 
     def turn(self) -> bool:
-        """The turn of the session that is due and had none for the longest time.
+        """Gives a turn to the session that is due and has waited longest.
 
-        Frames of a block are fetched when the next block, of this session or another, is under way, before all of it is
-        sent: the device does not wait for what is done here, nor frames for room in its queue; and the network is done
-        with the block before anything else is begun.
+        The frames of a block are fetched while the next block, of this or another session, is being dispatched: after
+        its first programs, so that the device is busy, and before the last, so that the copy does not wait behind all
+        of them. The turn ends when the network has computed the new block.
 
         Returns:
             Whether there was anything to do.
@@ -151,7 +154,7 @@ class Sessions:
             if not due and self._under_way is None:
                 return False
             if due:
-                self._active.remove(due[0])  # to the end
+                self._active.remove(due[0])  # moves to the end
                 self._active.append(due[0])
         begun = due[0].turn(free=self._free, meanwhile=self.finish) if due else None
         self.finish(None if begun is None else (due[0], begun))
@@ -162,7 +165,7 @@ class Sessions:
         return True
 
     def finish(self, following: tuple[Session, Block] | None = None) -> None:
-        """Hands out the block under way, while the following one is; in the thread of turns."""
+        """Hands out the block under way, while the following one is computed; in the thread of turns."""
         (session, block), self._under_way = self._under_way or (None, None), following
         if session is not None and block is not None:
             session.finish(block, free=self._free)
@@ -173,7 +176,7 @@ class Sessions:
             following[1].wait()
 
     def run(self) -> None:
-        """Takes turns until `shut`; in a thread of its own."""
+        """Gives turns until `shut` is called, then ends all sessions; for a thread of its own."""
         while self._closing is None:
             if not self.turn():
                 with self._changed:
@@ -185,17 +188,18 @@ class Sessions:
             self._active, self._waiting = [], []
 
     def shut(self, reason: str) -> None:
-        """Ends all, after the block in the making."""
+        """Makes `run` end all sessions, after the current block, with this reason."""
         with self._changed:
             self._closing = self._closing or reason
             self._changed.notify_all()
 
     def _until_due(self) -> float:
+        """Seconds until a session is due, at most 1."""
         times = [at for session in self._active if (at := session.due()) is not None]
         return 0.0 if self._closing else min(max(0.0, min(times, default=1.0) - self._clock()), 1.0)
 
     def _seat(self) -> None:
-        """Lets those go that are over, and gives places to the ones that wait, telling all of their new positions."""
+        """Removes sessions that have ended, gives free places to the queue, and sends clients their new positions."""
         before = list(self._waiting)
         over = [session for session in self._active if session.ended is not None and session.keeps]
         for session in sorted(over, key=lambda session: session.ended_at)[: -self.limits.sessions]:
@@ -213,14 +217,14 @@ class Sessions:
                 session.outbox.event("queued", session=session.name, position=position)
 
     def _keep_videos(self, session: Session) -> None:
-        """Remembers what was saved; the oldest go."""
+        """Registers the videos that a session saved; deletes the oldest beyond the limit."""
         self._videos += session.saved
         session.saved.clear()
         while len(self._videos) > self.limits.videos:
             self._videos.pop(0).unlink(missing_ok=True)
 
     def video(self, name: str) -> Path | None:
-        """The file of a saved video; None if there is none of this name."""
+        """The file of a saved video; None if there is no video of this name."""
         with self._changed:
             fresh = [path for session in self._active for path in session.saved]
             return next((path for path in [*self._videos, *fresh] if path.name == name), None)

@@ -1,4 +1,4 @@
-"""Images and clips that clients send for their videos to begin with: a few at a time, and within limits."""
+"""Uploads: images and clips that videos start with, limited in number, size and time."""
 
 import asyncio
 import secrets
@@ -17,19 +17,19 @@ from monarchrt.models.media.reading import read_stranger
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.limits import Limits
 
-ARRIVING = 8  # at once
-ARRIVAL = 60.0  # seconds that sending one may take
-KEPT = 300.0  # seconds that one waits for its session
-NAME = "upload"  # of the file, as errors call it
+ARRIVING = 8  # uploads in progress at once
+ARRIVAL = 60.0  # seconds that an upload may take
+KEPT = 300.0  # seconds that an upload is kept for its session
+NAME = "upload"  # name of the file in errors
 
 
 class Uploads:
-    """What was sent and not used yet.
+    """Uploads that no session has used yet.
 
     Args:
-        engine: Its size, rate and numbers of frames.
-        limits: For clients.
-        clock: Seconds; it never goes back.
+        engine: Determines the size, frame rate and allowed numbers of frames.
+        limits: Limits for clients.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, engine: Engine, *, limits: Limits, clock: Callable[[], float] = time.monotonic):
@@ -41,24 +41,29 @@ class Uploads:
         return len(self._kept)
 
     def get(self, name: str) -> UInt8[np.ndarray, "T H W 3"] | None:
-        """The frames of one; None if there is none of this name, or no longer."""
+        """The frames of an upload; None if the name is unknown or the upload has expired."""
         self._forget()
         return self._kept[name][1] if name in self._kept else None
 
     def used(self, name: str) -> None:
-        """Lets one go."""
+        """Deletes an upload after a session has taken it."""
         self._kept.pop(name, None)
 
     def _forget(self) -> None:
+        """Deletes uploads that have expired or exceed the limit."""
         old = self._clock() - KEPT
         while self._kept and (len(self._kept) > self._limits.uploads or next(iter(self._kept.values()))[0] < old):
             self._kept.popitem(last=False)
 
     async def receive(self, request: web.Request) -> web.Response:
-        """Takes one in, `POST /upload` with the file as the body; its frames are those of `?frames=`, or all that fit.
+        """Handles `POST /upload`: the file is the body, `?frames=` the number of frames to use (default: all that fit).
 
         Returns:
-            Its name for `start`, and how many frames it has.
+            JSON with "upload", the name for `start`, and "frames", their number.
+
+        Raises:
+            web.HTTPException: If videos cannot start from frames here (404), the upload takes too long (408), is too
+                large (413), cannot be read (422) or stored (507), or too many are in progress (503).
         """
         if not self._engine.begins:
             raise web.HTTPNotFound(text="this server starts no videos from images or clips: its --begin is 0\n")
@@ -92,10 +97,11 @@ class Uploads:
         return web.json_response({"upload": name, "frames": len(frames)})
 
     def _read(self, path: Path, frames: str | None) -> UInt8[np.ndarray, "T H W 3"]:
+        """The frames of a file, scaled to the engine's size; raises UserError if it cannot be used."""
         engine = self._engine
         if frames is not None and not (frames.isascii() and frames.isdigit() and len(frames) < 7):
             raise UserError(f"frames is {frames[:20]!a}; it must be a number")
-        # of a network on single frames, clips are as they are stored
+        # networks without compression in time use the clip's own frame rate
         rate = engine.fps if engine.pipeline.decoder.temporal > 1 else 0.0
         return read_stranger(
             path,
@@ -108,7 +114,7 @@ class Uploads:
 
 
 async def _save(request: web.Request, path: Path, most: int) -> None:
-    """Writes a request's body to a file, no more of it than is taken."""
+    """Writes a request's body, at most `most` bytes, to a file."""
     written = 0
     with path.open("wb") as file:
         async for piece in request.content.iter_chunked(2**16):

@@ -1,4 +1,4 @@
-"""Watching videos over the network: one page, one server and its rules, and the ways in which frames go out."""
+"""Watching videos in a browser: the page, its server and access rules, and the encodings of frames."""
 
 from monarchrt.models.web.access import Address, check_port
 from monarchrt.models.web.encodings import ENCODINGS, Encoding

@@ -1,4 +1,4 @@
-"""Where a server listens, and who may come: names, origins, tokens, TLS."""
+"""Where a server listens, and which requests it accepts: host names, origins, tokens, TLS."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ SHORTEST_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a server listens, and who may come.
+    """Where a server listens, and who may connect.
 
     Examples:
         >>> Address(port=80).url, Address(host="::1", port=0).at(8766).url
@@ -26,14 +26,15 @@ class Address:
 
     Attributes:
         host: Address to listen on.
-        port: 0 takes a free one.
-        token: That clients must have; needed beyond this machine, unless they can only watch.
-        certificate: PEM file for TLS.
-        key: Of the certificate, if it is in another file.
-        watch_only: Clients can do nothing but watch.
+        port: TCP port; 0 for a free one.
+        token: Secret of 16 characters or more that clients must send. Required if `host` can be reached from other
+            machines, unless `watch_only`.
+        certificate: PEM file for TLS; None for no TLS.
+        key: PEM file with the certificate's key, if it is not in the same file.
+        watch_only: Whether clients can only watch.
 
     Raises:
-        UserError: If it can be reached from other machines, and there is no token.
+        UserError: If a required token is missing, the token is too short, or a file does not exist.
     """
 
     host: str = "127.0.0.1"
@@ -59,17 +60,21 @@ class Address:
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """URL of the page."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http{'s' if self.certificate else ''}://{host}:{self.port}/"
 
     def at(self, port: int) -> "Address":
-        """The same with the port that was free."""
+        """The same address with another port, such as the free one that was chosen."""
         same = dict(host=self.host, token=self.token, certificate=self.certificate, key=self.key)
         return Address(port=port, watch_only=self.watch_only, **same)  # type: ignore[arg-type]
 
     def context(self) -> ssl.SSLContext | None:
-        """For TLS; None without a certificate."""
+        """The TLS context; None without a certificate.
+
+        Raises:
+            UserError: If the certificate or its key cannot be used.
+        """
         if self.certificate is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -80,14 +85,14 @@ class Address:
         return context
 
     def admits(self, given: str) -> bool:
-        """Whether a token is the right one, in a time that does not tell how much of it is."""
+        """Whether a token is the right one; compared in constant time."""
         return hmac.compare_digest(given.encode(errors="replace"), (self.token or "").encode())
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError unless the address can be listened on; before anything is computed."""
+    """Raises UserError unless the address can be listened on, for a check before anything is computed."""
     try:
-        socket.getaddrinfo(host or None, port)  # an unknown name has an error of its own here, and not below
+        socket.getaddrinfo(host or None, port)  # raises gaierror for an unknown name
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
@@ -95,7 +100,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def refused(host: str, port: int, error: OSError) -> UserError:
-    """What is wrong, and with which of the two."""
+    """The error for an address that cannot be listened on: says whether the host or the port is the reason."""
     name = isinstance(error, socket.gaierror)
     # the text of other errors repeats the address, as Python writes it
     reason = error.strerror if name or error.errno is None else os.strerror(error.errno)
@@ -109,15 +114,16 @@ def refused(host: str, port: int, error: OSError) -> UserError:
 
 
 def own_host(named: str | None, host: str) -> bool:
-    """Whether a request's Host header names this page: no name that another could have pointed at this machine.
+    """Whether a request's Host header names this server, as protection against DNS rebinding.
 
     Examples:
         >>> own_host("localhost:8765", "127.0.0.1"), own_host("rebound.example:8765", "127.0.0.1")
         (True, False)
 
     Args:
-        named: The header.
-        host: What the page listens on. Beyond this machine, it may be called by any address, or by the machine's name.
+        named: The Host header.
+        host: Address that the server listens on. If other machines can reach it, any IP address and the machine's name
+            are accepted too.
     """
     with contextlib.suppress(ValueError):
         name = urlsplit(f"//{named or ''}").hostname or ""
@@ -128,14 +134,14 @@ def own_host(named: str | None, host: str) -> bool:
 
 
 def own_origin(origin: str | None, named: str | None) -> bool:
-    """Whether a request comes from the page itself, or from no page at all.
+    """Whether a request comes from the server's own page or from outside of a browser, not from another site.
 
     Examples:
         >>> own_origin("http://127.0.0.1:8765", "127.0.0.1:8765"), own_origin("https://a.example", "127.0.0.1:8765")
         (True, False)
 
     Args:
-        origin: The Origin header, which every browser sends with a websocket.
+        origin: The Origin header, which browsers send with every websocket; None if there is none.
         named: The Host header.
     """
     if origin is None:
@@ -145,7 +151,7 @@ def own_origin(origin: str | None, named: str | None) -> bool:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether only this machine can reach a name or address."""
+    """Whether a name or address is a loopback address, which only this machine can reach."""
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
 
@@ -157,5 +163,6 @@ def _is_address(name: str) -> bool:
 
 
 def _machine_names() -> set[str]:
+    """Names of this machine: in full, in its local network, and without the domain."""
     name = socket.gethostname().lower()
     return {name, f"{name}.local", name.partition(".")[0]}

@@ -1,4 +1,4 @@
-"""Ways in which frames go out: a JPEG each, or a block at a time as H.264 in a fragmented mp4."""
+"""Encodings of frames for clients: a JPEG each, or a block at a time as H.264 in a fragmented mp4."""
 
 import functools
 import io
@@ -19,13 +19,13 @@ _FRAGMENTED = {"movflags": "empty_moov+default_base_moof+skip_trailer"}
 
 @dataclass(frozen=True)
 class Encoding:
-    """A way for frames to go out.
+    """An encoding of frames.
 
     Attributes:
-        name: As clients ask for it.
-        by_block: Whether a message holds a whole block, not one frame.
-        encode: Bytes of frames, of which the first has an index, at a rate of play.
-        mime: MIME type with the codec, of frames of a height and a width at a rate; None: cannot be done here.
+        name: Name by which clients ask for it.
+        by_block: Whether a message holds a whole block instead of one frame.
+        encode: (frames [t, H, W, 3], index of the first in the video, frames per second) -> bytes.
+        mime: (height, width, frames per second) -> MIME type with the codec; None if such frames cannot be encoded.
     """
 
     name: str
@@ -42,10 +42,10 @@ def jpeg(frame: UInt8[np.ndarray, "H W 3"], *, quality: int = JPEG_QUALITY) -> b
 
 
 def fragment(frames: UInt8[np.ndarray, "t H W 3"], index: int, fps: float) -> bytes:
-    """Frames as a fragmented mp4 of its own: header, and one fragment that begins with a key frame.
+    """Encodes frames as a fragmented mp4: a header, and one fragment that starts with a key frame.
 
-    It can be decoded alone; after each other, such pieces are one video, also if some are left out, since each knows
-    its time. Any encoder makes the same header for frames of one size and rate.
+    Each piece can be decoded alone. Pieces that follow each other form one video, even with gaps, since each contains
+    its time. All pieces of one size and rate have the same header.
 
     Examples:
         >>> piece = fragment(np.zeros((3, 16, 32, 3), np.uint8), 6, 8.0)
@@ -54,19 +54,19 @@ def fragment(frames: UInt8[np.ndarray, "t H W 3"], index: int, fps: float) -> by
         [0.75, 0.875, 1.0]
 
     Args:
-        frames: Of even height and width.
-        index: Of the first, which tells the time.
-        fps: Frames per second of play.
+        frames: Frames [t, H, W, 3]; H and W must be even.
+        index: Index of the first frame in the video, which determines the time.
+        fps: Frames per second of playback.
 
     Returns:
-        `ftyp`, `moov`, `moof` and `mdat`.
+        The boxes `ftyp`, `moov`, `moof` and `mdat`.
     """
     buffer, rate = io.BytesIO(), Fraction(fps).limit_denominator(1000)
     with av.open(buffer, "w", format="mp4", options=_FRAGMENTED) as container:
         stream = container.add_stream("libx264", rate=rate, options=_H264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # blocks are encoded beside each other
+        stream.codec_context.thread_count = 1  # several blocks are encoded at once, a thread each
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = number, 1 / rate
@@ -76,7 +76,7 @@ def fragment(frames: UInt8[np.ndarray, "t H W 3"], index: int, fps: float) -> by
 
 
 def _begun_at(piece: bytearray, index: int, rate: Fraction) -> bytes:
-    """The piece with its place in the video: ISO 14496-12, `tfdt` in ticks of `mdhd`, and `mfhd` counted from 1."""
+    """Sets a piece's time in the video: `tfdt` in ticks of `mdhd`, and `mfhd` counted from 1 (ISO 14496-12)."""
     media, sequence, time = (piece.index(name) + 8 for name in (b"mdhd", b"mfhd", b"tfdt"))
     ticks = int.from_bytes(piece[media + 8 : media + 12], "big")
     piece[sequence : sequence + 4] = (index + 1).to_bytes(4, "big")
@@ -86,14 +86,14 @@ def _begun_at(piece: bytearray, index: int, rate: Fraction) -> bytes:
 
 @functools.cache
 def h264_mime(height: int, width: int, fps: float) -> str | None:
-    """What Media Source Extensions are told of `fragment`'s pieces; None without an encoder, or for odd sizes."""
+    """MIME type of `fragment`'s pieces for Media Source Extensions; None without an encoder, or for odd sizes."""
     if height % 2 or width % 2:
         return None
     try:
         piece = fragment(np.zeros((1, height, width, 3), np.uint8), 0, fps)
     except (av.error.FFmpegError, ValueError):
         return None
-    profile = piece.index(b"avcC") + 5  # profile, what it keeps to, and level
+    profile = piece.index(b"avcC") + 5  # profile, constraints and level
     return f'video/mp4; codecs="avc1.{piece[profile : profile + 3].hex()}"'
 
 

@@ -1,8 +1,7 @@
-"""The network side of what can be watched: a page, a websocket per client, and who may come; aiohttp.
+"""The web server, on aiohttp: a page, a websocket for each client, and access control.
 
-A client that reads nothing is let go, and none is ever waited for. Only those who are meant to may connect: requests
-that name another host (a name that somebody points at this machine), or come from another site that is open in a
-browser, are refused.
+Nothing waits for a client, and one that reads nothing is disconnected. Requests for another host name (DNS rebinding),
+or from the pages of other sites, are refused.
 """
 
 import asyncio
@@ -19,12 +18,12 @@ from aiohttp.typedefs import Handler
 from monarchrt.models.web.access import Address, own_host, own_origin, refused
 
 VERSION = 2  # of the protocol
-PATIENCE = 10.0  # seconds for a client to read something, and to ask for something
-CLOSING = 2.0  # seconds that saying goodbye may take
+PATIENCE = 10.0  # seconds in which a client must read a message, and a connection must send a request
+CLOSING = 2.0  # seconds that closing connections may take
 MOST_CLIENTS = 256  # websockets
 MOST_CONNECTIONS = 320
-MESSAGES, AT_ONCE = 50, 100  # of a client, a second, and at most at once; others are read later
-OPEN_PATHS = ("/", "/healthz")  # without a token
+MESSAGES, AT_ONCE = 50, 100  # messages of a client that are read: per second, and in a burst
+OPEN_PATHS = ("/", "/healthz")  # need no token
 PAGE_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -35,32 +34,35 @@ PAGE_HEADERS = {
 
 @runtime_checkable
 class Client(Protocol):
-    """What one connection gets and says."""
+    """The application's side of a connection: messages to send, and a handler of received ones."""
 
     def take(self) -> dict[str, Any] | bytes | None:
-        """The next to be sent; None if there is nothing now."""
+        """Removes and returns the next message, an event or bytes; None if there is none."""
         ...
 
     def hear(self, said: str | bytes) -> None:
-        """Takes a message, text or bytes."""
+        """Handles a received message, text or bytes."""
         ...
 
     @property
     def over(self) -> bool:
-        """Whether nothing comes any more, so that the connection may end."""
+        """Whether no more messages will come, so that the connection can be closed."""
         ...
 
     def leave(self) -> None:
-        """The connection is gone."""
+        """Called after the connection was closed."""
         ...
 
 
 class WebServer:
-    """Serves one page and its websocket while open.
+    """Serves the page and its websocket. Subclasses override `connect`, and `extend` for more routes.
 
     Args:
         address: Where to listen.
-        message: Most bytes of a client's message.
+        message: Largest size in bytes of a client's message.
+
+    Attributes:
+        address: As given; once it listens, with the actual port.
     """
 
     def __init__(self, address: Address, *, message: int = 1024):
@@ -70,27 +72,31 @@ class WebServer:
         self._listener: asyncio.Server | None = None
         self._runner: web.AppRunner | None = None
 
-    # What a kind of server adds
+    # For subclasses
 
     def connect(self, notify: Callable[[], None]) -> Client:
-        """A new client; `notify` is called, in any thread, when there is something to take."""
+        """Creates the client of a new connection.
+
+        Args:
+            notify: The client calls it, from any thread, when it has a message to send.
+        """
         raise NotImplementedError
 
     def extend(self, app: web.Application) -> None:
-        """Adds routes, and what begins and ends with the application."""
+        """Adds routes and start-up and clean-up handlers to the application."""
 
     def listening(self) -> None:
-        """Called when it listens; replaced by who wants to know."""
+        """Called once it listens; does nothing by default."""
 
     # The server
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """URL of the page."""
         return self.address.url
 
     def app(self) -> web.Application:
-        """The application, whose clients begin and end with it."""
+        """Creates the application."""
         app = web.Application(middlewares=[self._guarded])
         app.router.add_get("/", self._page)
         app.router.add_get("/session", self._session)
@@ -99,10 +105,10 @@ class WebServer:
         return app
 
     async def open(self) -> None:
-        """Listens.
+        """Starts to listen.
 
         Raises:
-            UserError: If the port is taken, or the address is not of this machine.
+            UserError: If the port is in use, or the address is not one of this machine.
         """
         context = self.address.context()
         options: dict[str, Any] = dict(access_log=None, logger=request_log(), handle_signals=False)
@@ -118,7 +124,7 @@ class WebServer:
         self.listening()
 
     async def close(self) -> None:
-        """Says goodbye to all clients, and cuts off who does not answer."""
+        """Closes all websockets, and aborts the connections of clients that do not answer."""
         if self._listener is not None:
             self._listener.close()
         if self._runner is not None:
@@ -129,10 +135,10 @@ class WebServer:
             await self._runner.cleanup()
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Listens until `stop` is set.
+        """Serves until `stop` is set.
 
         Raises:
-            UserError: If the port is taken, or the address is not of this machine.
+            UserError: If the port is in use, or the address is not one of this machine.
         """
         await self.open()
         try:
@@ -141,7 +147,7 @@ class WebServer:
             await self.close()
 
     def _connected(self) -> asyncio.Protocol:
-        """A connection's handler; those that ask for nothing for a while are cut off."""
+        """The handler of a new connection, which is closed if it sends no request for `PATIENCE` seconds."""
         server = self._runner and self._runner.server
         if server is None or len(server.connections) >= MOST_CONNECTIONS:
             return _Refused()
@@ -157,6 +163,7 @@ class WebServer:
             transport.abort()
 
     async def _goodbye(self, app: web.Application) -> None:
+        """Closes the websockets when the application shuts down."""
         closing = [asyncio.create_task(socket.close(code=WSCloseCode.GOING_AWAY)) for socket in list(self._sockets)]
         if closing:
             await asyncio.wait(closing, timeout=CLOSING)
@@ -193,22 +200,22 @@ class WebServer:
             await socket.prepare(request)
             await self._talk(socket, request.transport)
         except ConnectionError:
-            pass  # it is gone
+            pass  # the client has disconnected
         finally:
             del self._sockets[socket]
         return socket
 
     @property
     def most_clients(self) -> int:
-        """Websockets at once."""
+        """Largest number of websockets at once."""
         return MOST_CLIENTS
 
     async def _talk(self, socket: web.WebSocketResponse, transport: asyncio.BaseTransport | None) -> None:
-        """Sends and listens until one of the two is over."""
+        """Sends and receives messages until either ends."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def notify() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is told any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(news.set)
 
         client = self.connect(notify)
@@ -217,7 +224,7 @@ class WebServer:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if isinstance(transport, asyncio.WriteTransport) and any(
                 isinstance(task.exception(), TimeoutError) for task in done
-            ):  # it reads nothing
+            ):  # the client reads nothing
                 transport.abort()
         finally:
             client.leave()
@@ -238,9 +245,9 @@ async def _send(socket: web.WebSocketResponse, client: Client, news: asyncio.Eve
 
 
 async def _listen(socket: web.WebSocketResponse, client: Client) -> None:
-    """Hears a client, and one that says very much only as fast as is good for others: they share this thread's time."""
+    """Passes on a client's messages, at a limited rate: all clients share this thread."""
     loop = asyncio.get_running_loop()
-    heard = loop.time()  # when all would have been said, at the most a second
+    heard = loop.time()  # when all messages so far would have been read at the limited rate
     async for message in socket:
         if message.type is WSMsgType.PING:
             await socket.pong(message.data)
@@ -259,7 +266,7 @@ def _token(request: web.Request) -> str:
 
 
 class _Refused(asyncio.Protocol):
-    """Of a connection too many."""
+    """Closes a connection at once, because there are too many."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.Transport):
@@ -267,22 +274,22 @@ class _Refused(asyncio.Protocol):
 
 
 def hello(**values: Any) -> dict[str, Any]:
-    """What a client is told first."""
+    """The first event that a client receives."""
     return {"type": "hello", "version": VERSION} | values
 
 
 def picture(index: int, block: int, encoded: bytes) -> bytes:
-    """A binary message: the first frame's index, the block's number, both 4 bytes and big-endian, and the bytes."""
+    """A binary message: index of the first frame, index of the block (4 bytes each, big-endian), encoded frames."""
     return index.to_bytes(4, "big") + block.to_bytes(4, "big") + encoded
 
 
 def offered(messages: Sequence[str], formats: Sequence[str]) -> dict[str, Any]:
-    """What clients may say, and in which formats frames go out."""
+    """Values of the first event: the types of messages that clients may send, and the encodings of frames."""
     return {"messages": list(messages), "formats": list(formats)}
 
 
 def request_log() -> logging.Logger:
-    """Where aiohttp reports what goes wrong here; not what is wrong with a request, or with who broke it off."""
+    """The log of aiohttp's errors, without invalid requests and broken connections."""
     log = logging.getLogger(__name__)
     log.addFilter(_is_ours)  # the same function is added once
     return log

@@ -38,7 +38,7 @@ SERVING = (
     Fault("models/web/server.py", "compress=False, ", "", SERVER, "compressed_again"),
     Fault(
         "models/serve/session.py",
-        "if self.ended is not None:  # by what was wrong with the block before",
+        "if self.ended is not None:  # by an error in the previous block",
         "if False:",
         SESSIONS,
         "while_its_next",
