@@ -1,10 +1,12 @@
-"""Names of files: those that grow before they get their own, and those that nobody meant to be there."""
+"""Files and folders that are unfinished, temporary, left behind, or not meant to be there."""
 
 import contextlib
 import fcntl
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from monarchrt.models.errors import UserError, report_full_disk
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<process>[1-9]\d{0,8})\.part", re.DOTALL)
 _PARTIAL = re.compile(r"(?P<name>.+)\.partial-(?P<process>[1-9]\d{0,8})", re.DOTALL)
+_TEMPORARY = re.compile(r"monarchrt-\w{8}\.(?P<process>[1-9]\d{0,8})")
 _MARKS = {
     b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe\0\0": "utf-32-le",  # begins as UTF-16 does
@@ -75,8 +78,7 @@ def growing(path: Path) -> Iterator[Path]:
     part = unfinished(path)
     descriptor = os.open(part, os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         yield part
     finally:
         os.close(descriptor)
@@ -134,6 +136,42 @@ def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
             if not _runs(int(match["process"])) and _remove_unlocked(path):
                 removed.append(path)
     return removed
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of this process in the system's directory for temporary files; it is removed at the end of the block.
+
+    Those that killed processes of this user left behind are removed first. A folder counts as left behind under the
+    conditions of `remove_abandoned`: its process does not run any more, and nobody holds the lock on it.
+
+    Yields:
+        The folder.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    with contextlib.suppress(OSError):
+        for path in Path(tempfile.gettempdir()).glob("monarchrt-*"):
+            match, found = _TEMPORARY.fullmatch(path.name), path.lstat()
+            if match is None or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                continue
+            if not _runs(int(match["process"])):
+                _remove_unlocked(path)
+    folder = Path(tempfile.mkdtemp(prefix="monarchrt-", suffix=f".{os.getpid()}"))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(descriptor: int) -> None:
+    """Locks an open file or folder until it is closed; does nothing on a file system without locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _runs(process: int) -> bool:
@@ -278,8 +316,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"path={str(path)!r} cannot be made: {error.strerror or error}.") from error
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         with report_full_disk(path, then="free some space and try again"):
             yield partial
             if path.exists():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import temporary_folder
 
 SECONDS, MEMORY = 20, 4 * 2**30  # of a CPU, and bytes of addresses
 _USED_UP = 1  # exit status of what ran into its limits, or broke; UserErrors are 2
@@ -50,8 +50,8 @@ def read_stranger(
     """
     if frames is not None and frames not in counts:
         raise UserError(f"frames is {frames}; it must be {_listed(counts)}")
-    with tempfile.TemporaryDirectory(prefix="monarchrt-") as folder:
-        out = Path(folder) / "frames.npy"
+    with temporary_folder() as folder:
+        out = folder / "frames.npy"
         wanted = dict(height=height, width=width, max_frames=frames or max(counts), fps=fps)
         asked = json.dumps(dict(name=path.name, out=str(out), seconds=seconds, memory=memory, clip=wanted))
         command = [sys.executable, "-P", "-m", __spec__.name if __spec__ else __name__, asked]

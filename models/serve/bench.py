@@ -1,6 +1,7 @@
 """Timing of video generation: first and steady blocks, stages, and whether playback would stall."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,29 @@ def cadence(arrivals: Sequence[float], frames: Sequence[int], *, fps: float) -> 
     )
 
 
+@dataclass(kw_only=True)
+class Samples:
+    """Times of one measurement in seconds, as far as it got (`take_samples`).
+
+    Attributes:
+        text: The first encoding of the prompt.
+        cold: From the request to each of the first three blocks, with compilation.
+        arrivals: From the request to each block of the streamed video.
+        frames: Number of frames of each of these blocks.
+        programs: Events of programs compiled during the stream.
+        stages: Times of each block by stage.
+        texts: Further encodings of the prompt.
+    """
+
+    text: float | None = None
+    cold: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    programs: list[str] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+    texts: list[float] = field(default_factory=list)
+
+
 def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | None = None) -> dict[str, Any]:
     """Times three videos: one that includes compilation, one streamed block by block, and one stage by stage.
 
@@ -97,23 +121,49 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | Non
         prompt: Prompt of the videos; None for the engine's sample.
 
     Returns:
-        JSON values by name; times in seconds unless the name ends in `_ms`, memory in bytes.
+        JSON values by name, see `summarize`.
+    """
+    samples = Samples()
+    take_samples(engine, samples, blocks=blocks, prompt=prompt)
+    return summarize(engine, samples, fps=fps)
+
+
+def take_samples(engine: Engine, samples: Samples, *, blocks: int, prompt: str | None = None) -> None:
+    """Times the three videos of `measure`, whose arguments it has.
+
+    Args:
+        engine: As in `measure`.
+        samples: Filled as times are taken, so that it holds what there is if this is interrupted.
+        blocks: As in `measure`.
+        prompt: As in `measure`.
     """
     said = engine.sample if prompt is None else prompt
     begin = time.perf_counter()
     texts = engine.embed(said, None)
     jax.block_until_ready(texts)
-    text = time.perf_counter() - begin
-    cold, _, _ = _stream(engine, texts, 3)
+    samples.text = time.perf_counter() - begin
+    _stream(engine, texts, 3, arrivals=samples.cold, frames=[], programs=[])
     video = engine.video(texts, 0)
     video.generate()
     video.count_anew()  # long streams run this program too; sessions compile it when they start
     jax.block_until_ready(video.generate())
-    arrivals, frames, compiled = _stream(engine, texts, blocks)
-    steady = np.diff(arrivals)[1:]  # without the second block, whose decoder program differs from the later ones
-    stages = _stages(engine, texts, min(blocks, STAGED))
-    whole = [_seconds(lambda: engine.embed_anew(said)) for _ in range(ENCODED)]
-    seen = cadence(arrivals, frames, fps=fps)
+    _stream(engine, texts, blocks, arrivals=samples.arrivals, frames=samples.frames, programs=samples.programs)
+    _stages(engine, texts, min(blocks, STAGED), samples.stages)
+    for _ in range(ENCODED):
+        samples.texts.append(_seconds(lambda: engine.embed_anew(said)))
+
+
+def summarize(engine: Engine, samples: Samples, *, fps: float = 16.0) -> dict[str, Any]:
+    """The report of a measurement.
+
+    Args:
+        engine: The engine that was measured.
+        samples: From `take_samples`; if that was interrupted, values without samples are left out.
+        fps: Frame rate of playback.
+
+    Returns:
+        JSON values by name; times in seconds unless the name ends in `_ms`, memory in bytes.
+    """
     return machine() | {
         "attention": str(engine.pipeline.model.config.attention),
         "dtype": engine.pipeline.model.config.dtype,
@@ -122,22 +172,36 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | Non
         "width": engine.size[1],
         "window": engine.window,
         "formats": engine.formats(),
-        "blocks": blocks,
-        "frames": sum(frames),
-        "cold": {"text": text, "first_frames": text + cold[0]},
-        "steady": {
-            "first_frames": arrivals[0],
-            "block_ms": percentiles(steady.tolist()),
-            "p99_over_p50": float(np.percentile(steady, 99) / np.percentile(steady, 50)),
-            "text_ms": percentiles(whole),
-            **{f"{name}_ms": percentiles(seconds) for name, seconds in stages.items()},
-            "frames_per_second": sum(frames) / arrivals[-1],
-            "compiled": compiled,
-        },
-        "cadence": {"fps": fps, "first": seen.first, "gap_ms": seen.gap_ms, "deadlines_met": seen.deadlines_met}
-        | {"underruns": seen.underruns, "stood": seen.stood},
+        **measured(samples, fps=fps),
         "memory": memory(),
         **_on_each_device(engine),
+    }
+
+
+def measured(samples: Samples, *, fps: float) -> dict[str, Any]:
+    """The part of `summarize` that follows from the samples; arguments and values as there."""
+    arrivals, frames = samples.arrivals, samples.frames
+    cold: dict[str, Any] = {} if samples.text is None else {"text": samples.text}
+    if samples.text is not None and samples.cold:
+        cold["first_frames"] = samples.text + samples.cold[0]
+    steady: dict[str, Any] = {}
+    if arrivals:
+        steady["first_frames"] = arrivals[0]
+    if len(arrivals) > 2:
+        between = np.diff(arrivals)[1:]  # without the second block, whose decoder program differs from the later ones
+        steady["block_ms"] = percentiles(between.tolist())
+        steady["p99_over_p50"] = float(np.percentile(between, 99) / np.percentile(between, 50))
+    stages = {"text": samples.texts} | {name: taken[2:] or taken for name, taken in samples.stages.items()}
+    steady |= {f"{name}_ms": percentiles(seconds) for name, seconds in stages.items() if seconds}
+    if arrivals:
+        steady |= {"frames_per_second": sum(frames) / arrivals[-1], "compiled": len(samples.programs)}
+    seen = cadence(arrivals, frames, fps=fps) if len(arrivals) > 1 else None
+    return {
+        "blocks": len(arrivals),
+        "frames": sum(frames),
+        "cold": cold,
+        "steady": steady,
+        "cadence": {"fps": fps} if seen is None else {"fps": fps} | dataclasses.asdict(seen),
     }
 
 
@@ -153,14 +217,19 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[int], int]:
+def _stream(
+    engine: Engine, texts: Any, blocks: int, *, arrivals: list[float], frames: list[int], programs: list[str]
+) -> None:
     """Streams a video, as sessions do: the next block is dispatched before the frames of the previous one are fetched.
 
-    Returns:
-        Seconds until each block's frames are on the host, the number of frames of each block, and the number of
-        programs compiled meanwhile.
+    Args:
+        engine: Generates it.
+        texts: Of `Engine.embed`.
+        blocks: Number of blocks.
+        arrivals: Gets the seconds until each block's frames are on the host.
+        frames: Gets the number of frames of each block.
+        programs: Gets an event for each program that is compiled meanwhile.
     """
-    programs: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -168,12 +237,13 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        begin, arrivals, frames, waiting = time.perf_counter(), [], [], []
+        begin, waiting = time.perf_counter(), []
 
         def fetch() -> None:
             while waiting:
-                frames.append(np.asarray(waiting.pop(0)).shape[1])
+                count = np.asarray(waiting.pop(0)).shape[1]
                 arrivals.append(time.perf_counter() - begin)
+                frames.append(count)
 
         video, state = engine.video(texts, 0), None
         for _ in range(blocks):
@@ -185,17 +255,15 @@ def _stream(engine: Engine, texts: Any, blocks: int) -> tuple[list[float], list[
         fetch()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    return arrivals, frames, len(programs)
 
 
-def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
-    """Seconds of each stage of each block, without the first two blocks; each stage ends before the next starts.
+def _stages(engine: Engine, texts: Any, blocks: int, took: dict[str, list[float]]) -> None:
+    """Adds the seconds of each block by stage; each stage ends before the next starts.
 
     The stages are the network, the decoder with the copy of its frames to the host, and each encoding.
     """
     video, state = engine.video(texts, 1), engine.start_decoder()
     names = ["network", "decoder", *engine.formats()]
-    took: dict[str, list[float]] = {name: [] for name in names}
     for block in range(blocks):
         times = [time.perf_counter()]
         latents = jax.block_until_ready(video.generate())
@@ -209,8 +277,7 @@ def _stages(engine: Engine, texts: Any, blocks: int) -> dict[str, list[float]]:
                 encoding.encode(pictures[index : index + size], engine.frames(block) + index, engine.fps)
             times.append(time.perf_counter())
         for name, seconds in zip(names, np.diff(times).tolist(), strict=True):
-            took[name].append(seconds)
-    return {name: seconds[2:] or seconds for name, seconds in took.items()}
+            took.setdefault(name, []).append(seconds)
 
 
 def machine() -> dict[str, Any]:

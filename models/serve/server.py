@@ -6,16 +6,15 @@ Generation never waits for a client: one that reads too slowly misses frames.
 import asyncio
 import contextlib
 import functools
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import temporary_folder
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.limits import Limits
 from monarchrt.models.serve.messages import MESSAGES, Ping, Refusal, Save, Start, Stop, parse_message
@@ -81,7 +80,7 @@ class Server(WebServer):
         return client
 
     async def _computing(self, app: web.Application):
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="monarchrt-")))
+        folder = self._stack.enter_context(temporary_folder())
         pool = self._stack.enter_context(ThreadPoolExecutor(ENCODERS, "encode"))
         self.sessions = Sessions(
             self.engine, limits=self.limits, folder=folder, observed=self.metrics, submit=pool.submit

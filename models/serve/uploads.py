@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from aiohttp import web
 from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError, disk_full_reason
+from monarchrt.models.files import temporary_folder
 from monarchrt.models.media.reading import read_stranger
 from monarchrt.models.serve.engine import Engine
 from monarchrt.models.serve.limits import Limits
@@ -74,8 +74,8 @@ class Uploads:
             raise web.HTTPServiceUnavailable(text=f"{ARRIVING} uploads are on their way; try again\n")
         self._arriving += 1
         try:
-            with tempfile.TemporaryDirectory(prefix="monarchrt-") as folder:
-                path = Path(folder) / NAME
+            with temporary_folder() as folder:
+                path = folder / NAME
                 try:
                     async with asyncio.timeout(ARRIVAL):
                         await _save(request, path, most)

@@ -11,7 +11,15 @@ import pytest
 from monarchrt.models.checkpoints.reading import find_weights, weights_file
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import UserError
-from monarchrt.models.files import growing, is_litter, listed, new_folder, remove_abandoned, unfinished
+from monarchrt.models.files import (
+    growing,
+    is_litter,
+    listed,
+    new_folder,
+    remove_abandoned,
+    temporary_folder,
+    unfinished,
+)
 from monarchrt.train.config import DataConfig, RunConfig, TrainConfig
 from monarchrt.train.run_folder import claim_folder
 
@@ -170,3 +178,42 @@ class TestFolders:
         with new_folder(tmp_path / "made") as folder:
             (folder / "weights").touch()
         assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+class TestTemporary:
+    def test_is_removed_at_the_end(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with temporary_folder() as folder:
+            (folder / "a").mkdir()
+            (folder / "a" / "b").touch()
+            assert list(tmp_path.iterdir()) == [folder]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_those_of_killed_processes_are_removed_at_the_next_start(self, tmp_path, monkeypatch):
+        """And no others: of running processes, by other names, files, and one that somebody holds a lock on."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        left = f"monarchrt-abcd_123.{gone()}"
+        stay = [f"monarchrt-abcd1234.{os.getppid()}", f"monarchrt-x.{gone()}", "monarchrt-abcd1234", f"a.{gone()}"]
+        for name in (left, *stay):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "video.mp4").touch()
+        (tmp_path / f"monarchrt-abcd1235.{gone()}").touch()
+        (tmp_path / f"monarchrt-abcd1236.{gone()}").symlink_to(tmp_path / stay[0])
+        before = set(tmp_path.iterdir())
+        number = gone()
+        with monkeypatch.context() as other:  # another machine's or container's
+            other.setattr(os, "getpid", lambda: number)
+            held = temporary_folder()
+            folder = held.__enter__()
+        with temporary_folder():
+            pass
+        assert set(tmp_path.iterdir()) == before - {tmp_path / left} | {folder}
+        held.__exit__(None, None, None)
+
+    def test_those_of_other_users_stay(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        (tmp_path / f"monarchrt-abcd1234.{gone()}").mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with temporary_folder():
+            pass
+        assert len(list(tmp_path.iterdir())) == 1

@@ -13,7 +13,14 @@ PIPELINE = ("tests/models/generate/test_pipeline.py",)
 COMMAND = ("tests/train/test_serve.py",)
 SERVER = ("tests/models/serve/test_server.py",)
 
+BENCH = ("tests/models/serve/test_bench.py",)
+TEMPORARY = ("tests/models/test_files.py",)
+
 SERVING = (
+    Fault("train/cli/bench.py", "        raise stopped\n", "        pass\n", COMMAND, "is_stopped"),
+    Fault("models/serve/bench.py", "if len(arrivals) > 2:", "if arrivals:", BENCH, "stopped"),
+    Fault("models/files.py", "or found.st_uid != os.geteuid()", "", TEMPORARY, "Temporary"),
+    Fault("models/files.py", "_lock(descriptor)\n        yield folder", "yield folder", TEMPORARY, "Temporary"),
     Fault("train/cli/compile_cache.py", ".free < LEAST_FREE", ".free < 0", COMMAND, "almost_full"),
     Fault("train/cli/compile_cache.py", "and found.st_mtime < old", "", COMMAND, "almost_full"),
     Fault("models/web/server.py", "HttpProcessingError | ConnectionError", "HttpProcessingError", SERVER, "broken_off"),

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
+from monarchrt.models.serve.bench import measured
 from monarchrt.train.cli import compile_cache, main
 from tests.untyped import there
 
@@ -133,7 +134,7 @@ class TestBench:
         assert found["steady"]["compiled"] == 0
         assert found["cold"]["load"] > 0
         assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4"]) == 0
-        assert "blocks in time, stood still" in capsys.readouterr().out
+        assert "blocks in time, stalled" in capsys.readouterr().out
 
     @pytest.mark.slow
     def test_random_weights(self, capsys):
@@ -141,6 +142,33 @@ class TestBench:
         assert main(["bench", *options]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["weights"], found["height"], found["width"]) == ("random, tiny", 32, 64)
+
+    def test_one_that_is_stopped_prints_what_it_has(self, capsys, monkeypatch):
+        """Before the first times, in the stream and in the stages; as an engine, one that only the command sees."""
+
+        def take(engine, samples, *, blocks):
+            samples.text, samples.cold[:] = 0.5, [1.5, 2.0]
+            if engine == "in the stream":
+                samples.arrivals[:], samples.frames[:] = [0.25, 0.5, 0.75], [1, 12, 12]
+            signal.raise_signal(signal.SIGINT)
+
+        def summarize(engine, samples, *, fps):
+            shown = {"device": "a card", "versions": {"jax": "1"}, "attention": "dense", "height": 8, "width": 8}
+            return shown | measured(samples, fps=fps) | {"formats": ["jpeg"], "memory": {"host_peak": 2**30}}
+
+        monkeypatch.setattr("monarchrt.models.serve.bench.take_samples", take)
+        monkeypatch.setattr("monarchrt.models.serve.bench.summarize", summarize)
+        for where, blocks in (("in the first video", 0), ("in the stream", 3)):
+            monkeypatch.setattr("monarchrt.models.serve.load.random_engine", lambda config, where=where, **_: where)
+            assert main(["bench", "--preset", "tiny"]) == 130
+            out, err = capsys.readouterr()
+            assert f"stopped   after {blocks} of 28 blocks of the stream: not all is measured\n" in out
+            assert "first frames 2.00 s later" in out
+            assert ("block     p50 250.0," in out) == (blocks == 3) == ("play      at 16 frames/s" in out)
+            assert err.endswith("stopped\n")
+            assert main(["bench", "--preset", "tiny", "--json"]) == 130
+            found = json.loads(capsys.readouterr().out)
+            assert (found["stopped"], found["blocks"]) == (True, blocks)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -65,7 +65,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     with finish_first():
         import jax
 
-        from monarchrt.models.serve.bench import measure
+        from monarchrt.models.serve.bench import Samples, summarize, take_samples
         from monarchrt.models.serve.load import load_engine, random_engine
 
     preset = options.preset
@@ -88,32 +88,54 @@ def bench_command(arguments: Sequence[str]) -> int:
     make = load_engine if preset is None else partial(random_engine, preset=preset)
     engine = make(config, unroll=options.unroll, report=say)
     loaded = time.monotonic() - begin
-    measured = measure(engine, blocks=options.count, fps=options.rate)
+    samples, stopped = Samples(), None
+    try:
+        take_samples(engine, samples, blocks=options.count)
+    except KeyboardInterrupt as error:  # what was measured by then is printed
+        stopped = error
+    measured = summarize(engine, samples, fps=options.rate)
     measured["cold"] = {"load": loaded} | measured["cold"]
     measured["weights"] = str(options.checkpoint) if preset is None else f"random, {preset}"
-    print(json.dumps(measured, indent=1) if options.json else "\n".join(_lines(measured)))
+    if stopped is not None:
+        measured["stopped"] = True
+    print(json.dumps(measured, indent=1) if options.json else "\n".join(_lines(measured, count=options.count)))
+    if stopped is not None:
+        raise stopped
     return 0
 
 
-def _lines(measured: dict[str, Any]) -> list[str]:
+def _lines(measured: dict[str, Any], *, count: int) -> list[str]:
+    """The report; without the lines that a measurement that was stopped has no values for."""
     cold, steady, cadence = measured["cold"], measured["steady"], measured["cadence"]
     size = f"{measured['height']}x{measured['width']}"
 
-    def shares(values: dict[str, float]) -> str:
-        return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+    def shares(name: str) -> str:
+        return ", ".join(f"{share} {value:.1f}" for share, value in steady[name].items())
 
-    return [
-        f"{measured['device']}, jax {measured['versions']['jax']}; {size}, {measured['attention']}",
-        f"cold      loaded in {cold['load']:.1f} s, first frames {cold['first_frames']:.2f} s later",
-        f"steady    first frames after {steady['first_frames']:.3f} s (text aside), "
-        f"{steady['frames_per_second']:.1f} frames/s",
-        f"block     {shares(steady['block_ms'])} ms; p99/p50 {steady['p99_over_p50']:.2f}",
-        f"network   {shares(steady['network_ms'])} ms",
-        f"decoder   {shares(steady['decoder_ms'])} ms",
-        f"text      {shares(steady['text_ms'])} ms, once for each prompt",
-        *(f"{name:<9} {shares(steady[f'{name}_ms'])} ms, beside the next block" for name in measured["formats"]),
-        f"play      at {cadence['fps']:g} frames/s: {cadence['deadlines_met']:.0%} of blocks in time, stood still "
-        f"{cadence['underruns']} times, {cadence['stood']:.2f} s",
-        "memory    "
-        + ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f} GiB" for name, size in measured["memory"].items()),
+    lines = [f"{measured['device']}, jax {measured['versions']['jax']}; {size}, {measured['attention']}"]
+    if measured.get("stopped"):
+        lines.append(f"stopped   after {measured['blocks']} of {count} blocks of the stream: not all is measured")
+    if "first_frames" in cold:
+        lines.append(f"cold      loaded in {cold['load']:.1f} s, first frames {cold['first_frames']:.2f} s later")
+    if "first_frames" in steady:
+        lines.append(
+            f"steady    first frames after {steady['first_frames']:.3f} s (text aside), "
+            f"{steady['frames_per_second']:.1f} frames/s"
+        )
+    if "block_ms" in steady:
+        lines.append(f"block     {shares('block_ms')} ms; p99/p50 {steady['p99_over_p50']:.2f}")
+    notes = {"text": ", once for each prompt"} | dict.fromkeys(
+        measured["formats"], ", while the next block is generated"
+    )
+    lines += [
+        f"{name:<9} {shares(f'{name}_ms')} ms{notes.get(name, '')}"
+        for name in ("network", "decoder", "text", *measured["formats"])
+        if f"{name}_ms" in steady
     ]
+    if "underruns" in cadence:
+        lines.append(
+            f"play      at {cadence['fps']:g} frames/s: {cadence['deadlines_met']:.0%} of blocks in time, stalled "
+            f"{cadence['underruns']} times, {cadence['stood']:.2f} s"
+        )
+    memory = (f"{name.replace('_', ' ')} {size / 2**30:.2f} GiB" for name, size in measured["memory"].items())
+    return [*lines, f"memory    {', '.join(memory)}"]

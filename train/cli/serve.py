@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from monarchrt.models.errors import UserError
+from monarchrt.models.files import temporary_folder
 from monarchrt.models.generate.config import GenerateConfig, Mode
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.interrupt import finish_first
@@ -145,7 +145,8 @@ def serve_command(arguments: Sequence[str]) -> int:
         raise UserError(f"WebRTC was asked for, but {INSTALL}")
     check_port(address.host, address.port)
     try:
-        tempfile.TemporaryDirectory(prefix="monarchrt-").cleanup()
+        with temporary_folder():
+            pass
     except OSError as error:
         raise UserError(
             f"no folder can be made for uploads and saved videos ({error}); set TMPDIR to one that can be written"

@@ -6,8 +6,9 @@ import os
 import jax.numpy as jnp
 import pytest
 
-from monarchrt.models.serve.bench import cadence, measure, percentiles
+from monarchrt.models.serve.bench import Samples, cadence, measure, percentiles, summarize, take_samples
 from tests.models.serve.conftest import encode
+from tests.untyped import there
 
 
 def test_play_that_never_waits():
@@ -41,6 +42,32 @@ def test_an_engine(engine):
     assert set(found["cadence"]) == {"fps", "first", "gap_ms", "deadlines_met", "underruns", "stood"}
     assert found["cadence"]["fps"] == 8.0
     assert {"monarchrt", "jax", "jaxlib"} < set(found["versions"])
+
+
+def test_one_that_is_stopped_keeps_what_it_has(engine, monkeypatch):
+    """In the fifth block of the stream, while the fourth is fetched only after it was begun."""
+    samples, decode, calls = Samples(), engine.decode, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3 + 5:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(engine, "decode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        take_samples(engine, samples, blocks=9)
+    found = summarize(engine, samples, fps=8.0)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["blocks"], found["frames"]) == (4, 12)
+    assert found["cold"]["first_frames"] == there(samples.text) + samples.cold[0]
+    assert set(found["steady"]) == {"first_frames", "block_ms", "p99_over_p50", "frames_per_second", "compiled"}
+    assert found["cadence"]["deadlines_met"] <= 1
+    two = summarize(engine, Samples(arrivals=[0.5, 1.0], frames=[9, 12]), fps=8.0)  # the second is still the start
+    assert set(two["steady"]) == {"first_frames", "frames_per_second", "compiled"}
+    assert two["cadence"]["underruns"] == 0
+    empty = summarize(engine, Samples(), fps=8.0)
+    assert (empty["blocks"], empty["cold"], empty["steady"], empty["cadence"]) == (0, {}, {}, {"fps": 8.0})
 
 
 def test_frames_are_copied_before_anyone_waits(engine, monkeypatch):
