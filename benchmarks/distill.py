@@ -196,7 +196,11 @@ def check_mesh(args: argparse.Namespace) -> float:
     def update(placement: Placement | None) -> np.ndarray:
         where = placement and placement.shardings(jax.eval_shape(create))
         step = make_train_step(
-            objective, dict.fromkeys((*ROLES, "teacher"), graph), dict.fromkeys(ROLES, role), shardings=where
+            objective,
+            dict.fromkeys((*ROLES, "teacher"), graph),
+            dict.fromkeys(ROLES, role),
+            configs=dict.fromkeys(ROLES, config),
+            shardings=where,
         )
         state = jax.jit(create, **({} if where is None else {"out_shardings": where}))()
         with jax.default_matmul_precision("highest"):
@@ -307,7 +311,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         state = jax.jit(create, **({} if shardings is None else {"out_shardings": shardings}))()
     objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
     graphs = {role: split_model(model)[0] for role, model in networks.items()}
-    step = make_train_step(objective, graphs, trainings, shardings=shardings)
+    configs = {role: model.config for role, model in networks.items()}
+    step = make_train_step(objective, graphs, trainings, configs=configs, shardings=shardings)
     shape = shape_of(args)
     sizes = shape[0], student.config.text_len, student.config.text_dim
     text = jax.random.normal(jax.random.key(1), sizes, jnp.bfloat16)

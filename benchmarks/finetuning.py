@@ -66,7 +66,9 @@ class Program:
         self.role = settings.objective.exported
         self.graph = split_model(model)[0]
         self.training = make_training(settings.optimizer, updates=steps)
-        self.step = make_train_step(self.objective, {self.role: self.graph}, {self.role: self.training})
+        self.step = make_train_step(
+            self.objective, {self.role: self.graph}, {self.role: self.training}, configs={self.role: model.config}
+        )
         self.errors = make_error_fn(self.objective, {self.role: self.graph})
 
     def train(self, model: WanModel, source: Source, seed: int) -> WanModel:

@@ -252,7 +252,9 @@ def training_step(config: WanConfig, clip: Clip, **how) -> Timed:
     # the step overwrites its state; the parameters serve other cases too
     params = jax.tree.map(jnp.copy, params)
     training = make_training(OptimizerConfig(learning_rate=1e-6, ema_decay=None), updates=1000)
-    step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
+    step = make_train_step(
+        make_objective(FlowConfig()), {"student": graph}, {"student": training}, configs={"student": config}
+    )
     state = create_state({"student": create_role(params, fixed, training)}, seed=0)
     latents, _, text = example(config, clip.shape)
     batches = {"student": Batch(cast(Any, latents), cast(Any, text))}  # on the device already

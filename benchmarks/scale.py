@@ -96,7 +96,11 @@ class Case:
         self.shardings = self.placement.shardings(state)
         self.create = create
         step = make_train_step(
-            make_objective(FlowConfig()), {"student": graph}, {"student": training}, shardings=self.shardings
+            make_objective(FlowConfig()),
+            {"student": graph},
+            {"student": training},
+            configs={"student": config},
+            shardings=self.shardings,
         )
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
         abstract: Any = Batch  # of arrays that are not there

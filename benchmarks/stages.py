@@ -298,7 +298,7 @@ def update(stage: Stage, attention: str, args: argparse.Namespace) -> tuple[Any,
     objective = objective_of(settings, args.last, configs["student"].text_dim)
     trainings = {name: training_of(settings, name) for name in settings.training}
     batches = {stage.role: batch_of(settings, configs["student"], latent_shape(args.small))}
-    step = make_train_step(objective, graphs, trainings)
+    step = make_train_step(objective, graphs, trainings, configs=configs)
     compiled = step.lower(state, batches, due=(stage.role,)).compile()
     held = [state]
     del state  # each step uses up the one before

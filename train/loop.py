@@ -287,7 +287,14 @@ class _Run:
 
     def _step_fn(self, networks: Networks, *, ahead: bool = True) -> StepFn:
         shardings = self.placement.shardings(networks.template)
-        return make_train_step(self.objective, networks.graphs, networks.trainings, shardings=shardings, ahead=ahead)
+        return make_train_step(
+            self.objective,
+            networks.graphs,
+            networks.trainings,
+            configs=networks.configs,
+            shardings=shardings,
+            ahead=ahead,
+        )
 
     def _choose_remat(self) -> tuple[Choice | None, tuple[StepPlan, ...] | None]:
         """What networks recompute whose settings leave it open, and what steps then take; compiles them.

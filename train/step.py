@@ -49,6 +49,7 @@ def make_train_step(
     graphs: Graphs,
     trainings: Mapping[str, Training],
     *,
+    configs: Mapping[str, Any],
     shardings: TrainState | None = None,
     ahead: bool = True,
 ) -> StepFn:
@@ -60,6 +61,8 @@ def make_train_step(
         objective: Draws and losses.
         graphs: Structure of each role's network, from `monarchrt.train.state.split_model`.
         trainings: How each role that trains does so, from `monarchrt.train.state.make_training`.
+        configs: Configuration of each role's network, where it has one. On one GPU, layers of a `WanConfig` may write
+            what they keep for the backward pass right into stacks, which takes less time (`may_write_stacks`).
         shardings: Where the new state lives, from `monarchrt.train.sharding.Placement`; None leaves it to the compiler.
         ahead: Whether a layer's weights are gathered while the one before computes, on GPUs that share them.
 
@@ -119,7 +122,7 @@ def make_train_step(
 
     # without shardings the compiler might move the state, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    stacks = may_write_stacks(objective, graphs, trainings, shardings)
+    stacks = may_write_stacks(objective, configs, trainings, shardings)
     options = training_options(stacks=stacks)
     if shardings is not None:
         mesh: Any = _everywhere(shardings).mesh
@@ -211,13 +214,16 @@ def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], me
 
 
 def may_write_stacks(
-    objective: Objective, graphs: Graphs, trainings: Mapping[str, Training], shardings: TrainState | None
+    objective: Objective,
+    configs: Mapping[str, Any],
+    trainings: Mapping[str, Training],
+    shardings: TrainState | None,
 ) -> bool:
     """Whether what layers keep can be written right into stacks: on one GPU, if such layers are a step's only loops.
 
     Args:
         objective: Its losses.
-        graphs: Structure of each role's network.
+        configs: Configuration of each role's network, where it has one.
         trainings: How each role that trains does so.
         shardings: Where the state lives.
     """
@@ -226,18 +232,12 @@ def may_write_stacks(
     if objective.rolls_out or [device.platform in ("gpu", "cuda") for device in devices] != [True]:
         return False
     for role, training in trainings.items():
-        configs = [config for config in map(_config, getattr(graphs[role], "attributes", ())) if config is not None]
-        if training.settings.accumulation > 1 or len(configs) != 1:
+        config = configs.get(role)
+        if training.settings.accumulation > 1 or not isinstance(config, WanConfig):
             return False
-        if configs[0].remat != STACKED or configs[0].unroll_layers:
+        if config.remat != STACKED or config.unroll_layers:
             return False
     return True
-
-
-def _config(attribute: tuple[Any, Any]) -> WanConfig | None:
-    """The configuration that an attribute of a network is."""
-    value = getattr(attribute[1], "value", None)
-    return value if isinstance(value, WanConfig) else None
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:

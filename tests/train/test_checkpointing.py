@@ -32,7 +32,7 @@ class Network(nnx.Module):
 def training():
     graph, params, frozen = split_model(Network(nnx.Rngs(0)))
     training = make_training(OptimizerConfig(), updates=10)
-    step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
+    step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training}, configs={})
     batches = {"student": Batch(np.ones((2, 1, 2, 2, 64), np.float32), np.zeros((2, 1, 1), np.float32))}
 
     def fresh():

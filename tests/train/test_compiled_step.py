@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from flax import nnx
 
-from monarchrt.models.wan import WanModel, wan_config
+from monarchrt.models.wan import wan_config
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.objectives.settings import FlowConfig
-from monarchrt.train.state import make_training, split_model
+from monarchrt.train.state import make_training
 from monarchrt.train.step import may_write_stacks
 from tests.kernels.test_mosaic_compile import H200
 
@@ -51,7 +50,11 @@ state = jax.eval_shape(create)
 graph = split_model(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))[0]
 places = placement.shardings(state)
 step = make_train_step(
-    make_objective(FlowConfig()), {"student": graph}, {"student": training}, shardings=places
+    make_objective(FlowConfig()),
+    {"student": graph},
+    {"student": training},
+    configs={"student": config},
+    shardings=places,
 )
 state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 here = jax.NamedSharding(placement.mesh, partition(placement.mesh, (batch,), ("batch",)))
@@ -100,10 +103,14 @@ def test_products_are_done_once(remat, times):
 def test_stacks_are_written_by_one_gpu_alone(monkeypatch, platform, network, accumulation, written):
     """Where anything else were in a loop, XLA would form what is kept twice."""
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)])
-    graph = split_model(nnx.eval_shape(lambda: WanModel(wan_config("tiny", **network), rngs=nnx.Rngs(0))))[0]
-    training = make_training(OptimizerConfig(accumulation=accumulation), updates=1)
-    found = may_write_stacks(make_objective(FlowConfig()), {"student": graph}, {"student": training}, None)
-    assert found == written
+    objective, training = (
+        make_objective(FlowConfig()),
+        make_training(OptimizerConfig(accumulation=accumulation), updates=1),
+    )
+    configs = {"student": wan_config("tiny", **network)}
+    assert may_write_stacks(objective, configs, {"student": training}, None) == written
+    for other in ({}, {"student": None}):  # of a network that is none of ours
+        assert not may_write_stacks(objective, other, {"student": training}, None)
 
 
 @pytest.mark.slow

@@ -119,11 +119,11 @@ def train(step, state, batch):
     return state, jnp.array(losses)
 initial = jax.tree.map(jnp.copy, params)  # a step's input state is donated
 start = jax.tree.map(jnp.copy, create())
-one, expected = train(make_train_step(*parts), start, batch)
+one, expected = train(make_train_step(*parts, configs={}), start, batch)
 placement = Placement(batch=4, accumulation=2, state="fsdp")
 state = create()
 state = jax.device_put(state, placement.shardings(state))
-step = make_train_step(*parts, shardings=placement.shardings(state))
+step = make_train_step(*parts, configs={}, shardings=placement.shardings(state))
 print(len(jax.devices()), kinds(state))
 print(placement.sharding((30, 1536, 1536)).spec, placement.sharding((30, 1535, 1535)).spec)  # never the layers
 state, losses = train(step, state, placement.batch(batch))
@@ -196,7 +196,7 @@ def compute(mesh, devices):
         results = program(params, data)
     else:
         step = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training},
-                               shardings=shardings)
+                               configs={"student": config}, shardings=shardings)
         program, data = step.lower(state, {"student": data}, due=("student",)).compile(), {"student": data}
         state, metrics = program(state, data)
         state, metrics = program(state, data)

@@ -52,7 +52,7 @@ def setup(**settings):
     graph, params, frozen = split_model(Linear(nnx.Rngs(0)))
     training = make_training(OptimizerConfig(**settings), updates=10)
     state = create_state({"student": create_role(params, frozen, training)}, seed=3)
-    step_fn = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training})
+    step_fn = make_train_step(make_objective(FlowConfig()), {"student": graph}, {"student": training}, configs={})
 
     def step(state, latents, text):
         state, metrics = step_fn(state, {"student": Batch(latents, text)}, due=("student",))
