@@ -63,11 +63,15 @@ class Source(Protocol):
 
 @runtime_checkable
 class ReadsParts(Protocol):
-    """A source that reads a part of a batch, for a process that has devices for no more."""
+    """A source that can read a part of a batch, for a process whose devices hold no more. To be derived from."""
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """Those samples of `train_batch` that are at `rows`; what is not needed for them is not read."""
+        """The samples of `train_batch` at `rows`, without reading the others."""
         ...
+
+    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
+        """The batch of a step, counted from 0: all of its rows."""
+        return self.train_part(step, batch, seed, range(batch))
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,7 +111,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, count - 1, min(wanted, count))})
 
 
-class ClipWindows:
+class ClipWindows(ReadsParts):
     """Windows of clips held in memory; no frame is both in a window that is trained on and in one that is held out.
 
     One clip is split by time: frames [0, n_train) are trained on, then `gap` frames belong to neither, the rest is held
@@ -188,10 +192,6 @@ class ClipWindows:
             digest.update(repr(self._lengths).encode())
         return digest.hexdigest()
 
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The windows of a step, counted from 0."""
-        return self.train_part(step, batch, seed, range(batch))
-
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
         """Those windows of a step that are at `rows` of its batch."""
         order = example_order(step, batch, seed, len(self.train_starts), rows)
@@ -226,7 +226,7 @@ class ClipWindows:
         return Batch(latents, np.zeros((len(latents), *self._text_shape), np.float32))
 
 
-class LatentFolder:
+class LatentFolder(ReadsParts):
     """Precomputed latents and text embeddings: one .safetensors file per example.
 
     Each file holds `latents` [F, h, w, C] and `text` [L, D] in any float type. Files are taken in the order of their
@@ -304,10 +304,6 @@ class LatentFolder:
     def keep_digests(self) -> None:
         """Writes what `fingerprint` found to the file of digests, if one was named."""
         self._digests.keep()
-
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The examples of a step, counted from 0."""
-        return self.train_part(step, batch, seed, range(batch))
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
         """Those examples of a step that are at `rows` of its batch; the files of others are not read."""

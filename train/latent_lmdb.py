@@ -19,7 +19,7 @@ import numpy as np
 from monarch_jax.checks import brief
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.windows import held_out_count
-from monarchrt.train.data import Batch, example_order, likeness
+from monarchrt.train.data import Batch, ReadsParts, example_order, likeness
 from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.texts import CHANNELS, Embeddings
 
@@ -49,7 +49,7 @@ def shards(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if (child / _FILE).is_file()) if path.is_dir() else []
 
 
-class LatentLMDB:
+class LatentLMDB(ReadsParts):
     """Latents of an LMDB, turned to [F, h, w, C], with embeddings of their captions.
 
     Args:
@@ -96,10 +96,6 @@ class LatentLMDB:
             digest.update(self._captions[shard, number].encode())
             digest.update(shard.ends(number))
         return digest.hexdigest()
-
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The examples of a step, counted from 0."""
-        return self.train_part(step, batch, seed, range(batch))
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
         """Those examples of a step that are at `rows` of its batch; others are not read."""

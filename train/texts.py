@@ -10,7 +10,7 @@ import numpy as np
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import decoded
 from monarchrt.models.media.windows import held_out_count
-from monarchrt.train.data import Batch, example_order
+from monarchrt.train.data import Batch, ReadsParts, example_order
 from monarchrt.train.data_settings import DataConfig
 
 CHANNELS = 16  # of latents of Wan 2.1's VAE
@@ -107,7 +107,7 @@ class Embeddings:
         return np.stack([np.asarray(array, np.float32) for array in embeddings])
 
 
-class PromptFile:
+class PromptFile(ReadsParts):
     """Prompts without clips: latents are zero, of the shape that a network is to make.
 
     Args:
@@ -143,10 +143,6 @@ class PromptFile:
     def fingerprint(self) -> str:
         """SHA-256 of the prompts, in their order, and of the shape."""
         return hashlib.sha256(repr((self._prompts, self._shape, self._rows)).encode()).hexdigest()
-
-    def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The prompts of a step, counted from 0."""
-        return self.train_part(step, batch, seed, range(batch))
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
         """Those prompts of a step that are at `rows` of its batch."""

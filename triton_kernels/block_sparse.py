@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from monarchrt.triton_kernels import missing_packages
-from monarchrt.triton_kernels.config import Config, Target, power_of_two, target, tuned
+from monarchrt.triton_kernels.config import Config, Target, holding, power_of_two, target, tuned
 from monarchrt.triton_kernels.plan import Launch
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ _CONFIGS: contextvars.ContextVar[SparseConfigs | None] = contextvars.ContextVar(
 @contextlib.contextmanager
 def use(configs: SparseConfigs) -> Iterator[None]:
     """Traces with these configs whatever the device and the blocks; for tuning and tests."""
-    token = _CONFIGS.set(configs)
-    try:
+    with holding(_CONFIGS, configs):
         yield
-    finally:
-        _CONFIGS.reset(token)
 
 
 def key_of(*, rows: int, columns: int, dim: int, itemsize: int, listed: int | None = None) -> str:

@@ -118,6 +118,16 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("triton_
 
 
 @contextlib.contextmanager
+def holding[T](variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
+    """Sets a context variable inside the block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@contextlib.contextmanager
 def compile_for(compute_capability: int, device_kind: str | None = None) -> Iterator[None]:
     """Traces for a given GPU instead of the local one, so that no device is needed.
 
@@ -135,11 +145,8 @@ def compile_for(compute_capability: int, device_kind: str | None = None) -> Iter
     Yields:
         None.
     """
-    token = _TARGET.set(Target(compute_capability, device_kind))
-    try:
+    with holding(_TARGET, Target(compute_capability, device_kind)):
         yield
-    finally:
-        _TARGET.reset(token)
 
 
 def target() -> Target:
@@ -168,11 +175,8 @@ def use(configs: Configs) -> Iterator[None]:
     Yields:
         None.
     """
-    token = _CONFIGS.set(configs)
-    try:
+    with holding(_CONFIGS, configs):
         yield
-    finally:
-        _CONFIGS.reset(token)
 
 
 def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> Configs:
