@@ -26,6 +26,7 @@ from monarchrt.models.wan.checkpoints import (
 from monarchrt.models.wan.checkpoints.mapping import tensors
 from monarchrt.models.wan.checkpoints.save import ModelFile
 from monarchrt.models.wan.checkpoints.settings import config_to_json, dump_json
+from tests.parameters import assert_same, flat
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OFFICIAL = {
@@ -63,18 +64,6 @@ OFFICIAL_OF_BLOCK = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
-
-
-def flat(model):
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        assert a[path].tobytes() == b[path].tobytes(), path
 
 
 def official_tensors(model):

@@ -16,6 +16,7 @@ from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.models.wan.checkpoints import convert_checkpoint, inspect_checkpoint, load_checkpoint, save_checkpoint
 from monarchrt.models.wan.checkpoints.source import ANCHORS
 from monarchrt.train.model import check_pretrained
+from tests.parameters import assert_same
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = wan_config("tiny", dim=128, num_heads=1, num_layers=2, text_len=512)
@@ -43,13 +44,6 @@ def write(path, tensors):
     arrays = {name: np.zeros(a, np.float32) if isinstance(a, tuple) else np.asarray(a) for name, a in tensors.items()}
     safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
     return path
-
-
-def assert_same(found, model):
-    for (path, a), (_, b) in zip(
-        nnx.to_flat_state(nnx.state(found, nnx.Param)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
 
 
 PREFIXES = (

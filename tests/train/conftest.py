@@ -40,6 +40,19 @@ def clip(tmp_path_factory) -> Path:
     return make_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
 
 
+def generate(*arguments) -> int:
+    """Runs `monarchrt generate` in this process: the exit code."""
+    from monarchrt.train.cli import main
+
+    return main(["generate", *map(str, arguments)])
+
+
+@pytest.fixture
+def said(capsys):
+    """() -> what was written to stderr since the last call."""
+    return lambda: capsys.readouterr().err
+
+
 @pytest.fixture(scope="session")
 def environment(compiled) -> dict[str, str]:
     """The environment of a subprocess: on a CPU, compiled programs shared between the processes."""

@@ -128,6 +128,10 @@ def test_resumed_it_finds_the_same(clip, tmp_path):
         (("--height", "37"), "height is 37, which is not a positive multiple of patch 4; the nearest that is: 36"),
         (("--steps", "0"), "steps is 0; it must be at least 1"),
         (("--video", "no_such.mp4"), "video no_such.mp4 does not exist"),
+        (("--clips", "9"), "clips is 9, which is for the distillation; give --distill too"),
+        (("--distill-steps", "9"), "distill_steps is 9, which is for the distillation; give --distill too"),
+        (("--distill", "--distill-steps", "0"), "distill_steps is 0; it must be at least 1"),
+        (("--distill", "--clips", "2"), "clips is 2; it must be at least 8"),
     ],
 )
 def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_path, capsys):

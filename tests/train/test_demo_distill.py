@@ -157,22 +157,6 @@ def test_the_dense_student_differs_in_attention_alone(tmp_path):
     assert all(run.role("teacher").model.attention == "dense" for name, run in runs.items() if name != "causal")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--clips", "9"), "clips is 9, which is for the distillation; give --distill too"),
-        (("--distill-steps", "9"), "distill_steps is 9, which is for the distillation; give --distill too"),
-        (("--distill", "--distill-steps", "0"), "distill_steps is 0; it must be at least 1"),
-        (("--distill", "--clips", "2"), "clips is 2; it must be at least 8"),
-    ],
-)
-def test_bad_settings_end_before_anything_is_written(arguments, message, tmp_path, capsys):
-    folder = tmp_path / "demo"
-    assert main(["demo", "--folder", str(folder), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not folder.exists()
-
-
 @pytest.mark.parametrize("options", [(), ("--resume",)])
 @pytest.mark.parametrize("distils", [True, False])
 def test_neither_demo_is_begun_in_the_folder_of_the_other(distils, options, tmp_path, capsys):

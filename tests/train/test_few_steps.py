@@ -24,6 +24,8 @@ from monarchrt.train.objectives.registry import ObjectiveSettings
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
 from monarchrt.train.run_folder import read_config, write_config
 
+from .conftest import generate
+
 STEPS = (1000, 757, 522)
 CAT = ["--prompt", "a cat on a wall", "--quiet"]
 
@@ -39,10 +41,6 @@ def student(baseline, tmp_path):
     run = dataclasses.replace(config.run, folder=folder)
     write_config(dataclasses.replace(config, objective=objective, run=run), latents=(3, 4, 8))
     return folder
-
-
-def generate(*arguments):
-    return main(["generate", *map(str, arguments)])
 
 
 def test_a_run_is_sampled_at_its_students_steps(student, tmp_path, capsys):

@@ -20,12 +20,10 @@ from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
 from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
 from monarchrt.train.cli import main
 
+from .conftest import generate
+
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
 CAT = ["--prompt", "a cat on a wall"]
-
-
-def generate(*arguments):
-    return main(["generate", *map(str, arguments)])
 
 
 class TestWan:

@@ -14,23 +14,15 @@ from PIL import Image
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import read_settings
 from monarchrt.models.vae import TinyVAEConfig
-from monarchrt.train.cli import main
 from tests.untyped import there
+
+from .conftest import generate
 
 SMALL = ["--height", "32", "--width", "64", "--zoom", "1", "--steps", "2", "--quiet"]
 CAT = ["--prompt", "a cat on a wall"]
 FLOW = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 TINY = TinyVAEConfig(encoder=4, decoder=(8, 6, 4, 4))
 RUN = ["--mode", "windows", "--zoom", "1", "--steps", "1", "--quiet"]
-
-
-def generate(*arguments):
-    return main(["generate", *map(str, arguments)])
-
-
-@pytest.fixture
-def said(capsys):
-    return lambda: capsys.readouterr().err
 
 
 class TestSchedulerConfig:

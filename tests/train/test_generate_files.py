@@ -8,13 +8,10 @@ from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.load import load_material
 from monarchrt.models.media.video import read_clip
 from monarchrt.models.media.writer import Mp4Writer
-from monarchrt.train.cli import main
+
+from .conftest import generate
 
 QUICK = ["--mode", "windows", "--frames", "5", "--steps", "2", "--zoom", "1", "--quiet"]
-
-
-def generate(*arguments):
-    return main(["generate", *map(str, arguments)])
 
 
 def stored(path, **settings):

@@ -30,11 +30,6 @@ def pairs(width, ffn, seed=0):
 
 
 @pytest.fixture
-def said(capsys):
-    return lambda: capsys.readouterr().err
-
-
-@pytest.fixture
 def style(tmp_path):
     """For the run of the other tests."""
     file = tmp_path / "style.safetensors"

@@ -33,6 +33,7 @@ from monarchrt.train.state import (
     parameter_names,
     to_arrays,
 )
+from tests.parameters import flat
 from tests.untyped import there, untyped
 
 from .conftest import history
@@ -42,10 +43,6 @@ LORA = ["--lora-rank", "2", "--lora-alpha", "6", "--precision", "bf16", "--learn
 
 def command(*words):
     return main([str(word) for word in words])
-
-
-def flat(model):
-    return {".".join(map(str, p)): np.asarray(x[...]) for p, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def about(folder, step):

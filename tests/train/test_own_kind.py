@@ -22,6 +22,7 @@ from monarchrt.train.logs import read_log
 from monarchrt.train.run_folder import read_config
 from tests.models import conftest as wan
 from tests.models.attention.gated import Gated
+from tests.parameters import flat
 
 NETWORK = ["--overrides", "num_layers=2", "dim=24", "num_heads=2", "ffn_dim=48", "causal_block=1"]
 DATA = ["--frames", "3", "--height", "16", "--width", "32", "--patch", "4", "--gap", "1", "--held-out", "0.3"]
@@ -42,10 +43,6 @@ GATED = ["--attention", "gated(strength=2.0)"]
 
 def train(clip, folder, *options):
     return cli.main(["train", "--video", str(clip), *NETWORK, *DATA, *RUN, "--folder", str(folder), *options])
-
-
-def flat(model):
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def own(model):

@@ -6,7 +6,6 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 
 from monarchrt.models.generate.loras import open_loras
 from monarchrt.models.lora import merged, open_lora, with_loras
@@ -15,6 +14,7 @@ from monarchrt.models.lora.writing import Factors, rewrite_lora, write_lora
 from monarchrt.models.wan import wan_config
 from monarchrt.models.wan.checkpoints import load_source, open_source, save_checkpoint
 from monarchrt.models.wan.checkpoints.settings import OWN_KEY, Trained
+from tests.parameters import flat
 from tests.untyped import untyped
 
 Q = "blocks.1.self_attn.q"
@@ -22,10 +22,6 @@ Q = "blocks.1.self_attn.q"
 
 def opened(texts):
     return open_loras(texts, report=pytest.fail)
-
-
-def flat(model):
-    return {".".join(map(str, p)): np.asarray(x[...]) for p, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
 
 from monarchrt.models.umt5 import load_umt5, umt5_config
 from monarchrt.models.umt5.checkpoint import umt5_entries
 from tests.models.umt5.conftest import SMALL, torch_tensors
-
-
-def flat(model):
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        np.testing.assert_array_equal(a[path], b[path])
+from tests.parameters import assert_same, flat
 
 
 def official_tensors():

@@ -3,23 +3,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
 
 from monarchrt.models.vae import VAEConfig, load_vae, vae_config
 from monarchrt.models.vae.checkpoint import config_from_diffusers, vae_entries
 from tests.models.vae.conftest import SMALL
-
-
-def flat(model):
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        np.testing.assert_array_equal(a[path], b[path])
+from tests.parameters import assert_same, flat
 
 
 @pytest.fixture(scope="module")

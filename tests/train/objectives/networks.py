@@ -41,6 +41,13 @@ def batch(shape, *, rows=2, width=4, seed=5):
     return Batch(*(rng.standard_normal(size, np.float32) for size in (shape, (shape[0], rows, width))))
 
 
+def published_mask(blocks):
+    """[2F, 2F]: clean frames see clean blocks up to theirs; noisy ones clean blocks before theirs, and their own."""
+    number = np.repeat(np.arange(len(blocks)), blocks)
+    before, same = number[None] < number[:, None], number[None] == number[:, None]
+    return np.block([[before | same, np.zeros_like(same)], [before, same]])
+
+
 def gradient(loss, model, *, jit=True, has_aux=False):
     """(further arguments) -> a loss (model, *further arguments) and its gradient by the model's parameters."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)

@@ -28,7 +28,7 @@ from monarchrt.train.state import create_role, create_state, from_arrays, make_t
 from monarchrt.train.step import make_error_fn, make_train_step
 
 from ..conftest import history
-from .networks import Small, assert_same, batch, gradient, wan
+from .networks import Small, assert_same, batch, gradient, published_mask, wan
 from .plain_wan import PlainWan, mixed, tensor, torch
 
 SHAPE = (2, 4, 4, 4, 2)
@@ -48,13 +48,6 @@ def negative(tmp_path_factory):
     rows = np.random.default_rng(3).standard_normal((1, 4), np.float32)
     save_embeddings(path, {"bad": rows})
     return path, rows
-
-
-def seen(blocks):
-    """[2F, 2F] of [clean; noisy] frames: clean ones up to their block; noisy ones clean blocks before it, and it."""
-    number = np.repeat(np.arange(len(blocks)), blocks)
-    before, same = number[None] < number[:, None], number[None] == number[:, None]
-    return np.block([[before | same, np.zeros_like(same)], [before, same]])
 
 
 @pytest.mark.slow
@@ -94,7 +87,7 @@ def test_loss_and_gradient(attention, blocks, layers, conversion, negative):
         if blocks is None:
             return plain(noisy, told, text)[0]
         both, told = torch.cat([x, noisy], 1), torch.cat([0 * told, told], 1)
-        return plain(both, told, text, positions=np.tile(np.arange(4), 2), mask=seen(blocks))[0][:, 4:]
+        return plain(both, told, text, positions=np.tile(np.arange(4), 2), mask=published_mask(blocks))[0][:, 4:]
 
     def over(sigma):
         return sigma[:, None, None, None, None]
@@ -131,7 +124,7 @@ def test_the_target_is_the_average_of_the_updates_before(negative, monkeypatch):
     graphs = {name: part[0] for name, part in parts.items()}
     teacher = jax.tree.map(np.array, parts["teacher"][1])  # a step overwrites its input
     state = create_state(roles, seed=0)
-    step = make_train_step(objective, graphs, {"student": training})
+    step = make_train_step(objective, graphs, {"student": training}, configs={})
 
     def of(state, which="params"):
         return jax.tree.map(np.array, getattr(state.roles["student"], which))

@@ -15,17 +15,10 @@ from monarchrt.train.data import Batch
 from monarchrt.train.objectives.settings import TeacherForcingConfig
 from monarchrt.train.objectives.teacher_forcing import TeacherForcingObjective
 
-from .networks import assert_same, batch, gradient, wan
+from .networks import assert_same, batch, gradient, published_mask, wan
 from .plain_wan import PlainWan, mixed, tensor, torch
 
 SHAPE = (2, 4, 4, 4, 2)
-
-
-def published_mask(blocks):
-    """[2F, 2F]: clean frames see clean blocks up to theirs; noisy ones clean blocks before theirs, and their own."""
-    number = np.repeat(np.arange(len(blocks)), blocks)
-    before, same = number[None] < number[:, None], number[None] == number[:, None]
-    return np.block([[before | same, np.zeros_like(same)], [before, same]])
 
 
 def bell(sigma, shift=5.0):
