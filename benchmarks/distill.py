@@ -262,7 +262,9 @@ def time_parts(
     seconds: dict[str, float] = {}
 
     def timed(name: str, run: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
         results = jax.block_until_ready(run(*arguments))
+        print(f"  {name}: {time.perf_counter() - start:.1f} s, compiling included", flush=True)
         taken = []
         for _ in range(args.repeats):
             start = time.perf_counter()
@@ -308,7 +310,9 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     state, placement = jax.eval_shape(create), args.placement
     shardings = placement and placement.shardings(state)
     if not args.shapes:
-        state = jax.jit(create, **({} if shardings is None else {"out_shardings": shardings}))()
+        start = time.perf_counter()
+        state = jax.block_until_ready(jax.jit(create, **({} if shardings is None else {"out_shardings": shardings}))())
+        print(f"{name}: networks with random weights made in {time.perf_counter() - start:.0f} s", flush=True)
     objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
     graphs = {role: split_model(model)[0] for role, model in networks.items()}
     configs = {role: model.config for role, model in networks.items()}

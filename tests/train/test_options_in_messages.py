@@ -53,6 +53,7 @@ REACHED = {
     "models/serve/engine.py": ("serve",),
     "models/serve/load.py": ("serve", "bench"),
     "models/serve/peers.py": ("serve",),
+    "models/serve/priority.py": ("serve", "bench"),
     "models/serve/session.py": ("serve",),
     "models/serve/uploads.py": ("serve",),
     "models/wan/checkpoints/settings.py": (*OPENING, "convert", "inspect"),

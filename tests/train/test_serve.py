@@ -126,6 +126,22 @@ def test_no_folder_for_what_is_sent_and_saved(baseline, capsys, tmp_path, monkey
     assert said.endswith("; set TMPDIR to one that can be written\n")
 
 
+@pytest.mark.parametrize(("options", "asked"), [((), "auto"), (("--priority", "normal"), "normal")])
+def test_the_priority_of_a_server_and_of_what_is_timed(options, asked, baseline, monkeypatch):
+    done = []
+    engine = SimpleNamespace(check_memory=lambda _: None, warm_up=lambda: None)
+    serving = "monarchrt.models.serve"
+    monkeypatch.setattr(f"{serving}.priority.set_priority", lambda priority, _: done.append(priority))
+    monkeypatch.setattr(f"{serving}.load.load_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(f"{serving}.server.Server", lambda *_, **__: SimpleNamespace(url=""))
+    monkeypatch.setattr(f"{serving}.server.run_server", lambda _: done.append("serves"))
+    monkeypatch.setattr(f"{serving}.bench.take_samples", lambda *_, **__: done.append("times"))
+    monkeypatch.setattr(f"{serving}.bench.summarize", lambda *_, **__: {"cold": {}})
+    assert serve("--checkpoint", baseline, "--port", "0", *options) == 0
+    assert main(["bench", "generate", "--checkpoint", str(baseline), "--json", *options]) == 0
+    assert done == [asked, "serves", asked, "times"]
+
+
 class TestBench:
     @pytest.mark.slow
     def test_a_run(self, baseline, capsys):

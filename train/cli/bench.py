@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -38,6 +38,9 @@ class BenchOptions(VideoOptions):
     rate: float = 16.0
     """Frames per second at which the stream is played."""
 
+    priority: Literal["auto", "normal"] = "auto"
+    """Priority on the host's cores. auto: with an accelerator raised to nice -10, where that is permitted."""
+
     json: bool = False
     """Print only JSON to standard output."""
 
@@ -67,6 +70,7 @@ def bench_command(arguments: Sequence[str]) -> int:
 
         from monarchrt.models.serve.bench import Samples, summarize, take_samples
         from monarchrt.models.serve.load import load_engine, random_engine
+        from monarchrt.models.serve.priority import set_priority
 
     preset = options.preset
     if options.checkpoint is None and preset is None:
@@ -88,6 +92,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     make = load_engine if preset is None else partial(random_engine, preset=preset)
     engine = make(config, unroll=options.unroll, report=say)
     loaded = time.monotonic() - begin
+    set_priority(options.priority, say)
     samples, stopped = Samples(), None
     try:
         take_samples(engine, samples, blocks=options.count)

@@ -82,6 +82,9 @@ class ServeOptions(VideoOptions):
     ice_credential: str | None = None
     """Credential for the TURN server; it is sent to clients."""
 
+    priority: Literal["auto", "normal"] = "auto"
+    """Priority on the host's cores. auto: with an accelerator raised to nice -10, where that is permitted."""
+
     sessions: int = 4
     """Sessions that may generate at the same time; each holds a cache of keys and values."""
 
@@ -125,6 +128,7 @@ def serve_command(arguments: Sequence[str]) -> int:
         from monarchrt.models.serve.limits import Limits
         from monarchrt.models.serve.load import load_engine
         from monarchrt.models.serve.peers import INSTALL, Ice, installed
+        from monarchrt.models.serve.priority import set_priority
         from monarchrt.models.serve.server import Server, run_server
         from monarchrt.models.web.access import Address, check_port
 
@@ -165,6 +169,7 @@ def serve_command(arguments: Sequence[str]) -> int:
         f"ready after {time.monotonic() - begin:.1f} s at {server.url}"
         + ("?token=..., with the token of --token" if address.token else "")
     )
+    set_priority(options.priority, _say)
     run_server(server)
     _say("stopped; all sessions are ended")
     return 0
