@@ -1,4 +1,4 @@
-"""From a prompt to a video: settings, decoders, the pipeline, the live page. `monarchrt generate` is made of this.
+"""From a prompt to a video: settings, plan, pipeline, decoders and live page of `monarchrt generate`.
 
-Nothing is imported here, so that the command's help does not wait for JAX.
+Imports nothing, so that the command's help need not wait for JAX.
 """

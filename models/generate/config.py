@@ -1,4 +1,4 @@
-"""The settings of a generation, as `monarchrt generate` takes them. Nothing here imports JAX, so that help is quick."""
+"""The settings of a generation, the options of `monarchrt generate`. Does not import JAX, so that help is quick."""
 
 import dataclasses
 import json
@@ -270,7 +270,7 @@ class GenerateConfig(AttentionOptions):
         self._settle_attention()
 
     def _check_steps(self) -> None:
-        """Of the sampler: a number, or a list of timesteps; which of them, the sampler checks."""
+        """Checks `steps`: a number or a list of timesteps; the sampler checks which of the two it takes."""
         steps = self.steps
         if isinstance(steps, tuple):
             require(bool(steps), "steps is an empty list; give a number, or decreasing steps such as 1000 757 522")
@@ -282,11 +282,11 @@ class GenerateConfig(AttentionOptions):
 
     @property
     def unroll(self) -> bool | None:
-        """Whether to unroll layers, if that is said."""
+        """Whether to unroll layers; None if the setting leaves it open."""
         return {"yes": True, "no": False}.get(self.unroll_layers)
 
     def _settle_attention(self) -> None:
-        """One form for what is equal: the name of the kind and its options, if the short form can say it."""
+        """Brings equal attention settings to one form: name and options of the kind, where that can express it."""
         if self.tile is not None:
             fits = self.attention == STORED or self.attention.startswith(SHORT)
             require(fits, f"tile is {self.tile}, but attention is {self.attention!r}; leave one of them out")
@@ -297,7 +297,7 @@ class GenerateConfig(AttentionOptions):
         self.normalize_attention()
 
     def stored(self) -> dict[str, Any]:
-        """What goes into the video's metadata: JSON values by name.
+        """The settings for the video's metadata, JSON values by name.
 
         Examples:
             >>> GenerateConfig(prompt="a cat", seed=3).stored()["seed"]
@@ -310,17 +310,17 @@ class GenerateConfig(AttentionOptions):
 
 
 def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
-    """The settings that were stored in a video.
+    """Reads the settings stored in a video.
 
     Args:
-        values: Of `GenerateConfig.stored`.
+        values: JSON values, as from `GenerateConfig.stored`.
         source: The video, for errors.
 
     Returns:
         The settings; `out` is the default.
 
     Raises:
-        UserError: If they are of another version, or out of range.
+        UserError: If one is unknown, of another type or out of range.
     """
     fields = {field.name for field in dataclasses.fields(GenerateConfig)} - set(NOT_STORED)
     values = {name: value for name, value in values.items() if name not in ONCE_STORED}
@@ -332,7 +332,11 @@ def from_stored(values: dict[str, Any], *, source: Path) -> GenerateConfig:
 
 
 def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
-    """A JSON value as a setting of this type; UserError, which names the file that it is from, if it is of another."""
+    """Converts a JSON value to the type of a setting.
+
+    Raises:
+        UserError: If the value is of another type; names `source`, the file it is from.
+    """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in (getattr(kind, "__value__", kind) for kind in kinds):
         if _fits(kind, value):
@@ -343,7 +347,7 @@ def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a JSON value is of this type."""
+    """Whether a JSON value has this type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:

@@ -1,4 +1,4 @@
-"""From latents to frames, as they come: what the pipeline needs of a decoder, and the one of the patch transform."""
+"""Decoders that stream: the protocol that the pipeline needs, Wan's VAE, the tiny one, and the patch transform."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from monarchrt.models.vae import TinyVAE, WanVAE
 
 @runtime_checkable
 class FrameDecoder(Protocol):
-    """Latents to frames, a few at a time; and frames to latents, for an image or clip to begin with.
+    """Decodes latents to frames in parts, and encodes frames that a video starts with.
 
     Attributes:
-        channels: Of a latent.
+        channels: Channels of a latent.
         spatial: Pixels per latent position, in height and in width.
-        temporal: Frames per latent after the first, which is one frame.
+        temporal: Frames per latent frame; the first latent frame is a single frame.
     """
 
     channels: int
@@ -31,28 +31,36 @@ class FrameDecoder(Protocol):
     temporal: int
 
     def start(self, batch: int, height: int, width: int) -> Any:
-        """State before the first latents, which are height x width."""
+        """The state before the first latents, of a batch of latents of this height and width."""
         ...
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
-        """Begins to compile for a video of parts of so many latents, while the caller does something else."""
+        """Starts to compile in the background, for a video decoded in parts of these numbers of latent frames."""
         ...
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
-        """The frames of the next latents, and the state after them; dispatched, not waited for."""
+        """Decodes the next latents; does not wait for the result.
+
+        Args:
+            latents: Normalised latents.
+            state: From `start` or the previous call.
+
+        Returns:
+            The frames and the next state.
+        """
         ...
 
     def finite(self, state: Any) -> Bool[Array, ""]:
-        """Whether no pixel so far was NaN or infinite, by the state after `decode`: bytes cannot tell."""
+        """Whether all pixels so far were finite, from the state after `decode`; uint8 frames cannot tell."""
         ...
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
-        """Latents of frames, T = 1 + temporal * k."""
+        """Encodes frames to latents; their number must be 1 + temporal * k."""
         ...
 
 
 def frames_of(decoder: FrameDecoder, latents: int) -> int:
-    """Frames that so many latents make.
+    """Number of frames that a number of latent frames decodes to.
 
     Examples:
         >>> frames_of(PatchDecoder(PatchDCT(patch=4)), 7)
@@ -62,16 +70,16 @@ def frames_of(decoder: FrameDecoder, latents: int) -> int:
 
 
 def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
-    """Pixels in [-1, 1] as 0...255, rounded and clipped; not a number is black."""
+    """Converts pixels in [-1, 1] to 0...255, rounded and clipped; NaN becomes black."""
     video = jnp.nan_to_num(video.astype(jnp.float32), nan=-1.0)
     return jnp.clip(jnp.rint((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def to_host(*arrays: Array | np.ndarray) -> None:
-    """Begins to copy arrays to the host as soon as they are made, whether anyone waits for them then or not.
+    """Requests copies of arrays to the host, which start as soon as the arrays are computed.
 
-    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy. On a CPU
-    there is nothing to copy, and jaxlib aborts a process that ends before such a copy was made.
+    `np.asarray` then only waits for the copy; otherwise it would wait for the array and start the copy after that. On a
+    CPU nothing is copied: jaxlib aborts a process that ends before such a copy was made.
     """
     for array in arrays:
         if isinstance(array, jax.Array) and not on_cpu(array):
@@ -79,7 +87,7 @@ def to_host(*arrays: Array | np.ndarray) -> None:
 
 
 def on_cpu(array: Array) -> bool:
-    """Whether an array is where the host's own are."""
+    """Whether an array is on a CPU device."""
     return all(device.platform == "cpu" for device in array.devices())
 
 
@@ -96,7 +104,7 @@ class PatchDecoder:
 
     Args:
         transform: The transform that the model was trained with.
-        device: Where it works; None: where the latents are.
+        device: Device to compute on; None: that of the latents.
     """
 
     temporal = 1
@@ -108,11 +116,11 @@ class PatchDecoder:
         self._decode = jax.jit(functools.partial(_decode_patches, patch=transform.patch))
 
     def start(self, batch: int, height: int, width: int) -> Bool[Array, ""]:
-        """Nothing is remembered, but whether all pixels were finite."""
+        """The state: only whether all pixels were finite."""
         return jnp.array(True)
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
-        """It compiles in no time."""
+        """Does nothing: compilation takes no noticeable time."""
 
     def decode(
         self, latents: Float[Array, "B F h w C"], state: Bool[Array, ""]
@@ -124,7 +132,7 @@ class PatchDecoder:
         return frames, state & finite
 
     def finite(self, state: Bool[Array, ""]) -> Bool[Array, ""]:
-        """Whether no pixel so far was NaN or infinite."""
+        """Whether all pixels so far were finite."""
         return state
 
     def encode(self, video: UInt8[np.ndarray, "B F H W 3"]) -> Float[Array, "B F h w C"]:
@@ -138,12 +146,12 @@ def _decode_patches(latents: Array, synthesis: Array, *, patch: int) -> tuple[Ar
 
 
 def _checked(video: Array) -> tuple[Array, Array]:
-    """Pixels as bytes, and whether they were finite."""
+    """Pixels as uint8, and whether all were finite."""
     return to_pixels(video), jnp.isfinite(video).all()
 
 
 class _Compiled:
-    """Programs of an autoencoder that are compiled before they are needed; `self._graph` and `self._state` are its."""
+    """Base class that compiles an autoencoder's programs in advance; `self._graph` and `self._state` are its parts."""
 
     channels: int
     _graph: Any
@@ -155,19 +163,19 @@ class _Compiled:
         self._prepared: set[tuple[int, tuple[int, ...], int, int]] = set()
 
     def _placed(self, vae: nnx.Module) -> tuple[Any, Any]:
-        """Structure and parameters, these on the device that is asked for."""
+        """Graph and parameters of an autoencoder, the parameters on the chosen device."""
         graph, state = nnx.split(vae)
         return graph, state if self._place is None else jax.device_put(state, self._place)
 
     def _new(self, video: tuple[int, tuple[int, ...], int, int]) -> bool:
-        """Whether a video, (batch, parts, height, width), is to be compiled for, and was not before."""
+        """Whether a video of (batch, parts, height, width) still has to be compiled for."""
         if not video[1] or video in self._prepared:
             return False
         self._prepared.add(video)
         return True
 
     def _compile(self, calls: Sequence[tuple[Any, int, tuple[Any, ...]]], batch: int, height: int, width: int) -> None:
-        """Compiles functions for so many latents and other arguments, each in a thread of its own."""
+        """Compiles functions for given numbers of latent frames and arguments, each in a thread."""
         pool = ThreadPoolExecutor(len(calls), "compile")
         for function, part, others in calls:
             shape = batch, part, height, width, self.channels
@@ -178,15 +186,15 @@ class _Compiled:
         pool.shutdown(wait=False)
 
     def _run(self, function: Callable[..., Any], latents: Array, *others: Any) -> Any:
-        if self._place is not None:  # from another device: copied while both go on
+        if self._place is not None:  # from another device: copied asynchronously
             latents = jax.device_put(latents, self._place)
         if (job := self._compiling.get((function, latents.shape))) is not None:
-            job.result()  # JAX finds it again by itself; asking for it meanwhile would compile it twice
+            job.result()  # JAX caches it; calling the function meanwhile would compile it twice
         return function(self._graph, self._state, latents, *others)
 
 
 class WanDecoder(_Compiled):
-    """Wan's VAE, streaming: the first latent is one frame, each further one is four.
+    """Wan's VAE as a stream: the first latent frame is one frame, each further one four.
 
     Examples:
         >>> from monarchrt.models.vae import vae_config
@@ -200,7 +208,7 @@ class WanDecoder(_Compiled):
 
     Args:
         vae: The autoencoder.
-        device: Where it works; None: where the latents are.
+        device: Device to compute on; None: that of the latents.
     """
 
     def __init__(self, vae: WanVAE, *, device: Any = None):
@@ -215,17 +223,17 @@ class WanDecoder(_Compiled):
         )
 
     def start(self, batch: int, height: int, width: int) -> Any:
-        """The decoder's cache, whether the first latent is still to come, and whether all pixels were finite."""
+        """The decoder's cache, whether the next latent frame is the first, and whether all pixels were finite."""
         return self._start(self._state, batch, height * self.spatial, width * self.spatial), True, jnp.array(True)
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
-        """Compiles in the background, each program in a thread of its own; `decode` waits for the one it needs.
+        """Compiles in the background, each program in a thread; `decode` waits for the one that it needs.
 
         Args:
-            batch: Videos at once.
-            parts: Latents of each call of `decode`, in order; empty if that is not known.
-            height: Of the latents.
-            width: Of the latents.
+            batch: Number of videos.
+            parts: Number of latent frames of each call of `decode`, in order; empty if unknown.
+            height: Height of the latents.
+            width: Width of the latents.
         """
         if not self._new((batch, tuple(parts), height, width)):
             return
@@ -238,7 +246,7 @@ class WanDecoder(_Compiled):
         self._compile(calls, batch, height, width)
 
     def decode(self, latents: Float[Array, "B F h w C"], state: Any) -> tuple[UInt8[Array, "B T H W 3"], Any]:
-        """The frames; two programs for the first block and one for the others."""
+        """The frames; the first block takes two programs, the others one."""
         cache, first, before = state
         if not first:
             (frames, finite), cache = self._run(self._next, latents, cache)
@@ -250,7 +258,7 @@ class WanDecoder(_Compiled):
         return frames, (cache, False, before & finite)
 
     def finite(self, state: Any) -> Bool[Array, ""]:
-        """Whether no pixel so far was NaN or infinite."""
+        """Whether all pixels so far were finite."""
         return state[2]
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
@@ -259,7 +267,7 @@ class WanDecoder(_Compiled):
 
 
 class TinyDecoder(_Compiled):
-    """The tiny autoencoder, streaming.
+    """The tiny autoencoder as a stream.
 
     Examples:
         >>> from monarchrt.models.vae.tiny import TinyVAEConfig
@@ -271,7 +279,7 @@ class TinyDecoder(_Compiled):
 
     Args:
         vae: The autoencoder.
-        device: Where it works; None: where the latents are.
+        device: Device to compute on; None: that of the latents.
     """
 
     def __init__(self, vae: TinyVAE, *, device: Any = None):
@@ -287,7 +295,7 @@ class TinyDecoder(_Compiled):
         self._encode = jax.jit(_encode_video, static_argnums=0)
 
     def start(self, batch: int, height: int, width: int) -> Any:
-        """What is remembered, whether the first latent is still to come, and whether all pixels were finite."""
+        """The decoder's memory, whether the next latent frame is the first, and whether all pixels were finite."""
         return self._start(batch, height, width), True, jnp.array(True)
 
     def prepare(self, batch: int, parts: Sequence[int], height: int, width: int) -> None:
@@ -308,7 +316,7 @@ class TinyDecoder(_Compiled):
         return frames, (pasts, False, before & finite)
 
     def finite(self, state: Any) -> Bool[Array, ""]:
-        """Whether no pixel so far was NaN or infinite."""
+        """Whether all pixels so far were finite."""
         return state[2]
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[Array, "B F h w C"]:

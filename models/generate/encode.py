@@ -1,4 +1,4 @@
-"""Clips and their captions to latents and text embeddings, as finetuning takes them."""
+"""Encodes clips and captions to latents and text embeddings, for finetuning."""
 
 import contextlib
 import sys
@@ -91,19 +91,19 @@ def encode_clips(
 ) -> list[Path]:
     """Writes a file with `latents` [F, h, w, 16] and `text` [rows, width], float32, for each clip.
 
-    All texts come first, into a folder beside `out` that goes away at the end; then the encoder is let go of and the
-    VAE is loaded. Each file appears whole or not at all.
+    All texts are encoded first, into a temporary folder beside `out`; then the encoder is freed and the VAE loaded.
+    Each file appears complete or not at all.
 
     Args:
         config: The settings.
-        report: Takes lines for the person who waits.
+        report: Called with lines of progress.
 
     Returns:
-        The files of all clips, those that were there before included, less those that were left out.
+        The files of all clips, including existing ones, without clips that were left out.
 
     Raises:
-        UserError: If captions, parts or frames are missing, latents are NaN, another process writes to `out`, or a file
-            that is there already is of another caption or size; files written so far stay.
+        UserError: If captions, parts or frames are missing, latents are NaN, another process writes to `out`, or an
+            existing file has another caption or size; files written so far stay.
     """
     import jax
 
@@ -149,7 +149,7 @@ def _encode(
     dtype: str,
     report: Callable[[str], None],
 ) -> list[str]:
-    """Writes the files of clips; says which were left out and why."""
+    """Writes the files of clips; returns which were left out, and why."""
     from monarchrt.models.generate.decoders import WanDecoder
     from monarchrt.models.umt5 import load_embeddings
     from monarchrt.models.vae import load_vae
@@ -181,7 +181,7 @@ def _encode(
 
 
 def _latents(video: Path, vae: "WanDecoder", config: EncodeConfig) -> np.ndarray:
-    """Latents of a clip, float32 [F, h, w, C]."""
+    """The latents of a clip, float32 [F, h, w, C]."""
     from monarchrt.models.media.video import read_clip
 
     frames = read_clip(
@@ -209,7 +209,7 @@ def _texts_folder(config: EncodeConfig) -> Path:
 def _encode_captions(
     captions: list[str], config: EncodeConfig, parts: "Components", *, dtype: str, report: Callable[[str], None]
 ) -> dict[str, Path]:
-    """A file with the embedding of each caption; those that an earlier start left are kept."""
+    """Files with the embedding of each caption; existing ones of an earlier run are kept."""
     from monarchrt.models.generate.text import encode_once
 
     if parts.text_encoder is None or parts.tokenizer is None:
@@ -221,12 +221,12 @@ def _encode_captions(
 
 
 def _sizes(config: EncodeConfig) -> dict[str, str]:
-    """What a file's header says of how it was made."""
+    """The settings that a file's header records."""
     return {name: f"{getattr(config, name):g}" for name in ("frames", "height", "width", "fps", "stride", "rows")}
 
 
 def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> None:
-    """Raises UserError unless a file that is there already is what would be written, as far as its header tells."""
+    """Raises UserError unless an existing file is what would be written, according to its header."""
     try:
         file = SafetensorsFile(path)
     except ValueError as error:

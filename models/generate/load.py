@@ -48,7 +48,7 @@ PARTS = {
 
 
 class Components(NamedTuple):
-    """Where the parts beside the network are; None if not needed. `vae` is whatever decodes."""
+    """Paths of the parts besides the network; None if a part is not needed. `vae` is the decoder, of either kind."""
 
     vae: Path
     text_encoder: Path | None
@@ -56,18 +56,18 @@ class Components(NamedTuple):
 
 
 def find_components(config: GenerateConfig, checkpoint: Path, *, texts: bool = True) -> Components:
-    """Looks for the parts in `components`, else beside the checkpoint; from the hub if one of them is named there.
+    """Finds the parts in `components` or beside the checkpoint; either may be a Hugging Face repository.
 
     Args:
-        config: With `embeddings`, no text encoder is needed.
+        config: The settings; with `embeddings`, no text encoder is needed.
         checkpoint: Folder or file of the network.
-        texts: Whether texts are to be encoded.
+        texts: Whether texts will be encoded.
 
     Returns:
         The paths.
 
     Raises:
-        UserError: If parts are missing; names all of them, and where they were looked for.
+        UserError: If parts are missing; names all of them and where they were looked for.
     """
     apart = config.components
     if apart is not None and not apart.is_dir() and not names_repository(apart):
@@ -98,7 +98,7 @@ def find_components(config: GenerateConfig, checkpoint: Path, *, texts: bool = T
 
 
 def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
-    """The part that decodes, and the file that was given of it."""
+    """Which part decodes, and its file if one was given."""
     name = config.decoder or EXACT_DECODER
     if name in DECODERS:
         return ("VAE" if name == EXACT_DECODER else "tiny decoder"), None
@@ -110,7 +110,7 @@ def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
 
 
 def load_decoder(config: GenerateConfig, path: Path, *, device: Any = None) -> FrameDecoder:
-    """What turns latents into frames, of the file that `find_components` found."""
+    """Loads the decoder from the file that `find_components` found."""
     dtype = half_precision(config)
     if _decoder(config)[0] == "VAE":
         return WanDecoder(load_vae(path, dtype=dtype, param_dtype=dtype), device=device)
@@ -118,26 +118,26 @@ def load_decoder(config: GenerateConfig, path: Path, *, device: Any = None) -> F
 
 
 def _parts_in(folders: list[Path], parts: list[str]) -> dict[str, Path]:
-    """Those parts that are in one of the folders, the first that has them."""
+    """The parts found in the folders; the first folder that has a part wins."""
     places = [(part, folder / name) for part in parts for folder in reversed(folders) for name in reversed(PARTS[part])]
     return {part: place for part, place in places if place.exists()}
 
 
 def _fetched(repository: str, parts: list[str]) -> dict[str, Path]:
-    """Those parts that a Hugging Face repository has, in the local cache."""
+    """The parts of a Hugging Face repository, downloaded to the local cache."""
     patterns = [pattern for part in parts for name in PARTS[part] for pattern in (name, f"{name}/*")]
     with user_input():
         return _parts_in([fetch(repository, patterns)], parts)
 
 
 def wan_defaults(source: "Source") -> Defaults:
-    """How a Wan checkpoint is sampled where nothing else is said: block by block if causal, in few steps if distilled.
+    """Sampling defaults of a Wan checkpoint: block by block if causal, few steps if distilled.
 
     Args:
         source: The opened checkpoint.
 
     Returns:
-        The defaults; distilled models are causal where nothing says of how they were trained, as Self-Forcing's are.
+        The defaults. Distilled models without information on their training count as causal, as Self-Forcing's are.
     """
     own = _as_trained(source)
     causal = source.config.causal_block is not None
@@ -152,7 +152,7 @@ def wan_defaults(source: "Source") -> Defaults:
 
 
 def _as_trained(source: "Source") -> dict[str, Any]:
-    """The defaults that are stored with the weights: the size of what they were trained on, and the noise levels."""
+    """The defaults stored with the weights: size of the training clips, and noise levels."""
     trained = source.trained
     if trained is None:
         return {}
@@ -167,10 +167,10 @@ def _as_trained(source: "Source") -> dict[str, Any]:
 
 
 def open_checkpoint(config: GenerateConfig) -> Opened:
-    """Opens what `config.checkpoint` names.
+    """Opens `config.checkpoint`, a Wan checkpoint or a run folder.
 
     Raises:
-        UserError: If it is nothing that can be generated with.
+        UserError: If it is neither, or cannot be used for generation.
     """
     if config.checkpoint is None:
         raise UserError("no checkpoint was given; give the path of one, or the name of a Hugging Face repository")
@@ -179,7 +179,7 @@ def open_checkpoint(config: GenerateConfig) -> Opened:
 
 
 def load_material(config: GenerateConfig) -> Material:
-    """Loads everything that a video is made of from paths: of a Wan checkpoint and its parts, or of a run folder.
+    """Loads everything that a video needs, from a Wan checkpoint and its parts or from a run folder.
 
     Examples:
         >>> material = load_material(GenerateConfig(checkpoint="runs/demo/monarch", frames=13))  # doctest: +SKIP
@@ -192,7 +192,7 @@ def load_material(config: GenerateConfig) -> Material:
         The material.
 
     Raises:
-        UserError: If something is missing, or a setting does not fit; before any weights are read where possible.
+        UserError: If something is missing or a setting is invalid; where possible before weights are read.
     """
     opened = open_checkpoint(config)
     if config.compare is None:
@@ -220,31 +220,31 @@ def load_material(config: GenerateConfig) -> Material:
 
 
 def _inputs_of_first(material: Material) -> Material:
-    """The same embeddings, first frames and noise in all processes that make the video."""
+    """Gives all processes the embeddings, first frames and noise of process 0."""
     names = ("text", "negative", "initial", "noise")
     read = {name: getattr(material, name) for name in names}
     return dataclasses.replace(material, **broadcast_arrays("embeddings, first frames and noise", read))
 
 
 def half_precision(config: GenerateConfig) -> str:
-    """The compute type."""
+    """The dtype of the computation."""
     half = config.precision in ("bf16", "fp8") or (config.precision == "auto" and jax.default_backend() == "gpu")
     return "bfloat16" if half else "float32"
 
 
 @dataclass(frozen=True)
 class WanCheckpoint:
-    """A Wan checkpoint that was opened, LoRAs merged."""
+    """An opened Wan checkpoint, with LoRAs merged."""
 
     source: "Source"
 
     @property
     def sizes(self) -> WanConfig:
-        """Of the network."""
+        """Sizes of the network."""
         return self.source.config
 
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
-        """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
+        """Raises UserError in all processes unless all read the same weights and LoRAs."""
         with user_input():
             source = self.source
             check_same(what, lambda: listing([*weight_files(source.file.path), *lora_files(config)]))
@@ -269,7 +269,7 @@ class WanCheckpoint:
         return with_products(where.moved(model), config)
 
     def material(self, config: GenerateConfig) -> Material:
-        """Everything for a video."""
+        """Loads everything for a video."""
         return load_wan(config, self)
 
 
@@ -278,7 +278,7 @@ def _say(line: str) -> None:
 
 
 def open_wan(config: GenerateConfig, *, report: Callable[[str], None] = _say) -> WanCheckpoint:
-    """Opens a Wan checkpoint in any format, and the LoRAs that are merged into it."""
+    """Opens a Wan checkpoint of any format, and the LoRAs to be merged into it."""
     from monarchrt.models.wan.checkpoints.source import open_source
 
     with user_input():
@@ -297,20 +297,20 @@ def load_wan(
 ) -> Material:
     """Loads a Wan checkpoint and its parts.
 
-    Sizes, settings and the presence of every part are checked before any weights are read; the text encoder is let go
-    of before the network is loaded.
+    Sizes, settings and the presence of every part are checked before any weights are read. The text encoder is freed
+    before the network is loaded.
 
     Args:
         config: The settings.
-        opened: The checkpoint, if it is open already.
-        texts: Whether there is a prompt, to be encoded now; else the material's text is None.
-        report: Takes lines for the person who waits.
+        opened: The checkpoint, if it was opened before.
+        texts: Whether to encode the prompt now; otherwise the material's text is None.
+        report: Called with lines of progress.
 
     Returns:
         The material.
 
     Raises:
-        UserError: If something is missing or does not fit.
+        UserError: If something is missing or a setting is invalid.
     """
     opened = opened or open_wan(config)
     source = opened.source

@@ -1,4 +1,4 @@
-"""The LoRAs that a video is made with: of files, and of run folders that trained one."""
+"""LoRAs for a video, from files and from run folders that trained one."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,17 +20,17 @@ from monarchrt.models.wan.checkpoints import settings
 
 
 def given_loras(config: GenerateConfig, *, report: Callable[[str], None]) -> tuple[Scaled, ...]:
-    """What `--lora` names, opened.
+    """Opens the LoRAs of `--lora`.
 
     Args:
         config: The settings.
-        report: Takes a line for each LoRA, and one if it does not say its alpha.
+        report: Called with a line for each LoRA, and one more if it does not record its alpha.
 
     Returns:
-        The LoRAs with their strengths.
+        The LoRAs with their scales.
 
     Raises:
-        ValueError: If one cannot be read, or is for another family of models.
+        ValueError: If one cannot be read or is for another family of models.
     """
     if config.lora == NO_LORA:
         return ()
@@ -41,7 +41,7 @@ def given_loras(config: GenerateConfig, *, report: Callable[[str], None]) -> tup
 
 
 def lora_files(config: GenerateConfig) -> list[Path]:
-    """Files that differ if what `--lora` names does: LoRAs themselves, and of run folders what they say of theirs."""
+    """Files that identify the LoRAs of `--lora`: LoRA files, and of run folders the checkpoint's description."""
     found: list[Path] = []
     for text in () if config.lora == NO_LORA else config.lora:
         path = Path(parse_scaled(text)[0])
@@ -51,7 +51,7 @@ def lora_files(config: GenerateConfig) -> list[Path]:
 
 
 def lora_settings(config: GenerateConfig) -> str:
-    """A digest of how the runs that `--lora` names trained theirs: what is merged follows from it, too."""
+    """A digest of the training settings of the runs in `--lora`, on which the merged weights depend too."""
     paths = () if config.lora == NO_LORA else (Path(parse_scaled(text)[0]) for text in config.lora)
     runs = [find_run(path) for path in paths]
     kept = [(run.preset, run.overrides, run.attention, run.generation, run.lora_alpha) for run in runs if run]
@@ -59,17 +59,17 @@ def lora_settings(config: GenerateConfig) -> str:
 
 
 def open_loras(texts: Iterable[str], *, report: Callable[[str], None]) -> tuple[Scaled, ...]:
-    """Opens LoRAs, of files and of run folders.
+    """Opens LoRAs from files and run folders.
 
     Args:
         texts: Each `PATH` or `PATH:SCALE`.
-        report: Takes a line for each that does not say its alpha.
+        report: Called with a line for each that does not record its alpha.
 
     Returns:
-        The LoRAs with their strengths.
+        The LoRAs with their scales.
 
     Raises:
-        ValueError: If one cannot be read, is none, or is for another family of models.
+        ValueError: If one cannot be read, is not a LoRA, or is for another family of models.
     """
     opened = []
     for text in texts:
@@ -80,7 +80,7 @@ def open_loras(texts: Iterable[str], *, report: Callable[[str], None]) -> tuple[
 
 
 class Arrays:
-    """Arrays in memory as a file of tensors."""
+    """Arrays in memory, with the interface of a file of tensors."""
 
     def __init__(self, path: Path, arrays: dict[str, np.ndarray]):
         self.path, self._arrays = path, arrays
@@ -93,16 +93,16 @@ class Arrays:
 
 
 def run_lora(run: RunSettings) -> LoRA:
-    """The LoRA that a run trained, of the newest checkpoint that can be read: the moving average, if there is one.
+    """The LoRA that a run trained, from its newest readable checkpoint: the moving average, if there is one.
 
     Args:
         run: Its settings.
 
     Returns:
-        The LoRA, which says what attention and sampler it was trained for.
+        The LoRA, which records the attention and sampler that it was trained for.
 
     Raises:
-        UserError: If the run trained no LoRA, or has no checkpoint that can be read.
+        UserError: If the run did not train a LoRA or has no readable checkpoint.
     """
     if not run.lora:
         raise UserError(f"lora {run.path} is a run that trained a network, not a LoRA; give it as the checkpoint")

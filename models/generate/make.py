@@ -1,4 +1,4 @@
-"""Making a video file: the pipeline's frames to the writer, the live page and the progress bar, as they come."""
+"""Makes a video file: passes the pipeline's frames to the writer, the live page and the progress bar."""
 
 import contextlib
 import dataclasses
@@ -33,15 +33,15 @@ from monarchrt.models.sampling import Noise
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was made.
+    """The result of a generation.
 
     Attributes:
         path: The video.
-        frames: In it.
-        seconds: From the first call to the last frame, compilation included.
-        first_frame: Seconds until the first frames were there.
-        fidelity: To the other video, of `compare` or `compare_dense`, if that was made.
-        comparison: Both side by side.
+        frames: Number of frames.
+        seconds: Seconds from the first call to the last frame, including compilation.
+        first_frame: Seconds until the first frames.
+        fidelity: PSNR and SSIM to the other video of `compare` or `compare_dense`, if it was made.
+        comparison: The video with both side by side, if it was made.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Result:
 
 
 def comparison_path(out: Path) -> Path:
-    """Where the side-by-side video goes.
+    """Path of the side-by-side video.
 
     Examples:
         >>> comparison_path(Path("cat.mp4")).name
@@ -67,13 +67,13 @@ def comparison_path(out: Path) -> Path:
 
 
 def check_outputs(config: GenerateConfig, *, also_read: Mapping[str, Path] | None = None) -> None:
-    """Raises UserError unless everything that will be written can be; before any compute, and without JAX's help.
+    """Raises UserError unless all output files can be written; before any computation, without JAX.
 
-    Nothing that exists is replaced without `overwrite`; and no file is written twice, or read and written.
+    Existing files are not replaced without `overwrite`, and no file is written twice, or both read and written.
 
     Args:
         config: The settings.
-        also_read: What else is read, by the name of its setting.
+        also_read: Further files that are read, by the name of their setting.
     """
     outputs = {"out": config.out}
     if config.compare_dense or config.compare:
@@ -133,26 +133,26 @@ def make_video(
     reference: Callable[[], VideoPipeline] | None = None,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Result:
-    """Makes the video, and whatever else its settings ask for.
+    """Makes the video and the other outputs that its settings ask for.
 
-    Ctrl-C and SIGTERM end it early; frames so far are kept in the file.
+    Ctrl-C and SIGTERM end it early; the file keeps the frames generated so far.
 
     Args:
         pipeline: Network and decoder.
         text: Embedding of the prompt.
-        plan: What to make and where to.
+        plan: The plan, with the output paths.
         negative: Embedding of the negative prompt.
-        initial: Latents that the video begins with.
-        noise: Instead of the seed's.
-        reference: Loads what `compare` names.
-        report: Takes lines for the person who waits.
+        initial: Latents that the video starts with.
+        noise: Noise to use instead of the seed's.
+        reference: Loads the model of `compare`.
+        report: Called with lines of progress.
 
     Returns:
-        What was made.
+        The result.
 
     Raises:
-        UserError: If the port is taken, or a file cannot be written.
-        KeyboardInterrupt: If it was stopped; the message says what is kept.
+        UserError: If the port is in use or a file cannot be written.
+        KeyboardInterrupt: If it was stopped; the message says what was kept.
     """
     config = plan.config
     if config.save_noise is not None:
@@ -200,7 +200,7 @@ def make_video(
 
 
 def _compare(parts: Iterator[np.ndarray], video: np.ndarray, plan: Plan) -> dict[str, Any]:
-    """Makes the other video and writes both side by side: the fields of `Result` that say how they compare."""
+    """Makes the other video and writes both side by side; returns the fields of `Result` on the comparison."""
     config = plan.config
     label = EXACT if config.compare is None else Path(config.compare).name
     reference = np.concatenate(list(_shown(parts, plan, label)))
@@ -217,7 +217,7 @@ def _write(
     kept: list[np.ndarray] | None,
     report: Callable[[str], None],
 ) -> Result:
-    """Writes the file; on Ctrl-C, and where an error ends it, with the frames so far."""
+    """Writes the file; on Ctrl-C or an error, with the frames generated so far."""
     config = plan.config
     begin, first = time.monotonic(), 0.0
     writer = open_writer(
@@ -257,7 +257,7 @@ def _write(
 
 
 def _traced(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same; what the attention says against its settings while the first part is traced is the user's to mend."""
+    """Passes parts on; a ValueError of the attention while the first part is traced becomes a UserError."""
     with user_input():
         first = next(parts, None)
     if first is not None:
@@ -276,7 +276,7 @@ def _stopped(message: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
 
 
 def _shown(parts: Iterator[np.ndarray], plan: Plan, label: str) -> Iterator[np.ndarray]:
-    """Passes frames on and moves a bar on a terminal."""
+    """Passes frames on and updates a progress bar on a terminal."""
     console = Console(stderr=True)
     if plan.config.quiet or not console.is_terminal:
         yield from parts
@@ -296,7 +296,7 @@ def _shown(parts: Iterator[np.ndarray], plan: Plan, label: str) -> Iterator[np.n
 
 
 def _let_watch(page: LivePage, seconds: float, report: Callable[[str], None]) -> None:
-    """Keeps the page up until a browser has got everything, at most `seconds`, or until Ctrl-C."""
+    """Keeps the page open until a browser has received everything, for at most `seconds`, or until Ctrl-C."""
     if not page.watched and seconds:
         report(f"all frames are made; the page stays for {seconds:.0f} s, Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
@@ -305,7 +305,7 @@ def _let_watch(page: LivePage, seconds: float, report: Callable[[str], None]) ->
 
 @contextlib.contextmanager
 def _signals_stop() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt with exit code 128 + signal, also where the parent ignores SIGINT."""
+    """SIGINT and SIGTERM raise KeyboardInterrupt with exit code 128 + signal, even if the parent ignores SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a video is made of, once it is loaded; and of it what does not depend on the kind of checkpoint."""
+"""Everything loaded for a video, as far as it does not depend on the kind of checkpoint."""
 
 import sys
 from collections.abc import Callable
@@ -27,16 +27,16 @@ WAN_RATE = 16.0  # frames per second of the clips that Wan was trained on
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Everything that a video is made of.
+    """Everything loaded for a video.
 
     Attributes:
-        plan: What to make.
+        plan: The plan.
         pipeline: Network and decoder.
         text: Embedding of the prompt.
-        negative: Of the negative prompt, with guidance.
-        initial: Latents that the video begins with.
-        noise: Instead of the seed's.
-        reference: Loads what `compare` names.
+        negative: Embedding of the negative prompt, with guidance.
+        initial: Latents that the video starts with.
+        noise: Noise to use instead of the seed's.
+        reference: Loads the model of `compare`.
     """
 
     plan: Plan
@@ -48,35 +48,35 @@ class Material:
     reference: Callable[[], VideoPipeline] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `pipeline` and of `make_video`."""
+        """Keyword arguments for `pipeline` and `make_video`."""
         names = ("plan", "negative", "initial", "noise")
         return {name: getattr(self, name) for name in names}
 
 
 @runtime_checkable
 class Opened(Protocol):
-    """A checkpoint that was found and looked through, and of which no weights have been read."""
+    """A checkpoint that was found and inspected, without reading weights."""
 
     @property
     def sizes(self) -> WanConfig:
-        """Of the network, with the attention that is stored."""
+        """Sizes of the network, with the stored attention."""
         ...
 
     def material(self, config: GenerateConfig) -> Material:
-        """Everything for a video; sizes and files are checked before any weights are read."""
+        """Loads everything for a video; sizes and files are checked before weights are read."""
         ...
 
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
-        """Looks whether all processes read the same weights and LoRAs; raises UserError in all of them if not."""
+        """Raises UserError in all processes unless all read the same weights and LoRAs."""
         ...
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
-        """The network, with its own attention unless another is given."""
+        """Loads the network, with its stored attention unless another is given."""
         ...
 
 
 def unrolled_if_asked(model: WanModel, config: GenerateConfig) -> WanModel | UnrolledWan:
-    """The network, its layers unrolled with `--unroll-layers yes`; for one video the larger program is not worth it."""
+    """The network, unrolled with `--unroll-layers yes`; by default not, as compiling that pays only for many videos."""
     if not config.unroll:
         return model
     sizes = model.config
@@ -84,10 +84,10 @@ def unrolled_if_asked(model: WanModel, config: GenerateConfig) -> WanModel | Unr
 
 
 def check_precision(config: GenerateConfig) -> None:
-    """Refuses products that this machine's GPU has not.
+    """Checks that this machine's GPU supports the products of `precision`.
 
     Raises:
-        UserError: If it is older than those that have them; a CPU computes them by float32, slowly.
+        UserError: If the GPU is too old; a CPU computes them in float32, slowly.
     """
     if config.precision == "fp8" and (present := cuda_capability()) is not None and present < CAPABILITY:
         raise UserError(
@@ -97,28 +97,28 @@ def check_precision(config: GenerateConfig) -> None:
 
 
 def with_products(model: WanModel, config: GenerateConfig) -> WanModel:
-    """The network, with its large products in 8 bits if that was asked for."""
+    """The network, with its large products in 8 bits if `precision` says so."""
     return fp8_products(model) if config.precision == "fp8" else model
 
 
 def given_noise(plan: Plan, channels: int, *, given: int) -> Noise | None:
-    """The noise of `--noise`, for the latents after the `given` ones; None without it."""
+    """The noise of `--noise` for the latent frames after the `given` ones; None without the option."""
     path = plan.config.noise
     return None if path is None else read_noise(path, plan, channels=channels, given=given)
 
 
 def condition_latents(plan: Plan, decoder: FrameDecoder) -> Any:
-    """Latents of the image or clip that the video begins with; None if there is none.
+    """Latents of the image or clip that the video starts with; None if there is none.
 
     Raises:
-        UserError: If it cannot be read, or its frames do not make whole blocks.
+        UserError: If it cannot be read or is not a whole number of blocks.
     """
     frames = condition_frames(plan)
     return None if frames is None else decoder.encode(frames[None])
 
 
 def condition_frames(plan: Plan) -> np.ndarray | None:
-    """Frames of the image or clip, at the video's size, uint8 [T, H, W, 3]."""
+    """Frames of the image or clip, scaled to the video's size, uint8 [T, H, W, 3]."""
     config = plan.config
     if config.condition is None or config.condition.lower() == NO_CONDITION:
         return None

@@ -1,4 +1,4 @@
-"""The pipeline: embeddings to frames, handed out as they come."""
+"""The pipeline from embeddings to frames, an iterator over frames."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from monarchrt.models.wan.unrolled import UnrolledWan
 
 
 class VideoPipeline:
-    """A network and a decoder that make videos by a plan.
+    """A network and a decoder that generate videos according to a plan.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -41,9 +41,9 @@ class VideoPipeline:
         [(3, 8, 16, 3), (3, 8, 16, 3)]
 
     Args:
-        model: The network; its attention is used as it is. Or `unroll_layers` of it, for videos made block by block.
-        decoder: Latents to frames.
-        mesh: The devices that share the network's work; its parameters must be on it.
+        model: The network, with the attention to use; or `unroll_layers` of it, for generation block by block.
+        decoder: Decodes latents to frames.
+        mesh: Devices that share the network's work; its parameters must be on them.
     """
 
     def __init__(self, model: WanModel | UnrolledWan, decoder: FrameDecoder, *, mesh: Mesh | None = None):
@@ -51,7 +51,7 @@ class VideoPipeline:
 
     @property
     def model(self) -> WanModel:
-        """The network; without layers if they are unrolled."""
+        """The network; without its layers if they are unrolled."""
         return self.network.model if isinstance(self.network, UnrolledWan) else self.network
 
     def latents(
@@ -63,9 +63,9 @@ class VideoPipeline:
         initial: Float[Array, "1 K h w C"] | None = None,
         noise: Noise | None = None,
     ) -> Iterator[Float[Array, "1 F h w C"]]:
-        """The latents of the video, part by part, each dispatched when it is asked for and not waited for."""
+        """Iterates over the latents of the video; each part is dispatched when requested, and not waited for."""
         frames, height, width = plan.latents
-        if initial is not None:  # it may be where the decoder is
+        if initial is not None:  # the parameters may be on the decoder's device
             initial = jnp.asarray(jax.device_get(initial))
         common: dict[str, Any] = dict(
             frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
@@ -77,7 +77,7 @@ class VideoPipeline:
         return _pieces(self._on_mesh(windows(self.model, text, settings=plan.settings, **common)))
 
     def _on_mesh(self, parts: Iterator[Array]) -> Iterator[Array]:
-        """The same, each part dispatched to the mesh, which is not set between them; each process has it in full."""
+        """Computes each part with the mesh set, and makes it whole on every process; the mesh is not set in between."""
         while True:
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
                 part = next(parts, None)
@@ -97,24 +97,24 @@ class VideoPipeline:
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         """Generates a video.
 
-        While frames are fetched and used, the device already works on the next block: its network and then its
-        decoder are queued before the frames of the block before are waited for. The decoder's programs are compiled
-        while the network's is.
+        While frames are fetched and used, the device computes the next block: its network and decoder are dispatched
+        before the frames of the previous block are waited for. The decoder's programs are compiled in parallel with the
+        network's.
 
         Args:
             text: Embedding of the prompt.
-            plan: What to make.
+            plan: The plan.
             negative: Embedding of the negative prompt; used if the plan guides.
-            initial: Latents that the video begins with.
-            noise: Of the new latents, instead of the seed's; `plan.noise` is that.
-            keep: Gets the latents, part by part, [1, F, h, w, C].
+            initial: Latents that the video starts with.
+            noise: Noise of the generated latents; by default `plan.noise`, from the seed.
+            keep: Called with the latents of each part, [1, F, h, w, C].
 
         Yields:
-            Frames, RGB.
+            RGB frames, uint8 [T, H, W, 3], a part at a time.
 
         Raises:
-            ValueError: If shapes do not fit; before anything is computed.
-            UserError: If latents or pixels are NaN or infinite; the frames before them were handed out.
+            ValueError: If shapes do not fit, before anything is computed.
+            UserError: If latents or pixels are NaN or infinite; earlier frames were yielded.
         """
         parts = self.latents(text, plan=plan, negative=negative, initial=initial, noise=noise)
         self.decoder.prepare(1, plan.parts, *plan.latents[1:])
@@ -123,7 +123,7 @@ class VideoPipeline:
     def _decoded(self, parts: Iterator[Array], plan: Plan) -> Iterator[np.ndarray]:
         state = waiting = None
         for latents in parts:
-            if state is None:  # the network is under way meanwhile
+            if state is None:  # while the network computes
                 state = self.decoder.start(1, *plan.latents[1:])
             frames, state = self.decoder.decode(latents, state)
             made = frames, jnp.isfinite(latents).all(), self.decoder.finite(state)
@@ -155,7 +155,7 @@ def _fetched(frames: Array, finite: Array, decoded: Array) -> np.ndarray:
 
 
 def _pieces(parts: Iterator[Array]) -> Iterator[Array]:
-    """Long clips in pieces, so that the first frames are seen before the last are decoded."""
+    """Splits long clips, so that the first frames can be shown before the last are decoded."""
     for part in parts:
         for start in range(0, part.shape[1], PIECE):
             yield part[:, start : start + PIECE]

@@ -1,4 +1,4 @@
-"""The devices that make a video: a mesh for the network, and one for the decoder."""
+"""The devices for a video: a mesh for the network, and a device for the decoder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,22 +15,22 @@ from monarchrt.models.sharding import make_mesh, spread, weight_sharding
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the parts of a pipeline live.
+    """Devices of the parts of a pipeline.
 
     Attributes:
-        mesh: Of the network's devices; None: JAX's own choice, the first device.
-        decoder: Device of the decoder; None: likewise.
+        mesh: Devices of the network; None: JAX's default, the first device.
+        decoder: Device of the decoder; None: the same.
     """
 
     mesh: Mesh | None = None
     decoder: Any = None
 
     def weights(self, path: Any, shape: tuple[int, ...]) -> Any:
-        """Where a parameter of the network goes, for the loaders."""
+        """The sharding of a parameter of the network, for loaders."""
         return None if self.mesh is None else weight_sharding(self.mesh, shape)
 
     def moved[Model: nnx.Module](self, model: Model) -> Model:
-        """A network with its arrays where they belong."""
+        """The network with its arrays moved to the mesh."""
         if (mesh := self.mesh) is None:
             return model
         graph, state = nnx.split(model)
@@ -41,14 +41,14 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
     """The devices that the settings ask for.
 
     Args:
-        config: Its `mesh` and `decoder_device`.
-        heads: Attention heads of the network.
+        config: The settings, with `mesh` and `decoder_device`.
+        heads: Number of attention heads of the network.
 
     Returns:
-        The places; a decoder's own device is not part of the mesh.
+        The devices; a separate device of the decoder is not part of the mesh.
 
     Raises:
-        UserError: If there are not so many devices, or the mesh does not suit one video or the heads.
+        UserError: If there are too few devices, or the mesh does not fit one video or the number of heads.
 
     Examples:
         >>> find_places(GenerateConfig(), heads=12)
@@ -90,6 +90,6 @@ def find_places(config: GenerateConfig, *, heads: int) -> Places:
             f"decoder_device is {config.decoder_device}, which leaves process {jax.process_index()} none for the mesh; "
             f"leave it out"
         )
-    if decoder is None or jax.process_index():  # the others decode, too, and throw it away
+    if decoder is None or jax.process_index():  # the other processes decode too, and discard the frames
         decoder = here[0]
     return Places(mesh=make_mesh(shape, own), decoder=decoder)

@@ -1,4 +1,4 @@
-"""From settings to a plan: every default filled in, every size checked, before any weights are read."""
+"""Turns settings into a plan: defaults filled in and sizes checked, before any weights are read."""
 
 import dataclasses
 import math
@@ -32,22 +32,22 @@ PIECE = 3  # latent frames that a clip made at once is decoded in
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a checkpoint suggests where nothing is said.
+    """Defaults that a checkpoint provides for settings that were not given.
 
     Attributes:
         mode: autoregressive, bidirectional or windows.
-        frames: Of the video.
-        height: In pixels.
-        width: In pixels.
+        frames: Number of frames.
+        height: Height in pixels.
+        width: Width in pixels.
         fps: Frames per second.
-        sampler: In this mode.
-        steps: Calls of the network, or of few-step their list; None: the sampler's own number.
-        shift: Of the noise levels.
-        guidance: Of samplers that are not few-step.
-        window: In mode windows.
+        sampler: Sampler in this mode.
+        steps: Number of sampling steps, or for few-step samplers their list; None: the sampler's default.
+        shift: Shift of the noise levels.
+        guidance: Guidance scale, for samplers other than few-step.
+        window: Latent frames of a window, in mode windows.
         trained: What is known of the training.
-        shift_from: What said so of the shift, for the reader; None: nothing did.
-        distilled: Whether the network is one of few steps.
+        shift_from: Where the shift comes from, for messages; None if it is only assumed.
+        distilled: Whether the network was distilled to few steps.
         causal: Whether it was trained block by block.
     """
 
@@ -69,18 +69,18 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be computed.
+    """What will be generated, and how.
 
     Attributes:
-        config: The settings, complete: nothing is None or "auto" that has a default.
-        latents: (F, h, w) of the video's latents.
-        settings: Of the sampler.
-        attention: Of the model, one for all layers or one per layer.
+        config: The complete settings: whatever has a default is neither None nor "auto".
+        latents: Shape (F, h, w) of the video's latents.
+        settings: Settings of the sampler.
+        attention: Attention of the model, for all layers or one for each layer.
         spatial: Pixels per latent position.
-        temporal: Frames per latent after the first.
-        frames_given: Whether the number of frames was asked for; else it follows from the checkpoint and the blocks.
-        notes: What the person who waits should know of these settings.
-        density: Of the attention's maps, over all layers and steps.
+        temporal: Frames per latent frame after the first.
+        frames_given: Whether the number of frames was given; otherwise it follows from the checkpoint and the blocks.
+        notes: Lines for the user about these settings.
+        density: Density of the attention maps, over all layers and steps.
     """
 
     config: GenerateConfig
@@ -95,18 +95,18 @@ class Plan:
 
     @property
     def kinds(self) -> str:
-        """The kinds of the attention by name."""
+        """Names of the attention kinds."""
         settings = self.attention if isinstance(self.attention, tuple) else (self.attention,)
         return ", ".join(dict.fromkeys(leaf.name for setting in settings for leaf in leaves(setting)))
 
     @property
     def guides(self) -> bool:
-        """Whether there is a negative text."""
+        """Whether guidance is used, which needs a negative prompt."""
         return self.settings.guidance != 1.0
 
     @property
     def parts(self) -> list[int]:
-        """Latent frames of each part that is decoded at a time; empty in mode windows, whose windows decide."""
+        """Latent frames of each decoded part; empty in mode windows, where the windows are the parts."""
         frames, settings = self.latents[0], self.settings
         if isinstance(settings, Rollout):
             return settings.blocks(frames)
@@ -116,16 +116,16 @@ class Plan:
 
     @property
     def first_block(self) -> int:
-        """Latent frames of the first block, or of a window's context: what a conditioning clip has by default."""
+        """Latent frames of the first block or of a window's context, the default length of a conditioning clip."""
         if isinstance(self.settings, Windows):
             return self.settings.context
         return 1 if self.settings.independent_first_frame else self.settings.block
 
     def begins_with(self, frames: int) -> int:
-        """Latent frames of a clip to begin with, of so many frames.
+        """Number of latent frames of a conditioning clip with this many frames.
 
         Raises:
-            UserError: If they do not make whole latents and blocks, or leave nothing to generate.
+            UserError: If it is not a whole number of latent frames and blocks, or leaves nothing to generate.
         """
         count, over = divmod(frames - 1, self.temporal)
         latents = count + 1
@@ -153,20 +153,20 @@ class Plan:
 def make_plan(
     config: GenerateConfig, *, defaults: Defaults, model: WanConfig, spatial: int = SPATIAL, temporal: int = TEMPORAL
 ) -> Plan:
-    """Fills in what was not said and checks what was.
+    """Fills in defaults and checks the settings.
 
     Args:
-        config: As given.
-        defaults: Of the checkpoint.
-        model: Its sizes, and the attention stored with it.
+        config: Settings as given.
+        defaults: Defaults of the checkpoint.
+        model: Sizes of the network, and its stored attention.
         spatial: Pixels per latent position.
-        temporal: Frames per latent after the first.
+        temporal: Frames per latent frame after the first.
 
     Returns:
         The plan.
 
     Raises:
-        UserError: If a size, a number of frames, a tile or a setting does not fit; the message names one that does.
+        UserError: If a size, number of frames, tile or setting does not fit; names a valid one.
     """
     frames_given = config.frames is not None
     config = _complete(config, defaults, model, temporal)
@@ -220,7 +220,7 @@ def make_plan(
 def _notes(
     config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows, model: WanConfig
 ) -> tuple[str, ...]:
-    """How it will be sampled; and what of it the checkpoint is not known to be made for."""
+    """Notes on how the video is sampled, and on what the checkpoint is not known to be trained for."""
     table = settings.table()
     listed = f" ({_listed(settings.steps)})" if isinstance(settings.steps, tuple) else ""
     said = f" (of {defaults.shift_from})" if defaults.shift_from and settings.shift == defaults.shift else ""
@@ -244,7 +244,7 @@ def _notes(
 
 
 def _differences(settings: Rollout | Windows, defaults: Defaults, model: WanConfig) -> list[str]:
-    """What of the settings is otherwise than in the training, as far as that is known."""
+    """The settings that differ from the training, as far as that is known."""
     trained = defaults.trained
     if trained is None:
         return []
@@ -275,7 +275,7 @@ def _listed(steps: int | tuple[int, ...] | None) -> str:
 
 
 def _check_unrolled(config: GenerateConfig) -> None:
-    """Raises UserError if layers are to be unrolled, and cannot be."""
+    """Raises UserError if layers should be unrolled but cannot be."""
     if not config.unroll:
         return
     if config.mode != "autoregressive":
@@ -285,7 +285,7 @@ def _check_unrolled(config: GenerateConfig) -> None:
 
 
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:
-    """With the checkpoint's defaults."""
+    """The settings with the checkpoint's defaults filled in."""
     mode = defaults.mode if config.mode == "auto" else config.mode
     if config.sampler != "auto":
         sampler = config.sampler
@@ -342,7 +342,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
 
 
 def _block(config: GenerateConfig, model: WanConfig) -> int:
-    """Latent frames per block of a model that was not trained on any: those of Self-Forcing, in whole tiles."""
+    """Latent frames per block of a model trained without blocks: Self-Forcing's 3, or whole tiles."""
     with user_input():
         settings = _attention(config, model)
     parts = [leaf for setting in (settings if isinstance(settings, tuple) else (settings,)) for leaf in leaves(setting)]
@@ -360,7 +360,7 @@ def _check_model(model: WanConfig) -> None:
 
 
 def _latent_frames(config: GenerateConfig, temporal: int) -> int:
-    """Latent frames of the video; they must make whole blocks."""
+    """Number of latent frames of the video, a whole number of blocks."""
     frames, nearest = config.frames or 1, _nearest(config, temporal)
     if frames not in nearest:
         rules = [f"be 1 + {temporal} k"] if temporal > 1 else []
@@ -374,7 +374,7 @@ def _latent_frames(config: GenerateConfig, temporal: int) -> int:
 
 
 def _nearest(config: GenerateConfig, temporal: int) -> list[int]:
-    """Numbers of frames that make whole latents and blocks: the setting itself, or those below and above it."""
+    """Numbers of frames that are whole latent frames and blocks: the setting itself, or the nearest ones."""
     first, block = (1 if config.independent_first_frame else 0), config.block or BLOCK
     blocked = config.mode == "autoregressive"
 
@@ -392,7 +392,7 @@ def _nearest(config: GenerateConfig, temporal: int) -> list[int]:
 
 
 def _latent_size(config: GenerateConfig, model: WanConfig, spatial: int) -> tuple[int, int]:
-    """Latent height and width."""
+    """Height and width of the latents."""
     sizes = []
     for name, patch in zip(("height", "width"), model.patch_size[1:], strict=True):
         size, unit = getattr(config, name), spatial * patch
@@ -408,7 +408,7 @@ def _check_positions(
     config: GenerateConfig, window: int | None, latents: tuple[int, int, int], model: WanConfig, spatial: int,
     temporal: int,
 ) -> None:  # fmt: skip
-    """Raises UserError if what is seen at once is more than the network has positions for."""
+    """Raises UserError if attention spans more positions than the network's rotary embedding has."""
     frames, height, width = (MAX_POSITIONS * patch for patch in model.patch_size)
     if window is not None and window > frames:
         raise UserError(f"window is {window}; it must be at most {frames} latent frames")
@@ -424,7 +424,7 @@ def _check_positions(
 
 
 def _zoom(config: GenerateConfig) -> int:
-    """How much the file's pixels are enlarged; the encoder must take the result."""
+    """Factor by which the file's pixels are enlarged; the video encoder must accept the size."""
     height, width = config.height or 1, config.width or 1
     across = width * (2 if config.compare_dense or config.compare else 1)
     zoom, largest = config.zoom or max(1, -(-SMALLEST_WIDTH // width)), LARGEST_SIDE // max(height, across)
@@ -439,7 +439,7 @@ def _zoom(config: GenerateConfig) -> int:
 
 
 def _window(config: GenerateConfig, latents: int) -> int | None:
-    """What a long video is rolled over with, in whole blocks; None if all of it fits."""
+    """Attention window for a long video, in whole blocks of latent frames; None if the cache holds all of it."""
     if latents <= LONGEST_WITHOUT_WINDOW:
         return None
     block = config.block or BLOCK
@@ -463,10 +463,10 @@ def _stored(attention: Attention | tuple[Attention, ...]) -> list[Attention]:
 
 
 def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
-    """How dense the attention is, if it divides each block of tokens, the window and the sinks.
+    """Checks that the attention fits each block of tokens, the window and the sinks; returns its density.
 
     Raises:
-        UserError: If it does not; names sizes that it does divide.
+        UserError: If it does not; names sizes that it fits.
     """
     settings = plan.settings
     whole = settings.window or plan.latents[0]
@@ -494,7 +494,7 @@ def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
 
 
 def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
-    """What to give so that an attention's unit divides the tokens."""
+    """Advice on sizes that an attention's unit divides."""
     unit = setting.unit
     if unit is None:
         return ""

@@ -1,4 +1,4 @@
-"""The network in a run folder of `monarchrt train`: of its newest checkpoint, the role that the run exports."""
+"""The exported network in the newest checkpoint of a run folder of `monarchrt train`."""
 
 import contextlib
 import errno
@@ -27,12 +27,12 @@ from monarchrt.models.wan.checkpoints.settings import Trained
 
 
 class StoredNetwork(NamedTuple):
-    """The exported network of a checkpoint: the moving average of what there is one of.
+    """The exported network of a checkpoint: the moving average, for parameters that have one.
 
     Attributes:
-        step: Of the checkpoint.
-        folder: Of its arrays.
-        names: Name in the network, such as `head.proj.kernel`, to name in the checkpoint.
+        step: Step of the checkpoint.
+        folder: Folder of its arrays.
+        names: Maps names in the network, such as `head.proj.kernel`, to names in the checkpoint.
         contents: Shape and checksum by name in the checkpoint.
     """
 
@@ -43,15 +43,15 @@ class StoredNetwork(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name in the network."""
+        """Shapes of the arrays, by name in the network."""
         return {name: tuple(self.contents[stored]["shape"]) for name, stored in self.names.items()}
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Arrays by name in the network, read and checked.
+        """Reads and verifies arrays, by name in the network.
 
         Raises:
-            UserError: If it has no such array, or one of another shape.
-            ValueError: If one is damaged.
+            UserError: If there is no such array, or it has another shape.
+            ValueError: If an array is damaged.
         """
         for name, leaf in wanted.items():
             if name not in self.names:
@@ -67,19 +67,19 @@ class StoredNetwork(NamedTuple):
 def read_checked(
     folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], contents: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """Arrays of a checkpoint by the names that it has for them.
+    """Reads arrays of a checkpoint and verifies their checksums.
 
     Args:
-        folder: Of its arrays.
-        wanted: As `monarchrt.models.checkpoints.orbax_arrays.read_arrays`.
-        contents: What it says of each array.
+        folder: Folder of its arrays.
+        wanted: As in `monarchrt.models.checkpoints.orbax_arrays.read_arrays`.
+        contents: Shape and checksum of each array.
 
     Returns:
-        The arrays.
+        The arrays by name in the checkpoint.
 
     Raises:
-        ValueError: If one cannot be read, or its checksum is wrong; in all of several processes, which read their
-            parts.
+        ValueError: If one cannot be read or its checksum is wrong; in all processes if there are several, each of
+            which reads its part.
     """
     wrong, arrays = None, {}
     try:
@@ -100,14 +100,14 @@ def read_checked(
 
 
 def network_names(about: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint calls the arrays of its exported network, by their names in the network.
+    """Maps the names of the exported network's arrays to their names in a checkpoint.
 
     Examples:
         >>> network_names({"exported": "student", "arrays": {"roles.student.params.bias": {}, "step": {}}})
         {'bias': 'roles.student.params.bias'}
 
     Args:
-        about: What a checkpoint says of itself; one written before there were roles holds one network.
+        about: The checkpoint's description; one without roles, from an older version, holds a single network.
 
     Returns:
         The names.
@@ -125,7 +125,7 @@ def stored_network(folder: Path, step: int) -> StoredNetwork:
     """The exported network of one checkpoint of a run folder; reads no arrays.
 
     Raises:
-        ValueError: If what it says of itself is damaged.
+        ValueError: If its description is damaged.
     """
     place = folder / CHECKPOINTS_NAME / str(step)
     about = read_json(place / ABOUT)
@@ -148,18 +148,18 @@ def read_newest[T](
     *,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> T:
-    """What the newest checkpoint of a run folder gives; where it is damaged, the newest before it, and a line says so.
+    """Reads the newest checkpoint of a run folder that is not damaged; reports the ones that are skipped.
 
     Args:
         folder: Run folder.
-        read: Called with a step; raises UserError for what another checkpoint would not mend.
-        report: Takes the line.
+        read: Called with a step; raises UserError for errors that an older checkpoint would share.
+        report: Called with a line for each skipped checkpoint.
 
     Returns:
-        What `read` returned.
+        The result of `read`.
 
     Raises:
-        UserError: If there is no checkpoint, or none can be read.
+        UserError: If there is no readable checkpoint.
     """
     path = folder / CHECKPOINTS_NAME
     complete = checkpoint_steps(folder)
@@ -185,7 +185,7 @@ def read_newest[T](
 
 
 def of_the_machine(error: Exception) -> bool:
-    """Whether an error of reading says nothing of the file: no memory, no permission, a disk that does not answer."""
+    """Whether a read error is due to the machine, not the file: no memory, no permission, a failing disk."""
     if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -195,18 +195,18 @@ def of_the_machine(error: Exception) -> bool:
 
 
 def run_config(run: RunSettings, *, channels: int, dtype: str = "float32") -> WanConfig:
-    """The network of a run.
+    """Configuration of a run's network.
 
     Args:
-        run: Its settings.
-        channels: Latent channels of its data, which the preset does not tell.
-        dtype: Compute type.
+        run: Settings of the run.
+        channels: Latent channels of its data, which the preset does not contain.
+        dtype: Dtype of the computation.
 
     Returns:
-        The configuration, with the attention that it was trained with.
+        The configuration, with the attention that the network was trained with.
 
     Raises:
-        UserError: If a setting is unknown here, or not valid.
+        UserError: If a setting is unknown or invalid.
     """
     with user_input():
         values: dict[str, Any] = {"in_channels": channels, "out_channels": channels} | run.overrides
@@ -214,17 +214,17 @@ def run_config(run: RunSettings, *, channels: int, dtype: str = "float32") -> Wa
 
 
 def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
-    """The network that a run exports, of the newest checkpoint that can be read: the moving average, if there is one.
+    """Loads the network that a run exports from its newest readable checkpoint: the moving average, if there is one.
 
     Args:
-        run: Its settings.
-        dtype: Compute type; parameters are float32.
+        run: Settings of the run.
+        dtype: Dtype of the computation; parameters are float32.
 
     Returns:
         The network.
 
     Raises:
-        UserError: If there is no checkpoint, it cannot be read, or it is of another network.
+        UserError: If there is no readable checkpoint, or it holds another network.
     """
     if run.lora:
         raise UserError(
@@ -250,10 +250,10 @@ def run_network(run: RunSettings, *, dtype: str = "float32") -> WanModel:
 
 
 def run_arrays(run: RunSettings) -> dict[str, np.ndarray]:
-    """All arrays of what a run exports, of the newest checkpoint that can be read, by name: of a LoRA, its matrices.
+    """All arrays that a run exports, by name, from its newest readable checkpoint; for a LoRA, its matrices.
 
     Raises:
-        UserError: If there is no checkpoint, or it cannot be read.
+        UserError: If there is no readable checkpoint.
     """
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -268,7 +268,7 @@ def run_arrays(run: RunSettings) -> dict[str, np.ndarray]:
 
 
 def trained_as(run: RunSettings) -> Trained:
-    """How a run's network was trained, for `monarchrt.models.wan.checkpoints.save_checkpoint`."""
+    """How a run's network was trained, in the form that `monarchrt.models.wan.checkpoints.save_checkpoint` takes."""
     made, data = run.generation, run.data
     latents = made.latents
     if latents is None and data.precomputed is None:

@@ -1,4 +1,4 @@
-"""A run folder of `monarchrt train` as something to generate with. The folder is only read."""
+"""Generation from a run folder of `monarchrt train`, which is only read."""
 
 import dataclasses
 import shlex
@@ -49,7 +49,7 @@ RATE = 8.0  # frames per second
 
 
 def run_defaults(run: RunSettings, network: WanConfig) -> Defaults:
-    """How a run's network is sampled where nothing else is said: as it was trained."""
+    """Sampling defaults of a run's network: as it was trained."""
     trained, data, causal = run.generation, run.data, network.causal_block is not None
     forced = trained.level_per_frame
     return Defaults(
@@ -75,14 +75,14 @@ def _say(line: str) -> None:
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A run folder as something to generate with: `monarchrt.models.generate.material.Opened`."""
+    """An opened run folder; implements `monarchrt.models.generate.material.Opened`."""
 
     run: RunSettings
     loras: tuple[Scaled, ...] = ()
 
     @property
     def sizes(self) -> WanConfig:
-        """Of the network."""
+        """Sizes of the network."""
         config = run_config(self.run, channels=self._decoder().channels)
         with user_input():
             return as_trained(AsTrained(config), self.loras).config
@@ -96,7 +96,7 @@ class RunCheckpoint:
             check_same(what.replace("weights", "settings"), lambda: settings)
 
     def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
-        """The network."""
+        """Loads the network."""
         model = run_network(self.run, dtype="bfloat16" if config.precision in ("bf16", "fp8") else "float32")
         if self.loras:
             with user_input():
@@ -108,7 +108,7 @@ class RunCheckpoint:
         return with_products(where.moved(model if attention is None else model.with_attention(attention)), config)
 
     def material(self, config: GenerateConfig, *, report: Callable[[str], None] = _say) -> Material:
-        """The network, its patch transform, an empty text, a held-out frame to begin with."""
+        """Loads everything for a video: network, patch transform, an empty text and a held-out frame to start with."""
         path = self.run.path
         for name, why in NOT_OF_RUNS.items():
             value = getattr(config, name)
@@ -146,10 +146,10 @@ class RunCheckpoint:
 
 
 def open_run(config: GenerateConfig) -> RunCheckpoint | None:
-    """Opens a run folder; None if it is none.
+    """Opens a run folder; None if the path is not one.
 
     Raises:
-        UserError: If it is a folder of runs, damaged, or a run on latents, of which `convert` makes a model.
+        UserError: If it contains run folders, is damaged, or was trained on latents (use `convert` for those).
     """
     path = Path(config.checkpoint or "")
     run = find_run(path)
@@ -173,7 +173,7 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
 
 
 def _sampled(run: RunSettings, said: dict[str, Any]) -> Generation:
-    """How a run's network is sampled with a LoRA that says how it was trained."""
+    """Sampling defaults of a run's network with a LoRA that records how it was trained."""
     trained, few_step = trained_from_json(said, where="a LoRA's header"), few_step_from_json(said)
     known = {} if trained is None else {name: getattr(trained, name) for name in ("shift", "steps", "window")}
     if trained is not None and trained.window is not None:
@@ -185,7 +185,7 @@ def _sampled(run: RunSettings, said: dict[str, Any]) -> Generation:
 
 
 def _begin(plan: Plan, decoder: FrameDecoder, run: RunSettings, report: Callable[[str], None]) -> Any:
-    """Latents that a run's video begins with: of `condition`, or of the run's own held-out clip."""
+    """Latents that a run's video starts with: from `condition`, or from the run's held-out clip."""
     if plan.config.condition is not None:
         return condition_latents(plan, decoder)
     size = (plan.config.height, plan.config.width)
@@ -202,10 +202,10 @@ def _begin(plan: Plan, decoder: FrameDecoder, run: RunSettings, report: Callable
 
 
 def held_out_window(run: RunSettings, index: int = SEEN) -> np.ndarray:
-    """A window that the run did not train on, uint8 [F, H, W, 3].
+    """A held-out window of the run's data, uint8 [F, H, W, 3].
 
     Raises:
-        UserError: If its video cannot be read, or is shorter now than it was.
+        UserError: If the video cannot be read or has become shorter.
     """
     data = run.data
     if data.video is None:

@@ -1,7 +1,7 @@
-"""What a run folder of `monarchrt train` says of the network in it. Nothing here imports JAX.
+"""Settings in a run folder of `monarchrt train`. Does not import JAX.
 
-config.json          settings: what it trained on, the network with its attention, how that is sampled
-checkpoints/STEP/    `about`, what the arrays are, and `state`, the arrays
+config.json          data, network with its attention, and sampling
+checkpoints/STEP/    `about`, the description of the arrays, and `state`, the arrays
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ _BESIDE = {"tile": None, "blocks": "fh,w", "num_iters": 1, "implementation": Non
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How `monarchrt generate` samples a trained network where nothing else is said.
+    """Sampling defaults of a trained network for `monarchrt generate`.
 
     Attributes:
-        shift: Of the noise levels.
-        level_per_frame: Whether it was trained with a level per frame, and can continue a video in windows.
-        sampler: As its option.
-        steps: Of the sampler: how many, or of few-step the list that it was distilled at, such as (1000, 757, 522).
-        latents: Shape (F, h, w) of a sample that it was trained on; None: files written before do not say.
-        window: Latent frames that a causal network's block reached back over, with its own; None: all.
-        sink_frames: Leading ones that such a window never let go.
+        shift: Shift of the noise levels.
+        level_per_frame: Whether it was trained with a noise level per frame, and can continue a video in windows.
+        sampler: Name of the sampler, as in the option.
+        steps: Number of steps, or for few-step samplers the list that it was distilled at, such as (1000, 757, 522).
+        latents: Shape (F, h, w) of a training sample; None in files of older versions.
+        window: Attention window of a causal network in latent frames, including the block; None: all frames.
+        sink_frames: First latent frames, which the window never dropped.
     """
 
     shift: float = 5.0
@@ -51,22 +51,22 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run trained on; the fields are those of `monarchrt.train.config.DataConfig`.
+    """Training data of a run; the fields are those of `monarchrt.train.config.DataConfig`.
 
     Attributes:
-        video: A file, or a folder of them.
-        latents: A folder.
-        prompts: A file of texts, without clips.
-        frames: Of a window.
-        height: In pixels.
-        width: In pixels.
-        fps: That the video was read at.
-        stride: Every n-th frame.
-        patch: Of the transform.
-        whitening: Of the transform.
-        held_out: Fraction.
-        gap: Frames.
-        crop: How much larger the video was read.
+        video: A video file or a folder of videos.
+        latents: Folder of latents.
+        prompts: File of prompts, without clips.
+        frames: Frames of a window.
+        height: Height in pixels.
+        width: Width in pixels.
+        fps: Frame rate at which the video was read.
+        stride: Every `stride`-th frame was used.
+        patch: Patch size of the pixel transform.
+        whitening: Whitening of the pixel transform.
+        held_out: Fraction of held-out data.
+        gap: Frames left out between training and held-out parts.
+        crop: Factor by which the video was read larger, for random crops.
     """
 
     video: Path | None = None
@@ -85,22 +85,22 @@ class RunData:
 
     @property
     def precomputed(self) -> Path | None:
-        """What is not pixels: latents, or prompts of clips that a network is yet to make."""
+        """The data if it is not pixels: the folder of latents, or the file of prompts."""
         return self.latents or self.prompts
 
 
 class RunSettings(NamedTuple):
-    """A run folder's settings, as far as its network is concerned.
+    """The settings of a run that concern its network.
 
     Attributes:
-        path: The folder.
-        preset: Name of the network's preset.
-        overrides: Fields of it that differ.
-        attention: In its notation.
-        data: What it trained on.
-        generation: How it is sampled.
-        lora: Whether its checkpoints hold a LoRA of the network, and not the network.
-        lora_alpha: Of the LoRA; None: the rank.
+        path: The run folder.
+        preset: Preset of the network.
+        overrides: Fields that differ from the preset.
+        attention: Attention, in its notation.
+        data: Training data.
+        generation: Sampling defaults.
+        lora: Whether its checkpoints hold a LoRA instead of the network.
+        lora_alpha: Alpha of the LoRA; None: the rank.
     """
 
     path: Path
@@ -114,7 +114,7 @@ class RunSettings(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run folder that has been trained in.
+    """Whether a path is a run folder with training progress.
 
     Examples:
         >>> is_run(Path("nowhere"))
@@ -124,12 +124,12 @@ def is_run(path: Path) -> bool:
 
 
 def told_apart_by(path: Path) -> list[Path]:
-    """Files that differ between two run folders of other weights: what the newest checkpoint says of each array."""
+    """Files that identify the weights of a run folder: the description of its newest checkpoint, with checksums."""
     return [path / CHECKPOINTS_NAME / str(step) / ABOUT for step in checkpoint_steps(path)[-1:]]
 
 
 def is_begun(path: Path) -> bool:
-    """Whether a folder is a run, or what is left of one: settings that are a run's, its log or its checkpoints."""
+    """Whether a folder holds a run or remains of one: a run's settings, log or checkpoints."""
     if is_run(path) or (path / LOG_NAME).is_file() or checkpoint_steps(path):
         return True
     try:
@@ -139,7 +139,7 @@ def is_begun(path: Path) -> bool:
 
 
 def find_run(path: Path) -> RunSettings | None:
-    """The settings of a run folder; None if the path is something else.
+    """The settings of a run folder; None if the path is not one.
 
     Args:
         path: Any path, existing or not.
@@ -148,8 +148,8 @@ def find_run(path: Path) -> RunSettings | None:
         The settings.
 
     Raises:
-        UserError: If its settings are damaged, if it has not been trained in, or if the folder holds run folders
-            instead of being one; names them.
+        UserError: If its settings are damaged, it has no training progress, or it contains run folders instead of
+            being one; names them.
     """
     if is_run(path):
         return read_run(path)
@@ -171,10 +171,10 @@ def find_run(path: Path) -> RunSettings | None:
 
 
 def read_run(path: Path) -> RunSettings:
-    """Reads config.json of a run folder, of this version or of one before.
+    """Reads config.json of a run folder, of this or an older version.
 
     Raises:
-        UserError: If it is damaged, or not that of a run.
+        UserError: If it is damaged or not from a run.
     """
     where = path / CONFIG_NAME
     try:
@@ -208,14 +208,14 @@ def read_run(path: Path) -> RunSettings:
 
 
 def override_values(overrides: Iterable[str]) -> dict[str, Any]:
-    """Overrides of a preset by name; values are read as JSON, or else taken as text.
+    """Overrides of a preset by name; values are parsed as JSON where possible, otherwise text.
 
     Examples:
         >>> override_values(["dim=96", "remat=dots"])
         {'dim': 96, 'remat': 'dots'}
 
     Raises:
-        UserError: If one has no name or no value.
+        UserError: If an override has no name or no value.
     """
     values: dict[str, Any] = {}
     for override in overrides:
@@ -231,7 +231,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _of_the_flow(objective: dict[str, Any]) -> dict[str, Any]:
-    """How the network of a run is sampled that does not say so: there was no objective but the flow's then."""
+    """Sampling defaults of an old run that does not record them: its objective was rectified flow."""
     shift = {"shift": objective["shift"]} if "shift" in objective else {}
     return shift | {"level_per_frame": objective.get("frames_per_level") is not None}
 
@@ -246,7 +246,7 @@ def _as_said_since(generation: dict[str, Any], objective: dict[str, Any]) -> dic
 
 
 def _table[T](kind: type[T], values: dict[str, Any], where: Path) -> T:
-    """The settings of one table that are known here."""
+    """The known settings of one table of the file."""
     hints = get_type_hints(kind)
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     known = {name: value for name, value in values.items() if name in fields}
@@ -254,7 +254,7 @@ def _table[T](kind: type[T], values: dict[str, Any], where: Path) -> T:
 
 
 def checkpoint_steps(path: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run folder, oldest first.
+    """Steps of a run folder's complete checkpoints, in ascending order.
 
     Examples:
         >>> checkpoint_steps(Path("nowhere"))

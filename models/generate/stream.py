@@ -1,8 +1,7 @@
-"""A page on this machine that plays one video while it is made: the server of sessions, to watch only.
+"""A local page that plays one video while it is generated: the server of sessions, for watching only.
 
-The server runs in a thread of its own. A browser that connects late gets all frames that are kept, one that closes is
-forgotten, one too slow for the speed of play misses frames, one that takes nothing is let go, and generation never
-waits for any.
+The server runs in its own thread, and generation never waits for a browser. One that connects late gets all frames that
+are kept; one that is too slow for playback misses frames; one that reads nothing is disconnected.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ GRACE = 10.0  # seconds after the end, or after it came, in which a browser hold
 
 
 def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> int:
-    """The index of the frame that a browser gets next: the one after what it has, unless it is too far behind.
+    """Index of the next frame for a browser: the one after its last frame, unless it is too far behind.
 
     Examples:
         >>> next_frame(7, made=100, kept=100, played=20, fps=16.0)  # 13 frames behind: less than 5 seconds
@@ -40,11 +39,11 @@ def next_frame(sent: int, *, made: int, kept: int, played: int, fps: float) -> i
         (15, 90)
 
     Args:
-        sent: Frames that it was sent or that it missed.
-        made: Frames that there are; more than `sent`.
-        kept: The newest of them, which are still there.
-        played: Frames that would be over at the speed of play.
-        fps: The speed of play.
+        sent: Number of frames that it received or missed.
+        made: Number of frames generated; more than `sent`.
+        kept: Number of the newest frames that are still kept.
+        played: Number of frames that playback at full speed would have finished.
+        fps: Frames per second of playback.
     """
     oldest = max(sent, made - kept)
     return max(oldest, min(played - int(BEHIND * fps), made - 1))  # the last is missed by none
@@ -63,11 +62,11 @@ class LivePage:
 
     Args:
         host: Address to listen on.
-        port: Port; 0 takes a free one.
-        fps: Speed of play.
+        port: TCP port; 0 for a free one.
+        fps: Frames per second of playback.
         title: Shown above the picture.
-        total: Frames that there will be, if known.
-        quality: Of the JPEGs, 1 to 95.
+        total: Total number of frames, if known.
+        quality: Quality of the JPEGs, 1 to 95.
     """
 
     def __init__(
@@ -88,32 +87,32 @@ class LivePage:
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """URL of the page."""
         return self._server.url
 
     @property
     def watched(self) -> int:
-        """Browsers that have connected so far."""
+        """Number of browsers that have connected so far."""
         return self._video.watched
 
     def show(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
-        """Adds frames; they are encoded here and sent in the background."""
+        """Adds frames; encodes them in the calling thread and sends them in the background."""
         for frame in frames:
             encoded = jpeg(frame, quality=self._quality)
             self._loop.call_soon_threadsafe(self._video.add, self._blocks, encoded)
         self._blocks += 1
 
     def end(self, reason: str = "finished") -> None:
-        """Says that no more frames come."""
+        """Tells browsers that no more frames will come."""
         self._loop.call_soon_threadsafe(self._video.end, reason)
 
     def wait(self, seconds: float) -> bool:
-        """Waits until a browser has connected and all that have got everything, at most `seconds`.
+        """Waits until a browser has connected and all connected ones have received everything, for at most `seconds`.
 
-        A browser that is not done some seconds after the end, or after it came, is not waited for.
+        A browser that needs longer than some seconds after the end, or after it connected, is not waited for.
 
         Returns:
-            Whether one had connected, and none was still busy.
+            Whether a browser has connected and none is still receiving.
         """
         deadline = time.monotonic() + seconds
         while not self.watched or self._video.busy(time.monotonic()):
@@ -146,12 +145,12 @@ class LivePage:
 
 
 class Video:
-    """Frames as they come, and who watches them; of one thread, but `busy`.
+    """The frames of a video and the browsers that watch it. Not thread-safe, except for `busy`.
 
     Args:
-        fps: Speed of play.
+        fps: Frames per second of playback.
         title: Shown above the picture.
-        total: Frames that there will be, if known.
+        total: Total number of frames, if known.
     """
 
     def __init__(self, *, fps: float, title: str = "", total: int | None = None):
@@ -169,17 +168,17 @@ class Video:
         self._tell()
 
     def end(self, reason: str) -> None:
-        """No more frames come."""
+        """Marks the video as ended."""
         self.ended, self._ended_at = reason, time.monotonic()
         self._tell()
 
     def busy(self, now: float) -> bool:
-        """Whether a browser is to be waited for."""
+        """Whether a browser is still receiving and should be waited for."""
         ended = now if self.ended is None else self._ended_at
         return any(max(ended, watcher.since) > now - GRACE for watcher in list(self.watchers))
 
     def watch(self, notify: Callable[[], None]) -> "Watcher":
-        """One more that watches, all frames that are kept."""
+        """Adds a browser, which gets all frames that are kept."""
         self.watched += 1
         self.watchers.append(Watcher(self, notify))
         return self.watchers[-1]
@@ -190,7 +189,7 @@ class Video:
 
 
 class Watcher:
-    """A browser that watches: what it is sent next."""
+    """A connected browser, and what to send it next."""
 
     def __init__(self, video: Video, notify: Callable[[], None]):
         self._video, self.notify, self.since = video, notify, time.monotonic()
@@ -198,7 +197,7 @@ class Watcher:
         self._greeted, self.over = False, False
 
     def take(self) -> dict[str, Any] | bytes | None:
-        """The next to be sent; None if there is nothing now."""
+        """The next message to send; None if there is none."""
         video = self._video
         if not self._greeted:
             self._greeted = True
@@ -214,15 +213,15 @@ class Watcher:
         return None
 
     def hear(self, said: str | bytes) -> None:
-        """There is nothing to say."""
+        """Ignores messages of the browser."""
 
     def leave(self) -> None:
-        """It is gone."""
+        """Removes the browser after it has disconnected."""
         self._video.watchers.remove(self)
 
 
 class _Server(WebServer):
-    """Of one video."""
+    """The web server of one video."""
 
     def __init__(self, address: Address, video: Video):
         super().__init__(address)

@@ -1,4 +1,4 @@
-"""Noise and latents as files, for other implementations and for a second look."""
+"""Noise and latents as files, for exchange with other implementations."""
 
 from pathlib import Path
 
@@ -16,19 +16,19 @@ LAYOUT = "[frames, height, width, channels]"
 
 
 def new_latents(plan: Plan, *, given: int = 0) -> int:
-    """Latent frames that noise is needed for: a last window may make more than are wanted."""
+    """Number of latent frames that need noise; a last window may generate more than the video has."""
     if isinstance(plan.settings, Rollout):
         return plan.latents[0] - given
     return sum(plan.settings.new_frames(plan.latents[0], given=given))
 
 
 def seed_noise(plan: Plan, *, channels: int, given: int = 0) -> Noise:
-    """The noise that the plan's seed gives, of all latents after the `given` ones, with a batch of one."""
+    """The noise of the plan's seed for all latent frames after the `given` ones, with a batch of one."""
     return plan.settings.noise(jax.random.key(plan.config.seed), (1, *plan.latents, channels), given=given)
 
 
 def save_noise(path: Path, noise: Noise) -> Path:
-    """Writes `noise` and, for stochastic samplers, `fresh`, of the first of the batch, float32.
+    """Writes `noise` and, for stochastic samplers, `fresh`, of the batch's first element in float32.
 
     Raises:
         UserError: If the file cannot be written.
@@ -56,15 +56,15 @@ def read_noise(path: Path, plan: Plan, *, channels: int, given: int = 0) -> Nois
 
     Args:
         path: Safetensors with `noise` [F, h, w, C], and `fresh` [n, F, h, w, C] if steps add noise (else the seed's).
-        plan: What it is for.
-        channels: Of a latent.
-        given: Leading latent frames that are given and need no noise.
+        plan: The plan.
+        channels: Channels of a latent.
+        given: Number of leading latent frames that are given and need no noise.
 
     Returns:
         The noise, with a batch of one.
 
     Raises:
-        UserError: If the file cannot be read, lacks the noise, or it is of another shape or not finite.
+        UserError: If the file cannot be read, or the noise is missing, of another shape or not finite.
     """
     if not path.is_file():
         raise UserError(f"noise {path} is not a file; give one of --save-noise")

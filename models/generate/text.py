@@ -1,4 +1,4 @@
-"""The text's embeddings: from the encoder, which is let go of again, or from a file."""
+"""Text embeddings, from the text encoder or from a file."""
 
 import hashlib
 import json
@@ -30,20 +30,20 @@ def text_embeddings(
     """Embeddings of the prompt and, with guidance, of the negative prompt.
 
     Args:
-        config: Prompts, or the file of embeddings.
+        config: The settings, with prompts or the file of embeddings.
         encoder: Weights of the text encoder; not needed with a file.
-        tokenizer: Its folder; not needed with a file.
+        tokenizer: Folder of the tokenizer; not needed with a file.
         guides: Whether the negative prompt is needed.
-        width: Of an embedding, as the network takes it.
-        rows: Tokens that the network takes at most; longer prompts are cut, and `report` says so.
-        dtype: That the encoder computes in.
-        report: Takes lines for the person who waits.
+        width: Width of an embedding that the network needs.
+        rows: Largest number of tokens; longer prompts are cut, with a note to `report`.
+        dtype: Dtype of the encoder's computation.
+        report: Called with lines of progress.
 
     Returns:
-        [1, rows, width], zero past the prompt's end, and the same or None.
+        Two embeddings [1, rows, width], zero past the end of the prompt; the second is None without guidance.
 
     Raises:
-        UserError: If the prompt is empty, the file lacks one, or an embedding is of another width or not finite.
+        UserError: If the prompt is empty or missing in the file, or an embedding has another width or is not finite.
     """
     prompts = [config.prompt or ""]
     if guides:
@@ -78,21 +78,21 @@ def encode_texts(
     dtype: str = "bfloat16",
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Embeddings of texts, one after the other, with the encoder in memory for as long as this takes.
+    """Yields embeddings of texts; the encoder is in memory only while this runs.
 
     Args:
         prompts: The texts.
         encoder: Weights of the text encoder.
-        tokenizer: Its folder.
-        rows: Tokens at most; longer texts are cut, and `report` says so.
-        dtype: That the encoder computes in.
-        report: Takes lines for the person who waits.
+        tokenizer: Folder of the tokenizer.
+        rows: Largest number of tokens; longer texts are cut, with a note to `report`.
+        dtype: Dtype of the encoder's computation.
+        report: Called with lines of progress.
 
     Yields:
-        Each text and its embedding on the host, [rows, width], zero past the text's end.
+        Each text and its embedding, a host array [rows, width], zero past the end of the text.
 
     Raises:
-        UserError: If a text is empty, or the encoder cannot be read.
+        UserError: If a text is empty or the encoder cannot be read.
     """
     ours = Tokenizer.load(tokenizer)
     # an empty prompt is found before gigabytes are read; negative ones, which follow, may be empty
@@ -107,17 +107,17 @@ def encode_texts(
 
 
 class TextEncoder:
-    """Prompts to embeddings, with the encoder in memory for as long as this lives.
+    """Encodes prompts; the encoder is in memory while this object lives.
 
     Args:
         encoder: Weights of the text encoder.
-        tokenizer: Its folder.
-        rows: Tokens at most; longer texts are cut, and `report` says so.
-        dtype: That the encoder computes in.
-        report: Takes lines.
+        tokenizer: Folder of the tokenizer.
+        rows: Largest number of tokens; longer texts are cut, with a note to `report`.
+        dtype: Dtype of the encoder's computation.
+        report: Called with notes.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the encoder cannot be read.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TextEncoder:
             self._encoder = load_umt5(encoder, dtype=dtype, param_dtype=dtype)
 
     def __call__(self, prompts: Sequence[str]) -> list[Float[Array, "1 L E"]]:
-        """An embedding for each, float32, zero past the text's end."""
+        """The embedding of each prompt, float32, zero past its end."""
         embeddings = encode_prompts(
             prompts, encoder=self._encoder, tokenizer=self._tokenizer, length=self._rows, warn=self._report, empty=True
         )
@@ -142,21 +142,21 @@ class TextEncoder:
 
 
 class StoredTexts:
-    """The embeddings of a file; other prompts cannot be encoded."""
+    """Embeddings from a file; other prompts are refused."""
 
     def __init__(self, path: Path, *, rows: int):
         self._path, self._stored = path, load_embeddings(path, length=rows)
 
     @property
     def prompts(self) -> list[str]:
-        """Those that it has."""
+        """The prompts in the file."""
         return list(self._stored)
 
     def __call__(self, prompts: Sequence[str]) -> list[Float[Array, "1 L E"]]:
-        """An embedding for each, float32, zero past the text's end.
+        """The embedding of each prompt, float32, zero past its end.
 
         Raises:
-            UserError: If the file lacks one; names some that it has.
+            UserError: If the file lacks a prompt; names some that it has.
         """
         for prompt in prompts:
             if prompt not in self._stored:
@@ -175,22 +175,22 @@ def encode_once(
     dtype: str,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Path]:
-    """A file with the embedding of each text; those that an earlier start left are kept.
+    """Writes a file with the embedding of each text; existing files of an earlier run are kept.
 
     Args:
-        texts: What to encode.
-        folder: Of the files, whose names follow from text, encoder, rows and dtype.
-        encoder: As `encode_texts`.
-        tokenizer: As there.
-        rows: As there.
-        dtype: As there.
-        report: As there.
+        texts: The texts.
+        folder: Folder of the files; their names depend on text, encoder, rows and dtype.
+        encoder: As in `encode_texts`.
+        tokenizer: As in `encode_texts`.
+        rows: As in `encode_texts`.
+        dtype: As in `encode_texts`.
+        report: As in `encode_texts`.
 
     Returns:
-        Files of `load_embeddings` by text.
+        The file of each text, readable by `load_embeddings`.
 
     Raises:
-        UserError: If an embedding is NaN or infinite, or the encoder cannot be read.
+        UserError: If an embedding is not finite or the encoder cannot be read.
     """
     made_by = [str(encoder.absolute()), str(tokenizer.absolute()), rows, dtype]
     files = {}
@@ -211,7 +211,7 @@ def encode_once(
 
 
 def _read(path: Path, prompts: list[str], rows: int) -> dict[str, Any]:
-    """From a file; without a prompt, its first one."""
+    """Reads embeddings of prompts from a file; of its first prompt, if none is given."""
     stored = load_embeddings(path, length=rows)
     prompt, *negative = prompts
     if not prompt:

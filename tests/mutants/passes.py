@@ -67,8 +67,8 @@ PASSES = (
     Fault("models/wan/stacks.py", "if at <= leaves else", "if at < leaves else", STACKS, "scans"),
     Fault("models/wan/stacks.py", "jnp.arange(length), reverse=True", "jnp.arange(length)", STACKS, "scans"),
     Fault("models/wan/stacks.py", "if isinstance(value, Tracer)]", "if False]", STACKS, "close_over"),
-    Fault("train/step.py", "configs[0].remat != STACKED or ", "", STEP, "one_gpu"),
-    Fault("train/step.py", "settings.accumulation > 1 or len", "settings.accumulation > 2 or len", STEP, "one_gpu"),
+    Fault("train/step.py", "config.remat != STACKED or ", "", STEP, "one_gpu"),
+    Fault("train/step.py", "settings.accumulation > 1 or not", "settings.accumulation > 2 or not", STEP, "one_gpu"),
     # several refinement steps
     Fault(
         "triton_kernels/plan.py",
