@@ -21,8 +21,8 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: One of `KINDS`.
-        shapes: Of its results, on one device.
-        bytes: Of its results, on one device.
+        shapes: Shapes of its results, on one device.
+        bytes: Bytes of its results, on one device.
         times: How often a run of the program does it, as far as the lengths of its loops are known.
         loops: How many loops it is inside of.
     """

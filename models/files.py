@@ -215,7 +215,7 @@ def decoded(content: bytes, *, name: str) -> str:
 UTF-8, for example with iconv -f CP1252 -t UTF-8
 
     Args:
-        content: Of the file.
+        content: Content of the file.
         name: What it is, for errors.
 
     Returns:

@@ -42,13 +42,13 @@ def _attend_newest_last(
     The order of keys does not matter, and backends leave out gradients of all but the last tiles (`grad_tiles`).
 
     Args:
-        spec: Of the call.
+        spec: Sizes and options of the call.
         q: [B, A, b1, b2, H, D].
         k: [B, C, b1, b2, H, D].
         v: As k.
-        frames: That are valid.
+        frames: Number of valid frames.
         places: Two int32 scalars, the group that has gradients and the last one that is valid.
-        options: Of `attend_tiles`.
+        options: Options of `attend_tiles`.
     """
     size = spec.tiles_per_group
 
@@ -283,7 +283,7 @@ class MonarchKVCache:
             write: Of keys and values [layers, B, slots, tokens of a group of frames, H*D], whether the block is
                 misplaced (a bool scalar; NaN is to be written then), and int32 slots, one for each of its groups: both
                 arrays, written, and anything else.
-            frames: Of the block.
+            frames: Number of frames in the block.
             frame: As in `append`.
             layer: As in `append`.
 

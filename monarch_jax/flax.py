@@ -128,8 +128,8 @@ class MonarchSelfAttention(nnx.Module):
         causal_block: Frames per causal block.
         qk_norm: Whether queries and keys are RMS-normalised over each head.
         use_bias: Whether the projections have biases.
-        dtype: Of the computation; None means that of inputs and parameters.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation; None means that of inputs and parameters.
+        param_dtype: Dtype of the parameters.
         keep_intermediates: As in `monarch_attention`.
         intermediates: As in `monarch_attention`.
         implementation: Backend.

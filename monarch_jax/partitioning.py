@@ -223,7 +223,7 @@ def named(mesh: Mesh, sharding: Any, ndim: int) -> NamedSharding:
     Other splits, such as of 6 tiles over half of an axis of 4 devices, have no name and are left out: gathered.
 
     Args:
-        mesh: Of the program.
+        mesh: Mesh of the program.
         sharding: What the compiler chose, a `GSPMDSharding`.
         ndim: Axes of the array.
 

@@ -60,7 +60,7 @@ def work(run: Callable[..., Any], *arguments: Any, turns: float = 1.0) -> Work:
     Args:
         run: The function.
         arguments: Arrays or shapes.
-        turns: Of each loop whose number of turns is not known from shapes.
+        turns: Number of iterations of loops for which it does not follow from shapes.
 
     Raises:
         UncountedError: If it calls a kernel, as attention does whose implementation is asked for.

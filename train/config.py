@@ -204,7 +204,7 @@ class TrainConfig:
         data: What to train on.
         model: The network that the run exports.
         objective: Settings of the objective, whose class says which roles there are.
-        optimizer: Of the exported network.
+        optimizer: Optimizer of the exported network.
         run: The run; `init_from` and `precision` are the exported network's.
         roles: The objective's other networks by role; omitted ones have the objective's defaults.
     """

@@ -43,14 +43,14 @@ class UpdateTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The time of a run, reckoned.
+    """Estimated time of a run.
 
     Attributes:
-        rates: Of its devices; None if they allow no estimate.
-        updates: Of each role that trains.
-        devices: How many share the work.
-        left: Steps that the run has before it.
-        why: Why there is none.
+        rates: Rates of its devices; None if there is no estimate.
+        updates: Time of an update of each role that trains.
+        devices: Number of devices that share the work.
+        left: Number of remaining steps.
+        why: Why there is no estimate.
     """
 
     rates: Rates | None
@@ -61,7 +61,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of all steps that are left; None if there is no estimate."""
+        """Seconds of all remaining steps; None if there is no estimate."""
         return None if self.rates is None else sum(update.updates * update.seconds for update in self.updates)
 
     def to_dict(self) -> dict[str, Any]:

@@ -143,10 +143,10 @@ class Evaluate:
         last: What was measured last, by role.
 
     Args:
-        measure: Of a state.
-        log: Where it goes.
-        progress: Shows it.
-        run: Says how often.
+        measure: Measures a state.
+        log: Log to write to.
+        progress: Progress bar that shows the values.
+        run: Settings of the run, which say how often.
         prefix: Whether names begin with the role.
     """
 
@@ -185,11 +185,11 @@ class Sample:
 
     Args:
         samplers: Label -> compiled sampler.
-        source: What is held out.
-        pictures: Turns it, and what is made, into pixels.
-        role: Of the network.
-        folder: Where the files go.
-        every: Steps between two.
+        source: Source of the held-out data.
+        pictures: Converts data and samples to pixels.
+        role: Role of the network.
+        folder: Folder of the files.
+        every: Steps between two videos.
     """
 
     def __init__(

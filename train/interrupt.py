@@ -16,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         code: Exit code of the process: 128 + signal number.
-        step: Of the state that was saved; None if none was.
+        step: Step of the state that was saved; None if none was.
     """
 
     def __init__(self, message: str, *, code: int = 130, step: int | None = None):

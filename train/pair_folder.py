@@ -28,12 +28,12 @@ class Made:
 
     Attributes:
         sigmas: Noise level of each state.
-        shift: Of the solver's levels.
-        steps: Of the solver.
+        shift: Shift of the solver's levels.
+        steps: Number of steps of the solver.
         solver: Its name.
-        guidance: Of the teacher, v_negative + g (v_text - v_negative); 1 is none.
+        guidance: Guidance scale of the teacher, v_negative + g (v_text - v_negative); 1 is none.
         teacher: Its checkpoint.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     sigmas: tuple[float, ...]
@@ -86,7 +86,7 @@ class PairFolder(LatentFolder):
         """Looks whether the states are at the noise levels that a student is told.
 
         Args:
-            sigmas: Of the student's steps.
+            sigmas: Noise levels of the student's steps.
             shift: That they are of, for the message.
 
         Raises:

@@ -234,7 +234,7 @@ def make_pairs(
 
     Args:
         config: The settings.
-        report: Takes lines for the person who waits.
+        report: Called with lines of progress.
 
     Returns:
         The files, those that were there before included.

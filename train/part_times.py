@@ -35,8 +35,8 @@ class PartTimes:
         objective: Its losses and their parts.
         graphs: Structure of each role's network.
         trainings: How each role that trains does so.
-        batches: Of a step.
-        log: Where the times go.
+        batches: Batches of a step.
+        log: Log to write to.
         every: Steps between two calls.
         prefix: Whether names begin with the role.
         shardings: Where the state lives.

@@ -33,12 +33,12 @@ class RolePlan:
     """Bytes of one network on each device.
 
     Attributes:
-        role: Which.
-        parameters: What trains.
-        fixed: Its other variables; 0 if they are those of another role.
-        gradient: Of what trains, while it is updated.
-        moments: Of the optimizer.
-        average: The moving average.
+        role: Name of the role.
+        parameters: Trained parameters.
+        fixed: Other variables; 0 if they are shared with another role.
+        gradient: Gradient of the trained parameters, during an update.
+        moments: Moments of the optimizer.
+        average: Moving average.
         activations: What the loss keeps from its forward pass for its backward pass, without what is in another
             column, as it is traced: compilers keep less or more. An estimate, spread evenly over the devices.
         cache: Keys and values of a roll-out.
@@ -359,7 +359,7 @@ def mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
         2.0
 
     Args:
-        records: Of the log, in order. Steps of ten times the median or more are left out.
+        records: Records of the log, in order. Steps of ten times the median or more are left out.
     """
     seconds = [record["seconds"] for record in records if "seconds" in record][1:][-100:]
     if not seconds:

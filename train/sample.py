@@ -27,7 +27,7 @@ def make_sampler(graph: nnx.GraphDef, sampler: Sampler, *, mesh: Mesh | None = N
     Args:
         graph: Structure of the network.
         sampler: What an objective's `samplers` holds.
-        mesh: Of the devices that share the work; what is sampled is then on all of them.
+        mesh: Mesh of the devices that share the work; what is sampled is then on all of them.
 
     Returns:
         (params, frozen, latents, text, noise) -> sampled latents.

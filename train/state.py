@@ -213,7 +213,7 @@ def make_training(config: OptimizerConfig, *, updates: int) -> Training:
 
     Args:
         config: The optimizer's settings.
-        updates: Of the whole run, for a decaying learning rate.
+        updates: Number of updates of the whole run, for a decaying learning rate.
     """
     return Training(make_optimizer(config, steps=updates), learning_rate_schedule(config, steps=updates), config)
 

@@ -206,7 +206,7 @@ def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], me
     Args:
         objective: Its losses.
         trainings: How each role that trains does so.
-        mesh: Of the devices.
+        mesh: Mesh of the devices.
     """
     devices, _, fsdp = _shared_by(mesh)
     whole = all(training.settings.accumulation == 1 for training in trainings.values())

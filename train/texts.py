@@ -43,7 +43,7 @@ class Embeddings:
         texts: All texts.
         config: Says where the encoder is, where files go, and how many rows an embedding has.
         beside: What the texts are from; the files go beside it where nothing else is said.
-        report: Takes lines for the person who waits.
+        report: Called with lines of progress.
         unread: Width of embeddings that are zero: nothing is encoded, and no encoder is needed. None: they are made.
 
     Raises:

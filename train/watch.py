@@ -95,7 +95,7 @@ class Watch:
         """What is to be warned of, once each until the figure is back within its bounds.
 
         Args:
-            step: Of the record.
+            step: Step of the record.
             record: Scalars by their names in the log.
         """
         lines = []

@@ -59,7 +59,7 @@ def norm_rotate_write(
         values: As keys.
         layer: int32 [1].
         at: int32 [1 + N / group]: whether the block is misplaced, which writes NaN; slots.
-        eps: Of the norms.
+        eps: Epsilon of the norms.
 
     Returns:
         Queries [B, N, D], and the cache.
@@ -103,7 +103,7 @@ def gated_norm(
         gate: A table [rows, D] and the row that the gate is, with that of `time` added.
         shift: Likewise, or weights [D] and -1: no time is added.
         scale: Likewise, of which 1 is less.
-        eps: Of the norm.
+        eps: Epsilon of the norm.
 
     Returns:
         Both as x.

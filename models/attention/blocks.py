@@ -25,7 +25,7 @@ def block_sizes(frames: int, block: int, *, independent_first_frame: bool = Fals
         ([3, 3, 3], [1, 3, 3])
 
     Args:
-        frames: Of the clip.
+        frames: Number of frames of the clip.
         block: Frames per block.
         independent_first_frame: Whether the first frame is a block of its own.
 
@@ -74,7 +74,7 @@ def attend_blocks(
 
     Args:
         setting: The kind.
-        query: Of the whole clip, [B, F*h*w, heads, head_dim].
+        query: Queries of the whole clip, [B, F*h*w, heads, head_dim].
         key: As `query`.
         value: As `query`.
         past: Keys and values of the whole clip, of which each block sees what lies before it.

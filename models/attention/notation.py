@@ -34,7 +34,7 @@ class Call:
     """A setting that was read and not yet looked up.
 
     Attributes:
-        name: Of the kind.
+        name: Name of the kind.
         arguments: Values without a name.
         fields: Values by name.
     """

@@ -59,7 +59,7 @@ class SVGAttention(ListedAttention):
     Attributes:
         keep: Share of the map in the band, above 0 and at most 1.
         rows: Numbers of the rows that are compared; or how many are drawn, with replacement, the same in every call.
-        seed: Of the draw.
+        seed: Seed of the draw.
         drawn_from: Rows are drawn among so many of the first.
         block: Tokens that the band is rounded up to, and sides of the blocks of the coarse masks.
         frames: Frames of the clip that the orders and the width are made for; None: the grid's, or what a cache holds.

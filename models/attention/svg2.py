@@ -53,7 +53,7 @@ class SVG2Attention(MaskedAttention):
         top_p: Share of the softmax to reach, above 0 and at most 1.
         min_keep: Least share of the key clusters that is kept, from 0 to 1, counted in clusters, rounded down.
         iterations: Most rounds of k-means.
-        seed: Of the tokens, drawn with replacement, that centroids begin at; the same in every call.
+        seed: Seed of the tokens, drawn with replacement, that centroids begin at; the same in every call.
     """
 
     name = "svg2"

@@ -184,7 +184,7 @@ def find_weights(
     Args:
         path: The file, or a folder that holds it or `folder`.
         official: Its name as released, for the message.
-        pattern: Of its name without the suffix, such as `*VAE*`.
+        pattern: Pattern of its name without the suffix, such as `*VAE*`.
         folder: Name of the part's folder in diffusers' format.
         preferred: As `weights_file`, which chooses where `pattern` does not.
 
@@ -245,7 +245,7 @@ def load_part[M: nnx.Module](
         build: Makes the model; it is only traced.
         naming: Whose names the file has.
         what: What the model is called, for messages.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
         sharding: As `fill_model`.
         progress: As `read_entries`.
         ignore: Names that may be there beside the model's.
@@ -439,7 +439,7 @@ def fill_model[M: nnx.Module](
     Args:
         model: Of `jax.ShapeDtypeStruct` (`nnx.eval_shape`).
         arrays: Every tensor in our layout and where it goes; consumed lazily.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
         sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
             which must not be split).
 

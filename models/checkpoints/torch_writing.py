@@ -28,8 +28,8 @@ def write_torch(
     """Writes {key: {name: tensor}}, one tensor at a time; the file appears whole or not at all.
 
     Args:
-        path: The file; one that is there is replaced.
-        key: Of the set of tensors, such as generator_ema.
+        path: The file; an existing one is replaced.
+        key: Key of the dictionary of tensors, such as generator_ema.
         infos: Shape and dtype by name.
         read: Each tensor, of its shape and dtype.
 

@@ -34,9 +34,9 @@ class Pair(NamedTuple):
     """Two matrices of a layer.
 
     Attributes:
-        rank: Of them.
-        alpha: That of a tensor beside them, None if there is none.
-        called: What the file calls the layer, without and with what is before.
+        rank: Their rank.
+        alpha: Alpha from a tensor beside them; None if there is none.
+        called: The layer's names in the file, without and with a prefix.
     """
 
     rank: int

@@ -29,9 +29,9 @@ class Adapter:
     """The size of a LoRA.
 
     Attributes:
-        rank: r.
-        alpha: Of its strength, alpha / r; None: r.
-        layers: As `layer_names`.
+        rank: Rank r of the matrices.
+        alpha: Numerator of the scale alpha / r; None: r.
+        layers: Layers to adapt, as in `layer_names`.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class LoRALinear(nnx.Linear):
     Args:
         linear: The layer, whose parameters it shares; of layers that are stacked, stacked.
         rank: r.
-        alpha: Of the strength alpha / r.
+        alpha: Numerator of the scale alpha / r.
         rngs: Its `params` stream draws A, uniform within 1/sqrt(in), as PEFT does; B is zero.
     """
 
@@ -189,7 +189,7 @@ def factors_of(arrays: dict[str, np.ndarray], config: WanConfig, *, alpha: float
     Args:
         arrays: Parameters by name, such as `blocks.self_attn.q.lora_a`, layers stacked; others are passed over.
         config: The network.
-        alpha: Of all layers; None: their rank.
+        alpha: Alpha of all layers; None: their rank.
 
     Returns:
         The matrices.

@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
     Attributes:
         module: Wan's own name of the module, or of the array for tables of modulations: `blocks.0.self_attn.q`.
-        part: Of its change.
+        part: Which part of the module's change the tensor is.
     """
 
     module: str
@@ -149,7 +149,7 @@ def write_name(module: str, ending: str, format: str) -> str:
 
     Args:
         module: Wan's own name.
-        ending: Of the key.
+        ending: End of the key.
         format: The format.
     """
     if format == "diffusers":

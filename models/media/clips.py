@@ -16,18 +16,18 @@ PICTURES = (".gif", ".apng", ".webp", ".png", ".jpg", ".jpeg", ".bmp", ".tif", "
 def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dict[Path, str]:
     """The clips of a folder, by name, with their captions.
 
-    Hidden files, those of systems and unfinished downloads (`is_litter`) are no clips.
+    Hidden files, files of the operating system and unfinished downloads are ignored (`is_litter`).
 
     Args:
-        folder: With videos or pictures and a text file of the same name for each; the case of endings, and how
-            accents are composed, do not matter.
-        skip: Called with what is wrong with a clip or a caption, which is then left out; None raises it.
+        folder: Folder of videos or pictures with a text file of the same name for each. The case of endings and the
+            Unicode composition of names do not matter.
+        skip: Called with the error of a clip or caption, which is then left out; None: the error is raised.
 
     Returns:
         Captions without surrounding space.
 
     Raises:
-        UserError: If there is no clip, two share a name, or a caption is missing, empty, not text, or of no clip.
+        UserError: If there is no clip, two share a name, or a caption is missing, empty, not text, or has no clip.
     """
     if not folder.is_dir():
         raise UserError(
@@ -65,14 +65,14 @@ def captioned(folder: Path, *, skip: Callable[[str], None] | None = None) -> dic
 
 
 def read_caption(path: Path, *, clip: str) -> str:
-    """The text of a caption: UTF-8, or UTF-16 or UTF-32 with its mark; lines end in any way.
+    """Reads a caption: UTF-8, or UTF-16 or UTF-32 with a byte order mark; any line endings.
 
     Args:
         path: The file.
-        clip: Name of what it is of, for errors.
+        clip: Name of its clip, for errors.
 
     Raises:
-        UserError: If it cannot be read, is empty, or is no text in these encodings.
+        UserError: If it cannot be read, is empty, or is not text in these encodings.
     """
     try:
         content = path.read_bytes()
@@ -88,7 +88,7 @@ def read_caption(path: Path, *, clip: str) -> str:
 
 
 def _by_stem(files: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files of some endings by their names without them, as macOS and other systems may have written it."""
+    """Files with some endings, by their names without the ending in normalised Unicode."""
     by_stem: dict[str, list[Path]] = {}
     for path in files:
         if path.suffix.lower() in endings:
@@ -97,7 +97,7 @@ def _by_stem(files: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path
 
 
 def _other_than_clip(folder: Path, stem: str) -> str:
-    """What is there instead of the clip that a caption is of."""
+    """The files beside a caption whose clip is missing, for the error."""
     for path in sorted(folder.iterdir()):
         name = unicodedata.normalize("NFC", path.name)
         if not name.startswith(f"{stem}.") or path.suffix.lower() == ".txt":

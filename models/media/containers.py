@@ -1,4 +1,4 @@
-"""What a file's first bytes say: of which kind it is, and whether its end is missing."""
+"""File kinds by their first bytes, and whether the end of a file is missing."""
 
 import struct
 from pathlib import Path
@@ -21,7 +21,7 @@ def still_brand(path: Path) -> str | None:
 
 
 def missing_bytes(path: Path) -> int:
-    """How many bytes a file lacks of what it announces; 0 where it announces nothing.
+    """Number of bytes missing at a file's end, by its own headers; 0 if these do not say.
 
     MP4 and its relatives, Matroska and WebM, AVI, WebP and WMV say how long they are; MPEG transport streams have whole
     packets.
@@ -45,7 +45,7 @@ def missing_bytes(path: Path) -> int:
 
 
 def _last_box_end(file: BinaryIO, size: int) -> int:
-    """Of the top-level boxes of ISO/IEC 14496-12: four bytes size, four bytes type."""
+    """End of the last top-level box, ISO/IEC 14496-12: four bytes size, four bytes type."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
@@ -59,7 +59,7 @@ def _last_box_end(file: BinaryIO, size: int) -> int:
 
 
 def _last_riff_end(file: BinaryIO, size: int) -> int:
-    """Of the parts of an AVI (more than one beyond 1 GB), or of a WebP."""
+    """End of the last RIFF part of an AVI (which has several beyond 1 GB) or a WebP."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
@@ -71,14 +71,14 @@ def _last_riff_end(file: BinaryIO, size: int) -> int:
 
 
 def _asf_end(file: BinaryIO) -> int:
-    """As the file properties of a WMV say; 0 if they are not there."""
+    """Size by the file properties of a WMV; 0 if there are none."""
     file.seek(0)
     _, there, rest = file.read(8192).partition(_ASF_PROPERTIES)
     return int.from_bytes(rest[24:32], "little") if there and len(rest) >= 32 else 0
 
 
 def _transport_packet(file: BinaryIO) -> int:
-    """Bytes of a packet of an MPEG transport stream, 188, or 192 as camcorders write it; 0 if it is none."""
+    """Bytes of a packet of an MPEG transport stream, 188 or, from camcorders, 192; 0 for other files."""
     file.seek(0)
     head = file.read(5 * 192)
     for size, first in ((188, 0), (192, 4)):
@@ -88,7 +88,7 @@ def _transport_packet(file: BinaryIO) -> int:
 
 
 def _segment_end(file: BinaryIO) -> int:
-    """Of a Matroska file's segment; 0 if it does not say."""
+    """End of a Matroska file's segment; 0 if it does not say."""
     file.seek(4)
     header = _variable_integer(file)
     if header is None:
@@ -101,7 +101,7 @@ def _segment_end(file: BinaryIO) -> int:
 
 
 def _variable_integer(file: BinaryIO) -> int | None:
-    """As in EBML, RFC 8794: leading zeros say how long it is, all ones that it is unknown."""
+    """Reads an EBML integer, RFC 8794: leading zeros give its length; all ones mean unknown."""
     first = file.read(1)
     if not first or not first[0]:
         return None

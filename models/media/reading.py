@@ -1,4 +1,4 @@
-"""Reading what a stranger sent, in a process of its own: what it fills, breaks or holds up is that process."""
+"""Reading untrusted files in a separate process, so that memory, crashes and time concern only that process."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import temporary_folder
 
-SECONDS, MEMORY = 20, 4 * 2**30  # of a CPU, and bytes of addresses
-_USED_UP = 1  # exit status of what ran into its limits, or broke; UserErrors are 2
+SECONDS, MEMORY = 20, 4 * 2**30  # limits: CPU seconds, and bytes of address space
+_USED_UP = 1  # exit status if a limit was reached or the process crashed; 2 for UserErrors
 _NICE = 10
 
 
@@ -34,13 +34,13 @@ def read_stranger(
 
     Args:
         path: The file; errors call it by its name, without the folder.
-        height: Of the result in pixels.
-        width: Of the result in pixels.
-        counts: Numbers of frames that are taken, the largest that the file has.
-        frames: One of these numbers, to take exactly so many.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        counts: Allowed numbers of frames; the largest one that the file has is taken.
+        frames: One of `counts`, to take exactly this many.
         fps: Frames per second to read at; 0 reads the frames that are stored.
-        seconds: Of a CPU that it may take.
-        memory: Bytes of addresses that it may take.
+        seconds: Limit of CPU seconds.
+        memory: Limit of the address space in bytes.
 
     Returns:
         RGB frames, uint8 [T, height, width, 3]; T is one of `counts`.
@@ -86,7 +86,7 @@ def _too_much(path: Path, seconds: int, memory: int) -> UserError:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Limits this process; where the system has no such limit, the caller's time is what ends it."""
+    """Sets the limits of this process; where the system has none, only the caller's time-out ends it."""
     try:
         import resource
     except ImportError:

@@ -104,7 +104,7 @@ def load_umt5(
             that file, or diffusers' pipeline folder with `text_encoder/`.
         config: What the caller expects; None takes the tensors' sizes.
         dtype: Compute dtype.
-        param_dtype: Of the parameters; None keeps the file's (float32 if it is mixed).
+        param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
         sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
             which must not be split).
         progress: Called with name, bytes done and bytes in total after each tensor.

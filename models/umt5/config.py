@@ -26,7 +26,7 @@ class UMT5Config:
         num_layers: Layers.
         num_buckets: Rows of each layer's table of relative position biases, half of them for each direction.
         max_distance: Distance from which on all positions share a bucket.
-        eps: Of the RMSNorms.
+        eps: Epsilon of the RMSNorms.
 
     Raises:
         ValueError: If a size is invalid.

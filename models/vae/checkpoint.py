@@ -145,7 +145,7 @@ def load_vae(
             diffusers' pipeline folder with `vae/`.
         config: Sizes; None takes diffusers' `config.json` beside the weights, or else the released ones.
         dtype: Compute dtype.
-        param_dtype: Of the parameters; None keeps the file's (float32 if it is mixed).
+        param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
         sharding: Where parameters go: one sharding for all, or a function of path and shape.
         progress: Called with name, bytes done and bytes in total after each tensor.
 

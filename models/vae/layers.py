@@ -51,8 +51,8 @@ class Conv(nnx.Module):
         strides: (time, rows and columns).
         padding: Of rows and columns; None keeps their number.
         use_bias: Whether it has a bias.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         rngs: Stream `params`.
     """
 
@@ -356,7 +356,7 @@ class Upsample(nnx.Module):
 
         Args:
             x: Frames.
-            past: Of the convolution in time.
+            past: Frames that the convolution in time remembers.
             first: Whether this is the first frame, alone.
             norm: What the next block begins with, if that is a norm and SiLU.
 

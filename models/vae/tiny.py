@@ -141,7 +141,7 @@ class TinyVAE(nnx.Module):
     Args:
         config: Sizes.
         dtype: Compute dtype.
-        param_dtype: Of the parameters; None: `dtype`.
+        param_dtype: Dtype of the parameters; None: `dtype`.
         rngs: Stream `params`.
     """
 

@@ -82,7 +82,7 @@ def load_tiny_vae(
     Args:
         path: `taew2_1.pth`, `taew2_1.safetensors`, another file of this kind, or a folder with one of the first two.
         dtype: Compute dtype.
-        param_dtype: Of the parameters; None keeps the file's (float32 if it is mixed).
+        param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
         progress: Called with name, bytes done and bytes in total after each tensor.
 
     Returns:

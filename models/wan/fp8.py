@@ -44,7 +44,7 @@ class FP8Linear(nnx.Module):
         kernel: [*layers, out, in], e4m3.
         scale: [*layers, out], float32.
         bias: [*layers, out], as it was.
-        dtype: Of the result.
+        dtype: Dtype of the result.
     """
 
     def __init__(self, linear: nnx.Linear):

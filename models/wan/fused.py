@@ -85,8 +85,8 @@ def fused_block(
         block: The layer.
         pending: The residual stream.
         time: Projected timestep embedding.
-        keys_values: Of the cross-attention.
-        attend: Of the residual stream and what is normalised of it, the attention's output, [B, N, n, d].
+        keys_values: Keys and values of the cross-attention.
+        attend: (residual stream, its normalised form) -> the attention's output, [B, N, n, d].
 
     Returns:
         The residual stream.

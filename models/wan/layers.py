@@ -242,9 +242,9 @@ class WanBlock(nnx.Module):
             x: Residual stream by frame, its tokens as many as `padded` says.
             time: Projected timestep embedding, T = F or 1.
             rope: Cosines and sines of the tokens.
-            keys_values: Of the cross-attention, as its `keys_values` gives them.
+            keys_values: Keys and values of the cross-attention, as its `keys_values` gives them.
             attend: (query, key, value) -> output over the flattened tokens, without those that are added.
-            tokens: Of a frame, without those; None: there are none.
+            tokens: Tokens of a frame without padding; None if there is no padding.
             recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
                 `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
 
@@ -277,10 +277,10 @@ class WanBlock(nnx.Module):
 
         Args:
             x: Residual stream that entered the block.
-            out: Of the self-attention.
+            out: Output of the self-attention.
             modulations: Gate of the self-attention; shift, scale and gate of the feed-forward. A gate that is None
                 is in the weights.
-            keys_values: Of the cross-attention.
+            keys_values: Keys and values of the cross-attention.
 
         Returns:
             The residual stream.

@@ -60,12 +60,12 @@ def norm_rotate_write(
         projections: Of query, key and value: an array [B, N, W] and the column that its D numbers begin at.
         scales: Weights of the norms of queries and keys.
         rope: Cosines and sines.
-        keys: Of all layers, in slots of a group of tokens each.
+        keys: Keys of all layers, in slots of a group of tokens each.
         values: Likewise.
         layer: Which is written.
         misplaced: Whether the block has no place: it is written as NaN.
-        slots: Of the groups of the N tokens.
-        eps: Of the norms.
+        slots: Slots of the groups of the N tokens.
+        eps: Epsilon of the norms.
 
     Returns:
         The queries, and keys and values.
@@ -119,7 +119,7 @@ def gated_norm(
         gate: A table [1, rows, D] and the row that, with the one of `time`, is the gate.
         shift: Likewise; or a norm's biases [D] and -1, to which no time is added.
         scale: Likewise, of which 1 is less; or weights and -1.
-        eps: Of the norm.
+        eps: Epsilon of the norm.
 
     Returns:
         The residual stream, and what is normalised, both in x's dtype.

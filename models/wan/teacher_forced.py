@@ -45,7 +45,7 @@ def teacher_forced(
     Args:
         model: A causal text-to-video model.
         noisy: Noised latents, channels last.
-        timesteps: Of the noisy half, one per sample or one per frame of tokens.
+        timesteps: Timesteps of the noisy half, one per sample or one per frame of tokens.
         clean: The latents that later blocks see.
         text: Output of the text encoder, as in the model's call.
         clean_timesteps: What the model is told of the clean half; None: 0, which is clean.

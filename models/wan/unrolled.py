@@ -26,9 +26,9 @@ class Layers:
     """Parameters of a model, those of its layers apart. A pytree.
 
     Attributes:
-        rest: What is not of a layer: the state of a model with stacks of no layers.
-        arrays: Of each layer.
-        structure: Of a layer's.
+        rest: Parameters outside of layers: the state of a model with no layers in its stacks.
+        arrays: Arrays of each layer.
+        structure: Tree structure of a layer's arrays.
     """
 
     rest: Any

@@ -217,8 +217,8 @@ def run_distillation(
         dense: The teacher.
         source: The clip.
         trained: Trains a run.
-        console: Takes what the person who waits should see.
-        begun: Of the whole demo, `time.monotonic()`.
+        console: Shows progress.
+        begun: Start of the whole demo, by `time.monotonic()`.
 
     Returns:
         What was measured, by network.

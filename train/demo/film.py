@@ -135,7 +135,7 @@ def subscribed(frames: np.ndarray, caption: str) -> np.ndarray:
 
     Args:
         frames: uint8 [T, H, W, 3].
-        caption: Of all of them.
+        caption: Text below all frames.
     """
     panel = Image.new("RGB", (frames.shape[2], CAPTION), "white")
     ImageDraw.Draw(panel).text((MARGIN, 6), caption, fill="black", font=ImageFont.load_default(18))

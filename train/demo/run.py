@@ -34,10 +34,10 @@ class DemoResult:
     """The four held-out losses and what they say.
 
     Attributes:
-        dense: Of the dense model.
-        control: Of the dense model trained for the further steps that finetuning takes.
-        untrained: Of the dense model's parameters with Monarch attention.
-        finetuned: After finetuning with Monarch attention.
+        dense: Loss of the dense model.
+        control: Loss of the dense model trained for as many further steps as finetuning takes.
+        untrained: Loss with the dense model's parameters and Monarch attention.
+        finetuned: Loss after finetuning with Monarch attention.
         sparsity: Share of the attention map that Monarch does not store.
         seconds: What this call of the demo took, without the program's start: set-up, and loading of libraries.
     """

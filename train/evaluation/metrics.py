@@ -131,9 +131,9 @@ def paired_interval(
 
     Args:
         differences: One for each pair.
-        confidence: Of the interval.
+        confidence: Confidence level of the interval.
         draws: Resampled sets.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         Both ends.

@@ -28,7 +28,7 @@ def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
     Args:
         records: `settings`, `samples`, and perhaps `losses`, `density` and `distances`, one for each setting; with
             losses, of how many `examples` they are.
-        confidence: Of the intervals.
+        confidence: Confidence level of the intervals.
 
     Returns:
         `rows`, one for each setting, the reference first; `drift` and `steps` by setting; the samples, and how many

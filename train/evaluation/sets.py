@@ -18,10 +18,10 @@ class Sets(NamedTuple):
     """Where features of videos come from, and how many there will be.
 
     Attributes:
-        network: What sees the frames.
-        depth: At which depth.
-        videos: Of each setting.
-        frames: Of each video.
+        network: The network that computes features.
+        depth: Depth in the network.
+        videos: Number of videos of each setting.
+        frames: Number of frames of each video.
     """
 
     network: FeatureNetwork
@@ -100,8 +100,8 @@ def distances(
 
     Args:
         made: Features of each video at each depth, [T, width].
-        other: Of the videos compared with.
-        sets: Which depth.
+        other: Features of the videos to compare with.
+        sets: Network and depth of the features.
         paired: Whether video n of both is of the same noise, so that they are not independent.
 
     Returns:

@@ -130,7 +130,7 @@ def video_of(config: GenerateConfig, clip: Path | None) -> Material:
     """What a video is made of; one that begins with something begins with the clip, and a whole clip with nothing.
 
     Args:
-        config: Of the video.
+        config: Configuration of the video.
         clip: Instead of the run's own; None: that one.
 
     Returns:
@@ -161,7 +161,7 @@ def noisy_example(
 
     Args:
         subject: The network.
-        index: Of the example.
+        index: Index of the example.
         level: sigma, from 0 to 1.
 
     Returns:

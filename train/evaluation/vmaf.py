@@ -82,7 +82,7 @@ def vmaf_by_pyav(video: Video, reference: Video) -> list[float]:
 
     Args:
         video: RGB frames.
-        reference: Of the same shape.
+        reference: RGB frames of the same shape.
 
     Returns:
         A value per frame.
@@ -140,7 +140,7 @@ def vmaf(video: Video, reference: Video, *, ffmpeg: Path) -> list[float]:
 
     Args:
         video: RGB frames.
-        reference: Of the same shape.
+        reference: RGB frames of the same shape.
         ffmpeg: With libvmaf.
 
     Returns:

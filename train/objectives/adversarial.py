@@ -37,8 +37,8 @@ def draw_gan(key: Key[Array, ""], shape: tuple[int, ...], *, r1: bool, r2: bool)
     """One time for each sample, uniform before the shift, and noise of the latents' shape.
 
     Args:
-        key: Of the draws.
-        shape: Of the latents.
+        key: Random key of the draws.
+        shape: Shape of the latents.
         r1: Whether there is noise for R1.
         r2: For R2.
     """
@@ -98,7 +98,7 @@ def discriminate(
         near_real: Unit noise that R1 moves the latter by, sigma times; None: there is no R1.
         near_fake: That R2 moves the former by.
         relativistic: Whether logits are compared in pairs.
-        weight: Of the discriminator's loss.
+        weight: Weight of the discriminator's loss.
         r1: Weight of R1.
         r2: Weight of R2.
         sigma: How far they move.

@@ -118,7 +118,7 @@ class Objective(abc.ABC):
         """What the losses of a step draw at random.
 
         Args:
-            key: Of the step.
+            key: Random key of the step.
             shapes: The batch as `jax.ShapeDtypeStruct`, or as arrays.
 
         Returns:

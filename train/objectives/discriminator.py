@@ -25,7 +25,7 @@ class Discriminator(nnx.Module):
 
     Args:
         dim: Width of the features, D.
-        heads: Of the query; they divide D.
+        heads: Number of heads of the query; they divide D.
         rngs: Its `params` stream initialises.
     """
 
@@ -52,7 +52,7 @@ def with_discriminator(critic: Any, *, seed: int) -> Any:
 
     Args:
         critic: Wan, or its shapes.
-        seed: Of the head's parameters.
+        seed: Seed of the head's parameters.
 
     Returns:
         A critic of the same arrays, and the head's.

@@ -315,7 +315,7 @@ def check_blocks(config: Any, block: int | None, *, independent: bool, name: str
         config: The network's.
         block: Frames per block; None: it sees whole clips.
         independent: Whether the first frame is a block of its own.
-        name: Of the objective's setting.
+        name: Name of the objective's setting.
         options: What the network's options begin with, such as "student.".
 
     Raises:
@@ -361,7 +361,7 @@ class FlowObjective(Objective):
         Args:
             network: What trains.
             latents: Clean latents of the batch.
-            draws: Of the batch; None: as in an evaluation.
+            draws: Random draws of the batch; None: as in an evaluation.
 
         Raises:
             UserError: If a causal network has other blocks than the runs that share a level.

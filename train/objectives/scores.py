@@ -57,7 +57,7 @@ def levels_of(
 
     Args:
         time: 0...999.
-        shift: Of the times.
+        shift: Shift of the times.
         low: Least time, as a share of 1000.
         high: Largest time.
         conversion: "clean": sigma = t / 1000 throughout. "grid": the nearest level of the grid of 1000, shift 5.

@@ -364,7 +364,7 @@ def few_step_samplers(settings: ODEConfig | ConsistencyConfig) -> Mapping[str, S
     """A clip made of pure noise in a student's steps, block by block if it is causal.
 
     Args:
-        settings: Of the objective that trains it: steps, shift and blocks.
+        settings: Settings of the objective that trains it: steps, shift and blocks.
     """
     same = {"student_steps": settings.student_steps, "shift": settings.shift}
     if settings.block is None:

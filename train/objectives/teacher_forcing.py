@@ -39,7 +39,7 @@ class TeacherForcingDraws(NamedTuple):
 
     Attributes:
         level: Index into the grid of noise levels, the same for the frames of a block.
-        noise: Of the noisy half.
+        noise: Noise of the noisy half.
         context: Noise level of the clean half, the same for the frames of a block.
         context_noise: Its noise.
     """

@@ -42,7 +42,7 @@ class Scores(NamedTuple):
         grid: Tokens (F, h, w).
         query: [N, d].
         key: [N, d].
-        scale: Of the scores; None: d ** -0.5.
+        scale: Scale of the scores; None: d ** -0.5.
     """
 
     name: str
@@ -94,7 +94,7 @@ def equation_1(grid: tuple[int, int, int], *, seed: int = 0, pairs: int = 10, no
 
     Args:
         grid: Tokens (F, h, w).
-        seed: Of the entries and the noise.
+        seed: Seed of the entries and the noise.
         pairs: How many semantic entries.
         noise: Standard deviation of the scores' noise.
 

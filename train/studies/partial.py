@@ -19,7 +19,7 @@ class Partial:
 
         Args:
             path: The file.
-            settings: Of the study, as JSON has them.
+            settings: Settings of the study, as JSON has them.
             resume: Go on with what is there.
             overwrite: Begin anew whatever is there.
 

@@ -126,7 +126,7 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, unit: str) ->
     Args:
         path: The png.
         points: `label`, `time`, `error`, `front`, and perhaps `psnr` and `video_front`.
-        unit: Of the time.
+        unit: Unit of the time.
 
     Returns:
         The path.

@@ -131,7 +131,7 @@ def inspect_checkpoint(
             or `.pt` file, or a Hugging Face repository `owner/name`.
         config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
         weights: Which set of a `.pt` file.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
         num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
         head_dim: Channels of a head, likewise.
 
@@ -193,7 +193,7 @@ def convert_checkpoint(
         source: As `inspect_checkpoint`.
         destination: A folder that does not exist yet, or is empty; for torch a file.
         to: "official", "diffusers", "orbax" or "torch".
-        dtype: Of the tensors written; None keeps the file's.
+        dtype: Dtype of the tensors written; None keeps the file's.
         config: Sizes that the source must have.
         attention: Self-attention to store with the weights; None keeps what is stored.
         causal_block: Latent frames per causal block to store; None keeps what is stored.
@@ -203,7 +203,7 @@ def convert_checkpoint(
         few_step: Stores that the weights are distilled, as is done unasked where the source says so or is a generator
             of Self-Forcing.
         progress: Called with name, bytes done and bytes in total after each tensor.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
         num_heads: As `inspect_checkpoint`.
         head_dim: As `inspect_checkpoint`.
 
@@ -252,10 +252,10 @@ def convert_source(
         opened: Of `monarchrt.models.wan.checkpoints.source.open_source`.
         destination: As `convert_checkpoint`, and so are all others.
         to: Format.
-        dtype: Of the tensors written.
+        dtype: Dtype of the tensors written.
         attention: Self-attention to store.
         causal_block: Frames per block to store.
-        max_shard_bytes: Of a file.
+        max_shard_bytes: Largest size of a file.
         override: Allows another attention.
         few_step: Stores that the weights are distilled.
         progress: Called after each tensor.
@@ -374,7 +374,7 @@ class InspectOptions:
     Attributes:
         path: A folder or file with weights, or a Hugging Face repository owner/name.
         weights: Which set of a .pt file: generator_ema, generator, critic or model.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
         num_heads: Attention heads, for files without config.json whose heads are not of 128 channels.
         head_dim: Channels of a head, likewise.
     """

@@ -65,7 +65,7 @@ def load_checkpoint(
             which must not be split).
         override: Allows an attention other than the one stored with the weights.
         progress: Called with name, bytes done and bytes in total after each tensor.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
         num_heads: As `inspect_checkpoint`.
         head_dim: As `inspect_checkpoint`.
 

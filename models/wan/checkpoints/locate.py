@@ -29,7 +29,7 @@ def locate(path: str | Path, revision: str | None = None) -> Place:
 
     Args:
         path: As `monarchrt.models.wan.checkpoints.source.open_source`.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
 
     Returns:
         The place.

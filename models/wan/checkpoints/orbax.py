@@ -82,7 +82,7 @@ def save_orbax(
     Args:
         model: The model.
         path: A folder that does not exist yet, or is empty.
-        dtype: Of the parameters; None keeps theirs.
+        dtype: Dtype of the parameters; None keeps theirs.
         few_step: As `save_checkpoint`.
         trained: As `save_checkpoint`.
 

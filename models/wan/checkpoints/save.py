@@ -67,7 +67,7 @@ def save_checkpoint(
         path: A folder that does not exist yet, or is empty; in the torch format a file.
         format: "official", "diffusers" (the `transformer` folder of a pipeline), "orbax", or "torch", a `.pt` file as
             Self-Forcing has them, which holds no settings.
-        dtype: Of the tensors; None keeps the parameters'.
+        dtype: Dtype of the tensors; None keeps the parameters'.
         max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
         few_step: Stores that the weights are distilled, so that `monarchrt generate` samples them in few steps.
         trained: Stores how they were trained, whose sizes `monarchrt generate` takes where none are given.
@@ -120,7 +120,7 @@ def write_tensors(
         format: "official", "diffusers" or "torch".
         info: Shape and dtype of each.
         read: Each tensor.
-        dtype: Of what is written; None keeps it.
+        dtype: Dtype of what is written; None keeps it.
         max_shard_bytes: As `save_checkpoint`.
         few_step: As `save_checkpoint`.
         trained: As `save_checkpoint`.

@@ -26,9 +26,9 @@ class SchedulerSettings:
     Attributes:
         path: The `scheduler_config.json`.
         class_name: diffusers' class.
-        sampler: Ours of that name, as `monarchrt.models.sampling.SAMPLERS` has them.
-        shift: Of the noise levels: `flow_shift`, or `shift` of the Euler scheduler; 1.0 where it is not said, which is
-            the classes' default.
+        sampler: The corresponding name in `monarchrt.models.sampling.SAMPLERS`.
+        shift: Shift of the noise levels: `flow_shift`, or `shift` of the Euler scheduler; 1.0 if the file has none, the
+            default of these classes.
     """
 
     path: Path

@@ -59,11 +59,12 @@ class Trained:
     """How weights were trained, as far as it matters for sampling them; stored beside them.
 
     Attributes:
-        latents: Shape (F, h, w) of a sample.
-        shift: Of the noise levels.
-        steps: Of a model of few steps: their list, such as (1000, 757, 522), or as written before how many even ones.
-        window: Of a causal model: latent frames that a block reached back over, with its own; None: all.
-        sink_frames: Leading ones that such a window never let go.
+        latents: Shape (F, h, w) of a training sample.
+        shift: Shift of the noise levels.
+        steps: For a few-step model, the list of its steps, such as (1000, 757, 522); in older files, the number of
+            evenly spaced ones.
+        window: Attention window of a causal model in latent frames, including the block; None: all frames.
+        sink_frames: First latent frames, which the window never dropped.
     """
 
     latents: tuple[int, int, int] | None = None

@@ -128,7 +128,7 @@ def open_source(
         config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
         weights: Set of tensors of a `.pt` file: "generator_ema", "generator", "critic", "model". None takes the first
             of the first two and the last that is there.
-        revision: Of a Hugging Face repository.
+        revision: Revision of a Hugging Face repository.
         num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
         head_dim: Channels of a head, likewise.
 
