@@ -11,7 +11,9 @@ from jax import lax
 
 from monarchrt.triton_kernels import left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed
 from monarchrt.triton_kernels.plan import Launch, Plan
+from monarchrt.triton_kernels.removal import keep_kernels
 
+keep_kernels()
 KERNELS = {
     "forward": overlapped.forward,
     "streamed": streamed.streamed,
