@@ -13,9 +13,10 @@ def keep_kernels() -> None:
 
     A rule that takes what JAX hands over, as that of a later jax-triton will, is left alone.
     """
-    rule = partial_eval.dce_rules.get(triton_kernel_call_p)
+    rules: dict[Any, Any] = partial_eval.dce_rules
+    rule = rules.get(triton_kernel_call_p)
     if jax.__version_info__ >= (0, 12) and rule is not None and len(inspect.signature(rule).parameters) == 2:
-        partial_eval.dce_rules[triton_kernel_call_p] = _keep
+        rules[triton_kernel_call_p] = _keep
 
 
 def _keep(used_outputs: list[bool], live_inputs: list[bool], equation: Any) -> tuple[list[bool], Any]:
