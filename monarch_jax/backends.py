@@ -4,6 +4,7 @@
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -37,11 +38,25 @@ def _triton() -> Backend:
 
 @functools.cache
 def _mosaic() -> Backend:
+    """Of several refinement steps, what lies between two is Triton's."""
     from monarchrt import pallas_kernels, triton_kernels
 
-    forward, keeping = map(forward_anywhere, (pallas_kernels.forward, pallas_kernels.forward_keeping))
-    attend = differentiable(forward, vjp_anywhere(_first_vjp(pallas_kernels, triton_kernels)), keeping)
-    return Backend("mosaic", pallas_kernels.supports, attend)
+    def supports(problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
+        reason = pallas_kernels.supports(problem, q, k)
+        return triton_kernels.missing_packages() if reason is None and problem.num_iters > 1 else reason
+
+    def pairs(**arguments):
+        from monarchrt.triton_kernels.pairs import Pairs
+
+        return Pairs(**arguments)
+
+    run, run_keeping, back = (
+        functools.partial(x, pairs=pairs)
+        for x in (pallas_kernels.forward, pallas_kernels.forward_keeping, pallas_kernels.vjp)
+    )
+    first = types.SimpleNamespace(supports_vjp=pallas_kernels.supports_vjp, vjp=back)
+    vjp = vjp_anywhere(_first_vjp(first, triton_kernels))
+    return Backend("mosaic", supports, differentiable(forward_anywhere(run), vjp, forward_anywhere(run_keeping)))
 
 
 def _first_vjp(*kernels) -> Vjp:
@@ -99,6 +114,8 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         reason = None
         if implementation is None and name in _ON_CUDA and not on_cuda():
             reason = "it needs an NVIDIA GPU, which is not where JAX runs by default."
+        elif implementation is None and name == "mosaic" and problem.num_iters > 1:
+            reason = f"num_iters={problem.num_iters}, for which it is taken by name only."
         if reason is None:
             backend = _REGISTRY[name]()
             reason = backend.supports(problem, q, k)

@@ -4,15 +4,17 @@ The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persiste
 compiled for CUDA on a machine without a card. Sizes measured on a card (`tuning`) come before those of `config`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monarch_jax.devices import cuda_capability
 from monarchrt.pallas_kernels.sm90.config import CAPABILITY, MOST_COLUMNS, MOST_ROWS, right_config
+from monarchrt.pallas_kernels.sm90.refined_config import MOST_REFINED_ROWS, refined_config
 
 if TYPE_CHECKING:
     import jax
 
     from monarch_jax.contract import Problem, Residuals
+    from monarchrt.pallas_kernels.sm90.refined import PairKernels
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -32,25 +34,36 @@ def supports(
         The reason, or None.
     """
     del k
-    _, _, _, cols, _, dim = q.shape
+    _, _, rows, cols, _, dim = q.shape
     capability = cuda_capability()
     if capability is not None and int(capability) != CAPABILITY:
         return f"the GPU has compute capability {capability}; the kernels are for Hopper's {CAPABILITY}.0 alone."
-    if problem.num_iters != 1:
-        return f"num_iters={problem.num_iters}; the kernels take one refinement step."
+    if problem.num_iters > 1 and problem.intermediates:
+        return f"num_iters={problem.num_iters} with intermediates={problem.intermediates!r}; those are for one step."
     if q.dtype.name not in DTYPES:
         return f"the inputs are {q.dtype.name}; the tensor cores take {' or '.join(DTYPES)}."
     if dim not in HEAD_DIMS:
         return f"head_dim={dim} is not {' or '.join(map(str, HEAD_DIMS))}."
     if right_config(cols, dim) is None:
         return f"b2={cols} columns of keys and values with head_dim={dim} do not fit a block's shared memory."
+    if problem.num_iters > 1 and refined_config(rows, cols, dim) is None:
+        return (
+            f"num_iters={problem.num_iters} with tiles of {rows} x {cols} and head_dim={dim}; several refinement steps "
+            f"take up to {MOST_REFINED_ROWS} rows, and columns whose gradients fit a warpgroup's registers."
+        )
     return None
 
 
 def forward(
-    problem: "Problem", q: "jax.Array", k: "jax.Array", v: "jax.Array", visible: "jax.Array"
+    problem: "Problem",
+    q: "jax.Array",
+    k: "jax.Array",
+    v: "jax.Array",
+    visible: "jax.Array",
+    *,
+    pairs: "PairKernels | None" = None,
 ) -> "tuple[jax.Array, jax.Array]":
-    """The output and the log-sum-exp of L's scores for one refinement step (paper, Sections 2.1 and 4.2).
+    """The output and the log-sum-exp of the last step's scores of L (paper, Sections 2.1, 4.2 and A.2).
 
     Args:
         problem: `monarch_jax.contract.Problem`, one that `supports` accepts.
@@ -58,6 +71,7 @@ def forward(
         k: [B, C, b1, b2, H, D].
         v: As k.
         visible: int32 [A], how many leading key tiles a query tile sees; may be traced.
+        pairs: Kernels between two refinement steps, for more than one: `triton_kernels.pairs.Pairs`.
 
     Returns:
         out [B, A, b1, b2, H, D] in the inputs' dtype and lse [B, A, b1, b2, H] in float32.
@@ -65,13 +79,21 @@ def forward(
     Raises:
         NotImplementedError: If `supports` gives a reason.
     """
-    return _forward(problem, q, k, v, visible, keep=False)[:2]
+    return _forward(problem, q, k, v, visible, keep=False, pairs=pairs)[:2]
 
 
 def forward_keeping(
-    problem: "Problem", q: "jax.Array", k: "jax.Array", v: "jax.Array", visible: "jax.Array"
+    problem: "Problem",
+    q: "jax.Array",
+    k: "jax.Array",
+    v: "jax.Array",
+    visible: "jax.Array",
+    *,
+    pairs: "PairKernels | None" = None,
 ) -> "tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]":
     """`forward`, and alpha, Y and c_L of all heads and query tiles for `vjp`, or None where `supports_vjp` objects.
+
+    Of several refinement steps nothing is kept.
 
     They are 4*D bytes for every pair of a query (a, j) and a key row (c, k) of a head: as much as a forward pass moves
     through device memory in one direction.
@@ -82,6 +104,7 @@ def forward_keeping(
         k: As in `forward`.
         v: As in `forward`.
         visible: As in `forward`.
+        pairs: As in `forward`.
 
     Returns:
         out, lse, and the tuple or None.
@@ -89,7 +112,8 @@ def forward_keeping(
     Raises:
         NotImplementedError: If `supports` gives a reason.
     """
-    return _forward(problem, q, k, v, visible, keep=supports_vjp(problem, q, k) is None)
+    keep = problem.num_iters == 1 and supports_vjp(problem, q, k) is None
+    return _forward(problem, q, k, v, visible, keep=keep, pairs=pairs)
 
 
 def _forward(
@@ -100,6 +124,7 @@ def _forward(
     visible: "jax.Array",
     *,
     keep: bool,
+    pairs: "PairKernels | None",
 ) -> "tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]":
     import jax
 
@@ -112,8 +137,20 @@ def _forward(
     if (reason := supports(problem, q, k)) or config is None:
         raise NotImplementedError(reason)
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
+        if problem.num_iters > 1:
+            from monarchrt.pallas_kernels.sm90 import refined
+
+            sizes = {"scale": problem.scale, "masked": problem.masked, "config": config}
+            steps = {"num_iters": problem.num_iters, "kernels": _given(problem, pairs)}
+            return *refined.forward(q, k, v, visible.astype("int32"), **sizes, **steps), None
         options = {"scale": problem.scale, "masked": problem.masked, "config": config, "keep": keep}
         return run(q, k, v, visible.astype("int32"), **options)
+
+
+def _given(problem: "Problem", pairs: "PairKernels | None") -> "PairKernels":
+    if pairs is None:
+        raise ValueError(f"num_iters={problem.num_iters} takes pairs=triton_kernels.pairs.Pairs, not None.")
+    return pairs
 
 
 def supports_vjp(
@@ -134,6 +171,8 @@ def supports_vjp(
         return reason
     if problem.intermediates:
         return f"intermediates={problem.intermediates!r}; the gradients take alpha and Y in the inputs' dtype."
+    if problem.num_iters > 1 and problem.scale == 0:
+        return f"num_iters={problem.num_iters} with scale=0; gradients of L's scores are divided by it."
     if rows > MOST_ROWS:
         return f"b1={rows} rows are above {MOST_ROWS}, whose gradients fit a block's registers."
     if cols > MOST_COLUMNS:
@@ -141,13 +180,16 @@ def supports_vjp(
     return None
 
 
-def vjp(problem: "Problem", residuals: "Residuals", d_out: "jax.Array") -> "tuple[jax.Array, jax.Array, jax.Array]":
-    """Gradients for one refinement step; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
+def vjp(
+    problem: "Problem", residuals: "Residuals", d_out: "jax.Array", *, pairs: "PairKernels | None" = None
+) -> "tuple[jax.Array, jax.Array, jax.Array]":
+    """Gradients; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
 
     Args:
         problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
         residuals: `monarch_jax.contract.Residuals`.
         d_out: [B, A, b1, b2, H, D].
+        pairs: As in `forward`.
 
     Returns:
         dq [B, A, b1, b2, H, D], dk and dv [B, C, b1, b2, H, D], in the inputs' dtype.
@@ -162,24 +204,20 @@ def vjp(problem: "Problem", residuals: "Residuals", d_out: "jax.Array") -> "tupl
 
     r = residuals
     _, _, rows, cols, _, dim = r.q.shape
-    config = tuning.backward(rows, cols, dim)
+    several = problem.num_iters > 1
+    config = (tuning.refined_backward if several else tuning.backward)(rows, cols, dim)
     if (reason := supports_vjp(problem, r.q, r.k)) or config is None:
         raise NotImplementedError(reason)
+    arrays = (r.q, r.k, r.v, r.visible.astype("int32"), r.out, r.lse, d_out.astype(r.q.dtype))
+    sizes: dict[str, Any] = dict(
+        scale=problem.scale, masked=problem.masked, grad_tiles=problem.grad_tiles, config=config
+    )
     with jax.enable_x64(False):  # Python numbers in the kernels are meant as 32-bit
-        return backward(
-            r.q,
-            r.k,
-            r.v,
-            r.visible.astype("int32"),
-            r.out,
-            r.lse,
-            d_out.astype(r.q.dtype),
-            scale=problem.scale,
-            masked=problem.masked,
-            grad_tiles=problem.grad_tiles,
-            config=config,
-            kept=r.kept,
-        )
+        if several:
+            from monarchrt.pallas_kernels.sm90 import refined
+
+            return refined.backward(*arrays, **sizes, num_iters=problem.num_iters, kernels=_given(problem, pairs))
+        return backward(*arrays, **sizes, kept=r.kept)
 
 
 if __name__ == "pallas_kernels":  # imported by the folder's name, which is possible in a checkout only

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 
-from monarchrt.triton_kernels import left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed
+from monarchrt.triton_kernels import (
+    left,
+    overlapped,
+    pixels,
+    refine,
+    refine_backward,
+    refine_pairs,
+    right,
+    rows,
+    sparse,
+    streamed,
+)
 from monarchrt.triton_kernels.plan import Launch, Plan
 from monarchrt.triton_kernels.removal import keep_kernels
 
@@ -27,6 +38,9 @@ KERNELS = {
     "right_further_backward": refine_backward.right_further_backward,
     "right_further_query": refine_backward.right_further_query,
     "left_refine_backward": refine_backward.left_refine_backward,
+    "refine_pairs": refine_pairs.refine_pairs,
+    "query_pairs": refine_pairs.query_pairs,
+    "delta_pairs": refine_pairs.delta_pairs,
     "sparse_forward": sparse.sparse_forward,
     "sparse_query_backward": sparse.sparse_query_backward,
     "sparse_key_backward": sparse.sparse_key_backward,

@@ -62,7 +62,7 @@ def backward(
     seen = tiles_seen(visible, k.shape[1], masked)
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=ROWS))
     call = Call(q, k, v, seen * rows, chunk_heads, chunk_tiles, scale, masked, forward)
-    stats = _stats(out, lse, d_out, scale, config)
+    stats = output_stats(out, lse, d_out, scale, config)
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * rows
     wanted = jnp.stack([first, seen.max() * rows])
     places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
@@ -74,7 +74,7 @@ def backward(
     def body(n, carry):
         head, tile = jnp.array(places, jnp.int32)[n]
         gradients = _chunk(call, d_out, stats, wanted, config, kept, head, tile)
-        return _add(carry, gradients, head, tile, summed)
+        return add_chunk(carry, gradients, head, tile, summed)
 
     zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
     start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
@@ -82,7 +82,7 @@ def backward(
     return dq, dk.astype(k.dtype), dv.astype(k.dtype)
 
 
-def _stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, config: BackwardConfig) -> jax.Array:
+def output_stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, config: BackwardConfig) -> jax.Array:
     """lse in units of log 2 and <dO, O>, scaled, float32 [B, H, A, b2 or more, 2, b1 or more]; see `left_backward`."""
     rows, cols = out.shape[2:4]
     # flat and apart from what makes and takes it: the same kernel, so the same bits, in every program; within the
@@ -146,7 +146,7 @@ def _chunk(
     return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 
-def _add(whole: Gradients, parts: Gradients, head: Index, tile: Index, summed: bool) -> Gradients:
+def add_chunk(whole: Gradients, parts: Gradients, head: Index, tile: Index, summed: bool) -> Gradients:
     """A chunk's dq into the whole one, and its dk and dv added to those of its heads."""
     zero, head, tile = jnp.int32(0), jnp.int32(head), jnp.int32(tile)
     dq = lax.dynamic_update_slice(whole[0], parts[0], (zero, tile, zero, zero, head, zero))

@@ -274,6 +274,14 @@ class LeftBackwardConfig:
         barriers = 4 + 2 * self.columns * self.stages
         return _block_bytes(*loaded, query * dim * 2, *rest, barriers=barriers, reductions=REDUCTIONS)
 
+    def refine_shared_memory(self, rows: int, dim: int) -> int:
+        """The same of the kernel for a refinement step before the last."""
+        keys, width = self.stages * ROWS, self.width(rows)
+        query, factors = self.depth(rows) * dim * 2, self.warpgroups * 2 * width * ROWS * 2
+        barriers = 2 + self.warpgroups + 2 * self.stages
+        numbers = (3 * keys * 4, 2 * width * 4)
+        return _block_bytes(query + 2 * keys * dim * 2, factors, *numbers, barriers=barriers, reductions=REDUCTIONS)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RightBackwardConfig:

@@ -73,8 +73,13 @@ class Call:
         bound = lax.div(self.limits.max() + depth - 1, depth) * depth
         return jnp.stack([jnp.int32(head), jnp.int32(tile), bound])
 
-    def right(self, head: Index, tile: Index) -> tuple[Role, Arrays]:
-        """Stage 1 of the chunk that starts at (head, tile), for `launch`."""
+    def right(
+        self, head: Index, tile: Index, *, values: bool = True, queries: jax.Array | None = None
+    ) -> tuple[Role, Arrays]:
+        """Stage 1 of the chunk that starts at (head, tile), for `launch`; `values` as `right_role` says.
+
+        `queries`, of a refinement step after the first, are [B * heads, tiles, C*b1, b2, ...].
+        """
         batch, tiles, rows, cols, heads, dim = self.q.shape
         thin = (dim // self.config.right.slab, self.config.right.slab)
         q = self.q.reshape(batch, tiles, rows, cols, heads, *thin)
@@ -89,8 +94,11 @@ class Call:
             masked=self.masked,
             config=self.config.right,
             kind=RightE4M3 if isinstance(self.config.left, LeftE4M3Config) else None,
+            values=values,
+            further=queries is not None,
         )
-        return role, (q, k, v, self.limits, self.start(head, tile))
+        own = q if queries is None else queries.reshape(*queries.shape[:4], *thin)
+        return role, (own, k, v, self.limits, self.start(head, tile))
 
     def left(self, head: Index, tile: Index, made: Arrays) -> tuple[Role, Arrays]:
         """Stage 2 of a chunk from what stage 1 made, for `launch`."""
@@ -129,7 +137,7 @@ def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _put(whole: Pair, head: Index, tile: Index, parts: Pair) -> Pair:
+def put_chunk(whole: Pair, head: Index, tile: Index, parts: Pair) -> Pair:
     """A chunk's output and log-sum-exp into the whole ones."""
     at = [jnp.int32(x) for x in (0, tile, 0, 0, head, 0)]
     out, lse = (lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
@@ -184,7 +192,7 @@ def forward(
 
     def body(i, carry):
         head, tile = jnp.array(places, jnp.int32)[i]
-        return _put(carry, head, tile, _chunk(call, head, tile)[:2])
+        return put_chunk(carry, head, tile, _chunk(call, head, tile)[:2])
 
     return *lax.fori_loop(0, len(places), body, empty), None
 

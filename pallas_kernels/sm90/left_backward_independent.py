@@ -49,7 +49,7 @@ def independent_role(
     blocks = min(config.blocks, items.count)
 
     def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
+        work = Block(items, config, scale, blocks, block, inputs, outputs, scratch)
         pl.when(work.group < groups)(work.compute)
         pl.when(work.group == groups)(work.load)
 
@@ -77,7 +77,7 @@ def independent_role(
     )
 
 
-class _Block:
+class Block:
     """A persistent block: the arrays, its shared memory, and its turns, a column each, past all pairs that it sees."""
 
     def __init__(

@@ -45,6 +45,8 @@ def right_role(
     masked: bool,
     config: RightConfig,
     kind: "type[Block] | None" = None,
+    values: bool = True,
+    further: bool = False,
 ) -> Role:
     """Makes the intermediates of a chunk of `tiles` query tiles and `heads` heads.
 
@@ -64,6 +66,8 @@ def right_role(
         masked: Whether limits may be below C*b1.
         config: Sizes.
         kind: What a block does with what it made; None: stores it in q's dtype.
+        values: Whether Y is made, as of the last refinement step; else there is no such output, and v is not read.
+        further: Whether the step has queries of its own: then the first input is not q but an array like alpha.
 
     Returns:
         The role.
@@ -74,7 +78,16 @@ def right_role(
     groups, stages, key_stages = config.warpgroups, config.query_stages, config.key_stages
     depth = config.depth(cols)
     items = Items(
-        q=q, pairs=pairs, scale=scale, heads=heads, tiles=tiles, key_block=key_block, masked=masked, config=config
+        q=q,
+        pairs=pairs,
+        scale=scale,
+        heads=heads,
+        tiles=tiles,
+        key_block=key_block,
+        masked=masked,
+        config=config,
+        values=values,
+        further=further,
     )
     split = items.split
     blocks = min(config.blocks, items.units)
@@ -103,10 +116,10 @@ def right_role(
     return Role(
         run,
         name="monarch_right",
-        outputs=(struct(shape, dtype), struct(shape, dtype), *(struct(rows_shape, x) for x in kind.numbers)),
+        outputs=(*[struct(shape, dtype)] * (1 + values), *(struct(rows_shape, x) for x in kind.numbers)),
         scratch=(
             *tiles_scratch,
-            plgpu.Barrier(num_arrivals=2, num_barriers=key_stages),
+            plgpu.Barrier(num_arrivals=1 + values, num_barriers=key_stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -128,6 +141,8 @@ class Items:
     key_block: int
     masked: bool
     config: RightConfig
+    values: bool
+    further: bool
 
     @functools.cached_property
     def split(self) -> ColumnBlocks:
@@ -177,12 +192,13 @@ class Block:
         cols = items.q.shape[3]
         self.depth, self.width = items.config.depth(cols), items.config.width(cols)
         self.q, self.k, self.v, self.limits, start = inputs
-        self.alpha, self.y, self.c, *self.more_numbers = outputs
+        count = 1 + items.values  # of alpha and Y
+        self.vectors, (self.c, *self.more_numbers) = outputs[:count], outputs[count:]
         *smem, self.key_full, self.key_free, self.q_full, self.q_free = scratch
         views = [[ref for refs in view for ref in refs] for view in zip(*map(shared.tile_views, smem), strict=True)]
         self.q_mma, self.k_mma, self.v_mma, self.alpha_reg, self.y_reg = views[0]
-        self.q_in, self.k_in, self.v_in, self.alpha_out, self.y_out = views[1]
-        self.q_packs, _, _, self.alpha_packs, self.y_packs = views[-1]
+        self.q_in, self.k_in, self.v_in, *self.vectors_out = views[1]
+        self.q_packs, _, _, *self.vectors_packs = views[-1]
         self.group = lax.axis_index("group")
         self.head0, self.tile0, self.bound = start[0], start[1], start[2]
 
@@ -279,7 +295,8 @@ class Block:
             return self.rounded(results)
 
         k, v = self.k_mma, self.v_mma
-        tiles_out = product(k, v) if config.together else product(k) + product(v)
+        factors = (k, v)[: 1 + self.items.values]
+        tiles_out = product(*factors) if config.together else [x for factor in factors for x in product(factor)]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         mine = shared.unhoisted(self.group, item)
         numbers = self.put(mine, tiles_out)
@@ -296,7 +313,8 @@ class Block:
         """Stores what `rounded` gave for alpha and Y in shared memory; returns `numbers` after c_L, [64] each."""
         for n in range(self.slabs):
             self.alpha_reg[mine, n] = made[n]
-            self.y_reg[mine, n] = made[self.slabs + n]
+            if self.items.values:
+                self.y_reg[mine, n] = made[self.slabs + n]
         return ()
 
     def probabilities(self, slot: Index, key_slot: Index) -> tuple[Float[Array, "64 _"], Float32[Array, "64"]]:
@@ -334,12 +352,12 @@ class Block:
 
         def whole(tile, column):
             window = pl.ds(column, ROWS)
-            for source, target in ((self.alpha_out, self.alpha), (self.y_out, self.y)):
+            for source, target in zip(self.vectors_out, self.vectors, strict=False):
                 plgpu.copy_smem_to_gmem(source.at[group].transpose((1, 0, 2)), target.at[lane, tile, pair, window])
 
         def packs(tile):
             some, window = pl.ds(tile, split.packed), pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
-            for source, target in ((self.alpha_packs, self.alpha), (self.y_packs, self.y)):
+            for source, target in zip(self.vectors_packs, self.vectors, strict=False):
                 plgpu.copy_smem_to_gmem(source.at[group].transpose((1, 2, 0, 3)), target.at[lane, some, pair, window])
 
         shared.part(split, item, whole, packs)
@@ -357,13 +375,18 @@ class Block:
             def live():
                 plgpu.barrier_wait(self.key_free.at[key_slot])
                 window = pl.ds(key_slot * 0, self.depth)  # past the end of b2 columns, so the start must not be static
-                for source, target in ((self.k, self.k_in), (self.v, self.v_in)):
+                for source, target in ((self.k, self.k_in), (self.v, self.v_in))[: 1 + self.items.values]:
                     box = source.at[entry, pair, window, lane]
                     plgpu.copy_gmem_to_smem(box, target.at[key_slot].transpose((1, 0, 2)), self.key_full.at[key_slot])
 
                 def item(i, _):
                     slot, row = lax.rem(done + i - low, stages), lax.rem(pair, self.items.q.shape[2])
-                    self.when_seen(pair, i, lambda: self.load_query(i, slot, entry, row, lane))
+                    if self.items.further:
+                        self.when_seen(
+                            pair, i, lambda: self.load_further(i, slot, entry * self.items.heads + head, pair)
+                        )
+                    else:
+                        self.when_seen(pair, i, lambda: self.load_query(i, slot, entry, row, lane))
                     return ()
 
                 lax.fori_loop(low, high, item, ())
@@ -389,6 +412,22 @@ class Block:
             some = pl.ds(self.tile0 + tile, split.packed)
             window = pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
             box = self.q.at[entry, some, row, window, lane]
+            plgpu.copy_gmem_to_smem(box, self.q_packs.at[slot].transpose((1, 2, 0, 3)), arrived)
+
+        plgpu.barrier_wait(self.q_free.at[slot])
+        shared.part(split, item, whole, packs)
+
+    def load_further(self, item: Index, slot: Index, lane: Index, pair: Index) -> None:
+        """The same where every key row has queries of its own; `lane` counts heads of the chunk."""
+        split, arrived = self.items.split, self.q_full.at[slot]
+
+        def whole(tile, column):
+            box = self.q.at[lane, tile, pair, pl.ds(column, ROWS)]
+            plgpu.copy_gmem_to_smem(box, self.q_in.at[slot].transpose((1, 0, 2)), arrived)
+
+        def packs(tile):
+            some, window = pl.ds(tile, split.packed), pl.ds(split.full * ROWS + tile * 0, split.tail_rows)
+            box = self.q.at[lane, some, pair, window]
             plgpu.copy_gmem_to_smem(box, self.q_packs.at[slot].transpose((1, 2, 0, 3)), arrived)
 
         plgpu.barrier_wait(self.q_free.at[slot])

@@ -26,20 +26,24 @@ def independent_role(
     tiles: int,
     masked: bool,
     config: RightBackwardConfig,
+    values: bool = True,
+    further: bool = False,
 ) -> Role:
     """The role of `right_backward_role`, each warpgroup with a key row, its K, V, dK and dV, of its own.
 
     q, d_alpha and dY of an item, for either warpgroup, take the next three cells of a ring of `config.ring`; once an
-    item, just before the first cell that may still be in use, the loader waits for the item that used it last.
+    item, just before the first cell that may still be in use, the loader waits for the item that used it last. Without
+    `values`, as in a refinement step before the last, there was no Y: an item has two cells, v and dY are not read and
+    dv is not written. With `further` the first input is an array like d_alpha, the step's own queries.
     """
     groups, ring, width = config.warpgroups, config.ring, config.width(q.shape[3])
-    ahead = ring // 3
+    ahead = ring // (2 + values)
     items = Items(q=q, pairs=k.shape[1], heads=heads, tiles=tiles, masked=masked, width=width)
     slabs = q.shape[5]
     blocks = min(config.blocks, -(-items.units // groups))
 
     def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
+        work = _Block(items, config, scale, blocks, (values, further), block, inputs, outputs, scratch)
         pl.when(work.group < groups)(work.compute)
         pl.when(work.group == groups)(work.load)
 
@@ -56,10 +60,10 @@ def independent_role(
             shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
             plgpu.SMEM((ahead, ROWS), jnp.float32),
             plgpu.SMEM((groups, width), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups),
             plgpu.Barrier(num_arrivals=1, num_barriers=groups),
             plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
+            plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups * (ahead + 1)),
             plgpu.Barrier(num_arrivals=1, num_barriers=ahead),
         ),
         groups=groups,
@@ -76,6 +80,7 @@ class _Block:
         config: RightBackwardConfig,
         scale: float,
         blocks: int,
+        kind: tuple[bool, bool],
         block: Index,
         inputs: Refs,
         outputs: Refs,
@@ -83,7 +88,11 @@ class _Block:
     ) -> None:
         self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
         self.groups, self.ring = config.warpgroups, config.ring
-        self.ahead, self.late = divmod(self.ring, 3)  # before cell `late` of item n, item n - ahead must be done with
+        self.values, self.further = kind
+        self.kinds = 2 + self.values  # cells of an item
+        self.ahead, self.late = divmod(
+            self.ring, self.kinds
+        )  # before cell `late` of item n, item n - ahead must be done with
         self.slabs = items.q.shape[5]
         self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, self.start = inputs
         self.dk, self.dv, self.dz = outputs
@@ -127,8 +136,8 @@ class _Block:
     def cells(self, n: Index) -> list[Index]:
         """Places of the q, d_alpha and dY of item number n."""
         ring = self.ring
-        first = lax.rem(3 * n, ring)
-        return [jnp.where(first + kind < ring, first + kind, first + kind - ring) for kind in range(3)]
+        first = lax.rem(self.kinds * n, ring)
+        return [jnp.where(first + kind < ring, first + kind, first + kind - ring) for kind in range(self.kinds)]
 
     def zeros(self, rows: int) -> Float32[Array, "{rows} w"]:
         """Of `rows` x W."""
@@ -172,7 +181,7 @@ class _Block:
         def each(i, acc):
             return item(i, t * (groups * count) + i * together + group, t * count + i, acc)
 
-        acc = [self.zeros(SLAB) for _ in range(2 * self.slabs)]
+        acc = [self.zeros(SLAB) for _ in range((1 + self.values) * self.slabs)]
         if self.items.masked:
             *carry, acc = lax.fori_loop(0, count, step, (*carry, acc))
         else:  # all of a turn's key rows exist, unless it is the last
@@ -224,7 +233,8 @@ class _Block:
         z, d_r = shared.accumulate(early, [z, zeros])
         probabilities = softmax(z, self.scale)
         plgpu.barrier_wait(self.last_full.at[turn])  # dY, loaded last, was on its way
-        d_r = shared.accumulate(lambda acc: multiply(acc, 2, 1), d_r)
+        if self.values:
+            d_r = shared.accumulate(lambda acc: multiply(acc, 2, 1), d_r)
         d_log = self.items.entropy_gradient(self.c_in.at[lax.rem(n, ahead)], item)
         return through_softmax(*probabilities, d_r, d_log, self.scale, self.items.q.dtype)
 
@@ -233,7 +243,7 @@ class _Block:
         cell = self.cells(n)
 
         def products(accs):
-            for kind, p, first in ((0, 0, 0), (1, 1, 0), (2, 1, self.slabs)):
+            for kind, p, first in ((0, 0, 0), (1, 1, 0), (2, 1, self.slabs))[: self.kinds]:
                 for m in range(self.slabs):
                     left, right = self.rows_mma.at[cell[kind], m], self.p_mma.at[g, p]
                     plgpu.wgmma(accs[first + m], left.transpose((1, 0)), right.transpose((1, 0)))
@@ -280,7 +290,7 @@ class _Block:
         entry, head, pair = self.place(t, g)
         plgpu.barrier_wait(self.key_free.at[g])
         window = pl.ds(pair * 0, self.items.width)
-        for kind, source in enumerate((self.k, self.v)):
+        for kind, source in enumerate((self.k, self.v)[: 1 + self.values]):
             box = source.at[entry, pair, window, head0 + head]
             plgpu.copy_gmem_to_smem(box, self.key_in.at[g, kind].transpose((1, 0, 2)), self.key_full.at[g])
 
@@ -292,21 +302,26 @@ class _Block:
         split, tile0 = self.items.split, self.tile0
 
         def load(kind, box, views, axes):
+            if kind == self.kinds:
+                return
             if kind == self.late:
                 plgpu.barrier_wait(self.free.at[lax.rem(n, self.ahead)])
-            target = views.at[lax.rem(3 * n + kind, self.ring)].transpose(axes)
+            target = views.at[lax.rem(self.kinds * n + kind, self.ring)].transpose(axes)
             plgpu.copy_gmem_to_smem(box, target, (self.last_full if kind == 2 else self.first_full).at[turn])
 
         def whole(tile, column):
             window = pl.ds(column, ROWS)
-            load(0, self.q.at[entry, tile0 + tile, row, window, head0 + head], self.rows_in, (1, 0, 2))
+            own = (lane, tile, pair, window) if self.further else (entry, tile0 + tile, row, window, head0 + head)
+            load(0, self.q.at[own], self.rows_in, (1, 0, 2))
             load(1, self.d_alpha.at[lane, tile, pair, window], self.rows_in, (1, 0, 2))
             load(2, self.d_y.at[lane, tile, pair, window], self.rows_in, (1, 0, 2))
 
         def packs(tile):
             window, some = pl.ds(split.full * ROWS + tile * 0, split.tail_rows), pl.ds(tile, split.packed)
-            box = self.q.at[entry, pl.ds(tile0 + tile, split.packed), row, window, head0 + head]
-            load(0, box, self.rows_packs, (1, 2, 0, 3))
+            own = (lane, some, pair, window)
+            if not self.further:
+                own = (entry, pl.ds(tile0 + tile, split.packed), row, window, head0 + head)
+            load(0, self.q.at[own], self.rows_packs, (1, 2, 0, 3))
             load(1, self.d_alpha.at[lane, some, pair, window], self.rows_packs, (1, 2, 0, 3))
             load(2, self.d_y.at[lane, some, pair, window], self.rows_packs, (1, 2, 0, 3))
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from monarchrt.pallas_kernels.sm90.config import BackwardConfig, ForwardConfig, backward_config, forward_config
+from monarchrt.pallas_kernels.sm90.refined_config import refined_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "tuned"
 DEFAULT_KIND = "NVIDIA H200"  # other Hopper cards have the same multiprocessors, if not as many
@@ -44,6 +45,12 @@ def forward(
 def backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
     """The backward pass's sizes, as `forward`."""
     return _choose(backward_config(rows, cols, dim), "backward", shape_key(rows, cols, dim))
+
+
+def refined_backward(rows: int, cols: int, dim: int) -> BackwardConfig | None:
+    """The sizes of several refinement steps: what was measured of one, but for the kernel back through L."""
+    config = refined_config(rows, cols, dim)
+    return _choose(config, "backward", shape_key(rows, cols, dim), only=("right", "query", "chunk_bytes"))
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:

@@ -236,6 +236,17 @@ def test_a_hopper_gpu_takes_what_serves_the_call(monkeypatch, dtype, num_iters, 
     assert choose(None, Problem(scale=1.0, num_iters=num_iters), x, x).name == expected
 
 
+def test_several_steps_are_mosaics_by_name(monkeypatch):
+    """What lies between two of them is Triton's, whose packages it takes."""
+    x = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), jnp.bfloat16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose("mosaic", Problem(scale=1.0, num_iters=2), x, x).name == "mosaic"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match=r"triton and jax-triton are not installed"):
+        choose("mosaic", Problem(scale=1.0, num_iters=2), x, x)
+    assert choose("mosaic", Problem(scale=1.0), x, x).name == "mosaic"
+
+
 def test_says_why_nothing_can_run(monkeypatch):
     monkeypatch.setattr(backends, "AUTOMATIC", ("triton",))
     x = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), jnp.bfloat16)

@@ -79,6 +79,43 @@ def test_triton_of_two_steps():
         assert set(listed.split(", ")) <= {row[0] for row in rows("triton_kernels", False)}
 
 
+def test_mosaic_of_two_steps(monkeypatch):
+    """What the README says of them in words."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from monarchrt.pallas_kernels.sm90 import refined
+    from tests.kernels.written_pairs import Written
+
+    ran = []
+
+    def launch(role, inputs):
+        ran.append(role.name)
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in role.outputs)
+
+    class Pairs(Written):
+        def __getattribute__(self, name):
+            ran.extend([f"{name}_pairs"] * (name in ("refine", "query", "delta")))
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(refined, "launch", launch)
+    tiles = jax.ShapeDtypeStruct((1, 2, 90, 52, 2, 128), jnp.bfloat16)
+    visible, lse = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct(tiles.shape[:-1], jnp.float32)
+    text = " ".join((ROOT / "pallas_kernels" / "README.md").read_text().split())
+    problem = Problem(scale=0.1, num_iters=2)
+    for direction in ("Forward", "Backward"):
+        ran.clear()
+        with jax.numpy_rank_promotion("allow"):
+            if direction == "Forward":
+                jax.eval_shape(lambda *x: pallas_kernels.forward(problem, *x, pairs=Pairs), *[tiles] * 3, visible)
+            else:
+                given = (tiles, tiles, tiles, visible, tiles, lse)
+                back = lambda g, *x: pallas_kernels.vjp(problem, Residuals(*x), g, pairs=Pairs)  # noqa: E731
+                jax.eval_shape(back, tiles, *given)
+        listed = text.partition(f"{direction} with T = 2, per chunk: ")[2].partition(".")[0].split(", ")
+        assert listed == ran
+        known = {row[0] for package in ("pallas_kernels", "triton_kernels") for row in rows(package, False)}
+        assert set(listed) <= known
+
+
 @pytest.mark.parametrize(
     ("package", "prefix"), [("pallas_kernels", ""), ("triton_kernels", "monarch_")], ids=["mosaic", "triton"]
 )

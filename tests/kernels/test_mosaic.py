@@ -60,10 +60,23 @@ def tokens(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def test_several_steps_take_the_other_packages_kernels():
+    x = jnp.zeros((1, 1, 8, 8, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"num_iters=2 takes pairs=triton_kernels\.pairs\.Pairs, not None"):
+        pallas_kernels.forward(Problem(scale=1.0, num_iters=2), x, x, x, jnp.ones(1, jnp.int32))
+
+
 @pytest.mark.parametrize(
     ("options", "shape", "dtype", "reason"),
     [
-        (dict(num_iters=2), (1, 2, 30, 52, 3, 64), jnp.bfloat16, "num_iters=2; the kernels take one"),
+        (dict(num_iters=2), (1, 2, 97, 52, 3, 64), jnp.bfloat16, "num_iters=2 with tiles of 97 x 52 .* up to 96 rows"),
+        (dict(num_iters=2), (1, 2, 30, 64, 3, 128), jnp.bfloat16, "num_iters=2 with tiles of 30 x 64 and head_dim=128"),
+        (
+            dict(num_iters=2, intermediates="e4m3"),
+            (1, 2, 30, 52, 3, 64),
+            jnp.bfloat16,
+            "'e4m3'; those are for one step",
+        ),
         (dict(), (1, 2, 30, 52, 3, 64), jnp.float32, "float32; the tensor cores take bfloat16 or float16"),
         (dict(), (1, 2, 30, 52, 3, 80), jnp.bfloat16, "head_dim=80 is not 64 or 128"),
         (dict(), (1, 2, 1, 1560, 3, 128), jnp.bfloat16, "b2=1560 columns .* shared memory"),

@@ -51,7 +51,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from monarchrt import pallas_kernels
 from monarch_jax.contract import Problem, Residuals
 
-rows, cols, tiles, dim, masked, gradient, e4m3 = (int(x) for x in sys.argv[1:])
+rows, cols, tiles, dim, masked, gradient, e4m3, steps = (int(x) for x in sys.argv[1:])
 topology = topologies.get_topology_desc(platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
@@ -60,19 +60,23 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 x = struct(1, tiles, rows, cols, 12, dim)
 visible, lse = struct(tiles, dtype=jnp.int32), struct(1, tiles, rows, cols, 12, dtype=jnp.float32)
-problem = Problem(scale=0.1, masked=bool(masked), intermediates="e4m3" if e4m3 else None)
+problem = Problem(scale=0.1, masked=bool(masked), intermediates="e4m3" if e4m3 else None, num_iters=steps)
+more = {}
+if steps > 1:
+    from monarchrt.triton_kernels.pairs import Pairs
+    more["pairs"] = Pairs
 if gradient:
-    run = lambda *x: pallas_kernels.vjp(problem, Residuals(*x[:-1]), x[-1])
+    run = lambda *x: pallas_kernels.vjp(problem, Residuals(*x[:-1]), x[-1], **more)
     inputs = (x, x, x, visible, x, lse, x)
 else:
-    run = lambda *x: pallas_kernels.forward(problem, *x)
+    run = lambda *x: pallas_kernels.forward(problem, *x, **more)
     inputs = (x, x, x, visible)
 compiled = jax.jit(run).trace(*inputs).lower().compile()
 print("scratch", compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
-def compile_and_read(folder, *arguments, e4m3=False):
+def compile_and_read(folder, *arguments, e4m3=False, steps=1):
     """(registers, spilled bytes) of each kernel and the scratch bytes of the program.
 
     In a process of its own: the CUDA plugin and the folder for the compiler's reports are set before JAX starts.
@@ -85,7 +89,7 @@ def compile_and_read(folder, *arguments, e4m3=False):
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *(str(int(x)) for x in (*arguments, e4m3))],
+        [sys.executable, "-c", PROGRAM, *(str(int(x)) for x in (*arguments, e4m3, steps))],
         input=H200,
         env=environment,
         capture_output=True,
@@ -99,14 +103,15 @@ def compile_and_read(folder, *arguments, e4m3=False):
         assert "wgmma" not in report.lower(), "the compiler serialised the matrix products"
         numbers = (there(re.search(x, report))[1] for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         found.append(tuple(map(int, numbers)))
-    check_shared_memory(folder, *arguments, e4m3=e4m3)
+    check_shared_memory(folder, *arguments, e4m3=e4m3, steps=steps)
     return found, int(there(re.search(r"scratch (\d+)", done.stdout))[1])
 
 
-def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m3):
+def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m3, steps):
     """What a block gets is what its configuration says, which is what the choice of sizes went by."""
     del tiles, masked
-    forward, backward = there(tuning.forward(rows, cols, dim, e4m3=e4m3)), there(tuning.backward(rows, cols, dim))
+    backward = there((tuning.refined_backward if steps > 1 else tuning.backward)(rows, cols, dim))
+    forward = there(tuning.forward(rows, cols, dim, e4m3=e4m3))
     width = 1 if e4m3 else 2
     said = {
         "monarch_fused": forward.fused.shared_memory(),
@@ -116,6 +121,7 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m
         "monarch_left_backward": backward.left.shared_memory(rows, dim),
         "monarch_right_backward": backward.keys.shared_memory(cols, dim),
         "monarch_left_backward_independent": backward.left.shared_memory(rows, dim),
+        "monarch_left_refine_backward": backward.left.refine_shared_memory(rows, dim),
         "monarch_right_backward_independent": backward.keys.shared_memory(cols, dim),
         "monarch_query_backward": backward.query.shared_memory(cols, dim),
     }
@@ -189,6 +195,21 @@ def test_gradient_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked, 
         assert registers <= 168
         assert spilled <= most
     assert scratch <= scratch_mib * 2**20
+
+
+@linked
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "cols", "tiles"), [(90, 52, 7), (30, 52, 21)])
+def test_two_steps_compile_for_sm_90a(tmp_path, rows, cols, tiles):
+    pytest.importorskip("jax_triton")
+    forward, _ = compile_and_read(tmp_path / "forward", rows, cols, tiles, 128, False, False, steps=2)
+    assert forward == [(168, 0)] * 3
+    backward, scratch = compile_and_read(tmp_path / "backward", rows, cols, tiles, 128, False, True, steps=2)
+    assert len(backward) == 7
+    assert max(spilled for _, spilled in backward) <= 120  # back through L of the last step, as of one
+    assert max(registers for registers, _ in backward) <= 168
+    assert sum(spilled == 0 for _, spilled in backward) == 5
+    assert scratch <= 2300 * 2**20
 
 
 TWO_GPUS = """

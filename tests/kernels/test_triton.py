@@ -76,6 +76,18 @@ def test_interpreter_agrees_with_the_reference(cases):
         assert all(x <= (2e-3 if "half" in case else 1e-5) for x in errors.values()), (case, errors)
 
 
+@missing("triton", "jax_triton", "torch")
+@pytest.mark.parametrize("cases", [("packed, sharp", "causal, one chunk"), pytest.param((), marks=pytest.mark.slow)])
+def test_kernels_between_steps_agree_with_what_they_are(cases):
+    """Those that Hopper's kernels call for several refinement steps, on a chunk of a call; slowly all cases."""
+    rows = interpreted("pairs_interpreter", *cases)
+    assert len(rows) == (len(cases) or 5)
+    for row in rows:
+        case = row.pop("case")
+        assert set(row) == {"u", "factors", "lse", "du", "products", "delta"}
+        assert all(x <= 2e-5 for x in row.values()), (case, row)
+
+
 @missing("triton", "torch")
 def test_every_case_is_run():
     source = (ROOT / "tests" / "kernels" / "triton_interpreter.py").read_text()
@@ -111,13 +123,14 @@ def compile_launch(call, capability, dtype="bf16"):
         pixels,
         refine,
         refine_backward,
+        refine_pairs,
         right,
         rows,
         sparse,
         streamed,
     )
 
-    modules = (left, overlapped, pixels, refine, refine_backward, right, rows, sparse, streamed)
+    modules = (left, overlapped, pixels, refine, refine_backward, refine_pairs, right, rows, sparse, streamed)
     kernel = next(found for module in modules if (found := getattr(module, call.kernel, None)))
     listed = (
         "starts",
@@ -133,10 +146,11 @@ def compile_launch(call, capability, dtype="bf16"):
         "layer",
         "at",
     )
-    integers = dict.fromkeys(("step", "visible", "first_tile", "counters", "layer", "at", *listed), "*i32")
+    integers = dict.fromkeys(("step", "start", "visible", "first_tile", "counters", "layer", "at", *listed), "*i32")
     integers |= {"scale": "fp32", "head": "i32"}
     sums = ("dk", "dv") * bool(call.constants.get("ACCUMULATE"))
-    floats = dict.fromkeys(("stats", "further_stats", "lse", "delta", "dq_left", "cos", "sin", "time", *sums), "*fp32")
+    floats = ("stats", "further_stats", "lse", "delta", "dq_left", "cos", "sin", "time", "c", "factors", "products")
+    floats = dict.fromkeys((*floats, *sums), "*fp32")
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(inspect.signature(kernel.fn).parameters):
         signature[name] = "constexpr" if name.isupper() else (integers | floats).get(name, f"*{dtype}")
@@ -178,6 +192,41 @@ def test_the_gradient_of_two_steps_compiles_ahead_of_time(capability):
         assert registers <= 255
         assert spills <= (96 if "right" in call.kernel else 0), f"{call.kernel}: {spills} bytes of stack"
         assert shared <= SHARED_MEMORY[capability], f"{call.kernel}: {shared} bytes of shared memory"
+
+
+@missing("triton", "jax_triton")
+@pytest.mark.parametrize(("b1", "tiles"), [(90, 7), pytest.param(30, 21, marks=pytest.mark.slow)])
+def test_kernels_between_steps_compile_for_hopper(monkeypatch, b1, tiles):
+    """As `Pairs` launches them for half of the heads."""
+    from monarchrt.triton_kernels import launch, pairs
+
+    calls = []
+
+    def call(todo, arrays, new, capability):
+        calls.append(todo)
+        return {name: jnp.zeros(x.shape, x.dtype) for name, x in new.items()}
+
+    monkeypatch.setattr(launch, "call", call)
+
+    def run(q, visible, start, vectors, numbers, dz):
+        made = pairs.Pairs(
+            q=q, k=q, visible=visible, start=start, scale=0.1, heads=6, tiles=tiles, split=(tiles, 1, 64, 1)
+        )
+        _, factors, stats = made.refine(vectors, numbers, width=-(-b1 // 8) * 8)
+        du, products = made.query(vectors, dz, factors)
+        return made.delta(vectors, du, numbers, factors, products, stats)
+
+    count, room = tiles * b1, -(-tiles * b1 // 64) * 64
+    shapes = ((1, tiles, b1, 52, 12, 128), (tiles,), (3,), (6, tiles, count, 52, 2, 64), (6, tiles, 64, room))
+    dtypes = (jnp.bfloat16, jnp.int32, jnp.int32, jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    structs = map(jax.ShapeDtypeStruct, (*shapes, (6, tiles, count, 56, 56)), dtypes)
+    jax.eval_shape(run, *structs)
+    assert [x.kernel for x in calls] == ["refine_pairs", "query_pairs", "delta_pairs"]
+    for todo in calls:
+        registers, spills, shared = compile_launch(todo, 90)
+        assert registers <= 200  # two programs of 4 warps on a multiprocessor
+        assert spills == 0
+        assert shared <= SHARED_MEMORY[90] // 2
 
 
 @pytest.mark.slow

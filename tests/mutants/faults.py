@@ -17,6 +17,7 @@ SPLIT = ("tests/attention/test_partitioning.py",)
 MOSAIC = ("tests/kernels/test_mosaic.py",)
 MOSAIC_EIGHT = ("tests/kernels/test_mosaic_e4m3.py",)
 EIGHT = ("tests/attention/test_intermediates.py",)
+REFINED = ("tests/kernels/test_mosaic_refined.py",)
 MOSAIC_BACK = ("tests/kernels/test_mosaic_backward.py",)
 TRITON = ("tests/kernels/test_triton.py", "tests/kernels/test_triton_calls.py")
 CONVOLUTION = ("tests/kernels/test_convolution.py",)
@@ -214,6 +215,21 @@ FAULTS = (
         "interpreter_agrees",
     ),
     Fault("triton_kernels/refine_backward.py", "1) - less_i", "1)", TRITON, "interpreter_agrees"),
+    Fault("triton_kernels/refine_pairs.py", "(end + 63) // 64 * 64", "end", TRITON, "between_steps_agree"),
+    Fault("triton_kernels/refine_pairs.py", "tl.where(factor < MAX", "tl.where(factor <= MAX", TRITON, "steps_agree"),
+    Fault("triton_kernels/refine_pairs.py", "tile % PACKED * TAIL + j", "j", TRITON, "between_steps_agree"),
+    Fault(
+        "pallas_kernels/sm90/left_refine_backward.py", "enumerate(((p * wide)", "enumerate(((p)", REFINED, "two_steps"
+    ),
+    Fault(
+        "pallas_kernels/sm90/left_refine_backward.py",
+        "jnp.where(pair < limit, plgpu",
+        "jnp.where(pair < limit + 1, plgpu",
+        REFINED,
+        "two_steps",
+    ),
+    Fault("pallas_kernels/sm90/refined.py", "dq.astype(jnp.float32) + part", "part", REFINED, "two_steps"),
+    Fault("pallas_kernels/sm90/refined.py", "dk = dk + more", "dk = more", REFINED, "two_steps"),
     Fault("triton_kernels/plan.py", '("mid", *(name for', "(*(name for", TRITON, "in_place"),
     # block-sparse attention
     Fault("triton_kernels/sparse.py", "shrink = tl.exp2(top - new_top)", "shrink = 1.0", TRITON, "interpreter_agrees"),

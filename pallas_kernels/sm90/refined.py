@@ -1,0 +1,257 @@
+"""Several refinement steps on Hopper, forward and backward, for one chunk of heads and query tiles after another.
+
+Each step but the last hands queries of its own for every key row on to the next (paper, A.2). R and its way back are
+those of one step, with these queries and, before the last step, without Y. From L to the next queries, and what their
+gradients need beside `left_refine_backward`, are kernels of another package, which it gives as a `PairKernels`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from monarchrt.pallas_kernels.sm90.backward import Gradients, add_chunk, output_stats
+from monarchrt.pallas_kernels.sm90.config import SLAB, BackwardConfig, ForwardConfig, LeftConfig, column_blocks
+from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, Pair, chunk_sizes, like, put_chunk, tiles_seen
+from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
+from monarchrt.pallas_kernels.sm90.left_refine_backward import left_refine_backward_role
+from monarchrt.pallas_kernels.sm90.query import query_role
+from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
+from monarchrt.pallas_kernels.sm90.shared import launch, varying
+from monarchrt.pallas_kernels.sm90.types import Index
+
+PairKernels = Callable[..., Any]
+"""`monarchrt.triton_kernels.pairs.Pairs` or what stands for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a refinement step before the last leaves for its gradient: arrays as `Pairs.refine` takes and gives them."""
+
+    alpha: jax.Array
+    c: jax.Array
+    queries: jax.Array  # of the next step
+    factors: jax.Array
+    stats: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A call, its key tiles that are seen, and what makes kernels of pairs for a chunk of it."""
+
+    call: Call
+    visible: jax.Array  # int32 [A]
+    num_iters: int
+    kernels: PairKernels
+
+    def pairs(self, head: Index, tile: Index) -> Any:
+        """The other package's kernels for a chunk."""
+        call = self.call
+        split = column_blocks(call.q.shape[3], call.tiles, call.masked)
+        return self.kernels(
+            q=call.q,
+            k=call.k,
+            visible=self.visible,
+            start=call.start(head, tile),
+            scale=call.scale,
+            heads=call.heads,
+            tiles=call.tiles,
+            split=(split.items, split.full, split.tail_rows, split.packed),
+        )
+
+    def steps(self, head: Index, tile: Index, width: int) -> tuple[list[Step], Arrays]:
+        """The steps of a chunk before the last; alpha, Y and c_L of the last. `width` as `Pairs.refine` has it."""
+        before, queries = [], None
+        for _ in range(self.num_iters - 1):
+            alpha, c = launch(*self.call.right(head, tile, values=False, queries=queries))
+            queries, factors, stats = self.pairs(head, tile).refine(alpha, c, width=width)
+            before.append(Step(alpha, c, queries, factors, stats))
+        return before, launch(*self.call.right(head, tile, queries=queries))
+
+
+def _work(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    limit: int,
+    *,
+    num_iters: int,
+    scale: float,
+    masked: bool,
+    config: ForwardConfig,
+    kernels: PairKernels,
+) -> tuple[_Work, list[tuple[int, int]]]:
+    """The work, and first head and query tile of its chunks, each of `limit` bytes of alpha and Y at most."""
+    batch, tiles, rows, cols, heads, dim = q.shape
+    chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, limit)
+    limits = tiles_seen(visible, k.shape[1], masked) * rows
+    call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
+    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
+    seen = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) if masked else jnp.full(tiles, k.shape[1], jnp.int32)
+    return _Work(call, seen, num_iters, kernels), places
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    *,
+    num_iters: int,
+    scale: float,
+    masked: bool,
+    config: ForwardConfig,
+    kernels: PairKernels,
+) -> Pair:
+    """The output and log-sum-exp of the last of several refinement steps.
+
+    Args:
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A].
+        num_iters: T, 2 or more.
+        scale: Softmax scale.
+        masked: Whether `visible` may hide a key tile.
+        config: Sizes.
+        kernels: The other package's.
+
+    Returns:
+        out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H] in float32.
+    """
+    sizes: dict[str, Any] = dict(num_iters=num_iters, scale=scale, masked=masked, config=config, kernels=kernels)
+    work, places = _work(q, k, v, visible, config.chunk_bytes, **sizes)
+    width = -(-q.shape[2] // 8) * 8
+
+    def chunk(head, tile):
+        return work.call.tiled(*launch(*work.call.left(head, tile, work.steps(head, tile, width)[1])))
+
+    if len(places) == 1:
+        return chunk(0, 0)
+    empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
+
+    def body(n, carry):
+        head, tile = jnp.array(places, jnp.int32)[n]
+        return put_chunk(carry, head, tile, chunk(head, tile))
+
+    return lax.fori_loop(0, len(places), body, empty)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    num_iters: int,
+    scale: float,
+    masked: bool,
+    grad_tiles: int | None,
+    config: BackwardConfig,
+    kernels: PairKernels,
+) -> Gradients:
+    """The gradients of q, k and v.
+
+    Args:
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A].
+        out: The forward pass's output, as q.
+        lse: Its log-sum-exp [B, A, b1, b2, H].
+        d_out: The output's gradient, as q.
+        num_iters: T, 2 or more.
+        scale: Softmax scale, not 0.
+        masked: Whether `visible` may hide a key tile.
+        grad_tiles: dk and dv are wanted for so many of the last visible key tiles and zero elsewhere; None: for all.
+        config: Sizes; `left` and `keys` are independent. A chunk of T steps takes what a chunk of one step does.
+        kernels: The other package's.
+
+    Returns:
+        dq, as q, dk and dv, as k.
+    """
+    forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=SLAB))
+    sizes: dict[str, Any] = dict(num_iters=num_iters, scale=scale, masked=masked, config=forward, kernels=kernels)
+    work, places = _work(q, k, v, visible, 2 * config.chunk_bytes // (num_iters + 1), **sizes)
+    seen = tiles_seen(visible, k.shape[1], masked)
+    stats = output_stats(out, lse, d_out, scale, config)
+    first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * q.shape[2]
+    wanted = jnp.stack([first, seen.max() * q.shape[2]])
+
+    def chunk(head, tile):
+        return _chunk(work, d_out, stats, wanted, config, head, tile)
+
+    if len(places) == 1:
+        dq, dk, dv = chunk(0, 0)
+        return dq, dk.astype(k.dtype), dv
+    summed = work.call.tiles < q.shape[1]
+    dtypes = (q.dtype, jnp.float32, jnp.float32 if summed else v.dtype)
+
+    def body(n, carry):
+        head, tile = jnp.array(places, jnp.int32)[n]
+        return add_chunk(carry, chunk(head, tile), head, tile, summed)
+
+    zeros = zip((q.shape, k.shape, v.shape), dtypes, strict=True)
+    start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
+    dq, dk, dv = lax.fori_loop(0, len(places), body, start)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _chunk(
+    work: _Work,
+    d_out: jax.Array,
+    stats: jax.Array,
+    wanted: jax.Array,
+    config: BackwardConfig,
+    head: Index,
+    tile: Index,
+) -> Gradients:
+    """dq and dv of a chunk in the inputs' dtype, dk in float32: [B, tiles or C, b1, b2, heads, D]."""
+    call = work.call
+    batch, _, rows, cols, heads, dim = call.q.shape
+    slabs, pairs = dim // SLAB, call.pairs
+    sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
+    mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
+    flat, columns = (-1, *mid[2:]), (batch, -1, rows, cols * heads, slabs, SLAB)
+    q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
+    k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
+    start = call.start(head, tile)
+    key_start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
+    kernels = work.pairs(head, tile)
+    before, (alpha, y, c) = work.steps(head, tile, config.left.width(rows))
+
+    def through_right(n: int, gradients: Arrays, *, values: bool) -> Arrays:
+        """dk, dv and s dZ of step n; gradients of alpha, Y and c_L, without `values` of alpha and c_L."""
+        own = before[n - 1].queries.reshape(mid) if n else q
+        d_alpha, *_, d_c = gradients
+        d_y = gradients[1] if values else d_alpha  # not read
+        options: dict[str, Any] = dict(scale=call.scale, config=config.keys, values=values, further=n > 0, **sizes)
+        arrays = (own, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, key_start)
+        return launch(independent_role(like(q), like(k), **options), arrays)
+
+    inputs = (call.q.reshape(columns), d_out.reshape(columns), alpha.reshape(flat), y.reshape(flat), c, stats)
+    role = left_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
+    *gradients, dq = launch(role, (*inputs, call.limits, start))
+    dk, dv, dz = through_right(len(before), tuple(gradients), values=True)
+    dk = dk.astype(jnp.float32)
+    for n, step in reversed(list(enumerate(before))):
+        du, products = kernels.query(step.queries, dz, step.factors)
+        numbers = (step.c, step.factors, products)
+        left_stats = kernels.delta(step.alpha, du, *numbers, step.stats)
+        role = left_refine_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
+        vectors = (call.q.reshape(columns), step.alpha.reshape(flat), du.reshape(flat))
+        *gradients, part = launch(role, (*vectors, *numbers, left_stats, call.limits, start))
+        more, _, dz = through_right(n, tuple(gradients), values=False)
+        dk = dk + more.astype(jnp.float32)
+        dq = (dq.astype(jnp.float32) + part.astype(jnp.float32)).astype(dq.dtype)
+    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
+    (dq,) = launch(role, (k, dz, dq.reshape(*dq.shape[:-1], slabs, SLAB), call.limits, key_start))
+    dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
+    return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
