@@ -1,4 +1,4 @@
-"""Ranges of the numbers among settings."""
+"""Range checks of numeric settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from monarchrt.models.errors import UserError
 
 
 def check_bounds(settings: Any, bounds: Mapping[str, tuple[int | float, int | float]]) -> None:
-    """Checks that numbers lie in their ranges.
+    """Checks that numeric settings lie in their ranges.
 
     Examples:
         >>> check_bounds(type("Settings", (), {"steps": 0}), {"steps": (1, 1000)})
@@ -16,8 +16,8 @@ def check_bounds(settings: Any, bounds: Mapping[str, tuple[int | float, int | fl
         monarchrt.models.errors.UserError: steps is 0; it must be at least 1
 
     Args:
-        settings: Anything with some of these attributes; None stands for one that is not given.
-        bounds: The smallest and the largest value by name; the largest may be infinite, and then infinity is valid.
+        settings: An object with some of these attributes; missing ones and those that are None are not checked.
+        bounds: Smallest and largest valid value by name, both inclusive; the largest may be infinity.
 
     Raises:
         UserError: If a number is too small, too large or NaN.
@@ -34,7 +34,7 @@ def check_bounds(settings: Any, bounds: Mapping[str, tuple[int | float, int | fl
 
 
 def short(value: object) -> str:
-    """A value as a message shows it, however long it is.
+    """A value as text for a message, at most 40 characters.
 
     Examples:
         >>> short(81), short(10**50)
@@ -42,6 +42,6 @@ def short(value: object) -> str:
     """
     try:
         text = str(value)
-    except ValueError:  # Python writes no integers of more digits
+    except ValueError:  # Python refuses to print integers of more than about 4300 digits
         return "an integer of thousands of digits"
     return text if len(text) <= 40 else f"{text[:37]}..."

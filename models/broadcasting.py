@@ -1,11 +1,11 @@
-"""Vectors that meet arrays of more axes, said in full: programs may forbid axes that are added without a word."""
+"""Explicit broadcasting of vectors, since `jax_numpy_rank_promotion` may forbid the implicit kind."""
 
 import numpy as np
 from jaxtyping import Array, Shaped
 
 
 def along_last[Vector: (Array, np.ndarray)](vector: Vector, like: Shaped[Array, "*batch _"]) -> Vector:
-    """A vector with as many axes as another array, all but the last of size 1.
+    """Reshapes a vector to the number of axes of another array, all of size 1 but the last.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -14,7 +14,7 @@ def along_last[Vector: (Array, np.ndarray)](vector: Vector, like: Shaped[Array, 
 
     Args:
         vector: [D], for the last axis.
-        like: Has as many axes.
+        like: The array whose number of axes the result gets.
 
     Returns:
         The vector, [1, ..., 1, D].

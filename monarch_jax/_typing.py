@@ -1,4 +1,4 @@
-"""Array annotations, `Float[Array, "B N H D"]`: jaxtyping's when it is installed, inert otherwise."""
+"""Array annotations such as `Float[Array, "B N H D"]`: jaxtyping's if it is installed, else plain arrays."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 else:
     try:
         from jaxtyping import Array, Bool, Float, Int
-    except ImportError:  # the annotations are documentation then
+    except ImportError:  # the annotations are then documentation only
         from jax import Array
 
         class _Inert:

@@ -58,27 +58,28 @@ def monarch_attention(
         key: [B, F_k*h*w, H, D]. F_k follows from its length.
         value: [B, F_k*h*w, H, D].
         grid: (F_q, h, w) of the query tokens.
-        tile: (n_f, n_h, n_w), a tile's frames, rows and columns, each dividing the grid's (n_f also F_k); default
-            (1, h, w).
+        tile: (n_f, n_h, n_w), the frames, rows and columns of a tile; each divides the grid's size along that axis, and
+            n_f also F_k. Default: (1, h, w).
         blocks: Dimensions that form a tile's rows and columns, one of "fh,w" (default), "w,fh", "f,hw", "hw,f", "fw,h",
             "h,fw" (Section 4.1).
         num_iters: Refinement steps T; 1 is what finetuned models use (Section 4.3).
-        scale: Softmax scale, a number of at most 1e6 known when tracing; default D**-0.5.
+        scale: Softmax scale, a Python number (not traced) of magnitude at most 1e6; default D**-0.5.
         causal_block: Frames per block of a block-causal mask: a query sees its own block and earlier ones. The
             queries are the last F_q of the (valid) key frames. Default None: bidirectional.
-        kv_frames: How many leading key frames are valid, a multiple of n_f: an integer, or an int32 scalar that may be
-            traced, so that one compiled program serves a KV cache however full it is. A traced one is not checked.
-            Default None: all.
+        kv_frames: Number of leading key frames that are valid, a multiple of n_f: an integer, or an int32 scalar that
+            may be traced, so that one compiled program serves a KV cache at any fill level. Traced values are not
+            checked. Default None: all frames.
         keep_intermediates: Trades memory for time in differentiated calls: "mosaic" keeps alpha, Y and c_L from the
             forward pass instead of recomputing them, 4*D bytes for every tile column of queries, tile row of keys and
             head (4.3 GB per call for 81 frames of 480p with tile (1, h, w), a third of that with (3, h, w)). Useful
             when residuals do not accumulate, as in a checkpointed layer. The other implementations always recompute
             them; results are the same.
-        intermediates: What alpha and Y are rounded to between the two stages: None, the inputs' dtype; or "e4m3", 8
-            bits with one scale per vector [D] (`monarch_jax.intermediates`), which halves the memory traffic that
-            limits the kernels. The error is 3 to 9 times that of bfloat16, so this is for inference. "mosaic" stores 8
-            bits, on Hopper only; "reference" and "xla" compute the same numbers, no faster; "triton" does not support
-            it, so that None uses "xla" on other cards. Gradients are computed by XLA at the rounded alpha and Y.
+        intermediates: Precision to which alpha and Y are rounded between the two stages: None for the inputs' dtype, or
+            "e4m3" for 8 bits with one scale per vector [D] (`monarch_jax.intermediates`), which halves the memory
+            traffic that limits the kernels. The error is 3 to 9 times that of bfloat16, so this is meant for inference.
+            "mosaic" stores 8 bits, on Hopper only; "reference" and "xla" compute the same numbers without a speedup;
+            "triton" does not support it, so on other GPUs `implementation=None` selects "xla". Gradients are computed
+            by XLA at the rounded alpha and Y.
         implementation: "reference" (the definition in einsums), "xla" (chunked over query tiles), "triton", "mosaic",
             or None: the first of `monarch_jax.backends.automatic()` that supports the call.
 
@@ -86,8 +87,7 @@ def monarch_attention(
         [B, F_q*h*w, H, D] in the inputs' dtype.
 
     Raises:
-        ValueError: If shapes, dtypes, grid, tile, blocks, scale, kv_frames, intermediates or the implementation's name
-            do not fit.
+        ValueError: If a shape, a dtype or an argument is invalid, or they are inconsistent.
         NotImplementedError: If the requested implementation does not support this call; the message says why.
     """
     query, key, value = _arrays(query, key, value)
@@ -97,7 +97,7 @@ def monarch_attention(
         kv_frames = index("kv_frames", kv_frames)
         if not isinstance(kv_frames, Tracer):
             kept = _with_frames(spec, int(kv_frames))
-            if isinstance(kv_frames, int):  # what is known when tracing costs nothing when running
+            if isinstance(kv_frames, int):  # a static number: slice now instead of masking in the program
                 spec, key, value, kv_frames = kept, key[:, : kept.key_tokens], value[:, : kept.key_tokens], None
     q, k, v = (tokens_to_tiles(x, spec) for x in whole_tokens(query, key, value))
     options = {"scale": scale, "keep": keep, "intermediates": intermediates, "implementation": implementation}
@@ -140,7 +140,7 @@ def monarch_attention_1d(
         [B, N_q, H, D] in the inputs' dtype.
 
     Raises:
-        ValueError: If shapes, dtypes or block sizes do not fit.
+        ValueError: If a shape, a dtype or an argument is invalid, or `block_sizes` do not divide the sequence.
         NotImplementedError: If the requested implementation does not support this call.
     """
     query, key, value = _arrays(query, key, value)
@@ -229,7 +229,27 @@ def attend_tiles(
     keep: bool = False,
     intermediates: str | None = None,
 ) -> Float[Array, "B A b1 b2 H D"]:
-    """The operation on arrays already in tiles, as a KV cache keeps its keys; the shapes have been checked."""
+    """`monarch_attention` of arrays that are already in tiles, as in a KV cache.
+
+    Args:
+        spec: The attention; shapes must match it and are not checked.
+        q: [B, A, b1, b2, H, D], query tiles.
+        k: [B, C, b1, b2, H, D], key tiles.
+        v: As `k`.
+        kv_frames: As in `monarch_attention`.
+        scale: As in `monarch_attention`.
+        implementation: As in `monarch_attention`.
+        grad_tiles: As in `Problem`.
+        keep: `keep_intermediates` of `monarch_attention`.
+        intermediates: As in `monarch_attention`.
+
+    Returns:
+        [B, A, b1, b2, H, D] in the dtype of `q`.
+
+    Raises:
+        ValueError: If scale, intermediates or the implementation's name are invalid.
+        NotImplementedError: If the requested implementation does not support this call.
+    """
     check_intermediates(intermediates)
     changes = {"grad_tiles": grad_tiles, "keep": keep, "intermediates": intermediates}
     problem = dataclasses.replace(_problem(spec, q.shape[-1], scale, kv_frames), **changes)
@@ -256,7 +276,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
 
 
 def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:
-    """The same attention over the leading `frames` of the keys."""
+    """The spec restricted to the leading `frames` of the keys; raises ValueError if they are not whole tiles."""
     n_f, total = spec.tile_shape[0], spec.total_key_frames
     if not 0 < frames <= total or frames % n_f:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The registry of backends, the order in which they are tried, and the choice for a call.
+"""The registry of backends, the order in which they are tried, and the choice of one for a call.
 
-`contract` defines what a backend is. To add one, add a row to `_REGISTRY`.
+`contract` defines the interface of a backend. To add one, add a row to `_REGISTRY`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from monarch_jax.devices import cuda_capability, on_cuda
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 
 
-@functools.cache  # the same function in every call, so that JAX reuses what it has traced
+@functools.cache  # the same function object in every call, so that JAX finds it in its tracing cache
 def _reference() -> Backend:
     from monarch_jax import reference
 
@@ -60,7 +60,7 @@ def _mosaic() -> Backend:
 
 
 def _first_vjp(*kernels) -> Vjp:
-    """The vjp of the first of these packages that supports the call, else XLA's, from the same residuals."""
+    """A vjp that runs the first of these packages to support the call, else XLA, on the same residuals."""
 
     def vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):
         from monarch_jax import xla
@@ -79,10 +79,10 @@ _REGISTRY: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
 }
 IMPLEMENTATIONS = tuple(_REGISTRY)
-AUTOMATIC = ("triton", "xla")  # what None tries, in order
-# the same by the major version of the GPU's compute capability: Triton kernels need Ampere, Mosaic kernels Hopper
+AUTOMATIC = ("triton", "xla")  # tried in this order for implementation=None
+# exceptions by major compute capability of the GPU: Triton kernels need Ampere (8), Mosaic kernels Hopper (9)
 AUTOMATIC_ON = {7: ("xla",), 9: ("mosaic", "triton", "xla")}
-_ON_CUDA = frozenset({"mosaic", "triton"})  # None uses these only on NVIDIA GPUs; by name they lower anywhere
+_ON_CUDA = frozenset({"mosaic", "triton"})  # chosen automatically only on NVIDIA GPUs; by name they lower anywhere
 
 
 def check_name(implementation: str | None) -> None:
@@ -98,15 +98,16 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
         problem: The static part of the call.
-        q: Query tiles, shape and dtype.
-        k: Key tiles, shape and dtype.
+        q: Shape [B, A, b1, b2, H, D] and dtype of the query tiles.
+        k: Shape [B, C, b1, b2, H, D] and dtype of the key tiles.
 
     Returns:
         The backend.
 
     Raises:
         ValueError: If the name is unknown.
-        NotImplementedError: If the named backend, or every automatic one, does not support the call; says why.
+        NotImplementedError: If the named backend, or every automatic one, does not support the call; the message says
+            why.
     """
     check_name(implementation)
     reasons = []
@@ -126,6 +127,6 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
 
 
 def automatic() -> tuple[str, ...]:
-    """What None tries, in order, where JAX runs by default: `AUTOMATIC`, or the GPU's entry in `AUTOMATIC_ON`."""
+    """Backends tried for implementation=None on the default device, in order: of `AUTOMATIC_ON`, else `AUTOMATIC`."""
     capability = cuda_capability()
     return AUTOMATIC if capability is None else AUTOMATIC_ON.get(int(capability), AUTOMATIC)

@@ -1,7 +1,7 @@
-"""Block-sparse attention: each block of queries attends to the blocks of keys that its list names.
+"""Block-sparse attention: each block of queries attends to the blocks of keys in its list.
 
-This is what sparse kinds of attention share once they have chosen keys: tokens in blocks, a list of key blocks for each
-head and query block and, for bands that cut through blocks, a predicate on tokens. One set of kernels serves them all.
+All sparse kinds of attention reduce to this once they have chosen keys: tokens in blocks, a list of key blocks per head
+and query block and, for bands that cut through blocks, a predicate on tokens. One set of kernels serves them all.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ IMPLEMENTATIONS = ("triton", "xla")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockLists:
-    """For each block of one side, the blocks of the other side that it meets, each once.
+    """For each block of one side, a list of the distinct blocks of the other side that it meets.
 
     Attributes:
-        entries: int32 [B, H, blocks, L], block numbers, of which the first `count` are read. Whole blocks come first,
+        entries: int32 [B, H, blocks, L], block numbers, of which the first `count` are valid. Whole blocks come first,
             then the others, longest first.
-        whole: int32 [B, H, blocks], how many leading entries are whole: of the largest size, and seen without a mask.
-        count: int32 [B, H, blocks], number of entries.
+        whole: int32 [B, H, blocks], number of leading entries that are whole: of the largest size, seen without a mask.
+        count: int32 [B, H, blocks], number of valid entries.
     """
 
     entries: Any
@@ -45,15 +45,15 @@ class BlockLists:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMask:
-    """Which keys each query sees, by blocks; made by `block_mask`. B and H may be 1, for all samples or heads.
+    """The keys that each query sees, by blocks; made by `block_mask`. B and H may be 1, for all samples or heads.
 
-    Arrays are NumPy's, which are known when tracing, or JAX's.
+    Arrays are NumPy arrays, which are static while tracing, or JAX arrays.
 
     Attributes:
-        query_starts: int32 [B, H, Qb + 1], the first token of each block of queries, and one past the last block's.
-        key_starts: int32 [B, H, Kb + 1], likewise; keys beyond are seen by none.
+        query_starts: int32 [B, H, Qb + 1], the first token of each block of queries, and one past the last token.
+        key_starts: int32 [B, H, Kb + 1], likewise for keys; no query sees keys after the last block.
         keys: For each block of queries, its blocks of keys.
-        queries: For each block of keys, its blocks of queries: the same pairs.
+        queries: For each block of keys, its blocks of queries; the same pairs as in `keys`.
         rows: Largest number of queries in a block.
         columns: Largest number of keys in a block.
         query_places: int32 [B, H, Nq], position of each query in the order in which the band is defined; None without
@@ -61,7 +61,7 @@ class BlockMask:
         key_places: int32 [B, H, Nk], likewise.
         width: In blocks that are not whole, keys within this distance of the query's position are seen; None: all.
         sink: Keys at positions below this one are seen too.
-        even: A promise that each block has the largest size or is empty, and that there is no band.
+        even: Whether every block is known to be of the largest size or empty, and there is no band.
     """
 
     query_starts: Any
@@ -91,7 +91,7 @@ def block_mask(
     width: int | None = None,
     sink: int = 0,
 ) -> BlockMask:
-    """Builds the block lists of a map, for both directions; with NumPy, once, unless arguments are traced.
+    """Builds a mask and its block lists in both directions, with NumPy unless an argument is a JAX array.
 
     Examples:
         >>> mask = block_mask(np.array([[[[True, True], [False, True]]]]), query_starts=[0, 2, 3], key_starts=[0, 2, 4])
@@ -102,15 +102,15 @@ def block_mask(
         seen: bool [B, H, Qb, Kb], which blocks of keys each block of queries sees, at least in part; B and H may be 1.
         query_starts: [Qb + 1] or [B, H, Qb + 1], the first query of each block, from 0, and one past the last query.
             A block may be empty.
-        key_starts: [Kb + 1] or [B, H, Kb + 1], likewise; keys beyond the last are seen by none.
-        rows: Largest number of queries in a block; needed if `query_starts` is traced.
-        columns: Largest number of keys in a block; needed if `key_starts` is traced.
-        most: Largest number of key blocks that a query block sees, which is the length of the lists of a traced map.
-            None: all.
-        cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False promises that the whole pair is
-            in the band or the sink, so that kernels need no predicate. None: any may be cut.
+        key_starts: [Kb + 1] or [B, H, Kb + 1], likewise for keys; no query sees keys after the last block.
+        rows: Largest number of queries in a block; required if `query_starts` is a JAX array.
+        columns: Largest number of keys in a block; required if `key_starts` is a JAX array.
+        most: Largest number of key blocks that a query block sees, and so the length of the lists if `seen` is a JAX
+            array. None: all.
+        cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False asserts that the whole pair is
+            in the band or the sink, so that kernels need no predicate. None: any pair may be cut.
         query_places: int32 [B, H, Nq], positions in the order in which the band is defined.
-        key_places: int32 [B, H, Nk], likewise.
+        key_places: int32 [B, H, Nk], likewise for keys.
         width: Within listed blocks, keys up to this distance from the query's position are seen. None: all; no band.
         sink: Keys at positions below this one are seen too.
 
@@ -160,7 +160,7 @@ def block_mask(
 
 
 def apart(mask: BlockMask) -> tuple[list[Array], Callable[[list[Array]], BlockMask]]:
-    """A mask's JAX arrays, and a function that rebuilds the mask from them; NumPy arrays stay known when tracing.
+    """Splits a mask into its JAX arrays and a function that rebuilds it from them; NumPy arrays stay static.
 
     Examples:
         >>> mask = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
@@ -179,12 +179,12 @@ def apart(mask: BlockMask) -> tuple[list[Array], Callable[[list[Array]], BlockMa
 
 
 def _even(starts: Any, size: int) -> bool:
-    """Whether blocks are known to hold `size` tokens, or none."""
+    """Whether every block is known to hold `size` tokens or none."""
     return isinstance(starts, np.ndarray) and bool(np.isin(np.diff(starts), (0, size)).all())
 
 
 def _lists(seen: Any, whole: Any, shorter: Any, most: int | None) -> BlockLists:
-    """Numbers of blocks along the last axis, those that are seen whole first, then by length, else ascending."""
+    """Lists of the block numbers along the last axis: whole blocks first, then by decreasing length; ties ascending."""
     xp, blocks = (jnp, seen.shape[-1]) if isinstance(seen, jax.Array) else (np, seen.shape[-1])
     count = seen.sum(-1).astype(np.int32)
     if xp is np:
@@ -209,9 +209,9 @@ def block_sparse_attention(
 ) -> Float[Array, "B Nq H D"]:
     """Softmax attention of each block of queries to the blocks of keys in its list.
 
-    Computes what sparse attention such as SVG, Radial, STA, VSA and SLA needs once it has chosen keys (MonarchRT
-    compares with these in Section 5). Softmax and sums are in float32 for half precision. Differentiable in query, key
-    and value in reverse mode; the mask has no gradient. Memory is linear in the tokens.
+    Sparse attention such as SVG, Radial, STA, VSA and SLA reduces to this once it has chosen keys (MonarchRT compares
+    with these in Section 5). Softmax and sums are in float32 for half precision. Differentiable in query, key and value
+    in reverse mode; the mask has no gradient. Memory is linear in the number of tokens.
 
     Examples:
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
@@ -222,17 +222,17 @@ def block_sparse_attention(
     Args:
         query: [B, Nq, H, D], tokens in the order of the mask's blocks.
         key: [B, Nk, H, D], likewise.
-        value: [B, Nk, H, D].
-        mask: Blocks and lists.
+        value: [B, Nk, H, D], in the order of `key`.
+        mask: The keys that each query sees, made by `block_mask`.
         scale: Softmax scale, above 0 and at most 1e6; default D**-0.5.
-        implementation: "triton" (kernels, NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or None:
-            the first that supports the call where JAX runs.
+        implementation: "triton" (kernels for NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or
+            None: the first that supports the call on the default device.
 
     Returns:
         [B, Nq, H, D] in the inputs' dtype; zero for a query that sees no key.
 
     Raises:
-        ValueError: If shapes, dtypes, scale or the implementation's name do not fit.
+        ValueError: If a shape, a dtype or an argument is invalid, or the mask is for other shapes.
         NotImplementedError: If the requested implementation does not support this call; the message says why.
     """
     query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
@@ -262,11 +262,11 @@ def choose(implementation: str | None, query: Any, key: Any) -> str:
 
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
-        query: [B, Nq, H, D], shape and dtype.
-        key: [B, Nk, H, D], shape and dtype.
+        query: Has the shape [B, Nq, H, D] and the dtype of the queries.
+        key: Has the shape [B, Nk, H, D] and the dtype of the keys.
 
     Returns:
-        Its name.
+        The name of the implementation.
 
     Raises:
         ValueError: If the name is unknown.
@@ -287,7 +287,7 @@ def choose(implementation: str | None, query: Any, key: Any) -> str:
 
 
 def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
-    """Raises ValueError if shapes and dtypes do not fit each other."""
+    """Raises ValueError if shapes or dtypes are inconsistent."""
     for name, x in {"query": query, "key": key, "value": value}.items():
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {x.shape}; it should be [B, tokens, H, D].")
@@ -318,7 +318,7 @@ def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
 
 
 def _side(lists: BlockLists, starts: Any, others: Any, places: Any, batch: int, heads: int) -> Side:
-    """Arrays [B, H, ...] as the kernels read them: an entry is where its block begins and ends."""
+    """The lists in the form that kernels read, [B, H, ...]: the first and last token of each entry, not its number."""
     lead = np.broadcast_shapes(lists.entries.shape[:2], others.shape[:2])
     xp: Any = np if isinstance(others, np.ndarray) and isinstance(lists.entries, np.ndarray) else jnp
     entries = xp.broadcast_to(lists.entries, (*lead, *lists.entries.shape[2:]))
@@ -331,7 +331,7 @@ def _side(lists: BlockLists, starts: Any, others: Any, places: Any, batch: int, 
 
 
 def kernel_sides(mask: BlockMask, *, batch: int, heads: int) -> tuple[Side, Side]:
-    """A mask as the kernels read it: blocks of queries with their blocks of keys, and the reverse.
+    """Converts a mask to the form that the kernels read: blocks of queries with their blocks of keys, and the reverse.
 
     Examples:
         >>> mask = block_mask(np.eye(2, dtype=bool)[None, None], query_starts=[0, 4, 8], key_starts=[0, 4, 8])
@@ -345,7 +345,7 @@ def kernel_sides(mask: BlockMask, *, batch: int, heads: int) -> tuple[Side, Side
 
 
 def _by_kernels(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
-    """The Triton kernels."""
+    """`block_sparse_attention` by the Triton kernels, with rules for vmap and for several devices."""
     batch, heads = query.shape[0], query.shape[2]
     queries, keys = kernel_sides(mask, batch=batch, heads=heads)
     flat = vary_alike(query, key, value, *queries, *keys)
@@ -387,7 +387,7 @@ def _triton() -> Any:
 
 
 def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
-    """The definition: a block of queries at a time, softmax over the keys of its list, gradients by JAX."""
+    """The definition of `block_sparse_attention`, one block of queries at a time, differentiated by JAX."""
     batch, tokens, heads, _ = query.shape
     dtype = accumulator_dtype(query.dtype)
     lead = (batch, heads)

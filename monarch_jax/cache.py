@@ -1,4 +1,4 @@
-"""A KV cache for autoregressive video: keys and values of whole frames, kept in tiled order (Self-Forcing)."""
+"""A KV cache for autoregressive video: keys and values of whole frames, stored in tiled order (Self-Forcing)."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ Rest = TypeVar("Rest")
 
 @jax.custom_jvp
 def _detach_layer(buffer: jax.Array, layer: int | jax.Array) -> jax.Array:
-    """`lax.stop_gradient` of one layer's keys or values, [layers, B, ...]; nothing is copied."""
+    """`lax.stop_gradient` for one layer of a buffer [layers, B, ...], without copying the buffer."""
     return buffer
 
 
@@ -37,18 +37,19 @@ def _detach_layer_jvp(primals, tangents):
 def _attend_newest_last(
     spec: MonarchSpec, q: jax.Array, k: jax.Array, v: jax.Array, frames: jax.Array, places: Any, options: dict[str, Any]
 ) -> jax.Array:
-    """`attend_tiles`, for whose gradient the frame groups at two places change theirs: the newest comes last.
+    """`attend_tiles` whose backward pass swaps the newest frame group of the keys and values with the last valid one.
 
-    The order of keys does not matter, and backends leave out gradients of all but the last tiles (`grad_tiles`).
+    Backends compute gradients only for the last tiles (`grad_tiles`), and the result does not depend on the order of
+    the keys, so swapping the two groups gives the newest group its gradients.
 
     Args:
-        spec: Sizes and options of the call.
+        spec: The attention of this call.
         q: [B, A, b1, b2, H, D].
         k: [B, C, b1, b2, H, D].
-        v: As k.
-        frames: Number of valid frames.
-        places: Two int32 scalars, the group that has gradients and the last one that is valid.
-        options: Options of `attend_tiles`.
+        v: As `k`.
+        frames: int32 scalar, number of valid key frames.
+        places: Two int32 scalars: index of the newest frame group, and of the last valid one.
+        options: Keyword arguments of `attend_tiles`.
     """
     size = spec.tiles_per_group
 
@@ -78,18 +79,18 @@ def _attend_newest_last(
 
 
 def _known(number: int | jax.Array) -> int | jax.Array:
-    """An int, unless it is traced."""
+    """The number as a Python int, unless it is traced."""
     return number if isinstance(number, int | Tracer) else int(number)
 
 
 @functools.partial(jax.tree_util.register_dataclass, drop_fields=("_newest",))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonarchKVCache:
-    """Keys and values of the frames so far, rearranged into tiles once, when written. A pytree of fixed shapes.
+    """A KV cache that stores keys and values in tiles. A pytree whose shapes do not change.
 
-    A block of frames is written with `append` and may be rewritten in place while it is the newest (every denoising
-    step does). With `rolling`, frames past the capacity overwrite the oldest ones except the first `sink_frames`; the
-    order of slots does not matter to the attention, so nothing is ever shifted. Keys carry their absolute RoPE.
+    `append` writes a block of frames. The newest block may be rewritten in place, as every denoising step does. With
+    `rolling`, frames past the capacity overwrite the oldest ones except the first `sink_frames`; since attention does
+    not depend on the order of the slots, nothing is ever shifted. Keys are stored with RoPE of their absolute position.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -99,27 +100,27 @@ class MonarchKVCache:
         >>> cache.attend(q).shape, int(cache.valid_frames)
         ((1, 60, 2, 8), 3)
 
-    One cache may hold all layers of a network (`init(layers=...)`), for a loop over them that carries it: blocks are
-    then written where they lie, and where `layer` is the loop's own counter XLA may hand them to kernels uncopied.
+    One cache may hold all layers of a network (`init(layers=...)`) and be the carry of a loop over the layers: blocks
+    are then written in place, and if `layer` is the loop counter, XLA can pass slices to kernels without a copy.
 
     Attributes:
         key: [B, tiles, b1, b2, H, D], tiles of frame groups in slot order; [layers, B, ...] with `layers`.
         value: As `key`.
-        length: int32 scalar, frames written so far, evicted ones included; -1 after a block that had no place.
+        length: int32 scalar, frames written so far, including evicted ones; -1 after a block that could not be placed.
         spec: Grid of one frame group, capacity (`key_frames`), tile and layout.
         sink_frames: Leading frames that are never evicted.
         rolling: Whether frames past the capacity evict the oldest.
         detach_past: Whether gradients reach only the keys and values of the newest block.
     """
 
-    key: Any  # arrays, but JAX also builds pytrees of placeholders
+    key: Any  # arrays, or placeholders when JAX rebuilds the pytree
     value: Any
     length: Any
     spec: MonarchSpec = dataclasses.field(metadata={"static": True})
     sink_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})
     detach_past: bool = dataclasses.field(default=False, metadata={"static": True})
-    # frames of the newest block, only on the object that `append` returned: caches stay pytrees of one structure
+    # frames of the newest block; set only on the object that `append` returns, and not part of the pytree
     _newest: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -140,29 +141,30 @@ class MonarchKVCache:
         layers: int | None = None,
         dtype: DTypeLike = jnp.bfloat16,
     ) -> "MonarchKVCache":
-        """An empty cache.
+        """Creates an empty cache.
 
         Args:
-            batch: B.
+            batch: Batch size B.
             frames: Capacity in frames, a multiple of the tile's n_f.
             height: Token rows of a frame, h.
             width: Token columns of a frame, w.
-            heads: H.
-            head_dim: D.
+            heads: Number of heads H.
+            head_dim: Size of a head D.
             tile: (n_f, n_h, n_w) as in `monarch_attention`; default (1, h, w).
             blocks: Layout as in `monarch_attention`.
             rolling: Whether frames past the capacity overwrite the oldest; otherwise they are an error.
-            sink_frames: Leading frames that a rolling cache keeps for ever, a multiple of n_f below `frames`.
-            detach_past: Whether gradients reach only the newest block's keys and values, not what was cached before
+            sink_frames: Leading frames that a rolling cache never evicts, a multiple of n_f below `frames`.
+            detach_past: Whether gradients reach only the newest block's keys and values, not those cached before it
                 (Self-Forcing training).
-            layers: Keys and values of so many layers at once; `append` and `attend` then take a `layer`.
-            dtype: Of keys and values.
+            layers: Number of layers, if the cache holds all layers of a network; `append` and `attend` then need a
+                `layer`. None: a cache of one layer.
+            dtype: Dtype of keys and values.
 
         Returns:
-            The cache, zeros.
+            The cache, filled with zeros.
 
         Raises:
-            ValueError: If sizes do not fit each other or the dtype is not a float.
+            ValueError: If a size is invalid, sizes are inconsistent, or the dtype is not a float.
         """
         n_f = 1 if tile is None else triple("tile", tile, "(n_f, n_h, n_w)")[0]
         sizes = dict(batch=batch, frames=frames, height=height, width=width, heads=heads, head_dim=head_dim)
@@ -192,12 +194,15 @@ class MonarchKVCache:
 
     @property
     def capacity(self) -> int:
-        """Frames that fit."""
+        """Capacity in frames."""
         return self.spec.total_key_frames
 
     @property
     def valid_frames(self) -> Int[Array, ""]:
-        """int32 scalar, leading frames of the buffer that hold data; all, NaN first, after a misplaced block."""
+        """int32 scalar, number of leading frames of the buffer that hold data.
+
+        After a block that could not be placed it is the capacity, so that queries see the NaN at frame 0.
+        """
         return jnp.where(self.length < 0, self.capacity, jnp.minimum(self.length, self.capacity))
 
     def append(
@@ -210,26 +215,26 @@ class MonarchKVCache:
     ) -> "MonarchKVCache":
         """Writes a block of frames and returns the new cache.
 
-        Of tokens on a mesh of explicit axes JAX has gradients of this only where the mesh is set (`jax.set_mesh`).
+        Writing at the frame where the newest block began rewrites that block in place. The written block becomes the
+        newest: later frames are discarded. A block cannot be placed before frame 0, after a gap, past the capacity, or
+        among frames that a rolling cache has evicted. This raises if `frame` and the cache's length are known, that is,
+        outside of `jax.jit` or for static values. Otherwise such a block, or a `layer` that is out of range, is written
+        as NaN at frame 0, and attention returns NaN until a block is written at frame 0 again.
 
-        Writing at the frame where the newest block began rewrites that block in place. The block written becomes the
-        newest: frames after it are forgotten. A block that cannot be placed (before frame 0, with a gap before it, past
-        the capacity, or back among frames that a rolling cache has evicted) raises if that is known when tracing, or
-        outside of `jax.jit`; one that only shows when running, as a layer that there is not, is written as NaN at frame
-        0, and the cache gives NaN until it begins again there.
+        For tokens on a mesh with explicit axes, JAX can differentiate this only if the mesh is set (`jax.set_mesh`).
 
         Args:
             key: [B, n*h*w, H, D], tokens of n frames, RoPE of their absolute position applied.
             value: As `key`.
-            frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: after the
-                newest frame. A cache with `layers` needs it, since all of them write the same frames.
-            layer: Whose keys and values these are, an integer or int32 scalar, in a cache with `layers`.
+            frame: Absolute index of the first frame, an integer or int32 scalar, a multiple of n_f; default: the frame
+                after the newest. Required in a cache with `layers`, since all layers write the same frames.
+            layer: Index of the layer, an integer or int32 scalar, in a cache with `layers`.
 
         Returns:
             The cache with the block.
 
         Raises:
-            ValueError: If shapes or dtypes do not fit the cache, or the block is known to have no place in it.
+            ValueError: If shapes or dtypes do not match the cache, or the block is known not to have a place in it.
         """
         self._check_layer(layer)
         if layer is not None and frame is None:
@@ -242,7 +247,7 @@ class MonarchKVCache:
             )
         frames, n_f, group = block.grid[0], self.spec.tile_shape[0], self.spec.tiles_per_group
         first, misplaced, slot = self._place(frames, frame, layer)
-        # tiles that lie side by side: which of the block, and where they go
+        # contiguous runs of tiles: their slice of the block, and the index of their first tile in the buffer
         together = 1 if self.rolling else frames // n_f
         runs = [(slice(n * group, (n + together) * group), slot[n] * group) for n in range(0, frames // n_f, together)]
         zero = jnp.zeros((), jnp.int32)
@@ -265,7 +270,7 @@ class MonarchKVCache:
 
     @property
     def in_token_order(self) -> bool:
-        """Whether a group of frames lies in the order of its tokens, one after the other."""
+        """Whether the tiles of a frame group are stored in the same order as its tokens."""
         tile, grid = self.spec.tile_shape, self.spec.grid
         return tile[1:] == grid[1:] and self.spec.blocks in ("fh,w", "f,hw")
 
@@ -277,21 +282,21 @@ class MonarchKVCache:
         frame: int | Int[Array, ""],
         layer: int | Int[Array, ""],
     ) -> tuple["MonarchKVCache", Rest]:
-        """`append` by a function that writes a block itself, without gradients, into a cache in the order of tokens.
+        """`append` with a custom write, such as a kernel, into a cache that stores tokens in order; not differentiable.
 
         Args:
-            write: Of keys and values [layers, B, slots, tokens of a group of frames, H*D], whether the block is
-                misplaced (a bool scalar; NaN is to be written then), and int32 slots, one for each of its groups: both
-                arrays, written, and anything else.
-            frames: Number of frames in the block.
+            write: Called as write(key, value, misplaced, slots) with the buffers [layers, B, slots, tokens of a frame
+                group, H*D], a bool scalar that says whether the block cannot be placed (NaN must be written then), and
+                int32 slots, one per frame group of the block. Returns both buffers and any other result.
+            frames: Number of frames of the block.
             frame: As in `append`.
             layer: As in `append`.
 
         Returns:
-            The cache with the block, and what else `write` gave.
+            The cache with the block, and the third result of `write`.
 
         Raises:
-            ValueError: If the cache is in another order, or as `append` says.
+            ValueError: If the cache does not store tokens in order (`in_token_order`), or as in `append`.
         """
         self._check_layer(layer)
         if not self.in_token_order:
@@ -316,26 +321,26 @@ class MonarchKVCache:
     ) -> Float[Array, "B N H D"]:
         """Attention of a block's queries over all valid frames; equals a block-causal call over the whole clip.
 
-        There should be a block: over an empty cache, or after a block that had no place, this raises outside of
-        `jax.jit`; inside, where it cannot be known, the result is NaN.
+        If the cache is empty or a block could not be placed, this raises outside of `jax.jit` and returns NaN inside,
+        where the cache's length is not known.
 
         Args:
             query: [B, n*h*w, H, D], the tokens of the newest n frames.
             num_iters: As in `monarch_attention`, like the remaining arguments.
             scale: Softmax scale; default D**-0.5.
-            causal_block: Frames per causal block, when the queries hold more than one block. A rolling cache takes one
-                block at a time, or equal parts of one.
-            layer: Which layer's keys and values, in a cache with `layers`; a traced one is not checked here, but where
-                it is written.
+            causal_block: Frames per causal block, if the queries hold more than one block. In a rolling cache the
+                queries must be one block, or an equal part of one.
+            layer: Index of the layer, in a cache with `layers`; a traced one is checked by `append`, not here.
             intermediates: As in `monarch_attention`.
-            implementation: Backend.
+            implementation: As in `monarch_attention`.
 
         Returns:
-            [B, n*h*w, H, D].
+            [B, n*h*w, H, D] in the query's dtype.
 
         Raises:
-            ValueError: If shapes, dtypes or arguments do not fit, or the cache is known to hold fewer frames.
-            NotImplementedError: If the implementation asked for cannot serve this call.
+            ValueError: If a shape, a dtype or an argument is invalid, or the cache is known to hold fewer frames than
+                the query.
+            NotImplementedError: If the requested implementation does not support this call.
         """
         query = array("query", query)
         self.check_query(query, layer=layer)
@@ -346,7 +351,7 @@ class MonarchKVCache:
                     f"causal_block={causal_block}: a rolling cache does not keep frames in time order; "
                     f"attend one block at a time, not {block.grid[0]} frames."
                 )
-            causal_block = None  # all that is kept comes before the block's end
+            causal_block = None  # all cached frames come before the block's end
         spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
         key, value = (on_mesh_of(x, query) for x in self._of(layer))
         (whole,) = whole_tokens(query, tiles=key)
@@ -360,7 +365,7 @@ class MonarchKVCache:
         return split_like(tiles_to_tokens(out, spec), query)
 
     def check_query(self, query: Float[Array, "B N H D"], *, layer: int | Int[Array, ""] | None = None) -> None:
-        """What `attend` checks of its queries: for who calls it inside `jax.shard_map`, where less is known.
+        """Runs the checks of `attend`, for callers that attend inside `jax.shard_map`, where less is known.
 
         Examples:
             >>> cache = MonarchKVCache.init(batch=1, frames=3, height=4, width=5, heads=2, head_dim=8)
@@ -371,10 +376,10 @@ class MonarchKVCache:
 
         Args:
             query: As in `attend`.
-            layer: Likewise.
+            layer: As in `attend`.
 
         Raises:
-            ValueError: As `attend`.
+            ValueError: As in `attend`.
         """
         block = self._block_spec(query, "query")
         self._check_layer(layer)
@@ -383,7 +388,7 @@ class MonarchKVCache:
     def of_arrays(
         self, key: Float[Array, "*layers B C b1 b2 H D"], value: Float[Array, "*layers B C b1 b2 H D"], length: Any
     ) -> "MonarchKVCache":
-        """The same cache of other arrays, such as a device's part of each inside `jax.shard_map`.
+        """This cache with other arrays, such as one device's part of each inside `jax.shard_map`.
 
         Examples:
             >>> cache = MonarchKVCache.init(batch=2, frames=3, height=4, width=5, heads=2, head_dim=8)
@@ -392,23 +397,33 @@ class MonarchKVCache:
             ((1, 3, 4, 5, 2, 8), True)
 
         Args:
-            key: As the cache's; another batch and other heads.
-            value: Likewise.
-            length: int32 scalar.
+            key: Shaped like the cache's `key`, except for batch and heads.
+            value: Shaped like `key`.
+            length: int32 scalar, as the attribute.
+
+        Returns:
+            The cache.
         """
         return self._with(key, value, length, newest=self._newest)
 
     def tokens(
         self, *, layer: int | Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
-        """Keys and values of all slots as tokens [B, capacity*h*w, H, D], for inspection."""
+        """Keys and values of all slots as tokens, for inspection.
+
+        Args:
+            layer: As in `attend`.
+
+        Returns:
+            Keys and values, each [B, capacity*h*w, H, D], in the order of the slots.
+        """
         key, value = self._of(layer)
         return tiles_to_tokens(key, self.spec), tiles_to_tokens(value, self.spec)
 
     def _place(
         self, frames: int, frame: int | jax.Array | None, layer: int | jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The first frame of a block that is written, whether it has no place, and the slots of its groups."""
+        """A block's first frame (int32), whether it cannot be placed (bool), and the slots of its groups (int32)."""
         n_f = self.spec.tile_shape[0]
         start = _known(self.length if frame is None else index("frame", frame))
         if isinstance(start, int):
@@ -417,7 +432,7 @@ class MonarchKVCache:
         misplaced = self._misplaced(first, frames)
         if layer is not None:
             misplaced |= (layer < 0) | (layer >= self.key.shape[0])
-        first = jnp.where(misplaced, 0, first)  # the NaN lies where every query sees it
+        first = jnp.where(misplaced, 0, first)  # every query sees frame 0, and so the NaN
         position = first // n_f + jnp.arange(frames // n_f)  # frame groups, absolute
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
         slot = jnp.where(position < groups, position, sinks + (position - sinks) % (groups - sinks))
@@ -426,8 +441,8 @@ class MonarchKVCache:
     def _written(
         self, key: jax.Array, value: jax.Array, first: jax.Array, misplaced: jax.Array, frames: int
     ) -> "MonarchKVCache":
-        """The cache with other arrays, whose newest block has these frames."""
-        length = jnp.where(misplaced, -1, first + frames)  # -1: only a block at frame 0 has its place after that
+        """The cache with the buffers after a write of a block of `frames` at `first`."""
+        length = jnp.where(misplaced, -1, first + frames)  # after -1 only a block at frame 0 can be placed
         return self._with(key, value, length, newest=frames)
 
     def _with(self, key: jax.Array, value: jax.Array, length: jax.Array, *, newest: int | None) -> "MonarchKVCache":
@@ -436,7 +451,7 @@ class MonarchKVCache:
         return cache
 
     def _misplaced(self, first: jax.Array, frames: int) -> jax.Array:
-        """Whether the buffer would not hold what it should after writing `frames` at `first`; bool scalar."""
+        """Whether a block of `frames` cannot be placed at `first`; bool scalar."""
         end = first + frames
         wrong = (first < 0) | (first % self.spec.tile_shape[0] != 0) | (first > jnp.maximum(self.length, 0))
         past = end > self.capacity
@@ -448,7 +463,7 @@ class MonarchKVCache:
         return wrong | (evicted & (end < self.length))
 
     def _check_place(self, first: int, frames: int) -> None:
-        """The same as far as it is known: `length` is, outside of a trace."""
+        """Raises ValueError for a block that cannot be placed, as far as that is known (`length` is, if not traced)."""
         end, n_f = first + frames, self.spec.tile_shape[0]
         length = _known(self.length)
         if not isinstance(length, int):
@@ -478,7 +493,7 @@ class MonarchKVCache:
             )
 
     def _check_filled(self, frames: int) -> None:
-        """That the cache holds the frames of the queries, as far as that is known: outside of a trace."""
+        """Raises ValueError if the cache holds fewer frames than the queries, as far as that is known."""
         length = _known(self.length)
         if not isinstance(length, int) or length >= frames:
             return
@@ -488,9 +503,10 @@ class MonarchKVCache:
         raise ValueError(f"query: the cache holds {held} frames that it has; append their keys and values first.")
 
     def _grad_tiles(self) -> int | None:
-        """How many of the last tiles hold the newest block, if they are the last and the only ones with gradients.
+        """Number of last tiles that hold the newest block, if only that block has gradients; else None.
 
-        In a rolling cache a block of one frame group, which `attend` puts last.
+        In a rolling cache the newest block need not be last; `attend` swaps it to the end if it is one frame group, and
+        larger blocks give None.
         """
         if self._newest is None or not self.detach_past:
             return None
@@ -498,7 +514,7 @@ class MonarchKVCache:
         return None if self.rolling and groups > 1 else groups * self.spec.tiles_per_group
 
     def _newest_places(self) -> tuple[jax.Array, jax.Array]:
-        """Which frame group of the buffer is the newest, and which is the last that is valid."""
+        """Indices in the buffer of the newest frame group and of the last valid one."""
         n_f = self.spec.tile_shape[0]
         sinks, groups = self.sink_frames // n_f, self.capacity // n_f
         newest = jnp.maximum(self.length // n_f - 1, 0)
@@ -506,7 +522,7 @@ class MonarchKVCache:
         return slot, jnp.minimum(newest, groups - 1)
 
     def _of(self, layer) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, tiles, b1, b2, H, D] of a layer, or all there are."""
+        """Keys and values [B, tiles, b1, b2, H, D] of a layer, or of the cache if it has no layers."""
         self._check_layer(layer)
         if layer is None:
             return self.key, self.value

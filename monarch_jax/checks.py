@@ -1,4 +1,4 @@
-"""Checks of arguments, with errors that name the argument, the value and a valid choice."""
+"""Argument checks whose errors name the argument, the value and a valid choice."""
 
 import difflib
 import operator
@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-LARGEST = 2**31 - 1  # of a size: indices are int32
-LARGEST_SCALE = 1e6  # of a softmax; of scores beyond 1e9 float32 has no digits left that exp could take
+LARGEST = 2**31 - 1  # largest size: indices are int32
+LARGEST_SCALE = 1e6  # largest softmax scale: scores beyond about 1e9 have no digits left for exp in float32
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -24,13 +24,13 @@ def brief(value: object) -> str:
     """
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integers of more digits
+    except ValueError:  # Python refuses to print integers of more than about 4300 digits
         return "an integer of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def check_scale(scale: float, *, shown: object) -> float:
-    """The scale of a softmax; raises ValueError if it is so large that scores of plain tokens are beyond float32.
+    """Checks that a softmax scale is not so large that ordinary scores exceed the precision of float32.
 
     Examples:
         >>> check_scale(1e38, shown=1e38)
@@ -40,10 +40,13 @@ def check_scale(scale: float, *, shown: object) -> float:
 
     Args:
         scale: A finite number.
-        shown: What was given.
+        shown: The argument as the caller passed it, for the message.
 
     Returns:
         The scale.
+
+    Raises:
+        ValueError: If its magnitude is above 1e6.
     """
     if abs(scale) > LARGEST_SCALE:
         raise ValueError(
@@ -54,7 +57,7 @@ def check_scale(scale: float, *, shown: object) -> float:
 
 
 def positive(name: str, value: int, *, most: int = LARGEST) -> int:
-    """The value as an int.
+    """Checks a positive integer.
 
     Examples:
         >>> positive("heads", 0)
@@ -72,7 +75,7 @@ def positive(name: str, value: int, *, most: int = LARGEST) -> int:
         most: Largest valid value.
 
     Returns:
-        A positive int.
+        The value as an int.
 
     Raises:
         ValueError: If it is not a positive integer (booleans are not), or is too large.
@@ -106,7 +109,7 @@ def small(name: str, value: float) -> None:
 
 
 def index(name: str, value: int | jax.Array) -> int | jax.Array:
-    """An integer, which may be traced.
+    """Checks an integer that may be traced.
 
     Examples:
         >>> index("frame", 2.5)
@@ -119,7 +122,7 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
         value: The value to check.
 
     Returns:
-        An int, or the array as it is.
+        An int, or the unchanged array.
 
     Raises:
         ValueError: If it is neither an integer (booleans are not) nor a scalar array of integers.
@@ -135,7 +138,7 @@ def index(name: str, value: int | jax.Array) -> int | jax.Array:
 
 
 def array(name: str, value: object) -> jax.Array:
-    """The value as a JAX array; NumPy's float64 becomes float32 unless `jax_enable_x64` is set.
+    """Checks and converts a float array; NumPy's float64 becomes float32 unless `jax_enable_x64` is set.
 
     Examples:
         >>> array("query", [1.0, 2.0])
@@ -148,10 +151,10 @@ def array(name: str, value: object) -> jax.Array:
         value: The value to check.
 
     Returns:
-        The array of JAX, or a traced one.
+        The JAX array, which may be traced.
 
     Raises:
-        ValueError: If it is neither an array of JAX nor of NumPy, or its dtype is not a float.
+        ValueError: If it is neither a JAX nor a NumPy array, or its dtype is not a float.
     """
     if not isinstance(value, jax.Array | np.ndarray):
         raise ValueError(f"{name} is a {type(value).__name__}; it should be an array of JAX or NumPy.")
@@ -161,7 +164,7 @@ def array(name: str, value: object) -> jax.Array:
 
 
 def flag(name: str, value: bool) -> bool:
-    """The value, if it is a bool; a string such as "no" would be truthy.
+    """Checks a bool; a string such as "no", which would be truthy, is an error.
 
     Examples:
         >>> flag("rolling", "no")
@@ -185,7 +188,7 @@ def flag(name: str, value: bool) -> bool:
 
 
 def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
-    """A floating dtype that attention supports; float64 becomes float32 unless `jax_enable_x64` is set.
+    """Checks a float dtype that attention supports; float64 becomes float32 unless `jax_enable_x64` is set.
 
     Examples:
         >>> float_dtype("dtype", "int8")
@@ -216,12 +219,12 @@ def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
 def _integer(value: object) -> int | None:
     try:
         return None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # a tracer's too
+    except TypeError:  # also raised by tracers
         return None
 
 
 def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
-    """Three positive ints.
+    """Checks three positive integers.
 
     Examples:
         >>> triple("tile", [1, 30, 52], "(n_f, n_h, n_w)")
@@ -230,13 +233,13 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
     Args:
         name: Name of the argument, for the message.
         value: The value to check.
-        form: What the three stand for, for the message, such as "(n_f, n_h, n_w)".
+        form: Names of the three, for the message, such as "(n_f, n_h, n_w)".
 
     Returns:
-        A tuple of three.
+        The three as a tuple.
 
     Raises:
-        ValueError: If there are not three, or one is not a positive integer.
+        ValueError: If there are not exactly three, or one is not a positive integer.
     """
     try:
         sizes = tuple(value)
@@ -248,7 +251,7 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
-    """The value, if it is one of the choices.
+    """Checks that a value is one of the choices.
 
     Examples:
         >>> one_of("remat", "ful", ("none", "full"))
@@ -265,7 +268,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
         The value.
 
     Raises:
-        ValueError: If it is none of them; the closest is suggested.
+        ValueError: If it is none of them; the message suggests the closest.
     """
     choices = tuple(choices)
     if value not in choices:
@@ -274,7 +277,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:
-    """The end of a message: the closest choice, if one is close, and all choices.
+    """The end of an error message: the closest choice, if one is similar, and the list of all choices.
 
     Examples:
         >>> suggestion("w,hf", ("fh,w", "w,fh"))

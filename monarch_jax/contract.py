@@ -1,7 +1,7 @@
-"""What a backend is: the call it is given, what it promises, and what its two passes hand to each other.
+"""The interface of backends: the arguments of a call, its result, and the residuals between its two passes.
 
-Backends and kernels import this module and nothing else of the library; which backends there are is `backends`.
-Arrays are tiles, [B, A or C, b1, b2, H, D]: batch, query or key tiles, rows and columns of a tile, heads, head size.
+Backends and kernels import this module and nothing else of the library; `backends` registers them. Arrays are in tiles,
+[B, A or C, b1, b2, H, D]: batch, query or key tiles, rows and columns of a tile, heads, head size.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 from monarch_jax._typing import Array, Bool, Float, Int
 
-SAVED = "monarch_attention"  # what `jax.checkpoint` policies call the output and its log-sum-exp
+SAVED = "monarch_attention"  # name of the output and its log-sum-exp for `jax.checkpoint` policies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The static part of one call, all that a backend may specialise on besides shapes and dtypes.
+    """The static part of one call: everything besides shapes and dtypes that a backend may specialise on.
 
     Attributes:
         scale: Softmax scale s.
         num_iters: Refinement steps T.
-        masked: Whether `visible` may hide any key tile; False promises that every query tile sees all.
-        grad_tiles: How many of the last visible key tiles need gradients of k and v (a cache's newest block); the
-            gradients of the other tiles are not used and may be left zero. None: all tiles need them.
+        masked: Whether `visible` may hide any key tile; if False, every query tile sees all key tiles.
+        grad_tiles: Number of last visible key tiles that need gradients of k and v (a cache's newest block). The
+            gradients of the other tiles are not used and may be zero. None: all tiles need them.
         keep: Whether the forward pass of a differentiated call may keep alpha, c_L and Y for the backward pass.
-        intermediates: What alpha and Y are rounded to between the two stages, as `intermediates.stored` says; None:
-            to the inputs' dtype, or less. Gradients are those at the rounded alpha and Y.
+        intermediates: Rounding of alpha and Y between the two stages, as defined by `intermediates.stored`; None: the
+            inputs' dtype or wider. Gradients are computed at the rounded alpha and Y.
     """
 
     scale: float
@@ -43,7 +43,7 @@ class Problem:
 
 @runtime_checkable
 class Attend(Protocol):
-    """Computes the attention over tiles; differentiable in q, k and v."""
+    """Attention over tiles, differentiable in q, k and v."""
 
     def __call__(
         self,
@@ -53,22 +53,22 @@ class Attend(Protocol):
         v: Float[Array, "B C b1 b2 H D"],
         visible: Int[Array, " A"],
     ) -> Float[Array, "B A b1 b2 H D"]:
-        """Query tile a sees the key tiles c < visible[a]."""
+        """Returns the output tiles; query tile a sees the key tiles c < visible[a]."""
         ...
 
 
 @runtime_checkable
 class Supports(Protocol):
-    """Says why a backend cannot serve a call, or None when it can."""
+    """The reason why a backend does not support a call, as a sentence, or None if it does."""
 
     def __call__(self, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
-        """Shapes as in `Attend`, no data."""
+        """Takes shapes and dtypes of the arguments of `Attend`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its name, what it cannot do, and the differentiable computation."""
+    """One implementation: its name, the calls that it supports, and the differentiable computation."""
 
     name: str
     supports: Supports
@@ -81,12 +81,12 @@ class SparseProblem:
 
     Attributes:
         scale: Softmax scale.
-        rows: Queries that a block holds at most.
-        columns: Keys that a block holds at most.
-        width: In blocks that are not seen whole, a query sees the keys whose places are at most so far from its own;
-            None sees all.
-        sink: In those, it also sees the keys whose places are below this one.
-        even: Whether every block that is listed is seen whole, queries and keys: there is nothing to mask.
+        rows: Largest number of queries in a block.
+        columns: Largest number of keys in a block.
+        width: Half-width of a band: in blocks that are not whole, a query sees the keys whose places are at most this
+            far from its own. None: no band, it sees all keys of the block.
+        sink: With a band, keys at places below this one are seen too.
+        even: Whether every listed block is whole, so that no mask is needed.
     """
 
     scale: float
@@ -98,18 +98,18 @@ class SparseProblem:
 
 
 class Side(NamedTuple):
-    """The blocks of one side, queries or keys, and for each of them the blocks of the other side that it meets.
+    """The blocks of one side, queries or keys, each with a list of the blocks of the other side that it meets.
 
-    Lists hold the blocks that are seen whole first: these hold as many tokens as a block can and need no mask. Of the
-    others, longer ones come first.
+    Whole blocks come first in a list: they have the largest size and need no mask. The others follow, longest first.
 
     Attributes:
-        starts: int32 [B, H, blocks + 1], token that a block begins with; it ends where the next one begins.
-        first: int32 [B, H, blocks, L], the token that each block of the list begins with, on the other side.
-        last: int32 [B, H, blocks, L], one past its last.
-        whole: int32 [B, H, blocks], how many of the list are seen whole.
-        count: int32 [B, H, blocks], how many there are in the list.
-        places: int32 [B, H, tokens], the place of each token in the order that the band is for; [B, H, 1] without one.
+        starts: int32 [B, H, blocks + 1], the first token of each block, which is one past the last of the one before.
+        first: int32 [B, H, blocks, L], the first token of each listed block, on the other side.
+        last: int32 [B, H, blocks, L], one past the last token of each listed block.
+        whole: int32 [B, H, blocks], number of whole blocks in the list.
+        count: int32 [B, H, blocks], length of the list.
+        places: int32 [B, H, tokens], place of each token in the order in which the band is defined; [B, H, 1] without a
+            band.
     """
 
     starts: jax.Array
@@ -123,14 +123,14 @@ class Side(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseResiduals:
-    """What the forward pass of block-sparse attention keeps.
+    """What the forward pass of block-sparse attention keeps for the backward pass.
 
     Attributes:
         q: [B, Nq, H, D].
         k: [B, Nk, H, D].
         v: [B, Nk, H, D].
         out: [B, Nq, H, D].
-        lse: float32 [B, H, Nq], log-sum-exp of a query's scores, to the base 2; infinite where it sees no key.
+        lse: float32 [B, H, Nq], base-2 log-sum-exp of each query's scores; infinite for a query that sees no key.
         queries: Blocks of queries, with lists of blocks of keys.
         keys: Blocks of keys, with lists of blocks of queries.
     """
@@ -156,7 +156,7 @@ class Residuals:
         visible: int32 [A].
         out: [B, A, b1, b2, H, D].
         lse: [B, A, b1, b2, H], log-sum-exp of the last step's scores of L over all (c, k), in float32 or wider.
-        kept: alpha, Y and c_L as the backend lays them out, or None: they are recomputed.
+        kept: alpha, Y and c_L in the backend's layout; None if they are recomputed.
     """
 
     q: jax.Array
@@ -178,7 +178,7 @@ def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | N
     Args:
         forward: Returns out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H].
         vjp: (problem, residuals, d_out) -> (dq, dk, dv).
-        keeping: The forward pass where `problem.keep`, returns out, lse and `Residuals.kept`; None: there is no other.
+        keeping: The forward pass if `problem.keep`; returns out, lse and `Residuals.kept`. None: always `forward`.
 
     Returns:
         The differentiable function.
@@ -205,27 +205,30 @@ def differentiable(forward: Forward, vjp: Vjp, keeping: Callable[..., tuple] | N
 
 
 def vary_alike(*operands: jax.Array) -> list[jax.Array]:
-    """Under `shard_map`, what varies over a mesh axis makes all vary: the others' gradients are summed over it."""
+    """Under `shard_map`, makes all operands vary over every mesh axis that any of them varies over.
+
+    Operands that were the same along such an axis then get gradients summed over it.
+    """
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
     return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(operands, missing, strict=True)]
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Softmaxes and sums are in float32, or wider when the inputs are."""
+    """The dtype of softmaxes and sums: float32, or wider if the inputs are."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def visibility(visible: Int[Array, " A"], tiles: int) -> Bool[Array, "A C"]:
-    """Which of so many key tiles each query tile sees.
+    """The mask of key tiles that each query tile sees.
 
     Examples:
         >>> visibility(jnp.array([1, 3]), 3).astype(int).tolist()
         [[1, 0, 0], [1, 1, 1]]
 
     Args:
-        visible: int32 [A], how many leading key tiles each query tile sees.
-        tiles: Key tiles, C.
+        visible: int32 [A], number of leading key tiles that each query tile sees.
+        tiles: Number of key tiles C.
 
     Returns:
         bool [A, C].

@@ -1,16 +1,16 @@
-"""Where JAX runs by default: asked when a call is traced, never when something is imported."""
+"""Properties of JAX's default device. Functions query it when called, so importing this module initializes nothing."""
 
 import jax
 
 
 def on_cuda(*, capability: int | float = 0) -> bool:
-    """Whether JAX runs on an NVIDIA GPU by default (`jax.default_device` counts), of at least a compute capability."""
+    """Whether the default device, which `jax.default_device` may set, is an NVIDIA GPU of at least this capability."""
     present = cuda_capability()
     return present is not None and present >= capability
 
 
 def cuda_capability() -> float | None:
-    """Compute capability of the NVIDIA GPU that JAX runs on by default (9.0 is Hopper), else None."""
+    """Compute capability of the default device if it is an NVIDIA GPU (9.0 is Hopper), else None."""
     chosen = jax.config.jax_default_device
     platform = getattr(chosen, "platform", chosen) or jax.default_backend()
     if platform not in ("gpu", "cuda"):

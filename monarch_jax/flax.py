@@ -1,4 +1,4 @@
-"""Flax: an `attention_fn` for the attention modules of NNX and Linen, and a self-attention module."""
+"""Monarch attention for Flax: an `attention_fn` for the modules of NNX and Linen, and a self-attention module."""
 
 import functools
 import math
@@ -40,21 +40,21 @@ def attention_fn(
         (1, 48, 16)
 
     Args:
-        grid: (F, h, w) of the tokens; this and the other arguments are those of `monarch_attention`.
+        grid: (F, h, w) of the tokens; this and the other arguments are as in `monarch_attention`.
         tile: (n_f, n_h, n_w).
         blocks: Layout.
         num_iters: Refinement steps T.
         causal_block: Frames per causal block.
-        intermediates: What alpha and Y are rounded to.
+        intermediates: Precision of alpha and Y.
         implementation: Backend.
 
     Returns:
         A function of query, key, value [..., tokens, heads, head_dim] that returns an array of the query's shape. It
-        raises ValueError for what a Monarch map cannot express: a mask, a bias, dropout, `is_causal`, `sow_weights`.
-        Its `precision` has no effect; use `jax.default_matmul_precision`.
+        raises ValueError for arguments that a Monarch map cannot express: a mask, a bias, dropout, `is_causal` and
+        `sow_weights`. Its `precision` has no effect; use `jax.default_matmul_precision`.
 
     Raises:
-        ValueError: If grid, tile, blocks or numbers do not fit.
+        ValueError: If an argument is invalid, or they are inconsistent.
     """
     MonarchSpec(grid=grid, tile=tile, blocks=blocks, num_iters=num_iters, causal_block=causal_block)
     check_name(implementation)
@@ -120,24 +120,24 @@ class MonarchSelfAttention(nnx.Module):
         (1, 96, 32)
 
     Args:
-        features: Width of inputs and outputs.
-        num_heads: H; divides `features`.
+        features: Size of the last axis of inputs and outputs.
+        num_heads: Number of heads H; divides `features`.
         tile: (n_f, n_h, n_w); None means (1, h, w) of each call's grid.
-        blocks: Layout.
+        blocks: Layout, as in `monarch_attention`.
         num_iters: Refinement steps T.
-        causal_block: Frames per causal block.
+        causal_block: Frames per causal block; None for bidirectional attention.
         qk_norm: Whether queries and keys are RMS-normalised over each head.
         use_bias: Whether the projections have biases.
-        dtype: Dtype of the computation; None means that of inputs and parameters.
+        dtype: Dtype of the computation; None means the common dtype of inputs and parameters.
         param_dtype: Dtype of the parameters.
         keep_intermediates: As in `monarch_attention`.
         intermediates: As in `monarch_attention`.
-        implementation: Backend.
-        rngs: Keys for the parameters.
+        implementation: As in `monarch_attention`.
+        rngs: Random keys for the parameters.
 
     Raises:
-        ValueError: If a number is not positive, `num_heads` does not divide `features`, or tile, blocks and
-            causal_block do not fit.
+        ValueError: If an argument is invalid, `num_heads` does not divide `features`, or tile, blocks and causal_block
+            are inconsistent.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class MonarchSelfAttention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        spec = MonarchSpec(  # checks; a call's grid may be any that the tile divides
+        spec = MonarchSpec(  # for its checks; the grid of a call may be any that the tile divides
             grid=(1, 1, 1) if tile is None else triple("tile", tile, "(n_f, n_h, n_w)"),
             tile=tile,
             blocks=blocks,
@@ -198,18 +198,18 @@ class MonarchSelfAttention(nnx.Module):
         grid: tuple[int, int, int],
         rope: Callable[[jax.Array], jax.Array] | None = None,
     ) -> Float[Array, "B N C"]:
-        """Attends over all tokens of a clip.
+        """Self-attention over all tokens of a clip.
 
         Args:
             x: [B, F*h*w, features].
             grid: (F, h, w).
-            rope: Applied to queries and to keys, [B, N, H, D] -> [B, N, H, D].
+            rope: Rotary embedding, applied to queries and to keys: [B, N, H, D] -> [B, N, H, D].
 
         Returns:
             [B, F*h*w, features].
 
         Raises:
-            ValueError: If the tokens, the grid and the tile do not fit.
+            ValueError: If the tokens, the grid and the tile are inconsistent.
         """
         query, key, value = self._project(x, rope)
         out = monarch_attention(
@@ -235,12 +235,12 @@ class MonarchSelfAttention(nnx.Module):
         frame: int | Int[Array, ""] | None = None,
         rope: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[Float[Array, "B N C"], MonarchKVCache]:
-        """Attends with a new block of frames over the cached ones and itself.
+        """Attends from a new block of frames to the cached frames and to itself.
 
         Args:
             x: [B, n*h*w, features], the block.
-            cache: Frames so far; its tile and blocks are used, and should be the module's.
-            frame: Absolute index of the block's first frame; default: after the newest.
+            cache: Keys and values of the frames so far; its tile and blocks must be the module's.
+            frame: Absolute index of the block's first frame; default: the frame after the newest.
             rope: As in `__call__`, for the block's positions.
 
         Returns:

@@ -1,9 +1,9 @@
-"""alpha and Y in 8 bits: what `intermediates="e4m3"` rounds, and how.
+"""Rounding of alpha and Y to 8 bits, for `intermediates="e4m3"`.
 
-Two kernels hand alpha and Y (paper, A.2) on through memory; in 8 bits they are half the bytes of bfloat16. A vector
-[D] of either is rounded to float8_e4m3fn after division by a scale of its own, its largest magnitude in bfloat16 over
-448, so that this entry, often one channel's in all keys, is as exact as in bfloat16. Nothing else is rounded: the
-softmaxes, c_L, L's scores and the sums are in float32.
+alpha and Y (paper, A.2) pass between two kernels through device memory; in 8 bits they take half the bytes of bfloat16.
+Each vector [D] is divided by a scale of its own, its largest magnitude in bfloat16 over 448, and rounded to
+float8_e4m3fn. The largest entry, often the same channel in all keys, is thus as exact as in bfloat16. Nothing else is
+rounded: the softmaxes, c_L, L's scores and the sums are in float32.
 """
 
 import jax
@@ -13,11 +13,11 @@ from monarch_jax._typing import Array, Float
 from monarch_jax.checks import brief
 
 INTERMEDIATES = ("e4m3",)
-LARGEST = 448.0  # of float8_e4m3fn
+LARGEST = 448.0  # largest finite float8_e4m3fn
 
 
 def check_intermediates(intermediates: str | None) -> None:
-    """Raises ValueError if it is neither None nor one of `INTERMEDIATES`.
+    """Raises ValueError if `intermediates` is neither None nor one of `INTERMEDIATES`.
 
     Examples:
         >>> check_intermediates("fp8")
@@ -33,7 +33,7 @@ def check_intermediates(intermediates: str | None) -> None:
 
 
 def stored(x: Float[Array, "*batch D"], intermediates: str | None) -> Float[Array, "*batch D"]:
-    """Vectors as they come back from memory; the gradient is that of `x`, as if nothing had been rounded.
+    """Rounds vectors as `intermediates` says; the gradient is the identity (a straight-through estimator).
 
     Examples:
         >>> stored(jnp.array([7.0, 1.0, 0.3]), "e4m3").tolist()  # 448, 64 and 19.2, which becomes 20, in units of 1/64
@@ -41,10 +41,10 @@ def stored(x: Float[Array, "*batch D"], intermediates: str | None) -> Float[Arra
 
     Args:
         x: [..., D], alpha or Y.
-        intermediates: None: they are not rounded here.
+        intermediates: "e4m3", or None to leave `x` unchanged.
 
     Returns:
-        [..., D] in the dtype of `x`.
+        The rounded values [..., D], in the dtype of `x`.
     """
     return x if intermediates is None else _e4m3(x)
 

@@ -1,7 +1,7 @@
-"""Kernels anywhere in a program: under vmap, and on arrays whose batch or heads are split over devices.
+"""Rules for kernels under vmap, and on arrays whose batch or heads are split over devices.
 
-The compiler cannot look into a kernel: it would gather split operands on every device and run the whole problem on
-each. Here it is told which axes are independent.
+XLA cannot partition a custom call: it would gather split operands on every device and run the whole problem on each.
+The rules of this module declare which axes are independent.
 """
 
 import functools
@@ -17,14 +17,15 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-# The axes of an array, a letter each. b: batch and h: heads, independent of each other and of all else. p: batch times
-# heads, of what only a kernel reads; a digit is an axis like no other. Every array but `visible` begins with b or p.
+# The axes of an array, one letter each. b and h, batch and heads, are independent; p is batch times heads merged, in
+# arrays that only kernels read; a digit is an axis that no other array shares. Every array but `visible` begins with b
+# or p.
 Axes = str
 QUERIES, KEYS, ROWS, VISIBLE = "baijhd", "bcijhd", "baijh", "a"
 
 
 def forward_anywhere(forward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A backend's forward pass, of (problem, q, k, v, visible), with rules for vmap and for split operands."""
+    """Adds rules for vmap and split operands to a backend's forward pass, forward(problem, q, k, v, visible)."""
 
     def run(problem, q, k, v, visible):
         arrays = (q, k, v, visible)
@@ -41,7 +42,7 @@ def forward_anywhere(forward: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def vjp_anywhere(vjp: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A backend's vjp, of (problem, residuals, d_out), with rules for vmap and for split operands."""
+    """Adds rules for vmap and split operands to a backend's vjp, vjp(problem, residuals, d_out)."""
 
     def run(problem, residuals, d_out):
         r = residuals
@@ -58,17 +59,17 @@ def vjp_anywhere(vjp: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def whole_tokens(*arrays: jax.Array, tiles: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Arrays [B, N, H, D] where types say how they are split: as the first along batch and heads, whole otherwise.
+    """Gathers tokens and head dimensions of arrays on a mesh with explicit axes; batch and heads stay split.
 
-    Tokens and heads' sizes are gathered: neither the reshape to tiles nor the products have a type for their parts.
-    Arrays of other meshes, whose axes the compiler deals with, are given back as they are.
+    The reshape to tiles and the products cannot be typed for arrays split along the other axes. Arrays that are not on
+    such a mesh are returned unchanged.
 
     Args:
-        arrays: [B, N, H, D] each.
-        tiles: [..., B, T, b1, b2, H, D], split as they should be; default: as the first of the arrays.
+        arrays: [B, N, H, D] each; the first determines how batch and heads are split.
+        tiles: [..., B, T, b1, b2, H, D], an array that determines this instead; None: the first of `arrays`.
 
     Returns:
-        The same values.
+        The same values, resharded.
     """
     given = [jax.typeof(x).sharding for x in (arrays if tiles is None else (tiles, *arrays))]
     explicit = [x for x in given if x.mesh.explicit_axes]
@@ -86,7 +87,7 @@ def whole_tokens(*arrays: jax.Array, tiles: jax.Array | None = None) -> tuple[ja
 
 
 def on_mesh_of(x: jax.Array, example: jax.Array) -> jax.Array:
-    """`x` on the explicit axes of the example's mesh, whole on each device, unless it is on a mesh's already."""
+    """Replicates `x` on the example's mesh if that has explicit axes and `x` is not on such a mesh already."""
     mesh = jax.typeof(example).sharding.mesh
     if not mesh.explicit_axes or jax.typeof(x).sharding.mesh.explicit_axes:
         return x
@@ -94,15 +95,15 @@ def on_mesh_of(x: jax.Array, example: jax.Array) -> jax.Array:
 
 
 def split_like(x: jax.Array, example: jax.Array) -> jax.Array:
-    """`x` split as `example` is, where types say so: the inverse of `whole_tokens`."""
+    """Reshards `x` like `example` on a mesh with explicit axes: the inverse of `whole_tokens`."""
     to = jax.typeof(example).sharding
     return jax.sharding.reshard(x, to) if to.mesh.explicit_axes else x
 
 
 def left_to_the_compiler(fn: Callable[..., jax.Array], tokens: Sequence[jax.Array], *rest: Any) -> jax.Array:
-    """fn(*tokens, *rest) of arrays whose types say how they are split, for a fn that has no types for that.
+    """Calls fn(*tokens, *rest), which need not support explicitly sharded arrays, with the mesh's axes in auto mode.
 
-    Its tokens are gathered first, see `whole_tokens`; without explicit axes this is the call alone.
+    Tokens are gathered first (see `whole_tokens`). Without explicit axes this is just the call.
 
     Examples:
         >>> x = jnp.ones((1, 6, 2, 4))
@@ -110,12 +111,12 @@ def left_to_the_compiler(fn: Callable[..., jax.Array], tokens: Sequence[jax.Arra
         (1, 6, 2, 4)
 
     Args:
-        fn: Gives an array [B, N, H, D] as the first of the tokens, and closes over no arrays of JAX.
+        fn: Returns an array shaped like the first of `tokens`, and closes over no JAX arrays.
         tokens: [B, N, H, D] each, the queries first.
-        rest: Trees of arrays; those on no mesh are put on the queries', whole on each device.
+        rest: Trees of arrays; those that are not on a mesh are replicated on that of the queries.
 
     Returns:
-        The array, split as the queries.
+        The result of `fn`, split like the queries.
     """
     if not (explicit := jax.typeof(tokens[0]).sharding.mesh.explicit_axes):
         return fn(*tokens, *rest)
@@ -134,8 +135,7 @@ def _kept(x) -> Axes:
 
 
 def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
-    """`fn` of arrays, the first of them queries, with rules for vmap, where the mapped axis joins the batch, and for
-    split operands.
+    """Adds to `fn` a rule for vmap, which merges the mapped axis into the batch, and one for split operands.
 
     Examples:
         >>> double = anywhere(lambda x: (2 * x,), ("b1h1",), ("b1h1",))
@@ -143,15 +143,15 @@ def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[
         (3, 1, 2, 4, 5)
 
     Args:
-        fn: Of arrays, gives a tuple of arrays; independent along batch and heads.
+        fn: Maps arrays, the queries first, to a tuple of arrays, independently along batch and heads.
         inputs: Axes of each argument.
         outputs: Axes of each result.
 
     Returns:
-        The same function.
+        A function with the same arguments and results.
     """
     mapped = jax.custom_batching.custom_vmap(_implicit(_split(fn, inputs, outputs), inputs, outputs))
-    shared = [axes[0] not in "bp" for axes in inputs]  # has no batch
+    shared = [axes[0] not in "bp" for axes in inputs]  # arguments without a batch axis
 
     @mapped.def_vmap
     def rule(size, in_batched, *args):
@@ -172,7 +172,7 @@ def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[
 
 
 def _implicit(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
-    """`fn` where types say how arrays are split (a mesh with explicit axes): they say it again of the results."""
+    """`fn` for arrays on a mesh with explicit axes: runs it in auto mode and gives the results explicit shardings."""
 
     def run(*arrays):
         queries = jax.typeof(arrays[0]).sharding
@@ -186,10 +186,10 @@ def _implicit(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple
 
 
 def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
-    """`fn` on every device's part of the batch and the heads; what is split along another axis is gathered."""
+    """`fn` on each device's part of the batch and the heads; operands split along other axes are gathered."""
 
     def run(*arrays):
-        program = jax.make_jaxpr(fn)(*arrays)  # its constants become operands, as `custom_partitioning` takes none
+        program = jax.make_jaxpr(fn)(*arrays)  # `custom_partitioning` accepts no constants: they become operands
         operands = (*inputs, *("1" * np.ndim(x) for x in program.consts))
         rule, whole = sharding_rule(operands, outputs)
 
@@ -210,7 +210,7 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
             arrays, constants = values[: len(inputs)], values[len(inputs) :]
             return tuple(jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*arrays))
 
-        # not decoded by JAX, which cannot where sizes do not divide
+        # decode_shardings=False: JAX fails to decode shardings whose sizes do not divide
         split.def_partition(partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole)
         return split(*arrays, *program.consts)
 
@@ -218,31 +218,31 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
 
 
 def named(mesh: Mesh, sharding: Any, ndim: int) -> NamedSharding:
-    """The compiler's sharding in terms of a mesh, as far as whole axes of the mesh split an axis of the array.
+    """Expresses the compiler's sharding by axes of a mesh, where whole mesh axes split an axis of the array.
 
-    Other splits, such as of 6 tiles over half of an axis of 4 devices, have no name and are left out: gathered.
+    Other splits, such as 6 tiles over half of a mesh axis of 4 devices, cannot be expressed; those axes are gathered.
 
     Args:
         mesh: Mesh of the program.
-        sharding: What the compiler chose, a `GSPMDSharding`.
-        ndim: Axes of the array.
+        sharding: The `GSPMDSharding` that the compiler chose.
+        ndim: Number of axes of the array.
 
     Returns:
-        The sharding by names.
+        The sharding.
     """
     chosen = sharding._to_xla_hlo_sharding(ndim)
     spec: list[tuple[str, ...] | None] = [None] * ndim
     if not chosen.is_replicated() and chosen.is_tiled():
         places = np.asarray(chosen.tile_assignment_devices()).reshape(chosen.tile_assignment_dimensions())
         for axis in range(ndim):
-            part = np.empty(mesh.size, int)  # of the array's axis, on each device
+            part = np.empty(mesh.size, int)  # index of the part of the array's axis on each device
             part[places] = np.arange(places.shape[axis]).reshape([-1 if n == axis else 1 for n in range(places.ndim)])
             spec[axis] = _axes_that_split(mesh, part.reshape(mesh.devices.shape))
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _axes_that_split(mesh: Mesh, part: np.ndarray) -> tuple[str, ...] | None:
-    """Axes of the mesh, the slowest first, that count the parts on its devices; None where none do, or it is one."""
+    """The mesh axes, slowest first, whose coordinates number the parts on the devices; None if none do or it is one."""
     sizes, count = dict(mesh.shape), int(part.max()) + 1
     for number in range(1, len(sizes) + 1):
         for axes in itertools.permutations(sizes, number):
@@ -259,16 +259,23 @@ def _axes_that_split(mesh: Mesh, part: np.ndarray) -> tuple[str, ...] | None:
 def _shardings(
     queries: NamedSharding, theirs: Axes, arrays: tuple[Axes, ...], *, heads: bool = True
 ) -> tuple[NamedSharding, ...]:
-    """Of each array, split as the queries, whose axes are `theirs`, are along the batch and, unless not, the heads."""
+    """Shardings of arrays that are split like the queries along the batch and, if `heads`, along the heads.
+
+    Args:
+        queries: Sharding of the queries.
+        theirs: Axes of the queries.
+        arrays: Axes of each array.
+        heads: Whether arrays are split along the heads.
+    """
     axes = dict(zip(theirs, (*queries.spec, *(None,) * len(theirs)), strict=False))
     names = {"b": axes["b"], "p": axes["b"], "h": axes["h"] if heads else None}
     return tuple(NamedSharding(queries.mesh, PartitionSpec(*map(names.get, axes))) for axes in arrays)
 
 
 def sharding_rule(inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> tuple[str, tuple[str, ...]]:
-    """The rule in the compiler's notation, and the factors in it that must not be split.
+    """The sharding rule in the notation of `custom_partitioning`, and the factors in it that must not be split.
 
-    Along a product of batch and heads only the batch may be: parts along both would not lie side by side.
+    Arrays with merged batch and heads may be split along the batch only: parts along both would not be contiguous.
 
     Examples:
         >>> sharding_rule(("bad", "bch", "a"), ("bah",))

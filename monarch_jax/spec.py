@@ -1,4 +1,4 @@
-"""What a tiled Monarch attention is: its grid, tiles and block sizes, checked, and what it costs."""
+"""`MonarchSpec`: grid, tiles and block sizes of a tiled Monarch attention, with its cost in FLOPs and bytes."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from monarch_jax.checks import flag, one_of, positive, triple
 
 BLOCKS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
 AXES = ("frames", "height", "width")
-MAX_ITERS = 100  # a step is a part of the program; the paper takes 1
+MAX_ITERS = 100  # the steps are unrolled in the program; the paper uses 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class MonarchSpec:
         grid: (F_q, h, w), the query tokens' frames, rows and columns.
         key_frames: F_k, the keys' frames; None means F_q. Height and width are the grid's.
         tile: (n_f, n_h, n_w), frames, rows and columns of a tile; None means (1, h, w).
-        blocks: which dimensions form the rows and which the columns of a tile, one of `BLOCKS`.
-        num_iters: refinement steps T; 1 after finetuning (Section 4.3).
-        causal_block: frames per block of a block-causal mask, or None for bidirectional attention.
+        blocks: Dimensions that form the rows and the columns of a tile, one of `BLOCKS`.
+        num_iters: Refinement steps T, at most 100; 1 after finetuning (Section 4.3).
+        causal_block: Frames per block of a block-causal mask, or None for bidirectional attention.
 
     Raises:
         ValueError: If a number is not positive, a tile does not divide its grid, a name is unknown, or causal keys
@@ -119,21 +119,21 @@ class MonarchSpec:
 
     @property
     def density(self) -> float:
-        """Stored parameters of L and R over the entries of the map, 1/b1 + 1/b2, at most 1 (Section 4.2)."""
+        """Stored entries of L and R divided by the entries of the map, 1/b1 + 1/b2, at most 1 (Section 4.2)."""
         return min(1.0, 1 / self.block_rows + 1 / self.block_cols)
 
     @property
     def sparsity(self) -> float:
-        """1 - density: the share of the attention map that is not stored."""
+        """1 - density: the fraction of the attention map that is not stored."""
         return 1.0 - self.density
 
     @property
     def tile_pairs(self) -> int:
-        """Pairs of a query tile and a key tile that it sees."""
+        """Number of pairs of a query tile and a key tile that it sees."""
         return sum(self.visible_tiles())
 
     def visible_tiles(self) -> tuple[int, ...]:
-        """For each query tile, how many leading key tiles it sees; the queries are the last frames of the keys."""
+        """Number of leading key tiles that each query tile sees; the queries are the last frames of the keys."""
         n_f, group = self.tile_shape[0], self.tiles_per_group
         key_frames = self.total_key_frames
         counts = []
@@ -151,7 +151,7 @@ class MonarchSpec:
 
 
 def sparsity(*, grid: tuple[int, int, int], tile: tuple[int, int, int] | None = None, blocks: str = "fh,w") -> float:
-    """Share of the attention map that tiled Monarch does not store, 1 - 1/b1 - 1/b2 (paper, Section 4.2).
+    """Fraction of the attention map that tiled Monarch does not store, 1 - 1/b1 - 1/b2 (paper, Section 4.2).
 
     Examples:
         >>> round(sparsity(grid=(21, 30, 52)), 3), round(sparsity(grid=(21, 45, 80), tile=(3, 45, 80)), 3)
@@ -160,13 +160,13 @@ def sparsity(*, grid: tuple[int, int, int], tile: tuple[int, int, int] | None = 
     Args:
         grid: (F, h, w).
         tile: (n_f, n_h, n_w); None means (1, h, w).
-        blocks: one of `BLOCKS`.
+        blocks: One of `BLOCKS`.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: As `MonarchSpec`.
+        ValueError: As in `MonarchSpec`.
     """
     return MonarchSpec(grid=grid, tile=tile, blocks=blocks).sparsity
 
@@ -174,11 +174,11 @@ def sparsity(*, grid: tuple[int, int, int], tile: tuple[int, int, int] | None = 
 def flops(
     spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1, mode: Literal["forward", "vjp"] = "forward"
 ) -> int:
-    """Multiply-adds, counted as 2, in the matrix products of `spec`; softmaxes are left out.
+    """FLOPs of the matrix products of an attention, a multiply-add counted as 2; softmaxes are not counted.
 
     One refinement step needs six products per pair of tiles: scores of R, alpha, Y (each 2*b1*b2^2*D) and scores of
     L, output (each 2*b1^2*b2*D). Each further step repeats all but Y and the output and adds alpha_R. The vjp (T = 1)
-    recomputes R, alpha, Y and L and has two products for every one of the forward.
+    recomputes R, alpha, Y and L and needs two products for each one of the forward pass.
 
     Examples:
         >>> spec = MonarchSpec(grid=(21, 30, 52))
@@ -187,14 +187,14 @@ def flops(
         '0.46 TFLOP against 6.59'
 
     Args:
-        spec: The attention; a causal one counts the pairs of tiles that are seen.
-        heads: H.
-        head_dim: D.
-        batch: B.
+        spec: The attention; with a causal mask only visible pairs of tiles count.
+        heads: Number of heads H.
+        head_dim: Size of a head D.
+        batch: Batch size B.
         mode: "forward", or "vjp" for the backward pass alone.
 
     Returns:
-        The count for the whole batch.
+        FLOPs for the whole batch.
 
     Raises:
         ValueError: If `mode` is unknown or a size is not positive.
@@ -214,20 +214,20 @@ def flops(
 
 
 def dense_flops(spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1) -> int:
-    """Multiply-adds, counted as 2, of dense attention forward over the same pairs of tiles: 4*N_q*N_k*D.
+    """FLOPs of the forward pass of dense attention over the same pairs of tiles, 4*N_q*N_k*D without a mask.
 
     Examples:
         >>> dense_flops(MonarchSpec(grid=(1, 2, 2)), heads=1, head_dim=8)
         512
 
     Args:
-        spec: The attention.
-        heads: H.
-        head_dim: D.
-        batch: B.
+        spec: Sizes and mask.
+        heads: Number of heads H.
+        head_dim: Size of a head D.
+        batch: Batch size B.
 
     Returns:
-        The count for the whole batch.
+        FLOPs for the whole batch.
 
     Raises:
         ValueError: If a size is not positive.
@@ -239,7 +239,7 @@ def dense_flops(spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1)
 def bytes_moved(
     spec: MonarchSpec, *, heads: int, head_dim: int, batch: int = 1, itemsize: int = 2, spill: bool = False
 ) -> int:
-    """Bytes that the forward pass (T = 1) must move through device memory: q, k, v read once, the output written once.
+    """Bytes of device memory that the forward pass (T = 1) reads and writes: q, k and v once, the output once.
 
     Examples:
         >>> spec = MonarchSpec(grid=(21, 30, 52))
@@ -248,14 +248,14 @@ def bytes_moved(
 
     Args:
         spec: The attention.
-        heads: H.
-        head_dim: D.
-        batch: B.
+        heads: Number of heads H.
+        head_dim: Size of a head D.
+        batch: Batch size B.
         itemsize: Bytes of one number, 2 for bfloat16.
-        spill: Whether alpha and Y pass through device memory too, written once and read once.
+        spill: Whether alpha and Y are written to device memory and read back, once each.
 
     Returns:
-        The count for the whole batch.
+        Bytes for the whole batch.
 
     Raises:
         ValueError: If a size is not positive.

@@ -1,4 +1,4 @@
-"""Tokens to tiles and back, for every layout (paper, Section 4.2): a reshape where the layout allows it."""
+"""Rearrangement of tokens into tiles and back, for every layout (paper, Section 4.2)."""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -25,7 +25,7 @@ def _shape(x: object) -> object:
 
 
 def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Array, "B T b1 b2 *rest"]:
-    """Tokens in (frame, height, width) order to tiles of rows and columns; frames of `x` are free.
+    """Rearranges tokens in (frame, height, width) order into tiles; `x` may have any multiple of n_f frames.
 
     Examples:
         >>> spec = MonarchSpec(grid=(2, 4, 6), tile=(1, 2, 6))
@@ -34,13 +34,13 @@ def tokens_to_tiles(x: Float[Array, "B N *rest"], spec: MonarchSpec) -> Float[Ar
 
     Args:
         x: [B, F*h*w, ...].
-        spec: Grid height and width, tile and layout.
+        spec: Gives the grid's height and width, the tile and the layout; its number of frames is not used.
 
     Returns:
         [B, tiles, b1, b2, ...], tiles ordered by (frame group, vertical, horizontal) position.
 
     Raises:
-        ValueError: If the tokens are not whole tiles.
+        ValueError: If the tokens are not a whole number of tiles.
     """
     sizes, (_, height, width) = _sizes(spec), spec.grid
     step = sizes["f"] * height * width
@@ -61,7 +61,7 @@ def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Fl
 
     Args:
         x: [B, tiles, b1, b2, ...].
-        spec: Grid height and width, tile and layout.
+        spec: As in `tokens_to_tiles`.
 
     Returns:
         [B, F*h*w, ...].
@@ -78,10 +78,10 @@ def tiles_to_tokens(x: Float[Array, "B T b1 b2 *rest"], spec: MonarchSpec) -> Fl
 
 
 def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = None) -> Int[Array, " A"]:
-    """How many leading key tiles each query tile sees.
+    """Number of leading key tiles that each query tile sees.
 
-    Key tiles are ordered by time first, so what a block-causal mask and a partly filled cache leave visible is
-    always a prefix. A tile counts as valid when all of its frames are.
+    Key tiles are ordered by time first, so the tiles that a block-causal mask and a partly filled cache leave visible
+    are always a prefix. A tile is valid if all of its frames are.
 
     Examples:
         >>> spec = MonarchSpec(grid=(6, 2, 2), causal_block=3)
@@ -98,7 +98,7 @@ def visible_tiles(spec: MonarchSpec, kv_frames: int | Int[Array, ""] | None = No
         int32 [query tiles].
 
     Raises:
-        ValueError: If kv_frames is not an integer, or known and not from 1 to F_k or no multiple of n_f.
+        ValueError: If kv_frames is not an integer, or is not traced and not a multiple of n_f from n_f to F_k.
     """
     _sizes(spec)
     if kv_frames is None:

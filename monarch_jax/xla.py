@@ -1,9 +1,9 @@
-"""Tiled Monarch attention in plain XLA, one chunk of query tiles at a time: memory is linear in the frames.
+"""Tiled Monarch attention in plain XLA, one chunk of query tiles at a time: memory is linear in the number of frames.
 
-Query tiles are independent for every T, so a chunk of them is the unit of work in both directions. With one
-refinement step the backward pass is written out (residuals q, k, v, out, lse); with more, a chunk is recomputed and
-differentiated by JAX. Each has a `jax.jit` of its own: without one around it, a scan compiles in every
-call. Letters as in `reference`; shapes of intermediates carry the chunk n in place of a.
+Query tiles are independent for every T, so a chunk of them is the unit of work in both directions. With one refinement
+step the backward pass is written out (residuals q, k, v, out, lse); with more, a chunk is recomputed and differentiated
+by JAX. Each function is jitted, because a scan outside of `jax.jit` is compiled in every call. Indices are those of
+`reference`, with n, a tile of the chunk, in place of a.
 """
 
 import functools
@@ -17,7 +17,7 @@ from monarch_jax._typing import Array, Float, Int
 from monarch_jax.contract import Problem, Residuals, accumulator_dtype, differentiable, visibility
 from monarch_jax.intermediates import stored
 
-CHUNK_BYTES = 128 * 2**20  # intermediates of one chunk, when a single query tile does not need more
+CHUNK_BYTES = 128 * 2**20  # limit on the intermediates of a chunk, unless a single query tile needs more
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     v: Float[Array, "B C b1 b2 H D"],
     visible: Int[Array, " A"],
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B A b1 b2 H"]]:
-    """One refinement step (T = 1): the output and the log-sum-exp of L's scores."""
+    """The forward pass with one refinement step (T = 1): the output and the log-sum-exp of L's scores."""
     return _forward(problem, _chunk_tiles(q, k), q, k, v, visible)
 
 
@@ -41,7 +41,7 @@ def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
         scores = _left_scores(problem, q, alpha, c_l, visible)
         lse = jax.nn.logsumexp(scores, axis=(-2, -1))  # [b,h,n,j,i]
         left = jnp.exp(scores - lse[..., None, None]).astype(q.dtype)
-        if problem.masked:  # 0 * NaN is not 0, should a tile that is not seen hold one
+        if problem.masked:  # 0 * NaN is NaN, and an unseen tile may hold NaN
             y = jnp.where(visibility(visible, y.shape[3])[None, None, :, :, None, None, None], y, 0)
         out = _einsum("bhnjick,bhncjkd->bnijhd", left, y).astype(q.dtype)
         return out, lse.transpose(0, 2, 4, 3, 1)
@@ -52,7 +52,10 @@ def _forward(problem: Problem, chunk_tiles: int, q, k, v, visible):
 def vjp(
     problem: Problem, residuals: Residuals, d_out: Float[Array, "B A b1 b2 H D"]
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B C b1 b2 H D"], Float[Array, "B C b1 b2 H D"]]:
-    """Gradients: R, alpha, c_L, Y are recomputed chunk by chunk. With T = 1, dk and dv accumulate in float32."""
+    """Gradients of q, k and v; R, alpha, c_L and Y are recomputed chunk by chunk.
+
+    With T = 1, the gradients of k and v accumulate in float32.
+    """
     if problem.num_iters > 1:
         r = residuals
         return jax.vjp(lambda q, k, v: attend(problem, q, k, v, r.visible), r.q, r.k, r.v)[1](d_out)
@@ -62,10 +65,10 @@ def vjp(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _vjp(problem: Problem, chunk_tiles: int, residuals: Residuals, d_out):
     dtype, s = residuals.q.dtype, problem.scale
-    # only what is finite: NaN that a query tile sees is in its lse and delta already, and should not reach the others
+    # finite values only: NaN that a query tile sees is in its lse and delta already and must not spread to other tiles
     k, v = _without_unseen(problem, residuals.visible, residuals.k, residuals.v, finite=True)
     acc = accumulator_dtype(dtype)
-    # delta = <dO, O> is the term that every softmax gradient of L subtracts
+    # delta = <dO, O>, which every softmax gradient of L subtracts
     delta = jnp.einsum("baijhd,baijhd->baijh", d_out, residuals.out, preferred_element_type=acc)
 
     def body(carry, chunk):
@@ -91,7 +94,7 @@ def _vjp(problem: Problem, chunk_tiles: int, residuals: Residuals, d_out):
         dv = dv + _einsum("bhnckjl,bhncjkd->bcklhd", right, d_y)
         return (dk, dv), dq.astype(dtype)
 
-    zeros = (jnp.zeros_like(k, acc), jnp.zeros_like(v, acc))  # like k and v in how they are sharded, too
+    zeros = (jnp.zeros_like(k, acc), jnp.zeros_like(v, acc))  # zeros_like also keeps the sharding of k and v
     per_tile = (residuals.q, d_out, delta, residuals.lse, residuals.visible)
     (dk, dv), dq = _scan_chunks(body, zeros, per_tile, chunk_tiles)
     return dq, dk.astype(dtype), dv.astype(dtype)
@@ -107,7 +110,7 @@ def attend(
     v: Float[Array, "B C b1 b2 H D"],
     visible: Int[Array, " A"],
 ) -> Float[Array, "B A b1 b2 H D"]:
-    """The attention for any T; an `Attend`."""
+    """The attention for any T; implements `contract.Attend`."""
     if problem.num_iters == 1:
         return _attend_once(problem, q, k, v, visible)
     return _attend_more(problem, _chunk_tiles(q, k), q, k, v, visible)
@@ -134,7 +137,7 @@ def _right(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array):
 
 
 def _left_scores(problem: Problem, q: jax.Array, alpha: jax.Array, c_l: jax.Array, visible: jax.Array):
-    """Scores of L [b,h,n,j,i,c,k], minus infinity where a query tile does not see a key tile."""
+    """Scores of L [b,h,n,j,i,c,k]; minus infinity where a query tile does not see a key tile."""
     scores = problem.scale * _einsum("bnijhd,bhncjkd->bhnjick", q, alpha)
     scores = scores - c_l.transpose(0, 1, 2, 5, 3, 4)[:, :, :, :, None]
     if not problem.masked:
@@ -145,7 +148,14 @@ def _left_scores(problem: Problem, q: jax.Array, alpha: jax.Array, c_l: jax.Arra
 def _without_unseen(
     problem: Problem, visible: jax.Array, *arrays: jax.Array, finite: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Zeros for key tiles that nobody sees: the unfilled part of a buffer may hold anything, NaN too."""
+    """Replaces key tiles that no query tile sees by zeros: the unfilled part of a buffer may hold NaN.
+
+    Args:
+        problem: Whether anything is masked.
+        visible: int32 [A], number of leading key tiles that each query tile sees.
+        arrays: [B, C, b1, b2, H, D] each, keys or values.
+        finite: Whether to replace values that are not finite in the other tiles, too.
+    """
     if not problem.masked:
         return arrays
     seen = (jnp.arange(arrays[0].shape[1]) < visible.max())[None, :, None, None, None, None]
@@ -153,18 +163,18 @@ def _without_unseen(
 
 
 def _chunk_tiles(q: jax.Array, k: jax.Array) -> int:
-    """Query tiles per chunk: the largest divisor of their number whose intermediates fit CHUNK_BYTES, or 1."""
+    """Query tiles per chunk: the largest divisor of A whose intermediates fit in `CHUNK_BYTES`, or 1."""
     batch, tiles, rows, cols, heads, dim = q.shape
     per_pair = rows * cols * (2 * dim + 2 * cols + 2 * rows) * accumulator_dtype(q.dtype).itemsize
     pairs = batch * heads * k.shape[1]
-    if not isinstance(pairs, int):  # a symbolic batch of `jax.export` may be of any size
+    if not isinstance(pairs, int):  # a symbolic batch of `jax.export` may have any size
         return 1
     limit = max(1, CHUNK_BYTES // (pairs * per_pair))
     return max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= limit)
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """Axis of query tiles (1, or 0 for `visible`) to a leading axis of chunks."""
+    """Splits the axis of query tiles (axis 1, or 0 for `visible`) into chunks of n, along a new leading axis."""
     if x.ndim == 1:
         return x.reshape(-1, n)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, n, *x.shape[2:]), 1, 0)
