@@ -1,6 +1,9 @@
 """Decoders that stream: the protocol that the pipeline needs, Wan's VAE, the tiny one, and the patch transform."""
 
+import atexit
+import contextlib
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -78,12 +81,34 @@ def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
 def to_host(*arrays: Array | np.ndarray) -> None:
     """Requests copies of arrays to the host, which start as soon as the arrays are computed.
 
+<<<<<<< Updated upstream
     `np.asarray` then only waits for the copy; otherwise it would wait for the array and start the copy after that. On a
     CPU nothing is copied: jaxlib aborts a process that ends before such a copy was made.
+=======
+    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy. On a CPU
+    there is nothing to copy. jaxlib aborts a process that ends before such a copy was made, so the process waits then.
+>>>>>>> Stashed changes
     """
     for array in arrays:
         if isinstance(array, jax.Array) and not on_cpu(array):
+            for device in array.devices():
+                _wait_at_exit(device)
             array.copy_to_host_async()
+
+
+@functools.cache
+def _wait_at_exit(device: Any) -> None:
+    """Registers, once, that the process waits for a device's copies before it ends."""
+    atexit.register(_await_copies, device)
+
+
+def _await_copies(device: Any) -> None:
+    """Waits until a device has done what it was asked for, copies to the host included."""
+    with contextlib.suppress(Exception):  # of a device that failed; the process ends anyway
+        last = jnp.add(jax.device_put(np.zeros(8, np.int32), device), 1)  # computed after all that was asked for
+        for n in range(last.size):  # copies take turns on several streams
+            np.asarray(last[n])
+        time.sleep(0.05)  # a copy's thread ends a moment after its copy
 
 
 def on_cpu(array: Array) -> bool:
