@@ -81,13 +81,8 @@ def to_pixels(video: Float[Array, "*f H W 3"]) -> UInt8[Array, "*f H W 3"]:
 def to_host(*arrays: Array | np.ndarray) -> None:
     """Requests copies of arrays to the host, which start as soon as the arrays are computed.
 
-<<<<<<< Updated upstream
     `np.asarray` then only waits for the copy; otherwise it would wait for the array and start the copy after that. On a
-    CPU nothing is copied: jaxlib aborts a process that ends before such a copy was made.
-=======
-    `np.asarray` of one waits for its copy; else it would wait for the array, and only then ask for the copy. On a CPU
-    there is nothing to copy. jaxlib aborts a process that ends before such a copy was made, so the process waits then.
->>>>>>> Stashed changes
+    CPU nothing is copied. jaxlib aborts a process that ends while a copy is under way, so the process waits at its end.
     """
     for array in arrays:
         if isinstance(array, jax.Array) and not on_cpu(array):
@@ -98,14 +93,14 @@ def to_host(*arrays: Array | np.ndarray) -> None:
 
 @functools.cache
 def _wait_at_exit(device: Any) -> None:
-    """Registers, once, that the process waits for a device's copies before it ends."""
+    """Registers, once per device, that the process waits for the device's copies before it ends."""
     atexit.register(_await_copies, device)
 
 
 def _await_copies(device: Any) -> None:
-    """Waits until a device has done what it was asked for, copies to the host included."""
-    with contextlib.suppress(Exception):  # of a device that failed; the process ends anyway
-        last = jnp.add(jax.device_put(np.zeros(8, np.int32), device), 1)  # computed after all that was asked for
+    """Waits until a device has finished its work, copies to the host included."""
+    with contextlib.suppress(Exception):  # the device failed; the process ends anyway
+        last = jnp.add(jax.device_put(np.zeros(8, np.int32), device), 1)  # computed after all work before it
         for n in range(last.size):  # copies take turns on several streams
             np.asarray(last[n])
         time.sleep(0.05)  # a copy's thread ends a moment after its copy
