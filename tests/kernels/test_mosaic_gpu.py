@@ -272,6 +272,9 @@ def test_log_sum_exp():
         ((6, 10, 26), (1, 5, 13), 64, dict(causal_block=3)),
         ((6, 30, 52), None, 128, dict(causal_block=3)),
         ((4, 6, 16), (4, 6, 8), 64, dict(blocks="w,fh")),
+        ((5, 30, 52), None, 128, dict(num_iters=2)),
+        ((6, 30, 52), (3, 30, 52), 128, dict(num_iters=2, causal_block=3)),
+        ((4, 15, 20), (2, 15, 20), 64, dict(num_iters=3)),  # columns of two tiles share an item
     ],
 )
 def test_gradients(grid, tile, dim, options, dtype):
@@ -307,18 +310,25 @@ def test_kept_intermediates_change_nothing(rows, options):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "cols", "count"), [(30, 52, 21), (90, 52, 7), (45, 80, 21), (135, 80, 7)])
-def test_large_runs_agree_bit_for_bit(rows, cols, count, masked):
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "steps"),
+    [(30, 52, 21, 1), (90, 52, 7, 1), (45, 80, 21, 1), (135, 80, 7, 1), (30, 52, 21, 2), (90, 52, 7, 2)],
+)
+def test_large_runs_agree_bit_for_bit(rows, cols, count, steps, masked):
     """What goes wrong once in many thousand steps shows in none of the small shapes."""
+    pairs = None
+    if steps > 1:
+        pytest.importorskip("jax_triton")
+        from monarchrt.triton_kernels.pairs import Pairs as pairs
     keys = jax.random.split(jax.random.key(12), 4)
     q, k, v, g = (jax.random.normal(r, (1, count, rows, cols, 12, 128), jnp.bfloat16) for r in keys)
-    problem = Problem(scale=128**-0.5, masked=masked)
+    problem = Problem(scale=128**-0.5, masked=masked, num_iters=steps)
     visible = jnp.arange(1, count + 1, dtype=jnp.int32) if masked else jnp.full(count, count, jnp.int32)
 
     @jax.jit
     def run():
-        out, lse = pallas_kernels.forward(problem, q, k, v, visible)
-        return out, lse, *pallas_kernels.vjp(problem, Residuals(q, k, v, visible, out, lse), g)
+        out, lse = pallas_kernels.forward(problem, q, k, v, visible, pairs=pairs)
+        return out, lse, *pallas_kernels.vjp(problem, Residuals(q, k, v, visible, out, lse), g, pairs=pairs)
 
     first = run()
     for _ in range(7):
