@@ -1,4 +1,4 @@
-"""Whether work that was stopped goes on as it was begun."""
+"""Checks that interrupted work is resumed with the settings with which it was started."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from monarchrt.models.errors import UserError
 
 
 def read_begun(path: Path) -> dict[str, Any]:
-    """A JSON file of what was begun.
+    """Reads the JSON file with the settings of interrupted work.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If the file is damaged.
     """
     try:
         return read_json(path)
@@ -21,15 +21,19 @@ def read_begun(path: Path) -> dict[str, Any]:
 
 
 def check_begun(settings: Mapping[str, Any], begun: Mapping[str, Any], *, of: str) -> None:
-    """Raises UserError, which names the setting, if one is not what it was.
+    """Checks that settings are equal to those with which the work was started.
 
     Examples:
         >>> check_begun({"seed": 0, "out": "b"}, {"seed": 0, "out": "a"}, of="the study in runs")
 
     Args:
-        settings: As JSON has them; `out` is where the work is, and may be written in another way.
-        begun: Those of before.
-        of: What was begun, for the message.
+        settings: The settings now, as JSON values. `out`, the folder of the work, is not compared: the same folder can
+            be given by different paths.
+        begun: The settings at the start.
+        of: Name of the work for the message.
+
+    Raises:
+        UserError: If a setting differs; the message names it.
     """
     for name, value in settings.items():
         if name != "out" and begun.get(name) != value:

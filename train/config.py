@@ -1,6 +1,6 @@
 """The settings of a training run: frozen dataclasses, each field documented where it is defined.
 
-`monarchrt train --help` is made from these docstrings. Nothing here imports JAX, so that help is quick.
+`monarchrt train --help` is generated from these docstrings. This module does not import JAX, so that help is quick.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from monarchrt.train.objectives.registry import ObjectiveSettings, settings_clas
 from monarchrt.train.objectives.settings import FlowConfig
 from monarchrt.train.run_settings import RunConfig
 
-# what a backward pass may recompute, from the quickest to the smallest
+# what a backward pass recomputes, from the fastest to the one that needs the least memory
 REMAT = ("none", "cheap", "dots", "attention", "full")
 AUTO = "auto"
 
 
 def remat_kind(value: Any) -> Any:
-    """What a setting of `remat` is called, which was a flag once, and is so in runs and files of then.
+    """The name of a `remat` setting; runs and settings files of earlier versions have a flag in its place.
 
     Examples:
         >>> remat_kind(True), remat_kind(False), remat_kind("cheap")
@@ -98,7 +98,7 @@ class ModelConfig(AttentionOptions):
         self.override_values()
 
     def stored(self) -> dict[str, Any]:
-        """JSON values by name, with the attention in its notation.
+        """The settings as JSON values by name, with the attention in its notation.
 
         Examples:
             >>> ModelConfig(tile=(3, 30, 52)).stored()["attention"]
@@ -107,7 +107,7 @@ class ModelConfig(AttentionOptions):
         return to_dict(self) | self.plain_options() | {"attention": self.attention_text()}
 
     def override_values(self) -> dict[str, Any]:
-        """The overrides by name; values are read as JSON, or else taken as text.
+        """The overrides by name; values are parsed as JSON, or kept as text if they are not JSON.
 
         Examples:
             >>> ModelConfig(overrides=("dim=96", "remat=dots")).override_values()
@@ -183,14 +183,14 @@ class OptimizerConfig(LoRASettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RoleConfig:
-    """A network other than the one a run exports; it has the settings of a run with one network."""
+    """The settings of a network other than the exported one: those that a run with a single network has."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
 
     optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
 
     init_from: Path | None = None
-    """Where its parameters come from: a run folder, whose exported network is used, or a Wan checkpoint."""
+    """Source of the initial parameters: a run folder, whose exported network is used, or a Wan checkpoint."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of the network; if it is not trained, also the dtype of its parameters."""
@@ -201,12 +201,16 @@ class TrainConfig:
     """Finetune, or train from scratch, a Wan-shaped video diffusion transformer on a clip.
 
     Attributes:
-        data: What to train on.
+        data: The data to train on.
         model: The network that the run exports.
-        objective: Settings of the objective, whose class says which roles there are.
+        objective: Settings of the objective; their class defines the roles.
         optimizer: Optimizer of the exported network.
-        run: The run; `init_from` and `precision` are the exported network's.
+        run: Settings of the run; `init_from` and `precision` are the exported network's.
         roles: The objective's other networks by role; omitted ones have the objective's defaults.
+
+    Raises:
+        UserError: If a role is unknown, settings of a role contradict the objective, or `accumulation` does not divide
+            the batch.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -245,23 +249,23 @@ class TrainConfig:
             )
 
     def role(self, name: str) -> RoleConfig:
-        """The settings of any role's network."""
+        """The settings of a role's network, which may be the exported one."""
         if name != self.objective.exported:
             return self.roles[name]
         run = self.run
         return RoleConfig(model=self.model, optimizer=self.optimizer, init_from=run.init_from, precision=run.precision)
 
     def trained(self, name: str) -> OptimizerConfig:
-        """The optimizer of a role that trains."""
+        """The optimizer settings of a role that trains."""
         return self.role(name).optimizer or OptimizerConfig()
 
     def origin(self, name: str) -> Path | None:
-        """Where the parameters of a role come from: its own `init_from`, or that of the role it starts as."""
+        """Source of a role's initial parameters: its own `init_from`, or that of the role that it starts as."""
         owner = self.origin_role(name)
         return self.role(name).init_from if owner == name else self.origin(owner)
 
     def origin_role(self, name: str) -> str:
-        """The role whose `init_from` says where the parameters of a role come from."""
+        """The role whose `init_from` is the source of a role's initial parameters."""
         starts_as = self.objective.roles[name].starts_as
         return starts_as if self.role(name).init_from is None and starts_as is not None else name
 
@@ -275,7 +279,7 @@ class TrainConfig:
         return setting if self._alone(name) else f"{name}.{setting}"
 
     def _alone(self, name: str) -> bool:
-        """Whether the role's settings need no prefix."""
+        """Whether the options of the role need no prefix."""
         return name == self.objective.exported and len(self.objective.training) == 1
 
     @contextlib.contextmanager
@@ -299,7 +303,7 @@ class TrainConfig:
 
 
 def of_role(name: str, message: str) -> str:
-    """A message about a role's setting, with the role.
+    """Adds the name of a role to an error message about one of its settings.
 
     Examples:
         >>> of_role("critic", "tile is wrong"), of_role("critic", "no weights")
@@ -310,7 +314,7 @@ def of_role(name: str, message: str) -> str:
 
 
 def train_defaults(objective: type[ObjectiveSettings]) -> TrainConfig:
-    """The defaults of an objective and all its roles, from which the command line starts."""
+    """The default settings of a run with this objective."""
     settings = objective()
     exported = role_defaults(settings, settings.exported)
     run = RunConfig(init_from=exported.init_from, precision=exported.precision)
@@ -320,10 +324,10 @@ def train_defaults(objective: type[ObjectiveSettings]) -> TrainConfig:
 
 
 def with_objective(config: TrainConfig, name: str) -> TrainConfig:
-    """A config with another objective, and its roles' defaults where the config has those of every run.
+    """Replaces the objective of a config; settings that are defaults become the new objective's defaults.
 
     Raises:
-        UserError: If there is no objective of the name.
+        UserError: If the objective is unknown.
     """
     if name == config.objective.name:
         return config
@@ -336,14 +340,14 @@ def with_objective(config: TrainConfig, name: str) -> TrainConfig:
 
 
 def role_defaults(objective: ObjectiveSettings, name: str) -> RoleConfig:
-    """The settings of a role that is given none.
+    """The default settings of a role.
 
     Args:
         objective: Settings of the objective, or their class.
-        name: Role.
+        name: Name of the role.
 
     Returns:
-        Its settings, with the role's own defaults; without an optimizer if it does not train.
+        The settings, without an optimizer if the role does not train.
     """
     role = objective.roles[name]
     left = dict(role.defaults)
@@ -357,7 +361,7 @@ def role_defaults(objective: ObjectiveSettings, name: str) -> RoleConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a config into plain JSON values: paths become strings, tuples lists.
+    """Converts a config into JSON values: paths become strings, tuples lists.
 
     Examples:
         >>> to_dict(ModelConfig(tile=(1, 2, 4)))["tile"]
@@ -367,7 +371,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     parts = {
         name: to_dict(value) if dataclasses.is_dataclass(value) else value
         for name, value in values.items()
-        if not (name == "roles" and not value)  # as it was before there were any
+        if not (name == "roles" and not value)  # absent, as in runs of earlier versions
     }
     if isinstance(parts.get("roles"), Mapping):
         parts["roles"] = {name: to_dict(role) for name, role in parts["roles"].items()}
@@ -377,17 +381,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    """A config with some settings changed.
+    """Replaces some settings of a config.
 
     Args:
-        config: Where the other settings come from.
-        values: Settings under their names, or in tables of that of a part, as `to_dict` makes them.
+        config: The config; its other settings are kept.
+        values: New values by setting, at the top level or nested by part, as `to_dict` nests them.
 
     Returns:
-        The config.
+        The changed config.
 
     Raises:
-        UserError: If a setting is unknown or named twice, or a value is of another kind or out of range.
+        UserError: If a setting is unknown or given twice, or a value has the wrong type or is out of range.
 
     Examples:
         >>> config = replace_settings(TrainConfig(), {"steps": 5, "model": {"tile": [1, 2, 3]}})
@@ -408,7 +412,7 @@ def replace_settings(config: TrainConfig, values: dict[str, Any]) -> TrainConfig
 
 
 def _put(values: dict[str, Any], target: dict[str, Any], exported: str, given: set[tuple[int, str]]) -> None:
-    """Changes settings in a table of what `to_dict` made, or in the tables in it."""
+    """Changes settings in `target`, a result of `to_dict`, or in the tables nested in it, in place."""
     own = {name: part for name, part in target.items() if isinstance(part, dict) and name != "roles"}
     tables = {exported: target, "roles": target.get("roles", {})} | target.get("roles", {}) | own
     for name, value in values.items():
@@ -430,24 +434,24 @@ def _put(values: dict[str, Any], target: dict[str, Any], exported: str, given: s
 
 
 def from_dict(kind: type, values: Any) -> Any:
-    """Builds a config of type `kind` from what `to_dict` made; fields that are missing keep their default.
+    """Builds a config from a result of `to_dict`; missing fields have their defaults.
 
     Args:
         kind: One of the config dataclasses.
-        values: A dict of plain JSON values.
+        values: A dict of JSON values.
 
     Returns:
         An instance of `kind`.
 
     Raises:
-        UserError: If a field is unknown, or a value is of another kind or out of range.
+        UserError: If a field is unknown, or a value has the wrong type or is out of range.
 
     Examples:
         >>> from_dict(ModelConfig, {"tile": [1, 2, 3]}).tile
         (1, 2, 3)
     """
     require(isinstance(values, dict), f"{kind.__name__} is {_shown(values)}; it must be a table of settings")
-    if kind is ObjectiveSettings:  # runs written before there were others have no name
+    if kind is ObjectiveSettings:  # runs of earlier versions, which had only `flow`, have no name here
         kind = settings_class(str(values.get("name", FlowConfig.name)))
         values = {name: value for name, value in values.items() if name != "name"}
     hints = _fields(kind)
@@ -460,7 +464,7 @@ def from_dict(kind: type, values: Any) -> Any:
 
 
 def _revive_roles(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a `TrainConfig`; what is wrong with those of a role is said with the role."""
+    """The parts of a `TrainConfig` from JSON values; error messages about a role's settings name the role."""
     objective = _revive("objective", hints["objective"], values.get("objective", {}))
     plain, roles = TrainConfig(objective=objective), values.get("roles", {})
     require(isinstance(roles, dict), f"roles is {_shown(roles)}; it must be a table")
@@ -484,11 +488,11 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _revive(name: str, hint: Any, value: Any) -> Any:
-    """The value of a setting from what JSON has for it."""
+    """Converts a JSON value into the value of a setting of type `hint`; raises UserError if it has another type."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None:
             return None
-        # optional fields only: the first kind that is not None
+        # all unions are optional types: take the type that is not None
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
@@ -517,6 +521,6 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it, short however large it is."""
+    """A value for an error message, at most 60 characters long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,20 +1,20 @@
-"""What a run trains on: its settings. Nothing here imports JAX."""
+"""The settings of a run's data. Does not import JAX."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from monarchrt.models.errors import require
 
-LARGEST = 8192  # pixels, either way
+LARGEST = 8192  # pixels, for height and width
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on: windows of one clip, or a folder of precomputed latents."""
+    """The data: windows of clips, a folder of precomputed latents, or prompts alone."""
 
     video: Path | None = None
     """A video file, or a folder of them. Frames are read once, resized to cover height x width, center-cropped and cut
-    into windows; of a folder, the last clips are held out entirely."""
+    into windows; the last clips of a folder are held out entirely."""
 
     latents: Path | None = None
     """Instead of a video: a folder of .safetensors files, each with `latents` [F, H, W, C] and `text` [L, D]; or one of
@@ -126,10 +126,10 @@ class DataConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width, in pixels."""
+        """Height and width in pixels."""
         return self.height, self.width
 
     @property
     def precomputed(self) -> Path | None:
-        """What is not pixels: latents, or prompts of clips that a network is yet to make."""
+        """The folder of latents or the file of prompts; None if the data are videos."""
         return self.latents or self.prompts

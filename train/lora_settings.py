@@ -1,4 +1,4 @@
-"""The settings of a LoRA that a role trains. Nothing here imports JAX."""
+"""The settings of a LoRA that a role trains. Does not import JAX."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from monarchrt.models.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """Whether a network trains whole, or a LoRA of it."""
+    """Whether a network itself is trained, or a LoRA of it."""
 
     lora_rank: int | None = None
     """Train a LoRA of this rank, such as 32: two low-rank matrices for each of `lora_layers`. Everything else stays as

@@ -1,4 +1,4 @@
-"""The rectified-flow objective, which lives in `monarchrt.train.objectives.flow`; this name of it is kept."""
+"""The earlier name of `monarchrt.train.objectives.flow`, kept for code that imports it."""
 
 from monarchrt.train.objectives.flow import (
     NoiseLevels,

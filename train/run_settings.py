@@ -1,4 +1,4 @@
-"""The settings of a training run: where it lives, how long it is, what it writes. Nothing here imports JAX."""
+"""The settings of a run: its folder, length, devices, logs and checkpoints. Does not import JAX."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from monarchrt.train.bounds import WHOLE_NUMBERS
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives, how long it is, and what it writes."""
+    """The run: its folder, length, devices, logs and checkpoints."""
 
     folder: Path = Path("runs/train")
     """Run folder: config.json, log.jsonl, tensorboard/, checkpoints/, samples/."""

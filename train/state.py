@@ -1,4 +1,4 @@
-"""What training carries from step to step, as one pytree: the networks by role, each with its optimizer and average."""
+"""The training state, one pytree: the networks by role, each with its optimizer state and moving average."""
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
@@ -11,21 +11,21 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from monarchrt.models.checkpoints.checksums import checksums as checksums  # where it was before
+from monarchrt.models.checkpoints.checksums import checksums as checksums  # an earlier place of this name
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import OptimizerConfig
 
 Params = nnx.State
-"""Parameters as `flax.nnx.split` gives them."""
+"""Parameters as `flax.nnx.split` returns them."""
 
 Filter = Any
-"""Which variables of a network train, as `flax.nnx.split` takes it: a type, or a function of path and variable."""
+"""A filter for `flax.nnx.split` that selects the trained variables: a type, or a function of path and variable."""
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class SameAs:
-    """Stands for the frozen variables of another role, which are held once."""
+    """A reference to the frozen variables of another role, which are in memory once."""
 
     role: str
 
@@ -33,18 +33,18 @@ class SameAs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RoleState:
-    """One network.
+    """The state of one network.
 
     Attributes:
-        params: What trains.
-        frozen: The network's other variables, which training leaves alone; or `SameAs`.
-        optimizer: Optax state; None if nothing trains.
+        params: The trained parameters.
+        frozen: The network's other variables, which do not change, or `SameAs`.
+        optimizer: Optax state; None if the network does not train.
         average: Moving average of `params`, or None.
-        updates: Optimizer steps done, an int32 scalar; None if nothing trains.
-        keeps_frozen: Whether `frozen` is part of checkpoints; if not, a resume reads it again from where it came from.
+        updates: Number of optimizer updates, an int32 scalar; None if the network does not train.
+        keeps_frozen: Whether `frozen` is saved in checkpoints; if not, resuming reads it again from its source.
     """
 
-    # not typed as arrays: trees of shapes and of shardings have this structure too
+    # not typed as arrays, since trees of shapes and of shardings have this structure too
     params: Any
     frozen: Any
     optimizer: Any = None
@@ -54,24 +54,24 @@ class RoleState:
 
     @property
     def evaluated(self) -> Any:
-        """The parameters to evaluate and sample with: the moving average if there is one."""
+        """The parameters for evaluation and sampling: the moving average, if there is one."""
         return self.params if self.average is None else self.average
 
     @property
     def trains(self) -> bool:
-        """Whether a step may change it; if not, it is no part of checkpoints."""
+        """Whether steps may update the network; otherwise it is not saved in checkpoints."""
         return self.updates is not None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a checkpoint holds and a step changes.
+    """Everything that a step changes, or needs unchanged.
 
     Attributes:
-        step: Steps done, an int32 scalar.
-        roles: The networks by role.
-        rng: Random key of the run; step n uses `fold_in(rng, n)`.
+        step: Number of completed steps, an int32 scalar.
+        roles: State of the networks by role.
+        rng: Random key of the run; the step after n completed ones uses `fold_in(rng, n)`.
     """
 
     step: Any
@@ -79,18 +79,18 @@ class TrainState:
     rng: Any
 
     def frozen(self, name: str) -> Any:
-        """The frozen variables of a role, its own or those of another."""
+        """The frozen variables of a role, its own or those that it shares (see `SameAs`)."""
         return frozen_of(self.roles, name)
 
 
 def frozen_of(roles: Mapping[str, RoleState], name: str) -> Any:
-    """The frozen variables of a role, its own or those of another."""
+    """The frozen variables of a role, its own or those that it shares (see `SameAs`)."""
     frozen = roles[name].frozen
     return roles[frozen.role].frozen if isinstance(frozen, SameAs) else frozen
 
 
 def trainable_filter(names: Sequence[str], kind: type = nnx.Param) -> Filter:
-    """The variables that `OptimizerConfig.trainable` asks for: parameters of a kind, all or by pattern.
+    """The filter for `OptimizerConfig.trainable`: variables of one type, all or by pattern.
 
     Examples:
         >>> graph, params, frozen = split_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable_filter(["bias"]))
@@ -98,11 +98,11 @@ def trainable_filter(names: Sequence[str], kind: type = nnx.Param) -> Filter:
         (['bias'], ['kernel'])
 
     Args:
-        names: "all", or patterns.
-        kind: Of parameters, such as `nnx.LoRAParam`: of a LoRA, whatever else there is.
+        names: "all" alone, or patterns of parameter names.
+        kind: Type of the variables, such as `nnx.LoRAParam` for the parameters of a LoRA only.
     """
     if tuple(names) == ("all",):
-        return kind  # and its kinds, of nnx.Param also nnx.LoRAParam
+        return kind  # with its subclasses: nnx.Param includes nnx.LoRAParam
 
     def matches(path: tuple, variable: Any) -> bool:
         name = ".".join(map(str, path))
@@ -114,22 +114,29 @@ def trainable_filter(names: Sequence[str], kind: type = nnx.Param) -> Filter:
 
 
 def split_model(model: nnx.Module, trains: Filter = nnx.Param) -> tuple[nnx.GraphDef, Any, Any]:
-    """Splits a network into its structure, what trains, and its other variables."""
+    """Splits a network into its structure, its trained parameters, and its other variables."""
     graph, params, frozen = nnx.split(model, trains, ...)
     return graph, params, frozen
 
 
 def parameter_names(tree: Any) -> list[str]:
-    """Names of the arrays of a network, or of a part of one, such as `head.proj.kernel`."""
+    """Names of the arrays of a network, or of a part of it, such as `head.proj.kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [_name(path) for path, _ in leaves]
 
 
 def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: str, what: str = "parameter") -> None:
-    """Looks whether what should train exists.
+    """Checks that every pattern of `OptimizerConfig.trainable` matches a trained parameter.
+
+    Args:
+        names: "all" alone, or patterns of parameter names.
+        params: The trained parameters.
+        frozen: The network's other variables.
+        option: Name of the setting, for the message.
+        what: Name of a trained parameter, for the message.
 
     Raises:
-        UserError: If a pattern fits no parameter, or whatever else `what` calls what could train.
+        UserError: If a pattern matches none.
     """
     trained, others = parameter_names(params), parameter_names(frozen)
     for pattern in () if tuple(names) == ("all",) else names:
@@ -139,19 +146,19 @@ def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: s
 
 
 def as_velocity(graph: nnx.GraphDef, params: Any, frozen: Any) -> Callable[..., Any]:
-    """A network that was split, to be called with latents, timesteps and text."""
+    """Merges a network that was split, to be called with latents, timesteps and text."""
     return nnx.merge(graph, params, frozen)  # type: ignore[return-value]
 
 
 def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate of each step, counted from 0: linear warm-up, then constant or down to 0.
+    """Learning rate of each update, counted from 0: linear warm-up, then constant or decaying to 0.
 
     Args:
-        config: Peak, warm-up and shape.
-        steps: Where a decaying schedule ends, unless `decay_steps` says so.
+        config: Peak, warm-up and shape of the schedule.
+        steps: Update at which a decaying schedule reaches 0, unless `decay_steps` is set.
 
     Returns:
-        step -> learning rate.
+        A function from the update's index to its learning rate.
 
     Examples:
         >>> rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=4), steps=10)
@@ -166,17 +173,17 @@ def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Sche
     }[config.schedule]()
     if config.warmup == 0:
         return after
-    # the first step already moves: rate (n+1)/warmup * peak
+    # the first update already has a rate above 0: (n+1)/warmup * peak
     rise = optax.linear_schedule(peak / config.warmup, peak, max(1, config.warmup - 1))
     return optax.join_schedules([rise, after], [config.warmup])
 
 
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; weight decay on kernels, and the matrices of a LoRA, only.
+    """AdamW after clipping by the global norm; weight decay only on kernels and on the matrices of a LoRA.
 
     Args:
         config: The optimizer's settings.
-        steps: Length of the run, for a decaying schedule.
+        steps: Number of updates in the run, for a decaying schedule.
 
     Returns:
         The Optax transformation.
@@ -201,7 +208,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
 
 class Training(NamedTuple):
-    """How a role trains: its optimizer, the learning rate of each of its updates, and the settings of both."""
+    """The optimizer of a role, the learning rate of each of its updates, and the settings of both."""
 
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
@@ -209,22 +216,22 @@ class Training(NamedTuple):
 
 
 def make_training(config: OptimizerConfig, *, updates: int) -> Training:
-    """Puts together how a role trains.
+    """Makes the optimizer and the learning-rate schedule of a role.
 
     Args:
         config: The optimizer's settings.
-        updates: Number of updates of the whole run, for a decaying learning rate.
+        updates: Number of the role's updates in the whole run, for a decaying learning rate.
     """
     return Training(make_optimizer(config, steps=updates), learning_rate_schedule(config, steps=updates), config)
 
 
 def create_role(params: Any, frozen: Any, training: Training | None) -> RoleState:
-    """A network before the first step.
+    """The state of a network before the first step.
 
     Args:
-        params: What trains.
-        frozen: The network's other variables; of a LoRA, they are no part of checkpoints.
-        training: How it trains; None if it does not.
+        params: The trained parameters.
+        frozen: The network's other variables; checkpoints of a LoRA do not contain them.
+        training: Its optimizer, from `make_training`; None if it does not train.
     """
     if training is None:
         return RoleState(params=params, frozen=frozen, keeps_frozen=False)
@@ -244,8 +251,8 @@ def create_state(roles: Mapping[str, RoleState], *, seed: int) -> TrainState:
     """The state before the first step.
 
     Args:
-        roles: From `create_role`.
-        seed: Seed of the draws.
+        roles: States of the networks, from `create_role`.
+        seed: Seed of the random draws.
     """
     return TrainState(step=jnp.zeros((), jnp.int32), roles=dict(roles), rng=jax.random.key(seed))
 
@@ -261,15 +268,15 @@ def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerCon
 def to_arrays(state: TrainState) -> dict[str, Any]:
     """Flattens a state to arrays under readable names, such as `roles.student.params.head.proj.kernel`.
 
-    The names are all that a checkpoint depends on, not the classes of Flax or Optax. Networks that do not train are
-    left out, and what a LoRA goes with. Of a state of shapes, shapes.
+    A checkpoint depends only on these names, not on classes of Flax or Optax. Networks that do not train are left out,
+    and so is the network under a LoRA. A state of `jax.ShapeDtypeStruct` is flattened to these.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state))
     return {_name(path): _key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
-    """Puts arrays from `to_arrays` back into a state of the same structure; what is not kept is the template's."""
+    """Puts arrays from `to_arrays` back into a state of the template's structure; the rest is the template's."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(_trained(template))
     values = [
         jax.random.wrap_key_data(arrays[_name(path)]) if _is_key(leaf) else arrays[_name(path)] for path, leaf in leaves
@@ -283,7 +290,7 @@ def from_arrays(template: TrainState, arrays: dict[str, Array]) -> TrainState:
 
 
 def _trained(state: TrainState) -> TrainState:
-    """What of a state is kept in checkpoints."""
+    """The part of a state that checkpoints contain."""
     roles = {
         name: role if role.keeps_frozen else replace(role, frozen=None)
         for name, role in state.roles.items()

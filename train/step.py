@@ -24,20 +24,20 @@ Graphs = Mapping[str, nnx.GraphDef]
 
 @runtime_checkable
 class StepFn(Protocol):
-    """A compiled step: state, batch of each role, roles that are due -> state, metrics of each of these roles."""
+    """A compiled step: (state, batch of each role, roles to update) -> (state, metrics of each of these roles)."""
 
     def __call__(
         self, state: TrainState, batches: Mapping[str, Batch], due: Sequence[str]
     ) -> tuple[TrainState, dict[str, Metrics]]:
-        """Takes a step; the state that is given is used up."""
+        """Takes a step; the buffers of the given state are donated."""
         ...
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """Traces it for arrays of the shapes and places given."""
+        """Traces the step for arguments with the given shapes and shardings."""
         ...
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """The program for such arrays, to be compiled and looked at."""
+        """Lowers the step for such arguments, to be compiled."""
         ...
 
 
@@ -53,23 +53,24 @@ def make_train_step(
     shardings: TrainState | None = None,
     ahead: bool = True,
 ) -> StepFn:
-    """Makes the compiled training step, a program for each set of roles that it updates.
+    """Makes the compiled training step, with one program for each set of roles that it updates.
 
     The step's randomness is a function of the run's key and the step number only. Its input state is donated.
 
     Args:
         objective: Draws and losses.
         graphs: Structure of each role's network, from `monarchrt.train.state.split_model`.
-        trainings: How each role that trains does so, from `monarchrt.train.state.make_training`.
-        configs: Configuration of each role's network, where it has one. On one GPU, layers of a `WanConfig` may write
-            what they keep for the backward pass right into stacks, which takes less time (`may_write_stacks`).
-        shardings: Where the new state lives, from `monarchrt.train.sharding.Placement`; None leaves it to the compiler.
-        ahead: Whether a layer's weights are gathered while the one before computes, on GPUs that share them.
+        trainings: Optimizer of each role that trains, from `monarchrt.train.state.make_training`.
+        configs: Configuration of each role's network, or None. On one GPU, layers of a network with a `WanConfig` may
+            write the values for the backward pass directly into stacks, which takes less time (`may_write_stacks`).
+        shardings: Shardings of the new state, from `monarchrt.train.sharding.Placement`; None leaves them to the
+            compiler.
+        ahead: Whether, on GPUs that share the weights, those of a layer are gathered while the previous one computes.
 
     Returns:
         (state, {role: batch}, due=(role, ...)) -> (state, {role: metrics}), where metrics are scalars: loss,
-        grad_norm (before clipping), its parts by `gradient_norms`, learning_rate, finite (loss and gradient are),
-        and what the objective adds.
+        grad_norm (before clipping), its parts by `gradient_norms`, learning_rate, finite (whether loss and gradient
+        are), and those of the objective.
     """
 
     def update(role: str, roles: dict[str, RoleState], batch: Batch, draws: Any, done: Any) -> tuple[RoleState, Any]:
@@ -120,7 +121,7 @@ def make_train_step(
             roles[role], metrics[role] = update(role, roles, batches[role], draws[role], done)
         return TrainState(step=done, roles=roles, rng=state.rng), metrics
 
-    # without shardings the compiler might move the state, and the next call would compile again
+    # otherwise the compiler might change the state's shardings, and the next call would compile again
     places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
     stacks = may_write_stacks(objective, configs, trainings, shardings)
     options = training_options(stacks=stacks)
@@ -137,13 +138,13 @@ def make_train_step(
 def networks_of(
     objective: Objective, graphs: Graphs, roles: Mapping[str, RoleState], params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The networks that a loss sees.
+    """The networks for a loss.
 
     Args:
-        objective: Says whose averages are among them.
+        objective: Defines the roles whose moving averages are included.
         graphs: Structure of each role's network.
-        roles: Their state.
-        params: Parameters by role that are not those of the state.
+        roles: State of each role.
+        params: Parameters by role to use instead of those in the state.
     """
     networks = {
         name: nnx.merge(graphs[name], params.get(name, role.params), frozen_of(roles, name))
@@ -157,14 +158,14 @@ def networks_of(
 
 
 def _averaged(objective: Objective) -> list[str]:
-    """The roles whose moving averages the losses see."""
+    """The roles whose moving averages the losses use."""
     return [name for name, role in objective.settings.roles.items() if role.averaged]
 
 
 def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
-    """Mean loss, metrics and gradient over `parts` equal slices of the batch, one after the other."""
+    """Mean loss, metrics and gradient over `parts` equal slices of the batch, computed one after the other."""
 
-    # sample i goes to part i mod parts, so that a batch spread over devices stays spread
+    # sample i goes to part i mod parts, so that every part is spread over the devices as the batch is
     def split(x: jax.Array) -> jax.Array:
         shared = x.ndim == 0  # a scalar is the same for all parts
         return jnp.broadcast_to(x, parts) if shared else x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -179,12 +180,12 @@ def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
 
     total, extra = jax.lax.scan(add, (loss, grads), slices)
     loss, grads = jax.tree.map(lambda leaf: leaf / parts, total)
-    # NaN: that part has nothing to say of it, such as no sample of a noise level
+    # NaN means that a part has no value, for example no sample at a noise level
     return (loss, jax.tree.map(lambda leaf: jnp.nanmean(leaf, axis=0), extra)), grads
 
 
 def mesh_of(shardings: TrainState | None) -> AbstractMesh:
-    """The devices that the network is told to split its batch over; none without shardings."""
+    """The mesh over which networks split their batch; empty without shardings."""
     return AbstractMesh((), ()) if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
 
@@ -193,19 +194,19 @@ def _everywhere(shardings: TrainState) -> NamedSharding:
 
 
 def _shared_by(mesh: Any) -> tuple[list[Any], int, int]:
-    """The devices of a mesh, and how many share heads and weights."""
+    """The devices of a mesh, and the sizes of its axes heads and fsdp."""
     return list(mesh.devices.flat), mesh.shape.get("heads", 1), mesh.shape.get("fsdp", 1)
 
 
 def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: Any) -> bool:
-    """Whether a step's weights can be gathered a layer ahead: on GPUs that share them, if layers are its only loops.
+    """Whether a step can gather weights a layer ahead: on GPUs that share them, if its only loops are over layers.
 
-    What XLA does to the loops over layers it would do to those over parts of a batch or blocks of a roll-out too: two
-    turns in one, which takes memory, and twice as long to compile.
+    XLA unrolls these loops by two. It would do the same to loops over parts of a batch or blocks of a roll-out, which
+    takes memory and doubles the compile time.
 
     Args:
-        objective: Its losses.
-        trainings: How each role that trains does so.
+        objective: The objective.
+        trainings: Optimizer of each role that trains.
         mesh: Mesh of the devices.
     """
     devices, _, fsdp = _shared_by(mesh)
@@ -219,13 +220,15 @@ def may_write_stacks(
     trainings: Mapping[str, Training],
     shardings: TrainState | None,
 ) -> bool:
-    """Whether what layers keep can be written right into stacks: on one GPU, if such layers are a step's only loops.
+    """Whether layers can write their values for the backward pass directly into stacks.
+
+    They can on one GPU, if the step's only loops are over layers of a `WanConfig` with `remat="cheap"`.
 
     Args:
-        objective: Its losses.
-        configs: Configuration of each role's network, where it has one.
-        trainings: How each role that trains does so.
-        shardings: Where the state lives.
+        objective: The objective.
+        configs: Configuration of each role's network, or None.
+        trainings: Optimizer of each role that trains.
+        shardings: Shardings of the state; None for a single device.
     """
     mesh: Any = None if shardings is None else _everywhere(shardings).mesh
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
@@ -241,12 +244,12 @@ def may_write_stacks(
 
 
 def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState | None = None) -> ErrorFn:
-    """Makes the compiled errors of the networks, with their evaluated parameters, at given draws.
+    """Makes the compiled function of held-out errors.
 
     Args:
-        objective: Its `held_out_errors`.
+        objective: Defines the errors, in `held_out_errors`.
         graphs: Structure of each role's network.
-        shardings: Where the state lives, as in `make_train_step`.
+        shardings: Shardings of the state, as in `make_train_step`.
 
     Returns:
         ({role: (evaluated parameters, other variables)}, batch, draws) -> {role: errors}.
@@ -254,9 +257,9 @@ def make_error_fn(objective: Objective, graphs: Graphs, *, shardings: TrainState
 
     def errors(networks: Mapping[str, tuple[Any, Any]], batch: Batch, draws: Any) -> Mapping[str, jax.Array]:
         merged = {name: nnx.merge(graphs[name], *parts) for name, parts in networks.items()}
-        merged |= {average_of(name): merged[name] for name in _averaged(objective)}  # is what is evaluated
+        merged |= {average_of(name): merged[name] for name in _averaged(objective)}  # the average is evaluated
         with use_abstract_mesh(mesh_of(shardings)):
             return objective.held_out_errors(merged, Batch(*batch), draws)
 
-    # on every device, as each process looks at all of them
+    # replicated, since every process reads all errors
     return compiled_by_all(jax.jit(errors, out_shardings=None if shardings is None else _everywhere(shardings)))

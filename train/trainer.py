@@ -1,4 +1,4 @@
-"""The loop: batches go through the step, hooks see what comes of it. It knows neither the objective nor the roles."""
+"""The training loop: takes steps on batches and calls hooks, independent of the objective and its roles."""
 
 import contextlib
 import functools
@@ -18,13 +18,13 @@ from monarchrt.train.step import StepFn
 
 
 class Batches:
-    """The batches of each step by role, on the devices.
+    """Reads the batches of each step, by role, and moves them to the devices.
 
     Args:
         source: The data.
-        objective: Says which roles see a batch of their own.
-        run: Samples per step, and the seed of their order.
-        placement: Where they go.
+        objective: Defines which roles have a batch of their own.
+        run: Settings of the run, of which `batch` and `seed` are used.
+        placement: Devices that share each batch.
     """
 
     def __init__(self, source: Source, objective: Objective, *, run: RunConfig, placement: Placement):
@@ -35,11 +35,14 @@ class Batches:
         self._streams = len(own) + 1
 
     def host(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
-        """The batches of a step, counted from 1, before they are moved."""
+        """The batches of a step, counted from 1, on the host."""
         return self._take(step, roles, lambda batch: batch, self._source.train_batch)
 
     def __call__(self, step: int, roles: Sequence[str]) -> Mapping[str, Batch]:
-        """The batches of a step, counted from 1; a process reads what it has devices for, if the source can."""
+        """The batches of a step, counted from 1, on the devices.
+
+        A process reads only the rows for its own devices, if the source supports it.
+        """
         rows, source = self._placement.rows(self._run.batch), self._source
         if rows is None or not isinstance(source, ReadsParts):
             return self._take(step, roles, self._placement.batch, source.train_batch)
@@ -58,17 +61,17 @@ class Batches:
 
 
 class Trainer:
-    """Trains from a state to the last step.
+    """Trains from a state to the last step of the run.
 
     Args:
-        state: Where to begin.
+        state: The initial state.
         step_fn: From `monarchrt.train.step.make_train_step`.
-        objective: Says which roles a step updates.
-        batches: What a step sees.
-        metrics: Takes what a step returns.
-        hooks: Called after the steps they are due at, in this order.
-        save: Called before a signal ends the run, with the step and the state; returns once it is safe on disk.
-        run: Number of steps, and the folder.
+        objective: Defines the roles that each step updates.
+        batches: Reads the batches of a step.
+        metrics: Logs the metrics that a step returns.
+        hooks: Called, in this order, after the steps at which they are due.
+        save: Called with the step and the state before a signal ends the run; returns once they are saved.
+        run: Settings of the run, of which `steps`, `prefetch` and `folder` are used.
     """
 
     def __init__(
@@ -91,16 +94,16 @@ class Trainer:
         """Trains until the last step of the run.
 
         Args:
-            stop: Looked at after each step.
+            stop: Checked for a signal after each step.
             after_step: Called after each step with its number, counted from 1, and the state.
 
         Returns:
-            The last state.
+            The final state.
 
         Raises:
             NonFiniteError: If a role's loss, gradient or parameters became NaN or infinite.
-            DiskFullError: If there was no room for the log or a checkpoint.
-            Interrupted: If a signal asked to stop; the state has been saved.
+            DiskFullError: If the disk was full for the log or a checkpoint.
+            Interrupted: After a signal, once the state has been saved.
         """
         agreed = AgreedStop()
         due = ((step, self._objective.due(step)) for step in range(int(self.state.step) + 1, self._run.steps + 1))

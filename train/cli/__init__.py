@@ -1,6 +1,7 @@
 """The command line: `monarchrt COMMAND ...`.
 
-A command is imported only when it is called, so that help is quick and a part that is missing does not stop the rest.
+A command's module is imported only when the command runs, so that help is quick and a missing dependency of one
+command does not affect the others.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from monarchrt.train.cli.streams import to_nowhere, usable_streams
 from monarchrt.train.interrupt import finish_first, stoppable
 
 DEBUG_VARIABLE = "MONARCHRT_DEBUG"
-_WORD, _MESSAGE = 500, 4000  # characters of an error that are shown
-_MAY_BE_EMPTY = ("--negative-prompt", "--prompt", "--wandb", "--config")  # or say themselves what to give
+_WORD, _MESSAGE = 500, 4000  # most characters of a word, and of a whole error message, that are printed
+_MAY_BE_EMPTY = ("--negative-prompt", "--prompt", "--wandb", "--config")  # valid if empty, or checked elsewhere
 _SMALLER = "make the batch, the clip or the network smaller"
 
 
@@ -38,7 +39,7 @@ def usage() -> str:
             "",
             "`monarchrt COMMAND --help` lists a command's options. Bad input ends in one line, `error: ...`, and exit",
             f"code 2; --debug, or {DEBUG_VARIABLE}=1, shows the traceback as well. Compiled programs are kept in",
-            f"~/.cache/monarchrt/programs, so that the next run begins at once; {OFF_VARIABLE}=1 keeps none.",
+            f"~/.cache/monarchrt/programs, so that the next run starts at once; {OFF_VARIABLE}=1 keeps none.",
         ]
     )
 
@@ -47,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: The arguments after the program's name; None takes those of the process.
+        arguments: The arguments after the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0; 2 for input that cannot be used, and for files that cannot be read or written; 130 (143) after
-        Ctrl-C (SIGTERM), once the run has saved.
+        The exit code: 0 on success; 2 for invalid input, for files that cannot be read or written, and if memory runs
+        out; 130 after Ctrl-C and 143 after SIGTERM, once the run has saved its state.
     """
-    if arguments is None:  # a process of its own, not a caller's
+    if arguments is None:  # called as a program, not from Python
         keep_programs()
     with usable_streams():
         return _main(list(sys.argv[1:] if arguments is None else arguments))
@@ -100,7 +101,7 @@ def _main(given: list[str]) -> int:
 
 
 def _answer(given: list[str]) -> int:
-    """What is asked of the program itself, or a command's."""
+    """Handles `--help` and `--version`, or runs a command; returns the exit code."""
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2
@@ -115,14 +116,14 @@ def _answer(given: list[str]) -> int:
 
 @contextlib.contextmanager
 def _flushed() -> Iterator[None]:
-    """Writes what is printed while it can still be said that nobody reads it, or that there is no room for it."""
+    """Flushes standard output on exit, so that a closed pipe or a full disk is reported as an error of the command."""
     try:
         yield
     finally:
         try:
             sys.stdout.flush()
         except OSError:
-            to_nowhere(sys.stdout.fileno())  # or it would be tried again, and fail, at exit
+            to_nowhere(sys.stdout.fileno())  # otherwise Python would try, and fail, again at exit
             raise
 
 
@@ -145,7 +146,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _check_none_is_empty(arguments: list[str]) -> None:
-    """Raises UserError for an empty value, which as a path would be the folder that one is in."""
+    """Raises UserError for an empty value, which as a path would mean the current folder."""
     option = "--an argument"
     for word in arguments:
         value = word
@@ -158,10 +159,9 @@ def _check_none_is_empty(arguments: list[str]) -> None:
 
 
 def _quiet_storage() -> None:
-    """Leaves only the error itself when a checkpoint cannot be written.
+    """Silences Orbax's logs when a checkpoint cannot be written, so that only the error itself is printed.
 
-    Orbax logs what it also raises, its abandoned coroutines do so again, and the storage threads complain that those
-    are gone.
+    Orbax logs the errors that it also raises; its abandoned coroutines and storage threads report them again.
     """
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
@@ -175,22 +175,22 @@ def _quiet_storage() -> None:
 
 
 def load(name: str) -> Callable[[list[str]], int | None]:
-    """The function of a command, one of COMMANDS, imported now: it takes the arguments after the command's name."""
+    """Imports the function of a command, one of COMMANDS; it takes the arguments after the command's name."""
     return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name}_command")
 
 
 def _one_line(error: BaseException) -> str:
-    """The message on one line, with what steers a terminal written out, and neither it nor a word in it for ever."""
+    """The message of an error on one line, with control characters escaped, and long words and messages shortened."""
     words = [_cut(word, _WORD) for word in str(error).split()]
     text = _cut(" ".join(words), _MESSAGE)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _cut(text: str, most: int) -> str:
-    """A text, or its beginning and its end."""
+    """A text, without its middle if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most - 60]} ... {text[-50:]}"
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Whether an error of JAX's is that of a device, or of the machine, without memory left."""
+    """Whether an error of JAX reports that the memory of a device, or of the machine, is exhausted."""
     return "out of memory" in str(error).lower()

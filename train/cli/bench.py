@@ -1,4 +1,4 @@
-"""`monarchrt bench generate`: how fast a checkpoint makes videos on this machine, as people who report it need it."""
+"""`monarchrt bench generate`: times video generation with a checkpoint on this machine."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _BENCH = """Time video generation block by block: cold and steady, percentiles, 
 monarchrt bench generate                                   random weights of Wan 2.1 1.3B: how fast is this machine?
 
 monarchrt bench generate --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --tile 3 30 52 --json"""
-LEAST = 4  # blocks, for anything to be steady
+LEAST = 4  # blocks, at least: the first ones are not counted as steady
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class BenchOptions(VideoOptions):
     """Without a checkpoint: random weights of this preset's sizes. Default, with a GPU: wan2.1-t2v-1.3b."""
 
     count: int = 28
-    """Blocks of the timed stream; percentiles need many, such as 2000 for five minutes."""
+    """Blocks of the timed stream, at least 4; percentiles need many, such as 2000 for five minutes."""
 
     rate: float = 16.0
     """Frames per second at which the stream is played."""
@@ -110,7 +110,7 @@ def bench_command(arguments: Sequence[str]) -> int:
 
 
 def _lines(measured: dict[str, Any], *, count: int) -> list[str]:
-    """The report; without the lines that a measurement that was stopped has no values for."""
+    """The lines of the report; an interrupted measurement lacks those for which it has no values."""
     cold, steady, cadence = measured["cold"], measured["steady"], measured["cadence"]
     size = f"{measured['height']}x{measured['width']}"
 

@@ -1,4 +1,4 @@
-"""Programs that were compiled are kept on disk, so that a command's second run begins at once. No JAX is imported."""
+"""The cache of compiled programs on disk, which lets a command's second run start at once. Does not import JAX."""
 
 import contextlib
 import os
@@ -10,19 +10,22 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own
 OFF_VARIABLE = "MONARCHRT_NO_PROGRAM_CACHE"
-LARGEST = 8 * 2**30  # bytes; those that were not used for longest go
-LEAST_FREE = 2**30  # bytes on the disk; with less, programs are not kept
-BEING_WRITTEN = 60.0  # seconds that a program's file may be empty for
+LARGEST = 8 * 2**30  # bytes; beyond, the least recently used programs are removed
+LEAST_FREE = 2**30  # free bytes on the disk below which programs are not kept
+BEING_WRITTEN = 60.0  # seconds for which a program's file may be empty while it is written
 
 
 def programs_folder(environment: MutableMapping[str, str] = os.environ) -> Path:
-    """Where compiled programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise: in the user's cache folder."""
+    """The folder of compiled programs, in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
     cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "monarchrt" / "programs"
 
 
 def keep_programs(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets JAX keep what it compiles, unless it was told where already, or not to.
+    """Turns on JAX's compilation cache, unless the environment names a folder for it or turns it off.
+
+    Nothing changes if the folder is not writable, or if its disk has less than 1 GiB free: JAX would leave damaged
+    files on a full disk, and would never replace them.
 
     Examples:
         >>> chosen = {"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}
@@ -31,8 +34,7 @@ def keep_programs(environment: MutableMapping[str, str] = os.environ) -> None:
         {'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}
 
     Args:
-        environment: Changed before JAX is imported; a folder that cannot be written to changes nothing, nor one on a
-            disk that is almost full: what JAX writes there is damaged, and is never written again.
+        environment: Environment variables to change. If they are the process's own, JAX may already be imported.
     """
     if FOLDER_VARIABLE in environment or environment.get(OFF_VARIABLE):
         return
@@ -58,9 +60,9 @@ def keep_programs(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Removes files of programs that a full disk left empty: JAX would fail to read them, and not replace them."""
+    """Removes files that a full disk left empty: JAX would fail to read them, and would not replace them."""
     old = time.time() - BEING_WRITTEN
     for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):  # another command has removed it by now
+        with contextlib.suppress(OSError):  # another command may have removed it
             if entry.name.endswith("-cache") and (found := entry.stat()).st_size == 0 and found.st_mtime < old:
                 Path(entry).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`monarchrt completion`: what a shell needs to complete commands and their options."""
+"""`monarchrt completion`: scripts with which shells complete commands and their options."""
 
 import contextlib
 import io
@@ -37,11 +37,11 @@ def completion_command(arguments: Sequence[str]) -> int:
 
 
 def command_options(name: str) -> tuple[str, ...]:
-    """The options that the help of a command lists, in its order: `--video`, `--folder`, ..."""
+    """The options of a command in the order of its help: `--video`, `--folder`, ..."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         load(name)(["--help"])
-    # an option begins a line of the help, behind the frame of its group; `--a, --b` are two names of one
+    # an option starts a line of the help, after the frame of its group; `--a, --b` are two names of one option
     rows = re.findall(r"^[\s│|]*((?:-\w, )?--[a-z][\w.-]*(?:, --[a-z][\w.-]*)*)", text.getvalue(), re.MULTILINE)
     return tuple(dict.fromkeys(word for row in rows for word in re.findall(r"--[a-z][\w.-]*", row)))
 

@@ -40,7 +40,7 @@ def convert_command(arguments: Sequence[str]) -> int:
 
     options = parse(ConvertOptions, arguments, prog="monarchrt convert", description=_CONVERT, config=POSITIONAL)
     run = find_run(Path(options.src))
-    with user_input(), _bar() as progress:  # a full disk is reported by the caller; nothing is left there
+    with user_input(), _bar() as progress:  # main() reports a full disk; no incomplete file is left
         if run is not None:
             written = (_convert_run_of_a_lora if run.lora else _convert_run)(options, run)
         elif (file := lora_file(Path(options.src))) is not None:
@@ -66,7 +66,7 @@ def _check_model_format(options: "ConvertOptions") -> None:
 
 
 def _convert_lora(options: "ConvertOptions", file: Path) -> Path:
-    """Writes a LoRA under the names of another format."""
+    """Writes a LoRA with the tensor names of another format."""
     from monarchrt.models.lora.reading import open_lora
 
     refuse_of_a_lora(options.src, options)
@@ -98,7 +98,7 @@ def _say(line: str) -> None:
 
 
 def refuse_of_a_lora(path: str, options: Any) -> None:
-    """Raises UserError for options that say something of a model's file, which a LoRA's has not."""
+    """Raises UserError for options that describe the file of a model, which a LoRA's file does not have."""
     for name in ("weights", "revision", "num_heads", "head_dim", "max_shard_gb"):
         if getattr(options, name, None) is not None:
             raise UserError(f"{name} is {getattr(options, name)!r}, but {path} is a LoRA; leave it out")
@@ -107,14 +107,14 @@ def refuse_of_a_lora(path: str, options: Any) -> None:
 
 
 def refuse_of_a_run(path: str, options: Any) -> None:
-    """Raises UserError for options that say something of a file which a run folder knows itself."""
+    """Raises UserError for options that describe the file of a model, which a run folder records itself."""
     for name in ("weights", "revision", "num_heads", "head_dim"):
         if getattr(options, name) is not None:
             raise UserError(f"{name} is {getattr(options, name)!r}, but {path} is a run folder; leave it out")
 
 
 def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
-    """Writes the network of a run folder, in float32 unless another dtype is asked for."""
+    """Writes the network of a run folder, in float32 unless `options.dtype` is given."""
     from monarchrt.models.generate.loras import open_loras
     from monarchrt.models.generate.run_arrays import run_network, trained_as
     from monarchrt.models.lora.merging import AsTrained, as_trained, merged
@@ -140,7 +140,7 @@ def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
 
 @contextmanager
 def _bar() -> Iterator["Progress | None"]:
-    """A bar of bytes on a terminal, None elsewhere."""
+    """A progress bar of bytes on a terminal; None if standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

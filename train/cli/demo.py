@@ -1,4 +1,4 @@
-"""`monarchrt demo`: dense, Monarch, finetuned, on a CPU."""
+"""`monarchrt demo`: dense, Monarch and finetuned Monarch attention, or a distilled stream, on a CPU."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -79,7 +79,7 @@ def _case(config: DoctorConfig) -> Case:
 
 
 def _show(title: str, findings: Iterable[Finding]) -> int:
-    """Prints findings; returns how many want something done. What only a GPU needs is none where there is no GPU."""
+    """Prints findings; returns how many need fixing. Packages that only a GPU needs are optional without one."""
     print(f"\n{title}")
     wrong = 0
     for finding in findings:

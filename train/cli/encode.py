@@ -1,4 +1,4 @@
-"""`monarchrt encode`: clips and captions to the latents that finetuning takes."""
+"""`monarchrt encode`: encodes clips and captions into latents and embeddings for finetuning."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`monarchrt evaluate`: attention settings under the same weights; VBench's videos and scores."""
+"""`monarchrt evaluate`: compares attention settings with the same weights; videos and scores of VBench."""
 
 import json
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ Held-out flow loss with paired intervals; PSNR, SSIM, flicker, drift and latent 
 
 monarchrt evaluate --checkpoint runs/demo/dense --attention 'monarch(tile=(4,8,14))' 'top_k(keep=0.1)' --seeds 0 1 2
 
-monarchrt evaluate vbench --help and monarchrt evaluate scores --help are about VBench."""
-_VBENCH = """Write the videos that VBench's tools expect: five of each prompt, under the names they look for.
+For VBench, see monarchrt evaluate vbench --help and monarchrt evaluate scores --help."""
+_VBENCH = """Write the videos that VBench's tools expect: five per prompt, under the names that they look for.
 
 monarchrt evaluate vbench --full-info VBench_full_info.json --checkpoint Wan-AI/Wan2.1-T2V-1.3B --out videos"""
 _SCORES = """Turn VBench's results into quality, semantic and total scores, with a column per folder.

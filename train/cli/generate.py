@@ -62,7 +62,7 @@ class GenerateOptions(GenerateConfig):
     """Number of this process, from 0; requires coordinator. The first one writes the video."""
 
     def place(self) -> Place | None:
-        """Which of several processes this is."""
+        """This process's place among several; None for a single process."""
         given = self.coordinator, self.processes, self.process
         return find_place(*given, environment={} if self.mesh is None else os.environ)
 
@@ -78,7 +78,7 @@ def generate_command(arguments: Sequence[str]) -> int:
     with joined(place, identity={field.name: getattr(config, field.name) for field in dataclasses.fields(config)}):
         if place is None or place.process == 0:
             return _generate(config, options.from_)
-        # the others do the same work and write what nobody reads
+        # the other processes compute the same video, and write it to a temporary folder
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             unread = dict.fromkeys(("save_embeddings", "save_latents", "save_noise"))
             out = Path(folder) / f"{config.out.stem.replace('%', '')}.mp4"
@@ -113,7 +113,7 @@ def _generate(config: GenerateConfig, source: Path | None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
-    """The settings, and the options, which say more."""
+    """The settings of the video, and all options of the command."""
     given = last_value(arguments, "--from")
     default = GenerateOptions()
     named: dict[str, Any] = {}
@@ -124,11 +124,11 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
         given_names = ((name, getattr(stored, name)) for name in NAMES_FILES)
         named = {name: value for name, value in given_names if value not in _NO_FILES.get(name, (None,))}
         values: dict[str, Any] = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
-        if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # another has its own
+        if last_value(arguments, "--attention") and not last_value(arguments, "--tile"):  # has its own settings
             own = ("tile", "blocks", "num_iters", "implementation")
             values |= {name: getattr(default, name) for name in own} | {"attention": STORED}
         elif last_value(arguments, "--tile") and stored.attention != SHORT:
-            values["attention"] = STORED  # which the tile implies another than
+            values["attention"] = STORED  # the tile replaces the video's attention
         values |= {name: getattr(default, name) for name in named}
         default = GenerateOptions(**values)
     options = parse(GenerateOptions, arguments, prog="monarchrt generate", default=default, description=_GENERATE)
@@ -149,7 +149,7 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
     return GenerateConfig(**config), options
 
 
-# what is no name of a file, where it is not None alone
+# values that name no file, for the settings for which these are not just None
 _NO_FILES: dict[str, tuple[Any, ...]] = {
     "lora": ((), NO_LORA),
     "decoder": (None, *DECODERS),

@@ -1,4 +1,4 @@
-"""`monarchrt inspect`: what a Wan checkpoint, a LoRA or a run folder holds, and whether it can be used."""
+"""`monarchrt inspect`: describes a Wan checkpoint, a LoRA or a run folder, and says whether it can be loaded."""
 
 import sys
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
         summary = run_summary(path)
         print("\n".join(summary.lines))
         return 0 if summary.usable else 2
-    find_run(path)  # a folder of runs is named
+    find_run(path)  # raises for a folder that contains runs, and names them
     with user_input():
         if (file := lora_file(path)) is not None:
             refuse_of_a_lora(options.path, options)

@@ -1,4 +1,4 @@
-"""`monarchrt pairs`: what a teacher's solver passes through, to train a student of few steps on."""
+"""`monarchrt pairs`: saves states along a teacher's ODE trajectories, to train a few-step student on."""
 
 import sys
 from collections.abc import Sequence

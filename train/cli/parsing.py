@@ -1,4 +1,4 @@
-"""From the arguments of a command to its options, a dataclass."""
+"""Parsing of a command's arguments into a dataclass of options."""
 
 import contextlib
 import dataclasses
@@ -29,11 +29,11 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
     Args:
         kind: The dataclass.
         arguments: The arguments of the subcommand.
-        prefixes: Its fields say themselves which have one, and are explained already.
+        prefixes: Whether the annotations of `kind` already define prefixes and help texts (see `explain`).
         **options: Passed to `tyro.cli`.
 
     Returns:
-        The config.
+        An instance of `kind`.
 
     Raises:
         UserError: If an option does not exist, or a value cannot be read or is out of range.
@@ -49,7 +49,7 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
         with contextlib.redirect_stderr(messages):
             return tyro.cli(parsed, args=list(arguments), **options)
     except SystemExit as stop:
-        # tyro wraps what a dataclass raises in a box of its own
+        # tyro prints the error of a dataclass in a box and exits; the cause is the error itself
         cause: BaseException | None = stop
         while cause is not None:
             if isinstance(cause, UserError):
@@ -61,12 +61,12 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
 
 
 def _joined(kind: type, arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments with options of any number of values there once: of several the parser takes the last alone.
+    """Merges repeated options that take a list of values; the parser would use only the last one.
 
-    `--lora` and `--overrides` are joined, as they add to what was given; of overrides of one name the later counts.
+    The values of `--lora` and `--overrides` are concatenated; of several overrides of one name the last is kept.
 
     Raises:
-        UserError: If another such option is there twice.
+        UserError: If another option that takes a list is given twice.
     """
     lists = set(_lists(kind))
     rest: list[str] = []
@@ -78,7 +78,7 @@ def _joined(kind: type, arguments: Sequence[str]) -> Sequence[str]:
         if not word.startswith("--"):
             values.append(word)
         elif option.rpartition(".")[2].removeprefix("--") in lists:
-            # apart from its option, a file's name that begins with a dash would be an option itself
+            # without its option before it, a file name that starts with a dash would be parsed as an option
             values = [f"./{value}" if option == "--lora" and value.startswith("-") else value] if equals else []
             found.setdefault(option, []).append(values)
         else:
@@ -104,7 +104,7 @@ def _name(override: str) -> str:
 
 
 def _lists(kind: type) -> Iterator[str]:
-    """Options of a dataclass, and of those in it, that take any number of values, without what is before them."""
+    """Names of the options of a dataclass, and of dataclasses nested in it, that take a list; without prefixes."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -112,12 +112,12 @@ def _lists(kind: type) -> Iterator[str]:
             yield from _lists(hint)
         parts = [hint] if typing.get_origin(hint) is tuple else typing.get_args(hint)
         ends = [typing.get_args(part)[-1:] for part in parts if typing.get_origin(part) is tuple]
-        if (...,) in ends and int not in parts:  # of one number or several, as of one number, the last counts
+        if (...,) in ends and int not in parts:  # an option of one number or several is replaced, like one of a number
             yield field.name.rstrip("_").replace("_", "-")
 
 
 def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> str | None:
-    """What is said to those who give a mesh where none is taken."""
+    """The message for `--mesh` or `--sharding` given to a command without these options; None otherwise."""
     given = next((word for word in arguments if word.partition("=")[0] in ("--mesh", "--sharding")), None)
     fields = dataclasses.fields(kind)
     if given is None or any(field.name == "mesh" or dataclasses.is_dataclass(field.type) for field in fields):
@@ -127,7 +127,7 @@ def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> s
 
 
 def last_value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that may be written `--option value` or `--option=value`; the last counts."""
+    """The value of the last `--option value` or `--option=value`; None if the option is not given."""
     value = None
     for position, word in enumerate(arguments):
         if word == option and position + 1 < len(arguments):
@@ -138,10 +138,10 @@ def last_value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a file of settings, TOML or JSON by its ending, or those that come with the package under a name.
+    """Reads a settings file in TOML or JSON, according to its suffix, or settings of the package by name: `small`.
 
     Raises:
-        UserError: If it cannot be read or is neither.
+        UserError: If the file cannot be read, has another suffix, or holds no table.
 
     Examples:
         >>> read_settings(Path("small"))["data"]["patch"]
@@ -167,10 +167,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def explain(kind: type) -> None:
-    """Tells tyro how the help shows a dataclass's fields, its own fields being dataclasses or not.
+    """Annotates the fields of a dataclass, and of dataclasses nested in it, with their help texts.
 
-    Without this, tyro keeps the line breaks of a field's docstring, and says `{None}|INT` and `(default: None)` where
-    the docstring says what leaving the option out means.
+    Without this, tyro keeps the line breaks of a field's docstring, and prints `{None}|INT` and `(default: None)` for
+    an option whose docstring already says what its default means.
     """
     texts = {
         text.arg_name: text.description or ""
@@ -185,7 +185,7 @@ def explain(kind: type) -> None:
             explain(hint)
         elif name in texts and typing.get_origin(hint) is not Annotated:
             settings: dict[str, Any] = {"help": " ".join(texts[name].split())}
-            if name.endswith("_"):  # a word of Python
+            if name.endswith("_"):  # a keyword of Python
                 settings["name"] = name.rstrip("_")
             if getattr(kind, name, 0) is None:
                 settings |= {"help_behavior_hint": "", "metavar": _placeholder(hint)}
@@ -193,7 +193,7 @@ def explain(kind: type) -> None:
 
 
 def _placeholder(hint: Any) -> str:
-    """What stands for the value of an optional setting, as tyro writes it for one that is not: INT INT INT."""
+    """The placeholder of an optional setting's value, as tyro writes it for one that is required: INT INT INT."""
     kind = [part for part in typing.get_args(hint) if part is not types.NoneType][-1]
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
@@ -204,18 +204,18 @@ def _placeholder(hint: Any) -> str:
 
 
 def _one_line(box: str) -> str:
-    """The text of the boxes that tyro draws around what is wrong with the options, less the help that it repeats."""
+    """The text of tyro's boxes with error messages, on one line and without the help text that they repeat."""
     rows = [row.strip().strip("│|").strip() for row in box.splitlines()]
     rows = [row for row in rows if not re.fullmatch(r"[╭+].*|[╰+].*", row)]
     sections = [" ".join(section.split()) for section in re.split("(?:─|-){4,}", "\n".join(rows))]
     kept = [section.rstrip(".") for section in sections if section and not section.startswith("Argument helptext")]
-    if len(kept) > 1 and len(kept[0].split()) <= 2:  # a title, where the terminal's boxes have no corners
+    if len(kept) > 1 and len(kept[0].split()) <= 2:  # a title, if the terminal's boxes have no corners
         del kept[0]
     text = re.sub(r"\[/?bold\]", "", "; ".join(kept) or " ".join(box.split()))
     return _READ.sub(r"\1 cannot be read: \2", text)
 
 
-# tyro's list of what it tried for an optional value; the last is what was meant
+# tyro's list of the types that it tried for an optional value; the last one is that of the value
 _READ = re.compile(
     r"Error parsing (--\S+): no type matching .*Got errors: .*- (?:<class '\w+'>|tuple\[[\w., ]+\]): (.*)"
 )

@@ -1,4 +1,4 @@
-"""What JAX_PLATFORMS says before JAX is imported: no CUDA plugin without a driver, and a CPU beside any GPU. No JAX."""
+"""Sets JAX_PLATFORMS before JAX is imported: no CUDA without a driver, and the CPU beside any GPU. No JAX here."""
 
 import importlib.metadata
 import importlib.util
@@ -12,13 +12,13 @@ _TPU = ("/dev/accel0", "/dev/vfio/0")
 
 
 def leave_out_cuda(environment: MutableMapping[str, str] = os.environ, *, root: Path = Path("/")) -> None:
-    """Sets JAX_PLATFORMS to cpu where the CUDA plugin is installed and cannot work, and nothing else than a CPU can.
+    """Sets JAX_PLATFORMS to cpu if the CUDA plugin is installed without a driver and there is no other accelerator.
 
-    What the user has set stays, and so does everything where there is a TPU or a plugin for another device.
+    A value that the user has set is kept. Nothing changes if there is a TPU, or a plugin for another device.
 
     Args:
-        environment: Changed before JAX is imported.
-        root: Where devices are looked for.
+        environment: Environment variables to change, before JAX is imported.
+        root: Root of the file system in which device files are looked for.
     """
     if VARIABLE in environment:
         return
@@ -32,9 +32,9 @@ def leave_out_cuda(environment: MutableMapping[str, str] = os.environ, *, root: 
 
 
 def keep_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds the CPU to a JAX_PLATFORMS that leaves it out: what a program hands to the host passes through it.
+    """Adds the CPU to a JAX_PLATFORMS without it: callbacks to the host need it.
 
-    The first that is named stays the default.
+    The first platform in the list stays the default.
     """
     named = [name for name in environment.get(VARIABLE, "").split(",") if name]
     if named and "cpu" not in named:

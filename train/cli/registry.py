@@ -1,8 +1,8 @@
-"""The commands, as help lists them: COMMAND is the function COMMAND_command of the file COMMAND.py here."""
+"""The commands and their summaries. COMMAND is the function COMMAND_command of the module COMMAND in this package."""
 
 COMMANDS = {
-    "train": "train or finetune a video model on a clip; resume a run",
-    "demo": "the whole story at small scale on a CPU: dense, Monarch, finetuned",
+    "train": "train, finetune or distil a video model; resume a run",
+    "demo": "compare dense, Monarch and finetuned attention at small scale on a CPU",
     "generate": "generate a video from a prompt, or with a run's network",
     "serve": "generate videos whose prompts can change meanwhile, for browsers and programs",
     "bench": "time video generation: `bench generate`, cold and steady, by stage",

@@ -1,6 +1,6 @@
-"""The options of `monarchrt train` for an objective: without prefix what there is once, `--ROLE.name` for the rest.
+"""The options of `monarchrt train` for an objective; those of a role are prefixed with it: `--ROLE.name`.
 
-Where one role trains, its options have no prefix, and may be given with one. Where several do, each has its own:
+If only one role trains, the prefix of its options may be left out. If several train, it is required:
 `--student.learning-rate`, `--critic.learning-rate`.
 """
 
@@ -27,7 +27,7 @@ from monarchrt.train.config import (
 )
 from monarchrt.train.objectives.registry import ObjectiveSettings, objective_names
 
-_OF_A_ROLE = ("init_from", "precision")  # settings of the run that are the exported network's
+_OF_A_ROLE = ("init_from", "precision")  # settings of the run that belong to the exported network
 _PLAN = {
     "plan": "Print what the run would take, per role and device, and of its compiled steps, and do nothing else.",
     "json": "With --plan: print JSON, and nothing else, to the standard output.",
@@ -39,8 +39,8 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
     """Parses the options of a training run.
 
     Args:
-        arguments: The arguments of the subcommand; `--objective` among them decides which others there are.
-        default: Settings that are not given.
+        arguments: The arguments of the subcommand; `--objective` among them determines the other options.
+        default: Values of the settings that are not given.
         **options: Passed to `tyro.cli`.
 
     Returns:
@@ -69,7 +69,7 @@ def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: An
 def _role_of(
     message: str, form: type, words: Sequence[str], settings: type[ObjectiveSettings], options: dict[str, Any]
 ) -> str | None:
-    """The role whose options alone are wrong in the same way; None: it is none's."""
+    """The role whose options alone lead to the same error message; None if there is none."""
     for role in settings.roles:
         own, taken = [], False
         for word in words:
@@ -85,7 +85,7 @@ def _role_of(
 
 
 def _with_remat(arguments: Sequence[str]) -> list[str]:
-    """The arguments with what `--remat` and `--no-remat` say by themselves, as they did when there was no choice.
+    """Gives `--remat` and `--no-remat` without a value, which are flags of earlier versions, the values they stand for.
 
     Examples:
         >>> _with_remat(["--remat", "--student.remat", "auto", "--no-remat"])
@@ -102,7 +102,7 @@ def _with_remat(arguments: Sequence[str]) -> list[str]:
 
 
 def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[str]:
-    """The arguments as the parser takes them: without the prefix of the only role that trains.
+    """Removes the prefix of the exported role from the arguments if it is the only role that trains.
 
     Raises:
         UserError: If an option that several roles have is given without a role.
@@ -123,9 +123,9 @@ def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[
 
 
 def _with_overrides(words: Sequence[str], default: TrainConfig) -> list[str]:
-    """The arguments with what the defaults override before what they do, which is joined: given ones count, by name.
+    """Puts the overrides of the defaults before the given ones, which take precedence by name once they are joined.
 
-    `--overrides` without any stands for none, not those of the defaults either.
+    `--overrides` without a value removes all overrides, including those of the defaults.
 
     Examples:
         >>> small = TrainConfig(model=ModelConfig(overrides=("dim=64", "num_layers=5")))
@@ -144,7 +144,7 @@ def _with_overrides(words: Sequence[str], default: TrainConfig) -> list[str]:
 
 
 def _form(settings: type[ObjectiveSettings]) -> type:
-    """A dataclass with the options of an objective."""
+    """A dataclass whose fields are the options for an objective."""
     for kind in (DataConfig, ModelConfig, OptimizerConfig, RunConfig, RoleConfig, settings):
         explain(kind)
     further, several = settings().further, len(settings().training) > 1
@@ -169,7 +169,7 @@ def _form(settings: type[ObjectiveSettings]) -> type:
 
 
 def _role_form(*, trains: bool) -> Any:
-    """The options of one role; those of an optimizer only if it trains."""
+    """A dataclass of the options of one role, with those of an optimizer only if it trains."""
     nested: list[tuple[str, Any]] = [("model", Annotated[ModelConfig, tyro.conf.arg(name="")])]
     if trains:
         nested.append(("optimizer", Annotated[OptimizerConfig, tyro.conf.arg(name="")]))
@@ -177,14 +177,14 @@ def _role_form(*, trains: bool) -> Any:
 
 
 def _part(name: str, kind: type, *, without: Sequence[str], more: Sequence[tuple[str, Any]] = ()) -> type:
-    """A dataclass with some of the fields of another."""
+    """A dataclass with the fields of another except `without`, and with `more` before them."""
     hints = typing.get_type_hints(kind, include_extras=True)
     kept = [(item.name, hints[item.name]) for item in dataclasses.fields(kind) if item.name not in without]
     return dataclasses.make_dataclass(name, [*more, *kept], frozen=True, kw_only=True)
 
 
 def _fill(form: type, config: TrainConfig) -> Any:
-    """A form with the values of a config."""
+    """An instance of a form with the values of a config."""
     exported = config.objective.exported
     values: dict[str, Any] = {"chosen": config.objective.name} | dict.fromkeys(_PLAN, False)
     for item in dataclasses.fields(form):
@@ -203,7 +203,7 @@ def _copy(kind: Any, source: Any) -> Any:
 
 
 def _config(parsed: Any) -> TrainConfig:
-    """The settings in a form."""
+    """The settings that a filled-in form describes."""
     objective = parsed.objective
     run = {item.name: getattr(parsed.run, item.name) for item in dataclasses.fields(parsed.run)}
     exported = getattr(parsed, objective.exported, parsed)

@@ -16,7 +16,7 @@ from monarchrt.models.generate.config import GenerateConfig, Mode
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.interrupt import finish_first
 
-_SERVE = """Serve sessions: videos that are watched while they are made, and whose prompt may change meanwhile.
+_SERVE = """Serve sessions: videos that are watched while they are generated, and whose prompt can change meanwhile.
 
 monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-1.3B --tile 3 30 52 --decoder tiny
 
@@ -28,7 +28,7 @@ monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(GenerateConfig):
-    """The options of a generation that belong neither to one video nor to a session."""
+    """The options of generation without those of a single video, such as its prompt, which are hidden."""
 
     prompt: Annotated[str | None, tyro.conf.Suppress] = None
     out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
@@ -86,7 +86,7 @@ class ServeOptions(VideoOptions):
     """Priority on the host's cores. auto: with an accelerator raised to nice -10, where that is permitted."""
 
     sessions: int = 4
-    """Sessions that may generate at the same time; each holds a cache of keys and values."""
+    """Sessions that may generate at the same time; each keeps its own cache of keys and values."""
 
     waiting: int = 16
     """Sessions that may wait for a free place."""
@@ -101,11 +101,11 @@ class ServeOptions(VideoOptions):
     """Blocks of latents kept for each session, for seeking and saving."""
 
     begin: tuple[int, ...] | None = None
-    """Numbers of frames that sessions may start from, of an uploaded image or clip; each takes a compiled program. 0:
+    """Numbers of frames of an uploaded image or clip that sessions may start from; each needs a compiled program. 0:
     none. Default: the frames of the first block."""
 
     attentions: tuple[str, ...] = ()
-    """Further attention settings that sessions may ask for, such as `dense` or `monarch(tile=(1,30,52))`; each takes a
+    """Further attention settings that sessions may ask for, such as `dense` or `monarch(tile=(1,30,52))`; each needs a
     compiled program."""
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ def serve_command(arguments: Sequence[str]) -> int:
         }
         return kind(**{name: getattr(options, name) for name in names})
 
-    # all that needs no weights is checked first
+    # everything that needs no weights is checked first
     address = of(Address)
     address.context()
     limits = Limits(**{name: getattr(options, name) for name in ("sessions", "waiting", "seconds", "idle", "kept")})

@@ -1,4 +1,4 @@
-"""Standard streams that a command can always write to: closed or broken ones lose lines, and nothing else."""
+"""Standard streams that can always be written to: output to closed or broken ones is dropped without an error."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Tolerant:
-    """A text stream whose lines are lost, without an error, once its reader is gone or its disk is full.
+    """A text stream that drops its output, without an error, once its reader is gone or its disk is full.
 
     Examples:
         >>> import io
@@ -20,14 +20,14 @@ class Tolerant:
         >>> print("lost", file=stream)
 
     Args:
-        stream: What is written to.
+        stream: The stream to write to.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes, or does not."""
+        """Writes a text, or drops it if that fails."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError):  # ValueError: it was closed
@@ -35,14 +35,14 @@ class Tolerant:
             return len(text)
 
     def flush(self) -> None:
-        """Hands on what was written, or does not."""
+        """Flushes the stream, or drops what is buffered if that fails."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
             self._leave()
 
     def _leave(self) -> None:
-        """What is still in the stream's buffer goes nowhere, or it would be tried again, and fail, at exit."""
+        """Redirects the stream to the null device: Python would try, and fail, to flush it again at exit."""
         with contextlib.suppress(OSError, ValueError):
             to_nowhere(self._stream.fileno())
 
@@ -51,7 +51,7 @@ class Tolerant:
 
 
 def to_nowhere(descriptor: int) -> None:
-    """Makes an open file descriptor one of the null device."""
+    """Redirects an open file descriptor to the null device."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, descriptor)
     if null != descriptor:
@@ -60,17 +60,17 @@ def to_nowhere(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """While active, there are standard streams that take anything.
+    """Provides standard streams that never fail while the context is active.
 
-    One that the parent closed (`2>&-`) becomes the null device: Python has None in its place, and the first file that
-    is opened would get its descriptor, and with it what libraries print. Messages to a reader that is gone are lost,
-    and the work goes on. Names of files that are not UTF-8 are printed as they are.
+    A stream that the parent process closed (`2>&-`) becomes the null device: Python has None in its place, and the
+    first file opened would get its descriptor, and with it the output of libraries. Messages to a reader that is gone
+    are dropped, and the command continues. File names that are not UTF-8 are printed unchanged.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
     before = sys.stdout, sys.stderr
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

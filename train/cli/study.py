@@ -1,4 +1,4 @@
-"""`monarchrt study map`, `mass` and `tiles`: what attention maps look like, and which tile suits a checkpoint."""
+"""`monarchrt study map`, `mass` and `tiles`: studies of attention maps, and of the best tile for a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _USAGE = """usage: monarchrt study {map,mass,tiles} ...
 
   map    error of the attention map against density: top-k, low rank, Monarch by tile and refinement steps
   mass   fraction of the keys that hold 95% of the attention, by block of the roll-out
-  tiles  which tile is best? error of outputs and videos against time, and the command that uses the choice
+  tiles  error of outputs and videos against time, by tile, and the commands that use the best tiles
 
 `monarchrt study map --help` lists its options; likewise the others."""
 
@@ -43,7 +43,7 @@ def study_command(arguments: Sequence[str]) -> int:
     was_there = config.out.exists()
     try:
         run(config)
-    except UserError:  # nothing is left of what could not begin
+    except UserError:  # a study that could not start leaves no empty folder
         if not was_there and config.out.is_dir() and not any(config.out.iterdir()):
             config.out.rmdir()
         raise

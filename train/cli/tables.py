@@ -1,13 +1,13 @@
-"""What commands print: tables on stdout, lines for people on stderr."""
+"""Output of commands: tables on standard output, messages on standard error."""
 
 import sys
 from collections.abc import Sequence
 
-UNCUT = 10_000  # columns
+UNCUT = 10_000  # columns, more than any row has
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; where there is no terminal, its rows are not cut."""
+    """Prints a table to standard output; its rows are cut to the width of a terminal, and to none elsewhere."""
     from rich.console import Console
     from rich.table import Table
 
@@ -21,5 +21,5 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr."""
+    """Prints a line to standard error."""
     print(line, file=sys.stderr)

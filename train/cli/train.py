@@ -1,4 +1,4 @@
-"""`monarchrt train`: train or finetune a network, or go on with a run."""
+"""`monarchrt train`: trains, finetunes or distils a network, or resumes a run."""
 
 import contextlib
 import dataclasses
@@ -62,10 +62,10 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
 
 
 def takes_small(arguments: Sequence[str]) -> bool:
-    """Whether settings that are not given are those of small: of a network that learns pixels, and of how it does.
+    """Whether the defaults are those of `--config small`, the demo's network for pixels and its training settings.
 
-    The preset that is the default is for latents of a few channels. It is too narrow for blocks of pixels as large as
-    are their default, and would learn nothing but noise.
+    The default preset is for latents of a few channels: it is too narrow for the default size of pixel blocks, and
+    would learn nothing but noise.
 
     Examples:
         >>> takes_small(["--video", "a.mp4", "--steps", "9"]), takes_small(["--video", "a.mp4", "--preset", "tiny"])
@@ -79,7 +79,7 @@ def takes_small(arguments: Sequence[str]) -> bool:
 
 
 def _placed_anew(stored: TrainConfig, asked: TrainConfig, given: Sequence[str]) -> TrainConfig:
-    """The settings of a folder without those on devices, mesh and sharding, if one of them is given now."""
+    """The settings of a run folder, with the default mesh and sharding if either is given now."""
     plain = RunConfig()
     anew = (asked.run.mesh, asked.run.sharding) != (plain.mesh, plain.sharding)
     if not anew and last_value(given, "--mesh") is None and last_value(given, "--sharding") is None:
@@ -108,7 +108,7 @@ def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 @contextlib.contextmanager
 def _of_the_file(path: Path | None) -> Iterator[None]:
-    """Names the file whose settings are wrong."""
+    """Adds the name of the settings file to error messages."""
     try:
         yield
     except UserError as error:
@@ -136,7 +136,7 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def _shared(config: TrainConfig) -> dict[str, Any]:
-    """What all processes of a run must have alike, under the names of the options."""
+    """The settings that must be equal in all processes of a run, by option name."""
     settings: dict[str, Any] = {}
 
     def collect(values: dict[str, Any], prefix: str) -> None:

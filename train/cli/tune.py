@@ -1,4 +1,4 @@
-"""`monarchrt tune`: finds the fastest settings of the Triton kernels for a video's attention on this machine's GPU."""
+"""`monarchrt tune`: finds the fastest settings of the Triton kernels for one shape of attention on this GPU."""
 
 import dataclasses
 import functools
@@ -80,14 +80,14 @@ def tune_command(arguments: Sequence[str]) -> int:
 
 
 def check(config: TuneConfig, configs) -> None:
-    """Compares output and gradients on two tiles, one head, with the reference in float64.
+    """Checks output and gradients of one head on two tiles of frames against the reference in float64.
 
     Args:
-        config: The shape.
-        configs: `triton_kernels.config.Configs` to check.
+        config: Shape of the attention.
+        configs: Kernel settings to check, a `triton_kernels.config.Configs`.
 
     Raises:
-        UserError: If the kernels cannot serve the shape, or an error is above MAX_ERROR.
+        UserError: If the kernels do not support the shape, or a relative error is above MAX_ERROR.
     """
     import jax
     import jax.numpy as jnp

@@ -1,13 +1,13 @@
 """The adversarial term that one-step recipes add to distribution matching (One-Forcing, arXiv:2605.23458).
 
-A discriminator D, a head on the critic's features, sees clips of the student and of the data, noised to one level by
-one noise; the student makes clips that it takes for data:
+A discriminator D, a head on the critic's features, classifies clips of the student (fake) and of the data (real), with
+the same noise at the same level. The losses of student and critic are means of
 
     student   softplus(-D(fake))                           relativistic: softplus(D(real) - D(fake))
     critic    softplus(D(fake)) + softplus(-D(real))       relativistic: softplus(D(fake) - D(real))
 
-R1 and R2 keep D from changing too fast around data and around samples, by finite differences (APT, arXiv:2501.08316),
-as second derivatives of attention would be dear: mean of ((D(x + s n) - D(x)) / s)^2 / 2 with noise n.
+The regularizers R1, at real clips, and R2, at fake ones, are estimated by finite differences (APT, arXiv:2501.08316),
+since second derivatives of attention are expensive: mean of ((D(x + s n) - D(x)) / s)^2 / 2 with unit noise n.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from monarchrt.models.sampling.schedules import NUM_TRAIN_TIMESTEPS
 from monarchrt.train.objectives.base import Metrics
 
 Logits = Callable[[Array], Float32[Array, "b"]]
-"""Noisy clips -> how real they look."""
+"""Noisy clips -> logits; larger is more likely real."""
 
 
 class GanDraws(NamedTuple):
-    """Index of a time 0...999 for each sample, the noise of both kinds of clips, and what R1 and R2 add to them."""
+    """Index 0...999 of each sample's time, the noise of both kinds of clips, and the noise that R1 and R2 add."""
 
     time: Int[Array, "b"]
     noise: Float32[Array, "b f h w c"]
@@ -34,13 +34,13 @@ class GanDraws(NamedTuple):
 
 
 def draw_gan(key: Key[Array, ""], shape: tuple[int, ...], *, r1: bool, r2: bool) -> GanDraws:
-    """One time for each sample, uniform before the shift, and noise of the latents' shape.
+    """Draws a time for each sample, uniform before the shift, and noise.
 
     Args:
-        key: Random key of the draws.
-        shape: Shape of the latents.
-        r1: Whether there is noise for R1.
-        r2: For R2.
+        key: Random key.
+        shape: Shape (B, F, h, w, C) of the latents.
+        r1: Whether to draw noise for R1.
+        r2: Whether to draw noise for R2.
     """
     keys = jax.random.split(key, 4)
     noise, real, fake = (jax.random.normal(each, shape, jnp.float32) for each in keys[1:])
@@ -49,7 +49,14 @@ def draw_gan(key: Key[Array, ""], shape: tuple[int, ...], *, r1: bool, r2: bool)
 
 
 def student_loss(fake: Float[Array, "b"], real: Float[Array, "b"] | None = None) -> Float32[Array, ""]:
-    """Of logits of the student's clips: softplus(-fake); beside those of real ones, softplus(real - fake).
+    """Adversarial loss of the student.
+
+    Args:
+        fake: Logits of the student's clips.
+        real: Logits of real clips, for the relativistic loss.
+
+    Returns:
+        Mean of softplus(-fake), or of softplus(real - fake).
 
     Examples:
         >>> round(float(student_loss(jnp.zeros(2))), 4), float(student_loss(jnp.array([-50.0]), jnp.array([50.0])))
@@ -61,7 +68,7 @@ def student_loss(fake: Float[Array, "b"], real: Float[Array, "b"] | None = None)
 def discriminator_loss(
     fake: Float[Array, "b"], real: Float[Array, "b"], *, relativistic: bool = False
 ) -> Float32[Array, ""]:
-    """Of logits of the student's clips and of real ones.
+    """Loss of the discriminator, from logits of the student's clips and of real ones.
 
     Examples:
         >>> round(float(discriminator_loss(jnp.zeros(2), jnp.zeros(2))), 4)
@@ -72,7 +79,13 @@ def discriminator_loss(
 
 
 def flatness(there: Float[Array, "b"], near: Float[Array, "b"], *, sigma: float) -> Float32[Array, ""]:
-    """R1 or R2 by a finite difference: half the mean of ((near - there) / sigma)^2."""
+    """R1 or R2 by a finite difference: half the mean of ((near - there) / sigma)^2.
+
+    Args:
+        there: Logits of noisy clips.
+        near: Logits of the same clips with further noise of standard deviation `sigma`.
+        sigma: That standard deviation.
+    """
     return 0.5 * jnp.mean(jnp.square((near - there) / sigma).astype(jnp.float32))
 
 
@@ -89,22 +102,22 @@ def discriminate(
     r2: float,
     sigma: float,
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """The discriminator's loss, weighted, with its regularisation.
+    """The weighted loss of the discriminator with its regularizers.
 
     Args:
         logits: The discriminator.
         fake: Noisy clips of the student.
         real: Noisy clips of the data.
-        near_real: Unit noise that R1 moves the latter by, sigma times; None: there is no R1.
-        near_fake: That R2 moves the former by.
-        relativistic: Whether logits are compared in pairs.
+        near_real: Unit noise that R1 adds to `real`, scaled by `sigma`; None for no R1.
+        near_fake: Unit noise that R2 adds to `fake`, scaled by `sigma`; None for no R2.
+        relativistic: Whether to use the relativistic loss, which compares fake and real clips in pairs.
         weight: Weight of the discriminator's loss.
         r1: Weight of R1.
         r2: Weight of R2.
-        sigma: How far they move.
+        sigma: Standard deviation of the noise of R1 and R2.
 
     Returns:
-        The loss, and what to log of it.
+        The loss, and scalars to log.
     """
     of_fake, of_real = logits(fake), logits(real)
     loss = discriminator_loss(of_fake, of_real, relativistic=relativistic)

@@ -1,7 +1,7 @@
-"""What an objective does; the trainer knows nothing else of it.
+"""The interface of objectives, through which the trainer uses them.
 
-How a batch travels: source -> devices -> draws -> the loss of each role that is due, with its gradient -> an update of
-that role -> hooks. Settings and roles, which need no JAX, are declared in `monarchrt.train.objectives.settings`.
+The path of a batch: source -> devices -> draws -> loss and gradient of each role that is due -> update of that role ->
+hooks. Settings and roles, which need no JAX, are declared in `monarchrt.train.objectives.settings`.
 """
 
 import abc
@@ -21,8 +21,8 @@ from monarchrt.train.sources import open_source
 from monarchrt.train.watch import Check
 
 Networks = Mapping[str, Any]
-"""The networks by role: modules, with the parameters of this step; under `average_of(role)` with its moving average, if
-the role is declared as `averaged`."""
+"""Modules by role, with the current parameters; for roles declared as `averaged` also, under `average_of(role)`, the
+network with its moving average."""
 
 Metrics = dict[str, Array]
 """Scalars by name."""
@@ -32,7 +32,7 @@ Sampler = Callable[..., Array]
 
 
 def average_of(role: str) -> str:
-    """Under which name a loss finds the network of a role with its moving average, among the `Networks`.
+    """The key in `Networks` of a role's network with its moving average.
 
     Examples:
         >>> average_of("student")
@@ -46,9 +46,9 @@ class HeldOut(NamedTuple):
 
     Attributes:
         batch: Examples.
-        draws: Their draws, fixed.
-        weight: Factor of each error, of the errors' shape.
-        count: How many examples count; those after them only fill the batch up.
+        draws: Their random values, the same in every evaluation.
+        weight: Factor of each error, broadcastable to the errors.
+        count: Number of examples that count; the others only pad the batch.
     """
 
     batch: Batch
@@ -58,16 +58,16 @@ class HeldOut(NamedTuple):
 
 
 class Objective(abc.ABC):
-    """Losses of the roles that train, from networks, a batch and draws.
+    """Base class of objectives: the losses of the roles that train.
+
+    All randomness is in the draws, which `draws` returns and `loss` takes as an argument, so that a loss can be
+    compared with another implementation for the same draws.
 
     Args:
         settings: The settings, with the roles.
 
-    Whatever is random is a draw: a value that `draws` makes of a key and shapes, and an argument of `loss`, so that a
-    loss can be compared with another implementation draw for draw.
-
     Attributes:
-        rolls_out: Whether losses make clips block by block, in a loop around those over layers.
+        rolls_out: Whether losses generate clips block by block, in a loop around the loops over layers.
     """
 
     rolls_out: ClassVar[bool] = False
@@ -83,10 +83,10 @@ class Objective(abc.ABC):
         digests: Path | None = None,
         encode: bool = True,
     ) -> Source:
-        """The data that a config names; arguments as `monarchrt.train.sources.open_source`, which is the default.
+        """Opens the data of a config. Default: `monarchrt.train.sources.open_source`, with the same arguments.
 
         Raises:
-            UserError: If it cannot be used, or there are prompts alone and the objective needs clips.
+            UserError: If the data cannot be used, or are prompts alone and the objective needs clips.
         """
         if config.prompts is not None and self.settings.needs_clips:
             raise UserError(
@@ -96,92 +96,91 @@ class Objective(abc.ABC):
         return open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
     def texts(self) -> Mapping[str, np.ndarray]:
-        """Embeddings [L, D] that networks see beside those of the data, by what messages call them. Default: none."""
+        """Text embeddings [L, D] other than those of the data, by their name in messages. Default: none."""
         return {}
 
     def extension(self, role: str) -> Callable[..., Any] | None:
-        """(network, seed=) -> the network with parameters of the objective's own beside those it was read with.
+        """A function (network, seed=) -> network that adds parameters of the objective to a role's network.
 
-        Default: None for every role, there are none.
+        Default: None for every role, which adds none.
         """
         return None
 
     def due(self, step: int) -> tuple[str, ...]:
-        """The roles that a step, counted from 1, updates, in this order; a later one sees the earlier ones' update.
+        """The roles that a step, counted from 1, updates, in this order: later ones see the updates of earlier ones.
 
-        Each different answer is a compiled program of its own. Default: all that train.
+        Each distinct tuple needs a compiled program of its own. Default: all roles that train.
         """
         return self.settings.training
 
     @abc.abstractmethod
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, Any]:
-        """What the losses of a step draw at random.
+        """Draws the random values that the losses of a step use.
 
         Args:
             key: Random key of the step.
             shapes: The batch as `jax.ShapeDtypeStruct`, or as arrays.
 
         Returns:
-            For each role that trains, a tree of arrays: with the batch as first axis, which accumulation splits with
-            the batch, or scalars, which all parts share.
+            A tree of arrays for each role that trains. Arrays have the batch as first axis, along which accumulation
+            splits them; scalars are shared by all parts.
         """
 
     @abc.abstractmethod
     def loss(self, role: str, networks: Networks, batch: Batch, draws: Any) -> tuple[Float32[Array, ""], Metrics]:
-        """The loss of a role, a mean over the batch, which is differentiated by that role's parameters alone.
+        """The loss of a role, a mean over the batch; only gradients with respect to that role's parameters are taken.
 
         Args:
-            role: One that trains.
+            role: A role that trains.
             networks: All networks.
             batch: Examples.
-            draws: What `draws` made for the role.
+            draws: The result of `draws` for the role.
 
         Returns:
-            The loss and whatever else the log should show; scalars, averaged over those parts of an accumulation that
-            have one: NaN says that there is none.
+            The loss and further scalars to log. Accumulation averages them over the parts of a batch, without NaN,
+            which means that a part has no value.
         """
 
     def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:
-        """What the loss of a role consists of, in order, to see how long each part takes.
+        """The stages of a role's loss, in order, for measuring the time of each.
 
         Returns:
-            Name -> (networks, batch, draws of the role) -> what there is after that part; None for the loss itself, the
-            last. Default: the loss, by the name of forward.
+            By name, a function (networks, batch, draws of the role) that computes the loss up to the end of that stage;
+            None for the last, which is the whole loss. Default: one stage, `forward`.
         """
         return {"forward": None}
 
     def turns(self, role: str) -> float:
-        """How often on average those loops of a role's loss turn whose number of turns is drawn. Default: once."""
+        """Mean number of iterations of the loops in a role's loss whose number of iterations is drawn. Default: 1."""
         return 1.0
 
     def typical(self, role: str, draws: Any) -> Any:
-        """Draws of a role, of which numbers are given that decide how much is computed, for an estimate of time.
+        """Replaces the draws of a role that determine the amount of computation by typical ones, to estimate time.
 
-        Default: as they are. What `turns` tells of may stay as it is.
+        Draws that `turns` accounts for may be left unchanged. Default: unchanged.
         """
         return draws
 
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
-        """What the loss of a role keeps of a clip while it makes it, as arrays or shapes, for an estimate of memory.
+        """Arrays or shapes that a role's loss keeps in memory while it generates a clip, to estimate memory.
 
-        Default: nothing.
+        Default: None, for none.
         """
         return None
 
     def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
-        """What to measure on held-out examples, the same at every step and for every run.
+        """The calls of a held-out evaluation, the same at every step and in every run.
 
-        Default: as many draws of fixed keys as `timesteps` says, for batches of examples that are repeated until the
-        last is full.
+        Default: `timesteps` draws from fixed keys for each batch; examples are repeated to fill the last batch.
 
         Args:
-            source: Its held-out part is used.
-            windows: Examples, spread over the held-out part.
-            timesteps: Noise levels, or rounds of draws.
+            source: Data, of which the held-out part is used.
+            windows: Number of examples, spread over the held-out part.
+            timesteps: Number of noise levels, or of draws.
             batch: Examples per call.
 
         Yields:
-            The calls of `held_out_errors`.
+            The arguments of each call of `held_out_errors`.
         """
         indices = spread(source.held_out, windows)
         calls = max(1, -(-len(indices) // batch))
@@ -192,13 +191,16 @@ class Objective(abc.ABC):
                 yield HeldOut(examples, self.draws(key, examples), np.ones(()), 1)
 
     def held_out_errors(self, networks: Networks, batch: Batch, draws: Any) -> Mapping[str, Array]:
-        """The errors of one call by role, compiled; averaged with the weights of `held_out`. Default: the losses."""
+        """The errors of one call by role, which are averaged with the weights of `held_out`. Default: the losses.
+
+        It is compiled, so it must be traceable by JAX.
+        """
         return {role: self.loss(role, networks, batch, draws[role])[0] for role in self.settings.training}
 
     def checks(self) -> Sequence[Check]:
-        """Figures of the log that show that a training collapses. Default: none."""
+        """Checks of logged figures that show that a training collapses. Default: none."""
         return ()
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """What to show of the exported role while training: label -> sampler. Default: nothing."""
+        """Samplers of the exported role for videos during training, by label. Default: none."""
         return {}

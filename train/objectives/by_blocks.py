@@ -1,7 +1,8 @@
-"""The gradient of a clip that was made block by block: a sum of gradients of one block at a time.
+"""The gradient of a clip that was generated block by block, as a sum of gradients of single blocks.
 
-Where nothing flows from a block to later ones, the gradient of the whole is that of each block by itself, at the past
-that it saw. Nothing is kept from making the clip but what each block was made of: memory is that of one block.
+If no gradient flows from a block into earlier ones, the gradient of the clip is the sum over blocks of each block's own
+gradient, given the past that it was generated from. Only the inputs of each block are stored during generation, so that
+the backward pass needs the memory of one block.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ from monarchrt.models.attention.blocks import over_blocks
 type Number = Int[Array, ""]
 
 Block = Callable[[Any, Any, Any, Any, Number, Number, int], Array]
-"""(parameters, shared, past, inputs, number of the block, its first frame, its frames) -> it, [B, frames, h, w, C]."""
+"""(parameters, shared, past, inputs, index of the block, its first frame, its frames) -> block [B, frames, h, w, C]."""
 
 Following = Callable[[Any, Any, Any, Any, Number, Number, int], Any]
-"""(the same) -> the past of the next block."""
+"""(the same arguments) -> the past of the next block."""
 
 
 def sum_over_blocks(
@@ -37,7 +38,7 @@ def sum_over_blocks(
     first: tuple[Any, Any] = (0, 0),
     read: Callable[[Any], Any] | None = None,
 ) -> Float32[Array, "b f h w c"]:
-    """A clip that was made already, as a function of parameters that gradients reach block by block.
+    """Makes a generated clip differentiable with respect to the parameters, block by block.
 
     Examples:
         >>> ones = jnp.ones((1, 4, 1, 1, 1))
@@ -55,16 +56,16 @@ def sum_over_blocks(
 
     Args:
         made: The clip.
-        params: A tree of arrays; the gradient is that of the leaves which are differentiated, no other is computed.
-        past: What the first block that counts saw of earlier ones.
-        inputs: Whatever else blocks are made of. Nothing is differentiated by it.
-        share: (params, inputs) -> what all blocks need of the parameters, once; differentiated once.
-        block: Makes a block anew.
-        following: Makes the past of the next block; nothing is differentiated by it.
-        sizes: Frames of each block that a gradient comes of.
-        first: Number of the first of them and of its first frame, known or traced.
-        read: params -> the same tree in the dtypes that blocks read it in, once for all of them; None: as they are.
-            A block's gradient comes in these; the sum has the dtypes of `params`.
+        params: A tree of arrays; gradients are computed only for the leaves with respect to which is differentiated.
+        past: The past of the first block that contributes to the gradient.
+        inputs: Other inputs of the blocks, a tree of arrays; they get no gradient.
+        share: (params, inputs) -> values shared by all blocks, which are computed, and differentiated, once.
+        block: Computes a block again.
+        following: Computes the past of the next block; no gradient flows through it.
+        sizes: Frames of each block that contributes to the gradient.
+        first: Index of the first of these blocks, and of its first frame; may be traced.
+        read: params -> the same tree in the dtypes in which blocks read it, computed once; None for their own dtypes. A
+            block's gradient has these dtypes; the sum has those of `params`.
 
     Returns:
         `made`.

@@ -1,16 +1,16 @@
 """Consistency distillation (Song et al. 2023, arXiv:2303.01469) along the teacher's flow, without stored pairs.
 
-A noised clip x_t is moved one Euler step down the grid of noise levels by the frozen teacher, with guidance; what the
-student makes of x_t is to be what its own moving average makes of x_s, the end of that step:
+The frozen teacher, with guidance, moves a noised clip x_t one Euler step down the grid of noise levels, to x_s. The
+student's prediction of the clean clip from x_t should equal that of its own moving average from x_s (sg: no gradient):
 
     x_s = x_t - (sigma_t - sigma_s) v_teacher,   f(x, t) = x - sigma_t v(x, 1000 sigma_t),
     loss = mean (f_student(x_t, t) - sg f_average(x_s, s))^2.
 
-A causal student (Causal Forcing, arXiv:2602.02214) is taught on all blocks at once, each after the clean blocks before
-it, as is its causal teacher; nothing is rolled out and no solver is run to its end, so that this is the cheapest way to
-few steps. The grid is that of the published training, even in u from 1 down, shifted; t is any of its levels but the
-last, where s would be the end. The published code turns v into data with the nearest level of another grid, of 1000,
-which at low noise is off by some percent; it is there by name, and off.
+A causal student (Causal Forcing, arXiv:2602.02214) and its causal teacher are trained on all blocks at once, each of
+which attends to the clean blocks before it. There are no roll-outs and no complete solver runs, which makes this the
+cheapest distillation to few steps. The grid is that of the published training, even in u from 1 down, and shifted; t is
+any of its levels except the last, after which s would be 0. The published code converts v to data with the nearest
+level of another grid, of 1000, which is off by a few percent at low noise; `conversion="published"` does the same.
 """
 
 from collections.abc import Mapping
@@ -35,24 +35,24 @@ from monarchrt.train.objectives.settings import ConsistencyConfig
 
 
 class ConsistencyDraws(NamedTuple):
-    """What one batch draws: the level that each clip is noised to, an index into the grid, and noise."""
+    """Draws for a batch: the index of each clip's noise level in the grid, and noise."""
 
     level: Int[Array, "b"]
     noise: Float32[Array, "b f h w c"]
 
 
 class ConsistencyObjective(GuidedObjective):
-    """A student whose predictions agree along the teacher's flow."""
+    """Consistency of a student's predictions along the teacher's flow."""
 
     settings: ConsistencyConfig
 
     @cached_property
     def sigmas(self) -> Float32[np.ndarray, "n"]:
-        """The grid of noise levels, from 1 down; 0 is not among them."""
+        """The grid of noise levels, from 1 down, without 0."""
         return uniform_schedule(self.settings.grid, self.settings.shift).sigmas[:-1].astype(np.float32)
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, ConsistencyDraws]:
-        """A level of the grid for each clip, the last left out, and noise."""
+        """Draws a noise level for each clip, any of the grid but the last, and noise."""
         level_key, noise_key = jax.random.split(key)
         shape = shapes.latents.shape
         level = jax.random.randint(level_key, shape[:1], 0, self.settings.grid - 1)
@@ -61,7 +61,7 @@ class ConsistencyObjective(GuidedObjective):
     def loss(
         self, role: str, networks: Networks, batch: Batch, draws: ConsistencyDraws
     ) -> tuple[Float32[Array, ""], Metrics]:
-        """Mean squared difference of what the student and its average make of the two ends of the teacher's step."""
+        """Mean squared difference of the predictions of student and average at the two ends of the teacher's step."""
         settings, (latents, text) = self.settings, map(jnp.asarray, batch)
         sigmas, level = jnp.asarray(self.sigmas), jnp.asarray(draws.level)
         high, low = sigmas[level], sigmas[level + 1]
@@ -81,14 +81,14 @@ class ConsistencyObjective(GuidedObjective):
         return jnp.mean(errors), in_bins(errors, high * NUM_TRAIN_TIMESTEPS)
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """A clip made of pure noise in the student's steps, block by block if it is causal."""
+        """A sample from pure noise at the student's steps, block by block if it is causal."""
         return few_step_samplers(self.settings)
 
     def _velocity(self, network: Any, clean: Float[Array, "b f h w c"], *, options: str) -> Velocity:
-        """The flow prediction of a network, of a causal one after the clean blocks.
+        """The flow prediction of a network; blocks of a causal one attend to the clean blocks before them.
 
         Raises:
-            UserError: If it sees clips in other blocks.
+            UserError: If the blocks of the network are not those of the objective.
         """
         settings = self.settings
         check_blocks(
@@ -99,7 +99,7 @@ class ConsistencyObjective(GuidedObjective):
         return lambda noisy, timesteps, text: teacher_forced(network, noisy, timesteps, clean, text)
 
     def _guided(self, teacher: Velocity, x: Array, timesteps: Array, text: Array) -> Array:
-        """The teacher's flow, v_negative + g (v_text - v_negative)."""
+        """The teacher's flow with guidance g: v_negative + g (v_text - v_negative)."""
         flow = teacher(x, timesteps, text)
         if self.negative is None:
             return flow

@@ -1,7 +1,7 @@
-"""A head on the critic's features that says how real a noisy clip looks: one number for each clip.
+"""A discriminator: a head on the critic's features with one logit per clip.
 
-A learned query attends to all tokens of the residual stream after some of the critic's blocks; what it gathers goes
-through a small MLP. The head's parameters are the critic's, `discriminator` among its own, and train with them.
+A learned query attends to all tokens of the residual stream after some of the critic's blocks; the result goes through
+a small MLP. The head is the critic's submodule `discriminator`, and trains with it.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from monarchrt.models.wan import WanModel
 
 
 class Discriminator(nnx.Module):
-    """One query over the tokens of a clip, and an MLP; computed in float32.
+    """Attention of one learned query to the tokens of a clip, and an MLP; computed in float32.
 
     Examples:
         >>> head = nnx.eval_shape(lambda: Discriminator(24, heads=2, rngs=nnx.Rngs(0)))
@@ -24,9 +24,9 @@ class Discriminator(nnx.Module):
         (3,)
 
     Args:
-        dim: Width of the features, D.
-        heads: Number of heads of the query; they divide D.
-        rngs: Its `params` stream initialises.
+        dim: Width D of the features.
+        heads: Number of attention heads; must divide D.
+        rngs: Random streams; `params` initializes the parameters.
     """
 
     def __init__(self, dim: int, *, heads: int, rngs: nnx.Rngs):
@@ -37,7 +37,7 @@ class Discriminator(nnx.Module):
         self.hidden, self.out = nnx.Linear(dim, dim, rngs=rngs), nnx.Linear(dim, 1, rngs=rngs)
 
     def __call__(self, features: Float[Array, "b f n d"]) -> Float32[Array, "b"]:
-        """Logits; larger is more real."""
+        """Logits; larger is more likely real."""
         batch, frames, per_frame, dim = features.shape
         tokens = features.reshape(batch, frames * per_frame, dim).astype(jnp.float32)
         size = (batch, -1, self.heads, dim // self.heads)
@@ -48,17 +48,17 @@ class Discriminator(nnx.Module):
 
 
 def with_discriminator(critic: Any, *, seed: int) -> Any:
-    """A critic with a head of its own, new.
+    """Adds a new discriminator to a critic.
 
     Args:
-        critic: Wan, or its shapes.
+        critic: A `WanModel`, or its shapes.
         seed: Seed of the head's parameters.
 
     Returns:
-        A critic of the same arrays, and the head's.
+        A critic with the same arrays and the head.
 
     Raises:
-        UserError: If it is not Wan.
+        UserError: If the critic is not a `WanModel`.
     """
     if not isinstance(critic, WanModel):
         raise UserError(f"the critic is {type(critic).__name__}; the adversarial term needs the features of Wan")
@@ -75,17 +75,17 @@ def logits_of(
     *,
     layers: int | None = None,
 ) -> Float32[Array, "b"]:
-    """How real noisy clips look to a critic with a head.
+    """Logits of noisy clips; larger is more likely real.
 
     Args:
-        critic: Of `with_discriminator`.
+        critic: A critic from `with_discriminator`.
         latents: Noisy clips.
-        timesteps: Their times.
-        text: Embeddings of their prompts.
-        layers: Blocks whose output the head sees; None: all.
+        timesteps: Timestep of each clip.
+        text: Embeddings of the prompts.
+        layers: Number of the critic's blocks before the head; None for all.
 
     Raises:
-        UserError: If there are not so many blocks.
+        UserError: If the critic has fewer blocks.
     """
     if layers is not None and layers > critic.config.num_layers:
         raise UserError(f"gan_layers is {layers}, but the critic has {critic.config.num_layers}; give as many or fewer")

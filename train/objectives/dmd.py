@@ -1,7 +1,9 @@
-"""DMD: a student of few steps learns to make samples that a teacher finds likely, followed by a critic.
+"""Distribution matching distillation (DMD) of a few-step student, with a frozen teacher and a critic.
 
-The student makes a whole clip in the steps of its sampler and stops at a random one; only that last step is
-differentiated (Self-Forcing, arXiv:2506.08009, Section 3.3). `monarchrt.train.objectives.scores` has the losses.
+The student generates whole clips with its few-step sampler, which stops at a random step; gradients flow through that
+last step only (Self-Forcing, arXiv:2506.08009, Section 3.3). The critic learns to denoise the student's samples; the
+student moves towards the samples that the teacher finds more likely than the critic does. The losses are in
+`monarchrt.train.objectives.scores`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +44,7 @@ from monarchrt.train.watch import Check
 
 
 class StudentDraws(NamedTuple):
-    """What the student makes a clip of: the noise that it starts from, that of each further step, and its last step."""
+    """Draws of the student's sampler: initial noise, noise of each further step, and index of the last step."""
 
     noise: Float32[Array, "b f h w c"]
     fresh: Float32[Array, "b n f h w c"]  # n: steps - 1
@@ -50,7 +52,7 @@ class StudentDraws(NamedTuple):
 
 
 class DMDDraws(NamedTuple):
-    """What one update draws; `gan` where there is an adversarial term."""
+    """Draws of one update; `gan` is None without an adversarial term."""
 
     student: StudentDraws
     scores: ScoreDraws
@@ -64,16 +66,19 @@ class DMDObjective(GuidedObjective):
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The student's steps."""
+        """Timesteps and noise levels of the student's steps."""
         return few_step_schedule(self.settings.student_steps, self.settings.shift)
 
     def due(self, step: int) -> tuple[str, ...]:
-        """The critic at every step, the student at every `student_every`-th, from the first on."""
+        """The critic at every step; the student at every `student_every`-th, starting with the first."""
         student = (step - 1) % self.settings.student_every == 0
         return ("student", "critic") if student else ("critic",)
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, DMDDraws]:
-        """Noise of the student's steps, its last step, a time and noise to compare at; for each role its own."""
+        """Draws the noise and the last step of the student's sampler, and time and noise of the comparison.
+
+        Student and critic have draws of their own.
+        """
         shape, keys = shapes.latents.shape, jax.random.split(key, len(self.settings.training))
         draws = {role: self.draw_role(key_of, shape) for role, key_of in zip(self.settings.training, keys, strict=True)}
         if not self.settings.adversarial:
@@ -86,7 +91,7 @@ class DMDObjective(GuidedObjective):
         }
 
     def draw_role(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
-        """The draws of one role, for latents of this shape [B, F, H, W, C]."""
+        """The draws of one role, for latents of shape (B, F, h, w, C)."""
         first, fresh, last, scores = jax.random.split(key, 4)
         steps = len(self.settings.student_steps)
         return DMDDraws(
@@ -99,7 +104,7 @@ class DMDObjective(GuidedObjective):
         )
 
     def loss(self, role: str, networks: Networks, batch: Batch, draws: DMDDraws) -> tuple[Float32[Array, ""], Metrics]:
-        """Distribution matching for the student, the flow of the student's samples for the critic."""
+        """The distribution matching loss of the student, or the critic's flow loss on the student's samples."""
         text, noise = jnp.asarray(batch.text), self._scored(draws.scores.noise, draws.student)
         if role == "critic":
             clip = lax.stop_gradient(self.samples(detached(networks["student"]), text, draws.student))
@@ -134,7 +139,7 @@ class DMDObjective(GuidedObjective):
         return loss + term, metrics | more
 
     def _deceive(self, critic: Any, x: Array, batch: Batch, draws: DMDDraws) -> tuple[Array, Metrics]:
-        """The student's adversarial term, weighted: its clips should look real to the critic's head."""
+        """The student's weighted adversarial loss, and metrics."""
         logits, mixed, scored = self._discriminator(critic, batch, draws)
         fake = logits(mixed(x))
         real = lax.stop_gradient(logits(mixed(scored(batch.latents)))) if self.settings.gan_relativistic else None
@@ -142,7 +147,7 @@ class DMDObjective(GuidedObjective):
         return self.settings.gan_weight * loss, {"gan_loss": loss, "gan_fake": jnp.mean(fake)}
 
     def _discriminate(self, critic: Any, x: Array, batch: Batch, draws: DMDDraws) -> tuple[Array, Metrics]:
-        """The critic's: its head should tell the student's clips from those of the data."""
+        """The discriminator's weighted loss, and metrics."""
         logits, mixed, scored = self._discriminator(critic, batch, draws)
         settings, gan = self.settings, cast(GanDraws, draws.gan)
         real, fake = (noise if noise is None else scored(noise) for noise in (gan.near_real, gan.near_fake))
@@ -152,7 +157,7 @@ class DMDObjective(GuidedObjective):
         )  # fmt: skip
 
     def _discriminator(self, critic: Any, batch: Batch, draws: DMDDraws) -> tuple[Logits, Any, Any]:
-        """How real noisy clips look, what noises clips, and what takes the frames that count."""
+        """Three functions: logits of noisy clips, noising of clips, and selection of the scored frames."""
         gan = cast(GanDraws, draws.gan)
 
         def scored(clip: Any) -> Array:
@@ -167,7 +172,7 @@ class DMDObjective(GuidedObjective):
         )
 
     def extension(self, role: str) -> Callable[..., Any] | None:
-        """The critic's head, where there is an adversarial term."""
+        """Adds the discriminator to the critic if there is an adversarial term."""
         return with_discriminator if role == "critic" and self.settings.adversarial else None
 
     def open_source(
@@ -178,7 +183,7 @@ class DMDObjective(GuidedObjective):
         digests: Path | None = None,
         encode: bool = True,
     ) -> Source:
-        """As of all objectives; prompts alone will do without the adversarial term."""
+        """Opens the data of a config; an adversarial term needs clips, not prompts alone."""
         if self.settings.adversarial and config.prompts is not None:
             raise UserError(
                 f"gan_weight is {self.settings.gan_weight}, but prompts {config.prompts} are texts without clips, "
@@ -187,14 +192,14 @@ class DMDObjective(GuidedObjective):
         return super().open_source(config, text_shape=text_shape, digests=digests, encode=encode)
 
     def _scored(self, clip: Float32[Array, "b f h w c"], draws: Any) -> Float32[Array, "b scored h w c"]:
-        """The frames of a clip that critic and teacher see, by the draws that it was made of."""
+        """The frames of a clip that critic and teacher score."""
         return clip
 
     def samples(self, student: Any, text: Array, draws: StudentDraws) -> Float32[Array, "b f h w c"]:
-        """Clips of the student, differentiable by its parameters through the last step alone.
+        """Clips of the student, with gradients through the last step only.
 
         Raises:
-            UserError: If it is causal: whole clips at one level are not what it is sampled by.
+            UserError: If the student is causal; `self-forcing` is the objective for such networks.
         """
         block = getattr(getattr(student, "config", None), "causal_block", None)
         if block is not None:
@@ -211,12 +216,12 @@ class DMDObjective(GuidedObjective):
             return add_noise(data, noise, following)
 
         z = draws.noise
-        if draws.fresh.shape[1]:  # a student of one step has none before it
+        if draws.fresh.shape[1]:  # a one-step student has no steps before its last
             z = lax.fori_loop(0, draws.last, advance, z)
         return self._denoise(student, lax.stop_gradient(z), text, draws.last)
 
     def parts(self, role: str) -> Mapping[str, Callable[[Networks, Batch, Any], Any] | None]:
-        """The clips, and what critic and teacher say of them."""
+        """Generation of the clips, and their scores by critic and teacher."""
 
         def roll_out(networks: Networks, batch: Batch, draws: Any) -> Array:
             return self.samples(detached(networks["student"]), jnp.asarray(batch.text), draws.student)
@@ -224,15 +229,15 @@ class DMDObjective(GuidedObjective):
         return {"roll_out": roll_out, "scores" if role == "student" else "forward": None}
 
     def turns(self, role: str) -> float:
-        """The student's steps before its last, each of which is as likely to be the last."""
+        """Mean number of steps before the last one, which is drawn uniformly."""
         return (len(self.settings.student_steps) - 1) / 2
 
     def checks(self) -> Sequence[Check]:
-        """Of the student's clips and the critic's loss."""
+        """Checks of the student's clips and the critic's loss."""
         return collapse_checks()
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """A clip made of pure noise in the student's steps."""
+        """A sample from pure noise at the student's steps."""
 
         def sampled(network: Any, latents: Array, text: Array, noise: Array) -> Array:
             return self.samples(detached(network), text, self._fixed_draws(noise))
@@ -240,7 +245,7 @@ class DMDObjective(GuidedObjective):
         return {"sampled": sampled}
 
     def _fixed_draws(self, noise: Array) -> Any:
-        """All steps, with noise that follows from the first: rolled along the frames and channels."""
+        """Draws for all steps; the noise of further steps is the initial noise, rolled along frames and channels."""
         count = len(self.settings.student_steps)
         rolled = [jnp.roll(noise, (n, n), axis=(1, -1)) for n in range(count)]
         return StudentDraws(noise, jnp.stack(rolled, axis=1)[:, 1:], jnp.int32(count - 1))
@@ -249,17 +254,17 @@ class DMDObjective(GuidedObjective):
         return sample_metrics(clip)
 
     def _sigma(self, index: Array, batch: int) -> Float32[Array, "b"]:
-        """Noise level of a step, for each sample."""
+        """Noise level of a step, repeated for each sample."""
         return jnp.broadcast_to(jnp.asarray(self.schedule.sigmas, jnp.float32)[index], (batch,))
 
     def _denoise(self, student: Any, z: Array, text: Array, index: Array) -> Array:
-        """The clean clip that the student sees in z, at one of its steps."""
+        """The student's prediction of the clean clip from z at one of its steps."""
         batch = z.shape[:1]
         t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
         return to_data(z, flow_at(student, z, jnp.full(batch, t), text, step=index), self._sigma(index, z.shape[0]))
 
     def score_levels(self, draws: ScoreDraws) -> Levels:
-        """The noise levels that critic and teacher are compared at."""
+        """The noise levels at which critic and teacher are compared."""
         settings = self.settings
         return levels_of(
             draws.time, shift=settings.shift, low=settings.low, high=settings.high, conversion=settings.conversion

@@ -3,7 +3,7 @@
 A clean latent x0 and unit Gaussian noise eps are mixed at noise level sigma in (0, 1], x_t = (1 - sigma) x0 +
 sigma eps, and the network learns the flow v = eps - x0. Noise levels come from a grid of N = 1000 values u = j/N,
 shifted towards high noise, sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2); the
-network is told t = N sigma. The loss of a sample is weighted by a bell around t = N/2.
+timestep given to the network is t = N sigma. The loss of a sample is weighted by a bell curve around t = N/2.
 
 A sample has one noise level, or one for each of its frames (diffusion forcing, Chen et al. 2024, arXiv:2407.01392).
 """
@@ -29,7 +29,7 @@ Velocity = Callable[[Array, Array, Array], Array]
 
 
 class NoiseLevels(NamedTuple):
-    """The grid of noise levels, from low to high noise: sigma [N] and the loss weight [N], float32."""
+    """The grid of noise levels, from low to high noise: sigma [N] and loss weight [N], float32."""
 
     sigma: Float32[np.ndarray, "n"]
     weight: Float32[np.ndarray, "n"]
@@ -44,7 +44,7 @@ def noise_levels(config: FlowConfig) -> NoiseLevels:
         config: Shift, weighting and size of the grid.
 
     Returns:
-        The levels u = 1/N ... 1 after the shift, and their weights.
+        The shifted levels of u = 1/N ... 1, and their weights.
 
     Examples:
         >>> levels = noise_levels(FlowConfig(shift=5.0))
@@ -85,7 +85,7 @@ def flow_errors(
     *,
     num_train_timesteps: int = 1000,
 ) -> Float32[Array, "b"] | Float32[Array, "b f"]:
-    """Mean squared error of the flow prediction for each noise level, in float32 and not weighted.
+    """Mean squared error of the flow prediction for each noise level, unweighted.
 
     Args:
         velocity: The network.
@@ -93,10 +93,10 @@ def flow_errors(
         text: Text embeddings.
         noise: Unit Gaussian noise.
         sigma: Noise level of each sample, or of each frame.
-        num_train_timesteps: The network is told t = num_train_timesteps * sigma.
+        num_train_timesteps: Scale of the timesteps, t = num_train_timesteps * sigma.
 
     Returns:
-        mean of (v - (eps - x0))^2 over what shares a sigma, float32, of sigma's shape.
+        Mean of (v - (eps - x0))^2 over each sample or frame, float32, in the shape of sigma.
     """
     predicted = velocity(add_noise(latents, noise, sigma), sigma * num_train_timesteps, text)
     error = predicted.astype(jnp.float32) - (noise - latents).astype(jnp.float32)
@@ -104,14 +104,14 @@ def flow_errors(
 
 
 def level_runs(config: FlowConfig, frames: int) -> list[int] | None:
-    """How many frames share each noise level of a sample, one run after the other; None: all.
+    """Frames of each run that shares a noise level, in order; None if all frames of a sample share one.
 
     Examples:
         >>> level_runs(FlowConfig(frames_per_level=3, independent_first_frame=True), 7)
         [1, 3, 3]
 
     Raises:
-        UserError: If the frames are not whole runs.
+        UserError: If the number of frames is not a whole number of runs.
     """
     run = config.frames_per_level
     if run is None:
@@ -128,31 +128,31 @@ def level_runs(config: FlowConfig, frames: int) -> list[int] | None:
 
 
 def level_shape(config: FlowConfig, batch: int, frames: int) -> tuple[int, ...]:
-    """Shape of the noise levels of a batch: (B,), or (B, runs of frames that share one)."""
+    """Shape of the noise levels of a batch: (B,), or (B, number of runs) (see `level_runs`)."""
     runs = level_runs(config, frames)
     return (batch,) if runs is None else (batch, len(runs))
 
 
 def over_runs[Level: (Array, np.ndarray)](level: Level, runs: list[int] | None) -> Level:
-    """A number for each run on the last axis, repeated for its frames."""
+    """Repeats values [..., runs] for the frames of each run: [..., frames]; unchanged if `runs` is None."""
     return level if runs is None else level[..., np.repeat(np.arange(len(runs)), runs)]
 
 
 def draw_noise(
     key: Key[Array, ""], shape: tuple[int, ...], config: FlowConfig
 ) -> tuple[Int[Array, "b"] | Int[Array, "b f"], Float32[Array, "b f h w c"]]:
-    """Draws what one training batch needs: an index into the grid of noise levels for each sample or frame, and noise.
+    """Draws the noise levels, as indices into their grid, and the noise of a batch.
 
     Args:
         key: Random key.
         shape: Shape (B, F, h, w, C) of the latents.
-        config: The objective; indices are uniform on its grid.
+        config: Settings of the objective; indices are uniform on its grid.
 
     Returns:
         Indices [B], or [B, F] with `frames_per_level`, and unit Gaussian noise of the given shape.
 
     Raises:
-        UserError: If the frames are not whole runs of `frames_per_level`.
+        UserError: If the number of frames is not a whole number of runs of `frames_per_level`.
     """
     level_key, noise_key = jax.random.split(key)
     runs = level_runs(config, shape[1])
@@ -178,7 +178,7 @@ def flow_loss(
         text: Text embeddings.
         level: Index of each sample's or frame's noise level, from `draw_noise`.
         noise: Unit Gaussian noise, from `draw_noise`.
-        config: The objective.
+        config: Settings of the objective.
 
     Returns:
         Mean over the batch of weight(t) * mean (v - (eps - x0))^2, a float32 scalar.
@@ -204,7 +204,7 @@ def flow_loss(
 
 
 def evaluation_levels(config: FlowConfig, count: int) -> NoiseLevels:
-    """Picks `count` levels evenly from the grid (the middles of `count` equal parts), for a loss without chance.
+    """Picks `count` levels evenly from the grid, the middles of `count` equal parts, for a deterministic loss.
 
     Examples:
         >>> [round(float(s), 3) for s in evaluation_levels(FlowConfig(), 4).sigma]
@@ -217,10 +217,10 @@ def evaluation_levels(config: FlowConfig, count: int) -> NoiseLevels:
 
 
 def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) -> Int[np.ndarray, "*frames"]:
-    """Which of `count` evaluation levels a held-out example has in round `level`: one, or one for each frame.
+    """Indices of the noise levels of a held-out example in round `level` of `count`: one, or one for each frame.
 
-    With levels for runs of frames, run g takes level + g * (count // 2 + 1), so that neighbouring frames differ much
-    and over all rounds every run meets every level once.
+    If runs of frames have levels of their own, run g has index (level + g * (count // 2 + 1)) mod count, so that
+    neighbouring runs differ much, and every run has every level once over all rounds.
 
     Examples:
         >>> [evaluation_indices(FlowConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]
@@ -233,7 +233,7 @@ def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) 
 
 
 def evaluation_noise(index: int, level: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """The fixed noise for held-out example `index` at evaluation level `level`: the same for every model and run."""
+    """The noise of held-out example `index` at evaluation level `level`, the same for every model and run."""
     return np.random.default_rng([20, index, level]).standard_normal(shape, np.float32)
 
 
@@ -241,12 +241,12 @@ def sampling_levels(config: FlowConfig, *, steps: int, start: float = 1.0) -> Fl
     """Noise levels of a sampler: even in u, shifted like those of training, from `start` down to 0.
 
     Args:
-        config: Its shift is used.
-        steps: Euler steps.
-        start: First noise level sigma in (0, 1]; below 1 a noised clip is restored rather than a new one made.
+        config: Settings of the objective, of which the shift is used.
+        steps: Number of Euler steps.
+        start: First noise level sigma in (0, 1]; below 1, sampling starts from a noised clip.
 
     Returns:
-        sigma, decreasing, float32 [steps + 1].
+        Decreasing values of sigma, float32 [steps + 1].
 
     Examples:
         >>> [round(float(sigma), 3) for sigma in sampling_levels(FlowConfig(shift=5.0), steps=4)]
@@ -263,14 +263,14 @@ def euler_sample(
     levels: Float[np.ndarray, "steps_plus_1"],
     num_train_timesteps: int = 1000,
 ) -> Float[Array, "b f h w c"]:
-    """Follows dx/dsigma = v from the first noise level to the last.
+    """Solves dx/dsigma = v from the first noise level to the last by Euler's method.
 
     Args:
-        velocity: The network, which is told the number of the step as `step` if its call has such an argument.
+        velocity: The network; if its call has an argument `step`, it gets the number of the step.
         latents: x at the first level: unit Gaussian noise for sigma = 1, or a noised clip.
         text: Text embeddings.
         levels: Decreasing noise levels, from `sampling_levels`.
-        num_train_timesteps: The network is told t = num_train_timesteps * sigma.
+        num_train_timesteps: Scale of the timesteps, t = num_train_timesteps * sigma.
 
     Returns:
         x at the last level.
@@ -291,9 +291,9 @@ def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> 
     """A sampler that starts from clean latents noised to level `start`.
 
     Args:
-        config: Shift and timestep scale.
-        steps: Euler steps.
-        start: First noise level; at 1 nothing of the clean latents is left.
+        config: Settings of the objective, of which shift and scale of timesteps are used.
+        steps: Number of Euler steps.
+        start: First noise level; at 1, the clean latents have no influence.
 
     Returns:
         (network, latents, text, noise) -> sampled latents.
@@ -309,17 +309,17 @@ def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> 
 
 
 def check_blocks(config: Any, block: int | None, *, independent: bool, name: str, options: str = "") -> None:
-    """Looks whether a network sees clips in the blocks that an objective trains it on.
+    """Checks that the blocks of a causal network are those of the objective.
 
     Args:
-        config: The network's.
-        block: Frames per block; None: it sees whole clips.
+        config: Configuration of the network.
+        block: Latent frames per block of the objective; None for a bidirectional network.
         independent: Whether the first frame is a block of its own.
-        name: Name of the objective's setting.
-        options: What the network's options begin with, such as "student.".
+        name: Name of the objective's setting of `block`.
+        options: Prefix of the network's options, such as "student.".
 
     Raises:
-        UserError: If not; says what to give.
+        UserError: If they differ.
     """
     own = config.causal_block
     if own != block:
@@ -333,7 +333,7 @@ def check_blocks(config: Any, block: int | None, *, independent: bool, name: str
 
 
 class FlowDraws(NamedTuple):
-    """What one batch draws: an index into the grid of noise levels for each sample or frame, and noise."""
+    """Draws for a batch: the index of each sample's or frame's noise level, and noise."""
 
     level: Int[Array, "b"] | Int[Array, "b f"]
     noise: Float32[Array, "b f h w c"]
@@ -345,7 +345,7 @@ class FlowObjective(Objective):
     settings: FlowConfig
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, FlowDraws]:
-        """A noise level for each sample or frame, and noise."""
+        """Draws a noise level for each sample or frame, and noise."""
         return {"student": FlowDraws(*draw_noise(key, shapes.latents.shape, self.settings))}
 
     def loss(self, role: str, networks: Networks, batch: Batch, draws: Any) -> tuple[Float32[Array, ""], Metrics]:
@@ -359,12 +359,12 @@ class FlowObjective(Objective):
         """The network's flow prediction for a batch.
 
         Args:
-            network: What trains.
+            network: The network.
             latents: Clean latents of the batch.
-            draws: Random draws of the batch; None: as in an evaluation.
+            draws: Draws for the batch; None in an evaluation.
 
         Raises:
-            UserError: If a causal network has other blocks than the runs that share a level.
+            UserError: If the network is causal, and its first frame is a block of its own but not a run, or vice versa.
         """
         config = getattr(network, "config", None)
         block = getattr(config, "causal_block", None)
@@ -377,14 +377,14 @@ class FlowObjective(Objective):
         return network
 
     def held_out(self, source: Source, *, windows: int, timesteps: int, batch: int) -> Iterator[HeldOut]:
-        """Each example at noise levels that are spread evenly over the training distribution, with noise of its own."""
+        """Each example at noise levels spread evenly over the training distribution, with fixed noise."""
         levels = evaluation_levels(self.settings, timesteps)
         indices = spread(source.held_out, windows)
         pairs = [(index, level) for index in indices for level in range(timesteps)]
         examples = {index: source.held_out_batch([index]) for index in indices}
         for start in range(0, len(pairs), batch):
             chunk = pairs[start : start + batch]
-            full = chunk + [chunk[-1]] * (batch - len(chunk))  # one compiled shape
+            full = chunk + [chunk[-1]] * (batch - len(chunk))  # all batches have one shape, for one compiled program
             clean = Batch(*(np.concatenate(part) for part in zip(*(examples[index] for index, _ in full), strict=True)))
             noise = np.stack([evaluation_noise(index, level, source.latent_shape) for index, level in full])
             frames = clean.latents.shape[1]
@@ -399,5 +399,5 @@ class FlowObjective(Objective):
         return {"student": flow_errors(velocity, latents, text, *draws, num_train_timesteps=timesteps)}
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """A held-out window restored from noise level 0.6, and one made of pure noise."""
+        """A held-out window restored from noise level 0.6, and a sample from pure noise."""
         return {"restored": flow_sampler(self.settings, start=0.6), "sampled": flow_sampler(self.settings, start=1.0)}

@@ -1,4 +1,4 @@
-"""Objectives whose teacher is guided, and the embedding of the negative prompt for that."""
+"""Base class of objectives with a guided teacher, and the embedding of its negative prompt."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,7 +15,7 @@ from monarchrt.train.objectives.settings import GuidedSettings
 
 
 class GuidedObjective(Objective):
-    """Base of objectives with a guided teacher."""
+    """Base class of objectives with a guided teacher."""
 
     settings: GuidedSettings
 
@@ -24,7 +24,7 @@ class GuidedObjective(Objective):
         """Embedding of the negative prompt; None if the teacher is not guided.
 
         Raises:
-            UserError: As `negative_embedding`.
+            UserError: If the file is not usable (see `negative_embedding`).
         """
         path, unguided = self.settings.negative, self.settings.weight == self.settings.unguided
         return None if path is None or unguided else negative_embedding(path)
@@ -35,10 +35,17 @@ class GuidedObjective(Objective):
 
 
 def negative_embedding(path: Path) -> Float32[np.ndarray, "m d"]:
-    """Reads it from a file of embeddings: that of Wan's negative prompt, or the only one.
+    """Reads the embedding of a negative prompt from a file: that of Wan's negative prompt, or the only one there.
+
+    Args:
+        path: File as `generate --save-embeddings` writes it.
+
+    Returns:
+        The embedding, float32.
 
     Raises:
-        UserError: If the file cannot be read, it is not clear which of its embeddings it is, or it is not finite.
+        UserError: If the file cannot be read, has no embedding or several without Wan's negative prompt, or if the
+            embedding is not finite.
     """
     if not path.expanduser().is_file():
         raise UserError(f"negative {path} does not exist; give a file of generate --save-embeddings")

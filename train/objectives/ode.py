@@ -1,14 +1,14 @@
-"""ODE regression (CausVid, Yin et al. 2024, arXiv:2412.07772, Section 4.3): from a state of the teacher to its end.
+"""ODE regression (CausVid, Yin et al. 2024, arXiv:2412.07772, Section 4.3) from a teacher's states to its result.
 
-Pairs hold the states x_0 ... x_{n-1} of the teacher's solver at the student's n steps, and its end x_n. For each block
-of frames, or the whole clip of a bidirectional student, one of them is drawn; the student sees it at its noise level
-and learns the end,
+Pairs hold the states x_0 ... x_{n-1} of the teacher's solver at the student's n steps, and the end x_n of the
+trajectory. For each block of frames, or for the whole clip of a bidirectional student, one state i is drawn. The
+student gets it at its noise level and predicts the end:
 
-    mean over frames that are not at the end yet of (x_i - sigma_i v(x_i, 1000 sigma_i) - x_n)^2.
+    loss = mean over frames with i < n of (x_i - sigma_i v(x_i, 1000 sigma_i) - x_n)^2.
 
-A block of a causal student may also be at the end, told time 0: it is then what later blocks see in generation, and
-counts nothing. Attention that depends on the sampling step is told that of the block's state. Noise levels are those
-that the pairs were made with; a student that is told others learns wrong ones.
+A block of a causal student may also be at the end, with timestep 0, as earlier blocks are in generation; it is left out
+of the loss. Attention that depends on the sampling step uses that of the block's state. The noise levels must be those
+with which the pairs were made.
 """
 
 from collections.abc import Mapping
@@ -35,19 +35,19 @@ from monarchrt.train.pair_folder import PairFolder
 
 
 class ODEDraws(NamedTuple):
-    """Which state each frame is in, the same for those of a block; the number of steps is the end."""
+    """Index of the state of each frame, the same within a block; the number of steps stands for the end."""
 
     state: Int[Array, "b f"]
 
 
 class ODEObjective(Objective):
-    """Regression of the end of the teacher's trajectory."""
+    """Regression of the end of a teacher's trajectory from its states."""
 
     settings: ODEConfig
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The student's steps; the level after the last is 0."""
+        """Timesteps and noise levels of the student's steps, followed by level 0."""
         return few_step_schedule(self.settings.student_steps, self.settings.shift)
 
     def open_source(
@@ -58,10 +58,10 @@ class ODEObjective(Objective):
         digests: Path | None = None,
         encode: bool = True,
     ) -> Source:
-        """Pairs, which must have been made at the student's noise levels.
+        """Opens pairs, which must have been made at the student's noise levels.
 
         Raises:
-            UserError: If there are none, or they were made at others.
+            UserError: If the data are no pairs, or their noise levels differ.
         """
         if config.latents is None or config.video is not None:
             raise UserError("ode learns from pairs; make them with `monarchrt pairs`, and give --latents PAIRS")
@@ -70,7 +70,7 @@ class ODEObjective(Objective):
         return source
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, ODEDraws]:
-        """A state for each block, the end included; without blocks one for each clip, without the end."""
+        """Draws a state for each block, including the end; without blocks, one for each clip, excluding the end."""
         settings = self.settings
         batch, frames = shapes.latents.shape[0], self._frames(shapes.latents.shape[1])
         steps = len(settings.student_steps)
@@ -81,7 +81,7 @@ class ODEObjective(Objective):
         return {"student": ODEDraws(over_runs(jax.random.randint(key, (batch, len(runs)), 0, steps + 1), runs))}
 
     def loss(self, role: str, networks: Networks, batch: Batch, draws: ODEDraws) -> tuple[Float32[Array, ""], Metrics]:
-        """Mean squared error of the end that the student sees, over frames that are not there yet."""
+        """Mean squared error of the predicted end, over the frames whose state is not the end."""
         settings, student = self.settings, networks[role]
         independent = settings.independent_first_frame
         check_blocks(student.config, settings.block, independent=independent, name="block")
@@ -103,7 +103,7 @@ class ODEObjective(Objective):
         return jnp.sum(jnp.where(counts, errors, 0.0)) / jnp.maximum(jnp.sum(counts), 1), metrics
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """A clip made of pure noise in the student's steps, block by block if it is causal."""
+        """A sample from pure noise at the student's steps, block by block if it is causal."""
 
         def of_one(sampler: Sampler) -> Sampler:
             def sampled(network: Any, states: Array, text: Array, noise: Array) -> Array:
@@ -115,10 +115,10 @@ class ODEObjective(Objective):
         return {label: of_one(sampler) for label, sampler in few_step_samplers(self.settings).items()}
 
     def _frames(self, stacked: int) -> int:
-        """Frames of a clip, of those of all its states one after the other.
+        """The number of frames of a clip, from that of all its states stacked.
 
         Raises:
-            UserError: If there are not as many states as steps, and an end.
+            UserError: If `stacked` is not a multiple of the number of states, one per step and the end.
         """
         states = len(self.settings.student_steps) + 1
         if stacked % states:

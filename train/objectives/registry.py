@@ -1,4 +1,4 @@
-"""What an objective declares without JAX: the roles of its networks, its settings, and its row in the table."""
+"""Roles, the base class of settings, and the table of objectives. Does not import JAX."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ class Role:
     """One network of an objective.
 
     Attributes:
-        trains: Whether it has an optimizer. A network that does not train is no part of the checkpoints: a resume
-            reads it from where it came from.
-        random: Whether it may start with random parameters; else `init_from` must say where they come from.
-        starts_as: Role whose `init_from` it takes where it is given none of its own.
-        own_batch: Whether its updates see a batch of their own instead of that of the objective's first role.
-        averaged: Whether losses see its moving average beside it, so that it must have one.
-        defaults: Settings that differ from those of a run with one network, by their short names.
+        trains: Whether it has an optimizer. A network that does not train is not saved in checkpoints: resuming reads
+            it from its source again.
+        random: Whether it may start from random parameters; otherwise `init_from` is required.
+        starts_as: Role whose `init_from` it uses if it has none of its own.
+        own_batch: Whether its updates use a batch of their own instead of the one that the other roles share.
+        averaged: Whether losses use its moving average too, which it must then have.
+        defaults: Settings that differ from the defaults of a run with one network, by their names without prefix.
 
     Examples:
         >>> Role(defaults={"attention": "dense", "learning_rate": 1e-4}).trains
@@ -40,14 +40,14 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """Base of the settings of an objective: a frozen dataclass with a name and roles.
+    """Base class of the settings of an objective: a frozen dataclass with a name and roles.
 
     Attributes:
-        name: What `--objective` and config.json call it.
-        roles: Its networks, in the order in which one step updates them. The options of the first need no prefix
-            where no other role trains.
-        exported: The role that `generate`, `convert` and the finetuning of other runs take.
-        needs_clips: Whether it learns from clips; else prompts are enough.
+        name: Name of the objective in `--objective` and config.json.
+        roles: The networks, in the order in which one step updates them.
+        exported: The role whose network `generate`, `convert` and `init_from` of other runs use. Its options need no
+            prefix if no other role trains.
+        needs_clips: Whether it learns from clips; otherwise prompts are enough.
     """
 
     name: ClassVar[str]
@@ -57,7 +57,7 @@ class ObjectiveSettings:
 
     @property
     def generation(self) -> Generation:
-        """How the exported network is to be sampled."""
+        """How the exported network is sampled."""
         return Generation()
 
     @property
@@ -67,7 +67,7 @@ class ObjectiveSettings:
 
     @property
     def further(self) -> tuple[str, ...]:
-        """The roles beside the exported one."""
+        """The roles other than the exported one."""
         return tuple(name for name in self.roles if name != self.exported)
 
 
@@ -79,11 +79,13 @@ def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Obje
     """Adds an objective to the table.
 
     Args:
-        settings: Its settings.
-        objective: Makes it of its settings: a class, or "module:Class", which is imported when a run needs it.
+        settings: Class of its settings.
+        objective: Class of the objective, called with an instance of the settings; or "module:Class", which is
+            imported only when a run needs it.
 
     Raises:
-        ValueError: If another objective has the name, or the roles do not fit together.
+        ValueError: If another objective has the name, `exported` is not a role that trains, or a role starts as one
+            that does not exist.
     """
     name, roles = settings.name, settings.roles
     if _SETTINGS.get(name, settings) is not settings:
@@ -97,7 +99,7 @@ def register(settings: type[ObjectiveSettings], objective: "Callable[[Any], Obje
 
 
 def objective_names() -> tuple[str, ...]:
-    """The names in the table.
+    """The names of all objectives in the table.
 
     Examples:
         >>> from monarchrt.train.objectives import settings
@@ -108,10 +110,10 @@ def objective_names() -> tuple[str, ...]:
 
 
 def settings_class(name: str) -> type[ObjectiveSettings]:
-    """The settings of an objective.
+    """The settings class of an objective.
 
     Raises:
-        UserError: If there is none of the name.
+        UserError: If the objective is unknown.
     """
     if name not in _SETTINGS:
         raise UserError(f"objective is {name!r}; choose from {', '.join(_SETTINGS)}")
@@ -119,7 +121,7 @@ def settings_class(name: str) -> type[ObjectiveSettings]:
 
 
 def make_objective(settings: ObjectiveSettings) -> "Objective":
-    """The objective of these settings."""
+    """Makes the objective with these settings."""
     maker = _MAKERS[settings.name]
     if isinstance(maker, str):
         module, _, name = maker.partition(":")

@@ -1,11 +1,11 @@
-"""Distribution matching: the direction that makes samples of a student more likely to be a teacher's.
+"""The losses of distribution matching: the student's gradient from critic and teacher, and the critic's flow loss.
 
 DMD2 (Yin et al. 2024, arXiv:2405.14867) as Self-Forcing (arXiv:2506.08009) and MonarchRT (arXiv:2602.12271, Section 5)
-use it. A critic follows the student's own samples; where critic and teacher denoise a noised sample differently, the
-student moves towards the teacher:
+use it. The critic learns to denoise the student's samples. Where critic and teacher denoise a noised sample
+differently, the student moves towards the teacher:
 
-    x_t = (1 - sigma) x + sigma eps,   x_f, x_r = x_t - sigma' v, of the critic and of the guided teacher
-    g = (x_f - x_r) / mean |x - x_r|,   the gradient of the student's loss with respect to x is g / numel
+    x_t = (1 - sigma) x + sigma eps;   x_f, x_r = x_t - sigma' v, with v of the critic and of the guided teacher
+    g = (x_f - x_r) / mean |x - x_r|;   the gradient of the student's loss with respect to x is g / numel
 """
 
 from collections.abc import Callable
@@ -24,26 +24,26 @@ from monarchrt.train.objectives.flow import add_noise
 from monarchrt.train.watch import Check
 
 Velocity = Callable[[Array, Array, Array], Array]
-BINS = 5  # of the noise level, for the critic's loss
-SATURATED = 4.0  # latents beyond it are counted
+BINS = 5  # bins of the timestep in which losses are logged
+SATURATED = 4.0  # absolute value beyond which a latent counts as saturated
 
 
 class ScoreDraws(NamedTuple):
-    """Where samples are compared: index of a time 0...999 for each sample, and noise."""
+    """Draws of a comparison: index 0...999 of each sample's time, and noise."""
 
     time: Int[Array, "b"]
     noise: Float32[Array, "b f h w c"]
 
 
 def draw_scores(key: Key[Array, ""], shape: tuple[int, ...]) -> ScoreDraws:
-    """One time for each sample, uniform before the shift, and noise of the latents' shape."""
+    """Draws a time for each sample, uniform before the shift, and noise of the latents' shape."""
     time_key, noise_key = jax.random.split(key)
     time = jax.random.randint(time_key, shape[:1], 0, NUM_TRAIN_TIMESTEPS)
     return ScoreDraws(time, jax.random.normal(noise_key, shape, jnp.float32))
 
 
 class Levels(NamedTuple):
-    """Times [B] that networks are told, the noise levels that samples are mixed at, and those that turn v into x."""
+    """Timesteps for the networks, noise levels at which samples are mixed, and levels that convert v to x; all [B]."""
 
     timesteps: Float32[Array, "b"]
     mixed: Float32[Array, "b"]
@@ -53,19 +53,19 @@ class Levels(NamedTuple):
 def levels_of(
     time: Int[Array, "b"], *, shift: float, low: float = 0.02, high: float = 0.98, conversion: str = "clean"
 ) -> Levels:
-    """Times and noise levels of drawn indices.
+    """Timesteps and noise levels of drawn times.
 
     Args:
-        time: 0...999.
-        shift: Shift of the times.
-        low: Least time, as a share of 1000.
-        high: Largest time.
-        conversion: "clean": sigma = t / 1000 throughout. "grid": the nearest level of the grid of 1000, shift 5.
-            "published": samples are mixed at the nearest level of that grid, and v is turned into data with the nearest
-            of the grid of shift 8, as the published code does.
+        time: Indices 0...999.
+        shift: Timestep shift.
+        low: Smallest timestep, as a fraction of 1000.
+        high: Largest timestep, as a fraction of 1000.
+        conversion: "clean": sigma = t / 1000 for mixing and conversion. "grid": the nearest level of the grid of 1000
+            with shift 5 for both. "published", as in the published code: that level for mixing, and the nearest level
+            of the grid with shift 8 for conversion.
 
     Returns:
-        The levels, float32.
+        Timesteps and levels, float32.
 
     Examples:
         >>> levels = levels_of(jnp.array([0, 500]), shift=5.0)
@@ -82,7 +82,7 @@ def levels_of(
 
 
 def nearest_level(timesteps: Float32[Array, "*n"], *, shift: float) -> Float32[Array, "*n"]:
-    """The level of the grid u = 1, 0.999, ... 0.001, shifted, whose time is nearest; the higher of two as near."""
+    """The level whose timestep is nearest, of the shifted grid u = 1, 0.999, ... 0.001; the higher one in a tie."""
     grid = shifted(np.arange(NUM_TRAIN_TIMESTEPS, 0, -1) / NUM_TRAIN_TIMESTEPS, shift).astype(np.float32)
     times = jnp.asarray(grid * NUM_TRAIN_TIMESTEPS).reshape(*[1] * timesteps.ndim, -1)
     index = jnp.argmin(jnp.abs(times - timesteps[..., None]), axis=-1)
@@ -90,18 +90,18 @@ def nearest_level(timesteps: Float32[Array, "*n"], *, shift: float) -> Float32[A
 
 
 def detached(network: Any) -> Any:
-    """The network with parameters that nothing is differentiated by."""
+    """The network with stopped gradients of its parameters."""
     graph, state = nnx.split(network)
     return nnx.merge(graph, jax.tree.map(lax.stop_gradient, state))
 
 
 def to_data(x: Float[Array, "b f h w c"], flow: Float[Array, "b f h w c"], sigma: Float[Array, "b"]) -> Array:
-    """The data that a flow prediction means: x - sigma v, float32."""
+    """Converts a flow prediction at noise level sigma to clean data: x - sigma v, float32."""
     return x.astype(jnp.float32) - over(sigma, x) * flow.astype(jnp.float32)
 
 
 def over(per_sample: Float[Array, "b"], x: Array) -> Array:
-    """A number for each sample, shaped to multiply x with."""
+    """Reshapes values per sample to be broadcast over x."""
     return per_sample.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -116,20 +116,21 @@ def matching_gradient(
     levels: Levels,
     noise: Float[Array, "b f h w c"],
 ) -> tuple[Float32[Array, "b f h w c"], Metrics]:
-    """The direction g in which samples become less likely to the teacher, and what to log of it.
+    """The gradient direction g of distribution matching; samples become more likely under the teacher along -g.
 
     Args:
-        x: The student's samples; nothing is differentiated by them.
+        x: The student's samples; no gradient flows into them.
         text: Embeddings of their prompts.
-        negative: Embeddings of the negative prompt; None: the teacher is not guided.
-        critic: Flow prediction of the student's samples.
-        teacher: Flow prediction of the data.
+        negative: Embeddings of the negative prompt; None for a teacher without guidance.
+        critic: Flow prediction of the critic.
+        teacher: Flow prediction of the teacher.
         guidance: Weight w of the teacher's guidance: x_c + w (x_c - x_u).
-        levels: Of `levels_of`.
+        levels: Timesteps and noise levels, from `levels_of`.
         noise: Unit Gaussian noise.
 
     Returns:
-        g, float32, of x's shape; and scalars. What is not finite in g is set to zero and counted.
+        g, float32, in the shape of x, and scalars to log. Values of g that are not finite are replaced by 0; `replaced`
+        is their fraction.
     """
     x = lax.stop_gradient(x.astype(jnp.float32))
     mixed = add_noise(x, noise, levels.mixed)
@@ -155,7 +156,7 @@ def matching_gradient(
 
 
 def matching_loss(x: Float[Array, "b f h w c"], g: Float[Array, "b f h w c"]) -> Float32[Array, ""]:
-    """Half the mean of g^2, whose gradient with respect to x is g / numel.
+    """The student's loss: half the mean of g^2, with gradient g / numel with respect to x.
 
     Examples:
         >>> x, g = jnp.ones((1, 1, 1, 1, 4)), jnp.full((1, 1, 1, 1, 4), 2.0)
@@ -174,11 +175,18 @@ def critic_loss(
     levels: Levels,
     noise: Float[Array, "b f h w c"],
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """The flow loss of the critic on the student's samples, with no weights, and its mean in bins of the time.
+    """The unweighted flow loss of the critic on the student's samples.
+
+    Args:
+        x: The student's samples; no gradient flows into them.
+        text: Embeddings of their prompts.
+        critic: Flow prediction of the critic.
+        levels: Timesteps and noise levels, from `levels_of`.
+        noise: Unit Gaussian noise.
 
     Returns:
-        mean (v - (eps - x))^2, where v is the prediction, scaled by sigma'/sigma if the two differ; bins without a
-        sample are NaN.
+        Mean of (v - (eps - x))^2, where v is the prediction, scaled by converted / mixed levels; and its means in bins
+        of the timestep, NaN for bins without a sample.
     """
     x = lax.stop_gradient(x.astype(jnp.float32))
     predicted = critic(add_noise(x, noise, levels.mixed), levels.timesteps, text).astype(jnp.float32)
@@ -188,7 +196,7 @@ def critic_loss(
 
 
 def in_bins(errors: Float[Array, "b"], timesteps: Float[Array, "b"]) -> Metrics:
-    """Means of errors in bins of the time; bins without a sample are NaN.
+    """Means of errors in bins of the timestep; NaN for bins without a sample.
 
     Examples:
         >>> {name: float(mean) for name, mean in in_bins(jnp.array([1.0, 3.0]), jnp.array([10.0, 190.0])).items()}
@@ -202,15 +210,17 @@ def in_bins(errors: Float[Array, "b"], timesteps: Float[Array, "b"]) -> Metrics:
 
 
 def sample_metrics(x: Float[Array, "b f h w c"], *, block: int | None = None) -> Metrics:
-    """What collapses show first: spread, detail, drift and stripes towards the last frames, motion, saturation.
+    """Statistics of samples in which collapses show first.
 
     Args:
         x: Samples.
-        block: Frames that are compared at either end; None: a quarter of them, at least one.
+        block: Number of first and of last frames that are compared; None for a quarter of all, at least one.
 
     Returns:
-        std of all latents; mean std within frames (0 is a solid colour); std of the last frames less that of the first;
-        how many times rougher the last frames are; mean |difference of neighbouring frames|; share of latents beyond 4.
+        `sample_std`, the standard deviation of all latents; `detail`, the mean standard deviation within frames (0 is a
+        solid color); `drift`, the standard deviation of the last frames minus that of the first; `stripes`, the
+        roughness of the last frames relative to that of the first; `motion`, the mean absolute difference of
+        neighboring frames; `saturated`, the fraction of latents beyond 4.
     """
     x = lax.stop_gradient(x.astype(jnp.float32))
     count = block or max(1, x.shape[1] // 4)
@@ -227,7 +237,7 @@ def sample_metrics(x: Float[Array, "b f h w c"], *, block: int | None = None) ->
 
 
 def _roughness(x: Float32[Array, "b f h w c"]) -> Float32[Array, ""]:
-    """Root mean square of differences of neighbours within frames, over that of differences from the frame's mean."""
+    """Root mean square of differences of neighboring latents within frames, relative to that from the frames' means."""
     neighbours = [jnp.square(jnp.diff(x, axis=axis)) for axis in (2, 3) if x.shape[axis] > 1]
     if not neighbours:
         return jnp.ones(())
@@ -236,7 +246,7 @@ def _roughness(x: Float32[Array, "b f h w c"]) -> Float32[Array, ""]:
 
 
 def collapse_checks() -> tuple[Check, ...]:
-    """The known ways in which distribution matching collapses, each with the figure that shows it first."""
+    """Checks for the known ways in which distribution matching collapses, each of the figure that shows it first."""
     return (
         Check(
             figure="critic/loss_at_*",

@@ -1,16 +1,17 @@
-"""Self-Forcing (arXiv:2506.08009): distribution matching of clips that a causal student made block by block.
+"""Self-Forcing (arXiv:2506.08009): distribution matching of clips that a causal student generates block by block.
 
-The student sees its own earlier blocks, as in generation. Nothing is differentiated through what it reads from the
-cache, so the gradient of a roll-out is the sum over blocks of one step's gradient at the finished cache:
+The student attends to its own earlier blocks, as in generation. No gradient flows through the cache, so the gradient of
+a roll-out is the sum over blocks of the gradient of one step, given the cache:
 
-    1. roll out without gradients: keep the input z of each block's last step, the clip x, and the cache;
-    2. compare x with the teacher: g;
-    3. for each block run that last step again, with its part of the cache, and differentiate <g, block>.
+    1. roll out without gradients, and keep the input z of each block's last step, the clip x, and the cache;
+    2. compare x with the teacher, which gives g;
+    3. for each block, run the last step again with its part of the cache, and differentiate <g, block>.
 
-A cache that holds a window of the clip has lost, at its end, what earlier blocks saw. It is filled again along with 3,
-one pass a block, so that a clip may be many times as long as what is kept of it.
+A cache that holds only a window of the clip has, at the end of the roll-out, dropped what earlier blocks attended to.
+Step 3 then fills it again, with one more pass per block, so clips may be much longer than the window.
 
-Memory is that of one block, however long the clip. `monarchrt.train.objectives.scores` has the losses.
+The backward pass needs the memory of one block, independent of the length of the clip. The losses are in
+`monarchrt.train.objectives.scores`.
 """
 
 import dataclasses
@@ -41,14 +42,14 @@ from monarchrt.train.objectives.settings import ConsistencyConfig, DMDConfig, OD
 
 
 class RolloutDraws(NamedTuple):
-    """What a roll-out is made of.
+    """Draws of a roll-out.
 
     Attributes:
-        noise: What each frame starts from.
-        fresh: Noise of each further step.
+        noise: Initial noise of each frame.
+        fresh: Noise of each further step; n is the number of steps - 1.
         context: Noise of the finished frames in the cache.
-        last: The step that every block stops at.
-        first: Number of the first block that is scored; None: the last ones are.
+        last: Index of the step at which every block stops.
+        first: Index of the first scored block, if it is drawn; None if the last blocks are scored.
     """
 
     noise: Float32[Array, "b f h w c"]
@@ -59,13 +60,13 @@ class RolloutDraws(NamedTuple):
 
 
 class RolledOut(NamedTuple):
-    """A roll-out.
+    """The result of a roll-out.
 
     Attributes:
         x: The finished clip.
         inputs: The input of each block's last step.
-        kept: The finished blocks as the cache has them, with their noise.
-        cache: With all blocks; or, if it holds a window, as it was before the first block that is scored.
+        kept: The finished blocks with the noise that they have in the cache.
+        cache: The cache with all blocks; if it holds only a window, as it was before the first scored block.
     """
 
     x: Float32[Array, "b f h w c"]
@@ -81,7 +82,7 @@ class SelfForcingObjective(DMDObjective):
     settings: SelfForcingConfig
 
     def draw_role(self, key: Key[Array, ""], shape: tuple[int, ...]) -> DMDDraws:
-        """As `DMDObjective.draw_role`, with the noise that finished blocks get in the cache."""
+        """The draws of one role, including the noise that finished blocks have in the cache."""
         first, fresh, context, last, scores = jax.random.split(key, 5)
         steps = len(self.settings.student_steps)
         student = RolloutDraws(
@@ -94,40 +95,41 @@ class SelfForcingObjective(DMDObjective):
         return DMDDraws(student, draw_scores(scores, shape))  # type: ignore[arg-type]
 
     def _fixed_draws(self, noise: Array) -> RolloutDraws:
-        """All steps, with noise that follows from the first; that of the context is too little to show."""
+        """Draws for all steps, as in `DMDObjective`, without noise in the cache."""
         first, fresh, last = super()._fixed_draws(noise)
         return RolloutDraws(first, fresh, jnp.zeros_like(noise), last)
 
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
-        """The student's keys and values of the whole clip or window; the critic's samples are made with one too."""
+        """The student's keys and values of the whole clip or window; the critic's loss generates with a cache too."""
         _, frames, height, width, _ = batch.latents.shape
         student = networks["student"].with_config(causal_block=None)
         return self._empty(student, jnp.asarray(batch.text), (frames, height, width))
 
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
-        """Clips of the student, differentiable by its parameters through each block's last step alone."""
+        """Clips of the student, with gradients through the last step of each block only."""
         rolled = self.roll_out(detached(student), text, draws)
         return self.replay(student, text, rolled, draws.last, draws.first)
 
     def roll_out(self, student: Any, text: Array, draws: RolloutDraws) -> RolledOut:
-        """A clip block by block, each from noise through the student's steps up to the last that was drawn.
+        """Generates a clip block by block, each from noise through the student's steps up to the drawn last one.
 
         Args:
-            student: Causal Wan.
-            text: Embeddings.
+            student: A causal `WanModel`.
+            text: Text embeddings [B, L, D].
             draws: Noise and last step.
 
         Returns:
-            The clip and what `replay` needs. After the last frame that is scored it is 0.
+            The clip and the inputs of `replay`. The clip is 0 after the last scored frame.
 
         Raises:
-            UserError: If the frames are not whole blocks, or do not fit the window.
+            UserError: If the blocks of clip or network are not those of the objective, or attention does not fit the
+                window.
         """
         shape = batch, frames, height, width, _ = draws.noise.shape
         sizes = self.block_sizes(student, frames)
         (number, _), scored = self._place(sizes, draws.first)
         end = number + len(scored)
-        student = computed_dtype(student.with_config(causal_block=None))  # blocks are seen one at a time
+        student = computed_dtype(student.with_config(causal_block=None))  # each call gets a single block
 
         def block(number: Any, carry: Any, size: int) -> Any:
             cache, made = carry
@@ -142,7 +144,7 @@ class SelfForcingObjective(DMDObjective):
                 return add_noise(data, lax.dynamic_index_in_dim(fresh, index, axis=1, keepdims=False), following), cache
 
             z = noise
-            if draws.fresh.shape[1]:  # a student of one step has none before it
+            if draws.fresh.shape[1]:  # a one-step student has no steps before its last
                 z, cache = lax.fori_loop(0, draws.last, advance, (z, cache))
             data, cache = self._denoise_block(student, z, cache, frame, number, draws.last, in_place=True)
             kept = add_noise(data, context, jnp.full((batch,), self._context_sigma))
@@ -170,16 +172,16 @@ class SelfForcingObjective(DMDObjective):
     def replay(
         self, student: Any, text: Array, rolled: RolledOut, last: Array, first: Array | None = None
     ) -> Float32[Array, "b f h w c"]:
-        """The same clip, differentiable by the student's parameters through the last steps, a block at a time.
+        """The clip of a roll-out, with gradients through the last step of each block, computed block by block.
 
         Blocks that are not scored are constants.
 
         Args:
-            student: Causal Wan.
-            text: Embeddings.
-            rolled: Of `roll_out`.
-            last: The step that was drawn.
-            first: The first block that is scored, if it was drawn.
+            student: A causal `WanModel`.
+            text: Text embeddings [B, L, D].
+            rolled: The result of `roll_out`.
+            last: Index of the last step, as drawn.
+            first: Index of the first scored block, if it was drawn.
         """
         rolled, frames = lax.stop_gradient(rolled), rolled.inputs.shape[1]
         sizes, rolls = self.block_sizes(student, frames), self._window(frames) is not None
@@ -189,7 +191,7 @@ class SelfForcingObjective(DMDObjective):
         def read(params: Any) -> Any:
             return nnx.split(computed_dtype(nnx.merge(graph, params)))[1]
 
-        def share(params: Any, inputs: Any) -> Any:  # of the text: it is no part of the past
+        def share(params: Any, inputs: Any) -> Any:  # keys and values of the text, which all blocks share
             return cross_keys_values(nnx.merge(graph, params), inputs[0])
 
         def block(params: Any, cross: Any, cache: Any, inputs: Any, number: Array, frame: Array, size: int) -> Array:
@@ -199,7 +201,7 @@ class SelfForcingObjective(DMDObjective):
             return self._denoise_block(nnx.merge(graph, params), z, own, frame, number, last)[0]
 
         def following(params: Any, cross: Any, cache: Any, inputs: Any, number: Array, frame: Array, size: int) -> Any:
-            if not rolls:  # the finished cache has all
+            if not rolls:  # the finished cache holds all blocks
                 return cache
             kept, full = lax.dynamic_slice_in_dim(inputs[2], frame, size, 1), dataclasses.replace(cache, cross=cross)
             new = self._keep_block(nnx.merge(graph, params), kept, full, frame, number)
@@ -213,7 +215,7 @@ class SelfForcingObjective(DMDObjective):
         )  # fmt: skip
 
     def _place(self, sizes: list[int], first: Array | None) -> tuple[tuple[Any, Any], list[int]]:
-        """Number and first frame of the first block that is scored, and frames of all that are."""
+        """Index and first frame of the first scored block, and the number of frames of each scored block."""
         if first is None:
             skipped = self._skipped(sizes)
             return (skipped, sum(sizes[:skipped])), sizes[skipped:]
@@ -221,22 +223,22 @@ class SelfForcingObjective(DMDObjective):
         return (first, _first_frame(sizes, first)), sizes[-1:] * count
 
     def _draw_first(self, key: Key[Array, ""], frames: int) -> Int[Array, ""] | None:
-        """The first block of a run that is scored; None: the last ones are.
+        """Draws the index of the first scored block; None if the last blocks are scored.
 
         Raises:
-            UserError: If there is no such run.
+            UserError: If clips have fewer frames than are scored.
         """
         span = self._span(frames)
         return None if span is None else jax.random.randint(key, (), span[0], span[1] + 1)
 
     def typical(self, role: str, draws: DMDDraws) -> DMDDraws:
-        """With a run of blocks in the middle, where it is drawn."""
+        """Places the scored blocks in the middle of the clip, if they are drawn."""
         student = cast(RolloutDraws, draws.student)
         span = self._span(student.noise.shape[1])
         return draws if span is None else draws._replace(student=student._replace(first=sum(span) // 2))  # type: ignore
 
     def _span(self, frames: int) -> tuple[int, int] | None:
-        """Between which numbers the first block that is scored is drawn; None where it is not."""
+        """Smallest and largest index of the first scored block, if it is drawn; None otherwise."""
         settings = self.settings
         if not settings.scored_anywhere or settings.scored_frames is None:
             return None
@@ -252,10 +254,10 @@ class SelfForcingObjective(DMDObjective):
         return alone, latest
 
     def _skipped(self, sizes: list[int]) -> int:
-        """Blocks at the beginning of a clip that are not scored, of all blocks' frames.
+        """The number of blocks at the start of a clip that are not scored, from the frames of each block.
 
         Raises:
-            UserError: If what is scored are not whole blocks.
+            UserError: If `scored_frames` is not a whole number of blocks.
         """
         wanted, frames = self.settings.scored_frames, sum(sizes)
         if wanted is None:
@@ -279,7 +281,11 @@ class SelfForcingObjective(DMDObjective):
         return lax.dynamic_slice_in_dim(clip, _first_frame(sizes, draws.first), count, 1)
 
     def _empty(self, student: Any, text: Array, size: tuple[int, int, int]) -> WanCache:
-        """The cache at the beginning of a clip of (F, h, w) latents."""
+        """The empty cache for a clip of (F, h, w) latents.
+
+        Raises:
+            UserError: If the window or its first frames are not whole tiles of the student's attention.
+        """
         frames, height, width = size
         window = self._window(frames)
         units = [setting.unit[0] for setting in student.config.layer_attention if setting.unit is not None]
@@ -296,14 +302,14 @@ class SelfForcingObjective(DMDObjective):
         )  # fmt: skip
 
     def _window(self, frames: int) -> int | None:
-        """Frames that the cache of a clip of so many holds, if that is not all of them."""
+        """Number of latent frames that the cache holds, if it is smaller than the clip; None otherwise."""
         window = self.settings.window
         return window if window is not None and window < frames else None
 
     def _keep_block(
         self, student: Any, kept: Array, cache: WanCache, frame: Array, number: Array, *, in_place: bool = False
     ) -> WanCache:
-        """The cache with a finished block, which later ones see."""
+        """Adds a finished block to the cache."""
         how: Any = dict(step=jnp.int32(len(self.settings.student_steps)), block=number, in_place=in_place)
         return cached_forward(student, kept, jnp.zeros(kept.shape[:2]), cache, frame=frame, **how)[1]
 
@@ -318,16 +324,16 @@ class SelfForcingObjective(DMDObjective):
         *,
         in_place: bool = False,
     ) -> tuple[Array, WanCache]:
-        """The clean block that the student sees in z after the cached ones, at one of its steps."""
+        """The student's prediction of a clean block from z, given the cached blocks, at one of its steps."""
         t = jnp.asarray(self.schedule.timesteps, jnp.float32)[index]
-        how: Any = dict(step=index, block=number, in_place=in_place)  # in place for what is not differentiated
+        how: Any = dict(step=index, block=number, in_place=in_place)  # in place only where no gradient is taken
         flow, cache = cached_forward(student, z, jnp.full(z.shape[:2], t), cache, frame=frame, **how)
         return to_data(z, flow, self._sigma(index, z.shape[0])), cache
 
     def _metrics(self, clip: Array, draws: Any) -> Metrics:
         if draws.first is None:
             return sample_metrics(clip, block=self.settings.block)
-        seen = self._scored(clip, draws)  # there is nothing after it
+        seen = self._scored(clip, draws)  # later frames are not generated
         return sample_metrics(seen, block=self.settings.block) | {"first_scored": jnp.float32(draws.first)}
 
     @property
@@ -336,10 +342,11 @@ class SelfForcingObjective(DMDObjective):
         return shifted(1 / NUM_TRAIN_TIMESTEPS, self.settings.shift) if given is None else given
 
     def block_sizes(self, student: Any, frames: int) -> list[int]:
-        """Frames of each block of a clip.
+        """The number of frames of each block of a clip.
 
         Raises:
-            UserError: If they are not whole blocks, or the student's are others.
+            UserError: If the clip is not a whole number of blocks or too long, or the student's blocks are not those of
+                the objective.
         """
         settings = self.settings
         check_blocks(
@@ -356,15 +363,15 @@ class SelfForcingObjective(DMDObjective):
 
 
 def _first_frame(sizes: list[int], number: Array) -> Array:
-    """The first frame of a block; all but the first are of one size."""
+    """Index of the first frame of a block; all blocks but the first have the same size."""
     return jnp.maximum(0, number * sizes[-1] - (sizes[-1] - sizes[0]))
 
 
 def few_step_samplers(settings: ODEConfig | ConsistencyConfig) -> Mapping[str, Sampler]:
-    """A clip made of pure noise in a student's steps, block by block if it is causal.
+    """Samplers from pure noise at a student's steps, block by block if it is causal.
 
     Args:
-        settings: Settings of the objective that trains it: steps, shift and blocks.
+        settings: Settings of the student's objective, of which steps, shift and blocks are used.
     """
     same = {"student_steps": settings.student_steps, "shift": settings.shift}
     if settings.block is None:

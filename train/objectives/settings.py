@@ -1,4 +1,4 @@
-"""The settings of each objective, and its row in the table. Nothing here imports JAX, so that help is quick."""
+"""The settings of each objective and its entry in the table. Does not import JAX, so that help is quick."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ class FlowConfig(ObjectiveSettings):
 
     @property
     def generation(self) -> Generation:
-        """Euler's method at the shift of the training."""
+        """Euler's method with the shift of the training."""
         return Generation(shift=self.shift, level_per_frame=self.frames_per_level is not None)
 
 
@@ -82,7 +82,7 @@ register(FlowConfig, "monarchrt.train.objectives.flow:FlowObjective")
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcingConfig(FlowConfig):
-    """Teacher forcing: the flow of noisy blocks that see the clean blocks before them, for a causal network."""
+    """Teacher forcing: the flow of noisy blocks that attend to the clean blocks before them, in a causal network."""
 
     name: ClassVar[str] = "teacher-forcing"
 
@@ -90,8 +90,8 @@ class TeacherForcingConfig(FlowConfig):
     """Latent frames per block, which share a noise level; the network's causal_block."""
 
     context_sigma: float = 0.0
-    """Largest noise level of the context blocks that later ones see; each block's is drawn between 0 and this, and
-    given to the network. 0 leaves them clean."""
+    """Largest noise level of the context, the blocks that later ones attend to; each block's level is drawn between 0
+    and this, and given to the network. 0 leaves them clean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,7 @@ register(TeacherForcingConfig, "monarchrt.train.objectives.teacher_forcing:Teach
 
 @dataclass(frozen=True, kw_only=True)
 class FewStepSettings(ObjectiveSettings):
-    """Base of the settings of objectives whose student is sampled in a few steps."""
+    """Base class of the settings of objectives whose student is sampled in a few steps."""
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)
     """The student's steps: timesteps before the shift, decreasing from 1000."""
@@ -121,16 +121,16 @@ class FewStepSettings(ObjectiveSettings):
 
     @property
     def generation(self) -> Generation:
-        """The student's steps."""
+        """Few-step sampling at the student's steps."""
         return Generation(shift=self.shift, sampler="few-step", steps=self.student_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedSettings(FewStepSettings):
-    """Base of the settings of objectives with a guided teacher."""
+    """Base class of the settings of objectives with a guided teacher."""
 
     unguided: ClassVar[float] = 1.0
-    """The weight of guidance that stands for none."""
+    """The guidance weight that means no guidance."""
 
     guidance: float | None = None
     """Weight of the teacher's guidance. Default: 3 with `negative`; without it there is none."""
@@ -142,7 +142,7 @@ class GuidedSettings(FewStepSettings):
         super().__post_init__()
         require(
             self.guidance is None or 0 <= self.guidance < math.inf,
-            f"guidance is {self.guidance}; it must be at least 0, for example 3.0; {self.unguided:g} is none",
+            f"guidance is {self.guidance}; it must be at least 0, for example 3.0; {self.unguided:g} turns it off",
         )
         require(
             self.guidance in (None, self.unguided) or self.negative is not None,
@@ -152,13 +152,13 @@ class GuidedSettings(FewStepSettings):
 
     @property
     def weight(self) -> float:
-        """Of the teacher's guidance."""
+        """Weight of the teacher's guidance; `unguided` without a negative prompt."""
         return self.unguided if self.negative is None else 3.0 if self.guidance is None else self.guidance
 
 
 @dataclass(frozen=True, kw_only=True)
 class ODEConfig(FewStepSettings):
-    """ODE regression: a few-step student learns to predict the end of the teacher's trajectory from its states."""
+    """ODE regression: a few-step student learns to predict the end of a teacher's trajectory from its states."""
 
     name: ClassVar[str] = "ode"
     roles: ClassVar[Mapping[str, Role]] = {"student": Role(defaults={"learning_rate": 2e-6, "beta2": 0.999})}
@@ -186,7 +186,8 @@ register(ODEConfig, "monarchrt.train.objectives.ode:ODEObjective")
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig(GuidedSettings):
-    """Consistency distillation: a student learns to agree with its own average one Euler step of the teacher later."""
+    """Consistency distillation: a student learns to agree with its own moving average one Euler step of the teacher
+    later."""
 
     name: ClassVar[str] = "consistency"
     roles: ClassVar[Mapping[str, Role]] = {
@@ -217,8 +218,8 @@ class ConsistencyConfig(GuidedSettings):
     nearest of a grid of 1000 at the same shift."""
 
     block: int | None = None
-    """Latent frames per block of a causal student and teacher, each seen after the clean blocks before it; their
-    causal_block. Default: both are bidirectional."""
+    """Latent frames per block of a causal student and teacher, each of which attends to the clean blocks before it;
+    their causal_block. Default: both are bidirectional."""
 
     independent_first_frame: bool = False
     """Whether the first frame of causal networks' clips is a block of its own, as it must be in the networks."""
@@ -232,7 +233,7 @@ class ConsistencyConfig(GuidedSettings):
 register(ConsistencyConfig, "monarchrt.train.objectives.consistency:ConsistencyObjective")
 
 
-# learning rates, moments and average of Self-Forcing's training, 64 clips at a time
+# learning rates, moments and moving average of Self-Forcing's training, with a batch of 64 clips
 _STUDENT = {"learning_rate": 2e-6, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_start": 200}
 _CRITIC = {"learning_rate": 4e-7, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "ema_decay": None}
 
@@ -290,7 +291,7 @@ class DMDConfig(GuidedSettings):
     """Weight of R2, the same around the student's clips."""
 
     gan_sigma: float = 0.1
-    """How far R1 and R2 move the clips, in standard deviations of their noise."""
+    """Standard deviation of the noise that R1 and R2 add to the clips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,7 +321,7 @@ class DMDConfig(GuidedSettings):
 
     @property
     def critic_weight(self) -> float:
-        """Of the discriminator's loss."""
+        """Weight of the discriminator's loss."""
         return self.gan_weight if self.gan_critic_weight is None else self.gan_critic_weight
 
 
@@ -347,7 +348,7 @@ class SelfForcingConfig(DMDConfig):
 
     scored_anywhere: bool = False
     """Whether the scored_frames are a random run of whole blocks, the same for all clips of a step, instead of the last
-    ones; what would follow is not generated. Otherwise a student of long clips does not learn how they begin."""
+    ones; later blocks are not generated. Otherwise a student of long clips does not learn how they begin."""
 
     window: int | None = None
     """Latent frames that a block sees, including its own; older ones are dropped, as with `generate --window`, so clips
@@ -385,7 +386,7 @@ class SelfForcingConfig(DMDConfig):
 
     @property
     def generation(self) -> Generation:
-        """The student's steps, and the window that it rolled out with."""
+        """Few-step sampling with the window of the roll-outs."""
         return replace(super().generation, window=self.window, sink_frames=self.sink_frames)
 
 

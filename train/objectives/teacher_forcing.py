@@ -1,13 +1,13 @@
-"""Teacher forcing: a causal student learns the flow of blocks that see the clean blocks before them, as in generation.
+"""Teacher forcing: a causal student learns the flow of blocks that attend to the clean blocks before them.
 
-Tokens are [clean; noisy], at equal positions. Clean block i sees clean blocks up to i, noisy block i sees clean blocks
-before i and itself; the clean half is told time 0, and the loss, that of `flow`, is of the noisy half. Diffusion
-forcing, where a block sees the noisy blocks before it, costs half as much; but a student of it never sees what it will
-see in generation, and Causal Forcing (arXiv:2602.02214) finds teacher forcing the better beginning of a distillation.
+Tokens are [clean; noisy], with equal positions. Clean block i attends to clean blocks up to i, noisy block i to itself
+and to clean blocks before i. The timestep of the clean half is 0, and the loss, that of `flow`, is taken over the noisy
+half. Diffusion forcing, where a block attends to the noisy blocks before it, costs half as much, but its inputs differ
+from those in generation; Causal Forcing (arXiv:2602.02214) finds teacher forcing the better start of a distillation.
 
-The clean half may be noised a little, as what is generated is never quite clean. Its levels and noise are draws of
-their own: the published code takes the noise of the target, and an index into a falling list as the level, so that its
-smallest setting is nearly pure noise.
+The clean half may be noised slightly, since generated blocks are never quite clean. Its levels and noise are drawn
+separately. The published code differs: it reuses the noise of the noisy half, and its level is an index into a
+decreasing list, so that the smallest setting is nearly pure noise.
 """
 
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ from monarchrt.train.objectives.settings import TeacherForcingConfig
 
 
 class TeacherForcingDraws(NamedTuple):
-    """What one batch draws.
+    """Draws for a batch.
 
     Attributes:
-        level: Index into the grid of noise levels, the same for the frames of a block.
-        noise: Noise of the noisy half.
-        context: Noise level of the clean half, the same for the frames of a block.
-        context_noise: Its noise.
+        level: Index of the noise level of the noisy half, the same for all frames of a block.
+        noise: Unit Gaussian noise of the noisy half.
+        context: Noise level sigma of the clean half, the same for all frames of a block.
+        context_noise: Unit Gaussian noise of the clean half.
     """
 
     level: Int[Array, "b f"]
@@ -51,12 +51,12 @@ class TeacherForcingDraws(NamedTuple):
 
 
 class TeacherForcingObjective(FlowObjective):
-    """Rectified flow of blocks after clean ones."""
+    """Rectified flow of noisy blocks that attend to clean ones."""
 
     settings: TeacherForcingConfig
 
     def draws(self, key: Key[Array, ""], shapes: Batch) -> Mapping[str, TeacherForcingDraws]:  # type: ignore[override]
-        """A noise level and noise for each block, and for the clean block that later ones see."""
+        """Draws a noise level for each block, one for each block of the context, and noise for both."""
         shape = shapes.latents.shape
         flow_key, level_key, noise_key = jax.random.split(key, 3)
         level, noise = draw_noise(flow_key, shape, self.settings)
@@ -66,26 +66,26 @@ class TeacherForcingObjective(FlowObjective):
         return {"student": TeacherForcingDraws(level, noise, over_runs(context, runs), context_noise)}
 
     def velocity(self, network: Any, latents: Array, draws: TeacherForcingDraws | None) -> Velocity:
-        """The flow of noisy blocks after the batch's own, which are clean in an evaluation.
+        """The flow prediction for noisy blocks that attend to the batch's own blocks, clean ones in an evaluation.
 
         Raises:
-            UserError: If the network is not causal or has other blocks.
+            UserError: If the network is not causal, or its blocks are not those of the objective.
         """
         settings = self.settings
         independent = settings.independent_first_frame
         check_blocks(network.config, settings.frames_per_level, independent=independent, name="frames_per_level")
         times = self.settings.num_train_timesteps
-        clean, told = latents, None
+        clean, clean_timesteps = latents, None
         if draws is not None and self.settings.context_sigma:
-            clean, told = add_noise(latents, draws.context_noise, draws.context), draws.context * times
+            clean, clean_timesteps = add_noise(latents, draws.context_noise, draws.context), draws.context * times
 
         def velocity(noisy: Array, timesteps: Array, text: Array, *, step: Any = None) -> Array:
-            return teacher_forced(network, noisy, timesteps, clean, text, clean_timesteps=told, step=step)
+            return teacher_forced(network, noisy, timesteps, clean, text, clean_timesteps=clean_timesteps, step=step)
 
         return velocity
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """A held-out window whose blocks are each made of pure noise after the true blocks before them."""
+        """A held-out window in which each block is sampled from pure noise, given the true blocks before it."""
         levels = sampling_levels(self.settings, steps=20)
 
         def continued(network: Any, latents: Array, text: Array, noise: Array) -> Array:
