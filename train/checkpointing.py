@@ -1,8 +1,8 @@
-"""Checkpoints of a run, written through Orbax: asynchronous, atomic, the newest few kept, and checked when read.
+"""Checkpoints of a run, written by Orbax: asynchronous and atomic; the newest few are kept, and reading verifies them.
 
-A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, what they belong to (see
-`monarchrt.train.run_folder.identity`) and a checksum of each array. It appears under its final name only when it is
-complete, so that a process killed while saving leaves the one before as the newest.
+A checkpoint holds the arrays of a `TrainState` under readable names and, as JSON, the settings that they belong to (see
+`monarchrt.train.run_folder.identity`) and a checksum of each array. It gets its final name only when it is complete, so
+that the previous checkpoint is the newest one after a process was killed while saving.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from monarchrt.train.run_folder import SET_ASIDE_NAME
 from monarchrt.train.state import TrainState, from_arrays, parameter_names, to_arrays
 
 FOLDER_NAME = CHECKPOINTS_NAME
-_OWN = f"self_attn.{PLACE}."  # in the names of parameters that belong to a kind of attention
+_OWN = f"self_attn.{PLACE}."  # part of the names of parameters that belong to a kind of attention
 
 
 class _Written:
-    """What Orbax waits for by a thread of its own until arrays are written.
+    """A wrapper of an Orbax future for writing arrays that reports its error at once.
 
     Args:
-        future: Of Orbax.
-        failed: Called with what goes wrong.
+        future: The future, which a thread of Orbax waits for.
+        failed: Called with the error.
     """
 
     def __init__(self, future: Any, failed: Callable[[BaseException], None]):
         self._future, self._failed = future, failed
 
     def result(self, timeout: float | None = None) -> Any:
-        """See Orbax."""
+        """Waits for the future; see Orbax."""
         try:
             return self._future.result(timeout)
         except BaseException as error:
@@ -54,9 +54,9 @@ class _Written:
 
 
 def _arrays_written(failed: Callable[[BaseException], None]) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's own handler of arrays, which says as soon as this process could not write its part.
+    """Orbax's handler of arrays, with a callback as soon as this process failed to write its part.
 
-    Orbax itself says it when all processes have written theirs, for which the others then wait in vain.
+    Orbax itself reports the error only after all processes have written their parts, which then never happens.
     """
     handler: Any = ocp.PyTreeCheckpointHandler()
     save = handler.async_save
@@ -64,7 +64,7 @@ def _arrays_written(failed: Callable[[BaseException], None]) -> ocp.PyTreeCheckp
     async def async_save(*args: Any, **options: Any) -> list[Any]:
         return [_Written(future, failed) for future in await save(*args, **options) or ()]
 
-    handler.async_save = async_save  # not a subclass: Orbax knows what arguments a handler takes by its type
+    handler.async_save = async_save  # not a subclass: Orbax looks up the arguments of a handler by its type
     return handler
 
 
@@ -73,9 +73,9 @@ class Checkpoints:
 
     Args:
         folder: The run folder; checkpoints go to its subfolder `checkpoints/`.
-        keep: How many to keep, newest first.
-        exported: The role that other runs and commands take; stored with each checkpoint.
-        read_only: Nothing in the folder is changed: another process may be writing to it.
+        keep: Number of checkpoints to keep, newest first.
+        exported: The role whose network other runs and commands use; stored with each checkpoint.
+        read_only: Whether to leave the folder unchanged, since another process may be writing to it.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3, exported: str = "student", read_only: bool = False):
@@ -85,10 +85,10 @@ class Checkpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            # what a process killed in the middle of saving left behind only takes up room
+            # left by a process that was killed while saving
             self._remove_unfinished()
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._failures: list[BaseException] = []  # of this process, in writing its part
+        self._failures: list[BaseException] = []  # of this process while writing its part
         with report_full_disk(self.path):
             self._manager = ocp.CheckpointManager(
                 self.path,
@@ -106,38 +106,38 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        # from the folder: the manager also counts the one that is being written
+        # read from the folder, since the manager also counts the one that is being written
         return sorted(ocp.utils.checkpoint_steps(self.path))
 
     def kept(self) -> str:
-        """What is safe on disk, in words."""
+        """The newest complete checkpoint, in words for a message."""
         complete = self.steps()
         return f"the checkpoint of step {complete[-1]} is kept" if complete else "no checkpoint had been saved"
 
     def save(self, state: TrainState, identity: dict[str, Any]) -> None:
-        """Begins to save; writing goes on in the background after the arrays have been copied.
+        """Starts to save; returns once the arrays are copied, and writes them in the background.
 
         Args:
-            state: The state; it may be donated as soon as this returns.
-            identity: JSON values that say what the state belongs to.
+            state: The state, which may be donated afterwards.
+            identity: Settings that the state belongs to, as JSON values (see `run_folder.identity`).
 
         Raises:
-            DiskFullError: If this save, or the one before in the background, found no room.
+            DiskFullError: If the disk is too full for this save, or was for the previous one.
         """
         step = int(state.step)
         arrays = to_arrays(state)
         if jax.default_backend() == "cpu":
-            # on CPU the host's view of an array is the array, which the next step would overwrite
+            # on a CPU, Orbax would write the array's own buffer, which the next step overwrites
             arrays = jax.tree.map(jnp.copy, arrays)
         sums = jax.device_get(checksums(arrays))
         contents = {name: {"shape": list(leaf.shape), "checksum": int(sums[name])} for name, leaf in arrays.items()}
         about = {"step": step, "identity": identity, "exported": self._exported, "arrays": contents}
         with self._reporting():
-            # the one before may still be on its way; look at the room that is left when it is there
+            # wait for the previous save before the free space is measured
             self._finished()
             needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(self.path).free
             if needed > free:
-                raise OSError(errno.ENOSPC, f"a checkpoint takes {needed} bytes and {free} are left")
+                raise OSError(errno.ENOSPC, f"a checkpoint needs {needed} bytes, and {free} are free")
             if step not in self._manager.all_steps():
                 items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about))
                 self._manager.save(step, args=items, force=True)
@@ -146,13 +146,13 @@ class Checkpoints:
         """Waits until everything is written.
 
         Raises:
-            DiskFullError: If there was no room.
+            DiskFullError: If the disk was full.
         """
         with self._reporting():
             self._finished()
 
     def _finished(self) -> None:
-        """Waits for what is on its way; not for the other processes, once this one has failed."""
+        """Waits for the pending save; if this process failed, not for the other processes."""
         if jax.process_count() > 1:
             waiting = threading.Thread(target=self._wait, daemon=True)
             waiting.start()
@@ -164,17 +164,17 @@ class Checkpoints:
         self._manager.check_for_errors()
 
     def _wait(self) -> None:
-        with contextlib.suppress(Exception):  # raised once in each thread
+        with contextlib.suppress(Exception):  # raised again in the thread that calls `_finished`
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of the folder.
+        """Waits for the pending save, then closes the folder.
 
         Raises:
-            DiskFullError: If there was no room.
+            DiskFullError: If the disk was full.
         """
         if jax.process_count() > 1 and self._failures:
-            return  # it has been raised, and closing would wait for the others, too
+            return  # the error has been raised, and closing would wait for the other processes
         try:
             self.wait()
         finally:
@@ -196,7 +196,7 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def check_newest(self, check: Callable[[dict[str, Any], int], None]) -> None:
-        """Calls `check` with the identity and step of the newest checkpoint that has them; reads no arrays.
+        """Calls `check` with identity and step of the newest checkpoint that has them; reads no arrays.
 
         Raises:
             UserError: If `check` does.
@@ -204,7 +204,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 about = self._about(step)
-            except Exception:  # `restore` says what is wrong with it
+            except Exception:  # `restore` reports the error
                 continue
             check(about["identity"], step)
             return
@@ -216,25 +216,25 @@ class Checkpoints:
         check: Callable[[dict[str, Any], int], None],
         note: Callable[[str], None],
     ) -> TrainState | None:
-        """Reads the newest checkpoint that can be read.
+        """Reads the newest checkpoint that is not corrupt.
 
-        One that cannot is moved to `unreadable_checkpoints/` of the run folder, and the one before is tried.
+        Corrupt ones are moved to `unreadable_checkpoints/` of the run folder.
 
         Args:
             template: A state of the same structure, shapes and shardings; its leaves may be `jax.ShapeDtypeStruct`.
-            check: Called with the identity and step of a checkpoint before its arrays are read; raises UserError if
-                it belongs to something else.
-            note: Called with one line for each checkpoint that could not be read.
+            check: Called with identity and step of a checkpoint before its arrays are read; raises UserError if the
+                checkpoint belongs to other settings.
+            note: Called with one line for each corrupt checkpoint.
 
         Returns:
-            The state, or None if the folder has no checkpoint.
+            The state; None if the folder has no checkpoint.
 
         Raises:
-            UserError: If `check` says so, if there are checkpoints but none can be read, or if one could not be read
-                for want of memory, of permission or of a disk that answers.
+            UserError: If `check` raises it, if all checkpoints are corrupt, or if one cannot be read for a reason that
+                is not its own, such as a lack of memory or of permissions, or an error of the disk.
         """
         complete = self.steps()
-        newest = ""  # what is wrong with it
+        newest = ""  # the error of the newest checkpoint
         for position in range(len(complete) - 1, -1, -1):
             step = complete[position]
             try:
@@ -265,18 +265,19 @@ class Checkpoints:
         return None
 
     def restore_parameters(self, template: Any, *, fresh: Callable[[], Any] | None = None) -> Any:
-        """Reads only the exported network: the newest that can be read, the moving average of what there is one of.
+        """Reads the exported network of the newest checkpoint that is not corrupt, by its moving average if any.
 
         Args:
-            template: Parameters of the same structure, shapes and shardings; which of them trained does not matter.
-            fresh: Makes parameters of the template's structure, of which those that belong to a kind of attention are
-                taken where the checkpoint has none of that shape.
+            template: Parameters of the same structure, shapes and shardings, whether they trained or not.
+            fresh: Makes new parameters of the template's structure, for those that belong to a kind of attention and
+                are not in the checkpoint with that shape.
 
         Returns:
-            Parameters.
+            The parameters.
 
         Raises:
-            UserError: If there is no checkpoint, it cannot be read, or its parameters are of other shapes.
+            UserError: If there is no checkpoint that can be read, the run trained a LoRA, or parameters are missing or
+                have other shapes.
         """
 
         def read(step: int) -> Any:
@@ -313,7 +314,7 @@ class Checkpoints:
         leaves = to_arrays(template)
         stored = _stored_names(leaves, contents)
         arrays = self._read(step, {stored[name]: leaf for name, leaf in leaves.items()}, contents)
-        # one array may stand for several, and a step donates each
+        # one stored array may be used for several leaves, each of which a step donates
         taken: set[str] = set()
         for name, other in stored.items():
             leaves[name] = jnp.copy(arrays[other]) if other in taken else arrays[other]
@@ -348,7 +349,7 @@ _BEFORE_ROLES = {"params": "params", "frozen": "fixed", "optimizer": "optimizer"
 
 
 def _stored_names(names: Iterable[str], contents: Container[str]) -> dict[str, str]:
-    """What a checkpoint calls each array of a state: those written before there were roles hold one network.
+    """The name of each array of a state in a checkpoint; those of versions without roles have other names.
 
     Examples:
         >>> names = ["step", "roles.student.average.bias", "roles.student.updates"]

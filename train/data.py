@@ -1,7 +1,7 @@
-"""Training examples: windows of a clip, or precomputed latents with their text embeddings.
+"""Sources of training examples: windows of clips, or precomputed latents with text embeddings.
 
-A source is a pure function of an index: example number `g` (counted over the whole run, step * batch + position) is
-always the same for the same seed. There is no iterator, so the only thing a checkpoint has to remember is the step.
+A source is a pure function of an index: example number `g` of a run (step * batch + position) is always the same for
+the same seed. There is no iterator, so a checkpoint only has to store the step.
 """
 
 import functools
@@ -22,8 +22,8 @@ from monarchrt.models.processes.alike import listing
 from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.digests import FileDigests
 
-_NAMES = ("latents", "text")  # of the tensors in a file of latents
-_WAN_CHANNELS = (16, 48)  # of the VAEs of versions 2.1 and 2.2
+_NAMES = ("latents", "text")  # tensors in a file of latents
+_WAN_CHANNELS = (16, 48)  # latent channels of the VAEs of Wan 2.1 and 2.2
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """What the training loop needs to know about the data."""
+    """The interface of the data for training."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -49,28 +49,28 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the content changes; compared on resume."""
+        """A digest of the content, which resuming compares."""
         ...
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The batch of a step, counted from 0: a pure function of its arguments, called in a thread of its own."""
+        """The batch of a step, counted from 0: a pure function of its arguments, called in another thread."""
         ...
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
-        """Held-out examples, each index in 0...held_out-1; never augmented."""
+        """Held-out examples without augmentation; indices are 0...held_out-1."""
         ...
 
 
 @runtime_checkable
 class ReadsParts(Protocol):
-    """A source that can read a part of a batch, for a process whose devices hold no more. To be derived from."""
+    """Base class of sources that can read a part of a batch, for a process whose devices hold only that part."""
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """The samples of `train_batch` at `rows`, without reading the others."""
+        """The examples of `train_batch` at `rows`, without reading the others."""
         ...
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The batch of a step, counted from 0: all of its rows."""
+        """The whole batch of a step, counted from 0."""
         return self.train_part(step, batch, seed, range(batch))
 
 
@@ -80,17 +80,17 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def example_order(step: int, batch: int, seed: int, count: int, rows: range | None = None) -> list[tuple[int, int]]:
-    """Says which examples a step trains on: every epoch visits each example once, in an order of its own.
+    """The examples of a step. Every epoch visits each example once, in a random order of its own.
 
     Args:
         step: Step, counted from 0.
         batch: Examples per step.
         seed: Seed of the order.
-        count: Number of different examples.
-        rows: Positions in the batch that are wanted; None: all.
+        count: Number of examples.
+        rows: Positions in the batch; None for all.
 
     Returns:
-        For each position in the batch (index of the example, number of the draw since the start).
+        For each position, the index of the example, and its number counted over the whole run.
 
     Examples:
         >>> sorted(index for index, _ in example_order(0, 4, seed=1, count=4))
@@ -102,7 +102,7 @@ def example_order(step: int, batch: int, seed: int, count: int, rows: range | No
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` different indices, spread evenly over 0...count-1.
+    """At most `wanted` distinct indices, spread evenly over 0...count-1.
 
     Examples:
         >>> spread(9, 3)
@@ -112,14 +112,14 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class ClipWindows(ReadsParts):
-    """Windows of clips held in memory; no frame is both in a window that is trained on and in one that is held out.
+    """Windows of clips in memory; no frame is both in a training window and in a held-out one.
 
-    One clip is split by time: frames [0, n_train) are trained on, then `gap` frames belong to neither, the rest is held
-    out. Of several, the last ones are held out whole; a window lies in one clip.
+    A single clip is split by time: frames [0, n_train) are for training, the next `gap` frames are left out, and the
+    rest is held out. Of several clips, the last ones are held out entirely; a window lies in one clip.
 
     Attributes:
-        frames: The whole clip, uint8 [T, H', W', 3]; several one after another.
-        transform: Pixels to latents and back.
+        frames: The frames of all clips, one after the other, uint8 [T, H', W', 3].
+        transform: Converts pixels to latents and back.
 
     Examples:
         >>> config = DataConfig(frames=3, height=16, width=16, held_out=0.4, gap=1)
@@ -139,17 +139,17 @@ class ClipWindows(ReadsParts):
         name: str = "the clip",
         lengths: Sequence[int] = (),
     ):
-        """Splits a clip, or several.
+        """Splits clips into training and held-out windows.
 
         Args:
-            frames: The clip at the size read, at least height x width.
+            frames: The frames of all clips, at least height x width pixels.
             config: Window size, split and augmentation.
-            text_shape: Shape (L, D) of the text embedding; it is zero, as there is no text encoder here.
-            name: What errors call the clip.
-            lengths: Frames of each clip, where `frames` holds several.
+            text_shape: Shape (L, D) of the text embeddings, which are zero.
+            name: Name of the clips in messages.
+            lengths: Number of frames of each clip; empty for a single clip.
 
         Raises:
-            UserError: If either part is shorter than one window.
+            UserError: If the training part or the held-out part is shorter than one window.
         """
         self.frames = frames
         self.transform = PatchDCT(patch=config.patch, whitening=config.whitening)
@@ -186,19 +186,19 @@ class ClipWindows(ReadsParts):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the decoded frames, and of where clips end if there are several."""
+        """SHA-256 of the decoded frames and, for several clips, of their lengths."""
         digest = hashlib.sha256(np.ascontiguousarray(self.frames))
         if len(self._lengths) > 1:
             digest.update(repr(self._lengths).encode())
         return digest.hexdigest()
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """Those windows of a step that are at `rows` of its batch."""
+        """The windows at `rows` of a step's batch, with augmentation."""
         order = example_order(step, batch, seed, len(self.train_starts), rows)
         return self._encode(self._augment(self.train_starts[index], draw, seed) for index, draw in order)
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
-        """Held-out windows, cropped in the middle."""
+        """Held-out windows, center-cropped."""
         return self._encode(self.held_out_window(index) for index in indices)
 
     def held_out_window(self, index: int) -> UInt8[np.ndarray, "f H W 3"]:
@@ -227,22 +227,23 @@ class ClipWindows(ReadsParts):
 
 
 class LatentFolder(ReadsParts):
-    """Precomputed latents and text embeddings: one .safetensors file per example.
+    """A folder of precomputed latents and text embeddings, one .safetensors file per example.
 
-    Each file holds `latents` [F, h, w, C] and `text` [L, D] in any float type. Files are taken in the order of their
-    names; the last fraction is held out.
+    Each file has `latents` [F, h, w, C] and `text` [L, D] of any floating-point dtype. Files are sorted by name; the
+    last ones are held out.
     """
 
     def __init__(self, folder: Path | str, config: DataConfig, *, digests: Path | None = None):
-        """Opens a folder; only the headers are read.
+        """Opens a folder; usually only the headers of the files are read.
 
         Args:
-            folder: Where the files are.
-            config: Its `held_out` sets the split.
-            digests: File of the digests of an earlier start, whose files `fingerprint` need not read again.
+            folder: The folder.
+            config: Settings of the data, of which `held_out` is used.
+            digests: File with digests of an earlier start; `fingerprint` does not read unchanged files again.
 
         Raises:
-            UserError: If the folder has fewer than two files, or names, dtypes or shapes are wrong or differ.
+            UserError: If there are fewer than two files, tensors are missing or not floats, shapes differ, or channels
+                are not the last axis.
         """
         folder = Path(folder)
         self._digests = FileDigests(digests)
@@ -280,13 +281,13 @@ class LatentFolder(ReadsParts):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the files.
+        """SHA-256 of the names and contents of all files.
 
         Raises:
             UserError: If a number in a file is NaN or infinite.
         """
         digest, files = hashlib.sha256(), self.train_files + self.held_out_files
-        # every file that no earlier start has read is read here, before the first step
+        # every file that is new or changed since an earlier start is read here, before the first step
         for path, content in zip(files, self._digests.of(files, check=_check_finite), strict=True):
             digest.update(path.name.encode())
             digest.update(content)
@@ -294,7 +295,7 @@ class LatentFolder(ReadsParts):
 
     @property
     def listing(self) -> str:
-        """SHA-256 over the names of the files, their sizes and samples of their contents (`alike.samples`).
+        """SHA-256 of the names of the files, their sizes and samples of their contents (`alike.samples`).
 
         Raises:
             OSError: If a file cannot be read.
@@ -302,11 +303,11 @@ class LatentFolder(ReadsParts):
         return listing(self.train_files + self.held_out_files)
 
     def keep_digests(self) -> None:
-        """Writes what `fingerprint` found to the file of digests, if one was named."""
+        """Writes the digests of `fingerprint` to the file of digests, if there is one."""
         self._digests.keep()
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """Those examples of a step that are at `rows` of its batch; the files of others are not read."""
+        """The examples at `rows` of a step's batch; files of others are not read."""
         order = example_order(step, batch, seed, len(self.train_files), rows)
         return self._load(self.train_files[index] for index, _ in order)
 
@@ -320,12 +321,12 @@ class LatentFolder(ReadsParts):
 
     @staticmethod
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """An example: latents [F, h, w, C] and text [L, D], float32."""
+        """Reads an example: latents [F, h, w, C] and text [L, D], float32."""
         return _read(path)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and text of a file, in float32; the safetensors library's own reader has no BF16."""
+    """Reads latents and text of a file as float32; the safetensors library cannot read BF16 into NumPy."""
     with user_input():
         file = SafetensorsFile(path, only=_NAMES)
         latents, text = (file.read(name).astype(np.float32) for name in _NAMES)
@@ -339,13 +340,13 @@ def _check_finite(path: Path) -> None:
 
 
 def _check_channels_last(path: Path, shape: tuple[int, ...]) -> None:
-    """Raises UserError for latents in PyTorch's order, [C, F, h, w] or [F, C, h, w]: width would pass for channels.
+    """Raises UserError for latents in PyTorch's order, [C, F, h, w] or [F, C, h, w], whose last axis is the width.
 
-    Those of Wan have 16 channels, 48 in version 2.2. Where the shape leaves it open, the numbers tell: neighbours along
-    a width are alike, neighbouring channels are not.
+    Wan's latents have 16 channels, 48 in version 2.2. If the shape is ambiguous, the values decide: neighbors along the
+    width are correlated, neighboring channels are not.
     """
     axes = [axis for axis in (0, 1) if shape[axis] in _WAN_CHANNELS]
-    if shape[3] in (*_WAN_CHANNELS, *(3 * patch**2 for patch in range(1, 17))):  # or of a patch transform
+    if shape[3] in (*_WAN_CHANNELS, *(3 * patch**2 for patch in range(1, 17))):  # the latter of a patch transform
         latents = _read(path)[0] if axes else np.zeros(())
         axes = [axis for axis in axes if likeness(latents, 3) > 0.5 > 2 * abs(likeness(latents, axis))]
     if not axes:
@@ -360,7 +361,7 @@ def _check_channels_last(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def likeness(array: np.ndarray, axis: int) -> float:
-    """Correlation of neighbours along an axis.
+    """Correlation of neighboring values along an axis; 0 if it is not defined.
 
     Examples:
         >>> likeness(np.arange(6.0).reshape(2, 3), 1)
@@ -387,7 +388,7 @@ def _latent_shapes(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
             kinds = [part.get_dtype() for part in slices]
     except SafetensorError as error:
         raise UserError(f"latents {path} is cut off or damaged ({error})") from error
-    except OSError as error:  # a folder, a link to nothing
+    except OSError as error:  # for example a folder, or a broken link
         raise UserError(f"latents {path} cannot be read: {error.strerror or error}") from error
     if len(latents) != 4 or len(text) != 2:
         raise UserError(f"latents {path} has latents {latents} and text {text}; they must be [F, h, w, C] and [L, D]")

@@ -1,4 +1,4 @@
-"""The network of a run folder, which `monarchrt.models.generate` reads, with the settings of its training."""
+"""The network of a run folder, together with the settings of its training."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,35 +15,35 @@ __all__ = ["find_run", "is_run", "run_model"]
 
 
 def find_run(path: Path) -> TrainConfig | None:
-    """The settings of a run folder; None if the path is something else.
+    """The settings of a run folder.
 
     Args:
-        path: Any path, existing or not.
+        path: Any path, which need not exist.
 
     Returns:
-        The settings.
+        The settings; None if the path is not a run folder.
 
     Raises:
-        UserError: If config.json is damaged, or the folder holds run folders instead of being one; names them.
+        UserError: If config.json is damaged, or the folder contains run folders but is none itself.
     """
     return None if runs.find_run(path) is None else read_config(path)
 
 
 def run_model(folder: Path, run: TrainConfig | None = None, *, precision: str = "fp32") -> "WanModel":
-    """The network that a run exports, of the newest checkpoint that can be read: the moving average, if there is one.
+    """Reads the exported network of a run from the newest checkpoint that can be read, by its moving average if any.
 
-    The folder is only read, so a run that is still going on is not disturbed.
+    The folder is only read, so the run may still be training.
 
     Args:
         folder: The run folder.
-        run: Settings to take instead of those in the folder.
-        precision: "fp32" or "bf16", the compute type; parameters are fp32.
+        run: Settings to use instead of those in the folder.
+        precision: Compute dtype, "fp32" or "bf16"; parameters are float32.
 
     Returns:
-        The network, with the attention that it was trained with.
+        The network, with the attention of its training.
 
     Raises:
-        UserError: If there is no checkpoint, it cannot be read, or it is of another network.
+        UserError: If there is no checkpoint, it cannot be read, or it belongs to another network.
     """
     from monarchrt.models.generate.run_arrays import run_network
 

@@ -1,4 +1,4 @@
-"""When the weights of a layer are gathered, where devices share them: a layer ahead, if there is memory for that."""
+"""Whether devices that share weights gather those of a layer while the previous one computes, if memory allows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,13 @@ from monarchrt.train.remat import SPARE
 
 @dataclass(frozen=True, kw_only=True)
 class Gathering:
-    """What was chosen.
+    """The choice.
 
     Attributes:
-        ahead: Whether a layer's weights are gathered while the layer before it computes, else beside its own products.
-        taken: Bytes of a step with weights that are gathered ahead, on each device; None if its compiler does not say.
-        available: Bytes of each device.
+        ahead: Whether a layer's weights are gathered while the previous layer computes; otherwise during its own
+            computation.
+        taken: Bytes on each device of a step that gathers ahead; None if its compiler does not report them.
+        available: Bytes of memory of each device.
     """
 
     ahead: bool
@@ -37,16 +38,16 @@ def fitting[Step](
     available: int,
     agreed: Callable[[bool], bool] = bool,
 ) -> tuple[Step, Gathering]:
-    """The step with weights that are gathered a layer ahead, or, where that does not leave `SPARE`, without.
+    """Compiles the step that gathers weights a layer ahead, or, if that does not leave `SPARE`, the one that does not.
 
     Args:
-        compiled: Makes the step, with weights gathered ahead or not, and compiles its programs.
-        taken: What these take on each device; None if their compiler does not say.
-        available: Bytes of each device.
-        agreed: Whether it fits in all processes, of whether it does in this one.
+        compiled: Makes the step and compiles its programs, gathering ahead or not.
+        taken: Bytes of a step on each device; None if its compiler does not report them.
+        available: Bytes of memory of each device.
+        agreed: Maps whether the step fits in this process to whether it fits in all processes.
 
     Returns:
-        The step, and what was chosen.
+        The step, and the choice.
     """
     step = compiled(True)
     most = taken(step)

@@ -1,4 +1,4 @@
-"""Norms of a gradient by groups of layers: which part of a network an update moves."""
+"""Norms of a gradient by groups of layers."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ _OTHER = "other"
 
 
 def gradient_norms(gradient: Any) -> Metrics:
-    """L2 norms, before clipping, of what the text, the attentions, the feed-forward layers, the head and the rest get.
+    """L2 norms of the gradients of text embedding, attentions, feed-forward layers, head, and all other parameters.
 
     Args:
-        gradient: A tree of arrays under the names of the network's parameters.
+        gradient: The gradient before clipping, a tree of arrays with the structure of the parameters.
 
     Returns:
-        `grad_norm_GROUP` for the groups that there are; nothing of a network that has only one.
+        `grad_norm_GROUP` for each group in the network; empty if there is only one.
 
     Examples:
         >>> gradient = {"blocks": {"ffn": jnp.array([3.0, 4.0])}, "head": {"bias": jnp.array([2.0])}}

@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins."""
+"""The summary that a run prints before it starts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,15 +24,15 @@ def run_header(
     networks: Mapping[str, Any],
     devices: Sequence[Any],
 ) -> list[str]:
-    """Sums up a run: each network and its attention, data and optimizer, devices and memory.
+    """Summarizes a run: each network and its attention, optimizers, devices and memory, and warnings.
 
     Args:
         config: The settings.
         template: Shapes and shardings of the state.
         latent_shape: Shape [F, h, w, C] of a sample.
-        held_out: How many examples are not trained on.
-        networks: Each role's `WanConfig`; anything else leaves its tokens and attention out.
-        devices: What the run works on.
+        held_out: Number of held-out examples.
+        networks: Configuration of each role's network; tokens and attention are shown for a `WanConfig` only.
+        devices: Devices of the run.
 
     Returns:
         The lines.
@@ -55,14 +55,14 @@ def run_header(
 
 
 def check_fits(template: TrainState, devices: Sequence[Any]) -> None:
-    """Looks whether the state of a run fits on its devices at all; what the steps take comes on top of it.
+    """Checks that the state of a run fits into the memory of its devices; steps need more.
 
     Args:
         template: Shapes and shardings of the state.
-        devices: What the run works on.
+        devices: Devices of the run.
 
     Raises:
-        UserError: If it does not; says how large it and the device are.
+        UserError: If the state is larger than a device's memory.
     """
     held, there = _held(template), min(map(device_memory, devices))
     if held <= there:
@@ -106,7 +106,7 @@ def _attention(network: WanConfig, grid: tuple[int, int, int]) -> str:
 
 
 def _narrow(network: Any) -> list[str]:
-    """A warning, if noise cannot pass through the network, which has to put it out again."""
+    """A warning if a token has more values than the network's width: the network cannot reproduce the noise."""
     if not isinstance(network, WanConfig):
         return []
     numbers = math.prod(network.patch_size) * network.out_channels
@@ -120,7 +120,7 @@ def _narrow(network: Any) -> list[str]:
 
 
 def _undecayed(config: TrainConfig, role: str) -> list[str]:
-    """A warning, if it is said where the learning rate ends but not how it gets there."""
+    """A warning if `decay_steps` is given but the learning rate is constant."""
     settings = config.trained(role)
     if settings.decay_steps is None or settings.schedule != "constant":
         return []
@@ -132,7 +132,7 @@ def _undecayed(config: TrainConfig, role: str) -> list[str]:
 
 
 def _few_examples(held_out: int, windows: int) -> list[str]:
-    """A note, if fewer examples are held out than are to be measured."""
+    """A note if fewer examples are held out than `eval_windows`."""
     if held_out >= windows:
         return []
     few = f"{held_out} examples are held out: the held-out loss is of all of them"
@@ -156,7 +156,7 @@ def _held(template: TrainState) -> int:
 
 
 def _short(count: int) -> str:
-    """A count in three digits, such as 1.42B."""
+    """A count with three significant digits, such as 1.42B."""
     for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.3g}{letter}"

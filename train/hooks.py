@@ -1,6 +1,6 @@
-"""What happens between steps: metrics are logged, networks measured, samples shown, checkpoints saved.
+"""Hooks, which run between steps: evaluation, samples and checkpoints; and the log of the steps' metrics.
 
-A hook is called after the steps that it is due at, once their metrics are in the log, in the order of the list.
+A hook is called after the steps at which it is due, once their metrics are in the log.
 """
 
 import collections
@@ -26,23 +26,23 @@ from monarchrt.train.watch import Watch
 
 @runtime_checkable
 class Hook(Protocol):
-    """Something that a run does at some of its steps."""
+    """An action after some of a run's steps."""
 
     def due(self, step: int) -> bool:
-        """Whether it is to be called after this step, counted from 1."""
+        """Whether to call the hook after this step, counted from 1."""
         ...
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Does it; the state must not be kept, as the next step overwrites it."""
+        """Runs the hook; the next step overwrites the buffers of the state."""
         ...
 
 
 class Failure:
-    """Makes the error that ends a run whose numbers are not finite; its words name the role, if there are several.
+    """Makes the errors that end a run with NaN or infinite values; messages name the role, if there are several.
 
     Args:
         config: The settings.
-        checkpoints: What is kept.
+        checkpoints: The checkpoints of the run, which messages refer to.
     """
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
@@ -50,13 +50,13 @@ class Failure:
         self._several = len(config.objective.roles) > 1
 
     def of_metrics(self, role: str, step: int, values: Mapping[str, float]) -> NonFiniteError:
-        """The loss or the gradient of a step."""
+        """The error for a role's loss or gradient norm, from the metrics of a step."""
         name = "loss" if not np.isfinite(values["loss"]) else "grad_norm"
         what = f"{name.replace('grad_norm', 'gradient norm')} is {values[name]}"
         return self._make(f"the {role}'s {what}" if self._several else what, role, step, values["learning_rate"])
 
     def of_parameters(self, role: str, step: int) -> NonFiniteError:
-        """A parameter, its average or its optimizer's moments."""
+        """The error for a role's parameters, their average or the optimizer's moments."""
         what = f"a parameter of the {role} is not finite" if self._several else "a parameter is not finite"
         return self._make(what, role, step, self._config.trained(role).learning_rate)
 
@@ -73,18 +73,18 @@ class Failure:
 
 
 class MetricsLog:
-    """Writes the metrics of finished steps to the log; the run ends at the first that are not finite.
+    """Writes the metrics of steps to the log, and raises an error if they are not finite.
 
-    The device works on a step while the one before is looked at, so metrics are handed over first and written later.
+    Metrics are added when a step is dispatched and written later, so that the device computes the next step meanwhile.
 
     Args:
-        log: Where they go.
+        log: The log of the run.
         progress: Shows the losses.
-        every: Steps between two that are written.
-        total: Steps of the run; the last is always written.
-        prefix: Whether names begin with the role.
-        failure: Makes the error.
-        watch: Sees what is written, and warns.
+        every: Write every this many steps.
+        total: Number of steps of the run; the last is always written.
+        prefix: Whether names start with the role.
+        failure: Makes the errors.
+        watch: Checks what is written; its warnings are printed.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class MetricsLog:
         self._clock = time.monotonic()
 
     def add(self, step: int, metrics: dict[str, Metrics]) -> None:
-        """Hands over what a step returned, which may not be computed yet."""
+        """Adds the metrics that a step returned, which need not be computed yet."""
         self._pending.append((step, metrics))
 
     def write(self, *, leave: int) -> None:
-        """Writes what was handed over, but for the last `leave` steps.
+        """Writes the metrics that were added, except those of the last `leave` steps.
 
         Raises:
             NonFiniteError: If the loss or the gradient of a role is not finite.
@@ -137,17 +137,17 @@ class MetricsLog:
 
 
 class Evaluate:
-    """Measures the networks on held-out data, writes it to the log and shows it.
+    """Evaluates the networks on held-out data and logs the losses.
 
     Attributes:
-        last: What was measured last, by role.
+        last: Losses of the last evaluation by role; None before the first.
 
     Args:
-        measure: Measures a state.
-        log: Log to write to.
-        progress: Progress bar that shows the values.
-        run: Settings of the run, which say how often.
-        prefix: Whether names begin with the role.
+        measure: Computes the held-out losses of a state by role.
+        log: The log of the run.
+        progress: Shows the losses.
+        run: Settings of the run, of which `eval_every` and `steps` are used.
+        prefix: Whether names start with the role.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Evaluate:
         return step % self._run.eval_every == 0 or step == self._run.steps
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Measures and says so."""
+        """Evaluates a state, and logs and shows the losses."""
         losses = self.measured(state)
         names = {role: f"{role}/held_out_loss" if self._prefix else "held_out_loss" for role in losses}
         self._log.write(step, {names[role]: value for role, value in losses.items()})
@@ -175,21 +175,21 @@ class Evaluate:
         self._progress.measured(step, f"held-out loss {', '.join(words)}")
 
     def measured(self, state: TrainState) -> dict[str, float]:
-        """Measures without a word."""
+        """Evaluates a state without logging; returns the losses by role."""
         self.last = self._measure(state)
         return self.last
 
 
 class Sample:
-    """Writes videos of what the exported network makes of a held-out window, with its average and without.
+    """Writes videos of the exported network's samples for a held-out window, with and without its moving average.
 
     Args:
-        samplers: Label -> compiled sampler.
+        samplers: Compiled samplers by label.
         source: Source of the held-out data.
         pictures: Converts data and samples to pixels.
         role: Role of the network.
-        folder: Folder of the files.
-        every: Steps between two videos.
+        folder: Folder of the videos.
+        every: Write a video every this many steps.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Sample:
         return step % self._every == 0
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Writes one."""
+        """Writes the video of a step."""
         role = state.roles[self._role]
         latest = None if role.average is None else role.params
         path = self._folder / f"step_{step:06d}.mp4"
@@ -221,13 +221,13 @@ class Sample:
 
 
 class Save:
-    """Saves checkpoints of what is finite.
+    """Saves checkpoints, after a check that all values are finite.
 
     Args:
-        checkpoints: Where they go.
-        identity: What they belong to.
-        run: Says how often.
-        failure: Makes the error if something is not finite.
+        checkpoints: The checkpoints of the run.
+        identity: Settings that the checkpoints belong to (see `run_folder.identity`).
+        run: Settings of the run, of which `checkpoint_every` and `steps` are used.
+        failure: Makes the error for values that are not finite.
     """
 
     def __init__(self, checkpoints: Checkpoints, identity: dict[str, Any], *, run: RunConfig, failure: Failure):
@@ -238,13 +238,13 @@ class Save:
         return step % self._run.checkpoint_every == 0 or step == self._run.steps
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Begins to save.
+        """Starts to save a checkpoint.
 
         Raises:
-            NonFiniteError: If a network has numbers that are not finite.
+            NonFiniteError: If parameters, average or optimizer state of a network are not finite.
         """
         for name, role in state.roles.items():
-            # what does not train is as it was before the first step, when all was looked at
+            # networks that do not train were checked before the first step
             if role.trains and not bool(all_finite((role.params, role.average, role.optimizer))):
                 raise self._failure.of_parameters(name, step)
         self._checkpoints.save(state, self._identity)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken between steps so that the run can save before it ends."""
+"""Handling of Ctrl-C and SIGTERM between steps, so that a run can save before it ends."""
 
 import contextlib
 import signal
@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-RESENT_AFTER = 0.02  # seconds; a callback is over by then
+RESENT_AFTER = 0.02  # seconds, by which a callback has ended
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has saved if it could.
+    """A signal asked the program to stop; if possible, the run has saved.
 
     Attributes:
         code: Exit code of the process: 128 + signal number.
-        step: Step of the state that was saved; None if none was.
+        step: Step of the saved state; None if none was saved.
     """
 
     def __init__(self, message: str, *, code: int = 130, step: int | None = None):
@@ -26,9 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM only sets a flag; a second one interrupts at once.
+    """A context in which the first SIGINT or SIGTERM only sets `signal`; a second one interrupts at once.
 
-    Signals reach the main thread only; elsewhere this does nothing.
+    Python handles signals in the main thread; in other threads this does nothing.
 
     Examples:
         >>> with StopRequest() as stop:
@@ -61,11 +61,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """While active, SIGINT and SIGTERM raise `Interrupted` in the main thread, and that cannot get lost.
+    """A context in which SIGINT and SIGTERM raise `Interrupted` in the main thread, and are never lost.
 
-    Python drops what is raised in callbacks of garbage collection (JAX has one) and in finalizers, where a signal may
-    just find the program: then it is sent again, until it is raised somewhere else. Extensions that are just being
-    imported turn it into an error of theirs, which is the signal still.
+    Python drops exceptions raised in callbacks of garbage collection (JAX has one) and in finalizers; a signal that
+    arrives there is sent again until it is raised elsewhere. Extension modules turn an exception during their import
+    into an error of their own, which is converted back to `Interrupted`.
 
     Examples:
         >>> try:
@@ -99,7 +99,7 @@ def stoppable() -> Iterator[None]:
             report(unraisable)
             return
         nonlocal reporting
-        reporting = True  # what is raised in here would get lost, too
+        reporting = True  # an exception raised in this hook would be lost too
         number = getattr(unraisable.exc_value, "code", 128 + signal.SIGINT) - 128
         threading.Thread(target=again, args=(number,), name="signal", daemon=True).start()
         reporting = False
@@ -121,7 +121,7 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finish_first() -> Iterator[None]:
-    """A signal stops the program at the end of the block: inside an import it may get lost, leaving a traceback.
+    """A context that defers signals to its end, for imports, in which an exception may be lost or reported otherwise.
 
     Raises:
         Interrupted: At the end, if there was a signal.

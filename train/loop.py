@@ -1,8 +1,8 @@
-"""The training run: data, network, steps, logs and checkpoints put together.
+"""The training run, which puts data, networks, steps, logs and checkpoints together.
 
     result = train(TrainConfig(data=DataConfig(video=Path("clip.mp4")), run=RunConfig(folder=Path("runs/a"))))
 
-Each step is a pure function of (state, step number, seed), so a run that goes on from a checkpoint repeats the
+Each step is a pure function of (state, step number, seed), so a run that is resumed from a checkpoint reproduces the
 uninterrupted run bit for bit on the same machine.
 """
 
@@ -58,19 +58,19 @@ from monarchrt.train.step import StepFn, make_error_fn, make_train_step, may_gat
 from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
 
-_LOOKED_AT = 10_000  # steps, for all kinds of steps that there are
-type _Step = tuple[StepFn, tuple[StepPlan, ...]]  # with what its programs take
+_EXAMINED = 10_000  # leading steps among which all distinct sets of updated roles are expected
+type _Step = tuple[StepFn, tuple[StepPlan, ...]]  # a step and the memory of its programs
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run ends with.
+    """The result of a run.
 
     Attributes:
-        state: The last state.
+        state: The final state.
         graphs: Structure of each role's network.
         held_out: Held-out losses by role, of the evaluated parameters (the moving average, if there is one).
-        exported: The role that `model` is of.
+        exported: The exported role, whose network is `model`.
         folder: The run folder; `monarchrt.train.logs.read_log` reads its log.
     """
 
@@ -103,25 +103,25 @@ def train(
     quiet: bool | None = None,
     after_step: Callable[[int, TrainState], None] | None = None,
 ) -> TrainResult:
-    """Trains a network and leaves a run folder.
+    """Trains the networks of a config and writes a run folder.
 
     Args:
         config: All settings.
-        source: Data to use instead of opening what the config names.
-        model: Network to start from instead of building what the config names, or networks by role; the config's
-            model settings should still describe it, since they are what a resume compares.
-        quiet: Hide (True) or show (False) the progress bar; None shows it on a terminal.
-        after_step: Called after each step with the step number, counted from 1, and the state, which must not be
-            kept, as the next step overwrites it.
+        source: Data to use instead of that of the config.
+        model: Network to start from instead of that of the config, or networks by role. The config's model settings
+            should describe it, since resuming compares them.
+        quiet: Whether to hide the progress bar; None shows it on a terminal only.
+        after_step: Called after each step with its number, counted from 1, and the state, whose buffers the next step
+            overwrites.
 
     Returns:
-        The last state and the held-out loss.
+        The final state and the held-out losses.
 
     Raises:
         UserError: If the settings, the data or the run folder cannot be used.
         NonFiniteError: If the loss, the gradient or the parameters of a role became NaN or infinite.
-        DiskFullError: If there was no room for the log or a checkpoint.
-        Interrupted: If a signal asked to stop; the state has been saved.
+        DiskFullError: If the disk was full for the log or a checkpoint.
+        Interrupted: After a signal, once the state has been saved.
     """
     _check_joined(config.run)
     run_in_first("claim", lambda: claim_folder(config))
@@ -131,7 +131,7 @@ def train(
 
         def claim() -> None:
             lock.take()
-            claim_folder(config)  # while the data was read, another run may have come and gone
+            claim_folder(config)  # again, since another run may have used it while the data was read
 
         run_in_first("claim again", lambda: claim() if config.run.folder.is_dir() else None)
         models = model if isinstance(model, Mapping) else {} if model is None else {config.objective.exported: model}
@@ -144,20 +144,22 @@ def train(
 def _check_joined(run: RunConfig) -> None:
     if run.processes is not None and run.processes != jax.process_count():
         raise UserError(
-            f"processes is {run.processes}, and JAX knows of {jax.process_count()}; call train within "
-            f"monarchrt.models.processes.joining.joined, entered before JAX looks for its devices"
+            f"processes is {run.processes}, but JAX has {jax.process_count()}; call train within "
+            f"monarchrt.models.processes.joining.joined, entered before JAX initializes its devices"
         )
 
 
 def plan(config: TrainConfig, *, source: Source | None = None) -> Plan:
-    """What a run would take on each device; all is checked as `train` does, nothing is computed and nothing written.
+    """Plans a run: memory of each device by role and of the compiled steps, and an estimate of the time.
+
+    Everything is checked as in `train`, but no step is taken and nothing is written.
 
     Args:
         config: All settings.
-        source: Data to use instead of opening what the config names.
+        source: Data to use instead of that of the config.
 
     Returns:
-        Bytes by role, and of the compiled steps.
+        The plan.
 
     Raises:
         UserError: If the settings, the data or the run folder cannot be used.
@@ -171,7 +173,7 @@ def plan(config: TrainConfig, *, source: Source | None = None) -> Plan:
 
 
 def _attention_errors(network: Any, latents: Sequence[int]) -> set[str]:
-    """What a network's attention has against latents (F, h, w, C)."""
+    """The errors of a network's attention settings for latents of shape (F, h, w, C)."""
     found = set()
     for setting in getattr(network, "layer_attention", ()):
         try:
@@ -194,7 +196,7 @@ def _open_source(config: TrainConfig, *, encode: bool = True) -> Source:
 def _close(
     checkpoints: Checkpoints, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Waits for the save that is under way and closes; what ended the run is not hidden by what goes wrong then."""
+    """Waits for a pending save and closes; an error while closing does not replace the one that ended the run."""
     try:
         checkpoints.close()
     except Exception as second:
@@ -204,10 +206,10 @@ def _close(
 
 
 class _Run:
-    """One call of `train`; the order of the methods is the order in which they run.
+    """One call of `train`, or of `plan`.
 
-    The constructor checks all that can be checked before anything is computed or written; in a `dry` run nothing is
-    compared with the content of the data, or written.
+    The constructor checks everything that can be checked before anything is computed or written. A `dry` run writes
+    nothing, and does not compare the content of the data.
     """
 
     def __init__(
@@ -241,7 +243,7 @@ class _Run:
         if self.remat is not None:
             self.networks.check_origins(resumed=resumed)
         if not dry:
-            _ = self.identity  # reads the data where it has to
+            _ = self.identity  # may read all of the data
         self.measure = functools.partial(
             held_out_losses,
             make_error_fn(
@@ -256,11 +258,11 @@ class _Run:
         )
 
     def _check_previous(self) -> bool:
-        """Whether the folder has a checkpoint to continue from; checks that the settings suit it."""
+        """Whether the folder has a checkpoint to resume from; checks that the settings fit it."""
         if self.previous is None:
             return False
         if not self._dry:
-            self.previous.check_newest(self._compare([]))  # before the time is spent on building the network
+            self.previous.check_newest(self._compare([]))  # before the networks are built, which takes time
         run, done = self.config.run, self.previous.steps()
         if done and done[-1] > run.steps:
             raise UserError(f"steps is {run.steps}, but {run.folder} has {done[-1]} already; give {done[-1]} or more")
@@ -297,9 +299,11 @@ class _Run:
         )
 
     def _choose_remat(self) -> tuple[Choice | None, tuple[StepPlan, ...] | None]:
-        """What networks recompute whose settings leave it open, and what steps then take; compiles them.
+        """Chooses the recomputation for `remat="auto"`, and whether weights are gathered a layer ahead.
 
-        With that, whether weights are gathered a layer ahead, where they can be.
+        Returns:
+            The choice of recomputation, None without roles of `remat="auto"`; and the plans of the steps, which had to
+            be compiled for either choice, None if there was none.
         """
         roles = automatic(self.config, given=self._models)
         may_be_ahead = may_gather_ahead(self.objective, self.networks.trainings, self.placement.mesh)
@@ -307,7 +311,7 @@ class _Run:
             return None, None
         batches, programs = self._first_batches(), {}
         own = self.placement.mesh.local_devices
-        available = smallest("device memory", min(map(device_memory, own)))  # all try the same kinds
+        available = smallest("device memory", min(map(device_memory, own)))  # all processes try the same kinds
 
         def agreed(fits: bool) -> bool:
             return first_problem("memory", None if fits else "it does not fit") is None
@@ -347,11 +351,11 @@ class _Run:
         return choice, steps
 
     def _first_batches(self) -> dict[tuple[str, ...], Mapping[str, Batch]]:
-        """What each kind of step sees first."""
+        """The batches of the first step, for each distinct set of updated roles."""
         return {roles: self.batches.host(1, roles) for roles in self._kinds()}
 
     def _open(self) -> Checkpoints:
-        """The checkpoints, closed when the run ends, however it does."""
+        """Opens the checkpoints, which are closed at the end of the run, also after an error."""
         config = self.config
         run, exported = config.run, config.objective.exported
         checkpoints = Checkpoints(run.folder, keep=run.keep, exported=exported, read_only=self._dry)
@@ -360,10 +364,11 @@ class _Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What the checkpoints belong to; may read all of the data, so what is quick to check is checked before.
+        """Settings and data that the checkpoints belong to (see `run_folder.identity`).
 
-        Of several processes, the first reads it; those that have all of it in memory must have the same, and those that
-        read files as they go, files that are alike by name, size and samples of the content.
+        This may read all of the data, so everything that is quick to check is checked before. Of several processes,
+        only the first reads a folder of latents; the others must have files with the same names, sizes and samples of
+        the content. Other data must have the same fingerprint in all processes.
         """
         source = self.source
         if isinstance(source, LatentFolder):
@@ -374,7 +379,7 @@ class _Run:
         return identity(self.config, fingerprint=agreed)
 
     def _check_step(self) -> None:
-        """Traces each kind of step: shapes, tiles and backends are checked before anything is computed or written."""
+        """Traces each step, which checks shapes, tiles and backends before anything is computed or written."""
         run, objective = self.config.run, self.objective
         if run.sample_every:
             components = self.config.data.components
@@ -382,15 +387,15 @@ class _Run:
         for roles in self._kinds():
             if not roles or not set(roles) <= set(objective.settings.training):
                 raise ValueError(f"due says {roles}; it must name roles that train: {objective.settings.training}")
-            with self._told_whose(), user_input():
-                # traced as it is when the step is taken, which then need not be traced again
+            with self._naming_role_of_attention(), user_input():
+                # with the arguments of the actual step, which then need not be traced again
                 batches = self.batches.host(1, roles)
                 self._check_texts(batches[roles[0]].text)
                 shapes = self.placement.shapes(self.networks.template, batches)
                 self.step_fn.eval_shape(*shapes, due=roles)
 
     def _check_texts(self, of_data: np.ndarray) -> None:
-        """Looks whether the networks take texts of such width and so many rows."""
+        """Checks that text embeddings have the networks' width, and no more rows than they support."""
         data = self.config.data
         whose = (
             "the data" if data.precomputed is None else f"{'prompts' if data.prompts else 'latents'} {data.precomputed}"
@@ -411,8 +416,8 @@ class _Run:
                     )
 
     @contextlib.contextmanager
-    def _told_whose(self) -> Iterator[None]:
-        """What is wrong with the attention of one network alone is said with its role."""
+    def _naming_role_of_attention(self) -> Iterator[None]:
+        """Adds the role to errors of a network's attention settings."""
         try:
             yield
         except UserError as error:
@@ -423,12 +428,12 @@ class _Run:
             raise
 
     def _kinds(self) -> list[tuple[str, ...]]:
-        """The different sets of roles that steps update."""
-        steps = range(1, min(self.config.run.steps, _LOOKED_AT) + 1)
+        """The distinct sets of roles that steps update."""
+        steps = range(1, min(self.config.run.steps, _EXAMINED) + 1)
         return list(dict.fromkeys(map(self.objective.due, steps)))
 
     def plan(self) -> Plan:
-        """What it would take."""
+        """Plans the run."""
         return make_plan(
             self.config,
             objective=self.objective,
@@ -444,7 +449,7 @@ class _Run:
         )
 
     def begin(self) -> tuple[TrainState, list[str]]:
-        """The state to go on from, and what is to be said of it."""
+        """The initial or restored state, and notes to print about it."""
         run, restored = self.config.run, None
         notes = [] if self.remat is None else [str(self.remat)]
         notes += [] if self.gathering is None or self.gathering.ahead else [f"note: {self.gathering}"]
@@ -461,7 +466,7 @@ class _Run:
         if restored is not None:
             return restored, notes
         state = self.networks.start()
-        wait_for_all("start")  # they read for unlike times, and collectives of CPUs wait for half a minute at most
+        wait_for_all("start")  # reading takes different times, and collectives on CPUs time out after half a minute
         self.networks.check_finite(state)
         return state, notes
 
@@ -482,7 +487,7 @@ class _Run:
         quiet: bool | None,
         after_step: Callable[[int, TrainState], None] | None,
     ) -> TrainResult:
-        """Opens the run folder's files, and trains."""
+        """Opens the files of the run folder, and trains."""
         config, run, start = self.config, self.config.run, int(state.step)
         resumed = bool(self.previous and self.previous.steps())
         run_in_first("folder", self._check_folder)
@@ -511,11 +516,11 @@ class _Run:
             save = Save(checkpoints, self.identity | self.networks.digests(state), run=run, failure=failure)
             if not resumed:
                 if run.init_from is not None:
-                    evaluate(0, state)  # what the parameters are worth before any training
-                # a first checkpoint, so that there always is a good one and a full disk shows at once
+                    evaluate(0, state)  # the held-out loss before any training
+                # a first checkpoint, so that there always is one and a full disk is noticed at once
                 save(0, state)
                 checkpoints.wait()
-            # saved after everything that the log says about a step, so that a resume finds it there
+            # saving comes last, so that the log is complete up to the step of a checkpoint
             hooks: list[Hook] = [evaluate, *self._samples(), *self._times(log), save]
             trainer = Trainer(
                 state, self.step_fn, objective=self.objective, batches=self.batches, metrics=metrics, hooks=hooks,
@@ -536,10 +541,10 @@ class _Run:
     def _check_folder(self) -> None:
         folder = self.config.run.folder
         if self.previous is None and (folder / FOLDER_NAME).exists():
-            raise UserError(f"folder {folder} was begun by another run meanwhile; try again with --resume")
+            raise UserError(f"folder {folder} was used by another run meanwhile; try again with --resume")
 
     def _log(self, step: int, checkpoints: Checkpoints) -> RunLog:
-        """The log of the run; only the first process writes one."""
+        """The log of the run, which only the first process writes."""
         folder = self.config.run.folder
         if not is_first_process():
             return NoLog(folder)

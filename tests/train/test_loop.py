@@ -123,7 +123,7 @@ def test_each_step_reads_its_batch(source, tmp_path):
     [
         ("open_source", False, "already holds a run; continue it with --resume"),  # the folder is there: soon locked
         ("make_train_step", False, "already holds a run; continue it with --resume"),
-        ("make_train_step", True, "was begun by another run meanwhile; try again with --resume"),
+        ("make_train_step", True, "was used by another run meanwhile; try again with --resume"),
     ],
 )
 def test_a_run_that_came_and_went_while_another_started(source, tmp_path, monkeypatch, where, resume, message):
@@ -258,7 +258,7 @@ def test_frames_that_are_not_whole_tokens_are_refused_by_the_options_name(tmp_pa
 
 def test_training_that_was_not_joined_says_so(tmp_path):
     run = RunConfig(folder=tmp_path, coordinator="localhost:1", processes=2, process=0)
-    with pytest.raises(UserError, match=r"processes is 2, and JAX knows of 1; call train within .*joined"):
+    with pytest.raises(UserError, match=r"processes is 2, but JAX has 1; call train within .*joined"):
         train(TrainConfig(run=run))
 
 
