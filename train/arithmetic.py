@@ -1,7 +1,8 @@
-"""How much there is to compute in an update, from the program as it is traced: nothing is compiled and nothing runs.
+"""Counts the arithmetic of a traced function; nothing is compiled and nothing runs.
 
-What is counted are products of matrices, as the operators are defined, so that it does not matter which kernel computes
-them. A loop counts as often as it turns. Keys that a cache does not hold yet count as those that it does.
+Only matrix products and convolutions are counted. Attention is traced in its definition, independent of the kernels
+that would compute it; the whole capacity of a cache counts, filled or not. The body of a loop counts once for each
+iteration.
 """
 
 import math
@@ -12,22 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-# calls of kernels, whose products are not in the program
+# calls of kernels, whose products do not appear in the traced function
 KERNELS = ("triton_kernel_call", "pallas_call", "mosaic_gpu", "dot_product_attention", "core_map", "run_state")
 
 
 class UncountedError(ValueError):
-    """A program calls kernels, of which nothing can be counted."""
+    """A function calls kernels, whose products cannot be counted."""
 
 
 class Work(NamedTuple):
-    """Multiply-adds, counted as 2.
+    """Arithmetic operations in products; a multiply-add counts as 2.
 
     Attributes:
-        products: With weights: one matrix for the whole batch.
-        attended: Of attention: a matrix for each sample and head.
-        float32: How many of both have operands of float32.
-        full_precision: How many of these may not be rounded to TensorFloat-32 by a GPU.
+        products: In products with weights, that is, without batch dimensions.
+        attended: In products with batch dimensions, as in attention.
+        float32: Those of both whose operands are float32.
+        full_precision: Those of `float32` that a GPU may not round to TensorFloat-32.
     """
 
     products: float = 0.0
@@ -37,20 +38,20 @@ class Work(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """All operations."""
         return self.products + self.attended
 
     def times(self, count: float) -> "Work":
-        """The same so many times over."""
+        """The work multiplied by a number."""
         return Work(*(count * x for x in self))
 
     def plus(self, other: "Work") -> "Work":
-        """Both."""
+        """The sum of this and other work."""
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def work(run: Callable[..., Any], *arguments: Any, turns: float = 1.0) -> Work:
-    """Counts a function's products.
+    """Counts the products of a function.
 
     Examples:
         >>> x = jax.ShapeDtypeStruct((2, 3), "float32")
@@ -59,13 +60,13 @@ def work(run: Callable[..., Any], *arguments: Any, turns: float = 1.0) -> Work:
 
     Args:
         run: The function.
-        arguments: Arrays or shapes.
+        arguments: Arrays, or `jax.ShapeDtypeStruct`.
         turns: Number of iterations of loops for which it does not follow from shapes.
 
     Raises:
-        UncountedError: If it calls a kernel, as attention does whose implementation is asked for.
+        UncountedError: If the function calls a kernel, as attention with an explicit implementation does.
     """
-    # as on a CPU: there attention is arithmetic that can be read, not kernels
+    # traced for a CPU, where attention does not call kernels
     with jax.default_device("cpu"):
         return _of(jax.make_jaxpr(run)(*arguments).jaxpr, turns)
 
@@ -91,7 +92,7 @@ def _equation(equation: Any, turns: float) -> Work:
             return _of(params["jaxpr"].jaxpr, turns).times(float(params["length"]))
         case "while":
             return _of(params["body_jaxpr"].jaxpr, turns).times(turns)
-        case "cond":  # one of them: the dearest
+        case "cond":  # the most expensive branch
             return max((_of(branch.jaxpr, turns) for branch in params["branches"]), key=lambda found: found.total)
         case "shard_map":
             return _of(params["jaxpr"], turns).times(float(params["mesh"].size))
@@ -121,7 +122,7 @@ def _kinds(equation: Any, count: float) -> dict[str, float]:
 
 
 def _within(values: Any) -> Iterator[Any]:
-    """The programs among the parameters of an equation, such as those of a call."""
+    """The nested programs among the parameters of an equation, such as the function of a call."""
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr

@@ -1,4 +1,4 @@
-"""SHA-256 of files, kept between the starts of a run so that only what has changed is read again."""
+"""SHA-256 digests of files, stored between starts of a run so that only changed files are read again."""
 
 import contextlib
 import hashlib
@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_SETTLED = 2 * 10**9  # nanoseconds; a file may change again within the clock of its file system
+_SETTLED = 2 * 10**9  # nanoseconds after which another change of a file surely changes its timestamps
 _THREADS = 8
 
 
 class FileDigests:
-    """Digests by name, good for as long as a file's size and times are the same.
+    """Digests by file name, valid while a file's size and timestamps are unchanged.
 
-    The time of the last change of the inode is among them: unlike that of the content, no program sets it.
+    The timestamps include that of the inode's last change, which, unlike that of the content, programs cannot set.
 
     Args:
-        path: JSON file to keep them in; None keeps them in memory. One that cannot be read counts as empty.
+        path: JSON file that stores the digests; None to keep them in memory only. An unreadable file counts as empty.
     """
 
     def __init__(self, path: Path | None = None):
@@ -31,14 +31,14 @@ class FileDigests:
                 self._known = known if isinstance(known, dict) else {}
 
     def of(self, files: Iterable[Path], *, check: Callable[[Path], None]) -> list[bytes]:
-        """SHA-256 of the content of each file, in order.
+        """The SHA-256 digest of each file's content, in order.
 
         Args:
-            files: Files of different names.
-            check: Called with each file that has to be read; one that it refuses is not kept.
+            files: Files with distinct names.
+            check: Called with each file that has to be read; no digest is stored if it raises.
 
         Returns:
-            Digests.
+            The digests.
         """
 
         def digest(path: Path) -> bytes:
@@ -58,7 +58,7 @@ class FileDigests:
             return list(pool.map(digest, files))
 
     def keep(self) -> None:
-        """Writes them to the file, at once or not at all; without room it is left out, as it only saves time."""
+        """Writes the digests to the file, atomically; if that fails, without an error, since they only save time."""
         if self._path is None:
             return
         unfinished = self._path.with_name(self._path.name + ".part")

@@ -1,6 +1,6 @@
-"""What runs on this machine and why: versions, driver and card, backends for a call, folders, and speed.
+"""Checks of this machine: versions, driver and devices, implementations of a call, folders, and speed.
 
-Each part returns what it found; `monarchrt doctor` prints it.
+Every function returns its findings; `monarchrt doctor` prints them.
 """
 
 import functools
@@ -21,9 +21,9 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "monarchrt"
 EXTRA = "cuda"
-LEAST_DRIVER = 580  # of CUDA 13
-ANYWHERE = ("xla", "reference")
-LEAST_FREE = 5e9  # bytes; a compile cache and a few checkpoints of a small run
+LEAST_DRIVER = 580  # oldest major version of the driver for CUDA 13
+ANYWHERE = ("xla", "reference")  # implementations that run on every device
+LEAST_FREE = 5e9  # free bytes, enough for a compile cache and a few checkpoints of a small run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class Finding:
     """One fact about the machine.
 
     Attributes:
-        name: What was looked at.
-        found: What is there.
-        advice: What to do about it; None if it is as it should be.
+        name: Name of the package, device or folder.
+        found: Its version or state.
+        advice: What to do; None if nothing needs fixing.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A call of the attention in bfloat16 (timed in float32 where there is no GPU): clip, tile and heads.
+    """A call of MonarchAttention in bfloat16; without a GPU it is timed in float32.
 
     Attributes:
         grid: Latent frames, rows and columns of tokens.
         tile: Frames, rows and columns of a tile.
-        heads: Heads.
-        head_dim: Size of a head.
-        num_iters: Refinement steps.
+        heads: Number of heads.
+        head_dim: Channels per head.
+        num_iters: Number of refinement steps.
     """
 
     grid: tuple[int, int, int]
@@ -62,11 +62,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which implementation a call gets.
+    """The implementation of a call on this machine.
 
     Attributes:
-        chosen: The one that `implementation=None` takes here.
-        reasons: For every implementation, why it cannot serve the call here, or None.
+        chosen: The implementation that `implementation=None` selects.
+        reasons: For every implementation, why it does not support the call here; None if it does.
     """
 
     chosen: str
@@ -75,13 +75,13 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Milliseconds of one forward call, medians.
+    """Median milliseconds of one forward call.
 
     Attributes:
-        implementation: What ran.
-        monarch: The Monarch attention.
-        dense: Dense attention over the same tokens.
-        expected: Of `monarch`, as stored for this card and case; None if nothing is.
+        implementation: Implementation of MonarchAttention that was timed.
+        monarch: Milliseconds of MonarchAttention.
+        dense: Milliseconds of dense attention over the same tokens.
+        expected: Stored milliseconds of MonarchAttention for this card and case; None if there are none.
     """
 
     implementation: str
@@ -91,7 +91,7 @@ class Speed:
 
 
 def versions() -> list[Finding]:
-    """The packages that this one needs, installed or not, and whether their versions fit."""
+    """Python and the required packages, with their versions and whether these are supported."""
     running = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     findings = [Finding(name="python", found=running)]
     for text in importlib.metadata.requires(DISTRIBUTION) or ():
@@ -104,7 +104,7 @@ def versions() -> list[Finding]:
 
 
 def _version(requirement: Requirement, install: str) -> Finding:
-    """Whether a package, or for `jax[cuda13]` the plugin that the extra brings, is there in a version that fits."""
+    """Checks the version of a package, or for `jax[cuda13]` that of the plugin which the extra installs."""
     name = f"{requirement.name}-cuda13-plugin" if "cuda13" in requirement.extras else requirement.name
     try:
         version = importlib.metadata.version(name)
@@ -115,7 +115,7 @@ def _version(requirement: Requirement, install: str) -> Finding:
 
 
 def driver() -> Finding:
-    """The NVIDIA driver and its cards, as nvidia-smi says; never fails where there is none."""
+    """The NVIDIA driver and cards that nvidia-smi reports; without a driver this is no error."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -133,7 +133,7 @@ def driver() -> Finding:
 
 
 def devices() -> Finding:
-    """The devices that JAX runs on by default, and why that is not the GPU where there is one."""
+    """The default devices of JAX, with advice if it does not use a GPU that is there."""
     import jax
 
     try:
@@ -151,7 +151,7 @@ def devices() -> Finding:
 
 
 def folders() -> Iterator[Finding]:
-    """The folders that are written to, and the space that is left there."""
+    """The folders that commands write to, with advice if they are not writable or nearly full."""
     import jax
 
     places = {
@@ -174,13 +174,13 @@ def folders() -> Iterator[Finding]:
 
 
 def choice(case: Case) -> Choice:
-    """Which implementation serves a case here.
+    """Determines the implementation of a case on this machine.
 
     Args:
         case: The call.
 
     Returns:
-        The choice, and every implementation's reason.
+        The chosen implementation, and which ones support the call.
 
     Raises:
         ValueError: If the tile does not fit the grid.
@@ -213,17 +213,17 @@ def choice(case: Case) -> Choice:
 
 
 def speed(case: Case, *, seconds: float = 3.0) -> Speed:
-    """Times a case here, after a look whether its numbers are right.
+    """Times a case on this machine, after a check of its output.
 
     Args:
         case: The call.
-        seconds: For each of Monarch and dense attention, compilation aside.
+        seconds: Seconds for which to time each of Monarch and dense attention, without compilation.
 
     Returns:
-        The medians, and what is stored for this card.
+        The medians, and the stored time for this card.
 
     Raises:
-        ArithmeticError: If the output is off by more than 1e-2 from the reference on one tile.
+        ArithmeticError: If the output for two tiles has a relative error above 1e-2 against the reference.
     """
     import jax
 
@@ -246,7 +246,7 @@ def speed(case: Case, *, seconds: float = 3.0) -> Speed:
 
 
 def expected(card: str, case: Case) -> float | None:
-    """Milliseconds that a case took on a card of that name, of `speeds.json`; None where nothing is stored.
+    """Milliseconds of a case on a card, as stored in `speeds.json`; None if nothing is stored.
 
     Examples:
         >>> expected("NVIDIA H200", Case(grid=(21, 30, 52), tile=(1, 30, 52)))

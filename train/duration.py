@@ -1,4 +1,4 @@
-"""How long the updates of a run would take, reckoned before it begins from their products and from its devices."""
+"""Estimates the time of a run's updates before it starts, from their arithmetic and the rates of its devices."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -15,19 +15,19 @@ from monarchrt.train.rates import Rates, known_rates, timed_rates
 from monarchrt.train.state import TrainState
 from monarchrt.train.step import Graphs, networks_of
 
-_PASSES = 2  # over what an update keeps: it is read and written
-_COUNTED = 100_000  # steps, of which it is looked which roles they update
+_PASSES = 2  # passes over the state in an update: it is read and written
+_COUNTED = 100_000  # most steps for which it is counted which roles they update
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateTime:
-    """An update of one role.
+    """Estimated time of an update of one role.
 
     Attributes:
-        role: Which.
-        updates: How many are left in the run.
-        work: What is computed in one, on all devices together.
-        parts: Seconds of its parts, as `--times-every` would log them.
+        role: Name of the role.
+        updates: Number of its remaining updates.
+        work: Arithmetic of one update, on all devices together.
+        parts: Seconds of each part, under the names with which `--times-every` logs them.
     """
 
     role: str
@@ -37,7 +37,7 @@ class UpdateTime:
 
     @property
     def seconds(self) -> float:
-        """Of all parts."""
+        """Seconds of all parts together."""
         return sum(self.parts.values())
 
 
@@ -65,7 +65,7 @@ class Estimate:
         return None if self.rates is None else sum(update.updates * update.seconds for update in self.updates)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The estimate as JSON values."""
         updates = [
             {
                 "role": update.role,
@@ -82,10 +82,10 @@ class Estimate:
         return {"updates": updates, "rates": rates, "seconds": seconds, "why": self.why or None}
 
     def lines(self) -> Iterator[str]:
-        """What it says."""
+        """The estimate in words."""
         rates = self.rates
         if rates is None:
-            yield f"how long it takes is not reckoned: {self.why}"
+            yield f"the time is not estimated: {self.why}"
             return
         for update in self.updates:
             parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in update.parts.items())
@@ -97,7 +97,7 @@ class Estimate:
         counts = " and ".join(f"{update.updates} of the {update.role}" for update in self.updates)
         whole = _between(rates, self.seconds or 0.0, lambda x: f"{x:.3g} s" if x < 120 else duration(x))
         aside = "held-out losses, samples and checkpoints" + (", and exchange between devices" * (self.devices > 1))
-        yield f"{self.left} steps, {counts}: {whole}, {aside} aside; reckoned, not tried: {rates.basis}"
+        yield f"{self.left} steps, {counts}: {whole}, {aside} aside; an estimate: {rates.basis}"
 
 
 def _rounded(x: float) -> float:
@@ -122,30 +122,30 @@ def estimated(
     left: int,
     state: Mapping[str, int],
 ) -> Estimate:
-    """Reckons the time of a run; one product is computed where the rate of its device is not known.
+    """Estimates the time of a run. If the rates of its devices are not known, one product is timed.
 
     Args:
-        objective: Its losses.
+        objective: The objective.
         graphs: Structure of each network.
         template: Shapes of the state.
-        accumulation: In how many parts each role that trains takes its batch.
-        batches: What each role sees in an update, or its shapes.
-        device: One of them.
-        devices: How many share the work.
-        left: Steps that the run has before it.
-        state: Bytes of each role, on a device, that an update changes.
+        accumulation: Number of parts of the batch, by role that trains.
+        batches: Batch of each role that trains, or its shapes.
+        device: One of the devices.
+        devices: Number of devices that share the work.
+        left: Number of remaining steps.
+        state: Bytes on a device that an update of each role changes.
     """
     try:
         jax.devices("cpu")
     except RuntimeError:
-        return Estimate(rates=None, why="it is traced for a CPU, which JAX_PLATFORMS leaves out")
+        return Estimate(rates=None, why="it is traced for a CPU, which JAX_PLATFORMS does not include")
     try:
         found = {
             name: _parts(name, objective, graphs, template, batch, accumulation[name])
             for name, batch in batches.items()
         }
-    except (UncountedError, NotImplementedError) as reason:  # the second: a kernel that no CPU is traced for
-        return Estimate(rates=None, why=f"{reason}; it is reckoned where attention names no implementation")
+    except (UncountedError, NotImplementedError) as reason:  # the second of a kernel that a CPU does not support
+        return Estimate(rates=None, why=f"{reason}; it is estimated if attention names no implementation")
     whole = Work()
     for parts in found.values():
         whole = whole.plus(list(parts.values())[-1])
@@ -155,7 +155,7 @@ def estimated(
     elif 100 * whole.full_precision > whole.total:
         why = "it has products of float32 that may not be rounded, of which none were measured; see precision"
         return Estimate(rates=None, why=why)
-    counted = range(left, max(0, left - _COUNTED), -1)  # those at the end, which are like all others
+    counted = range(left, max(0, left - _COUNTED), -1)  # a sample of the steps
     due = [objective.due(step) for step in counted]
     updates = []
     for name, parts in found.items():
@@ -172,7 +172,7 @@ def estimated(
 def _parts(
     name: str, objective: Objective, graphs: Graphs, template: TrainState, batch: Batch, repeats: int
 ) -> dict[str, Work]:
-    """What an update computes up to the end of each part, the last being the gradient, for the whole batch."""
+    """Arithmetic of an update up to the end of each part, for the whole batch; the last part is the gradient."""
     shapes = Batch(*(jax.ShapeDtypeStruct((len(x) // repeats, *x.shape[1:]), x.dtype) for x in batch))  # type: ignore
     roles = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template.roles)
     draws, turns = jax.eval_shape(objective.draws, jax.random.key(0), shapes)[name], objective.turns(name)

@@ -1,4 +1,4 @@
-"""The held-out loss: a number without chance, so that networks can be compared."""
+"""The held-out loss, which is deterministic, so that networks can be compared."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,23 +28,23 @@ def held_out_losses(
     batch: int = 4,
     place: Place = jax.device_put,
 ) -> dict[str, float]:
-    """Measures the objective on held-out examples with fixed draws.
+    """Computes the held-out losses of a state, on fixed examples with fixed draws.
 
-    The same examples and draws are used for every network, step and run, so differences between two values come from
-    the networks alone.
+    Examples and draws are the same for every network, step and run, so differences of losses come from the networks
+    only.
 
     Args:
-        errors: From `monarchrt.train.step.make_error_fn`.
-        state: Its evaluated parameters are measured.
-        source: Its held-out part is used.
-        objective: Says which examples and draws, and with what weights.
-        windows: Examples, spread over the held-out part.
-        timesteps: Noise levels, spread evenly over the training distribution.
-        batch: Samples per call of the networks.
+        errors: Error function, from `monarchrt.train.step.make_error_fn`.
+        state: State, of which the evaluated parameters are used.
+        source: Data, of which the held-out part is used.
+        objective: Defines examples, draws and weights.
+        windows: Number of examples, spread over the held-out part.
+        timesteps: Number of noise levels, spread evenly over the training distribution.
+        batch: Examples per call of the networks.
         place: Moves a batch to the devices.
 
     Returns:
-        For each role that the objective measures, the mean of weight times error.
+        The mean of weight times error, by role.
     """
     networks = {name: (role.evaluated, state.frozen(name)) for name, role in state.roles.items()}
     terms = weighted_errors(
@@ -69,15 +69,15 @@ def held_out_loss(
     timesteps: int = 8,
     batch: int = 4,
 ) -> float:
-    """The held-out loss of a network for an objective with one role, as training measures it.
+    """Computes the held-out loss of a network for an objective with one role, as during training.
 
     Args:
         model: The network.
-        source: Its held-out part is used.
+        source: Data, of which the held-out part is used.
         objective: Settings of the objective.
-        windows: As `held_out_losses`.
-        timesteps: As `held_out_losses`.
-        batch: As `held_out_losses`.
+        windows: Number of examples.
+        timesteps: Number of noise levels.
+        batch: Examples per call of the network.
 
     Returns:
         The mean of weight times error.
@@ -95,10 +95,10 @@ def held_out_terms(
     timesteps: int = 8,
     batch: int = 4,
 ) -> Float64[np.ndarray, "n"]:
-    """What the held-out loss is the mean of: weight times error of each example at each of its draws.
+    """The terms of the held-out loss: weight times error of each example at each of its draws.
 
-    Those of two networks are of the same examples, noise levels and noise, in the same order, so that they can be
-    compared in pairs. Arguments are as in `held_out_loss`.
+    The terms of two networks belong to the same examples, noise levels and noise, in the same order, so that they can
+    be compared in pairs. The arguments are those of `held_out_loss`.
     """
     made, role = make_objective(objective), objective.exported
     graph, params, frozen = split_model(model)
@@ -120,26 +120,26 @@ def weighted_errors(
     batch: int,
     place: Place = jax.device_put,
 ) -> dict[str, Float64[np.ndarray, "n"]]:
-    """Weight times error of each example at each of its draws, by role, in an order that is the same for all networks.
+    """Weight times error of each example at each of its draws, in an order that is the same for all networks.
 
     Args:
-        errors: From `monarchrt.train.step.make_error_fn`.
+        errors: Error function, from `monarchrt.train.step.make_error_fn`.
         networks: Trained and frozen parameters of each role.
-        source: As `held_out_losses`, like the remaining arguments.
-        objective: Says which examples and draws, and with what weights.
-        windows: Examples.
-        timesteps: Noise levels.
-        batch: Samples per call of the networks.
+        source: Data, of which the held-out part is used.
+        objective: Defines examples, draws and weights.
+        windows: Number of examples.
+        timesteps: Number of noise levels.
+        batch: Examples per call of the networks.
         place: Moves a batch to the devices.
 
     Returns:
-        [examples x draws] for each role that the objective measures.
+        Arrays [examples x draws] by role.
     """
     terms: dict[str, list[np.ndarray]] = {}
     for part in objective.held_out(source, windows=windows, timesteps=timesteps, batch=batch):
         for role, measured in errors(networks, place(part.batch), place(part.draws)).items():
             weighted = np.asarray(measured, np.float64) * part.weight
-            # those after the first `count` only fill the batch up
+            # the examples after the first `count` only pad the batch
             means = weighted.reshape(len(weighted) if weighted.ndim else 1, -1).mean(1)
             terms.setdefault(role, []).append(means[: part.count])
     return {role: np.concatenate(measured) for role, measured in terms.items()}

@@ -1,8 +1,8 @@
-"""Self-Forcing's LMDB of latents and captions as a source.
+"""A source that reads Self-Forcing's LMDBs of latents and captions.
 
-Keys are `latents_shape`, numbers with spaces between, and for each row i `latents_{i}_data`, float16 [F, C, h, w] in C
-order, and `prompts_{i}_data`, UTF-8. Rows may have an axis of states before that, whose last is the clean clip. There
-may be several, shards, one in each folder inside a folder.
+Keys are `latents_shape`, numbers separated by spaces, and for each row i `latents_{i}_data`, float16 [F, C, h, w] in C
+order, and `prompts_{i}_data`, UTF-8. Rows may have a leading axis of states, of which the last is the clean clip. The
+LMDB may be split into shards, one in each subfolder of a folder.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from monarchrt.train.data_settings import DataConfig
 from monarchrt.train.texts import CHANNELS, Embeddings
 
 _FILE = "data.mdb"
-_PEEK = 4096  # bytes of a row that its fingerprint reads at either end
-# goes through all keys and touches both ends of what belongs to them
+_PEEK = 4096  # bytes at each end of a row that are part of the fingerprint
+# reads all keys, and the first and last byte of each value
 _WALK = """
 import sys, lmdb
 with lmdb.open(sys.argv[1], readonly=True, lock=False, readahead=False, subdir=sys.argv[2] == "folder") as file:
@@ -36,7 +36,7 @@ with lmdb.open(sys.argv[1], readonly=True, lock=False, readahead=False, subdir=s
 
 
 def shards(path: Path) -> list[Path]:
-    """The LMDBs at a path, [] if it is none: a file .mdb, a folder with data.mdb, a folder of such folders.
+    """The LMDBs at a path: an .mdb file, a folder with data.mdb, or a folder of such folders; [] if there are none.
 
     Examples:
         >>> shards(Path("nowhere"))
@@ -50,15 +50,16 @@ def shards(path: Path) -> list[Path]:
 
 
 class LatentLMDB(ReadsParts):
-    """Latents of an LMDB, turned to [F, h, w, C], with embeddings of their captions.
+    """Latents of an LMDB, transposed to [F, h, w, C], with embeddings of their captions.
 
     Args:
-        path: Of `shards`.
-        config: `held_out` sets the split; `components` and what follows are of the captions.
-        unread: As `monarchrt.train.texts.Embeddings`.
+        path: A path at which `shards` finds LMDBs.
+        config: Settings of the data, of which `held_out`, `components`, `text_cache` and `rows` are used.
+        unread: Width of zero embeddings to use instead of encoding the captions, as in `Embeddings`.
 
     Raises:
-        UserError: If it cannot be opened, a row is missing or of another size, or the channels are not the second axis.
+        UserError: If an LMDB cannot be opened or is damaged, a row is missing or has another size, or the channels are
+            not the second axis.
     """
 
     def __init__(self, path: Path, config: DataConfig, *, unread: int | None = None):
@@ -85,12 +86,12 @@ class LatentLMDB(ReadsParts):
 
     @property
     def held_out(self) -> int:
-        """Number of held-out examples, the last rows."""
+        """Number of held-out examples, which are the last rows."""
         return len(self.held_out_rows)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all captions and of either end of every row, as whole rows are hundreds of GB."""
+        """SHA-256 of all captions and of both ends of every row, since all rows together are hundreds of GB."""
         digest = hashlib.sha256(repr(self._shards[0].row).encode())
         for shard, number in self._rows:
             digest.update(self._captions[shard, number].encode())
@@ -98,7 +99,7 @@ class LatentLMDB(ReadsParts):
         return digest.hexdigest()
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """Those examples of a step that are at `rows` of its batch; others are not read."""
+        """The examples at `rows` of a step's batch; others are not read."""
         order = example_order(step, batch, seed, len(self.train_rows), rows)
         return self._load([self.train_rows[index] for index, _ in order])
 
@@ -116,7 +117,7 @@ class LatentLMDB(ReadsParts):
 
 
 class _Shard:
-    """One LMDB, open for reading."""
+    """An LMDB, opened for reading."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -172,17 +173,17 @@ class _Shard:
         return data
 
     def latents(self, number: int) -> np.ndarray:
-        """The clean clip of a row, float16 [F, C, h, w]."""
+        """Reads the clean clip of a row, float16 [F, C, h, w]."""
         array = np.frombuffer(self._row(number), np.float16).reshape(self.row)
         return array[-1] if array.ndim == 5 else array
 
     def ends(self, number: int) -> bytes:
-        """The first and last bytes of a row."""
+        """Reads the first and last bytes of a row."""
         data = self._row(number)
         return data[:_PEEK] + data[-_PEEK:]
 
     def caption(self, number: int) -> str:
-        """The caption of a row."""
+        """Reads the caption of a row."""
         data = bytes(self._get(f"prompts_{number}_data"))
         try:
             return data.decode()
@@ -191,10 +192,10 @@ class _Shard:
 
 
 def _check_pages(path: Path) -> None:
-    """Walks through an LMDB in a process of its own, as the library trusts the numbers in it, and a wrong one kills.
+    """Reads through an LMDB in a separate process: the library does not validate offsets, and a wrong one can crash it.
 
     Raises:
-        UserError: If that process died, or found the file damaged.
+        UserError: If that process crashed, or found the file damaged.
     """
     kind = "folder" if path.is_dir() else "file"
     walk = subprocess.run([sys.executable, "-c", _WALK, str(path), kind], capture_output=True, text=True, check=False)
@@ -210,7 +211,7 @@ def _check_channels(path: Path, row: np.ndarray) -> None:
     """Raises UserError unless the second axis is that of the channels."""
     frames, channels, *size = row.shape
     alike = [likeness(row.astype(np.float32), axis) for axis in range(4)]
-    # neighbours along a height or width are alike, neighbouring channels are not
+    # neighbors along height or width are correlated, neighboring channels are not
     turned = channels != CHANNELS and CHANNELS in (frames, *size)
     if turned or alike[1] > 0.5 > 2 * max(abs(alike[2]), abs(alike[3])):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run says: a JSON-lines log, TensorBoard, and a progress bar on a terminal."""
+"""Output of a run: a JSON-lines log, TensorBoard files, and a progress bar on a terminal."""
 
 import json
 import math
@@ -19,13 +19,13 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 def read_log(path: Path) -> list[dict]:
-    """Reads a JSON-lines log; lines that are none, such as a last one that was cut off, are left out.
+    """Reads a JSON-lines log; invalid lines, such as a truncated last one, are skipped.
 
     Args:
         path: The log, or a run folder.
 
     Returns:
-        One dict per line, each with "step".
+        A dict for each line, with "step" and the scalars of the line.
     """
     path = path / LOG_NAME if path.is_dir() else path
     return [record for line in path.read_bytes().splitlines() if (record := _record(line))]
@@ -40,9 +40,9 @@ def _record(line: bytes) -> dict | None:
 
 
 def _summary_writer() -> type:
-    """tensorboardX's class. The module imports torch where that is installed, for seconds; nothing here needs it."""
+    """Imports tensorboardX without PyTorch, which it would import if installed; that takes seconds for nothing."""
     absent: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(absent)  # None: an import fails as if it were not installed
+    sys.modules.update(absent)  # with None, importing it fails as if it were not installed
     try:
         from tensorboardX import SummaryWriter
     finally:
@@ -54,9 +54,9 @@ def _summary_writer() -> type:
 class RunLog:
     """Writes scalars to `log.jsonl` and `tensorboard/` of a run folder.
 
-    Each line is one JSON object with "step" and the scalars; NaN and infinity are written as strings, since JSON has
-    none, and left out of TensorBoard. Lines are flushed one by one, so that a killed run has them all. On resume, what
-    lies after the checkpoint's step first goes to `log_dropped.jsonl`, so that every step is in the log once.
+    Each line is a JSON object with "step" and the scalars. NaN and infinity are written as strings, since JSON does not
+    have them, and are left out of TensorBoard. Every line is flushed, so that none is lost if the run is killed. When a
+    run is resumed, lines after the checkpoint's step move to `log_dropped.jsonl`, so that the log has every step once.
 
     Examples:
         >>> import tempfile
@@ -72,9 +72,9 @@ class RunLog:
 
         Args:
             folder: Run folder.
-            step: Step of the checkpoint that the run goes on from, -1 for none; later lines go aside.
-            kept: Says what is safe if the disk is full.
-            sinks: Take the same scalars; closed with the log.
+            step: Step of the checkpoint from which the run is resumed, -1 for none; later lines are moved.
+            kept: Text for the message of a full disk that says which checkpoint is kept, or a function that returns it.
+            sinks: Further destinations of the scalars, which are closed with the log.
         """
         self.path = folder / LOG_NAME
         self._sinks = sinks
@@ -87,7 +87,7 @@ class RunLog:
             self._board = _summary_writer()(str(folder / TENSORBOARD_NAME), purge_step=purge, flush_secs=10)
 
     def _truncate(self, step: int) -> None:
-        """Takes the lines after `step`, and those that are none, out of the log; they are kept beside it."""
+        """Moves lines after `step`, and invalid ones, from the log to `log_dropped.jsonl`."""
         kept, dropped = [], []
         for line in self.path.read_bytes().splitlines(keepends=True):
             record = _record(line)
@@ -101,30 +101,30 @@ class RunLog:
         os.replace(unfinished, self.path)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds one line.
+        """Writes one line.
 
         Args:
-            step: Optimizer step, counted from 1.
-            scalars: Names and values.
+            step: Step, counted from 1; 0 before the first.
+            scalars: Values by name.
 
         Raises:
-            DiskFullError: If there is no room.
+            DiskFullError: If the disk is full.
         """
         record: dict[str, float | int | str] = {"step": step}
         for name, value in scalars.items():
-            # only finite numbers exist in JSON
+            # JSON has only finite numbers
             record[name] = float(value) if abs(value) < float("inf") else str(float(value))
         with report_full_disk(self.path, kept=self._kept):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for name, value in scalars.items():
-                if math.isfinite(value):  # it would print a warning of its own
+                if math.isfinite(value):  # TensorBoard would print a warning for others
                     self._board.add_scalar(name, value, step)
         for sink in self._sinks:
             sink.write(step, scalars)
 
     def close(self, *, failed: bool = False) -> None:
-        """Flushes and closes the logs, and the sinks as of a run that failed or did not."""
+        """Closes the logs and the sinks; `failed` tells the sinks whether the run failed."""
         self._file.close()
         self._board.close()
         for sink in self._sinks:
@@ -140,28 +140,29 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """Writes nothing: of the processes of a run, one has the log."""
+    """A log that writes nothing, for all processes of a run but the first."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOG_NAME
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line every so often; notes go to stderr as plain lines either way."""
+    """Shows progress on standard error: a bar on a terminal, and elsewhere a line from time to time."""
 
     def __init__(self, total: int, *, start: int = 0, quiet: bool | None = None, every: float = 30.0):
-        """Shows a bar if stderr is a terminal, and lines if it is not.
+        """Sets up the bar, which `with` shows.
 
         Args:
-            total: Steps in all.
-            start: Steps already done.
-            quiet: True shows neither, False the bar; None: the bar on a terminal, lines elsewhere.
+            total: Number of steps of the run.
+            start: Number of completed steps.
+            quiet: True to show neither bar nor lines, False for the bar, None for the bar on a terminal and lines
+                elsewhere.
             every: Seconds between two lines.
         """
         from rich.console import Console
@@ -173,7 +174,7 @@ class Progress:
         self._quiet, self._lines = bool(quiet), hidden and not quiet
         self._total, self._start, self._every = total, start, every
         self._began = self._said = time.monotonic()
-        self._compiled = self._began  # when the first step, which compiles, was done
+        self._compiled = self._began  # time after the first step, which includes compilation
         self._bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -186,7 +187,7 @@ class Progress:
         self._task = self._bar.add_task("train", total=total, completed=start, state="compiling")
 
     def update(self, step: int, state: str) -> None:
-        """Moves the bar to `step` and shows a few words next to it; without a bar, a line if one is due."""
+        """Moves the bar to `step` and shows `state` next to it; without a bar, prints a line if one is due."""
         self._bar.update(self._task, completed=step, state=state)
         now = time.monotonic()
         first = step == self._start + 1
@@ -202,18 +203,18 @@ class Progress:
             self.note(f"step {step}/{self._total}: {state}; {pace}")
 
     def measured(self, step: int, text: str) -> None:
-        """Says what was measured at `step`, where there is no bar."""
+        """Prints a measurement at `step`, unless a bar is shown."""
         if self._lines:
             self.note(f"step {step}/{self._total}: {text}")
 
     def header(self, lines: Sequence[str]) -> None:
-        """Prints what the run is, unless it is to be quiet."""
+        """Prints the summary of the run, unless `quiet`."""
         if not self._quiet:
             for line in lines:
                 self.note(line)
 
     def note(self, text: str) -> None:
-        """Prints one line above the bar."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(text, markup=False)
 
     def __enter__(self) -> "Progress":
@@ -227,7 +228,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time to wait, such as 1 h 05 min."""
+    """A duration in words, such as 1 h 05 min."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return "under a minute"

@@ -1,4 +1,4 @@
-"""From the settings of a run to a Wan model."""
+"""Wan models from the settings of a run, and checks of pretrained parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def attention_setting(config: ModelConfig) -> "Attention":
-    """The self-attention that a config asks for.
+    """The self-attention setting of a config.
 
     Args:
         config: The model's settings.
@@ -36,19 +36,19 @@ def attention_setting(config: ModelConfig) -> "Attention":
 def model_settings(
     config: ModelConfig, *, channels: int | None = None, precision: str = "fp32", frozen: bool = False
 ) -> "WanConfig":
-    """The full settings of the network.
+    """The configuration of a network.
 
     Args:
         config: Preset, overrides and attention.
-        channels: Latent channels of the data; None keeps the preset's.
-        precision: "fp32" or "bf16", the compute type.
-        frozen: It will not train, so its parameters are of the compute type.
+        channels: Latent channels of the data; None for the preset's.
+        precision: Compute dtype, "fp32" or "bf16".
+        frozen: Whether the network does not train; its parameters then have the compute dtype.
 
     Returns:
         The configuration.
 
     Raises:
-        UserError: If the preset or a field is unknown or a value is invalid.
+        UserError: If the preset or a field is unknown, or a value is invalid.
     """
     from monarchrt.models.wan import wan_config
 
@@ -67,7 +67,7 @@ def model_settings(
             config.preset,
             attention=attention_setting(config),
             dtype=dtype,
-            remat="full" if config.remat == AUTO else config.remat,  # until it is chosen
+            remat="full" if config.remat == AUTO else config.remat,  # auto is replaced once a kind is chosen
             **values | config.override_values(),
         )
 
@@ -81,8 +81,8 @@ def build_model(
         config: Preset, overrides and attention.
         channels: Latent channels of the data.
         seed: Seed of the parameters.
-        precision: "fp32" or "bf16", the compute type.
-        frozen: It will not train, so its parameters are of the compute type.
+        precision: Compute dtype, "fp32" or "bf16".
+        frozen: Whether the network does not train; its parameters then have the compute dtype.
 
     Returns:
         A `monarchrt.models.wan.WanModel`.
@@ -95,21 +95,21 @@ def build_model(
     from monarchrt.models.wan import WanModel
 
     settings = model_settings(config, channels=channels, precision=precision, frozen=frozen)
-    # one compiled program: faster than op by op
+    # as one compiled program, which is faster than operation by operation
     return nnx.jit(lambda: WanModel(settings, rngs=nnx.Rngs(seed)))()
 
 
 def check_frame_size(data: DataConfig, settings: "WanConfig") -> None:
-    """Looks whether frames of a video make whole tokens: two patches, of the pixels and of the network's latents.
+    """Checks that frames of a video are whole tokens: multiples of the data's patch times the network's.
 
     Args:
-        data: Sizes of the frames and the patch of pixels.
-        settings: The network.
+        data: Size of the frames and patch of pixels.
+        settings: Configuration of the network.
 
     Raises:
-        UserError: If a size is not a multiple of both; names the nearest that are.
+        UserError: If height or width is not a multiple; names the nearest that are.
     """
-    if data.precomputed is not None:  # taken as they are
+    if data.precomputed is not None:  # latents have the sizes they have
         return
     for name, patch in zip(("height", "width"), settings.patch_size[1:], strict=True):
         size, whole = getattr(data, name), data.patch * patch
@@ -122,17 +122,17 @@ def check_frame_size(data: DataConfig, settings: "WanConfig") -> None:
 
 
 def check_pretrained(path: Path, settings: "WanConfig") -> "Source":
-    """Looks whether a Wan checkpoint is of the network's sizes, before anything is computed; reads no tensors.
+    """Checks that a Wan checkpoint has the network's sizes, without reading tensors.
 
     Args:
-        path: As `pretrained_parameters`.
-        settings: The network.
+        path: A folder or file, or the name of a Hugging Face repository.
+        settings: Configuration of the network.
 
     Returns:
         The opened checkpoint, for `pretrained_parameters`.
 
     Raises:
-        UserError: If the checkpoint cannot be read or is of another network; names the preset that would fit.
+        UserError: If the checkpoint cannot be read or has other sizes; names a preset that fits, if there is one.
     """
     from monarchrt.models.wan.checkpoints.load import check_sizes
     from monarchrt.models.wan.checkpoints.source import open_source
@@ -149,12 +149,12 @@ def check_pretrained(path: Path, settings: "WanConfig") -> "Source":
 
 
 def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConfig) -> None:
-    """Looks whether the run that parameters come from had the same network; shapes do not tell the number of heads.
+    """Checks that another run has the same network, since shapes do not determine, for example, the number of heads.
 
     Args:
-        origin: Run folder, for the message.
-        saved: What `monarchrt.train.run_folder.identity` says of that run.
-        config: The model's settings of this run; its attention may differ.
+        origin: Folder of that run, for the message.
+        saved: Identity of that run, from `monarchrt.train.run_folder.identity`.
+        config: Model settings of this run; attention may differ.
 
     Raises:
         UserError: If another setting of the network differs; names both values.
@@ -175,7 +175,7 @@ def check_same_network(origin: Path, saved: Mapping[str, Any], config: ModelConf
 
 
 def _how_to_fit(stored: "WanConfig", settings: "WanConfig") -> str:
-    """What to change so that `settings` are of the sizes found, as far as an option does it."""
+    """Advice on how to give `settings` the sizes of the stored network, as far as options allow it."""
     from monarchrt.models.wan import PRESETS
     from monarchrt.models.wan.checkpoints.load import POLICY
 
@@ -202,19 +202,19 @@ def pretrained_parameters(
 ) -> "nnx.State":
     """Reads the parameters of a Wan checkpoint of any format.
 
-    The attention that is stored with the weights may differ: finetuning is how weights come to another.
+    The attention stored with the weights may differ from that of `settings`, for which they are then finetuned.
 
     Args:
         path: A folder or file, or the name of a Hugging Face repository.
-        settings: The network that they are for; its sizes must be the checkpoint's.
-        source: The checkpoint, if it is open already.
-        sharding: Where each goes, by path and shape.
+        settings: Configuration of the network, with the checkpoint's sizes.
+        source: The checkpoint, if it is already open.
+        sharding: Sharding of each parameter, by path and shape.
 
     Returns:
         The parameters, in the dtype of `settings`.
 
     Raises:
-        UserError: If the checkpoint cannot be read or is of another network.
+        UserError: If the checkpoint cannot be read or has other sizes.
     """
     from flax import nnx
 

@@ -1,4 +1,4 @@
-"""The networks of a run by role: their structure, how they train, and where their parameters come from."""
+"""The networks of a run by role: their structure, optimizers and initial parameters."""
 
 import contextlib
 import dataclasses
@@ -51,23 +51,23 @@ from monarchrt.train.state import (
 
 
 class Networks:
-    """The networks of a run; made of shapes alone, so that what does not fit is found before anything is computed.
+    """The networks of a run. They are set up with shapes alone, to find errors before anything is computed.
 
     Attributes:
         graphs: Structure of each network.
-        trainings: How each role that trains does so.
-        configs: Each network's own configuration, where it has one.
-        template: Shapes and places of the state at every step.
+        trainings: Optimizer of each role that trains.
+        configs: Configuration of each network, or None.
+        template: Shapes and shardings of the state.
 
     Args:
         config: The settings.
-        objective: Says which roles there are.
+        objective: The objective, which defines the roles.
         channels: Latent channels of the data.
-        placement: Where arrays live.
-        models: Networks to start from instead of building what the config names.
+        placement: Devices and shardings.
+        models: Networks by role to start from instead of those of the config.
 
     Raises:
-        UserError: If a setting is invalid, or networks do not fit together.
+        UserError: If a setting is invalid, or the networks expect texts of different widths.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Networks:
     ):
         self._config, self._channels, self._placement, self._models = config, channels, placement, models
         self._objective = objective
-        self._sources: dict[str, Any] = {}  # checkpoints that were opened and looked through
-        self._files: dict[str, list[Path]] = {}  # by which a role's origin is told from others
-        self._trained: dict[str, WanConfig] = {}  # networks as they were trained before, where that is stored
+        self._sources: dict[str, Any] = {}  # opened and checked Wan checkpoints, by role
+        self._files: dict[str, list[Path]] = {}  # files that identify the initial parameters, by role
+        self._trained: dict[str, WanConfig] = {}  # configurations of earlier training, if stored, by role
         settings = objective.settings
         steps = range(1, config.run.steps + 1)
         updates = {name: sum(name in objective.due(step) for step in steps) for name in settings.training}
@@ -117,13 +117,13 @@ class Networks:
         )
 
     def check_origins(self, *, resumed: bool) -> None:
-        """Looks whether the parameters to start from are there and of the networks' sizes; reads none.
+        """Checks that initial parameters exist and have the networks' sizes, without reading them.
 
         Args:
-            resumed: Those that train come from a checkpoint of the run itself.
+            resumed: Whether networks that train are read from a checkpoint of the run itself.
 
         Raises:
-            UserError: If they are not.
+            UserError: If parameters are missing or have other sizes.
         """
         for name, role in self._config.objective.roles.items():
             origin = self._config.origin(name)
@@ -139,7 +139,7 @@ class Networks:
 
     @property
     def notes(self) -> list[str]:
-        """Lines on networks that do not train, and attend or see blocks otherwise than in their own training."""
+        """Notes on networks that do not train and whose attention or blocks differ from those of their own training."""
         lines = []
         for name, before in self._trained.items():
             if name in self.trainings:
@@ -152,7 +152,7 @@ class Networks:
 
     @property
     def listing(self) -> str:
-        """A digest of samples of the files that parameters are read from (`alike.listing`).
+        """A digest of samples of the files that the initial parameters are read from (`alike.listing`).
 
         Raises:
             OSError: If a file cannot be read.
@@ -161,21 +161,21 @@ class Networks:
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
     def start(self) -> TrainState:
-        """The state at step 0, made where it lives: no device need hold the whole of it."""
+        """Makes the state at step 0, sharded from the start, so that no device needs memory for all of it."""
         seed = self._config.run.seed
         places = self._placement.shardings(self.template)
         bare = TrainState(step=places.step, roles={}, rng=places.rng)
         rest = jax.jit(lambda: create_state({}, seed=seed), out_shardings=bare)()
         made: dict[str, RoleState] = {}
-        for name in sorted(self.graphs, key=lambda name: name in self._owners):  # those that share come last
+        for name in sorted(self.graphs, key=lambda name: name in self._owners):  # those that share another's come last
             made[name] = self._role(name, made)
         return TrainState(step=rest.step, roles={name: made[name] for name in self.graphs}, rng=rest.rng)
 
     def check_finite(self, state: TrainState) -> None:
-        """Looks at the parameters that a run begins with.
+        """Checks that the initial parameters are finite.
 
         Raises:
-            NonFiniteError: If one of a role is NaN or infinite; says which, and where it came from.
+            NonFiniteError: If a parameter is NaN or infinite; names it and its source.
         """
         several = len(state.roles) > 1
         for name, role in state.roles.items():
@@ -193,7 +193,7 @@ class Networks:
             )
 
     def frozen(self) -> TrainState:
-        """The template, with what checkpoints do not hold in it: networks that do not train, and those under LoRAs."""
+        """The template, with the parameters that checkpoints do not have: frozen networks and those under LoRAs."""
         template = self.template
         roles = {
             name: role
@@ -204,7 +204,7 @@ class Networks:
         return TrainState(step=template.step, roles=roles, rng=template.rng)
 
     def digests(self, state: TrainState) -> dict[str, str]:
-        """A digest of each network that checkpoints do not hold and that was read, for a resume to compare."""
+        """A digest of each network that was read and is not in checkpoints, which resuming compares."""
         return {
             f"{name}.{PARAMETERS}": _digest(role.frozen)
             for name, role in state.roles.items()
@@ -214,7 +214,7 @@ class Networks:
         }
 
     def _find_owners(self) -> dict[str, str]:
-        """Roles whose frozen variables are those of another, which holds them: same origin, shapes and types."""
+        """Roles that share another role's frozen variables, and that role: equal source, shapes and dtypes."""
         owners: dict[str, str] = {}
         held: dict[Any, str] = {}
         for name, model in self._bases.items():
@@ -229,20 +229,20 @@ class Networks:
         return owners
 
     def _shared(self, name: str, frozen: Any) -> Any:
-        """The frozen variables of a role, or whose they are."""
+        """The frozen variables of a role, or a reference to the role that owns them."""
         return SameAs(self._owners[name]) if name in self._owners else frozen
 
     def _keeps_frozen(self, name: str) -> bool:
-        """Whether all of a network is in the checkpoints: it trains, whole or in part, and not by a LoRA."""
+        """Whether checkpoints contain the whole network: it trains, in full or in part, without a LoRA."""
         return name in self.trainings and self._config.trained(name).lora_rank is None
 
     def _adapted(self, name: str, model: Any) -> Any:
-        """A network, with what the objective adds to it, or the layers of its LoRA if it trains one."""
+        """A network with the parameters that the objective adds, or with the layers of its LoRA."""
         own = self._objective.extension(name)
         rank = self._config.trained(name).lora_rank if name in self.trainings else None
         if own is None and rank is None:
             return model
-        seed = (self._seed(name) + 2**31) % 2**32  # not that of the network's own
+        seed = (self._seed(name) + 2**31) % 2**32  # another one than that of the network's own parameters
         if rank is None:
             change: Callable[[Any], Any] = functools.partial(own, seed=seed)  # type: ignore[arg-type]
         elif own is not None:
@@ -263,7 +263,7 @@ class Networks:
             return nnx.eval_shape(change, model) if abstract else change(model)
 
     def _build(self, name: str) -> Callable[[], nnx.Module]:
-        """Makes a network as it is without a LoRA."""
+        """A function that makes a network with random parameters, without a LoRA."""
         role = self._config.role(name)
 
         def build() -> nnx.Module:
@@ -280,7 +280,7 @@ class Networks:
 
     def _seed(self, name: str) -> int:
         objective = self._config.objective
-        # the exported network is that of a run without others
+        # the exported network gets the same seed as in a run with one network
         order = (objective.exported, *objective.further).index(name)
         return (self._config.run.seed + order) % 2**32
 
@@ -303,7 +303,7 @@ class Networks:
 
     @contextlib.contextmanager
     def _naming_option(self, name: str) -> Iterator[None]:
-        """Errors in a role's parameters name the option that gave them."""
+        """Names, in errors of a role's parameters, the option by which they were given."""
         config = self._config
         owner = config.origin_role(name)
         option, prefix = config.option(owner, "init_from"), f"init_from {config.origin(name)} "
@@ -329,12 +329,12 @@ class Networks:
 
         with Checkpoints(origin, read_only=True) as checkpoints:
             checkpoints.check_newest(check)
-        with contextlib.suppress(UserError):  # settings that are gone are not needed
+        with contextlib.suppress(UserError):  # the settings are only needed for a note
             if (run := find_run(origin)) is not None:
                 self._trained[name] = run_config(run, channels=self._channels)
 
     def _role(self, name: str, made: Mapping[str, RoleState]) -> RoleState:
-        """One network at step 0; `made` has the one whose variables it shares."""
+        """The state of one network at step 0; `made` has the role whose variables it shares."""
         places = self._placement.shardings(self.template.roles[name])
         create = functools.partial(create_role, training=self.trainings.get(name))
         trains, origin = self._trains(name), self._config.origin(name)
@@ -352,13 +352,13 @@ class Networks:
         params, frozen = split_model(self._adapted(name, model), trains)[1:]
         frozen = self._shared(name, frozen)
         if origin is None:
-            # a step overwrites its input; the caller keeps the model that was given
+            # a copy, since a step overwrites its input, and the caller may still use the model
             params, frozen = jax.tree.map(jnp.copy, (params, frozen))
         parts = jax.device_put((params, frozen), (places.params, places.frozen))
         return jax.jit(create, out_shardings=places, donate_argnums=(0, 1))(*parts)
 
     def _load(self, name: str, origin: Path) -> nnx.Module:
-        """A network with parameters that were read, without a LoRA."""
+        """A network with parameters read from its source, without a LoRA."""
         graph, params, others = split_model(self._bases[name])
         if jax.tree.leaves(others) and name not in self._models:
             others = split_model(self._build(name)())[2]
@@ -385,17 +385,17 @@ class Networks:
         return nnx.merge(graph, parameters, others)
 
     def _stored_dtype(self, name: str) -> Any:
-        """What a run with the network's settings keeps its parameters in."""
+        """The dtype of parameters in the checkpoints of a run with the network's settings."""
         return jnp.dtype(model_settings(self._config.role(name).model).param_dtype)
 
 
 def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
-    """The arrays of a network, or of a part of one, with their names."""
+    """The arrays of a network, or of a part of it, with their names."""
     return zip(parameter_names(tree), jax.tree.leaves(tree), strict=True)
 
 
 def _attends(config: WanConfig) -> str:
-    """A network's attention, and how it cuts clips, in words."""
+    """A network's attention and causal blocks, in words."""
     layers = config.layer_attention
     text = to_text(layers[0] if len(set(layers)) == 1 else layers)
     if config.causal_block is None:

@@ -1,7 +1,7 @@
-"""Files of what a teacher's solver passes through from noise to data: `monarchrt pairs` writes, training reads them.
+"""Pairs: states along a teacher's ODE trajectories, and their ends, which `monarchrt pairs` writes.
 
-An example is a .safetensors file with `states` [n, F, h, w, C], falling in noise, `latents` [F, h, w, C], where the
-trajectory ends, and `text` [L, D]; its header says how it was made. It serves as a file of latents, too.
+An example is a .safetensors file with `states` [n, F, h, w, C], with decreasing noise, `latents` [F, h, w, C], the end
+of the trajectory, and `text` [L, D]; its header records how it was made. It is also a valid file of latents.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from monarchrt.train.config import DataConfig
 from monarchrt.train.data import LatentFolder
 
 FORMAT = "monarchrt pairs"
-TOLERANCE = 2e-3  # between a state's noise level and the one that a student is told
+TOLERANCE = 2e-3  # largest difference of the noise levels of a state and of a student's step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How pairs were made: the header of their files.
+    """How pairs were made, as stored in the header of their files.
 
     Attributes:
         sigmas: Noise level of each state.
-        shift: Shift of the solver's levels.
+        shift: Timestep shift of the solver's noise levels.
         steps: Number of steps of the solver.
-        solver: Its name.
-        guidance: Guidance scale of the teacher, v_negative + g (v_text - v_negative); 1 is none.
-        teacher: Its checkpoint.
+        solver: Name of the solver.
+        guidance: Weight g of the teacher's guidance, v_negative + g (v_text - v_negative); 1 for none.
+        teacher: Checkpoint of the teacher.
         seed: Seed of the noise.
     """
 
@@ -45,15 +45,19 @@ class Made:
     seed: int
 
     def to_header(self) -> dict[str, str]:
-        """For a file."""
+        """The metadata to write into a file's header."""
         return {"format": FORMAT, "made": json.dumps(dataclasses.asdict(self))}
 
     @classmethod
     def of_header(cls, path: Path, header: Mapping[str, str]) -> "Made":
-        """Of a file.
+        """Parses the metadata in a file's header.
+
+        Args:
+            path: The file, for messages.
+            header: Its metadata.
 
         Raises:
-            UserError: If it does not hold pairs.
+            UserError: If the file does not hold pairs.
         """
         if header.get("format") != FORMAT:
             raise UserError(f"latents {path} has no states of a solver; make pairs with `monarchrt pairs`")
@@ -65,12 +69,15 @@ class Made:
 
 
 class PairFolder(LatentFolder):
-    """A folder of pairs. The latents of an example are its states and its end, one after the other: [(n + 1) F, ...].
+    """A folder of pairs. The latents of an example are its states and its end, concatenated: [(n + 1) F, h, w, C].
 
     Args:
-        folder: Where the files are.
-        config: Its `held_out` sets the split.
-        digests: As `LatentFolder`.
+        folder: The folder.
+        config: Settings of the data, of which `held_out` is used.
+        digests: File with digests of an earlier start, as for `LatentFolder`.
+
+    Raises:
+        UserError: If a file does not hold pairs, or files were made with different settings.
     """
 
     def __init__(self, folder: Path | str, config: DataConfig, *, digests: Path | None = None):
@@ -83,14 +90,14 @@ class PairFolder(LatentFolder):
                 raise UserError(f"latents {path} was made with other settings than {files[0]}: {made}, {self.made}")
 
     def check(self, sigmas: Sequence[float], shift: float) -> None:
-        """Looks whether the states are at the noise levels that a student is told.
+        """Checks that the states are at the noise levels of a student's steps.
 
         Args:
             sigmas: Noise levels of the student's steps.
-            shift: That they are of, for the message.
+            shift: Timestep shift of these levels, for the message.
 
         Raises:
-            UserError: If not; says what to give.
+            UserError: If they are not.
         """
         made = self.made
         if len(sigmas) == len(made.sigmas) and np.allclose(sigmas, made.sigmas, rtol=0, atol=TOLERANCE):
@@ -104,7 +111,7 @@ class PairFolder(LatentFolder):
 
     @staticmethod
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """An example: states and end [(n + 1) F, h, w, C] and text [L, D], float32."""
+        """Reads an example: states and end [(n + 1) F, h, w, C] and text [L, D], float32."""
         with user_input():
             file = SafetensorsFile(path)
             parts: dict[str, Any] = {name: file.read(name).astype(np.float32) for name in ("states", "latents", "text")}

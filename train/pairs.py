@@ -1,4 +1,4 @@
-"""Pairs for ODE regression: what a teacher's solver passes through from noise to data, an example per file."""
+"""`monarchrt pairs`: writes states along a teacher's ODE trajectories, and their ends, for ODE regression."""
 
 import dataclasses
 import sys
@@ -60,8 +60,8 @@ class PairsConfig:
     """With embeddings: pixels, a multiple of 16."""
 
     student_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """The student's steps, as timesteps before the shift: the states to save, beside the end. Each must be one of the
-    solver's."""
+    """The student's steps, as timesteps before the shift, at which states are saved, in addition to the end. Each must
+    be one of the solver's."""
 
     solver: Literal["euler", "unipc", "dpm++"] = "euler"
     """The solver that follows the teacher."""
@@ -94,9 +94,9 @@ class PairsConfig:
         if not 0 < self.shift < float("inf"):
             raise UserError(f"shift is {self.shift}; it must be positive and finite, for example 5.0")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")  # others would be one of these
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")  # JAX would wrap others around
         if self.guidance is not None and not 0 <= self.guidance < float("inf"):
-            raise UserError(f"guidance is {self.guidance}; it must be at least 0, for example 6.0; 1 is none")
+            raise UserError(f"guidance is {self.guidance}; it must be at least 0, for example 6.0; 1 turns it off")
         if self.guidance not in (None, 1.0) and self.negative is None:
             raise UserError(
                 f"guidance is {self.guidance}, but there is no embedding of a negative prompt; give --negative FILE, "
@@ -112,14 +112,14 @@ class PairsConfig:
         self.stored()
 
     def stored(self) -> tuple[int, ...]:
-        """Which of the solver's states are kept.
+        """Indices of the solver's steps whose states are saved.
 
         Examples:
             >>> PairsConfig(steps=48).stored()
             (0, 12, 24, 36)
 
         Raises:
-            UserError: If the student's steps do not fall, or one is none of the solver's.
+            UserError: If the student's steps do not decrease, or one is not among the solver's.
         """
         steps = self.student_steps
         if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= 1000:
@@ -137,14 +137,14 @@ class PairsConfig:
         return tuple((1000 - step) * self.steps // 1000 for step in steps)
 
     def table(self) -> "SamplerTable":
-        """The solver."""
+        """The table of the solver's steps."""
         from monarchrt.models.sampling import sampler_table
 
         return sampler_table(self.solver, steps=self.steps, shift=self.shift)
 
     @property
     def weight(self) -> float:
-        """Of the guidance; 1 is none."""
+        """Weight of the guidance; 1 for none."""
         return (6.0 if self.guidance is None else self.guidance) if self.negative is not None else 1.0
 
 
@@ -156,7 +156,7 @@ def trajectory(
     stored: tuple[int, ...],
     numbered: bool = False,
 ) -> "tuple[Float[Array, 'n b f h w c'], Float[Array, 'b f h w c']]":
-    """States of a solver at some of its steps, and where it ends.
+    """Runs a solver and returns its states at some of its steps, and its end.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -169,13 +169,13 @@ def trajectory(
 
     Args:
         flow: (latents, timestep) -> flow.
-        noise: Where it begins.
-        table: A solver that adds no noise.
-        stored: Numbers of steps, whose states are those before them.
-        numbered: Whether the flow is told the number of the step too, as a third argument.
+        noise: Initial state.
+        table: Steps of a deterministic solver.
+        stored: Indices of the steps before which the state is saved.
+        numbered: Whether `flow` has the index of the step as a third argument.
 
     Returns:
-        The states, and the end.
+        The saved states, and the end.
     """
     import jax
     import jax.numpy as jnp
@@ -200,13 +200,16 @@ def trajectory(
 def follower(
     config: PairsConfig, graph: Any, shape: tuple[int, ...], *, negative: "np.ndarray | None" = None
 ) -> Callable[..., Any]:
-    """A compiled function that follows a teacher: (parameters, numbers of examples [B], text) -> states and ends.
+    """Makes the compiled function that computes a teacher's trajectories.
 
     Args:
-        config: The solver, guidance and the seed, of which each example's noise is made with its number.
+        config: Solver, guidance, and the seed; the noise of an example is a function of the seed and its number.
         graph: Structure of the teacher.
-        shape: Of one example, [F, H, W, C].
-        negative: Embedding of the negative prompt; None: there is no guidance.
+        shape: Shape (F, h, w, C) of an example's latents.
+        negative: Embedding of the negative prompt; None for no guidance.
+
+    Returns:
+        (parameters, numbers of the examples [B], text [B, L, D]) -> states [n, B, F, h, w, C] and ends [B, F, h, w, C].
     """
     import jax
     import jax.numpy as jnp
@@ -230,18 +233,18 @@ def follower(
 def make_pairs(
     config: PairsConfig, *, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> list[Path]:
-    """Writes a file for each example; each appears whole or not at all.
+    """Writes a file for each example, atomically.
 
     Args:
         config: The settings.
         report: Called with lines of progress.
 
     Returns:
-        The files, those that were there before included.
+        The files, including those that already existed.
 
     Raises:
-        UserError: If the teacher, sizes or texts do not fit, before anything is computed; if states are NaN, or a file
-            that is there already was made otherwise.
+        UserError: If teacher, sizes and texts do not fit, before anything is computed; if an existing file was made
+            with other settings; if states are NaN or infinite.
     """
     from flax import nnx
 
@@ -287,7 +290,7 @@ def make_pairs(
         remove_abandoned(config.out)
         for start in range(0, len(todo), config.batch):
             numbers = todo[start : start + config.batch]
-            full = numbers + [numbers[-1]] * (config.batch - len(numbers))  # one compiled shape
+            full = numbers + [numbers[-1]] * (config.batch - len(numbers))  # padded, for one compiled program
             text = np.stack([texts[number % len(texts)] for number in full])
             states, end = map(np.asarray, follow(params, np.asarray(full), text))
             if not (np.isfinite(states).all() and np.isfinite(end).all()):
@@ -311,7 +314,7 @@ def _model(sizes: Any) -> Any:
 
 
 def _check_kept(path: Path, made: Made) -> None:
-    """Raises UserError if a file that is there was made otherwise."""
+    """Raises UserError if an existing file was made with other settings."""
     with user_input():
         stored = Made.of_header(path, SafetensorsFile(path, only=()).metadata)
     differ = [
@@ -324,7 +327,7 @@ def _check_kept(path: Path, made: Made) -> None:
 
 
 def _examples(config: PairsConfig, opened: Any) -> tuple[Size, list[np.ndarray]]:
-    """Frames, height and width of the latents, and the texts [L, D]."""
+    """Frames, height and width of the latents, and the text embeddings [L, D]."""
     run = getattr(opened, "run", None)
     if config.latents is not None:
         folder = LatentFolder(config.latents, DataConfig(latents=config.latents))

@@ -1,7 +1,7 @@
-"""How long the parts of an update take: programs of their own, on the numbers of a step that was just taken.
+"""Timing of the parts of an update, by separate programs that run after a step.
 
-One compiled step cannot be looked into. So that nothing is slower while nobody looks, parts are measured apart: each
-part is a program that ends with it, and takes what it takes longer than the one that ends before it.
+The parts of one compiled step cannot be timed. Instead, a program is compiled for each part that computes the update up
+to its end; the time of a part is the difference to the program of the previous one. Steps themselves do not get slower.
 """
 
 import time
@@ -25,21 +25,21 @@ Batches = Callable[[int, Sequence[str]], Mapping[str, Batch]]
 
 
 class PartTimes:
-    """Logs `seconds_PART` of each role: the parts of its loss, as the objective names them, backward, optimizer.
+    """A hook that logs `seconds_PART` of each role: the parts of its loss (`Objective.parts`), backward, optimizer.
 
-    Of a batch that is accumulated in parts, losses and gradients are those of one part. Programs are compiled at the
-    first call, which is not counted; a call takes as long as some two steps, and holds a gradient or another copy of
-    what changes in one role.
+    With accumulation, losses and gradients are those of one part of the batch. The first call compiles the programs and
+    runs them once before timing. A call takes about as long as two steps, and needs memory for a gradient, or for a
+    second copy of what an update of one role changes.
 
     Args:
-        objective: Its losses and their parts.
+        objective: The objective, with its losses and their parts.
         graphs: Structure of each role's network.
-        trainings: How each role that trains does so.
-        batches: Batches of a step.
-        log: Log to write to.
+        trainings: Optimizer of each role that trains.
+        batches: Reads the batches of a step.
+        log: The log of the run.
         every: Steps between two calls.
-        prefix: Whether names begin with the role.
-        shardings: Where the state lives.
+        prefix: Whether names start with the role.
+        shardings: Shardings of the state.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class PartTimes:
         }
 
     def due(self, step: int) -> bool:
-        """At the first step, and every `every`."""
+        """After the first step, and every `every` steps."""
         return step == 1 or step % self._every == 0
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Measures every role."""
+        """Times the updates of every role."""
         key, batches = jax.random.fold_in(state.rng, step), self._batches(step, tuple(self._programs))
         found = {}
         for role, programs in self._programs.items():
@@ -87,16 +87,19 @@ def part_programs(
     *,
     shardings: TrainState | None = None,
 ) -> dict[str, Callable[..., Any]]:
-    """(state, batch, key) -> what a role's update has after each of its parts; but for the optimizer, which is alone.
+    """The programs that compute a role's update up to the end of each part, and the optimizer's update by itself.
 
     Args:
-        objective: Its losses and their parts.
+        objective: The objective, with its losses and their parts.
         graphs: Structure of each role's network.
-        training: How the role trains.
-        role: Which.
-        shardings: Where the state lives.
+        training: Optimizer of the role.
+        role: Name of the role.
+        shardings: Shardings of the state.
+
+    Returns:
+        Compiled functions (state, batch, key) by part.
     """
-    share = training.settings.accumulation  # of the batch, one part is looked at
+    share = training.settings.accumulation  # one part of the batch is used
 
     def own(part: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
         def run(state: TrainState, batch: Batch, key: Any) -> Any:
@@ -126,7 +129,7 @@ def part_programs(
 
 
 def _seconds(programs: Mapping[str, Callable[..., Any]], arguments: tuple) -> dict[str, float]:
-    """What each part takes longer than the one before it, at least 0."""
+    """Seconds of each part: the difference to the previous program's time, at least 0."""
     found, before = {}, 0.0
     for name, program in programs.items():
         begun = time.perf_counter()

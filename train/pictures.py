@@ -1,4 +1,4 @@
-"""Held-out examples as pixels: what clips are cut from, or latents through the VAE that they are of."""
+"""Held-out examples and samples as pixels, decoded from latents by their VAE, or from pixel blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from monarchrt.train.texts import PromptFile
 if TYPE_CHECKING:
     from monarchrt.models.generate.decoders import FrameDecoder
 
-PART = 3  # latent frames that are decoded at once
+PART = 3  # latent frames per call of the decoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """How to show latents, and what is held out.
+    """Functions that convert latents and held-out examples to pixels.
 
     Attributes:
-        decode: Latents [F, h, w, C] to frames [T, H, W, 3], uint8.
-        clip: A held-out window's frames, given as index and its latents, the newest F of them; None: there is none, as
-            of prompts.
+        decode: Decodes latents [F, h, w, C] into frames [T, H, W, 3], uint8.
+        clip: (index of a held-out example, its last F latent frames) -> its frames; None if there are no clips, as for
+            prompts.
     """
 
     decode: Callable[[Float[np.ndarray, "F h w C"]], UInt8[np.ndarray, "T H W 3"]]
@@ -34,19 +34,19 @@ class Pictures:
 
 
 def pictures(source: Source, components: Path | None, *, every: int, load: bool = True) -> Pictures | None:
-    """How a run shows what it samples.
+    """Sets up the conversion of a run's samples to pixels.
 
     Args:
-        source: Its data.
+        source: The data of the run.
         components: Folder or repository with the VAE of latents; not needed for clips.
-        every: `sample_every`, named in what is said.
-        load: Whether the VAE is read; else it is looked for only.
+        every: The setting `sample_every`, for messages.
+        load: Whether to read the VAE; otherwise it only has to exist.
 
     Returns:
-        The pictures; None if the VAE was not read.
+        The conversions; None if the VAE was not read.
 
     Raises:
-        UserError: If latents have no VAE, it cannot be read, or it is of latents of other channels.
+        UserError: If the data are latents without `components`, or the VAE cannot be read or has other channels.
     """
     if isinstance(source, ClipWindows):
         return Pictures(decode=source.transform.decode, clip=lambda index, _: source.held_out_window(index))
@@ -77,7 +77,7 @@ def pictures(source: Source, components: Path | None, *, every: int, load: bool 
 
 
 def decoded_frames(decoder: "FrameDecoder", latents: Float[np.ndarray, "F h w C"]) -> UInt8[np.ndarray, "T H W 3"]:
-    """The frames of a clip's latents, some at a time.
+    """Decodes the latents of a clip, a few frames at a time.
 
     Examples:
         >>> from monarchrt.models.generate.decoders import PatchDecoder

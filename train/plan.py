@@ -1,7 +1,7 @@
-"""What a run would take on each device, before it begins: nothing of it is computed and nothing is written.
+"""The plan of a run (`monarchrt train --plan`): memory of each device and time, without taking a step.
 
-What is held throughout follows from shapes and from where they are put. What a forward pass keeps for the backward one
-is an estimate, from the loss as it is traced; what the compiled program takes is its compiler's own figure.
+The memory of parameters, optimizer and averages follows from shapes and shardings. That of activations is an estimate
+from the traced loss. The memory of a compiled step is what its compiler reports.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class RolePlan:
         gradient: Gradient of the trained parameters, during an update.
         moments: Moments of the optimizer.
         average: Moving average.
-        activations: What the loss keeps from its forward pass for its backward pass, without what is in another
-            column, as it is traced: compilers keep less or more. An estimate, spread evenly over the devices.
+        activations: Values that the loss keeps for its backward pass, without those counted otherwise. An estimate from
+            the traced loss, divided evenly over the devices; compiled programs may keep more or less.
         cache: Keys and values of a roll-out.
     """
 
@@ -55,7 +55,7 @@ class RolePlan:
 
     @property
     def held(self) -> int:
-        """All of it."""
+        """The sum of all fields."""
         return sum(getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "role")
 
 
@@ -64,9 +64,9 @@ class StepPlan:
     """The compiled program of a step.
 
     Attributes:
-        roles: Which it updates.
-        memory: Bytes on each device; None if the compiler says nothing.
-        seconds: To compile it.
+        roles: The roles that it updates.
+        memory: Bytes on each device; None if the compiler does not report them.
+        seconds: Seconds to compile it.
     """
 
     roles: tuple[str, ...]
@@ -76,20 +76,20 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would take.
+    """The plan of a run.
 
     Attributes:
-        devices: How many, of which kind.
-        mesh: How they are laid out.
-        available: Bytes of each device.
-        networks: Each network.
-        steps: Each kind of step.
-        remat: What was chosen where it was left open, and why.
-        gathering: When weights are gathered, where devices share them that can do so ahead.
-        advice: Options that make it take less.
-        left: Steps that the run has before it.
-        seconds: That one of them takes, the mean of those that it has behind it; None before it has begun.
-        estimate: What they take as reckoned, begun or not.
+        devices: Number and kind of the devices.
+        mesh: Axes of the mesh.
+        available: Bytes of memory of each device.
+        networks: Memory of each network.
+        steps: Each distinct step.
+        remat: The choice for `remat="auto"`, and its reason.
+        gathering: The choice whether to gather weights ahead, on devices for which there is one.
+        advice: Options that reduce the memory.
+        left: Number of remaining steps.
+        seconds: Mean seconds of a step so far, from the log; None before the run has started.
+        estimate: Estimated time of the remaining steps.
     """
 
     devices: str
@@ -106,16 +106,16 @@ class Plan:
 
     @property
     def most(self) -> int | None:
-        """The most bytes that any step takes on a device, as its compiler planned it; None if none says so."""
+        """Largest memory of a step on a device in bytes, as its compiler reports it; None if it does not."""
         return most_of(self.steps)
 
     @property
     def fits(self) -> bool | None:
-        """Whether that is no more than there is; None if either is not known."""
+        """Whether all steps fit into a device's memory; None if their compiler does not report theirs."""
         return None if self.most is None else self.most <= self.available
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The plan as JSON values."""
         steps = [
             {
                 "roles": list(step.roles),
@@ -142,7 +142,7 @@ class Plan:
 
 
 def most_of(steps: Sequence[StepPlan]) -> int | None:
-    """The most bytes that any of the steps takes on a device; None if their compiler does not say."""
+    """Largest memory of the steps on a device in bytes; None if their compiler does not report it."""
     return max((step.memory.total for step in steps if step.memory is not None), default=None)
 
 
@@ -160,20 +160,20 @@ def make_plan(
     done: int = 0,
     log: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
-    """Works out what a run would take.
+    """Makes the plan of a run.
 
     Args:
         config: The settings.
-        objective: Its losses.
-        networks: Shapes of the state.
-        placement: Where arrays would live.
-        step_fn: The step, which is compiled and not run.
-        batches: For each set of roles that a step updates, the batches that it sees, or their shapes.
-        remat: What was chosen where it was left open.
-        gathering: When weights are gathered.
-        steps: What its programs take, if they were compiled already.
-        done: Steps that it has behind it.
-        log: Of these.
+        objective: The objective.
+        networks: The networks, with shapes of the state.
+        placement: Devices and shardings.
+        step_fn: The step, which is compiled but does not run.
+        batches: For each distinct set of roles that a step updates, its batches or their shapes.
+        remat: The choice for `remat="auto"`.
+        gathering: The choice whether to gather weights ahead.
+        steps: Plans of the steps, if they are already compiled.
+        done: Number of completed steps.
+        log: Records of the log of these steps.
 
     Returns:
         The plan.
@@ -209,7 +209,7 @@ def make_plan(
 
 
 def own_device(placement: Placement) -> Any:
-    """A device of this process; of others, nothing is told."""
+    """A device of this process, since JAX does not report the memory of others."""
     return next(device for device in placement.mesh.devices.flat if device.process_index == jax.process_index())
 
 
@@ -217,7 +217,7 @@ def role_plans(
     config: TrainConfig, *, objective: Objective, networks: Networks, placement: Placement,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
 ) -> tuple[RolePlan, ...]:  # fmt: skip
-    """Bytes of each network; nothing is compiled. Arguments as `make_plan`."""
+    """Plans the memory of each network without compiling. The arguments are those of `make_plan`."""
     seen = {role: batch for several in batches.values() for role, batch in several.items()}
     return tuple(_network(name, config, objective, networks, placement, seen.get(name)) for name in networks.graphs)
 
@@ -226,12 +226,12 @@ def step_plans(
     networks: Networks, *, placement: Placement, step_fn: StepFn,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
 ) -> tuple[StepPlan, ...]:  # fmt: skip
-    """Each kind of step, compiled. Arguments as `make_plan`."""
+    """Compiles each distinct step. The arguments are those of `make_plan`."""
     return tuple(_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items())
 
 
 def _advice(config: TrainConfig) -> tuple[str, ...]:
-    """Options that make a run take less memory."""
+    """Options that reduce the memory of a run."""
     training = config.objective.training
     open_to = [name for name in training if config.role(name).model.remat not in ("full", AUTO)]
     remat = [f"--{config.option(name, 'remat')} full" for name in open_to]
@@ -240,7 +240,7 @@ def _advice(config: TrainConfig) -> tuple[str, ...]:
 
 
 def on_a_device(tree: Any) -> int:
-    """Bytes of a tree of shapes on the device that holds most of it.
+    """Bytes of a tree of shapes on each device, from the shapes of its shards.
 
     Examples:
         >>> on_a_device([jax.ShapeDtypeStruct((3, 4), "float32")])
@@ -264,7 +264,7 @@ def _network(
     plan = RolePlan(role=name, parameters=on_a_device(state.params), fixed=on_a_device(state.frozen))
     if not state.trains or batch is None:
         return plan
-    parts = placement.shape.size  # of a batch, and of each clip
+    parts = placement.shape.size  # devices among which batches, and clips, are divided
     part = _shapes(batch, config.trained(name).accumulation)
     kept, cache = _kept(name, objective, networks, part)
     return dataclasses.replace(
@@ -278,12 +278,12 @@ def _network(
 
 
 def _shapes(batch: Batch, parts: int) -> Batch:
-    """A batch, or one of the parts that accumulation splits it into, as shapes."""
+    """The shapes of a batch, or of one of its parts with accumulation."""
     return Batch(*(jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype) for x in batch))  # type: ignore
 
 
 def _kept(name: str, objective: Objective, networks: Networks, batch: Batch) -> tuple[int, int]:
-    """Bytes that the loss of a role keeps for its gradient beside what it was given, and those of its cache."""
+    """Bytes that a role's loss keeps for its backward pass, except its inputs, and bytes of its cache."""
     roles = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), networks.template.roles)
     graphs, draws = networks.graphs, jax.eval_shape(objective.draws, jax.random.key(0), batch)[name]
 
@@ -304,7 +304,7 @@ def _kept(name: str, objective: Objective, networks: Networks, batch: Batch) -> 
 
 
 def _bytes(tree: Any) -> int:
-    """Of all arrays or shapes of a tree."""
+    """Bytes of all arrays or shapes of a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -321,7 +321,7 @@ def _step(
 
 
 def plan_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows: a network in each column, bytes on each device."""
+    """Titles and rows of the table of memory, with a column for each network."""
     names = [field.name for field in dataclasses.fields(RolePlan)[1:]]
     words = {"fixed": "not trained", "activations": "activations (estimate)"}
     rows = [[words.get(name, name), *(shown(getattr(role, name)) for role in plan.networks)] for name in names]
@@ -329,12 +329,12 @@ def plan_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """What the table does not say: what compiled programs take, and whether it fits."""
+    """Lines below the table: choices, memory of the compiled steps, whether they fit, and the time."""
     lines = [str(choice) for choice in (plan.remat, plan.gathering) if choice is not None]
     for step in plan.steps:
         what = f"a step that updates {' and '.join(step.roles)}"
         if step.memory is None:
-            lines.append(f"{what}: this backend's compiler does not say what its program takes")
+            lines.append(f"{what}: this backend's compiler does not report the memory of its program")
             continue
         parts = ", ".join(f"{name} {shown(size)}" for name, size in step.memory._asdict().items() if size)
         lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler planned it ({parts})")
@@ -352,14 +352,17 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """What a step takes, by the log of a run: the mean of the last hundred, without those that compiled a program.
+    """Mean seconds of the last hundred steps in a log, without those that compiled a program.
 
     Examples:
         >>> mean_seconds([{"step": 1, "seconds": 60.0}, {"step": 2, "seconds": 1.0}, {"step": 3, "seconds": 3.0}])
         2.0
 
     Args:
-        records: Records of the log, in order. Steps of ten times the median or more are left out.
+        records: Records of the log, in order. Steps of at least ten times the median are left out.
+
+    Returns:
+        The mean; None if no step but the first is in the log.
     """
     seconds = [record["seconds"] for record in records if "seconds" in record][1:][-100:]
     if not seconds:

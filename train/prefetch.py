@@ -1,4 +1,4 @@
-"""What the next steps need, made in a thread while the device works on this one."""
+"""Prefetching: computes the inputs of the next steps in a thread while the device works on the current one."""
 
 import queue
 import threading
@@ -16,21 +16,21 @@ class _Made:
 def made_ahead[Key, T](
     make: Callable[[Key], T], keys: Iterable[Key], *, ahead: int
 ) -> Generator[tuple[Key, T], None, None]:
-    """Makes a value for each key, in order, in a thread that is a few values ahead of who takes them.
+    """Computes a value for each key, in order, in a thread that is a few values ahead of the consumer.
 
-    What goes wrong in the thread is raised where its value would have come, after those before it. Closing the
-    generator ends the thread.
+    An error in the thread is raised in place of its value, after the values before it. Closing the generator ends the
+    thread.
 
     Args:
-        make: Called in the thread, with one key at a time.
-        keys: In the order in which values are taken.
-        ahead: How many values may wait; 0: each is made when it is taken, and there is no thread.
+        make: Called in the thread with one key at a time.
+        keys: The keys, in the order in which values are consumed.
+        ahead: Number of values that may wait; 0 computes each value when it is consumed, without a thread.
 
     Yields:
         Each key with its value.
 
     Raises:
-        Exception: What `make` raised.
+        Exception: Any error of `make`.
 
     Examples:
         >>> list(made_ahead(lambda step: step**2, [1, 2, 3], ahead=2))
@@ -70,4 +70,4 @@ def made_ahead[Key, T](
             raise made.error
     finally:
         over.set()
-        thread.join(timeout=10.0)  # a read that hangs does not keep the run
+        thread.join(timeout=10.0)  # a read that hangs does not block the end of the run

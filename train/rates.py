@@ -1,4 +1,4 @@
-"""How fast a device computes, to reckon what an update takes before it has been tried."""
+"""Compute rates of devices, from which the time of an update is estimated before it has run."""
 
 import statistics
 import time
@@ -10,33 +10,33 @@ import jax.numpy as jnp
 
 from monarchrt.train.arithmetic import Work
 
-# by their names, data sheets: dense products in bfloat16, FLOP/s; memory, bytes/s
+# from data sheets, by device name: FLOP/s of dense products in bfloat16, memory bandwidth in bytes/s
 DEVICES = {
     "NVIDIA H200": (989e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
 }
 MEASURED = "NVIDIA H200"
-# shares of the above that training steps on an H200 reach, by their own time: what is no product is done meanwhile
+# fractions of these rates that training steps reach on an H200, fitted to their times, which include everything else
 PRODUCTS, ATTENTION, MEMORY = 0.43, 0.60, 0.60
-RANGE = (0.8, 1.25)  # of the estimate, between which all steps lie that were measured there
-SINGLE = 2.0  # as long as in bfloat16: TensorFloat-32
-_SIDE = {"cpu": 1024}  # of the matrices that are multiplied where the device is not known
-_LARGE = 8192
+RANGE = (0.8, 1.25)  # times of all measured steps relative to their estimates
+SINGLE = 2.0  # time of a float32 product, as TensorFloat-32, relative to bfloat16
+_SIDE = {"cpu": 1024}  # side of the matrices whose product is timed on an unknown device, by platform
+_LARGE = 8192  # the same for other platforms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Of a device.
+    """Compute rates of a device.
 
     Attributes:
-        products: Multiply-adds a second, counted as 2, of products with weights in half precision.
-        attention: Of attention.
-        memory: Bytes a second; None: not known.
-        single: How many times as long products of float32 take.
-        low: The least that an update takes of what is reckoned.
-        high: The most; None: there is no saying.
-        basis: Where that is from.
+        products: FLOP/s of products with weights in half precision; a multiply-add counts as 2.
+        attention: FLOP/s of attention.
+        memory: Memory bandwidth in bytes/s; None if it is not known.
+        single: Time of a product in float32 relative to half precision.
+        low: Smallest time of an update relative to the estimate.
+        high: Largest time of an update relative to the estimate; None if it is not known.
+        basis: Source of the rates, in words.
     """
 
     products: float
@@ -48,17 +48,17 @@ class Rates:
     basis: str
 
     def seconds(self, work: Work) -> float:
-        """What so many products take."""
+        """Estimated seconds of the products."""
         longer = 1.0 + (self.single - 1.0) * work.float32 / work.total if work.total else 1.0
         return longer * (work.products / self.products + work.attended / self.attention)
 
     def moving(self, size: int) -> float:
-        """Seconds to read or write so many bytes; none where that is not known."""
+        """Estimated seconds to read or write a number of bytes; 0 if the bandwidth is not known."""
         return 0.0 if self.memory is None else size / self.memory
 
 
 def known_rates(kind: str) -> Rates | None:
-    """Rates of a kind of device, from its data sheet; None if it is not in the table.
+    """Rates of a kind of device, based on its data sheet; None if it is not in `DEVICES`.
 
     Examples:
         >>> known_rates("NVIDIA H200").attention / 1e12, known_rates("cpu")
@@ -81,11 +81,11 @@ def known_rates(kind: str) -> Rates | None:
 
 
 def timed_rates(device: Any, *, single: bool) -> Rates:
-    """Rates of a device by one large product, which is computed there: steps are slower, by how much is not known.
+    """Rates of a device by timing one large product on it. Steps are slower, by an unknown factor.
 
     Args:
-        device: Where.
-        single: Whether most of the products are of float32.
+        device: The device.
+        single: Whether to multiply in float32 instead of bfloat16.
     """
     side, dtype = _SIDE.get(device.platform, _LARGE), jnp.float32 if single else jnp.bfloat16
     x = jax.device_put(jnp.ones((side, side), dtype), device)

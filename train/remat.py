@@ -1,4 +1,4 @@
-"""`--remat auto`: how little the backward pass recomputes, by the memory that there is."""
+"""`--remat auto`: chooses the kind of recomputation with the least work that fits the device's memory."""
 
 import dataclasses
 from collections.abc import Callable, Container
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from monarchrt.models.memory import shown
 from monarchrt.train.config import AUTO, REMAT, TrainConfig
 
-SPARE = 0.1  # of a device's memory: for batches that wait, held-out errors, and what lies between arrays
-_BEYOND = 1.25  # times the memory; what the estimate says is larger is not compiled
+SPARE = 0.1  # fraction of a device's memory left for prefetched batches, held-out errors and fragmentation
+_BEYOND = 1.25  # kinds whose estimate exceeds the memory by this factor are not compiled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A kind of recomputation.
+    """A kind of recomputation and its memory.
 
     Attributes:
-        kind: As `WanConfig.remat`.
+        kind: A value of `WanConfig.remat`.
         taken: Bytes of a step on each device.
-        compiled: Whether its compiler says so; else it is the estimate.
+        compiled: Whether the compiler reported them; otherwise they are the estimate.
     """
 
     kind: str
@@ -31,13 +31,13 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was chosen.
+    """The choice.
 
     Attributes:
-        roles: For which networks.
-        tried: Each kind that was looked at, in order; the last is the choice.
-        available: Bytes of each device.
-        fits: Whether the choice leaves `SPARE` of them.
+        roles: The roles whose networks it is for.
+        tried: The kinds that were tried, in order; the last is the choice.
+        available: Bytes of memory of each device.
+        fits: Whether the choice leaves `SPARE` of the memory.
     """
 
     roles: tuple[str, ...]
@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def kind(self) -> str:
-        """The choice."""
+        """The chosen kind."""
         return self.tried[-1].kind
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Choice:
 
 
 def automatic(config: TrainConfig, *, given: Container[str] = ()) -> tuple[str, ...]:
-    """The roles that train and leave it open, without those whose networks are `given`, which are as they are.
+    """The roles that train with `remat="auto"`, except those whose networks are `given` as modules.
 
     Examples:
         >>> from monarchrt.train.config import ModelConfig
@@ -71,7 +71,7 @@ def automatic(config: TrainConfig, *, given: Container[str] = ()) -> tuple[str, 
 
 
 def with_remat(config: TrainConfig, roles: Container[str], kind: str) -> TrainConfig:
-    """The settings with this kind for these roles."""
+    """The settings with `remat=kind` for some roles."""
 
     def changed(model):
         return dataclasses.replace(model, remat=kind)
@@ -92,14 +92,14 @@ def choose(
     compiled: Callable[[str], int | None],
     agreed: Callable[[bool], bool] = bool,
 ) -> Choice:
-    """The kind that recomputes the least of those that fit.
+    """Chooses the kind that recomputes the least among those that fit.
 
     Args:
-        roles: For which networks.
-        available: Bytes of each device.
-        estimate: Bytes of a step with a kind, from what its loss keeps as it is traced.
-        compiled: The same as the compiled program says, or None if it does not say; takes long.
-        agreed: Whether it fits in all processes, of whether it does in this one.
+        roles: The roles whose networks it is for.
+        available: Bytes of memory of each device.
+        estimate: Estimates the bytes of a step with a kind, from the traced loss.
+        compiled: Compiles a step with a kind; returns its bytes, or None if the compiler does not report them.
+        agreed: Maps whether a kind fits in this process to whether it fits in all processes.
 
     Returns:
         The choice, "full" if nothing fits.

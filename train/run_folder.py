@@ -1,14 +1,14 @@
-"""A run folder and what its files belong to.
+"""The run folder: its files, its settings, and the identity of a run that its checkpoints store.
 
 config.json                the settings, as given
 log.jsonl                  one JSON object per line: step, loss, gradient norm, held-out loss, ...
 tensorboard/               the same for TensorBoard
-checkpoints/STEP/          the newest few, see `monarchrt.train.checkpointing`
-unreadable_checkpoints/    corrupt ones that a resume set aside
-samples/                   videos made while training
-data.json                  digests of the files of latents, so that a resume reads only those that changed
-log_dropped.jsonl          lines of the log after the checkpoint that a resume went back to
-wandb.json                 with --wandb: the id under which a resume goes on there
+checkpoints/STEP/          the newest few checkpoints, see `monarchrt.train.checkpointing`
+unreadable_checkpoints/    corrupt checkpoints, moved here when a run was resumed
+samples/                   videos sampled during training
+data.json                  digests of the files of latents, so that resuming reads only those that changed
+log_dropped.jsonl          log lines after the checkpoint from which a run was resumed
+wandb.json                 with --wandb: the id of the run there
 """
 
 import dataclasses
@@ -47,28 +47,28 @@ _OF_VALUE = {
     SAMPLES_NAME: "samples of a run",
 }
 
-# may change on resume without a word
+# may change when a run is resumed, without a note
 _FREE = {"folder", "resume", "init_from", "steps", "keep", "log_every", "eval_every", "eval_windows", "eval_timesteps",
          "sample_every", "times_every", "checkpoint_every", "wandb", "video", "latents", "prompts", "components",
          "text_cache", "coordinator", "processes", "process", "prefetch"}  # fmt: skip
-# may change on resume; the change is noted, as losses will differ from those of the uninterrupted run
+# may change when a run is resumed; a note is printed, since losses will differ from those of the uninterrupted run
 _NOTED = {"implementation", "keep_intermediates", "remat", "sharding", "mesh", "learning_rate", "beta1", "beta2", "eps",
           "weight_decay", "clip_norm", "warmup", "schedule", "decay_steps", "accumulation", "ema_start"}  # fmt: skip
 
-# settings that came later, with what they were before
+# settings that older checkpoints lack, with the values that they had
 _LATER = {"objective": "flow", "trainable": ["all"]}
-PARAMETERS = "parameters"  # of a role that does not train: a digest
+PARAMETERS = "parameters"  # name of the digest of a network that checkpoints do not contain
 
 
 def claim_folder(config: TrainConfig) -> None:
-    """Checks that a run may use its folder, and that nothing in it would be lost; touches nothing.
+    """Checks that a run can use its folder without losing anything in it; changes nothing.
 
     Args:
         config: The settings of the run.
 
     Raises:
-        UserError: If the folder is none, holds something else, holds a run and `resume` is not set, or holds what a
-            run without its checkpoints has left.
+        UserError: If the path is a file, the folder has other files, or a run while `resume` is not set, or results of
+            a run whose checkpoints are missing.
     """
     folder = config.run.folder
     if folder.exists() and not folder.is_dir():
@@ -93,7 +93,7 @@ def claim_folder(config: TrainConfig) -> None:
 
 
 def _left_behind(folder: Path, names: set[str]) -> str | None:
-    """What a run leaves that cannot be had again without its checkpoints, in words."""
+    """Results of a run that cannot be reproduced without its checkpoints, in words; None if there are none."""
     steps = (
         [step for record in read_log(folder) if isinstance(step := record.get("step"), int)]
         if LOG_NAME in names
@@ -104,16 +104,16 @@ def _left_behind(folder: Path, names: set[str]) -> str | None:
     for name, words in _OF_VALUE.items():
         if _entries(folder / name):
             return words
-    if LOG_NAME not in names and _entries(folder / TENSORBOARD_NAME):  # a run makes the log first
+    if LOG_NAME not in names and _entries(folder / TENSORBOARD_NAME):  # a run creates the log first
         return "the TensorBoard files of a run whose log is gone"
     return None
 
 
 def _check_same_settings(config: TrainConfig, begun: TrainConfig | None) -> None:
-    """A run that was stopped before its first checkpoint may begin again, but not as another one.
+    """Checks that a run which was stopped before its first checkpoint is started again with the same settings.
 
     Raises:
-        UserError: If settings that a resume may not change differ; names both values.
+        UserError: If a setting that must not change when resuming differs; names both values.
     """
     if begun is None:
         return
@@ -131,10 +131,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 class FolderLock:
-    """Keeps a run folder to one process: two would delete each other's checkpoints. Ends with the process, too.
+    """A lock of a run folder, since two runs would delete each other's checkpoints. It ends with the process at latest.
 
     Args:
-        folder: The run folder; made by `take`, if it is not there.
+        folder: The run folder; `take` creates it if needed.
     """
 
     def __init__(self, folder: Path):
@@ -142,10 +142,10 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Makes the folder and takes it, unless it is taken already.
+        """Creates the folder and locks it, unless this lock is already held.
 
         Raises:
-            UserError: If another process has it, or it cannot be made.
+            UserError: If another process holds the lock, or the folder cannot be created.
         """
         if self._descriptor is not None:
             return
@@ -158,7 +158,7 @@ class FolderLock:
                 f"folder {self._folder} is in use by another run; wait for it, or give another --folder"
             ) from error
         except OSError as error:
-            if self._descriptor is None:  # else a file system without locks
+            if self._descriptor is None:  # otherwise the file system does not support locks
                 raise UserError(f"folder {self._folder} cannot be written to: {error.strerror}") from error
 
     def __enter__(self) -> "FolderLock":
@@ -170,19 +170,19 @@ class FolderLock:
 
 
 def write_config(config: TrainConfig, *, latents: Sequence[int] | None = None) -> None:
-    """Makes the run folder and writes config.json, at once or not at all.
+    """Creates the run folder and writes config.json, atomically.
 
     Args:
         config: The settings.
-        latents: Shape (F, h, w) of the latents that it trains on, for what samples its network.
+        latents: Shape (F, h, w) of the latents of the data, which commands that sample the network use.
 
     Raises:
-        DiskFullError: If there is no room.
-        UserError: If the folder cannot be made.
+        DiskFullError: If the disk is full.
+        UserError: If the folder cannot be created.
     """
     folder = config.run.folder
     path = folder / CONFIG_NAME
-    # how it was called this time is no setting of the run
+    # options of this start that are not stored
     called = {"resume": False, "coordinator": None, "processes": None, "process": None}
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, **called))
     values = to_dict(fresh) | {"model": fresh.model.stored()}
@@ -201,10 +201,10 @@ def write_config(config: TrainConfig, *, latents: Sequence[int] | None = None) -
 
 
 def read_config(folder: Path) -> TrainConfig | None:
-    """Reads config.json of a run folder; None if there is none.
+    """Reads config.json of a run folder; returns None if there is none.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If the file cannot be read or is damaged.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -215,7 +215,7 @@ def read_config(folder: Path) -> TrainConfig | None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # no JSON or text, numbers of thousands of digits, a million brackets
+    except (ValueError, RecursionError) as error:  # invalid JSON, numbers with thousands of digits, a million brackets
         raise UserError(f"{path} is damaged ({error}); repair it or give another run folder") from error
     if isinstance(values, dict):
         values.pop(GENERATION, None)  # follows from the objective
@@ -226,15 +226,14 @@ def read_config(folder: Path) -> TrainConfig | None:
 
 
 def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint belongs to, as flat JSON values under the names of the settings.
+    """The settings and data that a checkpoint belongs to.
 
     Args:
         config: The settings of the run.
-        fingerprint: Content of the data, from the source.
+        fingerprint: Digest of the data, from the source; paths of the data are not part of the identity.
 
     Returns:
-        Name -> value, of networks beside the exported one as ROLE.name. Where the data lies is left out; what it is
-        counts.
+        JSON values by name of the setting, ROLE.name for networks other than the exported one.
     """
     flat: dict[str, Any] = {}
     for part in ("model", "data", "objective", "optimizer", "run"):
@@ -253,7 +252,7 @@ def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:
 
 
 def _attention(model: ModelConfig) -> dict[str, Any]:
-    """What of an attention that the short form cannot say may change on resume, and what may not."""
+    """An attention in its notation, split into what must not change when resuming, and `implementation`, which may."""
     if model.attention == SHORT:
         return {}
     setting = parse(model.attention)
@@ -262,7 +261,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 
 def _as_written_now(name: str, value: Any) -> Any:
-    """A saved value as it would be saved now: an attention's text may be of another form that says the same."""
+    """A stored value in the form of this version: texts of earlier versions may denote the same attention."""
     setting = name.rpartition(".")[2]
     if setting == "remat":
         return remat_kind(value)
@@ -270,18 +269,18 @@ def _as_written_now(name: str, value: Any) -> Any:
         return value
     try:
         return str(parse(value))
-    except ValueError:  # the name of an implementation, or a kind that is not there any more
+    except ValueError:  # the name of an implementation, or a kind that no longer exists
         return value
 
 
 def _defaults(objective: str) -> dict[str, Any]:
-    """Settings by name with their defaults: what a checkpoint had that is older than the setting."""
+    """Defaults by name of the setting, for settings that an older checkpoint lacks."""
     parts = (DataConfig(), ModelConfig(), OptimizerConfig(), RunConfig(), settings_class(objective)())
     return {name: value for part in parts for name, value in to_dict(part).items()} | _LATER
 
 
 def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int, folder: Path) -> list[str]:
-    """Checks that a checkpoint fits the run that wants to go on from it.
+    """Checks that a run can be resumed from a checkpoint.
 
     Args:
         saved: Identity in the checkpoint.
@@ -290,7 +289,7 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         folder: Run folder, for the message.
 
     Returns:
-        Notes on optimizer settings that differ, which is allowed.
+        Notes on differing settings that may change, such as those of the optimizer.
 
     Raises:
         UserError: If model, attention, data, batch, seed or objective differ; names both values.
@@ -316,11 +315,11 @@ def compare_identity(saved: dict[str, Any], wanted: dict[str, Any], *, step: int
         if old == new:
             continue
         if dot and setting == PARAMETERS:
-            if new is None:  # they have not been read yet
+            if new is None:  # the parameters have not been read yet
                 continue
             raise UserError(
-                f"cannot resume: the parameters of the {role} are not those that the run in {folder} began with; give "
-                f"--{role}.init-from what it was given then, or another --folder"
+                f"cannot resume: the parameters of the {role} are not those that the run in {folder} started with; "
+                f"give the original --{role}.init-from, or another --folder"
             )
         if kind == "noted":
             notes.append(f"note: {name} changes from {old} to {new}")

@@ -1,4 +1,4 @@
-"""Samples while training: an objective's samplers, compiled, and an mp4 of what they make of a held-out window."""
+"""Samples during training: compiled samplers of an objective, and videos of their results for a held-out window."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,8 +26,8 @@ def make_sampler(graph: nnx.GraphDef, sampler: Sampler, *, mesh: Mesh | None = N
 
     Args:
         graph: Structure of the network.
-        sampler: What an objective's `samplers` holds.
-        mesh: Mesh of the devices that share the work; what is sampled is then on all of them.
+        sampler: A sampler from `Objective.samplers`.
+        mesh: Mesh of the devices that share the work; samples are then replicated on all of them.
 
     Returns:
         (params, frozen, latents, text, noise) -> sampled latents.
@@ -53,18 +53,18 @@ def write_held_out_sample(
     zoom: int = 1,
     latest: Any = None,
 ) -> Path:
-    """Writes an mp4 of a held-out window next to what each sampler makes of it, of the same noise every time.
+    """Writes an mp4 of a held-out window next to the result of each sampler, with the same noise every time.
 
     Args:
-        path: The file.
-        samplers: Label -> sampler, from `make_sampler`.
-        params: Parameters.
+        path: The file to write.
+        samplers: Samplers by label, from `make_sampler`.
+        params: Trained parameters of the network.
         frozen: The network's other variables.
-        source: What is held out.
-        pictures: Turns it, and what is made, into pixels; without a clip, what is made is shown alone.
-        index: Held-out window.
-        zoom: Enlarge each pixel.
-        latest: Parameters to show too, such as those that `params` is the moving average of.
+        source: Data with the held-out window.
+        pictures: Converts window and samples to pixels; if it has no clip, only samples are shown.
+        index: Index of the held-out window.
+        zoom: Factor by which pixels are enlarged.
+        latest: Further parameters to sample with, such as those of which `params` is the moving average.
 
     Returns:
         The path.
@@ -76,10 +76,10 @@ def write_held_out_sample(
         shown = (("average", params), ("latest", latest))
         makers = [(f"{label}, {name}", make, of) for label, make, _ in makers for name, of in shown]
     sampled = [np.asarray(make(of, frozen, latents, text, noise), np.float32) for _, make, of in makers]
-    if not is_first_process():  # all processes make them, one writes them
+    if not is_first_process():  # all processes sample, only the first writes
         return path
     clips, labels = [pictures.decode(made[0]) for made in sampled], [label for label, _, _ in makers]
     if pictures.clip is not None:
-        newest = np.asarray(latents[0][-sampled[0].shape[1] :], np.float32)  # of pairs, the end of a teacher's way
+        newest = np.asarray(latents[0][-sampled[0].shape[1] :], np.float32)  # of pairs, the end of the trajectory
         clips, labels = [pictures.clip(index, newest), *clips], ["clip", *labels]
     return write_mp4(path, side_by_side(clips, labels=labels, zoom=zoom))

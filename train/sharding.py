@@ -1,4 +1,4 @@
-"""Where a run's arrays live: the batch split over a mesh of devices, the state copied to all or split as well."""
+"""Shardings of a run: the batch is split over a mesh of devices, the state replicated or split as well."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,18 +12,18 @@ from monarchrt.models.sharding import make_mesh, partition, weight_sharding
 
 
 class Placement:
-    """A mesh of devices, and where on it a batch and a state live.
+    """A mesh of devices, and the shardings of batches and state on it.
 
     Args:
-        batch: Samples per step; the devices along data and fsdp must divide it.
-        accumulation: Parts that the batch is processed in.
-        mesh: Axes and their devices, as `monarchrt.models.mesh.MeshShape` reads them; None is the short form `state`.
+        batch: Samples per step, a multiple of the devices along data and fsdp.
+        accumulation: Number of parts in which the batch is processed.
+        mesh: Axes and their sizes, in the notation of `monarchrt.models.mesh.MeshShape`; None for `state`.
         state: Without `mesh`: all devices along "data", each with the whole state ("replicated"), or along "fsdp",
-            where matrices are split and gathered layer by layer, once in a pass.
-        devices: Devices to use; None takes all.
+            where matrices are split, and gathered layer by layer once per pass.
+        devices: Devices to use; None for all.
 
     Raises:
-        UserError: If the mesh is not of as many devices, or does not divide a part of the batch.
+        UserError: If the mesh has another number of devices, or a part of the batch is not divisible by its axes.
 
     Examples:
         >>> placement = Placement(batch=4, devices=jax.local_devices()[:1])
@@ -46,23 +46,29 @@ class Placement:
         self.mesh: Mesh = make_mesh(self.shape, devices)
 
     def shardings[Tree](self, state: Tree) -> Tree:
-        """The sharding of each array of a state, or of a part of one."""
+        """The sharding of each array of a state, or of a part of it."""
         return jax.tree.map(lambda leaf: self.sharding(leaf.shape), state)
 
     def batch(self, batch: Any) -> Any:
-        """Splits every array's first axis over the devices; scalars go to all."""
+        """Moves a batch to the devices, with the first axis of each array split over them; scalars are replicated."""
         places = jax.tree.map(lambda leaf: self.batch_sharding(np.shape(leaf)), batch)
         if jax.process_count() == 1:
             return jax.device_put(batch, places)
 
-        def put(leaf: Any, where: NamedSharding) -> jax.Array:  # the parts that this process has devices for
+        def put(leaf: Any, where: NamedSharding) -> jax.Array:  # the parts for the devices of this process
             array = np.asarray(leaf)
             return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
         return jax.tree.map(put, batch, places)
 
     def part(self, rows_of_batch: Any, *, rows: range, batch: int) -> Any:
-        """A batch, of which this process has read some rows: those that `rows` says."""
+        """Moves a batch to the devices of which this process has read only some rows.
+
+        Args:
+            rows_of_batch: Arrays of these rows.
+            rows: Their positions in the batch, which must include those for all devices of this process.
+            batch: Samples of the whole batch.
+        """
 
         def put(leaf: Any) -> jax.Array:
             array = np.asarray(leaf)
@@ -78,7 +84,7 @@ class Placement:
         return jax.tree.map(put, rows_of_batch)
 
     def rows(self, batch: int) -> range | None:
-        """The samples of a batch that this process has devices for, from the first to the last; None: all of them."""
+        """The range of a batch's samples for the devices of this process; None for all with a single process."""
         if jax.process_count() == 1:
             return None
         where = NamedSharding(self.mesh, partition(self.mesh, (batch,), ("batch",)))
@@ -87,12 +93,12 @@ class Placement:
         return range(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
     def batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """The sharding of an array of a batch, its first axis over the devices."""
+        """The sharding of an array of a batch, with the first axis split over the devices."""
         logical = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
         return NamedSharding(self.mesh, partition(self.mesh, shape, logical))
 
     def shapes(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """Shape, type and place of the arrays of a state and a batch, for which a step is traced as it is for them."""
+        """Shapes, dtypes and shardings of state and batch, with which a step is traced as for the arrays themselves."""
 
         def describe(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(
@@ -103,7 +109,7 @@ class Placement:
         return jax.tree.map(describe, state, self.shardings(state)), jax.tree.map(describe, batch, places)
 
     def everywhere(self) -> NamedSharding:
-        """Of an array that every device has whole."""
+        """The sharding of a replicated array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:

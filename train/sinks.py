@@ -1,6 +1,6 @@
-"""Where the numbers of a run go besides its folder. A sink is optional: a run never needs one.
+"""Sinks: optional destinations of a run's scalars besides its folder.
 
-A sink has `write(step, scalars)` and `close(failed)`; `_SINKS` says which setting of `RunConfig` opens which.
+`_SINKS` maps settings of `RunConfig` to the sinks that they open.
 """
 
 import importlib
@@ -14,33 +14,33 @@ from typing import Any, Protocol, runtime_checkable
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.train.config import TrainConfig, to_dict
 
-WANDB_NAME = "wandb.json"  # in the run folder: the id under which a resumed run goes on
+WANDB_NAME = "wandb.json"  # file in the run folder with the id of the run at Weights & Biases
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes what is also written to log.jsonl."""
+    """The interface of a destination of the scalars in log.jsonl."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Takes the scalars of one step."""
+        """Writes the scalars of a step."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Ends; `failed` if the run did not come to its end."""
+        """Closes the sink; `failed` if the run ended with an error."""
         ...
 
 
 class Wandb:
     """Sends scalars to a project of Weights & Biases, or with WANDB_MODE=offline to the run folder's `wandb/`.
 
-    A resumed run goes on under the id that the run folder keeps. What goes wrong after the start is said once, and the
-    run goes on without.
+    A resumed run continues under the id that is stored in the run folder. After the start, the first error is printed
+    as a warning, and the run continues without this sink.
 
     Args:
-        config: The settings; they are sent along.
+        config: The settings, which are sent as well.
 
     Raises:
-        UserError: If it cannot start.
+        UserError: If the package is missing or cannot start.
     """
 
     def __init__(self, config: TrainConfig):
@@ -54,7 +54,7 @@ class Wandb:
                 dir=str(folder),
                 config=to_dict(config),
             )
-            # steps are ours: after a resume they begin before the last one sent, which its own counter would drop
+            # wandb's own counter would drop the steps of a resumed run that are below the last one sent
             self._run.define_metric("*", step_metric="step")
         except UserError:
             raise
@@ -70,7 +70,7 @@ class Wandb:
         self._try(lambda: self._run.log({"step": step, **scalars}))
 
     def close(self, *, failed: bool) -> None:
-        """Ends the run there, as failed or finished."""
+        """Finishes the run at Weights & Biases, as failed or finished."""
         self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, action: Callable[[], Any]) -> None:
@@ -87,20 +87,20 @@ _SINKS: dict[str, Callable[[TrainConfig], Sink]] = {"wandb": Wandb}
 
 
 def check_sinks(config: TrainConfig) -> None:
-    """Looks whether the packages of the sinks that are asked for are installed; opens nothing.
+    """Checks that the packages of the sinks in the settings are installed, without opening them.
 
     Raises:
-        UserError: If one is missing.
+        UserError: If a package is missing.
     """
     if config.run.wandb is not None:
         _wandb(config)
 
 
 def open_sinks(config: TrainConfig) -> list[Sink]:
-    """Opens the sinks that the settings ask for.
+    """Opens the sinks in the settings.
 
     Raises:
-        UserError: If one cannot start.
+        UserError: If a sink cannot start.
     """
     return [make(config) for name, make in _SINKS.items() if getattr(config.run, name) is not None]
 
@@ -113,22 +113,22 @@ def _wandb(config: TrainConfig) -> Any:
         raise UserError(
             f"wandb is {config.run.wandb!r}, but the package wandb {reason}; pip install wandb, or leave --wandb out"
         ) from error
-    if not hasattr(module, "init"):  # a folder of that name, such as wandb leaves behind, is taken for a package
+    if not hasattr(module, "init"):  # a folder wandb/, which wandb creates, is imported as a namespace package
         raise UserError(
-            f"wandb is {config.run.wandb!r}, but the package wandb is not installed (a folder wandb beside you is "
-            f"taken for it); pip install wandb, or leave --wandb out"
+            f"wandb is {config.run.wandb!r}, but the package wandb is not installed (a folder named wandb was imported "
+            f"instead); pip install wandb, or leave --wandb out"
         )
     return module
 
 
 def _identifier(path: Path) -> str:
-    """The id of the run at wandb: that in the run folder, or a new one that is kept there."""
+    """The id of the run at Weights & Biases, read from the run folder, or created and stored there."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))["id"]
         if isinstance(kept, str) and kept:
             return kept
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # none yet, or none that can be used
+        pass  # there is no valid id yet
     new = uuid.uuid4().hex[:8]
     with report_full_disk(path):
         path.write_text(json.dumps({"id": new}) + "\n", encoding="utf-8")

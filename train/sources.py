@@ -1,4 +1,4 @@
-"""From the settings of the data to the source they name, of the kinds there are."""
+"""Opens the source that the settings of the data name."""
 
 from pathlib import Path
 
@@ -16,13 +16,14 @@ def open_source(
     """Opens the data that a config names.
 
     Args:
-        config: Exactly one of `video`, `latents` and `prompts` must be set.
-        text_shape: Shape (L, D) of the zero text embedding that goes with a video.
-        digests: As `LatentFolder`.
-        encode: Whether texts are encoded where they are not yet, and written to files; else embeddings are zero.
+        config: Settings of the data; exactly one of `video`, `latents` and `prompts` must be set.
+        text_shape: Shape (L, D) of the text embeddings of a video, which are zero.
+        digests: File with digests of an earlier start, as for `LatentFolder`.
+        encode: Whether to encode texts that are not encoded yet, and write their embeddings to files; otherwise the
+            embeddings of prompts and captions are zero.
 
     Returns:
-        A source.
+        The source.
 
     Raises:
         UserError: If none or several are set, or the data cannot be used.

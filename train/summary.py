@@ -1,4 +1,4 @@
-"""What a run folder holds, in lines: `monarchrt inspect RUN`. Nothing in the folder is changed."""
+"""The summary of a run folder for `monarchrt inspect RUN`. Nothing in the folder is changed."""
 
 import dataclasses
 import math
@@ -22,16 +22,16 @@ from monarchrt.train.data import LatentFolder
 from monarchrt.train.logs import LOG_NAME, read_log
 from monarchrt.train.run_folder import SET_ASIDE_NAME, read_config
 
-READ_AT_MOST = 2**31  # bytes of a network whose numbers are read, so that the command stays quick
-SHORT = 160  # characters of a reason
+READ_AT_MOST = 2**31  # bytes; the arrays of larger networks are not read, so that the command is quick
+SHORT = 160  # most characters of an error message in the summary
 
 
 class Summary(NamedTuple):
     """A report on a run folder.
 
     Attributes:
-        lines: A line for each fact.
-        usable: Whether `generate` or `convert` can take a checkpoint: the newest that can be read.
+        lines: The lines of the report.
+        usable: Whether `generate` or `convert` can use the run: there is a checkpoint that can be read.
     """
 
     lines: list[str]
@@ -39,7 +39,7 @@ class Summary(NamedTuple):
 
 
 class _Newest(NamedTuple):
-    """The newest checkpoint that can be read, and what is wrong with those after it by their steps."""
+    """The newest readable checkpoint, whether its arrays were read, and the errors of newer ones by step."""
 
     network: StoredNetwork | None
     read: bool
@@ -47,13 +47,13 @@ class _Newest(NamedTuple):
 
 
 def run_summary(folder: Path) -> Summary:
-    """Sums up a run folder: how far it came, how good it is, what it trains, and what can be made of it.
+    """Summarizes a run folder: its progress, losses, networks and settings, and the commands that use it.
 
     Args:
-        folder: A run folder, whole or not.
+        folder: A run folder, which may be incomplete or damaged.
 
     Returns:
-        The report; what is damaged or not there is a line of it.
+        The report, which includes what is damaged or missing.
     """
     settings, config, said = _settings(folder)
     newest = _newest(folder)
@@ -84,7 +84,7 @@ def _reason(error: Exception) -> str:
 
 
 def _settings(folder: Path) -> tuple[RunSettings | None, TrainConfig | None, str]:
-    """What config.json says of the network and of the training, as far as it can be read; and in words."""
+    """Network and training settings in config.json, None if they cannot be read; and the file's name or the error."""
     if not (folder / CONFIG_NAME).is_file():
         return None, None, f"{CONFIG_NAME} is not there"
     parts: list[Any] = []
@@ -161,7 +161,7 @@ def _log(folder: Path) -> dict[str, str]:
 
 
 def _network(settings: RunSettings, stored: StoredNetwork | None) -> tuple[WanConfig | None, str]:
-    """The network's sizes, or why they cannot be told."""
+    """The configuration of the network, or None and the reason why it cannot be determined."""
     kernel = () if stored is None else stored.shapes.get("patch_embedding.kernel", ())
     patch = settings.data.patch
     channels = kernel[-2] if len(kernel) > 1 else None if settings.data.precomputed else 3 * patch * patch
@@ -181,7 +181,7 @@ def _model(network: WanConfig) -> str:
 
 
 def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
-    """The attention, how much of its map it keeps, and the tokens of a sample."""
+    """The attention with its density, and the data with the tokens of a sample."""
     layers = network.layer_attention
     text = to_text(layers[0] if len(set(layers)) == 1 else layers)
     data = settings.data
@@ -195,7 +195,7 @@ def _attention(network: WanConfig, settings: RunSettings) -> dict[str, str]:
         grid = network.token_grid(*shape)
         density = density_of_network(network.attention, network.num_layers, grid, causal_block=network.causal_block)
     except (ValueError, NotImplementedError) as error:
-        return {"attention": f"{text}; how dense it is cannot be told ({_reason(error)})"}
+        return {"attention": f"{text}; its density is not known ({_reason(error)})"}
     tokens = f"{math.prod(grid):,} tokens a sample, {' x '.join(map(str, grid))}"
     return {"attention": f"{text}, {density}", "data": f"{data.video or data.precomputed or 'unknown'}; {tokens}"}
 
@@ -223,7 +223,7 @@ def _training(config: TrainConfig) -> dict[str, str]:
 
 
 def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: StoredNetwork | None) -> dict[str, str]:
-    """The commands that take the run, and what they make of it."""
+    """The commands that use the run, with what they do."""
     path = shlex.quote(str(folder))
     averaged = stored is not None and any(
         ".average." in name or name.startswith("ema.") for name in stored.names.values()
@@ -242,5 +242,5 @@ def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: Store
         }
     defaults = run_defaults(settings, network)
     sampled = f"{defaults.frames} frames of {defaults.height} x {defaults.width}, {defaults.mode}, {defaults.sampler}"
-    # of blocks of pixels, for which there is no VAE: a model of it would have nothing to decode with
+    # not convert: the latents are pixel blocks, which no VAE of a converted model could decode
     return {"generate": f"monarchrt generate --checkpoint {path}    makes {sampled}, of {what}"}

@@ -1,4 +1,4 @@
-"""Texts of a run: a file of prompts as a source, and embeddings that are made once and kept in files."""
+"""Texts of a run: a source that reads prompts from a file, and text embeddings, encoded once and stored in files."""
 
 import hashlib
 import sys
@@ -13,17 +13,17 @@ from monarchrt.models.media.windows import held_out_count
 from monarchrt.train.data import Batch, ReadsParts, example_order
 from monarchrt.train.data_settings import DataConfig
 
-CHANNELS = 16  # of latents of Wan 2.1's VAE
-_DAY = 86400.0  # seconds that other processes wait for texts to be encoded
-_GLANCE = 2**16  # bytes of a file of embeddings that is looked at whole
-TEMPORAL, SPATIAL = 4, 8  # frames of a latent frame after the first, pixels of a latent, either way
+CHANNELS = 16  # latent channels of Wan 2.1's VAE
+_DAY = 86400.0  # seconds for which other processes wait until texts are encoded
+_GLANCE = 2**16  # bytes up to which processes compare whole files of embeddings, not just samples
+TEMPORAL, SPATIAL = 4, 8  # frames per latent frame after the first, and pixels per latent along height and width
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """Reads the non-empty lines of a text file.
 
     Raises:
-        UserError: If it cannot be read, is no text of UTF-8, or UTF-16 with its mark, or has none.
+        UserError: If the file cannot be read, is neither UTF-8 nor UTF-16 with a byte order mark, or has no prompt.
     """
     try:
         data = path.read_bytes()
@@ -37,17 +37,17 @@ def read_prompts(path: Path) -> list[str]:
 
 
 class Embeddings:
-    """Embeddings of texts, each in a file of its own, made before they are needed.
+    """Embeddings of texts, encoded when constructed, and stored in one file per text.
 
     Args:
         texts: All texts.
-        config: Says where the encoder is, where files go, and how many rows an embedding has.
-        beside: What the texts are from; the files go beside it where nothing else is said.
+        config: Settings of the data, of which `components`, `text_cache` and `rows` are used.
+        beside: File or folder of the texts, next to which embeddings are stored without `text_cache`.
         report: Called with lines of progress.
-        unread: Width of embeddings that are zero: nothing is encoded, and no encoder is needed. None: they are made.
+        unread: Width of zero embeddings to use instead of encoding the texts; None to encode them.
 
     Raises:
-        UserError: If there is no encoder.
+        UserError: If the text encoder or the tokenizer is missing.
     """
 
     def __init__(
@@ -85,20 +85,20 @@ class Embeddings:
         check_same("text encoders", lambda: listing([*weight_files(encoder), *weight_files(tokenizer)]))
 
         def encode(report: Callable[[str], None]) -> None:
-            report(f"{len(different)} texts of {beside}; embeddings are in {folder}, those that are not yet are made")
+            report(f"{len(different)} texts of {beside}; missing embeddings are computed and stored in {folder}")
             self._files = encode_once(
                 different, folder, encoder=encoder, tokenizer=tokenizer, rows=config.rows,
                 dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", report=report,
             )  # fmt: skip
 
         run_in_first("texts", lambda: encode(report), seconds=_DAY)
-        if not is_first_process():  # it finds them, unless the folder is another one here
+        if not is_first_process():  # finds them encoded, unless this process has another folder
             encode(lambda line: None)
         kept = list(self._files.values())
         check_same("kept text embeddings", lambda: digest_of(samples(kept, whole=_GLANCE, block=_GLANCE // 8)))
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings [n, rows, D], float32, zero past each text's end."""
+        """Reads embeddings of texts: [n, rows, D], float32, zero after the end of each text."""
         from monarchrt.models.umt5 import load_embeddings
 
         if self._unread is not None:
@@ -108,11 +108,11 @@ class Embeddings:
 
 
 class PromptFile(ReadsParts):
-    """Prompts without clips: latents are zero, of the shape that a network is to make.
+    """Prompts without clips; latents are zero, with the shape of the clips to generate.
 
     Args:
-        config: `prompts`, the size of a video, `held_out`.
-        unread: As `Embeddings`.
+        config: Settings of the data, of which `prompts`, the size of a video, `held_out` and those of texts are used.
+        unread: Width of zero embeddings to use instead of encoding the prompts, as for `Embeddings`.
 
     Raises:
         UserError: If the file cannot be used, or has fewer than two different prompts.
@@ -136,16 +136,16 @@ class PromptFile(ReadsParts):
 
     @property
     def held_out(self) -> int:
-        """Number of held-out prompts, the last of the file."""
+        """Number of held-out prompts, which are the last ones in the file."""
         return len(self.held_out_prompts)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the prompts, in their order, and of the shape."""
+        """SHA-256 of the prompts in their order, the shape of latents and the rows of embeddings."""
         return hashlib.sha256(repr((self._prompts, self._shape, self._rows)).encode()).hexdigest()
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """Those prompts of a step that are at `rows` of its batch."""
+        """The prompts at `rows` of a step's batch."""
         order = example_order(step, batch, seed, len(self.train_prompts), rows)
         return self._load([self.train_prompts[index] for index, _ in order])
 

@@ -1,4 +1,4 @@
-"""Figures of the log that show early that a training collapses, and the warning that names them."""
+"""Checks of logged figures that show early that a training collapses, and their warnings."""
 
 import collections
 import fnmatch
@@ -12,17 +12,17 @@ from monarchrt.models.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A figure that should stay near where it was.
+    """Bounds of a logged figure, relative to an earlier value.
 
     Attributes:
         figure: Name in the log, such as `student/motion`, or a pattern, whose figures are averaged.
-        what: What the figure is, in words.
-        means: What it means if it leaves its bounds, and what to do.
-        below: Least share of the reference.
-        above: Largest multiple of the reference.
-        least: Nothing is said of values that are not above it.
-        reference: Mean of the first window, or of the lowest so far.
-        window: Updates that are averaged.
+        what: Description of the figure.
+        means: Meaning of a figure out of bounds, and what to do.
+        below: Warn if the figure is below this multiple of the reference.
+        above: Warn if the figure is above this multiple of the reference, and above `least`.
+        least: Value that the figure must exceed for a warning by `above`.
+        reference: "first" for the mean of the first window, "lowest" for the lowest mean so far.
+        window: Number of updates over which the figure is averaged.
 
     Examples:
         >>> Check(figure="student/motion", what="motion", means="it stands still", below=0.5).window
@@ -44,7 +44,7 @@ class Check:
 
 
 class _Follower:
-    """One check over the records of a run."""
+    """The state of one check over the records of a run."""
 
     def __init__(self, check: Check):
         self.check = check
@@ -54,7 +54,7 @@ class _Follower:
         self._warned = False
 
     def add(self, record: Mapping[str, float]) -> tuple[float, float] | None:
-        """The value and the reference, if the figure has just left its bounds."""
+        """Adds a record; returns the value and the reference if the figure has just left its bounds."""
         check, figures = self.check, fnmatch.filter(record, self.check.figure)
         if not figures:
             return None
@@ -64,7 +64,7 @@ class _Follower:
                 self._values.setdefault(name, collections.deque(maxlen=check.window)).append(value)
         if self._seen < check.window or not self._values:
             return None
-        # each figure of a pattern counts as much, however often it is there
+        # all figures of a pattern have the same weight, however often each is logged
         means = [math.fsum(values) / len(values) for values in self._values.values()]
         value = math.fsum(means) / len(means)
         if self._reference is None or (check.reference == "lowest" and value < self._reference):
@@ -76,10 +76,10 @@ class _Follower:
 
 
 class Watch:
-    """Follows the log of a run.
+    """Applies checks to the log of a run.
 
     Args:
-        checks: What to look at.
+        checks: The checks.
 
     Examples:
         >>> check = Check(figure="motion", what="the motion", means="the video stands still", below=0.5, window=1)
@@ -92,7 +92,7 @@ class Watch:
         self._followers = [_Follower(check) for check in checks]
 
     def add(self, step: int, record: Mapping[str, float]) -> list[str]:
-        """What is to be warned of, once each until the figure is back within its bounds.
+        """Adds a record; returns the warnings, each once until its figure is back within the bounds.
 
         Args:
             step: Step of the record.
@@ -109,7 +109,7 @@ class Watch:
         return lines
 
     def replay(self, records: Iterable[Mapping]) -> None:
-        """Takes in the log that a resumed run goes on with; what it warned of is not said again."""
+        """Adds the records of a resumed run's log; its warnings are not returned again."""
         for record in records:
             self.add(record["step"], {name: float(x) for name, x in record.items() if _is_number(x)})
 

@@ -1,4 +1,4 @@
-"""The time that `monarchrt train --plan` reckons: products by hand, seconds against what was measured."""
+"""The time that `monarchrt train --plan` estimates: products by hand, seconds against what was measured."""
 
 import dataclasses
 import json
@@ -209,7 +209,7 @@ def test_steps_that_were_measured_lie_within_what_is_said(case):
     (update,) = estimate.updates
     assert estimate.rates is not None
     assert estimate.rates.low * update.seconds < measured < (estimate.rates.high or 0) * update.seconds
-    print(f"{case}: measured {measured:.3f} s, reckoned {update.seconds:.3f}: {measured / update.seconds:.2f}")
+    print(f"{case}: measured {measured:.3f} s, estimated {update.seconds:.3f}: {measured / update.seconds:.2f}")
 
 
 def update(role="student", *, updates=3, **parts):
@@ -263,7 +263,7 @@ class TestEstimate:
         )
         assert second.startswith("an update of the critic: 3 TFLOP in products on 2 devices, some 4 s")
         assert "15 steps, 3 of the student and 15 of the critic: some 70.5 s, from 56.4 s to 88.1 s" in whole
-        assert "and exchange between devices aside; reckoned, not tried: products and attention at 43% and 60%" in whole
+        assert "and exchange between devices aside; an estimate: products and attention at 43% and 60%" in whole
         (long,) = [line for line in Estimate(rates=known(), updates=updates * 100, left=9).lines() if "steps" in line]
         assert (
             ": some 1 h 58 min, from 1 h 34 min to 2 h 27 min, held-out losses, samples and checkpoints aside" in long
@@ -279,7 +279,7 @@ class TestEstimate:
 
     def test_none_where_there_is_no_saying(self):
         estimate = Estimate(rates=None, why="because")
-        assert list(estimate.lines()) == ["how long it takes is not reckoned: because"]
+        assert list(estimate.lines()) == ["the time is not estimated: because"]
         assert (estimate.seconds, estimate.to_dict()["why"]) == (None, "because")
 
     def test_products_that_may_not_be_rounded_have_no_rate_on_a_gpu(self):

@@ -152,7 +152,7 @@ def test_what_does_not_fit_or_is_not_known():
     assert plan_lines(small)[-1].endswith("of 9 GiB: it does not fit; try --remat full, or a smaller --batch")
     silent = dataclasses.replace(PLAN, steps=(dataclasses.replace(PLAN.steps[0], memory=None),))
     assert plan_lines(silent) == [
-        "a step that updates student and critic: this backend's compiler does not say what its program takes"
+        "a step that updates student and critic: this backend's compiler does not report the memory of its program"
     ]
     assert silent.to_dict()["most"] is silent.to_dict()["steps"][0]["memory"] is silent.fits is None
 
