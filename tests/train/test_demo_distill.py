@@ -213,7 +213,7 @@ def test_that_of_another_version_is_not_gone_on_with(tmp_path, capsys):
     before = contents(config.folder)
     assert main(resume) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"dmd/ of the demo in {config.folder} was begun by another version (student_every 2, now 4); give" in said
+    assert f"dmd/ of the demo in {config.folder} was started by another version (student_every 2, now 4); give" in said
     assert contents(config.folder) == before
     write_config(run, latents=(4, 8, 14))
     claim_demo(dataclasses.replace(config, resume=True))  # of this one, it is

@@ -1,4 +1,4 @@
-"""The demo: the paper's claim in miniature, on a CPU, from a clip to pictures in one command."""
+"""The demo: finetuning with Monarch attention, or distillation, at small scale on a CPU, from a clip to plots."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["DemoConfig", "run_demo"]
 
 
 def __getattr__(name: str) -> Any:
-    """`run_demo` is loaded when it is asked for: what needs no JAX, such as help, stays quick."""
+    """Imports `run_demo` lazily, since it needs JAX, and the command's help should be quick."""
     if name == "run_demo":
         from monarchrt.train.demo.run import run_demo
 

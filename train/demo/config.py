@@ -1,4 +1,4 @@
-"""The demo's settings, and the three training runs they stand for. Nothing here imports JAX."""
+"""The settings of the demo, and of its three training runs. Does not import JAX."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from monarchrt.models.errors import UserError
 from monarchrt.train.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from monarchrt.train.objectives.settings import FlowConfig
 
-DISTILLED = Path("runs/distil")  # where `monarchrt demo --distill` puts everything, if not told
-PATCH = 4  # pixels of a latent position; a token is one position
+DISTILLED = Path("runs/distil")  # default folder of `monarchrt demo --distill`
+PATCH = 4  # side in pixels of a latent position, which is one token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class DemoConfig:
     Default with --distill: runs/distil."""
 
     resume: bool = False
-    """Continue a demo that was stopped; settings that are not given are those it was started with."""
+    """Continue a demo that was stopped; settings that are not given are those with which it was started."""
 
     seed: int = 0
     """Seed of the initial parameters, the noise and the order of the data."""
@@ -72,14 +72,14 @@ class DemoConfig:
 
 
 def dense_run(config: DemoConfig) -> TrainConfig:
-    """Training from scratch with softmax attention.
+    """The run that trains a model from scratch with dense attention.
 
-    The window's frames have a noise level each, so what a noisy frame shows has to be fetched from a cleaner one by
-    attention; that is what makes the attention matter in a model this small. What the swap costs adds up over layers:
-    with two it was no more than seeds differ by, with five it is many times that.
+    Every frame of a window has its own noise level, so the content of a noisy frame has to be taken from a cleaner one
+    by attention, which makes attention matter in such a small model. The loss from the swap adds up over layers: with
+    two layers it was within the difference between seeds, with five it is many times larger.
 
     Args:
-        config: The demo's settings.
+        config: The settings of the demo.
 
     Returns:
         The settings of the run in `folder/dense`.
@@ -130,13 +130,13 @@ def dense_run(config: DemoConfig) -> TrainConfig:
 
 
 def further_runs(config: DemoConfig) -> tuple[TrainConfig, TrainConfig]:
-    """What follows the dense run: the dense model trained further, as a control, and finetuned with Monarch attention.
+    """The runs after the dense one: a control that trains the dense model further, and finetuning with Monarch.
 
-    Both start from the dense model's average, see the same batches and noise, and differ in attention alone: what the
-    steps themselves bring is in both.
+    Both start from the dense model's average and use the same batches and noise. They differ only in attention, so
+    both contain the gain of the additional steps.
 
     Args:
-        config: The demo's settings.
+        config: The settings of the demo.
 
     Returns:
         The settings of the runs in `folder/control` and `folder/monarch`.

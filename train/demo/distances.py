@@ -1,17 +1,17 @@
-"""How far two sets of clips are from each other as distributions: the energy distance (Szekely and Rizzo 2013)."""
+"""The energy distance between the distributions of two sets of clips (Szekely and Rizzo 2013)."""
 
 import numpy as np
 from jaxtyping import Float
 
 
 def energy_distance(x: Float[np.ndarray, "n *shape"], y: Float[np.ndarray, "m *shape"]) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, over E|Y - Y'|: 0 if both are of one distribution, and only then.
+    """(2 E|X - Y| - E|X - X'| - E|Y - Y'|) / E|Y - Y'|, which is 0 only for equal distributions.
 
-    Without bias, so of two sets of one distribution it is below 0 as often as above.
+    The estimate of the numerator is unbiased, so it can be negative for sets of the same distribution.
 
     Args:
         x: Samples, at least 2.
-        y: Samples to compare with, at least 2; their own spread is the unit.
+        y: Samples to compare with, at least 2, whose own spread is the unit.
 
     Returns:
         The distance.
@@ -28,7 +28,7 @@ def energy_distance(x: Float[np.ndarray, "n *shape"], y: Float[np.ndarray, "m *s
 
 
 def _between(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean Euclidean distance of pairs; of a set with itself, of different ones."""
+    """Mean Euclidean distance of pairs; for a set with itself, of pairs of distinct samples."""
     squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
     distances = np.sqrt(np.maximum(squares, 0.0))
     if x is y:

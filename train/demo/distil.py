@@ -1,11 +1,11 @@
-"""`monarchrt demo --distill`: a dense teacher of many steps beside Monarch students of four steps.
+"""`monarchrt demo --distill`: compares a many-step dense teacher with four-step Monarch students.
 
-What is claimed is measured on clips, made of noise that no training saw: how far their distribution is from that of the
-teacher's own clips of many steps, which is no training loss. Beside every student stands the same network in as many
-steps without distillation.
+The measure is the distance between the distributions of a network's clips and of the teacher's many-step clips, which
+is not a training loss; clips are sampled from noise that was not used in training. Every student is compared with the
+same network sampled in as many steps without distillation.
 
-Every network is sampled with the moving average of its parameters. A student's own parameters jump from one update to
-the next: what they make at the last step says as much of that step as of the training.
+All networks are sampled with the moving average of their parameters, since a student's latest parameters change a lot
+from one update to the next.
 """
 
 import dataclasses
@@ -42,28 +42,28 @@ from monarchrt.train.objectives.settings import FlowConfig
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
 
-STEPS = 24  # of the teacher's clips
-SHOWN = 8  # clips in the film
+STEPS = 24  # steps of the teacher's clips
+SHOWN = 8  # clips of each network in the film
 
 AVERAGED = "average of the parameters, decay {:g}"
 
 type Sampling = Callable[[Any, jax.Array, Batch], jax.Array]
-"""(network, key, examples of whose shape and text) -> clips."""
+"""(network, key, examples that define shape and text) -> clips."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One network, sampled in one way.
+    """Measures of one network with one sampler.
 
     Attributes:
-        label: What it is.
-        steps: Calls of the network for a clip, or for a block.
-        stored: Share of the attention map that is stored.
+        label: Label of the network.
+        steps: Network calls per clip, or per block.
+        stored: Fraction of the attention map that is stored.
         distance: Energy distance of its clips to the teacher's.
-        to_clip: Energy distance to the held-out windows of the video.
-        frames: The first, of each frame of a clip by itself.
-        motion: Mean |difference of neighbouring frames|, over the teacher's.
-        parameters: Which of the training's parameters it was sampled with.
+        to_clip: Energy distance of its clips to the held-out windows of the video.
+        frames: Energy distance of single frames to the teacher's, for each frame of a clip.
+        motion: Mean absolute difference of neighboring frames, relative to the teacher's.
+        parameters: The parameters that it was sampled with, in words.
     """
 
     label: str
@@ -77,12 +77,12 @@ class Row:
 
     @property
     def drift(self) -> float:
-        """How much further off the last frame is than the first."""
+        """Difference between the distances of the last frame and of the first."""
         return self.frames[-1] - self.frames[0]
 
 
 def many_steps(steps: int) -> Sampling:
-    """Euler's method."""
+    """A sampler by Euler's method."""
     levels = sampling_levels(FlowConfig(shift=SHIFT), steps=steps)
     return lambda network, key, like: euler_sample(
         network, jax.random.normal(key, like.latents.shape), jnp.asarray(like.text), levels=levels
@@ -90,7 +90,11 @@ def many_steps(steps: int) -> Sampling:
 
 
 def few_steps(config: TrainConfig) -> Sampling:
-    """All steps of a student, as it is trained to make clips."""
+    """The sampler of a student, with all of its steps.
+
+    Raises:
+        TypeError: If the objective has no few-step student.
+    """
     objective = make_objective(config.objective)
     if not isinstance(objective, DMDObjective):
         raise TypeError(f"{config.objective.name} has no few steps")
@@ -104,7 +108,7 @@ def few_steps(config: TrainConfig) -> Sampling:
 
 
 def make_clips(network: nnx.Module, sampling: Sampling, like: Batch, *, count: int, seed: int) -> np.ndarray:
-    """Clips [count, F, h, w, C], a batch at a time; the same noise for the same seed."""
+    """Samples clips [count, F, h, w, C] in batches; the noise is a function of the seed."""
     graph, params = nnx.split(network)
     run = jax.jit(lambda params, key, text: sampling(nnx.merge(graph, params), key, like._replace(text=text)))
     keys = jax.random.split(jax.random.key(seed), -(-count // len(like.text)))
@@ -112,13 +116,13 @@ def make_clips(network: nnx.Module, sampling: Sampling, like: Batch, *, count: i
 
 
 class Measured:
-    """Clips of several networks, and how far they are from the teacher's.
+    """Samples clips of several networks and measures their distances to the teacher's.
 
     Args:
-        teacher: The dense network of many steps.
-        source: The clip.
-        count: Clips of each network.
-        seed: Of their noise.
+        teacher: The dense network, sampled in many steps.
+        source: The windows of the clip.
+        count: Number of clips of each network.
+        seed: Seed of their noise.
     """
 
     def __init__(self, teacher: nnx.Module, source: ClipWindows, *, count: int, seed: int):
@@ -132,7 +136,7 @@ class Measured:
     def add(
         self, name: str, label: str, network: Any, sampling: Sampling, *, steps: int, stored: float, parameters: str
     ) -> Row:
-        """Makes clips of a network and measures them."""
+        """Samples clips of a network and measures them."""
         clips = make_clips(network, sampling, self._like, count=self._count, seed=self._seed)
         there = self._reference
         motion = lambda x: float(np.abs(np.diff(x, axis=1)).mean())  # noqa: E731
@@ -150,7 +154,7 @@ class Measured:
         return row
 
     def film(self, path: Path) -> Path:
-        """Writes the first clips of all networks, one after the other, side by side."""
+        """Writes a video with the first clips of each network in sequence, the networks side by side."""
         zoom = max(1, COLUMN // 2 // (self._like.latents.shape[3] * self._source.transform.patch))
         panels = []
         for name, clips in self.clips.items():
@@ -164,20 +168,20 @@ class Measured:
 
 
 def parameters_of(config: TrainConfig) -> str:
-    """Which parameters of a run `TrainResult.model` has."""
+    """The parameters of `TrainResult.model`, in words."""
     decay = config.optimizer.ema_decay
     return "latest parameters" if decay is None else AVERAGED.format(decay)
 
 
 def sampled_with(rows: Mapping[str, Row]) -> str:
-    """Which parameters the networks were sampled with; by network, if these differ."""
+    """The parameters that the networks were sampled with, in words; by network if they differ."""
     kinds = {row.parameters for row in rows.values()}
     return kinds.pop() if len(kinds) == 1 else "; ".join(f"{name}: {row.parameters}" for name, row in rows.items())
 
 
 def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainConfig]) -> Path:
-    """Draws the measure of every network, and what the trainings logged: the critic's loss, and how far apart critic
-    and teacher are on the student's clips."""
+    """Plots the distances of all networks, and from the logs of the runs the critic's loss and the mean difference of
+    critic and teacher on the student's clips."""
     figure, (bars, critic, apart) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     names = list(rows)[::-1]
     bars.barh([rows[name].label for name in names], [rows[name].distance for name in names], color="#4c72b0")
@@ -209,29 +213,29 @@ def run_distillation(
     *,
     begun: float,
 ) -> dict[str, Row]:
-    """What follows the dense run: trains the students, measures them beside what they are compared with, writes it.
+    """Trains the students, compares them with networks that are not distilled, and writes the results.
 
     Args:
-        config: The demo's settings.
-        runs: Of `distillations`.
+        config: The settings of the demo.
+        runs: Settings of the runs, from `distillations`.
         dense: The teacher.
-        source: The clip.
+        source: The windows of the clip.
         trained: Trains a run.
         console: Shows progress.
         begun: Start of the whole demo, by `time.monotonic()`.
 
     Returns:
-        What was measured, by network.
+        The measures by network.
     """
     students: dict[str, TrainResult] = {}
-    told = {
+    titles = {
         "dmd": "distil it into four steps with Monarch attention (DMD)",
         "dmd-dense": "the same with dense attention, to compare with",
         "causal": "finetune the dense model to see earlier frames only, with Monarch attention",
         "self-forcing": "distil that into four steps, on clips that it makes frame by frame (Self-Forcing)",
     }
     for number, (name, settings) in enumerate(runs.items(), 2):
-        console.print(f"\n{number}. {told[name]}, {settings.run.steps} steps")
+        console.print(f"\n{number}. {titles[name]}, {settings.run.steps} steps")
         students[name] = trained(settings)
     console.print(f"\n{len(runs) + 2}. make {config.clips} clips with each, and compare them with the teacher's")
     measured = Measured(dense, source, count=config.clips, seed=config.seed + 1000)
@@ -272,7 +276,7 @@ def run_distillation(
 
 
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
-    """Which of the claims the measured distances bear out, one a line."""
+    """For each claim, a line that says whether the measured distances support it."""
     best = min(rows[name].distance for name in ("dense-euler", "dense"))
     dmd, forced = rows["dmd"].parameters, rows["self-forcing"].parameters
     claims = (
@@ -291,7 +295,7 @@ def verdicts(rows: Mapping[str, Row]) -> list[str]:
 
 
 def table(rows: Mapping[str, Row]) -> Table:
-    """The rows for a terminal."""
+    """The table of all rows."""
     shown = Table(
         "network", "steps", "map stored", "distance to teacher", "to the held-out clip", "drift", "motion",
         caption=f"sampled with the {sampled_with(rows)}",

@@ -1,4 +1,4 @@
-"""The training runs of `monarchrt demo --distill`: from the demo's dense teacher to students of four steps. No JAX."""
+"""The distillation runs of `monarchrt demo --distill`, which train four-step students. Does not import JAX."""
 
 import dataclasses
 
@@ -6,24 +6,24 @@ from monarchrt.train.config import ModelConfig, OptimizerConfig, RoleConfig, Run
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.objectives.settings import DMDConfig, SelfForcingConfig
 
-SHIFT = 3.0  # of the teacher's training
-BLOCK = 1  # latent frames of a causal student's block
-EVERY = 4  # steps of the critic for one of a student
-# from one update to the next a student jumps; its average, which is what is sampled, does not
+SHIFT = 3.0  # timestep shift, that of the teacher's training
+BLOCK = 1  # latent frames per block of a causal student
+EVERY = 4  # updates of the critic per update of the student
+# the large learning rates make parameters change a lot per update; networks are sampled with their moving average
 _STUDENT = OptimizerConfig(learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=10, ema_decay=0.98)
 _CRITIC = OptimizerConfig(learning_rate=4e-3, beta1=0.0, beta2=0.99, ema_decay=None)
 
 
 def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
-    """What follows the dense run with `--distill`, by the name of its folder.
+    """The runs after the dense one with `--distill`, by the name of their folder.
 
-    dmd          a Monarch student of four steps, made of the dense teacher
-    dmd-dense    the same with dense attention: same batches, draws and steps
-    causal       the dense teacher finetuned to see earlier frames only, with Monarch attention, many steps
-    self-forcing a causal Monarch student of four steps, made of that; more steps made it no nearer
+    dmd           a four-step Monarch student of the dense teacher
+    dmd-dense     the same with dense attention, and the same batches, draws and steps
+    causal        the dense teacher finetuned to be causal, with Monarch attention, sampled in many steps
+    self-forcing  a causal four-step Monarch student, initialized from it; more training steps did not improve it
 
     Args:
-        config: The demo's settings.
+        config: The settings of the demo.
 
     Returns:
         The settings of the runs, in this order.

@@ -1,4 +1,4 @@
-"""The demo's film: each model continues the first frame of the held-out clip, next to the clip itself."""
+"""The demo's film: each model continues the first frame of the held-out clip, shown next to the clip itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,20 +21,20 @@ from monarchrt.train.sample import sampling_levels
 from monarchrt.train.state import as_velocity, split_model
 
 STEPS = 16  # Euler steps from noise to frames
-COLUMN = 560  # pixels of width that a frame is enlarged to, or a little less
-CAPTION, MARGIN = 34, 6  # pixels
-HOLD = 12  # frames for which the last picture stays
+COLUMN = 560  # largest width in pixels to which frames are enlarged
+CAPTION, MARGIN = 34, 6  # height of a caption and width of a margin, in pixels
+HOLD = 12  # frames for which the last one is repeated
 
 
 def make_continuation(graph: nnx.GraphDef, *, objective: FlowConfig) -> Callable[..., jax.Array]:
-    """Makes a compiled sampler that keeps the first frame of a window and draws the others from noise.
+    """Makes a compiled sampler that keeps the first frame of a window and samples the others from noise.
 
     Args:
-        graph: Structure of a network trained with a noise level for each frame.
-        objective: Shift and timestep scale.
+        graph: Structure of a network trained with a noise level per frame.
+        objective: Settings of the objective, of which shift and scale of timesteps are used.
 
     Returns:
-        (params, fixed, latents [B, F, h, w, C], text, noise) -> latents with frames 1 and on made by the network.
+        (params, fixed, latents [B, F, h, w, C], text, noise) -> latents whose first frame is the given one.
     """
     levels = jnp.asarray(sampling_levels(objective, steps=STEPS))
 
@@ -57,15 +57,15 @@ def make_continuation(graph: nnx.GraphDef, *, objective: FlowConfig) -> Callable
 
 
 def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, config: TrainConfig) -> Path:
-    """Writes the held-out clip and what each model makes of its first frame, in two rows, with how far each is off.
+    """Writes a video of the held-out clip and each model's continuation of its first frame, with the mean pixel error.
 
-    A model is given one frame; from then on it continues its own last frame, window by window, so that its errors add
-    up as they would in a long video.
+    A model gets one frame, and from then on continues its own last frame, window by window, so that errors accumulate
+    as in a long video.
 
     Args:
-        path: The mp4.
-        models: Label -> network.
-        source: The clip.
+        path: The mp4 file to write.
+        models: Networks by label.
+        source: The windows of the clip.
         config: Settings of the training run.
 
     Returns:
@@ -87,13 +87,13 @@ def write_film(path: Path, models: Mapping[str, WanModel], source: ClipWindows, 
 
 
 def continue_clip(model: WanModel, source: ClipWindows, config: TrainConfig, *, frames: int) -> np.ndarray:
-    """What a model makes of the first frame of the held-out clip.
+    """Generates a model's continuation of the first frame of the held-out clip.
 
     Args:
-        model: A network trained with a noise level for each frame.
-        source: The clip.
+        model: A network trained with a noise level per frame.
+        source: The windows of the clip.
         config: Settings of the training run.
-        frames: How many to return, the given one among them.
+        frames: Number of frames to return, including the given one.
 
     Returns:
         Frames, uint8 [frames, H, W, 3].
@@ -107,17 +107,17 @@ def continue_clip(model: WanModel, source: ClipWindows, config: TrainConfig, *, 
         noise = evaluation_noise(len(made), 0, source.latent_shape)[None]
         window = np.asarray(sample(params, fixed, window, text, noise), np.float32)
         made.append(window[0, 1:])
-        window = np.roll(window, 1, axis=1)  # the last frame comes first
+        window = np.roll(window, 1, axis=1)  # the last frame is the first of the next window
     return source.transform.decode(np.concatenate(made)[None, :frames])[0]
 
 
 def labelled(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np.ndarray:
-    """Frames enlarged smoothly, each with a caption above and a margin around, uint8 [T, H', W', 3].
+    """Enlarges frames by bicubic interpolation, and adds a caption above and a margin, uint8 [T, H', W', 3].
 
     Args:
-        frames: uint8 [T, H, W, 3].
-        captions: One for all, or one for each.
-        zoom: Factor.
+        frames: Frames, uint8 [T, H, W, 3].
+        captions: One caption for all frames, or one for each.
+        zoom: Factor by which frames are enlarged.
     """
     height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
     captions = [captions] * len(frames) if isinstance(captions, str) else captions
@@ -131,11 +131,11 @@ def labelled(frames: np.ndarray, captions: str | Sequence[str], zoom: int) -> np
 
 
 def subscribed(frames: np.ndarray, caption: str) -> np.ndarray:
-    """Frames with a caption below, uint8 [T, H + CAPTION, W, 3].
+    """Adds a caption below frames, uint8 [T, H + CAPTION, W, 3].
 
     Args:
-        frames: uint8 [T, H, W, 3].
-        caption: Text below all frames.
+        frames: Frames, uint8 [T, H, W, 3].
+        caption: The caption of all frames.
     """
     panel = Image.new("RGB", (frames.shape[2], CAPTION), "white")
     ImageDraw.Draw(panel).text((MARGIN, 6), caption, fill="black", font=ImageFont.load_default(18))

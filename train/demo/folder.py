@@ -1,8 +1,8 @@
-"""A demo's folder: what may be begun or gone on with there, and the settings it was started with. No JAX here.
+"""The folder of a demo: checks whether a demo can start or resume there, and its stored settings. Does not import JAX.
 
 demo.json                  the settings
 dense/ control/ monarch/   the run folders of the three trainings; with --distill those of `few_steps.distillations`
-*.json, *.png, *.mp4       what the demo leaves at its end
+*.json, *.png, *.mp4       the results
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ from monarchrt.train.demo.few_steps import distillations
 from monarchrt.train.run_folder import CONFIG_NAME, claim_folder, read_config
 
 SETTINGS_NAME = "demo.json"
-# the runs build on each other, so none may change when some are done; the clip is compared by its content
+# must not change when resuming, since the runs depend on each other; the clip is compared by its content
 _FIXED = ("seed", "steps", "finetune_steps", "height", "width", "tile", "distill", "distill_steps", "clips")
 
 
 def claim_demo(config: DemoConfig) -> None:
-    """Checks that a demo may use its folder, and that nothing in it would be lost; touches nothing.
+    """Checks that a demo can use its folder without losing anything in it; changes nothing.
 
     Raises:
-        UserError: If the folder is none, or holds what the demo cannot go on with.
+        UserError: If the path is a file, the folder has other files, or a demo that cannot be resumed with these
+            settings.
     """
     folder = config.folder
     if folder.exists() and not folder.is_dir():
@@ -50,7 +51,7 @@ def claim_demo(config: DemoConfig) -> None:
         _check_objective(name, run)
         claim_folder(run)
         if names & {"results.json", "comparison.mp4", "distillation.json"} and not _has_checkpoint(run.run.folder):
-            # those of a demo from before there was a control are made again, with it
+            # demos of versions without a control get one, and their results are written again
             if name == "control":
                 continue
             raise UserError(
@@ -68,13 +69,13 @@ def claim_demo(config: DemoConfig) -> None:
 
 
 def _check_kind(config: DemoConfig, *, exists: bool) -> None:
-    """The demo and the distillation have other runs and results: neither is begun or gone on with over the other."""
+    """Raises UserError if the folder has a demo with `distill` and this one is without, or the other way round."""
     try:
         begun = read_settings(config.folder) if exists else None
     except UserError:
         if config.resume:
             raise
-        return  # damaged: what is there is not touched
+        return  # the settings are damaged; later checks refuse the folder
     if begun is None or begun.distill == config.distill:
         return
     there, here = (f"with{'' if distils else 'out'} --distill" for distils in (begun.distill, config.distill))
@@ -82,14 +83,14 @@ def _check_kind(config: DemoConfig, *, exists: bool) -> None:
 
 
 def _check_objective(name: str, run: TrainConfig) -> None:
-    """A run that an earlier version began for another objective than this one would is not gone on with."""
+    """Raises UserError if the run was started by an earlier version with other settings of the objective."""
     begun = read_config(run.run.folder) if run.run.folder.is_dir() else None
     if begun is None or begun.objective == run.objective:
         return
     there, here = to_dict(begun.objective), to_dict(run.objective)
     changed = ", ".join(f"{key} {there.get(key)}, now {here[key]}" for key in here if here[key] != there.get(key))
     raise UserError(
-        f"cannot resume: {name}/ of the demo in {run.run.folder.parent} was begun by another version ({changed}); "
+        f"cannot resume: {name}/ of the demo in {run.run.folder.parent} was started by another version ({changed}); "
         f"give another --folder"
     )
 
@@ -100,10 +101,10 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def read_settings(folder: Path) -> DemoConfig | None:
-    """The settings that a demo was started with; None if the folder has none.
+    """Reads the settings with which a demo was started; returns None if the folder has none.
 
     Raises:
-        UserError: If they are damaged.
+        UserError: If the file cannot be read or is damaged.
     """
     path = folder / SETTINGS_NAME
     try:
@@ -124,10 +125,10 @@ def read_settings(folder: Path) -> DemoConfig | None:
 
 
 def write_settings(config: DemoConfig) -> None:
-    """Makes the folder and writes the settings, at once or not at all.
+    """Creates the folder and writes the settings, atomically.
 
     Raises:
-        DiskFullError: If there is no room.
+        DiskFullError: If the disk is full.
         UserError: If the folder cannot be written to.
     """
     path = config.folder / SETTINGS_NAME

@@ -1,4 +1,4 @@
-"""The demo's pictures: losses over the steps, and attention maps."""
+"""The demo's plots: losses over the steps, and attention maps."""
 
 import textwrap
 from collections.abc import Mapping
@@ -22,18 +22,18 @@ import matplotlib.pyplot as plt
 
 COLOURS = {"dense": "#4c72b0", "dense, trained further": "#55a868", "Monarch, finetuned": "#dd8452"}
 LOOK_FOR = (
-    "Top: a row for each token that asks, a column for each that is looked at; brighter is more. Look for the "
-    "column of frame 0: it is clean, so the noisy frames look there. Sharp, slanted dots mean that each token looks at "
-    "places of its own; haze and upright stripes, that all look at the same ones. Swapped in, Monarch attention blurs "
-    "the map; finetuning sharpens it. Bottom: where the one token marked + looks, in each frame."
+    "Top: a row for each query token, a column for each key token; brighter is more attention. Look at the column of "
+    "frame 0: it is clean, so the noisy frames attend to it. Sharp diagonal dots mean that each token attends to "
+    "positions of its own; haze and vertical stripes, that all attend to the same ones. Swapped in, Monarch attention "
+    "blurs the map; finetuning sharpens it. Bottom: the attention of the token marked +, in each frame."
 )
 
 
 def draw_losses(path: Path, dense: TrainConfig, control: TrainConfig, monarch: TrainConfig) -> Path:
-    """Draws training and held-out losses: the dense run, then the two that go on from it.
+    """Plots training and held-out losses of the dense run and of the two runs that continue it.
 
     Args:
-        path: The png.
+        path: The png file to write.
         dense: Settings of the dense run.
         control: Settings of the run that trains it further.
         monarch: Settings of the run that finetunes it with Monarch attention.
@@ -55,11 +55,11 @@ def draw_losses(path: Path, dense: TrainConfig, control: TrainConfig, monarch: T
         axes.plot(offset + at, held_out, "o-", color=colour, label=f"{label}: {held_out[-1]:.3f}", ms=4)
         if config is control:
             level = held_out[-1]
-        untrained = held_out[0]  # in the end, of the Monarch run at step 0
+        untrained = held_out[0]  # after the loop that of the Monarch run, at step 0
     axes.axvline(dense.run.steps, color="0.6", lw=1, ls=":")
     axes.axhline(level, color=COLOURS["dense, trained further"], lw=1, ls="--")
     axes.set(xlabel="step", ylabel="flow-matching loss", title="dots: on the held-out clip; faint: while training")
-    # the swap is what the picture is about; the first steps leave it at the top
+    # limits that show the swap; the losses of the first steps are above them
     bottom, height = min(level, bottom), max(untrained - level, 0.05 * level)
     axes.set_ylim(bottom - 0.5 * height, untrained + 2.5 * height)
     note = f"Monarch attention\nswapped in: {untrained:.3f}"
@@ -80,15 +80,15 @@ def draw_losses(path: Path, dense: TrainConfig, control: TrainConfig, monarch: T
 def draw_attention(
     path: Path, models: Mapping[str, WanModel], source: ClipWindows, config: TrainConfig, *, level: float = 0.6
 ) -> Path:
-    """Draws what one head of the last layer looks at, for each model, on one held-out window.
+    """Draws the attention of one head of the last layer, for each model, on one held-out window.
 
-    Above its whole map, below the row of one token, laid out as the frames are. The head, and the token of a noisy
-    frame, are those whose attention the swap changes most.
+    The upper part shows the whole map, the lower part the row of one token as frames. Shown are the head, and the token
+    of a noisy frame, whose attention the swap changes most.
 
     Args:
-        path: The png.
-        models: Label -> network; the first is dense, the second has its parameters.
-        source: The clip.
+        path: The png file to write.
+        models: Networks by label; the first has dense attention, the second the same parameters.
+        source: The windows of the clip.
         config: Settings of the training run.
         level: Noise level of all frames but the first, which is clean.
 
@@ -118,7 +118,7 @@ def draw_attention(
 
 
 def _draw_maps(figure: Any, maps: Mapping[str, np.ndarray], tokens: int) -> None:
-    """Whole maps [N, N], with lines between the frames."""
+    """Draws whole maps [N, N] with lines between the frames."""
     peak = np.quantile(next(iter(maps.values())), 0.999)
     for axis, (label, attention) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         axis.imshow(np.sqrt(attention / peak), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
@@ -130,11 +130,11 @@ def _draw_maps(figure: Any, maps: Mapping[str, np.ndarray], tokens: int) -> None
         for edge in edges[1:-1]:
             axis.axhline(edge, color="w", lw=0.4)
             axis.axvline(edge, color="w", lw=0.4)
-    figure.supylabel("token that asks")
+    figure.supylabel("query token")
 
 
 def _draw_rows(figure: Any, rows: Mapping[str, np.ndarray], grid: tuple[int, ...], token: int) -> None:
-    """One row [N] of each map as frames [F, h, w], in two lines, with a cross where the token itself is."""
+    """Draws one row [N] of each map as frames [F, h, w], in two lines, with a cross at the position of the token."""
     frames, height, width = grid
     columns = -(-frames // 2)
     peak = np.quantile(next(iter(rows.values())), 0.99)
@@ -150,7 +150,7 @@ def _draw_rows(figure: Any, rows: Mapping[str, np.ndarray], grid: tuple[int, ...
 
 
 def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray, text: jnp.ndarray) -> np.ndarray:
-    """The attention map of the last layer for the first sample, [heads, N, N], rows summing to 1."""
+    """The attention map of the last layer for the first sample, [heads, N, N], whose rows sum to 1."""
     layer = model.config.num_layers - 1
     setting = model.config.layer_attention[layer]
 

@@ -1,4 +1,4 @@
-"""The demo, step by step: train dense, train it further, swap, measure, finetune, measure, draw."""
+"""Runs the demo: trains dense, trains it further, swaps in Monarch attention, finetunes, measures and plots."""
 
 import contextlib
 import dataclasses
@@ -31,15 +31,15 @@ from monarchrt.train.sources import open_source
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """The four held-out losses and what they say.
+    """The held-out losses of the demo.
 
     Attributes:
         dense: Loss of the dense model.
         control: Loss of the dense model trained for as many further steps as finetuning takes.
         untrained: Loss with the dense model's parameters and Monarch attention.
         finetuned: Loss after finetuning with Monarch attention.
-        sparsity: Share of the attention map that Monarch does not store.
-        seconds: What this call of the demo took, without the program's start: set-up, and loading of libraries.
+        sparsity: Fraction of the attention map that Monarch does not store.
+        seconds: Duration of this call of the demo, without the start of the program.
     """
 
     dense: float
@@ -51,29 +51,29 @@ class DemoResult:
 
     @property
     def gap(self) -> float:
-        """What the swap costs, against dense attention after as many steps."""
+        """Increase of the loss by the swap, relative to dense attention after as many steps."""
         return self.untrained - self.control
 
     @property
     def closed(self) -> float | None:
-        """Share of the gap that finetuning closes; may exceed 1. None where the swap cost nothing."""
+        """Fraction of the gap that finetuning closes, which may exceed 1; None if there is no gap."""
         return (self.untrained - self.finetuned) / self.gap if self.gap > 0 else None
 
 
 def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | None:
-    """Runs the demo and leaves its folder.
+    """Runs the demo and writes its folder.
 
     Args:
         config: The settings.
-        quiet: Hide (True) or show (False) the progress bars; None shows them on a terminal.
+        quiet: Whether to hide the progress bars; None shows them on a terminal only.
 
     Returns:
-        The losses; None with `distill`, whose measures are in distillation.json.
+        The losses; None with `distill`, whose results are in distillation.json.
 
     Raises:
         UserError: If the video, a setting or the folder cannot be used.
         NonFiniteError: If a loss, a gradient or the parameters became NaN or infinite.
-        Interrupted: If a signal asked to stop; the message says how to go on.
+        Interrupted: After a signal; the message says how to resume.
     """
     start = time.monotonic()
     console = Console(quiet=bool(quiet), highlight=False)
@@ -93,7 +93,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
     def trained(settings: TrainConfig) -> TrainResult:
         with _in_terms_of_the_demo(config):
             result = train(settings, source=source, quiet=quiet)
-        if settings.objective.name == dense_config.objective.name:  # of others the loss says nothing
+        if settings.objective.name == dense_config.objective.name:  # losses of other objectives are not comparable
             console.print(f"   held-out loss {result.held_out_loss:.4f}")
         return result
 
@@ -121,7 +121,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
         seconds=round(time.monotonic() - start, 1),
     )
     models = {"dense": control.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
-    maps = models | {"dense": dense.model}  # the swap's own parameters
+    maps = models | {"dense": dense.model}  # with the same parameters as after the swap
     written = [
         draw_losses(folder / "losses.png", dense_config, control_config, monarch_config),
         draw_attention(folder / "attention.png", maps, source, dense_config),
@@ -136,7 +136,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
 
 @contextlib.contextmanager
 def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
-    """Replaces what a training run says to do next, which is meant for `monarchrt train`."""
+    """Replaces the advice in messages of a training run, which is for `monarchrt train`, by that for the demo."""
     try:
         yield
     except Interrupted as stop:
@@ -154,12 +154,12 @@ def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
 
 
 def _resume_command(config: DemoConfig) -> str:
-    """The command that goes on with a demo; its other settings are in the folder."""
+    """The command that resumes a demo, whose other settings are in the folder."""
     return shlex.join(["monarchrt", "demo", "--folder", str(config.folder), "--resume"])
 
 
 def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, Attention, tuple[int, int, int]]:
-    """The data, the attention to swap in and the grid of tokens; a tile that does not fit is found here."""
+    """The data, the attention to swap in and the token grid; checks that the tile fits."""
     wan = model_settings(dense.model)
     source = open_source(dense.data, text_shape=(1, wan.text_dim))
     setting = attention_setting(monarch.model)
@@ -172,7 +172,7 @@ def _prepare(dense: TrainConfig, monarch: TrainConfig) -> tuple[ClipWindows, Att
 
 
 def _loss(model: WanModel, source: ClipWindows, config: TrainConfig) -> float:
-    """The held-out loss, as the training runs measure it."""
+    """The held-out loss, as in the training runs."""
     return held_out_loss(
         model,
         source,

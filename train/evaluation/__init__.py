@@ -1,1 +1,1 @@
-"""Comparing attention kinds under the same weights: videos, latents and losses; measures and their report."""
+"""Comparison of attention settings with the same weights: losses, measures of videos and latents, and reports."""

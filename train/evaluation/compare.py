@@ -1,12 +1,12 @@
 """`monarchrt evaluate`: the same weights, prompts, seeds and noise under several attention settings.
 
-settings.json         what was asked for
+settings.json         the settings of the evaluation
 samples/P-S/N.npz     prompt P, seed S, setting N (0 is the reference): frames, latents, latents of each step
-samples/P-S/N.mp4     the same to look at
-samples/P-S/N.json    its measures against the reference's
-samples/P-S/N.features.npz   with --features, those of its frames
+samples/P-S/N.mp4     the same video, to watch
+samples/P-S/N.json    its measures against the reference's video
+samples/P-S/N.features.npz   with --features, the features of its frames
 losses/N.npy          the terms of the held-out loss
-report.json, .png     the table and its picture
+report.json, .png     the report as JSON and as plots
 """
 
 import contextlib
@@ -52,10 +52,9 @@ class Sample(NamedTuple):
     """One video.
 
     Attributes:
-        frames: [T, H, W, 3] bytes.
-        latents: [F, h, w, C].
-        steps: Timestep of the network's call -> latents that it was given, all such calls of the video one after
-            another.
+        frames: Frames [T, H, W, 3], uint8.
+        latents: Latents [F, h, w, C].
+        steps: Input latents of the network by timestep, those of all calls of the video at a timestep concatenated.
     """
 
     frames: np.ndarray
@@ -64,13 +63,13 @@ class Sample(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Runs the evaluation, or goes on with one, and writes table, picture and JSON.
+    """Runs or resumes an evaluation, and writes its report.
 
     Args:
         config: The settings.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
         UserError: If a setting cannot be used; before anything is computed where possible.
@@ -83,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     measures = _measures(config)
     prompts = [None] if config.prompts is None else read_prompts(config.prompts)
     network = None if config.features is None else read_features(config.features)
-    if network is not None:  # before a checkpoint is opened; of how many frames, is not known yet
+    if network is not None:  # checked before a checkpoint is opened; the number of frames is not known yet
         plan_sets(network, videos=len(prompts) * len(config.seeds), frames=max(network.widths) + 1)
     if config.prompts is not None and not _is_wan(config):
         raise UserError(
@@ -105,7 +104,7 @@ def _records(
     measures: dict,
     network: FeatureNetwork | None,
 ) -> dict[str, Any]:
-    """Everything that is measured."""
+    """All measurements."""
     subject = None
     if config.windows and not (config.latents is None and _is_wan(config)):
         subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
@@ -122,13 +121,13 @@ def _records(
         records["losses"] = _losses(config, subject, settings)
         records["examples"] = min(config.windows, subject.source.held_out)
         records["density"] = [_density(subject, setting)._asdict() for setting in settings]
-    if made := records["samples"]:  # of videos more is known: how many steps there are
+    if made := records["samples"]:  # the density of a video also depends on its number of steps
         records["density"] = [made[index]["density"] for index in range(len(settings))]
     return records
 
 
 def _is_wan(config: EvaluateConfig) -> bool:
-    """Whether no clips are known, so that there is no loss without latents."""
+    """Whether the checkpoint is not a run folder, so that a held-out loss needs `latents`."""
     return not (Path(config.checkpoint or "") / "checkpoints").is_dir()
 
 
@@ -139,7 +138,7 @@ def _density(subject: Subject, setting: Attention) -> NetworkDensity:
 
 @contextlib.contextmanager
 def _claimed(config: EvaluateConfig) -> Iterator[None]:
-    """Holds the folder; leaves it as it was if settings cannot be used and nothing has been made."""
+    """Claims the folder, and restores it if the settings cannot be used and nothing was generated."""
     folder, was_there = config.out, config.out.is_dir()
     _claim(config)
     try:
@@ -155,7 +154,11 @@ def _claimed(config: EvaluateConfig) -> Iterator[None]:
 
 
 def _claim(config: EvaluateConfig) -> None:
-    """Makes the folder; or finds that it is that of the same evaluation, to go on with."""
+    """Creates the folder, or checks that it has an evaluation with the same settings, to resume.
+
+    Raises:
+        UserError: If the folder has other files, another evaluation, or one while `resume` is not set.
+    """
     folder, values = config.out, to_dict(dataclasses.replace(config, resume=False, quiet=False))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out {folder} is a file; give the path of a folder")
@@ -175,7 +178,7 @@ def _claim(config: EvaluateConfig) -> None:
 
 
 def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]]:
-    """Measures of a video against the reference, per frame, by name; None where frames are too small for one."""
+    """Measures (video, reference) -> value of each frame, by name; None if frames are too small for a measure."""
     measures: dict[str, Callable] = {
         "psnr": metrics.psnr,
         "ssim_gaussian": metrics.ssim_gaussian,
@@ -188,7 +191,7 @@ def _measures(config: EvaluateConfig) -> dict[str, Callable[[np.ndarray, np.ndar
 
         def perceived(video: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
             if config.ffmpeg is None and min(video.shape[1:3]) < SMALLEST:
-                return None  # nobody asked for it
+                return None  # VMAF was not requested
             return np.array(judge(video, reference))
 
         measures["vmaf"] = perceived
@@ -238,7 +241,7 @@ def _density_of_video(material: Material, setting: Attention) -> NetworkDensity:
 
 
 def _check_sets(config: EvaluateConfig, network: FeatureNetwork | None, material: Material, prompts: int) -> None:
-    """Whether videos will be enough for distances, and real ones too, before the first is made."""
+    """Raises UserError unless there will be enough generated and real videos for distances."""
     if network is None:
         return
     sets = plan_sets(network, videos=prompts * len(config.seeds), frames=sum(_frames_of_blocks(material)))
@@ -248,7 +251,7 @@ def _check_sets(config: EvaluateConfig, network: FeatureNetwork | None, material
 
 
 def _check_sides(config: EvaluateConfig, material: Material, measures: dict) -> None:
-    """Whether frames are large enough for the measures that were asked for, before the first is made."""
+    """Raises UserError unless frames will be large enough for the requested measures."""
     _, height, width = (side * material.plan.spatial for side in material.plan.latents)
     asked = {f"lpips ({name})": least for name, least in LPIPS_SMALLEST.items() if f"lpips_{name}" in measures}
     if config.ffmpeg is not None:
@@ -265,7 +268,7 @@ def _check_sides(config: EvaluateConfig, material: Material, measures: dict) -> 
 def _distances(
     config: EvaluateConfig, network: FeatureNetwork, settings: list[Attention], prompts: int
 ) -> list[dict[str, float]]:
-    """Of each setting's videos to the real ones, or to the reference's."""
+    """Distances of each setting's videos to the real ones, or to the reference's."""
     names = [f"{prompt}-{seed}" for prompt in range(prompts) for seed in config.seeds]
     sets: Sets | None = None
     found: list[list[list[np.ndarray]]] = [[] for _ in settings]
@@ -300,13 +303,13 @@ def _material(config: EvaluateConfig, prompt: str | None, settings: list[Attenti
         steps=config.steps,
     )
     material = video_of(given, config.video)
-    for setting in settings:  # before the first video is made
+    for setting in settings:  # checks them before the first video is generated
         _density_of_video(material, setting)
     return material
 
 
 def _sample(material: Material, setting: Attention, seed: int, path: Path) -> Sample:
-    """A video, of its file or made and put there."""
+    """Reads a video from its file, or generates and writes it."""
     if path.is_file():
         with np.load(path) as stored:
             names = [name for name in stored.files if name.startswith("step-")]
@@ -336,7 +339,7 @@ def _sample(material: Material, setting: Attention, seed: int, path: Path) -> Sa
 
 
 def _frames_of_blocks(material: Material) -> list[int]:
-    """Frames that each part of a video makes, by which drift is told."""
+    """The number of frames of each part of a video, over which drift is measured."""
     plan = material.plan
     parts = plan.parts or [1] * plan.latents[0]
     counts = [plan.temporal * part for part in parts]
@@ -352,19 +355,19 @@ def compare(
     measures: dict[str, Callable[..., np.ndarray | None]],
     given: int = 0,
 ) -> dict[str, Any]:
-    """All measures of a video against the reference's: means, drift over blocks, and the latents' error by timestep.
+    """Measures a video against the reference's: means, drift over blocks, and error of the latents by timestep.
 
-    What a video begins with was not made, and is not measured; the change from it to the next frame is, in flicker.
+    Given frames at the start of a video are not measured, except in flicker.
 
     Args:
         made: The video.
-        reference: From the same noise.
-        blocks: Frames of each block, in all as many as the video has.
-        measures: Per frame, by name.
-        given: Latent frames that the video begins with.
+        reference: The reference's video, generated from the same noise.
+        blocks: Number of frames of each block, together all frames of the video.
+        measures: Measures per frame, by name.
+        given: Number of given latent frames at the start.
 
     Returns:
-        Values by name; `drift` and `steps` hold more than one.
+        Values by name; `drift` has lists by measure, `steps` errors by timestep.
     """
     measured = {name: measure(made.frames, reference.frames) for name, measure in measures.items()}
     left, blocks = _after(blocks, given, latents=len(made.latents))
@@ -380,7 +383,7 @@ def compare(
 
 
 def _after(blocks: list[int], given: int, *, latents: int) -> tuple[int, list[int]]:
-    """Frames of the latents that were given, and those of the blocks after them.
+    """The number of given frames, and the numbers of frames of the blocks after them.
 
     Examples:
         >>> _after([1, 1, 1], 1, latents=3), _after([9, 12], 1, latents=6), _after([9, 12], 3, latents=6)
@@ -418,7 +421,7 @@ def _losses(config: EvaluateConfig, subject: Subject, settings: list[Attention])
 
 
 def loss_terms(subject: Subject, setting: Attention, config: Any) -> np.ndarray:
-    """The terms of the held-out loss under a setting; `config` has windows, timesteps and batch."""
+    """The terms of the held-out loss with a setting; `config` has `windows`, `timesteps` and `batch`."""
     with user_input():
         return held_out_terms(
             subject.model.with_attention(setting),

@@ -1,4 +1,4 @@
-"""The settings of `monarchrt evaluate`. Nothing here imports JAX, so that help is quick."""
+"""The settings of `monarchrt evaluate`. Does not import JAX, so that help is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from monarchrt.models.attention.notation import parse
 from monarchrt.models.attention.registry import EXACT
 from monarchrt.models.errors import UserError, user_input
 
-MOST = 1000  # examples, noise levels, examples at a time
+MOST = 1000  # for numbers of examples, noise levels, and examples per batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class EvaluateConfig:
     """A text file with one prompt per line. Not for run folders, which take no text."""
 
     components: Path | None = None
-    """As in `monarchrt generate`."""
+    """Folder or Hugging Face repository with VAE, text encoder and tokenizer, as for `monarchrt generate`."""
 
     video: Path | None = None
     """For a run folder: a clip to use instead of its own."""
@@ -43,19 +43,19 @@ class EvaluateConfig:
     """Generate videos; otherwise only the held-out loss is measured."""
 
     frames: int | None = None
-    """Frames of the videos. Default: as `monarchrt generate`."""
+    """Frames of the videos. Default: that of `monarchrt generate`."""
 
     height: int | None = None
-    """In pixels, likewise."""
+    """Height of the videos in pixels. Default: that of `monarchrt generate`."""
 
     width: int | None = None
-    """In pixels, likewise."""
+    """Width of the videos in pixels. Default: that of `monarchrt generate`."""
 
     mode: Literal["auto", "autoregressive", "bidirectional", "windows"] = "auto"
-    """As `monarchrt generate`."""
+    """How videos are generated, as for `monarchrt generate`."""
 
     steps: int | None = None
-    """Steps of the sampler. Default: as `monarchrt generate`."""
+    """Steps of the sampler. Default: that of `monarchrt generate`."""
 
     windows: int = 8
     """Held-out examples for the loss, spread over all of them; 0: no loss."""

@@ -1,7 +1,7 @@
-"""Distances between two sets of features: Frechet's of their Gaussians, and the kernel distance (MMD) of KID.
+"""Distances between two sets of features: the Frechet distance of their Gaussians, and the kernel distance (MMD).
 
-Which features, and of which network, is said where they are reported; these are not FID, KID or FVD, whose numbers
-belong to networks of their own.
+They are the distances of FID and KID, but their values are comparable only for features of the same network, and not
+with published FID, KID or FVD, which use other networks.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ type Features = Float[np.ndarray, "_ C"]
 def frechet_distance(x: Float[np.ndarray, "n C"], y: Float[np.ndarray, "m C"]) -> float:
     """Squared Frechet (2-Wasserstein) distance of the Gaussians with the means and covariances of two sets.
 
-    |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), covariances over n - 1, in float64. The trace of the root is the sum of
-    the singular values of Sx^(1/2) Sy^(1/2), which needs no root of a matrix that is not symmetric and is exact for
-    singular ones too (Dowson and Landau 1982; Heusel et al. 2017 use it for FID).
+    |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), with unbiased covariances, in float64. The trace of the square root is
+    computed as the sum of the singular values of Sx^(1/2) Sy^(1/2), which needs no square root of a non-symmetric
+    matrix and is also exact for singular ones (Dowson and Landau 1982; used for FID by Heusel et al. 2017).
 
     Examples:
         >>> x = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
@@ -23,15 +23,15 @@ def frechet_distance(x: Float[np.ndarray, "n C"], y: Float[np.ndarray, "m C"]) -
         (25.0, 2.666667)
 
     Args:
-        x: Features, one sample a row, more than there are channels.
-        y: Likewise.
+        x: Features, one sample per row, with more samples than channels.
+        y: Features of the other set, likewise.
 
     Returns:
         The distance, at least 0.
 
     Raises:
-        ValueError: If a set has no more samples than channels: its covariance would be singular, and the distance of
-            two such sets says more about their numbers than about what they are drawn from.
+        ValueError: If a set has no more samples than channels: its covariance would be singular, and the distance would
+            mostly depend on the number of samples.
     """
     _check(x, y)
     for name, samples in (("x", x), ("y", y)):
@@ -62,11 +62,11 @@ def kernel_distance(
     size: int = 1000,
     seed: int = 0,
 ) -> float:
-    """Squared maximum mean discrepancy with the kernel (x . y / C + 1)^3, without bias (Binkowski et al. 2018, KID).
+    """Unbiased squared maximum mean discrepancy with the kernel (x . y / C + 1)^3 (Binkowski et al. 2018, KID).
 
-    Without bias, so that of two sets of one distribution it is below 0 as often as above, and that it can be used with
-    fewer samples than channels. Samples that are not independent, such as frames of one video, or the videos that two
-    networks make of the same noise, have a group in common: pairs within a group are left out, of one set and across.
+    For two sets of the same distribution its expectation is 0, so it can be negative. It can be used with fewer samples
+    than channels. Dependent samples, such as frames of one video, or videos that two networks generate from the same
+    noise, belong to one group; pairs within a group, in one set or across both, are left out.
 
     Examples:
         >>> draw = np.random.default_rng(0)
@@ -75,19 +75,19 @@ def kernel_distance(
         True
 
     Args:
-        x: Features, one sample a row.
-        y: Likewise.
-        x_groups: The group of each sample; None: each its own, which no sample of `y` is in.
-        y_groups: Likewise; the same number is the same group.
-        subsets: Sets are larger than `size`: the mean over so many draws of as many samples from each.
-        size: Most samples that are compared with each other at a time.
-        seed: Of these draws.
+        x: Features, one sample per row.
+        y: Features of the other set, likewise.
+        x_groups: Group of each sample of `x`; None if all samples of both sets are independent.
+        y_groups: Group of each sample of `y`; equal numbers denote the same group.
+        subsets: Number of random subsets over which the distance is averaged if a set is larger than `size`.
+        size: Size of these subsets.
+        seed: Seed of the subsets.
 
     Returns:
         The distance.
 
     Raises:
-        ValueError: If all samples of a set, or of both, are of one group, so that no pair is left.
+        ValueError: If all samples of a set, or of both, belong to one group, so that no pair is left.
     """
     _check(x, y)
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

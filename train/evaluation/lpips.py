@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1, from weight files that the user gives.
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1, from weight files that the user provides.
 
-Needed are a network of torchvision, `alexnet-owt-*.pth` or `vgg16-*.pth`, which `torchvision.models` fetches,
-and the linear layers that the package `lpips` ships as `lpips/weights/v0.1/alex.pth` or `vgg.pth`.
+They are a network of torchvision, `alexnet-owt-*.pth` or `vgg16-*.pth`, which `torchvision.models` downloads, and the
+linear layers from the package `lpips`, `lpips/weights/v0.1/alex.pth` or `vgg.pth`.
 """
 
 from pathlib import Path
@@ -18,27 +18,27 @@ from monarchrt.models.checkpoints.torch_pickle import TorchFile
 from monarchrt.models.errors import UserError
 from monarchrt.train.evaluation.metrics import check_same
 
-MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the input in [-1, 1], LPIPS's ScalingLayer
-# layers of `features` of torchvision's networks: a convolution's (number, stride, padding), a max-pool's (size, stride)
-# as a pair, or "tap" where LPIPS looks, after a ReLU
+MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS's ScalingLayer, for inputs in [-1, 1]
+# layers of `features` of torchvision's networks: (number, stride, padding) of a convolution, (size, stride) of a
+# max-pool, or "tap" for activations that LPIPS uses, after a ReLU
 _ALEX = ((0, 4, 2), "tap", (3, 2), (3, 1, 2), "tap", (3, 2), (6, 1, 1), "tap", (8, 1, 1), "tap", (10, 1, 1), "tap")
 _VGG = (
     *((0, 1, 1), (2, 1, 1), "tap", (2, 2), (5, 1, 1), (7, 1, 1), "tap", (2, 2), (10, 1, 1), (12, 1, 1), (14, 1, 1)),
     *("tap", (2, 2), (17, 1, 1), (19, 1, 1), (21, 1, 1), "tap", (2, 2), (24, 1, 1), (26, 1, 1), (28, 1, 1), "tap"),
 )
 NETWORKS = {"alex": _ALEX, "vgg": _VGG}
-_SHAPES = {  # channels and side of each convolution's kernel
+_SHAPES = {  # output channels, and side of the kernel, of each convolution
     "alex": ((64, 11), (192, 5), (384, 3), (256, 3), (256, 3)),
     "vgg": tuple((width, 3) for width, count in ((64, 2), (128, 2), (256, 3), (512, 6)) for _ in range(count)),
 }
-SMALLEST = {"alex": 31, "vgg": 16}  # pixels, so that the last layer sees one
+SMALLEST = {"alex": 31, "vgg": 16}  # least height and width in pixels, for a last layer of one pixel
 
 
 class LPIPS(NamedTuple):
-    """A network and its linear layers.
+    """A network and its linear layers, called with a video and its reference.
 
     Attributes:
-        network: alex or vgg.
+        network: Name of the network: alex or vgg.
         convolutions: (kernel [h, w, in, out], bias) by number in `features`.
         linear: Weights of the channels at each tap.
     """
@@ -48,11 +48,11 @@ class LPIPS(NamedTuple):
     linear: list[np.ndarray]
 
     def __call__(self, video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "t h w 3"]) -> np.ndarray:
-        """The distance of each frame, [T]; 0 for equal ones.
+        """The distance of each frame to the reference's, [T]; 0 for equal frames.
 
         Raises:
             UserError: If frames are too small for the network.
-            ValueError: If the videos are of other sizes or lengths.
+            ValueError: If the videos have different sizes or lengths.
         """
         check_same(video, reference)
         smallest, least = min(video.shape[1:3]), SMALLEST[self.network]
@@ -64,10 +64,10 @@ class LPIPS(NamedTuple):
 
 
 def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
-    """Reads the two files; which network it is follows from its shapes.
+    """Reads the two files; the shapes of arrays determine the network.
 
     Raises:
-        UserError: If one is missing, or is no such file.
+        UserError: If a file is missing, has other arrays, or the two do not belong together.
     """
     for path in (network_file, linear_file):
         if not path.is_file():
@@ -94,7 +94,7 @@ def read_lpips(network_file: Path, linear_file: Path) -> LPIPS:
 
 
 def backbone(arrays: dict[str, np.ndarray]) -> tuple[str, dict[int, tuple[np.ndarray, np.ndarray]]] | None:
-    """Which of `NETWORKS` a file's arrays are; and its convolutions (kernel [h, w, in, out], bias) by number."""
+    """Name in `NETWORKS` and convolutions (kernel [h, w, in, out], bias) of a file's arrays; None for other files."""
     for name, layers in NETWORKS.items():
         numbers = [int(layer[0]) for layer in layers if len(layer) == 3 and layer != "tap"]
         before, shapes = 3, {}
@@ -113,10 +113,14 @@ def backbone(arrays: dict[str, np.ndarray]) -> tuple[str, dict[int, tuple[np.nda
 
 
 def read_arrays(path: Path, option: str = "lpips") -> dict[str, np.ndarray]:
-    """All arrays of a file of PyTorch or of safetensors, in float32; `option` is what errors begin with.
+    """Reads all arrays of a PyTorch or safetensors file as float32.
+
+    Args:
+        path: The file.
+        option: Name of the option, for messages.
 
     Raises:
-        UserError: If it is neither, or has numbers that are not finite.
+        UserError: If the file cannot be read, or an array is not finite.
     """
     try:
         file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
@@ -147,7 +151,7 @@ def _tap_widths(layers: tuple, convolutions: dict[int, tuple[np.ndarray, np.ndar
 
 
 def taps(x: Float[Array, "1 h w 3"], network: str, convolutions: dict) -> list[Array]:
-    """Activations of one of `NETWORKS` where LPIPS looks."""
+    """Activations of one of `NETWORKS` at its taps."""
     found = []
     for layer in NETWORKS[network]:
         if layer == "tap":
@@ -182,7 +186,7 @@ def _row(channels: Any) -> Array:
 def _distance(
     network: str, convolutions: dict, linear: list[np.ndarray], ours: np.ndarray, theirs: np.ndarray
 ) -> Array:
-    """Sum over taps of the mean over places of the weighted squared difference of unit features."""
+    """Sum over taps of the spatial mean of the weighted squared difference of normalized features."""
     both = []
     for frame in (ours, theirs):
         pixels = jnp.asarray(frame, jnp.float32) / 127.5 - 1

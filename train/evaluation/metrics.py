@@ -1,4 +1,4 @@
-"""Measures of videos against a reference, and of one video alone; NumPy, per frame, so that drift can be seen."""
+"""Measures of videos against a reference, per frame, and of single videos; in NumPy."""
 
 import itertools
 import math
@@ -10,12 +10,12 @@ from scipy.ndimage import correlate1d
 type Video = UInt8[np.ndarray, "_ _ _ 3"]
 type PerFrame = Float[np.ndarray, "_"]
 
-LARGEST_PSNR = 100.0  # dB of equal frames, by a squared error of 1e-10 at least
+LARGEST_PSNR = 100.0  # dB of equal frames, since squared errors are at least 1e-10
 _C1, _C2 = 0.01**2, 0.03**2
 
 
 def check_same(video: Video, reference: Video) -> None:
-    """Raises ValueError unless both are videos of the same size and length."""
+    """Raises ValueError unless both are videos [T, H, W, 3] of the same shape."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.shape != reference.shape:
         raise ValueError(
             f"video has shape {video.shape} and reference {reference.shape}; they must be equal [T, H, W, 3]."
@@ -25,7 +25,7 @@ def check_same(video: Video, reference: Video) -> None:
 def psnr(video: Video, reference: Video) -> PerFrame:
     """Peak signal-to-noise ratio of each frame in dB, on pixels in [0, 1]; 100 for equal frames.
 
-    The mean over frames is what published tools report: decibels are averaged, not squared errors.
+    Published tools report the mean over frames: they average decibels, not squared errors.
 
     Examples:
         >>> black = np.zeros((1, 16, 16, 3), np.uint8)
@@ -38,9 +38,9 @@ def psnr(video: Video, reference: Video) -> PerFrame:
 
 
 def ssim_gaussian(video: Video, reference: Video) -> PerFrame:
-    """SSIM of each frame with a Gaussian window of 11 x 11 pixels, sigma 1.5, and zeros around; mean over channels.
+    """SSIM of each frame with a Gaussian window of 11 x 11 pixels, sigma 1.5, and zero padding; mean over channels.
 
-    As FastVideo's evaluation has it. Neither published form is scikit-image's default.
+    This is the form of FastVideo's evaluation; scikit-image's default differs from it and from `ssim_box`.
 
     Examples:
         >>> ssim_gaussian(np.full((1, 16, 16, 3), 9, np.uint8), np.full((1, 16, 16, 3), 9, np.uint8)).round(6).tolist()
@@ -52,9 +52,9 @@ def ssim_gaussian(video: Video, reference: Video) -> PerFrame:
 
 
 def ssim_box(video: Video, reference: Video) -> PerFrame:
-    """SSIM of each frame with a box of 11 x 11 pixels, and zeros around, which count; mean over channels.
+    """SSIM of each frame with a uniform window of 11 x 11 pixels and zero padding; mean over channels.
 
-    As Sparse VideoGen's evaluation has it.
+    This is the form of Sparse VideoGen's evaluation.
     """
     return _ssim(video, reference, np.full(11, 1 / 11))
 
@@ -76,7 +76,7 @@ def _ssim(video: Video, reference: Video, window: Float[np.ndarray, "n"]) -> Per
 
 
 def flicker(video: Video) -> float:
-    """VBench's temporal flickering: 1 less the mean difference of consecutive frames over 255; 1 is a still picture.
+    """VBench's temporal flickering: 1 - mean absolute difference of consecutive frames / 255; 1 for a still video.
 
     Examples:
         >>> flicker(np.zeros((3, 2, 2, 3), np.uint8))
@@ -92,18 +92,18 @@ def flicker(video: Video) -> float:
 
 
 def drift(per_frame: PerFrame, frames: list[int]) -> list[float]:
-    """Mean of a measure over each block of frames: how far the error of block b grows with b.
+    """Mean of a measure over each block of frames, which shows how errors grow over the blocks.
 
     Examples:
         >>> drift(np.array([40.0, 38.0, 30.0, 20.0]), [2, 2])
         [39.0, 25.0]
 
     Args:
-        per_frame: The measure.
-        frames: How many each block has, in all as many as there are.
+        per_frame: Values of the measure, one per frame.
+        frames: Number of frames of each block.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If the blocks do not add up to all frames.
     """
     if sum(frames) != len(per_frame):
         raise ValueError(f"blocks of {frames} frames are {sum(frames)}, and there are {len(per_frame)}.")
@@ -112,7 +112,11 @@ def drift(per_frame: PerFrame, frames: list[int]) -> list[float]:
 
 
 def relative_error(made: Float[np.ndarray, "..."], reference: Float[np.ndarray, "..."]) -> float:
-    """||made - reference|| / ||reference||; raises ValueError unless shapes are equal."""
+    """||made - reference|| / ||reference||, in float64.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if np.shape(made) != np.shape(reference):
         raise ValueError(f"made has shape {np.shape(made)} and reference {np.shape(reference)}; they must be equal.")
     made, reference = np.asarray(made, np.float64), np.asarray(reference, np.float64)
@@ -122,7 +126,7 @@ def relative_error(made: Float[np.ndarray, "..."], reference: Float[np.ndarray, 
 def paired_interval(
     differences: Float[np.ndarray, "n"], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean of paired differences (percentiles; Efron 1979).
+    """Percentile bootstrap interval of the mean of paired differences (Efron 1979).
 
     Examples:
         >>> low, high = paired_interval(np.array([0.9, 1.0, 1.1, 1.0]))
@@ -130,16 +134,16 @@ def paired_interval(
         True
 
     Args:
-        differences: One for each pair.
+        differences: Difference of each pair.
         confidence: Confidence level of the interval.
-        draws: Resampled sets.
+        draws: Number of bootstrap samples.
         seed: Seed of the resampling.
 
     Returns:
-        Both ends.
+        Lower and upper end of the interval.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no differences.
     """
     if not len(differences):
         raise ValueError("differences are empty; give one or more.")

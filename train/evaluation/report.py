@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table, a picture and JSON."""
+"""The report of an evaluation as JSON, table and plots."""
 
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,20 @@ DENSITIES = {
     "visible": "of what is visible",
     "with_warm_up": "with the warm-up",
 }
-SETS = ("frechet_", "kernel_")  # distances of sets of videos, the reference's too if real ones are given
+SETS = ("frechet_", "kernel_")  # distances of sets of videos; with real videos the reference has them too
 
 
 def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
-    """Means over prompts and seeds, and paired intervals of the losses' differences to the reference's.
+    """Computes means over prompts and seeds, and paired intervals of the losses' differences to the reference's.
 
     Args:
-        records: `settings`, `samples`, and perhaps `losses`, `density` and `distances`, one for each setting; with
-            losses, of how many `examples` they are.
+        records: `settings` and `samples`; optionally `density`, `distances` and `losses` with an entry for each
+            setting, and `examples`, the number of examples of the losses.
         confidence: Confidence level of the intervals.
 
     Returns:
-        `rows`, one for each setting, the reference first; `drift` and `steps` by setting; the samples, and how many
-        `examples` the losses are of.
+        `rows`, one for each setting, the reference first; `drift` and `steps` by setting; `samples`, `confidence` and
+        `examples`.
     """
     rows, drift, steps = [], {}, {}
     for index, setting in enumerate(records["settings"]):
@@ -70,7 +70,7 @@ def summarise(records: dict[str, Any], *, confidence: float) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of the table."""
+    """Titles and rows of the table."""
     rows = report["rows"]
     hidden = {"setting", "density", "loss", "loss_difference", "loss_interval"}
     names = [name for name in rows[-1] if name not in hidden]
@@ -82,7 +82,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if "density" in row:
             line += [_share(row["density"][name]) for name in DENSITIES]
         for name in names:
-            own = number or name == "flicker" or name.startswith(SETS)  # what says something of the reference
+            own = number or name == "flicker" or name.startswith(SETS)  # the reference has only these
             line.append(f"{row[name]:.4g}" if own and name in row else "")
         if "loss" in row:
             line.append(f"{row['loss']:.4f}")
@@ -97,11 +97,11 @@ def _share(value: float | None) -> str:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> Path:
-    """Draws the losses with their intervals, drift over blocks, and the latents' error by step.
+    """Plots the differences of losses with their intervals, drift over blocks, and the latents' error by step.
 
     Args:
-        folder: Where to.
-        report: Of `summarise`.
+        folder: Folder of the picture.
+        report: The report, from `summarise`.
 
     Returns:
         The path of the picture.

@@ -1,4 +1,4 @@
-"""Distances between the videos that settings make, as sets, in features of a network."""
+"""Distances between sets of videos in the features of a network."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from monarchrt.train.evaluation.features import FeatureNetwork
 
 
 class Sets(NamedTuple):
-    """Where features of videos come from, and how many there will be.
+    """The features to compute, and their number.
 
     Attributes:
         network: The network that computes features.
@@ -31,15 +31,20 @@ class Sets(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The network and its channels, as in lite0_112."""
+        """The network and its number of channels, such as lite0_112."""
         return f"{self.network.name}_{self.network.widths[self.depth]}"
 
 
 def plan_sets(network: FeatureNetwork, *, videos: int, frames: int) -> Sets:
-    """The last depth with fewer channels than there will be frames, so that covariances have an inverse.
+    """Chooses the last depth with fewer channels than there will be frames, so that covariances are not singular.
+
+    Args:
+        network: The feature network.
+        videos: Number of videos of each setting.
+        frames: Number of frames of each video.
 
     Raises:
-        UserError: If there are too few videos or frames; says how many more seeds would do.
+        UserError: If there are fewer than two videos, or too few frames for every depth.
     """
     if videos < 2:
         raise UserError(
@@ -58,7 +63,7 @@ def plan_sets(network: FeatureNetwork, *, videos: int, frames: int) -> Sets:
 
 
 def features_of(sets: Sets, frames: UInt8[np.ndarray, "t h w 3"], path: Path) -> list[np.ndarray]:
-    """Features of a video at each depth, of its file or computed and put there."""
+    """Features of a video at each depth, read from its file, or computed and written."""
     if path.is_file():
         with np.load(path) as stored:
             return [stored[str(depth)] for depth in range(len(sets.network.widths))]
@@ -71,10 +76,16 @@ def features_of(sets: Sets, frames: UInt8[np.ndarray, "t h w 3"], path: Path) ->
 
 
 def real_windows(real: Path, sets: Sets, *, height: int, width: int) -> list[UInt8[np.ndarray, "t h w 3"]]:
-    """Real videos cut into clips as long as those that are made, end to end; what is left over is left out.
+    """Cuts real videos into consecutive clips as long as the generated ones; remaining frames are left out.
+
+    Args:
+        real: A video, or a folder of videos.
+        sets: The features, with the number of frames of a clip.
+        height: Height of the clips in pixels.
+        width: Width of the clips in pixels.
 
     Raises:
-        UserError: If a video cannot be read, or there are fewer than two clips, or too few frames for the channels.
+        UserError: If a video cannot be read, there are fewer than two clips, or too few frames for the channels.
     """
     read = read_videos(real, height=height, width=width, stride=1, fps=0.0, window=sets.frames)
     starts = np.cumsum([0, *read.lengths[:-1]])
@@ -96,16 +107,17 @@ def real_windows(real: Path, sets: Sets, *, height: int, width: int) -> list[UIn
 def distances(
     made: list[list[np.ndarray]], other: list[list[np.ndarray]], sets: Sets, *, paired: bool
 ) -> dict[str, float]:
-    """Distances of the frames' features, and of how they change from frame to frame.
+    """Distances of the features of frames, and of their differences between consecutive frames.
 
     Args:
         made: Features of each video at each depth, [T, width].
         other: Features of the videos to compare with.
         sets: Network and depth of the features.
-        paired: Whether video n of both is of the same noise, so that they are not independent.
+        paired: Whether videos with the same index in both were generated from the same noise, and are dependent.
 
     Returns:
-        `frechet_NAME` and `kernel_NAME`, and of changes the same with `_change` where there are enough.
+        `frechet_NAME` and `kernel_NAME`, and for differences `frechet_NAME_change` and `kernel_NAME_change`, as far as
+        there are enough frames.
     """
     values = {}
     for suffix, order in (("", 0), ("_change", 1)):

@@ -1,4 +1,4 @@
-"""What is studied or evaluated: a network, and examples that it was not trained on with the noise that it sees."""
+"""The subject of a study or an evaluation: a network, its held-out examples, and their noise."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class Subject:
     """A network and its examples.
 
     Attributes:
-        opened: The checkpoint.
-        checkpoint: Its path or name.
-        model: The network, with the attention stored with it.
-        source: Examples; those held out are used.
-        objective: Noise levels and weights of the flow loss, as in training where that is known.
+        opened: The opened checkpoint.
+        checkpoint: Path or name of the checkpoint.
+        model: The network, with the stored attention.
+        source: The data, of which the held-out examples are used.
+        objective: Noise levels and weights of the flow loss, those of the training if they are known.
     """
 
     opened: Opened
@@ -44,14 +44,14 @@ class Subject:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Tokens (F, h, w) of an example."""
+        """Token grid (F, h, w) of an example."""
         return self.model.config.token_grid(*self.source.latent_shape[:3])
 
 
 def open_subject(
     checkpoint: str | None, *, video: Path | None = None, latents: Path | None = None, option: str = "checkpoint"
 ) -> Subject:
-    """Opens a run folder with its own clip, or any checkpoint with a folder of latents.
+    """Opens a run folder with its own data, or any checkpoint with a folder of latents.
 
     Examples:
         >>> subject = open_subject("runs/demo/dense")  # doctest: +SKIP
@@ -59,16 +59,16 @@ def open_subject(
         (4, 8, 14)
 
     Args:
-        checkpoint: As `monarchrt generate` takes it.
-        video: Instead of the run's own clip.
-        latents: A folder of `monarchrt encode`, for Wan checkpoints.
-        option: What errors call the checkpoint.
+        checkpoint: A run folder or a Wan checkpoint, as for `monarchrt generate`.
+        video: A clip to use instead of the run's own.
+        latents: A folder written by `monarchrt encode`; required for Wan checkpoints.
+        option: Name of the checkpoint's option, for messages.
 
     Returns:
         The subject.
 
     Raises:
-        UserError: If something is missing or does not fit.
+        UserError: If checkpoint or data are missing, cannot be used, or do not fit each other.
     """
     if checkpoint is None:
         raise UserError(f"no {option} was given; give a run folder, such as runs/demo/dense, or a Wan checkpoint")
@@ -127,17 +127,17 @@ def _data_and_objective(
 
 
 def video_of(config: GenerateConfig, clip: Path | None) -> Material:
-    """What a video is made of; one that begins with something begins with the clip, and a whole clip with nothing.
+    """Loads what is needed to generate a video; `clip` conditions it unless the mode is bidirectional.
 
     Args:
-        config: Configuration of the video.
-        clip: Instead of the run's own; None: that one.
+        config: Settings of the video.
+        clip: A clip to start from; None for the run's own.
 
     Returns:
         The material.
 
     Raises:
-        UserError: If a setting cannot be used, or the clip.
+        UserError: If a setting or the clip cannot be used.
     """
     if clip is None:
         return load_material(config)
@@ -155,17 +155,17 @@ def video_of(config: GenerateConfig, clip: Path | None) -> Material:
 def noisy_example(
     subject: Subject, index: int, level: float
 ) -> tuple[Float[Array, "1 F h w C"], Float[Array, "1 F"], Float[Array, "1 L D"]]:
-    """A held-out example at a noise level, as the network sees it while sampling.
+    """A held-out example at a noise level, like the inputs of the network during sampling.
 
-    A network with a level for each frame sees its first frame, or block of frames, clean.
+    If the network is not causal and was trained with a noise level per frame, the first frame or block is clean.
 
     Args:
-        subject: The network.
-        index: Index of the example.
-        level: sigma, from 0 to 1.
+        subject: The network and its examples.
+        index: Index of the held-out example.
+        level: Noise level sigma, from 0 to 1.
 
     Returns:
-        Latents, timesteps of the frames, text.
+        Latents, timesteps of the frames, and text embeddings.
     """
     latents, text = (jnp.asarray(x) for x in subject.source.held_out_batch([index]))
     noise = jnp.asarray(evaluation_noise(index, 0, latents.shape[1:]))[None]
@@ -178,10 +178,10 @@ def noisy_example(
 
 
 def check_example(subject: Subject, count: int) -> list[int]:
-    """Numbers of `count` held-out examples, spread over all.
+    """Indices of `count` held-out examples, spread over all.
 
     Raises:
-        UserError: If there are not so many.
+        UserError: If there are fewer.
     """
     there = subject.source.held_out
     if count > there:

@@ -1,6 +1,6 @@
-"""VBench (arXiv:2311.17982): its videos, by the names its tools look for, and the three scores of its results.
+"""VBench (arXiv:2311.17982): generates the videos that its tools evaluate, and computes its scores from their results.
 
-Its networks run in an environment of their own, see docs/evaluate.md. Nothing here imports JAX until a video is made.
+Its networks run in a separate environment, see docs/evaluate.md. JAX is imported only when a video is generated.
 """
 
 import json
@@ -16,12 +16,12 @@ from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.begun import check_begun, read_begun
 from monarchrt.train.studies.results import progress, write_json
 
-SAMPLES = 5  # videos of each prompt
-STILL = 25  # of those for temporal flickering, of which its filter keeps still ones
-SETTINGS = "settings.json"  # beside the videos
+SAMPLES = 5  # videos per prompt
+STILL = 25  # videos per prompt of temporal flickering, from which VBench's static filter selects
+SETTINGS = "settings.json"  # file in the folder of the videos
 STILL_DIMENSION = "temporal_flickering"
 
-# dimension -> lowest and highest value that it is scaled by, and its weight
+# dimension -> lowest and highest value, between which scores are scaled, and weight
 QUALITY = {
     "subject_consistency": (0.1462, 1.0, 1.0),
     "background_consistency": (0.2615, 1.0, 1.0),
@@ -53,22 +53,22 @@ class VBenchConfig:
     """VBench_full_info.json of the package vbench, or a list of the same form."""
 
     checkpoint: str | None = None
-    """As `monarchrt generate`."""
+    """A Wan checkpoint, as for `monarchrt generate`."""
 
     attention: str | None = None
-    """As `monarchrt generate`. Default: that stored with the weights."""
+    """Attention setting, as for `monarchrt generate`. Default: that stored with the weights."""
 
     components: Path | None = None
-    """As `monarchrt generate`."""
+    """Folder or Hugging Face repository with VAE, text encoder and tokenizer, as for `monarchrt generate`."""
 
     dimensions: tuple[str, ...] = ()
     """Dimensions whose prompts to use. Default: all."""
 
     frames: int | None = None
-    """As `monarchrt generate`."""
+    """Frames of the videos. Default: that of `monarchrt generate`."""
 
     steps: int | None = None
-    """As `monarchrt generate`."""
+    """Steps of the sampler. Default: that of `monarchrt generate`."""
 
     seed: int = 0
     """Seed of the first video of each prompt; further videos use the following seeds."""
@@ -104,24 +104,29 @@ class ScoresConfig:
     """Read VBench's results."""
 
     results: tuple[Path, ...] = ()
-    """Folders of its files of results, *_eval_results.json, or such files: a column for each folder."""
+    """Folders with VBench's result files, *_eval_results.json, or such files: one column per folder."""
 
     json: bool = False
     """Print JSON instead of a table."""
 
 
 class Task(NamedTuple):
-    """A prompt and how many videos of it."""
+    """A prompt and the number of its videos."""
 
     prompt: str
     videos: int
 
 
 def read_tasks(path: Path, *, dimensions: tuple[str, ...] = (), still: bool = False) -> list[Task]:
-    """The prompts of VBench_full_info.json, each once.
+    """Reads the prompts of VBench_full_info.json, each once.
+
+    Args:
+        path: The file.
+        dimensions: Dimensions whose prompts to use; empty for all.
+        still: Whether prompts of temporal flickering have 25 videos instead of five.
 
     Raises:
-        UserError: If the file is none, or no prompt is left.
+        UserError: If the file cannot be read or has another form, or no prompt is left.
     """
     try:
         values = json.loads(decoded(path.read_bytes(), name=f"full_info {path}"))
@@ -151,7 +156,7 @@ def read_tasks(path: Path, *, dimensions: tuple[str, ...] = (), still: bool = Fa
 
 
 def video_name(prompt: str, number: int) -> str:
-    """The name that VBench looks for: the whole prompt, not cut, and the number of the video.
+    """The file name that VBench expects: the whole prompt and the number of the video.
 
     Examples:
         >>> video_name("a cat", 2)
@@ -161,10 +166,10 @@ def video_name(prompt: str, number: int) -> str:
 
 
 def _claim(config: VBenchConfig) -> bool:
-    """Makes the folder, or finds that its videos are of the same settings; parts and dimensions may be others.
+    """Creates the folder, or checks that its videos have the same settings except parts and dimensions.
 
     Returns:
-        Whether this is its first part.
+        Whether there were no settings in the folder.
     """
     values = {"checkpoint": config.checkpoint, "attention": config.attention, "frames": config.frames}
     values |= {"steps": config.steps, "seed": config.seed}
@@ -179,13 +184,13 @@ def _claim(config: VBenchConfig) -> bool:
 
 
 def write_videos(config: VBenchConfig) -> tuple[int, int]:
-    """Makes the videos that are not there.
+    """Generates the videos that do not exist yet.
 
     Args:
         config: The settings.
 
     Returns:
-        How many were made, and how many were there.
+        Number of generated videos, and of those that already existed.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -209,7 +214,7 @@ def write_videos(config: VBenchConfig) -> tuple[int, int]:
     try:
         return _make(config, tasks)
     except UserError:
-        if begun and [path.name for path in config.out.iterdir()] == [SETTINGS]:  # the command works once it is mended
+        if begun and [path.name for path in config.out.iterdir()] == [SETTINGS]:  # so that other settings can be given
             (config.out / SETTINGS).unlink()
             if not was_there:
                 config.out.rmdir()
@@ -217,7 +222,7 @@ def write_videos(config: VBenchConfig) -> tuple[int, int]:
 
 
 def _make(config: VBenchConfig, tasks: list[Task]) -> tuple[int, int]:
-    """As `write_videos`, in a folder that is claimed."""
+    """Generates the missing videos of some prompts; returns the same as `write_videos`."""
     made = there = 0
     with progress("videos", sum(task.videos for task in tasks), quiet=config.quiet) as advance:
         for task in tasks:
@@ -230,7 +235,7 @@ def _make(config: VBenchConfig, tasks: list[Task]) -> tuple[int, int]:
 
 
 def _make_of_prompt(config: VBenchConfig, prompt: str, missing: list[int], advance: Callable[[], None]) -> int:
-    """Makes the videos of these numbers; how many they were."""
+    """Generates the missing videos of a prompt; returns their number."""
     from monarchrt.models.generate.load import load_material
     from monarchrt.models.generate.make import make_video
 
@@ -255,16 +260,16 @@ def _make_of_prompt(config: VBenchConfig, prompt: str, missing: list[int], advan
 
 
 def read_columns(paths: tuple[Path, ...]) -> dict[str, dict[str, float]]:
-    """The value of each dimension by folder of results, in the order given; files by themselves count to theirs.
+    """Reads the values of all dimensions for each folder of results, in the given order.
 
     Args:
-        paths: Folders, or files in them.
+        paths: Folders, or files, which count to their folder.
 
     Returns:
-        Values by the folder's name, or by its path where two have the same name.
+        Values by dimension, by the folder's name, or by its path if two folders have the same name.
 
     Raises:
-        UserError: If there are none, one is no such file, or two of a folder differ in a dimension.
+        UserError: If there are no files, a file is invalid, or two files of a folder differ in a dimension.
     """
     if not paths:
         raise UserError("no results were given; give VBench's *_eval_results.json, or the folder that has them")
@@ -280,10 +285,10 @@ def read_columns(paths: tuple[Path, ...]) -> dict[str, dict[str, float]]:
 
 
 def read_results(files: list[Path]) -> dict[str, float]:
-    """The value of each dimension in VBench's files of results.
+    """Reads the value of each dimension from VBench's result files.
 
     Raises:
-        UserError: If one is no such file, or two differ in a dimension.
+        UserError: If a file is invalid, or two files differ in a dimension.
     """
     scores: dict[str, float] = {}
     for file in files:
@@ -312,25 +317,25 @@ def read_results(files: list[Path]) -> dict[str, float]:
 
 
 class Scores(NamedTuple):
-    """The three scores by name, None where a dimension is missing, and which are."""
+    """The three scores by name, None if a dimension is missing, and the missing dimensions."""
 
     scores: dict[str, float | None]
     missing: list[str]
 
 
 def scores(values: Mapping[str, float]) -> Scores:
-    """Quality, semantic and total score of VBench's dimensions.
+    """Computes VBench's quality, semantic and total scores.
 
-    Each is scaled to 0...1 between VBench's lowest and highest value. Quality is the mean of seven, dynamic degree by
-    half; semantic is the mean of the other nine; total is (4 quality + semantic) / 5. VBench's own tool counts what is
-    missing as 0, which is not done here.
+    Each dimension is scaled to 0...1 between VBench's lowest and highest value. Quality is the mean of seven
+    dimensions, of which dynamic degree has half the weight; semantic is the mean of the other nine; total is
+    (4 quality + semantic) / 5. VBench's own tool counts missing dimensions as 0; here the score is None.
 
     Examples:
         >>> round(scores({name: 1.0 for name in QUALITY}).scores["quality"], 4)
         1.0013
 
     Args:
-        values: By dimension.
+        values: Values by dimension.
 
     Returns:
         The scores.

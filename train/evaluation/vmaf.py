@@ -1,4 +1,4 @@
-"""VMAF by libvmaf: that of PyAV, with which videos are read, or of an ffmpeg that was built with it."""
+"""VMAF by libvmaf, either that of PyAV or that of an ffmpeg program."""
 
 import functools
 import gc
@@ -24,16 +24,16 @@ from monarchrt.train.evaluation.metrics import check_same
 type Video = UInt8[np.ndarray, "t h w 3"]
 type Measure = Callable[[Video, Video], list[float]]
 
-SMALLEST = 17  # pixels a side, or libvmaf crashes
-RATE = Fraction(16)  # frames a second; no value depends on it
+SMALLEST = 17  # least height and width in pixels; libvmaf crashes on smaller frames
+RATE = Fraction(16)  # frames per second, which does not affect the values
 ADVICE = "give --ffmpeg, one that was built with libvmaf, such as that of the package imageio-ffmpeg"
 
 
 def find_vmaf(given: Path | None = None) -> Measure | None:
-    """VMAF by the given ffmpeg, else by PyAV, else by an ffmpeg that is found; None if there is no libvmaf.
+    """Finds a VMAF implementation: the given ffmpeg, else PyAV, else an installed ffmpeg; None if there is none.
 
     Raises:
-        UserError: If the given ffmpeg has none, or cannot be run.
+        UserError: If the given ffmpeg has no libvmaf, or cannot be run.
     """
     if given is None and "libvmaf" in av.filter.filters_available:
         return vmaf_by_pyav
@@ -42,10 +42,10 @@ def find_vmaf(given: Path | None = None) -> Measure | None:
 
 
 def find_ffmpeg(given: Path | None = None) -> Path | None:
-    """An ffmpeg with libvmaf: the given one, that of imageio-ffmpeg, or the system's; None if none has it.
+    """Finds an ffmpeg with libvmaf: the given one, else that of imageio-ffmpeg or of the system; None if none has it.
 
     Raises:
-        UserError: If the given one has not, or is none.
+        UserError: If the given one has no libvmaf, or cannot be run.
     """
     if given is not None:
         if not _has_vmaf(given):
@@ -78,31 +78,31 @@ def _check(video: Video, reference: Video) -> None:
 
 
 def vmaf_by_pyav(video: Video, reference: Video) -> list[float]:
-    """VMAF of each frame, 0 to 100, with the model that is built in.
+    """Computes VMAF, from 0 to 100, of each frame by PyAV, with libvmaf's default model.
 
     Args:
         video: RGB frames.
         reference: RGB frames of the same shape.
 
     Returns:
-        A value per frame.
+        The value of each frame.
 
     Raises:
-        UserError: If frames are too small for it, or nothing comes out.
-        ValueError: If the videos are of other sizes or lengths.
+        UserError: If frames are too small, or libvmaf fails.
+        ValueError: If the videos have different sizes or lengths.
     """
     _check(video, reference)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.json"
         _filter(video, reference, log)
-        gc.collect()  # the log is written when the graph goes, whose filters refer to each other
+        gc.collect()  # the log is written when the graph is freed, which has reference cycles
         if not log.is_file():
             raise UserError("PyAV's libvmaf did not compute VMAF; give --ffmpeg, one that was built with libvmaf")
         return _values(log)
 
 
 def _filter(video: Video, reference: Video, log: Path) -> None:
-    """Runs both videos through libvmaf, whose first input is the one that is judged."""
+    """Runs both videos through libvmaf, whose first input is the video and whose second is the reference."""
     graph = av.filter.Graph()
     path = str(log).translate({ord(c): f"\\{c}" for c in "\\':"})
     judge, sink = graph.add("libvmaf", f"log_fmt=json:log_path={path}"), graph.add("buffersink")
@@ -136,19 +136,19 @@ def _drain(sink: FilterContext) -> None:
 
 
 def vmaf(video: Video, reference: Video, *, ffmpeg: Path) -> list[float]:
-    """VMAF of each frame by an ffmpeg.
+    """Computes VMAF of each frame by an ffmpeg program.
 
     Args:
         video: RGB frames.
         reference: RGB frames of the same shape.
-        ffmpeg: With libvmaf.
+        ffmpeg: An ffmpeg with libvmaf.
 
     Returns:
-        A value per frame.
+        The value of each frame, from 0 to 100.
 
     Raises:
-        UserError: If frames are too small for it, or ffmpeg fails; says what it said.
-        ValueError: If the videos are of other sizes or lengths.
+        UserError: If frames are too small, or ffmpeg fails; with its message.
+        ValueError: If the videos have different sizes or lengths.
     """
     _check(video, reference)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Studies of attention maps: what Monarch, top-k and low-rank keep of them, how dense they are, which tile suits."""
+"""Studies of attention: errors of approximate maps by density, density of attention, and the best tile."""

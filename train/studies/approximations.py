@@ -1,6 +1,6 @@
-"""Approximations of an attention map by fewer numbers, in NumPy on whole maps: for studies of small cases.
+"""Approximations of attention maps that store fewer numbers, computed in NumPy on whole maps, for small cases.
 
-The density of each is the count of its numbers over those of the map.
+The density of an approximation is the number of its stored numbers relative to the entries of the map.
 """
 
 import itertools
@@ -18,12 +18,12 @@ type Map = Float[np.ndarray, "N K"]
 
 
 class Error(NamedTuple):
-    """How far an approximation is from a map.
+    """The error of an approximation of a map.
 
     Attributes:
-        mse: Mean over all N^2 entries of the squared difference: the axis of the paper's Figure 1a.
-        relative: Frobenius norm of the difference over that of the map.
-        variation: Mean over rows of half the sum of absolute differences; of probabilities, the total variation.
+        mse: Mean squared difference over all N^2 entries, as in the paper's Figure 1a.
+        relative: Frobenius norm of the difference relative to that of the map.
+        variation: Mean over rows of half the sum of absolute differences, the total variation of probabilities.
     """
 
     mse: float
@@ -32,7 +32,7 @@ class Error(NamedTuple):
 
 
 def error_of(approximation: Map, exact: Map) -> Error:
-    """The error.
+    """Computes the error of an approximation.
 
     Examples:
         >>> error_of(np.eye(2), np.full((2, 2), 0.5))
@@ -48,7 +48,7 @@ def error_of(approximation: Map, exact: Map) -> Error:
 
 
 def dense_map(query: Float[np.ndarray, "N d"], key: Float[np.ndarray, "K d"], *, scale: float | None = None) -> Map:
-    """Softmax over keys of the scaled scores, float32.
+    """The attention map of one head, softmax(scale * query key^T), float32; the default scale is d ** -0.5.
 
     Examples:
         >>> dense_map(np.zeros((2, 4)), np.zeros((2, 4))).tolist()
@@ -61,11 +61,11 @@ def dense_map(query: Float[np.ndarray, "N d"], key: Float[np.ndarray, "K d"], *,
     return scores / scores.sum(1, keepdims=True)
 
 
-# Top-k, in three readings
+# Top-k, in three variants
 
 
 def top_k_kept(attention: Map, density: float) -> Map:
-    """The largest entries of each row as they are, zero elsewhere: best of so many entries a row.
+    """Keeps the largest entries of each row unchanged: the best approximation with as many entries per row.
 
     Examples:
         >>> top_k_kept(np.array([[0.6, 0.3, 0.1]] * 2), 0.34).tolist()
@@ -79,13 +79,13 @@ def top_k_kept(attention: Map, density: float) -> Map:
 
 
 def top_k_renormalised(attention: Map, density: float) -> Map:
-    """The same with rows that sum to 1: what attention to those keys computes."""
+    """Keeps the largest entries of each row, scaled to sum 1, as attention to these keys alone does."""
     kept = top_k_kept(attention, density)
     return kept / kept.sum(1, keepdims=True)
 
 
 def top_k_of_map(attention: Map, density: float) -> Map:
-    """The largest entries of the whole map as they are: best of so many entries in all (paper, Section 2.2)."""
+    """Keeps the largest entries of the whole map: the best approximation with as many entries (paper, Section 2.2)."""
     count = min(attention.size, math.ceil(density * attention.size - 1e-9))
     order = np.argsort(-attention, axis=None, kind="stable")[:count]
     out = np.zeros_like(attention)
@@ -104,11 +104,11 @@ TOP_K = {
 
 
 def low_rank(factors: tuple[np.ndarray, np.ndarray, np.ndarray], density: float) -> Map | None:
-    """The best of rank r = density * N / 2 by the map's singular values, which stores 2rN numbers; None if r < 1.
+    """The best approximation of rank r = density * N / 2, which stores 2rN numbers; None if r < 1.
 
     Args:
-        factors: `numpy.linalg.svd` of the map.
-        density: Share.
+        factors: Result of `numpy.linalg.svd` for the map.
+        density: Density of the approximation.
     """
     left, values, right = factors
     rank = int(density * len(values) / 2)
@@ -119,7 +119,7 @@ def low_rank(factors: tuple[np.ndarray, np.ndarray, np.ndarray], density: float)
 
 
 def tile_order(spec: MonarchSpec) -> Int[np.ndarray, "tiles b1 b2"]:
-    """Number of the token at each row and column of each tile.
+    """Index of the token at each row and column of each tile.
 
     Examples:
         >>> tile_order(MonarchSpec(grid=(1, 2, 4), tile=(1, 2, 2))).tolist()
@@ -135,9 +135,10 @@ def tile_order(spec: MonarchSpec) -> Int[np.ndarray, "tiles b1 b2"]:
 
 
 def monarch_projection(attention: Map, spec: MonarchSpec) -> Map:
-    """The tiled Monarch matrix that is nearest to a map (paper, Section 2.1): the best rank 1 of every slice.
+    """The tiled Monarch matrix nearest to a map in Frobenius norm (paper, Section 2.1).
 
-    A slice has the entries of one column of a query tile and one row of a key tile, b1 x b2. Rows need not sum to 1.
+    It is the best rank-1 approximation of every slice; a slice has the b1 x b2 entries of one column of a query tile
+    and one row of a key tile. Rows need not sum to 1.
 
     Examples:
         >>> attention = dense_map(np.eye(8), np.eye(8))
@@ -158,7 +159,7 @@ def monarch_projection(attention: Map, spec: MonarchSpec) -> Map:
 
 
 def tiles_of(grid: Grid, *, causal_block: int | None = None) -> Iterator[tuple[int, int, int]]:
-    """The tiles that divide a grid and lie in one causal block, the largest first, without that of one token.
+    """The tiles of more than one token that divide a grid and lie in one causal block, largest sides first.
 
     Examples:
         >>> list(tiles_of((2, 1, 3)))
@@ -171,9 +172,9 @@ def tiles_of(grid: Grid, *, causal_block: int | None = None) -> Iterator[tuple[i
 
 
 def misaligned(grid: Grid) -> list[tuple[int, int]]:
-    """Block sizes (b1, b2), b1 * b2 = N, of the untiled form on tokens in order that cut across the axes of a grid.
+    """Block sizes (b1, b2), b1 * b2 = N, of untiled Monarch matrices that are not aligned with the axes of a grid.
 
-    Token n is in row n div b2 and column n mod b2. Only (f, hw) and (fh, w) are aligned then (paper, Section 4.1).
+    Token n is in row n div b2 and column n mod b2, so only (f, hw) and (fh, w) are aligned (paper, Section 4.1).
 
     Examples:
         >>> misaligned((2, 2, 3))
@@ -191,20 +192,20 @@ def misaligned(grid: Grid) -> list[tuple[int, int]]:
 def share_for_mass(
     query: Float[np.ndarray, "N d"], key: Float[np.ndarray, "K d"], mass: float, *, rows: int = 512
 ) -> float:
-    """Mean over queries of the fewest keys whose probabilities sum to `mass`, over all keys (paper, Figure 4a).
+    """Mean fraction of the keys that are needed for probabilities that sum to `mass` (paper, Figure 4a).
 
     Examples:
         >>> share_for_mass(np.zeros((2, 4)), np.zeros((8, 4)), 0.5)
         0.5
 
     Args:
-        query: Of one head.
-        key: Of one head.
-        mass: From 0 to 1.
-        rows: Queries at a time.
+        query: Queries of one head.
+        key: Keys of one head.
+        mass: Sum of probabilities to reach, from 0 to 1.
+        rows: Number of queries that are processed at once.
 
     Returns:
-        The share.
+        The smallest number of such keys, averaged over queries, relative to the number of keys.
     """
     counts = []
     for start in range(0, len(query), rows):

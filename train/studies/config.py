@@ -1,4 +1,4 @@
-"""The settings of `monarchrt study`. Nothing here imports JAX, so that help is quick."""
+"""The settings of `monarchrt study`. Does not import JAX, so that help is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from monarchrt.models.errors import UserError
 
 
 def check_numbers(name: str, values: tuple[float, ...], low: int, high: int, example: str) -> None:
-    """Raises UserError unless there are values, each above `low` and at most `high`."""
+    """Raises UserError unless there are values, all of them above `low` and at most `high`."""
     if not values:
         raise UserError(f"{name} is empty; give one or more, such as {example}")
     for value in values:
@@ -17,14 +17,14 @@ def check_numbers(name: str, values: tuple[float, ...], low: int, high: int, exa
 
 
 def check_seed(seed: int) -> None:
-    """Raises UserError unless it can be one."""
+    """Raises UserError unless the seed lies in [0, 2**32)."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must lie in [0, 2**32)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Study:
-    """Settings of every study."""
+    """Settings of all studies."""
 
     checkpoint: str | None = None
     """A run folder of train or demo; or a Wan checkpoint, with --latents."""
@@ -53,7 +53,7 @@ class _Study:
 
 @dataclass(frozen=True, kw_only=True)
 class _Examples(_Study):
-    """Which examples a network is shown."""
+    """Settings of studies on held-out examples."""
 
     latents: Path | None = None
     """A folder written by `monarchrt encode`, whose held-out examples are used; needed for Wan checkpoints."""
@@ -72,7 +72,7 @@ class _Examples(_Study):
 
 @dataclass(frozen=True, kw_only=True)
 class _Videos(_Study):
-    """How a video is generated."""
+    """Settings of studies that generate videos."""
 
     frames: int | None = None
     """Frames of the generated video. Default: as in `monarchrt generate`."""
@@ -81,13 +81,13 @@ class _Videos(_Study):
     """Steps of the sampler. Default: as in `monarchrt generate`."""
 
     prompt: str | None = None
-    """As `monarchrt generate`."""
+    """Prompt of the video, as for `monarchrt generate`."""
 
     components: Path | None = None
-    """As `monarchrt generate`."""
+    """Folder or Hugging Face repository with VAE, text encoder and tokenizer, as for `monarchrt generate`."""
 
     embeddings: Path | None = None
-    """As `monarchrt generate`."""
+    """File of text embeddings, as for `monarchrt generate`."""
 
     seed: int = 0
     """Seed of the noise."""
@@ -135,7 +135,7 @@ class MassConfig(_Videos):
     """Network call within the sampler, from 0."""
 
     mode: Literal["auto", "autoregressive", "bidirectional", "windows"] = "auto"
-    """As `monarchrt generate`."""
+    """How the video is generated, as for `monarchrt generate`."""
 
     def __post_init__(self) -> None:
         check_numbers("mass", (self.mass,), 0, 1, "0.95")
@@ -146,7 +146,7 @@ class MassConfig(_Videos):
 
 @dataclass(frozen=True, kw_only=True)
 class TilesConfig(_Examples, _Videos):
-    """Which tile is best? Error of the layers' outputs and of a video against time, per tile and layout."""
+    """Find the best tile: error of the layers' outputs and of a video against time, per tile and layout."""
 
     tiles: tuple[str, ...] = ()
     """Tiles to try, such as 1,30,52 3,30,52. Default: all that divide the grid and have a density of at most `most`."""

@@ -28,7 +28,7 @@ from monarchrt.train.studies.config import MapConfig
 from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
-LARGEST = 6000  # tokens of a map that is held whole, of 144 MB in float32
+LARGEST = 6000  # most tokens of a map, which then has 144 MB in float32
 FILES, PART = ("map.json", "map.png", "structure.png"), "map.part.json"
 SHOWN = 4  # maps in the picture of their structure
 EQUATION = "equation 1"
@@ -38,11 +38,11 @@ class Scores(NamedTuple):
     """Queries and keys of one head, whose map is studied.
 
     Attributes:
-        name: What they are of.
-        grid: Tokens (F, h, w).
-        query: [N, d].
-        key: [N, d].
-        scale: Scale of the scores; None: d ** -0.5.
+        name: Name of the map.
+        grid: Token grid (F, h, w).
+        query: Queries [N, d].
+        key: Keys [N, d].
+        scale: Scale of the scores; None for d ** -0.5.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Point(NamedTuple):
 
     Attributes:
         map: Name of the map.
-        method: The family.
-        setting: Which of it.
-        density: Its numbers over those of the map.
-        error: How far it is off.
+        method: Name of the method.
+        setting: Parameters of the method.
+        density: Number of stored numbers relative to the entries of the map.
+        error: Error of the approximation.
     """
 
     map: str
@@ -70,22 +70,22 @@ class Point(NamedTuple):
     error: Error
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The point as JSON values."""
         flat = {name: getattr(self, name) for name in ("map", "method", "setting", "density")}
         return flat | self.error._asdict()
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Point":
-        """From JSON."""
+        """The point of JSON values from `record`."""
         rest = {name: record[name] for name in ("map", "method", "setting", "density")}
         return cls(**rest, error=Error(**{name: record[name] for name in Error._fields}))
 
 
 def equation_1(grid: tuple[int, int, int], *, seed: int = 0, pairs: int = 10, noise: float = 0.05) -> Scores:
-    """Queries and keys whose map is that of the paper's equation 1: separable, with semantic entries and noise.
+    """Queries and keys whose map has the form of the paper's equation 1: separable, with semantic entries and noise.
 
-    Scores fall with the squared distance along each axis, which makes the map a product of three; `pairs` entries at
-    random are as large as the diagonal; Gaussian noise is added to the scores.
+    Scores decrease with the squared distance along each axis, so that the map is a product of three factors; `pairs`
+    random entries are as large as the diagonal; Gaussian noise is added to the scores.
 
     Examples:
         >>> scores = equation_1((2, 2, 3))
@@ -93,13 +93,13 @@ def equation_1(grid: tuple[int, int, int], *, seed: int = 0, pairs: int = 10, no
         (True, 12)
 
     Args:
-        grid: Tokens (F, h, w).
+        grid: Token grid (F, h, w).
         seed: Seed of the entries and the noise.
-        pairs: How many semantic entries.
-        noise: Standard deviation of the scores' noise.
+        pairs: Number of semantic entries.
+        noise: Standard deviation of the noise of the scores.
 
     Returns:
-        The scores, in features: keys are unit vectors.
+        Queries whose features are the scores, and keys that are unit vectors.
     """
     draw = np.random.default_rng(seed)
     place = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 3)
@@ -112,7 +112,13 @@ def equation_1(grid: tuple[int, int, int], *, seed: int = 0, pairs: int = 10, no
 
 
 def approximations(scores: Scores, exact: np.ndarray, config: MapConfig) -> Iterator[Point]:
-    """Every approximation of a map that a study compares."""
+    """Yields all approximations of a map that the study compares.
+
+    Args:
+        scores: Queries and keys of the map.
+        exact: The map [N, N].
+        config: The settings.
+    """
 
     def point(method: str, setting: str, density: float, approximation: np.ndarray) -> Point:
         return Point(scores.name, method, setting, density, error_of(approximation, exact))
@@ -154,9 +160,9 @@ def _factored(scores: Scores, grid: Any, tile: Any, steps: int) -> np.ndarray:
 
 
 def structure(scores: Scores) -> dict[str, np.ndarray]:
-    """A map and its untiled forms of one step, by title (paper, Figures 5 to 7).
+    """A map and its untiled Monarch approximations with one refinement step, by title (paper, Figures 5 to 7).
 
-    Beside each aligned form, (f, hw) and (fh, w), is the misaligned one that stores about as much.
+    Each aligned approximation, (f, hw) and (fh, w), is followed by the misaligned one of the nearest density.
 
     Examples:
         >>> [title.split(",")[0] for title in structure(equation_1((2, 2, 3)))]
@@ -181,10 +187,10 @@ def structure(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def captured_scores(subject: Subject, config: MapConfig) -> list[Scores]:
-    """Queries and keys of the chosen layers, heads, noise levels and examples of a checkpoint.
+    """Captures queries and keys of a checkpoint for the layers, heads, noise levels and examples in the settings.
 
     Raises:
-        UserError: If one does not exist, or maps would be too large.
+        UserError: If a layer, head or example does not exist, or maps would be too large.
     """
     layers = chosen_layers(subject, config.layers)
     heads = choose("heads", config.heads, subject.model.config.num_heads) or None
@@ -203,10 +209,15 @@ def captured_scores(subject: Subject, config: MapConfig) -> list[Scores]:
 
 
 def choose(name: str, numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Each number once.
+    """The given numbers of layers or heads, each once.
+
+    Args:
+        name: "layers" or "heads", for messages.
+        numbers: The numbers.
+        count: How many there are in the network.
 
     Raises:
-        UserError: If one is not below `count`.
+        UserError: If a number is not in 0...count-1.
     """
     for number in numbers:
         if not 0 <= number < count:
@@ -215,7 +226,7 @@ def choose(name: str, numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 def chosen_layers(subject: Subject, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers; by default the first, the middle and the last."""
+    """The layers to study, by default the first, the middle and the last."""
     count = subject.model.config.num_layers
     return tuple(dict.fromkeys(choose("layers", layers, count) or (0, count // 2, count - 1)))
 
@@ -223,7 +234,11 @@ def chosen_layers(subject: Subject, layers: tuple[int, ...]) -> tuple[int, ...]:
 def _cropped(
     grid: tuple[int, int, int], wanted: tuple[int, int, int] | None, *, option: str = "crop"
 ) -> tuple[int, int, int]:
-    """The part of the grid whose maps are studied."""
+    """The part of the grid whose maps are studied.
+
+    Raises:
+        UserError: If it is larger than the grid, or has more than `LARGEST` tokens.
+    """
     if wanted is not None:
         for name, size, there in zip(("frames", "rows", "columns"), wanted, grid, strict=True):
             if size > there:
@@ -239,19 +254,20 @@ def _cropped(
 
 
 def crop(tokens: np.ndarray, grid: tuple[int, int, int], part: tuple[int, int, int]) -> np.ndarray:
-    """The first frames, rows and columns of [F*h*w, d]."""
+    """Selects the first frames, rows and columns of tokens [F*h*w, d]."""
     whole = tokens.reshape(*grid, -1)
     return whole[: part[0], : part[1], : part[2]].reshape(-1, whole.shape[-1])
 
 
 def study_map(config: MapConfig) -> dict[str, Any]:
-    """Runs the study and writes its picture and JSON.
+    """Runs the study and writes its plots and JSON.
 
     Args:
-        config: The settings; without a checkpoint, maps of equation 1 only.
+        config: The settings; without a checkpoint, only the map of equation 1 is studied.
 
     Returns:
-        What the JSON holds: `points`, one for each approximation of each map, and `means` over the captured maps.
+        The content of the JSON file, among others `points`, one for each approximation of each map, and `means` over
+        the captured maps.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -297,7 +313,7 @@ def _measured(scores: Scores, config: MapConfig) -> list[dict[str, Any]]:
 
 
 def means(points: list[Point]) -> list[Point]:
-    """Each approximation's mean error over maps."""
+    """The mean errors of each approximation over maps."""
     groups: dict[tuple[str, str, float], list[Error]] = {}
     for point in points:
         groups.setdefault((point.method, point.setting, point.density), []).append(point.error)
@@ -308,7 +324,7 @@ def means(points: list[Point]) -> list[Point]:
 
 
 def front(points: list[Point]) -> list[Point]:
-    """Those that no other of at most their density has less error than, by density."""
+    """The points that have a smaller error than all others of at most their density, sorted by density."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.density, point.error.relative)):
         if not best or point.error.relative < best[-1].error.relative:
@@ -317,7 +333,7 @@ def front(points: list[Point]) -> list[Point]:
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows (method, setting, error) nearest to 10% density, for the terminal."""
+    """For each method, the row (method, setting, error) of the point nearest to 10% density."""
     rows = result["means"] or result["points"]
     by_method: dict[str, dict[str, Any]] = {}
     for record in rows:

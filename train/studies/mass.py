@@ -1,4 +1,4 @@
-"""`monarchrt study mass`: how many keys make up most of the attention, by block of the roll-out (paper, Figure 4a)."""
+"""`monarchrt study mass`: the fraction of keys with most of the attention, by block (paper, Figure 4a)."""
 
 import collections
 from collections.abc import Callable
@@ -24,16 +24,16 @@ FILES, PART = ("mass.json", "mass.png"), "mass.part.json"
 
 
 def study_mass(config: MassConfig) -> dict[str, Any]:
-    """Makes a video and writes what share of the keys reaches `mass` of the attention, by head and block.
+    """Generates a video and writes the fraction of keys that hold `mass` of the attention, by head and block.
 
-    A block is one of a roll-out; in mode windows, a window.
+    A block is one of the roll-out, or a window in mode windows.
 
     Args:
         config: The settings.
 
     Returns:
-        What the JSON holds: `blocks`, the numbers of those that were made and not given; `shares`, label -> share by
-        block, and `mean` over the heads.
+        The content of the JSON file, among others `blocks`, the indices of generated blocks; `shares`, the fractions by
+        head and block; and `mean`, their means over the heads.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -72,19 +72,19 @@ def study_mass(config: MassConfig) -> dict[str, Any]:
 def by_block(
     calls: list[Captured], mass: float, partial: Partial, advance: Callable[[], None] = lambda: None
 ) -> tuple[list[int], dict[str, list[float]]]:
-    """Share of the keys by layer, head and block; where a call has no block, it is the number of the call.
+    """The fraction of keys by layer, head and block; for calls without a block, by number of the call.
 
     Args:
-        calls: What was captured.
-        mass: Share of the attention to reach.
-        partial: Keeps what has been counted: on a large model counting takes longer than the video.
-        advance: Called after each.
+        calls: Captured queries and keys.
+        mass: Sum of probabilities to reach.
+        partial: Stores each result, since counting takes longer than the video on a large model.
+        advance: Called after each result.
 
     Returns:
-        Numbers of the blocks, and their shares by layer and head.
+        Indices of the blocks, and the fractions by layer and head.
     """
     shares: dict[str, dict[int, float]] = collections.defaultdict(dict)
-    calls = sorted(calls, key=lambda call: call.layer)  # in the order of blocks still
+    calls = sorted(calls, key=lambda call: call.layer)  # a stable sort, which keeps the order of blocks
     for call in calls:
         for place, head in enumerate(call.heads):
             label = f"layer {call.layer}, head {head}"
@@ -99,7 +99,7 @@ def by_block(
 
 
 def video_material(config: MassConfig | TilesConfig, *, mode: Any = "auto") -> Material:
-    """What a study's video is made of, as `monarchrt generate` would make it."""
+    """Loads what is needed to generate a study's video, as `monarchrt generate` would."""
     given = GenerateConfig(
         checkpoint=config.checkpoint,
         frames=config.frames,

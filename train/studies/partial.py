@@ -1,4 +1,4 @@
-"""What a study has measured so far, in a file beside its results, so that one that was stopped goes on."""
+"""Partial results of a study in a file beside its results, so that a stopped study can be resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +12,20 @@ _NOT_OF_RESULTS = ("out", "overwrite", "resume", "quiet")
 
 
 class Partial:
-    """Values by key, written as they come; `done` removes the file."""
+    """Measured values by key, written to a file one by one; `done` removes the file."""
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool = False) -> None:
-        """Begins, or goes on with a study of the same settings.
+        """Starts a study, or resumes one with the same settings.
 
         Args:
             path: The file.
-            settings: Settings of the study, as JSON has them.
-            resume: Go on with what is there.
-            overwrite: Begin anew whatever is there.
+            settings: Settings of the study, as JSON values.
+            resume: Whether to use the values in the file.
+            overwrite: Whether to discard the values in the file.
 
         Raises:
-            UserError: If there is one and nobody asked to continue it, or it is of other settings, or damaged.
+            UserError: If the file exists but neither `resume` nor `overwrite` is set, or if it has other settings or is
+                damaged.
         """
         self._path = path
         self._values: dict[str, Any] = {}
@@ -43,12 +44,12 @@ class Partial:
         self._values = values
 
     def of(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of a key, measured and written if it is not there."""
+        """The value of a key, which is measured and written if it is not there yet."""
         if key not in self._values:
             self._values[key] = measure()
             write_json(self._path, {"settings": self._settings, "values": self._values})
         return self._values[key]
 
     def done(self) -> None:
-        """Removes the file: the results are written."""
+        """Removes the file, after the results are written."""
         self._path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures of the studies."""
+"""Plots of the studies."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ matplotlib.use("Agg")  # pictures go to files; no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-MARKS = "osD^vPX<>*p"  # 11, and ten colours, so that pairs do not come again
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # % of a map
+MARKS = "osD^vPX<>*p"  # 11 marks and 10 colors, whose pairs repeat after 110
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # densities in %
 
 
 def looks_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a mark for each, no two alike.
+    """A distinct pair of color and mark for each name.
 
     Examples:
         >>> looks = looks_of([str(n) for n in range(14)])
@@ -28,11 +28,11 @@ def looks_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
-    """Error of the map against density: a panel for each set of points, a line for each method.
+    """Plots error of the map against density: a panel for each set of points, a line for each method.
 
     Args:
-        path: The png.
-        panels: Title -> `monarchrt.train.studies.maps.Point`s.
+        path: The png file to write.
+        panels: `monarchrt.train.studies.maps.Point`s by title of the panel.
 
     Returns:
         The path.
@@ -65,12 +65,12 @@ def draw_map(path: Path, panels: Mapping[str, Sequence[Any]]) -> Path:
 
 
 def draw_structure(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], *, largest: int = 450) -> Path:
-    """Maps as pictures, a row for each: as they are, and their approximations; the root of the root of every entry.
+    """Draws maps and their approximations as images of the fourth roots of entries, a row for each map.
 
     Args:
-        path: The png.
-        rows: Name -> title -> map [N, N].
-        largest: Pixels a side; of more, each shows the mean of several entries.
+        path: The png file to write.
+        rows: Maps [N, N] by name of the row and title.
+        largest: Most pixels per side; larger maps are averaged over squares.
 
     Returns:
         The path.
@@ -89,7 +89,7 @@ def draw_structure(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], *, 
 
 
 def _smaller(picture: np.ndarray, largest: int) -> np.ndarray:
-    """Means over squares, so that there are at most so many a side."""
+    """Averages an image over squares, so that no side has more than `largest` pixels."""
     step = -(-len(picture) // largest)
     cut = [np.arange(0, side, step) for side in picture.shape]
     sums = np.add.reduceat(np.add.reduceat(picture, cut[0], axis=0), cut[1], axis=1)
@@ -98,13 +98,13 @@ def _smaller(picture: np.ndarray, largest: int) -> np.ndarray:
 
 
 def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, blocks: Sequence[int], mass: float) -> Path:
-    """Share of the keys that reach a share of the attention, by block: a line for each head.
+    """Plots the fraction of keys that hold `mass` of the attention against the block, a line for each head.
 
     Args:
-        path: The png.
-        shares: Label -> share by block.
-        blocks: Their numbers.
-        mass: p.
+        path: The png file to write.
+        shares: Fractions by block, by label of the line.
+        blocks: Indices of the blocks.
+        mass: Sum of probabilities that was reached.
 
     Returns:
         The path.
@@ -121,12 +121,12 @@ def draw_mass(path: Path, shares: Mapping[str, Sequence[float]], *, blocks: Sequ
 
 
 def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, unit: str) -> Path:
-    """Error of the layers' outputs against time, with the Pareto front; videos' PSNR beside it where there are any.
+    """Plots error of the layers' outputs against time, with the Pareto front, and PSNR of videos if there are any.
 
     Args:
-        path: The png.
-        points: `label`, `time`, `error`, `front`, and perhaps `psnr` and `video_front`.
-        unit: Unit of the time.
+        path: The png file to write.
+        points: Points with `label`, `time`, `error`, `front`, and optionally `psnr` and `video_front`.
+        unit: Unit of the time, the label of the axis.
 
     Returns:
         The path.

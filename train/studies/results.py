@@ -1,4 +1,4 @@
-"""Folders of results: what may be written where, JSON at once or not at all, and a bar of progress."""
+"""Result folders of studies and evaluations: claiming a folder, writing JSON atomically, and a progress bar."""
 
 import contextlib
 import json
@@ -16,10 +16,10 @@ from monarchrt.models.files import growing
 
 
 def claim_results(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
-    """Finds out before anything is computed whether results can be written; makes the folder.
+    """Checks, before anything is computed, that results can be written, and creates the folder.
 
     Raises:
-        UserError: If the folder is a file, cannot be made, or has such results already.
+        UserError: If the path is a file, the folder cannot be created, or it already has one of the result files.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out {folder} is a file; give the path of a folder")
@@ -29,11 +29,15 @@ def claim_results(folder: Path, names: Iterable[str], *, overwrite: bool) -> Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"out {folder} cannot be created: {error.strerror}") from error
 
 
 def write_json(path: Path, values: Any) -> Path:
-    """Writes JSON, numbers that are not finite as null."""
+    """Writes JSON atomically; numbers that are not finite become null.
+
+    Raises:
+        DiskFullError: If the disk is full.
+    """
     with report_full_disk(path, then="free some space and try again"), growing(path) as part:
         part.write_text(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -52,7 +56,11 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, *, quiet: bool) -> Iterator[Any]:
-    """A bar on a terminal: call it with how much was done, and with words for what is being done."""
+    """Shows a progress bar on a terminal.
+
+    Yields:
+        A function (done=1, words=None) that advances the bar and describes the current item.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""`monarchrt study tiles`: which tile should I use? Error of outputs and of a video against time."""
+"""`monarchrt study tiles`: finds the best tile by error of outputs and of a video against time."""
 
 import functools
 import shlex
@@ -31,16 +31,16 @@ from monarchrt.train.studies.partial import Partial
 from monarchrt.train.studies.results import claim_results, progress, write_json
 
 FILES, PART = ("tiles.json", "tiles.png"), "tiles.part.json"
-PLAIN = BLOCKS[0]  # the layout where nothing is said
+PLAIN = BLOCKS[0]  # the default layout
 
 
 class Choice(NamedTuple):
-    """What may be chosen of tiled Monarch attention.
+    """A candidate setting of MonarchAttention.
 
     Attributes:
-        tile: (n_f, n_h, n_w) in tokens.
-        blocks: Layout.
-        steps: Refinement steps T.
+        tile: Tile (frames, height, width) in tokens.
+        blocks: Layout of the blocks.
+        steps: Number of refinement steps T.
     """
 
     tile: tuple[int, int, int]
@@ -49,29 +49,29 @@ class Choice(NamedTuple):
 
     @property
     def setting(self) -> Attention:
-        """The attention."""
+        """The attention setting."""
         return parse(with_options(SHORT, {"tile": self.tile, "blocks": self.blocks, "num_iters": self.steps}))
 
     @property
     def label(self) -> str:
-        """In a few characters."""
+        """A short label for tables and plots."""
         text = ",".join(map(str, self.tile)) + ("" if self.blocks == PLAIN else f" {self.blocks}")
         return text + ("" if self.steps == 1 else f" T={self.steps}")
 
 
 def study_tiles(config: TilesConfig) -> dict[str, Any]:
-    """Measures tiles and layouts on a checkpoint's own queries, keys and values, and writes table and picture.
+    """Measures tiles and layouts on a checkpoint's own queries, keys and values, and writes plot and JSON.
 
-    The error is that of one layer at a time with dense attention before it: ||out - dense|| / ||dense||, mean over
-    layers, examples and noise levels. The videos show what is left of it at the end.
+    The error is that of single layers, with dense attention in the layers before: ||out - dense|| / ||dense||, averaged
+    over layers, examples and noise levels. Videos show the error of all layers together.
 
     Args:
         config: The settings.
 
     Returns:
-        What the JSON holds: `points` by time, each with `setting`, `density`, `error`, `time`, `front` (whether none is
-        both faster and nearer), `command`, and for some `psnr` and `latent_error` of a video, and `video_front`, the
-        same by that among them.
+        The content of the JSON file, among others `points`, sorted by time, each with `setting`, `density`, `error`,
+        `time`, `front` (whether it is on the Pareto front of time and error) and `command`; and for some `psnr` and
+        `latent_error` of a video and `video_front`, whether it is on the Pareto front of time and PSNR.
 
     Raises:
         UserError: If a setting cannot be used.
@@ -136,10 +136,10 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
 
 
 def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
-    """What is tried.
+    """The settings to try.
 
     Raises:
-        UserError: If a tile or a layout is none, does not divide the tokens, or nothing is left.
+        UserError: If a tile or a layout is invalid, a tile does not divide the token grid, or there are no candidates.
     """
     grid, causal = subject.grid, subject.model.config.causal_block
     layouts = BLOCKS if "all" in config.layouts else config.layouts
@@ -159,7 +159,7 @@ def candidates(config: TilesConfig, subject: Subject) -> list[Choice]:
     choices = list(dict.fromkeys(choices))
     if not choices:
         raise UserError(
-            f"most is {config.most:g}, and no tile of the tokens {grid} stores so little; give a larger one"
+            f"most is {config.most:g}, but all tiles of the token grid {grid} have a larger density; give a larger one"
         )
     return choices
 
@@ -172,7 +172,7 @@ def _tile(text: str) -> tuple[int, int, int]:
 
 
 def _error(out: Float[np.ndarray, "B N n d"], target: Float[np.ndarray, "B N n d"]) -> float:
-    """||out - target|| / ||target|| of each call, their mean."""
+    """Mean over calls of ||out - target|| / ||target||."""
     axes = (1, 2, 3)
     return float(np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes)).mean())
 
@@ -182,7 +182,7 @@ def _attend(setting: Attention, query: Array, key: Array, value: Array, **option
 
 
 def _time(setting: Attention, query, key, value, config: TilesConfig, measured: bool, options: dict) -> float:
-    """Milliseconds of one call for one sample, or its arithmetic."""
+    """Median milliseconds of one call for one sample, or its floating-point operations."""
     if not measured:
         return float(setting.flops(options["grid"], heads=query.shape[2], head_dim=query.shape[3]))
     one = (query[:1], key[:1], value[:1])
@@ -197,7 +197,7 @@ def _time(setting: Attention, query, key, value, config: TilesConfig, measured: 
 
 
 def mark_front(points: list[dict[str, Any]]) -> None:
-    """Says of each point, sorted by time, whether none that takes at most as long has a smaller error, in `front`.
+    """Sets `front` of each point, sorted by time: whether its error is smaller than that of all points before it.
 
     Examples:
         >>> points = [{"time": 1, "error": 3}, {"time": 2, "error": 4}, {"time": 3, "error": 1}]
@@ -212,7 +212,7 @@ def mark_front(points: list[dict[str, Any]]) -> None:
 
 
 def mark_video_front(points: list[dict[str, Any]]) -> None:
-    """Says likewise of each point that has a video whether no other that has one is both faster and nearer by it.
+    """Sets `video_front` of each point with a video: whether its PSNR is larger than that of all faster ones.
 
     Examples:
         >>> points = [{"time": 1, "psnr": 20.0}, {"time": 2}, {"time": 3, "psnr": 19.0}, {"time": 3, "psnr": 30.0}]
@@ -228,7 +228,7 @@ def mark_video_front(points: list[dict[str, Any]]) -> None:
 
 
 def command(config: TilesConfig, choice: Choice) -> str:
-    """The command line that makes a video with a setting."""
+    """The command line that generates a video with a setting."""
     words = ["monarchrt", "generate", "--checkpoint", str(config.checkpoint), "--tile", *map(str, choice.tile)]
     words += [] if choice.blocks == PLAIN else ["--blocks", choice.blocks]
     words += [] if choice.steps == 1 else ["--num-iters", str(choice.steps)]
@@ -237,14 +237,14 @@ def command(config: TilesConfig, choice: Choice) -> str:
 
 
 def _add_videos(points: list[dict[str, Any]], config: TilesConfig, partial: Partial) -> None:
-    """Makes videos with settings on the front, spread over it, then with others; compares with dense attention's."""
+    """Generates videos with settings spread over the front, then with others; compares them with dense attention's."""
     front, others = ([point for point in points if point["front"] == on] for on in (True, False))
     places = sorted({round(float(x)) for x in np.linspace(0, len(front) - 1, min(config.videos, len(front)))})
     chosen = [front[place] for place in places] + others[: max(0, config.videos - len(front))]
     material = video_material(config)
     with progress("videos", len(chosen), quiet=config.quiet) as advance:
 
-        @functools.cache  # made when the first is compared with it
+        @functools.cache  # generated when the first video is compared with it
         def reference() -> tuple[np.ndarray, np.ndarray]:
             return _video(material, exact())
 
@@ -266,15 +266,15 @@ def _add_videos(points: list[dict[str, Any]], config: TilesConfig, partial: Part
 def apart(
     made: tuple[np.ndarray, np.ndarray], dense: tuple[np.ndarray, np.ndarray], *, given: int = 0
 ) -> dict[str, float]:
-    """PSNR and the latents' error as `monarchrt evaluate` has them; what a video begins with was not made.
+    """PSNR and error of the latents as in `monarchrt evaluate`, without given frames at the start.
 
     Args:
         made: Frames [T, H, W, 3] and latents [1, F, h, w, C].
-        dense: Of dense attention, from the same noise.
-        given: Latent frames that both begin with.
+        dense: Those of dense attention, from the same noise.
+        given: Number of given latent frames at the start of both.
 
     Returns:
-        `psnr`, dB averaged over frames, and `latent_error`.
+        `psnr`, in dB and averaged over frames, and `latent_error`.
     """
     (frames, latents), (others, expected) = made, dense
     per_latent = (len(frames) - 1) // (latents.shape[1] - 1) if latents.shape[1] > 1 else 1  # the first is one frame
@@ -288,7 +288,7 @@ def _of_video(point: dict[str, Any]) -> str:
 
 
 def _video(material: Material, setting: Attention) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and latents."""
+    """Generates a video; returns its frames [T, H, W, 3] and latents [1, F, h, w, C]."""
     kept: list[Any] = []
     pipeline = VideoPipeline(material.pipeline.model.with_attention(setting), material.pipeline.decoder)
     frames = list(pipeline(material.text, **material.options(), keep=kept))

@@ -400,7 +400,7 @@ def test_bad_input(words, says, tmp_path, capsys, monkeypatch):
         ("tiles --tiles 2,2,4", "2 does not divide the 3 frames"),
         ("tiles --tiles 3x4x8", "tiles has '3x4x8'; write frames,rows,columns, such as 3,30,52"),
         ("tiles --layouts wh,f", "layouts has 'wh,f'; choose from"),
-        ("tiles --most 0.01", "no tile of the tokens (3, 2, 4) stores so little"),
+        ("tiles --most 0.01", "all tiles of the token grid (3, 2, 4) have a larger density; give a larger one"),
         ("mass --step 99 --sample-steps 2", "step is 99, but the sampler has 2 steps; use 0 to 1"),
         ("map --latents nowhere", "latents nowhere is not a folder"),
     ],
