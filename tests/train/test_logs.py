@@ -115,7 +115,7 @@ def test_wandb_is_asked_for_before_anything_is_done(arguments, monkeypatch, tmp_
     assert "wandb is 'films', but the package wandb is not installed; pip install wandb" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # a folder of that name
     assert main([*arguments, "--folder", str(tmp_path / "run"), "--wandb", "films"]) == 2
-    assert "is not installed (a folder wandb beside you" in capsys.readouterr().err
+    assert "is not installed (a folder named wandb was" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="wandb is empty"):
         RunConfig(wandb=" ")
