@@ -451,7 +451,7 @@ class Session:
         else:
             latents = given
             video.write(jnp.asarray(given))
-        if self.ended is not None:  # by an error in the previous block, finished by `meanwhile`
+        if self.ended is not None:  # by an error in the previous block
             return None
         if self._decoder is None:  # created here, while the network computes
             self._decoder = self._engine.start_decoder()
