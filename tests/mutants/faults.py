@@ -230,7 +230,13 @@ FAULTS = (
     ),
     Fault("pallas_kernels/sm90/refined.py", "dq.astype(jnp.float32) + part", "part", REFINED, "two_steps"),
     Fault("pallas_kernels/sm90/refined.py", "dk = dk + more", "dk = more", REFINED, "two_steps"),
-    Fault("triton_kernels/plan.py", '("mid", *(name for', "(*(name for", TRITON, "in_place"),
+    Fault(
+        "triton_kernels/plan.py",
+        '("mid", *(name for name in keys.writes if name != "mid"))',
+        "keys.writes",
+        TRITON,
+        "in_place",
+    ),
     # block-sparse attention
     Fault("triton_kernels/sparse.py", "shrink = tl.exp2(top - new_top)", "shrink = 1.0", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "tl.minimum(n + 1, n_all", "tl.minimum(n, n_all", TRITON, "interpreter_agrees"),
