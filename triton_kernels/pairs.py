@@ -14,7 +14,7 @@ from monarchrt.triton_kernels.config import Config, power_of_two, target
 from monarchrt.triton_kernels.plan import Launch
 
 REFINE = Config(rows=0, keys=64, stages=4)
-DELTA = Config(rows=0, keys=32, stages=4)
+DELTA = Config(rows=0, keys=64, stages=2)
 QUERY = Config(rows=0, keys=0, stages=2)
 
 

@@ -225,14 +225,17 @@ def test_xla_is_chosen_where_triton_cannot_run(monkeypatch, change):
     [
         ("bfloat16", 1, 8, "mosaic"),
         ("float32", 1, 8, "triton"),
-        ("bfloat16", 2, 8, "triton"),
+        ("bfloat16", 2, 8, "mosaic"),
+        ("bfloat16", 3, 8, "triton"),
+        ("float16", 2, 8, "triton"),
+        ("bfloat16", 2, 64, "triton"),
         ("bfloat16", 1, 1560, "triton"),  # f,hw
     ],
 )
 def test_a_hopper_gpu_takes_what_serves_the_call(monkeypatch, dtype, num_iters, columns, expected):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", "9.0")
-    x = jax.ShapeDtypeStruct((1, 2, 21, columns, 1, 64), dtype)
+    x = jax.ShapeDtypeStruct((1, 2, 21, columns, 1, 128), dtype)
     assert choose(None, Problem(scale=1.0, num_iters=num_iters), x, x).name == expected
 
 

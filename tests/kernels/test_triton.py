@@ -224,7 +224,7 @@ def test_kernels_between_steps_compile_for_hopper(monkeypatch, b1, tiles):
     assert [x.kernel for x in calls] == ["refine_pairs", "query_pairs", "delta_pairs"]
     for todo in calls:
         registers, spills, shared = compile_launch(todo, 90)
-        assert registers <= 200  # two programs of 4 warps on a multiprocessor
+        assert registers <= 255  # two programs of 4 warps on a multiprocessor, also by shared memory
         assert spills == 0
         assert shared <= SHARED_MEMORY[90] // 2
 
